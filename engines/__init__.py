@@ -1,0 +1,64 @@
+"""How a model is fine-tuned: one method, one file.
+
+The table below is all there is to registration; an engine's module is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from engines.base import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineEntry:
+    target: str
+    """`module:Class`."""
+    summary: str
+    source: str
+    """Paper or library."""
+
+
+ENGINES: dict[str, EngineEntry] = {
+    "native": EngineEntry(
+        target="engines.native:Native",
+        summary="AdamW, everything on the GPU",
+        source="torch.optim.AdamW",
+    ),
+    "torchao-offload": EngineEntry(
+        target="engines.torchao_offload:TorchaoOffload",
+        summary="AdamW on the CPU, gradients down and weights up each step (baseline offloading)",
+        source="torchao CPUOffloadOptimizer",
+    ),
+    "lsp": EngineEntry(
+        target="engines.lsp:Lsp",
+        summary="gradients compressed by learned sparse projectors, Adam on the CPU in the subspace",
+        source="LSP-Offload, arXiv 2406.10181",
+    ),
+    "mezo": EngineEntry(
+        target="engines.mezo:Mezo",
+        summary="zeroth-order, two forward passes, everything on the GPU",
+        source="MeZO, arXiv 2305.17333",
+    ),
+    "zo2": EngineEntry(
+        target="engines.zo2:Zo2",
+        summary="zeroth-order, blocks streamed from host memory",
+        source="ZO2, arXiv 2503.12668",
+    ),
+    "scripted": EngineEntry(
+        target="engines.scripted:Scripted",
+        summary="scripted times and bytes, no torch: the harness's own test double",
+        source="this project",
+    ),
+}
+
+
+def load_engine(name: str) -> Any:
+    """The class of engine `name`. Raises `UserError` for a name that is not in the table."""
+    if name not in ENGINES:
+        public = ", ".join(key for key in ENGINES if key != "scripted")
+        raise UserError(f"engine '{name}'", "there is no such engine", f"choose from: {public}")
+    module, _, cls = ENGINES[name].target.partition(":")
+    return getattr(import_module(module), cls)

@@ -1,0 +1,298 @@
+"""The words that engines, cost model and harness share. Imports no torch.
+
+A `ModelShape` and a `Workload` say what is to be computed; an engine computes it, `engines.costs`
+counts what that takes. Both speak of a model in blocks: an embedding, like blocks one after the
+other, and a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+"""Precision of the weights and of the forward pass."""
+
+BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+Head = Literal["causal_lm", "classification"]
+
+
+class UserError(Exception):
+    """A mistake that a user can mend. Printed as one line: what, why, what to do."""
+
+    def __init__(self, what: str, why: str, remedy: str) -> None:
+        super().__init__(f"{what}: {why}; {remedy}")
+        self.what = what
+        self.why = why
+        self.remedy = remedy
+
+
+class NotAvailable(Exception):
+    """An engine cannot run here because a library or the hardware is missing. Carries the reason."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; the run ends in the state `nan_loss`."""
+
+
+class InfeasiblePlan(Exception):
+    """The plan cannot fit the limits it was given; found before anything was allocated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixShape:
+    """One weight matrix of a block, as y = x W^T."""
+
+    name: str
+    """Its parameter name inside the block, such as `self_attn.q_proj.weight`."""
+    rows: int
+    """Output features m."""
+    columns: int
+    """Input features n."""
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The sizes of a model that costs follow from. Counts are of elements, not bytes."""
+
+    name: str
+    family: str
+    """`model_type` of its Hugging Face configuration, such as `opt` or `llama`."""
+    head: Head
+    num_blocks: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    vocabulary: int
+    max_seq_len: int
+    gated_mlp: bool
+    tied: bool
+    """Embedding and output head are one tensor."""
+    num_labels: int
+    """Outputs of the classification head; 0 for a causal language model."""
+    block_parameters: int
+    """All parameters of one block, matrices, norms and biases."""
+    outer_parameters: int
+    """All parameters outside the blocks (embeddings, final norm, head), a tied tensor counted once."""
+    head_parameters: int
+    """Those of the outer parameters that multiply every token on the way out (the output matrix,
+    tied or not)."""
+    matrices: tuple[MatrixShape, ...]
+    """The weight matrices of one block."""
+    largest_tensor: int
+    """Elements of the largest single parameter of the model."""
+
+    @property
+    def parameters(self) -> int:
+        return self.num_blocks * self.block_parameters + self.outer_parameters
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters in the weight matrices of all blocks."""
+        return self.num_blocks * sum(matrix.parameters for matrix in self.matrices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The part of a job that costs follow from; the other part says where weights and data come from."""
+
+    batch_size: int
+    """Sequences per micro-batch."""
+    seq_len: int
+    """Tokens per sequence."""
+    accumulation: int = 1
+    """Micro-batches per step."""
+    dtype: Dtype = "bf16"
+    checkpointing: bool = True
+    """Recompute each block's activations in the backward pass. Without effect on forward-only methods."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len * self.accumulation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTraffic:
+    """What one layer asks of each resource in one step. `embedding` and `head` count as layers."""
+
+    name: str
+    gpu_forward_flops: float = 0.0
+    gpu_backward_flops: float = 0.0
+    """Backward pass including the recomputation under checkpointing."""
+    gpu_bytes: float = 0.0
+    """GPU memory traffic beside the matrix products: perturbation, optimizer, projection."""
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    cpu_adam_elements: int = 0
+    """Elements that the fused Adam on the CPU updates."""
+    host_bytes: float = 0.0
+    """Host memory traffic of the copies and of the CPU update."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What a method asks of the machine: per step by layer, and in memory by kind (bytes)."""
+
+    layers: tuple[LayerTraffic, ...]
+    gpu_memory_bytes: Mapping[str, int]
+    """By kind: weights, gradients, optimizer, activations, logits, buffers, ..."""
+    host_memory_bytes: Mapping[str, int]
+    """By kind; what is pinned is also counted in `pinned_bytes`."""
+    pinned_bytes: int = 0
+
+    @property
+    def gpu_flops(self) -> float:
+        return sum(layer.gpu_forward_flops + layer.gpu_backward_flops for layer in self.layers)
+
+    @property
+    def gpu_bytes(self) -> float:
+        return sum(layer.gpu_bytes for layer in self.layers)
+
+    @property
+    def h2d_bytes(self) -> int:
+        return sum(layer.h2d_bytes for layer in self.layers)
+
+    @property
+    def d2h_bytes(self) -> int:
+        return sum(layer.d2h_bytes for layer in self.layers)
+
+    @property
+    def cpu_adam_elements(self) -> int:
+        return sum(layer.cpu_adam_elements for layer in self.layers)
+
+    @property
+    def peak_gpu_bytes(self) -> int:
+        return sum(self.gpu_memory_bytes.values())
+
+    @property
+    def peak_host_bytes(self) -> int:
+        return sum(self.host_memory_bytes.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One micro-batch as the model's own forward takes it.
+
+    `inputs` holds `input_ids` (batch_size, seq_len) int64, `attention_mask` of the same shape where
+    sequences are padded, and `labels`: (batch_size, seq_len) int64 with -100 where no loss is taken
+    for a causal language model (the model shifts them itself), (batch_size,) int64 for classification.
+    Tensors live on the host; an engine moves them.
+    """
+
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, padding included (what the GPU computes on)."""
+        return int(self.inputs["input_ids"].numel())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """What an engine says of one step. `None` is 'not measured'."""
+
+    loss: float
+    """Mean loss over the step's labelled positions, before the update. ZO: mean of both forwards."""
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    gpu_s: float | None = None
+    h2d_s: float | None = None
+    d2h_s: float | None = None
+    cpu_s: float | None = None
+    """Time each resource was busy in this step, as far as the engine measures it."""
+    projected_gradient: float | None = None
+    """Zeroth-order methods: (loss_plus - loss_minus) / (2 eps)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Loss and accuracy over labelled positions of a held-out set."""
+
+    loss: float
+    accuracy: float
+    """Share of labelled positions (of sequences, for classification) where the largest logit is the label."""
+    num_labels: int
+
+
+class Blueprint(Protocol):
+    """A model whose weights are not there yet. The engine decides where each tensor lives."""
+
+    shape: ModelShape
+    model: torch.nn.Module
+    """On the meta device except for its buffers, which are real and on the CPU. The engine owns it."""
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """Write the weights of parameter `name` into `out`, of any device and float dtype.
+
+        Does not depend on the order of calls. A tied parameter is filled under its first name in
+        `model.named_parameters()`. The same device and dtype give the same bits.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """Where and how long an engine runs."""
+
+    device: str
+    """`cuda:0` or `cpu`."""
+    workload: Workload
+    seed: int
+    total_steps: int
+    """Length of the run, for learning-rate schedules."""
+    vram_bytes: int | None = None
+    """GPU memory that the run may use; `None`: all that is free."""
+    progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+    """Told of slow set-up work: what, units done, units in total."""
+
+
+class Engine(Protocol):
+    """A way to fine-tune. Implementations share bricks, not a base class.
+
+    Life: `__init__(settings, context)`, `setup`, any mixture of `step`, `evaluate`, `save`, `weights`,
+    then `close`. `load` comes right after `setup`.
+    """
+
+    name: str
+
+    def setup(self, blueprint: Blueprint) -> None:
+        """Allocate and fill. Raises `InfeasiblePlan`, `NotAvailable`, `UserError`."""
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One optimizer step over `workload.accumulation` micro-batches.
+
+        Returns when the loss is on the host. Work for the next step may still be in flight.
+        Raises `NonFiniteLoss`.
+        """
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy with every update so far applied. Changes nothing that training sees."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, by its first name, on the host, with every update so far applied.
+
+        A yielded tensor is valid until the next one is asked for.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs to go on bit for bit. `folder` exists and is empty."""
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`."""
+
+    def synchronize(self) -> None:
+        """Wait until nothing is in flight."""
+
+    def close(self) -> None:
+        """Stop threads and free pinned memory. May be called twice."""

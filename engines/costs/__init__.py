@@ -1,0 +1,1 @@
+"""What each method costs: pure arithmetic, one file per method, no torch."""

@@ -1,0 +1,127 @@
+"""What to fine-tune: typed, frozen, validated, TOML in and out. Imports no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from engines.base import Dtype, UserError, Workload
+from profiles.documents import write_whole
+
+DataKind = Literal["random", "builtin", "text", "labelled", "instructions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    """A hub id, a local folder, or a named shape (`lspzo-bench models`)."""
+    random_weights: bool = False
+    """Seeded random weights instead of a checkpoint; needs only the configuration."""
+    head: Literal["auto", "causal_lm", "classification"] = "auto"
+    """`auto`: what the data asks for, else causal_lm for decoders and classification for encoders."""
+    untied: bool = False
+    """Give the output head its own tensor where the model ties it to the embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    train: str = "builtin"
+    """`random`, `builtin`, or a path: .txt, .tsv, .jsonl or .json."""
+    evaluate: str | None = None
+    """Path of a held-out set of the same kind; `None`: a part of the training data is held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    vram_bytes: int | None = None
+    """GPU memory a run may use; `None`: all that is free."""
+    host_bytes: int | None = None
+    """Host memory a run may use; a run above it ends as `oom_host`."""
+    timeout_s: float = 1800.0
+    """Wall time of one run, set-up included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One fine-tuning job, the same for every engine that is compared on it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: ModelSource
+    data: DataSource = field(default_factory=DataSource)
+    batch_size: int = 1
+    seq_len: int = 512
+    accumulation: int = 1
+    dtype: Dtype = "bf16"
+    checkpointing: bool = True
+    steps: int = 10
+    """Steps after the warm-up."""
+    warmup_steps: int = 3
+    """Steps at the start whose times are kept and flagged, not counted."""
+    eval_batches: int = 0
+    """Batches of held-out data evaluated before and after; 0: no evaluation."""
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
+    settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
+    """Engine name -> settings that override its plan."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "accumulation", "steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive")
+        for name in ("warmup_steps", "eval_batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if self.limits.timeout_s <= 0:
+            raise ValueError("limits.timeout_s must be positive")
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            accumulation=self.accumulation,
+            dtype=self.dtype,
+            checkpointing=self.checkpointing,
+        )
+
+
+def make_job(values: dict[str, Any], origin: str) -> Job:
+    """A validated job. `origin` names where `values` come from, for the error.
+
+    Raises `UserError` that names the field.
+    """
+    try:
+        return TypeAdapter(Job).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "job"
+        raise UserError(f"{origin}: {where}", first["msg"], "see 'lspzo-bench compare --help'") from None
+
+
+def load_job(path: Path) -> Job:
+    """Raises `UserError` if `path` is not a job in TOML."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
+    return make_job(values, str(path))
+
+
+def save_job(job: Job, path: Path) -> None:
+    """Raises `UserError` if `path` cannot be written."""
+    values = TypeAdapter(Job).dump_python(job, mode="json", exclude_none=True)
+    write_whole(path, tomli_w.dumps(values))

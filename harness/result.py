@@ -1,0 +1,159 @@
+"""What happened: one record per run, raw samples kept. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from profiles.documents import read_document, to_json, write_whole
+from profiles.plan import Plan
+
+SCHEMA_VERSION = 1
+"""1: first version (0.1.0)."""
+
+EndState = Literal[
+    "ok",
+    "oom_gpu",
+    "oom_host",
+    "pinned_limit",
+    "timeout",
+    "crash",
+    "nan_loss",
+    "skipped_infeasible",
+    "not_available",
+    "interrupted",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One step as it was measured."""
+
+    step: int
+    warmup: bool
+    step_s: float
+    loss: float | None
+    """`None` where it was not finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """Functions of the samples (warm-ups left out) and peaks of the whole run. `None`: not measured."""
+
+    step_s_median: float | None = None
+    step_s_low: float | None = None
+    step_s_high: float | None = None
+    """Smallest and largest step."""
+    tokens_per_s: float | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    eval_loss_first: float | None = None
+    eval_loss_last: float | None = None
+    eval_accuracy_first: float | None = None
+    eval_accuracy_last: float | None = None
+    setup_s: float | None = None
+    peak_gpu_allocated_bytes: int | None = None
+    peak_gpu_reserved_bytes: int | None = None
+    peak_gpu_nvml_bytes: int | None = None
+    """The whole device, other processes and CUDA's context included."""
+    peak_host_bytes: int | None = None
+    """Resident memory of the child and its own children."""
+    pinned_bytes: int | None = None
+    energy_j: float | None = None
+    """GPU board only, per step."""
+    gpu_s: float | None = None
+    h2d_s: float | None = None
+    d2h_s: float | None = None
+    cpu_s: float | None = None
+    idle_s: float | None = None
+    """Medians per step of the time that each resource was busy; idle is the GPU's."""
+    h2d_bytes: int | None = None
+    d2h_bytes: int | None = None
+    """Medians per step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """The plan's prediction, kept beside the measurement and never mixed with it."""
+
+    step_s_low: float | None
+    step_s: float | None
+    step_s_high: float | None
+    peak_gpu_bytes: int | None
+    peak_host_bytes: int | None
+    bottleneck: str | None
+    basis: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunModel:
+    name: str
+    random_weights: bool
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """Where a run ran. `None`: could not be read."""
+
+    gpu_name: str | None
+    gpu_driver: str | None
+    gpu_total_bytes: int | None
+    link: str | None
+    """Such as `PCIe 5 x16`."""
+    cpu: str
+    cores_usable: int
+    host_memory_bytes: int
+    platform: str
+    python: str
+    torch: str | None
+    transformers: str | None
+    commit: str | None
+    dirty: bool | None
+    """Whether tracked files differed from the commit."""
+    program: str
+    """Version of lspzo-bench."""
+    emulated: str | None = None
+    """Name of the emulated machine."""
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CriteriaStamp:
+    sha256: str
+    time: str
+    """When the run that carries it began, ISO 8601 in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    id: str
+    end_state: EndState
+    end_reason: str | None
+    """One line; `None` for `ok`."""
+    engine: str
+    round: int
+    """Which repetition of the sweep, from 1."""
+    time: str
+    """When the run began, ISO 8601 in UTC."""
+    model: RunModel
+    job: dict[str, Any]
+    """The job as `harness.job.Job` dumps it."""
+    plan: Plan
+    samples: tuple[Sample, ...]
+    summary: Summary
+    predicted: Predicted | None
+    environment: Environment
+    criteria: CriteriaStamp | None = None
+    schema_version: int = SCHEMA_VERSION
+
+
+def load_run(path: Path) -> Run:
+    """Raises `UserError` if `path` is not a run record that this version reads."""
+    return read_document(path, Run, SCHEMA_VERSION, "run record")
+
+
+def save_run(run: Run, path: Path) -> None:
+    """Whole or not at all. Raises `UserError` if `path` cannot be written."""
+    write_whole(path, to_json(run))

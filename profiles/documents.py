@@ -1,0 +1,80 @@
+"""JSON documents with a schema version: read with a clear error, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from engines.base import UserError
+
+T = TypeVar("T")
+
+
+def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
+    """The dataclass `kind` stored at `path`.
+
+    `what` names the document for the user, such as 'machine profile'. Raises `UserError` if the file
+    is missing, is not JSON, was written by a newer version or does not have the fields of `kind`.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(str(path), f"there is no such {what}", "check the path") from None
+    except IsADirectoryError:
+        raise UserError(str(path), f"is a folder, not a {what}", "name the file") from None
+    except PermissionError:
+        raise UserError(str(path), f"this {what} may not be read", "change its permissions") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"is not valid JSON ({error})", f"restore or delete this {what}") from None
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(found, int):
+        raise UserError(str(path), f"has no schema_version, so it is not a {what}", "check the path")
+    if found > version:
+        raise UserError(
+            str(path),
+            f"has schema version {found}, this program knows up to {version}",
+            "update lspzo-bench",
+        )
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            str(path), f"field '{where}': {first['msg']}", f"restore or delete this {what}"
+        ) from None
+
+
+def to_json(document: Any) -> str:
+    """Readable JSON of a dataclass; NaN and infinity become null."""
+    return TypeAdapter(type(document)).dump_json(document, indent=1).decode("utf-8") + "\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one.
+
+    Raises `UserError` if the disk is full or the folder may not be written.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(
+            str(path), f"cannot be written ({error.strerror or error})", "free space or name another --out"
+        ) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""A plan: how one engine would run a job on a machine, and what that is predicted to take. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Never mixed with measured numbers. `None`: the machine profile lacks what it would rest on."""
+
+    step_s_low: float | None
+    step_s: float | None
+    step_s_high: float | None
+    peak_gpu_bytes: int
+    """Tensors, as torch counts them; CUDA's own context comes on top. 0 without a GPU."""
+    peak_host_bytes: int
+    pinned_bytes: int
+    h2d_bytes: int
+    d2h_bytes: int
+    bottleneck: str | None
+    """`gpu`, `h2d`, `d2h`, `cpu` or `host memory`."""
+    basis: str
+    """One sentence: what the numbers rest on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    engine: str
+    settings: dict[str, str | int | float | bool]
+    """The knobs this plan sets; the rest are the engine's defaults (`engines.settings`)."""
+    fits: bool
+    why_not: str | None
+    """Why it does not fit, with the bytes that are missing."""
+    prediction: Prediction
+    reasons: tuple[str, ...] = field(default=())
+    """Why these settings."""
+    verify_command: str = ""
+    """The command that measures what is predicted here."""

@@ -1,0 +1,1 @@
+"""One file per probe: the GPU and its link, the CPU, memory."""

@@ -1,0 +1,1 @@
+"""Turns saved runs into something to read; never measures."""
