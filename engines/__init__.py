@@ -55,10 +55,15 @@ ENGINES: dict[str, EngineEntry] = {
 }
 
 
-def load_engine(name: str) -> Any:
-    """The class of engine `name`. Raises `UserError` for a name that is not in the table."""
+def entry(name: str) -> EngineEntry:
+    """The table's line for engine `name`. Raises `UserError` for a name that is not in it."""
     if name not in ENGINES:
         public = ", ".join(key for key in ENGINES if key != "scripted")
         raise UserError(f"engine '{name}'", "there is no such engine", f"choose from: {public}")
-    module, _, cls = ENGINES[name].target.partition(":")
+    return ENGINES[name]
+
+
+def load_engine(name: str) -> Any:
+    """The class of engine `name`; imports its module. Raises `UserError` for an unknown name."""
+    module, _, cls = entry(name).target.partition(":")
     return getattr(import_module(module), cls)

@@ -23,6 +23,9 @@ BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 Head = Literal["causal_lm", "classification"]
 
+Overlap = Literal["serial", "optimizer_after_backward", "streamed", "layerwise"]
+"""How a method's use of the resources overlaps within a step; `engines.costs.overlap` says what each takes."""
+
 
 class UserError(Exception):
     """A mistake that a user can mend. Printed as one line: what, why, what to do."""
@@ -139,6 +142,10 @@ class LayerTraffic:
     """Elements that the fused Adam on the CPU updates."""
     host_bytes: float = 0.0
     """Host memory traffic of the copies and of the CPU update."""
+    launches: int = 0
+    """Operations that eager PyTorch starts one by one from the CPU."""
+    gaussians: int = 0
+    """Normally distributed numbers drawn on the GPU, for perturbations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +158,9 @@ class Traffic:
     host_memory_bytes: Mapping[str, int]
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
+    overlap: Overlap = "serial"
+    cpu_adam_factor: float = 1.0
+    """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
 
     @property
     def gpu_flops(self) -> float:
@@ -171,6 +181,10 @@ class Traffic:
     @property
     def cpu_adam_elements(self) -> int:
         return sum(layer.cpu_adam_elements for layer in self.layers)
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(layer.host_bytes for layer in self.layers)
 
     @property
     def peak_gpu_bytes(self) -> int:
@@ -240,6 +254,9 @@ class Blueprint(Protocol):
         `model.named_parameters()`. The same device and dtype give the same bits.
         """
 
+    def release(self) -> None:
+        """Let go of the host memory behind `fill`, which may not be called afterwards."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
@@ -265,6 +282,12 @@ class Engine(Protocol):
     """
 
     name: str
+    pinned_bytes: int
+    """Page-locked host memory that the engine holds, after `setup`."""
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """Why this engine cannot run on this machine; `None` if it can."""
 
     def setup(self, blueprint: Blueprint) -> None:
         """Allocate and fill. Raises `InfeasiblePlan`, `NotAvailable`, `UserError`."""

@@ -5,7 +5,10 @@ No model code is copied: blocks are found on the model, and its own forward does
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +46,32 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Replace the parameter of that dotted name, in this place only."""
     path, _, leaf = name.rpartition(".")
     model.get_submodule(path).register_parameter(leaf, parameter)
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every place of a parameter -> the first name of the tensor that is there (its own, unless tied)."""
+    names: dict[int, str] = {}
+    return {
+        place: names.setdefault(id(parameter), place)
+        for place, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def bind(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Let the model compute with `tensors`, by first name; `places` as `first_names` gave them.
+
+    Nothing is copied: what is written to a tensor later is what the model sees. A tied tensor stays one
+    parameter. No gradients.
+    """
+    parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    for place, name in places.items():
+        if name in parameters:
+            set_parameter(model, place, parameters[name])
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that keep a decoder from building a key-value cache, of no use to training."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def materialize(blueprint: Blueprint, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
@@ -117,3 +146,122 @@ def evaluate_on_device(model: nn.Module, batches: Iterable[Batch], device: torch
             total.add(output.loss, output.logits, inputs["labels"])
     model.train(was_training)
     return total.result()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What the model hands one block beside the hidden state: masks, positions, ..."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One forward pass up to the first block."""
+
+    hidden: Tensor
+    """What enters the first block: (batch, seq, hidden)."""
+    calls: Sequence[BlockCall]
+
+
+class _AtTheHead(Exception):
+    """Ends a forward pass after the last block."""
+
+
+class _StandIn(nn.Module):
+    """In the place of a block: answers for its attributes, and does `act` when it is called."""
+
+    def __init__(self, block: nn.Module, act: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        # Past nn.Module's bookkeeping: as a submodule the block would show up in the model a second time.
+        self.__dict__["_block"] = block
+        self.__dict__["_act"] = act
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_act"](args, kwargs)
+
+
+class BlockDriver:
+    """Runs a model in three parts: up to its blocks, one block at a time, and from the last one on.
+
+    The parts together compute what the model's own forward computes, with the same operations on the
+    same values, without a key-value cache. A block's weights are needed only while it runs.
+
+    Taken for granted: a block gets the hidden state first, or as `hidden_states`, and returns it alone or
+    first in a tuple, and nothing else travels from block to block.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        path, self.blocks = find_blocks(model)
+        parent, _, self._leaf = path.rpartition(".")
+        self._parent = model.get_submodule(parent)
+        self._arguments = without_cache(model)
+        self._returns_tuple: bool | None = None
+
+    def record(self, inputs: Mapping[str, Any]) -> Recording:
+        """Run the model up to its first block, and take down what each block would be called with."""
+        if self._returns_tuple is None:
+            self._returns_tuple = self._learn_form(inputs)
+        hidden: list[Tensor] = []
+        calls: list[BlockCall] = []
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            entering, call = _split(args, kwargs)
+            hidden.append(entering)
+            calls.append(call)
+            if len(calls) == len(self.blocks):
+                raise _AtTheHead
+            return self._in_form(entering)
+
+        self._forward(inputs, [_StandIn(block, note) for block in self.blocks])
+        return Recording(hidden=hidden[0], calls=calls)
+
+    def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
+        """The hidden state after block `index`."""
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+    def finish(self, inputs: Mapping[str, Any], hidden: Tensor) -> Any:
+        """The model's own output, its blocks replaced by one that returns `hidden`."""
+        stub = _StandIn(self.blocks[-1], lambda args, kwargs: self._in_form(hidden))
+        return self._forward(inputs, [stub])
+
+    def _learn_form(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a block returns a tuple, by running the first one. Its weights may be anything."""
+        forms: list[bool] = []
+
+        def run_once(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            forms.append(isinstance(self.blocks[0](*args, **kwargs), tuple))
+            raise _AtTheHead
+
+        self._forward(inputs, [_StandIn(block, run_once) for block in self.blocks])
+        return forms[0]
+
+    def _in_form(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _forward(self, inputs: Mapping[str, Any], row: Sequence[nn.Module]) -> Any:
+        setattr(self._parent, self._leaf, nn.ModuleList(row))
+        try:
+            return self._model(**inputs, **self._arguments)
+        except _AtTheHead:
+            return None
+        finally:
+            setattr(self._parent, self._leaf, self.blocks)
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], BlockCall((), others)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from engines.base import UserError
 
@@ -125,22 +125,66 @@ class Zo2Settings(MezoSettings):
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
 
 
+def _as_sequence(value: object) -> object:
+    """`0.1,0.2` and `0.1` as they come from the command line and from a plan."""
+    if isinstance(value, str):
+        return value.split(",")
+    return (value,) if isinstance(value, int | float) else value
+
+
+Script = Annotated[tuple[float, ...], BeforeValidator(_as_sequence)]
+"""One value per call, in order; the last repeats. As text: separated by commas."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScriptedSettings:
     """The harness's own test double: scripted losses, times and bytes."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    step_s: tuple[float, ...] = (0.01,)
-    """Time of each step; the last repeats. Slept only with `sleep`; otherwise the clock is told."""
-    loss: tuple[float, ...] = (1.0,)
-    """Loss of each step; the last repeats. NaN ends the run in `nan_loss`."""
-    fail_at_step: int | None = None
-    failure: Literal["oom_gpu", "oom_host", "pinned_limit", "crash", "kill", "hang", "interrupt"] = "crash"
+    setup_s: float = 0.0
+    """Time of the set-up."""
+    step_s: Script = (0.01,)
+    """Time of each step, told to the engine's own clock; spent only with `sleep`."""
+    drain_s: float = 0.0
+    """Time for which the work of a step goes on after its loss is known, until `synchronize`."""
+    loss: Script = (1.0,)
+    """Loss of each step; NaN ends the run in `nan_loss`."""
+    eval_loss: Script = (1.0,)
+    """Loss of each evaluation."""
+    eval_accuracy: Script = (0.5,)
+    """Accuracy of each evaluation."""
+    gpu_s: Script | None = None
+    """Time that the GPU is busy in each step."""
     h2d_bytes: int = 0
     d2h_bytes: int = 0
+    pinned_bytes: int = 0
     host_allocation_bytes: int = 0
     """Host memory touched at set-up."""
+    num_children: int = 0
+    """Processes forked at set-up, as data loaders are; they wait, and end with the engine."""
+    sleep: bool = False
+    """Spend the scripted times for real."""
+    fail_at_step: int | None = None
+    """Step, from 0, in which `failure` happens; -1: in the set-up."""
+    failure: Literal[
+        "crash",
+        "oom_gpu",
+        "oom_host",
+        "pinned_limit",
+        "not_available",
+        "infeasible",
+        "user_error",
+        "interrupt",
+        "kill",
+        "hang",
+    ] = "crash"
+
+    def __post_init__(self) -> None:
+        for name in ("step_s", "loss", "eval_loss", "eval_accuracy", "gpu_s"):
+            _require(getattr(self, name) != (), name, "must not be empty")
+        for name in ("setup_s", "drain_s", "h2d_bytes", "host_allocation_bytes", "num_children"):
+            _require(getattr(self, name) >= 0, name, "must not be negative")
 
 
 Settings = AdamWSettings | MezoSettings | ScriptedSettings

@@ -110,15 +110,19 @@ def make_job(values: dict[str, Any], origin: str) -> Job:
         raise UserError(f"{origin}: {where}", first["msg"], "see 'lspzo-bench compare --help'") from None
 
 
-def load_job(path: Path) -> Job:
-    """Raises `UserError` if `path` is not a job in TOML."""
+def job_values(path: Path) -> dict[str, Any]:
+    """The fields of a job file, not yet validated. Raises `UserError` if it is not TOML."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
-    return make_job(values, str(path))
+
+
+def load_job(path: Path) -> Job:
+    """Raises `UserError` if `path` is not a job in TOML."""
+    return make_job(job_values(path), str(path))
 
 
 def save_job(job: Job, path: Path) -> None:

@@ -29,7 +29,9 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
         raise UserError(str(path), f"is a folder, not a {what}", "name the file") from None
     except PermissionError:
         raise UserError(str(path), f"this {what} may not be read", "change its permissions") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(str(path), f"is not valid JSON ({error})", f"restore or delete this {what}") from None
     found = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(found, int):

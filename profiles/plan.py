@@ -32,6 +32,8 @@ class Plan:
     fits: bool
     why_not: str | None
     """Why it does not fit, with the bytes that are missing."""
+    available: bool = True
+    """False: the engine cannot do this job on such a machine at all; `why_not` says why."""
     prediction: Prediction
     reasons: tuple[str, ...] = field(default=())
     """Why these settings."""

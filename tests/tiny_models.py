@@ -59,6 +59,9 @@ class TinyBlueprint:
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self.reference.get_parameter(name))
 
+    def release(self) -> None:
+        """The reference stays: tests compare with it."""
+
 
 def tiny_blueprint(family: str, tied: bool = False, num_blocks: int = 3, seed: int = 0) -> TinyBlueprint:
     config = tiny_config(family, tied, num_blocks)
@@ -76,11 +79,11 @@ def tiny_blueprint(family: str, tied: bool = False, num_blocks: int = 3, seed: i
     block = blocks[0]
     block_parameters = sum(p.numel() for p in block.parameters())
     total = sum(p.numel() for p in reference.parameters())
+    encoder = family in ("roberta", "bert")
     shape = ModelShape(
-        name=f"tiny-{family}", family=family,
-        head="classification" if family in ("roberta", "bert") else "causal_lm",
+        name=f"tiny-{family}", family=family, head="classification" if encoder else "causal_lm",
         num_blocks=num_blocks, hidden=16, intermediate=32, num_heads=2, num_kv_heads=2, vocabulary=VOCABULARY,
-        max_seq_len=64, gated_mlp=family in ("llama", "qwen2"), tied=tied, num_labels=2 if family in ("roberta", "bert") else 0,
+        max_seq_len=64, gated_mlp=family in ("llama", "qwen2"), tied=tied, num_labels=2 if encoder else 0,
         block_parameters=block_parameters, outer_parameters=total - num_blocks * block_parameters,
         head_parameters=VOCABULARY * 16,
         matrices=tuple(

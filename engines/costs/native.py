@@ -1,0 +1,58 @@
+"""What native fine-tuning costs: everything on the GPU, AdamW with states in the weights' precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
+from engines.costs import forward
+from engines.settings import NativeSettings
+
+ADAM_PASSES = 7
+"""Fused AdamW reads weight, gradient and two moments and writes all but the gradient."""
+
+
+def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> Traffic:
+    """8 bytes per parameter in bf16, 16 in fp32, and activations."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    layers = forward.training_layers(shape, workload)
+    outer = ADAM_PASSES * element * shape.outer_parameters
+    block = ADAM_PASSES * element * shape.block_parameters
+    updated = [
+        replace(layer, gpu_bytes=layer.gpu_bytes + (block if layer.name.startswith("block.") else 0))
+        for layer in layers
+    ]
+    updated[-1] = replace(updated[-1], gpu_bytes=updated[-1].gpu_bytes + outer)
+    return Traffic(
+        layers=tuple(updated),
+        gpu_memory_bytes=training_memory(
+            shape,
+            workload,
+            held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
+            gradients=element * shape.parameters,
+        ),
+        host_memory_bytes={"process": forward.PROCESS_HOST_BYTES},
+    )
+
+
+def training_memory(
+    shape: ModelShape, workload: Workload, held: dict[str, int], gradients: int
+) -> dict[str, int]:
+    """GPU memory at the worse of two moments: the loss, when no gradient is there yet and every block's
+    saved activations are, and the end of the backward pass, when it is the other way round.
+
+    `held` is there throughout; `gradients` are freed between steps, but not between micro-batches.
+    """
+    at_loss = {
+        **held,
+        "gradients": gradients if workload.accumulation > 1 else 0,
+        "activations": forward.saved_activation_bytes(shape, workload),
+        "logits": forward.logits_bytes(shape, workload, training=True),
+    }
+    at_end = {
+        **held,
+        "gradients": gradients,
+        "activations": forward.backward_activation_bytes(shape, workload),
+        "logits": 0,
+    }
+    return forward.largest([at_loss, at_end])

@@ -1,0 +1,98 @@
+"""How long a step takes when its resources overlap: closed forms over the layers' times.
+
+One function per `Overlap` of `engines.base`. Each is monotone in every time it is given, no smaller than
+the busiest resource and no larger than the sum of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engines.base import Overlap
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTimes:
+    """Seconds one layer keeps each resource busy in one step."""
+
+    gpu_s: float
+    backward_s: float
+    """The part of `gpu_s` that is the backward pass."""
+    h2d_s: float
+    d2h_s: float
+    cpu_s: float
+    host_s: float
+    """Host memory, shared by copies and CPU update; it is busy while they are, never after them."""
+
+
+def busy_s(layers: Sequence[LayerTimes]) -> dict[str, float]:
+    """Seconds each resource is busy in one step, by the name that a prediction's bottleneck has."""
+    return {
+        "gpu": sum(layer.gpu_s for layer in layers),
+        "h2d": sum(layer.h2d_s for layer in layers),
+        "d2h": sum(layer.d2h_s for layer in layers),
+        "cpu": sum(layer.cpu_s for layer in layers),
+        "host memory": sum(layer.host_s for layer in layers),
+    }
+
+
+def serial_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """Nothing overlaps: compute, then downloads, then CPU, then uploads."""
+    busy = busy_s(layers)
+    return max(sum(busy.values()) - busy["host memory"], busy["host memory"])
+
+
+def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """Gradients go down under the backward passes; then the CPU updates, then the weights come up.
+
+    t_gpu + max(0, t_d2h - t_backward) + t_cpu + t_h2d
+    """
+    busy = busy_s(layers)
+    backward = sum(layer.backward_s for layer in layers)
+    chain = busy["gpu"] + max(0.0, busy["d2h"] - backward) + busy["cpu"] + busy["h2d"]
+    return max(chain, busy["host memory"])
+
+
+def streamed_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """Layers follow each other through all resources: the busiest one is never idle, but for one layer's
+    way through the others. ZO2 (2503.12668): upload, both forward passes, download.
+
+    max over resources R of (total of R + the largest layer's share of every other resource)
+    """
+    return _pipelined_s(layers, micro_batches=1)
+
+
+def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """LSP-Offload's layer-wise schedule (2406.10181, closed form): deep layers' updates are on their way
+    while shallow layers compute, into the next forward pass.
+
+    max(L (f + b) + c + u + h, max(L c, L u, L h) + fill), the fill being one layer's way through the others
+    and all micro-batches but one, during which there is nothing to update.
+    """
+    return _pipelined_s(layers, micro_batches)
+
+
+def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int) -> float:
+    """Only the last of `micro_batches` gives the other resources work."""
+    busy = busy_s(layers)
+    host = busy.pop("host memory")
+    idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
+    moving = [layer for layer in layers if layer.h2d_s + layer.d2h_s + layer.cpu_s > 0]
+    share = {
+        "gpu": max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
+        "h2d": max((layer.h2d_s for layer in moving), default=0.0),
+        "d2h": max((layer.d2h_s for layer in moving), default=0.0),
+        "cpu": max((layer.cpu_s for layer in moving), default=0.0),
+    }
+    fill = sum(share.values())
+    others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu"))
+    return max(host, busy["gpu"] + fill - share["gpu"], *others)
+
+
+STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {
+    "serial": serial_s,
+    "optimizer_after_backward": optimizer_after_backward_s,
+    "streamed": streamed_s,
+    "layerwise": layerwise_s,
+}

@@ -1,0 +1,321 @@
+"""Host memory that a GPU can copy from at full speed, and the two copy streams of a link.
+
+Shared by all offloading engines. On a CPU device the same calls copy at once, events are no-ops and
+the counters count the same bytes, so that an engine has one code path.
+
+A copy between pinned memory and the GPU runs behind the back of the host and of the compute stream.
+The rules that keep it safe are the callers': a buffer that a copy writes is read only after the copy's
+event, and a buffer that a copy reads is written only after it. Buffers that cross streams are therefore
+allocated once and owned by the engine; nothing here relies on the caching allocator's bookkeeping
+(`record_stream`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Progress = Callable[[str, int, int], None]
+"""Told of slow work: what, units done, units in total."""
+
+_cuda: Any = torch.cuda  # most of it is without annotations
+
+REGISTER_PIECE_BYTES = 4 * 2**30
+"""Most bytes registered by one call: the driver pins a piece in one go and reports nothing meanwhile."""
+
+
+class PageableMemoryWarning(UserWarning):
+    """Host memory could not be pinned; copies are slower and do not overlap compute."""
+
+
+class HostSlab:
+    """One mapping of host memory of an exact size, page-aligned, pinned if `device` is a CUDA device.
+
+    torch's own pinned allocator rounds up to a power of two, up to twice what is needed; a mapping that
+    is registered with the driver is rounded to a page.
+
+    If the driver refuses to pin (a limit on locked memory, not enough memory), the slab stays pageable,
+    `pinned` is False, and one `PageableMemoryWarning` says what that costs. Fresh memory reads as zeros.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, progress: Progress | None = None) -> None:
+        if num_bytes <= 0:
+            raise ValueError("a slab needs a positive number of bytes")
+        self.num_bytes = num_bytes
+        self.pinned = False
+        # Private: shared mappings get no huge pages and are counted as shared memory by the cgroup.
+        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            # HAZARD: after a fork, a write to a private page may move the parent to a copy while the GPU
+            # goes on with the old one. DONTFORK keeps the mapping out of children.
+            _advise(mapping, advice)
+        self._memory: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._unregister: weakref.finalize[[list[int]], HostSlab] | None = None
+        if device.type == "cuda":
+            self._pin(device, progress)
+
+    def _pin(self, device: torch.device, progress: Progress | None) -> None:
+        assert self._memory is not None
+        _cuda.init()
+        registered: list[int] = []
+        with _cuda.device(device):
+            for start in range(0, self.num_bytes, REGISTER_PIECE_BYTES):
+                piece = self._memory[start : start + REGISTER_PIECE_BYTES]
+                piece.fill_(0)  # touch the pages with all threads; the driver would with one
+                error = _register(piece.data_ptr(), piece.numel())
+                if error is not None:
+                    _unregister_all(registered)
+                    _clear_cuda_error(device)
+                    warnings.warn(
+                        f"{self.num_bytes / 1e9:.1f} GB of host memory cannot be pinned ({error}): copies to "
+                        "and from the GPU go through a staging buffer, two to four times slower and without "
+                        "overlap; raise the limit on locked memory (ulimit -l) or free host memory",
+                        PageableMemoryWarning,
+                        stacklevel=4,
+                    )
+                    return
+                registered.append(piece.data_ptr())
+                if progress is not None:
+                    progress("pinning host memory (bytes)", start + piece.numel(), self.num_bytes)
+        self.pinned = True
+        # HAZARD: memory must not be unmapped while registered, or a later mapping at the same address
+        # cannot be pinned. The finalizer runs before the mapping goes, also without `close`.
+        self._unregister = weakref.finalize(self, _unregister_all, registered)
+
+    def view(self, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the slab's memory. Raises `ValueError` outside the slab or off the dtype's grid."""
+        if self._memory is None:
+            raise ValueError("the slab is closed")
+        size_bytes = prod(shape) * dtype.itemsize
+        if offset_bytes < 0 or offset_bytes + size_bytes > self.num_bytes or offset_bytes % dtype.itemsize:
+            raise ValueError(
+                f"{size_bytes} bytes at {offset_bytes} do not lie in a slab of {self.num_bytes} bytes "
+                f"on a multiple of {dtype.itemsize}"
+            )
+        return self._memory[offset_bytes : offset_bytes + size_bytes].view(dtype).view(*shape)
+
+    def close(self) -> None:
+        """Unpin. The memory goes when the last view goes. The caller has waited for all copies."""
+        if self._unregister is not None:
+            self._unregister()
+            self._unregister = None
+        self.pinned = False
+        self._memory = None
+
+
+def _advise(mapping: mmap.mmap, advice: str) -> None:
+    option = getattr(mmap, advice, None)
+    if option is None:
+        return
+    try:
+        mapping.madvise(option)
+    except OSError:
+        return  # an advice; kernels without it refuse
+
+
+def _register(pointer: int, num_bytes: int) -> str | None:
+    """Pin a piece of host memory. The driver's reason if it refuses."""
+    runtime = _cuda.cudart()
+    code = int(runtime.cudaHostRegister(pointer, num_bytes, 0))
+    return None if code == 0 else f"CUDA error {code}"
+
+
+def _unregister_all(pointers: list[int]) -> None:
+    runtime = _cuda.cudart()
+    for pointer in pointers:
+        runtime.cudaHostUnregister(pointer)
+    pointers.clear()
+
+
+def _clear_cuda_error(device: torch.device) -> None:
+    """Take the runtime's last error away, which torch would blame on its next kernel.
+
+    torch offers no cudaGetLastError; the check after any launch reads and resets it.
+    """
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except RuntimeError:
+        return
+
+
+class Event:
+    """A point in a stream. On a CPU device everything before it is already done."""
+
+    __slots__ = ("cuda",)
+
+    def __init__(self, cuda: torch.cuda.Event | None = None) -> None:
+        self.cuda = cuda
+
+
+After = Event | Sequence[Event] | None
+"""What a copy waits for."""
+
+
+class Link:
+    """The way between host and GPU: one stream up, one stream down, and what went over it.
+
+    `delay` is for stress tests: asked before each copy, it answers with a number of GPU clock cycles
+    for which the copy's stream is held up.
+
+    Counters and copies may be used from several threads.
+    """
+
+    def __init__(self, device: torch.device, delay: Callable[[], int] | None = None) -> None:
+        self.device = device
+        self.h2d_bytes = 0
+        self.d2h_bytes = 0
+        self._delay = delay
+        self._lock = threading.Lock()
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            self._up = _cuda.Stream(device)
+            self._down = _cuda.Stream(device)
+        self._h2d_times: list[tuple[Any, Any]] = []
+        self._d2h_times: list[tuple[Any, Any]] = []
+
+    def upload(self, host: Tensor, out: Tensor, after: After = None) -> Event:
+        """Copy `host` to `out` on the GPU once `after` has happened; the event of its end.
+
+        HAZARD: until that event `host` must not be written and `out` neither read nor written. The
+        upload stream knows nothing of the compute stream: pass in `after` the last use of `out`.
+        """
+        _check_copy(host, out)
+        with self._lock:
+            self.h2d_bytes += host.nbytes
+        if not self._is_cuda:
+            out.copy_(host)
+            return Event()
+        return self._copy(self._up, host, out, after, self._h2d_times)
+
+    def download(self, gpu: Tensor, out: Tensor, after: After = None) -> Event:
+        """Copy `gpu` to `out` on the host once `after` has happened; the event of its end.
+
+        HAZARD: until that event `gpu` must not be written and `out` neither read nor written. Pass in
+        `after` the kernel that wrote `gpu`.
+        """
+        _check_copy(gpu, out)
+        with self._lock:
+            self.d2h_bytes += gpu.nbytes
+        if not self._is_cuda:
+            out.copy_(gpu)
+            return Event()
+        return self._copy(self._down, gpu, out, after, self._d2h_times)
+
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        source: Tensor,
+        out: Tensor,
+        after: After,
+        times: list[tuple[Any, Any]],
+    ) -> Event:
+        start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
+        # One lock for the whole sequence: two threads must not put their waits and copies between
+        # each other's timing events.
+        with self._lock, torch.cuda.stream(stream):
+            for event in (after,) if isinstance(after, Event) else after or ():
+                if event.cuda is not None:
+                    stream.wait_event(event.cuda)
+            if self._delay is not None:
+                _cuda._sleep(self._delay())
+            start.record(stream)
+            out.copy_(source, non_blocking=True)
+            end.record(stream)
+            times.append((start, end))
+        return Event(end)
+
+    def record(self) -> Event:
+        """A point in the current compute stream: all work enqueued on it so far."""
+        if not self._is_cuda:
+            return Event()
+        event = _cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return Event(event)
+
+    def wait(self, event: Event) -> None:
+        """Hold the current compute stream until `event`. The host goes on."""
+        if event.cuda is not None:
+            torch.cuda.current_stream(self.device).wait_event(event.cuda)
+
+    def host_wait(self, event: Event) -> None:
+        """Hold the calling thread until `event`."""
+        if event.cuda is not None:
+            event.cuda.synchronize()
+
+    def take_busy_s(self) -> tuple[float | None, float | None]:
+        """Seconds of copying (up, down) that ended since the last call; `None` on a CPU device.
+
+        Copies still in flight are counted by a later call. Does not wait.
+        """
+        if not self._is_cuda:
+            return None, None
+        with self._lock:
+            return _take_ended_s(self._h2d_times), _take_ended_s(self._d2h_times)
+
+    def synchronize(self) -> None:
+        """Wait for the copies and for the current compute stream."""
+        if self._is_cuda:
+            self._up.synchronize()
+            self._down.synchronize()
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+class ComputeClock:
+    """Adds up the time that the compute stream spends between `start` and `stop`, without waiting for it.
+
+    What the stream itself waits for belongs outside the pairs. Gaps between kernels are counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._begun: Any = None
+        self._times: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        self._begun = self._event()
+
+    def stop(self) -> None:
+        if self._begun is not None:
+            self._times.append((self._begun, self._event()))
+            self._begun = None
+
+    def take_s(self) -> float | None:
+        """Seconds of the pairs that ended since the last call; `None` on a CPU device."""
+        return None if self._device is None else _take_ended_s(self._times)
+
+    def _event(self) -> Any:
+        if self._device is None:
+            return None
+        event = _cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _check_copy(source: Tensor, out: Tensor) -> None:
+    if source.shape != out.shape or source.dtype != out.dtype:
+        raise ValueError(
+            f"a copy over the link keeps shape and dtype: {tuple(source.shape)} {source.dtype} "
+            f"to {tuple(out.shape)} {out.dtype}"
+        )
+    if not (source.is_contiguous() and out.is_contiguous()):
+        # torch would stage it through a temporary of the caching allocator, off the books.
+        raise ValueError("a copy over the link is of contiguous tensors")
+
+
+def _take_ended_s(times: list[tuple[Any, Any]]) -> float:
+    total_s, running = 0.0, []
+    for start, end in times:
+        if end.query():
+            total_s += start.elapsed_time(end) / 1e3
+        else:
+            running.append((start, end))
+    times[:] = running
+    return total_s

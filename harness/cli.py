@@ -1,0 +1,516 @@
+"""The command line: flags become typed objects, and the room that does the work is called.
+
+Nothing here measures or lays out a table. What does not need torch does not import it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from engines.base import UserError
+from harness import __version__
+
+app = typer.Typer(
+    name="lspzo-bench",
+    help=(
+        "Can this machine fine-tune this model by offloading, how slow, how good, with which method? "
+        "Probe the machine, predict, measure every method in its own process, and write the decision up."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+criteria_app = typer.Typer(
+    help="Write down what would count as success, before measuring.", no_args_is_help=True
+)
+app.add_typer(criteria_app, name="criteria")
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="A hub id, a local folder, or a named shape (see `lspzo-bench models`)."),
+]
+RandomWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--random-weights/--pretrained",
+        help="Seeded random weights instead of a checkpoint. Named shapes need it.",
+        show_default=False,
+    ),
+]
+Untied = Annotated[
+    bool | None,
+    typer.Option("--untied/--as-published", help="Give the output head its own tensor.", show_default=False),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="random, builtin, or a file: .txt text, .tsv/.jsonl labelled, .json/.jsonl instructions.",
+    ),
+]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out file of the same kind.")]
+Engines = Annotated[
+    str | None,
+    typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per micro-batch.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence.")]
+Accumulation = Annotated[int | None, typer.Option("--accumulation", help="Micro-batches per step.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Steps after the warm-up.")]
+WarmupSteps = Annotated[
+    int | None, typer.Option("--warmup-steps", help="First steps, kept and flagged but not counted.")
+]
+EvalBatches = Annotated[
+    int | None,
+    typer.Option("--eval-batches", help="Held-out batches evaluated before and after; 0 for none."),
+]
+DtypeOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option("--dtype", help="Weights and forward pass."),
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing", help="Recompute activations in backward.", show_default=False
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and perturbations.")]
+Vram = Annotated[str | None, typer.Option("--vram", help="Cap on GPU memory, such as 24GB or 8GiB.")]
+HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Cap on a run's host memory.")]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", help="Seconds one run may take, set-up included.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it."
+    ),
+]
+JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
+Profile = Annotated[
+    Path | None, typer.Option("--profile", help="A machine as JSON from `probe`. [default: probe now]")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")]
+Criteria = Annotated[
+    Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
+]
+Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")]
+RequireGpu = Annotated[bool, typer.Option("--require-gpu", help="Exit 7 if there is no GPU.")]
+FailOn = Annotated[
+    str | None,
+    typer.Option(
+        "--fail-on",
+        help="Exit 3, 4 or 5 on these verdicts: no-go, conditional, inconclusive (comma-separated).",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def probe(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also save the profile to this JSON file.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    require_gpu: RequireGpu = False,
+) -> None:
+    """Measure this machine: GPU, link, CPU, memory."""
+    from harness.show import Progress, console
+    from profiles.documents import to_json
+    from profiles.machine import save_machine
+    from profiles.probe import probe_machine
+    from profiles.show import machine_table
+
+    with Progress(quiet) as progress:
+        machine = probe_machine(progress.update)
+    if out is not None:
+        save_machine(machine, out)
+    if as_json:
+        typer.echo(to_json(machine), nl=False)
+    else:
+        console().print(machine_table(machine))
+    if require_gpu and machine.gpu is None:
+        typer.echo(f"error: no GPU: {machine.gpu_absent_reason}", err=True)
+        raise typer.Exit(7)
+
+
+@app.command()
+def recommend(
+    model: Model = None,
+    random_weights: RandomWeights = None,
+    untied: Untied = None,
+    engines: Engines = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    accumulation: Accumulation = None,
+    dtype: DtypeOption = None,
+    checkpointing: Checkpointing = None,
+    vram: Vram = None,
+    host_memory: HostMemory = None,
+    set_: Set = None,
+    job_file: JobFile = None,
+    profile: Profile = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Plan every method for a job on a machine: does it fit, how slow, what limits it, with which knobs."""
+    from harness.line import find_machine, plan_job
+    from harness.show import console, plans_table
+    from profiles.documents import to_json
+
+    given = _given(
+        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
+        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, dtype=dtype,
+        checkpointing=checkpointing, vram=vram, host_memory=host_memory,
+    )  # fmt: skip
+    names = _engine_names(engines)
+    job = _job(given, set_, job_file, names)
+    machine = find_machine(profile, quiet=quiet)
+    shape, plans = plan_job(job, machine, names)
+    if as_json:
+        typer.echo(to_json(tuple(plans)), nl=False)
+    else:
+        console().print(plans_table(shape, job, machine, plans))
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    random_weights: RandomWeights = None,
+    untied: Untied = None,
+    engines: Engines = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    accumulation: Accumulation = None,
+    steps: Steps = None,
+    warmup_steps: WarmupSteps = None,
+    eval_batches: EvalBatches = None,
+    dtype: DtypeOption = None,
+    checkpointing: Checkpointing = None,
+    seed: Seed = None,
+    vram: Vram = None,
+    host_memory: HostMemory = None,
+    timeout: Timeout = None,
+    set_: Set = None,
+    job_file: JobFile = None,
+    profile: Profile = None,
+    rounds: Rounds = 2,
+    criteria: Criteria = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every plan, each in its own process, interleaved; one record per run, kept whatever happens."""
+    from harness.line import compare_job
+    from harness.show import console, runs_table
+    from profiles.documents import to_json
+
+    given = _given(
+        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
+        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
+        warmup_steps=warmup_steps, eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing,
+        seed=seed, vram=vram, host_memory=host_memory, timeout=timeout,
+    )  # fmt: skip
+    names = _engine_names(engines)
+    job = _job(given, set_, job_file, names)
+    folder = out or _default_out("compare", job.model.name)
+    runs = compare_job(
+        job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
+        dry_run=dry_run, quiet=quiet,
+    )  # fmt: skip
+    if runs is None:
+        return
+    if as_json:
+        typer.echo(to_json(tuple(runs)), nl=False)
+    else:
+        console().print(runs_table(runs))
+        typer.echo(str(folder))
+    _exit_for(runs)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
+    criteria: Criteria = None,
+    fail_on: FailOn = None,
+    readme_table: Annotated[
+        bool,
+        typer.Option(
+            "--readme-table", help="Print one Markdown table of all published folders below FOLDER."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
+    from profiles.documents import to_json
+    from reports.decide import exit_code, parse_fail_on
+    from reports.render import methods_table_markdown, published_folders, write_report
+
+    if readme_table:
+        typer.echo(methods_table_markdown(published_folders(folder)), nl=False)
+        return
+    gates = parse_fail_on(fail_on)
+    verdict = write_report(folder, criteria)
+    typer.echo(to_json(verdict) if as_json else f"{verdict.state}: {verdict.sentence}", nl=not as_json)
+    if not as_json:
+        typer.echo(str(folder / "report.html"))
+    raise typer.Exit(exit_code(verdict, gates))
+
+
+@criteria_app.command("init")
+def criteria_init(
+    path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
+) -> None:
+    """Write a criteria file to edit before the first measurement."""
+    from profiles.documents import write_whole
+    from reports.criteria import init_text
+
+    if path.exists():
+        raise UserError(str(path), "exists already", "name another path, or delete it first")
+    write_whole(path, init_text())
+    typer.echo(str(path))
+
+
+@app.command()
+def poc(
+    model: Model = None,
+    random_weights: RandomWeights = None,
+    untied: Untied = None,
+    preset: Preset = "quick",
+    engines: Engines = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    accumulation: Accumulation = None,
+    steps: Steps = None,
+    warmup_steps: WarmupSteps = None,
+    eval_batches: EvalBatches = None,
+    dtype: DtypeOption = None,
+    checkpointing: Checkpointing = None,
+    seed: Seed = None,
+    vram: Vram = None,
+    host_memory: HostMemory = None,
+    timeout: Timeout = None,
+    set_: Set = None,
+    job_file: JobFile = None,
+    profile: Profile = None,
+    rounds: Rounds = 2,
+    criteria: Criteria = None,
+    fail_on: FailOn = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    require_gpu: RequireGpu = False,
+) -> None:
+    """The whole line in one go: probe, recommend, compare, report. Its last line is the report's path."""
+    from harness.line import proof_of_concept
+    from harness.presets import preset_values
+    from profiles.nvml import open_device
+    from reports.decide import exit_code, parse_fail_on
+
+    gates = parse_fail_on(fail_on)
+    given = _given(
+        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
+        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
+        warmup_steps=warmup_steps, eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing,
+        seed=seed, vram=vram, host_memory=host_memory, timeout=timeout,
+    )  # fmt: skip
+    names = _engine_names(engines)
+    base = preset_values(preset, has_gpu=open_device() is not None) if preset else {}
+    if model is not None and "random_weights" not in given.get("model", {}):
+        base.get("model", {}).pop("random_weights", None)
+    job = _job(given, set_, job_file, names, base)
+    folder = out or _default_out("poc", job.model.name)
+    verdict, runs = proof_of_concept(
+        job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
+        require_gpu=require_gpu,
+    )  # fmt: skip
+    typer.echo(f"{verdict.state}: {verdict.sentence}")
+    typer.echo(str(folder / "report.html"))
+    code = exit_code(verdict, gates)
+    if code:
+        raise typer.Exit(code)
+    _exit_for(runs)
+
+
+@app.command()
+def run(
+    engine: Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")],
+    model: Model = None,
+    random_weights: RandomWeights = None,
+    untied: Untied = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    accumulation: Accumulation = None,
+    steps: Steps = None,
+    eval_batches: EvalBatches = None,
+    dtype: DtypeOption = None,
+    checkpointing: Checkpointing = None,
+    seed: Seed = None,
+    vram: Vram = None,
+    set_: Set = None,
+    job_file: JobFile = None,
+    save_every: Annotated[
+        int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 for none.")
+    ] = 0,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder."""
+    from harness.show import Progress
+    from harness.train import train
+
+    given = _given(
+        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
+        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
+        eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing, seed=seed, vram=vram,
+    )  # fmt: skip
+    given["warmup_steps"] = 0
+    (name,) = _engine_names(engine)
+    job = _job(given, set_, job_file, [name])
+    folder = out or _default_out("run", job.model.name)
+    with Progress(quiet) as progress:
+        exported = train(job, name, folder, save_every=save_every, resume=resume, progress=progress)
+    typer.echo(str(exported))
+
+
+@app.command("engines")
+def engines_command(as_json: Json = False) -> None:
+    """List the engines, what each is, whether it can run here, and its knobs."""
+    from harness.show import console, engines_json, engines_table
+
+    if as_json:
+        typer.echo(engines_json(), nl=False)
+    else:
+        console().print(engines_table())
+
+
+@app.command("models")
+def models_command(as_json: Json = False) -> None:
+    """List the named shapes that `--model NAME --random-weights` takes."""
+    from harness.show import console, models_json, models_table
+
+    if as_json:
+        typer.echo(models_json(), nl=False)
+    else:
+        console().print(models_table())
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """The job fields that the user gave, nested as `harness.job.Job` has them."""
+    from profiles.units import parse_bytes
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    nested: dict[str, Any] = {}
+    if "model" in given:
+        nested.setdefault("model", {})["name"] = given.pop("model")
+    for name in ("random_weights", "untied"):
+        if name in given:
+            nested.setdefault("model", {})[name] = given.pop(name)
+    for flag, name in (("data", "train"), ("eval_data", "evaluate")):
+        if flag in given:
+            nested.setdefault("data", {})[name] = given.pop(flag)
+    for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
+        if flag in given:
+            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag))
+    if "timeout" in given:
+        nested.setdefault("limits", {})["timeout_s"] = given.pop("timeout")
+    return {**given, **nested}
+
+
+def _job(
+    given: dict[str, Any],
+    assignments: list[str] | None,
+    job_file: Path | None,
+    engines: list[str],
+    base: dict[str, Any] | None = None,
+) -> Any:
+    """Preset, then job file, then flags; the later wins field by field."""
+    from harness.job import job_values, make_job
+    from harness.knobs import parse_assignments
+
+    values: dict[str, Any] = base or {}
+    if job_file is not None:
+        values = _merged(values, job_values(job_file))
+    values = _merged(values, given)
+    if assignments:
+        values = _merged(values, {"settings": parse_assignments(assignments, engines)})
+    if "name" not in values.get("model", {}):
+        raise UserError(
+            "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
+        )
+    return make_job(values, "job")
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _engine_names(engines: str | None) -> list[str]:
+    from engines import ENGINES, entry
+
+    if engines is None:
+        return [name for name in ENGINES if name != "scripted"]
+    names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
+    for name in names:
+        entry(name)
+    if not names:
+        raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
+    return names
+
+
+def _default_out(what: str, model: str) -> Path:
+    """A new folder below `out/`, so that one run's results never meet another's."""
+    stem = f"{what}_{Path(model).name}"
+    number = 1
+    while (folder := Path("out") / f"{stem}_{number:03d}").exists():
+        number += 1
+    return folder
+
+
+def _exit_for(runs: Any) -> None:
+    """Exit 8 if a run failed; what cannot run here was not a failure."""
+    if any(run.end_state not in ("ok", "not_available", "skipped_infeasible") for run in runs):
+        raise typer.Exit(8)

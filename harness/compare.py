@@ -1,0 +1,351 @@
+"""A sweep: every plan, `rounds` times, interleaved, one record per run, and its resumption. No torch.
+
+`<out>/job.toml` and `<out>/plans.json` say what is compared, `<out>/criteria.toml` by what it will be
+judged, `<out>/runs/<id>.json` what happened. All are written whole or not at all, so that a sweep that
+was killed at any moment can be resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from engines.base import ModelShape, UserError
+from harness.environment import read_environment
+from harness.job import Job, load_job, save_job
+from harness.launch import WORK, Outcome, Progress, Stepped, launch
+from harness.result import (
+    CriteriaStamp,
+    Environment,
+    Predicted,
+    Run,
+    RunModel,
+    Summary,
+    load_run,
+    save_run,
+)
+from harness.worker import Request
+from profiles.documents import read_document, to_json, write_whole
+from profiles.nvml import open_device
+from profiles.plan import Plan
+
+PLANS_VERSION = 1
+"""Schema version of plans.json."""
+
+WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml"})
+"""Files that may lie in a new folder for results."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One run to do: a plan in a round."""
+
+    id: str
+    engine: str
+    plan: Plan
+    round: int
+    """From 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """What a sweep is about to do. Told once, first."""
+
+    kept: tuple[str, ...]
+    """Ids of runs whose records are there."""
+    to_run: tuple[str, ...]
+    """Ids in order of running."""
+    again: Mapping[str, str]
+    """Those of `to_run` that have a record which does not count, and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    cell: Cell
+    index: int
+    """Position among all cells of the sweep, from 0."""
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    run: Run
+    index: int
+    total: int
+
+
+Event = Planned | Started | Progress | Stepped | Ended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plans:
+    plans: tuple[Plan, ...]
+    schema_version: int = PLANS_VERSION
+
+
+def grid(job: Job, plans: Sequence[Plan], rounds: int) -> list[Cell]:
+    """Every plan once per round, each round in the reverse order of the one before (A B B A).
+
+    A machine that warms up or slows down then favours no method. Ids say engine, what is run, and
+    round; they do not depend on predictions. Raises `UserError` if two plans would run the same.
+    """
+    names = [f"{plan.engine}-{_hash(job, plan)}" for plan in plans]
+    for name, plan in zip(names, plans, strict=True):
+        if names.count(name) > 1:
+            raise UserError(
+                f"engine '{plan.engine}'", "is planned twice with the same settings", "name it once"
+            )
+    pairs = list(zip(names, plans, strict=True))
+    return [
+        Cell(id=f"{name}-r{round_}", engine=plan.engine, plan=plan, round=round_)
+        for round_ in range(1, rounds + 1)
+        for name, plan in (pairs if round_ % 2 else reversed(pairs))
+    ]
+
+
+def compare(
+    job: Job,
+    shape: ModelShape,
+    plans: Sequence[Plan],
+    out: Path,
+    *,
+    rounds: int = 1,
+    resume: bool = False,
+    criteria: Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    before_first: Callable[[], None] = lambda: None,
+) -> list[Run]:
+    """Run what is missing of the grid and return all its records, in the order of the grid.
+
+    A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine that has a plan in
+    `out` keeps it, for its runs to be alike. `before_first` is called once `out` is known to be usable.
+
+    Raises `UserError` if `out` is in use, was made for another job or other criteria, or cannot be
+    written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
+    """
+    in_use = bool(_entries(out))
+    if in_use and not resume:
+        raise UserError(
+            str(out), "is not empty", "add --resume to do what is missing there, or name another --out"
+        )
+    if in_use:
+        plans = _check_resumed(job, plans, out)
+    cells = grid(job, plans, rounds)
+    criteria_sha256 = _settle_criteria(criteria, out)
+    _write_intent(job, plans, out)
+    shutil.rmtree(out / WORK, ignore_errors=True)  # of a sweep that was killed
+    before_first()
+
+    kept, again = _find_records(cells, out)
+    to_run = tuple(cell.id for cell in cells if cell.id not in kept)
+    on_event(Planned(kept=tuple(cell.id for cell in cells if cell.id in kept), to_run=to_run, again=again))
+    environment = read_environment()
+    device = open_device()
+    runs: list[Run] = []
+    for index, cell in enumerate(cells):
+        if cell.id in kept:
+            runs.append(kept[cell.id])
+            continue
+        on_event(Started(cell=cell, index=index, total=len(cells)))
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        if cell.plan.fits:
+            request = Request(id=cell.id, job=job, shape=shape, plan=cell.plan)
+            outcome = launch(request, out, device=device, on_event=on_event)
+        else:
+            outcome = Outcome(
+                end_state="skipped_infeasible" if cell.plan.available else "not_available",
+                end_reason=cell.plan.why_not or "the plan does not fit",
+                samples=(),
+                summary=Summary(),
+                by_user=False,
+            )
+        stamp = None if criteria_sha256 is None else CriteriaStamp(sha256=criteria_sha256, time=began)
+        run = _record(cell, job, shape, outcome, began, environment, stamp)
+        save_run(run, _record_path(out, cell.id))
+        runs.append(run)
+        on_event(Ended(run=run, index=index, total=len(cells)))
+        if outcome.by_user:
+            raise KeyboardInterrupt
+    return runs
+
+
+def _hash(job: Job, plan: Plan) -> str:
+    """Of what decides a run: the job, the engine and its settings."""
+    what = [_dump(job), plan.engine, plan.settings]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode("utf-8")).hexdigest()[:8]
+
+
+def _dump(job: Job) -> dict[str, Any]:
+    dumped: dict[str, Any] = TypeAdapter(Job).dump_python(job, mode="json")
+    return dumped
+
+
+def _record_path(out: Path, run_id: str) -> Path:
+    return out / "runs" / f"{run_id}.json"
+
+
+def _record(
+    cell: Cell,
+    job: Job,
+    shape: ModelShape,
+    outcome: Outcome,
+    began: str,
+    environment: Environment,
+    stamp: CriteriaStamp | None,
+) -> Run:
+    told = cell.plan.prediction
+    return Run(
+        id=cell.id,
+        end_state=outcome.end_state,
+        end_reason=outcome.end_reason,
+        engine=cell.engine,
+        round=cell.round,
+        time=began,
+        model=RunModel(
+            name=job.model.name, random_weights=job.model.random_weights, parameters=shape.parameters
+        ),
+        job=_dump(job),
+        plan=cell.plan,
+        samples=outcome.samples,
+        summary=outcome.summary,
+        predicted=Predicted(
+            step_s_low=told.step_s_low,
+            step_s=told.step_s,
+            step_s_high=told.step_s_high,
+            peak_gpu_bytes=told.peak_gpu_bytes,
+            peak_host_bytes=told.peak_host_bytes,
+            bottleneck=told.bottleneck,
+            basis=told.basis,
+        ),
+        environment=environment,
+        criteria=stamp,
+    )
+
+
+def _entries(out: Path) -> set[str]:
+    """Names in `out` that say it is in use."""
+    try:
+        return {path.name for path in out.iterdir()} - WRITTEN_BEFORE
+    except FileNotFoundError:
+        return set()
+    except NotADirectoryError:
+        raise UserError(str(out), "is a file, not a folder for results", "name another --out") from None
+    except PermissionError:
+        raise UserError(
+            str(out), "this folder may not be read", "change its permissions or name another --out"
+        ) from None
+
+
+def _check_resumed(job: Job, plans: Sequence[Plan], out: Path) -> list[Plan]:
+    """The plans to run: those in `out` for the engines that have one, the given ones for others."""
+    if not (out / "job.toml").exists():
+        raise UserError(str(out), "holds no comparison to resume (no job.toml)", "name another --out")
+    changed = _first_difference(_dump(load_job(out / "job.toml")), _dump(job))
+    if changed is not None:
+        field, before, now = changed
+        raise UserError(
+            f"--resume {out}",
+            f"the job differs in '{field}' (was {before}, is now {now})",
+            "give the earlier value, or name another --out",
+        )
+    earlier = _earlier_plans(out)
+    chosen: list[Plan] = []
+    for plan in plans:
+        kept = [one for one in earlier if one.engine == plan.engine]
+        chosen += [one for one in kept or [plan] if one not in chosen]
+    return chosen
+
+
+def _earlier_plans(out: Path) -> tuple[Plan, ...]:
+    path = out / "plans.json"
+    if not path.exists():  # killed before it was written, so before the first run
+        return ()
+    return read_document(path, _Plans, PLANS_VERSION, "list of plans").plans
+
+
+def _write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
+    """job.toml first: its presence says that the folder holds a comparison."""
+    if not (out / "job.toml").exists():
+        save_job(job, out / "job.toml")
+    engines = {plan.engine for plan in plans}
+    others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
+    write_whole(out / "plans.json", to_json(_Plans(plans=(*others, *plans))))
+
+
+def _settle_criteria(criteria: Path | None, out: Path) -> str | None:
+    """Keep a copy of the criteria in `out`; its hash. Once runs began, criteria do not change."""
+    kept = out / "criteria.toml"
+    if criteria is not None:
+        text = _read_criteria(criteria)
+        if kept.exists():
+            earlier = _read_criteria(kept)
+            changed = _first_difference(tomllib.loads(earlier), tomllib.loads(text))
+            if changed is not None:
+                field, before, now = changed
+                raise UserError(
+                    str(criteria),
+                    f"differs from {kept} in '{field}' (was {before}, is now {now})",
+                    "criteria are written down before measuring: name another --out to start anew",
+                )
+        elif (out / "job.toml").exists():
+            raise UserError(
+                str(criteria),
+                "the earlier runs were made without criteria",
+                "criteria are written down before measuring: name another --out to start anew",
+            )
+        else:
+            write_whole(kept, text)
+    if not kept.exists():
+        return None
+    return hashlib.sha256(kept.read_bytes()).hexdigest()
+
+
+def _read_criteria(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tomllib.loads(text)
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
+    return text
+
+
+def _find_records(cells: Sequence[Cell], out: Path) -> tuple[dict[str, Run], dict[str, str]]:
+    """Records that count, by id, and for those that do not, why."""
+    kept: dict[str, Run] = {}
+    again: dict[str, str] = {}
+    for cell in cells:
+        path = _record_path(out, cell.id)
+        if not path.exists():
+            continue
+        try:
+            run = load_run(path)
+        except UserError as error:
+            again[cell.id] = error.why
+            continue
+        if run.end_state == "interrupted":
+            again[cell.id] = "was interrupted"
+        else:
+            kept[cell.id] = run
+    return kept, again
+
+
+def _first_difference(before: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name, old and new value of the first field in which two documents differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            found = _first_difference(before.get(key), now.get(key), f"{field}.{key}" if field else key)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (field, before, now)

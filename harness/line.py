@@ -1,0 +1,144 @@
+"""The line itself: Machine + Job -> Plans -> Runs -> Verdict. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from engines.base import ModelShape
+from harness.compare import compare, grid
+from harness.job import Job
+from harness.launch import launch_probe
+from harness.result import Run
+from harness.shapes import resolve_shape
+from harness.show import CompareProgress, console, grid_table, plans_table
+from profiles.machine import Machine, load_machine, save_machine
+from profiles.plan import Plan
+from profiles.recommend import recommend, why_first
+from profiles.show import machine_table
+from reports.decide import Verdict
+from reports.render import write_report
+
+
+def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None) -> Machine:
+    """The machine of `profile`, else the one saved at `known`, else this one, measured now."""
+    if profile is not None:
+        return load_machine(profile)
+    if known is not None and known.exists():
+        return load_machine(known)
+    return launch_probe(quiet=quiet)
+
+
+def plan_job(job: Job, machine: Machine, engines: Sequence[str]) -> tuple[ModelShape, list[Plan]]:
+    """The model's shape and one plan per engine, the recommended first."""
+    shape = resolve_shape(job)
+    plans = recommend(
+        machine,
+        shape,
+        job.workload,
+        engines,
+        job.settings,
+        vram_bytes=job.limits.vram_bytes,
+        host_bytes=job.limits.host_bytes,
+        job_arguments=job_arguments(job),
+    )
+    return shape, plans
+
+
+def compare_job(
+    job: Job,
+    engines: Sequence[str],
+    out: Path,
+    *,
+    profile: Path | None,
+    rounds: int,
+    criteria: Path | None,
+    resume: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> list[Run] | None:
+    """Plan and run; `None` after a dry run. Keeps the machine beside the runs."""
+    machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
+    shape, plans = plan_job(job, machine, engines)
+    if dry_run:
+        console().print(grid_table(grid(job, plans, rounds)))
+        return None
+    return _measure(
+        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
+    )
+
+
+def proof_of_concept(
+    job: Job,
+    engines: Sequence[str],
+    out: Path,
+    *,
+    profile: Path | None,
+    rounds: int,
+    criteria: Path | None,
+    resume: bool,
+    quiet: bool,
+    require_gpu: bool,
+) -> tuple[Verdict, list[Run]]:
+    """Probe, recommend, compare, report. Exits 7 without a GPU if one is required."""
+    notes = console(stderr=True, quiet=quiet)
+    machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
+    if require_gpu and machine.gpu is None:
+        sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
+        raise typer.Exit(7)
+    notes.print(machine_table(machine))
+    shape, plans = plan_job(job, machine, engines)
+    notes.print(plans_table(shape, job, machine, plans))
+    notes.print(why_first(plans))
+    runs = _measure(
+        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
+    )
+    return write_report(out, None), runs
+
+
+def _measure(
+    job: Job,
+    shape: ModelShape,
+    plans: Sequence[Plan],
+    machine: Machine,
+    out: Path,
+    *,
+    rounds: int,
+    criteria: Path | None,
+    resume: bool,
+    quiet: bool,
+) -> list[Run]:
+    with CompareProgress(quiet) as progress:
+        return compare(
+            job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria, on_event=progress.update,
+            before_first=lambda: save_machine(machine, out / "machine.json"),
+        )  # fmt: skip
+
+
+def job_arguments(job: Job) -> str:
+    """The flags that give this job, for commands that a person can paste."""
+    parts = [f"--model {job.model.name}"]
+    if job.model.random_weights:
+        parts.append("--random-weights")
+    if job.model.untied:
+        parts.append("--untied")
+    parts.append(f"--data {job.data.train}")
+    if job.data.evaluate is not None:
+        parts.append(f"--eval-data {job.data.evaluate}")
+    parts.append(f"--batch-size {job.batch_size} --seq-len {job.seq_len} --dtype {job.dtype}")
+    if job.accumulation != 1:
+        parts.append(f"--accumulation {job.accumulation}")
+    parts.append("--checkpointing" if job.checkpointing else "--no-checkpointing")
+    parts.append(f"--steps {job.steps} --warmup-steps {job.warmup_steps} --seed {job.seed}")
+    if job.eval_batches:
+        parts.append(f"--eval-batches {job.eval_batches}")
+    if job.limits.vram_bytes is not None:
+        parts.append(f"--vram {job.limits.vram_bytes}B")
+    if job.limits.host_bytes is not None:
+        parts.append(f"--host-memory {job.limits.host_bytes}B")
+    for engine, settings in job.settings.items():
+        parts.extend(f"--set {engine}.{key}={value}" for key, value in settings.items())
+    return " ".join(parts)

@@ -1,0 +1,187 @@
+"""The only clock of runs: warm-up, measured steps, evaluation, peaks and energy of one engine.
+
+A step lasts from one return of `Engine.step` to the next, so it holds everything a user waits for:
+the next batch, the step, and whatever the engine still had in flight from the step before. The engine
+is drained before the first measured step, and again after the last one, where the time of draining is
+added to the last sample: the samples then add up to the time in which exactly the measured steps were
+done, no work borrowed from the warm-up and none left over.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats
+from harness.job import Job
+from harness.result import Sample, Summary
+from harness.stats import step_statistics
+
+ENERGY_WINDOW_S = 1.0
+"""Shortest measured window whose energy is reported: NVML's counter moves every 20 to 100 ms."""
+
+OnSample = Callable[[Sample, StepStats | None], None]
+
+
+class StepData(Protocol):
+    """What `harness.data.Data` offers to a run."""
+
+    @property
+    def evaluation(self) -> Sequence[Batch]: ...
+
+    def step_batches(self, step: int) -> Sequence[Batch]: ...
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """What a run has yielded so far. Outlives the exception that ends the run."""
+
+    tokens_per_step: int
+    steps: list[tuple[Sample, StepStats | None]] = field(default_factory=list)
+    setup_s: float | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    energy_j: float | None = None
+    """GPU board, per step."""
+    pinned_bytes: int | None = None
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(sample for sample, _ in self.steps)
+
+    def summary(self) -> Summary:
+        """Statistics of what there is; `None` where nothing was measured."""
+        steps = step_statistics(self.samples, self.tokens_per_step)
+        measured = [
+            (sample, stats) for sample, stats in self.steps if stats is not None and not sample.warmup
+        ]
+        first = self.evaluations[0] if self.evaluations else None
+        last = self.evaluations[-1] if len(self.evaluations) > 1 else None
+        return Summary(
+            step_s_median=steps.step_s_median,
+            step_s_low=steps.step_s_low,
+            step_s_high=steps.step_s_high,
+            tokens_per_s=steps.tokens_per_s,
+            loss_first=steps.loss_first,
+            loss_last=steps.loss_last,
+            eval_loss_first=None if first is None else first.loss,
+            eval_loss_last=None if last is None else last.loss,
+            eval_accuracy_first=None if first is None else first.accuracy,
+            eval_accuracy_last=None if last is None else last.accuracy,
+            setup_s=self.setup_s,
+            pinned_bytes=self.pinned_bytes,
+            energy_j=self.energy_j,
+            gpu_s=_median([stats.gpu_s for _, stats in measured]),
+            h2d_s=_median([stats.h2d_s for _, stats in measured]),
+            d2h_s=_median([stats.d2h_s for _, stats in measured]),
+            cpu_s=_median([stats.cpu_s for _, stats in measured]),
+            idle_s=_median(
+                [
+                    None if stats.gpu_s is None else max(0.0, sample.step_s - stats.gpu_s)
+                    for sample, stats in measured
+                ]
+            ),
+            h2d_bytes=_median_count([stats.h2d_bytes for _, stats in measured]),
+            d2h_bytes=_median_count([stats.d2h_bytes for _, stats in measured]),
+        )
+
+
+def measure(
+    engine: Engine,
+    blueprint: Any,
+    data: StepData,
+    job: Job,
+    recording: Recording,
+    *,
+    clock: Callable[[], float] | None = None,
+    energy_j: Callable[[], float | None] | None = None,
+    on_sample: OnSample = lambda sample, stats: None,
+) -> None:
+    """Set `engine` up and run the job's warm-up and steps, with an evaluation before and after if asked.
+
+    `blueprint` is a `Blueprint`, or `None` for an engine without a model. `recording` is filled as the run goes, and keeps what there is when an exception ends it.
+    `clock` in place of the real one is for engines that play a script. `energy_j` reads the GPU's energy
+    counter in joules. Raises `NonFiniteLoss` and all that the engine raises.
+    """
+    clock = clock or time.perf_counter
+    started_s = clock()
+    engine.setup(blueprint)
+    engine.synchronize()
+    recording.setup_s = clock() - started_s
+    if blueprint is not None:
+        blueprint.release()  # or the peak of host memory would hold a checkpoint that nobody reads any more
+    recording.pinned_bytes = engine.pinned_bytes
+    evaluate = job.eval_batches > 0
+    if evaluate:
+        recording.evaluations.append(engine.evaluate(data.evaluation))
+    _run_steps(engine, data, job, recording, clock, energy_j, on_sample)
+    if evaluate:
+        recording.evaluations.append(engine.evaluate(data.evaluation))
+
+
+def _run_steps(
+    engine: Engine,
+    data: StepData,
+    job: Job,
+    recording: Recording,
+    clock: Callable[[], float],
+    energy_j: Callable[[], float | None] | None,
+    on_sample: OnSample,
+) -> None:
+    total = job.warmup_steps + job.steps
+    energy_start_j: float | None = None
+    window_start_s = last_s = clock()
+
+    def record(step: int, step_s: float, stats: StepStats | None) -> None:
+        loss = stats.loss if stats is not None and math.isfinite(stats.loss) else None
+        sample = Sample(step=step, warmup=step < job.warmup_steps, step_s=step_s, loss=loss)
+        recording.steps.append((sample, stats))
+        on_sample(sample, stats)
+
+    for step in range(total):
+        if step == job.warmup_steps:
+            engine.synchronize()
+            energy_start_j = energy_j() if energy_j is not None else None
+            window_start_s = last_s = clock()
+        try:
+            stats = engine.step(data.step_batches(step))
+        except NonFiniteLoss:
+            record(step, clock() - last_s, None)
+            raise
+        try:
+            if step == total - 1:
+                engine.synchronize()
+        finally:  # a failure while draining does not lose the step
+            now_s = clock()
+            record(step, now_s - last_s, stats)
+        last_s = now_s
+        if not math.isfinite(stats.loss):
+            raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")
+    if energy_j is not None and energy_start_j is not None and last_s - window_start_s >= ENERGY_WINDOW_S:
+        energy_end_j = energy_j()
+        if energy_end_j is not None:
+            recording.energy_j = (energy_end_j - energy_start_j) / job.steps
+
+
+def gpu_peaks() -> tuple[int | None, int | None]:
+    """Peak bytes (allocated, reserved) of torch's CUDA allocator in this process; `None` without CUDA.
+
+    Never imports torch: a run that has not imported it has no peak.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None, None
+    return int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved())
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _median_count(values: Sequence[int]) -> int | None:
+    return statistics.median_low(values) if values else None

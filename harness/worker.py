@@ -1,0 +1,257 @@
+"""The child: one run in one process. Started by `harness.launch`, and by nothing else.
+
+`python -P -m harness.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, tells of progress and of
+each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens. A child that is
+killed leaves no result; what it had told is then all there is. PARENT is the process to live no longer
+than.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from pydantic import TypeAdapter
+
+from engines import load_engine
+from engines.base import (
+    Batch,
+    Context,
+    InfeasiblePlan,
+    ModelShape,
+    NonFiniteLoss,
+    NotAvailable,
+    StepStats,
+    UserError,
+)
+from engines.settings import parse_settings
+from harness.job import Job
+from harness.measure import Recording, StepData, gpu_peaks, measure
+from harness.result import EndState, Sample, Summary
+from profiles.documents import to_json, write_whole
+from profiles.limits import usable_cores
+from profiles.nvml import open_device
+from profiles.plan import Plan
+
+PR_SET_PDEATHSIG = 1
+"""prctl: the signal that the kernel sends to this process when its parent ends."""
+
+REASON_LENGTH = 300
+"""Characters of an end reason; torch's messages go on for paragraphs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a child is to run."""
+
+    id: str
+    job: Job
+    shape: ModelShape
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a child that was not killed says of its run."""
+
+    end_state: EndState
+    end_reason: str | None
+    samples: tuple[Sample, ...]
+    summary: Summary
+
+
+class _NoData:
+    """For an engine that reads no batches."""
+
+    evaluation: Sequence[Batch] = ()
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        return ()
+
+
+def main(arguments: Sequence[str]) -> int:
+    folder, descriptor, parent_pid = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    _end_with_parent(parent_pid)
+    signal.signal(signal.SIGTERM, _interrupt)
+    request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    # Open to the end: the parent takes the end of the pipe for the end of this process.
+    events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+    result = execute(request, events)
+    write_whole(folder / "result.json", to_json(result))
+    return 0
+
+
+def execute(request: Request, events: IO[str]) -> Result:
+    """Run `request`. Every exception becomes an end state; its traceback goes to stderr."""
+    recording = Recording(tokens_per_step=request.job.workload.tokens_per_step)
+    state: EndState = "ok"
+    reason: str | None = None
+    try:
+        _run(request, recording, events)
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        state, reason = classify(error)
+    allocated, reserved = gpu_peaks()
+    summary = replace(
+        recording.summary(),
+        peak_gpu_allocated_bytes=allocated,
+        peak_gpu_reserved_bytes=reserved,
+        peak_host_bytes=own_peak_bytes(),
+    )
+    return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
+
+
+def _run(request: Request, recording: Recording, events: IO[str]) -> None:
+    job, plan = request.job, request.plan
+
+    def tell(**event: object) -> None:
+        events.write(json.dumps(event) + "\n")
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        tell(what=what, done=done, total=total)
+
+    def on_sample(sample: Sample, stats: StepStats | None) -> None:
+        tell(sample=asdict(sample), stats=None if stats is None else asdict(stats))
+
+    on_progress("importing", 0, 1)
+    engine_class = load_engine(plan.engine)
+    needs_torch = getattr(engine_class, "needs_torch", True)
+    settings = parse_settings(plan.engine, {**plan.settings, **job.settings.get(plan.engine, {})})
+    context = Context(
+        device=_prepare_torch(job.limits.vram_bytes) if needs_torch else "cpu",
+        workload=job.workload,
+        seed=job.seed,
+        total_steps=job.warmup_steps + job.steps,
+        vram_bytes=job.limits.vram_bytes,
+        progress=on_progress,
+    )
+    on_progress("importing", 1, 1)
+    blueprint: Any = None
+    data: StepData = _NoData()
+    energy_j: Callable[[], float | None] | None = None
+    if needs_torch:
+        from harness.data import make_data
+        from harness.models import make_blueprint
+
+        on_progress("data and model", 0, 2)
+        data = make_data(job, request.shape)
+        on_progress("data and model", 1, 2)
+        blueprint = make_blueprint(job, request.shape)
+        on_progress("data and model", 2, 2)
+        device = open_device() if context.device != "cpu" else None
+        energy_j = None if device is None else device.energy_j
+    engine = engine_class(settings, context)
+    try:
+        measure(
+            engine,
+            blueprint,
+            data,
+            job,
+            recording,
+            clock=getattr(engine, "now", None),
+            energy_j=energy_j,
+            on_sample=on_sample,
+        )
+    finally:
+        engine.close()
+
+
+def _prepare_torch(vram_bytes: int | None) -> str:
+    """Threads and the cap on GPU memory; the device to run on. Imports torch.
+
+    The cap holds torch's allocator; CUDA's own context, some 0.5 GB, comes on top.
+    """
+    import torch
+
+    # Explicit: torch would take every core of the host inside a container, or the one of a stray
+    # OMP_NUM_THREADS.
+    torch.set_num_threads(usable_cores().count)
+    if not torch.cuda.is_available():
+        return "cpu"
+    if vram_bytes is not None:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_bytes / total_bytes), 0)
+    return "cuda:0"
+
+
+def classify(error: BaseException) -> tuple[EndState, str]:
+    """End state and one-line reason of the exception that ended a run.
+
+    An exception that says nothing by itself is judged by its cause: engines raise from their threads.
+    """
+    text = _first_line(error)
+    match error:
+        case NotAvailable():
+            return "not_available", text
+        case InfeasiblePlan():
+            return "skipped_infeasible", text
+        case NonFiniteLoss():
+            return "nan_loss", text
+        case UserError():
+            return "crash", text
+        case KeyboardInterrupt():
+            return "interrupted", "stopped by a signal"
+        case MemoryError():
+            return "oom_host", f"host memory could not be allocated{f' ({text})' if text else ''}"
+    whole = str(error).lower()
+    if _failed_to_pin(error, whole):
+        return "pinned_limit", text
+    if type(error).__name__ == "OutOfMemoryError" or re.search(
+        r"cuda out of memory|cuda error: out of memory|cublas_status_alloc_failed", whole
+    ):
+        return "oom_gpu", text
+    if "can't allocate memory" in whole or "cannot allocate memory" in whole:
+        return "oom_host", text
+    if error.__cause__ is not None:
+        state, reason = classify(error.__cause__)
+        if state != "crash":
+            return state, reason
+    return "crash", f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _failed_to_pin(error: BaseException, message: str) -> bool:
+    """torch reports a refused pin as an ordinary CUDA error; the line that asked for it tells."""
+    if re.search(r"cudahostalloc|cudahostregister|pin_memory|pinned memory|page-locked", message):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return "cuda error" in message and bool(frames) and "pin_memory" in (frames[-1].line or "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:REASON_LENGTH] if lines else ""
+
+
+def own_peak_bytes() -> int | None:
+    """Peak resident memory of this process (VmHWM). Not `ru_maxrss`, which outlives exec: it would be
+    the parent's where that was larger."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return None if match is None else int(match[1]) * 1024
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """Be killed when the parent ends, however it ends, also while stuck in foreign code."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it ended before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

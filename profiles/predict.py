@@ -1,0 +1,265 @@
+"""Time and memory of a step, from what it asks of a machine and what the machine can do. Pure; no torch.
+
+    layer time on a resource = amount / measured rate
+    step time = the layers' times combined as the method overlaps them (`engines.costs.overlap`)
+
+Rates are the machine's own figures. What no probe measures is a named constant below with its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.base import LayerTraffic, Traffic, Workload
+from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
+from profiles.machine import Figure, Machine
+from profiles.plan import Prediction
+from profiles.units import format_elements, format_flops, format_rate
+
+GPU_MATMUL_EFFICIENCY = 0.85
+"""Rate of a model's matrix products over that of one large product. H200, 755 TFLOP/s bf16: two forward
+passes of OPT-13B, 112 TFLOP, in 0.184 s and of eight times as many tokens in 1.443 s; 224 TFLOP of forward
+and backward of the 6.7B LLaMA shape in 0.470 s, elementwise traffic taken off."""
+
+CPU_MATMUL_EFFICIENCY = 0.7
+"""The same on a CPU, where attention and small products weigh more. Assumed, not measured."""
+
+LAUNCH_S = 35e-6
+"""Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
+included. When the GPU is faster than this it waits: on an H200 native takes 0.178 s for the 1.3B LLaMA
+shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s without, 0.151 s with)."""
+
+GAUSSIAN_BYTES = 6
+"""Drawing one normal number on a GPU takes as long as moving this many bytes: 0.9 ms for 629 M numbers at
+4.1 TB/s (H200, four numbers per Philox call, the memory traffic of the same kernel taken off)."""
+
+CPU_GAUSSIAN_S = 35e-9
+"""Perturbing by one normal number on a CPU, by torch operations on pieces too small for a second thread:
+33 to 39 ns on a server core."""
+
+WRITE_ALLOCATE = 1.5
+"""Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
+DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
+
+GPU_MODEL_ERROR = 1.3
+"""Factor each way. Measured over predicted lies between 0.9 and 1.15 on the rows of one H200 that the
+constants above were fitted to; another machine may be further off."""
+
+CPU_MODEL_ERROR = 2.0
+"""Without a GPU operations are small and cores are shared, so the closed form is a guide only."""
+
+Side = Literal["low", "value", "high"]
+
+
+class _Absent(Exception):
+    """A figure that the prediction needs is not there."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rates:
+    """Seconds per unit of each resource; only those that the traffic needs are looked up."""
+
+    per_flop_s: float
+    per_gpu_byte_s: float
+    per_gaussian_s: float
+    per_h2d_byte_s: float
+    per_d2h_byte_s: float
+    per_adam_element_s: float
+    per_host_byte_s: float
+
+
+def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Prediction:
+    """Step time with its range, memory and bottleneck of `traffic` on `machine`.
+
+    Without a GPU everything runs on the CPU's cores one after the other, and what a GPU would hold counts
+    as host memory. Times are `None` if the profile lacks a figure that they rest on; `basis` names it.
+    """
+    on_gpu = machine.gpu is not None
+    gpu_bytes, host_bytes = traffic.peak_gpu_bytes, traffic.peak_host_bytes
+    if not on_gpu:
+        gpu_bytes, host_bytes = 0, gpu_bytes + host_bytes
+    low = expected = high = None
+    bottleneck = None
+    try:
+        times = {side: _layer_times(traffic, machine, workload, side) for side in _SIDES}
+    except _Absent as error:
+        basis = f"No step time: {error}."
+    else:
+        combine = STEP_TIME[traffic.overlap] if on_gpu else serial_s
+        micro_batches = workload.accumulation
+        error_factor = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
+        expected = combine(times["value"], micro_batches)
+        low = combine(times["high"], micro_batches) / error_factor
+        high = combine(times["low"], micro_batches) * error_factor
+        bottleneck = _bottleneck(busy_s(times["value"]), expected)
+        basis = _basis(traffic, machine, workload)
+    return Prediction(
+        step_s_low=low,
+        step_s=expected,
+        step_s_high=high,
+        peak_gpu_bytes=gpu_bytes,
+        peak_host_bytes=host_bytes,
+        pinned_bytes=traffic.pinned_bytes if on_gpu else 0,
+        h2d_bytes=traffic.h2d_bytes,
+        d2h_bytes=traffic.d2h_bytes,
+        bottleneck=bottleneck,
+        basis=basis,
+    )
+
+
+def resource_s(traffic: Traffic, machine: Machine, workload: Workload) -> dict[str, float] | None:
+    """Seconds each resource is busy in a step, expected; `None` if the profile lacks a figure for it."""
+    try:
+        return busy_s(_layer_times(traffic, machine, workload, "value"))
+    except _Absent:
+        return None
+
+
+def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
+    """The busiest resource. Host memory is named where it decides the step's time; otherwise it only does
+    the work of copies and CPU, which have the name then."""
+    host_s = busy["host memory"]
+    if host_s > 0 and host_s >= step_s:
+        return "host memory"
+    others = {name: time_s for name, time_s in busy.items() if name != "host memory"}
+    name = max(others, key=lambda name: others[name])
+    return name if others[name] > 0 else None
+
+
+_SIDES: tuple[Side, ...] = ("low", "value", "high")
+
+
+def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> list[LayerTimes]:
+    """Raises `_Absent`."""
+    rates = _rates(traffic, machine, workload, side)
+    hides_launches = machine.gpu is not None
+    return [_times(layer, rates, hides_launches) for layer in traffic.layers]
+
+
+def _times(layer: LayerTraffic, rates: _Rates, hides_launches: bool) -> LayerTimes:
+    flops = layer.gpu_forward_flops + layer.gpu_backward_flops
+    work = (
+        flops * rates.per_flop_s
+        + layer.gpu_bytes * rates.per_gpu_byte_s
+        + layer.gaussians * rates.per_gaussian_s
+    )
+    launch = layer.launches * LAUNCH_S
+    # A GPU works while the CPU starts the next operation; a CPU does one after the other.
+    gpu_s = max(work, launch) if hides_launches else work + launch
+    return LayerTimes(
+        gpu_s=gpu_s,
+        backward_s=gpu_s * layer.gpu_backward_flops / flops if flops else 0.0,
+        h2d_s=layer.h2d_bytes * rates.per_h2d_byte_s,
+        d2h_s=layer.d2h_bytes * rates.per_d2h_byte_s,
+        cpu_s=layer.cpu_adam_elements * rates.per_adam_element_s,
+        host_s=layer.host_bytes * rates.per_host_byte_s,
+    )
+
+
+def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> _Rates:
+    def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
+        return factor / _rate(*figure(), side) if amount > 0 else 0.0
+
+    host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / WRITE_ALLOCATE)
+    gaussians = sum(layer.gaussians for layer in traffic.layers)
+    memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
+    if machine.gpu is None:
+        efficiency, gaussian_s = CPU_MATMUL_EFFICIENCY, CPU_GAUSSIAN_S
+        # Copies that stay on the host: each byte of the link is read and written.
+        up = down = per(traffic.h2d_bytes + traffic.d2h_bytes, lambda: _host_copy(machine), 2.0)
+    else:
+        efficiency, gaussian_s = GPU_MATMUL_EFFICIENCY, GAUSSIAN_BYTES * memory_byte_s
+        up = per(traffic.h2d_bytes, lambda: _link(machine, traffic, "h2d"))
+        down = per(traffic.d2h_bytes, lambda: _link(machine, traffic, "d2h"))
+    return _Rates(
+        per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
+        per_gpu_byte_s=memory_byte_s,
+        per_gaussian_s=gaussian_s,
+        per_h2d_byte_s=up,
+        per_d2h_byte_s=down,
+        per_adam_element_s=per(
+            traffic.cpu_adam_elements,
+            lambda: ("CPU Adam", machine.cpu.adam_elements_per_s),
+            traffic.cpu_adam_factor,
+        ),
+        per_host_byte_s=host_byte_s,
+    )
+
+
+def _rate(name: str, figure: Figure, side: Side) -> float:
+    """Raises `_Absent` for a figure that is absent or not positive."""
+    if figure.value is None or figure.value <= 0:
+        raise _Absent(f"{name} is not in the machine profile", figure.method)
+    if side == "low" and figure.low is not None and figure.low > 0:
+        return min(figure.low, figure.value)
+    if side == "high" and figure.high is not None:
+        return max(figure.high, figure.value)
+    return figure.value
+
+
+def _host_copy(machine: Machine) -> tuple[str, Figure]:
+    return "host copy bandwidth", machine.memory.copy_bytes_per_s
+
+
+def _memory_copy(machine: Machine) -> tuple[str, Figure]:
+    if machine.gpu is None:
+        return _host_copy(machine)
+    return "GPU copy bandwidth", machine.gpu.copy_bytes_per_s
+
+
+def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
+    if machine.gpu is None:
+        cpu = {"fp32": machine.cpu.matmul_fp32_flops, "bf16": machine.cpu.matmul_bf16_flops}
+        if workload.dtype not in cpu:
+            raise _Absent(f"CPU matrix product in {workload.dtype}", "it is not probed")
+        return f"CPU matrix product in {workload.dtype}", cpu[workload.dtype]
+    gpu = {
+        "fp32": machine.gpu.matmul_fp32_flops,
+        "bf16": machine.gpu.matmul_bf16_flops,
+        "fp16": machine.gpu.matmul_fp16_flops,
+    }
+    return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
+
+
+def _link(machine: Machine, traffic: Traffic, direction: Literal["h2d", "d2h"]) -> tuple[str, Figure]:
+    """The pinned rate of one direction; where both run at once, the rate it has then."""
+    link = machine.link
+    if link is None:
+        raise _Absent("link bandwidth is not in the machine profile", "the profile has a GPU but no link")
+    if traffic.overlap in ("streamed", "layerwise") and traffic.h2d_bytes and traffic.d2h_bytes:
+        figure = link.h2d_duplex_bytes_per_s if direction == "h2d" else link.d2h_duplex_bytes_per_s
+        return f"{direction} bandwidth with both directions busy", figure
+    figure = link.h2d_pinned_bytes_per_s if direction == "h2d" else link.d2h_pinned_bytes_per_s
+    return f"{direction} pinned bandwidth", figure
+
+
+def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
+    """One sentence: the figures, their origin, and the model's own error."""
+    on_gpu = machine.gpu is not None
+    parts = []
+    if traffic.gpu_flops > 0:
+        share = GPU_MATMUL_EFFICIENCY if on_gpu else CPU_MATMUL_EFFICIENCY
+        rate = _told(_matmul(machine, workload), format_flops)
+        parts.append(f"{rate}, of which a model gets {share:.0%}")
+    if traffic.gpu_bytes > 0:
+        parts.append(_told(_memory_copy(machine), format_rate))
+    if on_gpu and traffic.h2d_bytes:
+        parts.append(_told(_link(machine, traffic, "h2d"), format_rate))
+    if on_gpu and traffic.d2h_bytes:
+        parts.append(_told(_link(machine, traffic, "d2h"), format_rate))
+    if traffic.cpu_adam_elements:
+        parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+    overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
+    error = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
+    resources = "; ".join(parts) or "no resource used"
+    return f"Closed form, {overlap}: {resources}; model error a factor of {error:g} each way."
+
+
+def _told(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
+    name, figure = named
+    return f"{name} {formatted(figure.value)} ({figure.origin})"

@@ -1,0 +1,376 @@
+"""Which engine, with which settings, and why: one plan per engine for a job on a machine. Pure; no torch.
+
+A plan fits if its predicted peak, with what CUDA and the allocator need on top, is within the memory it may
+use. Plans that fit come first, the fastest predicted step first. Closed forms throughout: `profiles.predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from engines import entry
+from engines.base import ModelShape, Traffic, Workload
+from engines.costs import traffic as cost_of
+from engines.costs.lsp import core_elements, core_size
+from engines.settings import parse_settings
+from profiles.machine import Machine
+from profiles.plan import Plan
+from profiles.predict import predict, resource_s
+from profiles.units import format_bytes, format_seconds
+
+CONTEXT_BYTES = 600_000_000
+"""What CUDA's context and its libraries' workspaces take of a GPU beside tensors: 0.3 to 0.6 GB."""
+
+FRAGMENTATION = 0.05
+"""Share of the peak that the caching allocator cannot use: 5 to 10 % is common, 2 % was the largest excess
+of measured peaks over predicted ones on an H200."""
+
+FREE_SHARE = 0.10
+"""Share of the GPU that zo2's resident blocks leave free where the user has named no limit."""
+
+AS_FAST = 1.10
+"""A step within this factor of the fastest counts as equally fast."""
+
+LSP_D_STEP = 128
+LSP_MIN_SHARE = 8
+"""The smallest d considered is hidden / 8: published runs go from hidden / 12 to more than hidden / 2."""
+
+FIRST_ORDER = ("native", "torchao-offload", "lsp")
+ZEROTH_ORDER = ("mezo", "zo2")
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """The memory that a plan may use."""
+
+    gpu_bytes: int | None
+    """`None`: there is no GPU."""
+    host_bytes: int
+    pinned_bytes: int | None
+    """`None`: no limit is known."""
+    gpu_named: bool
+    """Whether the user named the GPU's limit."""
+
+
+def recommend(
+    machine: Machine,
+    shape: ModelShape,
+    workload: Workload,
+    engines: Sequence[str],
+    overrides: Mapping[str, Mapping[str, object]],
+    *,
+    vram_bytes: int | None = None,
+    host_bytes: int | None = None,
+    pinned_limit_bytes: int | None = None,
+    job_arguments: str = "",
+) -> list[Plan]:
+    """One plan per engine of `engines`: those that fit first, then by predicted step time.
+
+    `overrides` holds settings by engine name; they win over chosen ones and are kept as given.
+    `vram_bytes`, `host_bytes` and `pinned_limit_bytes` are limits below what the machine has.
+    `job_arguments` are the job's command-line arguments, for the command that checks a plan.
+
+    Raises `UserError` for an unknown engine or setting.
+    """
+    for engine in engines:
+        entry(engine)
+    budget = _budget(machine, vram_bytes, host_bytes, pinned_limit_bytes)
+    plans = [
+        _plan(engine, machine, shape, workload, overrides.get(engine, {}), budget, job_arguments)
+        for engine in engines
+    ]
+    return sorted(plans, key=_rank)
+
+
+def why_first(plans: Sequence[Plan]) -> str:
+    """One sentence: the numbers that put the first of the ranked `plans` there."""
+    if not plans:
+        return "There is no plan."
+    first = plans[0]
+    if not first.fits:
+        nearest = min(plans, key=_memory)
+        return f"No engine fits; the smallest is {nearest.engine}: it {nearest.why_not}."
+    fitting = [plan for plan in plans if plan.fits]
+    if len(fitting) == 1:
+        return _only_one_fits(first, plans[1:])
+    second = fitting[1]
+    if first.prediction.step_s is None or second.prediction.step_s is None:
+        sizes = " against ".join(format_bytes(_memory(plan)) for plan in (first, second))
+        order = _order_without_times(first)
+        return f"{first.engine} comes first, {order} ({sizes} of memory for {second.engine})."
+    told = (
+        f"{first.engine} comes first with {format_seconds(first.prediction.step_s)} predicted per step, "
+        f"before {second.engine} with {format_seconds(second.prediction.step_s)}"
+    )
+    rival = next((plan for plan in fitting if plan.engine in FIRST_ORDER), None)
+    if first.engine in ZEROTH_ORDER and rival is not None:
+        told += f"; a zeroth-order step learns less than one of {rival.engine}, so compare losses too"
+    return f"{told}."
+
+
+def _only_one_fits(first: Plan, others: Sequence[Plan]) -> str:
+    if not others:
+        return f"{first.engine} is the only plan, and it fits: {format_bytes(_memory(first))} of memory."
+    nearest = min(others, key=_memory)
+    return (
+        f"{first.engine} is the only plan that fits, with {format_bytes(_memory(first))} of memory; "
+        f"{nearest.engine} {nearest.why_not}."
+    )
+
+
+def _order_without_times(first: Plan) -> str:
+    if first.prediction.step_s is None:
+        return "but without a predicted time"
+    return f"the only one with a predicted time, {format_seconds(first.prediction.step_s)} per step"
+
+
+def _rank(plan: Plan) -> tuple[bool, bool, float]:
+    step_s = plan.prediction.step_s
+    return (not plan.fits, step_s is None, step_s or 0.0)
+
+
+def _budget(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:
+    available = machine.memory.available_bytes
+    gpu = None
+    if machine.gpu is not None:
+        gpu = min(machine.gpu.free_bytes, machine.gpu.total_bytes)
+        gpu = gpu if vram is None else min(gpu, vram)
+    return Budget(
+        gpu_bytes=gpu,
+        host_bytes=available if host is None else min(available, host),
+        pinned_bytes=pinned,
+        gpu_named=vram is not None,
+    )
+
+
+def _plan(
+    engine: str,
+    machine: Machine,
+    shape: ModelShape,
+    workload: Workload,
+    override: Mapping[str, object],
+    budget: Budget,
+    job_arguments: str,
+) -> Plan:
+    choice = _Choice(engine, machine, shape, workload, override, budget)
+    settings, reasons = choice.settings()
+    cost = choice.cost(settings)
+    why_not = _unsuitable(engine, machine, workload) or _missing(cost, budget)
+    if engine in ZEROTH_ORDER:
+        reasons = (*reasons, "two forward passes a step and no gradient: cheap steps, but many are needed")
+    if override:
+        given = ", ".join(f"{key}={value}" for key, value in override.items())
+        reasons = (*reasons, f"as set: {given}")
+    return Plan(
+        engine=engine,
+        settings=settings,
+        fits=why_not is None,
+        why_not=why_not,
+        available=_unsuitable(engine, machine, workload) is None,
+        prediction=predict(cost, machine, workload),
+        reasons=reasons,
+        verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
+    )
+
+
+def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None:
+    """Why the engine cannot run the job at all, whatever the memory."""
+    if engine == "torchao-offload" and machine.gpu is None:
+        return "needs a CUDA GPU, and this machine has none"
+    if engine in FIRST_ORDER and workload.dtype == "fp16":
+        return "cannot train in fp16, where gradients underflow without loss scaling; use bf16 or fp32"
+    return None
+
+
+def _missing(cost: Traffic, budget: Budget) -> str | None:
+    """What memory is missing, or `None`."""
+    if budget.gpu_bytes is None:
+        return _short("host memory", cost.peak_host_bytes + cost.peak_gpu_bytes, budget.host_bytes)
+    return (
+        _short("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost), budget.gpu_bytes)
+        or _short("pinned memory", cost.pinned_bytes, budget.pinned_bytes)
+        or _short("host memory", cost.peak_host_bytes, budget.host_bytes)
+    )
+
+
+def _short(what: str, needed: int, usable: int | None) -> str | None:
+    """`None` if `needed` bytes are there, or if no limit is known."""
+    if usable is None or needed <= usable:
+        return None
+    return (
+        f"needs {format_bytes(needed)} of {what}, {format_bytes(usable)} are usable: "
+        f"{format_bytes(needed - usable)} missing"
+    )
+
+
+def gpu_bytes_needed(cost: Traffic) -> int:
+    """GPU memory to reserve: the tensors' peak, fragmentation and CUDA's context."""
+    return int(cost.peak_gpu_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+
+
+class _Choice:
+    """The settings of one engine for one job on one machine."""
+
+    def __init__(
+        self,
+        engine: str,
+        machine: Machine,
+        shape: ModelShape,
+        workload: Workload,
+        override: Mapping[str, object],
+        budget: Budget,
+    ) -> None:
+        self._engine = engine
+        self._machine = machine
+        self._shape = shape
+        self._workload = workload
+        self._override = cast(Mapping[str, Value], override)
+        self._budget = budget
+
+    def settings(self) -> tuple[dict[str, Value], tuple[str, ...]]:
+        """Chosen and overridden settings, and one reason per choice."""
+        match self._engine:
+            case "lsp":
+                return self._lsp()
+            case "zo2":
+                return self._zo2()
+            case "torchao-offload":
+                return self._torchao()
+            case _:
+                return dict(self._override), ()
+
+    def cost(self, settings: Mapping[str, Value]) -> Traffic:
+        """Raises `UserError` for an unknown engine or a setting that it does not have."""
+        return cost_of(self._engine, self._shape, self._workload, parse_settings(self._engine, {**settings}))
+
+    def _with(self, **chosen: Value) -> dict[str, Value]:
+        return {**chosen, **self._override}
+
+    def _torchao(self) -> tuple[dict[str, Value], tuple[str, ...]]:
+        kept = self._with(offload_gradients=False)
+        freed = self._with(offload_gradients=True)
+        if "offload_gradients" in self._override or _missing(self.cost(kept), self._budget) is None:
+            return dict(self._override), ()
+        if self._workload.accumulation == 1 and _missing(self.cost(freed), self._budget) is None:
+            saved = self.cost(kept).peak_gpu_bytes - self.cost(freed).peak_gpu_bytes
+            return freed, (
+                f"offload_gradients=true: frees {format_bytes(saved)} of gradients, which do not fit",
+            )
+        return dict(self._override), ()
+
+    def _zo2(self) -> tuple[dict[str, Value], tuple[str, ...]]:
+        """Resident blocks; each takes its two copies per step off the link.
+
+        Of a limit that the user named, all is used. Otherwise a tenth of the GPU stays free, since what is
+        free now may be taken later, and of the rest no more is used than makes the step faster: streaming
+        that hides behind compute costs nothing, and little memory is what the method is for.
+        """
+        if "resident_blocks" in self._override:
+            return dict(self._override), ()
+        blocks = self._shape.num_blocks
+        if self._budget.gpu_bytes is None:
+            reason = "resident_blocks=0: no GPU, so that the blocks take the same way as they would with one"
+            return self._with(resident_blocks=0), (reason,)
+        named = self._budget.gpu_named
+        usable = int(self._budget.gpu_bytes * (1 if named else 1 - FREE_SHARE))
+        costs = {k: self.cost(self._with(resident_blocks=k)) for k in range(blocks + 1)}
+        fitting = [k for k in costs if _missing(costs[k], self._budget) is None]
+        if not fitting:
+            return self._with(resident_blocks=0), ("resident_blocks=0: the least memory; it does not fit",)
+        fitting = [k for k in fitting if gpu_bytes_needed(costs[k]) <= usable] or fitting[:1]
+        most = fitting[-1]
+        resident = most if named else self._fewest_as_fast(fitting, costs)
+        cost = costs[resident]
+        why = f"as many as {format_bytes(usable)} of GPU memory hold"
+        if resident < most:
+            why = f"{most} would fit, but are no faster: the copies hide behind the GPU's work"
+        moved = f"the other {blocks - resident} move {format_bytes(cost.h2d_bytes)} each way per step"
+        if resident == blocks:
+            moved = "nothing moves"
+        return self._with(resident_blocks=resident), (f"resident_blocks={resident}: {why}; {moved}",)
+
+    def _fewest_as_fast(self, fitting: Sequence[int], costs: Mapping[int, Traffic]) -> int:
+        """The fewest resident blocks whose predicted step is as fast as that of the most that fit."""
+        times = {k: predict(costs[k], self._machine, self._workload).step_s for k in fitting}
+        best = times[fitting[-1]]
+        if best is None:
+            return fitting[-1]
+        return next(k for k in fitting if (time_s := times[k]) is not None and time_s <= AS_FAST * best)
+
+    def _lsp(self) -> tuple[dict[str, Value], tuple[str, ...]]:
+        """The largest d that fits in memory and whose copies and CPU update hide behind the GPU; then r."""
+        reasons: list[str] = []
+        if "d" in self._override:
+            chosen: dict[str, Value] = {}
+            d = int(self.cost_settings_d())
+        else:
+            d, reason = self._lsp_d()
+            chosen = {"d": d}
+            reasons.append(reason)
+        if "r" not in self._override:
+            smallest = min(core_size(matrix, d) for matrix in self._shape.matrices)
+            wanted = 4 if self._shape.hidden >= 1024 else 8
+            chosen["r"] = min(wanted, smallest)
+            reasons.append(
+                f"r={chosen['r']}: nonzeros per projector row, as published for this size "
+                f"({self._shape.hidden} hidden)"
+            )
+        if "schedule_order" not in self._override:
+            chosen["schedule_order"] = "layerwise"
+            blocks = self._shape.num_blocks
+            reasons.append(
+                f"schedule_order=layerwise: of {blocks} blocks' updates only the last one's tail shows"
+            )
+        return self._with(**chosen), tuple(reasons)
+
+    def cost_settings_d(self) -> int:
+        """The overridden d, validated."""
+        return int(parse_settings(self._engine, {**self._override}).d)
+
+    def _lsp_d(self) -> tuple[int, str]:
+        ladder = lsp_ladder(self._shape.hidden)
+        fitting = [d for d in ladder if _missing(self._lsp_cost(d), self._budget) is None]
+        smallest, largest = ladder[0], (fitting or ladder[:1])[-1]
+        if not fitting:
+            return smallest, f"d={smallest}: the smallest considered, and it does not fit"
+        if self._machine.gpu is None:
+            return (
+                largest,
+                f"d={largest}: half the hidden size at most; no GPU whose time copies could hide in",
+            )
+        for d in reversed(fitting):
+            times = resource_s(self._lsp_cost(d), self._machine, self._workload)
+            if times is None:
+                return smallest, f"d={smallest}: the machine profile lacks figures, so the smallest is safe"
+            slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
+            gpu = format_seconds(times["gpu"])
+            told = f"{slowest} {format_seconds(times[slowest])} against {gpu} of GPU time"
+            elements = self._shape.num_blocks * core_elements(self._shape, d)
+            if times[slowest] <= times["gpu"]:
+                return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
+        return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
+
+    def _lsp_cost(self, d: int) -> Traffic:
+        smallest = min(core_size(matrix, d) for matrix in self._shape.matrices)
+        r = self._override.get("r", min(4, smallest))
+        return self.cost({**self._override, "d": d, "r": r})
+
+
+def lsp_ladder(hidden: int) -> list[int]:
+    """Sizes d that are considered, ascending: multiples of 128 from hidden / 8 to hidden / 2; powers of two
+    where hidden / 2 is below 256."""
+    top = max(1, hidden // 2)
+    if top >= 2 * LSP_D_STEP:
+        ladder = list(range(LSP_D_STEP, top + 1, LSP_D_STEP))
+    else:
+        ladder = [2**k for k in range(top.bit_length()) if 2**k <= top]
+    return [d for d in ladder if d * LSP_MIN_SHARE >= hidden]
+
+
+def _memory(plan: Plan) -> int:
+    """The memory that decides: the GPU's, or the host's where there is none."""
+    return plan.prediction.peak_gpu_bytes or plan.prediction.peak_host_bytes

@@ -1,0 +1,323 @@
+"""The verdict: a pure function of the runs and of the criteria. Never depends on the order of either's runs.
+
+- A must that failed is NO-GO, whatever else is still unknown: no further measurement can mend it.
+- Else a must that could not be judged is INCONCLUSIVE; it never counts as passed.
+- Else a want that failed or could not be judged is a CONDITIONAL GO.
+- Else GO, if at least one must was passed; with nothing to judge by it is INCONCLUSIVE.
+
+Where criteria speak of any offload method, one method has to meet them all: two methods that each meet
+half of what is needed are of no use. Every method that was run is judged, and the best one stands for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.base import UserError
+from harness.result import Run
+from profiles.machine import Machine
+from profiles.units import format_bytes, format_seconds
+from reports.catalogue import say
+from reports.criteria import ANY_OFFLOAD, OFFLOAD_METHODS, Comparison, Criteria, Criterion, Level, Metric
+from reports.metrics import Measurements, ends, find, gpu_taken_bytes, group
+from reports.show import metric_value, times
+
+State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
+Outcome = Literal["pass", "fail", "unknown", "not applicable"]
+
+EXIT_CODES: dict[State, int] = {"GO": 0, "NO-GO": 3, "CONDITIONAL GO": 4, "INCONCLUSIVE": 5}
+GATES: dict[str, State] = {"no-go": "NO-GO", "conditional": "CONDITIONAL GO", "inconclusive": "INCONCLUSIVE"}
+
+FEW_RUNS = 5
+"""Below this many runs per method, ranges are shown and called indicative."""
+_BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One criterion, judged."""
+
+    id: str
+    metric: Metric
+    engine: str
+    """The method it was judged on."""
+    asked_of: str
+    """As the criterion names it."""
+    comparison: Comparison
+    threshold: float
+    level: Level
+    why: str
+    outcome: Outcome
+    measured: float | None
+    measured_low: float | None
+    measured_high: float | None
+    runs: int
+    predicted: float | None
+    note: str | None
+    """Why it could not be judged, or what to know beside the number."""
+    evidence: tuple[str, ...]
+    """Ids of the runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodState:
+    engine: str
+    state: State
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    state: State
+    sentence: str
+    """One sentence with the numbers that decide it."""
+    method: str | None
+    """The offload method that the rows are about; `None` where no criterion asks for any."""
+    methods: tuple[MethodState, ...]
+    """Every offload method that was run, judged by the same criteria, the best first."""
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+    criteria_sha256: str | None
+    schema_version: int = 1
+
+
+def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | None = None) -> Verdict:
+    """Judge `runs` by `criteria`. `machine` only fills in the size of a GPU that the runs do not name."""
+    measurements = group(runs, machine)
+    asked = criteria.criteria if criteria is not None else ()
+    judged = {
+        engine: tuple(_judge(criterion, engine, measurements) for criterion in asked)
+        for engine in OFFLOAD_METHODS
+        if engine in measurements.rounds
+    }
+    ranked = sorted(judged, key=lambda engine: _rank(engine, judged[engine], measurements))
+    method = ranked[0] if ranked and any(one.engine == ANY_OFFLOAD for one in asked) else None
+    rows = (
+        judged[ranked[0]]
+        if ranked
+        else tuple(_judge(criterion, ANY_OFFLOAD, measurements) for criterion in asked)
+    )
+    state = state_of(rows)
+    return Verdict(
+        state=state,
+        sentence=_sentence(state, rows, method, measurements),
+        method=method,
+        methods=tuple(MethodState(engine=engine, state=state_of(judged[engine])) for engine in ranked)
+        if method is not None
+        else (),
+        rows=rows,
+        warnings=_warnings(runs, criteria, measurements),
+        criteria_sha256=criteria.sha256 if criteria is not None else None,
+    )
+
+
+def state_of(rows: Sequence[Row]) -> State:
+    """The verdict that judged criteria amount to; see the rule at the top."""
+    musts = {row.outcome for row in rows if row.level == "must"}
+    wants = {row.outcome for row in rows if row.level == "want"}
+    if "fail" in musts:
+        return "NO-GO"
+    if "unknown" in musts or "pass" not in musts:
+        return "INCONCLUSIVE"
+    if "fail" in wants or "unknown" in wants:
+        return "CONDITIONAL GO"
+    return "GO"
+
+
+def parse_fail_on(text: str | None) -> frozenset[State]:
+    """The verdicts named in `--fail-on no-go,conditional`. Raises `UserError` for another word."""
+    words = [word.strip().lower() for word in (text or "").split(",") if word.strip()]
+    for word in words:
+        if word not in GATES:
+            raise UserError(
+                f"--fail-on '{word}'", "is not a verdict to fail on", f"choose from: {', '.join(GATES)}"
+            )
+    return frozenset(GATES[word] for word in words)
+
+
+def exit_code(verdict: Verdict, gates: Collection[State]) -> int:
+    """0, or the code of the verdict where `gates` asks to fail on it."""
+    return EXIT_CODES[verdict.state] if verdict.state in gates else 0
+
+
+def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Row:
+    engine = method if criterion.engine == ANY_OFFLOAD else criterion.engine
+    finding = find(criterion.metric, engine, measurements)
+    note = finding.note
+    outcome: Outcome
+    if not finding.applies:
+        outcome = "not applicable"
+    elif finding.value is None:
+        outcome = "unknown"
+    else:
+        low = finding.value if finding.low is None else finding.low
+        high = finding.value if finding.high is None else finding.high
+        holds = {criterion.holds(low), criterion.holds(high)}
+        outcome = "unknown" if len(holds) == 2 else "pass" if holds == {True} else "fail"
+        if outcome == "unknown":
+            note = say("note.too_noisy")
+    return Row(
+        id=criterion.id,
+        metric=criterion.metric,
+        engine=engine,
+        asked_of=criterion.engine,
+        comparison=criterion.comparison,
+        threshold=criterion.threshold,
+        level=criterion.level,
+        why=criterion.why,
+        outcome=outcome,
+        measured=finding.value,
+        measured_low=finding.low,
+        measured_high=finding.high,
+        runs=finding.runs,
+        predicted=finding.predicted,
+        note=note,
+        evidence=finding.evidence,
+    )
+
+
+def _rank(engine: str, rows: Sequence[Row], all_: Measurements) -> tuple[int, int, float, float, str]:
+    """Best first: verdict, then fewest wants missed, then what was learned, and only then speed.
+
+    Quality before speed, as a quick step that learns nothing is no gain (MLPerf's order).
+    """
+    learned = find("loss_change", engine, all_).value
+    step_s = find("step_s", engine, all_).value
+    return (
+        _BEST_FIRST.index(state_of(rows)),
+        sum(row.outcome in ("fail", "unknown") for row in rows),
+        float("inf") if learned is None else learned,
+        float("inf") if step_s is None else step_s,
+        engine,
+    )
+
+
+def _asked(row: Row) -> str:
+    return f"{row.comparison} {metric_value(row.metric, row.threshold)}"
+
+
+def _sentence(state: State, rows: Sequence[Row], method: str | None, all_: Measurements) -> str:
+    def first(level: Level, *outcomes: Outcome) -> Row | None:
+        return next((row for row in rows if row.level == level and row.outcome in outcomes), None)
+
+    match state:
+        case "NO-GO":
+            row = first("must", "fail")
+        case "INCONCLUSIVE":
+            row = first("must", "unknown")
+        case "CONDITIONAL GO":
+            row = first("want", "fail") or first("want", "unknown")
+        case "GO":
+            row = None
+    if row is not None:
+        known = "measured" if row.measured is not None else "unknown"
+        key = {"NO-GO": "no_go", "CONDITIONAL GO": f"conditional_{known}"}.get(state, f"inconclusive_{known}")
+        return say(
+            f"verdict.{key}",
+            id=row.id,
+            engine=row.engine,
+            metric=say(f"metric.{row.metric}"),
+            measured=metric_value(row.metric, row.measured),
+            asked=_asked(row),
+            note=row.note or "",
+            because=f" ({row.note})" if row.note else "",
+        )
+    if state == "INCONCLUSIVE":
+        return say("verdict.nothing_to_judge_by")
+    return _go_sentence(rows, method, all_)
+
+
+def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) -> str:
+    """What offloading gives and what it costs: GPU memory and step time, beside native's."""
+    engine = method or next(row.engine for row in rows if row.level == "must" and row.outcome == "pass")
+    step_s = find("step_s", engine, all_).value
+    if step_s is None:
+        return say("verdict.go_plain", engine=engine, count=len(rows))
+    gpu = _largest(all_, engine)
+    native_gpu = _largest(all_, "native")
+    native = find("step_time_ratio", engine, all_)
+    values = {
+        "engine": engine,
+        "step": format_seconds(step_s),
+        "memory": say("verdict.memory", memory=format_bytes(gpu)) if gpu is not None else "",
+    }
+    if engine == "native" or (native.value is None and native.applies):
+        return say("verdict.go_alone", **values)
+    if native.value is None:
+        return say("verdict.go_native_does_not_fit", **values)
+    than = say("verdict.memory_of_native", memory=format_bytes(native_gpu)) if native_gpu is not None else ""
+    return say("verdict.go_beside_native", **values, ratio=times(native.value), than=than)
+
+
+def _largest(all_: Measurements, engine: str) -> int | None:
+    taken = [gpu_taken_bytes(run) for run in all_.of(engine).ok]
+    return max((bytes_ for bytes_ in taken if bytes_ is not None), default=None)
+
+
+def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements) -> tuple[str, ...]:
+    """What a reader has to know before trusting the verdict, the weightiest first."""
+    checks: tuple[Callable[[], str | None], ...] = (
+        lambda: _about_criteria(runs, criteria),
+        lambda: _about_failures(all_),
+        lambda: _if_any(
+            runs, lambda run: run.environment.gpu_name is None and run.end_state == "ok", "no_gpu"
+        ),
+        lambda: _about_emulation(runs),
+        lambda: _about_commit(runs),
+        lambda: _if_any(runs, lambda run: "wsl" in run.environment.platform.lower(), "wsl"),
+        lambda: _if_any(runs, lambda run: run.model.random_weights, "random_weights"),
+        lambda: _about_replication(all_),
+    )
+    return tuple(text for check in checks if (text := check()) is not None)
+
+
+def _if_any(runs: Sequence[Run], holds: Callable[[Run], bool], key: str) -> str | None:
+    return say(f"warning.{key}") if any(holds(run) for run in runs) else None
+
+
+def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | None:
+    if criteria is None:
+        return say("warning.no_criteria")
+    if not criteria.written_down:
+        return say("warning.default_criteria")
+    stamps = [run.criteria.sha256 if run.criteria is not None else None for run in runs]
+    other = sum(stamp is not None and stamp != criteria.sha256 for stamp in stamps)
+    missing = stamps.count(None)
+    if other:
+        return say("warning.criteria_after_measurement", count=other, total=len(stamps))
+    if missing:
+        return say("warning.no_criteria_stamped", count=missing, total=len(stamps))
+    return None
+
+
+def _about_failures(all_: Measurements) -> str | None:
+    mixed = [
+        say("warning.some_failed_item", engine=engine, ends=ends(rounds.runs))
+        for engine, rounds in sorted(all_.rounds.items())
+        if rounds.ok and len(rounds.ok) < len(rounds.runs)
+    ]
+    return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
+
+
+def _about_emulation(runs: Sequence[Run]) -> str | None:
+    names = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
+    return say("warning.emulated", names=", ".join(names)) if names else None
+
+
+def _about_commit(runs: Sequence[Run]) -> str | None:
+    commits = {run.environment.commit for run in runs}
+    if len(commits) > 1:
+        return say("warning.several_commits", count=len(commits))
+    if any(run.environment.dirty for run in runs):
+        return say("warning.dirty")
+    if runs and commits == {None}:
+        return say("warning.commit_unknown")
+    return None
+
+
+def _about_replication(all_: Measurements) -> str | None:
+    counts = [len(rounds.ok) for rounds in all_.rounds.values() if rounds.ok]
+    if not counts or min(counts) >= FEW_RUNS:
+        return None
+    return say("warning.few_runs", count=min(counts), enough=FEW_RUNS)

@@ -1,0 +1,206 @@
+"""Read an output folder back. What cannot be read becomes a line of the report; unlike runs are refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engines import ENGINES
+from engines.base import UserError
+from harness.job import Job, load_job, make_job
+from harness.result import Run, load_run
+from profiles.documents import read_document
+from profiles.machine import Machine, load_machine
+from profiles.plan import Plan
+from reports.criteria import Criteria, load_criteria
+
+T = TypeVar("T")
+
+
+_PLANS_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plans:
+    """plans.json as `harness.compare` writes it."""
+
+    plans: tuple[Plan, ...]
+    schema_version: int = _PLANS_VERSION
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broken:
+    file: str
+    """Relative to the folder."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    name: str
+    """Of the folder, without its path."""
+    machine: Machine | None
+    job: Job
+    plans: tuple[Plan, ...]
+    """One per engine; from the runs where plans.json is absent."""
+    runs: tuple[Run, ...]
+    """By engine, round and time; never empty."""
+    broken: tuple[Broken, ...]
+    criteria: Criteria | None
+    """`None`: the folder holds none."""
+
+
+def engine_order(engine: str) -> tuple[int, str]:
+    """Engines in the order of `engines.ENGINES`, which puts native first; unknown ones last."""
+    known = list(ENGINES)
+    return (known.index(engine) if engine in known else len(known), engine)
+
+
+def load_folder(folder: Path) -> Loaded:
+    """What `compare` left in `folder`.
+
+    Raises `UserError` if there is no run to be read, if the criteria cannot be read, or if the runs
+    are unlike each other.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            str(folder), "there is no such folder", "name the --out folder of 'lspzo-bench compare'"
+        )
+    broken: list[Broken] = []
+    runs = _load_runs(folder, broken)
+    refuse_unlike(runs)
+    machine = _optional(folder / "machine.json", load_machine, broken)
+    plans = _optional(folder / "plans.json", _load_plans, broken)
+    job = _optional(folder / "job.toml", load_job, broken)
+    criteria = folder / "criteria.toml"
+    return Loaded(
+        name=folder.resolve().name,
+        machine=machine,
+        job=job if job is not None else make_job(runs[0].job, f"the job of run '{runs[0].id}'"),
+        plans=tuple(
+            sorted(
+                plans or {run.engine: run.plan for run in runs}.values(), key=lambda p: engine_order(p.engine)
+            )
+        ),
+        runs=runs,
+        broken=tuple(broken),
+        criteria=load_criteria(criteria) if criteria.exists() else None,
+    )
+
+
+def refuse_unlike(runs: Sequence[Run]) -> None:
+    """Runs of differing GPU, driver, torch, model, data, precision or token count are not compared.
+
+    Raises `UserError` naming the first field that differs and a run on each side. What a run that never
+    started could not read (its driver, its torch) is not held against it. The seed and the time limit
+    may differ.
+    """
+    seen: dict[str, tuple[Any, str]] = {}
+    for run in runs:
+        for field, value in _likeness(run):
+            other, id_ = seen.setdefault(field, (value, run.id))
+            if other != value:
+                raise UserError(
+                    f"runs '{id_}' and '{run.id}'",
+                    f"are unlike: {field} is {other!r} in one and {value!r} in the other",
+                    "report them from separate folders",
+                )
+
+
+def _likeness(run: Run) -> Iterator[tuple[str, Any]]:
+    environment = run.environment
+    for field, value in (
+        ("GPU", environment.gpu_name),
+        ("GPU driver", environment.gpu_driver),
+        ("torch", environment.torch),
+        ("emulated machine", environment.emulated),
+    ):
+        if run.end_state == "ok" or value is not None:
+            yield field, value
+    yield "CPU", environment.cpu
+    yield "cores usable", environment.cores_usable
+    for key, value in _flat(run.job):
+        if key not in ("job.seed", "job.limits.timeout_s") and not key.startswith("job.settings."):
+            yield key, value
+    for key, setting in sorted(run.plan.settings.items()):
+        yield f"setting {run.engine}.{key}", setting
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "job") -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(values.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
+
+
+def _load_runs(folder: Path, broken: list[Broken]) -> tuple[Run, ...]:
+    files = sorted(path for path in (folder / "runs").glob("*.json") if not path.name.startswith("."))
+    if not files:
+        raise UserError(
+            str(folder), "holds no runs (runs/*.json)", "run 'lspzo-bench compare' with this --out"
+        )
+    runs: dict[str, Run] = {}
+    known_jobs: list[dict[str, Any]] = []
+    for path in files:
+        name = f"runs/{path.name}"
+        try:
+            run = load_run(path)
+            if run.job not in known_jobs:
+                make_job(run.job, "job")
+                known_jobs.append(run.job)
+        except UserError as error:
+            broken.append(Broken(file=name, reason=_short(error, path)))
+            continue
+        wrong = _impossible(run)
+        if wrong is None and run.id in runs:
+            wrong = f"has the id '{run.id}' of another file"
+        if wrong is not None:
+            broken.append(Broken(file=name, reason=wrong))
+            continue
+        runs[run.id] = run
+    if not runs:
+        raise UserError(
+            str(folder),
+            f"none of its {len(files)} run files can be read ({broken[0].file} {broken[0].reason})",
+            "restore them, or run 'lspzo-bench compare' again",
+        )
+    return tuple(
+        sorted(runs.values(), key=lambda run: (engine_order(run.engine), run.round, run.time, run.id))
+    )
+
+
+def _impossible(run: Run) -> str | None:
+    """Why numbers that passed the schema still cannot have been measured."""
+    numbers = asdict(run.summary) | {f"samples.{i}": asdict(sample) for i, sample in enumerate(run.samples)}
+    for key, value in _flat(numbers, "run"):
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{key} is not a finite number"
+        if isinstance(value, int | float) and value < 0 and "loss" not in key:
+            return f"{key} is negative"
+    if any(sample.step_s == 0 for sample in run.samples):
+        return "a step took no time at all"
+    return None
+
+
+def _short(error: UserError, path: Path) -> str:
+    """Without the path, which the report gives itself and which may differ between machines."""
+    what = error.what.removeprefix(str(path)).lstrip(": ")
+    return f"{what}: {error.why}" if what else error.why
+
+
+def _optional(path: Path, load: Callable[[Path], T], broken: list[Broken]) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except UserError as error:
+        broken.append(Broken(file=path.name, reason=_short(error, path)))
+        return None
+
+
+def _load_plans(path: Path) -> tuple[Plan, ...]:
+    return read_document(path, _Plans, _PLANS_VERSION, "list of plans").plans

@@ -1,0 +1,246 @@
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from harness.result import EndState, Predicted, Run
+from harness.stats import Rounds, Spread, aggregate, loss_change, over_runs, ratio, tokens_per_step
+from profiles.machine import Machine
+from reports.catalogue import say
+from reports.criteria import Metric
+from reports.show import GIB
+
+NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
+"""Ends that say nothing about the method: it was not there, or was stopped from outside."""
+DOES_NOT_FIT: frozenset[EndState] = frozenset({"oom_gpu", "oom_host", "pinned_limit", "skipped_infeasible"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What the runs say of one metric. `value` is None where they do not say it; `note` is then why."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """The smallest and largest value that the runs allow."""
+    runs: int = 0
+    """Runs that `value` rests on."""
+    predicted: float | None = None
+    applies: bool = True
+    """False: there is nothing to judge, `note` says why."""
+    note: str | None = None
+    evidence: tuple[str, ...] = ()
+    """Ids of the runs that were looked at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurements:
+    """All runs, grouped once."""
+
+    rounds: Mapping[str, Rounds]
+    machine: Machine | None
+
+    def of(self, engine: str) -> Rounds:
+        return self.rounds.get(engine) or aggregate(engine, ())
+
+
+def group(runs: Sequence[Run], machine: Machine | None) -> Measurements:
+    engines = sorted({run.engine for run in runs})
+    return Measurements(rounds={engine: aggregate(engine, runs) for engine in engines}, machine=machine)
+
+
+def find(metric: Metric, engine: str, all_: Measurements) -> Finding:
+    """`metric` of `engine`."""
+    rounds = all_.of(engine)
+    evidence = tuple(run.id for run in rounds.runs)
+    if not rounds.runs:
+        return Finding(note=say("note.no_runs", engine=engine))
+    finding = _METRICS[metric](rounds, all_)
+    if finding.value is None and finding.note is None:
+        note = say("note.not_recorded") if rounds.ok else say("note.none_ok", ends=ends(rounds.runs))
+        finding = replace(finding, note=note)
+    return replace(finding, evidence=finding.evidence or evidence)
+
+
+def ends(runs: Sequence[Run]) -> str:
+    """`1 ok, 2 out of GPU memory`: how many runs ended how."""
+    states = [run.end_state for run in runs]
+    return ", ".join(
+        f"{states.count(state)} {say(f'end.{state}')}" for state in get_args(EndState) if state in states
+    )
+
+
+def predicted(rounds: Rounds) -> Predicted | None:
+    """The prediction stamped into the runs; the plan's own where a run carries none."""
+    for run in rounds.runs:
+        if run.predicted is not None:
+            return run.predicted
+    for run in rounds.runs:
+        plan = run.plan.prediction
+        return Predicted(
+            step_s_low=plan.step_s_low,
+            step_s=plan.step_s,
+            step_s_high=plan.step_s_high,
+            peak_gpu_bytes=plan.peak_gpu_bytes,
+            peak_host_bytes=plan.peak_host_bytes,
+            bottleneck=plan.bottleneck,
+            basis=plan.basis,
+        )
+    return None
+
+
+def gpu_taken_bytes(run: Run) -> int | None:
+    """Peak GPU memory that the run held: what torch reserved, else what its tensors took."""
+    reserved = run.summary.peak_gpu_reserved_bytes
+    return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
+
+
+def gpu_limit_bytes(run: Run, machine: Machine | None) -> int | None:
+    """GPU memory that the run might use."""
+    limit = run.job.get("limits", {}).get("vram_bytes")
+    if limit:
+        return int(limit)
+    if run.environment.gpu_total_bytes:
+        return run.environment.gpu_total_bytes
+    return machine.gpu.total_bytes if machine is not None and machine.gpu is not None else None
+
+
+def host_limit_bytes(run: Run) -> int:
+    """Host memory that the run might use."""
+    limit = run.job.get("limits", {}).get("host_bytes")
+    return int(limit) if limit else run.environment.host_memory_bytes
+
+
+def _from_spread(found: Spread | None, expected: float | None = None) -> Finding:
+    if found is None:
+        return Finding(predicted=expected)
+    return Finding(value=found.median, low=found.low, high=found.high, runs=found.count, predicted=expected)
+
+
+def _peak(found: Spread | None, expected: float | None, note: str | None) -> Finding:
+    """A peak is judged by the largest run."""
+    if found is None:
+        return Finding(predicted=expected, note=note)
+    return Finding(value=found.high, low=found.high, high=found.high, runs=found.count, predicted=expected)
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def _runs_ok(rounds: Rounds, all_: Measurements) -> Finding:
+    concluded = [run for run in rounds.runs if run.end_state not in NOTHING_LEARNED]
+    expected = 1.0 if rounds.runs[0].plan.fits else 0.0
+    if not concluded:
+        return Finding(predicted=expected, note=say("note.none_ok", ends=ends(rounds.runs)))
+    value = len(rounds.ok) / len(concluded)
+    note = None if value == 1 else ends(rounds.runs)
+    return Finding(value=value, low=value, high=value, runs=len(concluded), predicted=expected, note=note)
+
+
+def _step_s(rounds: Rounds, all_: Measurements) -> Finding:
+    expected = predicted(rounds)
+    return _from_spread(rounds.step_s, expected.step_s if expected else None)
+
+
+def _tokens_per_s(rounds: Rounds, all_: Measurements) -> Finding:
+    expected = predicted(rounds)
+    step_s = expected.step_s if expected else None
+    return _from_spread(rounds.tokens_per_s, tokens_per_step(rounds.runs[0]) / step_s if step_s else None)
+
+
+def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:
+    native = all_.of("native")
+    both = (predicted(rounds), predicted(native))
+    step_s = [one.step_s if one else None for one in both]
+    expected = _share(step_s[0], step_s[1])
+    evidence = tuple(dict.fromkeys(run.id for run in (*rounds.runs, *native.runs)))
+    found = ratio(rounds.step_times, native.step_times)
+    if found is not None:
+        return Finding(
+            value=found.value, low=found.low, high=found.high, runs=len(rounds.ok), predicted=expected,
+            evidence=evidence,
+        )  # fmt: skip
+    concluded = {run.end_state for run in native.runs} - NOTHING_LEARNED
+    if concluded and concluded <= DOES_NOT_FIT:
+        key = "note.native_skipped" if concluded == {"skipped_infeasible"} else "note.native_does_not_fit"
+        return Finding(applies=False, note=say(key), evidence=evidence)
+    note = say("note.native_missing") if rounds.ok else None
+    return Finding(predicted=expected, note=note, evidence=evidence)
+
+
+def _gpu_memory(rounds: Rounds, all_: Measurements, unit: Callable[[Run, float], float | None]) -> Finding:
+    expected = predicted(rounds)
+    run = rounds.runs[0]
+    bytes_ = expected.peak_gpu_bytes if expected else None
+    found = over_runs(rounds.ok, lambda one: _apply(unit, one, gpu_taken_bytes(one)))
+    no_gpu = rounds.ok and all(one.environment.gpu_name is None for one in rounds.ok)
+    return _peak(found, _apply(unit, run, bytes_ or None), say("note.no_gpu") if no_gpu else None)
+
+
+def _apply(unit: Callable[[Run, float], float | None], run: Run, value: float | None) -> float | None:
+    return None if value is None else unit(run, value)
+
+
+def _gpu_memory_share(rounds: Rounds, all_: Measurements) -> Finding:
+    return _gpu_memory(rounds, all_, lambda run, value: _share(value, gpu_limit_bytes(run, all_.machine)))
+
+
+def _gpu_memory_gib(rounds: Rounds, all_: Measurements) -> Finding:
+    return _gpu_memory(rounds, all_, lambda run, value: value / GIB)
+
+
+def _host_memory_share(rounds: Rounds, all_: Measurements) -> Finding:
+    expected = predicted(rounds)
+    bytes_ = expected.peak_host_bytes if expected else None
+    found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, host_limit_bytes(run)))
+    return _peak(found, _share(bytes_, host_limit_bytes(rounds.runs[0])), None)
+
+
+def _host_memory_gib(rounds: Rounds, all_: Measurements) -> Finding:
+    expected = predicted(rounds)
+    found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, GIB))
+    return _peak(found, _share(expected.peak_host_bytes if expected else None, GIB), None)
+
+
+def _loss_change(rounds: Rounds, all_: Measurements) -> Finding:
+    return _from_spread(over_runs(rounds.ok, lambda run: loss_change(run.samples)))
+
+
+def _accuracy(rounds: Rounds, all_: Measurements) -> Finding:
+    found = over_runs(rounds.ok, lambda run: run.summary.eval_accuracy_last)
+    if found is None and rounds.ok:
+        return Finding(note=say("note.no_evaluation"))
+    return _from_spread(found)
+
+
+def _prediction_factor(rounds: Rounds, all_: Measurements) -> Finding:
+    expected = predicted(rounds)
+    if rounds.step_s is None:
+        return Finding()
+    if expected is None or not expected.step_s:
+        return Finding(note=say("note.no_prediction"))
+    step_s, predicted_s = rounds.step_s, expected.step_s
+    factors = sorted(
+        max(value / predicted_s, predicted_s / value) for value in (step_s.low, step_s.median, step_s.high)
+    )
+    value = max(step_s.median / predicted_s, predicted_s / step_s.median)
+    return Finding(value=value, low=factors[0], high=factors[-1], runs=step_s.count)
+
+
+_METRICS: dict[Metric, Callable[[Rounds, Measurements], Finding]] = {
+    "runs_ok": _runs_ok,
+    "step_s": _step_s,
+    "step_time_ratio": _step_time_ratio,
+    "tokens_per_s": _tokens_per_s,
+    "gpu_memory_share": _gpu_memory_share,
+    "gpu_memory_gib": _gpu_memory_gib,
+    "host_memory_share": _host_memory_share,
+    "host_memory_gib": _host_memory_gib,
+    "loss_change": _loss_change,
+    "accuracy": _accuracy,
+    "prediction_factor": _prediction_factor,
+}

@@ -1,0 +1,243 @@
+"""Where, with what and under which conditions the runs were made, as plain text. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from harness.result import Run
+from profiles.machine import Figure
+from profiles.units import (
+    NOT_MEASURED,
+    format_bytes,
+    format_elements,
+    format_flops,
+    format_rate,
+)
+from reports.catalogue import say
+from reports.decide import Verdict
+from reports.load import Loaded, engine_order
+from reports.metrics import (
+    Measurements,
+)
+from reports.show import digits, span
+from reports.tables import Table, engines_of, make_table, typical
+
+
+def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
+    """The question and where it was asked, by name and text."""
+    job, run = loaded.job, _told(loaded.runs)
+    environment = run.environment
+    gpu = say("setting.no_gpu")
+    if environment.gpu_name is not None:
+        parts = [environment.gpu_name, format_bytes(environment.gpu_total_bytes), environment.link]
+        gpu = ", ".join(part for part in parts if part and part != NOT_MEASURED)
+    weights = "random_weights" if job.model.random_weights else "checkpoint"
+    accumulation = say("setting.accumulation", count=job.accumulation) if job.accumulation > 1 else ""
+    return (
+        (say("setting.question_label"), say("setting.question", model=job.model.name)),
+        (
+            say("setting.model_label"),
+            say(
+                "setting.model", model=job.model.name, parameters=_parameters(loaded.runs),
+                weights=say(f"setting.{weights}"),
+            ),
+        ),
+        (
+            say("setting.workload_label"),
+            say(
+                "setting.workload", batch_size=job.batch_size, seq_len=job.seq_len, accumulation=accumulation,
+                dtype=job.dtype, steps=job.steps, warmup_steps=job.warmup_steps, data=job.data.train,
+                checkpointing=say(f"setting.checkpointing_{'on' if job.checkpointing else 'off'}"),
+            ),
+        ),
+        (
+            say("setting.machine_label"),
+            say(
+                "setting.machine", gpu=gpu, cpu=environment.cpu, cores=environment.cores_usable,
+                memory=format_bytes(environment.host_memory_bytes),
+            ),
+        ),
+        (say("setting.date_label"), _period(loaded.runs)),
+        (say("setting.validity_label"), say("setting.validity")),
+    )  # fmt: skip
+
+
+def machine_table(loaded: Loaded) -> Table:
+    """Each number of the machine with its origin; from the runs where no profile was kept."""
+    environment = _told(loaded.runs).environment
+    machine = loaded.machine
+    rows: list[tuple[str, str, str]] = []
+
+    def fact(key: str, text: str, origin: str = "") -> None:
+        rows.append((say(f"machine.{key}"), text, origin))
+
+    def figure(key: str, found: Figure, show: Callable[[float | None], str]) -> None:
+        text = show(found.value)
+        if found.low is not None and found.high is not None and found.low < found.high:
+            text = say("table.with_range", value=text, range=span(show(found.low), show(found.high)))
+        fact(key, text, say(f"origin.{found.origin}", method=found.method, count=found.count))
+
+    if machine is None:
+        absent = say("machine.from_runs")
+        fact("gpu", environment.gpu_name or say("setting.no_gpu"), absent)
+        fact("gpu_memory", format_bytes(environment.gpu_total_bytes), absent)
+        fact("link", environment.link or NOT_MEASURED, absent)
+        fact("cpu", environment.cpu, absent)
+        fact("host_memory", format_bytes(environment.host_memory_bytes), absent)
+        fact("platform", environment.platform, absent)
+        return make_table(["quantity", "value", "origin"], rows, note="machine")
+    if machine.gpu is None:
+        fact("gpu", say("setting.no_gpu"), machine.gpu_absent_reason or "")
+    else:
+        gpu = machine.gpu
+        fact("gpu", gpu.name, say("machine.driver", driver=gpu.driver or say("reproduce.not_known")))
+        fact(
+            "gpu_memory",
+            format_bytes(gpu.total_bytes),
+            say("machine.free", free=format_bytes(gpu.free_bytes)),
+        )
+        figure("gpu_copy", gpu.copy_bytes_per_s, format_rate)
+        figure("gpu_bf16", gpu.matmul_bf16_flops, format_flops)
+        figure("gpu_fp16", gpu.matmul_fp16_flops, format_flops)
+        figure("gpu_fp32", gpu.matmul_fp32_flops, format_flops)
+    if machine.link is not None:
+        link = machine.link
+        loaded_as = _lanes(link.generation_loaded, link.width_loaded)
+        fact("link", loaded_as, say("machine.link_max", link=_lanes(link.generation_max, link.width_max)))
+        figure("h2d_pinned", link.h2d_pinned_bytes_per_s, format_rate)
+        figure("d2h_pinned", link.d2h_pinned_bytes_per_s, format_rate)
+        figure("h2d_pageable", link.h2d_pageable_bytes_per_s, format_rate)
+        figure("d2h_pageable", link.d2h_pageable_bytes_per_s, format_rate)
+        figure("h2d_duplex", link.h2d_duplex_bytes_per_s, format_rate)
+        figure("d2h_duplex", link.d2h_duplex_bytes_per_s, format_rate)
+    cpu, memory = machine.cpu, machine.memory
+    fact(
+        "cpu",
+        cpu.name,
+        say("machine.cores", usable=cpu.cores_usable, total=cpu.cores_total, basis=cpu.cores_basis),
+    )
+    figure("cpu_fp32", cpu.matmul_fp32_flops, format_flops)
+    figure("cpu_bf16", cpu.matmul_bf16_flops, format_flops)
+    figure("cpu_adam", cpu.adam_elements_per_s, format_elements)
+    fact("host_memory", format_bytes(memory.total_bytes), memory.total_basis)
+    figure("host_copy", memory.copy_bytes_per_s, format_rate)
+    fact("platform", machine.platform, say("machine.probed", time=_minute(machine.time)))
+    return make_table(["quantity", "value", "origin"], rows, note="machine")
+
+
+def failures_table(loaded: Loaded) -> Table | None:
+    """Every run that did not end ok, every file that could not be read, every plan that was not run."""
+    rows: list[tuple[str, ...]] = [
+        (run.id, run.engine, run.end_state, say(f"end.{run.end_state}"), run.end_reason or "")
+        for run in loaded.runs
+        if run.end_state != "ok"
+    ]
+    rows += [(broken.file, "", "", say("end.unreadable"), broken.reason) for broken in loaded.broken]
+    ran = {run.engine for run in loaded.runs}
+    rows += [
+        (say("tile.none"), plan.engine, "", say("end.not_run"), plan.why_not or "")
+        for plan in loaded.plans
+        if plan.engine not in ran
+    ]
+    return make_table(["run", "method", "end", "meaning", "reason"], rows) if rows else None
+
+
+def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
+    """What made these numbers, by name and text."""
+    runs = loaded.runs
+    environment = _told(runs).environment
+    missing = say("reproduce.not_known")
+    versions = {
+        "python": environment.python,
+        "torch": environment.torch,
+        "transformers": environment.transformers,
+    }
+    versions |= environment.packages
+    samples = [sample for run in runs for sample in run.samples]
+    dirty = {run.environment.dirty for run in runs}
+    state = "dirty" if True in dirty else "clean" if dirty == {False} else "unknown"
+    facts = {
+        "program": f"lspzo-bench {_several(run.environment.program for run in runs)}",
+        "commit": f"{_several(run.environment.commit for run in runs)} ({say(f'reproduce.{state}')})",
+        "versions": ", ".join(f"{name} {version or missing}" for name, version in versions.items()),
+        "driver": _several(run.environment.gpu_driver for run in runs),
+        "platform": _several(run.environment.platform for run in runs),
+        "seeds": _several(str(run.job.get("seed", 0)) for run in runs),
+        "criteria": verdict.criteria_sha256 or say("tile.none"),
+        "stamped": _several((run.criteria.sha256 if run.criteria else None for run in runs), "tile.none"),
+        "runs": _period(runs),
+        "samples": say(
+            "reproduce.counted",
+            kept=len(samples),
+            warmup=sum(sample.warmup for sample in samples),
+            runs=len(runs),
+        ),
+    }
+    return tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
+
+
+def commands(loaded: Loaded) -> tuple[str, ...]:
+    """What to type, beside this report's folder, to make it again."""
+    engines = ",".join(sorted({run.engine for run in loaded.runs}, key=engine_order))
+    rounds = max(run.round for run in loaded.runs)
+    criteria = " --criteria criteria.toml" if loaded.criteria is not None else ""
+    return (
+        f"lspzo-bench compare --job job.toml --engines {engines} --rounds {rounds}{criteria} --out again",
+        "lspzo-bench report again",
+    )
+
+
+def not_measured(loaded: Loaded, all_: Measurements) -> tuple[str, ...]:
+    """What these runs leave open: fields without a value, methods without a run, and what no run shows."""
+    fields = {
+        "gpu_memory": lambda run: run.summary.peak_gpu_allocated_bytes,
+        "nvml": lambda run: run.summary.peak_gpu_nvml_bytes,
+        "host_memory": lambda run: run.summary.peak_host_bytes,
+        "energy": lambda run: run.summary.energy_j,
+        "held_out": lambda run: run.summary.eval_loss_last,
+    }
+    lines = []
+    for key, value in fields.items():
+        without = [e for e in engines_of(all_) if all_.of(e).ok and typical(all_.of(e), value) is None]
+        if without:
+            lines.append(say("open.field", what=say(f"open.{key}"), engines=", ".join(without)))
+    nothing = [engine for engine in engines_of(all_) if not all_.of(engine).ok]
+    if nothing:
+        lines.append(say("open.methods", engines=", ".join(nothing)))
+    return (*lines, *(say(f"open.{key}") for key in ("quality", "clocks", "cost", "scale")))
+
+
+def _parameters(runs: Sequence[Run]) -> str:
+    counts = [run.model.parameters for run in runs if run.model.parameters > 0]
+    if not counts:
+        return say("setting.parameters_unknown")
+    count = max(counts)
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return say("setting.parameters", count=f"{digits(count / size)} {unit}")
+    return say("setting.parameters", count=str(count))
+
+
+def _lanes(generation: int | None, width: int | None) -> str:
+    if generation is None or width is None:
+        return NOT_MEASURED
+    return say("machine.lanes", generation=generation, width=width)
+
+
+def _minute(time: str) -> str:
+    """`2026-11-21 10:11 UTC` of an ISO 8601 time in UTC; anything else as it is."""
+    return f"{time[:10]} {time[11:16]} UTC" if len(time) >= 16 and time[10] == "T" else time
+
+
+def _period(runs: Sequence[Run]) -> str:
+    first, last = _minute(min(run.time for run in runs)), _minute(max(run.time for run in runs))
+    return span(first, last) if first != last else first
+
+
+def _several(values: Iterable[str | None], missing: str = "reproduce.not_known") -> str:
+    return ", ".join(sorted({value if value is not None else say(missing) for value in values}))
+
+
+def _told(runs: Sequence[Run]) -> Run:
+    """A run whose environment is known best: one that ended ok, else the first."""
+    return next((run for run in runs if run.end_state == "ok"), runs[0])

@@ -1,0 +1,296 @@
+"""report.md, report.html and verdict.json from an output folder. The same folder gives the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import TypeAdapter
+
+from engines.base import UserError
+from harness.job import Job
+from harness.result import Run
+from harness.stats import over_runs, ratio
+from profiles.documents import to_json, write_whole
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from reports import charts, provenance, tables
+from reports.catalogue import say
+from reports.criteria import Criteria, default_criteria, load_criteria
+from reports.decide import Verdict, decide
+from reports.load import Loaded, engine_order, load_folder
+from reports.metrics import (
+    Measurements,
+    ends,
+    gpu_limit_bytes,
+    gpu_taken_bytes,
+    group,
+    host_limit_bytes,
+    predicted,
+)
+from reports.show import GIB, digits, loss, times
+
+
+def write_report(folder: Path, criteria_path: Path | None = None) -> Verdict:
+    """Judge what lies in `folder` and write report.md, report.html and verdict.json there.
+
+    `criteria_path` takes the place of the folder's own criteria.toml. Without either the built-in
+    defaults judge, and the report says so. Raises `UserError`.
+    """
+    loaded = load_folder(folder)
+    criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
+    verdict = judge(loaded, criteria)
+    write_whole(folder / "report.md", render_markdown(loaded, verdict))
+    write_whole(folder / "report.html", render_html(loaded, verdict))
+    write_whole(folder / "verdict.json", to_json(verdict))
+    return verdict
+
+
+def judge(loaded: Loaded, criteria: Criteria | None) -> Verdict:
+    """The verdict on a folder, with a warning where some of its files could not be read."""
+    verdict = decide(loaded.runs, criteria or default_criteria(), loaded.machine)
+    if not loaded.broken:
+        return verdict
+    return replace(verdict, warnings=(*verdict.warnings, say("warning.unreadable", count=len(loaded.broken))))
+
+
+def render_markdown(loaded: Loaded, verdict: Verdict) -> str:
+    """For pull requests and wikis. Text from the data is escaped; charts are left to the HTML."""
+    return _markdown().get_template("report.md.j2").render(_context(loaded, verdict))
+
+
+def render_html(loaded: Loaded, verdict: Verdict) -> str:
+    """One file without scripts or anything from outside; its first page prints on one sheet of A4."""
+    drawn = [(name, Markup(svg)) for name, svg in _charts(loaded).items()]
+    return _html().get_template("report.html.j2").render(_context(loaded, verdict), charts=drawn)
+
+
+def published_folders(folder: Path) -> list[Path]:
+    """`folder` itself if it holds runs, else those of its subfolders that do, by name.
+
+    Raises `UserError` if there is none.
+    """
+    found = [path for path in (folder, *sorted(folder.glob("*"))) if any(path.glob("runs/*.json"))]
+    if not found:
+        raise UserError(
+            str(folder), "holds no published runs (*/runs/*.json)", "name a folder such as reports/results"
+        )
+    return found[:1] if found[0] == folder else found
+
+
+def methods_table_markdown(folders: Sequence[Path]) -> str:
+    """One Markdown table of all methods of all `folders`, for the README. Raises `UserError`."""
+    columns = ("model", "machine", "method", "step_s", "ratio", "gpu", "host", "loss")
+    rows = [row for folder in folders for row in _published_rows(load_folder(folder))]
+    head = [say(f"readme.{column}") for column in columns]
+    align = ["---"] * 3 + ["---:"] * 5
+    cells = [[markdown_text(cell) for cell in row] for row in (head, *rows)]
+    cells.insert(1, align)
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
+    all_ = group(loaded.runs, loaded.machine)
+    rows = []
+    for engine in sorted(all_.rounds, key=engine_order):
+        rounds = all_.of(engine)
+        environment = rounds.runs[0].environment
+        machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
+        start = (loaded.job.model.name, machine, engine)
+        if rounds.step_s is None:
+            rows.append((*start, ends(rounds.runs), *[NOT_MEASURED] * 4))
+            continue
+        beside = ratio(rounds.step_times, all_.of("native").step_times)
+        gpu = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
+        host = [bytes_ for run in rounds.ok if (bytes_ := run.summary.peak_host_bytes) is not None]
+        rows.append(
+            (
+                *start,
+                digits(rounds.step_s.median),
+                times(beside.value) if beside else NOT_MEASURED,
+                f"{max(gpu) / GIB:.2f}" if gpu else NOT_MEASURED,
+                f"{max(host) / GIB:.2f}" if host else NOT_MEASURED,
+                loss(rounds.loss_last),
+            )
+        )
+    return rows
+
+
+def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
+    all_ = group(loaded.runs, loaded.machine)
+    job = TypeAdapter(Job).dump_python(loaded.job, mode="json", exclude_none=True)
+    return {
+        "loaded": loaded,
+        "verdict": verdict,
+        "tiles": tables.tiles(verdict, all_),
+        "setting": provenance.setting(loaded),
+        "criteria": tables.criteria_cells(verdict),
+        "speed": tables.speed_table(all_),
+        "memory": tables.memory_table(all_),
+        "busy": tables.busy_table(all_),
+        "prediction": tables.prediction_table(loaded, all_),
+        "plan_notes": tables.plan_notes(loaded),
+        "machine": provenance.machine_table(loaded),
+        "failures": provenance.failures_table(loaded),
+        "provenance": provenance.provenance(loaded, verdict),
+        "commands": provenance.commands(loaded),
+        "verify": [plan.verify_command for plan in loaded.plans if plan.verify_command],
+        "job_toml": tomli_w.dumps(job),
+        "not_measured": provenance.not_measured(loaded, all_),
+        "reading": [
+            say(f"reading.{key}") for key in ("verdict", "range", "same", "steps", "predicted", "gpu")
+        ],
+    }
+
+
+def _charts(loaded: Loaded) -> dict[str, str]:
+    """Name -> SVG of each chart that has something to show."""
+    all_ = group(loaded.runs, loaded.machine)
+    engines = sorted(all_.rounds, key=engine_order)
+    drawn = {
+        "step": _step_chart(engines, all_),
+        "gpu": _memory_chart("gpu", engines, all_),
+        "host": _memory_chart("host", engines, all_),
+        "loss": _loss_chart(engines, all_),
+    }
+    return {name: svg for name, svg in drawn.items() if svg is not None}
+
+
+def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
+    rows = []
+    for engine in engines:
+        rounds, expected = all_.of(engine), predicted(all_.of(engine))
+        measured = rounds.step_s.median if rounds.step_s else None
+        rows.append(
+            charts.BarRow(
+                label=engine,
+                engine=engine,
+                parts=(charts.Part(value=measured),) if measured is not None else (),
+                low=rounds.step_s_low,
+                high=rounds.step_s_high,
+                predicted=expected.step_s if expected else None,
+                text=format_seconds(measured) if measured is not None else "",
+                missing=ends(rounds.runs),
+            )
+        )
+    return _bars("step", rows, charts.seconds_axis, None)
+
+
+def _memory_chart(kind: Literal["gpu", "host"], engines: Sequence[str], all_: Measurements) -> str | None:
+    """On the GPU what torch reserved is drawn pale behind what its tensors took."""
+    rows = []
+    limit: int | None = None
+    for engine in engines:
+        rounds, expected = all_.of(engine), predicted(all_.of(engine))
+        if kind == "gpu":
+            pale = over_runs(rounds.ok, lambda run: run.summary.peak_gpu_reserved_bytes)
+            full = over_runs(rounds.ok, lambda run: run.summary.peak_gpu_allocated_bytes)
+            expected_bytes = expected.peak_gpu_bytes if expected else None
+            limits = [gpu_limit_bytes(run, all_.machine) for run in rounds.ok]
+        else:
+            pale, full = None, over_runs(rounds.ok, lambda run: run.summary.peak_host_bytes)
+            expected_bytes = expected.peak_host_bytes if expected else None
+            limits = [host_limit_bytes(run) for run in rounds.ok]
+        limit = limit or (limits[0] if limits else None)
+        parts = [charts.Part(value=pale.high, pale=True)] if pale else []
+        parts += [charts.Part(value=full.high)] if full else []
+        rows.append(
+            charts.BarRow(
+                label=engine,
+                engine=engine,
+                parts=tuple(parts),
+                predicted=expected_bytes or None,
+                text=format_bytes(max(part.value for part in parts)) if parts else "",
+                missing=say("chart.not_recorded") if rounds.ok else ends(rounds.runs),
+            )
+        )
+    return _bars(kind, rows, charts.bytes_axis, limit)
+
+
+def _bars(
+    key: str, rows: Sequence[charts.BarRow], axis: Callable[[str, float], charts.Axis], limit: int | None
+) -> str | None:
+    """`None` where no row has a bar: a chart of predictions alone would look like a measurement."""
+    if not any(row.parts for row in rows):
+        return None
+    return charts.bars(
+        say(f"chart.{key}"),
+        "; ".join(f"{row.label}: {row.text or row.missing}" for row in rows),
+        rows,
+        lambda top: axis(say(f"chart.{key}_axis"), top),
+        limit=(limit, say("chart.limit", limit=format_bytes(limit))) if limit else None,
+    )
+
+
+def _loss_chart(engines: Sequence[str], all_: Measurements) -> str | None:
+    series = []
+    for engine in engines:
+        run = tables.middle_run(all_.of(engine))
+        points = _loss_over_time(run) if run is not None else ()
+        if points:
+            series.append(charts.Line(label=engine, engine=engine, points=points))
+    if not series:
+        return None
+    ends_at = [(one.label, *one.points[-1]) for one in series]
+    return charts.lines(
+        say("chart.loss"),
+        "; ".join(
+            say("chart.after", engine=engine, loss=loss(value), time=format_seconds(time))
+            for engine, time, value in ends_at
+        ),
+        series,
+        lambda top: charts.seconds_axis(say("chart.loss_axis"), top),
+        charts.Axis(name=say("chart.loss_value")),
+    )
+
+
+def _loss_over_time(run: Run) -> tuple[tuple[float, float], ...]:
+    """(seconds since the first step began, loss) of every step with a finite loss, warm-ups included."""
+    clocks = itertools.accumulate(sample.step_s for sample in run.samples)
+    return tuple(
+        (clock, sample.loss)
+        for clock, sample in zip(clocks, run.samples, strict=True)
+        if sample.loss is not None
+    )
+
+
+@cache
+def _html() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.globals |= {"say": say, "absent": NOT_MEASURED}
+    return environment
+
+
+@cache
+def _markdown() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("reports"), autoescape=False, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, finalize=markdown_text,
+    )  # fmt: skip
+    environment.globals["say"] = say
+    environment.filters["code"] = _code
+    return environment
+
+
+def markdown_text(value: Any) -> Any:
+    """`value` on one line that Markdown shows as it is, in a table too. `Markup` passes unchanged."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for character in "\\`*[]|":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _code(text: str) -> Markup:
+    """`text` inside a fenced block, which it cannot end."""
+    return Markup(text.replace("```", "'''").rstrip("\n"))

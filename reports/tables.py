@@ -1,0 +1,325 @@
+"""The tables of a report: methods, memory, predictions and criteria, as plain text. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from harness.result import Run
+from harness.stats import Rounds, over_runs, ratio, same_or_different
+from profiles.units import (
+    NOT_MEASURED,
+    format_bytes,
+    format_seconds,
+)
+from reports.catalogue import say
+from reports.decide import Row, Verdict
+from reports.load import Loaded, engine_order
+from reports.metrics import (
+    DOES_NOT_FIT,
+    NOTHING_LEARNED,
+    Measurements,
+    ends,
+    find,
+    gpu_limit_bytes,
+    gpu_taken_bytes,
+    host_limit_bytes,
+    predicted,
+)
+from reports.show import joules, loss, metric_value, number, percent, span, times
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[int, ...] = ()
+    """Columns that are set to the right."""
+    note: str = ""
+
+
+def make_table(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]], numeric: Sequence[str] = (), note: str = ""
+) -> Table:
+    return Table(
+        columns=tuple(say(f"column.{column}") for column in columns),
+        rows=tuple(rows),
+        numeric=tuple(index for index, column in enumerate(columns) if column in numeric),
+        note=say(f"tablenote.{note}") if note else "",
+    )
+
+
+def engines_of(all_: Measurements) -> list[str]:
+    return sorted(all_.rounds, key=engine_order)
+
+
+def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
+    found = over_runs(rounds.ok, value)
+    return found.median if found else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """One key figure."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
+    """The four figures a decision is made of, for the method that the verdict is about."""
+    engine = verdict.method
+    if engine is None or not all_.of(engine).ok:
+        return ()
+    rounds = all_.of(engine)
+    expected = predicted(rounds)
+    native = find("step_time_ratio", engine, all_)
+    gpu_limit = gpu_limit_bytes(rounds.ok[0], all_.machine)
+    predicted_s = format_seconds(expected.step_s) if expected and expected.step_s else None
+    return (
+        Tile(
+            label=say("tile.step"),
+            value=format_seconds(rounds.step_s.median if rounds.step_s else None),
+            detail=say("tile.predicted", value=predicted_s) if predicted_s else say("tile.not_predicted"),
+        ),
+        Tile(
+            label=say("tile.ratio"),
+            value=times(native.value) if native.value is not None else say("tile.no_ratio"),
+            detail=_beside(engine, all_) if native.value is not None else native.note or "",
+        ),
+        Tile(
+            label=say("tile.gpu"),
+            value=_most(rounds, gpu_taken_bytes),
+            detail=say("tile.of", whole=format_bytes(gpu_limit)) if gpu_limit else say("note.no_gpu"),
+        ),
+        Tile(
+            label=say("tile.host"),
+            value=_most(rounds, lambda run: run.summary.peak_host_bytes),
+            detail=say("tile.of", whole=format_bytes(host_limit_bytes(rounds.ok[0]))),
+        ),
+    )
+
+
+def criteria_cells(verdict: Verdict) -> tuple[tuple[Row, tuple[str, ...]], ...]:
+    """Each criterion with its cells: name, asked, measured, predicted, runs."""
+    return tuple((row, _criterion_cells(row)) for row in verdict.rows)
+
+
+def _criterion_cells(row: Row) -> tuple[str, ...]:
+    measured = metric_value(row.metric, row.measured)
+    if (
+        row.measured_low is not None
+        and row.measured_high is not None
+        and row.measured_low < row.measured_high
+    ):
+        low, high = metric_value(row.metric, row.measured_low), metric_value(row.metric, row.measured_high)
+        if low != high:
+            measured = say("table.with_range", value=measured, range=span(low, high))
+    what = say(
+        "table.criterion", metric=say(f"metric.{row.metric}"), engine=row.engine, id=row.id, level=row.level
+    )
+    return (
+        what,
+        f"{row.comparison} {metric_value(row.metric, row.threshold)}",
+        measured,
+        say("table.not_predicted") if row.predicted is None else metric_value(row.metric, row.predicted),
+        say(f"outcome.{row.outcome.replace(' ', '_')}"),
+        ", ".join(row.evidence) or say("tile.none"),
+    )
+
+
+def speed_table(all_: Measurements) -> Table:
+    """Step time, tokens, how it stands beside native, loss, and accuracy where there was an evaluation."""
+    engines = engines_of(all_)
+    evaluated = any(run.summary.eval_loss_last is not None for e in engines for run in all_.of(e).ok)
+    columns = ["method", "ended", "step", "tokens", "beside_native", "loss"]
+    columns += ["evaluation"] if evaluated else []
+    columns += ["energy"]
+    rows = []
+    for engine in engines:
+        rounds = all_.of(engine)
+        cells = [engine, ends(rounds.runs)]
+        if rounds.step_s is None:
+            cells += [NOT_MEASURED] * (len(columns) - 2)
+        else:
+            cells += [
+                say(
+                    "table.step", median=format_seconds(rounds.step_s.median),
+                    range=span(format_seconds(rounds.step_s_low), format_seconds(rounds.step_s_high)),
+                    steps=rounds.counted_steps, runs=rounds.step_s.count,
+                ),
+                number(rounds.tokens_per_s.median if rounds.tokens_per_s else None),
+                _comparison(engine, all_),
+                say("table.first_to_last", first=loss(rounds.loss_first), last=loss(rounds.loss_last)),
+            ]  # fmt: skip
+            if evaluated:
+                cells.append(_evaluation(rounds))
+            cells.append(joules(typical(rounds, lambda run: run.summary.energy_j)))
+        rows.append(tuple(cells))
+    return make_table(columns, rows, numeric=("tokens", "energy"), note="speed")
+
+
+def memory_table(all_: Measurements) -> Table:
+    """Largest over the runs of each peak, and the bytes that cross the link per step."""
+    columns = ["method", "fits", "allocated", "reserved", "nvml", "host", "pinned", "h2d", "d2h"]
+    rows = []
+    for engine in engines_of(all_):
+        rounds = all_.of(engine)
+        rows.append(
+            (
+                engine,
+                _fits(rounds),
+                _most(rounds, lambda run: run.summary.peak_gpu_allocated_bytes),
+                _most(rounds, lambda run: run.summary.peak_gpu_reserved_bytes),
+                _most(rounds, lambda run: run.summary.peak_gpu_nvml_bytes),
+                _most(rounds, lambda run: run.summary.peak_host_bytes),
+                _most(rounds, lambda run: run.summary.pinned_bytes),
+                format_bytes(typical(rounds, lambda run: run.summary.h2d_bytes)),
+                format_bytes(typical(rounds, lambda run: run.summary.d2h_bytes)),
+            )
+        )
+    return make_table(columns, rows, numeric=columns[2:], note="memory")
+
+
+def busy_table(all_: Measurements) -> Table | None:
+    """How long each resource was busy per step; `None` where no engine measured any."""
+    values: dict[str, Callable[[Run], float | None]] = {
+        "gpu": lambda run: run.summary.gpu_s,
+        "h2d_time": lambda run: run.summary.h2d_s,
+        "d2h_time": lambda run: run.summary.d2h_s,
+        "cpu": lambda run: run.summary.cpu_s,
+        "idle": lambda run: run.summary.idle_s,
+    }
+    rows = [
+        (engine, *(format_seconds(typical(all_.of(engine), value)) for value in values.values()))
+        for engine in engines_of(all_)
+    ]
+    rows = [row for row in rows if any(cell != NOT_MEASURED for cell in row[1:])]
+    return make_table(["method", *values], rows, numeric=tuple(values), note="busy") if rows else None
+
+
+def prediction_table(loaded: Loaded, all_: Measurements) -> Table:
+    """Predicted beside measured, and their ratio: step time, GPU memory, host memory."""
+    rows = []
+    for engine in sorted({*all_.rounds, *(plan.engine for plan in loaded.plans)}, key=engine_order):
+        rounds = all_.of(engine)
+        plan = next((plan for plan in loaded.plans if plan.engine == engine), None)
+        expected = predicted(rounds) or (plan.prediction if plan else None)
+        if expected is None:
+            continue
+        range_ = span(format_seconds(expected.step_s_low), format_seconds(expected.step_s_high))
+        shown = (
+            say("table.with_range", value=format_seconds(expected.step_s), range=range_)
+            if expected.step_s
+            else say("table.not_predicted")
+        )
+        step_s = rounds.step_s.median if rounds.step_s else None
+        rows.append(
+            (engine, say("table.step_time"), shown, format_seconds(step_s), _over(step_s, expected.step_s))
+        )
+        for key, bytes_, value in (
+            ("gpu_memory", expected.peak_gpu_bytes, lambda run: run.summary.peak_gpu_allocated_bytes),
+            ("host_memory", expected.peak_host_bytes, lambda run: run.summary.peak_host_bytes),
+        ):
+            found = over_runs(rounds.ok, value)
+            peak = found.high if found else None
+            if peak is None and not bytes_:
+                continue
+            rows.append(
+                (
+                    engine,
+                    say(f"table.{key}"),
+                    format_bytes(bytes_) if bytes_ else say("table.not_predicted"),
+                    format_bytes(peak),
+                    _over(peak, bytes_),
+                )
+            )
+    return make_table(
+        ["method", "quantity", "predicted", "measured", "ratio"], rows, numeric=("ratio",), note="prediction"
+    )
+
+
+def plan_notes(loaded: Loaded) -> tuple[str, ...]:
+    """Per method: the settings chosen, what is predicted to limit it, and on what that rests."""
+    return tuple(
+        say(
+            "plan.note",
+            engine=plan.engine,
+            settings=", ".join(f"{key}={value}" for key, value in sorted(plan.settings.items()))
+            or say("plan.defaults"),
+            bottleneck=plan.prediction.bottleneck or say("plan.no_bottleneck"),
+            basis=plan.prediction.basis.rstrip("."),
+            reasons=say("plan.reasons", reasons="; ".join(plan.reasons)) if plan.reasons else "",
+        )
+        for plan in loaded.plans
+    )
+
+
+def _most(rounds: Rounds, value: Callable[[Run], int | None]) -> str:
+    found = over_runs(rounds.ok, value)
+    return format_bytes(found.high if found else None)
+
+
+def _over(measured: float | None, expected: float | None) -> str:
+    return times(measured / expected) if measured is not None and expected else NOT_MEASURED
+
+
+def _comparison(engine: str, all_: Measurements) -> str:
+    """`1.80x (1.78x to 1.82x, slower)`: the ratio to native and whether it is real."""
+    if engine == "native":
+        return say("compared.baseline")
+    found = find("step_time_ratio", engine, all_)
+    if found.value is None:
+        return found.note or NOT_MEASURED
+    return say("table.with_range", value=times(found.value), range=_beside(engine, all_))
+
+
+def _beside(engine: str, all_: Measurements) -> str:
+    """`1.78x to 1.82x, slower`; empty where there is nothing to compare."""
+    native, mine = all_.of("native").step_times, all_.of(engine).step_times
+    found = ratio(mine, native)
+    if found is None:
+        return ""
+    word = say(f"compared.{same_or_different(mine, native)}")
+    return say("compared.range", range=span(times(found.low), times(found.high)), word=word)
+
+
+def _evaluation(rounds: Rounds) -> str:
+    accuracy = [typical(rounds, lambda run: run.summary.eval_accuracy_first),
+                typical(rounds, lambda run: run.summary.eval_accuracy_last)]  # fmt: skip
+    losses = [typical(rounds, lambda run: run.summary.eval_loss_first),
+              typical(rounds, lambda run: run.summary.eval_loss_last)]  # fmt: skip
+    return say(
+        "table.evaluation",
+        accuracy=say(
+            "table.first_to_last", first=_percent_fine(accuracy[0]), last=_percent_fine(accuracy[1])
+        ),
+        loss=say("table.first_to_last", first=loss(losses[0]), last=loss(losses[1])),
+    )
+
+
+def _percent_fine(value: float | None) -> str:
+    return percent(value) if value is None else f"{100 * value:.1f} %"
+
+
+def _fits(rounds: Rounds) -> str:
+    concluded = {run.end_state for run in rounds.runs} - NOTHING_LEARNED
+    if rounds.ok:
+        return say("fits.yes" if not concluded & DOES_NOT_FIT else "fits.sometimes")
+    if concluded == {"skipped_infeasible"}:
+        return say("fits.predicted_no")
+    return say("fits.no") if concluded & DOES_NOT_FIT else say("fits.unknown")
+
+
+def middle_run(rounds: Rounds) -> Run | None:
+    """The run whose median step is nearest to that of all; the earliest among equals."""
+    if rounds.step_s is None:
+        return None
+    target = rounds.step_s.median
+    measured = [run for run in rounds.ok if any(not sample.warmup for sample in run.samples)]
+    return min(
+        measured,
+        key=lambda run: abs(median(s.step_s for s in run.samples if not s.warmup) - target),
+    )

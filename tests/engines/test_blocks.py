@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from engines.base import Batch, UserError
+from engines.blocks import (
+    BlockDriver,
+    EvaluationSum,
+    bind,
+    count_correct,
+    evaluate_on_device,
+    find_blocks,
+    first_names,
+    materialize,
+    without_cache,
+)
+from tiny_models import tiny_batches, tiny_blueprint
+
+FAMILIES = ["opt", "llama", "qwen2", "gpt2", "roberta", "bert"]
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("opt", "model.decoder.layers"),
+        ("llama", "model.layers"),
+        ("qwen2", "model.layers"),
+        ("gpt2", "transformer.h"),
+        ("roberta", "roberta.encoder.layer"),
+        ("bert", "bert.encoder.layer"),
+    ],
+)
+def test_the_row_of_blocks_is_found(family: str, path: str) -> None:
+    found, blocks = find_blocks(tiny_blueprint(family, num_blocks=2).reference)
+    assert found == path
+    assert len(blocks) == 2
+
+
+def test_models_without_one_row_of_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="no row of like blocks"):
+        find_blocks(nn.Sequential(nn.Linear(2, 2)))
+    config = AutoConfig.for_model(
+        "t5", vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, tie_word_embeddings=True
+    )
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(UserError, match="encoder-decoder"):
+        find_blocks(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_tensor_has_one_first_name_and_stays_one(tied: bool) -> None:
+    blueprint = tiny_blueprint("opt", tied)
+    places = first_names(blueprint.model)
+    head = places["lm_head.weight"]
+    assert head == ("model.decoder.embed_tokens.weight" if tied else "lm_head.weight")
+    model = materialize(blueprint, "cpu", torch.float32)
+    assert first_names(model) == places
+    tensors = {name: torch.full_like(tensor, 2.0) for name, tensor in model.named_parameters()}
+    bind(model, places, tensors)
+    assert first_names(model) == places
+    assert model.get_parameter("lm_head.weight").data_ptr() == tensors[head].data_ptr()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_run_in_parts_gives_the_bits_of_its_own_forward(family: str) -> None:
+    model = tiny_blueprint(family, num_blocks=3).reference.eval()
+    driver = BlockDriver(model)
+    with torch.no_grad():
+        for batch in tiny_batches(2, family):
+            inputs = dict(batch.inputs)
+            if family not in ("roberta", "bert"):
+                inputs["attention_mask"][0, -5:] = 0
+            expected = model(**inputs)
+            recording = driver.record(inputs)
+            hidden = recording.hidden
+            for index in range(3):
+                hidden = driver.run(index, recording.calls[index], hidden)
+            output = driver.finish(inputs, hidden)
+            assert torch.equal(output.loss, expected.loss)
+            assert torch.equal(output.logits, expected.logits)
+    assert find_blocks(model)[1] is driver.blocks
+
+
+def test_the_recording_needs_no_weights_of_the_blocks() -> None:
+    model = tiny_blueprint("llama").reference.eval()
+    driver = BlockDriver(model)
+    (batch,) = tiny_batches(1, "llama")
+    with torch.no_grad():
+        before = driver.record(batch.inputs)
+        for parameter in driver.blocks.parameters():
+            parameter.fill_(float("nan"))
+        assert torch.equal(driver.record(batch.inputs).hidden, before.hidden)
+
+
+def test_the_model_is_whole_again_after_a_failure() -> None:
+    model = tiny_blueprint("gpt2").reference.eval()
+    driver = BlockDriver(model)
+    ids = torch.full((1, 4), 10_000)
+    with pytest.raises(IndexError), torch.no_grad():
+        driver.record({"input_ids": ids})
+    assert find_blocks(model)[1] is driver.blocks
+
+
+def test_only_models_with_a_cache_are_told_to_do_without() -> None:
+    assert without_cache(tiny_blueprint("opt").reference) == {"use_cache": False}
+    assert without_cache(nn.Linear(2, 2)) == {}
+
+
+def test_correct_positions_are_counted_where_labels_are() -> None:
+    logits = torch.zeros(1, 4, 3)
+    for position, token in enumerate((2, 1, 0, 2)):
+        logits[0, position, token] = 1.0
+    labels = torch.tensor([[0, 2, -100, 1]])  # predicted from positions 0, 1 and 2: 2, 1, 0
+    assert count_correct(logits, labels) == (1, 2)
+    assert count_correct(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])) == (1, 2)
+
+
+def test_batches_weigh_as_many_labels_as_they_have() -> None:
+    total = EvaluationSum()
+    logits = torch.tensor([[0.0, 1.0]])
+    total.add(torch.tensor(1.0), logits, torch.tensor([1]))
+    total.add(torch.tensor(4.0), logits.expand(3, 2), torch.tensor([1, 0, -100]))
+    result = total.result()
+    assert result.num_labels == 3
+    assert result.loss == pytest.approx((1.0 * 1 + 4.0 * 2) / 3)
+    assert result.accuracy == pytest.approx(2 / 3)
+
+
+def test_an_evaluation_without_labels_is_refused() -> None:
+    with pytest.raises(UserError, match="no labelled position"):
+        EvaluationSum().result()
+
+
+def test_evaluation_restores_the_training_mode() -> None:
+    model = tiny_blueprint("opt").reference
+    batches = tiny_batches(2, "opt")
+    model.train()
+    evaluation = evaluate_on_device(model, batches, "cpu")
+    assert model.training
+    with torch.no_grad():
+        losses = [float(model.eval()(**batch.inputs).loss) for batch in batches]
+    assert evaluation.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert evaluation.num_labels == sum(
+        int((batch.inputs["labels"][:, 1:] != -100).sum()) for batch in batches
+    )
+    assert isinstance(batches[0], Batch)

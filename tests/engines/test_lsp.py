@@ -1,0 +1,564 @@
+"""LSP-Offload against its in-memory twin, AdamW, and the formulas of the paper."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from engines import core_worker, lsp, optim
+from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
+from engines.lsp import Lsp, block_matrices
+from engines.native import Native
+from engines.optim import core_adam
+from engines.projector import compress, decompress, transport_moments
+from engines.settings import LspSettings, NativeSettings
+from engines.transfer import Link
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
+
+SETTINGS = LspSettings(
+    learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2,
+    d=6, r=2, check_every=8, learn_steps=3, learn_timeout_s=1e9,
+)  # fmt: skip
+STEPS = 20
+MODELS = [("opt", True), ("opt", False), ("llama", False), ("gpt2", True), ("roberta", False)]
+FAMILIES = ["opt", "llama", "gpt2", "qwen2", "roberta"]
+
+
+def context(
+    dtype: Dtype = "fp32", accumulation: int = 1, checkpointing: bool = True, device: str = "cpu"
+) -> Context:
+    workload = Workload(
+        batch_size=2, seq_len=16, dtype=dtype, checkpointing=checkpointing, accumulation=accumulation
+    )
+    return Context(device=device, workload=workload, seed=7, total_steps=STEPS)
+
+
+@contextmanager
+def running(
+    family: str | TinyBlueprint, tied: bool = False, ctx: Context | None = None, **changes: Any
+) -> Iterator[Lsp]:
+    engine = Lsp(replace(SETTINGS, **changes), ctx or context())
+    try:
+        engine.setup(tiny_blueprint(family, tied, num_blocks=2) if isinstance(family, str) else family)
+        yield engine
+    finally:
+        engine.close()
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.weights()}
+
+
+@dataclass
+class Outcome:
+    losses: list[float]
+    weights: dict[str, Tensor]
+    stats: list[StepStats]
+    link: Link
+
+
+def train(engine: Lsp, batches: list[Batch], per_step: int = 1) -> Outcome:
+    stats = [engine.step(batches[i : i + per_step]) for i in range(0, len(batches), per_step)]
+    found = weights(engine)
+    return Outcome([entry.loss for entry in stats], found, stats, engine.link)
+
+
+def assert_same(found: Outcome, expected: Outcome) -> None:
+    assert found.losses == expected.losses
+    assert found.weights.keys() == expected.weights.keys()
+    for name, tensor in expected.weights.items():
+        assert torch.equal(found.weights[name], tensor), name
+
+
+def square_blueprint() -> TinyBlueprint:
+    """A Llama whose block matrices are all 16 x 16."""
+    config = tiny_config("llama", tied=False, num_blocks=2)
+    config.intermediate_size, config.num_key_value_heads = 16, 2
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config).float()
+    buffers = dict(reference.named_buffers())
+    model = copy.deepcopy(reference).to("meta")
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = buffer
+    return TinyBlueprint(shape=tiny_blueprint("llama").shape, model=model, reference=reference)
+
+
+class TestCoreAdam:
+    @pytest.mark.parametrize("size", [1, 7, 8, 9, 70_001])
+    @pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2])
+    def test_equals_adam_in_float64(self, scale: float, size: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        moment, variance = torch.zeros(size), torch.zeros(size)
+        exact_m, exact_v = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        for step in range(1, 6):
+            # One sign per element: a moment near zero would be all rounding error.
+            gradient = scale * (0.5 + torch.rand(size, generator=generator))
+            exact_g = gradient.double()
+            exact_m = 0.9 * exact_m + 0.1 * exact_g
+            exact_v = 0.999 * exact_v + 0.001 * exact_g**2
+            expected = (exact_m / (1 - 0.9**step)) / ((exact_v / (1 - 0.999**step)).sqrt() + 1e-8)
+            core_adam(gradient, moment, variance, step=step, beta1=0.9, beta2=0.999, eps=1e-8)
+            torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(variance.double(), exact_v, rtol=1e-5, atol=0.0)
+
+    @hypothesis_settings(max_examples=30, deadline=None)
+    @given(st.integers(1, 400), st.integers(1, 64))
+    def test_does_not_depend_on_the_chunks(self, size: int, chunk: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        tensors = [torch.randn(size, generator=generator) for _ in range(2)]
+        tensors.append(torch.rand(size, generator=generator))
+        whole, pieces = ([tensor.clone() for tensor in tensors] for _ in range(2))
+        core_adam(*whole, step=3, beta1=0.9, beta2=0.95, eps=1e-8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optim, "CHUNK_ELEMENTS", chunk)
+            core_adam(*pieces, step=3, beta1=0.9, beta2=0.95, eps=1e-8)
+        assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+    @pytest.mark.gpu
+    def test_has_the_same_bits_on_the_gpu(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        host = [torch.zeros(100_003) for _ in range(2)]
+        device = [tensor.cuda() for tensor in host]
+        for step in range(1, 30):
+            scale = 10.0 ** torch.randint(-20, 3, (100_003,), generator=generator)
+            gradient = torch.randn(100_003, generator=generator) * scale
+            on_gpu = gradient.cuda()
+            core_adam(gradient, *host, step=step, beta1=0.9, beta2=0.999, eps=1e-8)
+            core_adam(on_gpu, *device, step=step, beta1=0.9, beta2=0.999, eps=1e-8)
+            assert torch.equal(on_gpu.cpu(), gradient), step
+
+
+class TestTwin:
+    """The offloaded run against `offload=False`, bit for bit over 20 steps with three bias checks."""
+
+    @pytest.mark.parametrize(("family", "tied"), MODELS)
+    def test_offloaded_equals_in_memory(self, family: str, tied: bool) -> None:
+        batches = tiny_batches(STEPS, family)
+        with running(family, tied, offload=False) as twin:
+            expected = train(twin, batches)
+            assert {check.step for checks in twin.checks().values() for check in checks} == {0, 8, 16}
+        with running(family, tied) as engine:
+            assert_same(train(engine, batches), expected)
+
+    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    def test_equal_in_bf16_with_accumulation(self, order: str) -> None:
+        batches, ctx = tiny_batches(20, "qwen2"), context("bf16", accumulation=2)
+        with running("qwen2", ctx=ctx, offload=False) as twin:
+            expected = train(twin, batches, per_step=2)
+        with running("qwen2", ctx=ctx, schedule_order=order) as engine:
+            assert_same(train(engine, batches, per_step=2), expected)
+
+    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    def test_equal_when_worker_and_link_are_late(self, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        batches = tiny_batches(STEPS, "opt")
+        with running("opt", offload=False) as twin:
+            expected = train(twin, batches)
+        late = random.Random(0)
+
+        def delayed(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                time.sleep(late.choice((0.0, 0.0, 0.002)))
+                return function(*args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(core_worker, "core_adam", delayed(core_adam))
+        monkeypatch.setattr(Link, "upload", delayed(Link.upload))
+        monkeypatch.setattr(Link, "download", delayed(Link.download))
+        with running("opt", schedule_order=order) as engine:
+            assert_same(train(engine, batches), expected)
+
+    def test_evaluation_in_the_middle_changes_nothing(self) -> None:
+        batches = tiny_batches(6, "opt")
+        with running("opt") as straight, running("opt") as checked:
+            losses = [straight.step([batch]).loss for batch in batches]
+            found = [checked.step([batch]).loss for batch in batches[:3]]
+            assert checked.evaluate(batches).loss > 0
+            assert found + [checked.step([batch]).loss for batch in batches[3:]] == losses
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    @pytest.mark.parametrize(("family", "tied"), MODELS)
+    def test_equal_on_a_gpu_also_with_late_copies(
+        self, family: str, tied: bool, dtype: Dtype, order: str
+    ) -> None:
+        batches, ctx = tiny_batches(STEPS, family), context(dtype, device="cuda:0")
+        late = random.Random(0)
+        # The fused attention kernels may sum in any order in backward.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            with running(family, tied, ctx, offload=False) as twin:
+                expected = train(twin, batches)
+            engine = Lsp(replace(SETTINGS, schedule_order=order), ctx)
+            engine.link = Link(engine.device, delay=lambda: late.choice((0, 0, 1_000_000)))
+            try:
+                engine.setup(tiny_blueprint(family, tied, num_blocks=2))
+                assert engine.pinned_bytes == sum(matrix.core.nbytes for matrix in engine._matrices)
+                assert_same(train(engine, batches), expected)
+            finally:
+                engine.close()
+
+
+class TestAgainstAdamW:
+    def test_identity_projectors_are_adamw(self) -> None:
+        """d = m = n and P = Q = I: weight decay, schedule, bias correction and accumulation included."""
+        batches, ctx = tiny_batches(20, "llama"), context(accumulation=2)
+        native = Native(
+            NativeSettings(learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2), ctx
+        )
+        native.setup(square_blueprint())
+        losses = [native.step(batches[i : i + 2]).loss for i in range(0, 20, 2)]
+        with running(square_blueprint(), ctx=ctx, d=512, projector="identity") as engine:
+            found = train(engine, batches, per_step=2)
+            assert all(check.bias == 0.0 for checks in engine.checks().values() for check in checks)
+        assert found.losses == pytest.approx(losses, rel=1e-5)
+        for name, tensor in native.weights():
+            torch.testing.assert_close(found.weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+    def test_identity_needs_square_matrices(self) -> None:
+        with (
+            pytest.raises(UserError, match="identity needs d = m = n"),
+            running("llama", projector="identity"),
+        ):
+            pass
+
+    def test_accumulation_equals_the_union(self) -> None:
+        batches = tiny_batches(2, "opt")
+        union = Batch(inputs={key: torch.cat([b.inputs[key] for b in batches]) for key in batches[0].inputs})
+        # No learning: it would start from different calibration gradients. eps above rounding errors.
+        changes = {"learn_steps": 0, "adam_eps": 1e-3}
+        with (
+            running("opt", ctx=context(accumulation=2), **changes) as split,
+            running("opt", **changes) as whole,
+        ):
+            for _ in range(3):
+                assert split.step(batches).loss == pytest.approx(whole.step([union]).loss, rel=1e-5)
+            expected = weights(whole)
+            for name, tensor in weights(split).items():
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+class TestOneStep:
+    def test_is_algorithm_1(self) -> None:
+        """Compress, Adam, decompress, decay: written out for every matrix from the plain gradient."""
+        batch = tiny_batches(1, "gpt2")[0]
+        reference = tiny_blueprint("gpt2", num_blocks=2).reference.train()
+        reference(**batch.inputs).loss.backward()
+        settings = {"schedule": "constant", "warmup_steps": 0}
+        with running("gpt2", **settings) as engine:
+            engine.step([batch])
+            found = weights(engine)
+            pairs = {matrix.name: (matrix.left, matrix.right) for matrix in engine._matrices}
+        assert len(pairs) == 2 * 4
+        for name, (left, right) in pairs.items():
+            old = reference.get_parameter(name)
+            assert old.grad is not None
+            core = compress(old.grad, left, right)
+            delta = decompress(core / (core.abs() + 1e-8), left, right)
+            expected = old.detach() * (1 - 3e-3 * 0.1) - 3e-3 * delta
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    def test_wire_bytes_are_the_cores(self, order: str, accumulation: int) -> None:
+        batches = tiny_batches(3 * accumulation, "llama")
+        ctx = context(accumulation=accumulation)
+        with running("llama", ctx=ctx, schedule_order=order, d=12) as engine:
+            sizes = [min(12, *parameter.shape) for _, _, parameter in block_matrices(engine.model)]
+            assert set(sizes) == {8, 12}  # key and value projections are 8 x 16
+            found = train(engine, batches, per_step=accumulation)
+        expected = 4 * sum(d * d for d in sizes)
+        assert [(entry.h2d_bytes, entry.d2h_bytes) for entry in found.stats] == [(expected, expected)] * 3
+        assert (found.link.h2d_bytes, found.link.d2h_bytes) == (3 * expected, 3 * expected)
+
+    def test_moments_that_move_are_counted(self) -> None:
+        with running("llama", check_every=2) as engine:
+            found = train(engine, tiny_batches(3, "llama"))
+            cores = sum(matrix.core.nbytes for matrix in engine._matrices)
+        # Step 2 finds every pair above alpha: both moments go up and come back.
+        assert [entry.h2d_bytes for entry in found.stats] == [cores, cores, 3 * cores]
+        assert [entry.d2h_bytes for entry in found.stats] == [cores, cores, 3 * cores]
+        assert (found.link.h2d_bytes, found.link.d2h_bytes) == (5 * cores, 5 * cores)
+
+    def test_gradients_of_matrices_are_freed_in_backward(self) -> None:
+        with running("opt") as engine:
+            held: list[int] = []
+            members = [parameter for _, _, parameter in block_matrices(engine.model)]
+            for parameter in members:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _: held.append(sum(p.grad is not None for p in members))
+                )
+            engine.step(tiny_batches(1, "opt"))
+        assert held == [0] * len(members)
+
+    def test_the_twin_moves_nothing(self) -> None:
+        with running("llama", offload=False) as engine:
+            stats = engine.step(tiny_batches(1, "llama"))
+            assert engine.pinned_bytes == 0
+        assert (stats.h2d_bytes, stats.d2h_bytes, stats.cpu_s) == (0, 0, None)
+
+    def test_adam_runs_off_the_main_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: set[str] = set()
+
+        def spy(*args: Any, **kwargs: Any) -> None:
+            threads.add(threading.current_thread().name)
+            core_adam(*args, **kwargs)
+
+        monkeypatch.setattr(core_worker, "core_adam", spy)
+        with running("opt") as engine:
+            engine.step(tiny_batches(1, "opt"))
+            engine.synchronize()
+            assert engine._worker is not None
+            assert engine._worker.take_busy_s() >= 0.0
+        assert threads == {"lsp-core-adam"}
+
+
+class TestSubspaces:
+    def test_first_check_is_before_the_first_update_and_learning_lowers_the_bias(self) -> None:
+        with running("opt", learn_steps=60, alpha=1e-3) as engine:
+            engine.step(tiny_batches(1, "opt"))
+            checks = engine.checks()
+            assert len(checks) == 2 * 6
+        for entries in checks.values():
+            (check,) = entries
+            assert check.step == 0
+            assert check.learned_bias is not None
+            assert check.learned_bias < 0.6 * check.bias
+            assert (check.learn_steps, check.stop) == (60, "steps")
+
+    def test_alpha_is_a_threshold_for_each_matrix(self) -> None:
+        """A pair at or below alpha stays, one above goes, whatever the mean is."""
+        with running("opt", offload=False) as engine:
+            engine.step(tiny_batches(1, "opt"))
+            biases = sorted(entries[0].bias for entries in engine.checks().values())
+        alpha = biases[len(biases) // 2]
+        with running("opt", alpha=alpha, offload=False) as engine:
+            engine.step(tiny_batches(1, "opt"))
+            kept = [entries[0] for entries in engine.checks().values() if entries[0].learned_bias is None]
+            assert len(kept) == len(biases) // 2 + 1
+            assert all(check.bias <= alpha and check.stop is None for check in kept)
+            replaced = [matrix.name for matrix in engine._matrices if matrix.generation == 1]
+            assert len(replaced) == len(biases) - len(kept)
+
+    def test_check_every_counts_steps(self) -> None:
+        with running("opt", check_every=3, offload=False) as engine:
+            for batch in tiny_batches(7, "opt"):
+                engine.step([batch])
+            for entries in engine.checks().values():
+                assert [check.step for check in entries] == [0, 3, 6]
+
+    def test_moments_are_transported_with_the_formula(self) -> None:
+        batches = tiny_batches(2, "opt")
+        with running("opt", check_every=1) as engine:
+            engine.step(batches[:1])
+            engine.synchronize()
+            matrix = engine._matrices[0]
+            left, right = matrix.left, matrix.right
+            moment, variance = matrix.state.moment.clone(), matrix.state.variance.clone()
+            engine.step(batches[1:])
+            engine.synchronize()
+            expected = transport_moments(moment, variance, left, matrix.left, right, matrix.right)
+            assert not torch.equal(left.indices, matrix.left.indices)
+            # What step 1 then made of them, undone: moment = 0.9 * expected + 0.1 * core.
+            core = (matrix.state.moment - 0.9 * expected[0]) / 0.1
+            torch.testing.assert_close(
+                matrix.state.variance, 0.999 * expected[1] + 0.001 * core.square(), rtol=1e-3, atol=1e-12
+            )
+
+    def test_no_time_to_learn_keeps_the_pair(self) -> None:
+        with running("opt", learn_timeout_s=0.0) as engine:
+            before = [matrix.left for matrix in engine._matrices]
+            engine.step(tiny_batches(1, "opt"))
+            assert [matrix.left for matrix in engine._matrices] == before
+            checks = [entries[0] for entries in engine.checks().values()]
+        assert {(check.stop, check.learned_bias, check.learn_steps) for check in checks} == {
+            ("timeout", None, 0)
+        }
+
+    def test_the_time_limit_is_for_all_matrices_together(self) -> None:
+        with running("opt", learn_timeout_s=20.0, learn_steps=1000, alpha=1e-6) as engine:
+            ticks = iter(range(100_000))
+            engine._clock = lambda: float(next(ticks))
+            engine.step(tiny_batches(1, "opt"))
+            checks = [entries[0] for entries in engine.checks().values()]
+        assert {check.stop for check in checks} == {"timeout"}
+        assert 0 < sum(check.learn_steps for check in checks) < 20
+
+
+class TestTreatment:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_names_every_parameter_exactly_once(self, family: str) -> None:
+        with running(family, tied=family in ("opt", "gpt2"), d=12) as engine:
+            listed = engine.treatment()
+            assert [entry.name for entry in listed] == [name for name, _ in engine.model.named_parameters()]
+            assert len({entry.name for entry in listed}) == len(listed)
+            shapes = {name: tuple(p.shape) for name, p in engine.model.named_parameters()}
+        subspace = {entry.name for entry in listed if entry.how == "subspace"}
+        path = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "roberta": "roberta.encoder.layer"}
+        inside = path.get(family, "model.layers") + "."
+        # In these families the matrices of the blocks are their only parameters of two dimensions.
+        assert subspace == {
+            name for name, shape in shapes.items() if name.startswith(inside) and len(shape) == 2
+        }
+        for entry in listed:
+            if entry.how == "subspace":
+                assert (entry.d, entry.r) == (min(12, *shapes[entry.name]), 2)
+            else:
+                assert (entry.how, entry.d, entry.r) == ("adamw", None, None)
+
+    def test_every_trained_parameter_moves_and_frozen_ones_do_not(self) -> None:
+        for train_outer in (True, False):
+            blueprint = tiny_blueprint("opt", tied=True, num_blocks=2)
+            with running(blueprint, train_outer=train_outer) as engine:
+                engine.step(tiny_batches(1, "opt"))
+                found = weights(engine)
+                how = {entry.name: entry.how for entry in engine.treatment()}
+            assert set(how.values()) == {"subspace", "adamw" if train_outer else "frozen"}
+            for name, tensor in found.items():
+                moved = not torch.equal(tensor, blueprint.reference.get_parameter(name))
+                assert moved is (how[name] != "frozen"), name
+
+    def test_r_is_at_most_d(self) -> None:
+        with running("opt", d=2, r=4) as engine:
+            assert {(entry.d, entry.r) for entry in engine.treatment() if entry.how == "subspace"} == {(2, 2)}
+
+
+class TestFaults:
+    def test_an_exception_in_the_worker_ends_the_step_with_its_cause(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise ArithmeticError("spoilt")
+
+        monkeypatch.setattr(core_worker, "core_adam", fail)
+        batches = tiny_batches(2, "opt")
+        for order in ("layerwise", "sequential"):
+            with running("opt", schedule_order=order) as engine:
+                engine.step(batches[:1])
+                with pytest.raises(RuntimeError, match="the CPU update failed") as caught:
+                    engine.step(batches[1:])
+                assert isinstance(caught.value.__cause__, ArithmeticError)
+                with pytest.raises(RuntimeError, match="the CPU update failed"):
+                    engine.synchronize()
+
+    def test_a_hang_becomes_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        go_on = threading.Event()
+        monkeypatch.setattr(core_worker, "core_adam", lambda *_, **__: go_on.wait(60))
+        monkeypatch.setattr(core_worker, "WAIT_LIMIT_S", 0.05)
+        engine = Lsp(SETTINGS, context())
+        try:
+            engine.setup(tiny_blueprint("opt"))
+            engine.step(tiny_batches(1, "opt"))
+            with pytest.raises(RuntimeError, match="did not come within"):
+                engine.synchronize()
+        finally:
+            go_on.set()
+            monkeypatch.setattr(core_worker, "WAIT_LIMIT_S", 60.0)
+            engine.close()
+
+    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    def test_a_gradient_that_is_not_finite_changes_no_weight(self, order: str) -> None:
+        with running("opt", schedule_order=order) as engine:
+            batches = tiny_batches(2, "opt")
+            engine.step(batches[:1])
+            before = weights(engine)
+            target = block_matrices(engine.model)[3][2]
+            target.register_hook(lambda gradient: gradient * math.inf)
+            with pytest.raises(NonFiniteLoss, match="step 1"):
+                engine.step(batches[1:])
+            after = weights(engine)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+    def test_fp16_is_refused(self) -> None:
+        with pytest.raises(UserError, match="use bf16 or fp32"), running("opt", ctx=context("fp16")):
+            pass
+
+    def test_close_may_be_called_twice_and_stops_the_thread(self) -> None:
+        engine = Lsp(SETTINGS, context())
+        engine.setup(tiny_blueprint("opt"))
+        engine.step(tiny_batches(1, "opt"))
+        engine.close()
+        engine.close()
+        assert "lsp-core-adam" not in {thread.name for thread in threading.enumerate()}
+
+
+class TestResume:
+    @pytest.mark.parametrize(("family", "dtype"), [("opt", "fp32"), ("llama", "bf16")])
+    def test_at_step_10_equals_the_uninterrupted_run(self, tmp_path: Path, family: str, dtype: Dtype) -> None:
+        batches, ctx = tiny_batches(STEPS, family), context(dtype)
+        with running(family, ctx=ctx) as straight:
+            expected = train(straight, batches)
+            checks = straight.checks()
+        with running(family, ctx=ctx) as first:
+            for batch in batches[:10]:
+                first.step([batch])
+            first.save(tmp_path)
+        with running(family, ctx=ctx) as second:
+            second.load(tmp_path)
+            found = train(second, batches[10:])
+            assert second.checks() == checks
+        assert_same(found, replace(expected, losses=expected.losses[10:]))
+
+    def test_another_subspace_is_refused(self, tmp_path: Path) -> None:
+        with running("opt") as engine:
+            engine.save(tmp_path)
+        with running("opt", d=5) as engine, pytest.raises(UserError, match="same d, r and projector"):
+            engine.load(tmp_path)
+
+
+def test_learns_a_fixed_batch() -> None:
+    batches = tiny_batches(1, "roberta")
+    with running("roberta", schedule="constant", learning_rate=2e-2) as engine:
+        losses = [engine.step(batches).loss for _ in range(STEPS)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_matrices_alone_learn_nearly_as_much_as_with_adamw(family: str) -> None:
+    """Everything else frozen: embedding and head are random, so neither gets far."""
+    batch = tiny_batches(1, family)[0]
+    model = tiny_blueprint(family, num_blocks=2).reference.train()
+    optimizer = torch.optim.AdamW(
+        [weight for _, _, weight in block_matrices(model)], lr=2e-2, weight_decay=0.0
+    )
+    plain = []
+    for _ in range(2 * STEPS):
+        optimizer.zero_grad()
+        loss = model(**batch.inputs).loss
+        loss.backward()
+        optimizer.step()
+        plain.append(float(loss.detach()))
+    changes: dict[str, Any] = {"schedule": "constant", "learning_rate": 2e-2, "weight_decay": 0.0}
+    with running(family, train_outer=False, d=12, learn_steps=30, check_every=1000, **changes) as engine:
+        losses = [engine.step([batch]).loss for _ in range(2 * STEPS)]
+    assert losses[0] == pytest.approx(plain[0], rel=1e-5)
+    assert losses[0] - losses[-1] > 0.8 * (plain[0] - plain[-1])
+
+
+def test_seeds_differ_by_every_argument() -> None:
+    seeds = [
+        lsp.derived_seed(seed, name, side, generation)
+        for seed in (0, 1)
+        for name in ("a", "b")
+        for side in ("left", "right")
+        for generation in (0, 1)
+    ]
+    assert len(set(seeds)) == 16
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from engines import mezo
+from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
+from engines.mezo import Mezo
+from engines.noise import NoiseKey, normal
+from engines.settings import MezoSettings
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+SETTINGS = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
+
+
+def context(steps: int = 100, dtype: Dtype = "fp32", seed: int = 7) -> Context:
+    return Context(
+        device="cpu", workload=Workload(batch_size=2, seq_len=16, dtype=dtype), seed=seed, total_steps=steps
+    )
+
+
+def engine(blueprint: TinyBlueprint, settings: MezoSettings = SETTINGS, where: Context | None = None) -> Mezo:
+    made = Mezo(settings, where or context())
+    made.setup(blueprint)
+    return made
+
+
+def snapshot(made: Mezo) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in made.weights()}
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [("opt", True), ("opt", False), ("gpt2", True), ("llama", False), ("roberta", False)]
+)
+def test_equals_a_plain_loop_over_the_paper(family: str, tied: bool) -> None:
+    """Algorithm 1 on copies of the parameters, with a noise tensor kept for the whole step."""
+    blueprint = tiny_blueprint(family, tied)
+    model = copy.deepcopy(blueprint.reference).eval()
+    made = engine(blueprint)
+    theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    batches = tiny_batches(8, family)
+    lr, eps, decay = SETTINGS.learning_rate, SETTINGS.eps, SETTINGS.weight_decay
+    for step in range(4):
+        micro = batches[2 * step : 2 * step + 2]
+        z = {
+            name: normal(NoiseKey(seed=7, step=step, tensor=number), weight.numel()).view(weight.shape)
+            for number, (name, weight) in enumerate(theta.items())
+        }
+        losses = []
+        for sign in (1, -1):
+            moved = {name: theta[name] + sign * eps * z[name] for name in theta}
+            with torch.no_grad():
+                each = [functional_call(model, moved, kwargs=dict(b.inputs)).loss.item() for b in micro]
+            losses.append(sum(each) / 2)
+        g = (losses[0] - losses[1]) / (2 * eps)
+        for name, weight in theta.items():
+            own_decay = decay if weight.dim() >= 2 else 0.0
+            theta[name] = weight - lr * (g * z[name] + own_decay * weight)
+
+        stats = made.step(micro)
+        assert stats.loss == sum(losses) / 2
+        assert stats.projected_gradient == g
+    assert equal(snapshot(made), theta)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_perturbing_never_changes_the_weights(dtype: Dtype) -> None:
+    made = engine(
+        tiny_blueprint("llama", tied=True), MezoSettings(learning_rate=0.0, eps=1e-2), context(dtype=dtype)
+    )
+    before = snapshot(made)
+    for batch in tiny_batches(3, "llama"):
+        assert made.step([batch]).projected_gradient != 0.0
+    assert equal(snapshot(made), before)
+
+
+def test_the_learning_rate_of_each_step_acts_on_every_parameter() -> None:
+    made = engine(
+        tiny_blueprint("opt"), MezoSettings(learning_rate=1e-3, schedule="linear"), context(steps=3)
+    )
+    batches = tiny_batches(5, "opt")
+    before = snapshot(made)
+    for batch in batches[:3]:
+        made.step([batch])
+    trained = snapshot(made)
+    assert all(not torch.equal(trained[name], before[name]) for name in before)
+    for batch in batches[3:]:
+        made.step([batch])
+    assert equal(snapshot(made), trained)
+
+
+def test_a_projected_gradient_of_zero_still_decays_matrices() -> None:
+    """One class makes the loss zero whatever the weights."""
+    blueprint = tiny_blueprint("roberta")
+    for model in (blueprint.model, blueprint.reference):
+        model.config.num_labels = model.num_labels = 1
+        model.config.problem_type = "single_label_classification"
+        model.classifier.out_proj = torch.nn.Linear(16, 1, device=model.classifier.out_proj.weight.device)
+    made = engine(blueprint, MezoSettings(learning_rate=0.5, weight_decay=0.1))
+    before = snapshot(made)
+    (batch,) = tiny_batches(1, "roberta")
+    stats = made.step([Batch(inputs={**batch.inputs, "labels": torch.zeros(2, dtype=torch.long)})])
+    assert stats.loss == 0.0
+    assert stats.projected_gradient == 0.0
+    for name, weight in snapshot(made).items():
+        expected = before[name] - 0.5 * (0.1 * before[name]) if weight.dim() >= 2 else before[name]
+        assert torch.equal(weight, expected)
+
+
+def run(seed: int, count: int = 2) -> tuple[list[StepStats], dict[str, torch.Tensor]]:
+    made = engine(tiny_blueprint("gpt2"), where=context(seed=seed))
+    return [made.step([batch]) for batch in tiny_batches(count, "gpt2")], snapshot(made)
+
+
+def test_a_seed_of_zero_is_a_seed() -> None:
+    first, weights = run(0)
+    again, same = run(0)
+    other, others = run(1)
+    assert [stats.loss for stats in first] == [stats.loss for stats in again]
+    assert equal(weights, same)
+    assert first[0].projected_gradient != other[0].projected_gradient
+    assert not equal(weights, others)
+
+
+def test_dropout_is_off() -> None:
+    blueprint = tiny_blueprint("gpt2")
+    for module in blueprint.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    blueprint.model.train()
+    (batch,) = tiny_batches(1, "gpt2")
+    without = engine(tiny_blueprint("gpt2")).step([batch])
+    assert engine(blueprint).step([batch]).loss == without.loss
+
+
+def easy_batch(family: str) -> Batch:
+    """The answer is always the same token."""
+    (batch,) = tiny_batches(1, family, batch_size=4)
+    return Batch(inputs={**batch.inputs, "labels": torch.full_like(batch.inputs["labels"], 9)})
+
+
+def test_lowers_the_loss_within_its_budget() -> None:
+    made = engine(tiny_blueprint("opt"), MezoSettings(learning_rate=1e-2, eps=1e-3), context(steps=30))
+    batch = easy_batch("opt")
+    before = made.evaluate([batch])
+    for _ in range(30):
+        made.step([batch])
+    after = made.evaluate([batch])
+    assert after.loss < before.loss - 1.0
+
+
+def test_an_infinite_loss_ends_the_run() -> None:
+    made = engine(tiny_blueprint("opt"), MezoSettings(learning_rate=1e30))
+    first, second = tiny_batches(2, "opt")
+    made.step([first])
+    with pytest.raises(NonFiniteLoss, match="losses of step 1"):
+        made.step([second])
+
+
+def test_evaluation_changes_nothing() -> None:
+    batches = tiny_batches(4, "llama")
+    plain, watched = engine(tiny_blueprint("llama")), engine(tiny_blueprint("llama"))
+    for batch in batches:
+        watched.evaluate(batches[:2])
+        assert plain.step([batch]).loss == watched.step([batch]).loss
+    assert equal(snapshot(plain), snapshot(watched))
+
+
+def test_saves_in_shards_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mezo, "SHARD_BYTES", 2000)
+    batches = tiny_batches(6, "opt")
+    straight = engine(tiny_blueprint("opt", tied=True))
+    expected = [straight.step([batch]) for batch in batches]
+    first = engine(tiny_blueprint("opt", tied=True))
+    for batch in batches[:3]:
+        first.step([batch])
+    first.save(tmp_path)
+    assert len(list(tmp_path.glob("weights-*.safetensors"))) > 2
+
+    second = engine(tiny_blueprint("opt", tied=True, seed=99), where=context(seed=1234))
+    second.load(tmp_path)
+    resumed = [second.step([batch]) for batch in batches[3:]]
+    assert [stats.loss for stats in resumed] == [stats.loss for stats in expected[3:]]
+    assert equal(snapshot(second), snapshot(straight))
+
+
+def test_a_folder_that_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path) -> None:
+    made = engine(tiny_blueprint("opt"))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        made.load(tmp_path)
+    made.save(tmp_path)
+    with pytest.raises(UserError, match="differs from the model in tensor"):
+        engine(tiny_blueprint("llama")).load(tmp_path)
+    with pytest.raises(UserError, match=r"F32, not .* BF16"):
+        engine(tiny_blueprint("opt"), where=context(dtype="bf16")).load(tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps({**state, "schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        made.load(tmp_path)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        made.load(tmp_path)

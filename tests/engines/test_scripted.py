@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engines import load_engine
+from engines.base import Context, InfeasiblePlan, NotAvailable, UserError, Workload
+from engines.scripted import OutOfMemoryError, Scripted
+from engines.settings import ScriptedSettings, parse_settings
+
+
+def make_engine(**settings: object) -> Scripted:
+    context = Context(device="cpu", workload=Workload(batch_size=1, seq_len=8), seed=0, total_steps=4)
+    engine: Scripted = load_engine("scripted")(ScriptedSettings(**settings), context)  # type: ignore[arg-type]
+    return engine
+
+
+def test_plays_its_script_and_repeats_the_last_value() -> None:
+    engine = make_engine(
+        setup_s=2.0, step_s=(0.25, 0.5), loss=(3.0, 2.0, 1.0), gpu_s=(0.125,), h2d_bytes=7, d2h_bytes=5
+    )
+    engine.setup(None)
+    assert engine.now() == 2.0
+    steps = [engine.step([]) for _ in range(4)]
+    assert [stats.loss for stats in steps] == [3.0, 2.0, 1.0, 1.0]
+    assert {(stats.h2d_bytes, stats.d2h_bytes, stats.gpu_s) for stats in steps} == {(7, 5, 0.125)}
+    assert engine.now() == 2.0 + 0.25 + 3 * 0.5
+
+
+def test_work_in_flight_is_spent_once_by_synchronize() -> None:
+    engine = make_engine(step_s=(1.0,), drain_s=0.5)
+    engine.setup(None)
+    engine.step([])
+    engine.step([])
+    assert engine.now() == 2.0
+    engine.synchronize()
+    engine.synchronize()
+    assert engine.now() == 2.5
+
+
+def test_evaluations_follow_their_script() -> None:
+    engine = make_engine(eval_loss=(2.0, 1.0), eval_accuracy=(0.25, 0.75))
+    first, second = engine.evaluate([]), engine.evaluate([])
+    assert (first.loss, first.accuracy, second.loss, second.accuracy) == (2.0, 0.25, 1.0, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        ("crash", RuntimeError),
+        ("oom_gpu", OutOfMemoryError),
+        ("oom_host", MemoryError),
+        ("pinned_limit", RuntimeError),
+        ("not_available", NotAvailable),
+        ("infeasible", InfeasiblePlan),
+        ("user_error", UserError),
+    ],
+)
+def test_fails_in_the_step_it_is_told(failure: str, error: type[Exception]) -> None:
+    engine = make_engine(fail_at_step=1, failure=failure)
+    engine.setup(None)
+    engine.step([])
+    with pytest.raises(error):
+        engine.step([])
+    with pytest.raises(error):
+        make_engine(fail_at_step=-1, failure=failure).setup(None)
+
+
+def test_saves_and_goes_on(tmp_path: Path) -> None:
+    engine = make_engine(loss=(4.0, 3.0, 2.0))
+    engine.step([])
+    engine.evaluate([])
+    engine.save(tmp_path)
+    other = make_engine(loss=(4.0, 3.0, 2.0))
+    other.load(tmp_path)
+    assert other.step([]).loss == 3.0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # pytest's process may have threads
+def test_children_wait_and_end_with_the_engine() -> None:
+    engine = make_engine(num_children=2)
+    engine.setup(None)
+    children = psutil.Process().children()
+    assert len(children) == 2
+    engine.close()
+    engine.close()
+    assert not any(child.is_running() for child in children)
+
+
+def test_memory_is_touched() -> None:
+    engine = make_engine(host_allocation_bytes=64 * 2**20, pinned_bytes=9)
+    before = psutil.Process(os.getpid()).memory_info().rss
+    engine.setup(None)
+    after = psutil.Process(os.getpid()).memory_info().rss
+    engine.close()
+    assert after - before > 60 * 2**20
+    assert engine.pinned_bytes == 9
+
+
+def test_settings_come_as_text_as_numbers_and_as_lists() -> None:
+    settings = parse_settings("scripted", {"step_s": "0.5,1", "loss": "2,nan", "eval_loss": 3})
+    assert settings.step_s == (0.5, 1.0)
+    assert settings.loss[0] == 2.0
+    assert math.isnan(settings.loss[1])
+    assert settings.eval_loss == (3.0,)
+    assert parse_settings("scripted", {"step_s": [1, 2]}).step_s == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"step_s": []}, "step_s"),
+        ({"step_s": "fast"}, "step_s"),
+        ({"setup_s": -1}, "setup_s"),
+        ({"failure": "fire"}, "failure"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_wrong_settings_are_named(values: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        parse_settings("scripted", values)
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, engines.scripted; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

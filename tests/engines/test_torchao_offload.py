@@ -1,0 +1,135 @@
+"""torchao's offloading optimizer behind our protocol; most of it needs a GPU and torchao."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines import torchao_offload
+from engines.base import Context, Dtype, NotAvailable, UserError, Workload
+from engines.native import Native
+from engines.settings import NativeSettings, TorchaoOffloadSettings
+from engines.torchao_offload import TorchaoOffload, flat_state, put_state
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+SETTINGS = TorchaoOffloadSettings(learning_rate=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2)
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
+
+
+def context(device: str, dtype: Dtype = "fp32", accumulation: int = 1) -> Context:
+    workload = Workload(batch_size=2, seq_len=16, dtype=dtype, checkpointing=False, accumulation=accumulation)
+    return Context(device=device, workload=workload, seed=7, total_steps=6)
+
+
+def wide_blueprint() -> TinyBlueprint:
+    """With an embedding of 4096 elements, so that torchao offloads one tensor and keeps the others."""
+    blueprint = tiny_blueprint("opt", tied=True)
+    for model in (blueprint.reference, blueprint.model):
+        model.resize_token_embeddings(256, mean_resizing=False)
+    return blueprint
+
+
+def test_says_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'lspzo-bench[torchao]'" in (TorchaoOffload.why_not_available() or "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for is_there, reason in ((False, "needs a CUDA or XPU device"), (True, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_there=is_there: is_there)
+        monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+        found = TorchaoOffload.why_not_available()
+        assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_is_not_available_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchao_offload, "why_not_available", lambda: None)
+    with pytest.raises(NotAvailable, match="the run is on the CPU"):
+        TorchaoOffload(SETTINGS, context("cpu")).setup(tiny_blueprint("opt"))
+    monkeypatch.setattr(torchao_offload, "why_not_available", lambda: "there is no torchao")
+    with pytest.raises(NotAvailable, match="there is no torchao"):
+        TorchaoOffload(SETTINGS, context("cuda:0")).setup(tiny_blueprint("opt"))
+
+
+def test_offloaded_gradients_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchao_offload, "why_not_available", lambda: None)
+    engine = TorchaoOffload(replace(SETTINGS, offload_gradients=True), context("cuda:0", accumulation=2))
+    with pytest.raises(UserError, match="would not add up"):
+        engine.setup(tiny_blueprint("opt"))
+
+
+def test_state_survives_flattening() -> None:
+    def optimizer(steps: int) -> torch.optim.AdamW:
+        parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+        made = torch.optim.AdamW(parameters, fused=True)
+        for step in range(steps):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+            made.step()
+        return made
+
+    # The layout of CPUOffloadOptimizer.state_dict: a list, and one more for the small tensors.
+    trained = {
+        "offloaded": [optimizer(1).state_dict(), optimizer(2).state_dict()],
+        "on-device": optimizer(3).state_dict(),
+    }
+    fresh = {
+        "offloaded": [optimizer(0).state_dict(), optimizer(0).state_dict()],
+        "on-device": optimizer(0).state_dict(),
+    }
+    flat = flat_state(trained)
+    assert len(flat) == 3 * 2 * 3
+    put_state(fresh, flat)
+    again = flat_state(fresh)
+    assert again.keys() == flat.keys()
+    assert all(torch.equal(again[name], flat[name]) for name in flat)
+    restored = optimizer(0)
+    restored.load_state_dict(fresh["offloaded"][1])
+    assert [float(state["step"]) for state in restored.state.values()] == [2.0, 2.0]
+
+
+@pytest.mark.gpu
+@needs_torchao
+@pytest.mark.parametrize("offload_gradients", [False, True])
+def test_trains_as_native_does(offload_gradients: bool) -> None:
+    accumulation = 1 if offload_gradients else 2
+    ctx, batches = context("cuda:0", accumulation=accumulation), tiny_batches(12, "opt")
+    native = Native(
+        NativeSettings(learning_rate=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2), ctx
+    )
+    native.setup(wide_blueprint())
+    engine = TorchaoOffload(replace(SETTINGS, offload_gradients=offload_gradients), ctx)
+    engine.setup(wide_blueprint())
+    for start in range(0, 6 * accumulation, accumulation):
+        step = batches[start : start + accumulation]
+        stats = engine.step(step)
+        assert stats.loss == pytest.approx(native.step(step).loss, rel=1e-4)
+        assert stats.h2d_bytes == 4 * 256 * 16
+    expected = dict(native.weights())
+    for name, tensor in engine.weights():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+    engine.close()
+
+
+@pytest.mark.gpu
+@needs_torchao
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_equals_the_uninterrupted_run(tmp_path: Path, dtype: Dtype) -> None:
+    def engine() -> TorchaoOffload:
+        made = TorchaoOffload(SETTINGS, context("cuda:0", dtype))
+        made.setup(wide_blueprint())
+        return made
+
+    batches = tiny_batches(6, "opt")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        straight, first, second = engine(), engine(), engine()
+        losses = [straight.step([batch]).loss for batch in batches]
+        for batch in batches[:3]:
+            first.step([batch])
+        first.save(tmp_path)
+        second.load(tmp_path)
+        assert [second.step([batch]).loss for batch in batches[3:]] == losses[3:]

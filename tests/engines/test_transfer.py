@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engines import transfer
+from engines.transfer import ComputeClock, HostSlab, Link, PageableMemoryWarning
+
+CPU = torch.device("cpu")
+PAGE_BYTES = 4096
+
+
+class FakeRuntime:
+    """Stands for the CUDA runtime: registers pieces of memory, and refuses from the n-th on."""
+
+    def __init__(self, refuse_from: int | None = None) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.registered: dict[int, int] = {}
+        self.refuse_from = refuse_from
+
+    def cudaHostRegister(self, pointer: int, num_bytes: int, flags: int) -> int:
+        self.calls.append((pointer, num_bytes))
+        if self.refuse_from is not None and len(self.calls) > self.refuse_from:
+            return 2
+        self.registered[pointer] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.registered[pointer]
+        return 0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    runtime = FakeRuntime()
+    module = SimpleNamespace(
+        init=lambda: None, cudart=lambda: runtime, device=lambda device: contextlib.nullcontext()
+    )
+    monkeypatch.setattr(transfer, "_cuda", module)
+    monkeypatch.setattr(transfer, "_clear_cuda_error", lambda device: None)
+    monkeypatch.setattr(transfer, "REGISTER_PIECE_BYTES", PAGE_BYTES)
+    return runtime
+
+
+def test_a_slab_holds_what_its_views_write() -> None:
+    slab = HostSlab(1000, CPU)
+    view = slab.view(8, (3, 4), torch.float32)
+    assert torch.equal(view, torch.zeros(3, 4))
+    view.fill_(2.5)
+    assert torch.equal(slab.view(8, (12,), torch.float32), torch.full((12,), 2.5))
+    assert slab.view(0, (2,), torch.float32).tolist() == [0.0, 0.0]
+    assert slab.num_bytes == 1000
+    assert not slab.pinned
+    assert view.data_ptr() % PAGE_BYTES == 8
+
+
+def test_a_slab_outlives_its_closing_for_those_who_hold_views() -> None:
+    slab = HostSlab(64, CPU)
+    view = slab.view(0, (4,), torch.float32)
+    slab.close()
+    slab.close()
+    view.fill_(1.0)
+    assert view.sum() == 4.0
+    with pytest.raises(ValueError, match="closed"):
+        slab.view(0, (4,), torch.float32)
+
+
+@pytest.mark.parametrize(("offset", "shape"), [(0, (17,)), (64, (1,)), (-4, (1,)), (2, (1,))])
+def test_views_outside_the_slab_or_off_the_grid_are_refused(offset: int, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="slab of 64 bytes"):
+        HostSlab(64, CPU).view(offset, shape, torch.float32)
+
+
+def test_a_slab_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        HostSlab(0, CPU)
+
+
+def test_the_slab_is_registered_exactly_and_in_pieces(fake_cuda: FakeRuntime) -> None:
+    told: list[tuple[int, int]] = []
+    size = 2 * PAGE_BYTES + 100
+    slab = HostSlab(size, torch.device("cuda", 0), lambda what, done, total: told.append((done, total)))
+    start = slab.view(0, (1,), torch.uint8).data_ptr()
+    assert slab.pinned
+    assert fake_cuda.registered == {
+        start: PAGE_BYTES,
+        start + PAGE_BYTES: PAGE_BYTES,
+        start + 2 * PAGE_BYTES: 100,
+    }
+    assert told == [(PAGE_BYTES, size), (2 * PAGE_BYTES, size), (size, size)]
+    slab.close()
+    assert fake_cuda.registered == {}
+    assert not slab.pinned
+
+
+def test_a_dropped_slab_is_unregistered(fake_cuda: FakeRuntime) -> None:
+    slab = HostSlab(PAGE_BYTES, torch.device("cuda", 0))
+    assert len(fake_cuda.registered) == 1
+    del slab
+    assert fake_cuda.registered == {}
+
+
+@pytest.mark.parametrize("refuse_from", [0, 2])
+def test_memory_that_cannot_be_pinned_stays_pageable_with_one_warning(
+    fake_cuda: FakeRuntime, refuse_from: int
+) -> None:
+    fake_cuda.refuse_from = refuse_from
+    with pytest.warns(PageableMemoryWarning, match="slower") as caught:
+        slab = HostSlab(4 * PAGE_BYTES, torch.device("cuda", 0))
+    assert len(caught) == 1
+    assert not slab.pinned
+    assert fake_cuda.registered == {}
+    assert len(fake_cuda.calls) == refuse_from + 1
+    slab.view(0, (4,), torch.float32).fill_(1.0)
+    slab.close()
+
+
+def test_a_link_on_the_cpu_copies_at_once_and_counts() -> None:
+    link = Link(CPU)
+    host, device, back = torch.arange(6.0), torch.zeros(6), torch.zeros(6)
+    event = link.upload(host, device, after=link.record())
+    assert torch.equal(device, host)
+    link.wait(event)
+    device.add_(1)
+    event = link.download(device, back, after=(link.record(), event))
+    link.host_wait(event)
+    assert torch.equal(back, host + 1)
+    link.upload(host[:2], device[:2])
+    link.synchronize()
+    assert (link.h2d_bytes, link.d2h_bytes) == (24 + 8, 24)
+    assert link.take_busy_s() == (None, None)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch.zeros(3), torch.zeros(4, dtype=torch.float16), torch.zeros(8)[::2]],
+    ids=["shape", "dtype", "strided"],
+)
+def test_a_copy_that_is_not_one_is_refused(out: torch.Tensor) -> None:
+    link = Link(CPU)
+    with pytest.raises(ValueError, match="a copy over the link"):
+        link.upload(torch.zeros(4), out)
+    with pytest.raises(ValueError, match="a copy over the link"):
+        link.download(torch.zeros(4), out)
+    assert (link.h2d_bytes, link.d2h_bytes) == (0, 0)
+
+
+def test_the_compute_clock_measures_nothing_on_a_cpu() -> None:
+    clock = ComputeClock(CPU)
+    clock.start()
+    clock.stop()
+    assert clock.take_s() is None
+
+
+@pytest.mark.gpu
+def test_registered_memory_is_pinned_and_an_error_of_the_driver_does_not_stick() -> None:
+    device = torch.device("cuda", 0)
+    slab = HostSlab(3 * PAGE_BYTES + 8, device)
+    view = slab.view(0, (PAGE_BYTES,), torch.float16)
+    assert slab.pinned
+    assert view.is_pinned()
+    assert transfer._register(view.data_ptr(), PAGE_BYTES) is not None  # twice is an error
+    transfer._clear_cuda_error(device)
+    assert torch.ones(4, device=device).sum().item() == 4.0
+    slab.close()
+    again = HostSlab(3 * PAGE_BYTES + 8, device)
+    assert again.pinned
+    again.close()
+
+
+@pytest.mark.gpu
+def test_delayed_copies_keep_their_order() -> None:
+    """A value goes up, is changed, goes down and up again, with both streams held up for a millisecond."""
+    device = torch.device("cuda", 0)
+    link = Link(device, delay=lambda: 2_000_000)
+    slab = HostSlab(4 * 2**20, device)
+    host = slab.view(0, (2**20,), torch.float32)
+    host.fill_(1.0)
+    buffer = torch.zeros(2**20, device=device)
+    home = None
+    for _ in range(5):
+        link.wait(link.upload(host, buffer, after=home))
+        buffer.mul_(2.0)
+        home = link.download(buffer, host, after=link.record())
+    link.host_wait(home)
+    assert torch.equal(host, torch.full_like(host, 32.0))
+    h2d_s, d2h_s = link.take_busy_s()
+    assert h2d_s is not None
+    assert d2h_s is not None
+    assert h2d_s > 0
+    assert d2h_s > 0
+    assert link.take_busy_s() == (0.0, 0.0)
+    assert link.h2d_bytes == link.d2h_bytes == 5 * 4 * 2**20
+    slab.close()
+
+
+@pytest.mark.gpu
+def test_the_compute_clock_sees_the_gpu() -> None:
+    device = torch.device("cuda", 0)
+    clock = ComputeClock(device)
+    clock.start()
+    torch.cuda._sleep(2_000_000)
+    clock.stop()
+    torch.cuda.synchronize()
+    seconds = clock.take_s()
+    assert seconds is not None
+    assert seconds > 1e-4
+    assert clock.take_s() == 0.0

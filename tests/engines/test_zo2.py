@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engines import zo2
+from engines.base import Batch, Context, Dtype, StepStats, UserError, Workload
+from engines.costs.zo2 import resident_indices
+from engines.mezo import Mezo
+from engines.settings import MezoSettings, Zo2Settings
+from engines.zo2 import Zo2
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
+DECODERS = ["opt", "llama", "qwen2", "gpt2"]
+
+
+def context(device: str = "cpu", dtype: Dtype = "fp32", steps: int = 100, seed: int = 7) -> Context:
+    workload = Workload(batch_size=2, seq_len=16, dtype=dtype)
+    return Context(device=device, workload=workload, seed=seed, total_steps=steps)
+
+
+def make_mezo(blueprint: TinyBlueprint, where: Context | None = None, **knobs: object) -> Mezo:
+    made = Mezo(MezoSettings(**{**KNOBS, **knobs}), where or context())  # type: ignore[arg-type]
+    made.setup(blueprint)
+    return made
+
+
+def make_zo2(blueprint: TinyBlueprint, where: Context | None = None, **knobs: object) -> Zo2:
+    made = Zo2(Zo2Settings(**{**KNOBS, **knobs}), where or context())  # type: ignore[arg-type]
+    made.setup(blueprint)
+    return made
+
+
+def assert_same_weights(left: Mezo | Zo2, right: Mezo | Zo2) -> None:
+    for (name, weight), (other_name, other) in zip(left.weights(), right.weights(), strict=True):
+        assert name == other_name
+        assert torch.equal(weight, other), name
+
+
+def assert_same_steps(mezo: Mezo, zo2: Zo2, batches: Sequence[Batch]) -> list[StepStats]:
+    """Losses and projected gradients of both engines over `batches`, bit for bit."""
+    all_stats = []
+    for batch in batches:
+        expected, stats = mezo.step([batch]), zo2.step([batch])
+        assert stats.loss == expected.loss
+        assert stats.projected_gradient == expected.projected_gradient
+        all_stats.append(stats)
+    return all_stats
+
+
+def save(made: Mezo | Zo2, folder: Path) -> Path:
+    folder.mkdir()
+    made.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [*((family, tied) for family in DECODERS for tied in (False, True)), ("roberta", False)],
+)
+def test_equals_mezo_over_twenty_steps_an_evaluation_and_a_resume(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    """Evaluated after step 5, saved and resumed by a fresh engine after step 10."""
+    mezo, streamed = make_mezo(tiny_blueprint(family, tied)), make_zo2(tiny_blueprint(family, tied))
+    batches = tiny_batches(20, family)
+    held_out = tiny_batches(zo2.EVALUATION_GROUP + 1, family, seed=1)
+    assert_same_steps(mezo, streamed, batches[:5])
+    assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
+    assert_same_steps(mezo, streamed, batches[5:10])
+    resumed = make_zo2(tiny_blueprint(family, tied, seed=99), context(seed=1))
+    resumed.load(save(streamed, tmp_path / "at-10"))
+    assert_same_steps(mezo, resumed, batches[10:])
+    assert_same_weights(mezo, resumed)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_equals_mezo_in_half_precision(dtype: Dtype) -> None:
+    where = context(dtype=dtype)
+    mezo, streamed = (
+        make_mezo(tiny_blueprint("llama", True), where),
+        make_zo2(tiny_blueprint("llama", True), where),
+    )
+    assert_same_steps(mezo, streamed, tiny_batches(4, "llama"))
+    assert_same_weights(mezo, streamed)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "resident_blocks"), [(1, 0), (1, 1), (2, 0), (4, 1), (4, 3), (4, 4), (7, 2)]
+)
+def test_equals_mezo_for_any_number_of_blocks_and_residents(num_blocks: int, resident_blocks: int) -> None:
+    blueprint = tiny_blueprint("opt", num_blocks=num_blocks)
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=num_blocks))
+    streamed = make_zo2(blueprint, resident_blocks=resident_blocks)
+    batches = tiny_batches(4, "opt")
+    stats = assert_same_steps(mezo, streamed, batches)
+    block_bytes = 4 * blueprint.shape.block_parameters
+    assert {each.h2d_bytes for each in stats} == {(num_blocks - resident_blocks) * block_bytes}
+    assert {each.d2h_bytes for each in stats} == {(num_blocks - resident_blocks) * block_bytes}
+    assert streamed.evaluate(batches) == mezo.evaluate(batches)
+    assert_same_weights(mezo, streamed)
+
+
+def unequal_blueprint() -> TinyBlueprint:
+    """Blocks whose MLPs are 32, 5 and 48 wide: unequal in size, and off every alignment."""
+    blueprint = tiny_blueprint("opt")
+    torch.manual_seed(3)
+    for index, width in ((1, 5), (2, 48)):
+        for model, device in ((blueprint.reference, "cpu"), (blueprint.model, "meta")):
+            layer = model.model.decoder.layers[index]
+            layer.fc1 = nn.Linear(16, width, device=device)
+            layer.fc2 = nn.Linear(width, 16, device=device)
+    return blueprint
+
+
+def test_blocks_of_unequal_shape() -> None:
+    mezo, streamed = make_mezo(unequal_blueprint()), make_zo2(unequal_blueprint())
+    assert_same_steps(mezo, streamed, tiny_batches(5, "opt"))
+    assert_same_weights(mezo, streamed)
+
+
+def test_each_block_crosses_the_link_once_each_way_and_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = make_zo2(unequal_blueprint(), resident_blocks=0)
+    crossed: Counter[tuple[str, int, int]] = Counter()
+    link = streamed._link
+    upload, download = link.upload, link.download
+
+    def counted_upload(host: torch.Tensor, out: torch.Tensor, after: object = None) -> object:
+        crossed["up", host.data_ptr(), host.nbytes] += 1
+        return upload(host, out, after)  # type: ignore[arg-type]
+
+    def counted_download(gpu: torch.Tensor, out: torch.Tensor, after: object = None) -> object:
+        crossed["down", out.data_ptr(), out.nbytes] += 1
+        return download(gpu, out, after)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(link, "upload", counted_upload)
+    monkeypatch.setattr(link, "download", counted_download)
+    sizes = [
+        4 * sum(parameter.numel() for parameter in block.parameters())
+        for block in unequal_blueprint().reference.model.decoder.layers
+    ]
+    for batch in tiny_batches(4, "opt"):
+        crossed.clear()
+        streamed.step([batch])
+        assert set(crossed.values()) == {1}
+        for direction in ("up", "down"):
+            assert sorted(n for way, _, n in crossed if way == direction) == sorted(sizes)
+
+
+def test_micro_batches_of_one_step_share_the_noise_and_the_visit() -> None:
+    mezo, streamed = make_mezo(tiny_blueprint("qwen2")), make_zo2(tiny_blueprint("qwen2"))
+    batches = tiny_batches(6, "qwen2")
+    for step in range(2):
+        micro = batches[3 * step : 3 * step + 3]
+        expected, stats = mezo.step(micro), streamed.step(micro)
+        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
+        assert stats.h2d_bytes == 3 * 4 * tiny_blueprint("qwen2").shape.block_parameters
+    assert_same_weights(mezo, streamed)
+
+
+def test_padded_batches_of_changing_length() -> None:
+    mezo, streamed = make_mezo(tiny_blueprint("opt")), make_zo2(tiny_blueprint("opt"))
+    batches = [tiny_batches(1, "opt", seed=n, seq_len=n)[0] for n in (16, 5, 9)]
+    for batch in batches:
+        batch.inputs["attention_mask"][0, -2:] = 0
+    assert_same_steps(mezo, streamed, batches)
+    assert_same_weights(mezo, streamed)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_learning_rate_schedules_act_on_every_parameter(schedule: str) -> None:
+    where = context(steps=4)
+    knobs = {"schedule": schedule, "warmup_steps": 2}
+    mezo = make_mezo(tiny_blueprint("gpt2", True), where, **knobs)
+    streamed = make_zo2(tiny_blueprint("gpt2", True), where, **knobs)
+    before = {name: weight.clone() for name, weight in streamed.weights()}
+    batches = tiny_batches(7, "gpt2")
+    assert_same_steps(mezo, streamed, batches[:4])
+    trained = {name: weight.clone() for name, weight in streamed.weights()}
+    assert not any(torch.equal(trained[name], before[name]) for name in before)
+    assert_same_steps(mezo, streamed, batches[4:])  # the rate is zero from here on
+    assert all(torch.equal(weight, trained[name]) for name, weight in streamed.weights())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_perturbing_never_changes_the_weights(dtype: Dtype) -> None:
+    streamed = make_zo2(tiny_blueprint("opt", True), context(dtype=dtype), learning_rate=0.0, eps=1e-2)
+    before = {name: weight.clone() for name, weight in streamed.weights()}
+    for batch in tiny_batches(3, "opt"):
+        assert streamed.step([batch]).projected_gradient != 0.0
+    assert all(torch.equal(weight, before[name]) for name, weight in streamed.weights())
+
+
+def test_the_last_update_is_in_all_that_is_seen(tmp_path: Path) -> None:
+    """An update pends until the block comes up again; evaluating, exporting and saving do not wait for it."""
+    batches = tiny_batches(4, "llama")
+    mezo = make_mezo(tiny_blueprint("llama"))
+    evaluating, exporting, saving = (make_zo2(tiny_blueprint("llama")) for _ in range(3))
+    for batch in batches[:3]:
+        for each in (mezo, evaluating, exporting, saving):
+            each.step([batch])
+    assert evaluating.evaluate(batches) == mezo.evaluate(batches)
+    assert evaluating.evaluate(batches) == mezo.evaluate(batches)
+    assert_same_weights(mezo, exporting)
+    other = make_mezo(tiny_blueprint("llama", seed=5))
+    other.load(save(saving, tmp_path / "saved"))
+    assert_same_weights(mezo, other)
+    expected = mezo.step([batches[3]]).loss
+    assert [each.step([batches[3]]).loss for each in (evaluating, exporting, saving, other)] == [expected] * 4
+
+
+def test_a_checkpoint_replaces_what_has_been_trained(tmp_path: Path) -> None:
+    """`load` drops the pending update and the blocks that have come up already."""
+    batches = tiny_batches(6, "gpt2")
+    mezo, streamed = make_mezo(tiny_blueprint("gpt2")), make_zo2(tiny_blueprint("gpt2"))
+    assert_same_steps(mezo, streamed, batches[:2])
+    folder = save(streamed, tmp_path / "at-2")
+    for batch in batches[2:4]:
+        streamed.step([batch])
+    streamed.load(folder)
+    assert_same_steps(mezo, streamed, batches[4:])
+    assert_same_weights(mezo, streamed)
+
+
+def test_blocks_that_share_a_tensor_are_refused() -> None:
+    blueprint = tiny_blueprint("opt")
+    layers = blueprint.model.model.decoder.layers
+    layers[1].fc1.weight = layers[0].fc1.weight
+    with pytest.raises(UserError, match=r"ties .*layers.1.fc1.weight.* use engine mezo"):
+        make_zo2(blueprint)
+
+
+def test_residents_are_spread_and_cost_no_slab() -> None:
+    assert resident_indices(8, 2) == {2, 6}
+    everything = make_zo2(tiny_blueprint("opt"), resident_blocks=3)
+    assert everything.pinned_bytes == 0
+    (batch,) = tiny_batches(1, "opt")
+    assert everything.step([batch]).h2d_bytes == 0
+
+
+def test_closing_twice_and_before_setup_is_allowed() -> None:
+    made = Zo2(Zo2Settings(), context())
+    made.close()
+    made.setup(tiny_blueprint("opt"))
+    made.close()
+    made.close()
+
+
+def test_lowers_the_loss_within_its_budget() -> None:
+    (batch,) = tiny_batches(1, "opt", batch_size=4)
+    batch = Batch(inputs={**batch.inputs, "labels": torch.full_like(batch.inputs["labels"], 9)})
+    streamed = make_zo2(tiny_blueprint("opt"), learning_rate=1e-2, weight_decay=0.0)
+    before = streamed.evaluate([batch])
+    for _ in range(30):
+        streamed.step([batch])
+    assert streamed.evaluate([batch]).loss < before.loss - 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_equals_mezo_on_the_gpu(family: str, tied: bool, dtype: Dtype, tmp_path: Path) -> None:
+    """As on the CPU, the link held up at random so that an order that is only lucky shows."""
+    where = context("cuda:0", dtype)
+    delays = random.Random(0)
+    mezo = make_mezo(tiny_blueprint(family, tied, num_blocks=7), where)
+
+    def delayed(seed: int) -> Zo2:
+        made = Zo2(Zo2Settings(**KNOBS, resident_blocks=1), where)
+        made.link_delay = lambda: delays.randrange(400_000)
+        made.setup(tiny_blueprint(family, tied, num_blocks=7, seed=seed))
+        return made
+
+    streamed = delayed(seed=0)
+    batches = tiny_batches(20, family)
+    held_out = tiny_batches(3, family, seed=1)
+    assert_same_steps(mezo, streamed, batches[:5])
+    assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
+    assert_same_steps(mezo, streamed, batches[5:10])
+    resumed = delayed(seed=99)
+    resumed.load(save(streamed, tmp_path / "at-10"))
+    streamed.close()
+    stats = assert_same_steps(mezo, resumed, batches[10:])
+    assert_same_weights(mezo, resumed)
+    block_bytes = 2 * tiny_blueprint(family).shape.block_parameters
+    assert resumed.pinned_bytes == 6 * block_bytes
+    for each in stats:
+        assert each.h2d_bytes == each.d2h_bytes == 6 * block_bytes
+        assert each.h2d_s is not None
+        assert each.gpu_s is not None
+    resumed.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_equals_mezo_on_the_gpu_without_delay_and_with_unequal_blocks(dtype: Dtype) -> None:
+    where = context("cuda:0", dtype)
+    mezo, streamed = make_mezo(unequal_blueprint(), where), make_zo2(unequal_blueprint(), where)
+    for _ in range(5):
+        assert_same_steps(mezo, streamed, tiny_batches(20, "opt"))
+    assert_same_weights(mezo, streamed)
+    streamed.close()

@@ -1,0 +1,314 @@
+"""The command line: a user's mistake is one line with the remedy and the exit code of the design."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.result import load_run
+from profiles.documents import to_json
+from profiles.machine import Cpu, Figure, HostMemory, Machine, absent
+
+TINY = (
+    "--model",
+    "tiny-llama",
+    "--random-weights",
+    "--dtype",
+    "fp32",
+    "--batch-size",
+    "2",
+    "--seq-len",
+    "32",
+)
+
+
+def figure(value: float) -> Figure:
+    return Figure(value=value, origin="measured", method="made for a test", count=1, low=value, high=value)
+
+
+def make_machine() -> Machine:
+    return Machine(
+        name="test machine",
+        time="2026-01-01T00:00:00+00:00",
+        gpu=None,
+        gpu_absent_reason="made without one",
+        link=None,
+        cpu=Cpu(
+            name="test CPU",
+            cores_usable=2,
+            cores_basis="test",
+            cores_total=2,
+            threads=2,
+            matmul_fp32_flops=figure(1e11),
+            matmul_bf16_flops=absent("not in this test"),
+            adam_elements_per_s=figure(2e8),
+        ),
+        memory=HostMemory(
+            total_bytes=8 * 10**9,
+            available_bytes=8 * 10**9,
+            total_basis="test",
+            swap_bytes=0,
+            copy_bytes_per_s=figure(1e10),
+        ),
+        platform="test",
+        versions={},
+    )
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "machine.json"
+    path.write_text(to_json(make_machine()))
+    return path
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Call `lspzo-bench` with these arguments in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["lspzo-bench", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
+
+
+def one_line(done: Done) -> str:
+    assert done.code == 2, done
+    lines = done.err.strip().splitlines()
+    assert len(lines) == 1, done.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in done.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "opt-1.3c", "--random-weights"), ("opt-1.3c", "opt-1.3b")),
+        ((*TINY, "--engines", "natif"), ("natif", "choose from")),
+        ((*TINY, "--data", "missing.tsv"), ("missing.tsv",)),
+        ((*TINY, "--data", "table.xlsx"), ("table.xlsx",)),
+        ((*TINY, "--seq-len", "100000"), ("100000", "256")),
+        ((*TINY, "--batch-size", "0"), ("batch_size", "positive")),
+        ((*TINY, "--seq-len", "-4"), ("seq_len", "positive")),
+        ((*TINY, "--vram", "24 apples"), ("24 apples",)),
+        ((*TINY, "--set", "lsp.dd=3"), ("dd", "settings of lsp")),
+        ((*TINY, "--set", "lsp.d=-3"), ("d", "positive")),
+        ((*TINY, "--set", "d"), ("KEY=VALUE",)),
+        ((*TINY, "--set", "nothing=3"), ("nothing",)),
+        (("--random-weights",), ("--model",)),
+        (("--job", "missing.toml"), ("missing.toml",)),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    call, profile: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    said = one_line(call("recommend", *arguments, "--profile", profile, "--quiet"))
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize("steps", ["0", "-1"])
+def test_steps_must_be_positive(call, profile: Path, steps: str) -> None:
+    assert "steps" in one_line(call("compare", *TINY, "--steps", steps, "--profile", profile))
+
+
+def test_unknown_preset(call) -> None:
+    assert "quick" in one_line(call("poc", "--preset", "slow"))
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("{", "JSON"),
+        ("{}", "schema_version"),
+        ('{"schema_version": 999}', "999"),
+        ('{"schema_version": 1}', "name"),
+    ],
+)
+def test_a_bad_machine_profile_is_one_line(call, tmp_path: Path, content: str, word: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    assert word in one_line(call("recommend", *TINY, "--profile", path))
+
+
+def test_a_folder_that_is_not_a_model(call, profile: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    assert "config.json" in one_line(call("recommend", "--model", folder, "--profile", profile))
+
+
+def test_labels_out_of_range(call, profile: Path, tmp_path: Path) -> None:
+    data = tmp_path / "labels.tsv"
+    data.write_text("good\t1\nbad\t-1\n")
+    said = one_line(
+        call("recommend", "--model", "tiny-roberta", "--random-weights", "--data", data, "--profile", profile)
+    )
+    assert "line 2" in said
+
+
+def test_a_malformed_job_file(call, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("batch_size = = 3")
+    assert "TOML" in one_line(call("recommend", "--job", path, "--profile", profile))
+
+
+def test_a_job_file_with_an_unknown_field(call, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text('batchsize = 3\n[model]\nname = "tiny-llama"\nrandom_weights = true\n')
+    assert "batchsize" in one_line(call("recommend", "--job", path, "--profile", profile))
+
+
+def test_results_cannot_be_written(call, profile: Path) -> None:
+    said = one_line(
+        call(
+            "compare",
+            *TINY,
+            "--engines",
+            "native",
+            "--steps",
+            "1",
+            "--profile",
+            profile,
+            "--out",
+            "/dev/null/x",
+        )
+    )
+    assert "/dev/null/x" in said
+
+
+def test_report_of_a_folder_without_runs(call, tmp_path: Path) -> None:
+    assert str(tmp_path) in one_line(call("report", tmp_path))
+
+
+def test_criteria_init_never_overwrites(call) -> None:
+    assert call("criteria", "init", "mine.toml").code == 0
+    assert "exists" in one_line(call("criteria", "init", "mine.toml"))
+
+
+def test_flags_override_the_job_file(call, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'batch_size = 2\nseq_len = 32\ndtype = "fp32"\n[model]\nname = "tiny-llama"\nrandom_weights = true\n'
+    )
+    done = call(
+        "recommend", "--job", path, "--batch-size", "3", "--profile", profile, "--json", "--engine", "native"
+    )
+    (plan,) = json.loads(done.out)
+    assert "--batch-size 3" in plan["verify_command"]
+    assert "--seq-len 32" in plan["verify_command"]
+
+
+def test_recommend_prints_json_for_programs(call, profile: Path) -> None:
+    done = call("recommend", *TINY, "--profile", profile, "--json")
+    plans = {plan["engine"]: plan for plan in json.loads(done.out)}
+    assert set(plans) == {"native", "torchao-offload", "lsp", "mezo", "zo2"}
+    assert plans["native"]["prediction"]["step_s"] > 0
+    assert not plans["torchao-offload"]["fits"]
+
+
+def test_lists_for_people_and_programs(call) -> None:
+    assert "zo2" in call("engines").out
+    assert {row["name"] for row in json.loads(call("engines", "--json").out)} >= {"native", "zo2", "lsp"}
+    assert "deepseek-coder-1.3b" in call("models").out
+    assert {row["name"] for row in json.loads(call("models", "--json").out)} >= {"opt-175b", "roberta-base"}
+
+
+def test_version_and_help(call) -> None:
+    assert call("--version").out.strip() == cli.__version__
+    assert "criteria" in call("--help").out
+
+
+def test_require_gpu_exits_seven(call, profile: Path, tmp_path: Path) -> None:
+    done = call("poc", "--require-gpu", "--profile", profile, "--out", tmp_path / "out", "--quiet")
+    assert done.code == 7
+    assert "no GPU" in done.err
+
+
+def compare_scripted(call, profile: Path, out: Path, *more: str | Path) -> Done:
+    return call(
+        "compare", *TINY, "--engines", "scripted", "--steps", "3", "--profile", profile, "--out", out, *more
+    )
+
+
+def test_a_failed_run_exits_eight_and_is_kept(call, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = compare_scripted(
+        call, profile, out, "--set", "fail_at_step=1", "--set", "failure=kill", "--rounds", "1"
+    )
+    assert done.code == 8
+    (record,) = (out / "runs").glob("*.json")
+    assert load_run(record).end_state in ("crash", "oom_host")
+
+
+def test_compare_keeps_the_machine_and_resumes(call, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compare_scripted(call, profile, out).code == 0
+    assert (out / "machine.json").exists()
+    records = sorted((out / "runs").glob("*.json"))
+    assert len(records) == 2
+    records[0].unlink()
+    again = compare_scripted(call, profile, out, "--resume")
+    assert again.code == 0
+    assert f"missing  {records[0].stem}" in again.err
+    assert f"kept     {records[1].stem}" in again.err
+    assert records[0].exists()
+
+
+def test_a_used_folder_is_refused(call, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compare_scripted(call, profile, out).code == 0
+    assert "--resume" in one_line(compare_scripted(call, profile, out, "--quiet"))
+
+
+def test_dry_run_runs_nothing(call, profile: Path, tmp_path: Path) -> None:
+    done = compare_scripted(call, profile, tmp_path / "out", "--dry-run")
+    assert done.code == 0
+    assert "scripted" in done.out
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hang = ("--set", "fail_at_step=2", "--set", "failure=hang", "--timeout", "60")
+    sweep = ("--engines", "scripted", "--steps", "3", "--profile", str(profile), "--out", str(out))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "compare", *TINY, *sweep, *hang],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not list((out / ".work").rglob("log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    (record,) = (out / "runs").glob("*.json")
+    assert load_run(record).end_state == "interrupted"

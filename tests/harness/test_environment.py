@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import harness.environment
+from harness.environment import describe_link, read_commit, read_environment
+from profiles.nvml import NvmlDevice
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]
+    done = subprocess.run(
+        ["git", *identity, "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    (folder / "file").write_text("one")
+    git(folder, "add", "file")
+    git(folder, "commit", "-q", "-m", "one")
+    return folder
+
+
+def test_versions_come_from_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.environment, "open_device", lambda: None)
+    found = read_environment()
+    assert (found.python, found.torch) == (platform.python_version(), version("torch"))
+    assert found.transformers == version("transformers")
+    assert found.packages["numpy"] == version("numpy")
+    assert found.program == harness.__version__
+    assert found.cores_usable >= 1
+    assert found.host_memory_bytes > 0
+    assert (found.gpu_name, found.gpu_driver, found.gpu_total_bytes, found.link) == (None,) * 4
+
+
+def test_missing_packages_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.environment, "PACKAGES", ("no-such-distribution",))
+    assert read_environment().packages == {}
+
+
+class Library:
+    """A GPU that knows its link, or does not."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, generation: int | None) -> None:
+        self.generation = generation
+
+    def nvmlDeviceGetName(self, handle: object) -> str:
+        return "NVIDIA Test"
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"570.1"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> Any:
+        return SimpleNamespace(total=80, used=1, free=79)
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: object) -> int:
+        return 1
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: object) -> int:
+        if self.generation is None:
+            raise self.NVMLError("not supported")
+        return self.generation
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: object) -> int:
+        return 16
+
+
+def test_gpu_and_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.environment, "open_device", lambda: NvmlDevice(Library(5), None))
+    found = read_environment()
+    assert (found.gpu_name, found.gpu_driver, found.gpu_total_bytes) == ("NVIDIA Test", "570.1", 80)
+    assert found.link == "PCIe 5 x16"  # not the generation 1 of an idle GPU
+
+
+def test_a_link_that_is_not_told_is_none() -> None:
+    assert describe_link(NvmlDevice(Library(None), None)) is None
+
+
+def test_commit_and_whether_tracked_files_differ(checkout: Path) -> None:
+    commit = git(checkout, "rev-parse", "HEAD")
+    (checkout / "untracked").write_text("result")
+    assert read_commit(checkout) == (commit, False)
+    (checkout / "file").write_text("two")
+    assert read_commit(checkout) == (commit, True)
+
+
+def test_a_git_hook_does_not_point_elsewhere(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", str(checkout / "nowhere"))
+    assert read_commit(checkout)[1] is False
+
+
+def test_a_copy_inside_another_checkout_has_no_commit(checkout: Path) -> None:
+    (checkout / "site-packages").mkdir()
+    assert read_commit(checkout / "site-packages") == (None, None)
+
+
+def test_outside_of_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_commit(tmp_path) == (None, None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_commit(harness.environment.PROJECT) == (None, None)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scripted_runs import scripted_job
+
+from engines.base import Batch, Context, NonFiniteLoss, StepStats
+from engines.scripted import Scripted
+from engines.settings import ScriptedSettings
+from harness.job import Job
+from harness.measure import Recording, gpu_peaks, measure
+from harness.result import Sample
+
+
+class NumberedData:
+    """Remembers which steps were asked for."""
+
+    evaluation: Sequence[Batch] = ()
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        self.asked.append(step)
+        return ()
+
+
+def record(
+    job: Job,
+    engine: Scripted,
+    energy_j: Callable[[], float | None] | None = None,
+    told: list[Sample] | None = None,
+) -> Recording:
+    recording = Recording(tokens_per_step=job.workload.tokens_per_step)
+    run(job, engine, recording, energy_j, told)
+    return recording
+
+
+def run(
+    job: Job,
+    engine: Any,
+    recording: Recording,
+    energy_j: Callable[[], float | None] | None = None,
+    told: list[Sample] | None = None,
+    data: NumberedData | None = None,
+) -> None:
+    blueprint: Any = None
+    measure(
+        engine,
+        blueprint,
+        data or NumberedData(),
+        job,
+        recording,
+        clock=engine.now,
+        energy_j=energy_j,
+        on_sample=lambda sample, stats: (told if told is not None else []).append(sample),
+    )
+
+
+def make_engine(job: Job, **settings: Any) -> Scripted:
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=job.warmup_steps + job.steps)
+    return Scripted(ScriptedSettings(**settings), context)
+
+
+def test_medians_rates_and_losses_are_exact() -> None:
+    job = scripted_job(batch_size=2, seq_len=16, accumulation=2)
+    told: list[Sample] = []
+    engine = make_engine(
+        job,
+        setup_s=8.0,
+        step_s=(4.0, 2.0, 0.5, 0.25, 1.0, 0.25),
+        loss=(6.0, 5.0, 4.0, 3.0, 2.0, 1.0),
+        gpu_s=(0.125,),
+        h2d_bytes=100,
+        d2h_bytes=50,
+        pinned_bytes=77,
+    )
+    recording = record(job, engine, told=told)
+    assert [sample.step_s for sample in recording.samples] == [4.0, 2.0, 0.5, 0.25, 1.0, 0.25]
+    assert [sample.warmup for sample in recording.samples] == [True, True, False, False, False, False]
+    assert [sample.step for sample in recording.samples] == [0, 1, 2, 3, 4, 5]
+    assert tuple(told) == recording.samples
+    summary = recording.summary()
+    assert (summary.step_s_median, summary.step_s_low, summary.step_s_high) == (0.375, 0.25, 1.0)
+    assert summary.tokens_per_s == 64 / 0.375
+    assert (summary.loss_first, summary.loss_last) == (6.0, 1.0)
+    assert (summary.gpu_s, summary.idle_s, summary.h2d_s, summary.cpu_s) == (0.125, 0.25, None, None)
+    assert (summary.h2d_bytes, summary.d2h_bytes) == (100, 50)
+    assert (summary.setup_s, summary.pinned_bytes) == (8.0, 77)
+    assert summary.eval_loss_first is None
+
+
+def test_measured_steps_add_up_to_exactly_their_own_work() -> None:
+    """What the warm-up left in flight is not in the first sample; what the last left is in the last."""
+    job = scripted_job()
+    recording = record(job, make_engine(job, step_s=(1.0,), drain_s=0.5))
+    assert [sample.step_s for sample in recording.samples] == [1.0, 1.0, 1.0, 1.0, 1.0, 1.5]
+
+
+def test_every_step_asks_for_its_own_batches() -> None:
+    job, data = scripted_job(), NumberedData()
+    run(job, make_engine(job), Recording(tokens_per_step=8), data=data)
+    assert data.asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_evaluates_before_and_after_only_when_asked() -> None:
+    job = scripted_job(eval_batches=1)
+    engine = make_engine(job, eval_loss=(3.0, 1.0), eval_accuracy=(0.25, 0.75))
+    summary = record(job, engine).summary()
+    assert (summary.eval_loss_first, summary.eval_loss_last) == (3.0, 1.0)
+    assert (summary.eval_accuracy_first, summary.eval_accuracy_last) == (0.25, 0.75)
+    assert record(scripted_job(), make_engine(job)).evaluations == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_non_finite_loss_ends_the_run_and_keeps_the_samples(value: str) -> None:
+    job = scripted_job()
+    recording = Recording(tokens_per_step=8)
+    with pytest.raises(NonFiniteLoss, match="step 3"):
+        run(job, make_engine(job, loss=(2.0, 2.0, 2.0, float(value))), recording)
+    assert [sample.loss for sample in recording.samples] == [2.0, 2.0, 2.0, None]
+    assert recording.summary().step_s_median is not None
+
+
+class RaisingEngine(Scripted):
+    """Finds the non-finite loss by itself, as real engines may."""
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        stats = super().step(batches)
+        if self.now() > 0.035:
+            raise NonFiniteLoss("found by the engine")
+        return stats
+
+
+def test_a_step_whose_loss_the_engine_refuses_is_kept_too() -> None:
+    job = scripted_job()
+    engine = RaisingEngine(
+        ScriptedSettings(), Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    )
+    recording = Recording(tokens_per_step=8)
+    with pytest.raises(NonFiniteLoss, match="found by the engine"):
+        run(job, engine, recording)
+    assert [sample.loss for sample in recording.samples] == [1.0, 1.0, 1.0, None]
+
+
+class LeakyEngine(Scripted):
+    """Fails while its last work is drained."""
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        if self.now() > 5.0:
+            raise RuntimeError("lost in flight")
+
+
+def test_a_failure_while_draining_does_not_lose_the_last_step() -> None:
+    job = scripted_job()
+    engine = LeakyEngine(
+        ScriptedSettings(step_s=(1.0,)),
+        Context(device="cpu", workload=job.workload, seed=0, total_steps=6),
+    )
+    recording = Recording(tokens_per_step=8)
+    with pytest.raises(RuntimeError, match="lost in flight"):
+        run(job, engine, recording)
+    assert len(recording.samples) == 6
+
+
+def test_energy_is_per_step_of_the_measured_window() -> None:
+    job = scripted_job()
+    engine = make_engine(job, setup_s=50.0, step_s=(1.0,))
+    # 100 W from the start: the set-up and the warm-up must not be in it.
+    recording = record(job, engine, energy_j=lambda: 100.0 * engine.now())
+    assert recording.summary().energy_j == 100.0
+
+
+def test_energy_of_a_window_shorter_than_the_counter_can_tell_is_not_measured() -> None:
+    job = scripted_job()
+    engine = make_engine(job, step_s=(0.125,))
+    assert record(job, engine, energy_j=lambda: engine.now()).summary().energy_j is None
+
+
+def test_energy_counter_that_fails_is_not_measured() -> None:
+    job = scripted_job()
+    readings: Iterator[float | None] = iter([1.0, None])
+    recording = record(job, make_engine(job, step_s=(1.0,)), energy_j=lambda: next(readings))
+    assert recording.summary().energy_j is None
+
+
+def test_a_run_without_measured_steps_has_an_empty_summary() -> None:
+    job = scripted_job()
+    recording = Recording(tokens_per_step=8)
+    with pytest.raises(RuntimeError):
+        run(job, make_engine(job, fail_at_step=-1), recording)
+    summary = recording.summary()
+    assert (summary.step_s_median, summary.tokens_per_s, summary.h2d_bytes, summary.setup_s) == (None,) * 4
+
+
+def test_peaks_need_torch_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        max_memory_allocated=lambda: 3,
+        max_memory_reserved=lambda: 5,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert gpu_peaks() == (3, 5)
+    cuda.is_available = lambda: False
+    assert gpu_peaks() == (None, None)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert gpu_peaks() == (None, None)

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from engines.base import Head, UserError
+from engines.blocks import find_blocks
+from harness.closed_forms import CLOSED_FORMS
+from harness.job import DataSource, Job, ModelSource
+from harness.models import shape_from_meta
+from harness.shapes import NAMED_SHAPES, load_config, named_shape, resolve_shape, shape_of_config
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama with biases and wide heads": {
+        "model_type": "llama", **SMALL, "num_key_value_heads": 1, "head_dim": 12, "attention_bias": True,
+        "mlp_bias": True, "vocab_size": 50, "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", **SMALL, "num_key_value_heads": 1, "vocab_size": 50},
+    "bert": {"model_type": "bert", **SMALL, "vocab_size": 50, "max_position_embeddings": 32},
+    "opt without biases": {
+        "model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "ffn_dim": 40, "vocab_size": 50, "enable_bias": False,
+        "layer_norm_elementwise_affine": False, "max_position_embeddings": 32,
+    },
+    "gpt2 with its own inner width": {
+        "model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 40, "vocab_size": 50,
+    },
+}  # fmt: skip
+DEFAULTS = {f"{family} by default": {"model_type": family} for family in CLOSED_FORMS}
+CONFIGS = {name: dict(shape.config) for name, shape in NAMED_SHAPES.items()} | VARIANTS | DEFAULTS
+
+
+def heads_of(config: dict[str, Any]) -> tuple[Head, ...]:
+    return (
+        ("classification",)
+        if config["model_type"] in ("bert", "roberta")
+        else ("causal_lm", "classification")
+    )
+
+
+def build(config: dict[str, Any], head: Head, num_labels: int, untied: bool) -> Any:
+    typed = AutoConfig.for_model(**config)
+    if untied:
+        typed.tie_word_embeddings = False
+    if head == "classification":
+        typed.num_labels = num_labels
+    auto = AutoModelForCausalLM if head == "causal_lm" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        return auto.from_config(typed)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_closed_form_counts_what_transformers_builds(name: str) -> None:
+    config = CONFIGS[name]
+    for head in heads_of(config):
+        num_labels = 3 if head == "classification" else 0
+        model = build(config, head, num_labels, untied=False)
+        shape = shape_of_config(config, name=name, head=head, num_labels=num_labels)
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        assert shape.parameters == sum(sizes)
+        assert shape.largest_tensor == max(sizes)
+        _, blocks = find_blocks(model)
+        assert shape.num_blocks == len(blocks)
+        assert shape.block_parameters == sum(parameter.numel() for parameter in blocks[-1].parameters())
+        stored = {path: tuple(p.shape) for path, p in blocks[0].named_parameters() if p.dim() == 2}
+        if shape.family == "gpt2":  # inputs x outputs
+            stored = {path: (columns, rows) for path, (rows, columns) in stored.items()}
+        assert {matrix.name: (matrix.rows, matrix.columns) for matrix in shape.matrices} == stored
+        assert shape.num_labels == num_labels
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-qwen2", "tiny-gpt2", "opt-350m"])
+def test_untied_head_is_counted_on_its_own(name: str) -> None:
+    config = CONFIGS[name]
+    tied = shape_of_config(config, name=name, head="causal_lm", num_labels=0)
+    untied = shape_of_config(config, name=name, head="causal_lm", num_labels=0, untied=True)
+    assert tied.tied
+    assert not untied.tied
+    assert untied.parameters == tied.parameters + tied.head_parameters
+    assert untied.parameters == sum(
+        p.numel() for p in build(config, "causal_lm", 0, untied=True).parameters()
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS | {name: None for name in NAMED_SHAPES if name.startswith("tiny")})
+def test_fallback_for_unknown_families_agrees_with_the_closed_form(name: str) -> None:
+    config = CONFIGS[name]
+    for head in heads_of(config):
+        num_labels = 3 if head == "classification" else 0
+        closed = shape_of_config(config, name=name, head=head, num_labels=num_labels)
+        counted = shape_from_meta(config, name=name, head=head, num_labels=num_labels)
+        order = {matrix.name: matrix for matrix in counted.matrices}
+        assert {matrix.name: matrix for matrix in closed.matrices} == order
+        for field in closed.__slots__:
+            if field != "matrices":
+                assert getattr(closed, field) == getattr(counted, field), field
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("opt-125m", 125_239_296), ("opt-350m", 331_196_416), ("opt-1.3b", 1_315_758_080),
+        ("opt-13b", 12_853_473_280), ("llama-2-7b", 6_738_415_616), ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-0.5b", 494_032_768), ("qwen2.5-7b", 7_615_616_512), ("deepseek-coder-1.3b", 1_346_471_936),
+        ("deepseek-coder-6.7b", 6_740_512_768), ("gpt2", 124_439_808), ("gpt2-large", 774_030_080),
+    ],
+)  # fmt: skip
+def test_totals_are_the_published_ones(name: str, published: int) -> None:
+    assert named_shape(name).parameters == published
+
+
+def test_every_tiny_shape_holds_bytes_and_is_small() -> None:
+    tiny = [named_shape(name) for name in NAMED_SHAPES if name.startswith("tiny")]
+    assert {shape.family for shape in tiny} == {"opt", "llama", "qwen2", "gpt2", "roberta"}
+    for shape in tiny:
+        assert (shape.hidden, shape.vocabulary, shape.max_seq_len) == (64, 320, 256)
+
+
+def job(name: str, data: str = "random", evaluate: str | None = None, **fields: Any) -> Job:
+    model = {key: fields.pop(key) for key in ("head", "untied", "random_weights") if key in fields}
+    return Job(
+        model=ModelSource(name=name, **{"random_weights": True, **model}),
+        data=DataSource(train=data, evaluate=evaluate),
+        **{"seq_len": 16, **fields},
+    )
+
+
+def test_data_decides_head_and_labels(tmp_path: Path) -> None:
+    path = tmp_path / "three.tsv"
+    path.write_text("".join(f"text {label}\t{label}\n" for label in (0, 2, 1)))
+    encoder = resolve_shape(job("tiny-roberta", str(path)))
+    assert (encoder.head, encoder.num_labels) == ("classification", 3)
+    decoder = resolve_shape(job("tiny-opt", str(path)))
+    assert (decoder.head, decoder.num_labels) == ("causal_lm", 0)
+    classifier = resolve_shape(job("tiny-opt", str(path), head="classification"))
+    assert (classifier.head, classifier.num_labels) == ("classification", 3)
+    assert resolve_shape(job("tiny-roberta", "builtin")).num_labels == 2
+    assert resolve_shape(job("tiny-roberta", "random")).num_labels == 2
+
+
+def test_untied_reaches_the_shape() -> None:
+    assert resolve_shape(job("tiny-opt")).tied
+    assert not resolve_shape(job("tiny-opt", untied=True)).tied
+
+
+def test_local_folder_and_family_without_closed_form(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gpt_neox", "vocab_size": 300, "max_position_embeddings": 64, **SMALL,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = resolve_shape(job(str(tmp_path)))
+    assert shape.family == "gpt_neox"
+    assert shape.num_blocks == 2
+    assert shape.parameters == sum(p.numel() for p in build(config, "causal_lm", 0, False).parameters())
+
+
+def test_masked_language_models_without_closed_form_classify(tmp_path: Path) -> None:
+    config = {"model_type": "electra", "vocab_size": 300, "embedding_size": 16, **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert resolve_shape(job(str(tmp_path))).head == "classification"
+
+
+def faults(tmp_path: Path) -> dict[str, tuple[Job, str]]:
+    def folder(name: str, text: str | None) -> str:
+        made = tmp_path / name
+        made.mkdir()
+        if text is not None:
+            (made / "config.json").write_text(text)
+        return str(made)
+
+    text = tmp_path / "plain.txt"
+    text.write_text("words " * 100)
+    return {
+        "close match": (job("opt-1.3"), r"did you mean opt-1\.3b.*lspzo-bench models"),
+        "far match": (job("zzzzz"), "no named shape.*see 'lspzo-bench models'"),
+        "no weights": (job("opt-1.3b", random_weights=False), "add --random-weights or .* facebook/opt-1.3b"),
+        "not cached": (job("nobody/nothing"), "nobody/nothing.*cannot be reached.*named shape"),
+        "is a file": (job(str(text)), "is a file"),
+        "not a model": (job(folder("empty", None)), "not a model.*no config.json"),
+        "not JSON": (job(folder("torn", "{")), "not valid JSON"),
+        "no type": (job(folder("typeless", "{}")), "names no model_type"),
+        "malformed": (job(folder("bad", '{"model_type": "opt", "hidden_size": "wide"}')), "malformed"),
+        "unknown type": (
+            job(folder("odd", '{"model_type": "no_such_type"}')),
+            "code from outside is not run",
+        ),
+        "pickled": (
+            job(folder("bin", '{"model_type": "opt"}'), random_weights=False),
+            "no safetensors weights",
+        ),
+        "too long": (job("tiny-opt", seq_len=257), "--seq-len 257: .* at most 256 tokens"),
+        "encoder generates": (job("tiny-roberta", head="causal_lm"), "is an encoder"),
+        "encoder on text": (job("tiny-roberta", str(text)), "without class labels"),
+        "missing data": (job("tiny-opt", str(tmp_path / "none.txt")), "none.txt'.*no such file"),
+    }
+
+
+FAULTS = (
+    "close match", "far match", "no weights", "not cached", "is a file", "not a model", "not JSON", "no type",
+    "malformed", "unknown type", "pickled", "too long", "encoder generates", "encoder on text",
+    "missing data",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_mistakes_are_named(fault: str, tmp_path: Path) -> None:
+    faulty, message = faults(tmp_path)[fault]
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_shape(faulty)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_shape_goes_before_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert load_config(ModelSource(name="gpt2", random_weights=True))["n_embd"] == 768

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.base import UserError
+from harness.job import ModelSource
+from harness.shapes import NAMED_SHAPES
+from harness.tokens import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_files
+
+IDS = st.none() | st.integers(-1, 400)
+
+
+@given(text=st.text(), pad=IDS, begin=IDS, end=IDS, vocabulary=st.integers(259, 320))
+def test_bytes_are_told_apart_and_never_special(
+    text: str, pad: int | None, begin: int | None, end: int | None, vocabulary: int
+) -> None:
+    config = {"pad_token_id": pad, "bos_token_id": begin, "eos_token_id": end}
+    tokenizer = ByteTokenizer(config, vocabulary)
+    special = {tokenizer.pad_id, *tokenizer.prefix, tokenizer.end_id}
+    assert len(set(tokenizer.byte_ids)) == 256
+    assert not special & set(tokenizer.byte_ids)
+    assert max(*special, *tokenizer.byte_ids) < vocabulary  # type: ignore[type-var]
+    assert tokenizer.pad_id != tokenizer.end_id
+    value_of = {index: value for value, index in enumerate(tokenizer.byte_ids)}
+    assert bytes(value_of[index] for index in tokenizer.encode([text])[0]) == text.encode("utf-8")
+
+
+def test_ids_of_the_configuration_are_kept() -> None:
+    tokenizer = ByteTokenizer(NAMED_SHAPES["roberta-base"].config, 50265)
+    assert (tokenizer.pad_id, tokenizer.prefix, tokenizer.suffix) == (1, (0,), (2,))
+    several = ByteTokenizer({"eos_token_id": [7, 8]}, 259)
+    assert several.end_id == 7
+
+
+def test_small_vocabulary_is_refused() -> None:
+    with pytest.raises(UserError, match=r"258 is below the 259.*--data random"):
+        ByteTokenizer({}, 258)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A whitespace tokenizer with BERT's frame, as a model folder would hold it."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "film"]
+    special = [
+        {"id": index, "content": word, "special": True, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for index, word in enumerate(words[:4])
+    ]  # fmt: skip
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    frame = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ("[CLS]", "[SEP]")]
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "decoder": None,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [frame[0], text, frame[1]],
+            "pair": [frame[0], text, frame[1], {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                token: {"id": token, "ids": [words.index(token)], "tokens": [token]}
+                for token in ("[CLS]", "[SEP]")
+            },
+        },
+        "model": {
+            "type": "WordLevel", "unk_token": "[UNK]",
+            "vocab": {word: index for index, word in enumerate(words)},
+        },
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"})
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(dict(NAMED_SHAPES["tiny-roberta"].config)))
+    return tmp_path
+
+
+def test_a_folder_with_a_tokenizer_uses_it(folder: Path) -> None:
+    write_tokenizer(folder)
+    source = ModelSource(name=str(folder), random_weights=True)
+    tokenizer = load_tokenizer(source, 320)
+    assert isinstance(tokenizer, HubTokenizer)
+    assert tokenizer.encode(["a film b", "b"]) == [[4, 6, 5], [5]]
+    assert (tokenizer.prefix, tokenizer.suffix, tokenizer.pad_id) == ((2,), (3,), 0)
+    assert [path.name for path in tokenizer_files(source)] == ["tokenizer.json", "tokenizer_config.json"]
+    with pytest.raises(UserError, match="has 7 tokens, the model's vocabulary has 5"):
+        load_tokenizer(source, 5)
+
+
+def test_a_folder_without_one_uses_bytes(folder: Path) -> None:
+    source = ModelSource(name=str(folder), random_weights=True)
+    assert isinstance(load_tokenizer(source, 320), ByteTokenizer)
+    assert tokenizer_files(source) == []
+
+
+def test_a_broken_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
+        load_tokenizer(ModelSource(name=str(folder), random_weights=True), 320)

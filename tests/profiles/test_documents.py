@@ -1,0 +1,130 @@
+"""Documents: read with one clear line per mistake, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engines.base import UserError
+from profiles.documents import read_document, to_json, write_whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    text: str
+    value: float | None = None
+    schema_version: int = 1
+
+
+def read(path: Path) -> Note:
+    return read_document(path, Note, 1, "note")
+
+
+def refuse(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        read(path)
+    line = str(error.value)
+    assert "\n" not in line
+    assert line.startswith(str(path))
+    assert error.value.remedy
+    return line
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    note = Note(text="caf\u00e9 \u65e5\u672c", value=0.1)
+    path = tmp_path / "new" / "folder" / "note.json"
+    write_whole(path, to_json(note))
+    assert read(path) == note
+
+
+def test_not_finite_becomes_null(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    write_whole(path, to_json(Note(text="", value=float("nan"))))
+    assert read(path).value is None
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"text": "cut of', "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"9" * 10_000, "is not valid JSON"),
+        (b"[1, 2]", "has no schema_version"),
+        (b"null", "has no schema_version"),
+        (b'{"text": "a"}', "has no schema_version"),
+        (b'{"text": "a", "schema_version": "1"}', "has no schema_version"),
+        (b'{"text": "a", "schema_version": 2}', "has schema version 2, this program knows up to 1"),
+        (b'{"schema_version": 1}', "field 'text'"),
+        (b'{"text": 3, "schema_version": 1}', "field 'text'"),
+        (b'{"text": "a", "value": "fast", "schema_version": 1}', "field 'value'"),
+    ],
+)
+def test_a_bad_document_is_one_line(tmp_path: Path, content: bytes, why: str) -> None:
+    path = tmp_path / "note.json"
+    path.write_bytes(content)
+    assert why in refuse(path)
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    assert "there is no such note" in refuse(tmp_path / "missing.json")
+    assert "is a folder, not a note" in refuse(tmp_path)
+    assert "cannot be read (Not a directory)" in refuse(tmp_path / "file" / "note.json")
+    assert "cannot be read (File name too long)" in refuse(tmp_path / ("n" * 300))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(self: Path, encoding: str) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "read_text", deny)
+    assert "this note may not be read" in refuse(tmp_path / "note.json")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_failed_write_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, old: str | None
+) -> None:
+    path = tmp_path / "note.json"
+    if old is not None:
+        path.write_text(old)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UserError, match=os.strerror(code)) as error:
+        write_whole(path, "new")
+    monkeypatch.undo()
+    assert "\n" not in str(error.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ([] if old is None else ["note.json"])
+    if old is not None:
+        assert path.read_text() == old
+
+
+def test_an_interrupted_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "note.json"
+    path.write_text("old")
+
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_whole(tmp_path / "file" / "note.json", "new")

@@ -1,0 +1,91 @@
+"""A machine as a document."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_machine import make_machine
+
+from engines.base import UserError
+from profiles.machine import Figure, absent, load_machine, save_machine
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_saved_and_loaded_are_equal(tmp_path: Path, gpu: bool) -> None:
+    machine = make_machine(gpu=gpu)
+    path = tmp_path / "machine.json"
+    save_machine(machine, path)
+    assert load_machine(path) == machine
+
+
+def change(path: Path, **fields: Any) -> None:
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"schema_version": 99}, "has schema version 99"),
+        ({"schema_version": None}, "has no schema_version, so it is not a machine profile"),
+        ({"cpu": None}, "field 'cpu'"),
+        ({"memory": {}}, "field 'memory.total_bytes'"),
+        ({"versions": ["torch"]}, "field 'versions'"),
+    ],
+)
+def test_a_bad_profile_is_one_line(tmp_path: Path, fields: dict[str, Any], why: str) -> None:
+    path = tmp_path / "machine.json"
+    save_machine(make_machine(), path)
+    change(path, **fields)
+    with pytest.raises(UserError) as error:
+        load_machine(path)
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_figure_that_contradicts_its_origin_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    machine = make_machine()
+    save_machine(machine, path)
+    memory = json.loads(path.read_text())["memory"]
+    memory["copy_bytes_per_s"]["origin"] = "absent"
+    change(path, memory=memory)
+    with pytest.raises(UserError, match=r"memory\.copy_bytes_per_s"):
+        load_machine(path)
+
+
+def test_fields_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    machine = make_machine()
+    save_machine(machine, path)
+    change(path, colour="green")
+    assert load_machine(path) == machine
+
+
+def test_a_value_and_its_origin_agree() -> None:
+    with pytest.raises(ValueError, match="absent"):
+        Figure(value=1.0, origin="absent", method="")
+    with pytest.raises(ValueError, match="measured"):
+        Figure(value=None, origin="measured", method="")
+    assert absent("no GPU").value is None
+
+
+def test_a_full_disk_keeps_the_profile_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "machine.json"
+    machine = make_machine()
+    save_machine(machine, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_machine(replace(machine, name="other"), path)
+    assert load_machine(path) == machine
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,490 @@
+"""The probes: their arithmetic, a real small run on the CPU, and the GPU's path on a stand-in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from profiles import limits, nvml, probe
+from profiles.limits import HostMemoryLimit, UsableCores
+from profiles.machine import Figure, Machine, absent, load_machine, save_machine
+from profiles.probe import cpu, gpu, link, memory, probe_machine
+from profiles.probe.timing import (
+    AT_LEAST,
+    AT_MOST,
+    Meter,
+    host_samples,
+    inside_overlap,
+    largest_size,
+    one_line,
+    rate_figure,
+)
+
+MIB = 2**20
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores and little memory, so that every buffer is small."""
+    monkeypatch.setattr(
+        limits,
+        "host_memory",
+        lambda: HostMemoryLimit(
+            total_bytes=128 * MIB, available_bytes=64 * MIB, swap_bytes=0, basis="cgroup limit"
+        ),
+    )
+    monkeypatch.setattr(
+        limits, "usable_cores", lambda: UsableCores(count=2, basis="affinity 2 of 4 cores", total=4)
+    )
+    monkeypatch.setattr(limits, "last_level_cache_bytes", lambda: MIB)
+
+
+def check_measured(figure: Figure) -> None:
+    assert figure.origin == "measured", figure.method
+    assert figure.value is not None
+    assert figure.low is not None
+    assert figure.high is not None
+    assert 0 < figure.low <= figure.value <= figure.high
+    assert figure.count >= AT_LEAST - 2  # overlapping copies may be few
+    assert figure.method
+    assert figure.time is not None
+
+
+# --- timing
+
+
+def test_a_rate_is_the_median_of_rates() -> None:
+    figure = rate_figure(10.0, [1.0, 4.0, 2.0], "copy")
+    assert (figure.value, figure.low, figure.high, figure.count) == (5.0, 2.5, 10.0, 3)
+    assert (figure.origin, figure.method) == ("measured", "copy")
+
+
+def test_no_samples_are_no_figure() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        rate_figure(1.0, [], "copy")
+
+
+def test_host_samples_are_bounded() -> None:
+    calls: list[int] = []
+    samples = host_samples(lambda: calls.append(1), 1.0)
+    assert len(samples) == AT_MOST
+    assert len(calls) > len(samples), "the warm-up is not a sample"
+    assert len(host_samples(lambda: None, 0.0)) == AT_LEAST
+
+
+def test_only_overlapping_calls_count() -> None:
+    busy = [0.0, 1.0, 2.0, 3.0]
+    assert inside_overlap([0.5, 1.0, 2.0, 3.0, 4.0], busy) == [1.0, 1.0]
+    assert inside_overlap([0.0, 4.0, 8.0], busy) == []
+    assert inside_overlap([-2.0, -1.0, 0.5, 1.5], busy) == [1.0]
+
+
+def test_largest_size_stops_before_the_slow_one() -> None:
+    tried: list[int] = []
+
+    def time_s(size: int) -> float:
+        tried.append(size)
+        return size**3 * 1e-9
+
+    assert largest_size(time_s, (128, 256, 512, 1024), 0.2) == 512
+    assert tried == [128, 256, 512]
+    assert largest_size(time_s, (128, 256), 1e-9) == 128
+    assert largest_size(time_s, (128, 256), 1e9) == 256
+
+
+def test_a_failing_measurement_does_not_stop_the_rest() -> None:
+    told: list[tuple[str, int, int]] = []
+    meter = Meter(seconds_each=0.5, total=3, progress=lambda *message: told.append(message))
+    good = Figure(value=1.0, origin="measured", method="x")
+
+    def bad(seconds: float) -> Figure:
+        raise RuntimeError("\n  no such thing\ndetails")
+
+    assert meter.measure("a", lambda seconds: good, absent) == good
+    assert meter.measure("b", bad, absent) == absent("RuntimeError: no such thing")
+    assert meter.measure("c", lambda seconds: good, absent) == good
+    assert told == [("a", 0, 3), ("b", 1, 3), ("c", 2, 3)]
+
+
+def test_an_interrupt_is_no_failed_measurement() -> None:
+    meter = Meter(seconds_each=0.5, total=1, progress=lambda *message: None)
+
+    def interrupt(seconds: float) -> Figure:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        meter.measure("a", interrupt, absent)
+
+
+def test_reasons_are_one_line() -> None:
+    assert one_line(ValueError("")) == "ValueError"
+    assert one_line(ValueError("a\nb")) == "ValueError: a"
+    assert len(one_line(ValueError("x" * 10_000))) < 250
+
+
+# --- the CPU, for real
+
+
+@pytest.mark.usefixtures("small")
+def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "why_no_gpu", lambda: "no GPU in this test")
+    told: list[tuple[str, int, int]] = []
+    threads = torch.get_num_threads()
+    machine = probe_machine(lambda *message: told.append(message), seconds=0.2)
+    assert torch.get_num_threads() == threads
+    assert machine.gpu is None
+    assert machine.link is None
+    assert machine.gpu_absent_reason == "no GPU in this test"
+    assert machine.name.startswith("no GPU, ")
+    assert (machine.cpu.cores_usable, machine.cpu.threads, machine.cpu.cores_total) == (2, 2, 4)
+    assert machine.cpu.cores_basis == "affinity 2 of 4 cores"
+    assert machine.memory.total_bytes == 128 * MIB
+    for figure in (
+        machine.cpu.matmul_fp32_flops,
+        machine.cpu.matmul_bf16_flops,
+        machine.cpu.adam_elements_per_s,
+        machine.memory.copy_bytes_per_s,
+    ):
+        check_measured(figure)
+    assert machine.versions["torch"]
+    assert [done for _, done, _ in told] == [0, 1, 2, 3, 4]
+    assert {total for _, _, total in told} == {4}
+    path = tmp_path / "machine.json"
+    save_machine(machine, path)
+    assert load_machine(path) == machine
+
+
+def test_adam_is_given_less_than_its_share() -> None:
+    figure = cpu.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=2 * MIB)
+    check_measured(figure)
+    assert "1 tensors of 524288 elements (8 MiB)" in figure.method
+    assert "cache" not in figure.method
+    assert "partly from cache" in cpu.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=64 * MIB).method
+
+
+def test_adam_runs_over_many_tensors() -> None:
+    assert "4 tensors of 1048576 elements" in cpu.adam_elements_per_s(0.0, 70 * MIB, None).method
+
+
+def test_a_matrix_product_fits_its_memory() -> None:
+    assert "torch.mm 128 x 128" in cpu.matmul_flops("fp32", 1.0, MIB).method
+    assert "torch.mm 128 x 128" in cpu.matmul_flops("fp32", 0.0, 2**40).method
+
+
+def test_a_copy_fits_its_memory() -> None:
+    assert "copy of 4 MiB" in memory.copy_bytes_per_s(0.0, 8 * MIB, None).method
+    assert "partly from cache" in memory.copy_bytes_per_s(0.0, 8 * MIB, 64 * MIB).method
+
+
+@pytest.mark.usefixtures("small")
+def test_one_failing_probe_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(dtype: str, seconds: float, memory_bytes: int) -> Figure:
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr(probe, "why_no_gpu", lambda: "none")
+    monkeypatch.setattr(cpu, "matmul_flops", fail)
+    machine = probe_machine(seconds=0.0)
+    assert machine.cpu.matmul_fp32_flops == absent("MemoryError: cannot allocate")
+    check_measured(machine.cpu.adam_elements_per_s)
+    check_measured(machine.memory.copy_bytes_per_s)
+
+
+def test_threads_are_restored_after_an_error() -> None:
+    before = torch.get_num_threads()
+    inside: list[int] = []
+
+    def fail() -> None:
+        with cpu.torch_threads(before + 1):
+            inside.append(torch.get_num_threads())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert inside == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_importing_the_probes_imports_no_torch() -> None:
+    code = "import sys, profiles.probe, profiles.show, profiles.nvml; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("cuda", "nvml_reason", "reason"),
+    [
+        (None, "", "is built without GPU support"),
+        ("13.0", "NVML does not start (Driver Not Loaded)", "NVML does not start (Driver Not Loaded)"),
+        ("13.0", "", "torch sees no CUDA device, though the driver does"),
+    ],
+)
+def test_why_no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None, nvml_reason: str, reason: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(nvml, "why_no_device", lambda: nvml_reason)
+    found = probe.why_no_gpu()
+    assert found is not None
+    assert reason in found
+
+
+def test_why_no_gpu_tells_what_torch_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    def unavailable() -> bool:
+        warnings.warn("The NVIDIA driver on your\nsystem is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert probe.why_no_gpu() == "The NVIDIA driver on your system is too old"
+
+
+# --- the GPU's path without one
+
+
+class FakeEvent:
+    """An event that is over as soon as it is recorded; `running` makes queries say otherwise."""
+
+    running = True
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.time - self.time) * 1e3
+
+    def query(self) -> bool:
+        return not self.running
+
+
+class OnTheHost(TorchFunctionMode):
+    """Tensors asked for on `cuda` or in pinned memory are made in ordinary memory instead."""
+
+    def __init__(self, pin_limit_bytes: int) -> None:
+        super().__init__()
+        self.pin_limit_bytes = pin_limit_bytes
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.pop("device", "cpu")
+        if kwargs.pop("pin_memory", False) and args[0] > self.pin_limit_bytes:
+            raise RuntimeError("CUDA error: out of memory\nmore text")
+        result = func(*args, **kwargs)
+        if device == "cuda":
+            self.made.append(weakref.ref(result))
+        return result
+
+
+class FakeStream:
+    def wait_event(self, event: FakeEvent) -> None:
+        assert event.time > 0
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHost]:
+    """A GPU of 64 MiB made of host memory. Shows that the path holds together, not that it measures."""
+    device = nvml.NvmlDevice(
+        SimpleNamespace(
+            NVMLError=RuntimeError,
+            nvmlSystemGetDriverVersion=lambda: "570.1",
+            nvmlDeviceGetCurrPcieLinkGeneration=lambda handle: 3,
+            nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
+            nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 4,
+            nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 16,
+        ),
+        0,
+    )
+    stand_ins: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device": lambda index: FakeStream(),
+        "device_count": lambda: 1,
+        "get_device_properties": lambda index: SimpleNamespace(name="Fake GPU", major=9, minor=0, uuid="u"),
+        "mem_get_info": lambda index=0: (48 * MIB, 64 * MIB),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "Event": FakeEvent,
+        "Stream": FakeStream,
+        "stream": lambda stream: stream,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
+    monkeypatch.setattr(nvml, "open_device", lambda index, uuid: device)
+    monkeypatch.setattr(gpu, "MATMUL_SIZES", (32, 64))
+    with OnTheHost(pin_limit_bytes=2**40) as mode:
+        yield mode
+
+
+def gpu_figures(machine: Machine) -> dict[str, Figure]:
+    """The one-way figures of GPU and link by field name."""
+    assert machine.gpu is not None
+    assert machine.link is not None
+    fields = {
+        machine.gpu: ("copy_bytes_per_s", "matmul_bf16_flops", "matmul_fp16_flops", "matmul_fp32_flops"),
+        machine.link: (
+            "h2d_pinned_bytes_per_s",
+            "d2h_pinned_bytes_per_s",
+            "h2d_pageable_bytes_per_s",
+            "d2h_pageable_bytes_per_s",
+        ),
+    }
+    return {name: getattr(part, name) for part, names in fields.items() for name in names}
+
+
+def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
+    told: list[int] = []
+    machine = probe_machine(lambda what, done, total: told.append(done), seconds=0.0)
+    assert machine.gpu is not None
+    assert machine.gpu_absent_reason is None
+    assert machine.name.startswith("Fake GPU, ")
+    assert (machine.gpu.driver, machine.gpu.compute_capability) == ("570.1", "9.0")
+    assert (machine.gpu.total_bytes, machine.gpu.free_bytes) == (64 * MIB, 48 * MIB)
+    for figure in gpu_figures(machine).values():
+        check_measured(figure)
+    assert machine.link is not None
+    for figure in (machine.link.h2d_duplex_bytes_per_s, machine.link.d2h_duplex_bytes_per_s):
+        check_measured(figure)
+        assert "4 MiB, pinned" in figure.method, "an eighth of 64 MiB holds two buffers of 4 MiB"
+    assert (machine.link.generation_loaded, machine.link.width_loaded) == (3, 8)
+    assert (machine.link.generation_max, machine.link.width_max) == (4, 16)
+    assert told == sorted(told)
+    assert told[-1] == 13
+    assert fake_cuda.made
+    assert all(made() is None for made in fake_cuda.made), "every buffer is freed"
+    path = tmp_path / "machine.json"
+    save_machine(machine, path)
+    assert load_machine(path) == machine
+
+
+def test_an_idle_link_is_not_a_loaded_one(fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEvent, "running", False)
+    found = probe_machine(seconds=0.0).link
+    assert found is not None
+    assert (found.generation_loaded, found.width_loaded) == (None, None)
+    assert (found.generation_max, found.width_max) == (4, 16)
+
+
+def test_without_nvml_the_link_is_still_measured(
+    fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvml, "open_device", lambda index, uuid: None)
+    machine = probe_machine(seconds=0.0)
+    assert machine.gpu is not None
+    assert machine.gpu.driver is None
+    assert machine.link is not None
+    assert machine.link.generation_max is None
+    check_measured(machine.link.h2d_pinned_bytes_per_s)
+
+
+def test_pinned_buffers_shrink_to_what_is_allowed(fake_cuda: OnTheHost) -> None:
+    fake_cuda.pin_limit_bytes = 2 * MIB
+    found = probe_machine(seconds=0.0).link
+    assert found is not None
+    check_measured(found.h2d_pinned_bytes_per_s)
+    assert found.h2d_pinned_bytes_per_s.method == "1 MiB, pinned"
+    assert found.h2d_pageable_bytes_per_s.method == "4 MiB, pageable"
+
+
+def test_refused_pinning_leaves_the_pageable_figures(fake_cuda: OnTheHost) -> None:
+    fake_cuda.pin_limit_bytes = 0
+    told: list[int] = []
+    found = probe_machine(lambda what, done, total: told.append(done), seconds=0.0).link
+    assert found is not None
+    refused = absent("RuntimeError: CUDA error: out of memory")
+    assert found.h2d_pinned_bytes_per_s == refused
+    assert found.d2h_pinned_bytes_per_s == refused
+    assert found.h2d_duplex_bytes_per_s == refused
+    check_measured(found.h2d_pageable_bytes_per_s)
+    check_measured(found.d2h_pageable_bytes_per_s)
+    assert found.generation_loaded is None
+    assert told[-1] == 13
+
+
+def test_a_copy_that_changes_data_is_not_measured(
+    fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link._Buffers, "down", lambda self: None)
+    found = probe_machine(seconds=0.0).link
+    assert found is not None
+    assert found.h2d_pinned_bytes_per_s.method.endswith("a copy to the GPU and back changed the data")
+
+
+@pytest.mark.parametrize("name", ["copy_bytes_per_s", "matmul_flops"])
+def test_one_failing_gpu_measurement(
+    fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*arguments: object) -> Figure:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, name, fail)
+    failed = {
+        field
+        for field, figure in gpu_figures(probe_machine(seconds=0.0)).items()
+        if figure == absent("OutOfMemoryError: CUDA out of memory")
+    }
+    assert (
+        failed
+        == {
+            "copy_bytes_per_s": {"copy_bytes_per_s"},
+            "matmul_flops": {"matmul_bf16_flops", "matmul_fp16_flops", "matmul_fp32_flops"},
+        }[name]
+    )
+
+
+def test_a_gpu_that_refuses_to_start(fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(index: int) -> Callable[[], None]:
+        raise RuntimeError("CUDA error: device is busy")
+
+    monkeypatch.setattr(torch.cuda, "device", refuse)
+    machine = probe_machine(seconds=0.0)
+    assert machine.gpu is None
+    assert machine.link is None
+    assert machine.gpu_absent_reason == "RuntimeError: CUDA error: device is busy"
+    check_measured(machine.cpu.matmul_fp32_flops)
+
+
+# --- a real GPU
+
+
+@pytest.mark.gpu
+def test_a_real_gpu(tmp_path: Path) -> None:
+    before = torch.cuda.memory_reserved()
+    machine = probe_machine()
+    for figure in gpu_figures(machine).values():
+        check_measured(figure)
+    found = machine.link
+    assert found is not None
+    for one_way, both_ways in (
+        (found.h2d_pinned_bytes_per_s, found.h2d_duplex_bytes_per_s),
+        (found.d2h_pinned_bytes_per_s, found.d2h_duplex_bytes_per_s),
+    ):
+        check_measured(both_ways)
+        assert one_way.value is not None
+        assert both_ways.value is not None
+        assert both_ways.value <= 1.1 * one_way.value
+    assert found.generation_loaded is None or found.generation_loaded >= 1
+    assert torch.cuda.memory_reserved() <= before
+    path = tmp_path / "machine.json"
+    save_machine(machine, path)
+    assert load_machine(path) == machine

@@ -1,0 +1,282 @@
+"""Plans: what fits, what is chosen and why."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_13B, TINY, measured, with_vram
+
+from engines.base import ModelShape, UserError, Workload
+from engines.costs import traffic
+from engines.settings import parse_settings
+from profiles.machine import Machine, absent
+from profiles.plan import Plan
+from profiles.predict import resource_s
+from profiles.recommend import CONTEXT_BYTES, gpu_bytes_needed, lsp_ladder, recommend, why_first
+
+TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
+FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
+ON_CPU = Workload(batch_size=4, seq_len=64, dtype="fp32")
+ENGINES = ("native", "torchao-offload", "lsp", "mezo", "zo2")
+GB = 10**9
+
+
+def plan(
+    engine: str,
+    machine: Machine = H200,
+    shape: ModelShape = DEEPSEEK_7B,
+    workload: Workload = TRAINING,
+    **limits: int,
+) -> Plan:
+    (only,) = recommend(machine, shape, workload, [engine], {}, **limits)  # type: ignore[arg-type]
+    return only
+
+
+def test_plans_that_fit_come_first_and_the_fastest_of_them() -> None:
+    plans = recommend(H200, DEEPSEEK_7B, TRAINING, ENGINES, {}, vram_bytes=24 * GB)
+    assert {p.engine for p in plans} == set(ENGINES)
+    fits = [p.fits for p in plans]
+    assert fits == sorted(fits, reverse=True)
+    assert {p.engine for p in plans if not p.fits} == {"native", "mezo"}
+    for kind in (True, False):
+        times = [p.prediction.step_s or 0.0 for p in plans if p.fits is kind]
+        assert times == sorted(times)
+
+
+def test_a_plan_without_a_time_comes_after_those_with_one() -> None:
+    machine = replace(H200, link=None)
+    plans = recommend(machine, TINY, TRAINING, ENGINES, {})
+    # zo2 keeps every block of so small a model on the GPU, so it needs no link.
+    assert {p.engine for p in plans[:3]} == {"native", "mezo", "zo2"}
+    assert [p.prediction.step_s is None for p in plans] == [False, False, False, True, True]
+
+
+def test_why_not_names_the_missing_bytes() -> None:
+    native = plan("native", vram_bytes=24 * GB)
+    assert not native.fits
+    assert native.why_not is not None
+    assert "of GPU memory" in native.why_not
+    assert "22.4 GiB are usable" in native.why_not
+    assert "missing" in native.why_not
+    host = plan("torchao-offload", host_bytes=32 * GB)
+    assert host.why_not is not None
+    assert "of host memory, 29.8 GiB are usable: 29.9 GiB missing" in host.why_not
+    pinned = plan("zo2", shape=OPT_13B, workload=FORWARD_ONLY, vram_bytes=8 * GB, pinned_limit_bytes=GB)
+    assert pinned.why_not is not None
+    assert "of pinned memory" in pinned.why_not
+    assert plan("native").why_not is None
+
+
+def test_the_context_and_fragmentation_count() -> None:
+    cost = traffic("native", DEEPSEEK_1B, TRAINING, parse_settings("native", {}))
+    needed = gpu_bytes_needed(cost)
+    assert needed > cost.peak_gpu_bytes + CONTEXT_BYTES
+    assert plan("native", shape=DEEPSEEK_1B, vram_bytes=needed).fits
+    assert not plan("native", shape=DEEPSEEK_1B, vram_bytes=needed - 1).fits
+    # What others hold of the GPU is not usable, whatever the limit.
+    taken = with_vram(H200, needed - 1)
+    assert not plan("native", machine=taken, shape=DEEPSEEK_1B, vram_bytes=needed).fits
+
+
+def test_unknown_engine_and_setting_are_the_users_errors() -> None:
+    with pytest.raises(UserError, match="there is no such engine"):
+        recommend(H200, TINY, TRAINING, ["lspp"], {})
+    with pytest.raises(UserError, match="settings of lsp are"):
+        recommend(H200, TINY, TRAINING, ["lsp"], {"lsp": {"rank": 3}})
+
+
+def test_overrides_win_and_are_kept_as_given() -> None:
+    overrides: dict[str, dict[str, object]] = {
+        "lsp": {"d": "256", "learning_rate": 3e-5},
+        "zo2": {"resident_blocks": 3},
+        "torchao-offload": {"offload_gradients": True},
+        "native": {"weight_decay": 0.1},
+    }
+    plans = {p.engine: p for p in recommend(H200, DEEPSEEK_1B, TRAINING, ENGINES, overrides)}
+    for engine, values in overrides.items():
+        assert {key: plans[engine].settings[key] for key in values} == values
+        assert any(reason.startswith("as set: ") for reason in plans[engine].reasons)
+    assert plans["lsp"].prediction.h2d_bytes == 24 * 7 * 256 * 256 * 4
+    assert plans["zo2"].prediction.h2d_bytes == 21 * 2 * DEEPSEEK_1B.block_parameters
+    assert plans["mezo"].settings == {}
+
+
+def test_the_command_that_checks_a_plan() -> None:
+    (only,) = recommend(H200, TINY, TRAINING, ["lsp"], {}, job_arguments="--model tiny-llama --batch-size 4")
+    assert shlex.split(only.verify_command) == [
+        "lspzo-bench", "compare", "--model", "tiny-llama", "--batch-size", "4", "--engine", "lsp",
+    ]  # fmt: skip
+
+
+# --- lsp ----------------------------------------------------------------------------------------------
+
+
+def test_ladder_of_d() -> None:
+    assert lsp_ladder(2048) == list(range(256, 1025, 128))
+    assert lsp_ladder(768) == [128, 256, 384]
+    assert lsp_ladder(384) == [64, 128]
+    assert lsp_ladder(64) == [8, 16, 32]
+    assert lsp_ladder(2) == [1]
+    assert all(lsp_ladder(hidden) for hidden in range(1, 5000))
+
+
+def test_d_is_the_largest_that_hides() -> None:
+    assert plan("lsp", shape=DEEPSEEK_1B).settings["d"] == 1024  # half the hidden size
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(2e9)))
+    chosen = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
+    d = int(chosen.settings["d"])
+    assert 256 < d < 1024
+    for size, hides in ((d, True), (d + 128, False)):
+        cost = traffic("lsp", DEEPSEEK_1B, TRAINING, parse_settings("lsp", {"d": size, "r": 4}))
+        busy = resource_s(cost, slow, TRAINING)
+        assert busy is not None
+        assert (max(time_s for name, time_s in busy.items() if name != "gpu") <= busy["gpu"]) is hides
+    assert any(f"d={d}" in reason and "ms of GPU time" in reason for reason in chosen.reasons)
+
+
+def test_d_has_a_floor() -> None:
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e7)))
+    chosen = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
+    assert chosen.settings["d"] == 256
+    assert "do not hide" in chosen.reasons[0]
+
+
+def test_d_shrinks_until_host_memory_holds_the_cores() -> None:
+    roomy = plan("lsp", shape=DEEPSEEK_7B)
+    tight = plan("lsp", shape=DEEPSEEK_7B, host_bytes=6 * GB)
+    assert tight.fits
+    assert int(tight.settings["d"]) < int(roomy.settings["d"])
+
+
+def test_r_is_four_but_for_small_models() -> None:
+    assert plan("lsp", shape=DEEPSEEK_1B).settings["r"] == 4
+    small = plan("lsp", machine=LAPTOP_CPU, shape=TINY, workload=ON_CPU)
+    assert small.settings["r"] == 8
+    (tiny_d,) = recommend(LAPTOP_CPU, TINY, ON_CPU, ["lsp"], {"lsp": {"d": 2}})
+    assert tiny_d.settings["r"] == 2  # never more nonzeros than places
+
+
+def test_absent_figures_leave_the_smallest_d() -> None:
+    machine = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=absent("timed out")))
+    chosen = plan("lsp", machine=machine, shape=DEEPSEEK_1B)
+    assert chosen.settings["d"] == 256
+    assert chosen.prediction.step_s is None
+
+
+# --- zo2 and torchao ----------------------------------------------------------------------------------
+
+
+def test_zo2_uses_all_of_a_limit_that_the_user_named() -> None:
+    chosen = plan("zo2", shape=OPT_13B, workload=FORWARD_ONLY, vram_bytes=16 * GB)
+    resident = int(chosen.settings["resident_blocks"])
+    assert 0 < resident < 40
+    assert chosen.fits
+    more = traffic("zo2", OPT_13B, FORWARD_ONLY, parse_settings("zo2", {"resident_blocks": resident + 1}))
+    assert gpu_bytes_needed(more) > 16 * GB
+
+
+def test_zo2_leaves_a_tenth_free_of_a_gpu_without_a_named_limit() -> None:
+    named = plan("zo2", shape=OPT_13B, workload=FORWARD_ONLY, vram_bytes=16 * GB)
+    free = plan("zo2", machine=with_vram(H200, 16 * GB), shape=OPT_13B, workload=FORWARD_ONLY)
+    assert int(free.settings["resident_blocks"]) < int(named.settings["resident_blocks"])
+    assert free.prediction.peak_gpu_bytes < 0.9 * 16 * GB
+
+
+def test_zo2_streams_what_hides_behind_compute() -> None:
+    workload = replace(FORWARD_ONLY, batch_size=16)
+    chosen = plan("zo2", shape=OPT_13B, workload=workload)
+    assert chosen.settings["resident_blocks"] == 0
+    assert "no faster" in chosen.reasons[0]
+    bound = plan("zo2", shape=OPT_13B, workload=replace(FORWARD_ONLY, seq_len=256))
+    assert int(bound.settings["resident_blocks"]) > 0
+
+
+def test_torchao_frees_gradients_only_where_they_do_not_fit() -> None:
+    assert plan("torchao-offload").settings == {}
+    freed = plan("torchao-offload", vram_bytes=24 * GB)
+    assert freed.fits
+    assert freed.settings == {"offload_gradients": True}
+    assert "GiB of gradients" in freed.reasons[0]
+
+
+def test_without_a_gpu() -> None:
+    plans = {p.engine: p for p in recommend(LAPTOP_CPU, TINY, ON_CPU, ENGINES, {})}
+    assert {name for name, p in plans.items() if not p.fits} == {"torchao-offload"}
+    assert plans["torchao-offload"].why_not == "needs a CUDA GPU, and this machine has none"
+    assert plans["zo2"].settings["resident_blocks"] == 0
+    assert not plan("native", machine=LAPTOP_CPU, shape=DEEPSEEK_1B, workload=ON_CPU).fits
+
+
+def test_gradients_do_not_fit_in_fp16() -> None:
+    plans = {p.engine: p for p in recommend(H200, OPT_13B, FORWARD_ONLY, ENGINES, {})}
+    assert {name for name, p in plans.items() if p.fits} == {"mezo", "zo2"}
+    assert "fp16" in (plans["lsp"].why_not or "")
+
+
+def test_scripted_fits_everywhere() -> None:
+    assert plan("scripted", machine=LAPTOP_CPU).fits
+
+
+# --- the first choice in a sentence -------------------------------------------------------------------
+
+
+def test_why_first() -> None:
+    first, second = recommend(H200, DEEPSEEK_7B, TRAINING, ["native", "torchao-offload"], {})
+    told = why_first([first, second])
+    assert told == ("native comes first with 494 ms predicted per step, before torchao-offload with 1.50 s.")
+
+    zeroth = why_first(recommend(H200, DEEPSEEK_1B, TRAINING, ["native", "mezo"], {}))
+    assert "mezo comes first" in zeroth
+    assert "learns less" in zeroth
+
+    only = why_first(recommend(H200, OPT_13B, FORWARD_ONLY, ["mezo", "zo2"], {}, vram_bytes=8 * GB))
+    assert "zo2 is the only plan that fits" in only
+    assert "missing" in only
+
+    none = why_first(recommend(H200, OPT_13B, TRAINING, ENGINES, {}, vram_bytes=GB))
+    assert none.startswith("No engine fits; the smallest is zo2: it needs ")
+
+    unlinked = replace(H200, link=None)
+    timeless = why_first(recommend(unlinked, TINY, TRAINING, ["native", "lsp"], {}))
+    assert "the only one with a predicted time" in timeless
+    absent_all = why_first(recommend(unlinked, TINY, TRAINING, ["torchao-offload", "lsp"], {}))
+    assert "without a predicted time" in absent_all
+    assert "the only plan, and it fits" in why_first(recommend(H200, TINY, TRAINING, ["mezo"], {}))
+    assert why_first([]) == "There is no plan."
+
+
+# --- properties ---------------------------------------------------------------------------------------
+
+
+@given(
+    engine=st.sampled_from(ENGINES),
+    sizes=st.tuples(st.integers(10**8, 40 * GB), st.integers(10**8, 40 * GB)),
+    host=st.integers(GB, 60 * GB),
+    is_named=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_more_vram_never_makes_a_plan_stop_fitting(
+    engine: str, sizes: tuple[int, int], host: int, is_named: bool
+) -> None:
+    shape, workload = replace(DEEPSEEK_7B, num_blocks=8), replace(TRAINING, batch_size=1)
+    fits = [
+        plan(engine, H200, shape, workload, vram_bytes=size, host_bytes=host).fits
+        if is_named
+        else plan(engine, with_vram(H200, size), shape, workload, host_bytes=host).fits
+        for size in sorted(sizes)
+    ]
+    assert fits != [True, False]
+
+
+@given(sizes=st.tuples(st.integers(10**8, 40 * GB), st.integers(10**8, 40 * GB)))
+@settings(max_examples=30, deadline=None)
+def test_more_named_vram_never_moves_more_bytes_with_zo2(sizes: tuple[int, int]) -> None:
+    shape = replace(OPT_13B, num_blocks=8)
+    less, more = (
+        plan("zo2", shape=shape, workload=FORWARD_ONLY, vram_bytes=size).prediction for size in sorted(sizes)
+    )
+    assert more.h2d_bytes <= less.h2d_bytes

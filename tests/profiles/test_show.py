@@ -1,0 +1,77 @@
+"""Tables of a machine for people."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from tiny_machine import figure, make_machine
+
+from profiles.machine import Figure, Machine, absent
+from profiles.show import figure_cells, link_text, machine_table
+from profiles.units import format_rate
+
+
+def shown(machine: Machine, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(machine_table(machine))
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def row(text: str, title: str) -> str:
+    return next(line for line in text.splitlines() if title in line)
+
+
+def test_a_machine_with_a_gpu() -> None:
+    text = shown(make_machine(), 160)
+    assert "Fake GPU [24G]" in text, "square brackets are no markup"
+    assert "24.0 GiB" in row(text, "GPU memory")
+    assert "22.0 GiB free" in row(text, "GPU memory")
+    assert "PCIe 4 x8" in row(text, "link under load")
+    assert "of PCIe 4 x16" in row(text, "link under load")
+    copies = row(text, "host to GPU, pinned")
+    assert "13.0 GB/s" in copies
+    assert "11.7 to 14.3 GB/s" in copies
+    assert "measured, 5 samples: five copies" in copies
+    assert "150 TFLOP/s" in row(text, "GPU matrix product bf16")
+    assert "not measured" in row(text, "GPU matrix product fp32")
+    assert "OutOfMemoryError" in row(text, "GPU matrix product fp32")
+    assert "cgroup quota 8.0 of 16 cores" in row(text, "usable cores")
+    assert "1.00 G/s" in row(text, "CPU AdamW")
+    assert "GB is 1e9 bytes" in text
+
+
+def test_a_machine_without_a_gpu() -> None:
+    text = shown(make_machine(gpu=False), 160)
+    assert "Driver Not Loaded" in row(text, "GPU  ")
+    assert "none" in row(text, "GPU  ")
+    assert "link" not in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_fits_its_terminal(width: int) -> None:
+    assert max(len(line) for line in shown(make_machine(), width).splitlines()) <= width
+
+
+def test_cells_say_where_a_figure_comes_from() -> None:
+    sheet = Figure(value=63e9, origin="datasheet", method="PCIe 5.0 x16")
+    assert [cell.plain for cell in figure_cells(sheet, format_rate)] == [
+        "63.0 GB/s", "", "datasheet: PCIe 5.0 x16",
+    ]  # fmt: skip
+    assert [cell.plain for cell in figure_cells(absent("no memory"), format_rate)] == [
+        "not measured", "", "(no memory)",
+    ]  # fmt: skip
+    wide = Figure(value=1e9, origin="measured", method="copy", low=9e8, high=2e9, count=3)
+    assert figure_cells(wide, format_rate)[1].plain == "900 MB/s to 2.00 GB/s"
+    assert figure_cells(figure(1e10), format_rate)[1].plain == "9.00 to 11.0 GB/s"
+
+
+@pytest.mark.parametrize(
+    ("generation", "width", "text"),
+    [(5, 16, "PCIe 5 x16"), (None, 8, "PCIe ? x8"), (3, None, "PCIe 3 x?"), (None, None, "not measured")],
+)
+def test_link_text(generation: int | None, width: int | None, text: str) -> None:
+    assert link_text(generation, width) == text

@@ -1,0 +1,139 @@
+"""Sizes and rates to and from text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.base import UserError
+from profiles.units import (
+    NOT_MEASURED,
+    format_bytes,
+    format_elements,
+    format_flops,
+    format_rate,
+    format_seconds,
+    parse_bytes,
+    parse_rate,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 * 2**30),
+        ("512MB", 512 * 10**6),
+        ("1.5 GiB", 3 * 2**29),
+        (" 80gb ", 80 * 10**9),
+        ("1024KiB", 2**20),
+        ("7B", 7),
+        ("2PiB", 2**51),
+        ("0.3KB", 300),
+    ],
+)
+def test_parse_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("24", "has no unit"),
+        ("", "is not a number with a unit"),
+        ("GB", "is not a number with a unit"),
+        ("24Gb", "would be bits"),
+        ("24G", "is not known"),
+        ("24 parsecs", "is not known"),
+        ("1,024MB", "is not a number with a unit"),
+        ("1e3MB", "is not a number with a unit"),
+        ("nanGB", "is not a number with a unit"),
+        ("0GB", "is not positive"),
+        ("0.5B", "is not positive"),
+        ("-3GB", "is not positive"),
+        ("99999999999999GB", "is larger than any machine"),
+        ("9" * 500 + "GB", "is not a number with a unit"),
+        ("\u0663GB", "is not a number with a unit"),
+    ],
+)
+def test_parse_bytes_refuses(text: str, why: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_bytes(text, "--vram")
+    assert why in str(error.value)
+    assert str(error.value).startswith("--vram '")
+    assert "24GB (1e9) or 24GiB (2**30)" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("12GB/s", 12e9), ("1.5 GiB/s", 1.5 * 2**30), ("800MB / s", 8e8), ("3.2tb/s", 3.2e12)]
+)
+def test_parse_rate(text: str, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["12GB", "12", "12GB/h", "/s", "0GB/s", "12Gb/s", "-1GB/s", "12/s", ""])
+def test_parse_rate_refuses(text: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_rate(text)
+    assert "12GB/s (1e9)" in error.value.remedy
+
+
+@settings(deadline=None)
+@given(st.integers(min_value=1, max_value=2**62))
+def test_whole_bytes_survive(count: int) -> None:
+    assert parse_bytes(f"{count}B") == count
+
+
+@settings(deadline=None)
+@given(st.integers(min_value=1, max_value=2**60))
+def test_shown_bytes_are_read_back(count: int) -> None:
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=5.1e-3)
+
+
+@settings(deadline=None)
+@given(st.floats(min_value=1, max_value=9e14))
+def test_shown_rates_are_read_back(rate: float) -> None:
+    assert parse_rate(format_rate(rate)) == pytest.approx(rate, rel=5.1e-3)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+def test_any_text_is_a_size_or_a_users_mistake(text: str) -> None:
+    for parse in (parse_bytes, parse_rate):
+        try:
+            value = parse(text)
+        except UserError:
+            continue
+        assert value > 0
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (format_bytes(0), "0 B"),
+        (format_bytes(1023), "1023 B"),
+        (format_bytes(2**30), "1.00 GiB"),
+        (format_bytes(2**30 - 1), "1.00 GiB"),
+        (format_bytes(22.4 * 2**30), "22.4 GiB"),
+        (format_rate(26.13e9), "26.1 GB/s"),
+        (format_rate(999.7e6), "1.00 GB/s"),
+        (format_flops(790e12), "790 TFLOP/s"),
+        (format_elements(1.25e9), "1.25 G/s"),
+        (format_seconds(0), "0.00 s"),
+        (format_seconds(12.5e-6), "12.5 us"),
+        (format_seconds(0.0125), "12.5 ms"),
+        (format_seconds(3.1), "3.10 s"),
+        (format_seconds(119), "119 s"),
+        (format_seconds(252), "4.20 min"),
+        (format_seconds(7200), "2.00 h"),
+    ],
+)
+def test_formats(shown: str, text: str) -> None:
+    assert shown == text
+
+
+@pytest.mark.parametrize("form", [format_bytes, format_rate, format_flops, format_elements, format_seconds])
+def test_absent_is_not_measured(form: object) -> None:
+    assert callable(form)
+    assert form(None) == NOT_MEASURED

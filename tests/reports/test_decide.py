@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.base import UserError
+from harness.result import EndState, Run
+from reports.criteria import (
+    ANY_OFFLOAD,
+    METRICS,
+    Comparison,
+    Criteria,
+    Criterion,
+    Level,
+    Metric,
+    default_criteria,
+)
+from reports.decide import Row, Verdict, decide, exit_code, parse_fail_on, state_of
+from run_records import (
+    make_environment,
+    make_failures,
+    make_machine,
+    make_run,
+    make_sweep,
+    make_test_job,
+    scaled,
+)
+
+
+def criterion(
+    metric: Metric = "step_s",
+    threshold: float = 2.0,
+    *,
+    engine: str = "zo2",
+    comparison: Comparison = "at most",
+    level: Level = "must",
+) -> Criterion:
+    return Criterion(
+        id=f"{metric} {engine} {comparison} {threshold} {level}", metric=metric, engine=engine,
+        comparison=comparison, threshold=threshold, level=level, why="because",
+    )  # fmt: skip
+
+
+def criteria(*all_: Criterion) -> Criteria:
+    return Criteria(criteria=all_, sha256="a" * 64)
+
+
+def one(metric: Metric, runs: list[Run], engine: str = "zo2", threshold: float = 2.0) -> Row:
+    return decide(runs, criteria(criterion(metric, threshold, engine=engine)), make_machine()).rows[0]
+
+
+# Strategies: sweeps of a few runs of any end, and criteria of any kind on them.
+END_STATES: tuple[EndState, ...] = get_args(EndState)
+run_specs = st.lists(
+    st.tuples(
+        st.sampled_from(["native", "lsp", "zo2", "mezo"]),
+        st.sampled_from([*END_STATES, "ok", "ok", "ok"]),
+        st.sampled_from([0.5, 1.0, 1.05, 4.0]),
+    ),
+    max_size=7,
+)
+all_criteria = st.lists(
+    st.builds(
+        criterion,
+        st.sampled_from(list(METRICS)),
+        st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 30.0]),
+        engine=st.sampled_from([ANY_OFFLOAD, "zo2", "lsp", "native"]),
+        comparison=st.sampled_from(get_args(Comparison)),
+        level=st.sampled_from(get_args(Level)),
+    ),
+    max_size=5,
+).map(lambda found: criteria(*found))
+
+
+def build(specs: list[tuple[str, EndState, float]]) -> list[Run]:
+    return [
+        make_run(engine, round=i + 1, end_state=end, step_s=scaled(factor))
+        for i, (engine, end, factor) in enumerate(specs)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(run_specs, all_criteria)
+def test_the_verdict_follows_from_the_rows(specs: list[tuple[str, EndState, float]], asked: Criteria) -> None:
+    verdict = decide(build(specs), asked)
+    musts = [row.outcome for row in verdict.rows if row.level == "must"]
+    wants = [row.outcome for row in verdict.rows if row.level == "want"]
+    assert len(verdict.rows) == len(asked.criteria)
+    if verdict.state in ("GO", "CONDITIONAL GO"):
+        assert set(musts) <= {"pass", "not applicable"}
+        assert "pass" in musts
+    if "fail" in musts:
+        assert verdict.state == "NO-GO"
+    elif "unknown" in musts:
+        assert verdict.state == "INCONCLUSIVE"
+    elif verdict.state == "GO":
+        assert set(wants) <= {"pass", "not applicable"}
+    elif verdict.state == "CONDITIONAL GO":
+        assert {"fail", "unknown"} & set(wants)
+    for row in verdict.rows:
+        assert (row.outcome in ("pass", "fail")) <= (row.measured is not None)
+        assert (row.outcome in ("unknown", "not applicable")) <= bool(row.note)
+    assert verdict.sentence.endswith(".")
+    assert "{" not in verdict.sentence
+
+
+@settings(max_examples=40, deadline=None)
+@given(run_specs, all_criteria, st.randoms(use_true_random=False))
+def test_the_order_of_runs_does_not_matter(
+    specs: list[tuple[str, EndState, float]], asked: Criteria, random: object
+) -> None:
+    runs = build(specs)
+    shuffled = list(runs)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert decide(shuffled, asked) == decide(runs, asked)
+
+
+@settings(max_examples=40, deadline=None)
+@given(run_specs, all_criteria)
+def test_one_more_must_never_makes_the_verdict_better(
+    specs: list[tuple[str, EndState, float]], asked: Criteria
+) -> None:
+    runs = build(specs)
+    best_first = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")
+    musts = [c for c in asked.criteria if c.level == "must"]
+    for count in range(1, len(musts)):
+        fewer = decide(runs, criteria(*musts[:count])).state
+        more = decide(runs, criteria(*musts[: count + 1])).state
+        # With nothing judged the verdict is INCONCLUSIVE, from where a first pass may lead up.
+        if any(row.outcome == "pass" for row in decide(runs, criteria(*musts[:count])).rows):
+            assert best_first.index(fewer) <= best_first.index(more)
+
+
+@pytest.mark.parametrize(
+    ("musts", "wants", "state"),
+    [
+        (["pass"], [], "GO"),
+        (["pass", "not applicable"], ["pass"], "GO"),
+        (["pass"], ["fail"], "CONDITIONAL GO"),
+        (["pass"], ["unknown"], "CONDITIONAL GO"),
+        (["pass", "unknown"], ["pass"], "INCONCLUSIVE"),
+        (["unknown", "fail"], ["pass"], "NO-GO"),
+        (["pass", "fail"], [], "NO-GO"),
+        (["not applicable"], ["pass"], "INCONCLUSIVE"),
+        ([], ["pass"], "INCONCLUSIVE"),
+        ([], [], "INCONCLUSIVE"),
+    ],
+)
+def test_table_of_states(musts: list[str], wants: list[str], state: str) -> None:
+    template = one("step_s", [make_run()])
+    levels = [*itertools.product(["must"], musts), *itertools.product(["want"], wants)]
+    rows = [replace(template, level=level, outcome=outcome) for level, outcome in levels]  # type: ignore[arg-type]
+    assert state_of(rows) == state
+
+
+def test_defaults_on_a_good_sweep() -> None:
+    verdict = decide(make_sweep(), default_criteria(), make_machine())
+    assert verdict.state == "GO"
+    assert verdict.method == "lsp"
+    assert [(m.engine, m.state) for m in verdict.methods] == [("lsp", "GO"), ("zo2", "GO")]
+    assert "8.38 GiB of GPU memory, where native takes 20.0 GiB" in verdict.sentence
+    assert "1.80x" in verdict.sentence
+    assert verdict.rows[0].evidence == ("lsp-r1", "lsp-r2")
+
+
+def test_defaults_where_all_failed_or_no_gpu_was_there() -> None:
+    failed = decide([run for run in make_failures() if run.engine != "zo2"], default_criteria())
+    assert failed.state == "NO-GO"
+    assert "0 %" in failed.sentence
+    assert "1 timed out, 1 crashed" in failed.sentence
+    no_gpu = make_environment(gpu_name=None, gpu_driver=None, gpu_total_bytes=None, link=None)
+    cpu_only = decide(
+        [make_run(environment=no_gpu, peak_gpu_reserved_bytes=None, peak_gpu_allocated_bytes=None)],
+        default_criteria(),
+    )
+    assert cpu_only.state == "INCONCLUSIVE"
+    assert "there was no GPU" in cpu_only.sentence
+
+
+def test_two_halves_of_two_methods_do_not_make_a_go() -> None:
+    runs = [
+        make_run("lsp", step_s=scaled(1.0), peak_gpu_reserved_bytes=20 * 2**30),
+        make_run("zo2", step_s=scaled(9.0), peak_gpu_reserved_bytes=2 * 2**30),
+    ]
+    fast = criterion("step_s", 2.0, engine=ANY_OFFLOAD)
+    small = criterion("gpu_memory_gib", 4.0, engine=ANY_OFFLOAD)
+    assert decide(runs, criteria(fast)).method == "lsp"
+    assert decide(runs, criteria(small)).method == "zo2"
+    assert decide(runs, criteria(fast, small)).state == "NO-GO"
+    # A method that could not be tried may still be the one: not decided.
+    untried = [runs[0], make_run("zo2", end_state="not_available")]
+    assert decide(untried, criteria(small)).state == "INCONCLUSIVE"
+
+
+def test_runs_on_both_sides_of_the_threshold_are_unknown() -> None:
+    runs = [make_run(round=1, step_s=scaled(1.9)), make_run(round=2, step_s=scaled(2.1))]
+    row = one("step_s", runs)
+    assert row.outcome == "unknown"
+    assert (row.measured, row.measured_low, row.measured_high) == pytest.approx((2.0, 1.9, 2.1))
+    # A peak is a peak: the largest run decides.
+    peaks = [make_run(round=i, peak_host_bytes=i * 2**30) for i in (1, 3)]
+    assert one("host_memory_gib", peaks).outcome == "fail"
+    assert one("host_memory_gib", peaks).measured == 3.0
+
+
+def test_values_and_predictions_of_each_metric() -> None:
+    runs = make_sweep()
+    expected: dict[Metric, tuple[float, float | None]] = {
+        "runs_ok": (1.0, 1.0),
+        "step_s": (1.6 * 1.015, 1.5),
+        "step_time_ratio": (3.2, 1.5 / 0.45),
+        "tokens_per_s": (1024 / (1.6 * 1.015), 1024 / 1.5),
+        "gpu_memory_share": (0.25, 0.25),
+        "gpu_memory_gib": (6e9 / 2**30, 6e9 / 2**30),
+        "host_memory_share": (31 / 128, 30 / 128),
+        "host_memory_gib": (31e9 / 2**30, 30e9 / 2**30),
+        "loss_change": (2.45 - 2.95, None),
+        "prediction_factor": (1.6 * 1.015 / 1.5, None),
+    }
+    for metric, (measured, predicted) in expected.items():
+        row = one(metric, runs)
+        assert row.measured == pytest.approx(measured), metric
+        assert row.predicted == (None if predicted is None else pytest.approx(predicted)), metric
+    assert one("accuracy", runs).note == "the job has no evaluation"
+    with_evaluation = [make_run(eval_accuracy_last=0.875)]
+    assert one("accuracy", with_evaluation).measured == 0.875
+
+
+def test_memory_is_judged_against_the_limit_else_the_gpu() -> None:
+    unlimited = make_test_job(limits={})
+    run = make_run(job=unlimited, peak_gpu_reserved_bytes=25_757_220_864)
+    assert one("gpu_memory_share", [run]).measured == 1.0
+    limited = make_test_job(limits={"host_bytes": 62_000_000_000})
+    assert one("host_memory_share", [make_run(job=limited)]).measured == 0.5
+
+
+@pytest.mark.parametrize(
+    ("native", "outcome", "note"),
+    [
+        ("oom_gpu", "not applicable", "native does not fit"),
+        ("skipped_infeasible", "not applicable", "predicted not to fit"),
+        ("crash", "unknown", "native was not measured"),
+        ("not_available", "unknown", "native was not measured"),
+    ],
+)
+def test_ratio_to_a_native_that_is_not_there(native: EndState, outcome: str, note: str) -> None:
+    row = one("step_time_ratio", [make_run(), make_run("native", end_state=native)])
+    assert row.outcome == outcome
+    assert row.note is not None
+    assert note in row.note
+
+
+def test_runs_that_were_stopped_from_outside_say_nothing() -> None:
+    stopped = [make_run(end_state="interrupted"), make_run(round=2, end_state="not_available")]
+    assert one("runs_ok", stopped, threshold=1.0).outcome == "unknown"
+    assert one("runs_ok", [*stopped, make_run(round=3)], threshold=1.0).measured == 1.0
+    assert one("runs_ok", [make_run(end_state="nan_loss")]).measured == 0.0
+
+
+def warnings_of(runs: list[Run], asked: Criteria | None) -> str:
+    return " | ".join(decide(runs, asked).warnings)
+
+
+def test_warnings() -> None:
+    asked = criteria(criterion())
+    stamped = [make_run(round=i, stamp=asked.sha256) for i in range(1, 6)]
+    assert warnings_of(stamped, asked).startswith("Random weights")
+    assert "No criteria stamped into 1 of 6" in warnings_of([*stamped, make_run(round=6)], asked)
+    assert "Criteria set after measurement: 1 of 6" in warnings_of(
+        [*stamped, make_run(round=6, stamp="b" * 64)], asked
+    )
+    assert "nothing to judge by" in warnings_of(stamped, None)
+    assert "built-in defaults" in warnings_of(stamped, default_criteria())
+    for changes, words in (
+        ({"dirty": True}, "differed from its commit"),
+        ({"commit": None}, "not known"),
+        ({"platform": "Linux 6.6 WSL2"}, "WSL2"),
+        ({"emulated": "rtx-4090"}, "emulated machine (rtx-4090)"),
+    ):
+        runs = [make_run(environment=make_environment(**changes))]  # type: ignore[arg-type]
+        assert words in warnings_of(runs, asked)
+    other = make_run(round=2, environment=make_environment(commit="d" * 40))
+    assert "2 different commits" in warnings_of([make_run(), other], asked)
+    mixed = [make_run(), make_run(round=2, end_state="crash")]
+    assert "zo2 1 ok, 1 crashed" in warnings_of(mixed, asked)
+
+
+def test_no_criteria_is_never_a_go() -> None:
+    verdict = decide(make_sweep(), None)
+    assert (verdict.state, verdict.rows, verdict.method) == ("INCONCLUSIVE", (), None)
+
+
+def test_exit_codes() -> None:
+    def verdict_of(musts: list[Criterion]) -> Verdict:
+        return decide([make_run()], criteria(*musts))
+
+    go = verdict_of([criterion()])
+    no_go = verdict_of([criterion(threshold=0.1)])
+    conditional = verdict_of([criterion(), criterion(threshold=0.1, level="want")])
+    inconclusive = verdict_of([criterion("accuracy")])
+    every = parse_fail_on("no-go, conditional,INCONCLUSIVE")
+    assert [exit_code(v, every) for v in (go, no_go, conditional, inconclusive)] == [0, 3, 4, 5]
+    assert [exit_code(v, parse_fail_on(None)) for v in (go, no_go, conditional, inconclusive)] == [0] * 4
+    assert exit_code(conditional, parse_fail_on("no-go")) == 0
+    with pytest.raises(UserError, match="choose from: no-go, conditional, inconclusive"):
+        parse_fail_on("nogo")

@@ -1,0 +1,339 @@
+"""Whole reports. Set UPDATE_GOLDEN=1 to rewrite tests/reports/golden/ after a change that is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import string
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markupsafe import Markup
+
+from engines.base import UserError
+from harness.result import Run, save_run
+from reports.catalogue import messages
+from reports.criteria import default_criteria, init_text
+from reports.load import Loaded, load_folder
+from reports.render import (
+    judge,
+    markdown_text,
+    methods_table_markdown,
+    published_folders,
+    render_html,
+    render_markdown,
+    write_report,
+)
+from run_records import (
+    make_environment,
+    make_failures,
+    make_machine,
+    make_plan,
+    make_run,
+    make_sweep,
+    make_test_job,
+    sha256_of,
+    write_folder,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+HOSTILE = '</td><script>alert("x")</script> | `code` [a](b) *b* & http://evil.example'
+
+
+def cpu_runs() -> list[Run]:
+    no_gpu = dict.fromkeys(("gpu_name", "gpu_driver", "gpu_total_bytes", "link"))
+    environment = make_environment(**no_gpu, dirty=True, platform="Linux WSL2")
+    nothing = dict.fromkeys(
+        (
+            "peak_gpu_allocated_bytes",
+            "peak_gpu_reserved_bytes",
+            "peak_gpu_nvml_bytes",
+            "energy_j",
+            "pinned_bytes",
+        )
+    )
+    evaluated = {
+        "eval_loss_first": 0.7, "eval_loss_last": 0.4, "eval_accuracy_first": 0.5,
+        "eval_accuracy_last": 0.8125, "cpu_s": 0.2, "h2d_s": 0.01,
+    }  # fmt: skip
+    job = make_test_job(limits={}, eval_batches=2)
+    return [
+        make_run(engine, round=i, environment=environment, job=job, **nothing, **evaluated)
+        for engine in ("native", "lsp")
+        for i in (1, 2)
+    ]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    text = init_text()
+    plans = [make_plan(engine) for engine in ("native", "lsp", "zo2", "mezo")]
+    return write_folder(
+        tmp_path / "sweep", make_sweep(sha256_of(text)), machine=make_machine(), criteria=text,
+        plans=[*plans, make_plan("torchao-offload", fits=False)],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def failures(tmp_path: Path) -> Path:
+    folder = write_folder(
+        tmp_path / "failures",
+        make_failures(),
+        plans=[make_plan("zo2"), make_plan("torchao-offload", fits=False)],
+    )
+    (folder / "runs" / "half.json").write_text("{")
+    return folder
+
+
+@pytest.fixture
+def cpu(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "cpu", cpu_runs(), job=make_test_job(limits={}, eval_batches=2))
+
+
+def rendered(folder: Path) -> tuple[Loaded, str, str]:
+    loaded = load_folder(folder)
+    verdict = judge(loaded, loaded.criteria)
+    return loaded, render_markdown(loaded, verdict), render_html(loaded, verdict)
+
+
+@pytest.mark.parametrize("name", ["sweep", "failures", "cpu"])
+def test_golden_markdown(name: str, request: pytest.FixtureRequest) -> None:
+    _, markdown, _ = rendered(request.getfixturevalue(name))
+    golden = GOLDEN / f"{name}.md"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(markdown, encoding="utf-8")
+    assert markdown == golden.read_text(encoding="utf-8")
+
+
+class Outline(HTMLParser):
+    """Checks nesting and collects what could load something."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("name", ["sweep", "failures", "cpu"])
+def test_html_is_one_whole_file_that_loads_nothing(name: str, request: pytest.FixtureRequest) -> None:
+    _, _, html = rendered(request.getfixturevalue(name))
+    assert len(html.encode("utf-8")) < 1_000_000
+    outline = Outline()
+    outline.feed(html)
+    assert outline.open == []
+    assert not outline.tags & {"script", "link", "img", "iframe", "object", "embed", "base", "a", "form"}
+    assert not outline.attributes & {"src", "href", "srcset", "action", "data", "xlink:href", "style"}
+    assert not any(attribute.startswith("on") for attribute in outline.attributes)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|javascript:|data:image", html, re.IGNORECASE)
+    assert html.lstrip().startswith("<!DOCTYPE html>")
+    assert "@page { size: A4" in html
+
+
+def test_the_verdict_stands_before_everything_else(sweep: Path) -> None:
+    _, markdown, html = rendered(sweep)
+    assert markdown.splitlines()[2] == "## Verdict: GO"
+    body = html[html.index("<body>") :]
+    order = [
+        'class="state">GO',
+        "Question and setting",
+        "Criteria",
+        "Methods",
+        "Failures",
+        "How to reproduce",
+    ]
+    places = [body.index(text) for text in order]
+    assert places == sorted(places)
+
+
+def test_the_same_folder_gives_the_same_bytes_elsewhere_and_in_any_order(sweep: Path, tmp_path: Path) -> None:
+    write_report(sweep)
+    first = {name: (sweep / name).read_bytes() for name in ("report.md", "report.html", "verdict.json")}
+    again = tmp_path / "other place" / "sweep"
+    again.parent.mkdir()
+    runs = make_sweep(sha256_of(init_text()))
+    random.Random(3).shuffle(runs)
+    plans = [make_plan(engine) for engine in ("mezo", "zo2", "lsp", "native")]
+    write_folder(
+        again,
+        runs,
+        machine=make_machine(),
+        criteria=init_text(),
+        plans=[make_plan("torchao-offload", fits=False), *plans],
+    )
+    write_report(again)
+    assert {name: (again / name).read_bytes() for name in first} == first
+    write_report(sweep)
+    assert {name: (sweep / name).read_bytes() for name in first} == first
+    assert str(tmp_path).encode() not in b"".join(first.values())
+
+
+def test_the_report_of_a_report_folder_does_not_read_itself(sweep: Path) -> None:
+    verdict = write_report(sweep)
+    saved = json.loads((sweep / "verdict.json").read_text())
+    assert saved["state"] == verdict.state == "GO"
+    assert saved["schema_version"] == 1
+    assert [row["outcome"] for row in saved["rows"]] == ["pass"] * 5
+    assert write_report(sweep) == verdict
+
+
+def test_criteria_given_by_path_take_the_place_of_the_folders_own(sweep: Path, tmp_path: Path) -> None:
+    stricter = tmp_path / "stricter.toml"
+    stricter.write_text(init_text().replace("threshold = 5.0", "threshold = 1.5"))
+    verdict = write_report(sweep, stricter)
+    assert verdict.state == "CONDITIONAL GO"
+    assert "1.80x" in verdict.sentence
+    assert "at most 1.50x" in verdict.sentence
+    assert any("set after measurement" in warning for warning in verdict.warnings)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    environment = make_environment(cpu=HOSTILE, packages={HOSTILE: HOSTILE}, emulated=HOSTILE)
+    plan = make_plan(
+        "lsp", reasons=(HOSTILE,), settings={HOSTILE: HOSTILE}, verify_command=f"{HOSTILE}```\n# x"
+    )
+    job = make_test_job(model={"name": HOSTILE})
+    runs = [
+        make_run("lsp", end_state="crash", end_reason=HOSTILE, job=job, environment=environment, plan=plan),
+        replace(make_run("zo2", job=job, environment=environment), id=HOSTILE),
+    ]
+    criteria = (
+        init_text().replace('id = "runs"', f"id = '''{HOSTILE}'''").replace("Fitting into", "<b>Fitting</b>")
+    )
+    folder = write_folder(tmp_path / "x", [], job=job, criteria=criteria)
+    for i, run in enumerate(runs):
+        save_run(run, folder / "runs" / f"{i}.json")
+    _, markdown, html = rendered(folder)
+    outline = Outline()
+    outline.feed(html)
+    assert "script" not in outline.tags
+    assert "b" not in outline.tags
+    assert "&lt;script&gt;" in html
+    outside = re.sub(r"```.*?\n```", "", markdown, flags=re.DOTALL)
+    assert "<script" not in outside
+    assert "```" not in outside
+    tables = [line for line in outside.splitlines() if line.startswith("|")]
+    cells = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
+    assert cells <= {4, 6, 7, 8, 9, 10}
+
+
+def test_markdown_text() -> None:
+    assert markdown_text("a|b\n<i>`*") == "a\\|b &lt;i&gt;\\`\\*"
+    assert markdown_text(Markup("a|b")) == "a|b"
+
+
+def test_what_was_not_measured_is_said_and_never_zero(failures: Path) -> None:
+    _, markdown, html = rendered(failures)
+    assert "Energy: not measured for zo2." in markdown
+    assert "Speed and memory of native, lsp, mezo: no run ended ok." in markdown
+    assert "| native | no | not measured |" in markdown
+    assert "runs/half.json" in markdown
+    assert "1 file(s) could not be read" in html
+    for state in ("oom_gpu", "crash", "timeout", "nan_loss"):
+        assert f"| {state} |" in markdown
+    assert "planned, not run" in markdown
+    assert "None" not in re.sub(r"<[^>]*>", "", html)
+    assert "nan" not in re.sub(r"nan_loss|finance", "", markdown)
+
+
+def test_charts_without_a_measurement_are_left_out(tmp_path: Path) -> None:
+    _, _, html = rendered(write_folder(tmp_path, [make_run("lsp", end_state="crash")]))
+    assert "<svg" not in html
+    assert "Charts" not in html
+
+
+def test_evaluation_and_busy_times_show_where_there_are_any(cpu: Path, sweep: Path) -> None:
+    _, markdown, _ = rendered(cpu)
+    assert "50.0 % to 81.2 %; loss 0.7000 to 0.4000" in markdown
+    assert "Where the time goes" in markdown
+    assert "Measured without a GPU" in markdown
+    _, markdown, _ = rendered(sweep)
+    assert "Held-out accuracy" not in markdown
+    assert "Where the time goes" not in markdown
+
+
+def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
+    root = Path(__file__).parents[2]
+    files = [root / "harness" / "stats.py", root / "harness" / "result.py", root / "profiles" / "machine.py"]
+    files += [path for path in (root / "reports").rglob("*") if path.suffix in (".py", ".j2")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    for key, text in messages().items():
+        # Some keys are put together: a known beginning or end, and a word of a closed list.
+        word = key.partition(".")[2]
+        part = re.sub(r"^(key|checkpointing)_|_(axis|measured|unknown)$", "", word)
+        words = {word, part, part.replace("_", " ")}
+        assert any(re.search(rf"(?<![a-z]){re.escape(one)}(?![a-z])", source) for one in words), key
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        assert all(re.fullmatch(r"[a-z_]+", name) for name in fields), key
+        assert text.isascii(), key
+
+
+def test_readme_table(tmp_path: Path, sweep: Path) -> None:
+    results = tmp_path / "results"
+    write_folder(results / "opt_4090", make_sweep())
+    write_folder(results / "b_cpu", cpu_runs(), job=make_test_job(limits={}))
+    (results / "notes").mkdir()
+    folders = published_folders(results)
+    assert [folder.name for folder in folders] == ["b_cpu", "opt_4090"]
+    table = methods_table_markdown(folders)
+    lines = table.splitlines()
+    assert table.endswith("|\n")
+    assert lines[0].startswith("| model | machine | method | s/step")
+    assert len(lines) == 2 + 2 + 5
+    assert "| opt-1.3b | NVIDIA RTX 4090 | lsp | 0.913 | 1.80x | 8.38 | 20.49 | 1.8000 |" in lines
+    failed = "1 out of GPU memory, 1 not run, predicted not to fit"
+    assert f"| opt-1.3b | NVIDIA RTX 4090 | mezo | {failed} | not measured |" in table
+    assert published_folders(sweep) == [sweep]
+    with pytest.raises(UserError, match="no published runs"):
+        published_folders(results / "notes")
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(sweep: Path) -> None:
+    (sweep / "report.md").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(sweep)
+
+
+def test_defaults_judge_where_there_are_no_criteria(cpu: Path) -> None:
+    loaded = load_folder(cpu)
+    verdict = judge(loaded, None)
+    assert verdict.criteria_sha256 == default_criteria().sha256
+    assert any("built-in defaults" in warning for warning in verdict.warnings)
+    assert verdict.state == "INCONCLUSIVE"
+
+
+def test_reports_start_without_torch() -> None:
+    code = (
+        "import sys; import reports.render, reports.charts, harness.stats;"
+        "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,93 @@
+"""The rooms do not blur: which package may import which, and what stays free of torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("harness", "engines", "profiles", "reports")
+
+ALLOWED = {
+    "engines": (),
+    "profiles": ("engines.base", "engines.costs", "engines.settings", "engines.ENGINES", "engines.entry"),
+    "harness": ("engines", "profiles"),
+    "reports": ("engines", "profiles", "harness"),
+}
+# The command line and the line it draws are where the four rooms meet.
+TOP = {"harness/cli.py", "harness/line.py"}
+
+TORCH_FREE = (
+    "engines.base", "engines.settings", "engines.schedule", "engines.scripted", "engines.costs.native",
+    "engines.costs.zo2", "engines.costs.lsp", "engines.costs.mezo", "engines.costs.torchao_offload",
+    "profiles.machine", "profiles.plan", "profiles.predict", "profiles.recommend", "profiles.probe",
+    "profiles.nvml", "profiles.limits", "harness.job", "harness.result", "harness.shapes", "harness.compare",
+    "harness.launch", "harness.stats", "harness.cli", "harness.line", "reports.load", "reports.decide",
+    "reports.charts", "reports.render", "reports.criteria",
+)  # fmt: skip
+
+
+def project_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if str(path.relative_to(ROOT)) in TOP:
+            continue
+        for name in project_imports(path):
+            own = name.split(".")[0] == package
+            allowed = any(name == prefix or name.startswith(prefix + ".") for prefix in ALLOWED[package])
+            assert own or allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_module_imports_no_torch(module: str) -> None:
+    code = (
+        f"import {module}, sys; sys.exit(1 if 'torch' in sys.modules or 'transformers' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or f"{module} imports torch"
+
+
+def test_top_level_holds_the_agreed_packages() -> None:
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert found == set(PACKAGES)
+
+
+def test_every_package_folder_is_a_package() -> None:
+    for package in PACKAGES:
+        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
+            assert (folder / "__init__.py").exists(), folder
+
+
+@pytest.mark.parametrize(
+    ("call", "homes"),
+    [
+        ("pynvml", {"profiles/nvml.py"}),
+        ("subprocess.Popen", {"harness/launch.py"}),
+        ("perf_counter", {"harness/measure.py", "profiles/probe/timing.py"}),
+        ("trust_remote_code=True", set()),
+        ("pickle", set()),
+    ],
+)
+def test_one_place_for_each_hazard(call: str, homes: set[str]) -> None:
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                    node.value.value = ""
+            if call in ast.unparse(tree):
+                assert str(path.relative_to(ROOT)) in homes, f"{path.relative_to(ROOT)} uses {call}"
