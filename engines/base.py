@@ -24,7 +24,7 @@ BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 Head = Literal["causal_lm", "classification"]
 
 Overlap = Literal["serial", "optimizer_after_backward", "streamed", "layerwise"]
-"""How a method's use of the resources overlaps within a step; `engines.costs.overlap` says what each takes."""
+"""How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
 
 
 class UserError(Exception):

@@ -126,8 +126,9 @@ def compare(
 ) -> list[Run]:
     """Run what is missing of the grid and return all its records, in the order of the grid.
 
-    A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine that has a plan in
-    `out` keeps it, for its runs to be alike. `before_first` is called once `out` is known to be usable.
+    A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine
+    that has a plan in `out` keeps it, for its runs to be alike. `before_first` is called once `out` is
+    known to be usable.
 
     Raises `UserError` if `out` is in use, was made for another job or other criteria, or cannot be
     written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.

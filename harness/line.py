@@ -15,10 +15,12 @@ from harness.launch import launch_probe
 from harness.result import Run
 from harness.shapes import resolve_shape
 from harness.show import CompareProgress, console, grid_table, plans_table
+from profiles.documents import write_whole
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.plan import Plan
 from profiles.recommend import recommend, why_first
 from profiles.show import machine_table
+from reports.criteria import init_text
 from reports.decide import Verdict
 from reports.render import write_report
 
@@ -83,9 +85,14 @@ def proof_of_concept(
     quiet: bool,
     require_gpu: bool,
 ) -> tuple[Verdict, list[Run]]:
-    """Probe, recommend, compare, report. Exits 7 without a GPU if one is required."""
+    """Probe, recommend, compare, report; by the default criteria if none are given.
+
+    Exits 7 without a GPU if one is required.
+    """
     notes = console(stderr=True, quiet=quiet)
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
+    if criteria is None and not (out / "criteria.toml").exists():
+        write_whole(out / "criteria.toml", init_text())
     if require_gpu and machine.gpu is None:
         sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
         raise typer.Exit(7)

@@ -103,7 +103,8 @@ def measure(
 ) -> None:
     """Set `engine` up and run the job's warm-up and steps, with an evaluation before and after if asked.
 
-    `blueprint` is a `Blueprint`, or `None` for an engine without a model. `recording` is filled as the run goes, and keeps what there is when an exception ends it.
+    `blueprint` is a `Blueprint`, or `None` for an engine without a model. `recording` is filled as the
+    run goes, and keeps what there is when an exception ends it.
     `clock` in place of the real one is for engines that play a script. `energy_j` reads the GPU's energy
     counter in joules. Raises `NonFiniteLoss` and all that the engine raises.
     """

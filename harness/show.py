@@ -29,6 +29,11 @@ from profiles.units import format_bytes, format_seconds
 NOT_MEASURED = "not measured"
 
 
+def format_parameters(count: int) -> str:
+    """As people say it: 125.2 M, 13.02 B."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
+
+
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that is plain without a terminal."""
     out = Console(stderr=stderr, quiet=quiet, highlight=False)
@@ -78,8 +83,8 @@ class Progress:
 def plans_table(shape: ModelShape, job: Job, machine: Machine, plans: Sequence[Plan]) -> Table:
     """Predictions and reasons per method."""
     title = (
-        f"{shape.name} ({shape.parameters / 1e9:.3g} B parameters), batch {job.batch_size} x {job.seq_len}"
-        f" x {job.accumulation}, {job.dtype}, on {machine.name}: predicted"
+        f"{shape.name} ({format_parameters(shape.parameters)} parameters), batch {job.batch_size} x "
+        f"{job.seq_len} x {job.accumulation}, {job.dtype}, on {machine.name}: predicted"
     )
     table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left")
     for heading in (
