@@ -270,6 +270,8 @@ class Context:
     """Length of the run, for learning-rate schedules."""
     vram_bytes: int | None = None
     """GPU memory that the run may use; `None`: all that is free."""
+    host_bytes: int | None = None
+    """Host memory that the run may still take; `None`: not known, and not checked."""
     progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
     """Told of slow set-up work: what, units done, units in total."""
 

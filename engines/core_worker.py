@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from engines.optim import core_adam
 from engines.settings import AdamWSettings
-from engines.transfer import Event, Link
+from engines.transfer import Event, Link, now_s
 
 WAIT_LIMIT_S = 600.0
 """Most time that one update is waited for: a hang becomes an error."""
@@ -27,14 +26,14 @@ WAIT_LIMIT_S = 600.0
 
 @dataclass(kw_only=True, eq=False)
 class CoreState:
-    """Adam's state of one d x d core, fp32."""
+    """Adam's state of one d x d core, fp32, on the host."""
 
     moment: Tensor
     variance: Tensor
     wire: Tensor | None
-    """The core's place on the host, pinned; `None` for the in-memory twin."""
+    """The core's place on the host, pinned; `None` for the twin."""
     updates: int = 0
-    """Updates so far, for Adam's bias correction."""
+    """Updates so far, the one under way included, for Adam's bias correction."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,6 +52,19 @@ class CoreUpdate:
     """Valid once `done` is set."""
     submitted: bool = False
     done: threading.Event = field(default_factory=threading.Event)
+
+
+def update_cores(cores: Sequence[Tensor], states: Sequence[CoreState], settings: AdamWSettings) -> None:
+    """Adam on gradients on the host, each overwritten by its direction; the worker's and the twin's."""
+    core_adam(
+        cores,
+        [state.moment for state in states],
+        [state.variance for state in states],
+        [state.updates for state in states],
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.adam_eps,
+    )
 
 
 class CoreWorker:
@@ -140,25 +152,15 @@ class CoreWorker:
     def _process(self, job: Sequence[CoreUpdate]) -> None:
         for update in job:
             self._link.host_wait(update.downloaded)
-        begin_s = time.perf_counter()
-        for update in job:
-            state = update.state
-            assert state.wire is not None
-            core_adam(
-                state.wire,
-                state.moment,
-                state.variance,
-                step=state.updates,
-                beta1=self._settings.beta1,
-                beta2=self._settings.beta2,
-                eps=self._settings.adam_eps,
-            )
+        states = [update.state for update in job]
+        wires = [state.wire for state in states if state.wire is not None]
+        begin_s = now_s()
+        update_cores(wires, states, self._settings)
         with self._changed:
-            self._busy_s += time.perf_counter() - begin_s
-        for update in job:
-            assert update.state.wire is not None
+            self._busy_s += now_s() - begin_s
+        for update, wire in zip(job, wires, strict=True):
             # No event to wait for: the download, which the host has seen end, came after the core's last use.
-            update.uploaded = self._link.upload(update.state.wire, update.core)
+            update.uploaded = self._link.upload(wire, update.core)
 
 
 def _has_happened(event: Event) -> bool:

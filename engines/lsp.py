@@ -25,9 +25,12 @@ Schedules. `layerwise`: a matrix goes through 2 to 4 on its own while backward r
 that have arrived the CPU takes the one whose block is needed first (`engines.core_worker`). `sequential`:
 downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does.
 
-The oracle is `offload=False`: cores and moments stay on the device, nothing is copied and no thread runs.
-Weights and losses are bit-equal on the same device, since `core_adam` gives the same bits on CPU and GPU
-(as long as the model's own kernels are deterministic, and no learning ends by the clock).
+The oracle is the twin, `offload=False`: the same cores through the same CPU routine, but in the main thread,
+one after the other, with copies that wait: no streams, no events, no worker, no pinned memory. Nothing
+overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and losses are
+bit-equal on the same device and number of CPU threads (as long as the model's own kernels are deterministic,
+and no learning ends by the clock). On a GPU too the twin updates the core on the CPU, because kernels of CPU
+and GPU round differently; so it is no check of Adam's arithmetic, which a test holds against float64.
 
 Deviations from the paper, and choices where it is silent:
 
@@ -45,7 +48,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -59,11 +61,10 @@ from transformers.pytorch_utils import Conv1D
 
 from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, UserError
 from engines.blocks import evaluate_on_device, find_blocks, materialize
-from engines.core_worker import CoreState, CoreUpdate, CoreWorker
+from engines.core_worker import CoreState, CoreUpdate, CoreWorker, update_cores
 from engines.optim import (
     accumulate_gradients,
     adamw_state,
-    core_adam,
     load_adamw_state,
     load_checkpoint,
     load_rng_state,
@@ -89,7 +90,7 @@ from engines.projector import (
 )
 from engines.schedule import learning_rate_at
 from engines.settings import LspSettings
-from engines.transfer import HostSlab, Link
+from engines.transfer import HostSlab, Link, now_s
 
 
 class Treatment(NamedTuple):
@@ -148,7 +149,7 @@ class Lsp:
         self.device = torch.device(context.device)
         self.link = Link(self.device)
         self.steps_done = 0
-        self._clock = time.perf_counter
+        self._clock = now_s
         self._round_end_s = math.inf
         self._is_last_micro_batch = False
         self._learning_rate = 0.0
@@ -193,12 +194,8 @@ class Lsp:
         offset_bytes = 0
         for done, ((block, name, parameter), d) in enumerate(zip(chosen, sizes, strict=True)):
             left, right = self._draw(name, parameter, d, generation=0)
-            wire, home = None, self.device
-            if self._slab is not None:
-                wire, home = self._slab.view(offset_bytes, (d, d), torch.float32), torch.device("cpu")
-            state = CoreState(
-                moment=torch.zeros(d, d, device=home), variance=torch.zeros(d, d, device=home), wire=wire
-            )
+            wire = None if self._slab is None else self._slab.view(offset_bytes, (d, d), torch.float32)
+            state = CoreState(moment=torch.zeros(d, d), variance=torch.zeros(d, d), wire=wire)
             core = torch.zeros(d, d, device=self.device)
             self._matrices.append(
                 _Matrix(
@@ -331,7 +328,7 @@ class Lsp:
             self._update_core(matrix)
 
     def _update_core(self, matrix: _Matrix) -> None:
-        """The core is complete: download it and hand it to the CPU, or update it here (the twin)."""
+        """The core is complete: download it and hand it to the worker, or do all of it here (the twin)."""
         matrix.has_gradient = False
         # Before the download is enqueued: the upload that follows it overwrites the core.
         self._finite.logical_and_(matrix.core.isfinite().all())
@@ -340,16 +337,15 @@ class Lsp:
         matrix.pending = CoreUpdate(
             core=matrix.core, state=state, deadline=matrix.block, learning_rate=self._learning_rate
         )
+        self._step_d2h_bytes += matrix.core.nbytes
+        self._step_h2d_bytes += matrix.core.nbytes
         if self._worker is None:
-            core_adam(
-                matrix.core, state.moment, state.variance, step=state.updates,
-                beta1=self.settings.beta1, beta2=self.settings.beta2, eps=self.settings.adam_eps,
-            )  # fmt: skip
+            on_host = matrix.core.cpu()  # on a CPU device the core itself
+            update_cores([on_host], [state], self.settings)
+            matrix.core.copy_(on_host)
             return
         assert state.wire is not None
         matrix.pending.downloaded = self.link.download(matrix.core, state.wire, after=self.link.record())
-        self._step_d2h_bytes += matrix.core.nbytes
-        self._step_h2d_bytes += matrix.core.nbytes
         if self.settings.schedule_order == "layerwise":
             self._worker.submit([matrix.pending])
 
@@ -437,20 +433,22 @@ class Lsp:
         moments = (state.moment, state.variance)
         on_device = []
         for tensor in moments:
-            if state.wire is not None:
-                state.wire.copy_(tensor)
-                self.link.host_wait(self.link.upload(state.wire, core, after=self.link.record()))
-                self._step_h2d_bytes += core.nbytes
-                tensor = core.clone()
-            on_device.append(tensor)
+            self._step_h2d_bytes += core.nbytes
+            if state.wire is None:
+                on_device.append(tensor.to(self.device))
+                continue
+            state.wire.copy_(tensor)
+            self.link.host_wait(self.link.upload(state.wire, core, after=self.link.record()))
+            on_device.append(core.clone())
         moved = transport_moments(on_device[0], on_device[1], matrix.left, left, matrix.right, right)
         for tensor, result in zip(moments, moved, strict=True):
-            if state.wire is not None:
-                core.copy_(result)
-                self.link.host_wait(self.link.download(core, state.wire, after=self.link.record()))
-                self._step_d2h_bytes += core.nbytes
-                result = state.wire
-            tensor.copy_(result)
+            self._step_d2h_bytes += core.nbytes
+            if state.wire is None:
+                tensor.copy_(result)
+                continue
+            core.copy_(result)
+            self.link.host_wait(self.link.download(core, state.wire, after=self.link.record()))
+            tensor.copy_(state.wire)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 

@@ -149,6 +149,11 @@ class Mezo:
         self._step = 0
         self._clock = ComputeClock(self.device)
 
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it runs on any device."""
+        return None
+
     def setup(self, blueprint: Blueprint) -> None:
         places = first_names(blueprint.model)
         self._model = materialize(blueprint, self.device, TORCH_DTYPE[self.context.workload.dtype])

@@ -1,13 +1,12 @@
 """Bricks of the first-order engines: parameter groups, AdamW, the training pass, checkpoints.
 
 Checkpoints are safetensors and JSON, no pickle. The Adam of a compressed gradient (`core_adam`) is here
-too: plain arithmetic that gives the same bits on every device.
+too, and runs on the CPU only.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,6 @@ from torch import Tensor, nn
 from engines.base import Batch, Context, UserError
 from engines.blocks import TORCH_DTYPE, to_device, without_cache
 from engines.settings import AdamWSettings
-
-CHUNK_ELEMENTS = 1 << 15
-"""Elements that `core_adam` updates at a time for each thread of the CPU: what torch gives one thread at
-least, and little enough for the temporaries to stay in that thread's cache."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -94,35 +89,46 @@ def accumulate_gradients(
 
 
 def core_adam(
-    gradient: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    cores: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    updates: Sequence[int],
     *,
-    step: int,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
-    """Adam's direction m_hat / (sqrt(v_hat) + eps), written over `gradient`; moments updated in place.
+    """Write Adam's direction m_hat / (sqrt(v_hat) + eps) over each gradient in `cores`; moments in place.
 
     Kingma & Ba (1412.6980), Algorithm 1, with eps outside the square root as in torch. All tensors are
-    fp32, contiguous and of one shape, of any size. `step` counts from 1. The learning rate and the decay
-    are the caller's.
+    fp32, contiguous and on the CPU, core and moments of one size, which may differ between cores.
+    `updates` counts each core's updates from 1, this one included. The learning rate and the decay are the
+    caller's.
 
-    Only single multiplications, additions, square roots and divisions of tensors, each correctly rounded
-    on CPU and GPU alike: the bits do not depend on the device, on the chunks or on the threads. (`lerp_`,
-    `addcmul_`, or a division by a number, would be contracted or replaced differently by each device.)
+    Bits depend on the CPU, and for the last elements of a core (fewer than 16 per thread) on torch's number
+    of threads: the kernel computes them one by one.
     """
-    to_unbiased = 1.0 / (1.0 - beta1**step)
-    to_unbiased_root = 1.0 / math.sqrt(1.0 - beta2**step)
-    on_cpu = gradient.device.type == "cpu"
-    chunk = CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else max(1, gradient.numel())
-    pieces = (torch.split(tensor.view(-1), chunk) for tensor in (gradient, moment, variance))
-    for g, m, v in zip(*pieces, strict=True):
-        m.mul_(beta1).add_(g * (1.0 - beta1))
-        v.mul_(beta2).add_((g * g).mul_(1.0 - beta2))
-        root = v.sqrt().mul_(to_unbiased_root).add_(eps)
-        torch.mul(m, to_unbiased, out=g).div_(root)
+    # torch's fused AdamW does p <- p (1 - lr wd) - lr direction in one pass. With lr = wd = -1 the old value
+    # is multiplied by zero and the direction is what is left, so the gradient's own memory can be the
+    # parameter: neither a second buffer nor a pass that zeroes it is needed.
+    # HAZARD: holds because the kernel reads an element's gradient before it writes its parameter.
+    # The operation itself: `torch.optim.adamw.adamw` spends up to 80 us a call in Python before it gets here,
+    # with the interpreter's lock held; the update of a 512 x 512 core takes no longer.
+    torch._fused_adamw_(
+        list(cores),
+        list(cores),
+        list(moments),
+        list(variances),
+        [],
+        [torch.tensor(float(count)) for count in updates],
+        lr=-1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=-1.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -55,6 +55,11 @@ class Scripted:
         self._children: list[int] = []
         self.pinned_bytes = 0
 
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it needs nothing."""
+        return None
+
     def now(self) -> float:
         """The scripted clock, in seconds."""
         return self._now_s

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -76,7 +77,7 @@ class LspSettings(AdamWSettings):
     projector: Literal["learned", "identity"] = "learned"
     """`identity` needs d = m = n and is for checks against AdamW."""
     offload: bool = True
-    """False: the in-memory twin, everything on the GPU."""
+    """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
     train_outer: bool = True
     """Train embeddings, head, norms and biases with AdamW on the GPU, as native does."""
     schedule_order: Literal["layerwise", "sequential"] = "layerwise"
@@ -118,7 +119,7 @@ class Zo2Settings(MezoSettings):
     """ZO2 (2503.12668): MeZO with the blocks in host memory."""
 
     resident_blocks: int = 0
-    """Blocks that stay on the GPU, spread evenly among the streamed ones."""
+    """Blocks that stay on the GPU, spread evenly among the streamed ones; more than there are means all."""
 
     def __post_init__(self) -> None:
         MezoSettings.__post_init__(self)
@@ -199,20 +200,29 @@ SETTINGS: dict[str, type[Any]] = {
 }
 
 
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each engine, since making one takes milliseconds."""
+    return TypeAdapter(kind)
+
+
 def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
     """Typed settings of `engine` from plain values (strings are converted).
 
     Raises `UserError` that names the key and the engine's keys.
     """
-    kind = SETTINGS[engine]
+    kind: Any = SETTINGS[engine]
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        key = str(first["loc"][0]) if first["loc"] else ""
+        why = first["msg"].removeprefix("Value error, ")
         known = ", ".join(field.name for field in fields(kind))
         raise UserError(
-            f"--set {key}={values.get(key, '')}", first["msg"], f"settings of {engine} are: {known}"
+            f"--set {key}={values.get(key, '')}" if key else f"settings of {engine}",
+            why,
+            f"settings of {engine} are: {known}",
         ) from None
 
 

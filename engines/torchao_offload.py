@@ -13,8 +13,8 @@ below 4096 elements, which torchao leaves there. On the host: weights and gradie
 moments.
 
 From torchao's limits: no gradient clipping, no accumulation with `offload_gradients`; learning rates are
-set in each parameter's own group; the host copy of the weights is made when the optimizer is, after they
-are filled.
+set in the groups of the optimizers inside, since the wrapper's own list goes stale when it loads a state;
+the host copy of the weights is made when the optimizer is, after they are filled.
 """
 
 from __future__ import annotations
@@ -101,6 +101,9 @@ class TorchaoOffload:
                 "torchao overwrites offloaded gradients, so micro-batches would not add up",
                 "use one micro-batch per step, or offload_gradients=false",
             )
+        self._build(blueprint)
+
+    def _build(self, blueprint: Blueprint) -> None:
         dtype = weights_dtype(self.context, self.name)
         from torchao.optim import CPUOffloadOptimizer
 
@@ -128,7 +131,7 @@ class TorchaoOffload:
         Bytes are counted from the sizes of the tensors that torchao moves, not on the link.
         """
         learning_rate = learning_rate_at(self.steps_done, self.settings, self.context.total_steps)
-        set_learning_rate(self.optimizer.param_groups, learning_rate)
+        set_learning_rate(inner_groups(self.optimizer), learning_rate)
         total = torch.zeros((), device=self.device)
         for _, loss in accumulate_gradients(self.model, batches, self.device):
             total += loss
@@ -176,6 +179,18 @@ class TorchaoOffload:
     def close(self) -> None:
         """Let go of the pinned memory."""
         self.optimizer = None
+
+
+def inner_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups that CPUOffloadOptimizer's optimizers read, those of the small tensors on the device too.
+
+    Not its `param_groups`: for the small tensors these are the groups it was made with, which its
+    `load_state_dict` replaces inside the optimizer but not there (torchao 0.18).
+    """
+    inside = [*optimizer.optim_dict.values()]
+    if optimizer.d_opt is not None:
+        inside.append(optimizer.d_opt)
+    return [group for each in inside for group in each.param_groups]
 
 
 def _optimizer_states(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

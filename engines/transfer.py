@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +31,14 @@ _cuda: Any = torch.cuda  # most of it is without annotations
 
 REGISTER_PIECE_BYTES = 4 * 2**30
 """Most bytes registered by one call: the driver pins a piece in one go and reports nothing meanwhile."""
+
+
+def now_s() -> float:
+    """The engines' own clock, in seconds: for busy times and time limits only.
+
+    Runs are timed by `harness.measure`.
+    """
+    return time.perf_counter()
 
 
 class PageableMemoryWarning(UserWarning):

@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, UserError
+from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, UserError
 from engines.blocks import (
     TORCH_DTYPE,
     BlockDriver,
@@ -205,14 +205,24 @@ class Zo2:
         self._pending: Update | None = None
         self._clock = ComputeClock(self.device)
 
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it runs on any device."""
+        return None
+
     def setup(self, blueprint: Blueprint) -> None:
-        """Raises `UserError` for a model whose blocks share tensors."""
+        """Raises `UserError` for a model whose blocks share tensors, and `InfeasiblePlan` before anything is
+        allocated if the streamed blocks do not fit into host memory."""
         model = blueprint.model
         places = first_names(model)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         block_names = _names_by_block(model, places)
         in_blocks = {name for names in block_names for name in names}
         self._order = list(shapes)
+        block_shapes = [{name: shapes[name] for name in names} for names in block_names]
+        sizes = [_extent(own, 1) for own in block_shapes]
+        resident = resident_indices(len(sizes), self.settings.resident_blocks)
+        self._refuse_too_little_host_memory(sizes, resident)
 
         outer = {name: self._empty(shape) for name, shape in shapes.items() if name not in in_blocks}
         scratch = {name: torch.empty_like(weight) for name, weight in outer.items()}
@@ -221,7 +231,6 @@ class Zo2:
         # One scratch block for all: each block's parameters are views of it, bound once and for good.
         # Only the compute stream touches it, so its uses are in order by themselves.
         grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
-        block_shapes = [{name: shapes[name] for name in names} for names in block_names]
         one_block = self._empty((max(_extent(own, grid) for own in block_shapes),))
         self._layouts: list[TensorGroup] = []
         for own in block_shapes:
@@ -234,14 +243,19 @@ class Zo2:
         self._driver = BlockDriver(model)
 
         self._link = Link(self.device, self.link_delay)
-        self._stream = BlockStream(
-            [_extent(own, 1) for own in block_shapes],
-            resident_indices(len(block_shapes), self.settings.resident_blocks),
-            self._dtype,
-            self._link,
-            self.context.progress,
-        )
+        self._stream = BlockStream(sizes, resident, self._dtype, self._link, self.context.progress)
         self._fill(blueprint.fill)
+
+    def _refuse_too_little_host_memory(self, sizes: Sequence[int], resident: frozenset[int]) -> None:
+        streamed_bytes = self._dtype.itemsize * sum(sizes[i] for i in range(len(sizes)) if i not in resident)
+        host_bytes = self.context.host_bytes
+        if host_bytes is not None and streamed_bytes > host_bytes:
+            missing_bytes, count = streamed_bytes - host_bytes, len(sizes) - len(resident)
+            raise InfeasiblePlan(
+                f"{missing_bytes / 1e9:.3g} GB of host memory are missing: {count} streamed blocks take "
+                f"{streamed_bytes / 1e9:.3g} GB, and the run may use {host_bytes / 1e9:.3g} GB; free host "
+                "memory, or keep more blocks on the GPU with --set zo2.resident_blocks=N"
+            )
 
     @torch.no_grad()
     def _fill(self, fill: Callable[[str, Tensor], object]) -> None:

@@ -46,6 +46,10 @@ Untied = Annotated[
     bool | None,
     typer.Option("--untied/--as-published", help="Give the output head its own tensor.", show_default=False),
 ]
+Head = Annotated[
+    Literal["auto", "causal_lm", "classification"] | None,
+    typer.Option("--head", help="What the model is trained for; auto goes by its family. [default: auto]"),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -96,7 +100,7 @@ Profile = Annotated[
     Path | None, typer.Option("--profile", help="A machine as JSON from `probe`. [default: probe now]")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")]
 Criteria = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
@@ -134,14 +138,14 @@ def probe(
     require_gpu: RequireGpu = False,
 ) -> None:
     """Measure this machine: GPU, link, CPU, memory."""
-    from harness.show import Progress, console
+    from harness.show import ProbeProgress, console
     from profiles.documents import to_json
     from profiles.machine import save_machine
     from profiles.probe import probe_machine
     from profiles.show import machine_table
 
-    with Progress(quiet) as progress:
-        machine = probe_machine(progress.update)
+    with ProbeProgress(quiet) as progress:
+        machine = probe_machine(progress.measurement)
     if out is not None:
         save_machine(machine, out)
     if as_json:
@@ -158,6 +162,7 @@ def recommend(
     model: Model = None,
     random_weights: RandomWeights = None,
     untied: Untied = None,
+    head: Head = None,
     engines: Engines = None,
     data: Data = None,
     eval_data: EvalData = None,
@@ -178,10 +183,11 @@ def recommend(
     from harness.line import find_machine, plan_job
     from harness.show import console, plans_table
     from profiles.documents import to_json
+    from profiles.recommend import why_first
 
     given = _given(
-        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
-        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, dtype=dtype,
+        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
+        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, dtype=dtype,
         checkpointing=checkpointing, vram=vram, host_memory=host_memory,
     )  # fmt: skip
     names = _engine_names(engines)
@@ -192,6 +198,7 @@ def recommend(
         typer.echo(to_json(tuple(plans)), nl=False)
     else:
         console().print(plans_table(shape, job, machine, plans))
+        console().print(why_first(plans), markup=False)
 
 
 @app.command()
@@ -199,6 +206,7 @@ def compare(
     model: Model = None,
     random_weights: RandomWeights = None,
     untied: Untied = None,
+    head: Head = None,
     engines: Engines = None,
     data: Data = None,
     eval_data: EvalData = None,
@@ -231,14 +239,14 @@ def compare(
     from profiles.documents import to_json
 
     given = _given(
-        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
-        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
+        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
+        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
         warmup_steps=warmup_steps, eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing,
         seed=seed, vram=vram, host_memory=host_memory, timeout=timeout,
     )  # fmt: skip
     names = _engine_names(engines)
     job = _job(given, set_, job_file, names)
-    folder = out or _default_out("compare", job.model.name)
+    folder = _folder(out, "compare", job.model.name, resume)
     runs = compare_job(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
         dry_run=dry_run, quiet=quiet,
@@ -301,6 +309,7 @@ def poc(
     model: Model = None,
     random_weights: RandomWeights = None,
     untied: Untied = None,
+    head: Head = None,
     preset: Preset = "quick",
     engines: Engines = None,
     data: Data = None,
@@ -336,17 +345,15 @@ def poc(
 
     gates = parse_fail_on(fail_on)
     given = _given(
-        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
-        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
+        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
+        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
         warmup_steps=warmup_steps, eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing,
         seed=seed, vram=vram, host_memory=host_memory, timeout=timeout,
     )  # fmt: skip
     names = _engine_names(engines)
     base = preset_values(preset, has_gpu=open_device() is not None) if preset else {}
-    if model is not None and "random_weights" not in given.get("model", {}):
-        base.get("model", {}).pop("random_weights", None)
     job = _job(given, set_, job_file, names, base)
-    folder = out or _default_out("poc", job.model.name)
+    folder = _folder(out, "poc", job.model.name, resume)
     verdict, runs = proof_of_concept(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
         require_gpu=require_gpu,
@@ -365,12 +372,13 @@ def run(
     model: Model = None,
     random_weights: RandomWeights = None,
     untied: Untied = None,
+    head: Head = None,
     data: Data = None,
     eval_data: EvalData = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     accumulation: Accumulation = None,
-    steps: Steps = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     eval_batches: EvalBatches = None,
     dtype: DtypeOption = None,
     checkpointing: Checkpointing = None,
@@ -378,28 +386,51 @@ def run(
     vram: Vram = None,
     set_: Set = None,
     job_file: JobFile = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            help="A machine as JSON from `probe`: use the knobs that `recommend` gives for it. "
+            "[default: the engine's own defaults]",
+        ),
+    ] = None,
     save_every: Annotated[
-        int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 for none.")
+        int,
+        typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 for none but on Ctrl-C."),
     ] = 0,
     out: Out = None,
-    resume: Resume = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, with the same flags.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder."""
+    """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder.
+
+    What --set says goes before what --profile recommends, and that before the engine's defaults. The
+    folder keeps the knobs of its first start, also when it is resumed.
+    """
+    from harness.line import training_settings
     from harness.show import Progress
-    from harness.train import train
 
     given = _given(
-        model=model, random_weights=random_weights, untied=untied, data=data, eval_data=eval_data,
-        batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
+        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
+        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
         eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing, seed=seed, vram=vram,
     )  # fmt: skip
     given["warmup_steps"] = 0
-    (name,) = _engine_names(engine)
-    job = _job(given, set_, job_file, [name])
-    folder = out or _default_out("run", job.model.name)
+    names = _engine_names(engine)
+    if len(names) > 1 or names == ["scripted"]:
+        raise UserError(f"--engine {engine}", "is not one method that trains", "see 'lspzo-bench engines'")
+    job = _job(given, set_, job_file, names)
+    folder = _folder(out, "run", job.model.name, resume)
+    settings = training_settings(job, names[0], profile)
+
+    from harness.train import train
+
     with Progress(quiet) as progress:
-        exported = train(job, name, folder, save_every=save_every, resume=resume, progress=progress)
+        exported = train(
+            job, names[0], settings, folder, save_every=save_every, resume=resume, progress=progress
+        )
     typer.echo(str(exported))
 
 
@@ -442,7 +473,7 @@ def _given(**flags: Any) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     if "model" in given:
         nested.setdefault("model", {})["name"] = given.pop("model")
-    for name in ("random_weights", "untied"):
+    for name in ("random_weights", "untied", "head"):
         if name in given:
             nested.setdefault("model", {})[name] = given.pop(name)
     for flag, name in (("data", "train"), ("eval_data", "evaluate")):
@@ -450,7 +481,8 @@ def _given(**flags: Any) -> dict[str, Any]:
             nested.setdefault("data", {})[name] = given.pop(flag)
     for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
         if flag in given:
-            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag))
+            option = f"--{flag.replace('_', '-')}"
+            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag), option)
     if "timeout" in given:
         nested.setdefault("limits", {})["timeout_s"] = given.pop("timeout")
     return {**given, **nested}
@@ -463,17 +495,19 @@ def _job(
     engines: list[str],
     base: dict[str, Any] | None = None,
 ) -> Any:
-    """Preset, then job file, then flags; the later wins field by field."""
+    """Preset, then job file, then flags; the later wins field by field, but a preset's model as a whole."""
     from harness.job import job_values, make_job
     from harness.knobs import parse_assignments
 
-    values: dict[str, Any] = base or {}
-    if job_file is not None:
-        values = _merged(values, job_values(job_file))
-    values = _merged(values, given)
+    values: dict[str, Any] = dict(base or {})
+    layers = [*([] if job_file is None else [job_values(job_file)]), given]
+    if any(isinstance(layer.get("model"), dict) and "name" in layer["model"] for layer in layers):
+        values.pop("model", None)
+    for layer in layers:
+        values = _merged(values, layer)
     if assignments:
         values = _merged(values, {"settings": parse_assignments(assignments, engines)})
-    if "name" not in values.get("model", {}):
+    if "name" not in values.setdefault("model", {}):
         raise UserError(
             "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
         )
@@ -501,8 +535,12 @@ def _engine_names(engines: str | None) -> list[str]:
     return names
 
 
-def _default_out(what: str, model: str) -> Path:
-    """A new folder below `out/`, so that one run's results never meet another's."""
+def _folder(out: Path | None, what: str, model: str, resume: bool) -> Path:
+    """`out`, else a new folder below `out/`, so that one run's results never meet another's."""
+    if out is not None:
+        return out
+    if resume:
+        raise UserError("--resume", "does not say what to go on with", "name the folder with --out")
     stem = f"{what}_{Path(model).name}"
     number = 1
     while (folder := Path("out") / f"{stem}_{number:03d}").exists():

@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from engines.base import ModelShape, UserError
 from harness.environment import read_environment
 from harness.job import Job, load_job, save_job
@@ -34,7 +32,7 @@ from harness.result import (
     save_run,
 )
 from harness.worker import Request
-from profiles.documents import read_document, to_json, write_whole
+from profiles.documents import adapter, read_document, to_json, write_whole
 from profiles.nvml import open_device
 from profiles.plan import Plan
 
@@ -133,12 +131,7 @@ def compare(
     Raises `UserError` if `out` is in use, was made for another job or other criteria, or cannot be
     written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
     """
-    in_use = bool(_entries(out))
-    if in_use and not resume:
-        raise UserError(
-            str(out), "is not empty", "add --resume to do what is missing there, or name another --out"
-        )
-    if in_use:
+    if check_folder(out, resume=resume):
         plans = _check_resumed(job, plans, out)
     cells = grid(job, plans, rounds)
     criteria_sha256 = _settle_criteria(criteria, out)
@@ -179,6 +172,16 @@ def compare(
     return runs
 
 
+def check_folder(out: Path, *, resume: bool) -> bool:
+    """Whether `out` holds results. Raises `UserError` if it does and `resume` is not asked for."""
+    in_use = bool(_entries(out))
+    if in_use and not resume:
+        raise UserError(
+            str(out), "is not empty", "add --resume to do what is missing there, or name another --out"
+        )
+    return in_use
+
+
 def _hash(job: Job, plan: Plan) -> str:
     """Of what decides a run: the job, the engine and its settings."""
     what = [_dump(job), plan.engine, plan.settings]
@@ -186,7 +189,7 @@ def _hash(job: Job, plan: Plan) -> str:
 
 
 def _dump(job: Job) -> dict[str, Any]:
-    dumped: dict[str, Any] = TypeAdapter(Job).dump_python(job, mode="json")
+    dumped: dict[str, Any] = adapter(Job).dump_python(job, mode="json")
     return dumped
 
 

@@ -7,7 +7,7 @@ exactly; every method of a comparison sees the same batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -93,6 +93,8 @@ def make_data(job: Job, shape: ModelShape) -> Data:
             _answer_table(rows, examples.num_labels, tokenizer, job.seq_len)
             for rows in (examples.labelled, examples.labelled_held_out)
         )
+        if examples.kind == "builtin":
+            train, held_out = _end_to_end(train, job.seq_len), _end_to_end(held_out, job.seq_len)
     return _table_data(job, examples, train, held_out, tokenizer)
 
 
@@ -106,6 +108,8 @@ class _Table:
     """int64, (rows + 1,): where each begins, and the end of the last."""
     first_labelled: Tensor | None
     """int64, (rows,): causal language model, the position in the row where labels begin."""
+    unlabelled: Tensor | None = None
+    """bool, as `tokens`: positions after `first_labelled` that have no label all the same."""
     classes: Tensor | None
     """int64, (rows,): classification, the label of each row."""
     packed: bool = False
@@ -128,6 +132,9 @@ class _Table:
             if self.first_labelled is not None:
                 first = int(self.first_labelled[row])
                 labels[place, first : len(ids)] = ids[first:]
+            if self.unlabelled is not None:
+                apart = self.unlabelled[int(self.starts[row]) : int(self.starts[row + 1])]
+                labels[place, : len(ids)][apart] = UNLABELLED
         if self.classes is not None:
             labels = self.classes[torch.tensor(rows)]
         inputs = {"input_ids": input_ids, "labels": labels}
@@ -180,7 +187,7 @@ def _table_data(job: Job, examples: Examples, train: _Table, held_out: _Table, t
     what = (
         "built-in reviews" if examples.kind == "builtin" else f"{examples.kind} {Path(job.data.train).name}"
     )
-    unit = "blocks" if examples.kind == "text" else "examples"
+    unit = "blocks" if train.packed else "examples"
     cut = train.cut + held_out.cut
     description = (
         f"{what}: {len(train):,} training and {len(held_out):,} held-out {unit}, "
@@ -258,6 +265,27 @@ def _blocks(tokens: Tensor, seq_len: int, path: str) -> _Table:
 
 def _slice_blocks(table: _Table, first: int, last: int, seq_len: int) -> _Table:
     return _packed(table.tokens[first * seq_len : last * seq_len], last - first, seq_len)
+
+
+def _end_to_end(table: _Table, seq_len: int) -> _Table:
+    """Rows one after the other in blocks of `seq_len`, so that a long sequence is not mostly padding.
+
+    A row that is cut by the end of a block has no label. Where a block would hold fewer than four of the
+    longest rows, they stay apart.
+    """
+    assert table.first_labelled is not None
+    lengths = table.starts.diff()
+    blocks = table.tokens.numel() // seq_len
+    if blocks == 0 or seq_len < 4 * int(lengths.max()):
+        return table
+    position = torch.arange(table.tokens.numel())
+    start = table.starts[:-1].repeat_interleave(lengths)
+    last = (table.starts[1:] - 1).repeat_interleave(lengths)
+    labelled = position >= start + table.first_labelled.repeat_interleave(lengths)
+    whole = start // seq_len == last // seq_len
+    kept = blocks * seq_len
+    packed = _packed(table.tokens[:kept], blocks, seq_len)
+    return replace(packed, unlabelled=~(labelled & whole)[:kept], cut=table.cut)
 
 
 def _packed(tokens: Tensor, rows: int, seq_len: int) -> _Table:

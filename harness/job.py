@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from engines.base import Dtype, UserError, Workload
-from profiles.documents import write_whole
+from profiles.documents import adapter, write_whole
 
 DataKind = Literal["random", "builtin", "text", "labelled", "instructions"]
 
@@ -25,7 +25,7 @@ class ModelSource:
     random_weights: bool = False
     """Seeded random weights instead of a checkpoint; needs only the configuration."""
     head: Literal["auto", "causal_lm", "classification"] = "auto"
-    """`auto`: what the data asks for, else causal_lm for decoders and classification for encoders."""
+    """`auto`: causal_lm for decoders, classification for encoders."""
     untied: bool = False
     """Give the output head its own tensor where the model ties it to the embedding."""
 
@@ -103,11 +103,16 @@ def make_job(values: dict[str, Any], origin: str) -> Job:
     Raises `UserError` that names the field.
     """
     try:
-        return TypeAdapter(Job).validate_python(values)
+        job: Job = adapter(Job).validate_python(values)
+        return job
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "job"
-        raise UserError(f"{origin}: {where}", first["msg"], "see 'lspzo-bench compare --help'") from None
+        where = ".".join(str(part) for part in first["loc"])
+        # What a field's own check says names the field already.
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{origin}, {where}" if where else origin, why, "see 'lspzo-bench compare --help'"
+        ) from None
 
 
 def job_values(path: Path) -> dict[str, Any]:
@@ -127,5 +132,5 @@ def load_job(path: Path) -> Job:
 
 def save_job(job: Job, path: Path) -> None:
     """Raises `UserError` if `path` cannot be written."""
-    values = TypeAdapter(Job).dump_python(job, mode="json", exclude_none=True)
+    values = adapter(Job).dump_python(job, mode="json", exclude_none=True)
     write_whole(path, tomli_w.dumps(values))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from engines.base import ModelShape
-from harness.compare import compare, grid
+from engines.base import ModelShape, UserError
+from harness.compare import check_folder, compare, grid
 from harness.job import Job
 from harness.launch import launch_probe
 from harness.result import Run
@@ -50,6 +52,23 @@ def plan_job(job: Job, machine: Machine, engines: Sequence[str]) -> tuple[ModelS
     return shape, plans
 
 
+def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, Any]:
+    """The knobs to train with: those set, over the ones recommended for the machine of `profile`, if any.
+
+    Raises `UserError` if the plan does not fit that machine.
+    """
+    if profile is None:
+        return dict(job.settings.get(engine, {}))
+    _, (plan,) = plan_job(job, load_machine(profile), [engine])
+    if not plan.fits:
+        raise UserError(
+            engine,
+            f"does not fit the machine of {profile}: it {plan.why_not}",
+            "see 'lspzo-bench recommend' for what fits, or leave out --profile",
+        )
+    return dict(plan.settings)
+
+
 def compare_job(
     job: Job,
     engines: Sequence[str],
@@ -63,6 +82,8 @@ def compare_job(
     quiet: bool,
 ) -> list[Run] | None:
     """Plan and run; `None` after a dry run. Keeps the machine beside the runs."""
+    if not dry_run:
+        check_folder(out, resume=resume)  # before the probe, which takes its time
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
     shape, plans = plan_job(job, machine, engines)
     if dry_run:
@@ -90,9 +111,8 @@ def proof_of_concept(
     Exits 7 without a GPU if one is required.
     """
     notes = console(stderr=True, quiet=quiet)
+    in_use = check_folder(out, resume=resume)  # before the probe, which takes its time
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
-    if criteria is None and not (out / "criteria.toml").exists():
-        write_whole(out / "criteria.toml", init_text())
     if require_gpu and machine.gpu is None:
         sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
         raise typer.Exit(7)
@@ -100,6 +120,8 @@ def proof_of_concept(
     shape, plans = plan_job(job, machine, engines)
     notes.print(plans_table(shape, job, machine, plans))
     notes.print(why_first(plans))
+    if criteria is None and not in_use and not (out / "criteria.toml").exists():
+        write_whole(out / "criteria.toml", init_text())
     runs = _measure(
         job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
     )
@@ -127,25 +149,32 @@ def _measure(
 
 def job_arguments(job: Job) -> str:
     """The flags that give this job, for commands that a person can paste."""
-    parts = [f"--model {job.model.name}"]
+    default = Job(model=job.model)
+    parts = ["--model", job.model.name]
     if job.model.random_weights:
         parts.append("--random-weights")
     if job.model.untied:
         parts.append("--untied")
-    parts.append(f"--data {job.data.train}")
+    if job.model.head != "auto":
+        parts += ["--head", job.model.head]
+    parts += ["--data", job.data.train]
     if job.data.evaluate is not None:
-        parts.append(f"--eval-data {job.data.evaluate}")
-    parts.append(f"--batch-size {job.batch_size} --seq-len {job.seq_len} --dtype {job.dtype}")
-    if job.accumulation != 1:
-        parts.append(f"--accumulation {job.accumulation}")
-    parts.append("--checkpointing" if job.checkpointing else "--no-checkpointing")
-    parts.append(f"--steps {job.steps} --warmup-steps {job.warmup_steps} --seed {job.seed}")
-    if job.eval_batches:
-        parts.append(f"--eval-batches {job.eval_batches}")
+        parts += ["--eval-data", job.data.evaluate]
+    for name in ("batch_size", "seq_len", "dtype", "accumulation", "steps", "warmup_steps", "eval_batches"):
+        if name in _ALWAYS or getattr(job, name) != getattr(default, name):
+            parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]
+    parts += ["--checkpointing" if job.checkpointing else "--no-checkpointing", "--seed", str(job.seed)]
     if job.limits.vram_bytes is not None:
-        parts.append(f"--vram {job.limits.vram_bytes}B")
+        parts += ["--vram", f"{job.limits.vram_bytes}B"]
     if job.limits.host_bytes is not None:
-        parts.append(f"--host-memory {job.limits.host_bytes}B")
+        parts += ["--host-memory", f"{job.limits.host_bytes}B"]
+    if job.limits.timeout_s != default.limits.timeout_s:
+        parts += ["--timeout", f"{job.limits.timeout_s:g}"]
     for engine, settings in job.settings.items():
-        parts.extend(f"--set {engine}.{key}={value}" for key, value in settings.items())
-    return " ".join(parts)
+        for key, value in settings.items():
+            parts += ["--set", f"{engine}.{key}={value}"]
+    return shlex.join(parts)
+
+
+_ALWAYS = frozenset({"batch_size", "seq_len", "dtype", "steps", "warmup_steps"})
+"""Told even where they are the defaults: what a reader wants to see."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Self
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from engines import ENGINES, load_engine
 from engines.base import ModelShape
@@ -24,9 +26,10 @@ from harness.result import Run
 from harness.shapes import NAMED_SHAPES, named_shape
 from profiles.machine import Machine
 from profiles.plan import Plan
-from profiles.units import format_bytes, format_seconds
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
-NOT_MEASURED = "not measured"
+PLAIN_WIDTH = 160
+"""Columns of a table that does not go to a terminal."""
 
 
 def format_parameters(count: int) -> str:
@@ -35,15 +38,15 @@ def format_parameters(count: int) -> str:
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that is plain without a terminal."""
+    """A console that is plain, and wide unless COLUMNS says otherwise, without a terminal."""
     out = Console(stderr=stderr, quiet=quiet, highlight=False)
-    if not out.is_terminal:
-        out.width = 160
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = PLAIN_WIDTH
     return out
 
 
 class Progress:
-    """A bar per kind of work, on stderr; one plain line per kind of work without a terminal."""
+    """A bar per kind of work, on stderr, gone at the end; plain lines without a terminal."""
 
     def __init__(self, quiet: bool, silent: Collection[str] = ()) -> None:
         """`silent` kinds of work get a bar but no line."""
@@ -52,16 +55,18 @@ class Progress:
         self._bars = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
+            transient=True,
         )
         self._tasks: dict[str, Any] = {}
+        self._tenths: dict[str, int] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._bars.start()
         return self
 
@@ -70,82 +75,117 @@ class Progress:
 
     def print(self, line: str) -> None:
         """A line that stays, above the bars."""
-        (self._bars.console if self._console.is_terminal else self._console).print(line)
+        self._console.print(line, markup=False)
+
+    def clear(self, keep: str) -> None:
+        """Take all bars away but that of `keep`."""
+        for what in [what for what in self._tasks if what != keep]:
+            self._bars.remove_task(self._tasks.pop(what))
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of `what` are done. `what` that ends in `(bytes)` counts bytes."""
+        name = what.removesuffix(" (bytes)")
+        count = f"{done}/{total}" if name == what else f"{format_bytes(done)} of {format_bytes(total)}"
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, note=note)
-            if not self._console.is_terminal and what not in self._silent:
-                self._console.print(f"{what} ...")
-        self._bars.update(self._tasks[what], completed=done, total=total, note=note)
+            self._tasks[what] = self._bars.add_task(name, total=total, count=count, note=note)
+        self._bars.update(self._tasks[what], completed=done, total=total, count=count, note=note)
+        if not self._console.is_terminal and what not in self._silent:
+            self._print_tenth(what, name, count, note, 10 * done // max(1, total))
+
+    def _print_tenth(self, what: str, name: str, count: str, note: str, tenth: int) -> None:
+        """A line at the first call, and where there is something to say at each tenth of the work."""
+        if what not in self._tenths and not note:
+            self.print(f"{name} ...")
+        elif note and self._tenths.get(what) != tenth:
+            self.print(f"{name} {count}: {note}")
+        self._tenths[what] = tenth
 
 
-def plans_table(shape: ModelShape, job: Job, machine: Machine, plans: Sequence[Plan]) -> Table:
-    """Predictions and reasons per method."""
+def plans_table(shape: ModelShape, job: Job, machine: Machine, plans: Sequence[Plan]) -> RenderableType:
+    """Predictions per method, and below them the reasons."""
+    has_gpu = machine.gpu is not None
+    batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
     title = (
-        f"{shape.name} ({format_parameters(shape.parameters)} parameters), batch {job.batch_size} x "
-        f"{job.seq_len} x {job.accumulation}, {job.dtype}, on {machine.name}: predicted"
+        f"{shape.name}, {format_parameters(shape.parameters)} parameters, {job.dtype}, batch "
+        f"{job.batch_size} x {job.seq_len} tokens{batches}. Predicted for: {machine.name}"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left")
-    for heading in (
-        "method",
-        "fits",
-        "s/step (low to high)",
-        "GPU memory",
-        "host memory",
-        "limited by",
-        "settings and reasons",
-    ):
-        table.add_column(heading, overflow="fold")
+    headings = ["method", "fits", "step", "low to high", "GPU memory", "host memory", "limited by"]
+    if not has_gpu:
+        headings.remove("GPU memory")
+    table = _table(title, headings)
     for plan in plans:
-        told = plan.prediction
-        span = (told.step_s, told.step_s_low, told.step_s_high)
-        middle, low, high = (format_seconds(value) if value is not None else "?" for value in span)
-        step = f"{middle} ({low} to {high})" if told.step_s is not None else "not predicted"
-        notes = [", ".join(f"{key}={value}" for key, value in plan.settings.items()), *plan.reasons]
-        table.add_row(
-            plan.engine,
-            "yes" if plan.fits else f"no: {plan.why_not}",
-            step,
-            format_bytes(told.peak_gpu_bytes) if machine.gpu is not None else "no GPU",
-            format_bytes(told.peak_host_bytes),
-            told.bottleneck or "unknown",
-            "\n".join(note for note in notes if note),
-        )
+        table.add_row(plan.engine, *_plan_cells(plan, has_gpu))
+    return Group(table, _notes({plan.engine: _plan_notes(plan) for plan in plans}))
+
+
+def _plan_cells(plan: Plan, has_gpu: bool) -> list[str]:
+    told = plan.prediction
+    if not plan.available:
+        return ["no", *["-"] * (5 if has_gpu else 4)]
+    if told.step_s is None:
+        times = ["not predicted", "-"]
+    else:
+        times = [
+            format_seconds(told.step_s),
+            f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}",
+        ]
+    return [
+        "yes" if plan.fits else "no",
+        *times,
+        *([format_bytes(told.peak_gpu_bytes)] if has_gpu else []),
+        format_bytes(told.peak_host_bytes),
+        told.bottleneck or "not known",
+    ]
+
+
+def _plan_notes(plan: Plan) -> list[str]:
+    told = " ".join(plan.reasons)
+    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
+    notes = [*([", ".join(unexplained)] if unexplained else []), *plan.reasons]
+    return notes if plan.why_not is None else [f"does not fit: {plan.why_not}", *notes]
+
+
+def _notes(notes: Mapping[str, Sequence[str]]) -> Table:
+    """Sentences by method, each on lines of its own."""
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for engine, lines in notes.items():
+        for number, line in enumerate(lines):
+            grid.add_row(engine if number == 0 else "", Text(line))
+    return grid
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=Text(title), box=box.SIMPLE_HEAVY, title_justify="left", title_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table
 
 
 def grid_table(cells: Sequence[Any]) -> Table:
     """What a sweep would run, in order."""
-    table = Table(title="would run, in this order", box=box.SIMPLE_HEAVY, title_justify="left")
-    for heading in ("id", "engine", "round", "settings"):
-        table.add_column(heading, overflow="fold")
+    table = _table("Would run, in this order", ("id", "engine", "round", "settings"))
     for cell in cells:
         settings = ", ".join(f"{key}={value}" for key, value in cell.plan.settings.items())
         table.add_row(
             cell.id,
             cell.plan.engine,
             str(cell.round),
-            settings if cell.plan.fits else f"no: {cell.plan.why_not}",
+            settings if cell.plan.fits else f"will not run: {cell.plan.why_not}",
         )
     return table
 
 
-def runs_table(runs: Sequence[Run]) -> Table:
-    """What was measured, one row per run."""
-    table = Table(title="measured", box=box.SIMPLE_HEAVY, title_justify="left")
-    for heading in (
-        "method",
-        "round",
-        "end",
-        "s/step",
-        "predicted",
-        "tokens/s",
-        "GPU memory",
-        "host memory",
-        "loss",
-    ):
-        table.add_column(heading, overflow="fold")
+def runs_table(runs: Sequence[Run]) -> RenderableType:
+    """What was measured, one row per run, and below it why runs failed."""
+    on_gpu = any(run.summary.peak_gpu_allocated_bytes is not None for run in runs)
+    headings = [
+        "method", "round", "end", "step", "predicted", "tokens/s", "GPU memory", "host memory", "loss"
+    ]  # fmt: skip
+    if not on_gpu:
+        headings.remove("GPU memory")
+    table = _table("Measured", headings)
     for run in runs:
         seen = run.summary
         told = run.predicted.step_s if run.predicted is not None else None
@@ -154,20 +194,20 @@ def runs_table(runs: Sequence[Run]) -> Table:
             if seen.loss_first is not None and seen.loss_last is not None
             else NOT_MEASURED
         )
-        table.add_row(
-            run.engine,
-            str(run.round),
-            run.end_state if run.end_reason is None else f"{run.end_state}: {run.end_reason}",
-            format_seconds(seen.step_s_median) if seen.step_s_median is not None else NOT_MEASURED,
-            format_seconds(told) if told is not None else "not predicted",
-            f"{seen.tokens_per_s:,.0f}" if seen.tokens_per_s is not None else NOT_MEASURED,
-            format_bytes(seen.peak_gpu_allocated_bytes)
-            if seen.peak_gpu_allocated_bytes is not None
-            else NOT_MEASURED,
-            format_bytes(seen.peak_host_bytes) if seen.peak_host_bytes is not None else NOT_MEASURED,
-            loss,
-        )
-    return table
+        cells = [format_seconds(seen.step_s_median), format_seconds(told) if told is not None else "-"]
+        cells.append(f"{seen.tokens_per_s:,.0f}" if seen.tokens_per_s is not None else NOT_MEASURED)
+        if on_gpu:
+            cells.append(format_bytes(seen.peak_gpu_allocated_bytes))
+        cells += [format_bytes(seen.peak_host_bytes), loss]
+        if not seen.step_s_median:
+            cells = ["-" if cell == NOT_MEASURED else cell for cell in cells]
+        table.add_row(run.engine, str(run.round), run.end_state, *cells)
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        line = f"{run.end_state}: {run.end_reason}"
+        if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
+            reasons[run.engine].append(line)
+    return Group(table, _notes(reasons))
 
 
 def engines_rows() -> list[dict[str, Any]]:
@@ -188,19 +228,19 @@ def engines_json() -> str:
     return json.dumps(engines_rows(), indent=1) + "\n"
 
 
-def engines_table() -> Table:
-    table = Table(box=box.SIMPLE_HEAVY)
-    for heading in ("engine", "what it does", "source", "here", "knobs for --set"):
-        table.add_column(heading, overflow="fold")
-    for row in engines_rows():
-        table.add_row(
-            row["name"],
-            row["summary"],
-            row["source"],
-            "available" if row["available"] else f"not available: {row['reason']}",
+def engines_table() -> RenderableType:
+    rows = engines_rows()
+    table = _table("Engines", ("engine", "here", "what it does", "source"))
+    for row in rows:
+        table.add_row(row["name"], "yes" if row["available"] else "no", row["summary"], row["source"])
+    notes = {
+        row["name"]: [
+            *([] if row["available"] else [f"not available here: {row['reason']}"]),
             ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
-        )
-    return table
+        ]
+        for row in rows
+    }
+    return Group(table, Text("  Knobs for --set, with their defaults:"), Text(), _notes(notes))
 
 
 def models_rows() -> list[dict[str, Any]]:
@@ -225,9 +265,10 @@ def models_json() -> str:
 
 def models_table() -> Table:
     table = Table(
-        title="Named shapes: real sizes with seeded random weights, no download",
+        title="Named shapes for --model NAME --random-weights: real sizes, no download",
         box=box.SIMPLE_HEAVY,
         title_justify="left",
+        title_style="bold",
     )
     for heading in ("name", "family", "parameters", "blocks", "hidden", "longest sequence", "head tied"):
         table.add_column(heading, justify="left" if heading in ("name", "family") else "right")
@@ -235,15 +276,26 @@ def models_table() -> Table:
         table.add_row(
             row["name"],
             row["family"],
-            f"{row['parameters'] / 1e6:,.1f} M"
-            if row["parameters"] < 1e9
-            else f"{row['parameters'] / 1e9:,.2f} B",
+            format_parameters(row["parameters"]),
             str(row["blocks"]),
             str(row["hidden"]),
             str(row["max_seq_len"]),
             "yes" if row["tied"] else "no",
         )
     return table
+
+
+class ProbeProgress(Progress):
+    """One bar for all measurements, named by the one that is under way."""
+
+    def measurement(self, what: str, done: int, total: int) -> None:
+        """`what` is measured next, after `done` of `total`."""
+        if done == total:
+            return
+        if self._console.is_terminal:
+            self.update("measuring", done, total, note=what)
+        else:
+            self.print(f"measuring {what} ({done + 1} of {total}) ...")
 
 
 class CompareProgress:
@@ -253,7 +305,7 @@ class CompareProgress:
         self._notes = console(stderr=True, quiet=quiet)
         self._progress = Progress(quiet, silent=("runs", "steps"))
 
-    def __enter__(self) -> CompareProgress:
+    def __enter__(self) -> Self:
         self._progress.__enter__()
         return self
 
@@ -265,9 +317,13 @@ class CompareProgress:
             case Planned():
                 self._planned(event)
             case Started():
+                self._progress.clear(keep="runs")
                 self._progress.update("runs", event.index, event.total, note=event.cell.id)
+                if not self._notes.is_terminal and event.cell.plan.fits:
+                    self._progress.print(f"{event.cell.id}: started, run {event.index + 1} of {event.total}")
             case SetUp():
-                self._progress.update(event.what, event.done, event.total)
+                if self._notes.is_terminal:
+                    self._progress.update(event.what, event.done, event.total)
             case Stepped():
                 loss = "not finite" if event.sample.loss is None else f"{event.sample.loss:.4g}"
                 note = f"{format_seconds(event.sample.step_s)} a step, loss {loss}"
@@ -278,12 +334,13 @@ class CompareProgress:
 
     def _planned(self, event: Planned) -> None:
         for run_id in event.kept:
-            self._notes.print(f"kept     {run_id}")
+            self._progress.print(f"kept     {run_id}")
         for run_id, why in event.again.items():
-            self._notes.print(f"again    {run_id}: {why}")
+            self._progress.print(f"again    {run_id}: {why}")
         if event.kept:
             for run_id in event.to_run:
-                self._notes.print(f"missing  {run_id}")
+                if run_id not in event.again:
+                    self._progress.print(f"missing  {run_id}")
 
 
 def _ended_line(run: Run) -> str:

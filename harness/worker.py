@@ -38,7 +38,7 @@ from harness.job import Job
 from harness.measure import Recording, StepData, gpu_peaks, measure
 from harness.result import EndState, Sample, Summary
 from profiles.documents import to_json, write_whole
-from profiles.limits import usable_cores
+from profiles.limits import host_memory, usable_cores
 from profiles.nvml import open_device
 from profiles.plan import Plan
 
@@ -132,6 +132,7 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
         seed=job.seed,
         total_steps=job.warmup_steps + job.steps,
         vram_bytes=job.limits.vram_bytes,
+        host_bytes=_host_bytes(job.limits.host_bytes),
         progress=on_progress,
     )
     on_progress("importing", 1, 1)
@@ -163,6 +164,12 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
         )
     finally:
         engine.close()
+
+
+def _host_bytes(limit_bytes: int | None) -> int:
+    """Host memory that this run may still take: what is available, held to the job's limit."""
+    available_bytes = host_memory().available_bytes
+    return available_bytes if limit_bytes is None else min(available_bytes, limit_bytes)
 
 
 def _prepare_torch(vram_bytes: int | None) -> str:

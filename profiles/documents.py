@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,16 @@ from pydantic import TypeAdapter, ValidationError
 from engines.base import UserError
 
 T = TypeVar("T")
+
+
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """pydantic's reader and writer of a dataclass: made once, since making one takes milliseconds."""
+    return _adapter(kind)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
@@ -43,7 +54,8 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
             "update lspzo-bench",
         )
     try:
-        return TypeAdapter(kind).validate_python(data)
+        document: T = adapter(kind).validate_python(data)
+        return document
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -53,8 +65,8 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
 
 
 def to_json(document: Any) -> str:
-    """Readable JSON of a dataclass; NaN and infinity become null."""
-    return TypeAdapter(type(document)).dump_json(document, indent=1).decode("utf-8") + "\n"
+    """Readable JSON of a dataclass or a tuple of them; NaN and infinity become null."""
+    return adapter(type(document)).dump_json(document, indent=1).decode("utf-8") + "\n"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -75,7 +87,7 @@ def write_whole(path: Path, text: str) -> None:
         temporary = None
     except OSError as error:
         raise UserError(
-            str(path), f"cannot be written ({error.strerror or error})", "free space or name another --out"
+            str(path), f"cannot be written ({error.strerror or error})", "free space or name another place"
         ) from None
     finally:
         if temporary is not None:

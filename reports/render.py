@@ -12,13 +12,12 @@ from typing import Any, Literal
 import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import TypeAdapter
 
 from engines.base import UserError
 from harness.job import Job
 from harness.result import Run
 from harness.stats import over_runs, ratio
-from profiles.documents import to_json, write_whole
+from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, provenance, tables
 from reports.catalogue import say
@@ -124,7 +123,7 @@ def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
 
 def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
     all_ = group(loaded.runs, loaded.machine)
-    job = TypeAdapter(Job).dump_python(loaded.job, mode="json", exclude_none=True)
+    job = adapter(Job).dump_python(loaded.job, mode="json", exclude_none=True)
     return {
         "loaded": loaded,
         "verdict": verdict,

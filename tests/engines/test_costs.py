@@ -146,10 +146,23 @@ def test_lsp_uses_the_smaller_side_of_a_small_matrix() -> None:
     assert core_elements(TINY, 1000) == 7 * 64 * 64
 
 
-def test_lsp_twin_moves_nothing() -> None:
-    counted = cost("lsp", TINY, TRAINING, offload=False)
-    assert counted.h2d_bytes == counted.d2h_bytes == counted.cpu_adam_elements == counted.pinned_bytes == 0
-    assert counted.peak_gpu_bytes > cost("lsp", TINY, TRAINING).peak_gpu_bytes
+def test_lsp_adam_is_the_fused_kernel_with_one_stream_less_each_way() -> None:
+    counted = cost("lsp", TINY, TRAINING)
+    elements = counted.cpu_adam_elements
+    assert elements == TINY.num_blocks * core_elements(TINY, 512)
+    # The wire twice, and core, moment and variance read and written.
+    assert counted.host_bytes == (2 * 4 + 6 * 4) * elements
+    assert counted.pinned_bytes == counted.host_memory_bytes["cores, pinned"] == 4 * elements
+    # The probe's AdamW reads a weight and a gradient besides both moments, and writes all but the gradient.
+    assert counted.cpu_adam_factor == 6 / 7
+
+
+def test_lsp_twin_does_the_same_work_with_nothing_pinned_or_overlapped() -> None:
+    twin, offloaded = cost("lsp", TINY, TRAINING, offload=False), cost("lsp", TINY, TRAINING)
+    assert twin.layers == offloaded.layers
+    assert twin.gpu_memory_bytes == offloaded.gpu_memory_bytes
+    assert (twin.pinned_bytes, twin.overlap) == (0, "serial")
+    assert offloaded.peak_host_bytes - twin.peak_host_bytes == offloaded.pinned_bytes
 
 
 def test_lsp_without_outer_parameters_holds_no_adam_states_on_the_gpu() -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engines import torchao_offload
 from engines.base import Context, Dtype, NotAvailable, UserError, Workload
@@ -90,6 +95,109 @@ def test_state_survives_flattening() -> None:
     restored = optimizer(0)
     restored.load_state_dict(fresh["offloaded"][1])
     assert [float(state["step"]) for state in restored.state.values()] == [2.0, 2.0]
+
+
+class StandIn:
+    """What `CPUOffloadOptimizer` of torchao 0.18 shows of itself, with everything on the CPU.
+
+    Its flaw is here too: `param_groups` lists the groups that the small tensors' optimizer was made with,
+    and that optimizer has others once it has loaded a state.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        optimizer_class: type[torch.optim.AdamW],
+        *,
+        offload_gradients: bool,
+        **options: Any,
+    ) -> None:
+        self.param_d2h_map: dict[Tensor, Tensor] = {}
+        self.optim_dict: dict[Tensor, torch.optim.Optimizer] = {}
+        self.made_with: list[dict[str, Any]] = []
+        for group in params:
+            others = {key: value for key, value in group.items() if key != "params"}
+            small = [parameter for parameter in group["params"] if parameter.numel() < 4096]
+            for parameter in group["params"]:
+                if parameter.numel() >= 4096:
+                    on_host = self.param_d2h_map[parameter] = parameter.detach().clone()
+                    self.optim_dict[parameter] = optimizer_class([{"params": [on_host], **others}], **options)
+            if small:
+                self.made_with.append({"params": small, **others})
+        self.d_opt = optimizer_class(self.made_with, **options) if self.made_with else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        offloaded = [group for each in self.optim_dict.values() for group in each.param_groups]
+        return self.made_with + offloaded
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.d_opt is not None:
+            self.d_opt.step()
+        for parameter, on_host in self.param_d2h_map.items():
+            on_host.grad = parameter.grad
+            self.optim_dict[parameter].step()
+            parameter.copy_(on_host)
+
+    def zero_grad(self) -> None:
+        for parameter in [*self.param_d2h_map, *(p for group in self.made_with for p in group["params"])]:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"offloaded": [each.state_dict() for each in self.optim_dict.values()]}
+        return state if self.d_opt is None else {**state, "on-device": self.d_opt.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for each, entry in zip(self.optim_dict.values(), state["offloaded"], strict=True):
+            each.load_state_dict(entry)
+        if self.d_opt is not None:
+            self.d_opt.load_state_dict(state["on-device"])
+
+
+def stand_in_engine(monkeypatch: pytest.MonkeyPatch, dtype: Dtype = "fp32") -> TorchaoOffload:
+    """On the CPU, which `setup` would refuse."""
+    package, module = ModuleType("torchao"), ModuleType("torchao.optim")
+    module.CPUOffloadOptimizer = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchao", package)
+    monkeypatch.setitem(sys.modules, "torchao.optim", module)
+    made = TorchaoOffload(SETTINGS, context("cpu", dtype))
+    made._build(wide_blueprint())
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_with_a_stand_in_equals_the_uninterrupted_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: Dtype
+) -> None:
+    batches = tiny_batches(6, "opt")
+    straight, first, second = (stand_in_engine(monkeypatch, dtype) for _ in range(3))
+    losses = [straight.step([batch]).loss for batch in batches]
+    for batch in batches[:3]:
+        first.step([batch])
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert [second.step([batch]).loss for batch in batches[3:]] == losses[3:]
+    expected = dict(straight.weights())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.weights())
+
+
+def test_learning_rates_reach_every_tensor_also_after_loading(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = stand_in_engine(monkeypatch)
+    batches = tiny_batches(2, "opt")
+    engine.step(batches[:1])
+    engine.save(tmp_path)
+    engine.load(tmp_path)
+    stale = [group["lr"] for group in engine.optimizer.param_groups]
+    engine.step(batches[1:])
+    groups = torchao_offload.inner_groups(engine.optimizer)
+    members = {id(tensor) for group in groups for tensor in group["params"]}
+    small = [p for p in engine.model.parameters() if p not in engine.optimizer.param_d2h_map]
+    assert members == {id(p) for p in [*small, *engine.optimizer.param_d2h_map.values()]}
+    assert {group["lr"] for group in groups} == {SETTINGS.learning_rate}  # the second step of the warm-up
+    assert stale[0] != SETTINGS.learning_rate
 
 
 @pytest.mark.gpu

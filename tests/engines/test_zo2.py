@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from engines import zo2
-from engines.base import Batch, Context, Dtype, StepStats, UserError, Workload
+from engines.base import Batch, Context, Dtype, InfeasiblePlan, StepStats, UserError, Workload
 from engines.costs.zo2 import resident_indices
 from engines.mezo import Mezo
 from engines.settings import MezoSettings, Zo2Settings
@@ -243,6 +245,28 @@ def test_residents_are_spread_and_cost_no_slab() -> None:
     assert everything.pinned_bytes == 0
     (batch,) = tiny_batches(1, "opt")
     assert everything.step([batch]).h2d_bytes == 0
+
+
+@pytest.mark.parametrize("resident_blocks", [0, 1])
+def test_too_little_host_memory_is_refused_before_anything_is_filled(
+    resident_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = (3 - resident_blocks) * 4 * tiny_blueprint("opt").shape.block_parameters
+    where = replace(context(), host_bytes=needed)
+    make_zo2(tiny_blueprint("opt"), where, resident_blocks=resident_blocks).close()  # just enough
+    blueprint, filled = tiny_blueprint("opt"), list[str]()
+    monkeypatch.setattr(blueprint, "fill", lambda name, out: filled.append(name))
+    missing = f"{1000 / 1e9:.3g} GB of host memory are missing: {3 - resident_blocks} streamed blocks"
+    with pytest.raises(InfeasiblePlan, match=re.escape(missing)):
+        make_zo2(blueprint, replace(where, host_bytes=needed - 1000), resident_blocks=resident_blocks)
+    assert filled == []
+
+
+def test_more_residents_than_blocks_means_all() -> None:
+    everything = make_zo2(tiny_blueprint("opt"), replace(context(), host_bytes=0), resident_blocks=99)
+    mezo = make_mezo(tiny_blueprint("opt"))
+    stats = assert_same_steps(mezo, everything, tiny_batches(2, "opt"))
+    assert {each.h2d_bytes for each in stats} == {0}
 
 
 def test_closing_twice_and_before_setup_is_allowed() -> None:

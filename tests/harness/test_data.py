@@ -392,3 +392,23 @@ def test_real_alpaca() -> None:
     assert "900 training and 99 held-out examples" in data.describe()
     for batch in [*data.evaluation, *data.step_batches(0)]:
         assert ((batch.inputs["labels"] != UNLABELLED).sum(1) >= 1).all()
+
+
+
+def test_built_in_reviews_stand_end_to_end_in_a_long_sequence() -> None:
+    data = data_of("builtin", seq_len=256)
+    known = {row.text for rows in builtin_reviews() for row in rows}
+    for batch in (*data.step_batches(0), *data.evaluation):
+        assert "attention_mask" not in batch.inputs
+        for ids, labels in zip(batch.inputs["input_ids"], batch.inputs["labels"], strict=True):
+            places = (labels != UNLABELLED).nonzero().flatten().tolist()
+            assert places
+            for place in places:
+                assert labels[place] == ids[place]
+                said = text_of(ids[:place])
+                assert said.endswith("\nThis is ")
+                assert said.removesuffix("\nThis is ").endswith(tuple(known))
+
+
+def test_built_in_reviews_stay_apart_in_a_short_sequence() -> None:
+    assert "attention_mask" in data_of("builtin", seq_len=64).step_batches(0)[0].inputs

@@ -1,0 +1,162 @@
+"""What `engines.costs` predicts of traffic and pinned memory is what the engines count and hold.
+
+The cost model sees a model as a `ModelShape`; the engines see its tensors. Here both look at one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from engines import load_engine, transfer
+from engines.base import Blueprint, Context, Dtype, StepStats, Workload
+from engines.costs import traffic
+from engines.settings import parse_settings
+from harness.data import make_data
+from harness.job import make_job
+from harness.models import make_blueprint
+from harness.shapes import NAMED_SHAPES, resolve_shape
+from tiny_models import SEQ_LEN, tiny_batches, tiny_blueprint
+
+FAMILIES = [
+    ("opt", True), ("opt", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False),
+    ("gpt2", True), ("gpt2", False), ("roberta", False), ("bert", False),
+]  # fmt: skip
+Method = tuple[str, dict[str, Any]]
+METHODS: list[Method] = [
+    ("native", {}),
+    ("mezo", {}),
+    ("zo2", {}),
+    ("zo2", {"resident_blocks": 1}),
+    ("lsp", {"d": 4}),
+    ("lsp", {"d": 512}),
+]
+VARIANTS: list[Method] = [
+    *METHODS,
+    ("zo2", {"resident_blocks": 3}),
+    ("lsp", {"d": 12}),
+    ("lsp", {"d": 8, "schedule_order": "sequential"}),
+    ("lsp", {"d": 8, "train_outer": False}),
+    ("lsp", {"d": 8, "offload": False}),
+]
+
+
+@contextmanager
+def running(
+    engine: str, values: dict[str, Any], blueprint: Blueprint, workload: Workload, device: str = "cpu"
+) -> Iterator[Any]:
+    """The engine after its set-up."""
+    if engine == "lsp":
+        values = {"r": 2, "learn_steps": 1, **values}
+    context = Context(device=device, workload=workload, seed=0, total_steps=4)
+    made = load_engine(engine)(parse_settings(engine, values), context)
+    try:
+        made.setup(blueprint)
+        yield made
+    finally:
+        made.close()
+
+
+def steps(made: Any, family: str, workload: Workload, count: int) -> list[StepStats]:
+    batches = tiny_batches(count * workload.accumulation, family, batch_size=workload.batch_size)
+    return [
+        made.step(batches[i * workload.accumulation : (i + 1) * workload.accumulation]) for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("engine", "values"), METHODS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_every_step_moves_what_the_cost_model_says(
+    family: str, tied: bool, engine: str, values: dict[str, Any], dtype: Dtype
+) -> None:
+    blueprint = tiny_blueprint(family, tied)
+    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype, checkpointing=False)
+    told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
+    with running(engine, values, blueprint, workload) as made:
+        for stats in steps(made, family, workload, count=2):
+            assert (stats.h2d_bytes, stats.d2h_bytes) == (told.h2d_bytes, told.d2h_bytes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("engine", "values"), VARIANTS, ids=lambda value: str(value))
+def test_accumulation_and_checkpointing_move_no_more(
+    engine: str, values: dict[str, Any], checkpointing: bool
+) -> None:
+    blueprint = tiny_blueprint("llama")
+    workload = Workload(
+        batch_size=1, seq_len=SEQ_LEN, accumulation=3, dtype="fp32", checkpointing=checkpointing
+    )
+    told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
+    with running(engine, values, blueprint, workload) as made:
+        (stats,) = steps(made, "llama", workload, count=1)
+    assert (stats.h2d_bytes, stats.d2h_bytes) == (told.h2d_bytes, told.d2h_bytes)
+
+
+def test_some_methods_do_move_something() -> None:
+    """Or all of the above would hold of a counter that never counts."""
+    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype="fp32")
+    shape = tiny_blueprint("opt").shape
+    zo2 = traffic("zo2", shape, workload, parse_settings("zo2", {}))
+    assert zo2.h2d_bytes == 3 * 4 * shape.block_parameters
+    lsp = traffic("lsp", shape, workload, parse_settings("lsp", {"d": 4}))
+    assert lsp.d2h_bytes == 4 * 3 * len(shape.matrices) * 4 * 4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("engine", "values"), VARIANTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("family", "tied"), [("opt", True), ("llama", False), ("gpt2", True), ("bert", False)]
+)
+def test_pinned_memory_is_what_the_cost_model_says(
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    tied: bool,
+    engine: str,
+    values: dict[str, Any],
+    dtype: Dtype,
+) -> None:
+    """A CPU pins nothing, so slabs are told here that they are pinned; their sizes are their own."""
+    original = transfer.HostSlab.__init__
+
+    def pinned(slab: Any, *args: Any, **kwargs: Any) -> None:
+        original(slab, *args, **kwargs)
+        slab.pinned = True
+
+    monkeypatch.setattr(transfer.HostSlab, "__init__", pinned)
+    blueprint = tiny_blueprint(family, tied)
+    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype)
+    told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
+    with running(engine, values, blueprint, workload) as made:
+        assert made.pinned_bytes == told.pinned_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("engine", "values"), VARIANTS, ids=lambda value: str(value))
+def test_pinned_memory_and_traffic_on_a_gpu(engine: str, values: dict[str, Any], dtype: Dtype) -> None:
+    blueprint = tiny_blueprint("llama")
+    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype, checkpointing=False)
+    told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
+    with running(engine, values, blueprint, workload, "cuda:0") as made:
+        for stats in steps(made, "llama", workload, count=3):
+            assert (stats.h2d_bytes, stats.d2h_bytes) == (told.h2d_bytes, told.d2h_bytes)
+        assert made.pinned_bytes == told.pinned_bytes
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED_SHAPES if name.startswith("tiny-")])
+@pytest.mark.parametrize(("engine", "values"), [("zo2", {}), ("lsp", {"d": 24, "r": 2, "learn_steps": 1})])
+def test_the_closed_form_of_a_named_shape_counts_what_its_model_holds(
+    name: str, engine: str, values: dict[str, Any]
+) -> None:
+    """Plans are made from the closed form alone, long before there is a model."""
+    model = {"name": name, "random_weights": True}
+    job = make_job({"model": model, "data": {"train": "random"}, "seq_len": 8, "dtype": "fp32"}, "test job")
+    shape = resolve_shape(job)
+    told = traffic(engine, shape, job.workload, parse_settings(engine, values))
+    with running(engine, values, make_blueprint(job, shape), job.workload) as made:
+        stats = made.step(make_data(job, shape).step_batches(0))
+    assert (stats.h2d_bytes, stats.d2h_bytes) == (told.h2d_bytes, told.d2h_bytes)
