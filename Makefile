@@ -26,7 +26,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
 
 # torch comes first and alone: a machine with a CPU build at hand then keeps it.
 $(VENV)/.installed: pyproject.toml constraints.txt

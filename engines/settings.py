@@ -220,7 +220,7 @@ def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
         why = first["msg"].removeprefix("Value error, ")
         known = ", ".join(field.name for field in fields(kind))
         raise UserError(
-            f"--set {key}={values.get(key, '')}" if key else f"settings of {engine}",
+            f"--set {key}={values.get(key, '')}" if key else f"engine {engine}",
             why,
             f"settings of {engine} are: {known}",
         ) from None

@@ -29,8 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 _cuda: Any = torch.cuda  # most of it is without annotations
 
-REGISTER_PIECE_BYTES = 4 * 2**30
-"""Most bytes registered by one call: the driver pins a piece in one go and reports nothing meanwhile."""
+TOUCH_PIECE_BYTES = 2**30
+"""Host memory is touched in pieces of this size, for its progress to be seen."""
 
 
 def now_s() -> float:
@@ -67,37 +67,38 @@ class HostSlab:
             # goes on with the old one. DONTFORK keeps the mapping out of children.
             _advise(mapping, advice)
         self._memory: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._unregister: weakref.finalize[[list[int]], HostSlab] | None = None
+        self._unregister: weakref.finalize[[int], HostSlab] | None = None
         if device.type == "cuda":
             self._pin(device, progress)
 
     def _pin(self, device: torch.device, progress: Progress | None) -> None:
         assert self._memory is not None
         _cuda.init()
-        registered: list[int] = []
+        what = "touching host memory to pin (bytes)"
+        for start in range(0, self.num_bytes, TOUCH_PIECE_BYTES):
+            piece = self._memory[start : start + TOUCH_PIECE_BYTES]
+            piece.fill_(0)  # with all threads; the driver would touch the pages with one
+            if progress is not None:
+                progress(what, start + piece.numel(), self.num_bytes)
+        # HAZARD: one registration for the whole slab. The driver refuses a copy that begins in one
+        # registration and ends in another (cudaErrorInvalidValue), and a view may lie anywhere.
+        pointer = self._memory.data_ptr()
         with _cuda.device(device):
-            for start in range(0, self.num_bytes, REGISTER_PIECE_BYTES):
-                piece = self._memory[start : start + REGISTER_PIECE_BYTES]
-                piece.fill_(0)  # touch the pages with all threads; the driver would with one
-                error = _register(piece.data_ptr(), piece.numel())
-                if error is not None:
-                    _unregister_all(registered)
-                    _clear_cuda_error(device)
-                    warnings.warn(
-                        f"{self.num_bytes / 1e9:.1f} GB of host memory cannot be pinned ({error}): copies to "
-                        "and from the GPU go through a staging buffer, two to four times slower and without "
-                        "overlap; raise the limit on locked memory (ulimit -l) or free host memory",
-                        PageableMemoryWarning,
-                        stacklevel=4,
-                    )
-                    return
-                registered.append(piece.data_ptr())
-                if progress is not None:
-                    progress("pinning host memory (bytes)", start + piece.numel(), self.num_bytes)
+            error = _register(pointer, self.num_bytes)
+        if error is not None:
+            _clear_cuda_error(device)
+            warnings.warn(
+                f"{self.num_bytes / 1e9:.1f} GB of host memory cannot be pinned ({error}): copies to "
+                "and from the GPU go through a staging buffer, two to four times slower and without "
+                "overlap; raise the limit on locked memory (ulimit -l) or free host memory",
+                PageableMemoryWarning,
+                stacklevel=4,
+            )
+            return
         self.pinned = True
         # HAZARD: memory must not be unmapped while registered, or a later mapping at the same address
         # cannot be pinned. The finalizer runs before the mapping goes, also without `close`.
-        self._unregister = weakref.finalize(self, _unregister_all, registered)
+        self._unregister = weakref.finalize(self, _unregister, pointer)
 
     def view(self, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor on the slab's memory. Raises `ValueError` outside the slab or off the dtype's grid."""
@@ -131,17 +132,14 @@ def _advise(mapping: mmap.mmap, advice: str) -> None:
 
 
 def _register(pointer: int, num_bytes: int) -> str | None:
-    """Pin a piece of host memory. The driver's reason if it refuses."""
+    """Pin host memory. The driver's reason if it refuses."""
     runtime = _cuda.cudart()
     code = int(runtime.cudaHostRegister(pointer, num_bytes, 0))
     return None if code == 0 else f"CUDA error {code}"
 
 
-def _unregister_all(pointers: list[int]) -> None:
-    runtime = _cuda.cudart()
-    for pointer in pointers:
-        runtime.cudaHostUnregister(pointer)
-    pointers.clear()
+def _unregister(pointer: int) -> None:
+    _cuda.cudart().cudaHostUnregister(pointer)
 
 
 def _clear_cuda_error(device: torch.device) -> None:

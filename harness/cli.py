@@ -179,8 +179,12 @@ def recommend(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Plan every method for a job on a machine: does it fit, how slow, what limits it, with which knobs."""
+    """Plan every method for a job on a machine: does it fit, how slow, what limits it, with which knobs.
+
+    A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing.
+    """
     from harness.line import find_machine, plan_job
+    from harness.shapes import resolve_shape
     from harness.show import console, plans_table
     from profiles.documents import to_json
     from profiles.recommend import why_first
@@ -192,8 +196,9 @@ def recommend(
     )  # fmt: skip
     names = _engine_names(engines)
     job = _job(given, set_, job_file, names)
+    shape = resolve_shape(job)
     machine = find_machine(profile, quiet=quiet)
-    shape, plans = plan_job(job, machine, names)
+    plans = plan_job(job, shape, machine, names)
     if as_json:
         typer.echo(to_json(tuple(plans)), nl=False)
     else:
@@ -233,7 +238,11 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run every plan, each in its own process, interleaved; one record per run, kept whatever happens."""
+    """Run every plan, each in its own process, interleaved; one record per run, kept whatever happens.
+
+    A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing, 10 steps after 3 of
+    warm-up, on the built-in data.
+    """
     from harness.line import compare_job
     from harness.show import console, runs_table
     from profiles.documents import to_json
@@ -406,8 +415,9 @@ def run(
 ) -> None:
     """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder.
 
-    What --set says goes before what --profile recommends, and that before the engine's defaults. The
-    folder keeps the knobs of its first start, also when it is resumed.
+    A job without flags or --job is 10 steps of batch 1 x 512 tokens in bf16, with checkpointing, seed 0,
+    on the built-in data. What --set says goes before what --profile recommends, and that before the engine's
+    defaults. The folder keeps the knobs of its first start, also when it is resumed.
     """
     from harness.line import training_settings
     from harness.show import Progress

@@ -36,10 +36,12 @@ def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None
     return launch_probe(quiet=quiet)
 
 
-def plan_job(job: Job, machine: Machine, engines: Sequence[str]) -> tuple[ModelShape, list[Plan]]:
-    """The model's shape and one plan per engine, the recommended first."""
-    shape = resolve_shape(job)
-    plans = recommend(
+def plan_job(job: Job, shape: ModelShape, machine: Machine, engines: Sequence[str]) -> list[Plan]:
+    """One plan per engine, the recommended first.
+
+    The shape is resolved by the caller, before the probe: a mistake in the job must not cost its time.
+    """
+    return recommend(
         machine,
         shape,
         job.workload,
@@ -49,7 +51,6 @@ def plan_job(job: Job, machine: Machine, engines: Sequence[str]) -> tuple[ModelS
         host_bytes=job.limits.host_bytes,
         job_arguments=job_arguments(job),
     )
-    return shape, plans
 
 
 def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, 
     """
     if profile is None:
         return dict(job.settings.get(engine, {}))
-    _, (plan,) = plan_job(job, load_machine(profile), [engine])
+    (plan,) = plan_job(job, resolve_shape(job), load_machine(profile), [engine])
     if not plan.fits:
         raise UserError(
             engine,
@@ -83,9 +84,10 @@ def compare_job(
 ) -> list[Run] | None:
     """Plan and run; `None` after a dry run. Keeps the machine beside the runs."""
     if not dry_run:
-        check_folder(out, resume=resume)  # before the probe, which takes its time
+        check_folder(out, resume=resume)
+    shape = resolve_shape(job)
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
-    shape, plans = plan_job(job, machine, engines)
+    plans = plan_job(job, shape, machine, engines)
     if dry_run:
         console().print(grid_table(grid(job, plans, rounds)))
         return None
@@ -111,13 +113,14 @@ def proof_of_concept(
     Exits 7 without a GPU if one is required.
     """
     notes = console(stderr=True, quiet=quiet)
-    in_use = check_folder(out, resume=resume)  # before the probe, which takes its time
+    in_use = check_folder(out, resume=resume)
+    shape = resolve_shape(job)
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
     if require_gpu and machine.gpu is None:
         sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
         raise typer.Exit(7)
     notes.print(machine_table(machine))
-    shape, plans = plan_job(job, machine, engines)
+    plans = plan_job(job, shape, machine, engines)
     notes.print(plans_table(shape, job, machine, plans))
     notes.print(why_first(plans))
     if criteria is None and not in_use and not (out / "criteria.toml").exists():

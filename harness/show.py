@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from engines import ENGINES, load_engine
@@ -58,7 +58,7 @@ class Progress:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
             transient=True,
@@ -75,7 +75,7 @@ class Progress:
 
     def print(self, line: str) -> None:
         """A line that stays, above the bars."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def clear(self, keep: str) -> None:
         """Take all bars away but that of `keep`."""
@@ -106,16 +106,16 @@ def plans_table(shape: ModelShape, job: Job, machine: Machine, plans: Sequence[P
     has_gpu = machine.gpu is not None
     batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
     title = (
-        f"{shape.name}, {format_parameters(shape.parameters)} parameters, {job.dtype}, batch "
-        f"{job.batch_size} x {job.seq_len} tokens{batches}. Predicted for: {machine.name}"
+        f"Predicted: {shape.name} ({format_parameters(shape.parameters)} parameters) in {job.dtype}, "
+        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {machine.name}"
     )
     headings = ["method", "fits", "step", "low to high", "GPU memory", "host memory", "limited by"]
     if not has_gpu:
         headings.remove("GPU memory")
-    table = _table(title, headings)
+    table = _table(headings)
     for plan in plans:
         table.add_row(plan.engine, *_plan_cells(plan, has_gpu))
-    return Group(table, _notes({plan.engine: _plan_notes(plan) for plan in plans}))
+    return Group(Text(title, style="bold"), table, _notes({plan.engine: _plan_notes(plan) for plan in plans}))
 
 
 def _plan_cells(plan: Plan, has_gpu: bool) -> list[str]:
@@ -142,7 +142,10 @@ def _plan_notes(plan: Plan) -> list[str]:
     told = " ".join(plan.reasons)
     unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
     notes = [*([", ".join(unexplained)] if unexplained else []), *plan.reasons]
-    return notes if plan.why_not is None else [f"does not fit: {plan.why_not}", *notes]
+    if plan.why_not is None:
+        return notes
+    verdict = "does not fit" if plan.available else "cannot run here"
+    return [f"{verdict}: {plan.why_not}", *notes]
 
 
 def _notes(notes: Mapping[str, Sequence[str]]) -> Table:
@@ -156,25 +159,25 @@ def _notes(notes: Mapping[str, Sequence[str]]) -> Table:
     return grid
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=Text(title), box=box.SIMPLE_HEAVY, title_justify="left", title_style="bold")
+def _table(headings: Sequence[str], whole: Collection[str] = ("method",)) -> Table:
+    """Columns of `whole` are never wrapped."""
+    table = Table(box=box.SIMPLE_HEAVY)
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in whole)
     return table
 
 
-def grid_table(cells: Sequence[Any]) -> Table:
+def grid_table(cells: Sequence[Any]) -> RenderableType:
     """What a sweep would run, in order."""
-    table = _table("Would run, in this order", ("id", "engine", "round", "settings"))
+    table = _table(("id", "round", "settings"), whole=("id",))
     for cell in cells:
         settings = ", ".join(f"{key}={value}" for key, value in cell.plan.settings.items())
         table.add_row(
             cell.id,
-            cell.plan.engine,
             str(cell.round),
             settings if cell.plan.fits else f"will not run: {cell.plan.why_not}",
         )
-    return table
+    return Group(Text("Would run, in this order", style="bold"), table)
 
 
 def runs_table(runs: Sequence[Run]) -> RenderableType:
@@ -185,10 +188,11 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     ]  # fmt: skip
     if not on_gpu:
         headings.remove("GPU memory")
-    table = _table("Measured", headings)
+    table = _table(headings, whole=("method", "end"))
     for run in runs:
         seen = run.summary
-        told = run.predicted.step_s if run.predicted is not None else None
+        hopeless = run.end_state == "not_available"
+        told = None if run.predicted is None or hopeless else run.predicted.step_s
         loss = (
             f"{seen.loss_first:.4g} to {seen.loss_last:.4g}"
             if seen.loss_first is not None and seen.loss_last is not None
@@ -207,7 +211,7 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         line = f"{run.end_state}: {run.end_reason}"
         if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
             reasons[run.engine].append(line)
-    return Group(table, _notes(reasons))
+    return Group(Text("Measured", style="bold"), table, _notes(reasons))
 
 
 def engines_rows() -> list[dict[str, Any]]:
@@ -230,7 +234,7 @@ def engines_json() -> str:
 
 def engines_table() -> RenderableType:
     rows = engines_rows()
-    table = _table("Engines", ("engine", "here", "what it does", "source"))
+    table = _table(("method", "here", "what it does", "source"))
     for row in rows:
         table.add_row(row["name"], "yes" if row["available"] else "no", row["summary"], row["source"])
     notes = {
@@ -240,7 +244,7 @@ def engines_table() -> RenderableType:
         ]
         for row in rows
     }
-    return Group(table, Text("  Knobs for --set, with their defaults:"), Text(), _notes(notes))
+    return Group(table, Text("Knobs for --set, with their defaults", style="bold"), _notes(notes))
 
 
 def models_rows() -> list[dict[str, Any]]:

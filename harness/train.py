@@ -201,8 +201,8 @@ def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progr
     sides = [min(matrix.rows, matrix.columns) for matrix in shape.matrices]
     if all(core_size(matrix, settings.d) == side for matrix, side in zip(shape.matrices, sides, strict=True)):
         progress.print(
-            f"note: d={settings.d} is as large as every weight matrix of {shape.name} (up to {max(sides)}), "
-            "so gradients are hardly compressed; set a smaller one with --set d=..., or give --profile"
+            f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {max(sides)} at most "
+            "on their smaller side; set a smaller one with --set d=..., or give --profile"
         )
 
 

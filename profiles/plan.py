@@ -19,7 +19,7 @@ class Prediction:
     h2d_bytes: int
     d2h_bytes: int
     bottleneck: str | None
-    """`gpu`, `h2d`, `d2h`, `cpu` or `host memory`."""
+    """`gpu`, `h2d`, `d2h`, `cpu` or `host memory`; `compute` and `copies` where there is no GPU."""
     basis: str
     """One sentence: what the numbers rest on."""
 

@@ -50,6 +50,9 @@ constants above were fitted to; another machine may be further off."""
 CPU_MODEL_ERROR = 2.0
 """Without a GPU operations are small and cores are shared, so the closed form is a guide only."""
 
+WITHOUT_GPU = {"gpu": "compute", "h2d": "copies", "d2h": "copies"}
+"""What the resources of a GPU and its link are where the CPU takes their part."""
+
 Side = Literal["low", "value", "high"]
 
 
@@ -97,6 +100,8 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         low = combine(times["high"], micro_batches) / error_factor
         high = combine(times["low"], micro_batches) * error_factor
         bottleneck = _bottleneck(busy_s(times["value"]), expected)
+        if not on_gpu and bottleneck is not None:
+            bottleneck = WITHOUT_GPU.get(bottleneck, bottleneck)
         basis = _basis(traffic, machine, workload)
     return Prediction(
         step_s_low=low,

@@ -273,7 +273,7 @@ class _Choice:
             return dict(self._override), ()
         blocks = self._shape.num_blocks
         if self._budget.gpu_bytes is None:
-            reason = "resident_blocks=0: no GPU, so that the blocks take the same way as they would with one"
+            reason = "resident_blocks=0: there is no GPU to keep them on; all go the way they would to one"
             return self._with(resident_blocks=0), (reason,)
         named = self._budget.gpu_named
         usable = int(self._budget.gpu_bytes * (1 if named else 1 - FREE_SHARE))
@@ -340,7 +340,7 @@ class _Choice:
         if self._machine.gpu is None:
             return (
                 largest,
-                f"d={largest}: half the hidden size at most; no GPU whose time copies could hide in",
+                f"d={largest}: the largest considered that fits; without a GPU copies have nowhere to hide",
             )
         for d in reversed(fitting):
             times = resource_s(self._lsp_cost(d), self._machine, self._workload)

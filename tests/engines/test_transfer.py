@@ -14,16 +14,14 @@ PAGE_BYTES = 4096
 
 
 class FakeRuntime:
-    """Stands for the CUDA runtime: registers pieces of memory, and refuses from the n-th on."""
+    """Stands for the CUDA runtime: registers memory, or refuses to."""
 
-    def __init__(self, refuse_from: int | None = None) -> None:
-        self.calls: list[tuple[int, int]] = []
+    def __init__(self) -> None:
         self.registered: dict[int, int] = {}
-        self.refuse_from = refuse_from
+        self.refuses = False
 
     def cudaHostRegister(self, pointer: int, num_bytes: int, flags: int) -> int:
-        self.calls.append((pointer, num_bytes))
-        if self.refuse_from is not None and len(self.calls) > self.refuse_from:
+        if self.refuses:
             return 2
         self.registered[pointer] = num_bytes
         return 0
@@ -41,7 +39,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     )
     monkeypatch.setattr(transfer, "_cuda", module)
     monkeypatch.setattr(transfer, "_clear_cuda_error", lambda device: None)
-    monkeypatch.setattr(transfer, "REGISTER_PIECE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(transfer, "TOUCH_PIECE_BYTES", PAGE_BYTES)
     return runtime
 
 
@@ -79,17 +77,13 @@ def test_a_slab_of_nothing_is_refused() -> None:
         HostSlab(0, CPU)
 
 
-def test_the_slab_is_registered_exactly_and_in_pieces(fake_cuda: FakeRuntime) -> None:
+def test_the_slab_is_registered_exactly_and_as_one(fake_cuda: FakeRuntime) -> None:
     told: list[tuple[int, int]] = []
     size = 2 * PAGE_BYTES + 100
     slab = HostSlab(size, torch.device("cuda", 0), lambda what, done, total: told.append((done, total)))
     start = slab.view(0, (1,), torch.uint8).data_ptr()
     assert slab.pinned
-    assert fake_cuda.registered == {
-        start: PAGE_BYTES,
-        start + PAGE_BYTES: PAGE_BYTES,
-        start + 2 * PAGE_BYTES: 100,
-    }
+    assert fake_cuda.registered == {start: size}
     assert told == [(PAGE_BYTES, size), (2 * PAGE_BYTES, size), (size, size)]
     slab.close()
     assert fake_cuda.registered == {}
@@ -103,17 +97,13 @@ def test_a_dropped_slab_is_unregistered(fake_cuda: FakeRuntime) -> None:
     assert fake_cuda.registered == {}
 
 
-@pytest.mark.parametrize("refuse_from", [0, 2])
-def test_memory_that_cannot_be_pinned_stays_pageable_with_one_warning(
-    fake_cuda: FakeRuntime, refuse_from: int
-) -> None:
-    fake_cuda.refuse_from = refuse_from
+def test_memory_that_cannot_be_pinned_stays_pageable_with_one_warning(fake_cuda: FakeRuntime) -> None:
+    fake_cuda.refuses = True
     with pytest.warns(PageableMemoryWarning, match="slower") as caught:
         slab = HostSlab(4 * PAGE_BYTES, torch.device("cuda", 0))
     assert len(caught) == 1
     assert not slab.pinned
     assert fake_cuda.registered == {}
-    assert len(fake_cuda.calls) == refuse_from + 1
     slab.view(0, (4,), torch.float32).fill_(1.0)
     slab.close()
 
@@ -209,3 +199,20 @@ def test_the_compute_clock_sees_the_gpu() -> None:
     assert seconds is not None
     assert seconds > 1e-4
     assert clock.take_s() == 0.0
+
+
+@pytest.mark.gpu
+def test_a_slab_of_many_pieces_is_copied_in_one_go() -> None:
+    device = torch.device("cuda", 0)
+    size = 3 * transfer.TOUCH_PIECE_BYTES
+    slab, link = HostSlab(size, device), Link(device)
+    try:
+        block = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
+        link.host_wait(link.download(block, slab.view(0, (size,), torch.uint8), after=link.record()))
+        back = torch.empty_like(block)
+        link.wait(link.upload(slab.view(0, (size,), torch.uint8), back))
+        assert slab.pinned
+        assert torch.equal(back, block)
+    finally:
+        link.synchronize()
+        slab.close()

@@ -132,6 +132,71 @@ def test_a_wrong_flag_is_one_line(
         assert word in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "--engine", "native,lsp", *TINY), ("native,lsp", "one method")),
+        (("run", "--engine", "scripted", *TINY), ("scripted", "one method")),
+        (("run", "--engine", "native", *TINY, "--resume"), ("--resume", "--out")),
+        (("compare", *TINY, "--resume"), ("--resume", "--out")),
+        (("poc", "--resume"), ("--resume", "--out")),
+        (("run", "--engine", "native", *TINY, "--profile", "missing.json"), ("missing.json",)),
+        (("run", "--engine", "native", *TINY, "--vram", "24"), ("--vram '24'", "24GB")),
+        (("recommend", "--model", "roberta-base", "--random-weights", "--head", "causal_lm"), ("encoder",)),
+    ],
+)
+def test_a_command_that_cannot_be_meant_is_one_line(
+    call, profile: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    more = ("--profile", profile) if arguments[0] == "recommend" else ()
+    said = one_line(call(*arguments, *more))
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [("probe", "--fast"), ("prob",), ("run",), ("compare", "--rounds", "0")]
+)
+def test_a_usage_error_exits_two(call, arguments: tuple[str, ...]) -> None:
+    done = call(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Traceback" not in done.err
+
+
+def test_a_job_file_takes_the_place_of_the_presets_model_as_a_whole(call, tmp_path: Path) -> None:
+    """Or the preset's random weights would go into the model that the file names."""
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\nname = "tiny-llama"\n')
+    assert "shape without weights" in one_line(call("poc", "--job", path, "--out", tmp_path / "out"))
+
+
+def test_what_is_in_the_way_is_found_before_the_probe(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def probe(**_: object) -> Machine:
+        raise AssertionError("it probed")
+
+    monkeypatch.setattr("harness.line.launch_probe", probe)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for command in (("poc",), ("compare", *TINY)):
+        assert "is not empty" in one_line(call(*command, "--out", tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "models", "--json"],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+
+
 @pytest.mark.parametrize("steps", ["0", "-1"])
 def test_steps_must_be_positive(call, profile: Path, steps: str) -> None:
     assert "steps" in one_line(call("compare", *TINY, "--steps", steps, "--profile", profile))
@@ -221,6 +286,24 @@ def test_flags_override_the_job_file(call, profile: Path, tmp_path: Path) -> Non
     (plan,) = json.loads(done.out)
     assert "--batch-size 3" in plan["verify_command"]
     assert "--seq-len 32" in plan["verify_command"]
+
+
+def test_recommend_says_who_comes_first_and_names_no_gpu_where_there_is_none(call, profile: Path) -> None:
+    said = call("recommend", *TINY, "--profile", profile).out
+    assert "comes first with" in said
+    assert "compute" in said
+    assert "GPU memory" not in said
+
+
+def test_run_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("run", "--engine", "native", *TINY, "--steps", "2", "--eval-batches", "1", "--out", out)
+    assert done.code == 0, done.err
+    assert done.out == f"{out / 'model'}\n"
+    assert "training 2/2: loss" in done.err
+    assert "after 2 steps: held-out loss" in done.err
+    again = call("run", "--engine", "native", *TINY, "--steps", "2", "--out", tmp_path / "two", "--quiet")
+    assert again.err == ""
 
 
 def test_recommend_prints_json_for_programs(call, profile: Path) -> None:

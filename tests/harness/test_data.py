@@ -394,7 +394,6 @@ def test_real_alpaca() -> None:
         assert ((batch.inputs["labels"] != UNLABELLED).sum(1) >= 1).all()
 
 
-
 def test_built_in_reviews_stand_end_to_end_in_a_long_sequence() -> None:
     data = data_of("builtin", seq_len=256)
     known = {row.text for rows in builtin_reviews() for row in rows}

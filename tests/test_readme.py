@@ -1,0 +1,100 @@
+"""README.md says what is true: its commands parse, its files are there, its table is made from the runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from harness.cli import app
+from reports.render import methods_table_markdown, published_folders
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```\w*\n.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
+LINES = [line.partition("#")[0].strip() for block in FENCED for line in block.splitlines()]
+COMMANDS = sorted({text for text in (*LINES, *INLINE) if re.match(r"(\.venv/bin/)?lspzo-bench\b", text)})
+TARGETS = sorted({text.split()[1] for text in (*LINES, *INLINE) if re.match(r"make \w", text)})
+TREE = next(block for block in FENCED if block.startswith("harness/"))
+
+
+def usage_error(arguments: list[str]) -> str | None:
+    """What the program would say of unknown commands and flags; with --help it does nothing else."""
+    result = CliRunner().invoke(app, [*arguments, "--help"])
+    return None if result.exit_code == 0 else result.output
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(COMMANDS) > 8
+    assert {"demo", "test"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_a_command_of_the_readme_parses(text: str) -> None:
+    _, *arguments = shlex.split(text.split(",")[0].replace("DIR", "out"))
+    assert usage_error(arguments) is None
+
+
+def test_a_wrong_flag_would_be_found() -> None:
+    assert "--modell" in str(usage_error(["poc", "--modell", "opt-1.3b"]))
+    assert "probes" in str(usage_error(["probes"]))
+
+
+def test_every_flag_that_the_readme_names_exists() -> None:
+    command: Any = typer.main.get_command(app)
+    commands = [command, *command.commands.values(), *command.commands["criteria"].commands.values()]
+    known = {flag for one in commands for parameter in one.params for flag in parameter.opts}
+    named = {flag for text in INLINE for flag in re.findall(r"(?<!\S)--[a-z-]+", text) if "pip" not in text}
+    assert named
+    assert named <= known, named - known
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_make_target_of_the_readme_exists(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def files_of_tree() -> list[str]:
+    """Paths in the annotated tree: a file belongs to the folder that its line, or one above, begins with."""
+    found: list[str] = []
+    folder = ""
+    for line in TREE.splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0]
+            found.append(folder)
+        for word in re.findall(r"(?<![\w./<])[\w/]+(?:\.py|/)(?=\s|$)", line):
+            if word != folder:
+                found.append(folder + word)
+    return found
+
+
+def test_the_tree_names_only_what_is_there() -> None:
+    found = files_of_tree()
+    assert {"harness/", "engines/costs/", "harness/worker.py", "profiles/probe/"} <= set(found)
+    missing = [path for path in found if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_results_is_made_from_the_published_runs() -> None:
+    match = re.search(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.DOTALL)
+    assert match is not None
+    results = ROOT / "reports" / "results"
+    if not any(results.glob("*/runs/*.json")):
+        assert match[1].strip() == ""
+        return
+    assert match[1].strip() == methods_table_markdown(published_folders(results)).strip()
