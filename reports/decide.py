@@ -263,6 +263,13 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
         lambda: _if_any(
             runs, lambda run: run.environment.gpu_name is None and run.end_state == "ok", "no_gpu"
         ),
+        lambda: _if_any(
+            runs,
+            lambda run: (
+                run.engine == "native" and run.end_state == "ok" and run.environment.gpu_name is not None
+            ),
+            "native_fits",
+        ),
         lambda: _about_emulation(runs),
         lambda: _about_commit(runs),
         lambda: _if_any(runs, lambda run: "wsl" in run.environment.platform.lower(), "wsl"),

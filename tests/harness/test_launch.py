@@ -50,7 +50,9 @@ def _nothing_left_behind(tmp_path: Path) -> Any:
 def time_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Puts the launcher's clock past every time limit."""
     late_s = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s[0], sleep=time.sleep)
+    clock = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + late_s[0], sleep=time.sleep, thread_time=time.thread_time
+    )
     monkeypatch.setattr(harness.launch, "time", clock)
 
     def jump() -> None:
