@@ -6,13 +6,15 @@ Nothing here measures or lays out a table. What does not need torch does not imp
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from engines.base import UserError
 from harness import __version__
+from harness.options import JobFlags, takes_job
 
 app = typer.Typer(
     name="lspzo-bench",
@@ -30,72 +32,10 @@ criteria_app = typer.Typer(
 )
 app.add_typer(criteria_app, name="criteria")
 
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="A hub id, a local folder, or a named shape (see `lspzo-bench models`)."),
-]
-RandomWeights = Annotated[
-    bool | None,
-    typer.Option(
-        "--random-weights/--pretrained",
-        help="Seeded random weights instead of a checkpoint. Named shapes need it.",
-        show_default=False,
-    ),
-]
-Untied = Annotated[
-    bool | None,
-    typer.Option("--untied/--as-published", help="Give the output head its own tensor.", show_default=False),
-]
-Head = Annotated[
-    Literal["auto", "causal_lm", "classification"] | None,
-    typer.Option("--head", help="What the model is trained for; auto goes by its family. [default: auto]"),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="random, builtin, or a file: .txt text, .tsv/.jsonl labelled, .json/.jsonl instructions.",
-    ),
-]
-EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out file of the same kind.")]
 Engines = Annotated[
     str | None,
     typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per micro-batch.")]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence.")]
-Accumulation = Annotated[int | None, typer.Option("--accumulation", help="Micro-batches per step.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Steps after the warm-up.")]
-WarmupSteps = Annotated[
-    int | None, typer.Option("--warmup-steps", help="First steps, kept and flagged but not counted.")
-]
-EvalBatches = Annotated[
-    int | None,
-    typer.Option("--eval-batches", help="Held-out batches evaluated before and after; 0 for none."),
-]
-DtypeOption = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None,
-    typer.Option("--dtype", help="Weights and forward pass."),
-]
-Checkpointing = Annotated[
-    bool | None,
-    typer.Option(
-        "--checkpointing/--no-checkpointing", help="Recompute activations in backward.", show_default=False
-    ),
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and perturbations.")]
-Vram = Annotated[str | None, typer.Option("--vram", help="Cap on GPU memory, such as 24GB or 8GiB.")]
-HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Cap on a run's host memory.")]
-Timeout = Annotated[
-    float | None, typer.Option("--timeout", help="Seconds one run may take, set-up included.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it."
-    ),
-]
-JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
 Profile = Annotated[
     Path | None, typer.Option("--profile", help="A machine as JSON from `probe`. [default: probe now]")
 ]
@@ -158,23 +98,10 @@ def probe(
 
 
 @app.command()
+@takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout"))
 def recommend(
-    model: Model = None,
-    random_weights: RandomWeights = None,
-    untied: Untied = None,
-    head: Head = None,
+    flags: JobFlags,
     engines: Engines = None,
-    data: Data = None,
-    eval_data: EvalData = None,
-    batch_size: BatchSize = None,
-    seq_len: SeqLen = None,
-    accumulation: Accumulation = None,
-    dtype: DtypeOption = None,
-    checkpointing: Checkpointing = None,
-    vram: Vram = None,
-    host_memory: HostMemory = None,
-    set_: Set = None,
-    job_file: JobFile = None,
     profile: Profile = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -189,13 +116,8 @@ def recommend(
     from profiles.documents import to_json
     from profiles.recommend import why_first
 
-    given = _given(
-        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
-        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, dtype=dtype,
-        checkpointing=checkpointing, vram=vram, host_memory=host_memory,
-    )  # fmt: skip
     names = _engine_names(engines)
-    job = _job(given, set_, job_file, names)
+    job = flags.job(names)
     shape = resolve_shape(job)
     machine = find_machine(profile, quiet=quiet)
     plans = plan_job(job, shape, machine, names)
@@ -207,28 +129,10 @@ def recommend(
 
 
 @app.command()
+@takes_job()
 def compare(
-    model: Model = None,
-    random_weights: RandomWeights = None,
-    untied: Untied = None,
-    head: Head = None,
+    flags: JobFlags,
     engines: Engines = None,
-    data: Data = None,
-    eval_data: EvalData = None,
-    batch_size: BatchSize = None,
-    seq_len: SeqLen = None,
-    accumulation: Accumulation = None,
-    steps: Steps = None,
-    warmup_steps: WarmupSteps = None,
-    eval_batches: EvalBatches = None,
-    dtype: DtypeOption = None,
-    checkpointing: Checkpointing = None,
-    seed: Seed = None,
-    vram: Vram = None,
-    host_memory: HostMemory = None,
-    timeout: Timeout = None,
-    set_: Set = None,
-    job_file: JobFile = None,
     profile: Profile = None,
     rounds: Rounds = 2,
     criteria: Criteria = None,
@@ -247,14 +151,8 @@ def compare(
     from harness.show import console, runs_table
     from profiles.documents import to_json
 
-    given = _given(
-        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
-        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
-        warmup_steps=warmup_steps, eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing,
-        seed=seed, vram=vram, host_memory=host_memory, timeout=timeout,
-    )  # fmt: skip
     names = _engine_names(engines)
-    job = _job(given, set_, job_file, names)
+    job = flags.job(names)
     folder = _folder(out, "compare", job.model.name, resume)
     runs = compare_job(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
@@ -314,29 +212,11 @@ def criteria_init(
 
 
 @app.command()
+@takes_job()
 def poc(
-    model: Model = None,
-    random_weights: RandomWeights = None,
-    untied: Untied = None,
-    head: Head = None,
+    flags: JobFlags,
     preset: Preset = "quick",
     engines: Engines = None,
-    data: Data = None,
-    eval_data: EvalData = None,
-    batch_size: BatchSize = None,
-    seq_len: SeqLen = None,
-    accumulation: Accumulation = None,
-    steps: Steps = None,
-    warmup_steps: WarmupSteps = None,
-    eval_batches: EvalBatches = None,
-    dtype: DtypeOption = None,
-    checkpointing: Checkpointing = None,
-    seed: Seed = None,
-    vram: Vram = None,
-    host_memory: HostMemory = None,
-    timeout: Timeout = None,
-    set_: Set = None,
-    job_file: JobFile = None,
     profile: Profile = None,
     rounds: Rounds = 2,
     criteria: Criteria = None,
@@ -353,15 +233,9 @@ def poc(
     from reports.decide import exit_code, parse_fail_on
 
     gates = parse_fail_on(fail_on)
-    given = _given(
-        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
-        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
-        warmup_steps=warmup_steps, eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing,
-        seed=seed, vram=vram, host_memory=host_memory, timeout=timeout,
-    )  # fmt: skip
     names = _engine_names(engines)
     base = preset_values(preset, has_gpu=open_device() is not None) if preset else {}
-    job = _job(given, set_, job_file, names, base)
+    job = flags.job(names, base)
     folder = _folder(out, "poc", job.model.name, resume)
     verdict, runs = proof_of_concept(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
@@ -376,25 +250,10 @@ def poc(
 
 
 @app.command()
+@takes_job(without=("warmup_steps", "host_memory", "timeout"))
 def run(
+    flags: JobFlags,
     engine: Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")],
-    model: Model = None,
-    random_weights: RandomWeights = None,
-    untied: Untied = None,
-    head: Head = None,
-    data: Data = None,
-    eval_data: EvalData = None,
-    batch_size: BatchSize = None,
-    seq_len: SeqLen = None,
-    accumulation: Accumulation = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
-    eval_batches: EvalBatches = None,
-    dtype: DtypeOption = None,
-    checkpointing: Checkpointing = None,
-    seed: Seed = None,
-    vram: Vram = None,
-    set_: Set = None,
-    job_file: JobFile = None,
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -422,16 +281,10 @@ def run(
     from harness.line import training_settings
     from harness.show import Progress
 
-    given = _given(
-        model=model, random_weights=random_weights, untied=untied, head=head, data=data,
-        eval_data=eval_data, batch_size=batch_size, seq_len=seq_len, accumulation=accumulation, steps=steps,
-        eval_batches=eval_batches, dtype=dtype, checkpointing=checkpointing, seed=seed, vram=vram,
-    )  # fmt: skip
-    given["warmup_steps"] = 0
     names = _engine_names(engine)
     if len(names) > 1 or names == ["scripted"]:
         raise UserError(f"--engine {engine}", "is not one method that trains", "see 'lspzo-bench engines'")
-    job = _job(given, set_, job_file, names)
+    job = replace(flags.job(names), warmup_steps=0)
     folder = _folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
 
@@ -473,63 +326,6 @@ def main() -> None:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """The job fields that the user gave, nested as `harness.job.Job` has them."""
-    from profiles.units import parse_bytes
-
-    given = {name: value for name, value in flags.items() if value is not None}
-    nested: dict[str, Any] = {}
-    if "model" in given:
-        nested.setdefault("model", {})["name"] = given.pop("model")
-    for name in ("random_weights", "untied", "head"):
-        if name in given:
-            nested.setdefault("model", {})[name] = given.pop(name)
-    for flag, name in (("data", "train"), ("eval_data", "evaluate")):
-        if flag in given:
-            nested.setdefault("data", {})[name] = given.pop(flag)
-    for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
-        if flag in given:
-            option = f"--{flag.replace('_', '-')}"
-            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag), option)
-    if "timeout" in given:
-        nested.setdefault("limits", {})["timeout_s"] = given.pop("timeout")
-    return {**given, **nested}
-
-
-def _job(
-    given: dict[str, Any],
-    assignments: list[str] | None,
-    job_file: Path | None,
-    engines: list[str],
-    base: dict[str, Any] | None = None,
-) -> Any:
-    """Preset, then job file, then flags; the later wins field by field, but a preset's model as a whole."""
-    from harness.job import job_values, make_job
-    from harness.knobs import parse_assignments
-
-    values: dict[str, Any] = dict(base or {})
-    layers = [*([] if job_file is None else [job_values(job_file)]), given]
-    if any(isinstance(layer.get("model"), dict) and "name" in layer["model"] for layer in layers):
-        values.pop("model", None)
-    for layer in layers:
-        values = _merged(values, layer)
-    if assignments:
-        values = _merged(values, {"settings": parse_assignments(assignments, engines)})
-    if "name" not in values.setdefault("model", {}):
-        raise UserError(
-            "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
-        )
-    return make_job(values, "job")
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
 
 
 def _engine_names(engines: str | None) -> list[str]:
