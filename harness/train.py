@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-import torch
 from safetensors import SafetensorError
 
 from engines import load_engine
@@ -41,9 +40,8 @@ from harness.job import Job, load_job, save_job
 from harness.models import export_model, make_blueprint
 from harness.shapes import resolve_shape
 from harness.show import Progress
-from harness.worker import classify
+from harness.worker import classify, prepare_torch, usable_host_bytes
 from profiles.documents import read_document, to_json, write_whole
-from profiles.limits import usable_cores
 
 SCHEMA_VERSION = 1
 """Of engine.json. 1: first version (0.1.0)."""
@@ -123,18 +121,13 @@ def train(
 
 
 def _context(job: Job, progress: Progress) -> Context:
-    # Explicit: torch would take every core of the host inside a container.
-    torch.set_num_threads(usable_cores().count)
-    cuda = torch.cuda.is_available()
-    if cuda and job.limits.vram_bytes is not None:
-        total_bytes = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.limits.vram_bytes / total_bytes), 0)
     return Context(
-        device="cuda:0" if cuda else "cpu",
+        device=prepare_torch(job.limits.vram_bytes),
         workload=job.workload,
         seed=job.seed,
         total_steps=job.steps,
         vram_bytes=job.limits.vram_bytes,
+        host_bytes=usable_host_bytes(job.limits.host_bytes),
         progress=progress.update,
     )
 

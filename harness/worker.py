@@ -127,12 +127,12 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
     needs_torch = getattr(engine_class, "needs_torch", True)
     settings = parse_settings(plan.engine, {**plan.settings, **job.settings.get(plan.engine, {})})
     context = Context(
-        device=_prepare_torch(job.limits.vram_bytes) if needs_torch else "cpu",
+        device=prepare_torch(job.limits.vram_bytes) if needs_torch else "cpu",
         workload=job.workload,
         seed=job.seed,
         total_steps=job.warmup_steps + job.steps,
         vram_bytes=job.limits.vram_bytes,
-        host_bytes=_host_bytes(job.limits.host_bytes),
+        host_bytes=usable_host_bytes(job.limits.host_bytes),
         progress=on_progress,
     )
     on_progress("importing", 1, 1)
@@ -166,13 +166,13 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
         engine.close()
 
 
-def _host_bytes(limit_bytes: int | None) -> int:
+def usable_host_bytes(limit_bytes: int | None) -> int:
     """Host memory that this run may still take: what is available, held to the job's limit."""
     available_bytes = host_memory().available_bytes
     return available_bytes if limit_bytes is None else min(available_bytes, limit_bytes)
 
 
-def _prepare_torch(vram_bytes: int | None) -> str:
+def prepare_torch(vram_bytes: int | None) -> str:
     """Threads and the cap on GPU memory; the device to run on. Imports torch.
 
     The cap holds torch's allocator; CUDA's own context, some 0.5 GB, comes on top.
