@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from engines import load_engine
 from engines.base import UserError
 from harness import train as module
+from harness import worker
 from harness.job import Job, make_job
 from harness.line import training_settings
 from harness.show import Progress
@@ -42,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two would wait for each other where other tests run beside these, and be slower than one."""
-    monkeypatch.setattr(module, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
+    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
