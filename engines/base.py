@@ -218,7 +218,8 @@ class StepStats:
     """What an engine says of one step. `None` is 'not measured'."""
 
     loss: float
-    """Mean loss over the step's labelled positions, before the update. ZO: mean of both forwards."""
+    """Mean of the micro-batches' losses before the update, each the mean over its own labelled positions.
+    ZO: mean of both forwards."""
     h2d_bytes: int = 0
     d2h_bytes: int = 0
     gpu_s: float | None = None

@@ -21,6 +21,8 @@ TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and module of the model's row of blocks: its longest `ModuleList` of one class.
 
+    Lists inside a block, such as the experts of a mixture, do not count, however long they are.
+
     Raises `UserError` for a model without one, and for an encoder-decoder, which has two.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -32,6 +34,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     best: tuple[str, nn.ModuleList] | None = None
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if best is not None and path.startswith(f"{best[0]}."):
             continue
         if len({type(block) for block in module}) == 1 and (best is None or len(module) > len(best[1])):
             best = (path, module)
@@ -121,6 +125,8 @@ class EvaluationSum:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         correct, labelled = count_correct(logits, labels)
+        if labelled == 0:
+            return  # the mean loss over nothing is NaN, which a weight of zero does not take away
         self._loss += float(loss) * labelled
         self._correct += correct
         self._labels += labelled
@@ -138,11 +144,12 @@ def evaluate_on_device(model: nn.Module, batches: Iterable[Batch], device: torch
     """Evaluation of a model whose weights are all on `device`. Restores the training mode."""
     was_training = model.training
     model.eval()
+    arguments = without_cache(model)
     total = EvaluationSum()
     with torch.no_grad():
         for batch in batches:
             inputs = to_device(batch, device)
-            output = model(**inputs)
+            output = model(**inputs, **arguments)
             total.add(output.loss, output.logits, inputs["labels"])
     model.train(was_training)
     return total.result()

@@ -35,7 +35,7 @@ and GPU round differently; so it is no check of Adam's arithmetic, which a test 
 Deviations from the paper, and choices where it is silent:
 
 - The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
-- A check whose round of learning is out of time keeps the old pair.
+- A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
 - What is not a matrix of a block (embeddings, head, norms, biases) is trained by AdamW on the device as in
   native, or frozen with `train_outer=False`. So is a block's matrix that has a second place in the model.
 - Micro-batches accumulate in the subspace: the core of the sum is the sum of the cores.
@@ -114,7 +114,7 @@ class Check:
     """That of the new pair; `None` if the pair was kept."""
     learn_steps: int = 0
     stop: StopReason | None = None
-    """Why learning ended; `None` if the pair passed. `timeout` without a learned bias: no time was left."""
+    """Why learning ended; `None` if the pair passed. `timeout` without a learned bias: too little time."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -131,7 +131,7 @@ class _Matrix:
     state: CoreState
     """Adam's moments, and the core's place on the host."""
     generation: int = 0
-    """How many pairs it has had; seeds the next."""
+    """How many pairs have been drawn since its first; seeds the next."""
     has_gradient: bool = False
     """The core holds gradient of the current step."""
     pending: CoreUpdate | None = None
@@ -150,7 +150,7 @@ class Lsp:
         self.link = Link(self.device)
         self.steps_done = 0
         self._clock = now_s
-        self._round_end_s = math.inf
+        self._learning_left_s = 0.0
         self._is_last_micro_batch = False
         self._learning_rate = 0.0
         self._step_h2d_bytes = 0
@@ -285,7 +285,7 @@ class Lsp:
         """
         self._learning_rate = learning_rate_at(self.steps_done, self.settings, self.context.total_steps)
         self._step_h2d_bytes = self._step_d2h_bytes = 0
-        self._round_end_s = self._clock() + self.settings.learn_timeout_s
+        self._learning_left_s = self.settings.learn_timeout_s
         self._finite.fill_(True)
         total = torch.zeros((), device=self.device)
         for index, loss in accumulate_gradients(self.model, batches, self.device):
@@ -392,12 +392,12 @@ class Lsp:
         if not found > self.settings.alpha:  # also where the gradient is not finite; the step will say so
             matrix.checks.append(Check(step=self.steps_done, bias=found))
             return
-        time_left_s = self._round_end_s - self._clock()
-        if time_left_s <= 0:
+        if self._learning_left_s <= 0:
             matrix.checks.append(Check(step=self.steps_done, bias=found, stop="timeout"))
             return
         matrix.generation += 1
         left, right = self._draw(matrix.name, matrix.parameter, matrix.left.d, matrix.generation)
+        begin_s = self._clock()
         learned = learn(
             gradient,
             left,
@@ -406,9 +406,15 @@ class Lsp:
             beta=self.settings.learn_beta,
             steps=self.settings.learn_steps,
             rate=self.settings.learn_rate,
-            time_limit_s=time_left_s,
+            time_limit_s=self._learning_left_s,
             clock=self._clock,
         )
+        self._learning_left_s -= self._clock() - begin_s
+        if learned.stop == "timeout" and learned.bias_after >= found:
+            matrix.checks.append(
+                Check(step=self.steps_done, bias=found, learn_steps=learned.steps, stop="timeout")
+            )
+            return
         if matrix.state.updates > 0:
             self._transport(matrix, learned.left, learned.right)
         matrix.left, matrix.right = learned.left, learned.right

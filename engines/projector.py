@@ -21,9 +21,9 @@ Where the paper and the official code disagree, or the paper disagrees with itse
   gradient's scale, and it returns the best values it saw, since Adam's last are not always its best.
 
 An unlearned pair never passes an alpha below one: with these initial values P P^T is not normalised, and
-the relative bias is about sqrt((1 + m/d)(1 + n/d) - 1), 2.8 at d = m/2 = n/2. The first check of a matrix
-therefore always leads to learning. Where learning is cut short, Adam hides the pair's scale, not its
-direction.
+the relative bias is about sqrt(a b - 1) with a = 1 + 2/r + m/d and b = 1 + 2/r + n/d, 3.4 at d = m/2 = n/2
+and r = 4. The first check of a matrix therefore always leads to learning. Where learning is cut short, Adam
+hides the pair's scale, not its direction.
 
 This version scatters P and Q into dense matrices and multiplies; `compress` and `decompress` are the
 seam for kernels whose cost follows the nonzeros.

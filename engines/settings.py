@@ -90,6 +90,8 @@ class LspSettings(AdamWSettings):
         _require(self.alpha > 0, "alpha", "must be positive")
         _require(self.check_every > 0, "check_every", "must be positive")
         _require(self.learn_steps >= 0, "learn_steps", "must not be negative")
+        _require(self.learn_rate > 0, "learn_rate", "must be positive")
+        _require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         _require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
 
 

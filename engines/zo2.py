@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, UserError
 from engines.blocks import (
     TORCH_DTYPE,
+    BlockCall,
     BlockDriver,
     EvaluationSum,
-    Recording,
     bind,
     find_blocks,
     first_names,
@@ -292,18 +292,18 @@ class Zo2:
         self._clock.start()
         inputs = [to_device(batch, self.device) for batch in batches]
         self._update_outer()
-        entered: dict[int, list[Recording]] = {}
+        hidden: dict[int, list[Tensor]] = {}
+        calls: dict[int, list[Sequence[BlockCall]]] = {}
         for sign in (1, -1):
             self._outer.perturb(self._seed, self._step, sign * eps)
-            entered[sign] = [self._driver.record(each) for each in inputs]
+            hidden[sign], calls[sign] = self._enter(inputs)
         self._clock.stop()
 
-        hidden = {sign: [each.hidden for each in entered[sign]] for sign in (1, -1)}
         for index, group in self._visit(download=True):
             for sign in (1, -1):
                 group.perturb(self._seed, self._step, sign * eps)
-                for i, recording in enumerate(entered[sign]):
-                    hidden[sign][i] = self._driver.run(index, recording.calls[index], hidden[sign][i])
+                for i, each_calls in enumerate(calls[sign]):
+                    hidden[sign][i] = self._driver.run(index, each_calls[index], hidden[sign][i])
 
         self._clock.start()
         losses = LossPair(self.device)
@@ -335,12 +335,11 @@ class Zo2:
             inputs = [to_device(batch, self.device) for batch in group]
             self._update_outer()
             self._outer.show_weights()
-            entered = [self._driver.record(each) for each in inputs]
-            hidden = [each.hidden for each in entered]
+            hidden, calls = self._enter(inputs)
             for index, block in self._visit(download=self._pending is not None):
                 block.show_weights()
-                for i, recording in enumerate(entered):
-                    hidden[i] = self._driver.run(index, recording.calls[index], hidden[i])
+                for i, each_calls in enumerate(calls):
+                    hidden[i] = self._driver.run(index, each_calls[index], hidden[i])
             for each, last in zip(inputs, hidden, strict=True):
                 output = self._driver.finish(each, last)
                 total.add(output.loss, output.logits, each["labels"])
@@ -377,6 +376,16 @@ class Zo2:
         if hasattr(self, "_stream"):
             self.synchronize()
             self._stream.close()
+
+    def _enter(
+        self, inputs: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
+        """Each micro-batch's hidden state before the first block, and what its blocks are called with.
+
+        Apart, so that a hidden state goes as soon as a block has made the next of it.
+        """
+        entered = [self._driver.record(each) for each in inputs]
+        return [each.hidden for each in entered], [each.calls for each in entered]
 
     def _visit(self, *, download: bool) -> Iterator[tuple[int, TensorGroup]]:
         """Each block with the pending update applied, and the compute clock running. To be run to its end.

@@ -234,12 +234,16 @@ def poc(
 
     gates = parse_fail_on(fail_on)
     names = _engine_names(engines)
-    base = preset_values(preset, has_gpu=open_device() is not None) if preset else {}
-    job = flags.job(names, base)
+    # The driver's word; whether torch can use the GPU shows when it is probed.
+    on_gpu, on_cpu = (
+        flags.job(names, preset_values(preset, has_gpu=has_gpu) if preset else {})
+        for has_gpu in (True, False)
+    )
+    job = on_gpu if open_device() is not None else on_cpu
     folder = _folder(out, "poc", job.model.name, resume)
     verdict, runs = proof_of_concept(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        require_gpu=require_gpu,
+        require_gpu=require_gpu, without_gpu=on_cpu,
     )  # fmt: skip
     typer.echo(f"{verdict.state}: {verdict.sentence}")
     typer.echo(str(folder / "report.html"))

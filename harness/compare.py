@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +32,9 @@ from harness.result import (
     save_run,
 )
 from harness.worker import Request
-from profiles.documents import adapter, read_document, to_json, write_whole
+from profiles.documents import NewerDocument, adapter, write_whole
 from profiles.nvml import open_device
-from profiles.plan import Plan
-
-PLANS_VERSION = 1
-"""Schema version of plans.json."""
+from profiles.plan import Plan, load_plans, save_plans
 
 WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml"})
 """Files that may lie in a new folder for results."""
@@ -84,12 +81,6 @@ class Ended:
 Event = Planned | Started | Progress | Stepped | Ended
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plans:
-    plans: tuple[Plan, ...]
-    schema_version: int = PLANS_VERSION
-
-
 def grid(job: Job, plans: Sequence[Plan], rounds: int) -> list[Cell]:
     """Every plan once per round, each round in the reverse order of the one before (A B B A).
 
@@ -128,21 +119,23 @@ def compare(
     that has a plan in `out` keeps it, for its runs to be alike. `before_first` is called once `out` is
     known to be usable.
 
-    Raises `UserError` if `out` is in use, was made for another job or other criteria, or cannot be
-    written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
+    Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
+    cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
     """
     if check_folder(out, resume=resume):
         plans = _check_resumed(job, plans, out)
     cells = grid(job, plans, rounds)
+    kept, again = _find_records(cells, out)
+    environment = read_environment()
+    if len(kept) < len(cells):
+        _check_same_machine(kept.values(), environment, out)
     criteria_sha256 = _settle_criteria(criteria, out)
     _write_intent(job, plans, out)
     shutil.rmtree(out / WORK, ignore_errors=True)  # of a sweep that was killed
     before_first()
 
-    kept, again = _find_records(cells, out)
     to_run = tuple(cell.id for cell in cells if cell.id not in kept)
     on_event(Planned(kept=tuple(cell.id for cell in cells if cell.id in kept), to_run=to_run, again=again))
-    environment = read_environment()
     device = open_device()
     runs: list[Run] = []
     for index, cell in enumerate(cells):
@@ -170,6 +163,15 @@ def compare(
         if outcome.by_user:
             raise KeyboardInterrupt
     return runs
+
+
+def missing(job: Job, plans: Sequence[Plan], out: Path, *, rounds: int, resume: bool) -> list[Cell]:
+    """The cells that `compare` would run with the same arguments. Writes nothing; raises as it does."""
+    if check_folder(out, resume=resume):
+        plans = _check_resumed(job, plans, out)
+    cells = grid(job, plans, rounds)
+    kept, _ = _find_records(cells, out)
+    return [cell for cell in cells if cell.id not in kept]
 
 
 def check_folder(out: Path, *, resume: bool) -> bool:
@@ -273,7 +275,7 @@ def _earlier_plans(out: Path) -> tuple[Plan, ...]:
     path = out / "plans.json"
     if not path.exists():  # killed before it was written, so before the first run
         return ()
-    return read_document(path, _Plans, PLANS_VERSION, "list of plans").plans
+    return load_plans(path)
 
 
 def _write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
@@ -282,7 +284,7 @@ def _write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
         save_job(job, out / "job.toml")
     engines = {plan.engine for plan in plans}
     others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
-    write_whole(out / "plans.json", to_json(_Plans(plans=(*others, *plans))))
+    save_plans([*others, *plans], out / "plans.json")
 
 
 def _settle_criteria(criteria: Path | None, out: Path) -> str | None:
@@ -325,7 +327,10 @@ def _read_criteria(path: Path) -> str:
 
 
 def _find_records(cells: Sequence[Cell], out: Path) -> tuple[dict[str, Run], dict[str, str]]:
-    """Records that count, by id, and for those that do not, why."""
+    """Records that count, by id, and for those that do not, why.
+
+    Raises `UserError` for one that a newer version wrote: it is a result, and to repeat it would lose it.
+    """
     kept: dict[str, Run] = {}
     again: dict[str, str] = {}
     for cell in cells:
@@ -334,6 +339,8 @@ def _find_records(cells: Sequence[Cell], out: Path) -> tuple[dict[str, Run], dic
             continue
         try:
             run = load_run(path)
+        except NewerDocument:
+            raise
         except UserError as error:
             again[cell.id] = error.why
             continue
@@ -342,6 +349,20 @@ def _find_records(cells: Sequence[Cell], out: Path) -> tuple[dict[str, Run], dic
         else:
             kept[cell.id] = run
     return kept, again
+
+
+def _check_same_machine(kept: Iterable[Run], now: Environment, out: Path) -> None:
+    """Runs on another machine or torch could not be reported beside the kept ones: refused before their time
+    is spent."""
+    for run in kept:
+        for field in ("gpu_name", "gpu_driver", "cpu", "cores_usable", "torch"):
+            before, here = getattr(run.environment, field), getattr(now, field)
+            if run.end_state == "ok" and before != here:
+                raise UserError(
+                    f"--resume {out}",
+                    f"its runs differ from here in '{field}' (was {before}, is now {here})",
+                    "go on where it was begun, or name another --out",
+                )
 
 
 def _first_difference(before: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,8 +84,12 @@ class Job:
         for name in ("warmup_steps", "eval_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
-        if self.limits.timeout_s <= 0:
-            raise ValueError("limits.timeout_s must be positive")
+        if not 0 < self.limits.timeout_s < math.inf:
+            raise ValueError("limits.timeout_s must be positive and finite")
+        for name in ("vram_bytes", "host_bytes"):
+            limit = getattr(self.limits, name)
+            if limit is not None and limit <= 0:
+                raise ValueError(f"limits.{name} must be positive")
 
     @property
     def workload(self) -> Workload:

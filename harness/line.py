@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import typer
 
 from engines.base import ModelShape, UserError
-from harness.compare import check_folder, compare, grid
+from harness.compare import check_folder, compare, missing
 from harness.job import Job
 from harness.launch import launch_probe
 from harness.result import Run
@@ -22,18 +23,23 @@ from profiles.machine import Machine, load_machine, save_machine
 from profiles.plan import Plan
 from profiles.recommend import recommend, why_first
 from profiles.show import machine_table
-from reports.criteria import init_text
+from reports.criteria import init_text, load_criteria
 from reports.decide import Verdict
 from reports.render import write_report
 
 
 def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None) -> Machine:
-    """The machine of `profile`, else the one saved at `known`, else this one, measured now."""
+    """The machine of `profile`, else the one saved at `known`, else this one, measured now.
+
+    A GPU that torch cannot use here (its driver is too old, say) is hidden from this process and its
+    children from then on: NVML would name it, and runs on the CPU would be recorded as runs on it.
+    """
     if profile is not None:
         return load_machine(profile)
-    if known is not None and known.exists():
-        return load_machine(known)
-    return launch_probe(quiet=quiet)
+    machine = load_machine(known) if known is not None and known.exists() else launch_probe(quiet=quiet)
+    if machine.gpu is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return machine
 
 
 def plan_job(job: Job, shape: ModelShape, machine: Machine, engines: Sequence[str]) -> list[Plan]:
@@ -83,13 +89,13 @@ def compare_job(
     quiet: bool,
 ) -> list[Run] | None:
     """Plan and run; `None` after a dry run. Keeps the machine beside the runs."""
-    if not dry_run:
-        check_folder(out, resume=resume)
+    check_folder(out, resume=resume)
+    _check_criteria(criteria, out)
     shape = resolve_shape(job)
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
     plans = plan_job(job, shape, machine, engines)
     if dry_run:
-        console().print(grid_table(grid(job, plans, rounds)))
+        console().print(grid_table(missing(job, plans, out, rounds=rounds, resume=resume)))
         return None
     return _measure(
         job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
@@ -107,28 +113,42 @@ def proof_of_concept(
     resume: bool,
     quiet: bool,
     require_gpu: bool,
+    without_gpu: Job,
 ) -> tuple[Verdict, list[Run]]:
     """Probe, recommend, compare, report; by the default criteria if none are given.
 
-    Exits 7 without a GPU if one is required.
+    `without_gpu` takes the place of `job` where the probe finds no GPU that torch can use. Exits 7 without a
+    GPU if one is required.
     """
     notes = console(stderr=True, quiet=quiet)
     in_use = check_folder(out, resume=resume)
+    _check_criteria(criteria, out)
     shape = resolve_shape(job)
     machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
     if require_gpu and machine.gpu is None:
         sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
         raise typer.Exit(7)
+    if machine.gpu is None and profile is None and job != without_gpu:
+        notes.print(f"the GPU cannot be used ({machine.gpu_absent_reason}): on the CPU", markup=False)
+        job = without_gpu
+        shape = resolve_shape(job)
     notes.print(machine_table(machine))
     plans = plan_job(job, shape, machine, engines)
     notes.print(plans_table(shape, job, machine, plans))
-    notes.print(why_first(plans))
+    notes.print(why_first(plans), markup=False)
     if criteria is None and not in_use and not (out / "criteria.toml").exists():
         write_whole(out / "criteria.toml", init_text())
     runs = _measure(
         job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
     )
     return write_report(out, None), runs
+
+
+def _check_criteria(given: Path | None, out: Path) -> None:
+    """Raises `UserError` if the criteria to judge by are none: before the runs, not after their hours."""
+    for path in (given, out / "criteria.toml"):
+        if path is not None and (path == given or path.exists()):
+            load_criteria(path)
 
 
 def _measure(
@@ -143,11 +163,17 @@ def _measure(
     resume: bool,
     quiet: bool,
 ) -> list[Run]:
-    with CompareProgress(quiet) as progress:
-        return compare(
-            job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria, on_event=progress.update,
-            before_first=lambda: save_machine(machine, out / "machine.json"),
-        )  # fmt: skip
+    try:
+        with CompareProgress(quiet) as progress:
+            return compare(
+                job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria,
+                on_event=progress.update, before_first=lambda: save_machine(machine, out / "machine.json"),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"stopped: finished runs are kept; go on with the same flags, --resume and --out {out}\n"
+        )
+        raise
 
 
 def job_arguments(job: Job) -> str:

@@ -16,6 +16,10 @@ from engines.base import UserError
 T = TypeVar("T")
 
 
+class NewerDocument(UserError):
+    """A document that a newer version of the program wrote: not broken, so never to be written over."""
+
+
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """pydantic's reader and writer of a dataclass: made once, since making one takes milliseconds."""
     return _adapter(kind)
@@ -30,7 +34,8 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
     """The dataclass `kind` stored at `path`.
 
     `what` names the document for the user, such as 'machine profile'. Raises `UserError` if the file
-    is missing, is not JSON, was written by a newer version or does not have the fields of `kind`.
+    is missing, is not JSON, was written by a newer version (`NewerDocument`) or does not have the fields of
+    `kind`.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -48,7 +53,7 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
     if not isinstance(found, int):
         raise UserError(str(path), f"has no schema_version, so it is not a {what}", "check the path")
     if found > version:
-        raise UserError(
+        raise NewerDocument(
             str(path),
             f"has schema version {found}, this program knows up to {version}",
             "update lspzo-bench",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from profiles.documents import read_document, to_json, write_whole
+
+PLANS_VERSION = 1
+"""Schema version of plans.json. 1: first version (0.1.0)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,3 +46,19 @@ class Plan:
     """Why these settings."""
     verify_command: str = ""
     """The command that measures what is predicted here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plans:
+    plans: tuple[Plan, ...]
+    schema_version: int = PLANS_VERSION
+
+
+def load_plans(path: Path) -> tuple[Plan, ...]:
+    """Raises `UserError` if `path` is not a list of plans that this version reads."""
+    return read_document(path, _Plans, PLANS_VERSION, "list of plans").plans
+
+
+def save_plans(plans: Sequence[Plan], path: Path) -> None:
+    """Whole or not at all. Raises `UserError` if `path` cannot be written."""
+    write_whole(path, to_json(_Plans(plans=tuple(plans))))

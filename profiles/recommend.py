@@ -347,10 +347,14 @@ class _Choice:
             if times is None:
                 return smallest, f"d={smallest}: the machine profile lacks figures, so the smallest is safe"
             slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
-            gpu = format_seconds(times["gpu"])
-            told = f"{slowest} {format_seconds(times[slowest])} against {gpu} of GPU time"
+            # Only the last micro-batch has anything to update, so only its compute can hide that.
+            micro_batches = self._workload.accumulation
+            gpu_s = times["gpu"] / micro_batches
+            told = f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
+            if micro_batches > 1:
+                told += " in one micro-batch"
             elements = self._shape.num_blocks * core_elements(self._shape, d)
-            if times[slowest] <= times["gpu"]:
+            if times[slowest] <= gpu_s:
                 return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
         return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
 

@@ -20,7 +20,16 @@ from harness.result import Run
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports.catalogue import say
-from reports.criteria import ANY_OFFLOAD, OFFLOAD_METHODS, Comparison, Criteria, Criterion, Level, Metric
+from reports.criteria import (
+    ANY_OFFLOAD,
+    OFFLOAD_METHODS,
+    Comparison,
+    Criteria,
+    Criterion,
+    Level,
+    Metric,
+    default_criteria,
+)
 from reports.metrics import Measurements, ends, find, gpu_taken_bytes, group
 from reports.show import metric_value, times
 
@@ -270,6 +279,7 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
             ),
             "native_fits",
         ),
+        lambda: _about_machine(runs, all_.machine),
         lambda: _about_emulation(runs),
         lambda: _about_commit(runs),
         lambda: _if_any(runs, lambda run: "wsl" in run.environment.platform.lower(), "wsl"),
@@ -295,6 +305,8 @@ def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | Non
         return say("warning.criteria_after_measurement", count=other, total=len(stamps))
     if missing:
         return say("warning.no_criteria_stamped", count=missing, total=len(stamps))
+    if criteria.sha256 == default_criteria().sha256:
+        return say("warning.chosen_by_nobody")
     return None
 
 
@@ -305,6 +317,20 @@ def _about_failures(all_: Measurements) -> str | None:
         if rounds.ok and len(rounds.ok) < len(rounds.runs)
     ]
     return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
+
+
+def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
+    """A profile from elsewhere: what it says and what was predicted from it is not of where the runs ran."""
+    if machine is None:
+        return None
+    gpu = machine.gpu.name if machine.gpu is not None else ""
+    for run in runs:
+        # NVML and torch name one GPU alike, but torch may add its slice.
+        here = run.environment.gpu_name or ""
+        same_gpu = bool(gpu) == bool(here) and (gpu.startswith(here) or here.startswith(gpu))
+        if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
+            return say("warning.other_machine", machine=machine.name)
+    return None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:

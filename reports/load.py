@@ -12,23 +12,11 @@ from engines import ENGINES
 from engines.base import UserError
 from harness.job import Job, load_job, make_job
 from harness.result import Run, load_run
-from profiles.documents import read_document
 from profiles.machine import Machine, load_machine
-from profiles.plan import Plan
+from profiles.plan import Plan, load_plans
 from reports.criteria import Criteria, load_criteria
 
 T = TypeVar("T")
-
-
-_PLANS_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plans:
-    """plans.json as `harness.compare` writes it."""
-
-    plans: tuple[Plan, ...]
-    schema_version: int = _PLANS_VERSION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +61,7 @@ def load_folder(folder: Path) -> Loaded:
     runs = _load_runs(folder, broken)
     refuse_unlike(runs)
     machine = _optional(folder / "machine.json", load_machine, broken)
-    plans = _optional(folder / "plans.json", _load_plans, broken)
+    plans = _optional(folder / "plans.json", load_plans, broken)
     job = _optional(folder / "job.toml", load_job, broken)
     criteria = folder / "criteria.toml"
     return Loaded(
@@ -200,7 +188,3 @@ def _optional(path: Path, load: Callable[[Path], T], broken: list[Broken]) -> T 
     except UserError as error:
         broken.append(Broken(file=path.name, reason=_short(error, path)))
         return None
-
-
-def _load_plans(path: Path) -> tuple[Plan, ...]:
-    return read_document(path, _Plans, _PLANS_VERSION, "list of plans").plans

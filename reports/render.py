@@ -33,7 +33,7 @@ from reports.metrics import (
     host_limit_bytes,
     predicted,
 )
-from reports.show import GIB, digits, loss, times
+from reports.show import GIB, digits, loss, model_name, times
 
 
 def write_report(folder: Path, criteria_path: Path | None = None) -> Verdict:
@@ -101,7 +101,7 @@ def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
         rounds = all_.of(engine)
         environment = rounds.runs[0].environment
         machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
-        start = (loaded.job.model.name, machine, engine)
+        start = (model_name(loaded.job.model.name), machine, engine)
         if rounds.step_s is None:
             rows.append((*start, ends(rounds.runs), *[NOT_MEASURED] * 4))
             continue
@@ -126,6 +126,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
     job = adapter(Job).dump_python(loaded.job, mode="json", exclude_none=True)
     return {
         "loaded": loaded,
+        "model": model_name(loaded.job.model.name),
         "verdict": verdict,
         "tiles": tables.tiles(verdict, all_),
         "setting": provenance.setting(loaded),

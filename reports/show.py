@@ -9,6 +9,13 @@ from reports.criteria import Metric
 GIB = 2**30
 
 
+def model_name(name: str) -> str:
+    """A named shape or a hub id as it is; of a folder the last part, as its place means nothing elsewhere."""
+    parts = name.rstrip("/").split("/")
+    is_folder = len(parts) > 2 or parts[0] in ("", ".", "..", "~")
+    return parts[-1] if is_folder else name
+
+
 def digits(value: float, significant: int = 3) -> str:
     """`value` in that many significant digits, without an exponent where it can be read without."""
     if value != 0 and not 1e-4 <= abs(value) < 1e9:

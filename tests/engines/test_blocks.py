@@ -51,6 +51,17 @@ def test_models_without_one_row_of_blocks_are_refused() -> None:
         find_blocks(model)
 
 
+def test_a_longer_list_inside_a_block_is_not_the_row() -> None:
+    def mixture() -> nn.Module:
+        block = nn.Module()
+        block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+        return block
+
+    model = nn.Module()
+    model.layers = nn.ModuleList(mixture() for _ in range(3))
+    assert find_blocks(model) == ("layers", model.layers)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_tensor_has_one_first_name_and_stays_one(tied: bool) -> None:
     blueprint = tiny_blueprint("opt", tied)
@@ -131,9 +142,25 @@ def test_batches_weigh_as_many_labels_as_they_have() -> None:
     assert result.accuracy == pytest.approx(2 / 3)
 
 
+def test_a_batch_without_labels_spoils_no_evaluation() -> None:
+    total = EvaluationSum()
+    logits = torch.tensor([[0.0, 1.0]])
+    total.add(torch.tensor(float("nan")), logits, torch.tensor([-100]))
+    total.add(torch.tensor(2.0), logits, torch.tensor([1]))
+    assert (total.result().loss, total.result().num_labels) == (2.0, 1)
+
+
 def test_an_evaluation_without_labels_is_refused() -> None:
     with pytest.raises(UserError, match="no labelled position"):
         EvaluationSum().result()
+
+
+def test_evaluation_builds_no_cache() -> None:
+    model = tiny_blueprint("llama").reference
+    caches = []
+    model.register_forward_hook(lambda module, inputs, output: caches.append(output.past_key_values))
+    evaluate_on_device(model, tiny_batches(1, "llama"), "cpu")
+    assert caches == [None]
 
 
 def test_evaluation_restores_the_training_mode() -> None:

@@ -437,6 +437,33 @@ class TestSubspaces:
         assert {check.stop for check in checks} == {"timeout"}
         assert 0 < sum(check.learn_steps for check in checks) < 20
 
+    def test_only_learning_counts_against_its_time_limit(self) -> None:
+        """However long forward and backward take, or a slow machine would never learn."""
+        now_s = [0.0]
+        with running("opt", learn_timeout_s=1.0) as engine:
+            engine._clock = lambda: now_s[0]
+            engine.model.register_forward_hook(lambda *_: now_s.append(now_s.pop() + 100.0))
+            engine.step(tiny_batches(1, "opt"))
+            checks = [entries[0] for entries in engine.checks().values()]
+        assert now_s == [100.0]
+        assert {(check.stop, check.learn_steps) for check in checks} == {("steps", 3)}
+
+    def test_learning_that_is_cut_short_does_not_replace_a_better_pair(self) -> None:
+        with running("opt", learn_timeout_s=2.5, learn_steps=60, alpha=1e-3, check_every=1) as engine:
+            batches = tiny_batches(1, "opt") * 2
+            engine._clock = lambda: 0.0  # all the time that learning wants
+            engine.step(batches[:1])
+            learned = [(matrix.left, matrix.right) for matrix in engine._matrices]
+            moments = [matrix.state.updates for matrix in engine._matrices]
+            ticks = iter(range(100_000))
+            engine._clock = lambda: float(next(ticks))
+            engine.step(batches[1:])
+            checks = [entries[1] for entries in engine.checks().values()]
+            assert [(matrix.left, matrix.right) for matrix in engine._matrices] == learned
+            assert [matrix.state.updates for matrix in engine._matrices] == [n + 1 for n in moments]
+        assert {(check.stop, check.learned_bias) for check in checks} == {("timeout", None)}
+        assert sum(check.learn_steps for check in checks) > 0
+
 
 class TestTreatment:
     @pytest.mark.parametrize("family", FAMILIES)

@@ -107,6 +107,14 @@ def test_places_are_uniform_and_values_have_the_papers_spread() -> None:
     assert abs(float(projector.values.mean())) < 0.01
 
 
+@pytest.mark.parametrize(("d", "r"), [(64, 4), (64, 16), (32, 2)])
+def test_the_bias_of_an_unlearned_pair_is_the_one_stated(d: int, r: int) -> None:
+    m, n = 128, 192
+    found = relative_bias(matrix(m, n), random_projector(m, d, r, 1), random_projector(n, d, r, 2))
+    expected = math.sqrt((1 + 2 / r + m / d) * (1 + 2 / r + n / d) - 1)
+    assert found == pytest.approx(expected, rel=0.1)
+
+
 def test_the_same_seed_gives_the_same_projector() -> None:
     first, second, other = (random_projector(30, 10, 4, seed) for seed in (5, 5, 6))
     assert torch.equal(first.indices, second.indices)

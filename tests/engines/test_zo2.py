@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import random
 import re
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from engines import zo2
 from engines.base import Batch, Context, Dtype, InfeasiblePlan, StepStats, UserError, Workload
+from engines.blocks import BlockCall, BlockDriver, Recording
 from engines.costs.zo2 import resident_indices
 from engines.mezo import Mezo
 from engines.settings import MezoSettings, Zo2Settings
@@ -167,11 +170,13 @@ def test_micro_batches_of_one_step_share_the_noise_and_the_visit() -> None:
     assert_same_weights(mezo, streamed)
 
 
-def test_padded_batches_of_changing_length() -> None:
-    mezo, streamed = make_mezo(tiny_blueprint("opt")), make_zo2(tiny_blueprint("opt"))
-    batches = [tiny_batches(1, "opt", seed=n, seq_len=n)[0] for n in (16, 5, 9)]
+@pytest.mark.parametrize("padding", [slice(-2, None), slice(0, 2)], ids=["right", "left"])
+@pytest.mark.parametrize("family", [*DECODERS, "roberta", "bert"])
+def test_padded_batches_of_changing_length(family: str, padding: slice) -> None:
+    mezo, streamed = make_mezo(tiny_blueprint(family)), make_zo2(tiny_blueprint(family))
+    batches = [tiny_batches(1, family, seed=n, seq_len=n)[0] for n in (16, 5, 9)]
     for batch in batches:
-        batch.inputs["attention_mask"][0, -2:] = 0
+        batch.inputs["attention_mask"][0, padding] = 0
     assert_same_steps(mezo, streamed, batches)
     assert_same_weights(mezo, streamed)
 
@@ -229,6 +234,32 @@ def test_a_checkpoint_replaces_what_has_been_trained(tmp_path: Path) -> None:
     streamed.load(folder)
     assert_same_steps(mezo, streamed, batches[4:])
     assert_same_weights(mezo, streamed)
+
+
+def test_a_hidden_state_goes_when_the_next_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each stream the GPU holds one hidden state, not the one that entered the first block as well."""
+    streamed = make_zo2(tiny_blueprint("opt"))
+    record, run = BlockDriver.record, BlockDriver.run
+    entering: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def noted_record(driver: BlockDriver, inputs: Mapping[str, Any]) -> Recording:
+        recording = record(driver, inputs)
+        entering.append(weakref.ref(recording.hidden))
+        return recording
+
+    def noted_run(driver: BlockDriver, index: int, call: BlockCall, hidden: torch.Tensor) -> torch.Tensor:
+        if index == 1:
+            alive.append(sum(reference() is not None for reference in entering))
+        return run(driver, index, call, hidden)
+
+    monkeypatch.setattr(BlockDriver, "record", noted_record)
+    monkeypatch.setattr(BlockDriver, "run", noted_run)
+    batches = tiny_batches(2, "opt")
+    streamed.step(batches)
+    streamed.evaluate(batches)
+    assert len(entering) == 2 * 2 + 2
+    assert alive == [0] * 6
 
 
 def test_blocks_that_share_a_tensor_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from harness.result import load_run
+from harness.job import Job
+from harness.result import Run, load_run
 from profiles.documents import to_json
 from profiles.machine import Cpu, Figure, HostMemory, Machine, absent
 
@@ -202,6 +204,54 @@ def test_steps_must_be_positive(call, profile: Path, steps: str) -> None:
     assert "steps" in one_line(call("compare", *TINY, "--steps", steps, "--profile", profile))
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_limit_is_a_number_of_seconds(call, profile: Path, seconds: str) -> None:
+    assert "timeout_s" in one_line(call("compare", *TINY, "--timeout", seconds, "--profile", profile))
+
+
+@pytest.mark.parametrize("limit", ["vram_bytes", "host_bytes"])
+def test_a_memory_limit_of_a_job_file_is_positive(call, profile: Path, tmp_path: Path, limit: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'[model]\nname = "tiny-llama"\nrandom_weights = true\n[limits]\n{limit} = 0\n')
+    assert limit in one_line(call("recommend", "--job", path, "--profile", profile))
+
+
+def test_criteria_that_are_none_are_found_before_the_probe_and_the_runs(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def probe(**_: object) -> Machine:
+        raise AssertionError("it probed")
+
+    monkeypatch.setattr("harness.line.launch_probe", probe)
+    criteria = tmp_path / "criteria.toml"
+    criteria.write_text("schema_version = 1\n[[criterion]]\nid = 'speed'\n")
+    for command in (("poc",), ("compare", *TINY)):
+        said = one_line(call(*command, "--criteria", criteria, "--out", tmp_path / "out"))
+        assert "criterion 1 ('speed')" in said
+    assert "no such criteria file" in one_line(call("poc", "--criteria", tmp_path / "none.toml"))
+
+
+def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NVML sees it, the probe does not: the small preset runs, and runs are not said to be the GPU's."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("profiles.nvml.open_device", lambda: object())
+    monkeypatch.setattr("harness.line.launch_probe", lambda **_: make_machine())
+    jobs: list[Job] = []
+
+    def measure(job: Job, *_: object, **__: object) -> list[Run]:
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.line._measure", measure)
+    done = call("poc", "--steps", "7", "--out", tmp_path / "out")
+    assert done.code == 130
+    assert "the GPU cannot be used (made without one)" in done.err
+    assert [(job.model.name, job.dtype, job.steps) for job in jobs] == [("tiny-llama", "fp32", 7)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_unknown_preset(call) -> None:
     assert "quick" in one_line(call("poc", "--preset", "slow"))
 
@@ -375,6 +425,19 @@ def test_dry_run_runs_nothing(call, profile: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_dry_run_of_a_resumed_sweep_names_what_is_missing(call, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compare_scripted(call, profile, out).code == 0
+    first, second = sorted((out / "runs").glob("*.json"))
+    first.unlink()
+    done = compare_scripted(call, profile, out, "--resume", "--dry-run")
+    assert done.code == 0
+    assert first.stem in done.out
+    assert second.stem not in done.out
+    assert not first.exists()
+    assert "is not empty" in one_line(compare_scripted(call, profile, out, "--dry-run"))
+
+
 def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     hang = ("--set", "fail_at_step=2", "--set", "failure=hang", "--timeout", "60")
@@ -392,6 +455,7 @@ def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Pa
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
+    assert err.splitlines()[-1].endswith(f"--resume and --out {out}")
     assert "Traceback" not in err
     (record,) = (out / "runs").glob("*.json")
     assert load_run(record).end_state == "interrupted"

@@ -181,6 +181,33 @@ def test_a_failed_run_is_a_result_and_not_repeated(
     assert (again.end_state, len(launched)) == (state, 1)
 
 
+def test_a_record_of_a_newer_version_is_not_written_over(tmp_path: Path, launched: list[str]) -> None:
+    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    path = tmp_path / "runs" / f"{run.id}.json"
+    path.write_text('{"schema_version": 999, "measured": "for hours"}')
+    with pytest.raises(UserError, match=r"schema version 999.*update"):
+        compare(JOB, SHAPE, [A], tmp_path, resume=True)
+    assert "for hours" in path.read_text()
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("torch", "1.0"), ("gpu_name", "NVIDIA A100"), ("cpu", "another"), ("cores_usable", 999)],
+)
+def test_resume_elsewhere_is_refused_before_its_time_is_spent(
+    tmp_path: Path, launched: list[str], field: str, value: Any
+) -> None:
+    """The report would refuse to put such runs side by side."""
+    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    before = replace(run.environment, **{field: value})
+    save_run(replace(run, environment=before), tmp_path / "runs" / f"{run.id}.json")
+    with pytest.raises(UserError, match=f"'{field}' \\(was {value}"):
+        compare(JOB, SHAPE, [A], tmp_path, resume=True, rounds=2)
+    assert len(launched) == 1
+    assert [kept.id for kept in compare(JOB, SHAPE, [A], tmp_path, resume=True)] == [run.id]
+
+
 def test_resume_of_nothing_starts(tmp_path: Path, launched: list[str]) -> None:
     compare(JOB, SHAPE, [A], tmp_path / "new", resume=True)
     assert len(launched) == 1

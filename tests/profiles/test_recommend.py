@@ -138,6 +138,14 @@ def test_d_is_the_largest_that_hides() -> None:
     assert any(f"d={d}" in reason and "ms of GPU time" in reason for reason in chosen.reasons)
 
 
+def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(4e8)))
+    once = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
+    eight = plan("lsp", machine=slow, shape=DEEPSEEK_1B, workload=replace(TRAINING, accumulation=8))
+    assert abs(int(eight.settings["d"]) - int(once.settings["d"])) <= 128
+    assert any("of GPU time in one micro-batch" in reason for reason in eight.reasons)
+
+
 def test_d_has_a_floor() -> None:
     slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e7)))
     chosen = plan("lsp", machine=slow, shape=DEEPSEEK_1B)

@@ -290,6 +290,22 @@ def test_warnings() -> None:
     assert "zo2 1 ok, 1 crashed" in warnings_of(mixed, asked)
 
 
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, False),
+        ({"gpu_name": "NVIDIA RTX 4090 MIG 1g"}, False),
+        ({"gpu_name": "NVIDIA A100"}, True),
+        ({"gpu_name": None}, True),
+        ({"cpu": "another"}, True),
+    ],
+)
+def test_a_profile_of_another_machine_is_said(changes: dict[str, str | None], warned: bool) -> None:
+    runs = [make_run(environment=make_environment(**changes))]
+    told = decide(runs, criteria(criterion()), make_machine()).warnings
+    assert any("not of the machine that ran" in one for one in told) == warned
+
+
 def test_no_criteria_is_never_a_go() -> None:
     verdict = decide(make_sweep(), None)
     assert (verdict.state, verdict.rows, verdict.method) == ("INCONCLUSIVE", (), None)

@@ -30,6 +30,7 @@ from reports.render import (
     render_markdown,
     write_report,
 )
+from reports.show import model_name
 from run_records import (
     make_environment,
     make_failures,
@@ -237,6 +238,20 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     tables = [line for line in outside.splitlines() if line.startswith("|")]
     cells = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
     assert cells <= {4, 6, 7, 8, 9, 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("opt-1.3b", "opt-1.3b"),
+        ("facebook/opt-1.3b", "facebook/opt-1.3b"),
+        ("out/models/minilm", "minilm"),
+        ("/data/minilm/", "minilm"),
+        ("../minilm", "minilm"),
+    ],
+)
+def test_a_model_in_a_folder_is_called_by_its_own_name(name: str, shown: str) -> None:
+    assert model_name(name) == shown
 
 
 def test_markdown_text() -> None:
