@@ -180,9 +180,11 @@ def commands(loaded: Loaded) -> tuple[str, ...]:
     """What to type, beside this report's folder, to make it again."""
     engines = ",".join(sorted({run.engine for run in loaded.runs}, key=engine_order))
     rounds = max(run.round for run in loaded.runs)
+    profile = " --profile machine.json" if loaded.machine is not None else ""  # the same plans
     criteria = " --criteria criteria.toml" if loaded.criteria is not None else ""
+    sweep = f"--job job.toml --engines {engines} --rounds {rounds}"
     return (
-        f"lspzo-bench compare --job job.toml --engines {engines} --rounds {rounds}{criteria} --out again",
+        f"lspzo-bench compare {sweep}{profile}{criteria} --out again",
         "lspzo-bench report again",
     )
 
