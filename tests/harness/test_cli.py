@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_machine import make_machine
 
 from harness import cli
 from harness.job import Job
 from harness.result import Run, load_run
 from profiles.documents import to_json
-from profiles.machine import Cpu, Figure, HostMemory, Machine, absent
+from profiles.machine import Machine
 
 TINY = (
     "--model",
@@ -32,43 +33,10 @@ TINY = (
 )
 
 
-def figure(value: float) -> Figure:
-    return Figure(value=value, origin="measured", method="made for a test", count=1, low=value, high=value)
-
-
-def make_machine() -> Machine:
-    return Machine(
-        name="test machine",
-        time="2026-01-01T00:00:00+00:00",
-        gpu=None,
-        gpu_absent_reason="made without one",
-        link=None,
-        cpu=Cpu(
-            name="test CPU",
-            cores_usable=2,
-            cores_basis="test",
-            cores_total=2,
-            threads=2,
-            matmul_fp32_flops=figure(1e11),
-            matmul_bf16_flops=absent("not in this test"),
-            adam_elements_per_s=figure(2e8),
-        ),
-        memory=HostMemory(
-            total_bytes=8 * 10**9,
-            available_bytes=8 * 10**9,
-            total_basis="test",
-            swap_bytes=0,
-            copy_bytes_per_s=figure(1e10),
-        ),
-        platform="test",
-        versions={},
-    )
-
-
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
     path = tmp_path / "machine.json"
-    path.write_text(to_json(make_machine()))
+    path.write_text(to_json(make_machine(gpu=False)))
     return path
 
 
@@ -237,7 +205,7 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
     """NVML sees it, the probe does not: the small preset runs, and runs are not said to be the GPU's."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr("profiles.nvml.open_device", lambda: object())
-    monkeypatch.setattr("harness.line.launch_probe", lambda **_: make_machine())
+    monkeypatch.setattr("harness.line.launch_probe", lambda **_: make_machine(gpu=False))
     jobs: list[Job] = []
 
     def measure(job: Job, *_: object, **__: object) -> list[Run]:
@@ -247,7 +215,7 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
     monkeypatch.setattr("harness.line._measure", measure)
     done = call("poc", "--steps", "7", "--out", tmp_path / "out")
     assert done.code == 130
-    assert "the GPU cannot be used (made without one)" in done.err
+    assert f"the GPU cannot be used ({make_machine(gpu=False).gpu_absent_reason})" in done.err
     assert [(job.model.name, job.dtype, job.steps) for job in jobs] == [("tiny-llama", "fp32", 7)]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
