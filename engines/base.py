@@ -214,6 +214,22 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """One update of a zeroth-order method, whole: with the seed and the weights before it, it gives the
+    weights after it.
+
+    theta <- theta - learning_rate (projected_gradient z + weight_decay theta), z being the noise of `step`.
+    """
+
+    step: int
+    """From 0."""
+    learning_rate: float
+    projected_gradient: float
+    weight_decay: float
+    """Acts on tensors of two and more dimensions only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
     """What an engine says of one step. `None` is 'not measured'."""
 
@@ -227,7 +243,14 @@ class StepStats:
     d2h_s: float | None = None
     cpu_s: float | None = None
     """Time each resource was busy in this step, as far as the engine measures it."""
-    projected_gradient: float | None = None
+    perturb_s: float | None = None
+    """The part of `gpu_s` that made noise: perturbing weights and replaying updates."""
+    update: Update | None = None
+    """Zeroth-order methods: the update that this step called for."""
+
+    @property
+    def projected_gradient(self) -> float | None:
+        return None if self.update is None else self.update.projected_gradient
     """Zeroth-order methods: (loss_plus - loss_minus) / (2 eps)."""
 
 
@@ -273,6 +296,8 @@ class Context:
     """GPU memory that the run may use; `None`: all that is free."""
     host_bytes: int | None = None
     """Host memory that the run may still take; `None`: not known, and not checked."""
+    trace: bool = False
+    """Keep what each stream did, for `trace_events` of the engines that have it."""
     progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
     """Told of slow set-up work: what, units done, units in total."""
 

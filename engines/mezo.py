@@ -35,7 +35,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines import noise
-from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, UserError
+from engines.base import (
+    Batch,
+    Blueprint,
+    Context,
+    Evaluation,
+    NonFiniteLoss,
+    StepStats,
+    Update,
+    UserError,
+)
 from engines.blocks import (
     TORCH_DTYPE,
     bind,
@@ -57,15 +66,6 @@ SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Update:
-    """One step's update, known once both losses are."""
-
-    step: int
-    lr: float
-    projected_gradient: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorGroup:
     """Tensors that are perturbed and updated together. Lists run in parallel."""
 
@@ -81,12 +81,11 @@ class TensorGroup:
         """scratch = weights + scale z of `step`."""
         noise.perturb_all(self.weights, self.scratch, self._keys(seed, step), scale)
 
-    def update(self, seed: int, update: Update, weight_decay: float) -> None:
+    def update(self, seed: int, update: Update) -> None:
         """weights = weights - lr (g z + wd weights), in place."""
-        decays = [weight_decay if decays else 0.0 for decays in self.decays]
-        noise.update_all(
-            self.weights, self._keys(seed, update.step), update.lr, update.projected_gradient, decays
-        )
+        decays = [update.weight_decay if decays else 0.0 for decays in self.decays]
+        keys = self._keys(seed, update.step)
+        noise.update_all(self.weights, keys, update.learning_rate, update.projected_gradient, decays)
 
     def show_weights(self) -> None:
         """scratch = weights, for the model to compute with them as they are."""
@@ -179,10 +178,10 @@ class Mezo:
         gpu_s = self._clock.take_s()
         # Runs on while the caller fetches the next batch; its time counts with the next step's.
         self._clock.start()
-        self._group.update(self._seed, update, self.settings.weight_decay)
+        self._group.update(self._seed, update)
         self._clock.stop()
         self._step += 1
-        return StepStats(loss=(plus + minus) / 2, gpu_s=gpu_s, projected_gradient=update.projected_gradient)
+        return StepStats(loss=(plus + minus) / 2, gpu_s=gpu_s, update=update)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
@@ -192,6 +191,13 @@ class Mezo:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in zip(self._group.names, self._group.weights, strict=True):
             yield name, weight.cpu()
+
+    @torch.no_grad()
+    def replay(self, updates: Iterable[Update]) -> None:
+        """Apply updates of an earlier run, in its order, and go on after the last."""
+        for update in updates:
+            self._group.update(self._seed, update)
+            self._step = update.step + 1
 
     def save(self, folder: Path) -> None:
         save_checkpoint(folder, self.weights(), step=self._step, seed=self._seed)
@@ -215,8 +221,9 @@ def next_update(step: int, settings: MezoSettings, context: Context, plus: float
     """The update that the losses of `step` call for."""
     return Update(
         step=step,
-        lr=learning_rate_at(step, settings, context.total_steps),
+        learning_rate=learning_rate_at(step, settings, context.total_steps),
         projected_gradient=(plus - minus) / (2 * settings.eps),
+        weight_decay=settings.weight_decay,
     )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -108,12 +109,25 @@ class MezoSettings:
     """Applied to matrices only; biases and norms are never decayed."""
     eps: float = 1e-3
     """Size of the perturbation."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updates reach bf16 and fp16 weights; `nearest` loses those below half a unit in the last place."""
+    train: str = "all"
+    """What is trained: `all`, `last:N` (the last N blocks), or `lora` (adapters on every linear layer of the
+    blocks). What is not trained is neither perturbed nor downloaded."""
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
 
     def __post_init__(self) -> None:
         _require(self.learning_rate >= 0, "learning_rate", "must not be negative")
         _require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         _require(self.eps > 0, "eps", "must be positive")
+        _require(self.lora_rank > 0, "lora_rank", "must be positive")
+        _require(
+            self.train in ("all", "lora") or re.fullmatch(r"last:[1-9][0-9]*", self.train) is not None,
+            "train",
+            "is one of all, lora, last:N",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +136,13 @@ class Zo2Settings(MezoSettings):
 
     resident_blocks: int = 0
     """Blocks that stay on the GPU, spread evenly among the streamed ones; more than there are means all."""
+    fold_every: int = 1
+    """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
+    visit; blocks take turns. 1: every block goes down in every step."""
 
     def __post_init__(self) -> None:
         MezoSettings.__post_init__(self)
+        _require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, UserError
+from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, Update, UserError
 from engines.blocks import (
     TORCH_DTYPE,
     BlockCall,
@@ -50,7 +50,6 @@ from engines.costs.zo2 import RING_BLOCKS, resident_indices
 from engines.mezo import (
     LossPair,
     TensorGroup,
-    Update,
     group_of,
     next_update,
     open_checkpoint,
@@ -324,7 +323,7 @@ class Zo2:
             gpu_s=self._clock.take_s(),
             h2d_s=h2d_s,
             d2h_s=d2h_s,
-            projected_gradient=self._pending.projected_gradient,
+            update=self._pending,
         )
 
     @torch.no_grad()
@@ -355,6 +354,13 @@ class Zo2:
             where.update(zip(block.names, block.weights, strict=True))
         for name in self._order:
             yield name, where[name].cpu()
+
+    def replay(self, updates: Iterable[Update]) -> None:
+        """Apply updates of an earlier run, in its order, and go on after the last."""
+        for update in updates:
+            self._flush()
+            self._pending = update
+            self._step = update.step + 1
 
     def save(self, folder: Path) -> None:
         save_checkpoint(folder, self.weights(), step=self._step, seed=self._seed)
@@ -397,7 +403,7 @@ class Zo2:
         def arrive(index: int, flat: Tensor) -> None:
             self._clock.start()
             if update is not None:
-                self._block(index, flat).update(self._seed, update, self.settings.weight_decay)
+                self._block(index, flat).update(self._seed, update)
 
         for index, flat in self._stream.visit(arrive, download):
             yield index, self._block(index, flat)
@@ -406,7 +412,7 @@ class Zo2:
 
     def _update_outer(self) -> None:
         if self._pending is not None:
-            self._outer.update(self._seed, self._pending, self.settings.weight_decay)
+            self._outer.update(self._seed, self._pending)
 
     @torch.no_grad()
     def _flush(self) -> None:
