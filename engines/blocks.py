@@ -125,9 +125,11 @@ class EvaluationSum:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         correct, labelled = count_correct(logits, labels)
-        if labelled == 0:
-            return  # the mean loss over nothing is NaN, which a weight of zero does not take away
-        self._loss += float(loss) * labelled
+        if labelled > 0:  # the mean loss over nothing is NaN, which a weight of zero does not take away
+            self.add_sums(float(loss) * labelled, correct, labelled)
+
+    def add_sums(self, loss_sum: float, correct: int, labelled: int) -> None:
+        self._loss += loss_sum
         self._correct += correct
         self._labels += labelled
 

@@ -1,9 +1,22 @@
-"""Gaussian noise by counter: z[e] is a function of (seed, step, tensor, element e) and of nothing else.
+"""Gaussian noise by counter, and what is done with it: z[e] is a function of (seed, step, tensor, element e).
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns the counter
-(e // 4 low, tensor, step, e // 4 high) under the key (seed low, seed high) into four 32-bit words, and
-Box-Muller turns those into the four normals of elements 4 (e // 4) .. 4 (e // 4) + 3. Therefore noise is
-never stored, does not depend on the order of calls, and a tensor may be processed in pieces.
+Elements are taken in tiles of 2048, four rows of 512 lanes. Philox 4x32-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011) turns the counter (c low, tensor, step, c high), c = 512 tile + lane,
+under the key (seed low, seed high) into four 32-bit words, and Box-Muller turns those into the normals of
+the elements of that lane in the tile's four rows. Therefore noise is never stored, does not depend on the
+order of calls, and a tensor may be processed in pieces of whole tiles.
+
+`visit` is all that a zeroth-order step does to a weight, in one pass over it:
+
+    w <- round(w - lr (g z_s + wd w))      for each pending update, z_s being the noise of its step s
+    theta = w,   plus = w + eps z,   minus = w - eps z
+
+`round` is to the weights' dtype, by default stochastic: up with the probability that is the distance to the
+neighbour below, in units of the distance of the neighbours. The expectation of a rounded weight is then the
+weight, so that updates far below half a unit in the last place arrive (nearest rounding loses them whole).
+Its 16 random bits per element are the halves of the words that give the *other* pair's radius: they are
+uniform and independent of the element's own z, cost no further Philox call, and have zero correlation with
+every other z, whose sign is in another word. fp32 is rounded to nearest; its unit is small enough.
 
 Two implementations: torch operations for any device, and Triton kernels (`engines.noise_kernels`) for
 CUDA. Beyond the integer stream, logarithm, sine and cosine are short polynomials in single precision,
@@ -17,13 +30,23 @@ The uniforms have 24 bits, so |z| is at most 5.77; a normal exceeds that once in
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from engines.base import Update
+
+LANES = 512
+TILE = 4 * LANES
+"""Elements that share 512 Philox calls."""
+
+Rounding = Literal["stochastic", "nearest"]
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,10 +70,12 @@ LN_2 = 0.6931471824645996
 SQRT_HALF_BITS = 0x3F3504F3
 """sqrt(1/2) as a float's bits: mantissas are taken from [sqrt(1/2), sqrt(2)), where ln is smallest."""
 
-_CPU_CHUNK = 1 << 18
-"""Elements at a time on a CPU: few enough that the temporaries stay in cache, many enough to hide what
-some hundred torch calls cost. Small tensors share a chunk."""
-_GPU_CHUNK = 1 << 24
+_CHUNK_LANES = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Lanes at a time: on a CPU few enough that the temporaries stay in cache, many enough to hide what some
+hundred torch calls cost. Small tensors share a chunk."""
+
+LOG_CAPACITY = 64
+"""Updates that can be pending at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,73 +97,168 @@ class NoiseKey:
         return self.seed & _WORD, (self.seed >> 32) & _WORD
 
 
+class UpdateLog:
+    """The latest updates, by position from 0, where the kernels can read them: on the device.
+
+    Rates are kept in fp32, in which the arithmetic is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.length = 0
+        self._updates: list[Update | None] = [None] * LOG_CAPACITY
+        self.table = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32, device=device)
+        """Row: step, then the bits of learning rate, projected gradient and weight decay."""
+        self._staging = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32)
+        if device.type == "cuda":
+            # HAZARD: a row is copied behind the host's back; it is written again LOG_CAPACITY updates later,
+            # and each of those has waited for its losses.
+            self._staging = self._staging.pin_memory()
+
+    def append(self, update: Update) -> None:
+        row = self.length % LOG_CAPACITY
+        rates = (update.learning_rate, update.projected_gradient, update.weight_decay)
+        self._updates[row] = update
+        self._staging[row, 0] = update.step - (1 << 32 if update.step >> 31 else 0)
+        for column, rate in enumerate(rates, 1):
+            self._staging[row, column] = struct.unpack("<i", struct.pack("<f", rate))[0]
+        self.table[row].copy_(self._staging[row], non_blocking=True)
+        self.length += 1
+
+    def between(self, first: int, last: int) -> list[Update]:
+        """Updates at positions `first` to `last` - 1. Raises `ValueError` for one that is gone."""
+        if not max(0, self.length - LOG_CAPACITY) <= first <= last <= self.length:
+            raise ValueError(f"updates {first} to {last} are not in the log")
+        return [found for i in range(first, last) if (found := self._updates[i % LOG_CAPACITY]) is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """What is to be done to weights, for `visit`."""
+
+    seed: int
+    log: UpdateLog
+    first: int
+    last: int
+    """Positions of the pending updates in the log, the last one excluded."""
+    rounding: Rounding = "stochastic"
+    step: int = 0
+    eps: float = 0.0
+    """Of the perturbation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outputs:
+    """Where a visit's results go; `None`: they are not wanted. `theta` may be the weight itself."""
+
+    theta: Tensor | None = None
+    plus: Tensor | None = None
+    minus: Tensor | None = None
+
+
+class Segment:
+    """Tensors one after the other in flat memory: either one matrix, or vectors, which never decay.
+
+    `numbers` are the tensors' parts of their noise keys, `offsets` and `counts` their places, in elements.
+    """
+
+    __slots__ = ("_tiles", "counts", "decays", "numbers", "offsets")
+
+    def __init__(
+        self, numbers: Sequence[int], offsets: Sequence[int], counts: Sequence[int], *, decays: bool
+    ) -> None:
+        self.numbers = tuple(numbers)
+        self.offsets = tuple(offsets)
+        self.counts = tuple(counts)
+        self.decays = decays
+        self._tiles: Tensor | None = None
+
+    def tiles(self, device: torch.device) -> Tensor:
+        """(n, 4) int32: offset, tensor, tile of the tensor and elements in it, of every tile."""
+        if self._tiles is None:
+            rows = [
+                (offset + first, number, first // TILE, min(TILE, count - first))
+                for number, offset, count in zip(self.numbers, self.offsets, self.counts, strict=True)
+                for first in range(0, count, TILE)
+            ]
+            self._tiles = torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 4)
+        return self._tiles
+
+
+def one(number: int, count: int, *, decays: bool = False) -> Segment:
+    """A segment of one tensor that begins where its memory begins."""
+    return Segment((number,), (0,), (count,), decays=decays)
+
+
+def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int = 0) -> None:
+    """One pass over `weight`, flat memory laid out as `segment` says: see the module's docstring.
+
+    Outputs have the weight's dtype and layout, and are rounded once (the perturbed ones to nearest).
+    `start`, a multiple of `TILE`, is where the memory begins within the one tensor of the segment.
+    """
+    if start % TILE:
+        raise ValueError(f"a piece of a tensor begins at a multiple of {TILE}")
+    if weight.is_cuda and _has_triton():
+        from engines import noise_kernels
+
+        noise_kernels.visit(weight, segment, how, out, start)
+        return
+    stochastic = how.rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16)
+    updates = [_in_fp32(update) for update in how.log.between(how.first, how.last)]
+    perturbed = out.plus is not None or out.minus is not None
+    for pieces in _chunks(segment, start, _CHUNK_LANES[weight.device.type]):
+        current = torch.cat([piece.of(weight) for piece in pieces]).float()
+        for update in updates:
+            z, uniform = _draw(how.seed, update.step, pieces, weight.device, uniform=stochastic)
+            z.mul_(update.projected_gradient)
+            if segment.decays and update.weight_decay != 0.0:
+                z.add_(current * update.weight_decay)
+            moved = current - z.mul_(update.learning_rate)
+            current = moved.to(weight.dtype).float() if uniform is None else _dither(moved, uniform, weight)
+        if out.theta is not None:
+            _scatter(current, out.theta, pieces)
+        if perturbed:
+            z, _ = _draw(how.seed, how.step, pieces, weight.device, uniform=False)
+            z.mul_(how.eps)  # not torch.add(..., alpha=eps): it may fuse the two roundings into one, or not
+            if out.plus is not None:
+                _scatter(current + z, out.plus, pieces)
+            if out.minus is not None:
+                _scatter(current - z, out.minus, pieces)
+
+
+def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
+    """weight[indices] + eps z, of the dtype of `weight` (n, width): (*indices.shape, width).
+
+    For embeddings: noise is drawn for the rows that are looked up only. `how.eps` may be negative.
+    """
+    if weight.is_cuda and _has_triton():
+        from engines import noise_kernels
+
+        return noise_kernels.rows(weight, number, indices, how)
+    width = weight.shape[1]
+    flat = indices.reshape(-1)
+    used, places = flat.unique(return_inverse=True)
+    element = used.unsqueeze(1) * width + torch.arange(width, device=weight.device)
+    tile, place = element // TILE, element % TILE
+    counter = (tile * LANES + place % LANES).view(-1)
+    words = _words([_Counted(number, counter)], how.step, how.seed, weight.device)
+    z = _box_muller(words).gather(0, (place // LANES).view(1, -1)).view(-1, width)
+    moved = (z.mul_(how.eps) + weight[used].float()).to(weight.dtype)
+    return moved[places].view(*indices.shape, width)
+
+
 def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
     """Elements `start` to `start + count` of the noise named by `key`: (count,) fp32, by torch operations."""
     out = torch.empty(count, dtype=torch.float32, device=device)
-    for target, z in _noise_for([out], [key], start):
-        target.piece(out).copy_(z)
+    segment = one(key.tensor, count)
+    for pieces in _chunks(segment, start, _CHUNK_LANES[out.device.type]):
+        _scatter(_draw(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
     return out
 
 
-def perturb(weight: Tensor, out: Tensor, key: NoiseKey, scale: float, start: int = 0) -> None:
-    """out = weight + scale z, computed in fp32 and rounded once to the dtype of `out`.
-
-    `weight` is only read: a perturbation leaves nothing to restore. Both are contiguous, of the same
-    shape; `start` is the index of their first element in the whole tensor.
-    """
-    perturb_all([weight], [out], [key], scale, start)
-
-
-def update(
-    weight: Tensor, key: NoiseKey, lr: float, projected_gradient: float, weight_decay: float, start: int = 0
-) -> None:
-    """weight = weight - lr (g z + weight_decay weight) in place, in fp32 and rounded once.
-
-    MeZO (2305.17333), algorithm 1, with decoupled weight decay. A projected gradient g of zero still
-    decays. `weight` is contiguous; `start` as in `perturb`.
-    """
-    update_all([weight], [key], lr, projected_gradient, [weight_decay], start)
-
-
-def perturb_all(
-    weights: Sequence[Tensor], outs: Sequence[Tensor], keys: Sequence[NoiseKey], scale: float, start: int = 0
-) -> None:
-    """`perturb` for several tensors of one device, such as those of a block. The same bits as one by one."""
-    if _by_kernel(weights):
-        from engines import noise_kernels
-
-        for weight, out, key in zip(weights, outs, keys, strict=True):
-            noise_kernels.perturb(weight, out, key, scale, start)
-        return
-    for target, z in _noise_for(weights, keys, start):
-        # Not torch.add(..., alpha=scale): it may fuse the two roundings into one, or not.
-        z.mul_(scale).add_(target.piece(weights[target.index]))
-        target.piece(outs[target.index]).copy_(z)
-
-
-def update_all(
-    weights: Sequence[Tensor],
-    keys: Sequence[NoiseKey],
-    lr: float,
-    projected_gradient: float,
-    weight_decays: Sequence[float],
-    start: int = 0,
-) -> None:
-    """`update` for several tensors of one device, each with its own weight decay."""
-    if _by_kernel(weights):
-        from engines import noise_kernels
-
-        for weight, key, decay in zip(weights, keys, weight_decays, strict=True):
-            noise_kernels.update(weight, key, lr, projected_gradient, decay, start)
-        return
-    for target, z in _noise_for(weights, keys, start):
-        piece = target.piece(weights[target.index])
-        value = piece.float()
-        z.mul_(projected_gradient)
-        if weight_decays[target.index] != 0.0:
-            z.add_(value * weight_decays[target.index])
-        z.mul_(lr)
-        piece.copy_(value - z)
+def _in_fp32(update: Update) -> Update:
+    rates = (update.learning_rate, update.projected_gradient, update.weight_decay)
+    lr, g, decay = struct.unpack("<3f", struct.pack("<3f", *rates))
+    return Update(step=update.step, learning_rate=lr, projected_gradient=g, weight_decay=decay)
 
 
 @cache
@@ -146,90 +266,142 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _by_kernel(weights: Sequence[Tensor]) -> bool:
-    return len(weights) > 0 and weights[0].is_cuda and _has_triton()
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Whole tiles of one tensor, or its last, shorter one."""
+
+    number: int
+    place: int
+    """Of its first element in the flat memory."""
+    count: int
+    first_lane: int
+    """Counter of its first Philox call."""
+
+    @property
+    def num_lanes(self) -> int:
+        if self.count >= LANES:
+            return -(-self.count // TILE) * LANES
+        return self.count  # one row of a short tile
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat.view(-1)[self.place : self.place + self.count]
+
+    def elements(self, values: Tensor) -> Tensor:
+        """(4, num_lanes) by word to (count,) by element."""
+        if self.count < LANES:
+            return values[0]
+        return values.view(4, -1, LANES).transpose(0, 1).reshape(-1)[: self.count]
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
-    """Elements `offset` to `offset + count` of the tensor at place `index` of a list."""
+class _Counted:
+    """Philox calls of any counters, (n,) int64, of one tensor."""
 
-    index: int
-    offset: int
-    count: int
-    first_quad: int
-    skip: int
-    """Elements of the first quad that lie before the target."""
+    number: int
+    counters: Tensor
 
     @property
-    def num_quads(self) -> int:
-        return (self.skip + self.count + 3) // 4
-
-    def piece(self, tensor: Tensor) -> Tensor:
-        return tensor.view(-1)[self.offset : self.offset + self.count]
+    def num_lanes(self) -> int:
+        return self.counters.numel()
 
 
-def _noise_for(
-    tensors: Sequence[Tensor], keys: Sequence[NoiseKey], start: int
-) -> Iterator[tuple[_Target, Tensor]]:
-    """Every piece of every tensor with its noise: (count,) fp32, free to be overwritten."""
-    for targets in _chunks([tensor.numel() for tensor in tensors], start, _chunk_of(tensors)):
-        device = tensors[targets[0].index].device
-        z = _box_muller(_words([(keys[t.index], t.first_quad, t.num_quads) for t in targets], device))
-        first = 0
-        for target in targets:
-            yield target, z[first + target.skip : first + target.skip + target.count]
-            first += 4 * target.num_quads
-
-
-def _chunk_of(tensors: Sequence[Tensor]) -> int:
-    return _GPU_CHUNK if len(tensors) > 0 and tensors[0].is_cuda else _CPU_CHUNK
-
-
-def _chunks(counts: Sequence[int], start: int, chunk: int) -> Iterator[list[_Target]]:
-    """Pieces of the tensors in order, as many at a time as make up about `chunk` elements.
-
-    A piece ends at a multiple of four elements or with its tensor, so that no Philox call is made twice.
-    """
-    targets: list[_Target] = []
-    room = chunk
-    for index, count in enumerate(counts):
+def _chunks(segment: Segment, start: int, most_lanes: int) -> Iterator[list[_Piece]]:
+    """Pieces of the tensors in order, as many at a time as make up about `most_lanes`."""
+    pieces: list[_Piece] = []
+    room = most_lanes
+    for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
         done = 0
         while done < count:
-            skip = (start + done) % 4
-            take = min(count - done, room - skip)
-            target = _Target(index, done, take, (start + done) // 4, skip)
-            targets.append(target)
+            take = min(count - done, max(1, room // LANES) * TILE)
+            pieces.append(_Piece(number, offset + done, take, (start + done) // TILE * LANES))
             done += take
-            room -= 4 * target.num_quads
-            if room < 4:
-                yield targets
-                targets, room = [], chunk
-    if targets:
-        yield targets
+            room -= pieces[-1].num_lanes
+            if room <= 0:
+                yield pieces
+                pieces, room = [], most_lanes
+    if pieces:
+        yield pieces
 
 
-def philox_words(key: NoiseKey, first_quad: int, num_quads: int, device: torch.device) -> Tensor:
-    """The integer stream: (4, num_quads) int64 of 32-bit words; element 4 q + i comes of word [i, q]."""
-    even, odd = _words([(key, first_quad, num_quads)], device)
+def _scatter(values: Tensor, out: Tensor, pieces: Sequence[_Piece]) -> None:
+    first = 0
+    for piece in pieces:
+        piece.of(out).copy_(values[first : first + piece.count])
+        first += piece.count
+
+
+def _draw(
+    seed: int, step: int, pieces: Sequence[_Piece], device: torch.device, *, uniform: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Normals of all pieces, (count,) fp32, and if wanted their 16 random bits, (count,) int32."""
+    words = _words(pieces, step, seed, device)
+    bits = _other_radius(words[0]) if uniform else None  # before the words are overwritten
+    normals = _box_muller(words)
+    return _by_element(normals, pieces), None if bits is None else _by_element(bits, pieces)
+
+
+def _by_element(values: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+    first, parts = 0, []
+    for piece in pieces:
+        parts.append(piece.elements(values[:, first : first + piece.num_lanes]))
+        first += piece.num_lanes
+    return torch.cat(parts)
+
+
+def _other_radius(even: Tensor) -> Tensor:
+    """Halves of words 2 and 0, for the elements of words 0 to 3: (4, n) int32 of 16 bits."""
+    low, high = even & 0xFFFF, even >> 16
+    return torch.stack((high[1], low[1], high[0], low[0])).to(torch.int32)
+
+
+def _dither(value: Tensor, uniform: Tensor, like: Tensor) -> Tensor:
+    """fp32 `value` rounded stochastically to the dtype of `like`, as fp32; `uniform` has 16 bits.
+
+    Adding random bits below the last place that stays, then cutting off, carries with the right probability.
+    In fp16 a number below 2^-14 has the unit 2^-24 whatever its exponent: 2^-14 is added to it and taken off
+    again, so that its unit is at the usual place.
+    """
+    if like.dtype == torch.bfloat16:
+        bits = value.view(torch.int32) + uniform
+        return bits.bitwise_and_(-0x10000).view(torch.float32)
+    size = value.abs()
+    lift = torch.where(size < FP16_NORMAL, FP16_NORMAL, 0.0)
+    bits = (size + lift).view(torch.int32) + (uniform >> 3)
+    cut = bits.bitwise_and_(-0x2000).view(torch.float32) - lift
+    return torch.where(value < 0, -cut, cut)
+
+
+FP16_NORMAL = 2.0**-14
+"""Smallest normal number of fp16."""
+
+
+def philox_words(key: NoiseKey, first_lane: int, num_lanes: int, device: torch.device) -> Tensor:
+    """The integer stream: (4, num_lanes) int64 of 32-bit words, of the counters from `first_lane` on."""
+    lanes = torch.arange(first_lane, first_lane + num_lanes, device=device)
+    even, odd = _words([_Counted(key.tensor, lanes)], key.step, key.seed, device)
     return torch.stack((even[0], odd[0], even[1], odd[1]))
 
 
-def _words(pieces: Sequence[tuple[NoiseKey, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Words 0 and 2, and words 1 and 3, of pieces (key, first quad, number of quads) of one seed and step."""
-    total = sum(num_quads for _, _, num_quads in pieces)
+def _words(
+    pieces: Sequence[_Piece | _Counted], step: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Words 0 and 2, and words 1 and 3, of the Philox calls of all pieces."""
+    total = sum(piece.num_lanes for piece in pieces)
     even = torch.empty((2, total), dtype=torch.int64, device=device)
     odd = torch.empty_like(even)
     first = 0
-    for key, first_quad, num_quads in pieces:
-        here = slice(first, first + num_quads)
-        torch.arange(first_quad, first_quad + num_quads, out=even[0, here])
-        odd[0, here].fill_(key.tensor)
-        first += num_quads
+    for piece in pieces:
+        here = slice(first, first + piece.num_lanes)
+        if isinstance(piece, _Counted):
+            even[0, here] = piece.counters
+        else:
+            torch.arange(piece.first_lane, piece.first_lane + piece.num_lanes, out=even[0, here])
+        odd[0, here].fill_(piece.number)
+        first += piece.num_lanes
     torch.bitwise_right_shift(even[0], 32, out=odd[1])
     even[0].bitwise_and_(_WORD)
-    even[1].fill_(pieces[0][0].step)
-    return philox(even, odd, pieces[0][0].seed_words)
+    even[1].fill_(step)
+    return philox(even, odd, (seed & _WORD, (seed >> 32) & _WORD))
 
 
 def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -255,7 +427,7 @@ def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Ten
 
 
 def _box_muller(words: tuple[Tensor, Tensor]) -> Tensor:
-    """Normals of (2, n) words each, which are overwritten: (4 n,) fp32.
+    """Normals of (2, n) words each, which are overwritten: (4, n) fp32, by word.
 
     Of a pair of words the first gives the radius sqrt(-2 ln u), u = (upper 24 bits + 1) / 2^24; the
     second gives the angle pi w, w in [-1/2, 1/2) from its bits 7 to 30, and a sign from bit 31.
@@ -275,10 +447,10 @@ def _box_muller(words: tuple[Tensor, Tensor]) -> Tensor:
     square = w * w
     sine = _horner(SIN_S, square).mul_(square).add_(PI).mul_(w)
     cosine = _horner(COS_C, square).mul_(square).add_(1.0)
-    z = torch.empty((even.shape[1], 2, 2), dtype=torch.float32, device=even.device)
-    torch.mul(radius.t(), cosine.t(), out=z[:, :, 0])
-    torch.mul(radius.t(), sine.t(), out=z[:, :, 1])
-    return z.view(-1)
+    z = torch.empty((2, 2, even.shape[1]), dtype=torch.float32, device=even.device)
+    torch.mul(radius, cosine, out=z[:, 0])
+    torch.mul(radius, sine, out=z[:, 1])
+    return z.view(4, -1)
 
 
 def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

@@ -5,13 +5,13 @@
 Launched without contraction of multiply and add, which would round once where torch rounds twice.
 Compute capability 7.0 and up. With TRITON_INTERPRET=1 they run on CPU tensors.
 
-`normals` knows nothing of the memory it is used on: a kernel over several tensors in one flat buffer
-needs only a table from tile to (tensor, first element).
+One program takes one tile: a lane's four normals belong to the four rows of the tile, so that every load
+and store is of consecutive elements and nothing is moved between threads.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import noise
-from engines.noise import NoiseKey
+from engines.noise import LANES, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
 
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(value) for value in noise.LOG_Q)
 _S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in noise.SIN_S)
@@ -30,8 +30,15 @@ _LN_2 = tl.constexpr(noise.LN_2)
 _SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)
 _INV_2_24 = tl.constexpr(2.0**-24)
 
-TILE_QUADS = 512
-"""Philox calls, of four elements each, per program."""
+_LANES = tl.constexpr(LANES)
+_TILE = tl.constexpr(TILE)
+_CAPACITY = tl.constexpr(LOG_CAPACITY)
+_FP16_NORMAL = tl.constexpr(noise.FP16_NORMAL)
+
+_NEAREST, _DITHER_BF16, _DITHER_FP16 = (tl.constexpr(mode) for mode in range(3))
+
+ROW_COLUMNS = 1024
+"""Columns per program of `rows`."""
 
 
 @triton.jit
@@ -57,92 +64,206 @@ def _pair(radius_word, angle_word):
 
 
 @triton.jit
-def words(quad, tensor, step, seed):
-    """The four Philox words of int64 counters `quad`."""
-    low = (quad & 0xFFFFFFFF).to(tl.uint32)
-    high = (quad >> 32).to(tl.uint32)
+def words(counter, tensor, step, seed):
+    """The four Philox words of int64 counters."""
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
     zero = low * 0
     return tl.philox(seed, low, zero + tensor.to(tl.uint32), zero + step.to(tl.uint32), high)
 
 
 @triton.jit
-def normals(quad, tensor, step, seed):
-    """Normals of elements 4 quad .. 4 quad + 3, for (n,) int64 quads: (4 n,) fp32."""
-    x0, x1, x2, x3 = words(quad, tensor, step, seed)
+def normals(counter, tensor, step, seed):
+    """Normals of the four rows of a tile, for its (n,) int64 counters; and the two radius words."""
+    x0, x1, x2, x3 = words(counter, tensor, step, seed)
     z0, z1 = _pair(x0, x1)
     z2, z3 = _pair(x2, x3)
-    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    return z0, z1, z2, z3, x0, x2
 
 
-@triton.jit(do_not_specialize=["first_quad", "tensor", "step", "seed"])
-def _words_kernel(out, first_quad, tensor, step, seed, QUADS: tl.constexpr):
-    lane = tl.arange(0, QUADS)
-    x0, x1, x2, x3 = words(first_quad.to(tl.int64) + lane, tensor, step, seed)
+@triton.jit
+def _rounded(value, uniform, like, MODE: tl.constexpr):
+    """fp32 rounded to the weights' dtype, as fp32: as `noise._dither`, line by line."""
+    if MODE == _NEAREST:
+        return value.to(like).to(tl.float32)
+    if MODE == _DITHER_BF16:
+        bits = value.to(tl.int32, bitcast=True) + uniform.to(tl.int32)
+        return (bits & -0x10000).to(tl.float32, bitcast=True)
+    size = tl.abs(value)
+    lift = tl.where(size < _FP16_NORMAL, _FP16_NORMAL, 0.0)
+    bits = (size + lift).to(tl.int32, bitcast=True) + (uniform >> 3).to(tl.int32)
+    cut = (bits & -0x2000).to(tl.float32, bitcast=True) - lift
+    return tl.where(value < 0, -cut, cut)
+
+
+@triton.jit
+def _moved(value, z, uniform, lr, g, decay, like, DECAYS: tl.constexpr, MODE: tl.constexpr):
+    change = z * g
+    if DECAYS:
+        change = change + value * decay
+    return _rounded(value - change * lr, uniform, like, MODE)
+
+
+@triton.jit
+def _visit_tile(
+    weight, theta, plus, minus, base, count, tile, tensor, table, first, num_updates, step, seed, eps,
+    DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, _LANES)
+    counter = tile.to(tl.int64) * _LANES + lane
+    like = weight.dtype.element_ty
+    e0, e1, e2, e3 = lane, lane + _LANES, lane + 2 * _LANES, lane + 3 * _LANES
+    m0, m1, m2, m3 = e0 < count, e1 < count, e2 < count, e3 < count
+    source = weight + base
+    w0 = tl.load(source + e0, mask=m0, other=0.0).to(tl.float32)
+    w1 = tl.load(source + e1, mask=m1, other=0.0).to(tl.float32)
+    w2 = tl.load(source + e2, mask=m2, other=0.0).to(tl.float32)
+    w3 = tl.load(source + e3, mask=m3, other=0.0).to(tl.float32)
+    for i in range(num_updates):
+        row = table + ((first + i) % _CAPACITY) * 4
+        lr = tl.load(row + 1).to(tl.float32, bitcast=True)
+        g = tl.load(row + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(row + 3).to(tl.float32, bitcast=True)
+        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
+        w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
+        w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
+        w2 = _moved(w2, z2, x0 >> 16, lr, g, decay, like, DECAYS, MODE)
+        w3 = _moved(w3, z3, x0 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
+    if THETA:
+        target = theta + base
+        tl.store(target + e0, w0.to(like), mask=m0)
+        tl.store(target + e1, w1.to(like), mask=m1)
+        tl.store(target + e2, w2.to(like), mask=m2)
+        tl.store(target + e3, w3.to(like), mask=m3)
+    if PLUS or MINUS:
+        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, step, seed)
+        z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
+        if PLUS:
+            target = plus + base
+            tl.store(target + e0, (w0 + z0).to(like), mask=m0)
+            tl.store(target + e1, (w1 + z1).to(like), mask=m1)
+            tl.store(target + e2, (w2 + z2).to(like), mask=m2)
+            tl.store(target + e3, (w3 + z3).to(like), mask=m3)
+        if MINUS:
+            target = minus + base
+            tl.store(target + e0, (w0 - z0).to(like), mask=m0)
+            tl.store(target + e1, (w1 - z1).to(like), mask=m1)
+            tl.store(target + e2, (w2 - z2).to(like), mask=m2)
+            tl.store(target + e3, (w3 - z3).to(like), mask=m3)
+
+
+_VARYING = ["start_tile", "tensor", "first", "num_updates", "step", "seed", "eps"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _matrix_kernel(
+    weight, theta, plus, minus, count, start_tile, tensor, table, first, num_updates, step, seed, eps,
+    DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+):  # fmt: skip
+    """One tensor that fills the memory."""
+    here = tl.program_id(0)
+    base = here.to(tl.int64) * _TILE
+    _visit_tile(
+        weight, theta, plus, minus, base, count - base, start_tile + here, tensor, table, first, num_updates,
+        step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "num_updates", "step", "seed", "eps"])
+def _vectors_kernel(
+    weight, theta, plus, minus, tiles, table, first, num_updates, step, seed, eps,
+    DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+):  # fmt: skip
+    """Many small tensors: `tiles` says where each program's tile lies, and whose it is."""
+    row = tiles + tl.program_id(0) * 4
+    base, tensor, tile, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    _visit_tile(
+        weight, theta, plus, minus, base, count, tile, tensor, table, first, num_updates,
+        step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tensor", "step", "seed", "eps"])
+def _rows_kernel(weight, indices, out, width, tensor, step, seed, eps, COLUMNS: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    element = tl.load(indices + place).to(tl.int64) * width + column
+    lane = element % _LANES
+    z0, z1, z2, z3, x0, x2 = normals(element // _TILE * _LANES + lane, tensor, step, seed)
+    word = element % _TILE // _LANES
+    z = tl.where(word == 0, z0, tl.where(word == 1, z1, tl.where(word == 2, z2, z3)))
+    value = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place * width + column, (z * eps + value).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_lane", "tensor", "step", "seed"])
+def _words_kernel(out, first_lane, tensor, step, seed, COUNT: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    x0, x1, x2, x3 = words(first_lane.to(tl.int64) + lane, tensor, step, seed)
     tl.store(out + lane, x0.to(tl.int64))
-    tl.store(out + QUADS + lane, x1.to(tl.int64))
-    tl.store(out + 2 * QUADS + lane, x2.to(tl.int64))
-    tl.store(out + 3 * QUADS + lane, x3.to(tl.int64))
+    tl.store(out + COUNT + lane, x1.to(tl.int64))
+    tl.store(out + 2 * COUNT + lane, x2.to(tl.int64))
+    tl.store(out + 3 * COUNT + lane, x3.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["tensor", "step", "seed", "start", "scale"])
-def _perturb_kernel(
-    weight, out, count, tensor, step, seed, start, scale,
-    QUADS: tl.constexpr,
-):  # fmt: skip
-    first_quad = (start.to(tl.int64) >> 2) + tl.program_id(0).to(tl.int64) * QUADS
-    z = normals(first_quad + tl.arange(0, QUADS), tensor, step, seed)
-    # The place in this piece of the tensor of each of the tile's elements.
-    place = first_quad * 4 - start + tl.arange(0, 4 * QUADS)
-    inside = (place >= 0) & (place < count)
-    value = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, (z * scale + value).to(out.dtype.element_ty), mask=inside)
+def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int) -> None:
+    """As `noise.visit`."""
+    flat = weight.view(-1)
+    mode = 0
+    if how.rounding == "stochastic":
+        mode = {torch.bfloat16: 1, torch.float16: 2}.get(weight.dtype, 0)
+    theta, plus, minus = (flat if each is None else each.view(-1) for each in (out.theta, out.plus, out.minus))
+    log = (how.log.table, how.first, how.last - how.first)
+    noise_of = (how.step, _seed(how.seed), how.eps)
+    flags = {
+        "DECAYS": segment.decays,
+        "MODE": mode,
+        "THETA": out.theta is not None,
+        "PLUS": out.plus is not None,
+        "MINUS": out.minus is not None,
+        "enable_fp_fusion": False,
+    }
+    with _on(weight):
+        if len(segment.numbers) == 1 and segment.offsets[0] == 0:
+            (count,), (number,) = segment.counts, segment.numbers
+            grid = (triton.cdiv(count, TILE),)
+            if count:
+                _matrix_kernel[grid](
+                    flat, theta, plus, minus, count, start // TILE, number, *log, *noise_of, **flags
+                )
+            return
+        tiles = segment.tiles(weight.device)
+        if len(tiles):
+            _vectors_kernel[(len(tiles),)](flat, theta, plus, minus, tiles, *log, *noise_of, **flags)
 
 
-@triton.jit(do_not_specialize=["tensor", "step", "seed", "start", "lr", "gradient", "decay"])
-def _update_kernel(
-    weight, count, tensor, step, seed, start,
-    lr, gradient, decay, QUADS: tl.constexpr,
-):  # fmt: skip
-    first_quad = (start.to(tl.int64) >> 2) + tl.program_id(0).to(tl.int64) * QUADS
-    z = normals(first_quad + tl.arange(0, QUADS), tensor, step, seed)
-    place = first_quad * 4 - start + tl.arange(0, 4 * QUADS)
-    inside = (place >= 0) & (place < count)
-    value = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    value = value - (z * gradient + value * decay) * lr
-    tl.store(weight + place, value.to(weight.dtype.element_ty), mask=inside)
-
-
-def perturb(weight: Tensor, out: Tensor, key: NoiseKey, scale: float, start: int) -> None:
-    """As `noise.perturb`."""
-    count = weight.numel()
-    _launch(_perturb_kernel, count, start, weight.view(-1), out.view(-1), count, *_counter(key), start, scale)
-
-
-def update(
-    weight: Tensor, key: NoiseKey, lr: float, projected_gradient: float, weight_decay: float, start: int
-) -> None:
-    """As `noise.update`."""
-    count, scalars = weight.numel(), (lr, projected_gradient, weight_decay)
-    _launch(_update_kernel, count, start, weight.view(-1), count, *_counter(key), start, *scalars)
-
-
-def philox_words(key: NoiseKey, first_quad: int, num_quads: int, device: torch.device) -> Tensor:
-    """The integer stream of a power of two of quads, for tests: (4, num_quads) int64."""
-    out = torch.empty((4, num_quads), dtype=torch.int64, device=device)
-    _words_kernel[(1,)](out, first_quad, *_counter(key), QUADS=num_quads)
+def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
+    """As `noise.rows`."""
+    width = weight.shape[1]
+    out = torch.empty((*indices.shape, width), dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        grid = (indices.numel(), triton.cdiv(width, ROW_COLUMNS))
+        with _on(weight):
+            _rows_kernel[grid](
+                weight, indices.reshape(-1), out, width, number, how.step, _seed(how.seed), how.eps,
+                COLUMNS=ROW_COLUMNS, enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 
-def _counter(key: NoiseKey) -> tuple[int, int, int]:
-    low, high = key.seed_words
-    return key.tensor, key.step, low | high << 32
+def philox_words(key: NoiseKey, first_lane: int, num_lanes: int, device: torch.device) -> Tensor:
+    """The integer stream of a power of two of lanes, for tests: (4, num_lanes) int64."""
+    out = torch.empty((4, num_lanes), dtype=torch.int64, device=device)
+    _words_kernel[(1,)](out, first_lane, key.tensor, key.step, _seed(key.seed), COUNT=num_lanes)
+    return out
 
 
-def _launch(kernel: Any, count: int, start: int, weight: Tensor, *arguments: Any) -> None:
-    if count == 0:
-        return
-    num_quads = (start % 4 + count + 3) // 4
-    grid = (triton.cdiv(num_quads, TILE_QUADS),)
-    # Triton launches on the current device, which need not be the tensor's.
-    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        kernel[grid](weight, *arguments, QUADS=TILE_QUADS, enable_fp_fusion=False)
+def _seed(seed: int) -> int:
+    """64 bits, as Triton's Philox takes them."""
+    return seed & 0xFFFFFFFFFFFFFFFF
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

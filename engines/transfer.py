@@ -55,7 +55,9 @@ class HostSlab:
     `pinned` is False, and one `PageableMemoryWarning` says what that costs. Fresh memory reads as zeros.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device, progress: Progress | None = None) -> None:
+    def __init__(
+        self, num_bytes: int, device: torch.device, progress: Progress | None = None, *, pin: bool = True
+    ) -> None:
         if num_bytes <= 0:
             raise ValueError("a slab needs a positive number of bytes")
         self.num_bytes = num_bytes
@@ -68,7 +70,7 @@ class HostSlab:
             _advise(mapping, advice)
         self._memory: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
         self._unregister: weakref.finalize[[int], HostSlab] | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and pin:
             self._pin(device, progress)
 
     def _pin(self, device: torch.device, progress: Progress | None) -> None:
@@ -80,7 +82,7 @@ class HostSlab:
             piece.fill_(0)  # with all threads; the driver would touch the pages with one
             if progress is not None:
                 progress(what, start + piece.numel(), self.num_bytes)
-        # HAZARD: one registration for the whole slab. The driver refuses a copy that begins in one
+        # HAZARD: one registration for the whole mapping. The driver refuses a copy that begins in one
         # registration and ends in another (cudaErrorInvalidValue), and a view may lie anywhere.
         pointer = self._memory.data_ptr()
         with _cuda.device(device):
@@ -119,6 +121,55 @@ class HostSlab:
             self._unregister = None
         self.pinned = False
         self._memory = None
+
+
+SLAB_BYTES = 4 * 2**30
+"""Tensors share a slab up to about this size, so that pinning a large model shows its progress."""
+
+
+class HostSlabs:
+    """Byte tensors of exact sizes in as few pinned slabs as have about `SLAB_BYTES` each."""
+
+    def __init__(self, slabs: Sequence[HostSlab], views: Sequence[Tensor]) -> None:
+        self._slabs = list(slabs)
+        self.views = list(views)
+        self.pinned_bytes = sum(slab.num_bytes for slab in slabs if slab.pinned)
+
+    def close(self) -> None:
+        """Unpin; see `HostSlab.close`."""
+        self.views.clear()
+        for slab in self._slabs:
+            slab.close()
+
+
+def host_slabs(sizes_bytes: Sequence[int], device: torch.device, progress: Progress) -> HostSlabs:
+    """Memory for tensors of these sizes, each on one slab: a copy may not cross from one to another.
+
+    Once the driver has refused to pin, the rest stays pageable without another warning.
+    """
+    groups: list[list[int]] = []
+    for size in sizes_bytes:
+        if not groups or sum(groups[-1]) + size > SLAB_BYTES:
+            groups.append([])
+        groups[-1].append(size)
+    total, done, pin = sum(sizes_bytes), 0, True
+    slabs: list[HostSlab] = []
+    views: list[Tensor] = []
+    for group in groups:
+        before = done
+
+        def told(what: str, count: int, of: int, before: int = before) -> None:
+            progress(what, before + count, total)
+
+        slab = HostSlab(sum(group), device, told, pin=pin)
+        pin = pin and (slab.pinned or device.type != "cuda")
+        slabs.append(slab)
+        offset = 0
+        for size in group:
+            views.append(slab.view(offset, (size,), torch.uint8))
+            offset += size
+        done += offset
+    return HostSlabs(slabs, views)
 
 
 def _advise(mapping: mmap.mmap, advice: str) -> None:

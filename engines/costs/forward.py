@@ -44,6 +44,12 @@ H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
 """The same without a backward pass: logits, their fp32 copy and the log-softmax."""
 
+HEAD_CHUNK_BYTES = 64_000_000
+"""Weights of the output head that `engines.head` perturbs at a time, on each side."""
+
+HEAD_TOKENS = 4096
+"""Tokens whose logits it computes at a time."""
+
 PROCESS_HOST_BYTES = 1_700_000_000
 """Host memory of Python with torch and CUDA loaded: what native runs held on an H200 machine."""
 

@@ -7,6 +7,7 @@ one computing, one going) and the perturbed copy of one block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
@@ -24,6 +25,18 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
     """Which blocks stay on the GPU: as evenly spread among all as can be."""
     kept = min(resident_blocks, num_blocks)
     return frozenset((2 * i + 1) * num_blocks // (2 * kept) for i in range(kept))
+
+
+def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
+    """GPU memory through which the streamed blocks pass."""
+    largest = max(streamed_block_bytes, default=0)
+    wanted = max(-(-5 * largest // 4), min(4 * largest, 400_000_000))
+    return -(-wanted // 512) * 512
+
+
+def folds(index: int, step: int, fold_every: int) -> bool:
+    """Whether block `index` goes down in `step`: blocks take turns."""
+    return (step + index) % fold_every == 0
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:

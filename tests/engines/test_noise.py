@@ -9,10 +9,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines import noise
-from engines.noise import NoiseKey, normal, perturb, perturb_all, update, update_all
+from engines.base import Update
+from engines.noise import (
+    LANES,
+    TILE,
+    NoiseKey,
+    Outputs,
+    Rounding,
+    Segment,
+    UpdateLog,
+    Visit,
+    normal,
+    one,
+    rows,
+    visit,
+)
 
 KEY = NoiseKey(seed=11, step=3, tensor=2)
 CPU = torch.device("cpu")
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def an_update(step: int = 3, lr: float = 0.01, g: float = 0.4, decay: float = 0.1) -> Update:
+    return Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=decay)
+
+
+def a_visit(
+    *updates: Update,
+    step: int = 3,
+    eps: float = 0.0,
+    rounding: Rounding = "stochastic",
+    device: torch.device = CPU,
+    seed: int = 11,
+) -> Visit:
+    log = UpdateLog(device)
+    for each in updates:
+        log.append(each)
+    return Visit(seed=seed, log=log, first=0, last=len(updates), rounding=rounding, step=step, eps=eps)
+
+
+def updated(weight: torch.Tensor, how: Visit, number: int = 2, *, decays: bool = True) -> torch.Tensor:
+    out = torch.empty_like(weight)
+    visit(weight, one(number, weight.numel(), decays=decays), how, Outputs(theta=out))
+    return out
+
+
+def perturbed(weight: torch.Tensor, how: Visit, number: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+    visit(weight, one(number, weight.numel()), how, Outputs(plus=plus, minus=minus))
+    return plus, minus
 
 
 def some_weights(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -58,8 +103,8 @@ def test_moments_are_those_of_a_standard_normal() -> None:
     for bound in (0.5, 1.0, 2.0, 3.0):
         share = math.erf(bound / math.sqrt(2))
         assert abs((z.abs() < bound).double().mean() - share) < 4 * math.sqrt(share * (1 - share)) * sigma
-    lanes = z.view(-1, 4)
-    assert (torch.corrcoef(lanes.T) - torch.eye(4, dtype=torch.float64)).abs().max() < 5 * 2 * sigma
+    words = z[: count // TILE * TILE].view(-1, 4, LANES).transpose(1, 2).reshape(-1, 4)
+    assert (torch.corrcoef(words.T) - torch.eye(4, dtype=torch.float64)).abs().max() < 5 * 2 * sigma
     assert z.isfinite().all()
 
 
@@ -102,72 +147,145 @@ def test_keys_out_of_range_are_refused(field: dict[str, int]) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(cuts=st.lists(st.integers(0, 500), max_size=4), chunk=st.sampled_from([100, 1 << 18]))
-def test_pieces_make_up_the_whole(cuts: list[int], chunk: int) -> None:
-    weight = some_weights(500)
-    whole = torch.empty_like(weight)
-    perturb(weight, whole, KEY, 0.25)
-    whole_updated = weight.clone()
-    update(whole_updated, KEY, 0.5, -0.75, 0.125)
-
-    pieces, pieces_updated = torch.empty_like(weight), weight.clone()
-    edges = [0, *sorted(cuts), 500]
+@given(
+    cuts=st.lists(st.integers(0, 4), max_size=3),
+    count=st.sampled_from([1, 500, 511, 512, 513, 2048, 5 * TILE - 3]),
+    chunk=st.sampled_from([512, 1024, 1 << 16]),
+)
+def test_pieces_make_up_the_whole(cuts: list[int], count: int, chunk: int) -> None:
+    weight = some_weights(count, torch.float16)
+    how = a_visit(an_update(1), an_update(2, g=-3.0), eps=1e-3)
+    whole = [torch.empty_like(weight) for _ in range(3)]
+    segment = one(2, count, decays=True)
+    visit(weight, segment, how, Outputs(theta=whole[0], plus=whole[1], minus=whole[2]))
+    pieces = [torch.empty_like(weight) for _ in range(3)]
+    edges = sorted({0, count, *(cut * TILE for cut in cuts if cut * TILE < count)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise, "_CPU_CHUNK", chunk)
+        patch.setitem(noise._CHUNK_LANES, "cpu", chunk)
         for begin, end in pairwise(edges):
-            perturb(weight[begin:end], pieces[begin:end], KEY, 0.25, start=begin)
-            update(pieces_updated[begin:end], KEY, 0.5, -0.75, 0.125, start=begin)
-    assert torch.equal(pieces, whole)
-    assert torch.equal(pieces_updated, whole_updated)
+            part = one(2, end - begin, decays=True)
+            theta, plus, minus = (each[begin:end] for each in pieces)
+            visit(weight[begin:end], part, how, Outputs(theta=theta, plus=plus, minus=minus), start=begin)
+        assert torch.equal(normal(KEY, count), normal(KEY, 5 * TILE)[:count])
+    assert all(map(torch.equal, pieces, whole))
 
 
-@pytest.mark.parametrize("chunk", [16, 1 << 18])
-def test_several_tensors_at_once_are_as_one_by_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(noise, "_CPU_CHUNK", chunk)
-    weights = [some_weights(count, seed=count) for count in (7, 64, 1, 33)]
-    keys = [NoiseKey(seed=1, step=2, tensor=number) for number in (5, 0, 9, 2)]
-    decays = [0.1, 0.0, 0.1, 0.0]
-    together, apart = [torch.empty_like(w) for w in weights], [torch.empty_like(w) for w in weights]
-    perturb_all(weights, together, keys, 0.5)
-    for weight, out, key in zip(weights, apart, keys, strict=True):
-        perturb(weight, out, key, 0.5)
-    assert all(map(torch.equal, together, apart))
-
-    for original, other in zip(weights, apart, strict=True):
-        other.copy_(original)
-    update_all(weights, keys, 0.5, 2.0, decays)
-    for weight, key, decay in zip(apart, keys, decays, strict=True):
-        update(weight, key, 0.5, 2.0, decay)
-    assert all(map(torch.equal, weights, apart))
+def test_a_piece_begins_with_a_tile() -> None:
+    weight = some_weights(10)
+    with pytest.raises(ValueError, match="multiple of 2048"):
+        visit(weight, one(2, 10), a_visit(), Outputs(theta=weight), start=4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [512, 1 << 16])
+def test_vectors_in_one_memory_are_as_one_by_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setitem(noise._CHUNK_LANES, "cpu", chunk)
+    counts, numbers = (7, 640, 1, 3000), (5, 0, 9, 2)
+    offsets = (0, 8, 648, 656)
+    flat = some_weights(3656, torch.bfloat16)
+    how = a_visit(an_update(1), an_update(2), eps=1e-3)
+    outs = [torch.empty_like(flat) for _ in range(3)]
+    visit(
+        flat, Segment(numbers, offsets, counts, decays=False), how,
+        Outputs(theta=outs[0], plus=outs[1], minus=outs[2]),
+    )  # fmt: skip
+    for number, offset, count in zip(numbers, offsets, counts, strict=True):
+        weight = flat[offset : offset + count]
+        theta = updated(weight, how, number, decays=False)
+        plus, minus = perturbed(theta, a_visit(eps=1e-3), number)
+        for out, alone in zip(outs, (theta, plus, minus), strict=True):
+            assert torch.equal(out[offset : offset + count], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_formulas_in_fp32_with_one_rounding(dtype: torch.dtype) -> None:
-    weight = some_weights(999, dtype)
+    weight = some_weights(2999, dtype)
     before = weight.clone()
-    z = normal(KEY, 999)
-    out = torch.empty_like(weight)
-    perturb(weight, out, KEY, -1e-3)
+    z = normal(KEY, 2999)
+    plus, minus = perturbed(weight, a_visit(eps=1e-3))
     assert torch.equal(weight, before)
-    assert torch.equal(out, (weight.float() + -1e-3 * z).to(dtype))
-    update(weight, KEY, 0.01, 0.4, 0.1)
-    assert torch.equal(weight, (before.float() - 0.01 * (0.4 * z + 0.1 * before.float())).to(dtype))
+    assert torch.equal(plus, (weight.float() + 1e-3 * z).to(dtype))
+    assert torch.equal(minus, (weight.float() - 1e-3 * z).to(dtype))
+    moved = before.float() - 0.01 * (0.4 * z + 0.1 * before.float())
+    assert torch.equal(updated(weight, a_visit(an_update(), rounding="nearest")), moved.to(dtype))
+    if dtype == torch.float32:
+        assert torch.equal(updated(weight, a_visit(an_update())), moved)
+
+
+def test_updates_in_one_visit_are_as_in_several() -> None:
+    """What a log replayed at once must hold to: the rounding of each step is part of the algorithm."""
+    weight = some_weights(5000, torch.bfloat16)
+    several = [an_update(step, g=1.0 + step) for step in range(9)]
+    together = updated(weight, a_visit(*several))
+    apart = weight
+    for each in several:
+        apart = updated(apart, a_visit(each))
+    assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [3.0, 0.02, 3e-5, 0.0])
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(
+    dtype: torch.dtype, size: float
+) -> None:
+    """Also around zero, and below fp16's smallest normal number, 6.1e-5."""
+    count = 400_000
+    start = torch.full((count,), size).to(dtype)
+    how = a_visit(an_update(lr=2.7e-7, g=1.0, decay=0.0))
+    wanted = start.double() - 2.7e-7 * normal(KEY, count).double()
+    out = updated(start, how).double()
+    nearest = wanted.float().to(dtype)
+    away = torch.full_like(nearest, float("inf"))
+    up, down = torch.nextafter(nearest, away).double(), torch.nextafter(nearest, -away).double()
+    assert ((out == nearest.double()) | (out == up) | (out == down)).all()
+    unit = (up - nearest.double()).max().item()
+    error = (out - wanted).double()
+    assert abs(error.mean()) < 5 * unit / math.sqrt(count)
+    # With z: what would pull the weights along the noise.
+    assert abs((error * normal(KEY, count)).mean()) < 5 * unit / math.sqrt(count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("change", [1e-7, 1e-6, 1e-5, 1e-4])
+def test_updates_land(dtype: torch.dtype, change: float) -> None:
+    """The share of the wanted update that reaches the weights, as its projection."""
+    count = 8_000_000
+    weight = some_weights(count, dtype)
+    z = normal(KEY, count).double()
+    wanted = -change * z
+    landed = updated(weight, a_visit(an_update(lr=change, g=1.0, decay=0.0))).double() - weight.double()
+    share = float((landed * wanted).sum() / (wanted * wanted).sum())
+    assert 0.95 < share < 1.05
 
 
 def test_no_scale_and_no_rate_change_no_bit() -> None:
-    weight = some_weights(100, torch.float16)
-    out = torch.empty_like(weight)
-    perturb(weight, out, KEY, 0.0)
-    assert torch.equal(out, weight)
-    before = weight.clone()
-    update(weight, KEY, 0.0, 3.0, 0.1)
-    assert torch.equal(weight, before)
+    weight = some_weights(1000, torch.float16)
+    assert torch.equal(perturbed(weight, a_visit(eps=0.0))[0], weight)
+    assert torch.equal(updated(weight, a_visit(an_update(lr=0.0, g=3.0))), weight)
 
 
 def test_a_projected_gradient_of_zero_still_decays() -> None:
     weight = torch.full((8,), 2.0)
-    update(weight, KEY, 0.5, 0.0, 0.25)
-    assert torch.equal(weight, torch.full((8,), 2.0 - 0.5 * 0.25 * 2.0))
+    decayed = updated(weight, a_visit(an_update(lr=0.5, g=0.0, decay=0.25)))
+    assert torch.equal(decayed, torch.full((8,), 2.0 - 0.5 * 0.25 * 2.0))
+
+
+@pytest.mark.parametrize("width", [1, 64, 513, 1500])
+def test_rows_are_those_of_the_whole_tensor(width: int) -> None:
+    weight = some_weights(40 * width, torch.float16).view(40, width)
+    plus, minus = perturbed(weight, a_visit(eps=1e-3))
+    indices = torch.tensor([[3, 39, 0], [3, 17, 5]])
+    assert torch.equal(rows(weight, 2, indices, a_visit(eps=1e-3)), plus[indices])
+    assert torch.equal(rows(weight, 2, indices, a_visit(eps=-1e-3)), minus[indices])
+
+
+def test_the_log_forgets_what_is_too_old() -> None:
+    log = UpdateLog(CPU)
+    for step in range(noise.LOG_CAPACITY + 3):
+        log.append(an_update(step))
+    assert [each.step for each in log.between(3, 6)] == [3, 4, 5]
+    for first, last in ((2, 5), (5, 4), (5, noise.LOG_CAPACITY + 4)):
+        with pytest.raises(ValueError, match="not in the log"):
+            log.between(first, last)
 
 
 def kernel_device() -> torch.device:
@@ -179,42 +297,69 @@ def kernel_device() -> torch.device:
 def test_the_kernel_has_the_same_integer_stream(seed: int) -> None:
     kernels = pytest.importorskip("engines.noise_kernels")
     key = NoiseKey(seed=seed, step=7, tensor=3)
-    for first_quad in (0, 5, 2**32 - 64):
-        ours = noise.philox_words(key, first_quad, 128, CPU)
-        assert torch.equal(kernels.philox_words(key, first_quad, 128, kernel_device()).cpu(), ours)
+    for first_lane in (0, 5, 2**32 - 64):
+        ours = noise.philox_words(key, first_lane, 128, CPU)
+        assert torch.equal(kernels.philox_words(key, first_lane, 128, kernel_device()).cpu(), ours)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("start", "count"), [(0, 5000), (3, 2047), (4, 1), (2048, 2048)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("start", "count"), [(0, 5000), (2 * TILE, 2047), (TILE, 1), (0, TILE)])
 def test_the_kernel_gives_the_same_bits(dtype: torch.dtype, start: int, count: int) -> None:
-    """bfloat16 is checked on a GPU only: the interpreter truncates where the hardware rounds."""
+    """bfloat16 with stochastic rounding and nothing else: the interpreter truncates where the hardware
+    rounds."""
     pytest.importorskip("triton")
-    check_kernel(dtype, start, count)
+    check_kernel(dtype, start, count, perturbs=dtype != torch.bfloat16 or torch.cuda.is_available())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    check_kernel(dtype, 0, 3_000_001)
-    check_kernel(dtype, 2**33 + 1, 4099)
+    check_kernel(dtype, 0, 3_000_001, perturbs=True)
+    check_kernel(dtype, 2**33, 4099, perturbs=True)
 
 
-def check_kernel(dtype: torch.dtype, start: int, count: int) -> None:
+def check_kernel(dtype: torch.dtype, start: int, count: int, *, perturbs: bool) -> None:
     from engines import noise_kernels
 
     device = kernel_device()
     weight = some_weights(count, dtype)
-    expected, out = torch.empty_like(weight), torch.empty_like(weight, device=device)
-    perturb(weight, expected, KEY, 1e-3, start)
-    noise_kernels.perturb(weight.to(device), out, KEY, 1e-3, start)
-    assert torch.equal(out.cpu(), expected)
+    weight[: count // 3] *= 1e-3  # below fp16's normal numbers
+    segment = one(2, count, decays=True)
+    results = []
+    for where, function in ((CPU, visit), (device, noise_kernels.visit)):
+        how = a_visit(an_update(1, lr=1e-5), an_update(2**31 + 5, g=-2.0), eps=1e-3, device=where, seed=-5)
+        source = weight.to(where)
+        outs = [torch.empty_like(source) for _ in range(3)]
+        if perturbs:
+            out = Outputs(theta=outs[0], plus=outs[1], minus=outs[2])
+        else:
+            out = Outputs(theta=outs[0])
+        function(source, segment, how, out, start)
+        results.append([each.cpu() for each in outs[: 3 if perturbs else 1]])
+    assert all(map(torch.equal, *results))
 
-    updated = weight.to(device)
-    updated = updated.clone() if device == CPU else updated
-    update(weight, KEY, 1e-3, 0.37, 0.1, start)
-    noise_kernels.update(updated, KEY, 1e-3, 0.37, 0.1, start)
-    assert torch.equal(updated.cpu(), weight)
+
+def test_the_kernel_of_vectors_and_rows_gives_the_same_bits() -> None:
+    pytest.importorskip("triton")
+    from engines import noise_kernels
+
+    device = kernel_device()
+    flat = some_weights(5000, torch.float16)
+    indices = torch.tensor([[3, 4], [0, 3]])
+    results = []
+    for where, vectors, gather in (
+        (CPU, visit, rows),
+        (device, noise_kernels.visit, noise_kernels.rows),
+    ):
+        how = a_visit(an_update(), eps=-1e-3, device=where)
+        source = flat.to(where)
+        outs = [torch.zeros_like(source) for _ in range(3)]
+        segment = Segment((4, 1, 7), (0, 2504, 2512), (2500, 3, 2488), decays=False)
+        vectors(source, segment, how, Outputs(theta=outs[0], plus=outs[1], minus=outs[2]), 0)
+        outs.append(gather(source.view(5, 1000), 3, indices.to(where), how))
+        results.append([each.cpu() for each in outs])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,231 @@
+"""The end of a causal language model in pieces: logits only where labels are, and never all of them at once.
+
+Most models end in one linear layer, whose outputs are the logits, and in the mean cross-entropy of the next
+token. For those (`plain_head` finds out) the loss is computed over chunks of the vocabulary with a running
+log-sum-exp, so that neither a perturbed copy of the head nor the logits of a long batch take memory. The sum
+over tokens is in fp64: a projected gradient is a small difference of two losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor, nn
+
+from engines import noise
+from engines.base import Batch
+from engines.blocks import BlockDriver
+from engines.costs.forward import HEAD_CHUNK_BYTES, HEAD_TOKENS
+from engines.noise import TILE, Outputs, Visit, one
+
+IGNORED = -100
+"""Label of a position without a loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The labelled positions of a batch, on the device."""
+
+    positions: Tensor
+    """(n,) int64 into the flattened (batch, seq) positions whose next token is labelled."""
+    labels: Tensor
+    """(n,) int64."""
+
+
+def targets_of(batch: Batch, device: torch.device) -> Targets:
+    """Found on the host, where the labels are: the GPU is not waited for."""
+    labels = batch.inputs["labels"]
+    following = torch.full_like(labels, IGNORED)
+    following[:, :-1] = labels[:, 1:]
+    positions = (following.view(-1) != IGNORED).nonzero().view(-1)
+    chosen = following.view(-1)[positions]
+    return Targets(positions.to(device, non_blocking=True), chosen.to(device, non_blocking=True))
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the head."""
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What a forward pass brought to the head."""
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Of one batch: sum of the negative log-likelihoods, () fp64, and right predictions, () int64."""
+
+    loss_sum: Tensor
+    correct: Tensor
+
+
+class Head:
+    """A linear output layer with weight `weight` (vocabulary, hidden), both names first names."""
+
+    def __init__(
+        self, module: nn.Linear, weight: str, bias: str | None, numbers: Mapping[str, int]
+    ) -> None:
+        self._module = module
+        self._weight = weight
+        self._bias = bias
+        self._numbers = numbers
+
+    @contextmanager
+    def reached(self) -> Iterator[Arrival]:
+        """Within it a forward pass of the model ends at the head, quietly, and what came there is kept."""
+        arrival = Arrival(torch.empty(0))
+        before = self._module.__dict__.get("forward")
+
+        def stop(hidden: Tensor) -> Tensor:
+            arrival.hidden = hidden
+            raise _Reached
+
+        self._module.__dict__["forward"] = stop
+        try:
+            yield arrival
+        except _Reached:
+            pass
+        finally:
+            if before is None:
+                del self._module.__dict__["forward"]
+            else:
+                self._module.__dict__["forward"] = before
+
+    def losses(
+        self, hidden: Sequence[Tensor], targets: Targets, outer: Mapping[str, Tensor], how: Visit
+    ) -> tuple[Tensor, Tensor]:
+        """Mean losses, () fp64, of the hidden states (batch, seq, hidden) of the plus and minus side."""
+        weight = outer[self._weight]
+        vocabulary, width = weight.shape
+        rows = chunk_rows(vocabulary, width, weight.element_size())
+        scratch = [torch.empty((rows, width), dtype=weight.dtype, device=weight.device) for _ in (0, 1)]
+        biases = self._biases(outer, how)
+
+        def chunk(first: int, last: int) -> list[Tensor]:
+            piece = weight[first:last].view(-1)
+            plus, minus = (memory[: last - first] for memory in scratch)
+            segment = one(self._numbers[self._weight], piece.numel(), decays=True)
+            out = Outputs(plus=plus.view(-1), minus=minus.view(-1))
+            noise.visit(piece, segment, how, out, start=first * width)
+            return [plus, minus]
+
+        plus, minus = _scores(hidden, targets, vocabulary, rows, chunk, biases)
+        count = targets.labels.numel()
+        return plus.loss_sum / count, minus.loss_sum / count
+
+    def evaluate(self, hidden: Tensor, targets: Targets, outer: Mapping[str, Tensor]) -> Scores:
+        """With the weights as they are."""
+        weight = outer[self._weight]
+        vocabulary, width = weight.shape
+        rows = chunk_rows(vocabulary, width, weight.element_size())
+        bias = None if self._bias is None else outer[self._bias]
+        (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], [bias])
+        return scores
+
+    def _biases(self, outer: Mapping[str, Tensor], how: Visit) -> list[Tensor | None]:
+        if self._bias is None:
+            return [None, None]
+        bias = outer[self._bias]
+        plus, minus = torch.empty_like(bias), torch.empty_like(bias)
+        segment = one(self._numbers[self._bias], bias.numel())
+        noise.visit(bias, segment, how, Outputs(plus=plus, minus=minus))
+        return [plus, minus]
+
+
+def chunk_rows(vocabulary: int, width: int, element_bytes: int) -> int:
+    """Vocabulary rows at a time: about `HEAD_CHUNK_BYTES` of weights, and whole tiles of noise."""
+    grid = TILE // gcd(width, TILE)
+    wanted = HEAD_CHUNK_BYTES // (width * element_bytes)
+    return min(vocabulary, max(1, wanted // grid) * grid)
+
+
+def _scores(
+    hidden: Sequence[Tensor],
+    targets: Targets,
+    vocabulary: int,
+    rows: int,
+    chunk: Callable[[int, int], Sequence[Tensor]],
+    biases: Sequence[Tensor | None],
+) -> list[Scores]:
+    """One `Scores` per side; `chunk(first, last)` gives each side's rows of the head.
+
+    ln sum exp over the vocabulary is gathered chunk by chunk, in fp32 as transformers' loss has it.
+    """
+    states = [side.reshape(-1, side.shape[-1])[targets.positions] for side in hidden]
+    sides = [_Running(state.shape[0], state.device) for state in states]
+    for first in range(0, vocabulary, rows):
+        last = min(first + rows, vocabulary)
+        weights = chunk(first, last)
+        for state, weight, bias, running in zip(states, weights, biases, sides, strict=True):
+            for begin in range(0, state.shape[0], HEAD_TOKENS):
+                tokens = slice(begin, begin + HEAD_TOKENS)
+                piece = None if bias is None else bias[first:last]
+                logits = nn.functional.linear(state[tokens], weight, piece)
+                running.add(tokens, logits.float(), targets.labels[tokens], first)
+    return [running.scores(targets.labels) for running in sides]
+
+
+class _Running:
+    """Of each token: log-sum-exp so far, the label's logit, and the largest logit with its place."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._lse = torch.full((count,), -torch.inf, device=device)
+        self._target = torch.full((count,), -torch.inf, device=device)
+        self._largest = torch.full((count,), -torch.inf, device=device)
+        self._where = torch.zeros((count,), dtype=torch.int64, device=device)
+
+    def add(self, tokens: slice, logits: Tensor, labels: Tensor, first: int) -> None:
+        """fp32 `logits` (tokens, rows) of the vocabulary from `first` on; overwritten."""
+        place = labels - first
+        inside = (place >= 0) & (place < logits.shape[1])
+        found = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        self._target[tokens] = torch.where(inside, found, self._target[tokens])
+        largest, where = logits.max(1)
+        better = largest > self._largest[tokens]
+        self._largest[tokens] = torch.where(better, largest, self._largest[tokens])
+        self._where[tokens] = torch.where(better, where + first, self._where[tokens])
+        sums = logits.sub_(largest.unsqueeze(1)).exp_().sum(1).log() + largest
+        self._lse[tokens] = torch.logaddexp(self._lse[tokens], sums)
+
+    def scores(self, labels: Tensor) -> Scores:
+        loss_sum = (self._lse - self._target).sum(dtype=torch.float64)
+        return Scores(loss_sum=loss_sum, correct=(self._where == labels).sum())
+
+
+def plain_head(
+    model: nn.Module, driver: BlockDriver, places: Mapping[str, str], numbers: Mapping[str, int]
+) -> Head | None:
+    """The model's head if it is one linear layer and a mean cross-entropy; else `None`.
+
+    Found out by trying: the layer is replaced by one that answers with known logits, which the model must
+    hand out as they are (no cap, no scale), with the loss that belongs to them. Weights may be anything.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if type(module) is not nn.Linear:
+        return None
+    path = next(name for name, each in model.named_modules() if each is module)
+    weight, bias = places.get(f"{path}.weight"), places.get(f"{path}.bias")
+    if weight is None:
+        return None
+    device = module.weight.device
+    ids = torch.arange(4, device=device).view(1, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    known = (torch.arange(4 * module.out_features, device=device) * 37 % 121 - 60).view(1, 4, -1)
+    logits = known.to(module.weight.dtype)
+    module.__dict__["forward"] = lambda hidden: logits[:, -hidden.shape[1] :]
+    try:
+        output = driver.finish(inputs, driver.record(inputs).hidden)
+    finally:
+        del module.__dict__["forward"]
+    expected = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    same = torch.equal(output.logits.float(), logits.float()) and torch.allclose(
+        output.loss.float(), expected, rtol=1e-4
+    )
+    return Head(module, weight, bias, numbers) if same else None

@@ -1,0 +1,633 @@
+"""A model at theta + eps z and theta - eps z at once, without a second copy of its weights.
+
+Inside the blocks both forward passes run stacked: the first half of the batch belongs to theta + eps z, the
+second to theta - eps z. What has no weights (attention, residuals, activations) is computed once for both;
+a module with weights (a *unit*) computes its first half with one set and its second half with the other.
+Its perturbed weights are made in a scratch memory when it is called, from theta, by one pass over it
+(`engines.noise.visit`), and the next unit's take their place. So the GPU holds, beside theta, the perturbed
+weights of the largest unit; and theta itself is needed only for that pass, from wherever it is kept
+(`Source`).
+
+Outside the blocks (embeddings, final norm, head) a model does anything: there each pass runs by itself, by the
+model's own forward, between the same modules. Embeddings perturb the rows that are looked up and no others.
+
+No model code is copied: a unit is the model's own module, whose forward is replaced on the instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engines import noise
+from engines.base import Batch
+from engines.blocks import (
+    BlockCall,
+    BlockDriver,
+    EvaluationSum,
+    bind,
+    find_blocks,
+    first_names,
+    move_buffers,
+    to_device,
+)
+from engines.head import Targets, plain_head, targets_of
+from engines.layout import ModelLayout, Part
+from engines.noise import Outputs, Visit, one
+from engines.transfer import ComputeClock
+
+SCRATCH_ALIGNMENT_BYTES = 512
+"""As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
+
+
+LANDED_SAMPLE = 1 << 24
+"""Elements of which the landed share is measured: enough for 1 % at updates of 1e-7 in bf16."""
+
+
+class Side(Enum):
+    """Which weights a pass outside the blocks computes with."""
+
+    PLUS = 1
+    MINUS = -1
+    PLAIN = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A micro-batch on the device."""
+
+    inputs: Mapping[str, Tensor]
+    targets: Targets | None
+    """`None` where the model's own forward computes the loss."""
+
+
+class Source(Protocol):
+    """Where the blocks' weights are."""
+
+    def take(self, block: int, part: int) -> Tensor:
+        """The flat memory of a part, on the device, ready in the order of the compute stream.
+
+        Raises `UserError` if it is gone already.
+        """
+
+    def done(self, block: int, part: int) -> None:
+        """All work that reads or writes the part in this visit is enqueued."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a visit does with a block."""
+
+    how: Visit
+    """Pending updates and perturbation of the block."""
+    store: bool
+    """Write the updated weights back to the source's memory."""
+    perturb: bool
+    """Both perturbed passes, stacked; else one, with theta itself."""
+
+
+class _Unit:
+    """A module of a block that computes with its own weights, and maybe those of modules inside it."""
+
+    def __init__(self, block: int, module: nn.Module, places: Sequence[tuple[nn.Module, str, str]]) -> None:
+        self.block = block
+        self.module = module
+        self.places = places
+        """(owner, its attribute, first name of the tensor)."""
+        self.parts: tuple[int, ...] = ()
+        self.frozen = False
+        """No part of it is trained: both sides compute with the same weights."""
+        self.weights: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        """As `places`, for the plus and the minus side: views of the scratch memory."""
+
+    def with_side(self, side: int) -> AbstractContextManager[None]:
+        """The module computes with the scratch of side 0 (plus, and theta itself) or 1 (minus)."""
+        return _swapped(self.places, self.weights[side])
+
+
+class BlockScratch:
+    """The perturbed weights of the units that compute now, and the visit of a block that makes them."""
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        units: Sequence[_Unit],
+        dtype: torch.dtype,
+        device: torch.device,
+        outer: Mapping[str, Tensor],
+        clock: ComputeClock,
+    ) -> None:
+        self._layout = layout
+        self._units = units
+        self._dtype = dtype
+        self._device = device
+        self._outer = outer
+        self._clock = clock
+        for unit in units:
+            used = {name for _, _, name in unit.places}
+            parts = layout.blocks[unit.block].parts
+            unit.parts = tuple(i for i, part in enumerate(parts) if used.intersection(part.names))
+            unit.frozen = not any(parts[i].trained for i in unit.parts)
+        owned = [(unit.block, part) for unit in units for part in unit.parts if self._is_large(unit.block, part)]
+        self._always_whole = len(set(owned)) < len(owned)
+        """Two units of a block have a matrix in common."""
+        self._form: tuple[bool, int] | None = None
+        self._places: dict[tuple[int, int], int] = {}
+        self._memory: list[Tensor] = []
+        self._block = -1
+        self._task: Task | None = None
+        self._source: Source | None = None
+        self._made: set[int] = set()
+        self._seen: set[int] = set()
+        self.take_form(whole=False, sides=2)
+
+    def take_form(self, *, whole: bool, sides: int) -> None:
+        """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
+        sides, or on the one that passes with theta itself use."""
+        whole = whole or self._always_whole
+        if self._form == (whole, sides):
+            return
+        self._form = (whole, sides)
+        grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
+        room = max((block.parts[0].size for block in self._layout.blocks if block.parts), default=0)
+        first = -(-room // grid) * grid
+        self._places = {}
+        ends: dict[int, int] = {}
+        for unit in self._units:
+            end = ends.get(unit.block, first) if whole else first
+            for part in unit.parts:
+                if not self._is_large(unit.block, part):
+                    self._places[unit.block, part] = 0
+                elif (unit.block, part) not in self._places:
+                    self._places[unit.block, part] = end
+                    end += -(-self._layout.blocks[unit.block].parts[part].size // grid) * grid
+            ends[unit.block] = max(end, ends.get(unit.block, 0))
+        for unit in self._units:
+            unit.weights = ([], [])
+        self._memory = []  # before the new one is taken
+        size = max(ends.values(), default=first)
+        self._memory = [torch.zeros(size, dtype=self._dtype, device=self._device) for _ in range(sides)]
+        for unit in self._units:
+            for side in range(sides):
+                views: dict[str, Tensor] = {}
+                for part in unit.parts:
+                    of = self._layout.blocks[unit.block].parts[part]
+                    views |= of.views(self._room(unit.block, part, side))
+                unit.weights[side].extend(
+                    nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
+                )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(memory.nbytes for memory in self._memory)
+
+    @property
+    def perturbs(self) -> bool:
+        return self._task is not None and self._task.perturb
+
+    def begin(self, block: int, task: Task, source: Source) -> None:
+        self._block, self._task, self._source = block, task, source
+        self._made, self._seen = set(), set()
+
+    def end(self) -> None:
+        """Also parts that no module asked for have their updates applied."""
+        assert self._task is not None
+        assert self._source is not None
+        for index, part in enumerate(self._layout.blocks[self._block].parts):
+            if index in self._seen or part.shared:
+                continue
+            weight = self._source.take(self._block, index)
+            if part.trained and self._task.store and self._task.how.last > self._task.how.first:
+                noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
+            self._source.done(self._block, index)
+        self._task = self._source = None
+
+    def open(self, unit: _Unit) -> None:
+        """Make the unit's weights, unless they are there. Without effect outside a visit."""
+        if self._task is None or all(part in self._made for part in unit.parts):
+            return
+        assert unit.block == self._block
+        assert self._form is not None
+        if not self._form[0]:
+            self._made = {part for part in self._made if not self._is_large(unit.block, part)}
+        for part in unit.parts:
+            if part not in self._made:
+                self._make(part, self._layout.blocks[unit.block].parts[part])
+                self._made.add(part)
+
+    def _make(self, index: int, part: Part) -> None:
+        task, source = self._task, self._source
+        assert task is not None
+        assert source is not None
+        rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
+        plus, minus = rooms[0], rooms[-1]
+        how, store = task.how, task.store
+        if part.shared:
+            weight, how, store = self._outer[part.names[0]].view(-1), _without_updates(how), False
+        else:
+            weight = source.take(self._block, index)
+            if index in self._seen:  # a module that is called twice in a visit
+                how, store = (_without_updates(how) if store else how), False
+        self._clock.start()
+        if not part.trained:
+            plus.copy_(weight)
+            if task.perturb:
+                minus.copy_(weight)
+        elif task.perturb:
+            theta = weight if store else None
+            noise.visit(weight, part.segment, how, Outputs(theta=theta, plus=plus, minus=minus))
+        elif how.first == how.last:
+            plus.copy_(weight)
+        else:
+            noise.visit(weight, part.segment, how, Outputs(theta=weight if store else plus))
+            if store:
+                plus.copy_(weight)
+        self._clock.stop()
+        if not part.shared and index not in self._seen:
+            source.done(self._block, index)
+        self._seen.add(index)
+
+    def _is_large(self, block: int, part: int) -> bool:
+        """A matrix, or shared: anything but the block's packed vectors."""
+        return part > 0 or self._layout.blocks[block].parts[part].segment.decays
+
+    def _room(self, block: int, part: int, side: int) -> Tensor:
+        place = self._places[block, part]
+        return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]
+
+
+def _without_updates(how: Visit) -> Visit:
+    return replace(how, first=how.last)
+
+
+class PerturbedModel:
+    """The model that mezo and zo2 compute with; weights outside the blocks included.
+
+    Raises `UserError` for a model without a row of blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: ModelLayout,
+        clock: ComputeClock,
+    ) -> None:
+        self.layout = layout
+        self.outer = {name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer}
+        self.num_blocks = len(layout.blocks)
+        self._device = device
+        self._side = Side.PLAIN
+        self._how: Visit | None = None
+        self._in_tail = False
+        places = first_names(model)
+        # Whatever reads a weight past its unit reads NaN. One element each: they take no memory.
+        bind(model, places, {name: _nothing(shape, dtype, device) for name, shape in layout.shapes.items()})
+        move_buffers(model, device)
+        model.eval()
+        self._model = model
+        self._driver = BlockDriver(model)
+        self._stacked = 0
+        """Rows of the batch, both sides together."""
+        block_path, _ = find_blocks(model)
+        names = {place.rpartition(".")[::2]: name for place, name in places.items()}
+        owners = {path: module for path, module in model.named_modules() if module._parameters}
+        self._head = plain_head(model, self._driver, places, layout.numbers)
+        units = _block_units(self._driver.blocks, block_path, owners, names)
+        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock)
+        for unit in units:
+            unit.module.forward = self._block_forward(unit)
+        for path, module in owners.items():
+            if not path.startswith(f"{block_path}."):
+                module.forward = self._outer_forward(path, module, names)
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """A micro-batch on the device, and where its labels are."""
+        targets = None if self._head is None else targets_of(batch, self._device)
+        return Prepared(to_device(batch, self._device), targets)
+
+    def enter(self, batch: Prepared, how: Visit) -> tuple[Tensor, Sequence[BlockCall]]:
+        """Both sides up to the first block: the stacked hidden state (2 batch, seq, hidden), and what each
+        block is called with beside it."""
+        self._how = how
+        plus, minus = (self._record(batch, side) for side in (Side.PLUS, Side.MINUS))
+        rows = plus[0].shape[0]
+        joined: dict[tuple[int, int], Any] = {}
+        calls = [
+            BlockCall(_join(one.args, other.args, rows, joined), _join(one.kwargs, other.kwargs, rows, joined))
+            for one, other in zip(plus[1], minus[1], strict=True)
+        ]
+        return torch.cat((plus[0], minus[0])), calls
+
+    def enter_all(
+        self, batches: Sequence[Prepared], how: Visit
+    ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
+        """`enter` of every micro-batch. Apart, so that a hidden state goes once a block has made the next."""
+        self.scratch.take_form(whole=len(batches) > 1, sides=2)
+        entered = [self.enter(batch, how) for batch in batches]
+        return [hidden for hidden, _ in entered], [calls for _, calls in entered]
+
+    @contextmanager
+    def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
+        """Block `index` may be run within."""
+        self.scratch.begin(index, task, source)
+        yield
+        self.scratch.end()
+
+    def enter_all_plain(
+        self, batches: Sequence[Prepared]
+    ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
+        """As `enter_all`, one pass each with theta itself."""
+        self.scratch.take_form(whole=len(batches) > 1, sides=1)
+        entered = [self._record(batch, Side.PLAIN) for batch in batches]
+        return [hidden for hidden, _ in entered], [calls for _, calls in entered]
+
+    def _record(self, batch: Prepared, side: Side) -> tuple[Tensor, Sequence[BlockCall]]:
+        self._side = side
+        recording = self._driver.record(batch.inputs)
+        return recording.hidden, recording.calls
+
+    def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
+        """The hidden state after block `index`, whose visit has begun."""
+        self._stacked = hidden.shape[0]
+        return self._driver.run(index, call, hidden)
+
+    def losses(self, batch: Prepared, hidden: Tensor, how: Visit) -> tuple[Tensor, Tensor]:
+        """Losses (plus, minus) of a micro-batch, () fp64 or fp32 each, from the stacked hidden state."""
+        self._how = how
+        halves = dict(zip((Side.PLUS, Side.MINUS), hidden.chunk(2), strict=True))
+        if self._head is not None:
+            assert batch.targets is not None
+            states = [self._reach_head(batch, half, side) for side, half in halves.items()]
+            return self._head.losses(states, batch.targets, self.outer, how)
+        plus, minus = (self._finish(batch, half, side).loss for side, half in halves.items())
+        return plus, minus
+
+    def evaluate(self, batch: Prepared, hidden: Tensor, total: EvaluationSum) -> None:
+        """Add to `total` what a hidden state gives that theta itself has made."""
+        if self._head is not None:
+            assert batch.targets is not None
+            reached = self._reach_head(batch, hidden, Side.PLAIN)
+            scores = self._head.evaluate(reached, batch.targets, self.outer)
+            total.add_sums(float(scores.loss_sum), int(scores.correct), batch.targets.labels.numel())
+        else:
+            output = self._finish(batch, hidden, Side.PLAIN)
+            total.add(output.loss, output.logits, batch.inputs["labels"])
+
+    def _finish(self, batch: Prepared, hidden: Tensor, side: Side) -> Any:
+        with self._tail(side):
+            return self._driver.finish(batch.inputs, hidden)
+
+    def _reach_head(self, batch: Prepared, hidden: Tensor, side: Side) -> Tensor:
+        assert self._head is not None
+        with self._tail(side), self._head.reached() as reached:
+            self._driver.finish(batch.inputs, hidden)
+        return reached.hidden
+
+    def update_outer(self, how: Visit) -> None:
+        """Apply pending updates to what is outside the blocks."""
+        for name, weight in self.outer.items():
+            if name in self.layout.trained:
+                flat = weight.view(-1)
+                noise.visit(flat, self.layout.segment(name), how, Outputs(theta=flat))
+
+    def landed_share(self, how: Visit) -> float | None:
+        """Share of the wanted change that the updates of `how` make to stored weights: its projection.
+
+        <rounded change, wanted change> / <wanted change, wanted change>, on up to `LANDED_SAMPLE` elements of
+        the largest trained tensor outside the blocks. `None` without an update or a change.
+        """
+        names = [name for name in self.outer if name in self.layout.trained]
+        if how.first == how.last or not names:
+            return None
+        name = max(names, key=lambda each: self.outer[each].numel())
+        before = self.outer[name].view(-1)[:LANDED_SAMPLE]
+        exact = before.float()
+        segment = one(self.layout.numbers[name], before.numel(), decays=self.outer[name].dim() >= 2)
+        stored, wanted = torch.empty_like(before), torch.empty_like(exact)
+        noise.visit(before, segment, how, Outputs(theta=stored))
+        noise.visit(exact, segment, how, Outputs(theta=wanted))
+        wanted_change = wanted.double() - exact.double()
+        norm = float(wanted_change.square().sum())
+        if norm == 0.0:
+            return None
+        return float(((stored.double() - exact.double()) * wanted_change).sum()) / norm
+
+    @contextmanager
+    def _tail(self, side: Side) -> Iterator[None]:
+        self._side, self._in_tail = side, True
+        try:
+            yield
+        finally:
+            self._in_tail = False
+
+    def _block_forward(self, unit: _Unit) -> Callable[..., Any]:
+        module = unit.module
+        original = module.forward
+        scratch = self.scratch
+        columns_first = type(module).__name__ == "Conv1D"  # GPT-2's linear layer: inputs x outputs
+
+        def single(*args: Any, **kwargs: Any) -> Any:
+            with unit.with_side(0):
+                return original(*args, **kwargs)
+
+        def both(*args: Any, **kwargs: Any) -> Any:
+            results = []
+            for side in (0, 1):
+                with unit.with_side(side):
+                    mine = _halved((args, kwargs), self._stacked, side)
+                    results.append(original(*mine[0], **mine[1]))
+            return _stack(results, self._stacked)
+
+        def product(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            half = flat.shape[0] // 2
+            first = unit.weights[0][0]
+            width = first.shape[1] if columns_first else first.shape[0]
+            out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
+            for side, rows in ((0, slice(None, half)), (1, slice(half, None))):
+                weight = unit.weights[side][0] if columns_first else unit.weights[side][0].t()
+                if len(unit.weights[side]) > 1:
+                    torch.addmm(unit.weights[side][1], flat[rows], weight, out=out[rows])
+                else:
+                    torch.mm(flat[rows], weight, out=out[rows])
+            return out.view(*x.shape[:-1], width)
+
+        is_product = (type(module) is nn.Linear or columns_first) and len(unit.places) == sum(
+            leaf in ("weight", "bias") for _, leaf, _ in unit.places
+        )
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            scratch.open(unit)
+            if unit.frozen or not scratch.perturbs:
+                return single(*args, **kwargs)
+            if is_product and args[0].shape[0] % self._stacked == 0 and args[0].dim() > 1:
+                return product(args[0])
+            return both(*args, **kwargs)
+
+        return forward
+
+    def _outer_forward(
+        self, path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
+    ) -> Callable[..., Any]:
+        original = module.forward
+        places = _inside(path, module, names)
+        looks_up = type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", None) is None
+        shape: torch.Size | None = None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal shape
+            if self._in_tail and shape is not None and isinstance(module, nn.Embedding):
+                # The model's forward begins anew to get to its end; what enters the blocks is not used.
+                anything = next(iter(self.outer.values()))
+                return anything.new_zeros(()).expand(shape)
+            (_, _, name), ids = places[0], args[0] if args else None
+            if looks_up and ids is not None and self._side is not Side.PLAIN and name in self.layout.trained:
+                result: Any = noise.rows(self.outer[name], self.layout.numbers[name], ids, self._signed())
+            else:
+                weights = [self._outer_weight(name) for _, _, name in places]
+                with _swapped(places, weights):
+                    result = original(*args, **kwargs)
+            shape = result.shape if isinstance(result, Tensor) else None
+            return result
+
+        return forward
+
+    def _signed(self) -> Visit:
+        assert self._how is not None
+        return replace(self._how, eps=self._side.value * self._how.eps)
+
+    def _outer_weight(self, name: str) -> nn.Parameter:
+        """A tensor outside the blocks as the present side has it."""
+        weight = self.outer[name]
+        if self._side is not Side.PLAIN and name in self.layout.trained:
+            assert self._how is not None
+            moved = torch.empty_like(weight)
+            out = Outputs(plus=moved) if self._side is Side.PLUS else Outputs(minus=moved)
+            noise.visit(weight.view(-1), self.layout.segment(name), self._how, out)
+            weight = moved
+        return nn.Parameter(weight, requires_grad=False)
+
+
+@contextmanager
+def _swapped(places: Sequence[tuple[nn.Module, str, str]], weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [owner._parameters[leaf] for owner, leaf, _ in places]
+    for (owner, leaf, _), weight in zip(places, weights, strict=True):
+        owner._parameters[leaf] = weight
+    try:
+        yield
+    finally:
+        for (owner, leaf, _), weight in zip(places, before, strict=True):
+            owner._parameters[leaf] = weight
+
+
+def _block_units(
+    blocks: nn.ModuleList,
+    block_path: str,
+    owners: Mapping[str, nn.Module],
+    names: Mapping[tuple[str, str], str],
+) -> list[_Unit]:
+    """The modules of each block that have weights of their own; one that has others inside covers them.
+
+    Where modules take turns on parts of the batch (the experts of a mixture, a list inside the block), halves
+    of their inputs are no sides: there the whole block is one unit, and each side runs through it by itself.
+    """
+    units: list[_Unit] = []
+    for index, block in enumerate(blocks):
+        root = f"{block_path}.{index}"
+        inside = {path: owners[path] for path in owners if path == root or path.startswith(f"{root}.")}
+        lists = [
+            path
+            for path, module in block.named_modules()
+            if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
+        ]
+        if lists:
+            units.append(_Unit(index, block, _inside(root, block, names)))
+            continue
+        covered: list[str] = []
+        for path, module in inside.items():
+            if not any(path.startswith(f"{parent}.") for parent in covered):
+                covered.append(path)
+                units.append(_Unit(index, module, _inside(path, module, names)))
+    return units
+
+
+def _inside(
+    path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
+) -> list[tuple[nn.Module, str, str]]:
+    """Owner, attribute and first name of every tensor in `module` and below."""
+    found = []
+    for below, owner in module.named_modules():
+        where = f"{path}.{below}" if below and path else below or path
+        found += [
+            (owner, leaf, names[where, leaf])
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+    return found
+
+
+def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def _halved(value: Any, stacked: int, side: int) -> Any:
+    """One side's half of every stacked tensor in `value`; what is not stacked is for both."""
+    if isinstance(value, Tensor):
+        if value.dim() < 2 or value.shape[0] % stacked != 0 or value.shape[0] == 0:
+            return value
+        return value.chunk(2)[side]
+    return _mapped(value, lambda each: _halved(each, stacked, side))
+
+
+def _stack(results: Sequence[Any], stacked: int) -> Any:
+    """One value of the two sides' results."""
+    plus, minus = results
+    if isinstance(plus, Tensor):
+        if plus.dim() > 0 and plus.shape[0] == 1 and stacked > 2:
+            plus, minus = (each.expand(stacked // 2, *each.shape[1:]) for each in (plus, minus))
+        return torch.cat((plus, minus))
+    if isinstance(plus, tuple | list):
+        return type(plus)(_stack(pair, stacked) for pair in zip(plus, minus, strict=True))
+    return plus
+
+
+def _join(plus: Any, minus: Any, rows: int, joined: dict[tuple[int, int], Any]) -> Any:
+    """What both sides' blocks are called with, for the stacked batch.
+
+    A tensor with a row per sequence is stacked. One with a single row for all is kept, unless it may depend
+    on weights. Tensors that blocks have in common are joined once (`joined`, while both are alive).
+    """
+    if isinstance(plus, Tensor):
+        key = (id(plus), id(minus))
+        if key not in joined:
+            if plus.dim() < 2 or plus.shape[0] not in (1, rows):
+                joined[key] = plus
+            elif plus.shape[0] == rows:
+                joined[key] = torch.cat((plus, minus))
+            elif plus.is_floating_point():
+                pair = (each.expand(rows, *each.shape[1:]) for each in (plus, minus))
+                joined[key] = torch.cat(tuple(pair))
+            else:
+                joined[key] = plus
+        return joined[key]
+    if isinstance(plus, Mapping):
+        return {name: _join(plus[name], minus[name], rows, joined) for name in plus}
+    if isinstance(plus, tuple | list):
+        return type(plus)(_join(one, other, rows, joined) for one, other in zip(plus, minus, strict=True))
+    return plus
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: change(each) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(change(each) for each in value)
+    return value

@@ -1,0 +1,241 @@
+"""Blocks that stream from host memory through a ring of GPU memory, in pieces smaller than a block.
+
+A piece is some parts of a block that lie together and cross the link in one copy. It comes up as soon as there
+is room, however far ahead that is, and its room is free once its weights have been read for the last time
+(and, where they were changed and are to be kept, once they have gone down). Rooms are taken in a circle in the
+order of the copies, so a ring of little more than one block keeps the link busy: while one block computes, the
+next one comes up into the room that the first has already left.
+
+Streams and events:
+- the compute stream waits for a piece's arrival before it reads it;
+- the upload stream waits, before it writes a room, for the last reader of what was there before;
+- the download stream waits for the kernel that wrote the piece;
+- the upload stream waits, before it reads a piece from the host, for the piece's last download.
+The host waits for none of these.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.base import UserError
+from engines.costs.zo2 import ring_bytes
+from engines.layout import BlockLayout
+from engines.transfer import ComputeClock, Event, Link, Progress, host_slabs
+
+PIECE_BYTES = 32_000_000
+"""Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
+what it costs to start one is nothing beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Parts `first` to `last` - 1 of a block, and their elements in its memory."""
+
+    block: int
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class _Room:
+    """Where a piece that came up lies. Positions count on and on; their remainder is the place in the ring."""
+
+    ticket: int
+    begin: int
+    released: tuple[Event, ...] | None = None
+
+
+class BlockStream:
+    """All blocks' weights: some on the GPU for good, the others in host memory. See `engines.perturbed.Source`.
+
+    A pass visits every block once, in order.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        resident: frozenset[int],
+        dtype: torch.dtype,
+        link: Link,
+        clock: ComputeClock,
+        progress: Progress,
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._layouts = layouts
+        self._on_gpu = {
+            i: torch.empty(layouts[i].size, dtype=dtype, device=link.device) for i in sorted(resident)
+        }
+        streamed = [i for i in range(len(layouts)) if i not in resident and layouts[i].size]
+        sizes_bytes = [dtype.itemsize * layouts[i].size for i in streamed]
+        self._slabs = host_slabs(sizes_bytes, link.device, progress)
+        self._host = {
+            i: view.view(dtype) for i, view in zip(streamed, self._slabs.views, strict=True)
+        }
+        self._pieces = [piece for i in streamed for piece in _cut(i, layouts[i], dtype.itemsize)]
+        self._piece_of = {
+            (piece.block, part): number
+            for number, piece in enumerate(self._pieces)
+            for part in range(piece.first, piece.last)
+        }
+        self._ring = torch.empty(ring_bytes(sizes_bytes) // dtype.itemsize, dtype=dtype, device=link.device)
+        self.rewind()
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._slabs.pinned_bytes
+
+    def is_resident(self, block: int) -> bool:
+        return block in self._on_gpu
+
+    def rewind(self) -> None:
+        """Wait for all copies and forget what has come up: the next pass starts from host memory."""
+        self._link.synchronize()
+        self._pass = 0
+        self._next = 0
+        """Ticket of the next copy up: its piece is the remainder by the number of pieces."""
+        self._position = 0
+        self._rooms: deque[_Room] = deque()
+        self._by_ticket: dict[int, _Room] = {}
+        self._arrivals: dict[int, Event] = {}
+        self._left: dict[int, int] = {}
+        """Parts of a piece in use that are still to be read."""
+        self._home: dict[int, Event] = {}
+        """Downloads under way, by piece."""
+        self._keep = False
+
+    @contextmanager
+    def filling(self, block: int) -> Iterator[Tensor]:
+        """The memory of a block, to be written: on the GPU where there is one. After `rewind`.
+
+        At the end a streamed block is sent to its place on the host.
+        """
+        if block in self._on_gpu:
+            yield self._on_gpu[block]
+        elif self._link.device.type == "cpu" or block not in self._host:
+            yield self._host.get(block, self._ring[:0])
+        else:
+            buffer = self._ring[: self._layouts[block].size]
+            for event in self._home.values():
+                self._link.wait(event)  # HAZARD: the block before is on its way down from here
+            yield buffer
+            self._home = {
+                -1: self._link.download(buffer, self._host[block], after=self._link.record())
+            }
+
+    def at_rest(self, block: int) -> Tensor:
+        """A block's memory where it lives. Only after `Link.synchronize`; not to be written."""
+        if block in self._on_gpu:
+            return self._on_gpu[block]
+        return self._host.get(block, self._ring[:0])
+
+    def begin(self, *, keep: bool) -> None:
+        """A visit of the next block begins; with `keep` its changed weights are sent down."""
+        self._keep = keep
+
+    def end_pass(self) -> None:
+        self._pass += 1
+
+    def take(self, block: int, part: int) -> Tensor:
+        """See `engines.perturbed.Source`."""
+        own = self._layouts[block].parts[part]
+        if block in self._on_gpu:
+            return self._on_gpu[block][own.start : own.start + own.size]
+        number = self._piece_of[block, part]
+        ticket = self._pass * len(self._pieces) + number
+        self.prefetch()
+        room = self._by_ticket.get(ticket)
+        if room is None:
+            raise UserError(
+                "the model",
+                f"computes with the weights of block {block} twice in one pass",
+                "use engine mezo, which keeps all weights on the GPU",
+            )
+        piece = self._pieces[number]
+        if ticket in self._arrivals:
+            self._clock.stop()
+            self._link.wait(self._arrivals.pop(ticket))
+            self._clock.start()
+            self._left[ticket] = piece.last - piece.first
+        begin = room.begin % len(self._ring) + own.start - piece.start
+        return self._ring[begin : begin + own.size]
+
+    def done(self, block: int, part: int) -> None:
+        """See `engines.perturbed.Source`."""
+        if block in self._on_gpu:
+            return
+        number = self._piece_of[block, part]
+        ticket = self._pass * len(self._pieces) + number
+        self._left[ticket] -= 1
+        if self._left[ticket]:
+            return
+        del self._left[ticket]
+        room = self._by_ticket.pop(ticket)
+        last_use = self._link.record()
+        if self._keep:
+            piece = self._pieces[number]
+            begin = room.begin % len(self._ring)
+            memory = self._ring[begin : begin + piece.stop - piece.start]
+            host = self._host[block][piece.start : piece.stop]
+            last_use = self._home[number] = self._link.download(memory, host, after=last_use)
+        room.released = (last_use,)
+        self.prefetch()
+
+    def prefetch(self) -> None:
+        """Send up what there is room for, also of the next pass."""
+        while self._pieces and self._upload_next():
+            continue
+
+    def _upload_next(self) -> bool:
+        number = self._next % len(self._pieces)
+        piece = self._pieces[number]
+        if self._next - len(self._pieces) in self._by_ticket:
+            return False  # a small model: what came up in this pass is not done, and may yet go down
+        size = piece.stop - piece.start
+        begin = self._position
+        if begin % len(self._ring) + size > len(self._ring):
+            begin += -begin % len(self._ring)  # a room does not wrap around the ring's end
+        after: list[Event] = []
+        while self._rooms and self._rooms[0].begin + len(self._ring) < begin + size:
+            events = self._rooms[0].released
+            if events is None:
+                return False
+            after += events
+            self._rooms.popleft()
+        if number in self._home:
+            # HAZARD: its download must have ended, or the old weights come up.
+            after.append(self._home.pop(number))
+        place = begin % len(self._ring)
+        host = self._host[piece.block][piece.start : piece.stop]
+        self._arrivals[self._next] = self._link.upload(host, self._ring[place : place + size], after=after)
+        room = _Room(self._next, begin)
+        self._rooms.append(room)
+        self._by_ticket[self._next] = room
+        self._next += 1
+        self._position = begin + size
+        return True
+
+    def close(self) -> None:
+        """Free the pinned memory. After `Link.synchronize`."""
+        self._host.clear()
+        self._slabs.close()
+
+
+def _cut(block: int, layout: BlockLayout, element_bytes: int) -> Iterator[Piece]:
+    """Pieces of a block, of whole parts."""
+    own = [(i, part) for i, part in enumerate(layout.parts) if not part.shared]
+    first, start = 0, 0
+    for i, part in own:
+        stop = part.start + part.size
+        if (stop - start) * element_bytes >= PIECE_BYTES or i == own[-1][0]:
+            yield Piece(block, first, i + 1, start, stop)
+            first, start = i + 1, stop
