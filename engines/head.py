@@ -20,7 +20,9 @@ from engines import noise
 from engines.base import Batch
 from engines.blocks import BlockDriver
 from engines.costs.forward import HEAD_CHUNK_BYTES, HEAD_TOKENS
-from engines.noise import TILE, Outputs, Visit, one
+from engines.noise import TILE, Outputs, Visit, has_triton, one
+
+TOKEN_GRID = 64
 
 IGNORED = -100
 """Label of a position without a loss."""
@@ -157,45 +159,59 @@ def _scores(
 
     ln sum exp over the vocabulary is gathered chunk by chunk, in fp32 as transformers' loss has it.
     """
-    states = [side.reshape(-1, side.shape[-1])[targets.positions] for side in hidden]
-    sides = [_Running(state.shape[0], state.device) for state in states]
+    count = targets.labels.numel()
+    states = [_padded(side.reshape(-1, side.shape[-1])[targets.positions]) for side in hidden]
+    sides = [_Running(count, state.device) for state in states]
     for first in range(0, vocabulary, rows):
         last = min(first + rows, vocabulary)
         weights = chunk(first, last)
         for state, weight, bias, running in zip(states, weights, biases, sides, strict=True):
-            for begin in range(0, state.shape[0], HEAD_TOKENS):
-                tokens = slice(begin, begin + HEAD_TOKENS)
-                piece = None if bias is None else bias[first:last]
-                logits = nn.functional.linear(state[tokens], weight, piece)
-                running.add(tokens, logits.float(), targets.labels[tokens], first)
+            piece = None if bias is None else bias[first:last]
+            for begin in range(0, count, HEAD_TOKENS):
+                logits = nn.functional.linear(state[begin : begin + HEAD_TOKENS], weight, piece)
+                running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
     return [running.scores(targets.labels) for running in sides]
 
 
+def _padded(state: Tensor) -> Tensor:
+    """Rows of zeros at the end: matrix products of an odd number of rows take up to three times as long."""
+    missing = -state.shape[0] % TOKEN_GRID
+    return nn.functional.pad(state, (0, 0, 0, missing)) if missing else state
+
+
 class _Running:
-    """Of each token: log-sum-exp so far, the label's logit, and the largest logit with its place."""
+    """Of each token: the largest logit so far with its place, sum of exponentials, and the label's logit."""
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self._lse = torch.full((count,), -torch.inf, device=device)
-        self._target = torch.full((count,), -torch.inf, device=device)
         self._largest = torch.full((count,), -torch.inf, device=device)
         self._where = torch.zeros((count,), dtype=torch.int64, device=device)
+        self._sums = torch.zeros((count,), device=device)
+        self._target = torch.full((count,), -torch.inf, device=device)
 
     def add(self, tokens: slice, logits: Tensor, labels: Tensor, first: int) -> None:
-        """fp32 `logits` (tokens, rows) of the vocabulary from `first` on; overwritten."""
-        place = labels - first
-        inside = (place >= 0) & (place < logits.shape[1])
-        found = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        self._target[tokens] = torch.where(inside, found, self._target[tokens])
-        largest, where = logits.max(1)
-        better = largest > self._largest[tokens]
-        self._largest[tokens] = torch.where(better, largest, self._largest[tokens])
-        self._where[tokens] = torch.where(better, where + first, self._where[tokens])
-        sums = logits.sub_(largest.unsqueeze(1)).exp_().sum(1).log() + largest
-        self._lse[tokens] = torch.logaddexp(self._lse[tokens], sums)
+        """Logits (at least as many as tokens, rows) of the vocabulary from `first` on."""
+        largest, where, sums, target = (
+            each[tokens] for each in (self._largest, self._where, self._sums, self._target)
+        )
+        if logits.is_cuda and has_triton():
+            from engines import head_kernels
+
+            head_kernels.gather(logits, labels[tokens], first, largest, where, sums, target)
+            return
+        values = logits[: largest.shape[0]].float()
+        place = labels[tokens] - first
+        inside = (place >= 0) & (place < values.shape[1])
+        found = values.gather(1, place.clamp(0, values.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        target.copy_(torch.where(inside, found, target))
+        best, best_where = values.max(1)
+        where.copy_(torch.where(best > largest, best_where + first, where))
+        overall = torch.maximum(best, largest)
+        sums.mul_((largest - overall).exp()).add_((values - overall.unsqueeze(1)).exp().sum(1))
+        largest.copy_(overall)
 
     def scores(self, labels: Tensor) -> Scores:
-        loss_sum = (self._lse - self._target).sum(dtype=torch.float64)
-        return Scores(loss_sum=loss_sum, correct=(self._where == labels).sum())
+        losses = self._sums.log() + self._largest - self._target
+        return Scores(loss_sum=losses.sum(dtype=torch.float64), correct=(self._where == labels).sum())
 
 
 def plain_head(

@@ -49,6 +49,17 @@ class BlockLayout:
     size: int
     """Elements of the block's memory."""
 
+    def segment(self, first: int, last: int) -> Segment:
+        """Own parts `first` to `last` - 1, which lie together, as one segment."""
+        parts = self.parts[first:last]
+        shift = [part.start - parts[0].start for part in parts]
+        return Segment(
+            [number for part in parts for number in part.segment.numbers],
+            [by + offset for part, by in zip(parts, shift, strict=True) for offset in part.segment.offsets],
+            [count for part in parts for count in part.segment.counts],
+            [decays for part in parts for decays in part.segment.decays],
+        )
+
     @property
     def own_parts(self) -> list[Part]:
         return [part for part in self.parts if not part.shared]
@@ -140,7 +151,7 @@ def _lay_out_block(
         counts = [shapes[name].numel() for name in group]
         extents = [-(-count // grid) * grid for count in counts]
         offsets = [sum(extents[:i]) for i in range(len(group))]
-        segment = Segment([numbers[name] for name in group], offsets, counts, decays=decays)
+        segment = Segment([numbers[name] for name in group], offsets, counts, [decays] * len(group))
         sizes = tuple(shapes[name] for name in group)
         parts.append(
             Part(tuple(group), sizes, end, sum(extents), segment, trained.issuperset(group), is_shared)

@@ -97,18 +97,27 @@ class Mezo:
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, self._noise_clock
         )
+        own = [(block, len(block.own_parts)) for block in self._layout.blocks]
+        self._segments = [
+            block.segment(0, count) if count and block.parts[0].trained else None for block, count in own
+        ]
         self._weights = dict(self._model.outer)
         for layout, flat in zip(self._layout.blocks, self._blocks, strict=True):
             self._weights |= layout.views(flat)
         for name, weight in self._weights.items():
             blueprint.fill(name, weight)
 
-    def take(self, block: int, part: int) -> Tensor:
+    def spans(self, block: int) -> list[tuple[int, int]]:
         """See `engines.perturbed.Source`."""
-        own = self._layout.blocks[block].parts[part]
-        return self._blocks[block][own.start : own.start + own.size]
+        own = len(self._layout.blocks[block].own_parts)
+        return [(0, own)] if own else []
 
-    def done(self, block: int, part: int) -> None:
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        """See `engines.perturbed.Source`."""
+        parts = self._layout.blocks[block].parts
+        return self._blocks[block][parts[first].start : parts[last - 1].start + parts[last - 1].size]
+
+    def done(self, block: int, first: int, last: int) -> None:
         """Weights stay where they are."""
 
     @torch.no_grad()
@@ -120,7 +129,7 @@ class Mezo:
         for index in range(self._model.num_blocks):
             with self._model.visiting(index, Task(how=how, store=False, perturb=True), self):
                 for i, each in enumerate(calls):
-                    hidden[i] = self._model.run(index, each[index], hidden[i])
+                    hidden[i] = self._model.run(index, each, hidden[i])
         losses = LossPair(self.device)
         for each_batch, last in zip(prepared, hidden, strict=True):
             losses.add(*self._model.losses(each_batch, last, how))
@@ -144,11 +153,9 @@ class Mezo:
         self._log.append(update)
         how = self._visit(pending=1)
         self._model.update_outer(how)
-        for layout, flat in zip(self._layout.blocks, self._blocks, strict=True):
-            for part in layout.own_parts:
-                if part.trained:
-                    weight = flat[part.start : part.start + part.size]
-                    noise.visit(weight, part.segment, how, Outputs(theta=weight))
+        for flat, segment in zip(self._blocks, self._segments, strict=True):
+            if segment is not None:
+                noise.visit(flat, segment, how, Outputs(theta=flat))
         self._noise_clock.stop()
         self._clock.stop()
         self._step = update.step + 1
@@ -160,9 +167,9 @@ class Mezo:
         for batch in batches:
             prepared = self._model.prepare(batch)
             (hidden,), (calls,) = self._model.enter_all_plain([prepared])
-            for index, call in enumerate(calls):
+            for index in range(self._model.num_blocks):
                 with self._model.visiting(index, task, self):
-                    hidden = self._model.run(index, call, hidden)
+                    hidden = self._model.run(index, calls, hidden)
             self._model.evaluate(prepared, hidden, total)
         self._clock.take_s()
         self._noise_clock.take_s()

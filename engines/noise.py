@@ -74,6 +74,9 @@ _CHUNK_LANES = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Lanes at a time: on a CPU few enough that the temporaries stay in cache, many enough to hide what some
 hundred torch calls cost. Small tensors share a chunk."""
 
+LARGE = 1 << 24
+"""Elements above which a tensor has a kernel launch of its own, and no table of its tiles."""
+
 LOG_CAPACITY = 64
 """Updates that can be pending at once."""
 
@@ -156,37 +159,44 @@ class Outputs:
 
 
 class Segment:
-    """Tensors one after the other in flat memory: either one matrix, or vectors, which never decay.
+    """Tensors one after the other in flat memory.
 
-    `numbers` are the tensors' parts of their noise keys, `offsets` and `counts` their places, in elements.
+    `numbers` are the tensors' parts of their noise keys, `offsets` and `counts` their places, in elements, and
+    `decays` says on which of them weight decay acts.
     """
 
     __slots__ = ("_tiles", "counts", "decays", "numbers", "offsets")
 
     def __init__(
-        self, numbers: Sequence[int], offsets: Sequence[int], counts: Sequence[int], *, decays: bool
+        self, numbers: Sequence[int], offsets: Sequence[int], counts: Sequence[int], decays: Sequence[bool]
     ) -> None:
         self.numbers = tuple(numbers)
         self.offsets = tuple(offsets)
         self.counts = tuple(counts)
-        self.decays = decays
+        self.decays = tuple(decays)
         self._tiles: Tensor | None = None
 
     def tiles(self, device: torch.device) -> Tensor:
-        """(n, 4) int32: offset, tensor, tile of the tensor and elements in it, of every tile."""
+        """(n, 4) int32: offset, tensor, tile of the tensor, and elements in it (with bit 16 set where weight
+        decay acts), of every tile of the tensors that are not large."""
         if self._tiles is None:
-            rows = [
-                (offset + first, number, first // TILE, min(TILE, count - first))
-                for number, offset, count in zip(self.numbers, self.offsets, self.counts, strict=True)
-                for first in range(0, count, TILE)
-            ]
-            self._tiles = torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 4)
+            tables = [torch.empty((0, 4), dtype=torch.int32)]
+            for number, offset, count, decays in zip(
+                self.numbers, self.offsets, self.counts, self.decays, strict=True
+            ):
+                if count > LARGE:
+                    continue
+                tile = torch.arange(-(-count // TILE))
+                inside = (count - tile * TILE).clamp(max=TILE) | (int(decays) << 16)
+                columns = (offset + tile * TILE, torch.full_like(tile, number), tile, inside)
+                tables.append(torch.stack(columns, 1).to(torch.int32))
+            self._tiles = torch.cat(tables).to(device)
         return self._tiles
 
 
 def one(number: int, count: int, *, decays: bool = False) -> Segment:
     """A segment of one tensor that begins where its memory begins."""
-    return Segment((number,), (0,), (count,), decays=decays)
+    return Segment((number,), (0,), (count,), (decays,))
 
 
 def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int = 0) -> None:
@@ -197,7 +207,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     """
     if start % TILE:
         raise ValueError(f"a piece of a tensor begins at a multiple of {TILE}")
-    if weight.is_cuda and _has_triton():
+    if weight.is_cuda and has_triton():
         from engines import noise_kernels
 
         noise_kernels.visit(weight, segment, how, out, start)
@@ -210,8 +220,8 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
         for update in updates:
             z, uniform = _draw(how.seed, update.step, pieces, weight.device, uniform=stochastic)
             z.mul_(update.projected_gradient)
-            if segment.decays and update.weight_decay != 0.0:
-                z.add_(current * update.weight_decay)
+            if update.weight_decay != 0.0:
+                _decay(z, current, update.weight_decay, pieces)
             moved = current - z.mul_(update.learning_rate)
             current = moved.to(weight.dtype).float() if uniform is None else _dither(moved, uniform, weight)
         if out.theta is not None:
@@ -230,7 +240,7 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
 
     For embeddings: noise is drawn for the rows that are looked up only. `how.eps` may be negative.
     """
-    if weight.is_cuda and _has_triton():
+    if weight.is_cuda and has_triton():
         from engines import noise_kernels
 
         return noise_kernels.rows(weight, number, indices, how)
@@ -262,7 +272,7 @@ def _in_fp32(update: Update) -> Update:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
@@ -276,6 +286,7 @@ class _Piece:
     count: int
     first_lane: int
     """Counter of its first Philox call."""
+    decays: bool
 
     @property
     def num_lanes(self) -> int:
@@ -309,11 +320,12 @@ def _chunks(segment: Segment, start: int, most_lanes: int) -> Iterator[list[_Pie
     """Pieces of the tensors in order, as many at a time as make up about `most_lanes`."""
     pieces: list[_Piece] = []
     room = most_lanes
-    for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
+    tensors = zip(segment.numbers, segment.offsets, segment.counts, segment.decays, strict=True)
+    for number, offset, count, decays in tensors:
         done = 0
         while done < count:
             take = min(count - done, max(1, room // LANES) * TILE)
-            pieces.append(_Piece(number, offset + done, take, (start + done) // TILE * LANES))
+            pieces.append(_Piece(number, offset + done, take, (start + done) // TILE * LANES, decays))
             done += take
             room -= pieces[-1].num_lanes
             if room <= 0:
@@ -321,6 +333,15 @@ def _chunks(segment: Segment, start: int, most_lanes: int) -> Iterator[list[_Pie
                 pieces, room = [], most_lanes
     if pieces:
         yield pieces
+
+
+def _decay(z: Tensor, current: Tensor, weight_decay: float, pieces: Sequence[_Piece]) -> None:
+    first = 0
+    for piece in pieces:
+        here = slice(first, first + piece.count)
+        if piece.decays:
+            z[here].add_(current[here] * weight_decay)
+        first += piece.count
 
 
 def _scatter(values: Tensor, out: Tensor, pieces: Sequence[_Piece]) -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import noise
-from engines.noise import LANES, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
+from engines.noise import LANES, LARGE, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
 
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(value) for value in noise.LOG_Q)
 _S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in noise.SIN_S)
@@ -106,7 +106,7 @@ def _moved(value, z, uniform, lr, g, decay, like, DECAYS: tl.constexpr, MODE: tl
 
 @triton.jit
 def _visit_tile(
-    weight, theta, plus, minus, base, count, tile, tensor, table, first, num_updates, step, seed, eps,
+    weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, _LANES)
@@ -123,7 +123,7 @@ def _visit_tile(
         row = table + ((first + i) % _CAPACITY) * 4
         lr = tl.load(row + 1).to(tl.float32, bitcast=True)
         g = tl.load(row + 2).to(tl.float32, bitcast=True)
-        decay = tl.load(row + 3).to(tl.float32, bitcast=True)
+        decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
         z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
         w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
         w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
@@ -164,21 +164,22 @@ def _matrix_kernel(
     here = tl.program_id(0)
     base = here.to(tl.int64) * _TILE
     _visit_tile(
-        weight, theta, plus, minus, base, count - base, start_tile + here, tensor, table, first, num_updates,
+        weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first, num_updates,
         step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "num_updates", "step", "seed", "eps"])
-def _vectors_kernel(
+def _tensors_kernel(
     weight, theta, plus, minus, tiles, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
 ):  # fmt: skip
-    """Many small tensors: `tiles` says where each program's tile lies, and whose it is."""
+    """Many tensors: `tiles` says where each program's tile lies, and whose it is."""
     row = tiles + tl.program_id(0) * 4
     base, tensor, tile, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    decays = (count >> 16).to(tl.float32)
     _visit_tile(
-        weight, theta, plus, minus, base, count, tile, tensor, table, first, num_updates,
+        weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table, first, num_updates,
         step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
     )  # fmt: skip
 
@@ -216,26 +217,27 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     theta, plus, minus = (flat if each is None else each.view(-1) for each in (out.theta, out.plus, out.minus))
     log = (how.log.table, how.first, how.last - how.first)
     noise_of = (how.step, _seed(how.seed), how.eps)
-    flags = {
-        "DECAYS": segment.decays,
+    flags: dict[str, Any] = {
         "MODE": mode,
         "THETA": out.theta is not None,
         "PLUS": out.plus is not None,
         "MINUS": out.minus is not None,
         "enable_fp_fusion": False,
     }
+    alone = len(segment.numbers) == 1 and segment.offsets[0] == 0
+    tensors = zip(segment.numbers, segment.offsets, segment.counts, segment.decays, strict=True)
     with _on(weight):
-        if len(segment.numbers) == 1 and segment.offsets[0] == 0:
-            (count,), (number,) = segment.counts, segment.numbers
-            grid = (triton.cdiv(count, TILE),)
-            if count:
-                _matrix_kernel[grid](
-                    flat, theta, plus, minus, count, start // TILE, number, *log, *noise_of, **flags
+        for number, offset, count, decays in tensors:
+            if count and (alone or count > LARGE):
+                here = slice(offset, offset + count)
+                memories = (each[here] for each in (flat, theta, plus, minus))
+                flags["DECAYS"] = decays
+                _matrix_kernel[(triton.cdiv(count, TILE),)](
+                    *memories, count, start // TILE, number, *log, *noise_of, **flags
                 )
-            return
-        tiles = segment.tiles(weight.device)
-        if len(tiles):
-            _vectors_kernel[(len(tiles),)](flat, theta, plus, minus, tiles, *log, *noise_of, **flags)
+        if not alone and len(tiles := segment.tiles(weight.device)):
+            flags["DECAYS"] = any(segment.decays)
+            _tensors_kernel[(len(tiles),)](flat, theta, plus, minus, tiles, *log, *noise_of, **flags)
 
 
 def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:

@@ -37,14 +37,19 @@ from engines.blocks import (
     move_buffers,
     to_device,
 )
+from engines.graphs import BlockGraphs
 from engines.head import Targets, plain_head, targets_of
 from engines.layout import ModelLayout, Part
-from engines.noise import Outputs, Visit, one
+from engines.noise import Outputs, Segment, Visit, one
 from engines.transfer import ComputeClock
 
 SCRATCH_ALIGNMENT_BYTES = 512
 """As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
 
+
+GRAPH_SCRATCH_BYTES = 400_000_000
+"""Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger block
+keeps the GPU busy for longer than the CPU needs to start its kernels: 2.5 ms on an H200 machine."""
 
 LANDED_SAMPLE = 1 << 24
 """Elements of which the landed share is measured: enough for 1 % at updates of 1e-7 in bf16."""
@@ -70,14 +75,17 @@ class Prepared:
 class Source(Protocol):
     """Where the blocks' weights are."""
 
-    def take(self, block: int, part: int) -> Tensor:
-        """The flat memory of a part, on the device, ready in the order of the compute stream.
+    def spans(self, block: int) -> Sequence[tuple[int, int]]:
+        """The block's own parts in groups, from first to before last, that lie together and come together."""
 
-        Raises `UserError` if it is gone already.
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        """The flat memory of parts of one span, on the device, ready in the order of the compute stream.
+
+        Raises `UserError` if they are gone already.
         """
 
-    def done(self, block: int, part: int) -> None:
-        """All work that reads or writes the part in this visit is enqueued."""
+    def done(self, block: int, first: int, last: int) -> None:
+        """All work that reads or writes the parts in this visit is enqueued."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +148,7 @@ class BlockScratch:
         self._form: tuple[bool, int] | None = None
         self._places: dict[tuple[int, int], int] = {}
         self._memory: list[Tensor] = []
+        self._segments: dict[tuple[int, int, int], Segment] = {}
         self._block = -1
         self._task: Task | None = None
         self._source: Source | None = None
@@ -154,24 +163,10 @@ class BlockScratch:
         if self._form == (whole, sides):
             return
         self._form = (whole, sides)
-        grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
-        room = max((block.parts[0].size for block in self._layout.blocks if block.parts), default=0)
-        first = -(-room // grid) * grid
-        self._places = {}
-        ends: dict[int, int] = {}
-        for unit in self._units:
-            end = ends.get(unit.block, first) if whole else first
-            for part in unit.parts:
-                if not self._is_large(unit.block, part):
-                    self._places[unit.block, part] = 0
-                elif (unit.block, part) not in self._places:
-                    self._places[unit.block, part] = end
-                    end += -(-self._layout.blocks[unit.block].parts[part].size // grid) * grid
-            ends[unit.block] = max(end, ends.get(unit.block, 0))
+        self._places, size = self._whole_places() if whole else self._unit_places()
         for unit in self._units:
             unit.weights = ([], [])
         self._memory = []  # before the new one is taken
-        size = max(ends.values(), default=first)
         self._memory = [torch.zeros(size, dtype=self._dtype, device=self._device) for _ in range(sides)]
         for unit in self._units:
             for side in range(sides):
@@ -182,6 +177,38 @@ class BlockScratch:
                 unit.weights[side].extend(
                     nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
                 )
+
+    def _whole_places(self) -> tuple[dict[tuple[int, int], int], int]:
+        """As the block's own memory has it, then what it shares; and the elements that takes."""
+        places: dict[tuple[int, int], int] = {}
+        size = 0
+        for number, block in enumerate(self._layout.blocks):
+            end = self._aligned(block.size)
+            for index, part in enumerate(block.parts):
+                places[number, index] = end if part.shared else part.start
+                end += self._aligned(part.size) if part.shared else 0
+            size = max(size, end)
+        return places, size
+
+    def _unit_places(self) -> tuple[dict[tuple[int, int], int], int]:
+        """The block's vectors, then one unit's matrices."""
+        vectors = [block.parts[0].size for block in self._layout.blocks if block.parts]
+        first = size = self._aligned(max(vectors, default=0))
+        places: dict[tuple[int, int], int] = {}
+        for unit in self._units:
+            end = first
+            for index in unit.parts:
+                if self._is_large(unit.block, index):
+                    places[unit.block, index] = end
+                    end += self._aligned(self._layout.blocks[unit.block].parts[index].size)
+                else:
+                    places[unit.block, index] = 0
+            size = max(size, end)
+        return places, size
+
+    def _aligned(self, size: int) -> int:
+        grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
+        return -(-size // grid) * grid
 
     @property
     def num_bytes(self) -> int:
@@ -194,18 +221,21 @@ class BlockScratch:
     def begin(self, block: int, task: Task, source: Source) -> None:
         self._block, self._task, self._source = block, task, source
         self._made, self._seen = set(), set()
+        assert self._form is not None
+        if self._form[0]:
+            self._make_whole()
 
     def end(self) -> None:
         """Also parts that no module asked for have their updates applied."""
         assert self._task is not None
         assert self._source is not None
-        for index, part in enumerate(self._layout.blocks[self._block].parts):
-            if index in self._seen or part.shared:
+        for index, part in enumerate(self._layout.blocks[self._block].own_parts):
+            if index in self._seen:
                 continue
-            weight = self._source.take(self._block, index)
+            weight = self._source.take(self._block, index, index + 1)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
-            self._source.done(self._block, index)
+            self._source.done(self._block, index, index + 1)
         self._task = self._source = None
 
     def open(self, unit: _Unit) -> None:
@@ -213,49 +243,74 @@ class BlockScratch:
         if self._task is None or all(part in self._made for part in unit.parts):
             return
         assert unit.block == self._block
-        assert self._form is not None
-        if not self._form[0]:
-            self._made = {part for part in self._made if not self._is_large(unit.block, part)}
+        self._made = {part for part in self._made if not self._is_large(unit.block, part)}
         for part in unit.parts:
             if part not in self._made:
-                self._make(part, self._layout.blocks[unit.block].parts[part])
-                self._made.add(part)
+                self._make(part)
 
-    def _make(self, index: int, part: Part) -> None:
+    def _make_whole(self) -> None:
+        """Everything at once, with one kernel for all that lies together."""
+        assert self._source is not None
+        layout = self._layout.blocks[self._block]
+        for first, last in self._source.spans(self._block):
+            key = (self._block, first, last)
+            if key not in self._segments:
+                self._segments[key] = layout.segment(first, last)
+            weight = self._source.take(*key)
+            start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
+            rooms = [memory[start:stop] for memory in self._memory]
+            assert self._task is not None
+            trained = layout.parts[first].trained
+            self._write(weight, self._segments[key], self._task.how, rooms, trained=trained, store=self._task.store)
+            self._source.done(*key)
+            self._made.update(range(first, last))
+            self._seen.update(range(first, last))
+        for index, part in enumerate(layout.parts):
+            if part.shared:
+                self._make(index)
+
+    def _make(self, index: int) -> None:
         task, source = self._task, self._source
         assert task is not None
         assert source is not None
+        part = self._layout.blocks[self._block].parts[index]
         rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
-        plus, minus = rooms[0], rooms[-1]
         how, store = task.how, task.store
         if part.shared:
             weight, how, store = self._outer[part.names[0]].view(-1), _without_updates(how), False
         else:
-            weight = source.take(self._block, index)
-            if index in self._seen:  # a module that is called twice in a visit
-                how, store = (_without_updates(how) if store else how), False
+            weight = source.take(self._block, index, index + 1)
+            if index in self._seen and store:  # a module that is called twice in a visit
+                how, store = _without_updates(how), False
+        self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
+        if not part.shared and index not in self._seen:
+            source.done(self._block, index, index + 1)
+        self._seen.add(index)
+        self._made.add(index)
+
+    def _write(
+        self, weight: Tensor, segment: Segment, how: Visit, rooms: Sequence[Tensor], *, trained: bool, store: bool
+    ) -> None:
+        """The one pass over theta. `rooms`: plus and, if both passes are to run, minus."""
+        plus, minus = rooms[0], rooms[-1]
+        assert self._task is not None
         self._clock.start()
-        if not part.trained:
+        if not trained:
             plus.copy_(weight)
-            if task.perturb:
-                minus.copy_(weight)
-        elif task.perturb:
+        elif self._task.perturb:
             theta = weight if store else None
-            noise.visit(weight, part.segment, how, Outputs(theta=theta, plus=plus, minus=minus))
+            noise.visit(weight, segment, how, Outputs(theta=theta, plus=plus, minus=minus))
         elif how.first == how.last:
             plus.copy_(weight)
         else:
-            noise.visit(weight, part.segment, how, Outputs(theta=weight if store else plus))
+            noise.visit(weight, segment, how, Outputs(theta=weight if store else plus))
             if store:
                 plus.copy_(weight)
         self._clock.stop()
-        if not part.shared and index not in self._seen:
-            source.done(self._block, index)
-        self._seen.add(index)
 
     def _is_large(self, block: int, part: int) -> bool:
         """A matrix, or shared: anything but the block's packed vectors."""
-        return part > 0 or self._layout.blocks[block].parts[part].segment.decays
+        return part > 0 or self._layout.blocks[block].parts[part].segment.decays[0]
 
     def _room(self, block: int, part: int, side: int) -> Tensor:
         place = self._places[block, part]
@@ -302,6 +357,11 @@ class PerturbedModel:
         self._head = plain_head(model, self._driver, places, layout.numbers)
         units = _block_units(self._driver.blocks, block_path, owners, names)
         self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock)
+        self._graphs: BlockGraphs | None = None
+        largest_bytes = dtype.itemsize * max(block.size for block in layout.blocks)
+        if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES:
+            self._graphs = BlockGraphs(self._run_eagerly)
+            self.scratch.take_form(whole=True, sides=2)
         for unit in units:
             unit.module.forward = self._block_forward(unit)
         for path, module in owners.items():
@@ -330,7 +390,10 @@ class PerturbedModel:
         self, batches: Sequence[Prepared], how: Visit
     ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
         """`enter` of every micro-batch. Apart, so that a hidden state goes once a block has made the next."""
-        self.scratch.take_form(whole=len(batches) > 1, sides=2)
+        if self._graphs is None:
+            self.scratch.take_form(whole=len(batches) > 1, sides=2)
+        else:  # HAZARD: its graphs know the scratch by address, so it never changes its form
+            self._graphs.begin()
         entered = [self.enter(batch, how) for batch in batches]
         return [hidden for hidden, _ in entered], [calls for _, calls in entered]
 
@@ -345,7 +408,8 @@ class PerturbedModel:
         self, batches: Sequence[Prepared]
     ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
         """As `enter_all`, one pass each with theta itself."""
-        self.scratch.take_form(whole=len(batches) > 1, sides=1)
+        if self._graphs is None:
+            self.scratch.take_form(whole=len(batches) > 1, sides=1)
         entered = [self._record(batch, Side.PLAIN) for batch in batches]
         return [hidden for hidden, _ in entered], [calls for _, calls in entered]
 
@@ -354,8 +418,16 @@ class PerturbedModel:
         recording = self._driver.record(batch.inputs)
         return recording.hidden, recording.calls
 
-    def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
-        """The hidden state after block `index`, whose visit has begun."""
+    def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
+        """The hidden state after block `index`, whose visit has begun; `calls` are those of all blocks.
+
+        The one before may be overwritten.
+        """
+        if self._graphs is not None and self.scratch.perturbs:
+            return self._graphs.run(index, calls, hidden)
+        return self._run_eagerly(index, calls[index], hidden)
+
+    def _run_eagerly(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
         self._stacked = hidden.shape[0]
         return self._driver.run(index, call, hidden)
 

@@ -145,12 +145,20 @@ class BlockStream:
     def end_pass(self) -> None:
         self._pass += 1
 
-    def take(self, block: int, part: int) -> Tensor:
+    def spans(self, block: int) -> list[tuple[int, int]]:
         """See `engines.perturbed.Source`."""
-        own = self._layouts[block].parts[part]
+        if block in self._host:
+            return [(piece.first, piece.last) for piece in self._pieces if piece.block == block]
+        own = len(self._layouts[block].own_parts)
+        return [(0, own)] if own else []
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        """See `engines.perturbed.Source`."""
+        parts = self._layouts[block].parts
+        start, stop = parts[first].start, parts[last - 1].start + parts[last - 1].size
         if block in self._on_gpu:
-            return self._on_gpu[block][own.start : own.start + own.size]
-        number = self._piece_of[block, part]
+            return self._on_gpu[block][start:stop]
+        number = self._piece_of[block, first]
         ticket = self._pass * len(self._pieces) + number
         self.prefetch()
         room = self._by_ticket.get(ticket)
@@ -166,16 +174,16 @@ class BlockStream:
             self._link.wait(self._arrivals.pop(ticket))
             self._clock.start()
             self._left[ticket] = piece.last - piece.first
-        begin = room.begin % len(self._ring) + own.start - piece.start
-        return self._ring[begin : begin + own.size]
+        begin = room.begin % len(self._ring) - piece.start
+        return self._ring[begin + start : begin + stop]
 
-    def done(self, block: int, part: int) -> None:
+    def done(self, block: int, first: int, last: int) -> None:
         """See `engines.perturbed.Source`."""
         if block in self._on_gpu:
             return
-        number = self._piece_of[block, part]
+        number = self._piece_of[block, first]
         ticket = self._pass * len(self._pieces) + number
-        self._left[ticket] -= 1
+        self._left[ticket] -= last - first
         if self._left[ticket]:
             return
         del self._left[ticket]

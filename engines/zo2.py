@@ -132,7 +132,7 @@ class Zo2:
         hidden, calls = self._model.enter_all(prepared, how)
         for index in self._pass(lambda i: folds(i, self._step, self.settings.fold_every), perturb=True):
             for i, each in enumerate(calls):
-                hidden[i] = self._model.run(index, each[index], hidden[i])
+                hidden[i] = self._model.run(index, each, hidden[i])
         losses = LossPair(self.device)
         for batch, last in zip(prepared, hidden, strict=True):
             losses.add(*self._model.losses(batch, last, how))
@@ -191,7 +191,7 @@ class Zo2:
             hidden, calls = self._model.enter_all_plain(group)
             for index in self._pass(lambda i: False, perturb=False):
                 for i, each_calls in enumerate(calls):
-                    hidden[i] = self._model.run(index, each_calls[index], hidden[i])
+                    hidden[i] = self._model.run(index, each_calls, hidden[i])
             for each, last in zip(group, hidden, strict=True):
                 self._model.evaluate(each, last, total)
         self._forget_times()

@@ -30,7 +30,7 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
     """GPU memory through which the streamed blocks pass."""
     largest = max(streamed_block_bytes, default=0)
-    wanted = max(-(-5 * largest // 4), min(4 * largest, 400_000_000))
+    wanted = max(-(-5 * largest // 4), min(4 * largest, 1_000_000_000))
     return -(-wanted // 512) * 512
 
 

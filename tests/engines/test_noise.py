@@ -185,12 +185,12 @@ def test_vectors_in_one_memory_are_as_one_by_one(monkeypatch: pytest.MonkeyPatch
     how = a_visit(an_update(1), an_update(2), eps=1e-3)
     outs = [torch.empty_like(flat) for _ in range(3)]
     visit(
-        flat, Segment(numbers, offsets, counts, decays=False), how,
+        flat, Segment(numbers, offsets, counts, (False, True, False, True)), how,
         Outputs(theta=outs[0], plus=outs[1], minus=outs[2]),
     )  # fmt: skip
     for number, offset, count in zip(numbers, offsets, counts, strict=True):
         weight = flat[offset : offset + count]
-        theta = updated(weight, how, number, decays=False)
+        theta = updated(weight, how, number, decays=number in (0, 2))
         plus, minus = perturbed(theta, a_visit(eps=1e-3), number)
         for out, alone in zip(outs, (theta, plus, minus), strict=True):
             assert torch.equal(out[offset : offset + count], alone)
@@ -355,7 +355,7 @@ def test_the_kernel_of_vectors_and_rows_gives_the_same_bits() -> None:
         how = a_visit(an_update(), eps=-1e-3, device=where)
         source = flat.to(where)
         outs = [torch.zeros_like(source) for _ in range(3)]
-        segment = Segment((4, 1, 7), (0, 2504, 2512), (2500, 3, 2488), decays=False)
+        segment = Segment((4, 1, 7), (0, 2504, 2512), (2500, 3, 2488), (True, False, True))
         vectors(source, segment, how, Outputs(theta=outs[0], plus=outs[1], minus=outs[2]), 0)
         outs.append(gather(source.view(5, 1000), 3, indices.to(where), how))
         results.append([each.cpu() for each in outs])

@@ -108,7 +108,8 @@ def test_equals_mezo_for_any_number_of_blocks_and_residents(num_blocks: int, res
     stats = assert_same_steps(mezo, streamed, batches)
     block_bytes = 4 * blueprint.shape.block_parameters
     assert {each.h2d_bytes for each in stats} == {(num_blocks - resident_blocks) * block_bytes}
-    assert {each.d2h_bytes for each in stats} == {(num_blocks - resident_blocks) * block_bytes}
+    downloads = [each.d2h_bytes for each in stats]
+    assert downloads == [0] + 3 * [(num_blocks - resident_blocks) * block_bytes]  # at first nothing pends
     assert streamed.evaluate(batches) == mezo.evaluate(batches)
     assert_same_weights(mezo, streamed)
 
@@ -151,12 +152,16 @@ def test_each_block_crosses_the_link_once_each_way_and_exactly(monkeypatch: pyte
         4 * sum(parameter.numel() for parameter in block.parameters())
         for block in unequal_blueprint().reference.model.decoder.layers
     ]
-    for batch in tiny_batches(4, "opt"):
+    first, *rest = tiny_batches(4, "opt")
+    streamed.step([first])
+    for batch in rest:
         crossed.clear()
         streamed.step([batch])
         assert set(crossed.values()) == {1}
         for direction in ("up", "down"):
-            assert sorted(n for way, _, n in crossed if way == direction) == sorted(sizes)
+            # A gap of less than 16 bytes after an odd tensor crosses too.
+            moved = sorted(n for way, _, n in crossed if way == direction)
+            assert all(0 <= got - size < 16 * 16 for got, size in zip(moved, sorted(sizes), strict=True))
 
 
 def test_micro_batches_of_one_step_share_the_noise_and_the_visit() -> None:
@@ -259,15 +264,83 @@ def test_a_hidden_state_goes_when_the_next_is_there(monkeypatch: pytest.MonkeyPa
     streamed.step(batches)
     streamed.evaluate(batches)
     assert len(entering) == 2 * 2 + 2
-    assert alive == [0] * 6
+    assert alive == [0] * 4
 
 
-def test_blocks_that_share_a_tensor_are_refused() -> None:
-    blueprint = tiny_blueprint("opt")
-    layers = blueprint.model.model.decoder.layers
-    layers[1].fc1.weight = layers[0].fc1.weight
-    with pytest.raises(UserError, match=r"ties .*layers.1.fc1.weight.* use engine mezo"):
-        make_zo2(blueprint)
+def test_a_tensor_that_blocks_share_stays_on_the_gpu() -> None:
+    def shared() -> TinyBlueprint:
+        blueprint = tiny_blueprint("opt")
+        for model in (blueprint.model, blueprint.reference):
+            layers = model.model.decoder.layers
+            layers[1].fc1.weight = layers[0].fc1.weight
+        return blueprint
+
+    mezo, streamed = make_mezo(shared()), make_zo2(shared())
+    stats = assert_same_steps(mezo, streamed, tiny_batches(4, "opt"))
+    assert_same_weights(mezo, streamed)
+    size = 4 * (3 * shared().shape.block_parameters - 2 * 16 * 32)
+    assert {each.h2d_bytes for each in stats} == {size}
+
+
+@pytest.mark.parametrize("fold_every", [2, 3, 5, 64])
+@pytest.mark.parametrize("resident_blocks", [0, 1])
+def test_fewer_downloads_give_the_same_bits(fold_every: int, resident_blocks: int, tmp_path: Path) -> None:
+    """Also with evaluations, exports and a resume at any point of the turn."""
+    where = context(dtype="bf16")
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), where)
+    knobs = {"fold_every": fold_every, "resident_blocks": resident_blocks}
+    streamed = make_zo2(tiny_blueprint("opt", num_blocks=5), where, **knobs)
+    batches = tiny_batches(17, "opt")
+    stats = assert_same_steps(mezo, streamed, batches[:7])
+    block_bytes = 2 * tiny_blueprint("opt").shape.block_parameters
+    downloads = [each.d2h_bytes // block_bytes for each in stats]
+    streamed_blocks = [i for i in range(5) if i not in resident_indices(5, resident_blocks)]
+    expected = [sum((i + step) % fold_every == 0 for i in streamed_blocks) for step in range(7)]
+    assert downloads == [0, *expected[1:]]
+    assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
+    assert_same_steps(mezo, streamed, batches[7:9])
+    assert_same_weights(mezo, streamed)
+    assert_same_steps(mezo, streamed, batches[9:12])
+    resumed = make_zo2(tiny_blueprint("opt", num_blocks=5, seed=99), context(seed=1, dtype="bf16"), **knobs)
+    resumed.load(save(streamed, tmp_path / "at-12"))
+    assert_same_steps(mezo, resumed, batches[12:])
+    assert_same_weights(mezo, resumed)
+
+
+@pytest.mark.parametrize("engine", ["mezo", "zo2"])
+def test_a_log_is_as_good_as_a_checkpoint(engine: str) -> None:
+    """Base weights and updates give the weights after them, through more updates than a log holds."""
+    where = context(dtype="fp16", steps=200)
+    mezo = make_mezo(tiny_blueprint("gpt2", True), where)
+    updates = [update for batch in tiny_batches(150, "gpt2") if (update := mezo.step([batch]).update)]
+    make = make_mezo if engine == "mezo" else make_zo2
+    replayed = make(tiny_blueprint("gpt2", True), where)
+    replayed.replay(updates)
+    assert_same_weights(mezo, replayed)
+    assert_same_steps(mezo, replayed, tiny_batches(3, "gpt2", seed=5))  # type: ignore[arg-type]
+    assert_same_weights(mezo, replayed)
+
+
+@pytest.mark.parametrize("train", ["last:1", "last:2", "last:9"])
+def test_frozen_blocks_stay_and_are_never_downloaded(train: str) -> None:
+    mezo = make_mezo(tiny_blueprint("llama"), train=train)
+    streamed = make_zo2(tiny_blueprint("llama"), train=train, resident_blocks=1)
+    before = {name: weight.clone() for name, weight in mezo.weights()}
+    stats = assert_same_steps(mezo, streamed, tiny_batches(4, "llama"))
+    assert_same_weights(mezo, streamed)
+    assert streamed.evaluate(tiny_batches(2, "llama")) == mezo.evaluate(tiny_batches(2, "llama"))
+    count = min(3, int(train.removeprefix("last:")))
+    moved = {name for name, weight in mezo.weights() if not torch.equal(weight, before[name])}
+    expected = {
+        name
+        for name in before
+        if "embed" not in name and ("layers" not in name or int(name.split(".")[2]) >= 3 - count)
+    }
+    assert moved == expected
+    block_bytes = 4 * tiny_blueprint("llama").shape.block_parameters
+    trained = [i for i in range(3 - count, 3) if i not in resident_indices(3, 1)]
+    assert [each.d2h_bytes for each in stats] == [0] + 3 * [len(trained) * block_bytes]
+    assert {each.h2d_bytes for each in stats} == {2 * block_bytes}
 
 
 def test_residents_are_spread_and_cost_no_slab() -> None:
@@ -313,7 +386,7 @@ def test_lowers_the_loss_within_its_budget() -> None:
     batch = Batch(inputs={**batch.inputs, "labels": torch.full_like(batch.inputs["labels"], 9)})
     streamed = make_zo2(tiny_blueprint("opt"), learning_rate=1e-2, weight_decay=0.0)
     before = streamed.evaluate([batch])
-    for _ in range(30):
+    for _ in range(60):
         streamed.step([batch])
     assert streamed.evaluate([batch]).loss < before.loss - 1.0
 
@@ -322,14 +395,17 @@ def test_lowers_the_loss_within_its_budget() -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_equals_mezo_on_the_gpu(family: str, tied: bool, dtype: Dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fold_every", [1, 3])
+def test_equals_mezo_on_the_gpu(
+    family: str, tied: bool, dtype: Dtype, fold_every: int, tmp_path: Path
+) -> None:
     """As on the CPU, the link held up at random so that an order that is only lucky shows."""
     where = context("cuda:0", dtype)
     delays = random.Random(0)
     mezo = make_mezo(tiny_blueprint(family, tied, num_blocks=7), where)
 
     def delayed(seed: int) -> Zo2:
-        made = Zo2(Zo2Settings(**KNOBS, resident_blocks=1), where)
+        made = Zo2(Zo2Settings(**KNOBS, resident_blocks=1, fold_every=fold_every), where)
         made.link_delay = lambda: delays.randrange(400_000)
         made.setup(tiny_blueprint(family, tied, num_blocks=7, seed=seed))
         return made
@@ -347,11 +423,47 @@ def test_equals_mezo_on_the_gpu(family: str, tied: bool, dtype: Dtype, tmp_path:
     assert_same_weights(mezo, resumed)
     block_bytes = 2 * tiny_blueprint(family).shape.block_parameters
     assert resumed.pinned_bytes == 6 * block_bytes
+    if fold_every == 1:
+        assert [each.d2h_bytes for each in stats] == [0] + 9 * [6 * block_bytes]
     for each in stats:
-        assert each.h2d_bytes == each.d2h_bytes == 6 * block_bytes
+        assert each.h2d_bytes == 6 * block_bytes
         assert each.h2d_s is not None
         assert each.gpu_s is not None
     resumed.close()
+
+
+@pytest.mark.gpu
+def test_delays_on_both_streams_change_no_bit_in_200_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large matrices, so that layers take their own scratch and blocks are cut into pieces."""
+    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+    where = context("cuda:0", "bf16")
+    delays = random.Random(1)
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=9), where)
+    streamed = Zo2(Zo2Settings(**KNOBS, resident_blocks=2, fold_every=4), where)
+    streamed.link_delay = lambda: delays.choice((0, 0, 50_000, 300_000))
+    streamed.setup(tiny_blueprint("opt", num_blocks=9))
+    for seed in range(10):
+        assert_same_steps(mezo, streamed, tiny_batches(20, "opt", seed=seed))
+    assert_same_weights(mezo, streamed)
+    streamed.close()
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = context("cuda:0", "fp16")
+    graphs = make_zo2(tiny_blueprint("llama"), where)
+    batches = [*tiny_batches(4, "llama"), *tiny_batches(6, "llama", seq_len=9), *tiny_batches(3, "llama")]
+    groups = [batches[i : i + 2] for i in range(0, len(batches), 2)]
+    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    eager = make_mezo(tiny_blueprint("llama"), where)
+    for group in groups:
+        expected, stats = eager.step(group), graphs.step(group)
+        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
+        assert graphs.evaluate(group) == eager.evaluate(group)
+    assert_same_weights(eager, graphs)
+    graphs.close()
 
 
 @pytest.mark.gpu
