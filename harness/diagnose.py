@@ -26,6 +26,8 @@ FEWEST_STEPS = 10
 """Fewer are not judged flat."""
 NOTICEABLE = 0.01
 """A fall of the loss by this part is one that a person would see."""
+HOPELESS_STEPS = 1e8
+"""So many are not worth telling."""
 WORTHWHILE = 0.1
 """The fall whose number of steps is told."""
 
@@ -59,9 +61,10 @@ def why_not_finite(
         )
     if not history:
         cause = "no update was made yet, so it is the weights or the data"
+        cause += "" if sides is None else ", or eps is far too large"
         if dtype == "fp16":
             return Diagnosis(cause=f"{cause}, or fp16 overflows", remedy="try --dtype bf16")
-        return Diagnosis(cause=cause, remedy="check the model and its data with another method")
+        return Diagnosis(cause=cause, remedy="check the model and its data with --engine native")
     losses = [point.loss for point in history]
     if losses[-1] > RISING * min(losses):
         return Diagnosis(
@@ -83,7 +86,15 @@ def why_not_finite(
 def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis | None:
     """Why the loss did not move in a run of these steps; `None` if it moved, or if nothing can be said."""
     updates = [point.update for point in history if point.update is not None]
-    zeros = _longest_run([update.projected_gradient == 0.0 for update in updates])
+    flags = [update.projected_gradient == 0.0 for update in updates]
+    zeros = _longest_run(flags)
+    highest = max((point.loss for point in history), default=0.0)
+    if zeros >= ZEROS and not all(flags) and highest > RISING * history[0].loss:
+        return Diagnosis(
+            cause=f"the loss rose to {highest:.4g}, and then the projected gradient was exactly 0 in {zeros} "
+            "steps in a row: the learning rate is too large, and the model broke",
+            remedy="find a learning rate with --find-lr, or lower learning_rate with --set",
+        )
     if zeros >= ZEROS:
         return Diagnosis(
             cause=f"the projected gradient was exactly 0 in {zeros} steps in a row: both perturbed losses "
@@ -100,7 +111,7 @@ def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis |
             cause=f"{cause}: the learning rate is too small, or the steps are too few",
             remedy="find a learning rate with --find-lr, or give more --steps",
         )
-    if descent == 0.0:
+    if not any(update.learning_rate for update in updates):
         return Diagnosis(cause=f"{cause}: the learning rate is 0", remedy="raise learning_rate with --set")
     if descent >= NOTICEABLE * abs(first):
         return Diagnosis(
@@ -108,12 +119,12 @@ def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis |
             "large, or the noise of the batches hides the fall",
             remedy="find a learning rate with --find-lr, or look at a held-out loss with --eval-batches",
         )
-    needed = math.ceil(steps * WORTHWHILE * abs(first) / descent)
+    needed = steps * WORTHWHILE * abs(first) / descent if descent else math.inf
+    more = f", or give about {_rounded(needed)} --steps for a fall of {WORTHWHILE:.0%}"
     return Diagnosis(
         cause=f"{cause}: all updates together could lower it by {descent:.2g} at most, so the learning rate "
         "is too small or the steps are too few",
-        remedy=f"find a learning rate with --find-lr, or give about {_rounded(needed)} --steps for a fall of "
-        f"{WORTHWHILE:.0%}",
+        remedy="find a learning rate with --find-lr" + (more if needed < HOPELESS_STEPS else ""),
     )
 
 
@@ -146,7 +157,6 @@ def _longest_run(flags: Sequence[bool]) -> int:
     return longest
 
 
-def _rounded(count: int) -> str:
+def _rounded(count: float) -> str:
     """Two digits are all that the estimate is good for."""
-    digits = max(0, len(str(count)) - 2)
-    return f"{round(count, -digits):,}"
+    return f"{float(f'{count:.1e}'):.0f}"

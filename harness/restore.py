@@ -212,7 +212,7 @@ def history_of(out: Path) -> list[Point]:
 def _counted(updates: Iterable[Update], total: int, progress: Progress) -> Iterator[Update]:
     for number, update in enumerate(updates, start=1):
         yield update
-        progress.update("replaying updates", number, total, note=f"step {update.step + 1}")
+        progress.update("replaying updates", number, total)
 
 
 def _cut_loss_log(path: Path, step: int) -> None:

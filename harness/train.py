@@ -93,7 +93,7 @@ def train(
     progress.print(data.describe())
     with (
         user_errors(engine_name, job, out),
-        _set_up(job, shape, engine_name, typed, progress) as (
+        set_up(job, shape, engine_name, typed, progress) as (
             engine,
             blueprint,
         ),
@@ -141,7 +141,7 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
     shape = resolve_shape(job)
     with (
         user_errors(method.engine, job, out),
-        _set_up(job, shape, method.engine, typed, progress) as (
+        set_up(job, shape, method.engine, typed, progress) as (
             engine,
             blueprint,
         ),
@@ -170,7 +170,7 @@ def _refuse_in_use(folder: Path) -> None:
 
 
 @contextmanager
-def _set_up(
+def set_up(
     job: Job, shape: ModelShape, engine_name: str, settings: Any, progress: Progress
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
     """The engine with the weights that the run starts from; closed at the end."""
