@@ -64,7 +64,7 @@ def why_not_finite(
         cause += "" if sides is None else ", or eps is far too large"
         if dtype == "fp16":
             return Diagnosis(cause=f"{cause}, or fp16 overflows", remedy="try --dtype bf16")
-        return Diagnosis(cause=cause, remedy="check the model and its data with --engine native")
+        return Diagnosis(cause=cause, remedy="check the model and its data")
     losses = [point.loss for point in history]
     if losses[-1] > RISING * min(losses):
         return Diagnosis(

@@ -93,10 +93,7 @@ def train(
     progress.print(data.describe())
     with (
         user_errors(engine_name, job, out),
-        set_up(job, shape, engine_name, typed, progress) as (
-            engine,
-            blueprint,
-        ),
+        set_up(job, shape, engine_name, typed, progress) as (engine, blueprint),
     ):
         num_tensors = len(blueprint.parameter_shapes)
         if resume:
@@ -141,10 +138,7 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
     shape = resolve_shape(job)
     with (
         user_errors(method.engine, job, out),
-        set_up(job, shape, method.engine, typed, progress) as (
-            engine,
-            blueprint,
-        ),
+        set_up(job, shape, method.engine, typed, progress) as (engine, blueprint),
     ):
         checkpoint = restore.load_newest(engine, out)
         step = restore.step_of(checkpoint)
@@ -236,6 +230,7 @@ def _run_steps(
     """Steps `done` to the last, logged, with an evaluation before the first and after the last one."""
 
     def save(step: int) -> None:
+        """A full checkpoint, unless the log is one and no other was asked for."""
         if updates is not None:
             updates.sync()  # or a power cut could leave a log that ends before the checkpoint
         if save_every or updates is None:
@@ -344,8 +339,8 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     if isinstance(settings, MezoSettings) and path.exists():
         check_belongs(read_update_log(path), job, settings, path)
     if switched:
-        write_whole(out / "engine.json", to_json(replace(method, settings=asdict(settings))))
         save_job(job, out / "job.toml")
+        write_whole(out / "engine.json", to_json(replace(method, settings=asdict(settings))))
     return settings
 
 

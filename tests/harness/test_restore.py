@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -240,6 +241,59 @@ def test_a_folder_that_is_trained_into_is_not_resumed_by_another(
     run(out, "mezo")
     assert "another process is training into this folder" in refused[0]
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("save_every", "checkpoints"), [(0, []), (4, ["step-00000003"])])
+def test_ctrl_c_writes_a_full_checkpoint_only_where_some_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: int, checkpoints: list[str]
+) -> None:
+    whole = run(tmp_path / "whole", "zo2")
+    out = tmp_path / "out"
+    cls = load_engine("zo2")
+    original, calls = cls.step, [0]
+
+    def step(self: Any, batches: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, "zo2", save_every=save_every)
+    assert read_update_log(updates_log(out)).end_step == 3
+    assert [path.name for path in out.glob("checkpoints/*")] == checkpoints
+    assert_same_weights(whole, run(out, "zo2", save_every=save_every, resume=True))
+
+
+def test_a_full_disk_is_one_line_and_costs_the_step_in_progress(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The limit on file sizes takes the part of a full disk: it lets half of a record through."""
+    whole = run(tmp_path / "whole", "mezo")
+    out = tmp_path / "out"
+    cls = load_engine("mezo")
+    original, calls = cls.step, [0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def step(self: Any, batches: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            full = HEADER_BYTES + 2 * RECORD_BYTES + 10
+            (out / "log.jsonl").write_text("")  # far from the limit itself
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full, limits[1]))
+        return original(self, batches)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "step", step)
+            with pytest.raises(UserError, match=r"updates.log: cannot be written .*--resume"):
+                run(out, "mezo")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert updates_log(out).stat().st_size == HEADER_BYTES + 2 * RECORD_BYTES + 10
+    assert_same_weights(whole, run(out, "mezo", resume=True))
 
 
 def test_replaying_shows_progress(
