@@ -251,6 +251,7 @@ class StepStats:
     @property
     def projected_gradient(self) -> float | None:
         return None if self.update is None else self.update.projected_gradient
+
     """Zeroth-order methods: (loss_plus - loss_minus) / (2 eps)."""
 
 

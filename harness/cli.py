@@ -268,15 +268,35 @@ def run(
     ] = None,
     save_every: Annotated[
         int,
-        typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 for none but on Ctrl-C."),
+        typer.Option(
+            "--save-every",
+            min=0,
+            help="Steps between full checkpoints; 0 for none but on Ctrl-C, with mezo and zo2 none at all.",
+        ),
     ] = 0,
     out: Out = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, with the same flags.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where the run in --out was, with the same flags: from its newest full checkpoint, "
+            "with mezo and zo2 also from its update log.",
+        ),
+    ] = False,
+    find_lr: Annotated[
+        bool,
+        typer.Option(
+            "--find-lr",
+            help="Train nothing: try seven learning rates around the default, or the one that is --set, for "
+            "at most 40 steps each, and print the flag to use. With --out, keep find_lr.json there.",
+        ),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder.
+
+    `mezo` and `zo2` append each step to `updates.log` in --out, 32 bytes that make a checkpoint with the
+    weights they start from; each goes on from the other's. A kill at any moment loses the step in progress.
 
     A job without flags or --job is 10 steps of batch 1 x 512 tokens in bf16, with checkpointing, seed 0,
     on the built-in data. What --set says goes before what --profile recommends, and that before the engine's
@@ -288,6 +308,11 @@ def run(
     names = _engine_names(engine)
     if len(names) > 1 or names == ["scripted"]:
         raise UserError(f"--engine {engine}", "is not one method that trains", "see 'lspzo-bench engines'")
+    if find_lr:
+        if resume or save_every:
+            raise UserError("--find-lr", "trains nothing", "leave out --resume and --save-every")
+        _find_lr(flags, names, profile, out, quiet)
+        return
     job = replace(flags.job(names), warmup_steps=0)
     folder = _folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
@@ -298,6 +323,54 @@ def run(
         exported = train(
             job, names[0], settings, folder, save_every=save_every, resume=resume, progress=progress
         )
+    typer.echo(str(exported))
+
+
+def _find_lr(flags: JobFlags, names: list[str], profile: Path | None, out: Path | None, quiet: bool) -> None:
+    """Print what each learning rate did and, as the last line, the flag to use."""
+    from harness.line import training_settings
+    from harness.presets import LR_SEARCH
+    from harness.show import Progress, console, rates_table
+
+    job = replace(flags.job(names, LR_SEARCH), warmup_steps=0)
+    settings = training_settings(job, names[0], profile)
+
+    from harness.find_lr import find_lr
+
+    with Progress(quiet) as progress:
+        finding = find_lr(job, names[0], settings, out, progress)
+    console().print(rates_table(finding))
+    if finding.flag is None:
+        raise UserError(
+            "--find-lr",
+            "no learning rate lowered the loss",
+            "set the middle of the grid elsewhere with --set learning_rate=, or give more --eval-batches",
+        )
+    if finding.at_the_edge:
+        note = "the best rate tried is at the end of the grid: search again with this one in the middle"
+        console(stderr=True, quiet=quiet).print(f"note: {note}", soft_wrap=True)
+    typer.echo(finding.flag)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote, whatever became of the run.")],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Where to. [default: export-step-NNNNNNNN in FOLDER]"),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model of a run as a Hugging Face folder, without training. Its last line is that folder.
+
+    The run may be finished, stopped, killed or still going on. With `mezo` and `zo2` the weights are those
+    after the last step in its update log; with the others those of its newest checkpoint.
+    """
+    from harness.show import Progress
+    from harness.train import export_run
+
+    with Progress(quiet) as progress:
+        exported = export_run(folder, to, progress)
     typer.echo(str(exported))
 
 

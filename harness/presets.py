@@ -8,6 +8,11 @@ from engines.base import UserError
 
 PRESETS = ("quick",)
 
+LR_SEARCH_STEPS = 40
+"""Most steps that `run --find-lr` takes at each learning rate."""
+LR_SEARCH: dict[str, Any] = {"steps": LR_SEARCH_STEPS, "eval_batches": 8}
+"""Job fields of `run --find-lr` where the user gives none."""
+
 
 def preset_values(name: str, has_gpu: bool) -> dict[str, Any]:
     """The job fields of preset `name`, to be overridden by what the user gives.

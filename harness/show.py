@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -27,6 +27,9 @@ from harness.shapes import NAMED_SHAPES, named_shape
 from profiles.machine import Machine
 from profiles.plan import Plan
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from harness.find_lr import Finding
 
 PLAIN_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -212,6 +215,22 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
             reasons[run.engine].append(line)
     return Group(Text("Measured", style="bold"), table, _notes(reasons))
+
+
+def rates_table(finding: Finding) -> RenderableType:
+    """What `run --find-lr` found, the recommended rate marked."""
+    steps = max(trial.steps for trial in finding.trials)
+    title = f"Learning rates of {finding.engine}: {finding.measured_on} loss before and after {steps} steps"
+    table = _table(("learning rate", "before", "after", "change", "end", ""), whole=("learning rate", "end"))
+    for trial in finding.trials:
+        after, change = "-", "-"
+        if trial.loss_after is not None:
+            after, change = f"{trial.loss_after:.6g}", f"{trial.loss_after - trial.loss_before:+.3g}"
+        table.add_row(
+            f"{trial.learning_rate:g}", f"{trial.loss_before:.6g}", after, change, trial.end_state,
+            "recommended" if trial.learning_rate == finding.recommended else "",
+        )  # fmt: skip
+    return Group(Text(title, style="bold"), table)
 
 
 def engines_rows() -> list[dict[str, Any]]:

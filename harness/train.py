@@ -1,25 +1,22 @@
 """Fine-tune for real with one engine, and export a Hugging Face folder.
 
 What lies in `<out>`: `job.toml` and `engine.json` (what is trained, and how), `log.jsonl` (a line per
-step, `step` being the number of steps done, and a line per evaluation), `checkpoints/` (the newest one),
-`model/` (the export).
+step, `step` being the number of steps done, and a line per evaluation), `updates.log` of a zeroth-order
+method (`harness.update_log`), `checkpoints/` (the newest full one), `model/` (the export).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Self
-
-from safetensors import SafetensorError
 
 from engines import load_engine
 from engines.base import (
@@ -34,17 +31,23 @@ from engines.base import (
 )
 from engines.blocks import TORCH_DTYPE
 from engines.costs.lsp import core_size
-from engines.settings import LspSettings, parse_settings
+from engines.settings import LspSettings, MezoSettings, parse_settings
+from harness import restore
 from harness.data import Data, make_data
+from harness.diagnose import sides_of, why_flat, why_not_finite
 from harness.job import Job, load_job, save_job
-from harness.models import export_model, make_blueprint
+from harness.models import ModelBlueprint, export_model, make_blueprint
 from harness.shapes import resolve_shape
 from harness.show import Progress
+from harness.update_log import UpdateLog, cannot_write, check_belongs, read_update_log
 from harness.worker import classify, prepare_torch, usable_host_bytes
 from profiles.documents import read_document, to_json, write_whole
 
 SCHEMA_VERSION = 1
 """Of engine.json. 1: first version (0.1.0)."""
+
+LR_FILE = "find_lr.json"
+"""What `--find-lr` leaves in a folder, which may then be trained into."""
 
 OUT_OF_MEMORY = {
     "oom_gpu": "ran out of GPU memory",
@@ -76,7 +79,8 @@ def train(
 
     `settings` are those of the engine that differ from its defaults. A run that is resumed takes the same
     job and engine, keeps its settings, and ends with the same weights as one that was never stopped. The
-    first Ctrl-C ends the step, saves a checkpoint and raises `KeyboardInterrupt`; a second one does not wait.
+    first Ctrl-C ends the step, sees to it that the run can be resumed and raises `KeyboardInterrupt`; a
+    second one does not wait.
 
     Raises `UserError` if `out` is in use or cannot be written, the job differs, the engine cannot run
     here, memory runs out, or the loss is not finite. Checkpoints are kept.
@@ -87,24 +91,105 @@ def train(
     _warn_of_no_compression(typed, shape, progress)
     data = make_data(job, shape)
     progress.print(data.describe())
+    with (
+        user_errors(engine_name, job, out),
+        set_up(job, shape, engine_name, typed, progress) as (engine, blueprint),
+    ):
+        num_tensors = len(blueprint.parameter_shapes)
+        if resume:
+            done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
+        else:
+            done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
+        with closing(updates) if updates is not None else nullcontext():
+            _run_steps(engine, data, job, out, done, save_every, updates, progress)
+        folder = out / "model"
+        if folder.exists():
+            shutil.rmtree(folder)
+        export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
+    _note_if_flat(job, engine_name, out, progress)
+    return folder
+
+
+def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
+    """Write the model of the run in `out` as it is now, without training; the folder that was written.
+
+    The run may be finished, stopped, killed or going on. `to` is by default `<out>/export-step-NNNNNNNN`.
+    Raises `UserError` if `out` holds no run or nothing to export, if `to` is in use, and as `train` does.
+    """
+    if not (out / "job.toml").exists() or not (out / "engine.json").exists():
+        raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
+    job = load_job(out / "job.toml")
+    method = _method_of(out)
+    typed = parse_settings(method.engine, method.settings)
+    has_log = isinstance(typed, MezoSettings) and (out / restore.UPDATE_LOG).exists()
+    step = restore.step_of(restore.newest_checkpoint(out))
+    if has_log:
+        contents = read_update_log(out / restore.UPDATE_LOG)
+        check_belongs(contents, job, typed, out / restore.UPDATE_LOG)
+        step = max(step, contents.end_step)
+    elif restore.newest_checkpoint(out) is None:
+        done = (out / "model").exists()
+        raise UserError(
+            str(out),
+            "holds no checkpoint",
+            f"its finished model is {out / 'model'}" if done else "train with --save-every",
+        )
+    _refuse_in_use(to or _export_folder(out, step))
+    shape = resolve_shape(job)
+    with (
+        user_errors(method.engine, job, out),
+        set_up(job, shape, method.engine, typed, progress) as (engine, blueprint),
+    ):
+        checkpoint = restore.load_newest(engine, out)
+        step = restore.step_of(checkpoint)
+        if has_log:
+            # Read after the checkpoint was: a run that is going on may have taken both further meanwhile.
+            contents = read_update_log(out / restore.UPDATE_LOG)
+            num_tensors = len(blueprint.parameter_shapes)
+            step = restore.catch_up(engine, num_tensors, contents, checkpoint, out, progress)
+        folder = to or _export_folder(out, step)
+        export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
+    progress.print(f"exported the weights after {step} of {job.steps} steps")
+    return folder
+
+
+def _export_folder(out: Path, step: int) -> Path:
+    return out / f"export-step-{step:08d}"
+
+
+def _refuse_in_use(folder: Path) -> None:
+    """Before the weights are rebuilt, not after it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(str(folder), "exists and is not an empty folder", "name another place with --to")
+
+
+@contextmanager
+def set_up(
+    job: Job, shape: ModelShape, engine_name: str, settings: Any, progress: Progress
+) -> Iterator[tuple[Any, ModelBlueprint]]:
+    """The engine with the weights that the run starts from; closed at the end."""
     blueprint = make_blueprint(job, shape)
+    engine = load_engine(engine_name)(settings, context_of(job, progress))
     try:
-        engine = load_engine(engine_name)(typed, _context(job, progress))
-        try:
-            engine.setup(blueprint)
-            blueprint.release()
-            done = _restore(engine, out, progress) if resume else 0
-            _run_steps(engine, data, job, out, done, save_every, progress)
-            folder = out / "model"
-            if folder.exists():
-                shutil.rmtree(folder)
-            export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
-            return folder
-        finally:
-            engine.close()
+        engine.setup(blueprint)
+        blueprint.release()
+        yield engine, blueprint
+    finally:
+        engine.close()
+
+
+@contextmanager
+def user_errors(engine_name: str, job: Job, out: Path | None) -> Iterator[None]:
+    """What an engine raises, as the `UserError` that it is; a defect stays what it is.
+
+    A loss that is not finite is explained by the logs in `out`.
+    """
+    try:
+        yield
     except NonFiniteLoss as error:
-        remedy = "lower learning_rate with --set" + ("" if job.dtype == "fp32" else ", or use --dtype fp32")
-        raise UserError(engine_name, str(error), remedy) from None
+        history = [] if out is None else restore.history_of(out)
+        why = why_not_finite(history, engine_name, job.dtype, sides_of(error))
+        raise UserError(engine_name, f"{error}: {why.cause}", why.remedy) from None
     except (NotAvailable, InfeasiblePlan) as error:
         raise UserError(engine_name, str(error), "see 'lspzo-bench recommend' for what can run") from None
     except UserError:
@@ -120,7 +205,7 @@ def train(
         ) from None
 
 
-def _context(job: Job, progress: Progress) -> Context:
+def context_of(job: Job, progress: Progress) -> Context:
     return Context(
         device=prepare_torch(job.limits.vram_bytes),
         workload=job.workload,
@@ -133,10 +218,25 @@ def _context(job: Job, progress: Progress) -> Context:
 
 
 def _run_steps(
-    engine: Engine, data: Data, job: Job, out: Path, done: int, save_every: int, progress: Progress
+    engine: Engine,
+    data: Data,
+    job: Job,
+    out: Path,
+    done: int,
+    save_every: int,
+    updates: UpdateLog | None,
+    progress: Progress,
 ) -> None:
     """Steps `done` to the last, logged, with an evaluation before the first and after the last one."""
-    path = out / "log.jsonl"
+
+    def save(step: int) -> None:
+        """A full checkpoint, unless the log is one and no other was asked for."""
+        if updates is not None:
+            updates.sync()  # or a power cut could leave a log that ends before the checkpoint
+        if save_every or updates is None:
+            restore.save_checkpoint(engine, out, step)
+
+    path = out / restore.LOSS_LOG
     with _open_log(path) as log, _StopAfterStep() as stop:
         if done == 0:
             _evaluate(engine, data.evaluation, log, 0, progress)
@@ -144,20 +244,26 @@ def _run_steps(
             stats = engine.step(data.step_batches(step))
             if not math.isfinite(stats.loss):
                 raise NonFiniteLoss(f"the loss of step {step} is {stats.loss}")
+            # In this order: a kill between the two leaves a line too many, which resuming takes away.
             _write(log, step=step + 1, loss=stats.loss)
+            if updates is not None:
+                if stats.update is None:
+                    raise RuntimeError(f"{engine.name} told no update of step {step}")
+                updates.append(stats.update)
             progress.update("training", step + 1, job.steps, note=f"loss {stats.loss:.4g}")
             if stop.asked:
-                _save_and_stop(engine, out, step + 1, job.steps, progress)
+                save(step + 1)
+                _stop(out, step + 1, job.steps, progress)
             if save_every and (step + 1) % save_every == 0:
-                _checkpoint(engine, out, step + 1)
+                save(step + 1)
         _evaluate(engine, data.evaluation, log, job.steps, progress)
         if stop.asked:
-            _save_and_stop(engine, out, job.steps, job.steps, progress)
+            save(job.steps)
+            _stop(out, job.steps, job.steps, progress)
 
 
-def _save_and_stop(engine: Engine, out: Path, step: int, total: int, progress: Progress) -> None:
+def _stop(out: Path, step: int, total: int, progress: Progress) -> None:
     """Raises `KeyboardInterrupt`."""
-    _checkpoint(engine, out, step)
     progress.print(f"stopped after step {step} of {total}; go on with --resume --out {out}")
     raise KeyboardInterrupt
 
@@ -202,14 +308,26 @@ def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progr
 def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     """Take `out` for this run, or check that it is its own; the settings to train with."""
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.name != LR_FILE for path in out.iterdir())):
             raise UserError(str(out), "is not an empty folder", "name another --out, or add --resume")
         write_whole(out / "engine.json", to_json(method))
         save_job(job, out / "job.toml")
         return parse_settings(method.engine, method.settings)
     if not (out / "job.toml").exists():
         raise UserError(str(out), "holds no run to resume", "leave out --resume, or name its --out")
+    earlier = _method_of(out)
+    settings = parse_settings(earlier.engine, earlier.settings)
     before = replace(load_job(out / "job.toml"), limits=job.limits)
+    switched = earlier.engine != method.engine
+    if switched:
+        settings = _carried_over(settings, method)
+        if settings is None:
+            raise UserError(
+                "--resume",
+                f"the earlier engine was {earlier.engine}, not {method.engine}",
+                "give the same flags",
+            )
+        before = replace(before, settings=job.settings)
     changed = [field.name for field in fields(Job) if getattr(before, field.name) != getattr(job, field.name)]
     if changed:
         raise UserError(
@@ -217,12 +335,36 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
             f"the job differs from the earlier one in {', '.join(changed)}",
             "give the same flags, or name another --out",
         )
-    earlier = read_document(out / "engine.json", Method, SCHEMA_VERSION, "record of a training run")
-    if earlier.engine != method.engine:
-        raise UserError(
-            "--resume", f"the earlier engine was {earlier.engine}, not {method.engine}", "give the same flags"
-        )
-    return parse_settings(earlier.engine, earlier.settings)
+    path = out / restore.UPDATE_LOG
+    if isinstance(settings, MezoSettings) and path.exists():
+        check_belongs(read_update_log(path), job, settings, path)
+    if switched:
+        save_job(job, out / "job.toml")
+        write_whole(out / "engine.json", to_json(replace(method, settings=asdict(settings))))
+    return settings
+
+
+def _carried_over(earlier: Any, method: Method) -> Any:
+    """Settings with which `method` takes the same steps as an engine with the settings `earlier` did: those
+    of MeZO are kept, those that only say where things lie are its own. `None` if it is another algorithm.
+    """
+    new = parse_settings(method.engine, method.settings)
+    if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
+        return None
+    return replace(new, **{field.name: getattr(earlier, field.name) for field in fields(MezoSettings)})
+
+
+def _method_of(out: Path) -> Method:
+    return read_document(out / "engine.json", Method, SCHEMA_VERSION, "record of a training run")
+
+
+def _note_if_flat(job: Job, engine_name: str, out: Path, progress: Progress) -> None:
+    # Nothing can be learnt from random tokens: their loss is flat by itself.
+    if job.data.train == "random":
+        return
+    why = why_flat(restore.history_of(out), engine_name, job.dtype)
+    if why is not None:
+        progress.print(f"note: {why}")
 
 
 def _evaluate(engine: Engine, batches: list[Batch], log: IO[str], step: int, progress: Progress) -> None:
@@ -238,7 +380,7 @@ def _open_log(path: Path) -> IO[str]:
     try:
         return path.open("a", encoding="utf-8")
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
 
 
 def _write(log: IO[str], **values: float) -> None:
@@ -246,70 +388,4 @@ def _write(log: IO[str], **values: float) -> None:
         log.write(json.dumps(values) + "\n")
         log.flush()
     except OSError as error:
-        raise _cannot_write(Path(log.name), error) from None
-
-
-def _cannot_write(path: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return UserError(str(path), f"cannot be written ({reason})", "free space, then go on with --resume")
-
-
-def _checkpoint(engine: Engine, out: Path, step: int) -> None:
-    """Write beside the old checkpoint, then let the old one go: a kill at any moment leaves one.
-
-    Raises `UserError` if it cannot be written; the old one stays.
-    """
-    folder = out / "checkpoints"
-    temporary, final = folder / "writing", folder / f"step-{step:08d}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        engine.save(temporary)
-        for path in temporary.iterdir():
-            _sync(path)
-        if final.exists():  # of a run that was killed between two steps below
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _cannot_write(final, error) from None
-    for other in folder.iterdir():
-        if other != final:
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """To the disk, or a power cut after the rename would leave an empty file under a final name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _restore(engine: Engine, out: Path, progress: Progress) -> int:
-    """Load the newest checkpoint and cut the log back to it; how many steps it has done, 0 without one."""
-    found = sorted((out / "checkpoints").glob("step-*"))
-    step = 0
-    if found:
-        engine.load(found[-1])
-        step = int(found[-1].name.removeprefix("step-"))
-    progress.print(f"resuming after step {step}" if found else "no checkpoint: starting from the beginning")
-    path = out / "log.jsonl"
-    if path.exists():
-        write_whole(path, "".join(line + "\n" for line in _lines_until(path, step)))
-    return step
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Lines of the log that the steps to come will not write again."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            break  # the run was killed while it wrote this line, its last
-        is_evaluation = "eval_loss" in values
-        if step and (values["step"] < step or (values["step"] == step and not is_evaluation)):
-            kept.append(line)
-    return kept
+        raise cannot_write(Path(log.name), error) from None

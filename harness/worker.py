@@ -34,6 +34,7 @@ from engines.base import (
     UserError,
 )
 from engines.settings import parse_settings
+from harness.diagnose import Diagnosis, Point, sides_of, why_not_finite
 from harness.job import Job
 from harness.measure import Recording, StepData, gpu_peaks, measure
 from harness.result import EndState, Sample, Summary
@@ -100,6 +101,8 @@ def execute(request: Request, events: IO[str]) -> Result:
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         state, reason = classify(error)
+        if isinstance(error, NonFiniteLoss):
+            reason = f"{reason}: {_why_not_finite(request, recording, error)}"
     allocated, reserved = gpu_peaks()
     summary = replace(
         recording.summary(),
@@ -164,6 +167,15 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
         )
     finally:
         engine.close()
+
+
+def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss) -> Diagnosis:
+    history = [
+        Point(loss=sample.loss, update=None if stats is None else stats.update)
+        for sample, stats in recording.steps
+        if sample.loss is not None
+    ]
+    return why_not_finite(history, request.plan.engine, request.job.dtype, sides_of(error))
 
 
 def usable_host_bytes(limit_bytes: int | None) -> int:

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_machine import make_machine
 
 from harness import cli
 from harness.job import Job
 from harness.result import Run, load_run
 from profiles.documents import to_json
+from profiles.limits import UsableCores
 from profiles.machine import Machine
 
 TINY = (
@@ -108,6 +111,11 @@ def test_a_wrong_flag_is_one_line(
         (("run", "--engine", "native,lsp", *TINY), ("native,lsp", "one method")),
         (("run", "--engine", "scripted", *TINY), ("scripted", "one method")),
         (("run", "--engine", "native", *TINY, "--resume"), ("--resume", "--out")),
+        (("run", "--engine", "mezo", *TINY, "--find-lr", "--resume"), ("--find-lr", "--resume")),
+        (("run", "--engine", "mezo", *TINY, "--find-lr", "--save-every", "2"), ("trains nothing",)),
+        (("run", "--engine", "scripted", *TINY, "--find-lr"), ("scripted", "one method")),
+        (("run", "--engine", "mezo", *TINY, "--find-lr", "--set", "mezo.learning_rate=0"), ("is 0",)),
+        (("export", "nowhere"), ("nowhere", "holds no run")),
         (("compare", *TINY, "--resume"), ("--resume", "--out")),
         (("poc", "--resume"), ("--resume", "--out")),
         (("run", "--engine", "native", *TINY, "--profile", "missing.json"), ("missing.json",)),
@@ -322,6 +330,56 @@ def test_run_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
     assert "after 2 steps: held-out loss" in done.err
     again = call("run", "--engine", "native", *TINY, "--steps", "2", "--out", tmp_path / "two", "--quiet")
     assert again.err == ""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_export_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call("run", "--engine", "zo2", *TINY, "--steps", "2", "--out", out).code == 0
+    done = call("export", out)
+    assert (done.code, done.out) == (0, f"{out / 'export-step-00000002'}\n"), done.err
+    assert "is not an empty folder" in one_line(call("export", out, "--quiet"))
+    done = call("export", out, "--to", tmp_path / "there", "--quiet")
+    assert (done.code, done.out, done.err) == (0, f"{tmp_path / 'there'}\n", "")
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two would wait for each other where other tests run beside these."""
+    monkeypatch.setattr("harness.worker.usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_find_lr_prints_the_flag_to_use_and_trains_nothing(call, tmp_path: Path) -> None:
+    done = call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("--set native.learning_rate=")
+    assert "recommended" in done.out
+    assert list((tmp_path / "here").iterdir()) == []
+    assert done.out == call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr", "--quiet").out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_find_lr_says_so_where_nothing_helps(call) -> None:
+    done = call(
+        "run", "--engine", "native", *TINY, "--steps", "2", "--find-lr", "--quiet", "--set",
+        "learning_rate=1e30",
+    )  # fmt: skip
+    assert "no learning rate lowered the loss" in one_line(done)
+    assert "nan_loss" in done.out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_flat_loss_is_a_note_and_no_error(call, tmp_path: Path) -> None:
+    done = call(
+        "run", "--engine", "mezo", *TINY, "--steps", "12", "--set", "eps=1e-30", "--out", tmp_path / "o"
+    )
+    assert done.code == 0
+    assert "note: the projected gradient was exactly 0 in 12 steps in a row" in done.err
+    assert done.out == f"{tmp_path / 'o' / 'model'}\n"
 
 
 def test_recommend_prints_json_for_programs(call, profile: Path) -> None:

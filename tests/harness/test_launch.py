@@ -121,6 +121,21 @@ def test_nan_loss(tmp_path: Path) -> None:
     assert [sample.loss for sample in outcome.samples] == [2.0, 2.0, 2.0, None]
 
 
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [
+        ("nan", "no update was made yet"),
+        ("2,2,2,nan", "came at once, after 3 updates"),
+        ("2,3,9,inf", "had risen from 2 to 9, so the learning rate is likely too large; find one"),
+    ],
+)
+def test_the_likely_cause_of_a_nan_is_in_the_reason(tmp_path: Path, loss: str, cause: str) -> None:
+    outcome = start(tmp_path, loss=loss)
+    assert outcome.end_state == "nan_loss"
+    assert cause in str(outcome.end_reason)
+    assert "\n" not in str(outcome.end_reason)
+
+
 def test_time_limit_kills_grandchildren_too(tmp_path: Path, time_out: Callable[[], None]) -> None:
     family: list[psutil.Process] = []
 

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import json
+import re
 import resource
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_machine import make_machine
 from torch import Tensor
+from train_runs import (
+    SETTINGS,
+    Killed,
+    assert_same_weights,
+    die_at,
+    finish,
+    log_of,
+    run,
+    start,
+    stop_after,
+    tiny_job,
+    weights_of,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engines import load_engine
-from engines.base import UserError
+from engines.base import NonFiniteLoss, UserError
 from harness import train as module
 from harness import worker
-from harness.job import Job, make_job
 from harness.line import training_settings
 from harness.show import Progress
 from harness.train import train
 from profiles.limits import UsableCores
 from profiles.machine import save_machine
-
-ROOT = Path(__file__).parents[2]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "native": {"learning_rate": 3e-3},
-    "lsp": {"learning_rate": 3e-3, "d": 16, "learn_steps": 5},
-    "mezo": {"learning_rate": 1e-5},
-    "zo2": {"learning_rate": 1e-5},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,66 +47,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def tiny_job(name: str = "tiny-llama", **fields: Any) -> Job:
-    values: dict[str, Any] = {
-        "model": {"name": name, "random_weights": True},
-        "batch_size": 4,
-        "seq_len": 32,
-        "dtype": "fp32",
-        "steps": 6,
-        "warmup_steps": 0,
-    }
-    return make_job(values | fields, "test job")
-
-
-def run(
-    out: Path,
-    engine: str = "native",
-    job: Job | None = None,
-    save_every: int = 0,
-    resume: bool = False,
-    **more: Any,
-) -> Path:
-    settings = SETTINGS[engine] | more
-    progress = Progress(quiet=True)
-    return train(
-        job or tiny_job(), engine, settings, out, save_every=save_every, resume=resume, progress=progress
-    )
-
-
-def log_of(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = weights_of(one), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-class Killed(BaseException):
-    """Ends training as abruptly as an exception can."""
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, engine: str, step: int) -> None:
-    """The engine's step number `step`, counted from 0 in this process, does not come back."""
-    cls = load_engine(engine)
-    original, calls = cls.step, [0]
-
-    def dying(self: Any, batches: Any) -> Any:
-        if calls[0] == step:
-            raise Killed
-        calls[0] += 1
-        return original(self, batches)
-
-    monkeypatch.setattr(cls, "step", dying)
 
 
 # --- learning and exporting ---------------------------------------------------------------------------
@@ -260,10 +200,12 @@ def test_another_job_is_refused_on_resume(tmp_path: Path, fields: dict[str, Any]
         run(tmp_path / "out", job=tiny_job(**{"steps": 1, **fields}), resume=True)
 
 
-def test_another_engine_is_refused_on_resume(tmp_path: Path) -> None:
-    run(tmp_path / "out", "mezo", tiny_job(steps=1), save_every=1)
-    with pytest.raises(UserError, match="the earlier engine was mezo, not zo2"):
-        run(tmp_path / "out", "zo2", tiny_job(steps=1), resume=True)
+@pytest.mark.parametrize(("earlier", "engine"), [("mezo", "native"), ("native", "lsp"), ("lsp", "zo2")])
+def test_another_engine_is_refused_on_resume(tmp_path: Path, earlier: str, engine: str) -> None:
+    """But mezo and zo2 go on from each other: see test_restore.py."""
+    run(tmp_path / "out", earlier, tiny_job(steps=1), save_every=1)
+    with pytest.raises(UserError, match=f"the earlier engine was {earlier}, not {engine}"):
+        run(tmp_path / "out", engine, tiny_job(steps=1), resume=True)
 
 
 def test_other_limits_may_be_given_on_resume(tmp_path: Path) -> None:
@@ -297,6 +239,51 @@ def test_a_loss_that_is_not_finite_is_the_users_error(tmp_path: Path, engine: st
         run(tmp_path / "out", engine, save_every=1, learning_rate=1e30)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "out" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("engine", ["mezo", "zo2"])
+def test_zeroth_order_losses_that_are_not_finite_have_a_cause(tmp_path: Path, engine: str) -> None:
+    """At once, from perturbations beyond all bounds, and later, from updates beyond all bounds."""
+    with pytest.raises(UserError, match=r"no update was made yet, .* or eps is far too large; check"):
+        run(tmp_path / "eps", engine, eps=1e38)
+    with pytest.raises(UserError, match=r"learning rate is likely too large|step was likely far too large"):
+        run(tmp_path / "rate", engine, learning_rate=1e39)
+
+
+def test_a_perturbed_loss_on_one_side_only_is_put_down_to_eps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def step(self: Any, batches: Any) -> None:
+        raise NonFiniteLoss("the losses of step 0 are 2.5 and inf")
+
+    monkeypatch.setattr(load_engine("mezo"), "step", step)
+    with pytest.raises(UserError, match=r"eps is likely too large; lower it with --set mezo.eps="):
+        run(tmp_path / "out", "mezo")
+
+
+def test_a_flat_loss_is_noted_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(name: str, **fields: Any) -> str:
+        settings = {"learning_rate": 1e-12}
+        train(
+            tiny_job(steps=12, **fields), "mezo", settings, tmp_path / name, save_every=0, resume=False,
+            progress=Progress(False),
+        )  # fmt: skip
+        return capsys.readouterr().err
+
+    assert re.search(r"note: the loss stayed flat over 12 steps .* at most, so the learning rate", said("a"))
+    assert "note:" not in said("random", data={"train": "random"})
+
+
+def test_the_note_is_about_the_whole_run_also_after_it_was_resumed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, out = tiny_job(steps=12), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        die_at(patch, "mezo", 9)
+        with pytest.raises(Killed):
+            run(out, "mezo", job, learning_rate=1e-12)
+    train(job, "mezo", {}, out, save_every=0, resume=True, progress=Progress(False))
+    assert "the loss stayed flat over 12 steps" in capsys.readouterr().err
 
 
 def test_lack_of_memory_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -343,44 +330,6 @@ def test_a_subspace_as_large_as_the_matrices_is_pointed_out(
 
 
 # --- signals, in processes of their own ---------------------------------------------------------------
-
-LONG = (
-    "run", "--engine", "lsp", "--model", "tiny-llama", "--random-weights", "--dtype", "fp32",
-    "--batch-size", "4", "--seq-len", "32", "--steps", "24", "--save-every", "4", "--set", "lsp.d=16",
-    "--set", "learning_rate=1e-3", "--set", "learn_steps=5", "--eval-batches", "1",
-)  # fmt: skip
-
-
-ON_ONE_CORE = """
-import os, sys
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from harness.cli import main
-main()
-"""
-
-
-def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", ON_ONE_CORE, *LONG, "--out", str(out), *more],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def stop_after(process: subprocess.Popen[str], out: Path, lines: int, number: int) -> None:
-    """Send the signal once the log has that many lines."""
-    log = out / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.exists() and log.read_text().count("\n") >= lines:
-            process.send_signal(number)
-            return
-        time.sleep(0.005)
-    raise AssertionError(process.communicate())
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
 
 
 @pytest.mark.slow

@@ -1,0 +1,168 @@
+"""`run --find-lr`: which learning rate to train with, by trying a few for a few steps each.
+
+Every candidate starts from the same weights and takes the same batches and, for zeroth-order methods, the
+same perturbations, at a constant rate. What is compared is the loss on one fixed set of batches, evaluated
+before and after without perturbation: held-out ones, or with `--eval-batches 0` those of the first training
+steps. The losses of the steps themselves are no measure: a zeroth-order step's is that of a perturbed model
+on a batch of its own, and differs more between batches than 40 steps change it.
+
+The rule: of the candidates that stayed finite and lowered the loss, the smallest rate that reaches
+`PLATEAU` of the greatest fall. While steps are small the fall grows with the rate, so the smallest on the
+plateau is within a factor of two or so of the greatest useful one; the largest may be one that would
+diverge in a longer run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from engines.base import Batch, NonFiniteLoss, UserError
+from engines.settings import parse_settings
+from harness.data import Data, make_data
+from harness.job import Job
+from harness.presets import LR_SEARCH, LR_SEARCH_STEPS
+from harness.shapes import resolve_shape
+from harness.show import Progress
+from harness.train import LR_FILE, set_up, user_errors
+from profiles.documents import to_json, write_whole
+
+FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)
+"""Candidates over the rate in the middle."""
+PLATEAU = 0.75
+SCHEMA_VERSION = 1
+"""Of find_lr.json. 1: first version."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What one learning rate did."""
+
+    learning_rate: float
+    loss_before: float
+    loss_after: float | None
+    """`None` where the loss was no longer finite."""
+    end_state: Literal["ok", "nan_loss"]
+    steps: int
+    """Steps that were taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What `find_lr.json` holds."""
+
+    engine: str
+    measured_on: Literal["held-out", "training"]
+    trials: tuple[Trial, ...]
+    recommended: float | None
+    """`None` if no candidate lowered the loss."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def flag(self) -> str | None:
+        """What to add to the command line."""
+        if self.recommended is None:
+            return None
+        return f"--set {self.engine}.learning_rate={self.recommended:g}"
+
+    @property
+    def at_the_edge(self) -> bool:
+        """The best rate may lie outside of the grid."""
+        rates = [trial.learning_rate for trial in self.trials]
+        return self.recommended in (min(rates), max(rates))
+
+
+def grid(middle: float) -> tuple[float, ...]:
+    """The rates to try, ascending, as short decimals: what is printed is what was tried."""
+    return tuple(float(f"{middle * factor:.2g}") for factor in FACTORS)
+
+
+def recommend(trials: Sequence[Trial]) -> float | None:
+    """The rule of the module's docstring; `None` if no trial lowered the loss."""
+    falls = {
+        trial.learning_rate: trial.loss_before - trial.loss_after
+        for trial in trials
+        if trial.end_state == "ok" and trial.loss_after is not None
+    }
+    greatest = max(falls.values(), default=0.0)
+    if greatest <= 0.0:
+        return None
+    return min(rate for rate, fall in falls.items() if fall >= PLATEAU * greatest)
+
+
+def find_lr(
+    job: Job, engine: str, settings: Mapping[str, object], out: Path | None, progress: Progress
+) -> Finding:
+    """Try the rates around the one in `settings`, or the engine's default. Writes `find_lr.json` into `out`.
+
+    Raises `UserError` if the loss is not finite before the first step, and for what keeps the engine from
+    running at all.
+    """
+    typed = parse_settings(engine, settings)
+    if typed.learning_rate <= 0:
+        raise UserError(
+            "--find-lr", "the learning rate in the middle of the grid is 0", "leave it out of --set"
+        )
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(str(out), "is not a folder", "name another --out")
+    shape = resolve_shape(job)
+    data = make_data(job, shape)
+    progress.print(data.describe())
+    evaluated = data.evaluation or _first_batches(data, job)
+    trials = []
+    rates = grid(typed.learning_rate)
+    for number, rate in enumerate(rates):
+        progress.update("learning rates", number, len(rates), note=f"{rate:g}")
+        # Warm-up and decay belong to the whole run; a few dozen steps would see little but the warm-up.
+        candidate = replace(typed, learning_rate=rate, schedule="constant", warmup_steps=0)
+        with (
+            user_errors(engine, job, None),
+            set_up(job, shape, engine, candidate, progress) as (running, _),
+        ):
+            trials.append(_try(running, rate, data, evaluated, min(job.steps, LR_SEARCH_STEPS), progress))
+    progress.update("learning rates", len(rates), len(rates), note="done")
+    finding = Finding(
+        engine=engine,
+        measured_on="held-out" if data.evaluation else "training",
+        trials=tuple(trials),
+        recommended=recommend(trials),
+    )
+    if out is not None:
+        write_whole(out / LR_FILE, to_json(finding))
+    return finding
+
+
+def _first_batches(data: Data, job: Job) -> list[Batch]:
+    steps = range(-(-LR_SEARCH["eval_batches"] // job.accumulation))
+    return [batch for step in steps for batch in data.step_batches(step)]
+
+
+def _try(
+    engine: Any, rate: float, data: Data, evaluated: Sequence[Batch], steps: int, progress: Progress
+) -> Trial:
+    """Raises `NonFiniteLoss` if the loss is not finite before the first step."""
+    before = engine.evaluate(evaluated).loss
+    if not math.isfinite(before):
+        raise NonFiniteLoss(f"the loss before training is {before}")
+    after: float | None = None
+    done = 0
+    try:
+        while done < steps and math.isfinite(engine.step(data.step_batches(done)).loss):
+            done += 1
+            progress.update(f"steps at {rate:g}", done, steps)
+        if done == steps:
+            after = engine.evaluate(evaluated).loss
+    except NonFiniteLoss:
+        pass  # of this rate; the others may do
+    if after is not None and not math.isfinite(after):
+        after = None
+    return Trial(
+        learning_rate=rate,
+        loss_before=before,
+        loss_after=after,
+        end_state="nan_loss" if after is None else "ok",
+        steps=done,
+    )
