@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 
 import torch
@@ -168,9 +169,30 @@ def _scores(
         for state, weight, bias, running in zip(states, weights, biases, sides, strict=True):
             piece = None if bias is None else bias[first:last]
             for begin in range(0, count, HEAD_TOKENS):
-                logits = nn.functional.linear(state[begin : begin + HEAD_TOKENS], weight, piece)
+                tokens = state[begin : begin + HEAD_TOKENS]
+                logits = torch.empty((tokens.shape[0], last - first), dtype=weight.dtype, device=weight.device)
+                multiply(tokens, weight.t(), piece, logits)
                 running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
     return [running.scores(targets.labels) for running in sides]
+
+
+@cache
+def _zeros(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(width, dtype=dtype, device=device)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weight + bias, for (rows, inputs), (inputs, width) and (width,).
+
+    On a GPU a bias of zeros stands for none: torch takes products with a bias to cuBLASLt, whose choice of kernel
+    is up to seven times faster than that of cuBLAS (OPT-1.3B's head in chunks on an H200: 0.17 for 1.18 ms).
+    """
+    if bias is None and x.is_cuda:
+        bias = _zeros(weight.shape[1], weight.dtype, weight.device)
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
 
 
 def _padded(state: Tensor) -> Tensor:

@@ -22,12 +22,15 @@ from torch import Tensor
 from engines import noise
 from engines.noise import LANES, LARGE, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
 
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(value) for value in noise.LOG_Q)
+_L0, _L1, _L2, _L3, _L4 = (tl.constexpr(value) for value in noise.LOG_Q)
 _S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in noise.SIN_S)
-_C0, _C1, _C2, _C3, _C4 = (tl.constexpr(value) for value in noise.COS_C)
-_PI = tl.constexpr(noise.PI)
-_LN_2 = tl.constexpr(noise.LN_2)
+_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in noise.COS_C)
+_M0, _M1 = (tl.constexpr(value) for value in noise.MULTIPLIERS)
+_W0, _W1 = (tl.constexpr(value) for value in noise.WEYL)
+_ROUNDS = tl.constexpr(noise.ROUNDS)
+_MINUS_2_LN_2 = tl.constexpr(noise.MINUS_2_LN_2)
 _SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)
+_ROOT_BITS = tl.constexpr(noise.ROOT_BITS)
 _INV_2_24 = tl.constexpr(2.0**-24)
 
 _LANES = tl.constexpr(LANES)
@@ -36,6 +39,9 @@ _CAPACITY = tl.constexpr(LOG_CAPACITY)
 _FP16_NORMAL = tl.constexpr(noise.FP16_NORMAL)
 
 _NEAREST, _DITHER_BF16, _DITHER_FP16 = (tl.constexpr(mode) for mode in range(3))
+
+NUM_WARPS = 4
+_GROUP = tl.constexpr(32 * NUM_WARPS)
 
 ROW_COLUMNS = 1024
 """Columns per program of `rows`."""
@@ -48,28 +54,45 @@ def _pair(radius_word, angle_word):
     bits = bits - _SQRT_HALF_BITS
     exponent = ((bits >> 23) - 24).to(tl.float32)
     f = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
-    q = ((f * _L7 + _L6) * f + _L5) * f + _L4
-    q = (((q * f + _L3) * f + _L2) * f + _L1) * f + _L0
-    log = (q * f * f + f) + exponent * _LN_2
-    radius = tl.sqrt_rn(log * -2.0)
+    q = (((f * _L4 + _L3) * f + _L2) * f + _L1) * f + _L0
+    square = (q * f + -2.0) * f + exponent * _MINUS_2_LN_2
+    half = square * 0.5
+    root = (-(square.to(tl.int32, bitcast=True) >> 1) + _ROOT_BITS).to(tl.float32, bitcast=True)
+    root = (half * root * root * -1.0 + 1.5) * root
+    root = (half * root * root * -1.0 + 1.5) * root
+    radius = square * root
     angle = angle_word.to(tl.int32, bitcast=True)
     radius = tl.where(angle < 0, -radius, radius)
     w = ((angle << 1) >> 8).to(tl.float32) * _INV_2_24
     square = w * w
-    s = ((square * _S3 + _S2) * square + _S1) * square + _S0
-    sine = (s * square + _PI) * w
-    c = (((square * _C4 + _C3) * square + _C2) * square + _C1) * square + _C0
-    cosine = c * square + 1.0
+    sine = (((square * _S3 + _S2) * square + _S1) * square + _S0) * w
+    cosine = ((square * _C3 + _C2) * square + _C1) * square + _C0
     return radius * cosine, radius * sine
+
+
+@triton.jit
+def _round(c0, c1, c2, c3, k0, k1):
+    """One round of Philox. Products are taken whole: their halves then cost nothing."""
+    p0 = c0.to(tl.uint64) * _M0
+    p1 = c2.to(tl.uint64) * _M1
+    return (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32), (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
 
 
 @triton.jit
 def words(counter, tensor, step, seed):
     """The four Philox words of int64 counters."""
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = low * 0
-    return tl.philox(seed, low, zero + tensor.to(tl.uint32), zero + step.to(tl.uint32), high)
+    c0 = (counter & 0xFFFFFFFF).to(tl.uint32)
+    c3 = (counter >> 32).to(tl.uint32)
+    c1 = c0 * 0 + tensor.to(tl.uint32)
+    c2 = c0 * 0 + step.to(tl.uint32)
+    key = seed.to(tl.uint64)
+    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+        k0 = (k0.to(tl.uint64) + _W0).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + _W1).to(tl.uint32)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -109,47 +132,50 @@ def _visit_tile(
     weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, _LANES)
-    counter = tile.to(tl.int64) * _LANES + lane
-    like = weight.dtype.element_ty
-    e0, e1, e2, e3 = lane, lane + _LANES, lane + 2 * _LANES, lane + 3 * _LANES
-    m0, m1, m2, m3 = e0 < count, e1 < count, e2 < count, e3 < count
-    source = weight + base
-    w0 = tl.load(source + e0, mask=m0, other=0.0).to(tl.float32)
-    w1 = tl.load(source + e1, mask=m1, other=0.0).to(tl.float32)
-    w2 = tl.load(source + e2, mask=m2, other=0.0).to(tl.float32)
-    w3 = tl.load(source + e3, mask=m3, other=0.0).to(tl.float32)
-    for i in range(num_updates):
-        row = table + ((first + i) % _CAPACITY) * 4
-        lr = tl.load(row + 1).to(tl.float32, bitcast=True)
-        g = tl.load(row + 2).to(tl.float32, bitcast=True)
-        decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
-        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
-        w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
-        w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
-        w2 = _moved(w2, z2, x0 >> 16, lr, g, decay, like, DECAYS, MODE)
-        w3 = _moved(w3, z3, x0 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
-    if THETA:
-        target = theta + base
-        tl.store(target + e0, w0.to(like), mask=m0)
-        tl.store(target + e1, w1.to(like), mask=m1)
-        tl.store(target + e2, w2.to(like), mask=m2)
-        tl.store(target + e3, w3.to(like), mask=m3)
-    if PLUS or MINUS:
-        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, step, seed)
-        z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
-        if PLUS:
-            target = plus + base
-            tl.store(target + e0, (w0 + z0).to(like), mask=m0)
-            tl.store(target + e1, (w1 + z1).to(like), mask=m1)
-            tl.store(target + e2, (w2 + z2).to(like), mask=m2)
-            tl.store(target + e3, (w3 + z3).to(like), mask=m3)
-        if MINUS:
-            target = minus + base
-            tl.store(target + e0, (w0 - z0).to(like), mask=m0)
-            tl.store(target + e1, (w1 - z1).to(like), mask=m1)
-            tl.store(target + e2, (w2 - z2).to(like), mask=m2)
-            tl.store(target + e3, (w3 - z3).to(like), mask=m3)
+    # As many lanes at a time as there are threads. With more, Triton would load and compute in different
+    # layouts, and move every value through shared memory in between.
+    for group in tl.static_range(_LANES // _GROUP):
+        lane = group * _GROUP + tl.arange(0, _GROUP)
+        counter = tile.to(tl.int64) * _LANES + lane
+        like = weight.dtype.element_ty
+        e0, e1, e2, e3 = lane, lane + _LANES, lane + 2 * _LANES, lane + 3 * _LANES
+        m0, m1, m2, m3 = e0 < count, e1 < count, e2 < count, e3 < count
+        source = weight + base
+        w0 = tl.load(source + e0, mask=m0, other=0.0).to(tl.float32)
+        w1 = tl.load(source + e1, mask=m1, other=0.0).to(tl.float32)
+        w2 = tl.load(source + e2, mask=m2, other=0.0).to(tl.float32)
+        w3 = tl.load(source + e3, mask=m3, other=0.0).to(tl.float32)
+        for i in range(num_updates):
+            row = table + ((first + i) % _CAPACITY) * 4
+            lr = tl.load(row + 1).to(tl.float32, bitcast=True)
+            g = tl.load(row + 2).to(tl.float32, bitcast=True)
+            decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
+            z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
+            w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
+            w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
+            w2 = _moved(w2, z2, x0 >> 16, lr, g, decay, like, DECAYS, MODE)
+            w3 = _moved(w3, z3, x0 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
+        if THETA:
+            target = theta + base
+            tl.store(target + e0, w0.to(like), mask=m0)
+            tl.store(target + e1, w1.to(like), mask=m1)
+            tl.store(target + e2, w2.to(like), mask=m2)
+            tl.store(target + e3, w3.to(like), mask=m3)
+        if PLUS or MINUS:
+            z0, z1, z2, z3, x0, x2 = normals(counter, tensor, step, seed)
+            z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
+            if PLUS:
+                target = plus + base
+                tl.store(target + e0, (w0 + z0).to(like), mask=m0)
+                tl.store(target + e1, (w1 + z1).to(like), mask=m1)
+                tl.store(target + e2, (w2 + z2).to(like), mask=m2)
+                tl.store(target + e3, (w3 + z3).to(like), mask=m3)
+            if MINUS:
+                target = minus + base
+                tl.store(target + e0, (w0 - z0).to(like), mask=m0)
+                tl.store(target + e1, (w1 - z1).to(like), mask=m1)
+                tl.store(target + e2, (w2 - z2).to(like), mask=m2)
+                tl.store(target + e3, (w3 - z3).to(like), mask=m3)
 
 
 _VARYING = ["start_tile", "tensor", "first", "num_updates", "step", "seed", "eps"]
@@ -223,6 +249,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
         "PLUS": out.plus is not None,
         "MINUS": out.minus is not None,
         "enable_fp_fusion": False,
+        "num_warps": NUM_WARPS,
     }
     alone = len(segment.numbers) == 1 and segment.offsets[0] == 0
     tensors = zip(segment.numbers, segment.offsets, segment.counts, segment.decays, strict=True)

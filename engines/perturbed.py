@@ -38,7 +38,7 @@ from engines.blocks import (
     to_device,
 )
 from engines.graphs import BlockGraphs
-from engines.head import Targets, plain_head, targets_of
+from engines.head import Targets, multiply, plain_head, targets_of
 from engines.layout import ModelLayout, Part
 from engines.noise import Outputs, Segment, Visit, one
 from engines.transfer import ComputeClock
@@ -526,10 +526,8 @@ class PerturbedModel:
             out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
             for side, rows in ((0, slice(None, half)), (1, slice(half, None))):
                 weight = unit.weights[side][0] if columns_first else unit.weights[side][0].t()
-                if len(unit.weights[side]) > 1:
-                    torch.addmm(unit.weights[side][1], flat[rows], weight, out=out[rows])
-                else:
-                    torch.mm(flat[rows], weight, out=out[rows])
+                bias = unit.weights[side][1] if len(unit.weights[side]) > 1 else None
+                multiply(flat[rows], weight, bias, out[rows])
             return out.view(*x.shape[:-1], width)
 
         is_product = (type(module) is nn.Linear or columns_first) and len(unit.places) == sum(

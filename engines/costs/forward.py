@@ -44,7 +44,7 @@ H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
 """The same without a backward pass: logits, their fp32 copy and the log-softmax."""
 
-HEAD_CHUNK_BYTES = 64_000_000
+HEAD_CHUNK_BYTES = 32_000_000
 """Weights of the output head that `engines.head` perturbs at a time, on each side."""
 
 HEAD_TOKENS = 4096

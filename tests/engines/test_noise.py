@@ -67,19 +67,19 @@ def some_weights(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) 
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
         ),
     ],
 )
 def test_philox_gives_the_known_answers_of_its_authors(
     counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
-    """Random123's kat_vectors, philox4x32 with 10 rounds."""
+    """Random123's kat_vectors, philox4x32 with 7 rounds."""
     even, odd = noise.philox(
         torch.tensor([[counter[0]], [counter[2]]]), torch.tensor([[counter[1]], [counter[3]]]), key
     )
@@ -89,7 +89,7 @@ def test_philox_gives_the_known_answers_of_its_authors(
 def test_key_and_counter_go_where_the_docstring_says() -> None:
     key = NoiseKey(seed=0x299F31D0_A4093822, step=0x13198A2E, tensor=0x85A308D3)
     words = noise.philox_words(key, (0x03707344 << 32) | 0x243F6A88, 1, CPU)
-    assert words.flatten().tolist() == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    assert words.flatten().tolist() == [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
 
 
 def test_moments_are_those_of_a_standard_normal() -> None:
