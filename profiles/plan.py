@@ -29,6 +29,11 @@ class Prediction:
     """`gpu`, `h2d`, `d2h`, `cpu` or `host memory`; `compute` and `copies` where there is no GPU."""
     basis: str
     """One sentence: what the numbers rest on."""
+    floor_s: float | None = None
+    """What no engine of this method can undercut with these settings on this machine: the largest of three
+    times, each with its resource alone. Uploads at the rate of a link that does nothing else; matrix products
+    and attention of the forward and backward passes at a model's rate; Adam on the CPU. Nothing waits, and
+    noise, optimizers on the GPU, elementwise work, launches and downloads take no time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

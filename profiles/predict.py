@@ -9,7 +9,7 @@ Rates are the machine's own figures. What no probe measures is a named constant 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engines.base import LayerTraffic, Traffic, Workload
@@ -30,6 +30,9 @@ LAUNCH_S = 35e-6
 """Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
 included. When the GPU is faster than this it waits: on an H200 native takes 0.178 s for the 1.3B LLaMA
 shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s without, 0.151 s with)."""
+
+FORWARD_LAUNCH_S = 12e-6
+"""The same where autograd is off, in methods with forward passes only. Assumed, not measured."""
 
 GAUSSIAN_BYTES = 6
 """Drawing one normal number on a GPU takes as long as moving this many bytes: 0.9 ms for 629 M numbers at
@@ -54,6 +57,7 @@ WITHOUT_GPU = {"gpu": "compute", "h2d": "copies", "d2h": "copies"}
 """What the resources of a GPU and its link are where the CPU takes their part."""
 
 Side = Literal["low", "value", "high"]
+Direction = Literal["h2d", "d2h"]
 
 
 class _Absent(Exception):
@@ -114,7 +118,20 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         d2h_bytes=traffic.d2h_bytes,
         bottleneck=bottleneck,
         basis=basis,
+        floor_s=floor_s(traffic, machine, workload),
     )
+
+
+def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
+    """See `Prediction.floor_s`; `None` if the profile lacks a figure for it."""
+    least = LayerTraffic(
+        name="least",
+        gpu_forward_flops=traffic.gpu_flops,
+        h2d_bytes=traffic.h2d_bytes,
+        cpu_adam_elements=traffic.cpu_adam_elements,
+    )
+    busy = resource_s(replace(traffic, layers=(least,)), machine, workload)
+    return None if busy is None else max(busy.values())
 
 
 def resource_s(traffic: Traffic, machine: Machine, workload: Workload) -> dict[str, float] | None:
@@ -137,23 +154,26 @@ def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
 
 
 _SIDES: tuple[Side, ...] = ("low", "value", "high")
+_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 
 
 def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> list[LayerTimes]:
     """Raises `_Absent`."""
     rates = _rates(traffic, machine, workload, side)
     hides_launches = machine.gpu is not None
-    return [_times(layer, rates, hides_launches) for layer in traffic.layers]
+    forward_only = all(layer.gpu_backward_flops == 0 for layer in traffic.layers)
+    launch_s = FORWARD_LAUNCH_S if forward_only else LAUNCH_S
+    return [_times(layer, rates, launch_s, hides_launches) for layer in traffic.layers]
 
 
-def _times(layer: LayerTraffic, rates: _Rates, hides_launches: bool) -> LayerTimes:
+def _times(layer: LayerTraffic, rates: _Rates, launch_s: float, hides_launches: bool) -> LayerTimes:
     flops = layer.gpu_forward_flops + layer.gpu_backward_flops
     work = (
         flops * rates.per_flop_s
         + layer.gpu_bytes * rates.per_gpu_byte_s
         + layer.gaussians * rates.per_gaussian_s
     )
-    launch = layer.launches * LAUNCH_S
+    launch = layer.launches * launch_s
     # A GPU works while the CPU starts the next operation; a CPU does one after the other.
     gpu_s = max(work, launch) if hides_launches else work + launch
     return LayerTimes(
@@ -179,8 +199,8 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -
         up = down = per(traffic.h2d_bytes + traffic.d2h_bytes, lambda: _host_copy(machine), 2.0)
     else:
         efficiency, gaussian_s = GPU_MATMUL_EFFICIENCY, GAUSSIAN_BYTES * memory_byte_s
-        up = per(traffic.h2d_bytes, lambda: _link(machine, traffic, "h2d"))
-        down = per(traffic.d2h_bytes, lambda: _link(machine, traffic, "d2h"))
+        up = _link_byte_s(machine, traffic, "h2d", side)
+        down = _link_byte_s(machine, traffic, "d2h", side)
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
         per_gpu_byte_s=memory_byte_s,
@@ -231,16 +251,34 @@ def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
     return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
 
 
-def _link(machine: Machine, traffic: Traffic, direction: Literal["h2d", "d2h"]) -> tuple[str, Figure]:
-    """The pinned rate of one direction; where both run at once, the rate it has then."""
+def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Side) -> float:
+    """Seconds per byte of one direction, its two parts taken together."""
+    parts = _link(machine, traffic, direction)
+    moved = sum(count for count, _, _ in parts)
+    return sum(count / _rate(name, figure, side) for count, name, figure in parts) / moved if moved else 0.0
+
+
+def _link(machine: Machine, traffic: Traffic, direction: Direction) -> list[tuple[int, str, Figure]]:
+    """What goes in one direction, in parts: bytes, the name of their rate, the rate.
+
+    Where copies in both directions run side by side, as many bytes as the lighter one has are slowed down by the
+    other direction's; the rest of the heavier one has the link to itself.
+    """
     link = machine.link
-    if link is None:
+    own, other = traffic.h2d_bytes, traffic.d2h_bytes
+    alone, shared = "h2d_pinned_bytes_per_s", "h2d_duplex_bytes_per_s"
+    if direction == "d2h":
+        own, other = other, own
+        alone, shared = "d2h_pinned_bytes_per_s", "d2h_duplex_bytes_per_s"
+    beside = min(own, other) if traffic.overlap in ("streamed", "layerwise") else 0
+    counts = {shared: beside, alone: own - beside}
+    names = {
+        shared: f"{direction} bandwidth with both directions busy",
+        alone: f"{direction} pinned bandwidth",
+    }
+    if own and link is None:
         raise _Absent("link bandwidth is not in the machine profile", "the profile has a GPU but no link")
-    if traffic.overlap in ("streamed", "layerwise") and traffic.h2d_bytes and traffic.d2h_bytes:
-        figure = link.h2d_duplex_bytes_per_s if direction == "h2d" else link.d2h_duplex_bytes_per_s
-        return f"{direction} bandwidth with both directions busy", figure
-    figure = link.h2d_pinned_bytes_per_s if direction == "h2d" else link.d2h_pinned_bytes_per_s
-    return f"{direction} pinned bandwidth", figure
+    return [(count, names[key], getattr(link, key)) for key, count in counts.items() if count]
 
 
 def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
@@ -253,10 +291,10 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
         parts.append(f"{rate}, of which a model gets {share:.0%}")
     if traffic.gpu_bytes > 0:
         parts.append(_told(_memory_copy(machine), format_rate))
-    if on_gpu and traffic.h2d_bytes:
-        parts.append(_told(_link(machine, traffic, "h2d"), format_rate))
-    if on_gpu and traffic.d2h_bytes:
-        parts.append(_told(_link(machine, traffic, "d2h"), format_rate))
+    if on_gpu:
+        for direction in _DIRECTIONS:
+            told = _link(machine, traffic, direction)
+            parts += [_told((name, figure), format_rate) for _, name, figure in told]
     if traffic.cpu_adam_elements:
         parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
     overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"

@@ -33,6 +33,16 @@ FREE_SHARE = 0.10
 AS_FAST = 1.10
 """A step within this factor of the fastest counts as equally fast."""
 
+FOLDS = (1, 2, 4, 8, 16)
+"""What zo2's `fold_every` is chosen from."""
+
+FOLD_AS_FAST = 1.01
+"""A step within this factor of the fastest `fold_every` counts as equally fast."""
+
+FOLD_GPU_SHARE = 0.85
+"""GPU time over link time up to which updates are replayed instead of downloaded: both are predicted, and
+downloads that hide behind the GPU cost nothing, while replaying that does not hide costs its whole time."""
+
 LSP_D_STEP = 128
 LSP_MIN_SHARE = 8
 """The smallest d considered is hidden / 8: published runs go from hidden / 12 to more than hidden / 2."""
@@ -212,6 +222,26 @@ def gpu_bytes_needed(cost: Traffic) -> int:
     return int(cost.peak_gpu_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Times:
+    """Predicted seconds of a step, and of the resources that zo2's downloads are weighed by."""
+
+    step_s: float
+    gpu_s: float
+    h2d_s: float
+    link_s: float
+    """Of the slowest thing that copies need."""
+
+    @staticmethod
+    def of(cost: Traffic, machine: Machine, workload: Workload) -> _Times | None:
+        """`None` if the profile lacks a figure."""
+        step_s, busy = predict(cost, machine, workload).step_s, resource_s(cost, machine, workload)
+        if step_s is None or busy is None:
+            return None
+        link_s = max(busy["h2d"], busy["d2h"], busy["host memory"])
+        return _Times(step_s=step_s, gpu_s=busy["gpu"], h2d_s=busy["h2d"], link_s=link_s)
+
+
 class _Choice:
     """The settings of one engine for one job on one machine."""
 
@@ -263,43 +293,93 @@ class _Choice:
         return dict(self._override), ()
 
     def _zo2(self) -> tuple[dict[str, Value], tuple[str, ...]]:
-        """Resident blocks; each takes its two copies per step off the link.
+        """Resident blocks, which take their copies off the link, then how often the others go down."""
+        chosen: dict[str, Value] = {}
+        reasons: list[str] = []
+        if "resident_blocks" not in self._override:
+            chosen["resident_blocks"], reason = self._resident_blocks()
+            reasons.append(reason)
+        if "fold_every" not in self._override:
+            chosen["fold_every"], reason = self._fold_every(chosen)
+            reasons.append(reason)
+        return self._with(**chosen), tuple(reasons)
 
-        Of a limit that the user named, all is used. Otherwise a tenth of the GPU stays free, since what is
+    def _resident_blocks(self) -> tuple[int, str]:
+        """Of a limit that the user named, all is used. Otherwise a tenth of the GPU stays free, since what is
         free now may be taken later, and of the rest no more is used than makes the step faster: streaming
         that hides behind compute costs nothing, and little memory is what the method is for.
         """
-        if "resident_blocks" in self._override:
-            return dict(self._override), ()
         blocks = self._shape.num_blocks
         if self._budget.gpu_bytes is None:
-            reason = "resident_blocks=0: there is no GPU to keep them on; all go the way they would to one"
-            return self._with(resident_blocks=0), (reason,)
+            return 0, "resident_blocks=0: there is no GPU to keep them on; all go the way they would to one"
         named = self._budget.gpu_named
         usable = int(self._budget.gpu_bytes * (1 if named else 1 - FREE_SHARE))
-        costs = {k: self.cost(self._with(resident_blocks=k)) for k in range(blocks + 1)}
-        fitting = [k for k in costs if _missing(costs[k], self._budget) is None]
+        # How often blocks go down does not change memory.
+        costs = {count: self.cost(self._with(resident_blocks=count)) for count in range(blocks + 1)}
+        fitting = [count for count in costs if _missing(costs[count], self._budget) is None]
         if not fitting:
-            return self._with(resident_blocks=0), ("resident_blocks=0: the least memory; it does not fit",)
-        fitting = [k for k in fitting if gpu_bytes_needed(costs[k]) <= usable] or fitting[:1]
+            return 0, "resident_blocks=0: the least memory; it does not fit"
+        fitting = [count for count in fitting if gpu_bytes_needed(costs[count]) <= usable] or fitting[:1]
         most = fitting[-1]
-        resident = most if named else self._fewest_as_fast(fitting, costs)
-        cost = costs[resident]
+        resident = most if named else self._fewest_as_fast(fitting)
         why = f"as many as {format_bytes(usable)} of GPU memory hold"
         if resident < most:
             why = f"{most} would fit, but are no faster: the copies hide behind the GPU's work"
-        moved = f"the other {blocks - resident} move {format_bytes(cost.h2d_bytes)} each way per step"
+        moved = f"the other {blocks - resident} take {format_bytes(costs[resident].h2d_bytes)} up per step"
         if resident == blocks:
             moved = "nothing moves"
-        return self._with(resident_blocks=resident), (f"resident_blocks={resident}: {why}; {moved}",)
+        return resident, f"resident_blocks={resident}: {why}; {moved}"
 
-    def _fewest_as_fast(self, fitting: Sequence[int], costs: Mapping[int, Traffic]) -> int:
+    def _fewest_as_fast(self, fitting: Sequence[int]) -> int:
         """The fewest resident blocks whose predicted step is as fast as that of the most that fit."""
-        times = {k: predict(costs[k], self._machine, self._workload).step_s for k in fitting}
-        best = times[fitting[-1]]
+        best = self._step_s(fitting[-1])
         if best is None:
             return fitting[-1]
-        return next(k for k in fitting if (time_s := times[k]) is not None and time_s <= AS_FAST * best)
+        return next(
+            k for k in fitting if (time_s := self._step_s(k)) is not None and time_s <= AS_FAST * best
+        )
+
+    def _step_s(self, resident: int) -> float | None:
+        """Predicted with so many resident blocks and the `fold_every` that suits them."""
+        chosen: dict[str, Value] = {"resident_blocks": resident}
+        if "fold_every" not in self._override:
+            chosen["fold_every"], _ = self._fold_every(chosen)
+        return predict(self.cost(self._with(**chosen)), self._machine, self._workload).step_s
+
+    def _fold_every(self, chosen: Mapping[str, Value]) -> tuple[int, str]:
+        """The fewest steps between downloads of a block that are as fast as any, the GPU having time to replay
+        what the host does not have. `chosen` are the other settings.
+        """
+        costs = {k: self.cost(self._with(**chosen, fold_every=k)) for k in FOLDS}
+        every = costs[1]
+        if self._machine.gpu is None:
+            return 1, "fold_every=1: there is no link to relieve"
+        if not every.d2h_bytes:
+            return 1, "fold_every=1: nothing goes down"
+        times = {k: _Times.of(cost, self._machine, self._workload) for k, cost in costs.items()}
+        first = times[1]
+        if first is None:
+            return 1, "fold_every=1: the machine profile lacks figures, so the published schedule is kept"
+        fitting = {
+            k: time
+            for k, time in times.items()
+            if time and (k == 1 or time.gpu_s <= FOLD_GPU_SHARE * time.link_s)
+        }
+        best_s = min(time.step_s for time in fitting.values())
+        k = next(k for k, time in fitting.items() if time.step_s <= FOLD_AS_FAST * best_s)
+        told = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
+        down = format_bytes(costs[k].d2h_bytes)
+        if k > 1:
+            return k, (
+                f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {told}, "
+                f"{down} down per step instead of {format_bytes(every.d2h_bytes)}"
+            )
+        why = "fewer downloads are no faster"
+        if first.gpu_s >= first.link_s:
+            why = "downloads hide behind the GPU's work"
+        elif len(fitting) == 1:
+            why = "the GPU has no time to replay updates instead"
+        return 1, f"fold_every=1: {why} ({told}, {down} down per step)"
 
     def _lsp(self) -> tuple[dict[str, Value], tuple[str, ...]]:
         """The largest d that fits in memory and whose copies and CPU update hide behind the GPU; then r."""

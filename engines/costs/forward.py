@@ -30,11 +30,26 @@ PLAIN_LAUNCHES = 14
 GATED_LAUNCHES = 40
 """Kernels of one forward pass of a block; a backward pass starts about twice as many."""
 
+STACKED_PLAIN_LAUNCHES = 22
+STACKED_GATED_LAUNCHES = 45
+"""Kernels of both forward passes of a block in one batch, every product started once per half, without those
+that make noise. Counted from the modules, not traced."""
+
+GRAPH_SCRATCH_BYTES = 400_000_000
+"""`engines.perturbed` runs blocks as CUDA graphs up to this size of a block's perturbed copies."""
+
+GRAPH_LAUNCHES = 8
+"""What it starts for a block then: copies in and out, the graph, and noise piece by piece. Counted in the code."""
+
 CHECKPOINT_LAUNCHES = 20
 """What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
 Estimated; brings native at 1.3B to 0.155 s, where 0.152 to 0.178 s were measured on an H200."""
 
 HEAD_LAUNCHES = 12
+
+CHUNK_LAUNCHES = 3
+"""The head for one side, chunk of the vocabulary and piece of the tokens, in launches: the product, the running
+log-sum-exp, and the Python around them. Counted in `engines.head`."""
 
 LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
 """GPU bytes per logit at the peak of cross-entropy's backward pass: the logits, their log-softmax in fp32,
@@ -42,7 +57,8 @@ its gradient and the gradient of its input. Fits the torch peaks of torchao with
 H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
 
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
-"""The same without a backward pass: logits, their fp32 copy and the log-softmax."""
+"""The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton only the logits
+themselves, 4 and 2 bytes; a GPU without it needs all."""
 
 HEAD_CHUNK_BYTES = 32_000_000
 """Weights of the output head that `engines.head` perturbs at a time, on each side."""
@@ -84,15 +100,19 @@ def block_launches(shape: ModelShape) -> int:
     return GATED_LAUNCHES if shape.gated_mlp else PLAIN_LAUNCHES
 
 
-def block_tensors(shape: ModelShape) -> int:
-    """Parameters of one block as separate tensors: its matrices, their biases and two norms.
+def largest_matrix_parameters(shape: ModelShape) -> int:
+    """Of the matrices of a block."""
+    return max((matrix.parameters for matrix in shape.matrices), default=0)
 
-    A plain block has a bias in every matrix and norm; a gated one has none, but for Qwen's q, k and v.
-    """
-    if not shape.gated_mlp:
-        return 2 * len(shape.matrices) + 4
-    rest = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
-    return len(shape.matrices) + (2 if rest <= 2 * shape.hidden else 5)
+
+def vector_parameters(shape: ModelShape) -> int:
+    """Biases and norms of a block."""
+    return shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
+
+
+def runs_as_graphs(shape: ModelShape, workload: Workload) -> bool:
+    """Whether forward-only methods run a block as a CUDA graph, with room for all its perturbed copies."""
+    return 2 * BYTES_PER_ELEMENT[workload.dtype] * shape.block_parameters <= GRAPH_SCRATCH_BYTES
 
 
 def training_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
@@ -112,26 +132,37 @@ def training_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]
         name="head",
         gpu_forward_flops=head,
         gpu_backward_flops=2 * head,
-        gpu_bytes=2.0 * workload.accumulation * logits_bytes(shape, workload, training=True),
+        gpu_bytes=2.0 * workload.accumulation * logits_bytes(shape, workload),
         launches=3 * HEAD_LAUNCHES * workload.accumulation,
     )
     return _with_blocks(block, last, shape)
 
 
-def forward_layers(shape: ModelShape, workload: Workload, passes: int) -> list[LayerTraffic]:
-    """`passes` forward passes of every layer without a backward pass."""
-    loss_bytes = 2.0 * workload.accumulation * logits_bytes(shape, workload, training=False)
+def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
+    """Two forward passes of every layer, stacked in one batch, without a backward pass and without noise.
+
+    A micro-batch goes through the head by itself, and so does each side of it.
+    """
+    if runs_as_graphs(shape, workload):
+        launches = GRAPH_LAUNCHES
+    else:
+        launches = STACKED_GATED_LAUNCHES if shape.gated_mlp else STACKED_PLAIN_LAUNCHES
     block = LayerTraffic(
         name="block",
-        gpu_forward_flops=passes * block_forward_flops(shape, workload),
-        gpu_bytes=passes * elementwise_bytes(shape, workload),
-        launches=passes * block_launches(shape) * workload.accumulation,
+        gpu_forward_flops=2 * block_forward_flops(shape, workload),
+        gpu_bytes=2 * elementwise_bytes(shape, workload),
+        launches=launches * workload.accumulation,
+    )
+    chunks, pieces = head_chunks(shape, workload)
+    # Logits are written by the product and read once by the loss.
+    logit_bytes = (
+        2.0 * BYTES_PER_ELEMENT[workload.dtype] * workload.accumulation * num_logits(shape, workload)
     )
     last = LayerTraffic(
         name="head",
-        gpu_forward_flops=passes * head_forward_flops(shape, workload),
-        gpu_bytes=passes * loss_bytes,
-        launches=passes * HEAD_LAUNCHES * workload.accumulation,
+        gpu_forward_flops=2 * head_forward_flops(shape, workload),
+        gpu_bytes=2 * logit_bytes,
+        launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * chunks * pieces) * workload.accumulation,
     )
     return _with_blocks(block, last, shape)
 
@@ -177,17 +208,56 @@ def backward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def forward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Transient activations of one forward pass without a backward pass: inside the feed-forward part."""
-    width = 4 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
+    """Transient activations of one forward pass without a backward pass, beside the block's input: inside the
+    feed-forward part, where the residual and the norm's result are there with the widened states, before and
+    after the activation and, in a gated block, the gate's partner."""
+    width = 2 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
     return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
 
 
-def logits_bytes(shape: ModelShape, workload: Workload, *, training: bool) -> int:
-    """Logits and what the loss makes of them, one micro-batch."""
-    per_logit = (LOSS_BYTES_TRAINING if training else LOSS_BYTES_FORWARD)[workload.dtype]
+def num_logits(shape: ModelShape, workload: Workload) -> int:
+    """Logits of one pass of one micro-batch, were every position labelled."""
     if shape.head == "classification":
-        return workload.batch_size * shape.num_labels * per_logit
-    return workload.batch_size * workload.seq_len * shape.vocabulary * per_logit
+        return workload.batch_size * shape.num_labels
+    return workload.batch_size * workload.seq_len * shape.vocabulary
+
+
+def logits_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Logits and what the loss and its backward pass make of them, one micro-batch."""
+    return num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+
+
+def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
+    """Chunks of the vocabulary and pieces of the tokens in which forward-only methods compute the logits."""
+    if shape.head == "classification":
+        return 1, 1
+    rows, tokens = _logits_at_once(shape, workload)
+    return -(-shape.vocabulary // rows), -(-workload.batch_size * workload.seq_len // tokens)
+
+
+def chunked_logits_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Logits that are there at once in a forward-only method, one side's, and what the loss makes of them."""
+    per_logit = LOSS_BYTES_FORWARD[workload.dtype]
+    if shape.head == "classification":
+        return num_logits(shape, workload) * per_logit
+    rows, tokens = _logits_at_once(shape, workload)
+    return rows * tokens * per_logit
+
+
+def head_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Both perturbed copies of what is perturbed of the head at a time."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    if shape.head == "classification":
+        return 2 * element * shape.head_parameters
+    rows, _ = _logits_at_once(shape, workload)
+    return 2 * element * rows * (shape.head_parameters // shape.vocabulary)
+
+
+def _logits_at_once(shape: ModelShape, workload: Workload) -> tuple[int, int]:
+    """Rows of the vocabulary, and tokens. The engine takes the rows down to whole tiles of noise."""
+    row_bytes = BYTES_PER_ELEMENT[workload.dtype] * (shape.head_parameters // shape.vocabulary)
+    rows = min(shape.vocabulary, max(1, HEAD_CHUNK_BYTES // row_bytes))
+    return rows, min(HEAD_TOKENS, workload.batch_size * workload.seq_len)
 
 
 def largest(moments: Sequence[dict[str, int]]) -> dict[str, int]:

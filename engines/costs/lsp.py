@@ -133,7 +133,7 @@ def _gpu_memory(
     saved = forward.saved_activation_bytes(shape, workload)
     moments = (
         {"activations": saved, "scratch": 12 * largest.parameters + dense},
-        {"activations": saved, "logits": forward.logits_bytes(shape, workload, training=True)},
+        {"activations": saved, "logits": forward.logits_bytes(shape, workload)},
         {
             "activations": forward.backward_activation_bytes(shape, workload),
             "gradients": trained_bytes + element * largest.parameters,

@@ -1,53 +1,189 @@
-"""What MeZO costs with everything on the GPU: two forward passes and three passes over the weights."""
+"""What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and two passes over the
+weights that make noise, one to update them and one to perturb them.
+
+Perturbed copies exist for one unit at a time: of the largest matrix of a block, or of a whole block where that
+is small or several micro-batches share its visit. The head is perturbed in chunks of its vocabulary, and of the
+embeddings only the rows that are looked up.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from engines.base import BYTES_PER_ELEMENT, LayerTraffic, ModelShape, Traffic, Workload
 from engines.costs import forward
 from engines.settings import MezoSettings
 
-PASSES = 3
-"""Update, perturb to one side, perturb to the other: each reads the weights, draws z and writes, one
-kernel per tensor."""
+LORA_LAUNCHES = 6
+"""Per matrix: its adapter's two products and their sum, for each half of the batch."""
+
+LOOKUPS = 4
+"""Gaussians per token and hidden element before the blocks: two tables (tokens, positions), both sides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """What a step does to each parameter of a tensor besides multiplying with it."""
+
+    gaussians: float
+    moves: float
+    """Times that it is read or written."""
+    kernels: int
+    """Per tensor, the vectors of a block together being one."""
+
+    def __add__(self, other: Visit) -> Visit:
+        return Visit(
+            gaussians=self.gaussians + other.gaussians,
+            moves=self.moves + other.moves,
+            kernels=self.kernels + other.kernels,
+        )
+
+
+UPDATE = Visit(gaussians=1, moves=2, kernels=1)
+PERTURB = Visit(gaussians=1, moves=3, kernels=1)
+"""One draw serves both sides: theta read, both copies written."""
+
+FROZEN = Visit(gaussians=0, moves=2, kernels=1)
+"""Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
-    """Weights and one scratch copy that holds the perturbed ones, so that the weights stay as they are."""
+    visits = [UPDATE + PERTURB] * shape.num_blocks
     weights = BYTES_PER_ELEMENT[workload.dtype] * shape.parameters
     return Traffic(
-        layers=tuple(perturbed_layers(shape, workload, outer_passes=PASSES)),
-        gpu_memory_bytes={
-            "weights": weights,
-            "scratch": weights,
-            "activations": forward.forward_activation_bytes(shape, workload),
-            "logits": forward.logits_bytes(shape, workload, training=False),
-        },
+        layers=tuple(perturbed_layers(shape, workload, settings, visits)),
+        gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),
         host_memory_bytes={"process": forward.PROCESS_HOST_BYTES},
     )
 
 
-def perturbed_layers(shape: ModelShape, workload: Workload, outer_passes: int) -> list[LayerTraffic]:
-    """Both forward passes with the perturbations and the update of every layer.
+def trains_block(settings: MezoSettings, index: int, num_blocks: int) -> bool:
+    """Whether the weights of block `index` themselves are trained; not those of adapters beside them."""
+    if settings.train == "lora":
+        return False
+    return settings.train == "all" or index >= num_blocks - int(settings.train.removeprefix("last:"))
 
-    `outer_passes` is the number of passes over the parameters outside the blocks.
+
+def adapter_parameters(shape: ModelShape, settings: MezoSettings) -> int:
+    """Of the adapters of one block: rank x rows and rank x columns for each matrix."""
+    if settings.train != "lora":
+        return 0
+    return settings.lora_rank * sum(matrix.rows + matrix.columns for matrix in shape.matrices)
+
+
+def trained_outer_parameters(shape: ModelShape, settings: MezoSettings) -> tuple[int, int]:
+    """Parameters outside the blocks that are updated, and those among them that the head multiplies with.
+
+    With `last:N` embeddings are frozen, a head that is tied to them included. What remains is the head and a
+    norm; a classifier's hidden layer before its classes is not known to the shape and counts as frozen.
     """
-    layers = []
-    for layer in forward.forward_layers(shape, workload, passes=2):
-        if layer.name.startswith("block."):
-            layer = _with_passes(layer, workload, PASSES, shape.block_parameters)
-            layer = replace(layer, launches=layer.launches + PASSES * forward.block_tensors(shape))
-        elif layer.name == "head":
-            layer = _with_passes(layer, workload, outer_passes, shape.outer_parameters)
-        layers.append(layer)
-    return layers
+    if settings.train == "lora":
+        return 0, 0
+    if settings.train == "all":
+        return shape.outer_parameters, shape.head_parameters
+    head = 0 if shape.tied else shape.head_parameters
+    norm = shape.hidden if shape.gated_mlp else 2 * shape.hidden
+    return min(head + norm, shape.outer_parameters), head
 
 
-def _with_passes(layer: LayerTraffic, workload: Workload, passes: int, parameters: int) -> LayerTraffic:
+def perturbed_layers(
+    shape: ModelShape, workload: Workload, settings: MezoSettings, visits: Sequence[Visit]
+) -> list[LayerTraffic]:
+    """Both forward passes with the noise and the update of every layer.
+
+    `visits` is what is done to each block's weights where they are trained. What is outside the blocks is
+    updated once, and perturbed for each micro-batch.
+    """
+    updated, head = trained_outer_parameters(shape, settings)
+    lookups = LOOKUPS * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
+    chunks, _ = forward.head_chunks(shape, workload)
+    first, *blocks, last = forward.stacked_layers(shape, workload)
+    last = _visited(last, UPDATE, updated, 1, workload)
+    return [
+        replace(first, gaussians=lookups),
+        *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
+        _visited(last, PERTURB, workload.accumulation * head, workload.accumulation * chunks, workload),
+    ]
+
+
+def _block(
+    layer: LayerTraffic,
+    index: int,
+    shape: ModelShape,
+    workload: Workload,
+    settings: MezoSettings,
+    visit: Visit,
+) -> LayerTraffic:
+    trained = trains_block(settings, index, shape.num_blocks)
+    # Noise of a block that runs as a graph is made piece by piece, which `forward.GRAPH_LAUNCHES` counts.
+    tensors = 0 if forward.runs_as_graphs(shape, workload) else len(shape.matrices) + 1
+    layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, tensors, workload)
+    return layer if settings.train != "lora" else _with_adapters(layer, shape, workload, settings)
+
+
+def _with_adapters(
+    layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: MezoSettings
+) -> LayerTraffic:
+    """Low-rank products beside every matrix, whose result is added to that of the matrix."""
+    adapters = adapter_parameters(shape, settings)
+    rows = sum(matrix.rows for matrix in shape.matrices)
+    products = LORA_LAUNCHES * len(shape.matrices) * workload.accumulation
+    added_bytes = 2 * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
+    layer = replace(
+        layer,
+        gpu_forward_flops=layer.gpu_forward_flops + 2 * 2.0 * adapters * workload.tokens_per_step,
+        gpu_bytes=layer.gpu_bytes + added_bytes,
+        launches=layer.launches + products,
+    )
+    return _visited(layer, UPDATE + PERTURB, adapters, len(shape.matrices), workload)
+
+
+def _visited(
+    layer: LayerTraffic, visit: Visit, parameters: int, tensors: int, workload: Workload
+) -> LayerTraffic:
+    if parameters == 0:
+        return layer
     element = BYTES_PER_ELEMENT[workload.dtype]
     return replace(
         layer,
-        gpu_bytes=layer.gpu_bytes + passes * 2 * element * parameters,
-        gaussians=passes * parameters,
+        gpu_bytes=layer.gpu_bytes + visit.moves * element * parameters,
+        gaussians=layer.gaussians + round(visit.gaussians * parameters),
+        launches=layer.launches + visit.kernels * tensors,
     )
+
+
+def gpu_memory_bytes(
+    shape: ModelShape, workload: Workload, settings: MezoSettings, held: Mapping[str, int]
+) -> dict[str, int]:
+    """GPU memory at the worse of two moments: inside a block's feed-forward part, and at the head.
+
+    `held` is there throughout, and so are the blocks' scratch and the stacked hidden states of all
+    micro-batches. At the head the final norm's result and the labelled positions of both sides come to those.
+    """
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    as_graphs = forward.runs_as_graphs(shape, workload)
+    if as_graphs or workload.accumulation > 1:
+        visited = shape.block_parameters
+    else:
+        visited = forward.largest_matrix_parameters(shape) + forward.vector_parameters(shape)
+    adapters = adapter_parameters(shape, settings)
+    scratch = 2 * element * (visited + adapters)
+    # A graph has its input at a place of its own.
+    hidden = 2 * (workload.accumulation + as_graphs) * forward.hidden_bytes(shape, workload)
+    kept = {**held}
+    if adapters:
+        kept["adapters"] = element * shape.num_blocks * adapters
+    in_block = {
+        **kept,
+        "scratch": scratch,
+        "activations": hidden + 2 * forward.forward_activation_bytes(shape, workload),
+        "logits": 0,
+    }
+    at_head = {
+        **kept,
+        "scratch": scratch + forward.head_scratch_bytes(shape, workload),
+        "activations": hidden + 2 * 2 * forward.hidden_bytes(shape, workload),
+        "logits": forward.chunked_logits_bytes(shape, workload),
+    }
+    return forward.largest([in_block, at_head])

@@ -47,7 +47,7 @@ def training_memory(
         **held,
         "gradients": gradients if workload.accumulation > 1 else 0,
         "activations": forward.saved_activation_bytes(shape, workload),
-        "logits": forward.logits_bytes(shape, workload, training=True),
+        "logits": forward.logits_bytes(shape, workload),
     }
     at_end = {
         **held,

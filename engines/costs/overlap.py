@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from engines.base import Overlap
 
 
+PIECE = 0.25
+"""Share of a block that crosses the link at a time where blocks are streamed in pieces (`engines.ring`): a matrix
+of the feed-forward part is a third of a plain block and a little less than a quarter of a gated one."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTimes:
     """Seconds one layer keeps each resource busy in one step."""
@@ -55,12 +60,12 @@ def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int 
 
 
 def streamed_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
-    """Layers follow each other through all resources: the busiest one is never idle, but for one layer's
-    way through the others. ZO2 (2503.12668): upload, both forward passes, download.
+    """Layers follow each other through all resources in pieces: the busiest one is never idle, but for one
+    piece's way through the others. ZO2 (2503.12668): upload, both forward passes, download.
 
-    max over resources R of (total of R + the largest layer's share of every other resource)
+    max over resources R of (total of R + `PIECE` of the largest layer's share of every other resource)
     """
-    return _pipelined_s(layers, micro_batches=1)
+    return _pipelined_s(layers, micro_batches=1, piece=PIECE)
 
 
 def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
@@ -70,20 +75,20 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     max(L (f + b) + c + u + h, max(L c, L u, L h) + fill), the fill being one layer's way through the others
     and all micro-batches but one, during which there is nothing to update.
     """
-    return _pipelined_s(layers, micro_batches)
+    return _pipelined_s(layers, micro_batches, piece=1.0)
 
 
-def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int) -> float:
-    """Only the last of `micro_batches` gives the other resources work."""
+def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float) -> float:
+    """Only the last of `micro_batches` gives the other resources work. A layer moves on in pieces of `piece`."""
     busy = busy_s(layers)
     host = busy.pop("host memory")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
     moving = [layer for layer in layers if layer.h2d_s + layer.d2h_s + layer.cpu_s > 0]
     share = {
-        "gpu": max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
-        "h2d": max((layer.h2d_s for layer in moving), default=0.0),
-        "d2h": max((layer.d2h_s for layer in moving), default=0.0),
-        "cpu": max((layer.cpu_s for layer in moving), default=0.0),
+        "gpu": piece * max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
+        "h2d": piece * max((layer.h2d_s for layer in moving), default=0.0),
+        "d2h": piece * max((layer.d2h_s for layer in moving), default=0.0),
+        "cpu": piece * max((layer.cpu_s for layer in moving), default=0.0),
     }
     fill = sum(share.values())
     others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu"))

@@ -1,8 +1,8 @@
-"""What ZO2 costs: MeZO whose blocks come up and go down once per step.
+"""What ZO2 costs: MeZO whose blocks come up once per step and go down once per `fold_every` steps.
 
-A block that is not resident crosses the link once each way, its parameters exactly. On the GPU: the outer
-parameters and their perturbed copy, the resident blocks, a ring of three blocks on their way (one coming,
-one computing, one going) and the perturbed copy of one block.
+A block that is not resident crosses the link as its parameters exactly; blocks take turns in going down, so
+every step downloads the same share. On the GPU: the outer parameters, the resident blocks, a ring through
+which the streamed ones pass in pieces, and the scratch of `engines.costs.mezo`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import replace
 
 from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
 from engines.costs import forward
-from engines.costs.mezo import perturbed_layers
+from engines.costs.mezo import Visit, gpu_memory_bytes, perturbed_layers, trains_block
 from engines.settings import Zo2Settings
 
-RING_BLOCKS = 3
+RING_BYTES = 1_000_000_000
+"""Uploads this far ahead ride out everything that holds up the GPU: the losses are read, the head computes."""
 
-OUTER_PASSES = 4
-"""Update, plus before the embedding, minus before it and for the head, plus again for the head."""
+RING_MOST_BLOCKS = 4
+"""Small blocks are not worth more."""
+
+RING_ALIGNMENT_BYTES = 512
 
 
 def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
@@ -28,15 +31,25 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 
 
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
-    """GPU memory through which the streamed blocks pass."""
+    """GPU memory through which the streamed blocks pass: `RING_BYTES`, but no more than 4 times the largest and
+    no less than 1.25 times: while one block computes, the next one comes up into the room it has left."""
     largest = max(streamed_block_bytes, default=0)
-    wanted = max(-(-5 * largest // 4), min(4 * largest, 1_000_000_000))
-    return -(-wanted // 512) * 512
+    wanted = max(-(-5 * largest // 4), min(RING_MOST_BLOCKS * largest, RING_BYTES))
+    return -(-wanted // RING_ALIGNMENT_BYTES) * RING_ALIGNMENT_BYTES
 
 
 def folds(index: int, step: int, fold_every: int) -> bool:
     """Whether block `index` goes down in `step`: blocks take turns."""
     return (step + index) % fold_every == 0
+
+
+def fused_visit(fold_every: int) -> Visit:
+    """Pending updates, storing and both perturbed copies in one pass over theta.
+
+    Between two downloads 1 to `fold_every` updates are pending, (fold_every + 1) / 2 on average, and theta is
+    written back in the last visit only.
+    """
+    return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=3 + 1 / fold_every, kernels=1)
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:
@@ -45,23 +58,19 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     streamed = shape.num_blocks - len(resident)
     block = element * shape.block_parameters
     outer = element * shape.outer_parameters
-    layers = perturbed_layers(shape, workload, OUTER_PASSES)
+    visits = [fused_visit(1 if i in resident else settings.fold_every) for i in range(shape.num_blocks)]
+    layers = perturbed_layers(shape, workload, settings, visits)
     for index in range(shape.num_blocks):
         if index not in resident:
+            trained = trains_block(settings, index, shape.num_blocks)
+            down = block // settings.fold_every if trained else 0
             layers[1 + index] = replace(
-                layers[1 + index], h2d_bytes=block, d2h_bytes=block, host_bytes=2.0 * block
+                layers[1 + index], h2d_bytes=block, d2h_bytes=down, host_bytes=float(block + down)
             )
-    streams = 2 * workload.accumulation
+    held = {"weights": outer + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes={
-            "weights": outer + len(resident) * block,
-            "scratch": outer + block,
-            "buffers": min(RING_BLOCKS, streamed) * block,
-            "activations": streams * forward.hidden_bytes(shape, workload)
-            + forward.forward_activation_bytes(shape, workload),
-            "logits": forward.logits_bytes(shape, workload, training=False),
-        },
+        gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, held),
         host_memory_bytes={"process": forward.PROCESS_HOST_BYTES, "blocks, pinned": streamed * block},
         pinned_bytes=streamed * block,
         overlap="streamed",

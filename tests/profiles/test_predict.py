@@ -18,15 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_1B, OPT_13B, TINY, measured
 
-from engines.base import LayerTraffic, ModelShape, Traffic, Workload
+from engines.base import LayerTraffic, ModelShape, Overlap, Traffic, Workload
 from engines.costs import forward, traffic
 from engines.costs.overlap import serial_s
 from engines.settings import parse_settings
 from profiles.machine import Gpu, Link, Machine, absent
 from profiles.plan import Prediction
-from profiles.predict import GPU_MODEL_ERROR, _layer_times, predict, resource_s
+from profiles.predict import (
+    FORWARD_LAUNCH_S,
+    GPU_MATMUL_EFFICIENCY,
+    GPU_MODEL_ERROR,
+    LAUNCH_S,
+    _layer_times,
+    predict,
+    resource_s,
+)
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
+FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
 SMALL = Workload(batch_size=2, seq_len=64, dtype="bf16")
 ENGINES = ("native", "torchao-offload", "lsp", "mezo", "zo2")
 
@@ -57,7 +66,7 @@ def test_steps_against_those_measured(engine: str, shape: ModelShape, seen_s: fl
 )
 def test_both_forwards_against_those_measured(shape: ModelShape, batch_size: int, seen_s: float) -> None:
     workload = Workload(batch_size=batch_size, seq_len=2048, dtype="fp16")
-    layers = tuple(forward.forward_layers(shape, workload, passes=2))
+    layers = tuple(forward.stacked_layers(shape, workload))
     cost = Traffic(layers=layers, gpu_memory_bytes={}, host_memory_bytes={})
     assert predict(cost, H200, workload).step_s == pytest.approx(seen_s, rel=0.2)
 
@@ -67,6 +76,93 @@ def test_zo2_is_bound_by_the_link_at_the_measured_rate() -> None:
     assert prediction.bottleneck in ("h2d", "d2h")
     # Upload of the blocks with simultaneous download: 0.5137 s.
     assert prediction.step_s == pytest.approx(0.5137, rel=0.05)
+
+
+def link_s(h2d_bytes: int, d2h_bytes: int, overlap: Overlap = "streamed") -> tuple[float, float]:
+    """Up and down, with the rates of the H200 machine."""
+    layers = (LayerTraffic(name="block.0", h2d_bytes=h2d_bytes, d2h_bytes=d2h_bytes),)
+    cost = Traffic(layers=layers, gpu_memory_bytes={}, host_memory_bytes={}, overlap=overlap)
+    busy = resource_s(cost, H200, SMALL)
+    assert busy is not None
+    return busy["h2d"], busy["d2h"]
+
+
+def test_only_copies_that_run_beside_others_are_slowed_down() -> None:
+    size = 10**9
+    assert link_s(size, size) == (size / 50.4e9, size / 50.4e9)
+    assert link_s(size, 0) == (size / 55.4e9, 0.0)
+    assert link_s(0, size) == (0.0, size / 55.2e9)
+    up_s, down_s = link_s(4 * size, size)
+    assert up_s == pytest.approx(3 * size / 55.4e9 + size / 50.4e9)
+    assert down_s == size / 50.4e9
+    # Where one direction follows the other, each has the link to itself.
+    assert link_s(size, size, "serial") == (size / 55.4e9, size / 55.2e9)
+
+
+@given(sizes=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)))
+def test_a_link_is_between_its_two_rates(sizes: tuple[int, int]) -> None:
+    for (moved, time_s), alone in zip(zip(sizes, link_s(*sizes), strict=True), (55.4e9, 55.2e9), strict=True):
+        assert moved / alone * (1 - 1e-12) <= time_s <= moved / 50.4e9 * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("fold_every", [4, 8, 16])
+def test_zo2_comes_near_its_upload_where_it_seldom_downloads(fold_every: int) -> None:
+    prediction = of("zo2", OPT_13B, H200, FORWARD_ONLY, fold_every=fold_every)
+    assert prediction.floor_s == pytest.approx(0.454, rel=0.002)
+    assert prediction.step_s is not None
+    assert 0.454 < prediction.step_s < 0.454 * 1.04
+    assert prediction.bottleneck == "h2d"
+    assert "h2d pinned bandwidth 55.4 GB/s" in prediction.basis
+    assert "h2d bandwidth with both directions busy 50.4 GB/s" in prediction.basis
+
+
+def test_without_autograd_operations_start_faster() -> None:
+    small = LayerTraffic(name="block.0", gpu_forward_flops=1.0, launches=1000)
+    seen = []
+    for layer in (small, replace(small, gpu_backward_flops=1.0)):
+        cost = Traffic(layers=(layer,), gpu_memory_bytes={}, host_memory_bytes={})
+        seen.append(predict(cost, H200, SMALL).step_s)
+    assert seen == [1000 * FORWARD_LAUNCH_S, 1000 * LAUNCH_S]
+
+
+# --- the floor ----------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_the_largest_of_three_resources_alone() -> None:
+    matmul = 755e12 * GPU_MATMUL_EFFICIENCY
+    native = traffic("native", DEEPSEEK_7B, TRAINING, parse_settings("native", {}))
+    assert predict(native, H200, TRAINING).floor_s == pytest.approx(native.gpu_flops / matmul)
+    torchao = of("torchao-offload", DEEPSEEK_7B, H200, TRAINING)
+    assert torchao.floor_s == pytest.approx(DEEPSEEK_7B.parameters / 2 / 4.3e9)  # bf16 states
+    long = replace(FORWARD_ONLY, batch_size=8)
+    zo2 = traffic("zo2", OPT_13B, long, parse_settings("zo2", {}))
+    assert predict(zo2, H200, long).floor_s == pytest.approx(zo2.gpu_flops / matmul)
+
+
+def test_what_an_engine_might_do_without_is_not_in_the_floor() -> None:
+    floors = {of("zo2", OPT_13B, H200, FORWARD_ONLY, fold_every=k).floor_s for k in (1, 2, 16)}
+    assert len(floors) == 1
+    floors = {of("mezo", OPT_13B, H200, FORWARD_ONLY, train=train).floor_s for train in ("all", "last:1")}
+    assert len(floors) == 1
+
+
+@pytest.mark.parametrize("machine", [H200, LAPTOP_CPU])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_step_is_below_its_floor(engine: str, machine: Machine) -> None:
+    for shape in (TINY, DEEPSEEK_1B, DEEPSEEK_7B):
+        prediction = of(engine, shape, machine, replace(SMALL, dtype="fp32"))
+        assert prediction.floor_s is not None
+        assert prediction.step_s is not None
+        assert 0 < prediction.floor_s <= prediction.step_s
+
+
+def test_a_floor_needs_its_own_figures_only() -> None:
+    one_way = of("zo2", TINY, without_link_figure("h2d_duplex_bytes_per_s"), SMALL)
+    assert one_way.step_s is None
+    assert one_way.floor_s is not None
+    without = of("zo2", TINY, without_link_figure("h2d_pinned_bytes_per_s"), SMALL)
+    assert without.step_s is not None
+    assert without.floor_s is None
 
 
 def test_torchao_is_bound_by_the_cpu() -> None:

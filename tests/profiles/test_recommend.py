@@ -41,7 +41,7 @@ def test_plans_that_fit_come_first_and_the_fastest_of_them() -> None:
     assert {p.engine for p in plans} == set(ENGINES)
     fits = [p.fits for p in plans]
     assert fits == sorted(fits, reverse=True)
-    assert {p.engine for p in plans if not p.fits} == {"native", "mezo"}
+    assert {p.engine for p in plans if not p.fits} == {"native"}
     for kind in (True, False):
         times = [p.prediction.step_s or 0.0 for p in plans if p.fits is kind]
         assert times == sorted(times)
