@@ -261,8 +261,8 @@ def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side:
 def _link(machine: Machine, traffic: Traffic, direction: Direction) -> list[tuple[int, str, Figure]]:
     """What goes in one direction, in parts: bytes, the name of their rate, the rate.
 
-    Where copies in both directions run side by side, as many bytes as the lighter one has are slowed down by the
-    other direction's; the rest of the heavier one has the link to itself.
+    Where copies in both directions run side by side, as many bytes as the lighter one has are slowed down by
+    the other direction's; the rest of the heavier one has the link to itself.
     """
     link = machine.link
     own, other = traffic.h2d_bytes, traffic.d2h_bytes

@@ -347,8 +347,8 @@ class _Choice:
         return predict(self.cost(self._with(**chosen)), self._machine, self._workload).step_s
 
     def _fold_every(self, chosen: Mapping[str, Value]) -> tuple[int, str]:
-        """The fewest steps between downloads of a block that are as fast as any, the GPU having time to replay
-        what the host does not have. `chosen` are the other settings.
+        """The fewest steps between downloads of a block that are as fast as any, the GPU having time to
+        replay what the host does not have. `chosen` are the other settings.
         """
         costs = {k: self.cost(self._with(**chosen, fold_every=k)) for k in FOLDS}
         every = costs[1]

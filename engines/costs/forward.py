@@ -39,7 +39,7 @@ GRAPH_SCRATCH_BYTES = 400_000_000
 """`engines.perturbed` runs blocks as CUDA graphs up to this size of a block's perturbed copies."""
 
 GRAPH_LAUNCHES = 8
-"""What it starts for a block then: copies in and out, the graph, and noise piece by piece. Counted in the code."""
+"""What it starts for a block then: copies in and out, the graph, and noise piece by piece. Counted there."""
 
 CHECKPOINT_LAUNCHES = 20
 """What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
@@ -48,8 +48,8 @@ Estimated; brings native at 1.3B to 0.155 s, where 0.152 to 0.178 s were measure
 HEAD_LAUNCHES = 12
 
 CHUNK_LAUNCHES = 3
-"""The head for one side, chunk of the vocabulary and piece of the tokens, in launches: the product, the running
-log-sum-exp, and the Python around them. Counted in `engines.head`."""
+"""The head for one side, chunk of the vocabulary and piece of the tokens, in launches: the product, the
+running log-sum-exp, and the Python around them. Counted in `engines.head`."""
 
 LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
 """GPU bytes per logit at the peak of cross-entropy's backward pass: the logits, their log-softmax in fp32,
@@ -111,7 +111,10 @@ def vector_parameters(shape: ModelShape) -> int:
 
 
 def runs_as_graphs(shape: ModelShape, workload: Workload) -> bool:
-    """Whether forward-only methods run a block as a CUDA graph, with room for all its perturbed copies."""
+    """Whether forward-only methods run a block as a CUDA graph, with room for all its perturbed copies.
+
+    Counted without a GPU too, where there are no graphs: the blocks are small.
+    """
     return 2 * BYTES_PER_ELEMENT[workload.dtype] * shape.block_parameters <= GRAPH_SCRATCH_BYTES
 
 

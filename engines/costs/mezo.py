@@ -1,9 +1,9 @@
-"""What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and two passes over the
-weights that make noise, one to update them and one to perturb them.
+"""What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and two passes over
+the weights that make noise, one to update them and one to perturb them.
 
-Perturbed copies exist for one unit at a time: of the largest matrix of a block, or of a whole block where that
-is small or several micro-batches share its visit. The head is perturbed in chunks of its vocabulary, and of the
-embeddings only the rows that are looked up.
+Perturbed copies exist of one matrix at a time, or of a whole block where that is small or several
+micro-batches share its visit. The head is perturbed in chunks of its vocabulary, and of the embeddings only
+the rows that are looked up.
 """
 
 from __future__ import annotations
@@ -29,22 +29,16 @@ class Visit:
     gaussians: float
     moves: float
     """Times that it is read or written."""
-    kernels: int
-    """Per tensor, the vectors of a block together being one."""
 
     def __add__(self, other: Visit) -> Visit:
-        return Visit(
-            gaussians=self.gaussians + other.gaussians,
-            moves=self.moves + other.moves,
-            kernels=self.kernels + other.kernels,
-        )
+        return Visit(gaussians=self.gaussians + other.gaussians, moves=self.moves + other.moves)
 
 
-UPDATE = Visit(gaussians=1, moves=2, kernels=1)
-PERTURB = Visit(gaussians=1, moves=3, kernels=1)
+UPDATE = Visit(gaussians=1, moves=2)
+PERTURB = Visit(gaussians=1, moves=3)
 """One draw serves both sides: theta read, both copies written."""
 
-FROZEN = Visit(gaussians=0, moves=2, kernels=1)
+FROZEN = Visit(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
 
@@ -116,9 +110,10 @@ def _block(
     visit: Visit,
 ) -> LayerTraffic:
     trained = trains_block(settings, index, shape.num_blocks)
-    # Noise of a block that runs as a graph is made piece by piece, which `forward.GRAPH_LAUNCHES` counts.
-    tensors = 0 if forward.runs_as_graphs(shape, workload) else len(shape.matrices) + 1
-    layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, tensors, workload)
+    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made piece by piece,
+    # which `forward.GRAPH_LAUNCHES` counts.
+    launches = 0 if forward.runs_as_graphs(shape, workload) else len(shape.matrices) + 1
+    layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, launches, workload)
     return layer if settings.train != "lora" else _with_adapters(layer, shape, workload, settings)
 
 
@@ -140,7 +135,7 @@ def _with_adapters(
 
 
 def _visited(
-    layer: LayerTraffic, visit: Visit, parameters: int, tensors: int, workload: Workload
+    layer: LayerTraffic, visit: Visit, parameters: int, launches: int, workload: Workload
 ) -> LayerTraffic:
     if parameters == 0:
         return layer
@@ -149,7 +144,7 @@ def _visited(
         layer,
         gpu_bytes=layer.gpu_bytes + visit.moves * element * parameters,
         gaussians=layer.gaussians + round(visit.gaussians * parameters),
-        launches=layer.launches + visit.kernels * tensors,
+        launches=layer.launches + launches,
     )
 
 

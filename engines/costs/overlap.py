@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from engines.base import Overlap
 
-
 PIECE = 0.25
-"""Share of a block that crosses the link at a time where blocks are streamed in pieces (`engines.ring`): a matrix
-of the feed-forward part is a third of a plain block and a little less than a quarter of a gated one."""
+"""Share of a block that crosses the link at a time where blocks are streamed in pieces (`engines.ring`): a
+matrix of the feed-forward part is a third of a plain block and a little under a quarter of a gated one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +78,7 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
 
 
 def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float) -> float:
-    """Only the last of `micro_batches` gives the other resources work. A layer moves on in pieces of `piece`."""
+    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `piece`."""
     busy = busy_s(layers)
     host = busy.pop("host memory")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches

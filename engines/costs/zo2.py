@@ -16,7 +16,7 @@ from engines.costs.mezo import Visit, gpu_memory_bytes, perturbed_layers, trains
 from engines.settings import Zo2Settings
 
 RING_BYTES = 1_000_000_000
-"""Uploads this far ahead ride out everything that holds up the GPU: the losses are read, the head computes."""
+"""Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
 
 RING_MOST_BLOCKS = 4
 """Small blocks are not worth more."""
@@ -31,8 +31,9 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 
 
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
-    """GPU memory through which the streamed blocks pass: `RING_BYTES`, but no more than 4 times the largest and
-    no less than 1.25 times: while one block computes, the next one comes up into the room it has left."""
+    """GPU memory through which the streamed blocks pass: `RING_BYTES`, but no more than 4 times the largest
+    and no less than 1.25 times: while one block computes, the next one comes up into the room it has left.
+    """
     largest = max(streamed_block_bytes, default=0)
     wanted = max(-(-5 * largest // 4), min(RING_MOST_BLOCKS * largest, RING_BYTES))
     return -(-wanted // RING_ALIGNMENT_BYTES) * RING_ALIGNMENT_BYTES
@@ -49,7 +50,7 @@ def fused_visit(fold_every: int) -> Visit:
     Between two downloads 1 to `fold_every` updates are pending, (fold_every + 1) / 2 on average, and theta is
     written back in the last visit only.
     """
-    return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=3 + 1 / fold_every, kernels=1)
+    return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=3 + 1 / fold_every)
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from engines.base import UserError
 from profiles.documents import read_document, to_json, write_whole
+from profiles.plan import Plan, Prediction, load_plans, save_plans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +130,18 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_whole(tmp_path / "file" / "note.json", "new")
+
+
+def test_plans_of_before_there_was_a_floor(tmp_path: Path) -> None:
+    prediction = Prediction(
+        step_s_low=0.5, step_s=1.0, step_s_high=2.0, peak_gpu_bytes=10, peak_host_bytes=20, pinned_bytes=5,
+        h2d_bytes=3, d2h_bytes=4, bottleneck="h2d", basis="made up", floor_s=0.75,
+    )  # fmt: skip
+    plan = Plan(engine="zo2", settings={}, fits=True, why_not=None, prediction=prediction)
+    path = tmp_path / "plans.json"
+    save_plans([plan], path)
+    assert load_plans(path) == (plan,)
+    document = json.loads(path.read_bytes())
+    del document["plans"][0]["prediction"]["floor_s"]
+    path.write_text(json.dumps(document))
+    assert load_plans(path)[0].prediction.floor_s is None
