@@ -110,7 +110,7 @@ def _block(
     visit: Visit,
 ) -> LayerTraffic:
     trained = trains_block(settings, index, shape.num_blocks)
-    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made piece by piece,
+    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in pieces,
     # which `forward.GRAPH_LAUNCHES` counts.
     launches = 0 if forward.runs_as_graphs(shape, workload) else len(shape.matrices) + 1
     layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, launches, workload)
