@@ -29,6 +29,9 @@ class Prediction:
     """`gpu`, `h2d`, `d2h`, `cpu` or `host memory`; `compute` and `copies` where there is no GPU."""
     basis: str
     """One sentence: what the numbers rest on."""
+    floor_s: float | None = None
+    """The most that any single resource needs for the step's least work; no engine of this method could be
+    faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
