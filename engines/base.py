@@ -357,8 +357,9 @@ class TellsLanding(Protocol):
     def landed_share(self) -> float | None:
         """Share of the wanted update that reaches the weights as they are stored; `None`: not known.
 
-        1: all of it; 0: all of it was lost in rounding. Asked once, after the last step and evaluation. Takes
-        seconds at most and no more memory than a step does; what it raises is no failure of the run.
+        1: all of it; 0: all of it was lost in rounding, which may also bring it a little beyond either. Asked
+        once, after the last step and evaluation. Takes seconds at most and no more memory than a step does,
+        as the peaks of the run hold it; what it raises is no failure of the run.
         """
 
 
