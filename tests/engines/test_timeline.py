@@ -121,7 +121,7 @@ def test_on_a_gpu_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     line = Timeline(torch.device("cuda:0"))
     waited: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append("device"))
-    torch.cuda._sleep(50_000_000)
+    torch.cuda._sleep(1_000_000_000)  # longer than any set-up of an event
     span = line.begin("compute", "behind a long kernel")
     line.end(span)
     assert waited == []
