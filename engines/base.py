@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -348,3 +348,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop threads and free pinned memory. May be called twice."""
+
+
+@runtime_checkable
+class TellsLanding(Protocol):
+    """An engine that can say how much of what it wants to change arrives in the stored weights."""
+
+    def landed_share(self) -> float | None:
+        """Share of the wanted update that reaches the weights as they are stored; `None`: not known.
+
+        1: all of it; 0: all of it was lost in rounding, which may also bring it a little beyond either. Asked
+        once, after the last step and evaluation. Takes seconds at most and no more memory than a step does,
+        as the peaks of the run hold it; what it raises is no failure of the run.
+        """
+
+
+@runtime_checkable
+class TellsTrace(Protocol):
+    """An engine that keeps what each stream did where `Context.trace` asks for it."""
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Chrome trace events so far: spans with `name`, `ph`, `ts` and `dur` (microseconds), `pid` and
+        `tid`, and the events that name each `tid`. `engines.timeline` makes them.
+
+        Asked once, before `close`, also after a failure; what it raises then is no other failure of the run.
+        """

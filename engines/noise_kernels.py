@@ -134,7 +134,7 @@ def _visit_tile(
 ):  # fmt: skip
     # As many lanes at a time as there are threads. With more, Triton would load and compute in different
     # layouts, and move every value through shared memory in between.
-    for group in tl.static_range(_LANES // _GROUP):
+    for group in range(_LANES // _GROUP):
         lane = group * _GROUP + tl.arange(0, _GROUP)
         counter = tile.to(tl.int64) * _LANES + lane
         like = weight.dtype.element_ty

@@ -438,7 +438,7 @@ class PerturbedModel:
         if self._head is not None:
             assert batch.targets is not None
             states = [self._reach_head(batch, half, side) for side, half in halves.items()]
-            return self._head.losses(states, batch.targets, self.outer, how)
+            return self._head.losses(states, batch.targets, self.outer, self.layout.trained, how)
         plus, minus = (self._finish(batch, half, side).loss for side, half in halves.items())
         return plus, minus
 

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.base import (
     Batch,
@@ -53,6 +53,8 @@ class Scripted:
         self._pending_s = 0.0
         self._memory = bytearray()
         self._children: list[int] = []
+        self._steps: list[tuple[float, float]] = []
+        """Beginning and end of each step by the scripted clock, where a trace is kept."""
         self.pinned_bytes = 0
 
     @staticmethod
@@ -80,7 +82,10 @@ class Scripted:
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """The next scripted step; `batches` are not read."""
         settings = self._settings
+        began_s = self._now_s
         self._spend(_at(settings.step_s, self._step))
+        if self._context.trace:
+            self._steps.append((began_s, self._now_s))
         self._pending_s += settings.drain_s
         if settings.fail_at_step == self._step:
             self._fail()
@@ -92,6 +97,16 @@ class Scripted:
         )
         self._step += 1
         return stats
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """A span for each step, on the one line there is."""
+        line = {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "script"}}
+        spans = [
+            {"name": f"step {step}", "ph": "X", "pid": 0, "tid": 0,
+             "ts": 1e6 * began_s, "dur": 1e6 * (ended_s - began_s)}
+            for step, (began_s, ended_s) in enumerate(self._steps)
+        ]  # fmt: skip
+        return [line, *spans]
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The next scripted evaluation; `batches` are not read."""

@@ -138,6 +138,14 @@ def compare(
     criteria: Criteria = None,
     out: Out = None,
     resume: Resume = False,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Also write what each stream did, where the engine keeps it, to OUT/traces/ID.json for "
+            "chrome://tracing or Perfetto. Costs time: records say that they were traced.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -156,7 +164,7 @@ def compare(
     folder = _folder(out, "compare", job.model.name, resume)
     runs = compare_job(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
-        dry_run=dry_run, quiet=quiet,
+        dry_run=dry_run, quiet=quiet, trace=trace,
     )  # fmt: skip
     if runs is None:
         return

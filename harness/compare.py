@@ -1,8 +1,8 @@
 """A sweep: every plan, `rounds` times, interleaved, one record per run, and its resumption. No torch.
 
 `<out>/job.toml` and `<out>/plans.json` say what is compared, `<out>/criteria.toml` by what it will be
-judged, `<out>/runs/<id>.json` what happened. All are written whole or not at all, so that a sweep that
-was killed at any moment can be resumed.
+judged, `<out>/runs/<id>.json` what happened, `<out>/traces/<id>.json` when, where that was asked for. All
+are written whole or not at all, so that a sweep that was killed at any moment can be resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,16 @@ def compare(
     rounds: int = 1,
     resume: bool = False,
     criteria: Path | None = None,
+    trace: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     before_first: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Run what is missing of the grid and return all its records, in the order of the grid.
 
     A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine
-    that has a plan in `out` keeps it, for its runs to be alike. `before_first` is called once `out` is
-    known to be usable.
+    that has a plan in `out` keeps it, for its runs to be alike. `trace` has engines keep what each stream
+    did, where they can; it changes no id, and runs whose records are kept get none. `before_first` is called
+    once `out` is known to be usable.
 
     Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
     cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
@@ -145,7 +147,7 @@ def compare(
         on_event(Started(cell=cell, index=index, total=len(cells)))
         began = datetime.now(UTC).isoformat(timespec="seconds")
         if cell.plan.fits:
-            request = Request(id=cell.id, job=job, shape=shape, plan=cell.plan)
+            request = Request(id=cell.id, job=job, shape=shape, plan=cell.plan, trace=trace)
             outcome = launch(request, out, device=device, on_event=on_event)
         else:
             outcome = Outcome(
@@ -222,7 +224,9 @@ def _record(
         job=_dump(job),
         plan=cell.plan,
         samples=outcome.samples,
-        summary=outcome.summary,
+        summary=replace(
+            outcome.summary, floor_share=floor_share(told.floor_s, outcome.summary.step_s_median)
+        ),
         predicted=Predicted(
             step_s_low=told.step_s_low,
             step_s=told.step_s,
@@ -231,10 +235,18 @@ def _record(
             peak_host_bytes=told.peak_host_bytes,
             bottleneck=told.bottleneck,
             basis=told.basis,
+            floor_s=told.floor_s,
         ),
         environment=environment,
         criteria=stamp,
+        traced=outcome.traced,
+        trace_file=outcome.trace_file,
     )
+
+
+def floor_share(floor_s: float | None, step_s: float | None) -> float | None:
+    """Predicted floor over measured step; `None` where either is not there."""
+    return floor_s / step_s if floor_s is not None and step_s else None
 
 
 def _entries(out: Path) -> set[str]:

@@ -31,7 +31,7 @@ import harness
 from engines.base import StepStats, UserError
 from harness.measure import Recording
 from harness.result import EndState, Sample, Summary
-from harness.worker import REASON_LENGTH, Request, Result
+from harness.worker import REASON_LENGTH, TRACE, Request, Result
 from profiles.documents import to_json, write_whole
 from profiles.limits import host_memory, usable_cores
 from profiles.machine import Machine
@@ -84,6 +84,10 @@ class Outcome:
     summary: Summary
     by_user: bool
     """Stopped from the keyboard: the sweep is to stop too."""
+    traced: bool = False
+    """The engine kept a trace, which costs time, whether or not it could be written."""
+    trace_file: str | None = None
+    """Relative to the folder of results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +106,17 @@ def launch(request: Request, out: Path, *, device: NvmlDevice | None, on_event: 
     """Run `request` in a child process and wait for its end.
 
     Every end of the child is an outcome, Ctrl-C included. Where the run failed, `<out>/logs/<id>.log`
-    keeps what the child wrote. Raises `UserError` if the child cannot be started.
+    keeps what the child wrote; where it was traced, `<out>/traces/<id>.json` keeps the trace, if the child
+    lived to write it. Raises `UserError` if the child cannot be started.
     """
     work = out / WORK / request.id
     try:
         write_whole(work / "request.json", to_json(request))
         outcome = _run_child(request, work, device, on_event)
-        _keep_log(work / "log", out / "logs" / f"{request.id}.log", failed=outcome.end_state != "ok")
-        return outcome
+        _keep(work / "log", out / "logs" / f"{request.id}.log", wanted=outcome.end_state != "ok")
+        trace_file = f"traces/{request.id}.json"
+        kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
+        return replace(outcome, trace_file=trace_file if kept else None)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -171,6 +178,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
             summary, peak_host_bytes=peak_host_bytes or None, peak_gpu_nvml_bytes=sampler.peak_gpu_bytes
         ),
         by_user=stop is not None and stop.by_user,
+        traced=recording.traced,
     )
 
 
@@ -335,6 +343,8 @@ def _take_lines(
             stats = event["stats"]
             recording.steps.append((sample, None if stats is None else StepStats(**stats)))
             on_event(Stepped(run_id=request.id, sample=sample, total=total))
+        elif "traced" in event:
+            recording.traced = True
         else:
             on_event(Progress(run_id=request.id, **event))
 
@@ -406,10 +416,15 @@ def _child_environment() -> dict[str, str]:
     return environment
 
 
-def _keep_log(log: Path, kept: Path, *, failed: bool) -> None:
-    """The log is a help, not a measurement: a disk that is full does not make it an error."""
+def _keep(file: Path, kept: Path, *, wanted: bool) -> bool:
+    """Whether `file` now lies at `kept`, in place of what an earlier run of the same id left there.
+
+    Logs and traces are a help, not a measurement: a disk that is full does not make them an error.
+    """
     with contextlib.suppress(OSError):
         kept.unlink(missing_ok=True)
-        if failed and log.stat().st_size > 0:
+        if wanted and file.stat().st_size > 0:
             kept.parent.mkdir(exist_ok=True)
-            log.replace(kept)
+            file.replace(kept)
+            return True
+    return False

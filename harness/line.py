@@ -87,6 +87,7 @@ def compare_job(
     resume: bool,
     dry_run: bool,
     quiet: bool,
+    trace: bool = False,
 ) -> list[Run] | None:
     """Plan and run; `None` after a dry run. Keeps the machine beside the runs."""
     check_folder(out, resume=resume)
@@ -98,8 +99,9 @@ def compare_job(
         console().print(grid_table(missing(job, plans, out, rounds=rounds, resume=resume)))
         return None
     return _measure(
-        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
-    )
+        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
+        trace=trace,
+    )  # fmt: skip
 
 
 def proof_of_concept(
@@ -162,11 +164,12 @@ def _measure(
     criteria: Path | None,
     resume: bool,
     quiet: bool,
+    trace: bool = False,
 ) -> list[Run]:
     try:
         with CompareProgress(quiet) as progress:
             return compare(
-                job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria,
+                job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria, trace=trace,
                 on_event=progress.update, before_first=lambda: save_machine(machine, out / "machine.json"),
             )  # fmt: skip
     except KeyboardInterrupt:

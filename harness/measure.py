@@ -13,11 +13,12 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats
+from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats, TellsLanding
 from harness.job import Job
 from harness.result import Sample, Summary
 from harness.stats import step_statistics
@@ -48,6 +49,9 @@ class Recording:
     energy_j: float | None = None
     """GPU board, per step."""
     pinned_bytes: int | None = None
+    landed_share: float | None = None
+    traced: bool = False
+    """The engine keeps a trace, which costs time."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -85,8 +89,10 @@ class Recording:
                     for sample, stats in measured
                 ]
             ),
+            perturb_s=_median([stats.perturb_s for _, stats in measured]),
             h2d_bytes=_median_count([stats.h2d_bytes for _, stats in measured]),
             d2h_bytes=_median_count([stats.d2h_bytes for _, stats in measured]),
+            landed_share=self.landed_share,
         )
 
 
@@ -122,6 +128,23 @@ def measure(
     _run_steps(engine, data, job, recording, clock, energy_j, on_sample)
     if evaluate:
         recording.evaluations.append(engine.evaluate(data.evaluation))
+    recording.landed_share = _landed_share(engine)
+
+
+def _landed_share(engine: Engine) -> float | None:
+    """What the engine says of it; `None` where it says nothing, fails or says what is no number.
+
+    Asked last: all else is measured by then, and a failure cannot spoil it.
+    """
+    if not isinstance(engine, TellsLanding):
+        return None
+    try:
+        told = engine.landed_share()
+        share = None if told is None else float(told)
+    except Exception:
+        traceback.print_exc()
+        return None
+    return share if share is None or math.isfinite(share) else None
 
 
 def _run_steps(

@@ -10,7 +10,10 @@ from profiles.documents import read_document, to_json, write_whole
 from profiles.plan import Plan
 
 SCHEMA_VERSION = 1
-"""1: first version (0.1.0)."""
+"""1: first version (0.1.0).
+
+A field that has a default may join without a new version: records without it load, and older programs pass
+over what they do not know."""
 
 EndState = Literal[
     "ok",
@@ -68,9 +71,17 @@ class Summary:
     cpu_s: float | None = None
     idle_s: float | None = None
     """Medians per step of the time that each resource was busy; idle is the GPU's."""
+    perturb_s: float | None = None
+    """Median per step of the part of `gpu_s` that made noise: perturbing weights and replaying updates."""
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
     """Medians per step."""
+    landed_share: float | None = None
+    """Share of the wanted update that reached the stored weights, as the engine measured it after the last
+    step. 1: all of it."""
+    floor_share: float | None = None
+    """Predicted floor over the measured median step, the one figure here that is not measured alone. 1: the
+    hardware's limit; above 1: the prediction of the floor is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +95,9 @@ class Predicted:
     peak_host_bytes: int | None
     bottleneck: str | None
     basis: str
+    floor_s: float | None = None
+    """What the step's least work needs of the resource that needs most; no engine of the method could be
+    faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +160,10 @@ class Run:
     predicted: Predicted | None
     environment: Environment
     criteria: CriteriaStamp | None = None
+    traced: bool = False
+    """The engine kept a trace: times and host memory hold what that cost, and are not to be quoted."""
+    trace_file: str | None = None
+    """Where the trace lies, relative to the folder of results; `None`: there is none."""
     schema_version: int = SCHEMA_VERSION
 
 

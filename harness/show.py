@@ -211,6 +211,9 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         table.add_row(run.engine, str(run.round), run.end_state, *cells)
     reasons: dict[str, list[str]] = {}
     for run in runs:
+        if run.traced:
+            trace = run.trace_file or "the trace could not be kept"
+            reasons.setdefault(run.engine, []).append(f"traced, which costs time: {trace}")
         line = f"{run.end_state}: {run.end_reason}"
         if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
             reasons[run.engine].append(line)

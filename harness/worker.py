@@ -1,9 +1,9 @@
 """The child: one run in one process. Started by `harness.launch`, and by nothing else.
 
 `python -P -m harness.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, tells of progress and of
-each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens. A child that is
-killed leaves no result; what it had told is then all there is. PARENT is the process to live no longer
-than.
+each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
+FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had told is
+then all there is. PARENT is the process to live no longer than.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from engines.base import (
     NonFiniteLoss,
     NotAvailable,
     StepStats,
+    TellsTrace,
     UserError,
 )
 from engines.settings import parse_settings
@@ -42,6 +43,8 @@ from profiles.documents import to_json, write_whole
 from profiles.limits import host_memory, usable_cores
 from profiles.nvml import open_device
 from profiles.plan import Plan
+
+TRACE = "trace.json"
 
 PR_SET_PDEATHSIG = 1
 """prctl: the signal that the kernel sends to this process when its parent ends."""
@@ -58,6 +61,8 @@ class Request:
     job: Job
     shape: ModelShape
     plan: Plan
+    trace: bool = False
+    """Keep what each stream did, where the engine can. Not part of what decides the run's id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,18 +91,21 @@ def main(arguments: Sequence[str]) -> int:
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events)
+    result = execute(request, events, folder)
     write_whole(folder / "result.json", to_json(result))
     return 0
 
 
-def execute(request: Request, events: IO[str]) -> Result:
-    """Run `request`. Every exception becomes an end state; its traceback goes to stderr."""
+def execute(request: Request, events: IO[str], folder: Path) -> Result:
+    """Run `request`. Every exception becomes an end state; its traceback goes to stderr.
+
+    A trace that was asked for lies in `folder` then, if the engine keeps one.
+    """
     recording = Recording(tokens_per_step=request.job.workload.tokens_per_step)
     state: EndState = "ok"
     reason: str | None = None
     try:
-        _run(request, recording, events)
+        _run(request, recording, events, folder)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         state, reason = classify(error)
@@ -113,7 +121,7 @@ def execute(request: Request, events: IO[str]) -> Result:
     return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
 
 
-def _run(request: Request, recording: Recording, events: IO[str]) -> None:
+def _run(request: Request, recording: Recording, events: IO[str], folder: Path) -> None:
     job, plan = request.job, request.plan
 
     def tell(**event: object) -> None:
@@ -136,6 +144,7 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
         total_steps=job.warmup_steps + job.steps,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=usable_host_bytes(job.limits.host_bytes),
+        trace=request.trace,
         progress=on_progress,
     )
     on_progress("importing", 1, 1)
@@ -154,6 +163,9 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j
     engine = engine_class(settings, context)
+    traced = request.trace and isinstance(engine, TellsTrace)
+    if traced:
+        tell(traced=True)
     try:
         measure(
             engine,
@@ -166,7 +178,21 @@ def _run(request: Request, recording: Recording, events: IO[str]) -> None:
             on_sample=on_sample,
         )
     finally:
-        engine.close()
+        try:
+            if traced:
+                write_trace(engine, folder / TRACE)
+        finally:
+            engine.close()
+
+
+def write_trace(engine: TellsTrace, path: Path) -> None:
+    """What `engine` kept, for chrome://tracing and Perfetto. Says on stderr what went wrong, and no more:
+    a trace is a help, and after a failure the GPU may have nothing to say."""
+    try:
+        document = {"traceEvents": engine.trace_events(), "displayTimeUnit": "ms"}
+        write_whole(path, json.dumps(document, allow_nan=False))
+    except Exception:
+        traceback.print_exc()
 
 
 def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss) -> Diagnosis:

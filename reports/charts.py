@@ -23,6 +23,9 @@ _PLOT = WIDTH - _LABELS - _VALUES
 _LEGEND = 176
 _ROW = 34
 _BAR = 15
+_HEADING = 32
+_LANE = 19
+_LANE_BAR = 11
 
 # Okabe & Ito's palette, told apart by the colour-blind, and darkened where thin lines on white need it.
 COLOURS = {
@@ -75,6 +78,20 @@ class BarRow:
     """To the right of the plot."""
     missing: str = ""
     """Inside the plot where there is no bar, such as why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BarGroup:
+    """Bars that belong together, under a heading."""
+
+    label: str
+    text: str
+    """Beside the label."""
+    rows: tuple[BarRow, ...]
+    whole: float | None = None
+    """A line through the group's bars: what they are parts of."""
+    floor: float | None = None
+    """A dashed line in the colour of predictions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +151,39 @@ def bars(
         body.append(_line(x, head - 4, x, bottom, _INK, dash="5 3"))
         anchor = "end" if x > _LABELS + _PLOT / 2 else "start"
         body.append(_text(x, head - 9, limit[1], anchor=anchor, size=_SMALL))
+    return _svg(title, description, bottom + 44, body)
+
+
+def grouped_bars(
+    title: str, description: str, groups: Sequence[BarGroup], axis: Callable[[float], Axis]
+) -> str:
+    """Groups of thin horizontal bars on a common axis from zero, that `axis` gives for the largest value."""
+    found = [part.value for group in groups for row in group.rows for part in row.parts]
+    found += [value for group in groups for value in (group.whole, group.floor) if value is not None]
+    top = max(found, default=0.0) or 1.0
+    unit = axis(top)
+    ticks = [tick * unit.size for tick in nice_ticks(top / unit.size)]
+    scale = _PLOT / ticks[-1]
+    heights = [_HEADING + _LANE * len(group.rows) for group in groups]
+    bottom = 4 + sum(heights)
+    body = _x_axis(ticks, scale, _LABELS, 4, bottom, unit, _PLOT)
+    y = 4.0
+    for group, height in zip(groups, heights, strict=True):
+        first, last = y + _HEADING - 2, y + height - 2
+        written = min(len(group.text) * _CHARACTER * _SMALL / FONT + 6, WIDTH - _LABELS - 2.0)
+        body.append(_plate(_LABELS + 2, first - 18, written, 16))
+        body.append(
+            _text(_LABELS - 10, first - 6, group.label, anchor="end", room=_LABELS - 12, weight="bold")
+        )
+        body.append(_text(_LABELS + 6, first - 6, group.text, size=_SMALL, room=WIDTH - _LABELS - 8))
+        for index, row in enumerate(group.rows):
+            body += _bar_row(row, first + _LANE * (index + 0.5), scale, thickness=_LANE_BAR)
+        for value, ink, dash in ((group.whole, _INK, ""), (group.floor, _PREDICTED, "5 3")):
+            if value is not None:
+                x = _LABELS + value * scale
+                body.append(_line(x, first, x, last, "#ffffff", width=4))  # to be seen on a bar
+                body.append(_line(x, first, x, last, ink, width=1.5, dash=dash))
+        y += height
     return _svg(title, description, bottom + 44, body)
 
 
@@ -212,14 +262,15 @@ def _nice_step(extent: float, count: int) -> float:
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
 
 
-def _bar_row(row: BarRow, middle: float, scale: float) -> list[str]:
+def _bar_row(row: BarRow, middle: float, scale: float, thickness: float = _BAR) -> list[str]:
     colour = COLOURS.get(row.engine, _OTHER_COLOUR)
     body = [_text(_LABELS - 10, middle + 4, row.label, anchor="end", room=_LABELS - 12)]
     for part in row.parts:
         width = max(part.value * scale, 1.0)
         fill = f'fill="{colour}" fill-opacity="0.18" stroke="{colour}"' if part.pale else f'fill="{colour}"'
         body.append(
-            f'<rect x="{_LABELS}" y="{_n(middle - _BAR / 2)}" width="{_n(width)}" height="{_BAR}" {fill}/>'
+            f'<rect x="{_LABELS}" y="{_n(middle - thickness / 2)}" width="{_n(width)}" '
+            f'height="{_n(thickness)}" {fill}/>'
         )
     if row.low is not None and row.high is not None:
         low, high = _LABELS + row.low * scale, _LABELS + row.high * scale
@@ -281,14 +332,20 @@ def _svg(title: str, description: str, height: float, body: Sequence[str]) -> st
 
 def _text(
     x: float, y: float, text: str, *, anchor: str = "start", size: float = FONT, room: float | None = None,
-    style: str = "normal",
+    style: str = "normal", weight: str = "normal",
 ) -> str:  # fmt: skip
     shown = text if room is None else fitted(text, room, size)
+    bold = f' font-weight="{weight}"' if weight != "normal" else ""
     tip = f"<title>{escape(text)}</title>" if shown != text else ""
     return (
         f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" font-size="{_n(size)}" font-style="{style}" '
-        f'fill="{_INK}">{escape(shown)}{tip}</text>'
+        f'fill="{_INK}"{bold}>{escape(shown)}{tip}</text>'
     )
+
+
+def _plate(x: float, y: float, width: float, height: float) -> str:
+    """White behind a text that stands on grid lines."""
+    return f'<path d="M{_n(x)} {_n(y)} h{_n(width)} v{_n(height)} h-{_n(width)} z" fill="#ffffff"/>'
 
 
 def _line(

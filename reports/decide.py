@@ -279,6 +279,7 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
             ),
             "native_fits",
         ),
+        lambda: _about_traces(runs),
         lambda: _about_machine(runs, all_.machine),
         lambda: _about_emulation(runs),
         lambda: _about_commit(runs),
@@ -331,6 +332,11 @@ def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
         if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
             return say("warning.other_machine", machine=machine.name)
     return None
+
+
+def _about_traces(runs: Sequence[Run]) -> str | None:
+    traced = sum(run.traced for run in runs)
+    return say("warning.traced", count=traced, total=len(runs)) if traced else None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:

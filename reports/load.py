@@ -167,7 +167,9 @@ def _impossible(run: Run) -> str | None:
     for key, value in _flat(numbers, "run"):
         if isinstance(value, float) and not math.isfinite(value):
             return f"{key} is not a finite number"
-        if isinstance(value, int | float) and value < 0 and "loss" not in key:
+        # A landed share is a projection of what arrived on what was wanted, so rounding can turn its sign.
+        signed = "loss" in key or key == "run.landed_share"
+        if isinstance(value, int | float) and value < 0 and not signed:
             return f"{key} is negative"
     if any(sample.step_s == 0 for sample in run.samples):
         return "a step took no time at all"

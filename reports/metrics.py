@@ -88,6 +88,7 @@ def predicted(rounds: Rounds) -> Predicted | None:
             peak_host_bytes=plan.peak_host_bytes,
             bottleneck=plan.bottleneck,
             basis=plan.basis,
+            floor_s=plan.floor_s,
         )
     return None
 

@@ -33,7 +33,7 @@ from reports.metrics import (
     host_limit_bytes,
     predicted,
 )
-from reports.show import GIB, digits, loss, model_name, times
+from reports.show import GIB, digits, loss, model_name, percent, times
 
 
 def write_report(folder: Path, criteria_path: Path | None = None) -> Verdict:
@@ -101,7 +101,9 @@ def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
         rounds = all_.of(engine)
         environment = rounds.runs[0].environment
         machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
-        start = (model_name(loaded.job.model.name), machine, engine)
+        traced = any(run.traced for run in rounds.runs)
+        method = say("readme.traced", engine=engine) if traced else engine
+        start = (model_name(loaded.job.model.name), machine, method)
         if rounds.step_s is None:
             rows.append((*start, ends(rounds.runs), *[NOT_MEASURED] * 4))
             continue
@@ -155,6 +157,7 @@ def _charts(loaded: Loaded) -> dict[str, str]:
     engines = sorted(all_.rounds, key=engine_order)
     drawn = {
         "step": _step_chart(engines, all_),
+        "busy": _busy_chart(engines, all_),
         "gpu": _memory_chart("gpu", engines, all_),
         "host": _memory_chart("host", engines, all_),
         "loss": _loss_chart(engines, all_),
@@ -180,6 +183,59 @@ def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             )
         )
     return _bars("step", rows, charts.seconds_axis, None)
+
+
+def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
+    """For each method a group of bars: what each resource did in a step. Only what was measured has a bar."""
+    groups = []
+    for engine in engines:
+        rounds, expected = all_.of(engine), predicted(all_.of(engine))
+        one = tables.breakdown(rounds)
+        lanes = {
+            "h2d": one.h2d_s,
+            "d2h": one.d2h_s,
+            "mixed" if one.mixed else "compute": one.gpu_s if one.mixed else one.compute_s,
+            "noise": one.noise_s,
+            "idle": one.idle_s,
+            "cpu": one.cpu_s,
+        }
+        rows = [
+            charts.BarRow(
+                label=say(f"lane.{key}"),
+                engine=engine,
+                parts=(charts.Part(value=seconds, pale=key == "idle"),),
+                text=format_seconds(seconds),
+            )
+            for key, seconds in lanes.items()
+            if seconds is not None
+        ]
+        if rows:
+            step_s, floor_s = rounds.step_s, expected.floor_s if expected else None
+            told = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
+            if floor_s is not None and one.floor_share is not None:
+                share = percent(one.floor_share)
+                told.append(say("lane.floor", value=format_seconds(floor_s), share=share))
+            if one.landed_share is not None:
+                told.append(say("lane.landed", share=percent(one.landed_share)))
+            groups.append(
+                charts.BarGroup(
+                    label=engine,
+                    text="; ".join(told),
+                    rows=tuple(rows),
+                    whole=step_s.median if step_s else None,
+                    floor=floor_s,
+                )
+            )
+    if not groups:
+        return None
+    return charts.grouped_bars(
+        say("chart.busy"),
+        "; ".join(
+            f"{group.label}: {', '.join(f'{row.label} {row.text}' for row in group.rows)}" for group in groups
+        ),
+        groups,
+        lambda top: charts.seconds_axis(say("chart.busy_axis"), top),
+    )
 
 
 def _memory_chart(kind: Literal["gpu", "host"], engines: Sequence[str], all_: Measurements) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import median
 
 from harness.result import Run
 from harness.stats import Rounds, over_runs, ratio, same_or_different
+from profiles.recommend import FIRST_ORDER
 from profiles.units import (
     NOT_MEASURED,
     format_bytes,
@@ -184,20 +185,94 @@ def memory_table(all_: Measurements) -> Table:
 
 
 def busy_table(all_: Measurements) -> Table | None:
-    """How long each resource was busy per step; `None` where no engine measured any."""
-    values: dict[str, Callable[[Run], float | None]] = {
-        "gpu": lambda run: run.summary.gpu_s,
-        "h2d_time": lambda run: run.summary.h2d_s,
-        "d2h_time": lambda run: run.summary.d2h_s,
-        "cpu": lambda run: run.summary.cpu_s,
-        "idle": lambda run: run.summary.idle_s,
+    """How long each resource was busy per step, how near the step came to its floor, and how much of the
+    update landed; `None` where none of it is known. The last two columns only where they have a number."""
+    found = {engine: breakdown(all_.of(engine)) for engine in engines_of(all_)}
+    known = {engine: one for engine, one in found.items() if one.measured}
+    if not known:
+        return None
+    columns = ["method", "h2d_time", "d2h_time", "compute", "noise", "idle", "cpu"]
+    shares = {
+        "floor": {engine: one.floor_share for engine, one in known.items()},
+        "landed": {engine: one.landed_share for engine, one in known.items()},
     }
+    shares = {key: of for key, of in shares.items() if any(value is not None for value in of.values())}
     rows = [
-        (engine, *(format_seconds(typical(all_.of(engine), value)) for value in values.values()))
-        for engine in engines_of(all_)
+        (
+            engine,
+            format_seconds(one.h2d_s),
+            format_seconds(one.d2h_s),
+            say("busy.with_noise", value=format_seconds(one.gpu_s))
+            if one.mixed
+            else format_seconds(one.compute_s),
+            say("busy.no_noise") if one.noiseless else format_seconds(one.noise_s),
+            format_seconds(one.idle_s),
+            format_seconds(one.cpu_s),
+            *(percent(of[engine]) for of in shares.values()),
+        )
+        for engine, one in known.items()
     ]
-    rows = [row for row in rows if any(cell != NOT_MEASURED for cell in row[1:])]
-    return make_table(["method", *values], rows, numeric=tuple(values), note="busy") if rows else None
+    columns += shares
+    table = make_table(columns, rows, numeric=columns[1:], note="busy")
+    return replace(table, note=" ".join((table.note, *(say(f"tablenote.{key}") for key in shares))))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Breakdown:
+    """Where the time of a method's step goes: medians over runs, in seconds. `None`: not measured."""
+
+    h2d_s: float | None = None
+    d2h_s: float | None = None
+    gpu_s: float | None = None
+    """Compute and noise."""
+    compute_s: float | None = None
+    """Without noise; `None` also where noise was made and not timed."""
+    noise_s: float | None = None
+    idle_s: float | None = None
+    """Of the GPU."""
+    cpu_s: float | None = None
+    floor_share: float | None = None
+    """Predicted floor over measured step."""
+    landed_share: float | None = None
+
+    noiseless: bool = False
+    """The method makes no noise: there is nothing to measure."""
+
+    @property
+    def measured(self) -> bool:
+        """There is something to show."""
+        return any(getattr(self, one.name) is not None for one in fields(self) if one.name != "noiseless")
+
+    @property
+    def mixed(self) -> bool:
+        """The GPU's time is known, but not how much of it made noise."""
+        return self.gpu_s is not None and self.compute_s is None
+
+
+def breakdown(rounds: Rounds) -> Breakdown:
+    """Of the runs that ended ok."""
+
+    noise_s = typical(rounds, lambda run: run.summary.perturb_s)
+    noiseless = rounds.engine in FIRST_ORDER and noise_s is None
+
+    def compute_s(run: Run) -> float | None:
+        seen = run.summary
+        if seen.gpu_s is None or (seen.perturb_s is None and not noiseless):
+            return None
+        return max(0.0, seen.gpu_s - (seen.perturb_s or 0.0))
+
+    return Breakdown(
+        h2d_s=typical(rounds, lambda run: run.summary.h2d_s),
+        d2h_s=typical(rounds, lambda run: run.summary.d2h_s),
+        gpu_s=typical(rounds, lambda run: run.summary.gpu_s),
+        compute_s=typical(rounds, compute_s),
+        noise_s=noise_s,
+        noiseless=noiseless,
+        idle_s=typical(rounds, lambda run: run.summary.idle_s),
+        cpu_s=typical(rounds, lambda run: run.summary.cpu_s),
+        floor_share=typical(rounds, lambda run: run.summary.floor_share),
+        landed_share=typical(rounds, lambda run: run.summary.landed_share),
+    )
 
 
 def prediction_table(loaded: Loaded, all_: Measurements) -> Table:

@@ -168,6 +168,7 @@ def make_run(
             peak_host_bytes=prediction.peak_host_bytes,
             bottleneck=prediction.bottleneck,
             basis=prediction.basis,
+            floor_s=prediction.floor_s,
         ),
         environment=environment or make_environment(),
         criteria=None if stamp is None else CriteriaStamp(sha256=stamp, time=time),
@@ -213,6 +214,28 @@ def make_sweep(stamp: str | None = None) -> list[Run]:
         ),
     ]
     return runs
+
+
+def make_breakdown() -> list[Run]:
+    """Runs that say where their time goes, each method as far as engines of its kind measure it."""
+    floors = {"native": 0.4, "mezo": 0.3, "zo2": 0.6}
+
+    def one(engine: str, step_s: float, **summary: Any) -> Run:
+        plan = make_plan(engine, step_s=step_s)
+        floor_s = floors.get(engine)
+        plan = replace(plan, prediction=replace(plan.prediction, floor_s=floor_s))
+        share = None if floor_s is None else floor_s / step_s
+        return make_run(engine, step_s=scaled(step_s), plan=plan, floor_share=share, **summary)
+
+    return [
+        one("native", 0.5, gpu_s=0.45, idle_s=0.05),
+        one("torchao-offload", 1.2),
+        one("lsp", 0.9, h2d_s=0.3, d2h_s=0.1, cpu_s=0.45),
+        one("mezo", 0.4, gpu_s=0.38, idle_s=0.02, landed_share=0.004),
+        one(
+            "zo2", 0.8, h2d_s=0.6, d2h_s=0.5, gpu_s=0.5, perturb_s=0.125, idle_s=0.3, landed_share=0.93
+        ),
+    ]  # fmt: skip
 
 
 def make_failures() -> list[Run]:

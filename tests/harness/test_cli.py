@@ -438,6 +438,17 @@ def test_compare_keeps_the_machine_and_resumes(call, profile: Path, tmp_path: Pa
     assert records[0].exists()
 
 
+def test_compare_traces_what_it_is_asked_to(call, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = compare_scripted(call, profile, out, "--trace", "--rounds", "1")
+    assert done.code == 0
+    (record,) = (out / "runs").glob("*.json")
+    run = load_run(record)
+    assert run.traced
+    assert json.loads((out / "traces" / record.name).read_text())["traceEvents"]
+    assert f"traced, which costs time: {run.trace_file}" in done.out
+
+
 def test_a_used_folder_is_refused(call, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert compare_scripted(call, profile, out).code == 0

@@ -23,7 +23,7 @@ from harness.job import Job, load_job, save_job
 from harness.launch import Outcome, Stepped
 from harness.result import EndState, Run, Summary, load_run, save_run
 from harness.worker import Request
-from profiles.plan import Plan
+from profiles.plan import Plan, load_plans
 
 JOB = scripted_job()
 A, B = scripted_plan(step_s=0.25), scripted_plan(step_s=0.5)
@@ -261,6 +261,42 @@ def test_criteria_that_are_none(tmp_path: Path, text: str | None, why: str) -> N
     with pytest.raises(UserError, match=why):
         compare(JOB, SHAPE, [A], tmp_path / "out", criteria=criteria)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_floor_is_set_beside_the_measured_step(tmp_path: Path) -> None:
+    known = replace(A, prediction=replace(A.prediction, floor_s=0.1))
+    killed = scripted_plan(fail_at_step=0, failure="kill")
+    killed = replace(killed, prediction=replace(killed.prediction, floor_s=0.1))
+    runs = compare(JOB, SHAPE, [known, B, killed], tmp_path)
+    assert [run.predicted and run.predicted.floor_s for run in runs] == [0.1, None, 0.1]
+    assert [run.summary.floor_share for run in runs] == [0.1 / 0.25, None, None]
+    assert load_run(tmp_path / "runs" / f"{runs[0].id}.json") == runs[0]
+    assert load_plans(tmp_path / "plans.json")[0] == known
+
+
+def test_a_trace_changes_no_id_and_is_named_by_the_record(tmp_path: Path) -> None:
+    (traced,) = compare(JOB, SHAPE, [A], tmp_path / "traced", trace=True)
+    (plain,) = compare(JOB, SHAPE, [A], tmp_path / "plain")
+    assert traced.id == plain.id
+    assert (traced.traced, traced.trace_file) == (True, f"traces/{traced.id}.json")
+    assert (plain.traced, plain.trace_file) == (False, None)
+    assert json.loads((tmp_path / "traced" / f"traces/{traced.id}.json").read_text())["traceEvents"]
+    assert not (tmp_path / "plain" / "traces").exists()
+    (again,) = compare(JOB, SHAPE, [A], tmp_path / "plain", resume=True, trace=True)
+    assert again == plain
+
+
+def test_records_from_before_the_breakdown_still_load(tmp_path: Path, launched: list[str]) -> None:
+    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    path = tmp_path / "runs" / f"{run.id}.json"
+    document = json.loads(path.read_text())
+    assert document["schema_version"] == 1
+    for field in ("perturb_s", "landed_share", "floor_share"):
+        del document["summary"][field]
+    del document["predicted"]["floor_s"], document["plan"]["prediction"]["floor_s"]
+    del document["traced"], document["trace_file"]
+    path.write_text(json.dumps(document))
+    assert load_run(path) == run
 
 
 def test_settings_of_the_job_override_the_plan(tmp_path: Path) -> None:

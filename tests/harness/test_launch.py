@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -31,10 +32,11 @@ def start(
     job: Job | None = None,
     on_event: Any = lambda event: None,
     device: NvmlDevice | None = None,
+    trace: bool = False,
     **settings: Any,
 ) -> Outcome:
     request = Request(
-        id="scripted-r1", job=job or scripted_job(), shape=SHAPE, plan=scripted_plan(**settings)
+        id="scripted-r1", job=job or scripted_job(), shape=SHAPE, plan=scripted_plan(**settings), trace=trace
     )
     return launch(request, out, device=device, on_event=on_event)
 
@@ -113,6 +115,43 @@ def test_every_failure_is_an_end_state_and_keeps_its_samples(
     assert log.exists() == (failure != "kill")  # a killed child writes nothing
     if log.exists():
         assert "Traceback" in log.read_text()
+
+
+def trace_of(outcome: Outcome, out: Path) -> list[dict[str, Any]]:
+    """Spans of the trace that the outcome names."""
+    assert outcome.trace_file is not None
+    document = json.loads((out / outcome.trace_file).read_text())
+    assert document["displayTimeUnit"] == "ms"
+    return [event for event in document["traceEvents"] if event["ph"] == "X"]
+
+
+def test_a_trace_lies_where_the_outcome_says(tmp_path: Path) -> None:
+    outcome = start(tmp_path, trace=True, step_s="0.5,0.25")
+    assert (outcome.end_state, outcome.traced) == ("ok", True)
+    assert outcome.trace_file == "traces/scripted-r1.json"
+    spans = trace_of(outcome, tmp_path)
+    assert [span["name"] for span in spans] == [f"step {i}" for i in range(6)]
+    assert [(span["ts"], span["dur"]) for span in spans[:3]] == [(0, 5e5), (5e5, 2.5e5), (7.5e5, 2.5e5)]
+
+
+def test_what_was_not_asked_for_is_not_traced_and_an_old_trace_goes(tmp_path: Path) -> None:
+    """A run that is done again must not stand beside the trace of the one before."""
+    start(tmp_path, trace=True)
+    outcome = start(tmp_path)
+    assert (outcome.traced, outcome.trace_file) == (False, None)
+    assert list((tmp_path / "traces").iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_its_trace(tmp_path: Path) -> None:
+    outcome = start(tmp_path, trace=True, fail_at_step=3, failure="oom_gpu")
+    assert outcome.end_state == "oom_gpu"
+    assert len(trace_of(outcome, tmp_path)) == 4
+
+
+def test_a_run_that_is_killed_leaves_no_trace_but_was_traced(tmp_path: Path) -> None:
+    outcome = start(tmp_path, trace=True, fail_at_step=3, failure="kill")
+    assert (outcome.end_state, outcome.traced, outcome.trace_file) == ("crash", True, None)
+    assert len(outcome.samples) == 3
 
 
 def test_nan_loss(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,6 +197,67 @@ def test_a_run_without_measured_steps_has_an_empty_summary() -> None:
         run(job, make_engine(job, fail_at_step=-1), recording)
     summary = recording.summary()
     assert (summary.step_s_median, summary.tokens_per_s, summary.h2d_bytes, summary.setup_s) == (None,) * 4
+
+
+class NoisyEngine(Scripted):
+    """Says how much of each step went into noise."""
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        stats = super().step(batches)
+        return replace(stats, perturb_s=self.now() / 8)
+
+
+def test_noise_is_a_median_of_the_measured_steps() -> None:
+    job = scripted_job()
+    recording = Recording(tokens_per_step=8)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    run(job, NoisyEngine(ScriptedSettings(step_s=(8.0, 8.0, 1.0)), context), recording)
+    assert recording.summary().perturb_s == (18 + 19) / 2 / 8
+    assert record(job, make_engine(job)).summary().perturb_s is None
+
+
+class LandingEngine(Scripted):
+    """Says what is asked of it how much of its update arrived, and when it was asked."""
+
+    told: Any = None
+
+    def landed_share(self) -> float | None:
+        self.asked_s = self.now()
+        if isinstance(self.told, BaseException):
+            raise self.told
+        share: float | None = self.told
+        return share
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        (0.25, 0.25),
+        (1, 1.0),
+        (None, None),
+        (float("nan"), None),
+        ("much", None),
+        (RuntimeError("CUDA error"), None),
+        (MemoryError(), None),
+    ],
+)
+def test_the_share_that_landed_is_asked_last_and_never_fails_the_run(
+    told: object, kept: float | None
+) -> None:
+    job = scripted_job(eval_batches=1)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    engine = LandingEngine(ScriptedSettings(step_s=(1.0,), drain_s=0.5), context)
+    engine.told = told
+    recording = Recording(tokens_per_step=8)
+    run(job, engine, recording)
+    assert recording.summary().landed_share == kept
+    assert engine.asked_s == 7.0  # six steps, and draining before and after the measured ones
+    assert len(recording.evaluations) == 2
+
+
+def test_engines_that_cannot_tell_are_not_asked() -> None:
+    job = scripted_job()
+    assert record(job, make_engine(job)).summary().landed_share is None
 
 
 def test_peaks_need_torch_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,15 @@ def test_runs_say_what_ended_them_once_per_reason() -> None:
     assert "GPU memory" not in drawn(show.runs_table(on_cpu), 160)
 
 
+def test_traced_runs_are_marked_and_their_traces_named() -> None:
+    kept = replace(make_run("zo2"), traced=True, trace_file="traces/zo2-r1.json")
+    lost = replace(make_run("lsp", end_state="crash"), traced=True)
+    said = drawn(show.runs_table([kept, lost, make_run("native")]), 160)
+    assert "traced, which costs time: traces/zo2-r1.json" in said
+    assert "traced, which costs time: the trace could not be kept" in said
+    assert said.count("traced") == 2
+
+
 def test_a_console_without_a_terminal_is_wide_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert show.console().width == show.PLAIN_WIDTH

@@ -1,10 +1,19 @@
-"""What the child tells its engine of the machine."""
+"""What the child tells its engine of the machine, and what it makes of an engine's trace."""
 
 from __future__ import annotations
 
-import pytest
+import io
+import json
+from pathlib import Path
+from typing import Any
 
+import pytest
+from scripted_runs import SHAPE, scripted_job, scripted_plan
+
+from engines.base import Context
+from engines.scripted import Scripted
 from harness import worker
+from harness.worker import TRACE, Request, Result
 from profiles.limits import HostMemoryLimit
 
 
@@ -12,3 +21,85 @@ def test_host_memory_is_what_is_available_held_to_the_jobs_limit(monkeypatch: py
     memory = HostMemoryLimit(total_bytes=100, available_bytes=60, swap_bytes=0, basis="all")
     monkeypatch.setattr(worker, "host_memory", lambda: memory)
     assert [worker.usable_host_bytes(limit) for limit in (None, 70, 50)] == [60, 60, 50]
+
+
+class Silent(Scripted):
+    """Keeps no trace, as engines without streams."""
+
+    trace_events: Any = None
+
+
+class Broken(Scripted):
+    """Cannot tell its trace, as after an error of the GPU."""
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class Numberless(Scripted):
+    def trace_events(self) -> list[dict[str, Any]]:
+        return [{"ts": float("nan")}]
+
+
+def execute(
+    engine: type[Scripted], folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[Result, bool]:
+    """Result of a traced run on `engine`, and whether the child told that it was traced."""
+    monkeypatch.setattr(worker, "load_engine", lambda name: engine)
+    events = io.StringIO()
+    plan = scripted_plan(**settings)
+    request = Request(id="r", job=scripted_job(), shape=SHAPE, plan=plan, trace=True)
+    result = worker.execute(request, events, folder)
+    return result, {"traced": True} in [json.loads(line) for line in events.getvalue().splitlines()]
+
+
+def test_an_engine_without_a_trace_writes_none_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, traced = execute(Silent, tmp_path, monkeypatch)
+    assert (result.end_state, traced) == ("ok", False)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("engine", [Broken, Numberless])
+def test_a_trace_that_fails_does_not_fail_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: type[Scripted],
+) -> None:
+    result, traced = execute(engine, tmp_path, monkeypatch)
+    assert (result.end_state, result.end_reason, traced) == ("ok", None, True)
+    assert not (tmp_path / TRACE).exists()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_trace_that_fails_does_not_hide_what_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = execute(Broken, tmp_path, monkeypatch, fail_at_step=1, failure="oom_gpu")
+    assert result.end_state == "oom_gpu"
+
+
+def test_a_trace_that_cannot_be_written_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TRACE).mkdir()
+    result, traced = execute(Scripted, tmp_path, monkeypatch)
+    assert (result.end_state, traced) == ("ok", True)
+
+
+def test_engines_are_told_to_trace_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    class Listening(Scripted):
+        def __init__(self, settings: Any, context: Context) -> None:
+            super().__init__(settings, context)
+            told.append(context.trace)
+
+    monkeypatch.setattr(worker, "load_engine", lambda name: Listening)
+    for trace in (True, False):
+        request = Request(id="r", job=scripted_job(), shape=SHAPE, plan=scripted_plan(), trace=trace)
+        worker.execute(request, io.StringIO(), tmp_path)
+    assert told == [True, False]

@@ -11,12 +11,14 @@ from reports.charts import (
     FONT,
     WIDTH,
     Axis,
+    BarGroup,
     BarRow,
     Line,
     Part,
     bars,
     bytes_axis,
     fitted,
+    grouped_bars,
     lines,
     nice_range,
     nice_ticks,
@@ -88,6 +90,47 @@ def test_bars_stay_inside_and_apart(rows: list[BarRow], limit: float | None) -> 
     )  # fmt: skip
     root = check_layout(svg)
     assert len(list(root.iter("rect"))) == 2 * len(rows)
+
+
+groups = st.lists(
+    st.builds(
+        lambda label, text, values, whole, floor: BarGroup(
+            label=label, text=text, whole=whole, floor=floor,
+            rows=tuple(
+                BarRow(label="copies to GPU", engine="zo2", parts=(Part(value=value, pale=i == 1),), text="9")
+                for i, value in enumerate(values)
+            ),
+        ),
+        st.text("abc-", min_size=1, max_size=40), st.text("abc ;%", max_size=200),
+        st.lists(amounts, min_size=1, max_size=6), st.none() | amounts, st.none() | amounts,
+    ),
+    min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@given(groups)
+def test_groups_stay_inside_and_apart(groups: list[BarGroup]) -> None:
+    svg = grouped_bars("Title", "What it shows", groups, lambda top: seconds_axis("Time", top))
+    root = check_layout(svg)
+    assert len(list(root.iter("rect"))) == sum(len(group.rows) for group in groups)
+    for line in root.iter("line"):
+        assert 0 <= float(line.attrib["x2"]) <= WIDTH
+
+
+def test_a_floor_is_drawn_in_its_own_group_only() -> None:
+    def line_of(floor: float | None) -> list[tuple[float, float]]:
+        row = BarRow(label="compute", engine="zo2", parts=(Part(value=1.0),))
+        groups = [
+            BarGroup(label="zo2", text="", rows=(row, row), whole=2.0),
+            BarGroup(label="lsp", text="", rows=(row,), floor=floor),
+        ]
+        root = ElementTree.fromstring(grouped_bars("t", "d", groups, lambda top: seconds_axis("s", top)))
+        found = [line for line in root.iter("line") if "stroke-dasharray" in line.attrib]
+        return [(float(line.attrib["y1"]), float(line.attrib["y2"])) for line in found]
+
+    assert line_of(None) == []
+    ((top, bottom),) = line_of(1.5)
+    assert bottom > top > 4 + 2 * 19
 
 
 @given(

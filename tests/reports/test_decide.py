@@ -288,6 +288,9 @@ def test_warnings() -> None:
     assert "2 different commits" in warnings_of([make_run(), other], asked)
     mixed = [make_run(), make_run(round=2, end_state="crash")]
     assert "zo2 1 ok, 1 crashed" in warnings_of(mixed, asked)
+    traced = [make_run(), replace(make_run(round=2), traced=True)]
+    assert "1 of 2 runs kept a trace" in warnings_of(traced, asked)
+    assert "trace" not in warnings_of(stamped, asked)
 
 
 @pytest.mark.parametrize(

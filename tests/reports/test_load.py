@@ -91,6 +91,11 @@ def test_broken_files_become_lines(tmp_path: Path) -> None:
     assert str(tmp_path) not in " ".join(reasons.values())
 
 
+def test_a_landed_share_that_rounding_brought_below_zero_costs_no_run(tmp_path: Path) -> None:
+    loaded = load_folder(write_folder(tmp_path, [make_run("zo2", landed_share=-1e-4)]))
+    assert (len(loaded.runs), loaded.broken) == (1, ())
+
+
 def test_folders_without_anything_to_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_folder(tmp_path / "none")

@@ -32,6 +32,7 @@ from reports.render import (
 )
 from reports.show import model_name
 from run_records import (
+    make_breakdown,
     make_environment,
     make_failures,
     make_machine,
@@ -93,6 +94,11 @@ def failures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def breakdown(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "breakdown", make_breakdown())
+
+
+@pytest.fixture
 def cpu(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "cpu", cpu_runs(), job=make_test_job(limits={}, eval_batches=2))
 
@@ -103,7 +109,7 @@ def rendered(folder: Path) -> tuple[Loaded, str, str]:
     return loaded, render_markdown(loaded, verdict), render_html(loaded, verdict)
 
 
-@pytest.mark.parametrize("name", ["sweep", "failures", "cpu"])
+@pytest.mark.parametrize("name", ["sweep", "failures", "cpu", "breakdown"])
 def test_golden_markdown(name: str, request: pytest.FixtureRequest) -> None:
     _, markdown, _ = rendered(request.getfixturevalue(name))
     golden = GOLDEN / f"{name}.md"
@@ -138,7 +144,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("name", ["sweep", "failures", "cpu"])
+@pytest.mark.parametrize("name", ["sweep", "failures", "cpu", "breakdown"])
 def test_html_is_one_whole_file_that_loads_nothing(name: str, request: pytest.FixtureRequest) -> None:
     _, _, html = rendered(request.getfixturevalue(name))
     assert len(html.encode("utf-8")) < 1_000_000
@@ -289,6 +295,27 @@ def test_evaluation_and_busy_times_show_where_there_are_any(cpu: Path, sweep: Pa
     assert "Where the time goes" not in markdown
 
 
+def test_the_breakdown_tells_what_was_measured_and_what_was_not(breakdown: Path) -> None:
+    _, markdown, html = rendered(breakdown)
+    table = markdown[markdown.index("Where the time goes") : markdown.index("## Predicted beside measured")]
+    rows = {line.split(" | ")[0].lstrip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    nothing = "not measured"
+    assert rows["zo2"] == "| zo2 | 600 ms | 500 ms | 375 ms | 125 ms | 300 ms | not measured | 75 % | 93 % |"
+    assert rows["native"].split(" | ")[3:5] == ["450 ms", "none made"]
+    assert rows["mezo"].split(" | ")[3:5] == ["380 ms (noise included)", nothing]
+    assert rows["mezo"].endswith("| 75 % | 0.4 % |")
+    assert rows["lsp"].split(" | ")[3:5] == [nothing, "none made"]
+    assert "torchao-offload" not in rows
+    assert "do not add up to the step" in table
+
+    start = html.index("Where the time of a step goes")
+    figure = html[start : html.index("</figure>", start)]
+    assert "step 800 ms; predicted floor 600 ms, 75 % of it; 93 % of the update landed" in figure
+    assert "compute + noise" in figure
+    assert "torchao-offload" not in figure
+    assert "do not add up to its step" in figure
+
+
 def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
     root = Path(__file__).parents[2]
     files = [root / "harness" / "stats.py", root / "harness" / "result.py", root / "profiles" / "machine.py"]
@@ -321,6 +348,10 @@ def test_readme_table(tmp_path: Path, sweep: Path) -> None:
     failed = "1 out of GPU memory, 1 not run, predicted not to fit"
     assert f"| opt-1.3b | NVIDIA RTX 4090 | mezo | {failed} | not measured |" in table
     assert published_folders(sweep) == [sweep]
+    traced = write_folder(tmp_path / "traced", [replace(make_run("lsp"), traced=True), make_run("zo2")])
+    assert [row.split(" | ")[2] for row in methods_table_markdown([traced]).splitlines()[2:]] == [
+        "lsp, traced", "zo2",
+    ]  # fmt: skip
     with pytest.raises(UserError, match="no published runs"):
         published_folders(results / "notes")
 
