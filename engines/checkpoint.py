@@ -1,4 +1,5 @@
-"""Checkpoints of the zeroth-order engines: weights in safetensors, the step and the seed. Both read each other's.
+"""Checkpoints of the zeroth-order engines: weights in safetensors, the step and the seed. Both read each
+other's.
 
 Every update so far is in the weights, so that none is pending.
 """

@@ -1,8 +1,9 @@
-"""Blocks as CUDA graphs: one launch in place of some fifty, each of which costs the CPU 10 to 50 microseconds.
+"""Blocks as CUDA graphs: one launch in place of some fifty, each of which costs the CPU 10 to 50
+microseconds.
 
 For small blocks, whose kernels end before the CPU has started the next ones. A block is captured the second
-time that inputs of a form are seen; the first time, and for a form too many, it runs as it is. A graph computes
-what the block's own kernels compute, on copies of its inputs at fixed places.
+time that inputs of a form are seen; the first time, and for a form too many, it runs as it is. A graph
+computes what the block's own kernels compute, on copies of its inputs at fixed places.
 """
 
 from __future__ import annotations

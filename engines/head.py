@@ -72,9 +72,7 @@ class Scores:
 class Head:
     """A linear output layer with weight `weight` (vocabulary, hidden), both names first names."""
 
-    def __init__(
-        self, module: nn.Linear, weight: str, bias: str | None, numbers: Mapping[str, int]
-    ) -> None:
+    def __init__(self, module: nn.Linear, weight: str, bias: str | None, numbers: Mapping[str, int]) -> None:
         self._module = module
         self._weight = weight
         self._bias = bias
@@ -186,7 +184,9 @@ def _scores(
             piece = None if bias is None else bias[first:last]
             for begin in range(0, count, HEAD_TOKENS):
                 tokens = state[begin : begin + HEAD_TOKENS]
-                logits = torch.empty((tokens.shape[0], last - first), dtype=weight.dtype, device=weight.device)
+                logits = torch.empty(
+                    (tokens.shape[0], last - first), dtype=weight.dtype, device=weight.device
+                )
                 multiply(tokens, weight.t(), piece, logits)
                 running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
     return [running.scores(targets.labels) for running in sides]
@@ -200,8 +200,8 @@ def _zeros(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x weight + bias, for (rows, inputs), (inputs, width) and (width,).
 
-    On a GPU a bias of zeros stands for none: torch takes products with a bias to cuBLASLt, whose choice of kernel
-    is much the faster (OPT-1.3B's head in chunks on an H200: 0.26 ms for 1.18, on half the rows).
+    On a GPU a bias of zeros stands for none: torch takes products with a bias to cuBLASLt, whose choice of
+    kernel is much the faster (OPT-1.3B's head in chunks on an H200: 0.26 ms for 1.18, on half the rows).
     """
     if bias is None and x.is_cuda:
         bias = _zeros(weight.shape[1], weight.dtype, weight.device)

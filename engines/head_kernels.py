@@ -59,7 +59,8 @@ def _gather_kernel(
 def gather(
     logits: Tensor, labels: Tensor, first: int, largest: Tensor, where: Tensor, sums: Tensor, target: Tensor
 ) -> None:
-    """Fold (tokens, columns) `logits` of the vocabulary from `first` on into the running values of each token.
+    """Fold (tokens, columns) `logits` of the vocabulary from `first` on into the running values of each
+    token.
 
     `largest`, `sums` (of exp(logit - largest)) and `target` are (tokens,) fp32, `where` and `labels` int64.
     """

@@ -38,9 +38,7 @@ class Part:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The tensors in `flat`, the part's memory."""
         spans = zip(self.names, self.shapes, self.segment.offsets, self.segment.counts, strict=True)
-        return {
-            name: flat[offset : offset + count].view(shape) for name, shape, offset, count in spans
-        }
+        return {name: flat[offset : offset + count].view(shape) for name, shape, offset, count in spans}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +120,7 @@ def _trained(
         return frozenset(shapes)
     count = int(train.removeprefix("last:"))
     in_blocks = {name for names in used for name in names}
-    looked_up = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outer = {
         name
         for name, parameter in model.named_parameters()

@@ -18,9 +18,9 @@ Its 16 random bits per element are the halves of the words that give the *other*
 uniform and independent of the element's own z, cost no further Philox call, and have zero correlation with
 every other z, whose sign is in another word. fp32 is rounded to nearest; its unit is small enough.
 
-Two implementations: torch operations for any device, and Triton kernels (`engines.noise_kernels`) for
-CUDA. Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton steps
-in single precision, written here as separate multiplications and additions in one fixed order. IEEE 754 leaves
+Two implementations: torch operations for any device, and Triton kernels (`engines.noise_kernels`) for CUDA.
+Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton steps in
+single precision, written here as separate multiplications and additions in one fixed order. IEEE 754 leaves
 no freedom in those, so both give the same bits on every device, whatever the vector width; library functions
 would differ in the last place, on the CPU even with the position of an element in the vector register.
 
@@ -54,8 +54,8 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 # Least-squares fits on Chebyshev nodes, rounded to single precision, from the lowest power up. They are as
-# short as the noise allows, since arithmetic is what limits its rate on a GPU: a perturbation of 1e-5 relative
-# error is far below what rounding the perturbed weight to 16 bits does.
+# short as the noise allows, since arithmetic is what limits its rate on a GPU: a perturbation of 1e-5
+# relative error is far below what rounding the perturbed weight to 16 bits does.
 # -2 ln(1 + f) = f (-2 + f Q(f)) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative error 1e-5;
 LOG_Q = (0.999794602394104, -0.6655375361442566, 0.508656919002533, -0.4378918409347534, 0.2794889211654663)
 # sin(pi w) = w S(w^2) for |w| <= 1/2, error 1.1e-6;
@@ -159,8 +159,8 @@ class Outputs:
 class Segment:
     """Tensors one after the other in flat memory.
 
-    `numbers` are the tensors' parts of their noise keys, `offsets` and `counts` their places, in elements, and
-    `decays` says on which of them weight decay acts.
+    `numbers` are the tensors' parts of their noise keys, `offsets` and `counts` their places, in elements,
+    and `decays` says on which of them weight decay acts.
     """
 
     __slots__ = ("_tiles", "counts", "decays", "numbers", "offsets")
@@ -244,7 +244,7 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
         return noise_kernels.rows(weight, number, indices, how)
     width = weight.shape[1]
     flat = indices.reshape(-1)
-    used, places = flat.unique(return_inverse=True)
+    used, places = torch.unique(flat, return_inverse=True)
     element = used.unsqueeze(1) * width + torch.arange(width, device=weight.device)
     tile, place = element // TILE, element % TILE
     counter = (tile * LANES + place % LANES).view(-1)

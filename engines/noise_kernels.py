@@ -75,7 +75,12 @@ def _round(c0, c1, c2, c3, k0, k1):
     """One round of Philox. Products are taken whole: their halves then cost nothing."""
     p0 = c0.to(tl.uint64) * _M0
     p1 = c2.to(tl.uint64) * _M1
-    return (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32), (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+    return (
+        (p1 >> 32).to(tl.uint32) ^ c1 ^ k0,
+        p1.to(tl.uint32),
+        (p0 >> 32).to(tl.uint32) ^ c3 ^ k1,
+        p0.to(tl.uint32),
+    )
 
 
 @triton.jit
@@ -190,8 +195,8 @@ def _matrix_kernel(
     here = tl.program_id(0)
     base = here.to(tl.int64) * _TILE
     _visit_tile(
-        weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first, num_updates,
-        step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+        weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first,
+        num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
     )  # fmt: skip
 
 
@@ -205,8 +210,8 @@ def _tensors_kernel(
     base, tensor, tile, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     decays = (count >> 16).to(tl.float32)
     _visit_tile(
-        weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table, first, num_updates,
-        step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+        weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table,
+        first, num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
     )  # fmt: skip
 
 
@@ -217,7 +222,7 @@ def _rows_kernel(weight, indices, out, width, tensor, step, seed, eps, COLUMNS: 
     inside = column < width
     element = tl.load(indices + place).to(tl.int64) * width + column
     lane = element % _LANES
-    z0, z1, z2, z3, x0, x2 = normals(element // _TILE * _LANES + lane, tensor, step, seed)
+    z0, z1, z2, z3, _, _ = normals(element // _TILE * _LANES + lane, tensor, step, seed)
     word = element % _TILE // _LANES
     z = tl.where(word == 0, z0, tl.where(word == 1, z1, tl.where(word == 2, z2, z3)))
     value = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
@@ -240,7 +245,9 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     mode = 0
     if how.rounding == "stochastic":
         mode = {torch.bfloat16: 1, torch.float16: 2}.get(weight.dtype, 0)
-    theta, plus, minus = (flat if each is None else each.view(-1) for each in (out.theta, out.plus, out.minus))
+    theta, plus, minus = (
+        flat if each is None else each.view(-1) for each in (out.theta, out.plus, out.minus)
+    )
     log = (how.log.table, how.first, how.last - how.first)
     noise_of = (how.step, _seed(how.seed), how.eps)
     flags: dict[str, Any] = {

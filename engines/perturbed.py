@@ -8,8 +8,9 @@ Its perturbed weights are made in a scratch memory when it is called, from theta
 weights of the largest unit; and theta itself is needed only for that pass, from wherever it is kept
 (`Source`).
 
-Outside the blocks (embeddings, final norm, head) a model does anything: there each pass runs by itself, by the
-model's own forward, between the same modules. Embeddings perturb the rows that are looked up and no others.
+Outside the blocks (embeddings, final norm, head) a model does anything: there each pass runs by itself, by
+the model's own forward, between the same modules. Embeddings perturb the rows that are looked up and no
+others.
 
 No model code is copied: a unit is the model's own module, whose forward is replaced on the instance.
 """
@@ -39,7 +40,7 @@ from engines.blocks import (
 )
 from engines.graphs import BlockGraphs
 from engines.head import Targets, multiply, plain_head, targets_of
-from engines.layout import ModelLayout, Part
+from engines.layout import ModelLayout
 from engines.noise import Outputs, Segment, Visit, one
 from engines.transfer import ComputeClock
 
@@ -48,8 +49,8 @@ SCRATCH_ALIGNMENT_BYTES = 512
 
 
 GRAPH_SCRATCH_BYTES = 400_000_000
-"""Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger block
-keeps the GPU busy for longer than the CPU needs to start its kernels: 2.5 ms on an H200 machine."""
+"""Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
+block keeps the GPU busy for longer than the CPU needs to start its kernels: 2.5 ms on an H200 machine."""
 
 LANDED_SAMPLE = 1 << 24
 """Elements of which the landed share is measured: enough for 1 % at updates of 1e-7 in bf16."""
@@ -142,7 +143,9 @@ class BlockScratch:
             parts = layout.blocks[unit.block].parts
             unit.parts = tuple(i for i, part in enumerate(parts) if used.intersection(part.names))
             unit.frozen = not any(parts[i].trained for i in unit.parts)
-        owned = [(unit.block, part) for unit in units for part in unit.parts if self._is_large(unit.block, part)]
+        owned = [
+            (unit.block, part) for unit in units for part in unit.parts if self._is_large(unit.block, part)
+        ]
         self._always_whole = len(set(owned)) < len(owned)
         """Two units of a block have a matrix in common."""
         self._form: tuple[bool, int] | None = None
@@ -257,11 +260,16 @@ class BlockScratch:
             if key not in self._segments:
                 self._segments[key] = layout.segment(first, last)
             weight = self._source.take(*key)
-            start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
+            start, stop = (
+                layout.parts[first].start,
+                layout.parts[last - 1].start + layout.parts[last - 1].size,
+            )
             rooms = [memory[start:stop] for memory in self._memory]
             assert self._task is not None
             trained = layout.parts[first].trained
-            self._write(weight, self._segments[key], self._task.how, rooms, trained=trained, store=self._task.store)
+            self._write(
+                weight, self._segments[key], self._task.how, rooms, trained=trained, store=self._task.store
+            )
             self._source.done(*key)
             self._made.update(range(first, last))
             self._seen.update(range(first, last))
@@ -289,7 +297,14 @@ class BlockScratch:
         self._made.add(index)
 
     def _write(
-        self, weight: Tensor, segment: Segment, how: Visit, rooms: Sequence[Tensor], *, trained: bool, store: bool
+        self,
+        weight: Tensor,
+        segment: Segment,
+        how: Visit,
+        rooms: Sequence[Tensor],
+        *,
+        trained: bool,
+        store: bool,
     ) -> None:
         """The one pass over theta. `rooms`: plus and, if both passes are to run, minus."""
         plus, minus = rooms[0], rooms[-1]
@@ -336,7 +351,9 @@ class PerturbedModel:
         clock: ComputeClock,
     ) -> None:
         self.layout = layout
-        self.outer = {name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer}
+        self.outer = {
+            name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer
+        }
         self.num_blocks = len(layout.blocks)
         self._device = device
         self._side = Side.PLAIN
@@ -381,7 +398,9 @@ class PerturbedModel:
         rows = plus[0].shape[0]
         joined: dict[tuple[int, int], Any] = {}
         calls = [
-            BlockCall(_join(one.args, other.args, rows, joined), _join(one.kwargs, other.kwargs, rows, joined))
+            BlockCall(
+                _join(one.args, other.args, rows, joined), _join(one.kwargs, other.kwargs, rows, joined)
+            )
             for one, other in zip(plus[1], minus[1], strict=True)
         ]
         return torch.cat((plus[0], minus[0])), calls
@@ -404,9 +423,7 @@ class PerturbedModel:
         yield
         self.scratch.end()
 
-    def enter_all_plain(
-        self, batches: Sequence[Prepared]
-    ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
+    def enter_all_plain(self, batches: Sequence[Prepared]) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
         """As `enter_all`, one pass each with theta itself."""
         if self._graphs is None:
             self.scratch.take_form(whole=len(batches) > 1, sides=1)
@@ -594,8 +611,8 @@ def _swapped(places: Sequence[tuple[nn.Module, str, str]], weights: Sequence[nn.
     try:
         yield
     finally:
-        for (owner, leaf, _), weight in zip(places, before, strict=True):
-            owner._parameters[leaf] = weight
+        for (owner, leaf, _), old in zip(places, before, strict=True):
+            owner._parameters[leaf] = old
 
 
 def _block_units(

@@ -1,10 +1,10 @@
 """Blocks that stream from host memory through a ring of GPU memory, in pieces smaller than a block.
 
-A piece is some parts of a block that lie together and cross the link in one copy. It comes up as soon as there
-is room, however far ahead that is, and its room is free once its weights have been read for the last time
-(and, where they were changed and are to be kept, once they have gone down). Rooms are taken in a circle in the
-order of the copies, so a ring of little more than one block keeps the link busy: while one block computes, the
-next one comes up into the room that the first has already left.
+A piece is some parts of a block that lie together and cross the link in one copy. It comes up as soon as
+there is room, however far ahead that is, and its room is free once its weights have been read for the last
+time (and, where they were changed and are to be kept, once they have gone down). Rooms are taken in a circle
+in the order of the copies, so a ring of little more than one block keeps the link busy: while one block
+computes, the next one comes up into the room that the first has already left.
 
 Streams and events:
 - the compute stream waits for a piece's arrival before it reads it;
@@ -47,7 +47,8 @@ class Piece:
 
 @dataclass(slots=True)
 class _Room:
-    """Where a piece that came up lies. Positions count on and on; their remainder is the place in the ring."""
+    """Where a piece that came up lies. Positions count on and on; their remainder is the place in the
+    ring."""
 
     ticket: int
     begin: int
@@ -55,7 +56,8 @@ class _Room:
 
 
 class BlockStream:
-    """All blocks' weights: some on the GPU for good, the others in host memory. See `engines.perturbed.Source`.
+    """All blocks' weights: some on the GPU for good, the others in host memory. See
+    `engines.perturbed.Source`.
 
     A pass visits every block once, in order.
     """
@@ -78,9 +80,7 @@ class BlockStream:
         streamed = [i for i in range(len(layouts)) if i not in resident and layouts[i].size]
         sizes_bytes = [dtype.itemsize * layouts[i].size for i in streamed]
         self._slabs = host_slabs(sizes_bytes, link.device, progress)
-        self._host = {
-            i: view.view(dtype) for i, view in zip(streamed, self._slabs.views, strict=True)
-        }
+        self._host = {i: view.view(dtype) for i, view in zip(streamed, self._slabs.views, strict=True)}
         self._pieces = [piece for i in streamed for piece in _cut(i, layouts[i], dtype.itemsize)]
         self._piece_of = {
             (piece.block, part): number
@@ -128,9 +128,7 @@ class BlockStream:
             for event in self._home.values():
                 self._link.wait(event)  # HAZARD: the block before is on its way down from here
             yield buffer
-            self._home = {
-                -1: self._link.download(buffer, self._host[block], after=self._link.record())
-            }
+            self._home = {-1: self._link.download(buffer, self._host[block], after=self._link.record())}
 
     def at_rest(self, block: int) -> Tensor:
         """A block's memory where it lives. Only after `Link.synchronize`; not to be written."""

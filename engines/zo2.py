@@ -8,13 +8,13 @@ block comes up once, part by part (`engines.ring`), and while it is there, for e
     3. both forward passes go through the layer, stacked (`engines.perturbed`).
 
 Nothing below changes theta, so its room on the GPU is free for the next part after 2. Every `fold_every`-th
-step the updated theta is written in 1 and sent down; blocks take turns, so all steps are alike. In between the
-host keeps an older theta, and its updates are replayed at each visit from the log of (step, g, lr): a Gaussian
-per parameter instead of two bytes over the link. A replayed update is rounded as it was when it was new, so
-the bits do not depend on `fold_every`.
+step the updated theta is written in 1 and sent down; blocks take turns, so all steps are alike. In between
+the host keeps an older theta, and its updates are replayed at each visit from the log of (step, g, lr): a
+Gaussian per parameter instead of two bytes over the link. A replayed update is rounded as it was when it was
+new, so the bits do not depend on `fold_every`.
 
-Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go on
-over the loss, as far as the ring has room.
+Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
+on over the loss, as far as the ring has room.
 
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
 hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size.
@@ -90,18 +90,16 @@ class Zo2:
         )
         self._fill(blueprint.fill)
 
-    def _refuse_too_little_host_memory(
-        self, blocks: Sequence[BlockLayout], resident: frozenset[int]
-    ) -> None:
+    def _refuse_too_little_host_memory(self, blocks: Sequence[BlockLayout], resident: frozenset[int]) -> None:
         streamed = [block.size for i, block in enumerate(blocks) if i not in resident]
         streamed_bytes = self._dtype.itemsize * sum(streamed)
         host_bytes = self.context.host_bytes
         if host_bytes is not None and streamed_bytes > host_bytes:
             missing_bytes = streamed_bytes - host_bytes
             raise InfeasiblePlan(
-                f"{missing_bytes / 1e9:.3g} GB of host memory are missing: {len(streamed)} streamed blocks take "
-                f"{streamed_bytes / 1e9:.3g} GB, and the run may use {host_bytes / 1e9:.3g} GB; free host "
-                "memory, or keep more blocks on the GPU with --set zo2.resident_blocks=N"
+                f"{missing_bytes / 1e9:.3g} GB of host memory are missing: {len(streamed)} streamed blocks "
+                f"take {streamed_bytes / 1e9:.3g} GB, and the run may use {host_bytes / 1e9:.3g} GB; "
+                "free host memory, or keep more blocks on the GPU with --set zo2.resident_blocks=N"
             )
 
     def _fill(self, fill: Callable[[str, Tensor], object]) -> None:

@@ -18,7 +18,7 @@ from engines.settings import Zo2Settings
 RING_BYTES = 1_000_000_000
 """Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
 
-RING_MOST_BLOCKS = 4
+RING_MOST_BLOCKS = 5
 """Small blocks are not worth more."""
 
 RING_ALIGNMENT_BYTES = 512
@@ -31,7 +31,7 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 
 
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
-    """GPU memory through which the streamed blocks pass: `RING_BYTES`, but no more than 4 times the largest
+    """GPU memory through which the streamed blocks pass: `RING_BYTES`, but no more than 5 times the largest
     and no less than 1.25 times: while one block computes, the next one comes up into the room it has left.
     """
     largest = max(streamed_block_bytes, default=0)

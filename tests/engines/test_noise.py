@@ -331,10 +331,8 @@ def check_kernel(dtype: torch.dtype, start: int, count: int, *, perturbs: bool) 
         how = a_visit(an_update(1, lr=1e-5), an_update(2**31 + 5, g=-2.0), eps=1e-3, device=where, seed=-5)
         source = weight.to(where)
         outs = [torch.empty_like(source) for _ in range(3)]
-        if perturbs:
-            out = Outputs(theta=outs[0], plus=outs[1], minus=outs[2])
-        else:
-            out = Outputs(theta=outs[0])
+        more = {"plus": outs[1], "minus": outs[2]} if perturbs else {}
+        out = Outputs(theta=outs[0], **more)
         function(source, segment, how, out, start)
         results.append([each.cpu() for each in outs[: 3 if perturbs else 1]])
     assert all(map(torch.equal, *results))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engines import zo2
-from engines.base import Batch, Context, Dtype, InfeasiblePlan, StepStats, UserError, Workload
+from engines.base import Batch, Context, Dtype, InfeasiblePlan, StepStats, Workload
 from engines.blocks import BlockCall, BlockDriver, Recording
 from engines.costs.zo2 import resident_indices
 from engines.mezo import Mezo
