@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from engines.noise import Outputs, UpdateLog, Visit
 from engines.perturbed import PerturbedModel, Task
 from engines.schedule import learning_rate_at
 from engines.settings import MezoSettings
+from engines.timeline import Timeline
 from engines.transfer import ComputeClock
 
 
@@ -79,8 +81,9 @@ class Mezo:
         self._dtype = TORCH_DTYPE[context.workload.dtype]
         self._seed = context.seed
         self._step = 0
-        self._clock = ComputeClock(self.device)
-        self._noise_clock = ComputeClock(self.device)
+        self._timeline = Timeline(self.device) if context.trace else None
+        self._clock = ComputeClock(self.device, self._timeline)
+        self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
         self._log = UpdateLog(self.device)
 
     @staticmethod
@@ -122,14 +125,17 @@ class Mezo:
 
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
+        self._label("before the blocks")
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         how = self._visit()
         hidden, calls = self._model.enter_all(prepared, how)
         for index in range(self._model.num_blocks):
+            self._noise_clock.label = f"block {index}"
             with self._model.visiting(index, Task(how=how, store=False, perturb=True), self):
                 for i, each in enumerate(calls):
                     hidden[i] = self._model.run(index, each, hidden[i])
+        self._label("loss")
         losses = LossPair(self.device)
         for each_batch, last in zip(prepared, hidden, strict=True):
             losses.add(*self._model.losses(each_batch, last, how))
@@ -148,6 +154,7 @@ class Mezo:
 
     def _apply(self, update: Update) -> None:
         """Runs on while the caller fetches the next batch; its time counts with the next step's."""
+        self._label("update")
         self._clock.start()
         self._noise_clock.start()
         self._log.append(update)
@@ -178,6 +185,13 @@ class Mezo:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._layout.shapes:
             yield name, self._weights[name].cpu()
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """See `engines.base.TellsTrace`."""
+        return [] if self._timeline is None else self._timeline.events()
+
+    def _label(self, name: str) -> None:
+        self._clock.label = self._noise_clock.label = name
 
     @torch.no_grad()
     def landed_share(self) -> float | None:

@@ -192,7 +192,9 @@ class BlockStream:
             begin = room.begin % len(self._ring)
             memory = self._ring[begin : begin + piece.stop - piece.start]
             host = self._host[block][piece.start : piece.stop]
-            last_use = self._home[number] = self._link.download(memory, host, after=last_use)
+            last_use = self._home[number] = self._link.download(
+                memory, host, after=last_use, name=f"block {block}"
+            )
         room.released = (last_use,)
         self.prefetch()
 
@@ -222,7 +224,9 @@ class BlockStream:
             after.append(self._home.pop(number))
         place = begin % len(self._ring)
         host = self._host[piece.block][piece.start : piece.stop]
-        self._arrivals[self._next] = self._link.upload(host, self._ring[place : place + size], after=after)
+        self._arrivals[self._next] = self._link.upload(
+            host, self._ring[place : place + size], after=after, name=f"block {piece.block}"
+        )
         room = _Room(self._next, begin)
         self._rooms.append(room)
         self._by_ticket[self._next] = room

@@ -19,10 +19,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from engines.timeline import Span, Timeline
 
 Progress = Callable[[str, int, int], None]
 """Told of slow work: what, units done, units in total."""
@@ -226,8 +229,14 @@ class Link:
     Counters and copies may be used from several threads.
     """
 
-    def __init__(self, device: torch.device, delay: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        delay: Callable[[], int] | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
         self.device = device
+        self._timeline = timeline
         self.h2d_bytes = 0
         self.d2h_bytes = 0
         self._delay = delay
@@ -239,8 +248,10 @@ class Link:
         self._h2d_times: list[tuple[Any, Any]] = []
         self._d2h_times: list[tuple[Any, Any]] = []
 
-    def upload(self, host: Tensor, out: Tensor, after: After = None) -> Event:
+    def upload(self, host: Tensor, out: Tensor, after: After = None, name: str = "copy") -> Event:
         """Copy `host` to `out` on the GPU once `after` has happened; the event of its end.
+
+        `name` is for traces.
 
         HAZARD: until that event `host` must not be written and `out` neither read nor written. The
         upload stream knows nothing of the compute stream: pass in `after` the last use of `out`.
@@ -251,10 +262,12 @@ class Link:
         if not self._is_cuda:
             out.copy_(host)
             return Event()
-        return self._copy(self._up, host, out, after, self._h2d_times)
+        return self._copy(self._up, host, out, after, self._h2d_times, "upload", name)
 
-    def download(self, gpu: Tensor, out: Tensor, after: After = None) -> Event:
+    def download(self, gpu: Tensor, out: Tensor, after: After = None, name: str = "copy") -> Event:
         """Copy `gpu` to `out` on the host once `after` has happened; the event of its end.
+
+        `name` is for traces.
 
         HAZARD: until that event `gpu` must not be written and `out` neither read nor written. Pass in
         `after` the kernel that wrote `gpu`.
@@ -265,7 +278,7 @@ class Link:
         if not self._is_cuda:
             out.copy_(gpu)
             return Event()
-        return self._copy(self._down, gpu, out, after, self._d2h_times)
+        return self._copy(self._down, gpu, out, after, self._d2h_times, "download", name)
 
     def _copy(
         self,
@@ -274,6 +287,8 @@ class Link:
         out: Tensor,
         after: After,
         times: list[tuple[Any, Any]],
+        direction: str,
+        name: str,
     ) -> Event:
         start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
         # One lock for the whole sequence: two threads must not put their waits and copies between
@@ -284,9 +299,12 @@ class Link:
                     stream.wait_event(event.cuda)
             if self._delay is not None:
                 _cuda._sleep(self._delay())
+            span = self._timeline.begin(direction, name, stream) if self._timeline is not None else None
             start.record(stream)
             out.copy_(source, non_blocking=True)
             end.record(stream)
+            if span is not None and self._timeline is not None:
+                self._timeline.end(span, stream)
             times.append((start, end))
         return Event(end)
 
@@ -329,18 +347,30 @@ class Link:
 class ComputeClock:
     """Adds up the time that the compute stream spends between `start` and `stop`, without waiting for it.
 
-    What the stream itself waits for belongs outside the pairs. Gaps between kernels are counted.
+    What the stream itself waits for belongs outside the pairs. Gaps between kernels are counted. With a
+    `timeline`, each pair is a span of its stream `stream`, named by `label`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, timeline: Timeline | None = None, stream: str = "compute"
+    ) -> None:
         self._device = device if device.type == "cuda" else None
+        self._timeline = timeline
+        self._stream = stream
+        self.label = stream
+        self._span: Span | None = None
         self._begun: Any = None
         self._times: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
         self._begun = self._event()
+        if self._timeline is not None:
+            self._span = self._timeline.begin(self._stream, self.label)
 
     def stop(self) -> None:
+        if self._timeline is not None and self._span is not None:
+            self._timeline.end(self._span)
+            self._span = None
         if self._begun is not None:
             self._times.append((self._begun, self._event()))
             self._begun = None

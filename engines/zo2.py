@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from engines.noise import LOG_CAPACITY, UpdateLog, Visit
 from engines.perturbed import PerturbedModel, Task
 from engines.ring import BlockStream
 from engines.settings import Zo2Settings
+from engines.timeline import Timeline
 from engines.transfer import ComputeClock, Link
 
 EVALUATION_GROUP = 8
@@ -64,8 +66,9 @@ class Zo2:
         self._dtype = TORCH_DTYPE[context.workload.dtype]
         self._seed = context.seed
         self._step = 0
-        self._clock = ComputeClock(self.device)
-        self._noise_clock = ComputeClock(self.device)
+        self._timeline = Timeline(self.device) if context.trace else None
+        self._clock = ComputeClock(self.device, self._timeline)
+        self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
         self._log = UpdateLog(self.device)
 
     @staticmethod
@@ -84,7 +87,7 @@ class Zo2:
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, self._noise_clock
         )
-        self._link = Link(self.device, self.link_delay)
+        self._link = Link(self.device, self.link_delay, self._timeline)
         self._stream = BlockStream(
             blocks, resident, self._dtype, self._link, self._clock, self.context.progress
         )
@@ -123,7 +126,10 @@ class Zo2:
 
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
+        """Its times, unlike its loss and bytes, are those of the step before."""
+        times: dict[str, float | None] = {}
         h2d_bytes, d2h_bytes = self._link.h2d_bytes, self._link.d2h_bytes
+        self._label("before the blocks")
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         how = self._visit(self._log.length)
@@ -131,31 +137,37 @@ class Zo2:
         for index in self._pass(lambda i: folds(i, self._step, self.settings.fold_every), perturb=True):
             for i, each in enumerate(calls):
                 hidden[i] = self._model.run(index, each, hidden[i])
+            if index == 0:
+                # Of the step before, whose work has ended. Not at its end: until the first block of the next
+                # step is under way, the link has only what room is left in the ring.
+                times = self._take_times()
+        self._label("loss")
         losses = LossPair(self.device)
         for batch, last in zip(prepared, hidden, strict=True):
             losses.add(*self._model.losses(batch, last, how))
         self._clock.stop()
         plus, minus = losses.read(len(prepared), self._step)  # the one place where the host waits
         update = next_update(self._step, self.settings, self.context, plus, minus)
-        gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
         self._append(update)
-        h2d_s, d2h_s = self._link.take_busy_s()
         return StepStats(
             loss=(plus + minus) / 2,
             h2d_bytes=self._link.h2d_bytes - h2d_bytes,
             d2h_bytes=self._link.d2h_bytes - d2h_bytes,
-            gpu_s=gpu_s,
-            h2d_s=h2d_s,
-            d2h_s=d2h_s,
-            perturb_s=perturb_s,
             update=update,
+            **times,
         )
+
+    def _take_times(self) -> dict[str, float | None]:
+        h2d_s, d2h_s = self._link.take_busy_s()
+        gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
+        return {"h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": gpu_s, "perturb_s": perturb_s}
 
     def _pass(self, stores: Callable[[int], bool], *, perturb: bool) -> Iterator[int]:
         """Visit every block in order; one that `stores` names, and every resident one, keeps its updates."""
         for index, block in enumerate(self._layout.blocks):
             pending = self._stored[index] < self._log.length and any(part.trained for part in block.parts)
             resident = self._stream.is_resident(index)
+            self._label(f"block {index}")
             store = pending and (resident or stores(index))
             self._stream.begin(keep=store and not resident)
             task = Task(how=self._visit(self._stored[index]), store=store, perturb=perturb)
@@ -173,6 +185,7 @@ class Zo2:
 
     def _append(self, update: Update) -> None:
         """The outer weights take it at once; its time counts with the next step's."""
+        self._label("update")
         self._clock.start()
         self._noise_clock.start()
         self._log.append(update)
@@ -203,6 +216,13 @@ class Zo2:
             where |= block.views(self._stream.at_rest(index))
         for name in self._layout.shapes:
             yield name, where[name].cpu()
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """See `engines.base.TellsTrace`."""
+        return [] if self._timeline is None else self._timeline.events()
+
+    def _label(self, name: str) -> None:
+        self._clock.label = self._noise_clock.label = name
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
