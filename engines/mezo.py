@@ -85,6 +85,8 @@ class Mezo:
         self._clock = ComputeClock(self.device, self._timeline)
         self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
         self._log = UpdateLog(self.device)
+        self._applied = 0
+        """How many updates of the log the blocks have taken."""
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -130,11 +132,14 @@ class Mezo:
         prepared = [self._model.prepare(batch) for batch in batches]
         how = self._visit()
         hidden, calls = self._model.enter_all(prepared, how)
+        # The blocks take the update of the step before in the same pass that perturbs them.
+        task = Task(how=how, store=how.first < how.last, perturb=True)
         for index in range(self._model.num_blocks):
             self._noise_clock.label = f"block {index}"
-            with self._model.visiting(index, Task(how=how, store=False, perturb=True), self):
+            with self._model.visiting(index, task, self):
                 for i, each in enumerate(calls):
                     hidden[i] = self._model.run(index, each, hidden[i])
+        self._applied = how.last
         self._label("loss")
         losses = LossPair(self.device)
         for each_batch, last in zip(prepared, hidden, strict=True):
@@ -143,32 +148,42 @@ class Mezo:
         plus, minus = losses.read(len(prepared), self._step)
         gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
         update = next_update(self._step, self.settings, self.context, plus, minus)
-        self._apply(update)
+        self._append(update)
         return StepStats(loss=(plus + minus) / 2, gpu_s=gpu_s, perturb_s=perturb_s, update=update)
 
-    def _visit(self, pending: int = 0) -> Visit:
+    def _visit(self, *, latest: bool = False) -> Visit:
+        """With the updates that the blocks have not taken, or with the latest one."""
+        last = self._log.length
         return Visit(
-            seed=self._seed, log=self._log, first=self._log.length - pending, last=self._log.length,
+            seed=self._seed, log=self._log, first=max(0, last - 1) if latest else self._applied, last=last,
             rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
         )  # fmt: skip
 
-    def _apply(self, update: Update) -> None:
-        """Runs on while the caller fetches the next batch; its time counts with the next step's."""
+    def _append(self, update: Update) -> None:
+        """What is outside the blocks takes the update at once; its time counts with the next step's."""
         self._label("update")
         self._clock.start()
         self._noise_clock.start()
         self._log.append(update)
-        how = self._visit(pending=1)
-        self._model.update_outer(how)
-        for flat, segment in zip(self._blocks, self._segments, strict=True):
-            if segment is not None:
-                noise.visit(flat, segment, how, Outputs(theta=flat))
+        self._model.update_outer(self._visit(latest=True))
         self._noise_clock.stop()
         self._clock.stop()
         self._step = update.step + 1
 
     @torch.no_grad()
+    def _flush(self) -> None:
+        """The blocks take the updates that are pending, now."""
+        how = self._visit()
+        if how.first == how.last:
+            return
+        for flat, segment in zip(self._blocks, self._segments, strict=True):
+            if segment is not None:
+                noise.visit(flat, segment, how, Outputs(theta=flat))
+        self._applied = how.last
+
+    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        self._flush()
         total = EvaluationSum()
         task = Task(how=self._visit(), store=False, perturb=False)
         for batch in batches:
@@ -183,6 +198,7 @@ class Mezo:
         return total.result()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
+        self._flush()
         for name in self._layout.shapes:
             yield name, self._weights[name].cpu()
 
@@ -196,13 +212,14 @@ class Mezo:
     @torch.no_grad()
     def landed_share(self) -> float | None:
         """See `engines.perturbed.PerturbedModel.landed_share`."""
-        return self._model.landed_share(self._visit(pending=min(1, self._log.length)))
+        return self._model.landed_share(self._visit(latest=True))
 
     @torch.no_grad()
     def replay(self, updates: Iterable[Update]) -> None:
         """Apply updates of an earlier run, in its order, and go on after the last."""
         for update in updates:
-            self._apply(update)
+            self._append(update)
+            self._flush()
 
     def save(self, folder: Path) -> None:
         save_checkpoint(folder, self.weights(), step=self._step, seed=self._seed)
@@ -212,6 +229,7 @@ class Mezo:
         checkpoint = open_checkpoint(folder, self._weights)
         for name, weight in self._weights.items():
             weight.copy_(checkpoint.tensor(name))
+        self._applied = self._log.length
         self._step, self._seed = checkpoint.step, checkpoint.seed
 
     def synchronize(self) -> None:

@@ -551,10 +551,26 @@ class PerturbedModel:
             leaf in ("weight", "bias") for _, leaf, _ in unit.places
         )
 
+        def norm(x: Tensor) -> Tensor:
+            from engines import norm_kernels
+
+            (weight, bias), (other_weight, other_bias) = unit.weights
+            return norm_kernels.layer_norm(x, (weight, bias), (other_weight, other_bias), module.eps)
+
+        is_norm = (
+            type(module) is nn.LayerNorm
+            and len(module.normalized_shape) == 1
+            and [leaf for _, leaf, _ in unit.places] == ["weight", "bias"]
+            and self._device.type == "cuda"
+            and noise.has_triton()
+        )
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             scratch.open(unit)
             if unit.frozen or not scratch.perturbs:
                 return single(*args, **kwargs)
+            if is_norm and args and args[0].shape[0] % self._stacked == 0:
+                return norm(args[0])
             if is_product and args[0].shape[0] % self._stacked == 0 and args[0].dim() > 1:
                 return product(args[0])
             return both(*args, **kwargs)

@@ -15,7 +15,7 @@ from engines.costs import forward
 from engines.costs.mezo import Visit, gpu_memory_bytes, perturbed_layers, trains_block
 from engines.settings import Zo2Settings
 
-RING_BYTES = 1_000_000_000
+RING_BYTES = 950_000_000
 """Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
 
 RING_MOST_BLOCKS = 5

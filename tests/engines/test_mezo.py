@@ -213,3 +213,19 @@ def test_a_folder_that_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path)
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(UserError, match="not a checkpoint"):
         made.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layer_norm_of_two_halves(dtype: torch.dtype) -> None:
+    kernels = pytest.importorskip("engines.norm_kernels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((4, 3, 80), generator=generator).to(device, dtype) * 3 + 1
+    weights = [torch.randn(80, generator=generator).to(device, dtype) for _ in range(4)]
+    out = kernels.layer_norm(x, (weights[0], weights[1]), (weights[2], weights[3]), 1e-5)
+    halves = [
+        torch.nn.functional.layer_norm(half.double(), (80,), weight.double(), bias.double(), 1e-5)
+        for half, weight, bias in zip(x.chunk(2), weights[::2], weights[1::2], strict=True)
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(out.double(), torch.cat(halves), atol=tolerance, rtol=tolerance)
