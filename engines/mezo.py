@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,11 @@ class Mezo:
         self._label("before the blocks")
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
-        how = self._visit()
+        pending = self._visit()
+        how = replace(pending, first=pending.last)
         hidden, calls = self._model.enter_all(prepared, how)
         # The blocks take the update of the step before in the same pass that perturbs them.
-        task = Task(how=how, store=how.first < how.last, perturb=True)
+        task = Task(how=pending, store=pending.first < pending.last, perturb=True)
         for index in range(self._model.num_blocks):
             self._noise_clock.label = f"block {index}"
             with self._model.visiting(index, task, self):

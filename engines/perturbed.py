@@ -555,6 +555,7 @@ class PerturbedModel:
             from engines import norm_kernels
 
             (weight, bias), (other_weight, other_bias) = unit.weights
+            assert isinstance(module, nn.LayerNorm)
             return norm_kernels.layer_norm(x, (weight, bias), (other_weight, other_bias), module.eps)
 
         is_norm = (
