@@ -32,8 +32,8 @@ class Prediction:
     floor_s: float | None = None
     """What no engine of this method can undercut with these settings on this machine: the largest of three
     times, each with its resource alone. Uploads at the rate of a link that does nothing else; matrix products
-    and attention of the forward and backward passes at a model's rate; Adam on the CPU. Nothing waits, and
-    noise, optimizers on the GPU, elementwise work, launches and downloads take no time."""
+    and attention of the forward and backward passes at the rate of one large product; Adam on the CPU.
+    Nothing waits, and noise, optimizers on the GPU, elementwise work, launches and downloads take no time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,9 +124,10 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
 
 def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
     """See `Prediction.floor_s`; `None` if the profile lacks a figure for it."""
+    efficiency = CPU_MATMUL_EFFICIENCY if machine.gpu is None else GPU_MATMUL_EFFICIENCY
     least = LayerTraffic(
         name="least",
-        gpu_forward_flops=traffic.gpu_flops,
+        gpu_forward_flops=efficiency * traffic.gpu_flops,  # at the rate of one large product
         h2d_bytes=traffic.h2d_bytes,
         cpu_adam_elements=traffic.cpu_adam_elements,
     )

@@ -32,10 +32,10 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
     """GPU memory through which the streamed blocks pass: `RING_BYTES`, but no more than 5 times the largest
-    and no less than 1.25 times: while one block computes, the next one comes up into the room it has left.
+    and no less than 1.2 times: while one block computes, the next one comes up into the room it has left.
     """
     largest = max(streamed_block_bytes, default=0)
-    wanted = max(-(-5 * largest // 4), min(RING_MOST_BLOCKS * largest, RING_BYTES))
+    wanted = max(-(-6 * largest // 5), min(RING_MOST_BLOCKS * largest, RING_BYTES))
     return -(-wanted // RING_ALIGNMENT_BYTES) * RING_ALIGNMENT_BYTES
 
 

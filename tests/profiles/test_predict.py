@@ -26,7 +26,6 @@ from profiles.machine import Gpu, Link, Machine, absent
 from profiles.plan import Prediction
 from profiles.predict import (
     FORWARD_LAUNCH_S,
-    GPU_MATMUL_EFFICIENCY,
     GPU_MODEL_ERROR,
     LAUNCH_S,
     _layer_times,
@@ -129,7 +128,7 @@ def test_without_autograd_operations_start_faster() -> None:
 
 
 def test_the_floor_is_the_largest_of_three_resources_alone() -> None:
-    matmul = 755e12 * GPU_MATMUL_EFFICIENCY
+    matmul = 755e12
     native = traffic("native", DEEPSEEK_7B, TRAINING, parse_settings("native", {}))
     assert predict(native, H200, TRAINING).floor_s == pytest.approx(native.gpu_flops / matmul)
     torchao = of("torchao-offload", DEEPSEEK_7B, H200, TRAINING)
