@@ -1,5 +1,5 @@
-"""Checkpoints of the zeroth-order engines: weights in safetensors, the step and the seed. Both read each
-other's.
+"""Checkpoints of the zeroth-order engines: weights in safetensors, adapters beside them, the step and the
+seed. Both read each other's.
 
 Every update so far is in the weights, so that none is pending.
 """
@@ -56,7 +56,7 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path, expected: Mapping[str, Tensor]) -> Checkpoint:
     """Raises `UserError` unless the folder holds tensors of the names, shapes and dtypes of `expected`."""
-    remedy = "give a folder that mezo or zo2 saved for the same model and precision"
+    remedy = "give a folder that mezo or zo2 saved for the same model, precision and adapters"
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["schema_version"] != CHECKPOINT_VERSION:

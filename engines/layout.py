@@ -115,9 +115,12 @@ def lay_out(model: nn.Module, dtype: torch.dtype, train: str = "all") -> ModelLa
 def _trained(
     model: nn.Module, train: str, shapes: Iterable[str], used: Sequence[Sequence[str]]
 ) -> frozenset[str]:
-    """`last:N` means the last N blocks and what is outside the blocks, but for embeddings."""
+    """`last:N` means the last N blocks and what is outside the blocks, but for embeddings; with `lora` no
+    tensor of the model itself is trained (`engines.lora`)."""
     if train == "all":
         return frozenset(shapes)
+    if train == "lora":
+        return frozenset()
     count = int(train.removeprefix("last:"))
     in_blocks = {name for names in used for name in names}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

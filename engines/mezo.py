@@ -38,6 +38,7 @@ from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, S
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.layout import lay_out
+from engines.lora import Adapters
 from engines.noise import Outputs, UpdateLog, Visit
 from engines.perturbed import PerturbedModel, Task
 from engines.schedule import learning_rate_at
@@ -100,8 +101,11 @@ class Mezo:
         self._blocks = [
             torch.empty(block.size, dtype=self._dtype, device=self.device) for block in self._layout.blocks
         ]
+        adapters = Adapters(
+            blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
+        )
         self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, self._noise_clock
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
         )
         own = [(block, len(block.own_parts)) for block in self._layout.blocks]
         self._segments = [
@@ -112,6 +116,7 @@ class Mezo:
             self._weights |= layout.views(flat)
         for name, weight in self._weights.items():
             blueprint.fill(name, weight)
+        self._saved = self._weights | adapters.tensors
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         """See `engines.perturbed.Source`."""
@@ -202,7 +207,7 @@ class Mezo:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         self._flush()
         for name in self._layout.shapes:
-            yield name, self._weights[name].cpu()
+            yield name, self._model.adapters.merged(name, self._weights[name].cpu())
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -224,12 +229,14 @@ class Mezo:
             self._flush()
 
     def save(self, folder: Path) -> None:
-        save_checkpoint(folder, self.weights(), step=self._step, seed=self._seed)
+        self._flush()
+        weights = ((name, weight.cpu()) for name, weight in self._saved.items())
+        save_checkpoint(folder, weights, step=self._step, seed=self._seed)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder, self._weights)
-        for name, weight in self._weights.items():
+        checkpoint = open_checkpoint(folder, self._saved)
+        for name, weight in self._saved.items():
             weight.copy_(checkpoint.tensor(name))
         self._applied = self._log.length
         self._step, self._seed = checkpoint.step, checkpoint.seed

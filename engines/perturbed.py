@@ -41,6 +41,7 @@ from engines.blocks import (
 from engines.graphs import BlockGraphs
 from engines.head import Targets, multiply, plain_head, targets_of
 from engines.layout import ModelLayout
+from engines.lora import Adapters, columns_first, is_linear
 from engines.noise import Outputs, Segment, Visit, one
 from engines.transfer import ComputeClock
 
@@ -113,6 +114,8 @@ class _Unit:
         self.parts: tuple[int, ...] = ()
         self.frozen = False
         """No part of it is trained: both sides compute with the same weights."""
+        self.adapted = False
+        """Adapters stand beside it or beside modules inside it; it is frozen then."""
         self.weights: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
         """As `places`, for the plus and the minus side: views of the scratch memory."""
 
@@ -349,14 +352,17 @@ class PerturbedModel:
         dtype: torch.dtype,
         device: torch.device,
         layout: ModelLayout,
+        adapters: Adapters,
         clock: ComputeClock,
     ) -> None:
         self.layout = layout
+        self.adapters = adapters
         self.outer = {
             name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer
         }
         self.num_blocks = len(layout.blocks)
         self._device = device
+        self._clock = clock
         self._side = Side.PLAIN
         self._how: Visit | None = None
         self._in_tail = False
@@ -380,7 +386,9 @@ class PerturbedModel:
         if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES:
             self._graphs = BlockGraphs(self._run_eagerly)
             self.scratch.take_form(whole=True, sides=2)
+        adapted = adapters.install(model)
         for unit in units:
+            unit.adapted = not adapted.isdisjoint(unit.module.modules())
             unit.module.forward = self._block_forward(unit)
         for path, module in owners.items():
             if not path.startswith(f"{block_path}."):
@@ -421,6 +429,9 @@ class PerturbedModel:
     def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
         """Block `index` may be run within."""
         self.scratch.begin(index, task, source)
+        self._clock.start()
+        self.adapters.begin(index, _without_updates(task.how) if task.perturb else None)
+        self._clock.stop()
         yield
         self.scratch.end()
 
@@ -482,28 +493,34 @@ class PerturbedModel:
         return reached.hidden
 
     def update_outer(self, how: Visit) -> None:
-        """Apply pending updates to what is outside the blocks."""
+        """Apply pending updates to what is outside the blocks, and to adapters."""
         for name, weight in self.outer.items():
             if name in self.layout.trained:
                 flat = weight.view(-1)
                 noise.visit(flat, self.layout.segment(name), how, Outputs(theta=flat))
+        self.adapters.update(how)
 
     def landed_share(self, how: Visit) -> float | None:
         """Share of the wanted change that the updates of `how` make to stored weights: its projection.
 
         <rounded change, wanted change> / <wanted change, wanted change>, on up to `LANDED_SAMPLE` elements of
-        the largest trained tensor outside the blocks. `None` without an update or a change.
+        the largest trained tensor outside the blocks, or of an adapter. `None` without an update or a change.
         """
-        names = [name for name in self.outer if name in self.layout.trained]
-        if how.first == how.last or not names:
+        trained = [
+            (self.outer[name], self.layout.numbers[name])
+            for name in self.outer
+            if name in self.layout.trained
+        ]
+        trained += [(tensor, self.adapters.numbers[name]) for name, tensor in self.adapters.tensors.items()]
+        if how.first == how.last or not trained:
             return None
-        name = max(names, key=lambda each: self.outer[each].numel())
-        sample = self.outer[name].view(-1)[:LANDED_SAMPLE]
+        weight, number = max(trained, key=lambda each: each[0].numel())
+        sample = weight.view(-1)[:LANDED_SAMPLE]
         landed = norm = 0.0
         for start in range(0, sample.numel(), LANDED_CHUNK):  # in chunks: it must not be the run's peak
             before = sample[start : start + LANDED_CHUNK]
             exact = before.float()
-            segment = one(self.layout.numbers[name], before.numel(), decays=self.outer[name].dim() >= 2)
+            segment = one(number, before.numel(), decays=weight.dim() >= 2)
             stored, wanted = torch.empty_like(before), torch.empty_like(exact)
             noise.visit(before, segment, how, Outputs(theta=stored), start=start)
             noise.visit(exact, segment, how, Outputs(theta=wanted), start=start)
@@ -524,7 +541,7 @@ class PerturbedModel:
         module = unit.module
         original = module.forward
         scratch = self.scratch
-        columns_first = type(module).__name__ == "Conv1D"  # GPT-2's linear layer: inputs x outputs
+        turned = columns_first(module)
 
         def single(*args: Any, **kwargs: Any) -> Any:
             with unit.with_side(0):
@@ -533,7 +550,8 @@ class PerturbedModel:
         def both(*args: Any, **kwargs: Any) -> Any:
             results = []
             for side in (0, 1):
-                with unit.with_side(side):
+                # Frozen weights are in the scratch of the plus side only.
+                with unit.with_side(0 if unit.frozen else side), self.adapters.on_side(side):
                     mine = _halved((args, kwargs), self._stacked, side)
                     results.append(original(*mine[0], **mine[1]))
             return _stack(results, self._stacked)
@@ -542,15 +560,15 @@ class PerturbedModel:
             flat = x.reshape(-1, x.shape[-1])
             half = flat.shape[0] // 2
             first = unit.weights[0][0]
-            width = first.shape[1] if columns_first else first.shape[0]
+            width = first.shape[1] if turned else first.shape[0]
             out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
             for side, rows in ((0, slice(None, half)), (1, slice(half, None))):
-                weight = unit.weights[side][0] if columns_first else unit.weights[side][0].t()
+                weight = unit.weights[side][0] if turned else unit.weights[side][0].t()
                 bias = unit.weights[side][1] if len(unit.weights[side]) > 1 else None
                 multiply(flat[rows], weight, bias, out[rows])
             return out.view(*x.shape[:-1], width)
 
-        is_product = (type(module) is nn.Linear or columns_first) and len(unit.places) == sum(
+        is_product = is_linear(module) and len(unit.places) == sum(
             leaf in ("weight", "bias") for _, leaf, _ in unit.places
         )
 
@@ -571,12 +589,12 @@ class PerturbedModel:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             scratch.open(unit)
-            if unit.frozen or not scratch.perturbs:
+            if not scratch.perturbs or (unit.frozen and not unit.adapted):
                 return single(*args, **kwargs)
             if is_norm and args and args[0].shape[0] % self._stacked == 0:
                 return norm(args[0])
             if is_product and args[0].shape[0] % self._stacked == 0 and args[0].dim() > 1:
-                return product(args[0])
+                return single(args[0]) if unit.frozen else product(args[0])
             return both(*args, **kwargs)
 
         return forward

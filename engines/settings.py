@@ -112,10 +112,12 @@ class MezoSettings:
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How updates reach bf16 and fp16 weights; `nearest` loses those below half a unit in the last place."""
     train: str = "all"
-    """What is trained: `all`, `last:N` (the last N blocks), or `lora` (adapters on every linear layer of the
-    blocks). What is not trained is neither perturbed nor downloaded."""
+    """What is trained: `all`, `last:N` (the last N blocks), or `lora` (adapters beside every linear layer of
+    the blocks, merged into the weights on export). What is not trained is neither perturbed nor
+    downloaded."""
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    """An adapter's product is scaled by `lora_alpha` / `lora_rank`."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate >= 0, "learning_rate", "must not be negative")

@@ -40,6 +40,7 @@ from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.costs.zo2 import folds, resident_indices
 from engines.layout import BlockLayout, lay_out
+from engines.lora import Adapters
 from engines.mezo import LossPair, next_update
 from engines.noise import LOG_CAPACITY, UpdateLog, Visit
 from engines.perturbed import PerturbedModel, Task
@@ -84,8 +85,11 @@ class Zo2:
         blocks = self._layout.blocks
         resident = resident_indices(len(blocks), self.settings.resident_blocks)
         self._refuse_too_little_host_memory(blocks, resident)
+        adapters = Adapters(
+            blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
+        )
         self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, self._noise_clock
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
         )
         self._link = Link(self.device, self.link_delay, self._timeline)
         self._stream = BlockStream(
@@ -211,11 +215,16 @@ class Zo2:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         self._flush()
         self.synchronize()
+        where = self._at_rest()
+        for name in self._layout.shapes:
+            yield name, self._model.adapters.merged(name, where[name].cpu())
+
+    def _at_rest(self) -> dict[str, Tensor]:
+        """Every tensor where it is kept, the adapters' too. As `engines.ring.BlockStream.at_rest`."""
         where = dict(self._model.outer)
         for index, block in enumerate(self._layout.blocks):
             where |= block.views(self._stream.at_rest(index))
-        for name in self._layout.shapes:
-            yield name, where[name].cpu()
+        return where | self._model.adapters.tensors
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -233,22 +242,24 @@ class Zo2:
     def replay(self, updates: Iterable[Update]) -> None:
         """Apply updates of an earlier run, in its order, and go on after the last."""
         for update in updates:
-            if self._log.length - min(self._stored) == LOG_CAPACITY:
+            if self._log.length - self._oldest() == LOG_CAPACITY:
                 self._flush()
             self._append(update)
         self._flush()
 
     def save(self, folder: Path) -> None:
-        save_checkpoint(folder, self.weights(), step=self._step, seed=self._seed)
+        self._flush()
+        self.synchronize()
+        weights = ((name, weight.cpu()) for name, weight in self._at_rest().items())
+        save_checkpoint(folder, weights, step=self._step, seed=self._seed)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        expected = dict(self._model.outer)
-        for index, block in enumerate(self._layout.blocks):
-            expected |= block.views(self._stream.at_rest(index))
-        checkpoint = open_checkpoint(folder, expected)
+        checkpoint = open_checkpoint(folder, self._at_rest())
         self._stream.rewind()  # what has come up already is about to be replaced
         self._fill(lambda name, out: out.copy_(checkpoint.tensor(name)))
+        for name, tensor in self._model.adapters.tensors.items():
+            tensor.copy_(checkpoint.tensor(name))
         self._step, self._seed = checkpoint.step, checkpoint.seed
 
     def synchronize(self) -> None:
@@ -262,11 +273,19 @@ class Zo2:
     @torch.no_grad()
     def _flush(self) -> None:
         """Apply the pending updates now."""
-        if min(self._stored) == self._log.length:
+        if self._oldest() == self._log.length:
             return
         for _ in self._pass(lambda i: True, perturb=False):
             continue
         self._forget_times()
+
+    def _oldest(self) -> int:
+        """How many updates of the log are in the weights of every block that is trained at all."""
+        blocks = zip(self._stored, self._layout.blocks, strict=True)
+        return min(
+            (stored for stored, block in blocks if any(part.trained for part in block.parts)),
+            default=self._log.length,
+        )
 
     def _forget_times(self) -> None:
         """Copies and kernels so far belong to no step."""

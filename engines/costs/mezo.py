@@ -15,8 +15,8 @@ from engines.base import BYTES_PER_ELEMENT, LayerTraffic, ModelShape, Traffic, W
 from engines.costs import forward
 from engines.settings import MezoSettings
 
-LORA_LAUNCHES = 6
-"""Per matrix: its adapter's two products and their sum, for each half of the batch."""
+LORA_LAUNCHES = 4
+"""Per matrix: its adapter's two products, the second of which adds, for each half of the batch."""
 
 LOOKUPS = 4
 """Gaussians per token and hidden element before the blocks: two tables (tokens, positions), both sides."""
@@ -131,7 +131,7 @@ def _with_adapters(
         gpu_bytes=layer.gpu_bytes + added_bytes,
         launches=layer.launches + products,
     )
-    return _visited(layer, UPDATE + PERTURB, adapters, len(shape.matrices), workload)
+    return _visited(layer, UPDATE + PERTURB, adapters, 2, workload)
 
 
 def _visited(
