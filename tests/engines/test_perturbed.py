@@ -44,7 +44,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {**GATED, "logits_scaling": 3.0},
     "bert": ENCODER,
     "roberta": ENCODER,
-    "distilbert": {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1},
+    "distilbert": {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32,
+                   "pad_token_id": 1},
     "mpnet": ENCODER,
     "electra": {**ENCODER, "embedding_size": 8},
 }  # fmt: skip
