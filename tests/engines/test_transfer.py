@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engines import transfer
-from engines.transfer import ComputeClock, HostSlab, Link, PageableMemoryWarning
+from engines.transfer import ComputeClock, HostSlab, Link, PageableMemoryWarning, host_slabs
 
 CPU = torch.device("cpu")
 PAGE_BYTES = 4096
@@ -106,6 +106,59 @@ def test_memory_that_cannot_be_pinned_stays_pageable_with_one_warning(fake_cuda:
     assert fake_cuda.registered == {}
     slab.view(0, (4,), torch.float32).fill_(1.0)
     slab.close()
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """Told of progress, says nothing."""
+
+
+def test_slabs_are_shared_up_to_a_size_and_each_tensor_lies_on_one(
+    fake_cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor larger than a slab has one of its own; nothing is rounded up."""
+    monkeypatch.setattr(transfer, "SLAB_BYTES", 100)
+    sizes = [40, 60, 1, 250, 100, 33, 33, 33]
+    slabs = host_slabs(sizes, torch.device("cuda", 0), quiet)
+    assert [view.nbytes for view in slabs.views] == sizes
+    assert list(fake_cuda.registered.values()) == [100, 1, 250, 100, 99]
+    assert slabs.pinned_bytes == sum(sizes)
+    for number, view in enumerate(slabs.views):
+        view.fill_(number)
+        begin, end = view.data_ptr(), view.data_ptr() + view.nbytes
+        homes = [at for at, size in fake_cuda.registered.items() if at <= begin and end <= at + size]
+        assert len(homes) == 1
+    assert all(view.unique().tolist() == [number] for number, view in enumerate(slabs.views))
+    slabs.close()
+    assert fake_cuda.registered == {}
+
+
+def test_progress_counts_the_bytes_of_all_slabs(
+    fake_cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "SLAB_BYTES", 100)
+    told: list[tuple[int, int]] = []
+    host_slabs([60, 70, 20], torch.device("cuda", 0), lambda what, done, of: told.append((done, of)))
+    assert told == [(60, 150), (150, 150)]
+
+
+def test_slabs_that_cannot_be_pinned_give_one_warning(
+    fake_cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "SLAB_BYTES", 100)
+    fake_cuda.refuses = True
+    with pytest.warns(PageableMemoryWarning) as caught:
+        slabs = host_slabs([80, 80, 80], torch.device("cuda", 0), quiet)
+    assert len(caught) == 1
+    assert [view.nbytes for view in slabs.views] == [80, 80, 80]
+    assert slabs.pinned_bytes == 0
+    slabs.close()
+
+
+def test_nothing_is_pinned_on_a_cpu_or_for_no_tensors() -> None:
+    assert host_slabs([10, 20], CPU, quiet).pinned_bytes == 0
+    empty = host_slabs([], CPU, quiet)
+    assert empty.views == []
+    assert empty.pinned_bytes == 0
 
 
 def test_a_link_on_the_cpu_copies_at_once_and_counts() -> None:

@@ -1,0 +1,117 @@
+"""The engine's two losses are those of two plain forward passes, for models of many families."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from engines.base import Batch, Context, Workload
+from engines.mezo import Mezo
+from engines.noise import NoiseKey, normal
+from engines.settings import MezoSettings
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+EPS = 1e-2
+SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GATED = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+ENCODER = {
+    **SIZES,
+    "intermediate_size": 32,
+    "max_position_embeddings": 66,
+    "pad_token_id": 1,
+    "num_labels": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 8, "do_layer_norm_before": False,
+            "max_position_embeddings": 64},
+    "gpt_neox": {**SIZES, "intermediate_size": 32, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {**GATED, "sliding_window": 4},
+    "gemma": GATED,
+    "gemma2": {**GATED, "sliding_window": 4, "final_logit_softcapping": 1.0},
+    "qwen3": GATED,
+    "phi": {**SIZES, "intermediate_size": 32, "bos_token_id": 1, "eos_token_id": 2},
+    "falcon": {**SIZES, "bos_token_id": 1, "eos_token_id": 2},
+    "bloom": {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "mixtral": {**GATED, "num_local_experts": 4},
+    "cohere": {**GATED, "logit_scale": 0.25},
+    "granite": {**GATED, "logits_scaling": 3.0},
+    "bert": ENCODER,
+    "roberta": ENCODER,
+    "distilbert": {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32,
+                   "pad_token_id": 1},
+    "mpnet": ENCODER,
+    "electra": {**ENCODER, "embedding_size": 8},
+}  # fmt: skip
+BROKEN = {
+    "bloom": "alibi has a row per sequence and head, which is not stacked",
+    "mixtral": "its grouped product refuses the placeholders of weights",
+}
+ENCODERS = {"bert", "roberta", "distilbert", "mpnet", "electra"}
+
+
+def blueprint_of(family: str) -> TinyBlueprint:
+    torch.manual_seed(0)
+    auto = AutoModelForSequenceClassification if family in ENCODERS else AutoModelForCausalLM
+    reference = auto.from_config(AutoConfig.for_model(family, **FAMILIES[family])).float().eval()
+    model = copy.deepcopy(reference).to("meta")
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()
+    for name, buffer in reference.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = buffer.clone()
+    return TinyBlueprint(tiny_blueprint("opt").shape, model, reference)
+
+
+def plain_losses(model: nn.Module, batch: Batch, seed: int) -> list[float]:
+    """By the model's own forward, with weights moved by hand."""
+    theta = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    z = {
+        name: normal(NoiseKey(seed=seed, step=0, tensor=number), weight.numel()).view(weight.shape)
+        for number, (name, weight) in enumerate(theta.items())
+    }
+    with torch.no_grad():
+        return [
+            functional_call(
+                model, {name: theta[name] + sign * EPS * z[name] for name in theta}, kwargs=dict(batch.inputs)
+            ).loss.item()
+            for sign in (1, -1)
+        ]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family,
+            marks=[pytest.mark.xfail(strict=True, raises=RuntimeError, reason=BROKEN[family])]
+            if family in BROKEN
+            else [],
+        )
+        for family in FAMILIES
+    ],
+)
+def test_both_losses_are_those_of_plain_forward_passes(family: str, batch_size: int, padded: bool) -> None:
+    blueprint = blueprint_of(family)
+    (batch,) = tiny_batches(1, "bert" if family in ENCODERS else "opt", batch_size=batch_size)
+    if padded:
+        batch.inputs["attention_mask"][0, -5:] = 0
+    plus, minus = plain_losses(blueprint.reference, batch, seed=7)
+    workload = Workload(batch_size=batch_size, seq_len=16, dtype="fp32")
+    made = Mezo(
+        MezoSettings(learning_rate=0.0, eps=EPS),
+        Context(device="cpu", workload=workload, seed=7, total_steps=10),
+    )
+    made.setup(blueprint)
+    stats = made.step([batch])
+    assert stats.loss == pytest.approx((plus + minus) / 2, rel=1e-5)
+    assert stats.projected_gradient is not None
+    assert 2 * EPS * stats.projected_gradient == pytest.approx(plus - minus, abs=1e-5 * plus)
