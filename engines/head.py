@@ -9,10 +9,11 @@ over tokens is in fp64: a projected gradient is a small difference of two losses
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from math import gcd, lcm
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,19 @@ class Scores:
     correct: Tensor
 
 
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module's forward is another one, on this instance, and then what it was."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
 class Head:
     """A linear output layer with weight `weight` (vocabulary, hidden), both names first names."""
 
@@ -82,22 +96,13 @@ class Head:
     def reached(self) -> Iterator[Arrival]:
         """Within it a forward pass of the model ends at the head, quietly, and what came there is kept."""
         arrival = Arrival(torch.empty(0))
-        before = self._module.__dict__.get("forward")
 
         def stop(hidden: Tensor) -> Tensor:
             arrival.hidden = hidden
             raise _Reached
 
-        self._module.__dict__["forward"] = stop
-        try:
+        with suppress(_Reached), _replaced(self._module, stop):
             yield arrival
-        except _Reached:
-            pass
-        finally:
-            if before is None:
-                del self._module.__dict__["forward"]
-            else:
-                self._module.__dict__["forward"] = before
 
     def losses(
         self,
@@ -273,11 +278,8 @@ def plain_head(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     known = (torch.arange(4 * module.out_features, device=device) * 37 % 121 - 60).view(1, 4, -1)
     logits = known.to(module.weight.dtype)
-    module.__dict__["forward"] = lambda hidden: logits[:, -hidden.shape[1] :]
-    try:
+    with _replaced(module, lambda hidden: logits[:, -hidden.shape[1] :]):
         output = driver.finish(inputs, driver.record(inputs).hidden)
-    finally:
-        del module.__dict__["forward"]
     expected = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
     same = torch.equal(output.logits.float(), logits.float()) and torch.allclose(
         output.loss.float(), expected, rtol=1e-4

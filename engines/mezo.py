@@ -40,8 +40,9 @@ from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.layout import lay_out
 from engines.lora import Adapters
 from engines.noise import Outputs, UpdateLog, Visit
-from engines.perturbed import PerturbedModel, Task
+from engines.perturbed import PerturbedModel
 from engines.schedule import learning_rate_at
+from engines.scratch import Task
 from engines.settings import MezoSettings
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock
@@ -119,12 +120,12 @@ class Mezo:
         self._saved = self._weights | adapters.tensors
 
     def spans(self, block: int) -> list[tuple[int, int]]:
-        """See `engines.perturbed.Source`."""
+        """See `engines.scratch.Source`."""
         own = len(self._layout.blocks[block].own_parts)
         return [(0, own)] if own else []
 
     def take(self, block: int, first: int, last: int) -> Tensor:
-        """See `engines.perturbed.Source`."""
+        """See `engines.scratch.Source`."""
         parts = self._layout.blocks[block].parts
         return self._blocks[block][parts[first].start : parts[last - 1].start + parts[last - 1].size]
 

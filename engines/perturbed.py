@@ -18,10 +18,10 @@ No model code is copied: a unit is the model's own module, whose forward is repl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,9 @@ from engines.graphs import BlockGraphs
 from engines.head import Targets, multiply, plain_head, targets_of
 from engines.layout import ModelLayout
 from engines.lora import Adapters, columns_first, is_linear
-from engines.noise import Outputs, Segment, Visit, one
+from engines.noise import Outputs, Visit, one
+from engines.scratch import BlockScratch, Source, Task, Unit, swapped, without_updates
 from engines.transfer import ComputeClock
-
-SCRATCH_ALIGNMENT_BYTES = 512
-"""As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
-
 
 GRAPH_SCRATCH_BYTES = 400_000_000
 """Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
@@ -73,271 +70,6 @@ class Prepared:
     inputs: Mapping[str, Tensor]
     targets: Targets | None
     """`None` where the model's own forward computes the loss."""
-
-
-class Source(Protocol):
-    """Where the blocks' weights are."""
-
-    def spans(self, block: int) -> Sequence[tuple[int, int]]:
-        """The block's own parts in groups, from first to before last, that lie together and come together."""
-
-    def take(self, block: int, first: int, last: int) -> Tensor:
-        """The flat memory of parts of one span, on the device, ready in the order of the compute stream.
-
-        Raises `UserError` if they are gone already.
-        """
-
-    def done(self, block: int, first: int, last: int) -> None:
-        """All work that reads or writes the parts in this visit is enqueued."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What a visit does with a block."""
-
-    how: Visit
-    """Pending updates and perturbation of the block."""
-    store: bool
-    """Write the updated weights back to the source's memory."""
-    perturb: bool
-    """Both perturbed passes, stacked; else one, with theta itself."""
-
-
-class _Unit:
-    """A module of a block that computes with its own weights, and maybe those of modules inside it."""
-
-    def __init__(self, block: int, module: nn.Module, places: Sequence[tuple[nn.Module, str, str]]) -> None:
-        self.block = block
-        self.module = module
-        self.places = places
-        """(owner, its attribute, first name of the tensor)."""
-        self.parts: tuple[int, ...] = ()
-        self.frozen = False
-        """No part of it is trained: both sides compute with the same weights."""
-        self.adapted = False
-        """Adapters stand beside it or beside modules inside it; it is frozen then."""
-        self.weights: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-        """As `places`, for the plus and the minus side: views of the scratch memory."""
-
-    def with_side(self, side: int) -> AbstractContextManager[None]:
-        """The module computes with the scratch of side 0 (plus, and theta itself) or 1 (minus)."""
-        return _swapped(self.places, self.weights[side])
-
-
-class BlockScratch:
-    """The perturbed weights of the units that compute now, and the visit of a block that makes them."""
-
-    def __init__(
-        self,
-        layout: ModelLayout,
-        units: Sequence[_Unit],
-        dtype: torch.dtype,
-        device: torch.device,
-        outer: Mapping[str, Tensor],
-        clock: ComputeClock,
-    ) -> None:
-        self._layout = layout
-        self._units = units
-        self._dtype = dtype
-        self._device = device
-        self._outer = outer
-        self._clock = clock
-        for unit in units:
-            used = {name for _, _, name in unit.places}
-            parts = layout.blocks[unit.block].parts
-            unit.parts = tuple(i for i, part in enumerate(parts) if used.intersection(part.names))
-            unit.frozen = not any(parts[i].trained for i in unit.parts)
-        owned = [
-            (unit.block, part) for unit in units for part in unit.parts if self._is_large(unit.block, part)
-        ]
-        self._always_whole = len(set(owned)) < len(owned)
-        """Two units of a block have a matrix in common."""
-        self._form: tuple[bool, int] | None = None
-        self._places: dict[tuple[int, int], int] = {}
-        self._memory: list[Tensor] = []
-        self._segments: dict[tuple[int, int, int], Segment] = {}
-        self._block = -1
-        self._task: Task | None = None
-        self._source: Source | None = None
-        self._made: set[int] = set()
-        self._seen: set[int] = set()
-        self.take_form(whole=False, sides=2)
-
-    def take_form(self, *, whole: bool, sides: int) -> None:
-        """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
-        sides, or on the one that passes with theta itself use."""
-        whole = whole or self._always_whole
-        if self._form == (whole, sides):
-            return
-        self._form = (whole, sides)
-        self._places, size = self._whole_places() if whole else self._unit_places()
-        for unit in self._units:
-            unit.weights = ([], [])
-        self._memory = []  # before the new one is taken
-        self._memory = [torch.zeros(size, dtype=self._dtype, device=self._device) for _ in range(sides)]
-        for unit in self._units:
-            for side in range(sides):
-                views: dict[str, Tensor] = {}
-                for part in unit.parts:
-                    of = self._layout.blocks[unit.block].parts[part]
-                    views |= of.views(self._room(unit.block, part, side))
-                unit.weights[side].extend(
-                    nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
-                )
-
-    def _whole_places(self) -> tuple[dict[tuple[int, int], int], int]:
-        """As the block's own memory has it, then what it shares; and the elements that takes."""
-        places: dict[tuple[int, int], int] = {}
-        size = 0
-        for number, block in enumerate(self._layout.blocks):
-            end = self._aligned(block.size)
-            for index, part in enumerate(block.parts):
-                places[number, index] = end if part.shared else part.start
-                end += self._aligned(part.size) if part.shared else 0
-            size = max(size, end)
-        return places, size
-
-    def _unit_places(self) -> tuple[dict[tuple[int, int], int], int]:
-        """The block's vectors, then one unit's matrices."""
-        vectors = [block.parts[0].size for block in self._layout.blocks if block.parts]
-        first = size = self._aligned(max(vectors, default=0))
-        places: dict[tuple[int, int], int] = {}
-        for unit in self._units:
-            end = first
-            for index in unit.parts:
-                if self._is_large(unit.block, index):
-                    places[unit.block, index] = end
-                    end += self._aligned(self._layout.blocks[unit.block].parts[index].size)
-                else:
-                    places[unit.block, index] = 0
-            size = max(size, end)
-        return places, size
-
-    def _aligned(self, size: int) -> int:
-        grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
-        return -(-size // grid) * grid
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(memory.nbytes for memory in self._memory)
-
-    @property
-    def perturbs(self) -> bool:
-        return self._task is not None and self._task.perturb
-
-    def begin(self, block: int, task: Task, source: Source) -> None:
-        self._block, self._task, self._source = block, task, source
-        self._made, self._seen = set(), set()
-        assert self._form is not None
-        if self._form[0]:
-            self._make_whole()
-
-    def end(self) -> None:
-        """Also parts that no module asked for have their updates applied."""
-        assert self._task is not None
-        assert self._source is not None
-        for index, part in enumerate(self._layout.blocks[self._block].own_parts):
-            if index in self._seen:
-                continue
-            weight = self._source.take(self._block, index, index + 1)
-            if part.trained and self._task.store and self._task.how.last > self._task.how.first:
-                noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
-            self._source.done(self._block, index, index + 1)
-        self._task = self._source = None
-
-    def open(self, unit: _Unit) -> None:
-        """Make the unit's weights, unless they are there. Without effect outside a visit."""
-        if self._task is None or all(part in self._made for part in unit.parts):
-            return
-        assert unit.block == self._block
-        self._made = {part for part in self._made if not self._is_large(unit.block, part)}
-        for part in unit.parts:
-            if part not in self._made:
-                self._make(part)
-
-    def _make_whole(self) -> None:
-        """Everything at once, with one kernel for all that lies together."""
-        assert self._source is not None
-        layout = self._layout.blocks[self._block]
-        for first, last in self._source.spans(self._block):
-            key = (self._block, first, last)
-            if key not in self._segments:
-                self._segments[key] = layout.segment(first, last)
-            weight = self._source.take(*key)
-            start, stop = (
-                layout.parts[first].start,
-                layout.parts[last - 1].start + layout.parts[last - 1].size,
-            )
-            rooms = [memory[start:stop] for memory in self._memory]
-            assert self._task is not None
-            trained = layout.parts[first].trained
-            self._write(
-                weight, self._segments[key], self._task.how, rooms, trained=trained, store=self._task.store
-            )
-            self._source.done(*key)
-            self._made.update(range(first, last))
-            self._seen.update(range(first, last))
-        for index, part in enumerate(layout.parts):
-            if part.shared:
-                self._make(index)
-
-    def _make(self, index: int) -> None:
-        task, source = self._task, self._source
-        assert task is not None
-        assert source is not None
-        part = self._layout.blocks[self._block].parts[index]
-        rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
-        how, store = task.how, task.store
-        if part.shared:
-            weight, how, store = self._outer[part.names[0]].view(-1), _without_updates(how), False
-        else:
-            weight = source.take(self._block, index, index + 1)
-            if index in self._seen and store:  # a module that is called twice in a visit
-                how, store = _without_updates(how), False
-        self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
-        if not part.shared and index not in self._seen:
-            source.done(self._block, index, index + 1)
-        self._seen.add(index)
-        self._made.add(index)
-
-    def _write(
-        self,
-        weight: Tensor,
-        segment: Segment,
-        how: Visit,
-        rooms: Sequence[Tensor],
-        *,
-        trained: bool,
-        store: bool,
-    ) -> None:
-        """The one pass over theta. `rooms`: plus and, if both passes are to run, minus."""
-        plus, minus = rooms[0], rooms[-1]
-        assert self._task is not None
-        self._clock.start()
-        if not trained:
-            plus.copy_(weight)
-        elif self._task.perturb:
-            theta = weight if store else None
-            noise.visit(weight, segment, how, Outputs(theta=theta, plus=plus, minus=minus))
-        elif how.first == how.last:
-            plus.copy_(weight)
-        else:
-            noise.visit(weight, segment, how, Outputs(theta=weight if store else plus))
-            if store:
-                plus.copy_(weight)
-        self._clock.stop()
-
-    def _is_large(self, block: int, part: int) -> bool:
-        """A matrix, or shared: anything but the block's packed vectors."""
-        return part > 0 or self._layout.blocks[block].parts[part].segment.decays[0]
-
-    def _room(self, block: int, part: int, side: int) -> Tensor:
-        place = self._places[block, part]
-        return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]
-
-
-def _without_updates(how: Visit) -> Visit:
-    return replace(how, first=how.last)
 
 
 class PerturbedModel:
@@ -378,12 +110,13 @@ class PerturbedModel:
         block_path, _ = find_blocks(model)
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}
         owners = {path: module for path, module in model.named_modules() if module._parameters}
-        self._head = plain_head(model, self._driver, places, layout.numbers)
         units = _block_units(self._driver.blocks, block_path, owners, names)
         self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock)
         self._graphs: BlockGraphs | None = None
         largest_bytes = dtype.itemsize * max(block.size for block in layout.blocks)
-        if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES:
+        # Experts pick their tokens by looking at them, which a graph cannot.
+        has_experts = any(unit.mixed or unit.module in self._driver.blocks for unit in units)
+        if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES and not has_experts:
             self._graphs = BlockGraphs(self._run_eagerly)
             self.scratch.take_form(whole=True, sides=2)
         adapted = adapters.install(model)
@@ -393,6 +126,8 @@ class PerturbedModel:
         for path, module in owners.items():
             if not path.startswith(f"{block_path}."):
                 module.forward = self._outer_forward(path, module, names)
+        # After the units are in place: models with experts look at how their weights lie, NaN or not.
+        self._head = plain_head(model, self._driver, places, layout.numbers)
 
     def prepare(self, batch: Batch) -> Prepared:
         """A micro-batch on the device, and where its labels are."""
@@ -430,7 +165,7 @@ class PerturbedModel:
         """Block `index` may be run within."""
         self.scratch.begin(index, task, source)
         self._clock.start()
-        self.adapters.begin(index, _without_updates(task.how) if task.perturb else None)
+        self.adapters.begin(index, without_updates(task.how) if task.perturb else None)
         self._clock.stop()
         yield
         self.scratch.end()
@@ -537,7 +272,7 @@ class PerturbedModel:
         finally:
             self._in_tail = False
 
-    def _block_forward(self, unit: _Unit) -> Callable[..., Any]:
+    def _block_forward(self, unit: Unit) -> Callable[..., Any]:
         module = unit.module
         original = module.forward
         scratch = self.scratch
@@ -618,7 +353,7 @@ class PerturbedModel:
                 result: Any = noise.rows(self.outer[name], self.layout.numbers[name], ids, self._signed())
             else:
                 weights = [self._outer_weight(name) for _, _, name in places]
-                with _swapped(places, weights):
+                with swapped(places, weights):
                     result = original(*args, **kwargs)
             shape = result.shape if isinstance(result, Tensor) else None
             return result
@@ -641,30 +376,18 @@ class PerturbedModel:
         return nn.Parameter(weight, requires_grad=False)
 
 
-@contextmanager
-def _swapped(places: Sequence[tuple[nn.Module, str, str]], weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [owner._parameters[leaf] for owner, leaf, _ in places]
-    for (owner, leaf, _), weight in zip(places, weights, strict=True):
-        owner._parameters[leaf] = weight
-    try:
-        yield
-    finally:
-        for (owner, leaf, _), old in zip(places, before, strict=True):
-            owner._parameters[leaf] = old
-
-
 def _block_units(
     blocks: nn.ModuleList,
     block_path: str,
     owners: Mapping[str, nn.Module],
     names: Mapping[tuple[str, str], str],
-) -> list[_Unit]:
+) -> list[Unit]:
     """The modules of each block that have weights of their own; one that has others inside covers them.
 
     Where modules take turns on parts of the batch (the experts of a mixture, a list inside the block), halves
     of their inputs are no sides: there the whole block is one unit, and each side runs through it by itself.
     """
-    units: list[_Unit] = []
+    units: list[Unit] = []
     for index, block in enumerate(blocks):
         root = f"{block_path}.{index}"
         inside = {path: owners[path] for path in owners if path == root or path.startswith(f"{root}.")}
@@ -674,13 +397,13 @@ def _block_units(
             if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
         ]
         if lists:
-            units.append(_Unit(index, block, _inside(root, block, names)))
+            units.append(Unit(index, block, _inside(root, block, names)))
             continue
         covered: list[str] = []
         for path, module in inside.items():
             if not any(path.startswith(f"{parent}.") for parent in covered):
                 covered.append(path)
-                units.append(_Unit(index, module, _inside(path, module, names)))
+                units.append(Unit(index, module, _inside(path, module, names)))
     return units
 
 
@@ -733,10 +456,14 @@ def _join(plus: Any, minus: Any, rows: int, joined: dict[tuple[int, int], Any]) 
     if isinstance(plus, Tensor):
         key = (id(plus), id(minus))
         if key not in joined:
-            if plus.dim() < 2 or plus.shape[0] not in (1, rows):
+            if plus.dim() < 2:
                 joined[key] = plus
-            elif plus.shape[0] == rows:
-                joined[key] = torch.cat((plus, minus))
+            elif plus.shape[0] == rows or (
+                plus.dim() > 2 and plus.shape[0] > 1 and plus.shape[0] % rows == 0
+            ):
+                joined[key] = torch.cat((plus, minus))  # also of batch x heads, as Bloom's alibi
+            elif plus.shape[0] != 1:
+                joined[key] = plus
             elif plus.is_floating_point():
                 pair = (each.expand(rows, *each.shape[1:]) for each in (plus, minus))
                 joined[key] = torch.cat(tuple(pair))

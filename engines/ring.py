@@ -57,7 +57,7 @@ class _Room:
 
 class BlockStream:
     """All blocks' weights: some on the GPU for good, the others in host memory. See
-    `engines.perturbed.Source`.
+    `engines.scratch.Source`.
 
     A pass visits every block once, in order.
     """
@@ -144,14 +144,14 @@ class BlockStream:
         self._pass += 1
 
     def spans(self, block: int) -> list[tuple[int, int]]:
-        """See `engines.perturbed.Source`."""
+        """See `engines.scratch.Source`."""
         if block in self._host:
             return [(piece.first, piece.last) for piece in self._pieces if piece.block == block]
         own = len(self._layouts[block].own_parts)
         return [(0, own)] if own else []
 
     def take(self, block: int, first: int, last: int) -> Tensor:
-        """See `engines.perturbed.Source`."""
+        """See `engines.scratch.Source`."""
         parts = self._layouts[block].parts
         start, stop = parts[first].start, parts[last - 1].start + parts[last - 1].size
         if block in self._on_gpu:
@@ -176,7 +176,7 @@ class BlockStream:
         return self._ring[begin + start : begin + stop]
 
     def done(self, block: int, first: int, last: int) -> None:
-        """See `engines.perturbed.Source`."""
+        """See `engines.scratch.Source`."""
         if block in self._on_gpu:
             return
         number = self._piece_of[block, first]

@@ -43,8 +43,9 @@ from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
 from engines.mezo import LossPair, next_update
 from engines.noise import LOG_CAPACITY, UpdateLog, Visit
-from engines.perturbed import PerturbedModel, Task
+from engines.perturbed import PerturbedModel
 from engines.ring import BlockStream
+from engines.scratch import Task
 from engines.settings import Zo2Settings
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock, Link

@@ -9,12 +9,18 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
-from engines.base import Batch, Context, Workload
+from engines.base import Batch, Context, UserError, Workload
 from engines.mezo import Mezo
 from engines.noise import NoiseKey, normal
-from engines.settings import MezoSettings
+from engines.settings import MezoSettings, Zo2Settings
+from engines.zo2 import Zo2
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 EPS = 1e-2
@@ -49,10 +55,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpnet": ENCODER,
     "electra": {**ENCODER, "embedding_size": 8},
 }  # fmt: skip
-BROKEN = {
-    "bloom": "alibi has a row per sequence and head, which is not stacked",
-    "mixtral": "its grouped product refuses the placeholders of weights",
-}
 ENCODERS = {"bert", "roberta", "distilbert", "mpnet", "electra"}
 
 
@@ -87,18 +89,7 @@ def plain_losses(model: nn.Module, batch: Batch, seed: int) -> list[float]:
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family,
-            marks=[pytest.mark.xfail(strict=True, raises=RuntimeError, reason=BROKEN[family])]
-            if family in BROKEN
-            else [],
-        )
-        for family in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_losses_are_those_of_plain_forward_passes(family: str, batch_size: int, padded: bool) -> None:
     blueprint = blueprint_of(family)
     (batch,) = tiny_batches(1, "bert" if family in ENCODERS else "opt", batch_size=batch_size)
@@ -115,3 +106,62 @@ def test_both_losses_are_those_of_plain_forward_passes(family: str, batch_size: 
     assert stats.loss == pytest.approx((plus + minus) / 2, rel=1e-5)
     assert stats.projected_gradient is not None
     assert 2 * EPS * stats.projected_gradient == pytest.approx(plus - minus, abs=1e-5 * plus)
+
+
+def test_a_layer_called_twice_in_a_block_works_in_memory_and_is_refused_where_blocks_stream() -> None:
+    def blueprint() -> TinyBlueprint:
+        made = tiny_blueprint("opt")
+        for model in (made.model, made.reference):
+            for layer in model.model.decoder.layers:
+                layer.activation_fn = nn.Sequential(nn.ReLU(), layer.fc2, layer.fc1)
+        return made
+
+    (batch,) = tiny_batches(1, "opt")
+    where = Context(
+        device="cpu", workload=Workload(batch_size=2, seq_len=16, dtype="fp32"), seed=7, total_steps=10
+    )
+    in_memory = Mezo(MezoSettings(learning_rate=1e-3, eps=EPS), where)
+    reference = blueprint().reference
+    in_memory.setup(blueprint())
+    plus, minus = plain_losses(reference, batch, seed=7)
+    assert in_memory.step([batch]).loss == pytest.approx((plus + minus) / 2, rel=1e-5)
+    in_memory.step([batch])
+    streamed = Zo2(Zo2Settings(eps=EPS), where)
+    streamed.setup(blueprint())
+    with pytest.raises(UserError, match=r"weights of block 0 twice in one pass; use engine mezo"):
+        streamed.step([batch])
+
+
+def test_two_layers_of_a_block_may_share_a_matrix() -> None:
+    def blueprint() -> TinyBlueprint:
+        made = tiny_blueprint("opt")
+        for model in (made.model, made.reference):
+            for layer in model.model.decoder.layers:
+                layer.self_attn.q_proj.weight = layer.self_attn.k_proj.weight
+        return made
+
+    batches = tiny_batches(4, "opt")
+    where = Context(
+        device="cpu", workload=Workload(batch_size=2, seq_len=16, dtype="fp32"), seed=7, total_steps=10
+    )
+    in_memory = Mezo(MezoSettings(learning_rate=1e-3, eps=EPS), where)
+    in_memory.setup(blueprint())
+    streamed = Zo2(Zo2Settings(learning_rate=1e-3, eps=EPS, fold_every=2), where)
+    streamed.setup(blueprint())
+    plus, minus = plain_losses(blueprint().reference, batches[0], seed=7)
+    for step, batch in enumerate(batches):
+        loss = in_memory.step([batch]).loss
+        assert streamed.step([batch]).loss == loss
+        if step == 0:
+            assert loss == pytest.approx((plus + minus) / 2, rel=1e-5)
+
+
+def test_an_encoder_decoder_is_refused_in_one_line() -> None:
+    config = AutoConfig.for_model("t5", d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64)
+    model = AutoModelForSeq2SeqLM.from_config(config).to("meta")
+    made = Mezo(
+        MezoSettings(),
+        Context(device="cpu", workload=Workload(batch_size=1, seq_len=8), seed=0, total_steps=1),
+    )
+    with pytest.raises(UserError, match="is an encoder-decoder"):
+        made.setup(TinyBlueprint(tiny_blueprint("opt").shape, model, model))
