@@ -105,6 +105,8 @@ class BlockStream:
         """Ticket of the next copy up: its piece is the remainder by the number of pieces."""
         self._position = 0
         self._rooms: deque[_Room] = deque()
+        self._waits: list[Event] = []
+        """What the next copy up has to wait for, as far as it is known."""
         self._by_ticket: dict[int, _Room] = {}
         self._arrivals: dict[int, Event] = {}
         self._left: dict[int, int] = {}
@@ -212,21 +214,22 @@ class BlockStream:
         begin = self._position
         if begin % len(self._ring) + size > len(self._ring):
             begin += -begin % len(self._ring)  # a room does not wrap around the ring's end
-        after: list[Event] = []
         while self._rooms and self._rooms[0].begin + len(self._ring) < begin + size:
             events = self._rooms[0].released
             if events is None:
                 return False
-            after += events
+            # HAZARD: kept until the upload is made, which may be at a later attempt.
+            self._waits += events
             self._rooms.popleft()
         if number in self._home:
             # HAZARD: its download must have ended, or the old weights come up.
-            after.append(self._home.pop(number))
+            self._waits.append(self._home.pop(number))
         place = begin % len(self._ring)
         host = self._host[piece.block][piece.start : piece.stop]
         self._arrivals[self._next] = self._link.upload(
-            host, self._ring[place : place + size], after=after, name=f"block {piece.block}"
+            host, self._ring[place : place + size], after=self._waits, name=f"block {piece.block}"
         )
+        self._waits = []
         room = _Room(self._next, begin)
         self._rooms.append(room)
         self._by_ticket[self._next] = room

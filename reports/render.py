@@ -85,10 +85,10 @@ def published_folders(folder: Path) -> list[Path]:
 
 def methods_table_markdown(folders: Sequence[Path]) -> str:
     """One Markdown table of all methods of all `folders`, for the README. Raises `UserError`."""
-    columns = ("model", "machine", "method", "step_s", "ratio", "gpu", "host", "loss")
+    columns = ("model", "job", "machine", "method", "step_s", "ratio", "gpu", "host", "loss")
     rows = [row for folder in folders for row in _published_rows(load_folder(folder))]
     head = [say(f"readme.{column}") for column in columns]
-    align = ["---"] * 3 + ["---:"] * 5
+    align = ["---"] * 4 + ["---:"] * 5
     cells = [[markdown_text(cell) for cell in row] for row in (head, *rows)]
     cells.insert(1, align)
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
@@ -103,7 +103,7 @@ def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
         machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
         traced = any(run.traced for run in rounds.runs)
         method = say("readme.traced", engine=engine) if traced else engine
-        start = (model_name(loaded.job.model.name), machine, method)
+        start = (model_name(loaded.job.model.name), _job_in_short(loaded.job), machine, method)
         if rounds.step_s is None:
             rows.append((*start, ends(rounds.runs), *[NOT_MEASURED] * 4))
             continue
@@ -121,6 +121,13 @@ def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _job_in_short(job: Job) -> str:
+    told = say("readme.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
+    if job.limits.vram_bytes is None:
+        return told
+    return say("readme.job_capped", job=told, vram=format_bytes(job.limits.vram_bytes))
 
 
 def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:

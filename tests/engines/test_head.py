@@ -1,0 +1,117 @@
+"""The loss in chunks is transformers' own, and only heads that allow it are taken apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engines import head
+from engines.base import Batch, Context, Workload
+from engines.blocks import EvaluationSum
+from engines.mezo import Mezo
+from engines.settings import MezoSettings
+from tiny_families import blueprint_of
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+
+def engine(blueprint: TinyBlueprint) -> Mezo:
+    workload = Workload(batch_size=2, seq_len=16, dtype="fp32")
+    made = Mezo(MezoSettings(), Context(device="cpu", workload=workload, seed=0, total_steps=1))
+    made.setup(blueprint)
+    return made
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("padding", [None, slice(-4, None)], ids=["unpadded", "padded"])
+def test_loss_and_accuracy_are_those_of_transformers(
+    family: str, tied: bool, padding: slice | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, width, element_bytes: 24)
+    blueprint = tiny_blueprint(family, tied)
+    made = engine(blueprint)
+    for batch in tiny_batches(3, family):
+        if padding is not None:
+            batch.inputs["attention_mask"][0, padding] = 0
+            batch.inputs["labels"][0, padding] = head.IGNORED
+        with torch.no_grad():
+            output = blueprint.reference.eval()(**batch.inputs)
+        expected = EvaluationSum()
+        expected.add(output.loss, output.logits, batch.inputs["labels"])
+        found = made.evaluate([batch])
+        assert found.loss == pytest.approx(expected.result().loss, rel=1e-6)
+        assert found.accuracy == expected.result().accuracy
+        assert found.num_labels == expected.result().num_labels
+
+
+def test_a_head_with_a_bias() -> None:
+    def blueprint() -> TinyBlueprint:
+        made = tiny_blueprint("llama")
+        for model, device in ((made.reference, "cpu"), (made.model, "meta")):
+            bias = torch.randn(64, generator=torch.Generator().manual_seed(1))
+            model.lm_head.bias = nn.Parameter(bias.to(device))
+        return made
+
+    made = engine(blueprint())
+    (batch,) = tiny_batches(1, "llama")
+    with torch.no_grad():
+        output = blueprint().reference.eval()(**batch.inputs)
+    assert made._model._head is not None
+    assert made.evaluate([batch]).loss == pytest.approx(output.loss.item(), rel=1e-6)
+    assert made.step([batch]).loss == pytest.approx(output.loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_capped_and_scaled_logits_are_left_to_the_model(family: str) -> None:
+    assert engine(blueprint_of(family))._model._head is None
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_so_is_classification(family: str) -> None:
+    assert engine(tiny_blueprint(family))._model._head is None
+
+
+def test_positions_without_a_label_are_found_on_the_host() -> None:
+    labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 3]])
+    batch = Batch(inputs={"input_ids": torch.zeros((2, 4), dtype=torch.int64), "labels": labels})
+    targets = head.targets_of(batch, torch.device("cpu"))
+    assert targets.positions.tolist() == [1, 2, 6]
+    assert targets.labels.tolist() == [7, 8, 3]
+
+
+@pytest.mark.parametrize("width", [1, 64, 768, 2048, 5120, 7168])
+def test_chunks_are_whole_tiles_of_noise_on_the_grid_of_fast_kernels(width: int) -> None:
+    rows = head.chunk_rows(50272, width, 2)
+    assert 0 < rows <= 50272
+    assert rows == 50272 or (rows * width % head.TILE == 0 and rows % head.ROW_GRID == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("chunk", [5000, 1700, 2048])
+def test_the_kernel_gathers_what_torch_does(dtype: torch.dtype, chunk: int) -> None:
+    kernels = pytest.importorskip("engines.head_kernels")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn((6, 5000), generator=generator) * 4).to(dtype).to(device)
+    logits[2, 4000] = logits[2, 100] = logits[2].max() + 1  # of equals the first
+    labels = torch.tensor([0, 4999, 7, 2500, 3000, 1699], device=device)
+    ours, running = (head._Running(6, device) for _ in range(2))
+    for first in range(0, 5000, chunk):
+        piece = logits[:, first : first + chunk].contiguous()
+        # Lanes that have seen nothing hold -inf; numpy warns of their difference, which is not used.
+        with np.errstate(invalid="ignore"):
+            kernels.gather(
+                piece, labels, first, running._largest, running._where, running._sums, running._target
+            )
+        ours.add(slice(0, 6), piece.cpu() if device.type == "cpu" else piece, labels, first)
+    expected = logits.float()
+    assert torch.equal(running._largest, expected.max(1).values)
+    assert torch.equal(running._where, expected.argmax(1))
+    assert running._where[2] == 100
+    assert torch.equal(running._target, expected.gather(1, labels.unsqueeze(1)).squeeze(1))
+    losses = nn.functional.cross_entropy(expected.double(), labels, reduction="sum")
+    assert float(running.scores(labels).loss_sum) == pytest.approx(float(losses), rel=1e-6)
+    assert float(ours.scores(labels).loss_sum) == pytest.approx(float(losses), rel=1e-6)
