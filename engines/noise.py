@@ -29,8 +29,8 @@ The uniforms have 24 bits, so |z| is at most 5.77; a normal exceeds that once in
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -121,7 +121,8 @@ class UpdateLog:
         self._updates[row] = update
         self._staging[row, 0] = update.step - (1 << 32 if update.step >> 31 else 0)
         for column, rate in enumerate(rates, 1):
-            self._staging[row, column] = struct.unpack("<i", struct.pack("<f", rate))[0]
+            # c_float takes what is beyond fp32 to infinity, which then shows as a loss that is not finite.
+            self._staging[row, column] = int.from_bytes(bytes(c_float(rate)), "little", signed=True)
         self.table[row].copy_(self._staging[row], non_blocking=True)
         self.length += 1
 
@@ -265,7 +266,7 @@ def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start:
 
 def _in_fp32(update: Update) -> Update:
     rates = (update.learning_rate, update.projected_gradient, update.weight_decay)
-    lr, g, decay = struct.unpack("<3f", struct.pack("<3f", *rates))
+    lr, g, decay = (c_float(rate).value for rate in rates)
     return Update(step=update.step, learning_rate=lr, projected_gradient=g, weight_decay=decay)
 
 

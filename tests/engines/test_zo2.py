@@ -138,11 +138,13 @@ def test_each_block_crosses_the_link_once_each_way_and_exactly(monkeypatch: pyte
     link = streamed._link
     upload, download = link.upload, link.download
 
-    def counted_upload(host: torch.Tensor, out: torch.Tensor, after: object = None) -> object:
+    def counted_upload(host: torch.Tensor, out: torch.Tensor, after: object = None, name: str = "") -> object:
         crossed["up", host.data_ptr(), host.nbytes] += 1
         return upload(host, out, after)  # type: ignore[arg-type]
 
-    def counted_download(gpu: torch.Tensor, out: torch.Tensor, after: object = None) -> object:
+    def counted_download(
+        gpu: torch.Tensor, out: torch.Tensor, after: object = None, name: str = ""
+    ) -> object:
         crossed["down", out.data_ptr(), out.nbytes] += 1
         return download(gpu, out, after)  # type: ignore[arg-type]
 

@@ -342,14 +342,15 @@ def test_readme_table(tmp_path: Path, sweep: Path) -> None:
     table = methods_table_markdown(folders)
     lines = table.splitlines()
     assert table.endswith("|\n")
-    assert lines[0].startswith("| model | machine | method | s/step")
+    assert lines[0].startswith("| model | job | machine | method | s/step")
     assert len(lines) == 2 + 2 + 5
-    assert "| opt-1.3b | NVIDIA RTX 4090 | lsp | 0.913 | 1.80x | 8.38 | 20.49 | 1.8000 |" in lines
+    job = "2 x 512 bf16, 22.4 GiB of GPU memory"
+    assert f"| opt-1.3b | {job} | NVIDIA RTX 4090 | lsp | 0.913 | 1.80x | 8.38 | 20.49 | 1.8000 |" in lines
     failed = "1 out of GPU memory, 1 not run, predicted not to fit"
-    assert f"| opt-1.3b | NVIDIA RTX 4090 | mezo | {failed} | not measured |" in table
+    assert f"| opt-1.3b | {job} | NVIDIA RTX 4090 | mezo | {failed} | not measured |" in table
     assert published_folders(sweep) == [sweep]
     traced = write_folder(tmp_path / "traced", [replace(make_run("lsp"), traced=True), make_run("zo2")])
-    assert [row.split(" | ")[2] for row in methods_table_markdown([traced]).splitlines()[2:]] == [
+    assert [row.split(" | ")[3] for row in methods_table_markdown([traced]).splitlines()[2:]] == [
         "lsp, traced", "zo2",
     ]  # fmt: skip
     with pytest.raises(UserError, match="no published runs"):
