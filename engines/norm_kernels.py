@@ -3,8 +3,7 @@
 """Triton kernel of `engines.perturbed`: layer norm of a stacked batch, each half with weights of its own.
 
 torch's layer norm takes one set of weights, so it would need two launches and a copy that puts their results
-together: 13 ms of a step of OPT-13B at 8 x 2048 tokens on an H200. With TRITON_INTERPRET=1 it runs on CPU
-tensors.
+together (EXPERIMENTS.md). With TRITON_INTERPRET=1 it runs on CPU tensors.
 """
 
 from __future__ import annotations
