@@ -171,10 +171,6 @@ class BlockScratch:
         return -(-size // grid) * grid
 
     @property
-    def num_bytes(self) -> int:
-        return sum(memory.nbytes for memory in self._memory)
-
-    @property
     def perturbs(self) -> bool:
         return self._task is not None and self._task.perturb
 
