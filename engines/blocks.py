@@ -223,7 +223,7 @@ class BlockDriver:
         calls: list[BlockCall] = []
 
         def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            entering, call = _split(args, kwargs)
+            entering, call = split_call(args, kwargs)
             hidden.append(entering)
             calls.append(call)
             if len(calls) == len(self.blocks):
@@ -269,7 +269,7 @@ class BlockDriver:
             setattr(self._parent, self._leaf, self.blocks)
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     if args:
         return args[0], BlockCall(args[1:], kwargs)
     others = {name: value for name, value in kwargs.items() if name != "hidden_states"}

@@ -60,7 +60,7 @@ class BlockGraphs:
         if form is None:
             return self._run(index, calls[index], hidden)
         if form.loaded != id(calls):
-            for place, tensor in zip(form.tensors, _tensors(calls), strict=True):
+            for place, tensor in zip(form.tensors, tensors_of(calls), strict=True):
                 place.copy_(tensor)
             form.loaded = id(calls)
         form.hidden.copy_(hidden)
@@ -80,12 +80,12 @@ class BlockGraphs:
 
     def _form(self, calls: Sequence[BlockCall], hidden: Tensor) -> _Form | None:
         if id(calls) not in self._known:
-            key = (tuple(hidden.shape), _key(calls))
+            key = (tuple(hidden.shape), form_key(calls))
             if key not in self._met:
                 self._new.add(key)  # what is set up lazily is there the next time
             elif key not in self._forms and len(self._forms) < MOST_FORMS:
-                tensors = [torch.empty_like(tensor) for tensor in _tensors(calls)]
-                self._forms[key] = _Form(torch.empty_like(hidden), tensors, _replaced(calls, tensors))
+                tensors = [torch.empty_like(tensor) for tensor in tensors_of(calls)]
+                self._forms[key] = _Form(torch.empty_like(hidden), tensors, replaced(calls, tensors))
             self._known[id(calls)] = self._forms.get(key)
         return self._known[id(calls)]
 
@@ -103,7 +103,7 @@ class BlockGraphs:
         return graph
 
 
-def _tensors(calls: Sequence[BlockCall]) -> list[Tensor]:
+def tensors_of(calls: Sequence[BlockCall]) -> list[Tensor]:
     """The distinct tensors in `calls`, in the order in which they are met."""
     found: dict[int, Tensor] = {}
 
@@ -123,9 +123,9 @@ def _tensors(calls: Sequence[BlockCall]) -> list[Tensor]:
     return list(found.values())
 
 
-def _replaced(calls: Sequence[BlockCall], tensors: Sequence[Tensor]) -> list[BlockCall]:
+def replaced(calls: Sequence[BlockCall], tensors: Sequence[Tensor]) -> list[BlockCall]:
     """`calls` with their distinct tensors replaced in order."""
-    places = {id(old): new for old, new in zip(_tensors(calls), tensors, strict=True)}
+    places = {id(old): new for old, new in zip(tensors_of(calls), tensors, strict=True)}
 
     def change(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -139,14 +139,14 @@ def _replaced(calls: Sequence[BlockCall], tensors: Sequence[Tensor]) -> list[Blo
     return [BlockCall(change(call.args), change(call.kwargs)) for call in calls]
 
 
-def _key(value: Any) -> Any:
+def form_key(value: Any) -> Any:
     """What two calls must have in common to be run by one graph."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype)
     if isinstance(value, BlockCall):
-        return (_key(value.args), _key(value.kwargs))
+        return (form_key(value.args), form_key(value.kwargs))
     if isinstance(value, Mapping):
-        return tuple((name, _key(each)) for name, each in value.items())
+        return tuple((name, form_key(each)) for name, each in value.items())
     if isinstance(value, tuple | list):
-        return tuple(_key(each) for each in value)
+        return tuple(form_key(each) for each in value)
     return repr(value)

@@ -1,54 +1,62 @@
-"""LSP-Offload: gradients compressed by learned sparse projectors, Adam on the CPU in the subspace.
+"""LSP-Offload: gradients compressed by sparse projectors, Adam on the CPU in the subspace.
 
 Paper: LSP-Offload, arXiv 2406.10181, Algorithm 1. One step, for every weight matrix W (m x n) inside the
 model's blocks, with its pair of (d, r)-sparse projectors P and Q (`engines.projector`):
 
-    1. GPU   S = P^T G Q as soon as backward has completed G; G is freed          (line 12)
-    2. link  S to the host, on its own stream                                     (line 13)
-    3. CPU   dS = Adam(S), with moments M and V, in a worker thread               (line 14)
-    4. link  dS to the GPU, on its own stream                                     (line 15)
-    5. GPU   W <- W (1 - lr wd) - lr P dS Q^T                                     (lines 16 and 17)
+    1. GPU   S = P^T G Q = (dY P)^T (X Q), from the two factors of G, which is never formed    (line 12)
+    2. link  S to the host, on its own stream                                                  (line 13)
+    3. CPU   dS = Adam(S), with moments M and V, in a worker thread                            (line 14)
+    4. link  dS to the GPU, on its own stream                                                  (line 15)
+    5. GPU   W <- W (1 - lr wd) - lr P dS Q^T, on a stream of its own                  (lines 16 and 17)
 
 Every `check_every` steps, the first before the first update, each matrix's relative bias is tested on its
-gradient of that step; above alpha the matrix gets a fresh pair, learned on that gradient, and its moments
-move to the new subspace (lines 18 to 21 and 6 to 9).
+gradient of that step; above alpha the matrix gets a new pair, found on that gradient, and its moments move to
+the new subspace (lines 18 to 21 and 6 to 9). Only then is G formed, one matrix at a time.
 
-Where things live. GPU: weights, projectors, one d x d fp32 core per matrix, the gradients that backward is
-at, and weights, gradients and moments of all that is not a matrix of a block. Host: per matrix the d x d
-core (pinned) and both moments, all fp32: 12 d^2 bytes.
+Where things live. GPU: weights, projectors, the compressed gradients of a few blocks on their way down and
+up, and weights, gradients and moments of all that is not a matrix of a block. Host: each matrix's core,
+pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d^2).
 
 Never stale: an update of step t is applied before its block's next forward pass, and `evaluate`, `weights`
-and `save` apply what is left. A step with a loss or core that is not finite raises before any weight has
-changed by it; its moments on the CPU are spoilt, so the run cannot go on from there.
+and `save` apply what is left. A core that is not finite changes neither weights nor moments of its block, nor
+of those that backward reaches after it; blocks before it in backward have been updated by then. It is found
+on the CPU, so nothing waits for it, and the next step raises; a loss that is not finite raises at once.
 
-Schedules. `layerwise`: a matrix goes through 2 to 4 on its own while backward runs on, and of the cores
-that have arrived the CPU takes the one whose block is needed first (`engines.core_worker`). `sequential`:
-downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does.
+Schedules. `layerwise`: a block goes through 2 to 5 on its own while backward runs on, and of the cores that
+have arrived the CPU takes those whose block is needed first (`engines.core_pipeline`). `sequential`:
+downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does. Clipping needs the
+norm of the whole gradient, so with `max_grad_norm` the CPU begins when backward has ended.
 
 The oracle is the twin, `offload=False`: the same cores through the same CPU routine, but in the main thread,
-one after the other, with copies that wait: no streams, no events, no worker, no pinned memory. Nothing
-overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and losses are
-bit-equal on the same device and number of CPU threads (as long as the model's own kernels are deterministic,
-and no learning ends by the clock). On a GPU too the twin updates the core on the CPU, because kernels of CPU
-and GPU round differently; so it is no check of Adam's arithmetic, which a test holds against float64.
+one after the other, with copies that wait: no streams, no events, no worker, no pinned memory, no CUDA
+graphs. Nothing overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and
+losses are bit-equal on the same device and number of CPU threads (as long as the model's own kernels are
+deterministic, and no learning ends by the clock). On a GPU too the twin updates the core on the CPU, because
+kernels of CPU and GPU round differently; so it is no check of Adam's arithmetic, which a test holds against
+float64.
 
 Deviations from the paper, and choices where it is silent:
 
+- `projector=paper` is the text of the paper; the default, `block`, has another form of the same (d, r), with
+  values in closed form. A matrix smaller than d x d uses its own smaller side, to a multiple of r.
 - The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
 - A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
+- A matrix for which forming G costs less than two projections and their product, since its d is nearly its
+  size, has G formed and compressed (`engines.costs.lsp.forms_gradient`).
 - What is not a matrix of a block (embeddings, head, norms, biases) is trained by AdamW on the device as in
   native, or frozen with `train_outer=False`. So is a block's matrix that has a second place in the model.
-- Micro-batches accumulate in the subspace: the core of the sum is the sum of the cores.
-- Decay, bias correction and learning-rate schedules are AdamW's. Both wires carry fp32 for every dtype.
-- The update is computed in fp32 and rounded once into the weight's dtype. bf16 weights have no fp32 master
-  copy; factors of P dS Q^T are rounded to bf16 there, the sums are fp32.
+- Micro-batches accumulate in the subspace: the core of the sum is the sum of the cores, in fp32.
+- Decay, bias correction and learning-rate schedules are AdamW's. `max_grad_norm` clips by the norm of all
+  compressed gradients and of the gradients outside the subspaces together.
+- The update is computed in fp32 and rounded once into the weight's dtype, for bf16 stochastically by default
+  (`engines.rounding`): there is no fp32 master copy. P dS is rounded to bf16 there, and so is dS on the wire.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,12 +64,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, UserError
-from engines.blocks import evaluate_on_device, find_blocks, materialize
-from engines.core_worker import CoreState, CoreUpdate, CoreWorker, update_cores
+from engines.blocks import evaluate_on_device, materialize
+from engines.compressed_linear import compress_gradient, restore
+from engines.core_pipeline import (
+    CoreNotFinite,
+    CorePipeline,
+    PieceState,
+    PieceUpdate,
+    StepShare,
+    adam_threads,
+    update_piece,
+)
+from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, core_size, forms_gradient
+from engines.noise import has_triton
 from engines.optim import (
     accumulate_gradients,
     adamw_state,
@@ -77,20 +94,14 @@ from engines.optim import (
     set_learning_rate,
     weights_dtype,
 )
-from engines.projector import (
-    Projector,
-    StopReason,
-    compress,
-    decompress,
-    identity_projector,
-    learn,
-    random_projector,
-    relative_bias,
-    transport_moments,
-)
+from engines.projector import BlockProjector, Projector, compress, decompress, transport_moments
+from engines.recompute import TrainedBlocks, draws_random_numbers
+from engines.rounding import updated
 from engines.schedule import learning_rate_at
 from engines.settings import LspSettings
-from engines.transfer import HostSlab, Link, now_s
+from engines.subspace import Check, Round, Subspace, block_matrices, derived_seed, draw_pair
+from engines.timeline import Timeline
+from engines.transfer import ComputeClock, Event, HostSlab, Link, now_s
 
 
 class Treatment(NamedTuple):
@@ -103,39 +114,91 @@ class Treatment(NamedTuple):
     r: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One bias check of one matrix."""
+@dataclass(kw_only=True, eq=False)
+class _Matrix:
+    """A weight matrix in its subspace, and where its core lies. An `engines.compressed_linear.Collector`."""
 
-    step: int
-    bias: float
-    """Relative bias of the pair in use, on this step's gradient."""
-    learned_bias: float | None = None
-    """That of the new pair; `None` if the pair was kept."""
-    learn_steps: int = 0
-    stop: StopReason | None = None
-    """Why learning ended; `None` if the pair passed. `timeout` without a learned bias: too little time."""
+    engine: Lsp
+    subspace: Subspace
+    forms_gradient: bool
+    """G is formed and compressed, which costs less than compressing its factors."""
+    core: Tensor
+    """(d, d) on the GPU, in its block's slot: the compressed gradient, of the weights' dtype."""
+    sum: Tensor | None
+    """(d, d) fp32: the sum over micro-batches, if there are several."""
+    offset: int
+    """Of its core, in elements, in its piece."""
+    is_collected: bool = False
+    """The core holds gradient of the backward pass under way."""
+
+    def keep(self, x: Tensor) -> Tensor:
+        if self.forms_gradient or self.engine.calibrates:
+            return x
+        subspace = self.subspace
+        return (subspace.left if subspace.inputs_are_rows else subspace.right).project(x)
+
+    @torch.no_grad()
+    def collect(self, kept: Tensor, gradient: Tensor) -> None:
+        """S = (dY P)^T (X Q), or with the sides swapped where W^T is stored."""
+        subspace = self.subspace
+        whole = self.forms_gradient or self.engine.calibrates
+        if not whole:
+            gradient = (subspace.right if subspace.inputs_are_rows else subspace.left).project(gradient)
+        above, across = (kept, gradient) if subspace.inputs_are_rows else (gradient, kept)
+        if whole:
+            formed = above.T @ across
+            if self.engine.calibrates:
+                self.engine.check(self, formed)
+            self._take(compress(formed, subspace.left, subspace.right))
+        elif self.sum is not None and above.is_cuda and above.dtype != torch.float32:
+            self._take(torch.ops.aten.mm.dtype(above.T, across, torch.float32))
+        elif self.sum is None and not self.is_collected:
+            torch.mm(above.T, across, out=self.core)
+            self.is_collected = True
+        else:
+            self._take(above.T @ across)
+
+    def _take(self, core: Tensor) -> None:
+        if self.sum is not None:
+            self.sum.add_(core)
+        elif self.is_collected:
+            self.core.add_(core)
+        else:
+            self.core.copy_(core)
+        self.is_collected = True
+
+    def finish(self) -> None:
+        """The backward pass of the block is over."""
+        if self.sum is not None:
+            self.core.copy_(self.sum)
+        elif not self.is_collected:
+            self.core.zero_()
 
 
 @dataclass(kw_only=True, eq=False)
-class _Matrix:
-    """A weight matrix in its subspace. Rows and columns are the stored ones (Conv1D stores W^T)."""
+class _Piece:
+    """Matrices whose cores travel together."""
 
-    name: str
-    block: int
-    parameter: nn.Parameter
-    left: Projector
-    right: Projector
+    state: PieceState
+    matrices: list[_Matrix]
     core: Tensor
-    """d x d fp32 on the device: the step's compressed gradient, then its update."""
-    state: CoreState
-    """Adam's moments, and the core's place on the host."""
-    generation: int = 0
-    """How many pairs have been drawn since its first; seeds the next."""
+    """(elements,) on the GPU, in its block's slot."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Block:
+    pieces: list[_Piece]
+    core: Tensor
+    """(elements,) on the GPU: all its cores."""
+    squared_norm: Tensor
+    """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
-    """The core holds gradient of the current step."""
-    pending: CoreUpdate | None = None
-    checks: list[Check] = field(default_factory=list)
+    """It has gradient of this step that has not been submitted."""
+    pending: list[PieceUpdate] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> list[_Matrix]:
+        return [matrix for piece in self.pieces for matrix in piece.matrices]
 
 
 class Lsp:
@@ -147,18 +210,17 @@ class Lsp:
         self.settings = settings
         self.context = context
         self.device = torch.device(context.device)
-        self.link = Link(self.device)
+        self._timeline = Timeline(self.device) if context.trace else None
+        self.link = Link(self.device, timeline=self._timeline)
         self.steps_done = 0
+        self.calibrates = False
+        """The backward pass under way tests the bias of every matrix."""
         self._clock = now_s
-        self._learning_left_s = 0.0
-        self._is_last_micro_batch = False
-        self._learning_rate = 0.0
-        self._step_h2d_bytes = 0
-        self._step_d2h_bytes = 0
-        self._matrices: list[_Matrix] = []
-        self._handles: list[RemovableHandle] = []
+        self._compute = ComputeClock(self.device, self._timeline)
+        self._blocks: list[_Block] = []
         self._slab: HostSlab | None = None
-        self._worker: CoreWorker | None = None
+        self._pipeline: CorePipeline | None = None
+        self._trained: TrainedBlocks | None = None
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -173,67 +235,114 @@ class Lsp:
         Raises `UserError` for fp16, for a model without matrices in blocks, and for identity projectors
         on a matrix that is not d x d.
         """
-        dtype = weights_dtype(self.context, self.name)
-        self.model: nn.Module = materialize(blueprint, self.device, dtype)
+        self._dtype = weights_dtype(self.context, self.name)
+        self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
         self._names = parameter_names(self.model)
-        self._make_matrices()
-        self._make_outer_optimizer()
-        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        subspaces = self._draw_all()
+        self._make_blocks(subspaces)
+        self._make_outer_optimizer(subspaces)
+        for block in self._blocks:
+            for matrix in block.matrices:
+                compress_gradient(matrix.subspace.module, matrix)
+        self._squared_total = torch.zeros(1, device=self.device)
+        self._not_finite = torch.zeros((), device=self.device)
+        self._loss_on_host = self._small_host_tensor()
+        self._total_on_host = self._small_host_tensor()
         if self.settings.offload:
-            self._worker = CoreWorker(self.link, self.settings)
-        self._hook()
-        prepare_training(self.model, self.context)
+            largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
+            self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._timeline)
+        prepare_training(self.model, self.context, recompute=False)
+        self._trained = TrainedBlocks(
+            self.model,
+            self,
+            recompute=self.context.workload.checkpointing,
+            graphs=self.settings.offload and self.settings.graphs and not draws_random_numbers(self.model),
+        )
 
-    def _make_matrices(self) -> None:
+    def _small_host_tensor(self) -> Tensor:
+        return torch.zeros(1, pin_memory=self.device.type == "cuda")
+
+    def _draw_all(self) -> list[list[Subspace]]:
+        """The subspaces of each block that has any."""
         chosen = block_matrices(self.model)
         if not chosen:
             raise UserError(type(self.model).__name__, "has no matrices in its blocks", "use another model")
-        sizes = [min(self.settings.d, *parameter.shape) for _, _, parameter in chosen]
-        if self.settings.offload:
-            self._slab = HostSlab(4 * sum(d * d for d in sizes), self.device, self.context.progress)
-        offset_bytes = 0
-        for done, ((block, name, parameter), d) in enumerate(zip(chosen, sizes, strict=True)):
-            left, right = self._draw(name, parameter, d, generation=0)
-            wire = None if self._slab is None else self._slab.view(offset_bytes, (d, d), torch.float32)
-            state = CoreState(moment=torch.zeros(d, d), variance=torch.zeros(d, d), wire=wire)
-            core = torch.zeros(d, d, device=self.device)
-            self._matrices.append(
-                _Matrix(
-                    name=name,
-                    block=block,
-                    parameter=parameter,
-                    left=left,
-                    right=right,
-                    core=core,
-                    state=state,
-                )
+        by_block: dict[int, list[Subspace]] = {}
+        for done, (index, name, module) in enumerate(chosen):
+            weight: Any = module.weight  # Conv1D is without annotations
+            d = core_size(weight.shape[0], weight.shape[1], self.settings)
+            pair = draw_pair(name, weight.shape, d, self.settings, self.context.seed, generation=0)
+            left, right = (side.cast(self._dtype, self.device) for side in pair)
+            by_block.setdefault(index, []).append(
+                Subspace(name=name, block=index, module=module, weight=weight, left=left, right=right)
             )
-            offset_bytes += 4 * d * d
             self.context.progress("drawing projectors", done + 1, len(chosen))
+        return list(by_block.values())
 
-    def _draw(
-        self, name: str, parameter: nn.Parameter, d: int, generation: int
-    ) -> tuple[Projector, Projector]:
-        """A fresh pair on the device, the same for the same seed, matrix and generation."""
-        rows, columns = parameter.shape
-        if self.settings.projector == "identity":
-            if not rows == columns == d:
-                raise UserError(
-                    "--set projector=identity",
-                    f"'{name}' is {rows} x {columns} with d = {d}, and identity needs d = m = n",
-                    "use projector=learned, or a model of square matrices with d at least their size",
+    def _make_blocks(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
+        """Memory of all cores, on both sides.
+
+        Blocks take turns on `CORE_SLOTS` slots of GPU memory. The twin keeps every block's core until the end
+        of backward.
+        """
+        sizes = [sum(each.d**2 for each in members) for members in subspaces]
+        element = self._dtype.itemsize
+        head_bytes = -(-4 * len(sizes) // 64) * 64
+        self._slab = HostSlab(
+            head_bytes + element * sum(sizes),
+            self.device if self.settings.offload else torch.device("cpu"),
+            self.context.progress,
+        )
+        norms_on_host = self._slab.view(0, (len(sizes),), torch.float32)
+        self._squared_norms = torch.zeros(len(sizes), device=self.device)
+        offload = self.settings.offload
+        slots = [
+            torch.empty(max(sizes), dtype=self._dtype, device=self.device)
+            for _ in range(min(len(sizes), CORE_SLOTS) if offload else len(sizes))
+        ]
+        self._slot_free = [Event() for _ in slots]
+        offset_bytes = head_bytes
+        for index, members in enumerate(subspaces):
+            core = slots[index % len(slots)][: sizes[index]]
+            pieces: list[_Piece] = []
+            first = 0
+            for group in _grouped(members):
+                count = sum(each.d**2 for each in group)
+                state = PieceState(
+                    deadline=index,
+                    wire=self._slab.view(offset_bytes, (count,), self._dtype),
+                    moment=torch.zeros(count),
+                    variance=torch.zeros(count),
+                    squared_norm=norms_on_host[index : index + 1],
                 )
-            pair = identity_projector(rows), identity_projector(columns)
-        else:
-            r = min(self.settings.r, d)
-            left_seed, right_seed = (
-                derived_seed(self.context.seed, name, side, generation) for side in ("left", "right")
-            )
-            pair = random_projector(rows, d, r, left_seed), random_projector(columns, d, r, right_seed)
-        return pair[0].to(self.device), pair[1].to(self.device)
+                part = core[first : first + count]
+                pieces.append(_Piece(state=state, matrices=self._matrices(group, part), core=part))
+                first += count
+                offset_bytes += element * count
+            norm = self._squared_norms[index : index + 1]
+            self._blocks.append(_Block(pieces=pieces, core=core, squared_norm=norm))
+        self._by_index = {members[0].block: place for place, members in enumerate(subspaces)}
 
-    def _make_outer_optimizer(self) -> None:
-        own = {matrix.parameter for matrix in self._matrices}
+    def _matrices(self, subspaces: Sequence[Subspace], core: Tensor) -> list[_Matrix]:
+        offset, found = 0, []
+        workload = self.context.workload
+        for each in subspaces:
+            d = each.d
+            found.append(
+                _Matrix(
+                    engine=self,
+                    subspace=each,
+                    forms_gradient=forms_gradient(each.left.rows, each.right.rows, d, workload),
+                    core=core[offset : offset + d * d].view(d, d),
+                    sum=torch.zeros(d, d, device=self.device) if workload.accumulation > 1 else None,
+                    offset=offset,
+                )
+            )
+            offset += d * d
+        return found
+
+    def _make_outer_optimizer(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
+        own = {each.weight for members in subspaces for each in members}
         outer = [parameter for parameter in self.model.parameters() if parameter not in own]
         self._outer: torch.optim.AdamW | None = None
         if not self.settings.train_outer:
@@ -242,24 +351,12 @@ class Lsp:
         elif outer:
             self._outer = make_adamw(outer, self.settings)
 
-    def _hook(self) -> None:
-        _, blocks = find_blocks(self.model)
-        by_block: dict[int, list[_Matrix]] = {}
-        for matrix in self._matrices:
-            by_block.setdefault(matrix.block, []).append(matrix)
-            hook = partial(self._on_gradient, matrix)
-            parameter: Any = matrix.parameter  # the method is without annotations
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        for block, members in by_block.items():
-            settle = partial(self._before_forward, members)
-            self._handles.append(blocks[block].register_forward_pre_hook(settle))
-
     def treatment(self) -> list[Treatment]:
         """How each parameter is trained, in the model's order, each once."""
-        own = {matrix.name: matrix for matrix in self._matrices}
+        own = {matrix.subspace.name: matrix.subspace for matrix in self._all_matrices()}
         other: Literal["adamw", "frozen"] = "adamw" if self.settings.train_outer else "frozen"
         return [
-            Treatment(name, "subspace", own[name].left.d, own[name].left.r)
+            Treatment(name, "subspace", own[name].d, own[name].left.r)
             if name in own
             else Treatment(name, other, None, None)
             for name in self._names.values()
@@ -267,299 +364,452 @@ class Lsp:
 
     def checks(self) -> dict[str, list[Check]]:
         """Every bias check so far, by matrix."""
-        return {matrix.name: list(matrix.checks) for matrix in self._matrices}
+        return {each.subspace.name: list(each.subspace.checks) for each in self._all_matrices()}
+
+    def _all_matrices(self) -> list[_Matrix]:
+        return [matrix for block in self._blocks for matrix in block.matrices]
 
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for the cores; 0 on a CPU device and for the twin."""
-        return self._slab.num_bytes if self._slab is not None and self._slab.pinned else 0
+        pinned = self._slab is not None and self._slab.pinned and self.settings.offload
+        return self._slab.num_bytes if self._slab is not None and pinned else 0
 
     # --- one step -------------------------------------------------------------------------------------
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One step. Updates of the matrices may still be on their way when it returns.
 
-        Raises `NonFiniteLoss` before any weight has changed by this step, and `RuntimeError` with its
-        cause if the CPU worker failed. Bytes are those of this step's cores, both ways, and of moments moved
-        to a new subspace; busy times are of what ended since the last step.
+        Raises `NonFiniteLoss`, also for a gradient of the step before (see the module's docstring), and
+        `RuntimeError` with its cause if the CPU worker failed. Bytes are those of this step's cores, both
+        ways, and of moments moved to a new subspace; busy times are of what ended since the last step.
         """
-        self._learning_rate = learning_rate_at(self.steps_done, self.settings, self.context.total_steps)
+        assert self._trained is not None
+        settings = self.settings
+        rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
+        self._share = StepShare(step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm)
         self._step_h2d_bytes = self._step_d2h_bytes = 0
-        self._learning_left_s = self.settings.learn_timeout_s
-        self._finite.fill_(True)
-        total = torch.zeros((), device=self.device)
+        self._begin_step()
+        total = torch.zeros(1, device=self.device)
+        forward_done = Event()
+        self._mark("forward")
         for index, loss in accumulate_gradients(self.model, batches, self.device):
-            self._is_last_micro_batch = index == len(batches) - 1
             total += loss
-        self._submit_rest()
-        value, is_finite = torch.stack((total, self._finite.float())).tolist()  # the step's wait for the GPU
-        if not (math.isfinite(value) and is_finite):
+            self._micro_batch = index
+            self._is_last_micro_batch = index == len(batches) - 1
+            if self._is_last_micro_batch:
+                self._loss_on_host.copy_(total, non_blocking=True)
+                forward_done = self.link.record()
+        self.calibrates = False
+        self._mark("optimizer")
+        self._finish_backward()
+        self.link.host_wait(forward_done)  # the step's only wait for the GPU
+        self._compute.stop()
+        value = float(self._loss_on_host)
+        if not math.isfinite(value):
             self._discard()
-            raise NonFiniteLoss(f"step {self.steps_done}: the loss is {value}, or a gradient is not finite")
-        if self._outer is not None:
-            set_learning_rate(self._outer.param_groups, self._learning_rate)
-            self._outer.step()
-            self._outer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
-        h2d_s, d2h_s = self.link.take_busy_s()
-        return StepStats(
-            loss=value,
-            h2d_bytes=self._step_h2d_bytes,
-            d2h_bytes=self._step_d2h_bytes,
-            h2d_s=h2d_s,
-            d2h_s=d2h_s,
-            cpu_s=None if self._worker is None else self._worker.take_busy_s(),
-        )
+        return self._stats(value)
 
-    @torch.no_grad()
-    def _on_gradient(self, matrix: _Matrix, parameter: Tensor) -> None:
-        """Backward has this matrix's gradient of one micro-batch: compress it and let it go."""
-        gradient = parameter.grad
-        assert gradient is not None
-        parameter.grad = None
-        if not matrix.has_gradient:
-            if self.steps_done % self.settings.check_every == 0:
-                self._check(matrix, gradient)
-            matrix.core.copy_(compress(gradient, matrix.left, matrix.right))
-            matrix.has_gradient = True
-        else:
-            matrix.core.add_(compress(gradient, matrix.left, matrix.right))
-        if self._is_last_micro_batch:
-            self._update_core(matrix)
+    def _begin_step(self) -> None:
+        assert self._trained is not None
+        settings = self.settings
+        self.calibrates = self.steps_done % settings.check_every == 0
+        if self.calibrates:
+            self._round = Round(
+                step=self.steps_done,
+                settings=settings,
+                seed=self.context.seed,
+                clock=self._clock,
+                time_left_s=settings.learn_timeout_s,
+            )
+        self._trained.uses_graphs = not self.calibrates
+        self._trained.begin()
+        self._squared_norms.zero_()
+        for block in self._blocks:
+            block.has_gradient = False
+            for matrix in block.matrices:
+                if matrix.sum is not None:
+                    matrix.sum.zero_()
 
-    def _update_core(self, matrix: _Matrix) -> None:
-        """The core is complete: download it and hand it to the worker, or do all of it here (the twin)."""
-        matrix.has_gradient = False
-        # Before the download is enqueued: the upload that follows it overwrites the core.
-        self._finite.logical_and_(matrix.core.isfinite().all())
-        state = matrix.state
-        state.updates += 1
-        matrix.pending = CoreUpdate(
-            core=matrix.core, state=state, deadline=matrix.block, learning_rate=self._learning_rate
-        )
-        self._step_d2h_bytes += matrix.core.nbytes
-        self._step_h2d_bytes += matrix.core.nbytes
-        if self._worker is None:
-            on_host = matrix.core.cpu()  # on a CPU device the core itself
-            update_cores([on_host], [state], self.settings)
-            matrix.core.copy_(on_host)
-            return
-        assert state.wire is not None
-        matrix.pending.downloaded = self.link.download(matrix.core, state.wire, after=self.link.record())
-        if self.settings.schedule_order == "layerwise":
-            self._worker.submit([matrix.pending])
-
-    def _submit_rest(self) -> None:
-        """After backward: matrices without gradient in the last micro-batch; and all, if sequential."""
-        for matrix in self._matrices:
-            if matrix.has_gradient:
-                self._update_core(matrix)
-        if self._worker is not None and self.settings.schedule_order == "sequential":
-            # Only this step's: a block that was skipped still holds an older one, which is done.
-            updates = [m.pending for m in self._matrices if m.pending is not None and not m.pending.submitted]
-            self._worker.submit(updates)
-
-    def _before_forward(self, matrices: Sequence[_Matrix], block: nn.Module, arguments: object) -> None:
+    def before_forward(self, index: int) -> None:
         """A block is about to use its weights: apply what the last step left for it."""
-        self._settle(matrices)
+        place = self._by_index.get(index)
+        if place is not None:
+            self._settle(self._blocks[place : place + 1])
+        if torch.is_grad_enabled():
+            self._mark(f"forward {index}")
+
+    def before_backward(self, index: int) -> None:
+        self._mark(f"backward {index}")
+        place = self._by_index.get(index)
+        if place is None:
+            return
+        # HAZARD: the block that last had this slot must have left it.
+        self.link.wait(self._slot_free[place % len(self._slot_free)])
+        for matrix in self._blocks[place].matrices:
+            matrix.is_collected = False
 
     @torch.no_grad()
-    def _settle(self, matrices: Iterable[_Matrix]) -> None:
-        """Apply pending updates: W <- W (1 - lr wd) - lr P dS Q^T in fp32, rounded once."""
+    def finish(self, index: int) -> None:
+        """All gradients of a block have been collected. May be part of a CUDA graph."""
+        place = self._by_index.get(index)
+        if place is None:
+            return
+        block = self._blocks[place]
+        for matrix in block.matrices:
+            matrix.finish()
+        norm = torch.linalg.vector_norm(block.core, dtype=torch.float32)
+        block.squared_norm.copy_(norm.square())
+
+    def after_backward(self, index: int) -> None:
+        place = self._by_index.get(index)
+        if place is None:
+            return
+        block = self._blocks[place]
+        block.has_gradient = True
+        if self._is_last_micro_batch:
+            self._send(place)
+
+    def _send(self, place: int) -> None:
+        """The block's cores are complete: download them and hand them to the worker."""
+        block = self._blocks[place]
+        block.has_gradient = False
+        self._step_h2d_bytes += block.core.nbytes
+        self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
+        block.pending = [
+            PieceUpdate(state=piece.state, share=self._share, apply=partial(self._apply, piece.matrices))
+            for piece in block.pieces
+        ]
+        if self._pipeline is None:
+            for piece in block.pieces:
+                piece.state.wire.copy_(piece.core)
+            block.pieces[0].state.squared_norm.copy_(block.squared_norm)
+            return
+        ready, name = self.link.record(), f"block {place}"
+        self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
+        for piece, update in zip(block.pieces, block.pending, strict=True):
+            update.downloaded = self.link.download(piece.core, piece.state.wire, after=ready, name=name)
+            if self._sends_at_once:
+                self._pipeline.submit([update])
+        self._slot_free[place % len(self._slot_free)] = block.pending[-1].downloaded
+
+    @property
+    def _sends_at_once(self) -> bool:
+        return self.settings.schedule_order == "layerwise" and self.settings.max_grad_norm is None
+
+    def _finish_backward(self) -> None:
+        """What is left of the step once backward has been enqueued."""
+        for place, block in enumerate(self._blocks):
+            if block.has_gradient:  # of an earlier micro-batch only
+                self.before_backward(self._index_of(place))
+                self.finish(self._index_of(place))
+                self._send(place)
+        outer = [] if self._outer is None else [p for p in self._outer_parameters() if p.grad is not None]
+        gradients = [parameter.grad for parameter in outer if parameter.grad is not None]
+        torch.sum(self._squared_norms, 0, keepdim=True, out=self._squared_total)
+        if self.settings.max_grad_norm is not None:
+            self._clip(gradients, self.settings.max_grad_norm)
+        updates = [update for block in self._blocks for update in block.pending]
+        if self._pipeline is None:
+            self._update_here(updates)
+        elif self.settings.schedule_order == "sequential":
+            self._pipeline.submit(updates[::-1])
+        elif not self._sends_at_once:
+            for update in updates:
+                self._pipeline.submit([update])
+        if self._outer is not None:
+            set_learning_rate(self._outer.param_groups, self._share.learning_rate)
+            # Read by the fused kernel on the device: nothing changes if it is not zero.
+            self._not_finite.copy_(self._squared_total[0].isfinite().logical_not())
+            self._outer.found_inf = self._not_finite  # type: ignore[attr-defined]
+            self._outer.step()
+            self._zero_gradients(outer)
+
+    def _index_of(self, place: int) -> int:
+        return self._blocks[place].matrices[0].subspace.block
+
+    def _outer_parameters(self) -> list[nn.Parameter]:
+        assert self._outer is not None
+        return [parameter for group in self._outer.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def _clip(self, gradients: list[Tensor], most: float) -> None:
+        """Scale the outer gradients, and let the worker know the norm of all."""
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients)).float()
+            self._squared_total += norms.square().sum()
+            factor = (most / self._squared_total.sqrt()).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor[0].to(gradients[0].dtype))
+        self._step_d2h_bytes += self._squared_total.nbytes
+        self._share.total = self._total_on_host
+        self._share.total_known = self.link.download(
+            self._squared_total, self._total_on_host, after=self.link.record(), name="norm"
+        )
+        if self._pipeline is None:
+            self.link.host_wait(self._share.total_known)
+
+    @staticmethod
+    def _zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
+        # In place: CUDA graphs add to those of the blocks where they lie.
+        torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def _update_here(self, updates: Sequence[PieceUpdate]) -> None:
+        """The twin: all of it, at once."""
+        with adam_threads():
+            for update in updates:
+                update.failed = not update_piece(update.state, update.share, self.settings)
+        for update in updates:
+            if not update.failed:
+                update.apply(update.state.wire.to(self.device), update.share)
+
+    @torch.no_grad()
+    def _apply(self, matrices: Sequence[_Matrix], direction: Tensor, share: StepShare) -> None:
+        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
         for matrix in matrices:
-            update, weight = matrix.pending, matrix.parameter
-            if update is None:
+            subspace = matrix.subspace
+            d = subspace.d
+            core = direction[matrix.offset : matrix.offset + d * d].view(d, d)
+            self._apply_one(subspace, subspace.weight, core, share)
+
+    def _apply_one(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
+        decay = 1.0 - share.learning_rate * self.settings.weight_decay
+        key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
+        dither = self.settings.rounding == "stochastic" and weight.dtype == torch.bfloat16
+        left, right = subspace.left, subspace.right
+        if weight.is_cuda and has_triton():
+            from engines import projector_kernels
+
+            if isinstance(left, BlockProjector) and isinstance(right, BlockProjector):
+                projector_kernels.block_update(
+                    weight, core, left.values, right.values, share.learning_rate, decay, dither, key
+                )
+            else:
+                delta = decompress(core, left, right).contiguous()
+                projector_kernels.plain_update(weight, delta, share.learning_rate, decay, dither, key)
+            return
+        delta = decompress(core, left, right)
+        updated(weight, delta, share.learning_rate, decay, self.settings.rounding, key)
+
+    def _settle(self, blocks: Iterable[_Block]) -> None:
+        """Let the compute stream wait for pending updates."""
+        for block in blocks:
+            if not block.pending:
                 continue
-            if self._worker is not None:
-                self.link.wait(self._worker.wait(update))
-            matrix.pending = None
-            delta = decompress(matrix.core, matrix.left, matrix.right, weight.dtype)
-            decay = 1.0 - update.learning_rate * self.settings.weight_decay
-            weight.copy_(weight.float().mul(decay).sub_(delta.mul_(update.learning_rate)))
+            pending, block.pending = block.pending, []
+            for update in pending:
+                self._wait_for(update)
+
+    def _wait_for(self, update: PieceUpdate) -> None:
+        if self._pipeline is None:
+            if update.failed:
+                raise NonFiniteLoss(str(CoreNotFinite(update.share.step)))
+            return
+        self._compute.stop()
+        try:
+            applied = self._pipeline.wait(update)
+        except CoreNotFinite as error:
+            self._discard()
+            raise NonFiniteLoss(str(error)) from None
+        self.link.wait(applied)
+        self._compute.start()
 
     def _discard(self) -> None:
-        """Wait for pending updates and apply none of them."""
-        for matrix in self._matrices:
-            if matrix.pending is not None and self._worker is not None:
-                self.link.wait(self._worker.wait(matrix.pending))
-            matrix.pending = None
+        """Wait for what is on its way, whatever comes of it."""
+        for block in self._blocks:
+            pending, block.pending = block.pending, []
+            for update in pending:
+                if self._pipeline is not None:
+                    with suppress(CoreNotFinite):
+                        self.link.wait(self._pipeline.wait(update))
+
+    def _mark(self, what: str) -> None:
+        """Compute of another name begins, for traces."""
+        self._compute.stop()
+        self._compute.label = what
+        self._compute.start()
+
+    def _stats(self, loss: float) -> StepStats:
+        h2d_s, d2h_s = self.link.take_busy_s()
+        return StepStats(
+            loss=loss,
+            h2d_bytes=self._step_h2d_bytes,
+            d2h_bytes=self._step_d2h_bytes,
+            gpu_s=self._compute.take_s(),
+            h2d_s=h2d_s,
+            d2h_s=d2h_s,
+            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+        )
 
     # --- subspaces ------------------------------------------------------------------------------------
 
-    def _check(self, matrix: _Matrix, gradient: Tensor) -> None:
-        """Test the relative bias on this gradient; above alpha, learn a fresh pair and move the moments."""
-        found = relative_bias(gradient, matrix.left, matrix.right)
-        if not found > self.settings.alpha:  # also where the gradient is not finite; the step will say so
-            matrix.checks.append(Check(step=self.steps_done, bias=found))
+    def check(self, matrix: _Matrix, gradient: Tensor) -> None:
+        """Test the pair on this gradient (m, n); take a better one if it is wanting, and move the moments."""
+        if matrix.is_collected or self._micro_batch > 0:
             return
-        if self._learning_left_s <= 0:
-            matrix.checks.append(Check(step=self.steps_done, bias=found, stop="timeout"))
+        found = self._round.check(matrix.subspace, gradient)
+        if found is None:
             return
-        matrix.generation += 1
-        left, right = self._draw(matrix.name, matrix.parameter, matrix.left.d, matrix.generation)
-        begin_s = self._clock()
-        learned = learn(
-            gradient,
-            left,
-            right,
-            alpha=self.settings.alpha,
-            beta=self.settings.learn_beta,
-            steps=self.settings.learn_steps,
-            rate=self.settings.learn_rate,
-            time_limit_s=self._learning_left_s,
-            clock=self._clock,
-        )
-        self._learning_left_s -= self._clock() - begin_s
-        if learned.stop == "timeout" and learned.bias_after >= found:
-            matrix.checks.append(
-                Check(step=self.steps_done, bias=found, learn_steps=learned.steps, stop="timeout")
-            )
-            return
-        if matrix.state.updates > 0:
-            self._transport(matrix, learned.left, learned.right)
-        matrix.left, matrix.right = learned.left, learned.right
-        matrix.checks.append(
-            Check(
-                step=self.steps_done,
-                bias=found,
-                learned_bias=learned.bias_after,
-                learn_steps=learned.steps,
-                stop=learned.stop,
-            )
-        )
+        state = self._state_of(matrix)
+        if state.updates > 0:
+            self._transport(matrix, state, *found)
+        matrix.subspace.assign(*found)
 
-    def _transport(self, matrix: _Matrix, left: Projector, right: Projector) -> None:
+    def _state_of(self, matrix: _Matrix) -> PieceState:
+        block = self._blocks[self._by_index[matrix.subspace.block]]
+        return next(piece.state for piece in block.pieces if matrix in piece.matrices)
+
+    def _transport(self, matrix: _Matrix, state: PieceState, left: Projector, right: Projector) -> None:
         """Move Adam's moments to the new subspace, on the device.
 
-        HAZARD: goes through the core's buffers on both sides. They are free: the step's first gradient has
-        not been compressed yet, and the bias, which the host has just read, was computed after the compute
-        stream had waited for the last update's upload.
+        They are the worker's no more: this block's forward pass has waited for its last update.
         """
-        state, core = matrix.state, matrix.core
-        moments = (state.moment, state.variance)
-        on_device = []
-        for tensor in moments:
-            self._step_h2d_bytes += core.nbytes
-            if state.wire is None:
-                on_device.append(tensor.to(self.device))
-                continue
-            state.wire.copy_(tensor)
-            self.link.host_wait(self.link.upload(state.wire, core, after=self.link.record()))
-            on_device.append(core.clone())
-        moved = transport_moments(on_device[0], on_device[1], matrix.left, left, matrix.right, right)
-        for tensor, result in zip(moments, moved, strict=True):
-            self._step_d2h_bytes += core.nbytes
-            if state.wire is None:
-                tensor.copy_(result)
-                continue
-            core.copy_(result)
-            self.link.host_wait(self.link.download(core, state.wire, after=self.link.record()))
-            tensor.copy_(state.wire)
+        subspace = matrix.subspace
+        d = subspace.d
+        here = slice(matrix.offset, matrix.offset + d * d)
+        moments = [state.moment[here].view(d, d), state.variance[here].view(d, d)]
+        on_device = [moment.to(self.device) for moment in moments]
+        dtype = self._dtype
+        moved = transport_moments(
+            on_device[0], on_device[1], subspace.left, left.cast(dtype), subspace.right, right.cast(dtype)
+        )
+        for moment, result in zip(moments, moved, strict=True):
+            moment.copy_(result)
+            self._step_h2d_bytes += moment.nbytes
+            self._step_d2h_bytes += moment.nbytes
+
+    @torch.no_grad()
+    def landed_share(self) -> float | None:
+        """Of the last update of the largest matrix: how much of it the stored weights would take,
+        repeated."""
+        self._settle(self._blocks)
+        if self.steps_done == 0 or self._share.failed or self._share.learning_rate == 0.0:
+            return None
+        piece, matrix = max(
+            (
+                (piece, matrix)
+                for block in self._blocks
+                for piece in block.pieces
+                for matrix in piece.matrices
+            ),
+            key=lambda pair: pair[1].subspace.weight.numel(),
+        )
+        subspace, d = matrix.subspace, matrix.subspace.d
+        core = piece.state.wire[matrix.offset : matrix.offset + d * d].view(d, d).to(self.device)
+        trial = subspace.weight.clone()
+        self._apply_one(subspace, trial, core, self._share)
+        wanted = decompress(core, subspace.left, subspace.right).float().mul_(-self._share.learning_rate)
+        decay = self._share.learning_rate * self.settings.weight_decay
+        wanted.sub_(subspace.weight.float() * decay)
+        moved = trial.float() - subspace.weight.float()
+        size = wanted.square().sum()
+        return float(moved.mul_(wanted).sum() / size) if float(size) > 0 else None
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
-        self._settle(self._matrices)
+        self._settle(self._blocks)
         return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
-        self._settle(self._matrices)
+        self._settle(self._blocks)
         return model_weights(self.model)
 
     def save(self, folder: Path) -> None:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
-        self._settle(self._matrices)
+        self._settle(self._blocks)
+        self.synchronize()
         state = rng_state(self.device)
         if self._outer is not None:
             state |= adamw_state(self._outer, self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done, "matrices": {}}
-        for matrix in self._matrices:
-            for key, tensor in _matrix_tensors(matrix).items():
-                state[f"{key}.{matrix.name}"] = tensor
-            about["matrices"][matrix.name] = {
-                "updates": matrix.state.updates,
-                "generation": matrix.generation,
-                "checks": [asdict(check) for check in matrix.checks],
+        for piece, matrix in self._placed():
+            for key, tensor in _tensors(piece, matrix).items():
+                state[f"{key}.{matrix.subspace.name}"] = tensor
+            about["matrices"][matrix.subspace.name] = {
+                "updates": piece.state.updates,
+                "generation": matrix.subspace.generation,
+                "checks": [asdict(check) for check in matrix.subspace.checks],
             }
         save_checkpoint(folder, self.model, state, about)
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` for a checkpoint of another model, d or r."""
+        """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
         tensors, about = load_checkpoint(folder, self.model, self.name)
-        for matrix in self._matrices:
-            own = _matrix_tensors(matrix)
-            for key, tensor in own.items():
-                found = tensors.get(f"{key}.{matrix.name}")
-                if found is None or found.shape != tensor.shape:
+        for piece, matrix in self._placed():
+            name = matrix.subspace.name
+            for key, tensor in _tensors(piece, matrix).items():
+                found = tensors.get(f"{key}.{name}")
+                if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
                     raise UserError(
                         str(folder),
-                        f"has no {key} of shape {tuple(tensor.shape)} for '{matrix.name}'",
+                        f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
                         "resume with the same d, r and projector",
                     )
                 tensor.copy_(found)
-            entry = about["matrices"][matrix.name]
-            matrix.state.updates = int(entry["updates"])
-            matrix.generation = int(entry["generation"])
-            matrix.checks = [Check(**check) for check in entry["checks"]]
+            matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
+            entry = about["matrices"][name]
+            piece.state.updates = int(entry["updates"])
+            matrix.subspace.generation = int(entry["generation"])
+            matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
         if self._outer is not None:
             load_adamw_state(self._outer, self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
 
+    def _placed(self) -> list[tuple[_Piece, _Matrix]]:
+        return [(piece, m) for block in self._blocks for piece in block.pieces for m in piece.matrices]
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """See `engines.base.TellsTrace`."""
+        return [] if self._timeline is None else self._timeline.events()
+
     def synchronize(self) -> None:
         """Wait until no core is in flight and the device is idle."""
-        for matrix in self._matrices:
-            if matrix.pending is not None and self._worker is not None:
-                self.link.wait(self._worker.wait(matrix.pending))
+        for block in self._blocks:
+            for update in block.pending:
+                if self._pipeline is not None:
+                    with suppress(CoreNotFinite):  # the next step says so
+                        self.link.host_wait(self._pipeline.wait(update))
         self.link.synchronize()
 
     def close(self) -> None:
-        """Stop the worker, take the hooks off, unpin."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        """Stop the worker, give the model's modules their own forward back, unpin. May be called twice."""
+        if self._trained is not None:
+            self._trained.close()
+            self._trained = None
+        for matrix in self._all_matrices():
+            restore(matrix.subspace.module)
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
         self.link.synchronize()
-        self._matrices.clear()
+        self._blocks.clear()
         if self._slab is not None:
             self._slab.close()
             self._slab = None
 
 
-def block_matrices(model: nn.Module) -> list[tuple[int, str, nn.Parameter]]:
-    """(block, parameter name, weight) of every `nn.Linear` and GPT-2 `Conv1D` inside the model's blocks.
-
-    A tensor with a second place in the model is left out: its gradient is not its block's alone.
-    """
-    path, blocks = find_blocks(model)
-    places: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        places[id(parameter)] = places.get(id(parameter), 0) + 1
-    found: list[tuple[int, str, nn.Parameter]] = []
-    for index, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear | Conv1D) and places[id(module.weight)] == 1:
-                weight: Any = module.weight
-                found.append((index, f"{path}.{index}.{name}.weight", weight))
-    return found
+def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
+    """Neighbours whose cores make up `PIECE_ELEMENTS` at most, or a single larger one."""
+    group: list[Subspace] = []
+    for each in subspaces:
+        if group and sum(member.d**2 for member in group) + each.d**2 > PIECE_ELEMENTS:
+            yield group
+            group = []
+        group.append(each)
+    yield group
 
 
-def derived_seed(seed: int, *parts: object) -> int:
-    """A seed of 63 bits that depends on all of its arguments."""
-    text = "/".join(str(part) for part in (seed, *parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _matrix_tensors(matrix: _Matrix) -> dict[str, Tensor]:
-    return {
-        "moment": matrix.state.moment,
-        "variance": matrix.state.variance,
-        "left.indices": matrix.left.indices,
-        "left.values": matrix.left.values,
-        "right.indices": matrix.right.indices,
-        "right.values": matrix.right.values,
+def _tensors(piece: _Piece, matrix: _Matrix) -> dict[str, Tensor]:
+    """What a checkpoint holds of a matrix."""
+    d = matrix.subspace.d
+    here = slice(matrix.offset, matrix.offset + d * d)
+    moments = {
+        "moment": piece.state.moment[here].view(d, d),
+        "variance": piece.state.variance[here].view(d, d),
     }
+    return moments | matrix.subspace.tensors()

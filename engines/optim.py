@@ -60,9 +60,12 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def prepare_training(model: nn.Module, context: Context) -> None:
-    """Training mode, checkpointing as the workload says, and the seed that dropout draws from."""
-    if context.workload.checkpointing:
+def prepare_training(model: nn.Module, context: Context, *, recompute: bool = True) -> None:
+    """Training mode, checkpointing as the workload says, and the seed that dropout draws from.
+
+    Without `recompute` the checkpointing is the caller's.
+    """
+    if context.workload.checkpointing and recompute:
         # transformers 5.23 renamed it and warns about the old name. The reentrant form would lose the
         # gradients of the weights where a block's input needs none.
         enable: Any = (
@@ -88,47 +91,63 @@ def accumulate_gradients(
         loss.backward()
 
 
+CORE_CHUNK = 1 << 20
+"""Elements of a 16-bit core that are widened at a time: 4 MB, which stay in the caches of the threads."""
+
+
 def core_adam(
-    cores: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    updates: Sequence[int],
+    core: Tensor,
+    moment: Tensor,
+    variance: Tensor,
+    updates: int,
     *,
     beta1: float,
     beta2: float,
     eps: float,
+    scale: float = 1.0,
 ) -> None:
-    """Write Adam's direction m_hat / (sqrt(v_hat) + eps) over each gradient in `cores`; moments in place.
+    """Write Adam's direction m_hat / (sqrt(v_hat) + eps) over the gradient in `core`; moments in place.
 
-    Kingma & Ba (1412.6980), Algorithm 1, with eps outside the square root as in torch. All tensors are
-    fp32, contiguous and on the CPU, core and moments of one size, which may differ between cores.
-    `updates` counts each core's updates from 1, this one included. The learning rate and the decay are the
-    caller's.
+    Kingma & Ba (1412.6980), Algorithm 1, with eps outside the square root as in torch. All tensors are flat,
+    contiguous, of one size and on the CPU; moments are fp32, `core` is fp32 or bf16, and a bf16 direction is
+    rounded once, at its end. `updates` counts the core's updates from 1, this one included. The gradient is
+    multiplied by `scale` first. The learning rate and the decay are the caller's.
 
-    Bits depend on the CPU, and for the last elements of a core (fewer than 16 per thread) on torch's number
-    of threads: the kernel computes them one by one.
+    Bits depend on the CPU, and for the last elements (fewer than 16 per thread) on torch's number of threads:
+    the kernel computes them one by one.
     """
-    # torch's fused AdamW does p <- p (1 - lr wd) - lr direction in one pass. With lr = wd = -1 the old value
-    # is multiplied by zero and the direction is what is left, so the gradient's own memory can be the
-    # parameter: neither a second buffer nor a pass that zeroes it is needed.
-    # HAZARD: holds because the kernel reads an element's gradient before it writes its parameter.
-    # The operation itself: `torch.optim.adamw.adamw` spends up to 80 us a call in Python before it gets here,
-    # with the interpreter's lock held; the update of a 512 x 512 core takes no longer.
-    torch._fused_adamw_(
-        list(cores),
-        list(cores),
-        list(moments),
-        list(variances),
-        [],
-        [torch.tensor(float(count)) for count in updates],
-        lr=-1.0,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=-1.0,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
+    wide = core.dtype == torch.float32
+    size = core.numel() if wide else CORE_CHUNK
+    scratch = None if wide else torch.empty(min(size, core.numel()))
+    count = [torch.tensor(float(updates))]
+    for begin in range(0, core.numel(), size):
+        part = core[begin : begin + size]
+        work = part if scratch is None else scratch[: part.numel()].copy_(part)
+        if scale != 1.0:
+            work.mul_(scale)
+        # torch's fused AdamW does p <- p (1 - lr wd) - lr direction in one pass. With lr = wd = -1 the old
+        # value is multiplied by zero and the direction is what is left, so the gradient's own memory can be
+        # the parameter: neither a second buffer nor a pass that zeroes it is needed.
+        # HAZARD: holds because the kernel reads an element's gradient before it writes its parameter.
+        # The operation itself: `torch.optim.adamw.adamw` spends up to 80 us a call in Python before it gets
+        # here, with the interpreter's lock held; the update of a 512 x 512 core takes no longer.
+        torch._fused_adamw_(
+            [work],
+            [work],
+            [moment[begin : begin + size]],
+            [variance[begin : begin + size]],
+            [],
+            count,
+            lr=-1.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=-1.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if work is not part:
+            part.copy_(work)
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -60,23 +60,32 @@ class LspSettings(AdamWSettings):
     """LSP-Offload (2406.10181). Symbols d, r and alpha are the paper's."""
 
     d: int = 512
-    """Size of the subspace; a matrix smaller than d x d uses its own smaller side."""
+    """Size of the subspace; a matrix smaller than d x d uses its own smaller side, to a multiple of r."""
     r: int = 4
     """Nonzeros per projector row."""
+    projector: Literal["block", "one_hot", "paper", "identity"] = "block"
+    """Form of the projectors (`engines.projector`): `block` is block-diagonal, orthonormal, in closed form;
+    `one_hot` a random count sketch with r = 1; `paper` has random places and learned values. `identity` needs
+    d = m = n and is for checks against AdamW."""
     alpha: float = 0.3
     """Relative bias above which a matrix gets a new subspace."""
     check_every: int = 1000
     """Steps between bias checks; the first is before the first update."""
     learn_steps: int = 100
-    """Most Adam steps spent on learning one pair of projectors."""
+    """Most Adam steps spent on learning one pair of projectors; for `paper`."""
     learn_rate: float = 0.1
     """Adam's learning rate for projector values."""
     learn_beta: float = 1e-3
     """Weight of the regulariser ||P||_F + ||Q||_F."""
     learn_timeout_s: float = 60.0
-    """Most time spent on one round of learning, all matrices together."""
-    projector: Literal["learned", "identity"] = "learned"
-    """`identity` needs d = m = n and is for checks against AdamW."""
+    """Most time spent on finding projectors in one round of checks, all matrices together."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm: that of all compressed gradients and those outside the subspaces. The
+    CPU's updates then begin when backward has ended."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updates reach bf16 weights; `nearest` loses those below half a unit in the last place."""
+    graphs: bool = True
+    """Run blocks as CUDA graphs where they can be: with checkpointing, without dropout."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
     train_outer: bool = True
@@ -94,6 +103,7 @@ class LspSettings(AdamWSettings):
         _require(self.learn_rate > 0, "learn_rate", "must be positive")
         _require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         _require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
+        _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

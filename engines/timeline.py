@@ -16,7 +16,7 @@ import torch
 
 from engines.transfer import now_s
 
-STREAMS = ("upload", "download", "compute", "perturb")
+STREAMS = ("upload", "download", "compute", "perturb", "apply", "cpu adam")
 """In the order in which a viewer shows them. Other names are taken too, and shown below these."""
 
 REFERENCE_INTERVAL_S = 10.0
@@ -52,7 +52,11 @@ class Timeline:
         self._lock = threading.Lock()
         self._spans: list[Span] = []
         self._references: list[Any] = []
+        self._host_spans: list[tuple[str, str, float, float]] = []
+        if self._is_cuda:
+            _cuda.synchronize(device)  # the first reference then happens at once, and has a time of the host
         self._refer()
+        self._zero_s = self._referred_s
 
     def begin(self, stream: str, name: str, on: torch.cuda.Stream | None = None) -> Span:
         """Work called `name` begins on `stream`: a point in the CUDA stream `on`, else in the current one.
@@ -71,6 +75,11 @@ class Timeline:
         """The work of `span` ends here. `on` as it was for `begin`."""
         span.stop = self._point(on)
 
+    def host_span(self, stream: str, name: str, start_s: float, end_s: float) -> None:
+        """Work of the CPU between two readings of the engines' clock."""
+        with self._lock:
+            self._host_spans.append((stream, name, start_s, end_s))
+
     def events(self) -> list[dict[str, Any]]:
         """Every span that has ended, as Chrome trace events: `ts` and `dur` in microseconds, one `tid` for
         each named stream, and the events that give the streams their names.
@@ -82,10 +91,11 @@ class Timeline:
         with self._lock:
             spans = [span for span in self._spans if span.stop is not None]
             points = list(self._references)
+            host_spans = list(self._host_spans)
         offsets_us = [0.0]
         for before, after in itertools.pairwise(points):
             offsets_us.append(offsets_us[-1] + self._between_us(before, after))
-        used = {span.stream: None for span in spans}
+        used = dict.fromkeys((*(span.stream for span in spans), *(each[0] for each in host_spans)))
         lanes = {name: tid for tid, name in enumerate({**dict.fromkeys(STREAMS), **used})}
         events = [_names("process", 0, "name", str(self._device))]
         for name in used:
@@ -94,17 +104,13 @@ class Timeline:
                 _names("thread", lanes[name], "sort_index", lanes[name]),
             ]
         for span in spans:
-            start_us = self._between_us(points[span.reference], span.start)
+            start_us = offsets_us[span.reference] + self._between_us(points[span.reference], span.start)
             events.append(
-                {
-                    "name": span.name,
-                    "ph": "X",
-                    "ts": offsets_us[span.reference] + start_us,
-                    "dur": self._between_us(span.start, span.stop),
-                    "pid": 0,
-                    "tid": lanes[span.stream],
-                }
+                _span(span.name, start_us, self._between_us(span.start, span.stop), lanes[span.stream])
             )
+        for stream, name, start_s, end_s in host_spans:
+            start_us = (start_s - self._zero_s) * 1e6
+            events.append(_span(name, start_us, (end_s - start_s) * 1e6, lanes[stream]))
         return events
 
     def _refer(self) -> None:
@@ -122,6 +128,10 @@ class Timeline:
         if self._is_cuda:
             return float(earlier.elapsed_time(later)) * 1e3
         return float(later - earlier) * 1e6
+
+
+def _span(name: str, start_us: float, length_us: float, tid: int) -> dict[str, Any]:
+    return {"name": name, "ph": "X", "ts": start_us, "dur": length_us, "pid": 0, "tid": tid}
 
 
 def _names(what: str, tid: int, key: str, value: str | int) -> dict[str, Any]:

@@ -290,7 +290,8 @@ class Link:
         direction: str,
         name: str,
     ) -> Event:
-        start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
+        # Blocking: a thread that waits sleeps, and leaves its core to those that work.
+        start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True, blocking=True)
         # One lock for the whole sequence: two threads must not put their waits and copies between
         # each other's timing events.
         with self._lock, torch.cuda.stream(stream):
@@ -312,7 +313,7 @@ class Link:
         """A point in the current compute stream: all work enqueued on it so far."""
         if not self._is_cuda:
             return Event()
-        event = _cuda.Event()
+        event = _cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self.device))
         return Event(event)
 

@@ -298,7 +298,10 @@ def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progr
     if not isinstance(settings, LspSettings) or settings.projector == "identity" or not shape.matrices:
         return
     sides = [min(matrix.rows, matrix.columns) for matrix in shape.matrices]
-    if all(core_size(matrix, settings.d) == side for matrix, side in zip(shape.matrices, sides, strict=True)):
+    if all(
+        core_size(matrix.rows, matrix.columns, settings) == side
+        for matrix, side in zip(shape.matrices, sides, strict=True)
+    ):
         progress.print(
             f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {max(sides)} at most "
             "on their smaller side; set a smaller one with --set d=..., or give --profile"

@@ -13,8 +13,8 @@ from typing import cast
 from engines import entry
 from engines.base import ModelShape, Traffic, Workload
 from engines.costs import traffic as cost_of
-from engines.costs.lsp import core_elements, core_size
-from engines.settings import parse_settings
+from engines.costs.lsp import core_elements
+from engines.settings import LspSettings, parse_settings
 from profiles.machine import Machine
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
@@ -392,7 +392,7 @@ class _Choice:
             chosen = {"d": d}
             reasons.append(reason)
         if "r" not in self._override:
-            smallest = min(core_size(matrix, d) for matrix in self._shape.matrices)
+            smallest = min(d, *(min(each.rows, each.columns) for each in self._shape.matrices))
             wanted = 4 if self._shape.hidden >= 1024 else 8
             chosen["r"] = min(wanted, smallest)
             reasons.append(
@@ -433,15 +433,21 @@ class _Choice:
             told = f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
             if micro_batches > 1:
                 told += " in one micro-batch"
-            elements = self._shape.num_blocks * core_elements(self._shape, d)
+            elements = self._shape.num_blocks * core_elements(self._shape, self._lsp_settings(d))
             if times[slowest] <= gpu_s:
                 return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
         return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
 
     def _lsp_cost(self, d: int) -> Traffic:
-        smallest = min(core_size(matrix, d) for matrix in self._shape.matrices)
-        r = self._override.get("r", min(4, smallest))
-        return self.cost({**self._override, "d": d, "r": r})
+        return self.cost(self._lsp_values(d))
+
+    def _lsp_settings(self, d: int) -> LspSettings:
+        settings: LspSettings = parse_settings(self._engine, self._lsp_values(d))
+        return settings
+
+    def _lsp_values(self, d: int) -> dict[str, Value]:
+        smallest = min(d, *(min(each.rows, each.columns) for each in self._shape.matrices))
+        return {**self._override, "d": d, "r": self._override.get("r", min(4, smallest))}
 
 
 def lsp_ladder(hidden: int) -> list[int]:

@@ -119,7 +119,8 @@ def test_some_methods_do_move_something() -> None:
     zo2 = traffic("zo2", shape, workload, parse_settings("zo2", {}))
     assert zo2.h2d_bytes == 3 * 4 * shape.block_parameters
     lsp = traffic("lsp", shape, workload, parse_settings("lsp", {"d": 4}))
-    assert lsp.d2h_bytes == 4 * 3 * len(shape.matrices) * 4 * 4
+    assert lsp.h2d_bytes == 4 * 3 * len(shape.matrices) * 4 * 4
+    assert lsp.d2h_bytes == lsp.h2d_bytes + 3 * 4
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,9 +1,10 @@
-"""What LSP-Offload costs: native's forward and backward, and per block matrix a d x d core that goes down,
-through Adam on the CPU, and comes up.
+"""What LSP-Offload costs: native's forward and backward, less the products of weight gradients, and per block
+matrix two projections of what those would multiply and a d x d core that goes down, through Adam on the CPU,
+and comes up.
 
-GPU: weights, one core per matrix, projectors, gradients of what is not projected, and for a moment the
-dense projectors and the fp32 update of one matrix. Host: per matrix the pinned core and two moments, fp32.
-The twin (`offload=False`) moves and computes the same with nothing pinned and nothing overlapped.
+GPU: weights, projectors, the cores of a few blocks, and gradients and moments of what is not projected. Host:
+per matrix the pinned core, of the weights' dtype, and two moments, fp32. The twin (`offload=False`) moves and
+computes the same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
 """
 
 from __future__ import annotations
@@ -15,130 +16,174 @@ from engines.costs import forward
 from engines.costs.native import ADAM_PASSES
 from engines.settings import LspSettings
 
-WIRE_BYTES = 4
-"""Per element of a core, each way: fp32."""
+INDEX_BYTES = 8
+"""Per nonzero of a projector that stores its places: by row and by column, int32 each."""
 
-PROJECTOR_BYTES = 8
-"""Per nonzero: an fp32 value and an int32 column."""
+MOMENT_BYTES = 4
 
-CORE_ADAM_BYTES = 24
-"""Host memory traffic per element: core and two moments read, all written over."""
+NORM_BYTES = 4
+"""A block's squared norm goes down before its cores."""
 
-CORE_ADAM_FACTOR = CORE_ADAM_BYTES / 28
-"""Time of the core's Adam over that of fused AdamW, per element. It is the same kernel with the core as both
-gradient and parameter: 24 bytes move where AdamW moves 28. Seen on one server core: 0.78 to 0.92."""
+CORE_ADAM_SLOWDOWN = 1.15
+"""Time of Adam on a 16-bit core over that of the bytes it moves: parts are widened in cache and narrowed
+again. Estimated."""
 
-UPDATE_PASSES = 10
-"""fp32 passes over a matrix to apply its update: the product written, the weight widened, decayed, the
-update scaled, subtracted and rounded."""
+CORE_SLOTS = 4
+"""Blocks whose compressed gradients are on the GPU at once."""
 
-LAUNCHES = 12
-"""Per matrix, in launches of a model's own operations (`profiles.predict`): about 40 bare ones to scatter the
-projectors, multiply, check and copy, each about a third as slow. Estimated."""
+UPLOAD_SLOTS = 4
+"""Pieces that are on the GPU between their upload and their application."""
+
+PIECE_ELEMENTS = 8 << 20
+"""Cores of neighbouring matrices travel together up to about this size."""
+
+FLOPS_PER_BYTE = 150.0
+"""Floating-point operations in the time of one byte of GPU memory, to choose how a core is made: 160 on an
+H200 (755 TFLOP/s, 4.8 TB/s), 165 on an RTX 4090."""
+
+LAUNCHES = 6
+"""Per matrix, in launches of a model's own operations: two projections, the product, and Python around them.
+Estimated."""
+
+GRAPH_LAUNCHES = 24
+"""Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
 
 
-def core_size(matrix: MatrixShape, d: int) -> int:
-    """d_eff: side of the core of `matrix`."""
-    return min(d, matrix.rows, matrix.columns)
+def nonzeros_per_row(settings: LspSettings) -> int:
+    return settings.r if settings.projector in ("block", "paper") else 1
 
 
-def core_elements(shape: ModelShape, d: int) -> int:
+def core_size(rows: int, columns: int, settings: LspSettings) -> int:
+    """Side of a matrix's core: d, or its own smaller side, to a multiple of r."""
+    side = min(settings.d, rows, columns)
+    r = min(nonzeros_per_row(settings), side)
+    return side // r * r
+
+
+def core_elements(shape: ModelShape, settings: LspSettings) -> int:
     """Elements of all cores of one block."""
-    return sum(core_size(matrix, d) ** 2 for matrix in shape.matrices)
+    return sum(core_size(matrix.rows, matrix.columns, settings) ** 2 for matrix in shape.matrices)
+
+
+def forms_gradient(rows: int, columns: int, d: int, workload: Workload) -> bool:
+    """Whether forming the gradient and compressing it costs less than projecting its factors first.
+
+    T tokens: 2 T m n operations and some passes over G, against 2 T d^2 and one pass over each factor.
+    """
+    tokens, element = workload.batch_size * workload.seq_len, BYTES_PER_ELEMENT[workload.dtype]
+    formed = 2.0 * tokens * rows * columns + FLOPS_PER_BYTE * element * (3 * rows * columns + 2 * rows * d)
+    factors = 2.0 * tokens * d * d + FLOPS_PER_BYTE * element * tokens * (rows + columns + 2 * d)
+    return formed < factors
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
-    cores = shape.num_blocks * core_elements(shape, settings.d)
-    host = {"process": forward.PROCESS_HOST_BYTES, "optimizer": 2 * WIRE_BYTES * cores}
-    if settings.offload:
-        host["cores, pinned"] = WIRE_BYTES * cores
+    cores = shape.num_blocks * core_elements(shape, settings)
+    norms = -(-NORM_BYTES * shape.num_blocks // 64) * 64
+    wire_bytes = element * cores + norms
+    host = {"process": forward.PROCESS_HOST_BYTES, "optimizer": 2 * MOMENT_BYTES * cores}
+    host["cores, pinned" if settings.offload else "cores"] = wire_bytes
     layers = [_layer(layer, shape, workload, settings) for layer in forward.training_layers(shape, workload)]
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
-    offloaded: Overlap = "layerwise" if settings.schedule_order == "layerwise" else "optimizer_after_backward"
+    at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm is None
+    offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
     return Traffic(
         layers=tuple(layers),
         gpu_memory_bytes=_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         host_memory_bytes=host,
-        pinned_bytes=WIRE_BYTES * cores if settings.offload else 0,
+        pinned_bytes=wire_bytes if settings.offload else 0,
         overlap=offloaded if settings.offload else "serial",
-        cpu_adam_factor=CORE_ADAM_FACTOR,
+        cpu_adam_factor=core_adam_bytes(element) / 28 * (1.0 if element == 4 else CORE_ADAM_SLOWDOWN),
     )
 
 
+def core_adam_bytes(element: int) -> int:
+    """Host memory traffic per element of a core's Adam: the core and two moments read and written over.
+    torch's fused AdamW in fp32 moves 28; seen on one server core for fp32: 0.78 to 0.92 of its time."""
+    return 2 * element + 4 * MOMENT_BYTES
+
+
 def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings) -> LayerTraffic:
-    """`layer` with what the method adds to it."""
-    adam_bytes = ADAM_PASSES * BYTES_PER_ELEMENT[workload.dtype] if settings.train_outer else 0
+    """`layer` with what the method adds to it, and without what it saves."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    adam_bytes = ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
         return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.outer_parameters)
     if not layer.name.startswith("block."):
         return layer
-    core = core_elements(shape, settings.d)
+    core = core_elements(shape, settings)
     plain = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
-    times = 1 + workload.accumulation  # compressed once per micro-batch, expanded once
-    flops = times * sum(product_flops(matrix, settings.d) for matrix in shape.matrices)
-    moved = sum(product_bytes(matrix, settings.d, workload) for matrix in shape.matrices)
-    added = replace(
-        layer,
-        gpu_backward_flops=layer.gpu_backward_flops + flops,
-        gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,
-        launches=layer.launches + LAUNCHES * len(shape.matrices),
-    )
-    wire = WIRE_BYTES * core
+    saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
+    moved = sum(projection_bytes(matrix, settings, workload) for matrix in shape.matrices)
+    as_graphs = settings.graphs and settings.offload and workload.checkpointing and shape.gated_mlp
+    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
+    wire = element * core
     return replace(
-        added,
+        layer,
+        gpu_backward_flops=layer.gpu_backward_flops - saved,
+        gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,
+        launches=launches * (workload.accumulation if as_graphs else 1),
         h2d_bytes=wire,
-        d2h_bytes=wire,
+        d2h_bytes=wire + NORM_BYTES,
         cpu_adam_elements=core,
-        host_bytes=float(2 * wire + CORE_ADAM_BYTES * core),
+        host_bytes=float(2 * wire + core_adam_bytes(element) * core),
     )
 
 
-def product_flops(matrix: MatrixShape, d: int) -> float:
-    """Compressing or expanding once, with projectors scattered dense: 2 m n d + 2 min(m, n) d^2."""
-    side = core_size(matrix, d)
-    return 2.0 * matrix.parameters * side + 2.0 * min(matrix.rows, matrix.columns) * side**2
+def saved_flops(matrix: MatrixShape, settings: LspSettings, workload: Workload) -> float:
+    """Operations of a step less than native's: the gradient's product is a core's, 2 T d^2 for 2 T m n."""
+    d = core_size(matrix.rows, matrix.columns, settings)
+    if forms_gradient(matrix.rows, matrix.columns, d, workload):
+        return 0.0
+    return 2.0 * workload.tokens_per_step * (matrix.parameters - d * d)
 
 
-def product_bytes(matrix: MatrixShape, d: int, workload: Workload) -> float:
-    """GPU memory traffic of a step outside the products: projectors scattered (zeroed, then read), and the
-    update applied."""
-    element = BYTES_PER_ELEMENT[workload.dtype]
-    dense = 2 * element * (matrix.rows + matrix.columns) * core_size(matrix, d)
-    return float((1 + workload.accumulation) * dense + 4 * UPDATE_PASSES * matrix.parameters)
+def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workload) -> float:
+    """GPU memory traffic of a step to make a matrix's core and to apply its update."""
+    element, d = BYTES_PER_ELEMENT[workload.dtype], core_size(matrix.rows, matrix.columns, settings)
+    rows, columns = matrix.rows, matrix.columns
+    if forms_gradient(rows, columns, d, workload):
+        made = workload.accumulation * (3 * rows * columns + 2 * rows * d)
+    else:
+        made = workload.tokens_per_step * (rows + columns + 2 * d)
+    return float(element * (made + 2 * matrix.parameters + 4 * d * d))
 
 
 def _gpu_memory(
     shape: ModelShape, workload: Workload, settings: LspSettings, trained_bytes: int
 ) -> dict[str, int]:
-    """GPU memory at the worst of three moments: the first block's update, the loss, the last gradients."""
+    """GPU memory at the worse of two moments: the loss, the last gradients of a block."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    cores = WIRE_BYTES * shape.num_blocks * core_elements(shape, settings.d)
+    sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
+    core = sum(d * d for d in sizes)
+    piece = min(core, max(PIECE_ELEMENTS, max(d * d for d in sizes)))
+    slots = min(CORE_SLOTS, shape.num_blocks) if settings.offload else shape.num_blocks
     nonzeros = shape.num_blocks * sum(
-        (matrix.rows + matrix.columns) * min(settings.r, core_size(matrix, settings.d))
-        for matrix in shape.matrices
+        (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
+        for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
-    largest = max(shape.matrices, key=lambda matrix: matrix.parameters)
-    d = core_size(largest, settings.d)
-    dense = element * (largest.rows + largest.columns) * d
-    between = (4 + element) * min(largest.rows, largest.columns) * d
+    stores_places = settings.projector != "block"
     held = {
         "weights": element * shape.parameters,
         "optimizer": 2 * trained_bytes,
-        "projectors": PROJECTOR_BYTES * nonzeros,
-        "cores": cores,
+        "gradients": trained_bytes,
+        "projectors": nonzeros * ((2 * element + INDEX_BYTES) if stores_places else element),
+        "cores": element * (slots * core + (UPLOAD_SLOTS * piece if settings.offload else 0)),
     }
+    if workload.accumulation > 1:
+        held["cores"] += 4 * shape.num_blocks * core
     saved = forward.saved_activation_bytes(shape, workload)
+    largest = max(
+        workload.batch_size * workload.seq_len * d * element + matrix.parameters * element
+        for matrix, d in zip(shape.matrices, sizes, strict=True)
+    )
     moments = (
-        {"activations": saved, "scratch": 12 * largest.parameters + dense},
         {"activations": saved, "logits": forward.logits_bytes(shape, workload)},
         {
-            "activations": forward.backward_activation_bytes(shape, workload),
-            "gradients": trained_bytes + element * largest.parameters,
-            "scratch": dense + between,
+            "activations": saved + forward.backward_activation_bytes(shape, workload),
+            "scratch": largest,
         },
     )
-    kept = {"gradients": trained_bytes} if workload.accumulation > 1 else {}
-    return forward.largest([{**held, **kept, **moment} for moment in moments])
+    return forward.largest([{**held, **moment} for moment in moments])

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, opt
 
 from engines import ENGINES
-from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, UserError, Workload
+from engines.base import BYTES_PER_ELEMENT, Dtype, ModelShape, Traffic, UserError, Workload
 from engines.costs import COSTS, forward, traffic
 from engines.costs.lsp import core_elements
 from engines.costs.overlap import PIECE, STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.torchao_offload import power_of_two
 from engines.costs.zo2 import RING_BYTES, folds, resident_indices, ring_bytes
-from engines.settings import parse_settings
+from engines.settings import LspSettings, parse_settings
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
@@ -134,35 +134,55 @@ def test_blocks_of_opt_13b() -> None:
 
 
 def test_lsp_cores_of_the_paper() -> None:
-    for shape, d, elements, wire in ((DEEPSEEK_7B, 2048, 939e6, 3.76e9), (DEEPSEEK_1B, 1280, 275e6, 1.10e9)):
-        assert shape.num_blocks * core_elements(shape, d) == pytest.approx(elements, rel=0.001)
+    for shape, d, elements, wire in ((DEEPSEEK_7B, 2048, 939e6, 1.88e9), (DEEPSEEK_1B, 1280, 275e6, 0.55e9)):
+        assert shape.num_blocks * core_elements(shape, LspSettings(d=d)) == pytest.approx(elements, rel=0.001)
         counted = cost("lsp", shape, TRAINING, d=d)
-        assert counted.h2d_bytes == counted.d2h_bytes == pytest.approx(wire, rel=0.003)
-        # Host: the core and two moments, fp32.
-        assert counted.peak_host_bytes - forward.PROCESS_HOST_BYTES == 12 * counted.cpu_adam_elements
+        assert counted.h2d_bytes == 2 * counted.cpu_adam_elements == pytest.approx(wire, rel=0.003)
+        # A squared norm of each block goes down too.
+        assert counted.d2h_bytes == counted.h2d_bytes + 4 * shape.num_blocks
+        # Host: the core in bf16 and two moments in fp32.
+        held = counted.peak_host_bytes - forward.PROCESS_HOST_BYTES
+        assert held == pytest.approx(10 * counted.cpu_adam_elements, rel=1e-6)
 
 
 def test_lsp_uses_the_smaller_side_of_a_small_matrix() -> None:
-    assert core_elements(TINY, 1000) == 7 * 64 * 64
+    assert core_elements(TINY, LspSettings(d=1000)) == 7 * 64 * 64
+    assert core_elements(TINY, LspSettings(d=1000, r=5)) == 7 * 60 * 60  # whole blocks of r columns
+    assert core_elements(TINY, LspSettings(d=1000, r=5, projector="one_hot")) == 7 * 64 * 64
 
 
-def test_lsp_adam_is_the_fused_kernel_with_one_stream_less_each_way() -> None:
-    counted = cost("lsp", TINY, TRAINING)
+@pytest.mark.parametrize(("dtype", "element"), [("fp32", 4), ("bf16", 2)])
+def test_lsp_adam_moves_the_core_and_its_moments_both_ways(dtype: Dtype, element: int) -> None:
+    counted = cost("lsp", TINY, replace(TRAINING, dtype=dtype))
     elements = counted.cpu_adam_elements
-    assert elements == TINY.num_blocks * core_elements(TINY, 512)
+    assert elements == TINY.num_blocks * core_elements(TINY, LspSettings())
     # The wire twice, and core, moment and variance read and written.
-    assert counted.host_bytes == (2 * 4 + 6 * 4) * elements
-    assert counted.pinned_bytes == counted.host_memory_bytes["cores, pinned"] == 4 * elements
+    assert counted.host_bytes == (2 * element + 2 * element + 4 * 4) * elements
+    assert counted.pinned_bytes == counted.host_memory_bytes["cores, pinned"]
+    assert 0 <= counted.pinned_bytes - element * elements - 4 * TINY.num_blocks < 64
     # The probe's AdamW reads a weight and a gradient besides both moments, and writes all but the gradient.
-    assert counted.cpu_adam_factor == 6 / 7
+    if dtype == "fp32":
+        assert counted.cpu_adam_factor == 6 / 7
+
+
+def test_lsp_saves_the_products_of_weight_gradients() -> None:
+    native, lsp = cost("native", DEEPSEEK_7B, TRAINING), cost("lsp", DEEPSEEK_7B, TRAINING, d=2048, r=8)
+    tokens = TRAINING.tokens_per_step
+    formed = 2 * tokens * DEEPSEEK_7B.matrix_parameters
+    cores = 2 * tokens * lsp.cpu_adam_elements
+    assert native.gpu_flops - lsp.gpu_flops == pytest.approx(formed - cores)
+    # With d = n/1 there is nothing to save: the gradient is formed, and compressed.
+    whole = cost("lsp", DEEPSEEK_7B, TRAINING, d=4096, r=8)
+    assert whole.gpu_flops > lsp.gpu_flops
 
 
 def test_lsp_twin_does_the_same_work_with_nothing_pinned_or_overlapped() -> None:
     twin, offloaded = cost("lsp", TINY, TRAINING, offload=False), cost("lsp", TINY, TRAINING)
-    assert twin.layers == offloaded.layers
-    assert twin.gpu_memory_bytes == offloaded.gpu_memory_bytes
+    for mine, its in zip(twin.layers, offloaded.layers, strict=True):
+        assert replace(mine, launches=0) == replace(its, launches=0)
     assert (twin.pinned_bytes, twin.overlap) == (0, "serial")
-    assert offloaded.peak_host_bytes - twin.peak_host_bytes == offloaded.pinned_bytes
+    assert offloaded.peak_host_bytes == twin.peak_host_bytes
+    assert twin.gpu_memory_bytes["cores"] == 2 * twin.cpu_adam_elements  # all blocks' at once
 
 
 def test_lsp_without_outer_parameters_holds_no_adam_states_on_the_gpu() -> None:

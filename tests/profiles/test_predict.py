@@ -220,7 +220,7 @@ def without_link_figure(name: str) -> Machine:
         (without_gpu_figure("matmul_fp32_flops"), set()),
         (without_gpu_figure("copy_bytes_per_s"), set(ENGINES)),
         (without_link_figure("h2d_pinned_bytes_per_s"), {"torchao-offload"}),
-        (without_link_figure("d2h_pinned_bytes_per_s"), {"torchao-offload"}),
+        (without_link_figure("d2h_pinned_bytes_per_s"), {"torchao-offload", "lsp"}),
         (without_link_figure("h2d_duplex_bytes_per_s"), {"lsp", "zo2"}),
         (without_link_figure("d2h_duplex_bytes_per_s"), {"lsp", "zo2"}),
         (without_link_figure("h2d_pageable_bytes_per_s"), set()),

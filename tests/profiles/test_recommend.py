@@ -119,7 +119,7 @@ def test_overrides_win_and_are_kept_as_given() -> None:
     for engine, values in overrides.items():
         assert {key: plans[engine].settings[key] for key in values} == values
         assert any(reason.startswith("as set: ") for reason in plans[engine].reasons)
-    assert plans["lsp"].prediction.h2d_bytes == 24 * 7 * 256 * 256 * 4
+    assert plans["lsp"].prediction.h2d_bytes == 24 * 7 * 256 * 256 * 2
     assert plans["zo2"].prediction.h2d_bytes == 21 * 2 * DEEPSEEK_1B.block_parameters
     assert plans["mezo"].settings == {}
 

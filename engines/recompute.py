@@ -1,0 +1,324 @@
+"""A model's blocks in training: what runs before and after each, and recomputation in the backward pass.
+
+The model's own forward drives everything; only the blocks' `forward` is replaced. With `recompute` a block
+keeps nothing but its input until the backward pass, which runs it again (activation checkpointing,
+1604.06174), and may do both as CUDA graphs: one launch in place of some fifty in the forward pass and some
+hundred and fifty in the backward pass, each of which costs the CPU 10 to 50 microseconds. A graph computes
+what the block's own kernels compute, on copies of its inputs at fixed places. A block is captured in the step
+after the first in which inputs of its form are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engines.blocks import BlockCall, find_blocks, split_call
+from engines.graphs import MOST_FORMS, form_key, replaced, tensors_of
+
+_cuda: Any = torch.cuda  # most of it is without annotations
+
+
+class Watcher(Protocol):
+    """Told of the blocks' passes, by index. Only `finish` may be captured in a graph."""
+
+    def before_forward(self, index: int) -> None: ...
+
+    def before_backward(self, index: int) -> None: ...
+
+    def finish(self, index: int) -> None:
+        """All gradients of the block have been computed; what belongs on the GPU to that."""
+
+    def after_backward(self, index: int) -> None: ...
+
+
+class TrainedBlocks:
+    """The blocks of a model, watched."""
+
+    def __init__(self, model: nn.Module, watcher: Watcher, *, recompute: bool, graphs: bool) -> None:
+        """`graphs` are for CUDA, recomputation, and blocks that draw no random numbers."""
+        _, self.blocks = find_blocks(model)
+        self._watcher = watcher
+        self._recompute = recompute
+        self._keeps_random_state = draws_random_numbers(model)
+        self._inner = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
+        self._forwards: list[Callable[..., Any]] = [block.forward for block in self.blocks]
+        parameter = next(model.parameters())
+        # Passed through every block: its output then has a gradient even if its input has none.
+        self._anchor = torch.zeros((), device=parameter.device, requires_grad=True)
+        self._graphs = _Graphs(self) if graphs and recompute and parameter.is_cuda else None
+        self.uses_graphs = True
+        """False: as without graphs, for a step that does something else than usual."""
+        for index, block in enumerate(self.blocks):
+            vars(block)["forward"] = partial(self._call, index)
+
+    def begin(self) -> None:
+        """A new step."""
+        if self._graphs is not None:
+            self._graphs.begin()
+
+    def close(self) -> None:
+        """Give the blocks their own forward back."""
+        for block in self.blocks:
+            vars(block).pop("forward", None)
+        self._graphs = None
+
+    def _call(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        self._watcher.before_forward(index)
+        if not torch.is_grad_enabled():
+            return self._forwards[index](*args, **kwargs)
+        hidden, call = split_call(args, kwargs)
+        if self._recompute:
+            result: Any = _recomputed(self._anchor, hidden, self, index, call)
+            return result if self._returns_tensor else (result,)
+        entered = _passing(self._anchor, hidden, partial(self._left, index))
+        found = self._forwards[index](entered, *call.args, **call.kwargs)
+        first = found[0] if isinstance(found, tuple) else found
+        first = _passing(self._anchor, first, partial(self._watcher.before_backward, index))
+        return (first, *found[1:]) if isinstance(found, tuple) else first
+
+    def _left(self, index: int) -> None:
+        self._watcher.finish(index)
+        self._watcher.after_backward(index)
+
+    _returns_tensor = True
+    """A block returns the hidden state itself; else first in a tuple."""
+
+    def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
+        """The block itself."""
+        found = self._forwards[index](hidden, *call.args, **call.kwargs)
+        self._returns_tensor = not isinstance(found, tuple)
+        first: Tensor = found[0] if isinstance(found, tuple) else found
+        return first
+
+    def run_back(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """Run the block again and its backward pass; the gradient of `hidden`. Adds to those of
+        parameters."""
+        with torch.enable_grad():
+            entering = hidden.detach().requires_grad_()
+            out = self.run(index, call, entering)
+        found: Any = torch.autograd.grad(out, [entering, *self._inner[index]], gradient, allow_unused=True)
+        for parameter, its in zip(self._inner[index], found[1:], strict=True):
+            if its is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(its)
+        self._watcher.finish(index)
+        result: Tensor = found[0]
+        return result
+
+    def forward(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
+        graphs = self._graphs if self.uses_graphs else None
+        return self.run(index, call, hidden) if graphs is None else graphs.forward(index, call, hidden)
+
+    def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
+        self._watcher.before_backward(index)
+        graphs = self._graphs if self.uses_graphs else None
+        if graphs is None:
+            result = self.run_back(index, call, hidden, gradient)
+        else:
+            result = graphs.backward(index, call, hidden, gradient)
+        self._watcher.after_backward(index)
+        return result
+
+    def random_state(self) -> list[Tensor] | None:
+        """What dropout draws from; `None` if nothing draws."""
+        if not self._keeps_random_state:
+            return None
+        states = [torch.get_rng_state()]
+        if self._anchor.is_cuda:
+            states.append(torch.cuda.get_rng_state(self._anchor.device))
+        return states
+
+    def set_random_state(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self._anchor.is_cuda:
+            torch.cuda.set_rng_state(states[1], self._anchor.device)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A block that keeps its input only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, hidden: Tensor, blocks: TrainedBlocks, index: int, call: BlockCall
+    ) -> Tensor:
+        ctx.blocks, ctx.index, ctx.call = blocks, index, call
+        ctx.state = blocks.random_state()
+        ctx.save_for_backward(hidden)
+        return blocks.forward(index, call, hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        blocks: TrainedBlocks = ctx.blocks
+        (hidden,) = ctx.saved_tensors
+        after = None
+        if ctx.state is not None:
+            after = blocks.random_state()
+            blocks.set_random_state(ctx.state)
+        found = blocks.backward(ctx.index, ctx.call, hidden, gradients[0])
+        if after is not None:
+            blocks.set_random_state(after)
+        return None, found if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class _Passing(torch.autograd.Function):
+    """A hidden state passes a point; `act` is called when its gradient, which is complete then, passes it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor, act: Callable[[], None]) -> Tensor:
+        ctx.act = act
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.act()
+        return None, gradients[0] if ctx.needs_input_grad[1] else None, None
+
+
+# torch's method is without annotations.
+_recomputed: Callable[..., Tensor] = _Recomputed.apply
+_passing: Callable[..., Tensor] = _Passing.apply
+
+
+@dataclass(slots=True)
+class _Place:
+    """A fixed place for an input of blocks."""
+
+    tensor: Tensor
+    source: Tensor | None = None
+    """What lies there now."""
+
+    def load(self, source: Tensor) -> None:
+        if self.source is not source:
+            self.tensor.copy_(source)
+            self.source = source
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: Any
+    places: list[_Place]
+
+
+@dataclass(slots=True)
+class _Form:
+    """Graphs for inputs of one form, and the places where those are."""
+
+    since: int
+    """The step in which it was first seen."""
+    hidden: Tensor
+    gradient: Tensor
+    shared: list[_Place] = field(default_factory=list)
+    forward: dict[int, _Captured] = field(default_factory=dict)
+    backward: dict[int, _Captured] = field(default_factory=dict)
+
+
+class _Graphs:
+    """HAZARD: weights, gradients, cores and projectors must lie at the same places each time."""
+
+    def __init__(self, blocks: TrainedBlocks) -> None:
+        self._blocks = blocks
+        self._forms: dict[Any, _Form] = {}
+        self._step = 0
+        self._pool = _cuda.graph_pool_handle()
+        self._stream = _cuda.Stream()
+
+    def begin(self) -> None:
+        self._step += 1
+        for form in self._forms.values():
+            for place in form.shared:
+                place.source = None
+
+    def forward(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
+        form = self._form(call, hidden)
+        if form is None:
+            return self._blocks.run(index, call, hidden)
+        form.hidden.copy_(hidden)
+
+        def work(placed: BlockCall) -> None:
+            form.hidden.copy_(self._blocks.run(index, placed, form.hidden))
+
+        self._replay(form, form.forward, index, call, work)
+        return form.hidden.clone()
+
+    def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
+        form = self._form(call, hidden)
+        if form is None:
+            return self._blocks.run_back(index, call, hidden, gradient)
+        form.hidden.copy_(hidden)
+        form.gradient.copy_(gradient)
+
+        def work(placed: BlockCall) -> None:
+            form.gradient.copy_(self._blocks.run_back(index, placed, form.hidden, form.gradient))
+
+        self._replay(form, form.backward, index, call, work)
+        return form.gradient.clone()
+
+    def _form(self, call: BlockCall, hidden: Tensor) -> _Form | None:
+        """`None`: too early, or a form too many."""
+        key = (tuple(hidden.shape), hidden.dtype, form_key(call))
+        if key not in self._forms:
+            if len(self._forms) == MOST_FORMS:
+                return None
+            self._forms[key] = _Form(self._step, torch.empty_like(hidden), torch.empty_like(hidden))
+        form = self._forms[key]
+        return form if form.since < self._step else None
+
+    def _replay(
+        self,
+        form: _Form,
+        captured: dict[int, _Captured],
+        index: int,
+        call: BlockCall,
+        work: Callable[[BlockCall], None],
+    ) -> None:
+        sources = tensors_of([call])
+        if index not in captured:
+            places = [self._place(form, source) for source in sources]
+            (placed,) = replaced([call], [place.tensor for place in places])
+            captured[index] = _Captured(self._capture(lambda: work(placed)), places)
+        for place, source in zip(captured[index].places, sources, strict=True):
+            place.load(source)
+        captured[index].graph.replay()
+
+    def _place(self, form: _Form, source: Tensor) -> _Place:
+        """Where `source` lies now, or a new place for it: blocks share masks and positions."""
+        for place in form.shared:
+            if place.source is source:
+                return place
+        form.shared.append(_Place(torch.empty_like(source)))
+        form.shared[-1].load(source)
+        return form.shared[-1]
+
+    def _capture(self, work: Callable[[], None]) -> Any:
+        graph = _cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether the model's configuration or modules have any dropout."""
+    config: Any = getattr(model, "config", None)
+    known: Mapping[str, Any] = {} if config is None else config.to_dict()
+    if any(
+        isinstance(value, float) and value > 0
+        for name, value in known.items()
+        if "drop" in name  # attention_dropout, resid_pdrop, hidden_dropout_prob, layerdrop, ...
+    ):
+        return True
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
