@@ -214,8 +214,7 @@ class PerturbedModel:
             scores = self._head.evaluate(reached, batch.targets, self.outer)
             total.add_sums(float(scores.loss_sum), int(scores.correct), batch.targets.labels.numel())
         else:
-            output = self._finish(batch, hidden, Side.PLAIN)
-            total.add(output.loss, output.logits, batch.inputs["labels"])
+            total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs)
 
     def _finish(self, batch: Prepared, hidden: Tensor, side: Side) -> Any:
         with self._tail(side):
