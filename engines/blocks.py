@@ -99,8 +99,16 @@ def move_buffers(model: nn.Module, device: torch.device | str) -> None:
             module._buffers[name] = buffer.to(device)
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A small tensor of the host on the device, without waiting: through pinned memory of torch's, which it
+    keeps until the copy has ended. From pageable memory the driver would copy while the host stands by."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+    return {name: sent(tensor, device) for name, tensor in batch.inputs.items()}
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engines import noise
 from engines.base import Batch
-from engines.blocks import BlockDriver
+from engines.blocks import BlockDriver, sent
 from engines.costs.forward import HEAD_CHUNK_BYTES, HEAD_TOKENS
 from engines.noise import TILE, Outputs, Visit, has_triton, one
 
@@ -48,7 +48,7 @@ def targets_of(batch: Batch, device: torch.device) -> Targets:
     following[:, :-1] = labels[:, 1:]
     positions = (following.view(-1) != IGNORED).nonzero().view(-1)
     chosen = following.view(-1)[positions]
-    return Targets(positions.to(device, non_blocking=True), chosen.to(device, non_blocking=True))
+    return Targets(sent(positions, device), sent(chosen, device))
 
 
 class _Reached(Exception):

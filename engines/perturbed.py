@@ -42,6 +42,7 @@ from engines.graphs import BlockGraphs
 from engines.head import Targets, multiply, plain_head, targets_of
 from engines.layout import ModelLayout
 from engines.lora import Adapters, columns_first, is_linear
+from engines.masks import has_padding, known_padding, with_mask
 from engines.noise import Outputs, Visit, one
 from engines.scratch import BlockScratch, Source, Task, Unit, swapped, without_updates
 from engines.transfer import ComputeClock
@@ -70,6 +71,8 @@ class Prepared:
     inputs: Mapping[str, Tensor]
     targets: Targets | None
     """`None` where the model's own forward computes the loss."""
+    padded: bool
+    """Some position is left out by the attention mask."""
 
 
 class PerturbedModel:
@@ -132,7 +135,8 @@ class PerturbedModel:
     def prepare(self, batch: Batch) -> Prepared:
         """A micro-batch on the device, and where its labels are."""
         targets = None if self._head is None else targets_of(batch, self._device)
-        return Prepared(to_device(batch, self._device), targets)
+        inputs = with_mask(to_device(batch, self._device))
+        return Prepared(inputs, targets, has_padding(batch.inputs))
 
     def enter(self, batch: Prepared, how: Visit) -> tuple[Tensor, Sequence[BlockCall]]:
         """Both sides up to the first block: the stacked hidden state (2 batch, seq, hidden), and what each
@@ -179,7 +183,8 @@ class PerturbedModel:
 
     def _record(self, batch: Prepared, side: Side) -> tuple[Tensor, Sequence[BlockCall]]:
         self._side = side
-        recording = self._driver.record(batch.inputs)
+        with known_padding(batch.padded):
+            recording = self._driver.record(batch.inputs)
         return recording.hidden, recording.calls
 
     def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
@@ -217,12 +222,12 @@ class PerturbedModel:
             total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs)
 
     def _finish(self, batch: Prepared, hidden: Tensor, side: Side) -> Any:
-        with self._tail(side):
+        with self._tail(side), known_padding(batch.padded):
             return self._driver.finish(batch.inputs, hidden)
 
     def _reach_head(self, batch: Prepared, hidden: Tensor, side: Side) -> Tensor:
         assert self._head is not None
-        with self._tail(side), self._head.reached() as reached:
+        with self._tail(side), known_padding(batch.padded), self._head.reached() as reached:
             self._driver.finish(batch.inputs, hidden)
         return reached.hidden
 
