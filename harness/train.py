@@ -35,6 +35,7 @@ from engines.settings import LspSettings, MezoSettings, parse_settings
 from harness import restore
 from harness.data import Data, make_data
 from harness.diagnose import sides_of, why_flat, why_not_finite
+from harness.environment import gpu_notes
 from harness.job import Job, load_job, save_job
 from harness.models import ModelBlueprint, export_model, make_blueprint
 from harness.shapes import resolve_shape
@@ -89,6 +90,8 @@ def train(
     typed = _claim(job, Method(engine=engine_name, settings=asdict(typed)), out, resume)
     shape = resolve_shape(job)
     _warn_of_no_compression(typed, shape, progress)
+    for note in gpu_notes():
+        progress.print(f"note: {note}")
     data = make_data(job, shape)
     progress.print(data.describe())
     with (
