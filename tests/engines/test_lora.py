@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -356,10 +358,30 @@ def test_a_block_with_a_mixture_runs_each_side_by_itself() -> None:
 
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = save(make_mezo(tiny_blueprint("opt")), tmp_path / "lora")
-    for knobs in ({"train": "all"}, {"lora_rank": 4}):
+    alpha = "lora_rank=3 and lora_alpha=16, these lora_rank=3 and lora_alpha=8; resume with .*lora_alpha=16"
+    for knobs, message in (
+        ({"train": "all"}, "lora_A"),
+        ({"lora_rank": 4}, "lora_rank=3 and lora_alpha=16, these lora_rank=4"),
+        ({"lora_alpha": 8.0}, alpha),
+    ):
         for make in (make_mezo, make_zo2):
-            with pytest.raises(UserError, match="lora_A"):
+            with pytest.raises(UserError, match=message) as caught:
                 make(tiny_blueprint("opt"), **knobs).load(folder)
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [make_mezo, make_zo2])
+def test_checkpoints_from_before_adapters_were_described_are_read(
+    make: Callable[..., Mezo | Zo2], tmp_path: Path
+) -> None:
+    saved = make(tiny_blueprint("opt"))
+    folder = save(saved, tmp_path / "lora")
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("lora") == {"rank": 3, "alpha": 16.0}
+    (folder / "state.json").write_text(json.dumps(state))
+    resumed = make(tiny_blueprint("opt", seed=1))
+    resumed.load(folder)
+    assert_same(saved, resumed)
 
 
 def test_blocks_without_linear_layers_are_refused() -> None:
