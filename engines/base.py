@@ -45,6 +45,11 @@ class NotAvailable(Exception):
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the run ends in the state `nan_loss`."""
 
+    def __init__(self, message: str, *, sides: tuple[float, float] | None = None) -> None:
+        super().__init__(message)
+        self.sides = sides
+        """Zeroth-order methods: the losses of the plus and the minus side."""
+
 
 class InfeasiblePlan(Exception):
     """The plan cannot fit the limits it was given; found before anything was allocated."""

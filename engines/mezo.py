@@ -67,7 +67,7 @@ class LossPair:
         """
         plus, minus = (self._sums / count).tolist()
         if not (math.isfinite(plus) and math.isfinite(minus)):
-            raise NonFiniteLoss(f"the losses of step {step} are {plus} and {minus}")
+            raise NonFiniteLoss(f"the losses of step {step} are {plus} and {minus}", sides=(plus, minus))
         return plus, minus
 
 

@@ -36,7 +36,7 @@ from engines.costs.lsp import core_size
 from engines.settings import LspSettings, MezoSettings, parse_settings
 from harness import restore
 from harness.data import Data, make_data
-from harness.diagnose import sides_of, why_flat, why_not_finite
+from harness.diagnose import why_flat, why_not_finite
 from harness.environment import gpu_notes
 from harness.job import Job, load_job, save_job
 from harness.models import ModelBlueprint, export_model, make_blueprint
@@ -182,8 +182,8 @@ def set_up(
     progress: Progress,
     trace: Path | None = None,
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
-    """The engine with the weights that the run starts from; at the end its trace is written to `trace`, and it
-    is closed."""
+    """The engine with the weights that the run starts from; at the end its trace is written to `trace`,
+    and it is closed."""
     blueprint = make_blueprint(job, shape)
     engine = load_engine(engine_name)(settings, context_of(job, progress, trace=trace is not None))
     if trace is not None and not isinstance(engine, TellsTrace):
@@ -211,7 +211,7 @@ def user_errors(engine_name: str, job: Job, out: Path | None) -> Iterator[None]:
         yield
     except NonFiniteLoss as error:
         history = [] if out is None else restore.history_of(out)
-        why = why_not_finite(history, engine_name, job.dtype, sides_of(error))
+        why = why_not_finite(history, engine_name, job.dtype, error.sides)
         raise UserError(engine_name, f"{error}: {why.cause}", why.remedy) from None
     except (NotAvailable, InfeasiblePlan) as error:
         raise UserError(engine_name, str(error), "see 'lspzo-bench recommend' for what can run") from None
