@@ -119,11 +119,14 @@ class Head:
         weight = outer[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        scratch = [torch.empty((rows, width), dtype=weight.dtype, device=weight.device) for _ in (0, 1)]
+        trains = self._weight in trained
+        scratch = [
+            torch.empty((rows, width), dtype=weight.dtype, device=weight.device) for _ in range(2 * trains)
+        ]
         biases = self._biases(outer, how, trained)
 
         def chunk(first: int, last: int) -> list[Tensor]:
-            if self._weight not in trained:
+            if not trains:
                 return [weight[first:last]] * 2
             piece = weight[first:last].view(-1)
             plus, minus = (memory[: last - first] for memory in scratch)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engines import zo2
 from engines.base import Batch, Context, Dtype, StepStats, UserError, Workload
+from engines.costs.mezo import gpu_memory_bytes
 from engines.costs.zo2 import resident_indices
 from engines.lora import columns_first
 from engines.mezo import Mezo
@@ -382,6 +383,37 @@ def test_checkpoints_from_before_adapters_were_described_are_read(
     resumed = make(tiny_blueprint("opt", seed=1))
     resumed.load(folder)
     assert_same(saved, resumed)
+
+
+@pytest.mark.parametrize("train", ["lora", "last:1", "all"])
+@pytest.mark.parametrize("family", ["opt", "llama", "roberta"])
+def test_scratch_is_what_the_cost_model_counts(family: str, train: str) -> None:
+    """Frozen blocks have one copy for both sides. Beyond it, gaps between tensors."""
+    blueprint = tiny_blueprint(family)
+    made = make_mezo(blueprint, train=train)
+    made.step(tiny_batches(2, family))  # which share a visit, so a whole block is made
+    memories = made._model.scratch._memory
+    assert len(memories) == (1 if train == "lora" else 2)
+    held = sum(each.nbytes for each in (*memories, *made._model.adapters._sides))
+    workload = replace(made.context.workload, accumulation=2)
+    settings = replace(made.settings, train=train)
+    shape = blueprint.shape
+    # The head's own scratch is left out.
+    headless = replace(shape, head="classification", num_labels=2, head_parameters=0)
+    counted = gpu_memory_bytes(headless, workload, settings, {})["scratch"]
+    matrices = len(shape.matrices)
+    slack = sum(each.numel() > 0 for each in memories) * 512 + 4 * 16 * (3 * matrices + 16)
+    assert counted <= held <= counted + slack
+
+
+@pytest.mark.parametrize("train", ["lora", "last:1"])
+def test_a_frozen_product_is_the_layers_own(train: str) -> None:
+    """Without bias it takes another way to the matrix kernel."""
+    made = make_mezo(tiny_blueprint("llama"), train=train)
+    reference = tiny_blueprint("llama").reference
+    batch = tiny_batches(1, "llama")[0]
+    with torch.no_grad():
+        assert made.evaluate([batch]).loss == pytest.approx(reference(**batch.inputs).loss.item(), rel=1e-6)
 
 
 def test_blocks_without_linear_layers_are_refused() -> None:
