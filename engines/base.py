@@ -21,7 +21,8 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-Head = Literal["causal_lm", "classification"]
+Head = Literal["causal_lm", "classification", "question_answering"]
+"""`question_answering` is extractive: the first and the last token of the answer in a given text."""
 
 Overlap = Literal["serial", "optimizer_after_backward", "streamed", "layerwise"]
 """How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
@@ -43,6 +44,11 @@ class NotAvailable(Exception):
 
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the run ends in the state `nan_loss`."""
+
+    def __init__(self, message: str, *, sides: tuple[float, float] | None = None) -> None:
+        super().__init__(message)
+        self.sides = sides
+        """Zeroth-order methods: the losses of the plus and the minus side."""
 
 
 class InfeasiblePlan(Exception):
@@ -84,7 +90,8 @@ class ModelShape:
     tied: bool
     """Embedding and output head are one tensor."""
     num_labels: int
-    """Outputs of the classification head; 0 for a causal language model."""
+    """Outputs of a classification head, or 2 (first, last) of a question-answering head for each token; 0 for
+    a causal language model."""
     block_parameters: int
     """All parameters of one block, matrices, norms and biases."""
     outer_parameters: int
@@ -200,8 +207,10 @@ class Batch:
     """One micro-batch as the model's own forward takes it.
 
     `inputs` holds `input_ids` (batch_size, seq_len) int64, `attention_mask` of the same shape where
-    sequences are padded, and `labels`: (batch_size, seq_len) int64 with -100 where no loss is taken
-    for a causal language model (the model shifts them itself), (batch_size,) int64 for classification.
+    sequences are padded, `token_type_ids` where the model tells question and text apart, and `labels`:
+    (batch_size, seq_len) int64 with -100 where no loss is taken for a causal language model (the model
+    shifts them itself), (batch_size,) int64 for classification. For question answering `start_positions` and
+    `end_positions` take the place of `labels`: (batch_size,) int64 each, the answer's first and last token.
     Tensors live on the host; an engine moves them.
     """
 
@@ -261,8 +270,10 @@ class Evaluation:
 
     loss: float
     accuracy: float
-    """Share of labelled positions (of sequences, for classification) where the largest logit is the label."""
+    """Share of labelled positions (of sequences, for classification) where the largest logit is the label.
+    For question answering the share of sequences where both the first and the last token are right."""
     num_labels: int
+    """Labelled positions, or sequences."""
 
 
 class Blueprint(Protocol):

@@ -99,8 +99,16 @@ def move_buffers(model: nn.Module, device: torch.device | str) -> None:
             module._buffers[name] = buffer.to(device)
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A small tensor of the host on the device, without waiting: through pinned memory of torch's, which it
+    keeps until the copy has ended. From pageable memory the driver would copy while the host stands by."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+    return {name: sent(tensor, device) for name, tensor in batch.inputs.items()}
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
@@ -115,6 +123,13 @@ def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     return int(correct.sum()), int(kept.sum())
 
 
+def count_answers(start_logits: Tensor, end_logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(correct, sequences): those where the largest logits (batch, seq) are at both ends of the answer."""
+    starts = start_logits.argmax(-1) == inputs["start_positions"]
+    ends = end_logits.argmax(-1) == inputs["end_positions"]
+    return int((starts & ends).sum()), starts.numel()
+
+
 class EvaluationSum:
     """Adds up batches to an `Evaluation`; each batch weighs as many labels as it has."""
 
@@ -123,10 +138,14 @@ class EvaluationSum:
         self._correct = 0
         self._labels = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        correct, labelled = count_correct(logits, labels)
+    def add(self, output: Any, inputs: Mapping[str, Tensor]) -> None:
+        """What the model's own forward made of `inputs`, labels included."""
+        if "start_positions" in inputs:
+            correct, labelled = count_answers(output.start_logits, output.end_logits, inputs)
+        else:
+            correct, labelled = count_correct(output.logits, inputs["labels"])
         if labelled > 0:  # the mean loss over nothing is NaN, which a weight of zero does not take away
-            self.add_sums(float(loss) * labelled, correct, labelled)
+            self.add_sums(float(output.loss) * labelled, correct, labelled)
 
     def add_sums(self, loss_sum: float, correct: int, labelled: int) -> None:
         self._loss += loss_sum
@@ -152,7 +171,7 @@ def evaluate_on_device(model: nn.Module, batches: Iterable[Batch], device: torch
         for batch in batches:
             inputs = to_device(batch, device)
             output = model(**inputs, **arguments)
-            total.add(output.loss, output.logits, inputs["labels"])
+            total.add(output, inputs)
     model.train(was_training)
     return total.result()
 

@@ -25,8 +25,22 @@ SHARD_BYTES = 2**30
 """Weights are saved in files of about this size, so that saving takes no second copy of the model."""
 
 
-def save_checkpoint(folder: Path, weights: Iterable[tuple[str, Tensor]], *, step: int, seed: int) -> None:
-    """Weights in safetensors files, and what else determines the next step: its number and the seed."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraForm:
+    """What adapters are, beside their values."""
+
+    rank: int
+    alpha: float
+
+    def __str__(self) -> str:
+        return f"lora_rank={self.rank} and lora_alpha={self.alpha:g}"
+
+
+def save_checkpoint(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], *, step: int, seed: int, lora: LoraForm | None
+) -> None:
+    """Weights in safetensors files, and what else determines the next step: its number, the seed, and what
+    adapters are scaled with."""
     shard: dict[str, Tensor] = {}
     count = shard_bytes = 0
     for name, weight in weights:
@@ -37,7 +51,10 @@ def save_checkpoint(folder: Path, weights: Iterable[tuple[str, Tensor]], *, step
             shard, shard_bytes, count = {}, 0, count + 1
     if shard:
         safetensors.torch.save_file(shard, folder / f"weights-{count:05}.safetensors")
-    state = {"schema_version": CHECKPOINT_VERSION, "method": "mezo", "step": step, "seed": seed}
+    state = {
+        "schema_version": CHECKPOINT_VERSION, "method": "mezo", "step": step, "seed": seed,
+        "lora": None if lora is None else {"rank": lora.rank, "alpha": lora.alpha},
+    }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
@@ -54,20 +71,29 @@ class Checkpoint:
         return result
 
 
-def open_checkpoint(folder: Path, expected: Mapping[str, Tensor]) -> Checkpoint:
-    """Raises `UserError` unless the folder holds tensors of the names, shapes and dtypes of `expected`."""
+def open_checkpoint(folder: Path, expected: Mapping[str, Tensor], lora: LoraForm | None) -> Checkpoint:
+    """Raises `UserError` unless the folder holds tensors of the names, shapes and dtypes of `expected`, and
+    adapters, if both have some, of the form `lora`."""
     remedy = "give a folder that mezo or zo2 saved for the same model, precision and adapters"
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["schema_version"] != CHECKPOINT_VERSION:
             raise ValueError(f"schema version {state['schema_version']}, not {CHECKPOINT_VERSION}")
         step, seed = int(state["step"]), int(state["seed"])
+        told = state.get("lora")  # checkpoints from before it was written lack it
+        saved_form = told and LoraForm(rank=int(told["rank"]), alpha=float(told["alpha"]))
         files: list[Any] = [
             safe_open(path, framework="pt") for path in sorted(folder.glob("weights-*.safetensors"))
         ]
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(str(folder), f"is not a checkpoint of mezo or zo2 ({reason})", remedy) from None
+    if saved_form and lora and saved_form != lora:
+        raise UserError(
+            str(folder),
+            f"its adapters have {saved_form}, these {lora}",
+            f"resume with --set lora_rank={saved_form.rank} --set lora_alpha={saved_form.alpha:g}",
+        )
     shards = {name: file for file in files for name in file.keys()}  # noqa: SIM118  not a dict
     if shards.keys() != expected.keys():
         odd = min(shards.keys() ^ expected.keys())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engines import noise
 from engines.base import Batch
-from engines.blocks import BlockDriver
+from engines.blocks import BlockDriver, sent
 from engines.costs.forward import HEAD_CHUNK_BYTES, HEAD_TOKENS
 from engines.noise import TILE, Outputs, Visit, has_triton, one
 
@@ -48,7 +48,7 @@ def targets_of(batch: Batch, device: torch.device) -> Targets:
     following[:, :-1] = labels[:, 1:]
     positions = (following.view(-1) != IGNORED).nonzero().view(-1)
     chosen = following.view(-1)[positions]
-    return Targets(positions.to(device, non_blocking=True), chosen.to(device, non_blocking=True))
+    return Targets(sent(positions, device), sent(chosen, device))
 
 
 class _Reached(Exception):
@@ -119,11 +119,14 @@ class Head:
         weight = outer[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        scratch = [torch.empty((rows, width), dtype=weight.dtype, device=weight.device) for _ in (0, 1)]
+        trains = self._weight in trained
+        scratch = [
+            torch.empty((rows, width), dtype=weight.dtype, device=weight.device) for _ in range(2 * trains)
+        ]
         biases = self._biases(outer, how, trained)
 
         def chunk(first: int, last: int) -> list[Tensor]:
-            if self._weight not in trained:
+            if not trains:
                 return [weight[first:last]] * 2
             piece = weight[first:last].view(-1)
             plus, minus = (memory[: last - first] for memory in scratch)

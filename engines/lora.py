@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engines import noise
 from engines.base import UserError
 from engines.blocks import first_names
+from engines.checkpoint import LoraForm
 from engines.layout import ALIGNMENT_BYTES, BlockLayout, ModelLayout
 from engines.noise import NoiseKey, Outputs, Segment, Visit
 from engines.settings import MezoSettings
@@ -62,6 +63,9 @@ class Adapters:
         """`<module path>.lora_A` (rank, inputs) and `<module path>.lora_B` (outputs, rank)."""
         self.numbers: dict[str, int] = {}
         """The tensors' parts of their noise keys."""
+        self.form = (
+            LoraForm(rank=settings.lora_rank, alpha=settings.lora_alpha) if settings.train == "lora" else None
+        )
         self._scale = settings.lora_alpha / settings.lora_rank
         self._places: dict[str, list[str]] = {}
         """Of every matrix with an adapter, by its first name: paths of the modules that multiply with it."""

@@ -67,7 +67,7 @@ class LossPair:
         """
         plus, minus = (self._sums / count).tolist()
         if not (math.isfinite(plus) and math.isfinite(minus)):
-            raise NonFiniteLoss(f"the losses of step {step} are {plus} and {minus}")
+            raise NonFiniteLoss(f"the losses of step {step} are {plus} and {minus}", sides=(plus, minus))
         return plus, minus
 
 
@@ -232,11 +232,12 @@ class Mezo:
     def save(self, folder: Path) -> None:
         self._flush()
         weights = ((name, weight.cpu()) for name, weight in self._saved.items())
-        save_checkpoint(folder, weights, step=self._step, seed=self._seed)
+        form = self._model.adapters.form
+        save_checkpoint(folder, weights, step=self._step, seed=self._seed, lora=form)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder, self._saved)
+        checkpoint = open_checkpoint(folder, self._saved, self._model.adapters.form)
         for name, weight in self._saved.items():
             weight.copy_(checkpoint.tensor(name))
         self._applied = self._log.length

@@ -42,8 +42,10 @@ from engines.graphs import BlockGraphs
 from engines.head import Targets, multiply, plain_head, targets_of
 from engines.layout import ModelLayout
 from engines.lora import Adapters, columns_first, is_linear
+from engines.masks import has_padding, known_padding, with_mask
 from engines.noise import Outputs, Visit, one
 from engines.scratch import BlockScratch, Source, Task, Unit, swapped, without_updates
+from engines.stacking import halved, join, stack
 from engines.transfer import ComputeClock
 
 GRAPH_SCRATCH_BYTES = 400_000_000
@@ -70,6 +72,8 @@ class Prepared:
     inputs: Mapping[str, Tensor]
     targets: Targets | None
     """`None` where the model's own forward computes the loss."""
+    padded: bool
+    """Some position is left out by the attention mask."""
 
 
 class PerturbedModel:
@@ -119,6 +123,9 @@ class PerturbedModel:
         if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES and not has_experts:
             self._graphs = BlockGraphs(self._run_eagerly)
             self.scratch.take_form(whole=True, sides=2)
+        for unit in units:
+            if unit.frozen and _has_no_bias(unit.module):
+                unit.module.forward = _without_bias(unit.module)
         adapted = adapters.install(model)
         for unit in units:
             unit.adapted = not adapted.isdisjoint(unit.module.modules())
@@ -132,7 +139,8 @@ class PerturbedModel:
     def prepare(self, batch: Batch) -> Prepared:
         """A micro-batch on the device, and where its labels are."""
         targets = None if self._head is None else targets_of(batch, self._device)
-        return Prepared(to_device(batch, self._device), targets)
+        inputs = with_mask(to_device(batch, self._device))
+        return Prepared(inputs, targets, has_padding(batch.inputs))
 
     def enter(self, batch: Prepared, how: Visit) -> tuple[Tensor, Sequence[BlockCall]]:
         """Both sides up to the first block: the stacked hidden state (2 batch, seq, hidden), and what each
@@ -142,9 +150,7 @@ class PerturbedModel:
         rows = plus[0].shape[0]
         joined: dict[tuple[int, int], Any] = {}
         calls = [
-            BlockCall(
-                _join(one.args, other.args, rows, joined), _join(one.kwargs, other.kwargs, rows, joined)
-            )
+            BlockCall(join(one.args, other.args, rows, joined), join(one.kwargs, other.kwargs, rows, joined))
             for one, other in zip(plus[1], minus[1], strict=True)
         ]
         return torch.cat((plus[0], minus[0])), calls
@@ -179,7 +185,8 @@ class PerturbedModel:
 
     def _record(self, batch: Prepared, side: Side) -> tuple[Tensor, Sequence[BlockCall]]:
         self._side = side
-        recording = self._driver.record(batch.inputs)
+        with known_padding(batch.padded):
+            recording = self._driver.record(batch.inputs)
         return recording.hidden, recording.calls
 
     def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
@@ -214,16 +221,15 @@ class PerturbedModel:
             scores = self._head.evaluate(reached, batch.targets, self.outer)
             total.add_sums(float(scores.loss_sum), int(scores.correct), batch.targets.labels.numel())
         else:
-            output = self._finish(batch, hidden, Side.PLAIN)
-            total.add(output.loss, output.logits, batch.inputs["labels"])
+            total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs)
 
     def _finish(self, batch: Prepared, hidden: Tensor, side: Side) -> Any:
-        with self._tail(side):
+        with self._tail(side), known_padding(batch.padded):
             return self._driver.finish(batch.inputs, hidden)
 
     def _reach_head(self, batch: Prepared, hidden: Tensor, side: Side) -> Tensor:
         assert self._head is not None
-        with self._tail(side), self._head.reached() as reached:
+        with self._tail(side), known_padding(batch.padded), self._head.reached() as reached:
             self._driver.finish(batch.inputs, hidden)
         return reached.hidden
 
@@ -287,9 +293,9 @@ class PerturbedModel:
             for side in (0, 1):
                 # Frozen weights are in the scratch of the plus side only.
                 with unit.with_side(0 if unit.frozen else side), self.adapters.on_side(side):
-                    mine = _halved((args, kwargs), self._stacked, side)
+                    mine = halved((args, kwargs), self._stacked, side)
                     results.append(original(*mine[0], **mine[1]))
-            return _stack(results, self._stacked)
+            return stack(results, self._stacked)
 
         def product(x: Tensor) -> Tensor:
             flat = x.reshape(-1, x.shape[-1])
@@ -422,64 +428,22 @@ def _inside(
     return found
 
 
+def _has_no_bias(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module._parameters["bias"] is None
+
+
+def _without_bias(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module's product by the faster kernel of `multiply`, as trained layers have it."""
+
+    def product(x: Tensor) -> Tensor:
+        weight = module._parameters["weight"]  # the one that is swapped in
+        assert weight is not None
+        out = torch.empty((x.numel() // x.shape[-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+        multiply(x.reshape(-1, x.shape[-1]), weight.t(), None, out)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    return product
+
+
 def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
-
-
-def _halved(value: Any, stacked: int, side: int) -> Any:
-    """One side's half of every stacked tensor in `value`; what is not stacked is for both."""
-    if isinstance(value, Tensor):
-        if value.dim() < 2 or value.shape[0] % stacked != 0 or value.shape[0] == 0:
-            return value
-        return value.chunk(2)[side]
-    return _mapped(value, lambda each: _halved(each, stacked, side))
-
-
-def _stack(results: Sequence[Any], stacked: int) -> Any:
-    """One value of the two sides' results."""
-    plus, minus = results
-    if isinstance(plus, Tensor):
-        if plus.dim() > 0 and plus.shape[0] == 1 and stacked > 2:
-            plus, minus = (each.expand(stacked // 2, *each.shape[1:]) for each in (plus, minus))
-        return torch.cat((plus, minus))
-    if isinstance(plus, tuple | list):
-        return type(plus)(_stack(pair, stacked) for pair in zip(plus, minus, strict=True))
-    return plus
-
-
-def _join(plus: Any, minus: Any, rows: int, joined: dict[tuple[int, int], Any]) -> Any:
-    """What both sides' blocks are called with, for the stacked batch.
-
-    A tensor with a row per sequence is stacked. One with a single row for all is kept, unless it may depend
-    on weights. Tensors that blocks have in common are joined once (`joined`, while both are alive).
-    """
-    if isinstance(plus, Tensor):
-        key = (id(plus), id(minus))
-        if key not in joined:
-            if plus.dim() < 2:
-                joined[key] = plus
-            elif plus.shape[0] == rows or (
-                plus.dim() > 2 and plus.shape[0] > 1 and plus.shape[0] % rows == 0
-            ):
-                joined[key] = torch.cat((plus, minus))  # also of batch x heads, as Bloom's alibi
-            elif plus.shape[0] != 1:
-                joined[key] = plus
-            elif plus.is_floating_point():
-                pair = (each.expand(rows, *each.shape[1:]) for each in (plus, minus))
-                joined[key] = torch.cat(tuple(pair))
-            else:
-                joined[key] = plus
-        return joined[key]
-    if isinstance(plus, Mapping):
-        return {name: _join(plus[name], minus[name], rows, joined) for name in plus}
-    if isinstance(plus, tuple | list):
-        return type(plus)(_join(one, other, rows, joined) for one, other in zip(plus, minus, strict=True))
-    return plus
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Mapping):
-        return {name: change(each) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(change(each) for each in value)
-    return value

@@ -105,6 +105,8 @@ class BlockScratch:
         ]
         self._always_whole = len(set(owned)) < len(owned)
         """Two units of a block have a matrix in common."""
+        self._most_sides = 1 if all(unit.frozen for unit in units) else 2
+        """Frozen weights are in the plus side's memory only."""
         self._form: tuple[bool, int] | None = None
         self._places: dict[tuple[int, int], int] = {}
         self._memory: list[Tensor] = []
@@ -118,8 +120,9 @@ class BlockScratch:
 
     def take_form(self, *, whole: bool, sides: int) -> None:
         """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
-        sides, or on the one that passes with theta itself use."""
+        sides, or on the one that frozen weights and passes with theta itself use."""
         whole = whole or self._always_whole
+        sides = min(sides, self._most_sides)
         if self._form == (whole, sides):
             return
         self._form = (whole, sides)

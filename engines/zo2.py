@@ -252,11 +252,12 @@ class Zo2:
         self._flush()
         self.synchronize()
         weights = ((name, weight.cpu()) for name, weight in self._at_rest().items())
-        save_checkpoint(folder, weights, step=self._step, seed=self._seed)
+        form = self._model.adapters.form
+        save_checkpoint(folder, weights, step=self._step, seed=self._seed, lora=form)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder, self._at_rest())
+        checkpoint = open_checkpoint(folder, self._at_rest(), self._model.adapters.form)
         self._stream.rewind()  # what has come up already is about to be replaced
         self._fill(lambda name, out: out.copy_(checkpoint.tensor(name)))
         for name, tensor in self._model.adapters.tensors.items():

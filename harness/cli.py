@@ -47,6 +47,14 @@ Criteria = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace",
+        help="Also write what each stream did, where the engine keeps it, to OUT/traces/ID.json for "
+        "chrome://tracing or Perfetto. Costs time: records say that they were traced.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")]
 RequireGpu = Annotated[bool, typer.Option("--require-gpu", help="Exit 7 if there is no GPU.")]
@@ -138,14 +146,7 @@ def compare(
     criteria: Criteria = None,
     out: Out = None,
     resume: Resume = False,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace",
-            help="Also write what each stream did, where the engine keeps it, to OUT/traces/ID.json for "
-            "chrome://tracing or Perfetto. Costs time: records say that they were traced.",
-        ),
-    ] = False,
+    trace: Trace = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -231,6 +232,7 @@ def poc(
     fail_on: FailOn = None,
     out: Out = None,
     resume: Resume = False,
+    trace: Trace = False,
     quiet: Quiet = False,
     require_gpu: RequireGpu = False,
 ) -> None:
@@ -251,7 +253,7 @@ def poc(
     folder = _folder(out, "poc", job.model.name, resume)
     verdict, runs = proof_of_concept(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        require_gpu=require_gpu, without_gpu=on_cpu,
+        require_gpu=require_gpu, without_gpu=on_cpu, trace=trace,
     )  # fmt: skip
     typer.echo(f"{verdict.state}: {verdict.sentence}")
     typer.echo(str(folder / "report.html"))
@@ -299,6 +301,17 @@ def run(
             "at most 40 steps each, and print the flag to use. With --out, keep find_lr.json there.",
         ),
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Also write what each stream did in the steps of this call, where the engine keeps it, to "
+            "OUT/trace.json for chrome://tracing or Perfetto. Costs time, and memory with every step.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --find-lr: print what find_lr.json holds on stdout.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder.
@@ -317,10 +330,12 @@ def run(
     if len(names) > 1 or names == ["scripted"]:
         raise UserError(f"--engine {engine}", "is not one method that trains", "see 'lspzo-bench engines'")
     if find_lr:
-        if resume or save_every:
-            raise UserError("--find-lr", "trains nothing", "leave out --resume and --save-every")
-        _find_lr(flags, names, profile, out, quiet)
+        if resume or save_every or trace:
+            raise UserError("--find-lr", "trains nothing", "leave out --resume, --save-every and --trace")
+        _find_lr(flags, names, profile, out, as_json, quiet)
         return
+    if as_json:
+        raise UserError("--json", "is for --find-lr", "leave it out; 'run' prints the folder that it exports")
     job = replace(flags.job(names), warmup_steps=0)
     folder = _folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
@@ -329,16 +344,20 @@ def run(
 
     with Progress(quiet) as progress:
         exported = train(
-            job, names[0], settings, folder, save_every=save_every, resume=resume, progress=progress
-        )
+            job, names[0], settings, folder, save_every=save_every, resume=resume, trace=trace,
+            progress=progress,
+        )  # fmt: skip
     typer.echo(str(exported))
 
 
-def _find_lr(flags: JobFlags, names: list[str], profile: Path | None, out: Path | None, quiet: bool) -> None:
-    """Print what each learning rate did and, as the last line, the flag to use."""
+def _find_lr(
+    flags: JobFlags, names: list[str], profile: Path | None, out: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Print what each learning rate did and, as the last line, the flag to use; or all of it as JSON."""
     from harness.line import training_settings
     from harness.presets import LR_SEARCH
     from harness.show import Progress, console, rates_table
+    from profiles.documents import to_json
 
     job = replace(flags.job(names, LR_SEARCH), warmup_steps=0)
     settings = training_settings(job, names[0], profile)
@@ -347,7 +366,10 @@ def _find_lr(flags: JobFlags, names: list[str], profile: Path | None, out: Path 
 
     with Progress(quiet) as progress:
         finding = find_lr(job, names[0], settings, out, progress)
-    console().print(rates_table(finding))
+    if as_json:
+        typer.echo(to_json(finding), nl=False)
+    else:
+        console().print(rates_table(finding))
     if finding.flag is None:
         raise UserError(
             "--find-lr",
@@ -357,7 +379,8 @@ def _find_lr(flags: JobFlags, names: list[str], profile: Path | None, out: Path 
     if finding.at_the_edge:
         note = "the best rate tried is at the end of the grid: search again with this one in the middle"
         console(stderr=True, quiet=quiet).print(f"note: {note}", soft_wrap=True)
-    typer.echo(finding.flag)
+    if not as_json:
+        typer.echo(finding.flag)
 
 
 @app.command()

@@ -51,6 +51,8 @@ def _assemble(
     head_parameters = (vocabulary if head == "causal_lm" else num_labels) * head_inputs
     tied = tied and head == "causal_lm"
     tables = embeddings + outer_others
+    # transformers gives a question-answering head of any family a bias, a decoder's other heads none.
+    outer_vectors += num_labels if head == "question_answering" else 0
     return ModelShape(
         name=name,
         family=family,
@@ -64,7 +66,7 @@ def _assemble(
         max_seq_len=max_seq_len,
         gated_mlp=gated_mlp,
         tied=tied,
-        num_labels=num_labels if head == "classification" else 0,
+        num_labels=0 if head == "causal_lm" else num_labels,
         block_parameters=sum(matrix.parameters for matrix in shapes) + block_vectors,
         outer_parameters=sum(tables) + outer_vectors + (0 if tied else head_parameters),
         head_parameters=head_parameters,
@@ -173,6 +175,7 @@ def _encoder_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int,
     heads = int(c.get("num_attention_heads", 12))
     # RoBERTa counts positions from its padding token on.
     offset = int(c.get("pad_token_id", 1)) + 1 if roberta else 0
+    classifies = head == "classification"
     return _assemble(
         name, family, head, num_labels,
         num_blocks=int(c.get("num_hidden_layers", 12)), hidden=h, intermediate=inner, num_heads=heads,
@@ -184,7 +187,8 @@ def _encoder_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int,
         block_vectors=9 * h + inner,
         embeddings=[vocabulary * h, positions * h, types * h],
         # One dense layer before the classes: BERT's pooler, RoBERTa's classification head.
-        outer_others=[h * h], outer_vectors=2 * h + h + num_labels, head_inputs=h,
+        outer_others=[h * h] if classifies else [],
+        outer_vectors=2 * h + (h + num_labels if classifies else 0), head_inputs=h,
     )  # fmt: skip
 
 

@@ -61,6 +61,8 @@ class Planned:
     """Ids in order of running."""
     again: Mapping[str, str]
     """Those of `to_run` that have a record which does not count, and why."""
+    notes: tuple[str, ...] = ()
+    """Of the machine; see `harness.result.Environment`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +139,8 @@ def compare(
     before_first()
 
     to_run = tuple(cell.id for cell in cells if cell.id not in kept)
-    on_event(Planned(kept=tuple(cell.id for cell in cells if cell.id in kept), to_run=to_run, again=again))
+    found = tuple(cell.id for cell in cells if cell.id in kept)
+    on_event(Planned(kept=found, to_run=to_run, again=again, notes=environment.notes))
     device = open_device()
     runs: list[Run] = []
     for index, cell in enumerate(cells):

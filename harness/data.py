@@ -1,4 +1,4 @@
-"""Batches from random tokens, text, labelled sentences or instruction records.
+"""Batches from random tokens, text, labelled sentences, instruction records or questions.
 
 What a step trains on is a function of the job's seed and the step alone, so a resumed run goes on
 exactly; every method of a comparison sees the same batches.
@@ -19,10 +19,12 @@ from harness.examples import (
     Examples,
     InstructionExample,
     LabelledExample,
+    builtin_questions,
     held_out_count,
     read_examples,
 )
 from harness.job import Job
+from harness.questions import QuestionExample, windows
 from harness.seeds import derive_seed
 from harness.tokens import Tokenizer, load_tokenizer
 
@@ -77,6 +79,8 @@ def make_data(job: Job, shape: ModelShape) -> Data:
             _instruction_table(rows, tokenizer, job.seq_len)
             for rows in (examples.instructions, examples.instructions_held_out)
         )
+    elif shape.head == "question_answering":
+        train, held_out = (_question_table(rows, tokenizer, job.seq_len) for rows in _questions(examples))
     elif shape.head == "classification":
         if examples.num_labels > shape.num_labels:
             raise UserError(
@@ -112,6 +116,10 @@ class _Table:
     """bool, as `tokens`: positions after `first_labelled` that have no label all the same."""
     classes: Tensor | None
     """int64, (rows,): classification, the label of each row."""
+    answers: Tensor | None = None
+    """int64, (rows, 2): question answering, positions of the answer's first and last token."""
+    second: Tensor | None = None
+    """int64, (rows,): position where the second of two texts begins, if the model is told."""
     packed: bool = False
     """All rows fill the sequence length: no padding, no mask."""
     cut: int = 0
@@ -135,9 +143,16 @@ class _Table:
             if self.unlabelled is not None:
                 apart = self.unlabelled[int(self.starts[row]) : int(self.starts[row + 1])]
                 labels[place, : len(ids)][apart] = UNLABELLED
-        if self.classes is not None:
-            labels = self.classes[torch.tensor(rows)]
-        inputs = {"input_ids": input_ids, "labels": labels}
+        chosen = torch.tensor(rows)
+        if self.answers is not None:
+            starts, ends = self.answers[chosen].unbind(1)
+            inputs = {"input_ids": input_ids, "start_positions": starts, "end_positions": ends}
+        else:
+            labels = labels if self.classes is None else self.classes[chosen]
+            inputs = {"input_ids": input_ids, "labels": labels}
+        if self.second is not None:
+            places = torch.arange(seq_len).expand(len(rows), seq_len)
+            inputs["token_type_ids"] = (places >= self.second[chosen].unsqueeze(1)).long() * mask
         return Batch(inputs=inputs if self.packed else {**inputs, "attention_mask": mask})
 
 
@@ -187,12 +202,13 @@ def _table_data(job: Job, examples: Examples, train: _Table, held_out: _Table, t
     what = (
         "built-in reviews" if examples.kind == "builtin" else f"{examples.kind} {Path(job.data.train).name}"
     )
-    unit = "blocks" if train.packed else "examples"
+    unit = "blocks" if train.packed else "examples" if train.answers is None else "windows"
     cut = train.cut + held_out.cut
+    what_was_cut = "cut to" if train.answers is None else "examples beyond"
     description = (
         f"{what}: {len(train):,} training and {len(held_out):,} held-out {unit}, "
         f"{train.tokens.numel():,} training tokens ({tokenizer.name})"
-        + (f", {cut:,} cut to {job.seq_len} tokens" if cut else "")
+        + (f", {cut:,} {what_was_cut} {job.seq_len} tokens" if cut else "")
     )
     return Data(
         micro_batch=micro_batch,
@@ -211,6 +227,10 @@ def _random_data(job: Job, shape: ModelShape) -> Data:
         ids = torch.randint(shape.vocabulary, size, generator=generator)
         if shape.head == "causal_lm":
             return Batch(inputs={"input_ids": ids, "labels": ids.clone()})
+        if shape.head == "question_answering":
+            ends = torch.randint(job.seq_len, (job.batch_size, 2), generator=generator).sort(1).values
+            starts, stops = ends.unbind(1)
+            return Batch(inputs={"input_ids": ids, "start_positions": starts, "end_positions": stops})
         labels = torch.randint(shape.num_labels, size[:1], generator=generator)
         return Batch(inputs={"input_ids": ids, "labels": labels})
 
@@ -312,6 +332,23 @@ def _class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len:
         [[*tokenizer.prefix, *ids[:room], *tokenizer.suffix] for ids in encoded],
         classes=[row.label for row in rows],
         cut=sum(len(ids) > room for ids in encoded),
+    )
+
+
+def _questions(examples: Examples) -> tuple[Sequence[QuestionExample], Sequence[QuestionExample]]:
+    if examples.kind == "builtin":
+        return builtin_questions(examples.labelled), builtin_questions(examples.labelled_held_out)
+    return examples.questions, examples.questions_held_out
+
+
+def _question_table(rows: Sequence[QuestionExample], tokenizer: Tokenizer, seq_len: int) -> _Table:
+    """See `harness.questions.windows`."""
+    found, cut = windows(rows, tokenizer, seq_len)
+    table = _table([window.tokens for window in found], cut=cut)
+    return replace(
+        table,
+        answers=torch.tensor([(window.start, window.end) for window in found], dtype=torch.int64),
+        second=torch.tensor([window.second for window in found]) if tokenizer.marks_second else None,
     )
 
 

@@ -11,7 +11,6 @@ al., arXiv 2305.17333, definition 1, before the expectation is taken). Curvature
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,13 +139,6 @@ def is_flat(losses: Sequence[float]) -> bool:
     before, after = statistics.fmean(first), statistics.fmean(last)
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
     return abs(after - before) <= max(2 * error, 0.005 * abs(before))
-
-
-def sides_of(error: Exception) -> tuple[float, float] | None:
-    """The two perturbed losses that a zeroth-order engine's `NonFiniteLoss` tells of."""
-    number = r"(-?(?:nan|inf|\d[\d.e+-]*))"
-    match = re.search(rf"losses of step \d+ are {number} and {number}$", str(error))
-    return None if match is None else (float(match[1]), float(match[2]))
 
 
 def _longest_run(flags: Sequence[bool]) -> int:

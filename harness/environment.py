@@ -22,6 +22,7 @@ PROJECT = Path(harness.__file__).resolve().parent.parent
 def read_environment() -> Environment:
     """This machine and this program, now. What cannot be read is `None`."""
     device = open_device()
+    capability = None if device is None else device.compute_capability
     cores = usable_cores()
     commit, dirty = read_commit(PROJECT)
     return Environment(
@@ -39,7 +40,34 @@ def read_environment() -> Environment:
         commit=commit,
         dirty=dirty,
         program=harness.__version__,
+        compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+        notes=capability_notes(capability),
         packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
+    )
+
+
+def gpu_notes() -> tuple[str, ...]:
+    """What a person should know of this machine's GPU before a run."""
+    device = open_device()
+    return capability_notes(None if device is None else device.compute_capability)
+
+
+def capability_notes(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """What is not as on usual cards with a GPU of this compute capability (major, minor); `None`: no GPU,
+    or not known.
+
+    Nothing here needs more than 7.0, but bf16 came into the tensor cores with 8.0.
+    """
+    if capability is None or capability >= (8, 0):
+        return ()
+    known = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < (7, 0):
+        return (
+            f"{known} is below 7.0, which the kernels of mezo and zo2 need, and torch may have none for it",
+        )
+    return (
+        f"{known} has no bf16 in hardware: it is emulated, slowly; --dtype fp16 is advised for mezo and zo2, "
+        "--dtype fp32 for the other methods; no measurement of ours is of such a card",
     )
 
 

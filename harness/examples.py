@@ -1,7 +1,7 @@
 """Files of examples: found, read and checked, before any tokenizer is near. Imports no torch.
 
-Three kinds come out: plain text, labelled sentences, and instruction records. Every fault in a file is
-a `UserError` that names the line or the record.
+Four kinds come out: plain text, labelled sentences, instruction records, and questions about texts. Every
+fault in a file is a `UserError` that names the line or the record.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from engines.base import UserError
 from harness.job import DataKind, DataSource
+from harness.questions import QuestionExample, question_example
 
 T = TypeVar("T")
 
@@ -24,7 +25,10 @@ HELD_OUT_SHARE = 10
 """One in so many examples is held out where no evaluation set is given."""
 MOST_HELD_OUT = 1000
 
-_RECORD_KEYS = 'with "instruction" and "output", or "text" (or "sentence") and "label"'
+_RECORD_KEYS = (
+    'with "instruction" and "output", or "text" (or "sentence") and "label", or "question", "context" and'
+    ' "answers"'
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,8 @@ class Examples:
     labelled_held_out: tuple[LabelledExample, ...] = ()
     instructions: tuple[InstructionExample, ...] = ()
     instructions_held_out: tuple[InstructionExample, ...] = ()
+    questions: tuple[QuestionExample, ...] = ()
+    questions_held_out: tuple[QuestionExample, ...] = ()
     text: str = ""
     text_held_out: str | None = None
 
@@ -96,6 +102,8 @@ def read_examples(source: DataSource) -> Examples:
         labelled_held_out=other.labelled,
         instructions=read.instructions,
         instructions_held_out=other.instructions,
+        questions=read.questions,
+        questions_held_out=other.questions,
         text=read.text,
         text_held_out=other.text if other.kind == "text" else None,
     )
@@ -122,12 +130,15 @@ def _split(read: Examples) -> Examples:
 
     labelled, labelled_held_out = divide(read.labelled)
     instructions, instructions_held_out = divide(read.instructions)
+    questions, questions_held_out = divide(read.questions)
     return Examples(
         kind=read.kind,
         labelled=labelled,
         labelled_held_out=labelled_held_out,
         instructions=instructions,
         instructions_held_out=instructions_held_out,
+        questions=questions,
+        questions_held_out=questions_held_out,
         text=read.text,
     )
 
@@ -230,6 +241,11 @@ def _examples_of_records(path: Path, records: Sequence[tuple[str, Mapping[str, A
         return Examples(
             kind="instructions",
             instructions=tuple(_instruction(path, place, record) for place, record in records),
+        )
+    if "question" in records[0][1]:
+        return Examples(
+            kind="questions",
+            questions=tuple(question_example(f"{path}: {place}", record) for place, record in records),
         )
     labelled = []
     for place, record in records:
@@ -339,3 +355,14 @@ def builtin_reviews() -> tuple[tuple[LabelledExample, ...], tuple[LabelledExampl
         by_class.append([LabelledExample(text=text, label=label, place="built in") for text in chosen])
     rows = tuple(example for pair in zip(*by_class, strict=True) for example in pair)
     return rows[:_BUILTIN_TRAINING], rows[_BUILTIN_TRAINING:]
+
+
+def builtin_questions(reviews: Sequence[LabelledExample]) -> tuple[QuestionExample, ...]:
+    """The built-in reviews as texts in which to find the word that judges."""
+    found = []
+    for review in reviews:
+        word = next(word for word in review.text.split() if word in _BLAME + _PRAISE)
+        start = review.text.index(word)
+        answer = (start, start + len(word))
+        found.append(QuestionExample(question="how is it?", context=review.text, answer=answer))
+    return tuple(found)

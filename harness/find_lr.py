@@ -23,6 +23,7 @@ from typing import Any, Literal
 from engines.base import Batch, NonFiniteLoss, UserError
 from engines.settings import parse_settings
 from harness.data import Data, make_data
+from harness.environment import gpu_notes
 from harness.job import Job
 from harness.presets import LR_SEARCH, LR_SEARCH_STEPS
 from harness.shapes import resolve_shape
@@ -109,6 +110,8 @@ def find_lr(
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(str(out), "is not a folder", "name another --out")
     shape = resolve_shape(job)
+    for note in gpu_notes():
+        progress.print(f"note: {note}")
     data = make_data(job, shape)
     progress.print(data.describe())
     evaluated = data.evaluation or _first_batches(data, job)

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, ValidationError
 from engines.base import Dtype, UserError, Workload
 from profiles.documents import adapter, write_whole
 
-DataKind = Literal["random", "builtin", "text", "labelled", "instructions"]
+DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions"]
+HeadChoice = Literal["auto", "causal_lm", "classification", "question_answering"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,9 @@ class ModelSource:
     """A hub id, a local folder, or a named shape (`lspzo-bench models`)."""
     random_weights: bool = False
     """Seeded random weights instead of a checkpoint; needs only the configuration."""
-    head: Literal["auto", "causal_lm", "classification"] = "auto"
-    """`auto`: causal_lm for decoders, classification for encoders."""
+    head: HeadChoice = "auto"
+    """`auto`: question_answering for data of that kind, else causal_lm for decoders, classification for
+    encoders."""
     untied: bool = False
     """Give the output head its own tensor where the model ties it to the embedding."""
 

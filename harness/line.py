@@ -116,6 +116,7 @@ def proof_of_concept(
     quiet: bool,
     require_gpu: bool,
     without_gpu: Job,
+    trace: bool = False,
 ) -> tuple[Verdict, list[Run]]:
     """Probe, recommend, compare, report; by the default criteria if none are given.
 
@@ -141,8 +142,9 @@ def proof_of_concept(
     if criteria is None and not in_use and not (out / "criteria.toml").exists():
         write_whole(out / "criteria.toml", init_text())
     runs = _measure(
-        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet
-    )
+        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
+        trace=trace,
+    )  # fmt: skip
     return write_report(out, None), runs
 
 

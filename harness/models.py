@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
 from engines.base import Head, MatrixShape, ModelShape, UserError
 from engines.blocks import find_blocks
 from harness.export import write_model
+from harness.heads import auto_class
 from harness.job import Job, ModelSource
 from harness.shapes import load_config, local_folder
 from harness.tokens import load_tokenizer, tokenizer_files
@@ -92,7 +94,11 @@ def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
         # the model was built, so that the embedding does not take it for a row without gradient.
         model.config.pad_token_id = load_tokenizer(source, shape.vocabulary).pad_id
     random = random_weights(model, job.seed)
-    weights = random if source.random_weights else checkpoint_weights(source, config, shape, values, random)
+    weights = (
+        random
+        if source.random_weights
+        else checkpoint_weights(source, config, shape, values, random, model.base_model_prefix)
+    )
     return ModelBlueprint(shape=shape, model=model, source=source, weights=weights)
 
 
@@ -134,9 +140,8 @@ def build_on_meta(config: PretrainedConfig, head: Head) -> Any:
     Raises what transformers raises for a configuration that makes no model, and `RuntimeError` for a
     model that does not say what its buffers hold.
     """
-    auto = AutoModelForCausalLM if head == "causal_lm" else AutoModelForSequenceClassification
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = auto_class(head).from_config(config, dtype=torch.float32, trust_remote_code=False)
     _materialize_buffers(model)
     if head == "causal_lm" and model.loss_type is None:
         # Class names such as GPT2LMHeadModel do not tell transformers the loss: it warns, then takes this.
@@ -231,7 +236,7 @@ def shape_from_meta(
         max_seq_len=_longest(config, str(values["model_type"])),
         gated_mlp=gated,
         tied=head == "causal_lm" and len(set(first_names.values())) < len(first_names),
-        num_labels=num_labels if head == "classification" else 0,
+        num_labels=0 if head == "causal_lm" else num_labels,
         block_parameters=block_parameters,
         outer_parameters=sum(sizes) - len(blocks) * block_parameters,
         head_parameters=output[-1].weight.numel() if output else 0,
@@ -258,6 +263,12 @@ def _configuration(
             f"its type '{family}' is not one that transformers knows, and code from outside is not run",
             "use a model of a known type",
         )
+    if head == "question_answering" and family not in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES:
+        raise UserError(
+            f"model '{source.name}'",
+            f"transformers has no question-answering head for its type '{family}'",
+            "use another model, or --head causal_lm with instruction records",
+        )
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family].from_dict(copy.deepcopy(dict(values)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -268,9 +279,9 @@ def _configuration(
     config.use_cache = False
     if untied:
         config.tie_word_embeddings = False
+    if head != "causal_lm" and config.num_labels != num_labels:
+        config.num_labels = num_labels
     if head == "classification":
-        if config.num_labels != num_labels:
-            config.num_labels = num_labels
         config.problem_type = "single_label_classification"
     return config
 

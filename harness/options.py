@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from engines.base import UserError
-from harness.job import Job, job_values, make_job
+from harness.job import HeadChoice, Job, job_values, make_job
 from harness.knobs import parse_assignments
 from profiles.units import parse_bytes
 
@@ -32,14 +32,19 @@ Untied = Annotated[
     typer.Option("--untied/--as-published", help="Give the output head its own tensor.", show_default=False),
 ]
 Head = Annotated[
-    Literal["auto", "causal_lm", "classification"] | None,
-    typer.Option("--head", help="What the model is trained for; auto goes by its family. [default: auto]"),
+    HeadChoice | None,
+    typer.Option(
+        "--head",
+        help="What the model is trained for; auto: question_answering if the data has answers in a text, "
+        "else causal_lm for decoders, classification for encoders. [default: auto]",
+    ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="random, builtin, or a file: .txt text, .tsv/.jsonl labelled, .json/.jsonl instructions.",
+        help="random, builtin, or a file: .txt text, .tsv/.jsonl labelled, .json/.jsonl instructions or "
+        "questions with answers in a text (SQuAD).",
     ),
 ]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out file of the same kind.")]

@@ -131,6 +131,10 @@ class Environment:
     emulated: str | None = None
     """Name of the emulated machine."""
     packages: dict[str, str] = field(default_factory=dict)
+    compute_capability: str | None = None
+    """Of the GPU, such as `9.0`."""
+    notes: tuple[str, ...] = ()
+    """What is not as on usual hardware, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from engines.base import Head, ModelShape, UserError
 from harness.closed_forms import CLOSED_FORMS, shape_of_config
 from harness.examples import read_examples
 from harness.job import Job, ModelSource
+from harness.questions import QUESTION_KEYS
 
 __all__ = [
     "NAMED_SHAPES",
@@ -35,6 +36,9 @@ ENCODERS = ("bert", "roberta")
 
 DEFAULT_LABELS = 2
 """Classes where the data does not say: random data."""
+
+ENDS_OF_AN_ANSWER = 2
+"""Outputs of a question-answering head for each token: is the answer's first, is its last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,12 +221,29 @@ def resolve_shape(job: Job) -> ModelShape:
 
 
 def _resolve_head(job: Job, family: str) -> tuple[Head, int]:
-    """Head, and number of labels (0 for a causal language model)."""
+    """Head, and its outputs (0 for a causal language model)."""
     examples = read_examples(job.data)
     encoder = _is_encoder(family)
-    head: Head = (
-        ("classification" if encoder else "causal_lm") if job.model.head == "auto" else job.model.head
-    )
+    if job.model.head != "auto":
+        head: Head = job.model.head
+    elif examples.kind == "questions":
+        head = "question_answering"
+    else:
+        head = "classification" if encoder else "causal_lm"
+    if head == "question_answering":
+        if examples.kind not in ("questions", "builtin", "random"):
+            raise UserError(
+                f"data '{job.data.train}'",
+                f"holds {examples.kind} data without answers in a text, and {job.model.name} is to find them",
+                f"give records {QUESTION_KEYS}, or another --head",
+            )
+        return head, ENDS_OF_AN_ANSWER
+    if examples.kind == "questions":
+        raise UserError(
+            f"data '{job.data.train}'",
+            f"holds questions with answers in a text, which --head {head} does not learn",
+            "use --head question_answering",
+        )
     if head == "causal_lm":
         if encoder:
             raise UserError(

@@ -359,6 +359,8 @@ class CompareProgress:
                 self._progress.print(_ended_line(event.run))
 
     def _planned(self, event: Planned) -> None:
+        for note in event.notes:
+            self._progress.print(f"note: {note}")
         for run_id in event.kept:
             self._progress.print(f"kept     {run_id}")
         for run_id, why in event.again.items():

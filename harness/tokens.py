@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,15 @@ _VOCABULARY_FILES = (
 NUM_BYTES = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text in tokens."""
+
+    ids: list[int]
+    places: list[tuple[int, int]]
+    """Of each token, its characters in the text, from first to before last."""
+
+
 class Tokenizer(Protocol):
     """What data needs of a tokenizer."""
 
@@ -32,9 +42,17 @@ class Tokenizer(Protocol):
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     """Special tokens that the model expects around a whole sequence."""
+    between: tuple[int, ...]
+    """What stands between two texts: special tokens, or a line break where the model has none for it."""
+    marks_second: bool
+    """The model is told which tokens are of the second text (`token_type_ids`)."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
+
+    def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
+        """As `encode`, with the characters that each token stands for. Raises `UserError` if the tokenizer
+        does not know them."""
 
 
 class ByteTokenizer:
@@ -67,9 +85,16 @@ class ByteTokenizer:
         self.prefix: tuple[int, ...] = (begin,)
         encoder = config.get("model_type") in ("bert", "roberta")
         self.suffix: tuple[int, ...] = (self.end_id,) if encoder and self.end_id is not None else ()
+        self.between: tuple[int, ...] = self.suffix or (self.byte_ids[ord("\n")],)
+        self.marks_second = False
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self.byte_ids[byte] for byte in text.encode("utf-8")] for text in texts]
+
+    def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
+        sizes = [[len(character.encode("utf-8")) for character in text] for text in texts]
+        places = [[(i, i + 1) for i, size in enumerate(each) for _ in range(size)] for each in sizes]
+        return [Encoded(ids, each) for ids, each in zip(self.encode(texts), places, strict=True)]
 
 
 class HubTokenizer:
@@ -99,15 +124,40 @@ class HubTokenizer:
         probe = "a"
         bare = self.encode([probe])[0]
         full = [int(index) for index in tokenizer(probe, verbose=False)["input_ids"]]
-        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        start = _place(bare, full)
         self.prefix = tuple(full[:start])
         self.suffix = tuple(full[start + len(bare) :])
+        pair = tokenizer(probe, probe, verbose=False)
+        rest = [int(index) for index in pair["input_ids"]][start + len(bare) :]
+        self.between = tuple(rest[: _place(bare, rest)] or self.encode(["\n"])[0])
+        # The tokenizer may number the texts for a model that does not take the numbers.
+        self.marks_second = config.get("type_vocab_size", 1) > 1 and 1 in pair.get("token_type_ids", ())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [list(ids) for ids in encoded]
+
+    def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
+        if not texts:
+            return []
+        if not self._tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {self.name}",
+                "does not say which characters a token stands for, as answers in a text need",
+                "use a model with a tokenizer.json",
+            )
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [Encoded(list(ids), [(first, last) for first, last in places]) for ids, places in pairs]
+
+
+def _place(ids: Sequence[int], within: Sequence[int]) -> int:
+    """Where `ids` begin in `within`, which holds them."""
+    return next(i for i in range(len(within)) if within[i : i + len(ids)] == ids)
 
 
 def _special(config: Mapping[str, Any], which: str, vocabulary: int) -> int | None:

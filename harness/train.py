@@ -2,7 +2,8 @@
 
 What lies in `<out>`: `job.toml` and `engine.json` (what is trained, and how), `log.jsonl` (a line per
 step, `step` being the number of steps done, and a line per evaluation), `updates.log` of a zeroth-order
-method (`harness.update_log`), `checkpoints/` (the newest full one), `model/` (the export).
+method (`harness.update_log`), `checkpoints/` (the newest full one), `model/` (the export), and `trace.json`
+where that was asked for (what each stream did).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engines.base import (
     ModelShape,
     NonFiniteLoss,
     NotAvailable,
+    TellsTrace,
     UserError,
 )
 from engines.blocks import TORCH_DTYPE
@@ -34,13 +36,14 @@ from engines.costs.lsp import core_size
 from engines.settings import LspSettings, MezoSettings, parse_settings
 from harness import restore
 from harness.data import Data, make_data
-from harness.diagnose import sides_of, why_flat, why_not_finite
+from harness.diagnose import why_flat, why_not_finite
+from harness.environment import gpu_notes
 from harness.job import Job, load_job, save_job
 from harness.models import ModelBlueprint, export_model, make_blueprint
 from harness.shapes import resolve_shape
 from harness.show import Progress
 from harness.update_log import UpdateLog, cannot_write, check_belongs, read_update_log
-from harness.worker import classify, prepare_torch, usable_host_bytes
+from harness.worker import TRACE, classify, prepare_torch, usable_host_bytes, write_trace
 from profiles.documents import read_document, to_json, write_whole
 
 SCHEMA_VERSION = 1
@@ -74,6 +77,7 @@ def train(
     save_every: int,
     resume: bool,
     progress: Progress,
+    trace: bool = False,
 ) -> Path:
     """Train `job.steps` steps and return the exported folder.
 
@@ -89,11 +93,17 @@ def train(
     typed = _claim(job, Method(engine=engine_name, settings=asdict(typed)), out, resume)
     shape = resolve_shape(job)
     _warn_of_no_compression(typed, shape, progress)
+    for note in gpu_notes():
+        progress.print(f"note: {note}")
     data = make_data(job, shape)
     progress.print(data.describe())
+    kept = out / TRACE if trace else None
     with (
         user_errors(engine_name, job, out),
-        set_up(job, shape, engine_name, typed, progress) as (engine, blueprint),
+        set_up(job, shape, engine_name, typed, progress, kept) as (
+            engine,
+            blueprint,
+        ),
     ):
         num_tensors = len(blueprint.parameter_shapes)
         if resume:
@@ -165,17 +175,30 @@ def _refuse_in_use(folder: Path) -> None:
 
 @contextmanager
 def set_up(
-    job: Job, shape: ModelShape, engine_name: str, settings: Any, progress: Progress
+    job: Job,
+    shape: ModelShape,
+    engine_name: str,
+    settings: Any,
+    progress: Progress,
+    trace: Path | None = None,
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
-    """The engine with the weights that the run starts from; closed at the end."""
+    """The engine with the weights that the run starts from; at the end its trace is written to `trace`,
+    and it is closed."""
     blueprint = make_blueprint(job, shape)
-    engine = load_engine(engine_name)(settings, context_of(job, progress))
+    engine = load_engine(engine_name)(settings, context_of(job, progress, trace=trace is not None))
+    if trace is not None and not isinstance(engine, TellsTrace):
+        progress.print(f"note: {engine_name} keeps no trace")
+        trace = None
     try:
         engine.setup(blueprint)
         blueprint.release()
         yield engine, blueprint
     finally:
-        engine.close()
+        try:
+            if trace is not None:
+                write_trace(engine, trace)
+        finally:
+            engine.close()
 
 
 @contextmanager
@@ -188,7 +211,7 @@ def user_errors(engine_name: str, job: Job, out: Path | None) -> Iterator[None]:
         yield
     except NonFiniteLoss as error:
         history = [] if out is None else restore.history_of(out)
-        why = why_not_finite(history, engine_name, job.dtype, sides_of(error))
+        why = why_not_finite(history, engine_name, job.dtype, error.sides)
         raise UserError(engine_name, f"{error}: {why.cause}", why.remedy) from None
     except (NotAvailable, InfeasiblePlan) as error:
         raise UserError(engine_name, str(error), "see 'lspzo-bench recommend' for what can run") from None
@@ -205,7 +228,7 @@ def user_errors(engine_name: str, job: Job, out: Path | None) -> Iterator[None]:
         ) from None
 
 
-def context_of(job: Job, progress: Progress) -> Context:
+def context_of(job: Job, progress: Progress, *, trace: bool = False) -> Context:
     return Context(
         device=prepare_torch(job.limits.vram_bytes),
         workload=job.workload,
@@ -213,6 +236,7 @@ def context_of(job: Job, progress: Progress) -> Context:
         total_steps=job.steps,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=usable_host_bytes(job.limits.host_bytes),
+        trace=trace,
         progress=progress.update,
     )
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from engines.base import ModelShape, UserError
+from engines.base import Head, ModelShape, UserError
+from harness.heads import auto_class
 from harness.job import ModelSource
 from harness.seeds import derive_seed
 from harness.shapes import local_folder
@@ -84,24 +85,26 @@ def checkpoint_weights(
     shape: ModelShape,
     values: Mapping[str, Any],
     random: Callable[[str, Tensor], None],
+    body: str,
 ) -> Callable[[str, Tensor], None]:
-    """Published weights by parameter name; a new classification head is random.
+    """Published weights by parameter name; a new head for classes or answers is random.
 
-    The checkpoint stays in host memory, in its stored precision, as long as the blueprint lives.
+    `body` is the name of the model's part without its head. The checkpoint stays in host memory, in its
+    stored precision, as long as the blueprint lives.
     """
-    auto = AutoModelForCausalLM if shape.head == "causal_lm" else AutoModelForSequenceClassification
     config = copy.deepcopy(config)
     # A head that is to be untied begins as a copy of the embedding: load it tied.
     config.tie_word_embeddings = values.get("tie_word_embeddings", type(config)().tie_word_embeddings)
     try:
         with _quiet_transformers():
-            model, info = auto.from_pretrained(
+            model, info = auto_class(shape.head).from_pretrained(
                 str(local_folder(source) or source.name),
                 config=config,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=shape.head == "classification",
+                key_mapping=_renamed(shape.head, body),
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -112,11 +115,10 @@ def checkpoint_weights(
             "download it again, or convert it to safetensors",
         ) from None
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
-    body = model.base_model_prefix + "."
     lost = sorted(
         name
         for name in new
-        if shape.head == "causal_lm" or (name.startswith(body) and ".pooler." not in name)
+        if shape.head == "causal_lm" or (name.startswith(f"{body}.") and ".pooler." not in name)
     )
     if lost:
         raise UserError(
@@ -137,6 +139,12 @@ def checkpoint_weights(
             random(name, out)
 
     return fill
+
+
+def _renamed(head: Head, body: str) -> dict[str, str] | None:
+    """Names in a checkpoint that transformers has otherwise: LLaMA's kin call their body `model`, but
+    `transformer` where they answer questions, and it would find no weight of theirs."""
+    return {r"^model\.": "transformer."} if head == "question_answering" and body == "transformer" else None
 
 
 @contextmanager

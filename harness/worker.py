@@ -35,7 +35,7 @@ from engines.base import (
     UserError,
 )
 from engines.settings import parse_settings
-from harness.diagnose import Diagnosis, Point, sides_of, why_not_finite
+from harness.diagnose import Diagnosis, Point, why_not_finite
 from harness.job import Job
 from harness.measure import Recording, StepData, gpu_peaks, measure
 from harness.result import EndState, Sample, Summary
@@ -201,7 +201,7 @@ def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss
         for sample, stats in recording.steps
         if sample.loss is not None
     ]
-    return why_not_finite(history, request.plan.engine, request.job.dtype, sides_of(error))
+    return why_not_finite(history, request.plan.engine, request.job.dtype, error.sides)
 
 
 def usable_host_bytes(limit_bytes: int | None) -> int:

@@ -50,6 +50,12 @@ class NvmlDevice:
         return _text(self._call("nvmlSystemGetDriverVersion"))
 
     @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """(major, minor), such as (9, 0)."""
+        found = self._device("nvmlDeviceGetCudaComputeCapability")
+        return None if found is None else (int(found[0]), int(found[1]))
+
+    @property
     def total_bytes(self) -> int | None:
         return self._memory("total")
 

@@ -14,6 +14,7 @@ from engines import entry
 from engines.base import ModelShape, Traffic, Workload
 from engines.costs import traffic as cost_of
 from engines.costs.lsp import core_elements
+from engines.costs.zo2 import resident_indices
 from engines.settings import LspSettings, parse_settings
 from profiles.machine import Machine
 from profiles.plan import Plan
@@ -299,6 +300,9 @@ class _Choice:
         if "resident_blocks" not in self._override:
             chosen["resident_blocks"], reason = self._resident_blocks()
             reasons.append(reason)
+        elif self._machine.gpu is not None:
+            where = self._where(parse_settings("zo2", self._override).resident_blocks)
+            reasons += [f"{where} on the GPU"] if where else []
         if "fold_every" not in self._override:
             chosen["fold_every"], reason = self._fold_every(chosen)
             reasons.append(reason)
@@ -328,7 +332,16 @@ class _Choice:
         moved = f"the other {blocks - resident} take {format_bytes(costs[resident].h2d_bytes)} up per step"
         if resident == blocks:
             moved = "nothing moves"
-        return resident, f"resident_blocks={resident}: {why}; {moved}"
+        where = f" ({self._where(resident)})" if resident else ""
+        return resident, f"resident_blocks={resident}{where}: {why}; {moved}"
+
+    def _where(self, resident: int) -> str:
+        """Which blocks stay on the GPU, counted from 0; empty for none."""
+        indices = sorted(resident_indices(self._shape.num_blocks, resident))
+        if len(indices) == self._shape.num_blocks:
+            return "all blocks stay"
+        named = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in _ranges(indices))
+        return f"block {named} stays" if len(indices) == 1 else f"blocks {named} stay" if indices else ""
 
     def _fewest_as_fast(self, fitting: Sequence[int]) -> int:
         """The fewest resident blocks whose predicted step is as fast as that of the most that fit."""
@@ -464,3 +477,14 @@ def lsp_ladder(hidden: int) -> list[int]:
 def _memory(plan: Plan) -> int:
     """The memory that decides: the GPU's, or the host's where there is none."""
     return plan.prediction.peak_gpu_bytes or plan.prediction.peak_host_bytes
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of successive numbers; `numbers` ascend."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 
-from engines.base import Batch, MatrixShape, ModelShape
+from engines.base import Batch, Head, MatrixShape, ModelShape
 from engines.blocks import find_blocks
+from harness.heads import auto_class
 
 VOCABULARY = 64
 SEQ_LEN = 16
@@ -63,14 +62,20 @@ class TinyBlueprint:
         """The reference stays: tests compare with it."""
 
 
-def tiny_blueprint(family: str, tied: bool = False, num_blocks: int = 3, seed: int = 0) -> TinyBlueprint:
+def usual_head(family: str) -> Head:
+    return "classification" if family in ("roberta", "bert") else "causal_lm"
+
+
+def tiny_blueprint(
+    family: str, tied: bool = False, num_blocks: int = 3, seed: int = 0, head: Head | None = None
+) -> TinyBlueprint:
+    head = head or usual_head(family)
     config = tiny_config(family, tied, num_blocks)
     torch.manual_seed(seed)
-    auto = AutoModelForSequenceClassification if family in ("roberta", "bert") else AutoModelForCausalLM
-    reference = auto.from_config(config).to(torch.float32)
+    reference = auto_class(head).from_config(config).to(torch.float32)
     buffers = {name: buffer.clone() for name, buffer in reference.named_buffers()}
     model = copy.deepcopy(reference).to("meta")
-    if tied and family not in ("roberta", "bert"):
+    if tied and head == "causal_lm":
         model.tie_weights()
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
@@ -79,13 +84,13 @@ def tiny_blueprint(family: str, tied: bool = False, num_blocks: int = 3, seed: i
     block = blocks[0]
     block_parameters = sum(p.numel() for p in block.parameters())
     total = sum(p.numel() for p in reference.parameters())
-    encoder = family in ("roberta", "bert")
     shape = ModelShape(
-        name=f"tiny-{family}", family=family, head="classification" if encoder else "causal_lm",
+        name=f"tiny-{family}", family=family, head=head,
         num_blocks=num_blocks, hidden=16, intermediate=32, num_heads=2, num_kv_heads=2, vocabulary=VOCABULARY,
-        max_seq_len=64, gated_mlp=family in ("llama", "qwen2"), tied=tied, num_labels=2 if encoder else 0,
+        max_seq_len=64, gated_mlp=family in ("llama", "qwen2"), tied=tied,
+        num_labels=0 if head == "causal_lm" else 2,
         block_parameters=block_parameters, outer_parameters=total - num_blocks * block_parameters,
-        head_parameters=VOCABULARY * 16,
+        head_parameters=(VOCABULARY if head == "causal_lm" else 2) * 16,
         matrices=tuple(
             MatrixShape(name=name, rows=p.shape[0], columns=p.shape[1])
             for name, p in block.named_parameters() if p.dim() == 2
@@ -96,14 +101,30 @@ def tiny_blueprint(family: str, tied: bool = False, num_blocks: int = 3, seed: i
 
 
 def tiny_batches(
-    count: int, family: str, seed: int = 0, batch_size: int = 2, seq_len: int = SEQ_LEN
+    count: int,
+    family: str,
+    seed: int = 0,
+    batch_size: int = 2,
+    seq_len: int = SEQ_LEN,
+    head: Head | None = None,
 ) -> list[Batch]:
-    """Random tokens; a third of the positions of a causal batch are unlabelled."""
+    """Random tokens; a third of the positions of a causal batch are unlabelled. Of a batch with questions the
+    first row is padded."""
+    head = head or usual_head(family)
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
         ids = torch.randint(3, VOCABULARY, (batch_size, seq_len), generator=generator)
-        if family in ("roberta", "bert"):
+        if head == "question_answering":
+            mask = torch.ones_like(ids)
+            mask[0, seq_len - 3 :] = 0
+            ends = torch.randint(0, seq_len - 3, (batch_size, 2), generator=generator).sort(1).values
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            batches.append(
+                Batch(inputs={**inputs, "start_positions": ends[:, 0], "end_positions": ends[:, 1]})
+            )
+            continue
+        if head == "classification":
             labels = torch.randint(0, 2, (batch_size,), generator=generator)
         else:
             labels = ids.clone()

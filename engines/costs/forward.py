@@ -82,7 +82,7 @@ def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
 
 
 def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
-    """One forward pass of the head: every token for a language model, one per sequence for classification."""
+    """One forward pass of the head: every token, but one per sequence for classification."""
     positions = workload.tokens_per_step
     if shape.head == "classification":
         positions //= workload.seq_len
@@ -222,7 +222,8 @@ def num_logits(shape: ModelShape, workload: Workload) -> int:
     """Logits of one pass of one micro-batch, were every position labelled."""
     if shape.head == "classification":
         return workload.batch_size * shape.num_labels
-    return workload.batch_size * workload.seq_len * shape.vocabulary
+    outputs = shape.vocabulary if shape.head == "causal_lm" else shape.num_labels
+    return workload.batch_size * workload.seq_len * outputs
 
 
 def logits_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -232,7 +233,7 @@ def logits_bytes(shape: ModelShape, workload: Workload) -> int:
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
     """Chunks of the vocabulary and pieces of the tokens in which forward-only methods compute the logits."""
-    if shape.head == "classification":
+    if shape.head != "causal_lm":
         return 1, 1
     rows, tokens = _logits_at_once(shape, workload)
     return -(-shape.vocabulary // rows), -(-workload.batch_size * workload.seq_len // tokens)
@@ -241,7 +242,7 @@ def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
 def chunked_logits_bytes(shape: ModelShape, workload: Workload) -> int:
     """Logits that are there at once in a forward-only method, one side's, and what the loss makes of them."""
     per_logit = LOSS_BYTES_FORWARD[workload.dtype]
-    if shape.head == "classification":
+    if shape.head != "causal_lm":
         return num_logits(shape, workload) * per_logit
     rows, tokens = _logits_at_once(shape, workload)
     return rows * tokens * per_logit
@@ -250,7 +251,7 @@ def chunked_logits_bytes(shape: ModelShape, workload: Workload) -> int:
 def head_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
     """Both perturbed copies of what is perturbed of the head at a time."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    if shape.head == "classification":
+    if shape.head != "causal_lm":
         return 2 * element * shape.head_parameters
     rows, _ = _logits_at_once(shape, workload)
     return 2 * element * rows * (shape.head_parameters // shape.vocabulary)

@@ -163,7 +163,10 @@ def gpu_memory_bytes(
     else:
         visited = forward.largest_matrix_parameters(shape) + forward.vector_parameters(shape)
     adapters = adapter_parameters(shape, settings)
-    scratch = 2 * element * (visited + adapters)
+    # With adapters every block is frozen, and both sides compute with one copy.
+    scratch = element * ((1 if adapters else 2) * visited + 2 * adapters)
+    _, trained_head = trained_outer_parameters(shape, settings)
+    head_scratch = forward.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
     hidden = 2 * (workload.accumulation + as_graphs) * forward.hidden_bytes(shape, workload)
     kept = {**held}
@@ -177,7 +180,7 @@ def gpu_memory_bytes(
     }
     at_head = {
         **kept,
-        "scratch": scratch + forward.head_scratch_bytes(shape, workload),
+        "scratch": scratch + head_scratch,
         "activations": hidden + 2 * 2 * forward.hidden_bytes(shape, workload),
         "logits": forward.chunked_logits_bytes(shape, workload),
     }

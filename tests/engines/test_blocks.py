@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from engines.base import Batch, UserError
+from engines.base import Batch, Evaluation, UserError
 from engines.blocks import (
     BlockDriver,
     EvaluationSum,
     bind,
+    count_answers,
     count_correct,
     evaluate_on_device,
     find_blocks,
@@ -131,11 +134,27 @@ def test_correct_positions_are_counted_where_labels_are() -> None:
     assert count_correct(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])) == (1, 2)
 
 
+def test_an_answer_is_right_where_both_its_ends_are() -> None:
+    start_logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 9.0, 0.0]])
+    end_logits = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0], [0.0, 9.0, 0.0]])
+    inputs = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([2, 1, 1])}
+    assert count_answers(start_logits, end_logits, inputs) == (1, 3)
+    total = EvaluationSum()
+    output = SimpleNamespace(loss=torch.tensor(2.5), start_logits=start_logits, end_logits=end_logits)
+    total.add(output, inputs)
+    assert total.result() == Evaluation(loss=2.5, accuracy=1 / 3, num_labels=3)
+
+
+def add(total: EvaluationSum, loss: float, logits: torch.Tensor, labels: list[int]) -> None:
+    output = SimpleNamespace(loss=torch.tensor(loss), logits=logits)
+    total.add(output, {"labels": torch.tensor(labels)})
+
+
 def test_batches_weigh_as_many_labels_as_they_have() -> None:
     total = EvaluationSum()
     logits = torch.tensor([[0.0, 1.0]])
-    total.add(torch.tensor(1.0), logits, torch.tensor([1]))
-    total.add(torch.tensor(4.0), logits.expand(3, 2), torch.tensor([1, 0, -100]))
+    add(total, 1.0, logits, [1])
+    add(total, 4.0, logits.expand(3, 2), [1, 0, -100])
     result = total.result()
     assert result.num_labels == 3
     assert result.loss == pytest.approx((1.0 * 1 + 4.0 * 2) / 3)
@@ -145,8 +164,8 @@ def test_batches_weigh_as_many_labels_as_they_have() -> None:
 def test_a_batch_without_labels_spoils_no_evaluation() -> None:
     total = EvaluationSum()
     logits = torch.tensor([[0.0, 1.0]])
-    total.add(torch.tensor(float("nan")), logits, torch.tensor([-100]))
-    total.add(torch.tensor(2.0), logits, torch.tensor([1]))
+    add(total, float("nan"), logits, [-100])
+    add(total, 2.0, logits, [1])
     assert (total.result().loss, total.result().num_labels) == (2.0, 1)
 
 

@@ -66,6 +66,16 @@ def test_a_classification_head_sees_one_position_per_sequence() -> None:
     assert forward.logits_bytes(shape, workload) == 8 * 2 * 16
 
 
+def test_a_question_answering_head_sees_every_position() -> None:
+    shape = replace(TINY, head="question_answering", num_labels=2, head_parameters=2 * 64)
+    workload = Workload(batch_size=8, seq_len=32, dtype="fp32")
+    assert forward.head_forward_flops(shape, workload) == 2 * (2 * 64) * 8 * 32
+    assert forward.logits_bytes(shape, workload) == 8 * 32 * 2 * 16
+    assert forward.head_chunks(shape, workload) == (1, 1)
+    assert forward.chunked_logits_bytes(shape, workload) == 8 * 32 * 2 * 8
+    assert forward.head_scratch_bytes(shape, workload) == 2 * 4 * 2 * 64
+
+
 def test_activations_follow_the_published_formulas() -> None:
     sbh = 4 * 1024 * 2048
     plain = forward.block_activation_bytes(OPT_1B, TRAINING)

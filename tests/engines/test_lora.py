@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from engines import zo2
 from engines.base import Batch, Context, Dtype, StepStats, UserError, Workload
+from engines.costs.mezo import gpu_memory_bytes
 from engines.costs.zo2 import resident_indices
 from engines.lora import columns_first
 from engines.mezo import Mezo
@@ -356,10 +359,61 @@ def test_a_block_with_a_mixture_runs_each_side_by_itself() -> None:
 
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = save(make_mezo(tiny_blueprint("opt")), tmp_path / "lora")
-    for knobs in ({"train": "all"}, {"lora_rank": 4}):
+    alpha = "lora_rank=3 and lora_alpha=16, these lora_rank=3 and lora_alpha=8; resume with .*lora_alpha=16"
+    for knobs, message in (
+        ({"train": "all"}, "lora_A"),
+        ({"lora_rank": 4}, "lora_rank=3 and lora_alpha=16, these lora_rank=4"),
+        ({"lora_alpha": 8.0}, alpha),
+    ):
         for make in (make_mezo, make_zo2):
-            with pytest.raises(UserError, match="lora_A"):
+            with pytest.raises(UserError, match=message) as caught:
                 make(tiny_blueprint("opt"), **knobs).load(folder)
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [make_mezo, make_zo2])
+def test_checkpoints_from_before_adapters_were_described_are_read(
+    make: Callable[..., Mezo | Zo2], tmp_path: Path
+) -> None:
+    saved = make(tiny_blueprint("opt"))
+    folder = save(saved, tmp_path / "lora")
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("lora") == {"rank": 3, "alpha": 16.0}
+    (folder / "state.json").write_text(json.dumps(state))
+    resumed = make(tiny_blueprint("opt", seed=1))
+    resumed.load(folder)
+    assert_same(saved, resumed)
+
+
+@pytest.mark.parametrize("train", ["lora", "last:1", "all"])
+@pytest.mark.parametrize("family", ["opt", "llama", "roberta"])
+def test_scratch_is_what_the_cost_model_counts(family: str, train: str) -> None:
+    """Frozen blocks have one copy for both sides. Beyond it, gaps between tensors."""
+    blueprint = tiny_blueprint(family)
+    made = make_mezo(blueprint, train=train)
+    made.step(tiny_batches(2, family))  # which share a visit, so a whole block is made
+    memories = made._model.scratch._memory
+    assert len(memories) == (1 if train == "lora" else 2)
+    held = sum(each.nbytes for each in (*memories, *made._model.adapters._sides))
+    workload = replace(made.context.workload, accumulation=2)
+    settings = replace(made.settings, train=train)
+    shape = blueprint.shape
+    # The head's own scratch is left out.
+    headless = replace(shape, head="classification", num_labels=2, head_parameters=0)
+    counted = gpu_memory_bytes(headless, workload, settings, {})["scratch"]
+    matrices = len(shape.matrices)
+    slack = sum(each.numel() > 0 for each in memories) * 512 + 4 * 16 * (3 * matrices + 16)
+    assert counted <= held <= counted + slack
+
+
+@pytest.mark.parametrize("train", ["lora", "last:1"])
+def test_a_frozen_product_is_the_layers_own(train: str) -> None:
+    """Without bias it takes another way to the matrix kernel."""
+    made = make_mezo(tiny_blueprint("llama"), train=train)
+    reference = tiny_blueprint("llama").reference
+    batch = tiny_batches(1, "llama")[0]
+    with torch.no_grad():
+        assert made.evaluate([batch]).loss == pytest.approx(reference(**batch.inputs).loss.item(), rel=1e-6)
 
 
 def test_blocks_without_linear_layers_are_refused() -> None:

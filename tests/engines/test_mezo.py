@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -166,8 +167,10 @@ def test_an_infinite_loss_ends_the_run() -> None:
     made = engine(tiny_blueprint("opt"), MezoSettings(learning_rate=1e30))
     first, second = tiny_batches(2, "opt")
     made.step([first])
-    with pytest.raises(NonFiniteLoss, match="losses of step 1"):
+    with pytest.raises(NonFiniteLoss, match="losses of step 1") as caught:
         made.step([second])
+    assert caught.value.sides is not None
+    assert not all(math.isfinite(side) for side in caught.value.sides)
 
 
 def test_evaluation_changes_nothing() -> None:

@@ -113,6 +113,8 @@ def test_a_wrong_flag_is_one_line(
         (("run", "--engine", "native", *TINY, "--resume"), ("--resume", "--out")),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--resume"), ("--find-lr", "--resume")),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--save-every", "2"), ("trains nothing",)),
+        (("run", "--engine", "mezo", *TINY, "--find-lr", "--trace"), ("trains nothing", "--trace")),
+        (("run", "--engine", "mezo", *TINY, "--json"), ("--json", "--find-lr")),
         (("run", "--engine", "scripted", *TINY, "--find-lr"), ("scripted", "one method")),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--set", "mezo.learning_rate=0"), ("is 0",)),
         (("export", "nowhere"), ("nowhere", "holds no run")),
@@ -216,12 +218,13 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
     monkeypatch.setattr("harness.line.launch_probe", lambda **_: make_machine(gpu=False))
     jobs: list[Job] = []
 
-    def measure(job: Job, *_: object, **__: object) -> list[Run]:
+    def measure(job: Job, *_: object, **given: object) -> list[Run]:
         jobs.append(job)
+        assert given["trace"] is True
         raise KeyboardInterrupt
 
     monkeypatch.setattr("harness.line._measure", measure)
-    done = call("poc", "--steps", "7", "--out", tmp_path / "out")
+    done = call("poc", "--steps", "7", "--trace", "--out", tmp_path / "out")
     assert done.code == 130
     assert f"the GPU cannot be used ({make_machine(gpu=False).gpu_absent_reason})" in done.err
     assert [(job.model.name, job.dtype, job.steps) for job in jobs] == [("tiny-llama", "fp32", 7)]
@@ -360,6 +363,31 @@ def test_find_lr_prints_the_flag_to_use_and_trains_nothing(call, tmp_path: Path)
     assert "recommended" in done.out
     assert list((tmp_path / "here").iterdir()) == []
     assert done.out == call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr", "--quiet").out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_find_lr_prints_json_for_programs(call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr", "--json", "--out", out)
+    assert done.code == 0, done.err
+    assert done.out == (out / "find_lr.json").read_text()
+    finding = json.loads(done.out)
+    assert finding["recommended"] in [trial["learning_rate"] for trial in finding["trials"]]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("engine", ["zo2", "mezo", "native"])
+def test_run_traces_what_it_is_asked_to(call, engine: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("run", "--engine", engine, *TINY, "--steps", "2", "--trace", "--out", out)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == str(out / "model")
+    if engine == "native":
+        assert "native keeps no trace" in done.err
+        assert not (out / "trace.json").exists()
+    else:
+        events = json.loads((out / "trace.json").read_text())["traceEvents"]
+        assert {"before the blocks", "block 0", "update"} <= {event["name"] for event in events}
 
 
 @pytest.mark.usefixtures("one_thread")

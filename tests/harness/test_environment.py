@@ -8,9 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import harness.environment
-from harness.environment import describe_link, read_commit, read_environment
+from harness.environment import (
+    capability_notes,
+    describe_link,
+    gpu_notes,
+    read_commit,
+    read_environment,
+)
 from profiles.nvml import NvmlDevice
 
 
@@ -75,6 +83,9 @@ class Library:
             raise self.NVMLError("not supported")
         return self.generation
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: object) -> list[int]:
+        return [7, 5]
+
     def nvmlDeviceGetMaxPcieLinkWidth(self, handle: object) -> int:
         return 16
 
@@ -84,6 +95,33 @@ def test_gpu_and_link(monkeypatch: pytest.MonkeyPatch) -> None:
     found = read_environment()
     assert (found.gpu_name, found.gpu_driver, found.gpu_total_bytes) == ("NVIDIA Test", "570.1", 80)
     assert found.link == "PCIe 5 x16"  # not the generation 1 of an idle GPU
+
+
+def test_what_is_special_of_the_gpu_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.environment, "open_device", lambda: NvmlDevice(Library(5), None))
+    found = read_environment()
+    assert found.compute_capability == "7.5"
+    assert found.notes == gpu_notes() == capability_notes((7, 5))
+    monkeypatch.setattr(harness.environment, "open_device", lambda: None)
+    found = read_environment()
+    assert (found.compute_capability, found.notes, gpu_notes()) == (None, (), ())
+
+
+@given(major=st.integers(1, 15), minor=st.integers(0, 9))
+def test_cards_from_8_0_on_are_usual(major: int, minor: int) -> None:
+    notes = capability_notes((major, minor))
+    assert len(notes) == (major < 8)
+    assert all(f" {major}.{minor} " in note and "\n" not in note for note in notes)
+
+
+def test_bf16_is_advised_against_where_it_is_emulated() -> None:
+    assert capability_notes(None) == ()
+    for minor in (0, 2, 5):
+        (note,) = capability_notes((7, minor))
+        assert "bf16" in note
+        assert "--dtype fp16 is advised for mezo and zo2" in note
+    (note,) = capability_notes((6, 1))
+    assert "below 7.0" in note
 
 
 def test_a_link_that_is_not_told_is_none() -> None:

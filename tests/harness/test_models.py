@@ -19,6 +19,7 @@ from engines.base import UserError
 from engines.blocks import find_blocks, materialize
 from harness import export, weights
 from harness.data import make_data
+from harness.heads import auto_class
 from harness.job import DataSource, Job, ModelSource
 from harness.models import ModelBlueprint, build_on_meta, export_model, make_blueprint
 from harness.shapes import NAMED_SHAPES, resolve_shape
@@ -53,7 +54,7 @@ def config_folder(folder: Path, config: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", [*DECODERS, "tiny-roberta", "bert", "mistral", "llama3"])
-@pytest.mark.parametrize("head", ["auto", "classification"])
+@pytest.mark.parametrize("head", ["auto", "classification", "question_answering"])
 def test_meta_model_computes_what_a_really_built_one_does(name: str, head: str, tmp_path: Path) -> None:
     """Buffers (rotary frequencies, position ids) are right: same weights, same loss, bit for bit."""
     common = {**SMALL, "vocab_size": 300, "max_position_embeddings": 64}
@@ -67,8 +68,7 @@ def test_meta_model_computes_what_a_really_built_one_does(name: str, head: str, 
     blueprint = make_blueprint(its_job, shape)
     assert all(parameter.is_meta for parameter in blueprint.model.parameters())
     assert all(buffer.device.type == "cpu" for buffer in blueprint.model.buffers())
-    auto = AutoModelForCausalLM if shape.head == "causal_lm" else AutoModelForSequenceClassification
-    built = auto.from_config(blueprint.config)
+    built = auto_class(shape.head).from_config(blueprint.config)
     buffers = dict(built.named_buffers())
     assert dict(blueprint.model.named_buffers()).keys() == buffers.keys()
     for path, buffer in blueprint.model.named_buffers():
@@ -295,6 +295,30 @@ def test_new_classification_head_is_seeded_and_the_body_is_loaded(tmp_path: Path
     assert not torch.equal(first["score.weight"], other["score.weight"])
     body = "model.decoder.layers.0.fc1.weight"
     assert torch.equal(first[body], values[body])
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "tiny-roberta"])
+def test_new_question_answering_head_is_seeded_and_the_body_is_loaded(name: str, tmp_path: Path) -> None:
+    """Also LLaMA's and its kin, whose body has another name in that model; and back in from its export."""
+    source = exported(tmp_path / "lm", name)
+    values = filled(blueprint_of(source, random_weights=False))
+    its = {"random_weights": False, "head": "question_answering"}
+    first, second = (filled(blueprint_of(source, **its)) for _ in range(2))
+    other = filled(blueprint_of(source, **its, seed=1))
+    assert torch.equal(first["qa_outputs.weight"], second["qa_outputs.weight"])
+    assert not torch.equal(first["qa_outputs.weight"], other["qa_outputs.weight"])
+
+    def body(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        outside = ("qa_outputs.", "lm_head.", "classifier.")
+        return {key.partition(".")[2]: value for key, value in tensors.items() if not key.startswith(outside)}
+
+    assert body(first).keys() == body(values).keys()
+    for path, value in body(first).items():
+        assert torch.equal(value, body(values)[path]), path
+    again = filled(blueprint_of(exported(tmp_path / "qa", source, **its), **its))
+    assert again.keys() == first.keys()
+    for path, value in again.items():
+        assert torch.equal(value, first[path]), path
 
 
 def test_head_of_another_size_is_replaced(tmp_path: Path) -> None:

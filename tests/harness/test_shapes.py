@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from engines.base import Head, UserError
 from engines.blocks import find_blocks
 from harness.closed_forms import CLOSED_FORMS
+from harness.heads import auto_class
 from harness.job import DataSource, Job, ModelSource
 from harness.models import shape_from_meta
 from harness.shapes import NAMED_SHAPES, load_config, named_shape, resolve_shape, shape_of_config
@@ -37,29 +38,28 @@ CONFIGS = {name: dict(shape.config) for name, shape in NAMED_SHAPES.items()} | V
 
 
 def heads_of(config: dict[str, Any]) -> tuple[Head, ...]:
-    return (
-        ("classification",)
-        if config["model_type"] in ("bert", "roberta")
-        else ("causal_lm", "classification")
-    )
+    others: tuple[Head, ...] = ("classification", "question_answering")
+    return others if config["model_type"] in ("bert", "roberta") else ("causal_lm", *others)
+
+
+LABELS: dict[Head, int] = {"causal_lm": 0, "classification": 3, "question_answering": 2}
 
 
 def build(config: dict[str, Any], head: Head, num_labels: int, untied: bool) -> Any:
     typed = AutoConfig.for_model(**config)
     if untied:
         typed.tie_word_embeddings = False
-    if head == "classification":
+    if head != "causal_lm":
         typed.num_labels = num_labels
-    auto = AutoModelForCausalLM if head == "causal_lm" else AutoModelForSequenceClassification
     with torch.device("meta"):
-        return auto.from_config(typed)
+        return auto_class(head).from_config(typed)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_closed_form_counts_what_transformers_builds(name: str) -> None:
     config = CONFIGS[name]
     for head in heads_of(config):
-        num_labels = 3 if head == "classification" else 0
+        num_labels = LABELS[head]
         model = build(config, head, num_labels, untied=False)
         shape = shape_of_config(config, name=name, head=head, num_labels=num_labels)
         sizes = [parameter.numel() for parameter in model.parameters()]
@@ -92,7 +92,7 @@ def test_untied_head_is_counted_on_its_own(name: str) -> None:
 def test_fallback_for_unknown_families_agrees_with_the_closed_form(name: str) -> None:
     config = CONFIGS[name]
     for head in heads_of(config):
-        num_labels = 3 if head == "classification" else 0
+        num_labels = LABELS[head]
         closed = shape_of_config(config, name=name, head=head, num_labels=num_labels)
         counted = shape_from_meta(config, name=name, head=head, num_labels=num_labels)
         order = {matrix.name: matrix for matrix in counted.matrices}
@@ -142,6 +142,28 @@ def test_data_decides_head_and_labels(tmp_path: Path) -> None:
     assert (classifier.head, classifier.num_labels) == ("classification", 3)
     assert resolve_shape(job("tiny-roberta", "builtin")).num_labels == 2
     assert resolve_shape(job("tiny-roberta", "random")).num_labels == 2
+
+
+def test_questions_ask_for_their_head(tmp_path: Path) -> None:
+    path = tmp_path / "squad.jsonl"
+    record = {"question": "who?", "context": "it was she", "answer_start": 7, "answer_end": 10}
+    path.write_text(f"{json.dumps(record)}\n" * 3)
+    for name in ("tiny-opt", "tiny-roberta"):
+        shape = resolve_shape(job(name, str(path)))
+        assert (shape.head, shape.num_labels) == ("question_answering", 2)
+        for data in ("random", "builtin"):
+            assert resolve_shape(job(name, data, head="question_answering")) == shape
+    for head in ("classification", "causal_lm"):
+        with pytest.raises(UserError, match="use --head question_answering"):
+            resolve_shape(job("tiny-opt", str(path), head=head))
+
+
+def test_a_family_without_a_question_answering_head_is_named(tmp_path: Path) -> None:
+    config = {"model_type": "gemma", "vocab_size": 300, "head_dim": 8, "num_key_value_heads": 1, **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no question-answering head for its type 'gemma'") as caught:
+        resolve_shape(job(str(tmp_path), head="question_answering"))
+    assert "\n" not in str(caught.value)
 
 
 def test_untied_reaches_the_shape() -> None:
@@ -197,6 +219,10 @@ def faults(tmp_path: Path) -> dict[str, tuple[Job, str]]:
         "too long": (job("tiny-opt", seq_len=257), "--seq-len 257: .* at most 256 tokens"),
         "encoder generates": (job("tiny-roberta", head="causal_lm"), "is an encoder"),
         "encoder on text": (job("tiny-roberta", str(text)), "without class labels"),
+        "text answers nothing": (
+            job("tiny-opt", str(text), head="question_answering"),
+            "holds text data without answers in a text",
+        ),
         "missing data": (job("tiny-opt", str(tmp_path / "none.txt")), "none.txt'.*no such file"),
     }
 
@@ -204,7 +230,7 @@ def faults(tmp_path: Path) -> dict[str, tuple[Job, str]]:
 FAULTS = (
     "close match", "far match", "no weights", "not cached", "is a file", "not a model", "not JSON", "no type",
     "malformed", "unknown type", "pickled", "too long", "encoder generates", "encoder on text",
-    "missing data",
+    "text answers nothing", "missing data",
 )  # fmt: skip
 
 

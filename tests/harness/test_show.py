@@ -127,7 +127,9 @@ def test_a_sweep_tells_what_it_keeps_repeats_and_ends(capsys: pytest.CaptureFixt
     cell = Cell(id=run.id, engine="zo2", plan=make_plan("zo2"), round=1)
     hopeless = replace(cell, id="no", plan=make_plan("zo2", fits=False))
     with CompareProgress(quiet=False) as progress:
-        progress.update(Planned(kept=("a",), to_run=("b", run.id), again={"b": "was interrupted"}))
+        progress.update(
+            Planned(kept=("a",), to_run=("b", run.id), again={"b": "was interrupted"}, notes=("old card",))
+        )
         progress.update(Started(cell=hopeless, index=0, total=2))
         progress.update(Started(cell=cell, index=1, total=2))
         progress.update(SetUp(run_id=run.id, what="importing", done=0, total=1))
@@ -135,6 +137,7 @@ def test_a_sweep_tells_what_it_keeps_repeats_and_ends(capsys: pytest.CaptureFixt
         progress.update(Stepped(run_id=run.id, sample=sample, total=10))
         progress.update(Ended(run=run, index=1, total=2))
     assert capsys.readouterr().err.splitlines() == [
+        "note: old card",
         "kept     a",
         "again    b: was interrupted",
         f"missing  {run.id}",

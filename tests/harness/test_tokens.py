@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizer import write_tokenizer
 
 from engines.base import UserError
 from harness.job import ModelSource
@@ -42,38 +43,6 @@ def test_small_vocabulary_is_refused() -> None:
         ByteTokenizer({}, 258)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A whitespace tokenizer with BERT's frame, as a model folder would hold it."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "film"]
-    special = [
-        {"id": index, "content": word, "special": True, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False}
-        for index, word in enumerate(words[:4])
-    ]  # fmt: skip
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    frame = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ("[CLS]", "[SEP]")]
-    content = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "decoder": None,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [frame[0], text, frame[1]],
-            "pair": [frame[0], text, frame[1], {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {
-                token: {"id": token, "ids": [words.index(token)], "tokens": [token]}
-                for token in ("[CLS]", "[SEP]")
-            },
-        },
-        "model": {
-            "type": "WordLevel", "unk_token": "[UNK]",
-            "vocab": {word: index for index, word in enumerate(words)},
-        },
-    }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"})
-    )
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(dict(NAMED_SHAPES["tiny-roberta"].config)))
@@ -88,8 +57,29 @@ def test_a_folder_with_a_tokenizer_uses_it(folder: Path) -> None:
     assert tokenizer.encode(["a film b", "b"]) == [[4, 6, 5], [5]]
     assert (tokenizer.prefix, tokenizer.suffix, tokenizer.pad_id) == ((2,), (3,), 0)
     assert [path.name for path in tokenizer_files(source)] == ["tokenizer.json", "tokenizer_config.json"]
+    assert (tokenizer.between, tokenizer.marks_second) == ((3,), False)  # RoBERTa has one kind of token
+    encoded = tokenizer.encode_places(["a  film b"])
+    assert [(each.ids, each.places) for each in encoded] == [([4, 6, 5], [(0, 1), (3, 7), (8, 9)])]
     with pytest.raises(UserError, match="has 7 tokens, the model's vocabulary has 5"):
         load_tokenizer(source, 5)
+
+
+def test_a_model_that_tells_two_texts_apart_is_told(folder: Path) -> None:
+    write_tokenizer(folder, marks_second=True)
+    assert not load_tokenizer(ModelSource(name=str(folder), random_weights=True), 320).marks_second
+    config = {**NAMED_SHAPES["tiny-roberta"].config, "model_type": "bert", "type_vocab_size": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(ModelSource(name=str(folder), random_weights=True), 320).marks_second
+
+
+@given(text=st.text(max_size=20))
+def test_bytes_know_their_characters(text: str) -> None:
+    tokenizer = ByteTokenizer({}, 259)
+    (encoded,) = tokenizer.encode_places([text])
+    assert [encoded.ids] == tokenizer.encode([text])
+    for index, character in enumerate(text):
+        own = [i for i, place in zip(encoded.ids, encoded.places, strict=True) if place == (index, index + 1)]
+        assert [own] == tokenizer.encode([character])
 
 
 def test_a_folder_without_one_uses_bytes(folder: Path) -> None:

@@ -27,12 +27,12 @@ from train_runs import (
     tiny_job,
     weights_of,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engines import load_engine
 from engines.base import NonFiniteLoss, UserError
 from harness import train as module
 from harness import worker
+from harness.heads import auto_class
 from harness.line import training_settings
 from harness.show import Progress
 from harness.train import train
@@ -53,9 +53,12 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("engine", list(SETTINGS))
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-roberta"])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("tiny-llama", "auto"), ("tiny-roberta", "auto"), ("tiny-llama", "question_answering")],
+)
 def test_the_export_is_what_was_trained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, name: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, name: str, head: str
 ) -> None:
     trained: dict[str, Tensor] = {}
     original = module.export_model
@@ -69,8 +72,10 @@ def test_the_export_is_what_was_trained(
         original(blueprint, copied(), dtype, folder)
 
     monkeypatch.setattr(module, "export_model", export)
-    folder = run(tmp_path / "out", engine, tiny_job(name, eval_batches=2))
-    auto = AutoModelForSequenceClassification if name == "tiny-roberta" else AutoModelForCausalLM
+    model = {"name": name, "random_weights": True, "head": head}
+    folder = run(tmp_path / "out", engine, tiny_job(model=model, eval_batches=2))
+    family_head = "classification" if name == "tiny-roberta" else "causal_lm"
+    auto = auto_class(family_head if head == "auto" else "question_answering")
     loaded = dict(auto.from_pretrained(folder).named_parameters())
     assert loaded.keys() == trained.keys()
     for parameter, tensor in trained.items():
@@ -254,7 +259,7 @@ def test_a_perturbed_loss_on_one_side_only_is_put_down_to_eps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def step(self: Any, batches: Any) -> None:
-        raise NonFiniteLoss("the losses of step 0 are 2.5 and inf")
+        raise NonFiniteLoss("one loss is not finite", sides=(2.5, float("inf")))
 
     monkeypatch.setattr(load_engine("mezo"), "step", step)
     with pytest.raises(UserError, match=r"eps is likely too large; lower it with --set mezo.eps="):

@@ -36,6 +36,7 @@ class FakeNvml(ModuleType):
             "nvmlDeviceGetName": lambda handle: f"Fake {handle}",
             "nvmlDeviceGetUUID": lambda handle: UUIDS[handle],
             "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=100, used=30, free=70),
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: [7, 5],
             "nvmlDeviceGetTotalEnergyConsumption": lambda handle: 12_500,
             "nvmlDeviceGetCurrPcieLinkGeneration": lambda handle: 1,
             "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 8,
@@ -84,6 +85,7 @@ def test_every_answer(library: FakeNvml) -> None:
     assert (device.name, device.uuid, device.driver) == ("Fake 0", UUIDS[0], "570.86.15")
     assert (device.total_bytes, device.used_bytes(), device.free_bytes) == (100, 30, 70)
     assert device.energy_j() == 12.5
+    assert device.compute_capability == (7, 5)
     assert device.link() == LinkState(generation_now=1, width_now=8, generation_max=5, width_max=16)
     assert device.other_processes() == (7, 9)
     assert device.other_processes([9]) == (7,)
@@ -100,6 +102,7 @@ def test_unsupported_calls_are_not_known(library: FakeNvml) -> None:
     assert device.used_bytes() is None
     assert device.free_bytes is None
     assert device.energy_j() is None
+    assert device.compute_capability is None
     assert device.other_processes() is None
     assert device.link() == LinkState(
         generation_now=None, width_now=None, generation_max=None, width_max=None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from known_shapes import (
 
 from engines.base import ModelShape, UserError, Workload
 from engines.costs import traffic
+from engines.costs.zo2 import resident_indices
 from engines.settings import parse_settings
 from profiles.machine import Machine, absent
 from profiles.plan import Plan
@@ -314,6 +316,29 @@ def test_fold_every_as_set_is_kept_and_decides_with_the_residents() -> None:
     streamed, block = 40 - resident, 2 * OPT_13B.block_parameters
     assert chosen.prediction.d2h_bytes == streamed * (block // 3)
     assert not any(reason.startswith("fold_every=") for reason in chosen.reasons)
+
+
+def test_the_plan_says_which_blocks_stay() -> None:
+    chosen = plan("zo2", shape=OPT_SIZES["13B"], workload=FORWARD_ONLY, vram_bytes=24 * GB)
+    resident = int(chosen.settings["resident_blocks"])
+    assert named_blocks(told(chosen, "resident_blocks")) == resident_indices(40, resident)
+    for count in (1, 2, 20, 39):
+        (reason,) = (each for each in zo2_plan(OPT_13B, resident_blocks=count).reasons if "stay" in each)
+        assert named_blocks(reason) == resident_indices(40, count)
+    assert "all blocks stay on the GPU" in zo2_plan(OPT_13B, resident_blocks=40).reasons
+    for nowhere in (
+        zo2_plan(OPT_13B, resident_blocks=0),
+        zo2_plan(OPT_13B, machine=replace(H200, gpu=None, link=None), resident_blocks=3),
+    ):
+        assert not any("stay" in reason for reason in nowhere.reasons)
+
+
+def named_blocks(reason: str) -> set[int]:
+    """The blocks of `blocks 1, 4-6 stay`."""
+    found = re.search(r"blocks? ([\d, -]+) stays?", reason)
+    assert found is not None
+    ends = [[int(end) for end in part.split("-")] for part in found[1].split(", ")]
+    return {index for span in ends for index in range(span[0], span[-1] + 1)}
 
 
 def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:

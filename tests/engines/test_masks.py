@@ -1,0 +1,198 @@
+"""A step reads the two losses from the device and nothing else; masks are transformers' own all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from engines.base import Batch, Context, Head, Workload
+from engines.blocks import BlockDriver
+from engines.masks import has_padding, known_padding, with_mask
+from engines.mezo import LossPair, Mezo
+from engines.settings import MezoSettings, Zo2Settings
+from engines.zo2 import Zo2
+from tiny_families import FAMILIES, blueprint_of
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, usual_head
+
+PADDINGS = ["no mask", "ones", "padded"]
+MODELS: list[tuple[str, Head]] = [
+    ("opt", "causal_lm"), ("llama", "causal_lm"), ("qwen2", "causal_lm"), ("gpt2", "causal_lm"),
+    ("roberta", "classification"), ("bert", "question_answering"), ("llama", "classification"),
+    ("opt", "question_answering"),
+]  # fmt: skip
+
+
+def masked(batch: Batch, padding: str) -> Batch:
+    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "attention_mask"}
+    ids = inputs["input_ids"]
+    if padding != "no mask":
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if padding == "padded":
+        inputs["attention_mask"][0, ids.shape[1] - 4 :] = 0
+    return Batch(inputs=inputs)
+
+
+def batches_of(family: str, head: Head, padding: str, count: int = 4) -> list[Batch]:
+    return [masked(batch, padding) for batch in tiny_batches(count, family, head=head)]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: values that are read, and results whose size
+    follows from values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        reading = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2)
+        by_mask = func.overloadpacket is aten.index and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.count += by_mask or func.overloadpacket in reading
+        return func(*args, **(kwargs or {}))
+
+
+def test_reads_are_counted() -> None:
+    values = torch.arange(3)
+    with Reads() as reads:
+        assert (values < 3).all()
+        assert values[0].item() == 0
+        assert values[values > 0].numel() == 2
+        assert values.nonzero().numel() == 2
+        assert values[values].numel() == 3
+    assert reads.count == 4
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_masks_are_those_that_transformers_builds(family: str, padding: str) -> None:
+    """What each block is called with and what leaves the model are bit-equal, and nothing is read."""
+    blueprint = blueprint_of(family)
+    inputs = batches_of(family, "causal_lm", padding, 1)[0].inputs
+    inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    driver = BlockDriver(blueprint.reference)
+    with torch.no_grad():
+        plain = driver.record(inputs)
+        last = torch.ones_like(plain.hidden)
+        expected = driver.finish(inputs, last).logits
+        told = with_mask(inputs)
+        with known_padding(has_padding(inputs)), Reads() as reads:
+            known = driver.record(told)
+            found = driver.finish(told, last).logits
+            hidden = known.hidden
+            for index, call in enumerate(known.calls):
+                if family != "mixtral":  # whose experts pick their tokens by looking at them
+                    hidden = driver.run(index, call, hidden)
+        whole = blueprint.reference(**inputs).logits
+        with known_padding(has_padding(inputs)):
+            assert torch.equal(blueprint.reference(**told).logits, whole)
+    assert reads.count == 0
+    assert torch.equal(found, expected)
+    assert torch.equal(known.hidden, plain.hidden)
+    for one, other in zip(known.calls, plain.calls, strict=True):
+        for name in ("attention_mask", "alibi", "position_ids"):
+            if name in one.kwargs:
+                assert_same(one.kwargs[name], other.kwargs[name])
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert (one is None) == (other is None)
+    assert one is None or torch.equal(one, other)
+
+
+def test_the_registry_is_as_it_was() -> None:
+    before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
+    with pytest.raises(KeyError), known_padding(True), known_padding(False):
+        raise KeyError
+    assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
+
+
+def test_padding_is_seen_on_the_host() -> None:
+    ids = torch.zeros((2, 3), dtype=torch.int64)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    assert not has_padding({"input_ids": ids})
+    assert not has_padding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert has_padding({"input_ids": ids, "attention_mask": mask})
+    assert with_mask({"input_ids": ids})["attention_mask"].equal(torch.ones_like(ids))
+    assert with_mask({"input_ids": ids, "attention_mask": mask})["attention_mask"] is mask
+
+
+@contextmanager
+def host_waits_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Whatever makes the host wait for the GPU is an error, but for reading losses. The steps that did."""
+    read = LossPair.read
+    steps: list[int] = []
+
+    def allowed(pair: LossPair, count: int, step: int) -> tuple[float, float]:
+        steps.append(step)
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return read(pair, count, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossPair, "read", allowed)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield steps
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_what_would_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.ones(1, device="cuda:0")
+    with pytest.raises(RuntimeError, match="synchroniz"), host_waits_once(monkeypatch):
+        value.item()
+
+
+def steps_of(
+    kind: type[Mezo] | type[Zo2], blueprint: TinyBlueprint, batches: Sequence[Batch], monkeypatch: Any
+) -> list[int]:
+    """Steps that read losses, of three pairs of `batches` after as many steps that may wait.
+
+    Kernels are compiled, blocks captured as graphs and tables sent up in the first steps.
+    """
+    workload = Workload(batch_size=2, seq_len=16, accumulation=2, dtype="bf16")
+    context = Context(device="cuda:0", workload=workload, seed=0, total_steps=100)
+    settings = Zo2Settings(resident_blocks=1, fold_every=2) if kind is Zo2 else MezoSettings()
+    made: Any = kind(settings, context)  # type: ignore[arg-type]
+    made.setup(blueprint)
+    groups = [batches[i : i + 2] for i in range(0, len(batches), 2)]
+    for group in groups * 3:
+        made.step(group)
+    with host_waits_once(monkeypatch) as steps:
+        for group in groups * 3:
+            made.step(group)
+    made.close()
+    return steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("family", "head"), MODELS)
+@pytest.mark.parametrize("kind", [Mezo, Zo2])
+def test_a_step_waits_for_the_gpu_once(
+    kind: type[Mezo] | type[Zo2],
+    family: str,
+    head: Head,
+    padding: str,
+    graphs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not graphs:
+        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    batches = batches_of(family, head, padding)
+    blueprint = tiny_blueprint(family, tied=head == usual_head(family), num_blocks=3, head=head)
+    steps = steps_of(kind, blueprint, batches, monkeypatch)
+    assert steps == list(range(6, 12))
