@@ -73,23 +73,52 @@ def probe(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also save the profile to this JSON file.")
     ] = None,
+    disk: Annotated[
+        Path | None,
+        typer.Option("--disk", help="Folder whose disk is measured. [default: the current folder]"),
+    ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only what predictions need: some 15 s, no disk, no sweeps.")
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Longer samples, a minute of load, thread counts: up to five minutes."),
+    ] = False,
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown", help="Print a page to share, without host names, serial numbers and paths."
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     require_gpu: RequireGpu = False,
 ) -> None:
-    """Measure this machine: GPU, link, CPU, memory."""
+    """Measure this machine: GPU, link, CPU, memory, disk. Takes up to a minute.
+
+    Beside processes that use the GPU, its memory is not taken to the limit, and figures are marked.
+    """
     from harness.show import ProbeProgress, console
     from profiles.documents import to_json
     from profiles.machine import save_machine
     from profiles.probe import probe_machine
+    from profiles.share import machine_page
     from profiles.show import machine_table
 
+    if brief and full:
+        raise UserError("--brief and --full", "exclude each other", "give one of them")
+    if as_json and markdown:
+        raise UserError("--json and --markdown", "both go to stdout", "give one of them")
     with ProbeProgress(quiet) as progress:
-        machine = probe_machine(progress.measurement)
+        machine = probe_machine(
+            progress.measurement, depth="brief" if brief else "full" if full else "default", folder=disk
+        )
     if out is not None:
         save_machine(machine, out)
     if as_json:
         typer.echo(to_json(machine), nl=False)
+    elif markdown:
+        typer.echo(machine_page(machine), nl=False)
     else:
         console().print(machine_table(machine))
     if require_gpu and machine.gpu is None:

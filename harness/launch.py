@@ -128,7 +128,16 @@ def launch_probe(*, quiet: bool) -> Machine:
 
     Its progress goes to stderr. Raises `UserError` if it fails.
     """
-    command = [sys.executable, "-P", "-m", "harness", "probe", "--json", *(["--quiet"] if quiet else [])]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "harness",
+        "probe",
+        "--json",
+        "--brief",
+        *(["--quiet"] if quiet else []),
+    ]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=_child_environment(), check=False
     )

@@ -245,7 +245,7 @@ class Cpu:
     products: tuple[CpuProduct, ...] = ()
     adam_points: tuple[AdamPoint, ...] = ()
     adam_bandwidth_share: Figure = NOT_PROBED
-    """Bytes that AdamW moves (28 per element) over those of the triad: near 1 where memory limits it."""
+    """Bytes that AdamW moves (28 per element) over those that the triad moves: near 1 where memory limits."""
     adam_during_copies_elements_per_s: Figure = NOT_PROBED
     """AdamW while the link copies both ways."""
 
