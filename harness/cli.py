@@ -113,14 +113,14 @@ def probe(
         machine = probe_machine(
             progress.measurement, depth="brief" if brief else "full" if full else "default", folder=disk
         )
-    if out is not None:
-        save_machine(machine, out)
     if as_json:
         typer.echo(to_json(machine), nl=False)
     elif markdown:
         typer.echo(machine_page(machine), nl=False)
     else:
         console().print(machine_table(machine))
+    if out is not None:  # after what was measured has been told: the disk may be full
+        save_machine(machine, out)
     if require_gpu and machine.gpu is None:
         typer.echo(f"error: no GPU: {machine.gpu_absent_reason}", err=True)
         raise typer.Exit(7)

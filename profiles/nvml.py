@@ -151,7 +151,7 @@ class NvmlDevice:
         return None if milliwatts is None else milliwatts / 1e3
 
     def _clock_hz(self, name: str, domain: str) -> float | None:
-        megahertz = self._call(name, arguments=(self._handle, getattr(self._library, domain, 1)))
+        megahertz = self._call(name, arguments=(self._handle, getattr(self._library, domain)))
         return None if megahertz is None else megahertz * 1e6
 
     def _temperature_c(self) -> float | None:

@@ -17,7 +17,7 @@ REMOVED = "[removed]"
 _IDENTIFIERS = re.compile(
     r"(?:GPU|MIG)-[0-9a-fA-F]{8}(?:-[0-9a-fA-F]+)*"  # NVIDIA's UUIDs
     r"|\b[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-9]\b"  # bus addresses
-    r"|(?<![\w/.])/(?:[\w.+@~-]+/)*[\w.+@~-]+"  # absolute paths
+    r"|(?<![\w/.])~?/(?:[\w.+@~-]+/)*[\w.+@~-]+"  # absolute paths
 )
 
 

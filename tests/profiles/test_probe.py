@@ -325,6 +325,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
     device = nvml.NvmlDevice(
         SimpleNamespace(
             NVMLError=RuntimeError,
+            NVML_CLOCK_SM=1,
+            NVML_CLOCK_MEM=2,
             nvmlSystemGetDriverVersion=lambda: "570.1",
             nvmlDeviceGetCurrPcieLinkGeneration=lambda handle: 3,
             nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
