@@ -10,12 +10,12 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from profiles import limits, nvml
 from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, Link, Machine
 from profiles.probe import adam, cpu, disk, gpu, link, memory, more
-from profiles.probe.timing import Meter, Progress, now, one_line
+from profiles.probe.timing import Meter, Progress, clock_s, now, one_line
 from profiles.topology import processors
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SECONDS_EACH: dict[Depth, float] = {"brief": 1.0, "default": 0.6, "full": 2.0}
 """Time for one measurement where the caller sets none."""
-LIMIT_S: dict[Depth, float] = {"brief": 45.0, "default": 45.0, "full": 240.0}
-"""When measurements that can be done without end, so that the whole ends within 60 s, or five minutes."""
+LIMIT_S: dict[Depth, float] = {"brief": 50.0, "default": 54.0, "full": 280.0}
+"""When nothing that can be done without is begun any more: the whole ends within 60 s, or five minutes."""
 
 MEMORY_SHARE = 8
 MEMORY_BYTES_AT_MOST = 2 * 2**30
@@ -52,7 +52,7 @@ def probe_machine(
     A CUDA context stays behind in this process and holds some hundred megabytes of GPU memory until the
     process ends; a program that goes on to fill the GPU from other processes probes in one of its own.
     """
-    started = now()
+    started, started_s = now(), clock_s()
     throttled_before = limits.throttled_periods(root)
     gpu_reason = why_no_gpu()
     host = _Usable(root)
@@ -63,15 +63,20 @@ def probe_machine(
     if depth != "brief":
         count += more.count_host(host.memory_bytes, host.adam_threads(depth)) + more.count_gpu(num_gpus)
     each = SECONDS_EACH[depth] if seconds is None else seconds / count
-    meter = Meter(seconds_each=each, total=count, progress=progress, limit_s=LIMIT_S[depth])
+    meter = Meter(
+        seconds_each=each, total=count, progress=progress, limit_s=LIMIT_S[depth], started_s=started_s
+    )
     cpu_found, memory_found = _host(meter, host)
     gpu_found: Gpu | None = None
     link_found: Link | None = None
     if gpu_reason is None:
         try:
-            taken = more.vram(meter) if depth != "brief" else {}
+            on_gpu: dict[str, Any] = {}
+            if depth != "brief":
+                on_gpu, on_host = more.memory_limits(meter, full=depth == "full", root=root)
+                memory_found = replace(memory_found, **on_host)
             gpu_found, link_found = _device(meter, root)
-            gpu_found = replace(gpu_found, **taken)
+            gpu_found = replace(gpu_found, **on_gpu)
         except Exception as error:  # the driver lets torch see a GPU and then refuses it
             gpu_reason = one_line(error)
             gpu_found = link_found = None
@@ -79,17 +84,17 @@ def probe_machine(
     disk_reason: str | None = "a brief probe measures no disk"
     if depth != "brief":
         with cpu.torch_threads(host.cores.count):
+            if gpu_found is not None and link_found is not None:
+                gpu_found, link_found, cpu_found = more.device(
+                    meter, gpu_found, link_found, cpu_found,
+                    elements=adam.large_elements(host.memory_bytes, host.cache_bytes),
+                    memory_bytes=memory_budget(limits.host_memory(root)), full=depth == "full", root=root,
+                )  # fmt: skip
+            disk_found, disk_reason = disk.probe_disk(meter, folder or Path.cwd(), root)
             cpu_found, memory_found = more.host(
                 meter, cpu_found, memory_found, memory_bytes=host.memory_bytes,
                 cache_bytes=host.cache_bytes, threads=host.adam_threads(depth),
             )  # fmt: skip
-            disk_found, disk_reason = disk.probe_disk(meter, folder or Path.cwd(), root)
-            if gpu_found is not None and link_found is not None:
-                gpu_found, link_found, cpu_found, memory_found = more.device(
-                    meter, gpu_found, link_found, cpu_found, memory_found,
-                    elements=adam.large_elements(host.memory_bytes, host.cache_bytes),
-                    memory_bytes=memory_budget(limits.host_memory(root)), full=depth == "full", root=root,
-                )  # fmt: skip
     if gpu_found is not None:
         gpu_found = replace(gpu_found, readings=tuple(meter.readings))
     throttled = limits.throttled_periods(root)

@@ -54,7 +54,9 @@ class Buffers:
         import torch
 
         torch.cuda.synchronize()
-        arrived = self.part(direction, num_bytes)[0].cpu()
+        arrived = self.host_down[:num_bytes]
+        if direction == "h2d":
+            arrived.copy_(self.device_up[:num_bytes])
         if not torch.equal(arrived, self.host_up[:num_bytes]):
             raise RuntimeError(f"a copy ({direction}, {num_bytes} bytes) changed the data")
 
@@ -86,6 +88,10 @@ def free() -> None:
     import torch
 
     torch.cuda.synchronize()
+    # Products leave a workspace behind for each stream that they ran on.
+    clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear_workspaces is not None:
+        clear_workspaces()
     torch.cuda.empty_cache()
     empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)
     if empty_host_cache is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from profiles.machine import Figure, Gpu, absent
 from profiles.nvml import NvmlDevice
+from profiles.probe.buffers import free
 from profiles.probe.timing import (
     Action,
     Meter,
@@ -169,14 +170,11 @@ def product(dtype: str, size: int) -> Action:
 
 def _freeing(measure: Any, *arguments: Any) -> Figure:
     """`measure(*arguments)`, its GPU memory given back to the driver afterwards."""
-    import torch
-
     try:
-        figure: Figure = measure(*arguments)
+        found: Figure = measure(*arguments)
     finally:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    return figure
+        free()
+    return found
 
 
 def _free_bytes() -> int:

@@ -25,9 +25,11 @@ BUFFER_BYTES = 256 * 2**20
 SWEEP_BUFFER_BYTES = 2**30
 DUPLEX_ROUNDS = (6, 64)
 """Fewest and most copies in each direction."""
+SWEEP_S = 4.0
+"""What sweeps of both directions take, pinning a GiB twice included."""
 MATMUL_SIZE = 4096
 NUM_MEASUREMENTS = 5
-NUM_OPTIONAL = 6
+NUM_OPTIONAL = 4
 
 UNKNOWN_LINK = LinkState(generation_now=None, width_now=None, generation_max=None, width_max=None)
 
@@ -56,23 +58,24 @@ def probe_link(meter: Meter, nvml: NvmlDevice | None, *, memory_bytes: int) -> L
 def sweeps(meter: Meter, *, memory_bytes: int) -> tuple[CopySweep, ...]:
     """Both directions, pinned and pageable."""
     kinds: tuple[HostKind, ...] = ("pinned", "pageable")
+    return tuple(found for kind in kinds for found in _sweeps(meter, kind, memory_bytes))
+
+
+def _sweeps(meter: Meter, kind: HostKind, memory_bytes: int) -> tuple[CopySweep, ...]:
     directions: tuple[Direction, ...] = ("h2d", "d2h")
-    found = []
-    for kind in kinds:
-        for direction in directions:
-            found.append(_sweep(meter, direction, kind, memory_bytes))
-            free()
-    return tuple(found)
 
-
-def _sweep(meter: Meter, direction: Direction, kind: HostKind, memory_bytes: int) -> CopySweep:
-    def take(seconds: float) -> CopySweep:
+    def take(seconds: float) -> tuple[CopySweep, ...]:
         buffers = largest_buffers(SWEEP_BUFFER_BYTES, memory_bytes, pinned=kind == "pinned")
-        return sweep(buffers, direction, kind, seconds)
+        return tuple(sweep(buffers, direction, kind, seconds) for direction in directions)
 
-    return meter.optional(
-        f"copies of all sizes, {direction}, {kind}", take, lambda why: absent_sweep(direction, kind, why)
+    found = meter.optional(
+        f"{kind} copies of all sizes",
+        take,
+        lambda why: tuple(absent_sweep(direction, kind, why) for direction in directions),
+        needs_s=SWEEP_S,
     )
+    free()
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +23,12 @@ PIN_S = (5.0, 40.0)
 PIN_SHARE = 2
 """At most this share of the available host memory is pinned."""
 START_S = 20.0
-"""A child's start: torch and CUDA."""
+CHILD_S = 12.0
+"""A child's start, torch and CUDA: the most that is waited for, and what must be left."""
+NVBANDWIDTH_S = (8.0, 40.0)
 
-NUM_DEVICE = 3
-"""Usable GPU memory, pinned memory, nvbandwidth."""
+NUM_DEVICE = 2
+"""The limits of memory, nvbandwidth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,29 +84,30 @@ def device(
     gpu_found: Gpu,
     link_found: Link,
     cpu_found: Cpu,
-    memory_found: HostMemory,
     *,
     elements: int,
     memory_bytes: int,
     full: bool,
     root: Path,
-) -> tuple[Gpu, Link, Cpu, HostMemory]:
+) -> tuple[Gpu, Link, Cpu]:
     """`elements` is the size of AdamW beside copies. With as many threads as torch has now."""
     import torch
 
     with torch.cuda.device(0):
         handle = open_gpu()
-        with near_gpu(handle, root):
-            sweeps = link.sweeps(meter, memory_bytes=memory_bytes)
-            beside_matmul = link.beside_matmul(meter, memory_bytes=memory_bytes)
+        # Half of the budget for each of the two that run side by side.
         beside_adam = link.beside_adam(meter, elements=elements // 2, memory_bytes=memory_bytes // 2)
-        gpu_found = replace(gpu_found, **gpu.more_rates(meter))
-        memory_found = pinned(meter, memory_found, PIN_S[full], root)
+        with near_gpu(handle, root):
+            beside_matmul = link.beside_matmul(meter, memory_bytes=memory_bytes)
+            sweeps = link.sweeps(meter, memory_bytes=memory_bytes)
         gpu_found = replace(gpu_found, **soak.soak(meter, handle, SOAK_S[full]))
+        gpu_found = replace(gpu_found, **gpu.more_rates(meter))
         check = meter.optional(
             "nvbandwidth",
-            lambda seconds: nvbandwidth(min(30.0, meter.left_s() + 5), handle.uuid if handle else None),
+            lambda seconds: nvbandwidth(NVBANDWIDTH_S[full], handle.uuid if handle else None),
             lambda why: (absent(why), absent(why)),
+            needs_s=NVBANDWIDTH_S[full] if shutil.which("nvbandwidth") else 0.0,
+            repeats=False,
         )
     if gpu_found.num_gpus > 1:
         each = several.each_gpu(meter, gpu_found.num_gpus, memory_bytes=memory_bytes)
@@ -130,58 +134,65 @@ def device(
         d2h_nvbandwidth_bytes_per_s=check[1],
     )
     cpu_found = replace(cpu_found, adam_during_copies_elements_per_s=beside_adam.work_per_s)
-    return gpu_found, link_found, cpu_found, memory_found
+    return gpu_found, link_found, cpu_found
 
 
-def vram(meter: Meter) -> dict[str, Any]:
-    """Figures of `Gpu` by field: what one process can allocate, and its context.
+def memory_limits(meter: Meter, *, full: bool, root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of `Gpu` and of `HostMemory` by field: what one process can allocate, and what it can pin.
 
-    To be called before this process has a context.
-
-    Not measured beside other processes: one of them might then find no memory and fail.
+    Found in a process of its own, before this one has a CUDA context. GPU memory is not measured beside other
+    processes: one of them might then find none and fail.
     """
-
-    def take(seconds: float) -> tuple[Figure, Figure]:
-        handle = nvml.open_device()
-        others = handle.other_processes() if handle else None
-        if others:
-            raise RuntimeError(f"{len(others)} other processes use the GPU and could run out of memory")
-        answer, end = throw_away("vram", START_S + 20)
-        if not answer:
-            raise RuntimeError(f"the child that allocates {end or 'gave no answer'}")
-        context = answer["context_bytes"]
-        return (
-            figure([float(answer["usable_bytes"])], "torch.empty until refused, in a process of its own"),
-            absent("NVML does not tell the memory in use")
-            if context is None
-            else figure([float(context)], "memory in use on the GPU after a context's start less before it"),
-        )
-
-    usable, context = meter.optional("usable GPU memory", take, lambda why: (absent(why), absent(why)))
-    return {"usable_bytes": usable, "context_bytes": context}
-
-
-def pinned(meter: Meter, found: HostMemory, seconds: float, root: Path) -> HostMemory:
-    """`found` with how much host memory a process can pin, and how fast, found in a process of its own."""
+    seconds = PIN_S[full]
     refused: bool | None = None
 
-    def take(_: float) -> tuple[Figure, Figure]:
+    def take(_: float) -> tuple[Figure, ...]:
         nonlocal refused
+        handle = nvml.open_device()
+        others = handle.other_processes() if handle else None
         most_bytes = limits.host_memory(root).available_bytes // PIN_SHARE
-        answer, end = throw_away("pinned", START_S + 2 * seconds, most_bytes=most_bytes, seconds=seconds)
+        answer, end = throw_away(
+            START_S + 2 * seconds, vram=not others, most_bytes=most_bytes, seconds=seconds
+        )
         if not answer:
-            raise RuntimeError(f"the child that pins {end or 'gave no answer'}")
-        refused = answer["refused"]
-        stopped = f"the process {end}" if end else answer["stopped"]
-        method = f"pinned in steps of {answer['step_bytes'] / 2**20:.0f} MiB until: {stopped}"
-        rates = [answer["step_bytes"] / max(step_s, 1e-9) for step_s in answer["steps_s"]]
+            raise RuntimeError(f"the child that allocates {end or 'gave no answer'}")
+        refused = answer.get("refused")
+        usable, context = (answer.get(name) for name in ("usable_bytes", "context_bytes"))
+        why = "NVML does not tell the memory in use"
+        if others:
+            why = f"{len(others)} other processes use the GPU and could run out of memory"
         return (
-            figure([float(answer["pinned_bytes"])], method),
-            figure(rates, "torch's pinned allocator, pages touched") if rates else absent(stopped),
+            absent(why)
+            if usable is None
+            else figure([float(usable)], "torch.empty until refused, in a process of its own"),
+            absent(why)
+            if context is None
+            else figure([float(context)], "memory in use on the GPU after a context's start less before it"),
+            *_pinned(answer, end),
         )
 
-    amount, rate = meter.optional("pinned memory", take, lambda why: (absent(why), absent(why)))
-    return replace(found, pinned_bytes=amount, pinned_refused=refused, pin_bytes_per_s=rate)
+    found = meter.optional(
+        "memory to the limit", take, lambda why: (absent(why),) * 4, needs_s=CHILD_S + seconds, repeats=False
+    )
+    usable, context, amount, rate = found
+    return (
+        {"usable_bytes": usable, "context_bytes": context},
+        {"pinned_bytes": amount, "pinned_refused": refused, "pin_bytes_per_s": rate},
+    )
+
+
+def _pinned(answer: dict[str, Any], end: str) -> tuple[Figure, Figure]:
+    """How much was pinned, and how fast."""
+    if "pinned_bytes" not in answer:
+        missing = absent(f"the child that pins {end or 'gave no answer'}")
+        return missing, missing
+    stopped = f"the process {end}" if end else answer["stopped"]
+    method = f"pinned in steps of {answer['step_bytes'] / 2**20:.0f} MiB until: {stopped}"
+    rates = [answer["step_bytes"] / max(step_s, 1e-9) for step_s in answer["steps_s"]]
+    return (
+        figure([float(answer["pinned_bytes"])], method),
+        figure(rates, "torch's pinned allocator, pages touched") if rates else absent(stopped),
+    )
 
 
 @contextmanager

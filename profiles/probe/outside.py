@@ -21,13 +21,13 @@ from profiles.probe.timing import figure
 NVBANDWIDTH_TESTS = ("host_to_device_memcpy_ce", "device_to_host_memcpy_ce")
 
 
-def throw_away(kind: str, limit_s: float, **arguments: float) -> tuple[dict[str, Any], str]:
+def throw_away(limit_s: float, **arguments: float) -> tuple[dict[str, Any], str]:
     """The last answer of a child that runs `profiles.probe.throwaway`, and how it ended: empty if well.
 
     A child tells after every step what it has, so one that is killed still leaves its last answer; without
     any, the answer is empty.
     """
-    command = [sys.executable, "-P", "-m", "profiles.probe.throwaway", kind, json.dumps(arguments)]
+    command = [sys.executable, "-P", "-m", "profiles.probe.throwaway", json.dumps(arguments)]
     root = Path(profiles.__file__).parent.parent
     before = os.environ.get("PYTHONPATH")
     paths = os.pathsep.join([str(root), *([before] if before else [])])

@@ -27,7 +27,14 @@ def soak(meter: Meter, nvml: NvmlDevice | None, seconds: float) -> dict[str, Any
     def take(_: float) -> tuple[Figure, ...]:
         return _soak(meter, nvml, seconds)
 
-    figures = meter.optional("sustained load", take, lambda why: tuple(absent(why) for _ in names))
+    # Throttling is what this one is about: no reason to repeat it.
+    figures = meter.optional(
+        "sustained load",
+        take,
+        lambda why: tuple(absent(why) for _ in names),
+        needs_s=seconds + REST_S,
+        repeats=False,
+    )
     free()
     return dict(zip(names, figures, strict=True))
 

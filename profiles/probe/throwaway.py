@@ -20,7 +20,10 @@ PIN_STEP_BYTES = 2**30
 """A power of two, to which torch's pinned allocator rounds."""
 
 
-def take_vram(tell: Callable[[dict[str, Any]], None]) -> None:
+Tell = Callable[[dict[str, Any]], None]
+
+
+def take_vram(tell: Tell) -> None:
     """Allocates all of `cuda:0` in pieces that halve when refused: `usable_bytes`, `context_bytes`."""
     device = nvml.open_device()
     before = device.used_bytes() if device else None
@@ -43,9 +46,11 @@ def take_vram(tell: Callable[[dict[str, Any]], None]) -> None:
         except RuntimeError:  # out of memory
             piece //= 2
     tell({"usable_bytes": sum_bytes, "context_bytes": context_bytes})
+    taken.clear()
+    torch.cuda.empty_cache()
 
 
-def take_pinned(tell: Callable[[dict[str, Any]], None], *, most_bytes: float, seconds: float) -> None:
+def take_pinned(tell: Tell, *, most_bytes: float, seconds: float) -> None:
     """Pins memory in steps until refused, until `most_bytes`, or for `seconds`.
 
     HAZARD: pinned memory cannot be swapped out, so the machine would swap everything else. Before each step,
@@ -89,14 +94,17 @@ def _pinned(
     }  # fmt: skip
 
 
-def main(kind: str, arguments: str) -> None:
-    def tell(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), flush=True)
+def main(arguments: str) -> None:
+    wanted = json.loads(arguments)
+    told: dict[str, Any] = {}
 
-    if kind == "vram":
+    def tell(answer: dict[str, Any]) -> None:
+        told.update(answer)
+        print(json.dumps(told), flush=True)
+
+    if wanted["vram"]:
         take_vram(tell)
-    else:
-        take_pinned(tell, **json.loads(arguments))
+    take_pinned(tell, most_bytes=wanted["most_bytes"], seconds=wanted["seconds"])
 
 
 if __name__ == "__main__":

@@ -48,25 +48,34 @@ class Meter:
     """Time after which measurements that can be done without are left out."""
     look: Look | None = None
     """Set once a GPU is in use."""
+    started_s: float = field(default_factory=time.perf_counter)
+    """On the clock of `clock_s`."""
     done: int = field(default=0, init=False)
     readings: list[GpuReading] = field(default_factory=list, init=False)
-    _started_s: float = field(default_factory=time.perf_counter, init=False)
     _what: str = field(default="", init=False)
     _standing: set[str] = field(default_factory=set, init=False)
     _watched_s: float = field(default=-math.inf, init=False)
 
-    def measure(self, what: str, take: Callable[[float], T], failed: Callable[[str], T]) -> T:
+    def measure(
+        self,
+        what: str,
+        take: Callable[[float], T],
+        failed: Callable[[str], T],
+        *,
+        repeats: bool = True,
+    ) -> T:
         """`take(seconds)`, or `failed(reason)` if it raises.
 
         Anything a measurement raises (no memory, a dtype or a call that is missing here) only means
         that this one number could not be had. One that something disturbed is made again, once; if
         something disturbs that too, its figures say so, and the same thing causes no repetition any more.
+        Without `repeats` it is made once.
         """
         self.progress(what, self.done, self.total)
         self._what = what
         try:
             taken, found = self._take(take)
-            if found - self._standing and self.elapsed_s() < self.limit_s:
+            if repeats and found - self._standing and self.elapsed_s() < self.limit_s:
                 taken, found = self._take(take)
                 self._standing |= found
             return _marked(taken, found) if found else taken
@@ -75,10 +84,18 @@ class Meter:
         finally:
             self.done += 1
 
-    def optional(self, what: str, take: Callable[[float], T], failed: Callable[[str], T]) -> T:
-        """As `measure`, if time is left."""
-        if self.elapsed_s() < self.limit_s:
-            return self.measure(what, take, failed)
+    def optional(
+        self,
+        what: str,
+        take: Callable[[float], T],
+        failed: Callable[[str], T],
+        *,
+        needs_s: float = 0.0,
+        repeats: bool = True,
+    ) -> T:
+        """As `measure`, if more than `needs_s` is left."""
+        if self.left_s() > needs_s:
+            return self.measure(what, take, failed, repeats=repeats)
         self.done += 1
         return failed(f"the probe's {self.limit_s:.0f} s were used up; --full takes longer")
 
@@ -93,7 +110,7 @@ class Meter:
             self.readings.append(self.look(self._what))
 
     def elapsed_s(self) -> float:
-        return time.perf_counter() - self._started_s
+        return time.perf_counter() - self.started_s
 
     def left_s(self) -> float:
         return max(0.0, self.limit_s - self.elapsed_s())

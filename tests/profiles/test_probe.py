@@ -497,27 +497,26 @@ SWEEPS = [("h2d", "pinned"), ("d2h", "pinned"), ("h2d", "pageable"), ("d2h", "pa
 
 
 @pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
-    """Answers of the throw-away processes, which need a GPU; kind -> arguments of the calls."""
-    calls: dict[str, dict[str, float]] = {}
-    answers: dict[str, dict[str, Any]] = {
-        "vram": {"usable_bytes": 47 * MIB, "context_bytes": 3 * MIB},
-        "pinned": {
-            "pinned_bytes": 30 * MIB, "step_bytes": 10 * MIB, "steps_s": [0.5, 1.0, 2.0], "refused": True,
-            "stopped": "RuntimeError: CUDA error",
-        },
+def children(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """Answers of the throw-away process, which needs a GPU; the arguments of its calls."""
+    calls: list[dict[str, float]] = []
+    pinned: dict[str, Any] = {
+        "pinned_bytes": 30 * MIB, "step_bytes": 10 * MIB, "steps_s": [0.5, 1.0, 2.0], "refused": True,
+        "stopped": "RuntimeError: CUDA error",
     }  # fmt: skip
 
-    def child(kind: str, limit_s: float, **arguments: float) -> tuple[dict[str, Any], str]:
-        calls[kind] = arguments
-        return answers[kind], ""
+    def child(limit_s: float, **arguments: float) -> tuple[dict[str, Any], str]:
+        calls.append(arguments)
+        vram = {"usable_bytes": 47 * MIB, "context_bytes": 3 * MIB} if arguments["vram"] else {}
+        return {**vram, **pinned}, ""
 
     monkeypatch.setattr(more, "throw_away", child)
+    monkeypatch.setattr(nvml.NvmlDevice, "other_processes", lambda self: ())
     return calls
 
 
 def test_a_default_probe_takes_the_rest_too(
-    fake_cuda: OnTheHost, children: dict[str, dict[str, float]], tmp_path: Path
+    fake_cuda: OnTheHost, children: list[dict[str, float]], tmp_path: Path
 ) -> None:
     told: list[tuple[int, int]] = []
     machine = probe_machine(
@@ -540,7 +539,7 @@ def test_a_default_probe_takes_the_rest_too(
         check_measured(figure)
     assert machine.memory.pinned_refused is True
     assert machine.memory.pin_bytes_per_s.value == 10 * MIB
-    assert children["pinned"]["most_bytes"] == 32 * MIB, "half of what is available"
+    assert children[0]["most_bytes"] == 32 * MIB, "half of what is available"
     assert machine.link.h2d_nvbandwidth_bytes_per_s.method == "nvbandwidth is not on the PATH"
     assert machine.link.replays == 1
     assert machine.gpu.ecc_enabled is True
@@ -559,7 +558,7 @@ def test_a_default_probe_takes_the_rest_too(
 
 def test_beside_other_processes_memory_is_not_taken(
     fake_cuda: OnTheHost,
-    children: dict[str, dict[str, float]],
+    children: list[dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -567,7 +566,9 @@ def test_beside_other_processes_memory_is_not_taken(
     machine = probe_machine(seconds=0.0, folder=tmp_path)
     assert machine.gpu is not None
     assert "2 other processes use the GPU" in machine.gpu.usable_bytes.method
-    assert "vram" not in children
+    assert "2 other processes" in machine.gpu.context_bytes.method
+    assert machine.memory.pinned_bytes.value == 30 * MIB
+    assert [call["vram"] for call in children] == [False]
 
 
 def test_each_gpu_alone_and_together(fake_cuda: OnTheHost) -> None:

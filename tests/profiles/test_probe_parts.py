@@ -168,6 +168,12 @@ def test_what_can_be_done_without_is_left_out_when_time_is_up() -> None:
     assert meter.done == 2
 
 
+def test_what_needs_more_time_than_is_left_is_not_begun() -> None:
+    meter = make_meter(limit_s=1000.0)
+    assert meter.optional("a", lambda seconds: figure([1.0], ""), absent, needs_s=900.0).value == 1.0
+    assert meter.optional("b", lambda seconds: figure([1.0], ""), absent, needs_s=1001.0).value is None
+
+
 def test_only_calls_that_end_under_load_count() -> None:
     answers = iter([True, True, False, True])
     assert len(busy_samples(lambda: None, lambda: next(answers), 60.0)) == 2
@@ -332,12 +338,11 @@ def test_without_nvbandwidth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert nvbandwidth(1.0, None)[0] == absent("nvbandwidth is not on the PATH")
 
 
-@pytest.mark.parametrize("kind", ["vram", "pinned"])
-def test_a_child_without_a_gpu_says_why(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("vram", [True, False])
+def test_a_child_without_a_gpu_says_why(vram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real child; GPUs are hidden from it, so that it fails on every machine."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    arguments = {} if kind == "vram" else {"most_bytes": 2.0**20, "seconds": 0.1}
-    answer, end = throw_away(kind, 120.0, **arguments)
+    answer, end = throw_away(120.0, vram=vram, most_bytes=2.0**20, seconds=0.1)
     assert answer == {}
     assert end.startswith("ended with code 1 (")
     assert "CUDA" in end or "NVIDIA" in end
@@ -350,7 +355,7 @@ def test_a_killed_child_leaves_its_last_answer(monkeypatch: pytest.MonkeyPatch, 
     )
     script.chmod(0o755)
     monkeypatch.setattr(outside.sys, "executable", str(script))
-    assert throw_away("pinned", 20.0) == ({"pinned_bytes": 2}, "was killed by signal 9")
+    assert throw_away(20.0) == ({"pinned_bytes": 2}, "was killed by signal 9")
 
 
 # --- a container
