@@ -165,9 +165,11 @@ def _link_rows(link: Link) -> list[Cells]:
 
 def _cpu_rows(cpu: Cpu) -> list[Cells]:
     counts = (
-        (cpu.cores_physical, "physical cores"), (cpu.sockets, "sockets"), (cpu.numa_nodes, "NUMA nodes"),
+        (cpu.cores_physical, "physical core"), (cpu.sockets, "socket"), (cpu.numa_nodes, "NUMA node"),
     )  # fmt: skip
-    known = ", ".join(f"{count} {name}" for count, name in counts if count is not None)
+    known = ", ".join(
+        f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts if count is not None
+    )
     rows: list[Cells] = [
         ("CPU", cpu.name, "", known),
         ("usable cores", str(cpu.cores_usable), "", cpu.cores_basis),

@@ -21,7 +21,7 @@ from profiles.topology import processors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SECONDS_EACH: dict[Depth, float] = {"brief": 1.0, "default": 0.6, "full": 2.0}
+SECONDS_EACH: dict[Depth, float] = {"brief": 1.0, "default": 0.5, "full": 2.0}
 """Time for one measurement where the caller sets none."""
 LIMIT_S: dict[Depth, float] = {"brief": 50.0, "default": 54.0, "full": 280.0}
 """When nothing that can be done without is begun any more: the whole ends within 60 s, or five minutes."""
@@ -66,7 +66,7 @@ def probe_machine(
     meter = Meter(
         seconds_each=each, total=count, progress=progress, limit_s=LIMIT_S[depth], started_s=started_s
     )
-    cpu_found, memory_found = _host(meter, host)
+    cpu_found, memory_found = _host(meter, host, depth)
     gpu_found: Gpu | None = None
     link_found: Link | None = None
     if gpu_reason is None:
@@ -91,10 +91,9 @@ def probe_machine(
                     memory_bytes=memory_budget(limits.host_memory(root)), full=depth == "full", root=root,
                 )  # fmt: skip
             disk_found, disk_reason = disk.probe_disk(meter, folder or Path.cwd(), root)
-            cpu_found, memory_found = more.host(
-                meter, cpu_found, memory_found, memory_bytes=host.memory_bytes,
-                cache_bytes=host.cache_bytes, threads=host.adam_threads(depth),
-            )  # fmt: skip
+            cpu_found = more.host(
+                meter, cpu_found, memory_bytes=host.memory_bytes, threads=host.adam_threads(depth)
+            )
     if gpu_found is not None:
         gpu_found = replace(gpu_found, readings=tuple(meter.readings))
     throttled = limits.throttled_periods(root)
@@ -149,7 +148,7 @@ class _Usable:
         return counts if depth == "full" else counts[-1:]
 
 
-def _host(meter: Meter, host: _Usable) -> tuple[Cpu, HostMemory]:
+def _host(meter: Meter, host: _Usable, depth: Depth) -> tuple[Cpu, HostMemory]:
     with cpu.torch_threads(host.cores.count):
         cpu_found = cpu.probe_cpu(
             meter,
@@ -163,6 +162,10 @@ def _host(meter: Meter, host: _Usable) -> tuple[Cpu, HostMemory]:
         memory_found = memory.probe_memory(
             meter, host.limit, memory_bytes=host.memory_bytes, cache_bytes=host.cache_bytes
         )
+        if depth != "brief":
+            cpu_found, memory_found = more.bandwidth(
+                meter, cpu_found, memory_found, memory_bytes=host.memory_bytes, cache_bytes=host.cache_bytes
+            )
     found = host.processors
     cpu_found = replace(
         cpu_found,

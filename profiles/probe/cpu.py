@@ -103,7 +103,7 @@ def matmul_flops(
 
     # Room for the operands twice: a normal matrix is drawn in fp32 before it is rounded.
     fitting = [size for size in sizes if 2 * 3 * 4 * size**2 <= memory_bytes] or [sizes[0]]
-    size = largest_size(rough_time_s, fitting, seconds / 6) if len(fitting) > 1 else fitting[0]
+    size = largest_size(rough_time_s, fitting, seconds / 3) if len(fitting) > 1 else fitting[0]
     left, right, out = operands(size)
     samples = host_samples(lambda: torch.mm(left, right, out=out), seconds)
     isa = torch.backends.cpu.get_cpu_capability()

@@ -17,9 +17,9 @@ from profiles.probe.placement import near
 from profiles.probe.timing import Meter, figure
 from profiles.topology import Port, numa_node_of, port_above
 
-SOAK_S = (4.0, 60.0)
+SOAK_S = (3.0, 60.0)
 """Of the default and of the full probe."""
-PIN_S = (5.0, 40.0)
+PIN_S = (3.0, 40.0)
 PIN_SHARE = 2
 """At most this share of the available host memory is pinned."""
 START_S = 20.0
@@ -55,28 +55,26 @@ def count_gpu(num_gpus: int) -> int:
     return one + (several.NUM_MEASUREMENTS if num_gpus > 1 else 0)
 
 
-def host(
-    meter: Meter,
-    found: Cpu,
-    memory_found: HostMemory,
-    *,
-    memory_bytes: int,
-    cache_bytes: int | None,
-    threads: tuple[int, ...],
+def bandwidth(
+    meter: Meter, found: Cpu, memory_found: HostMemory, *, memory_bytes: int, cache_bytes: int | None
 ) -> tuple[Cpu, HostMemory]:
-    """With as many threads as torch has now."""
+    """The triad, and AdamW's share of it. Right after AdamW, so that the same neighbours disturb both."""
     triad = meter.optional(
         "host memory triad",
         lambda seconds: memory.triad_bytes_per_s(seconds, memory_bytes, cache_bytes),
         absent,
     )
-    found = replace(
+    share = adam.bandwidth_share(found.adam_elements_per_s, triad)
+    return replace(found, adam_bandwidth_share=share), replace(memory_found, triad_bytes_per_s=triad)
+
+
+def host(meter: Meter, found: Cpu, *, memory_bytes: int, threads: tuple[int, ...]) -> Cpu:
+    """With as many threads as torch has now; `threads` are those of AdamW's points."""
+    return replace(
         found,
         products=cpu.products(meter),
         adam_points=adam.adam_points(meter, memory_bytes=memory_bytes, threads=threads),
-        adam_bandwidth_share=adam.bandwidth_share(found.adam_elements_per_s, triad),
     )
-    return found, replace(memory_found, triad_bytes_per_s=triad)
 
 
 def device(
