@@ -147,7 +147,7 @@ class Lsp:
         self.settings = settings
         self.context = context
         self.device = torch.device(context.device)
-        self.link = Link(self.device)
+        self.link = Link(self.device, rates=context.link_rates)
         self.steps_done = 0
         self._clock = now_s
         self._learning_left_s = 0.0
