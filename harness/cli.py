@@ -14,7 +14,8 @@ import typer
 
 from engines.base import UserError
 from harness import __version__
-from harness.options import JobFlags, takes_job
+from harness.machine_commands import profiles_app
+from harness.options import JobFlags, Json, Quiet, takes_job
 
 app = typer.Typer(
     name="lspzo-bench",
@@ -32,12 +33,26 @@ criteria_app = typer.Typer(
 )
 app.add_typer(criteria_app, name="criteria")
 
+app.add_typer(profiles_app, name="profiles")
+
 Engines = Annotated[
     str | None,
     typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
 ]
 Profile = Annotated[
-    Path | None, typer.Option("--profile", help="A machine as JSON from `probe`. [default: probe now]")
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="A machine: a name from `lspzo-bench profiles`, or a file from `probe`. [default: probe now]",
+    ),
+]
+Emulate = Annotated[
+    Path | None,
+    typer.Option(
+        "--emulate",
+        help="Hold the runs to the GPU memory, link and CPU threads of a machine that is smaller than this "
+        "one, and predict for it: a name from `lspzo-bench profiles`, or a file from `probe`.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
@@ -46,8 +61,6 @@ Criteria = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")]
 RequireGpu = Annotated[bool, typer.Option("--require-gpu", help="Exit 7 if there is no GPU.")]
 FailOn = Annotated[
@@ -163,6 +176,7 @@ def compare(
     flags: JobFlags,
     engines: Engines = None,
     profile: Profile = None,
+    emulate: Emulate = None,
     rounds: Rounds = 2,
     criteria: Criteria = None,
     out: Out = None,
@@ -193,7 +207,7 @@ def compare(
     folder = _folder(out, "compare", job.model.name, resume)
     runs = compare_job(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
-        dry_run=dry_run, quiet=quiet, trace=trace,
+        dry_run=dry_run, quiet=quiet, trace=trace, emulate=emulate,
     )  # fmt: skip
     if runs is None:
         return
@@ -255,6 +269,7 @@ def poc(
     preset: Preset = "quick",
     engines: Engines = None,
     profile: Profile = None,
+    emulate: Emulate = None,
     rounds: Rounds = 2,
     criteria: Criteria = None,
     fail_on: FailOn = None,
@@ -280,7 +295,7 @@ def poc(
     folder = _folder(out, "poc", job.model.name, resume)
     verdict, runs = proof_of_concept(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        require_gpu=require_gpu, without_gpu=on_cpu,
+        require_gpu=require_gpu, without_gpu=on_cpu, emulate=emulate,
     )  # fmt: skip
     typer.echo(f"{verdict.state}: {verdict.sentence}")
     typer.echo(str(folder / "report.html"))
@@ -299,7 +314,7 @@ def run(
         Path | None,
         typer.Option(
             "--profile",
-            help="A machine as JSON from `probe`: use the knobs that `recommend` gives for it. "
+            help="A machine, by name or as JSON from `probe`: use the knobs that `recommend` gives for it. "
             "[default: the engine's own defaults]",
         ),
     ] = None,

@@ -329,6 +329,8 @@ def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
         # NVML and torch name one GPU alike, but torch may add its slice.
         here = run.environment.gpu_name or ""
         same_gpu = bool(gpu) == bool(here) and (gpu.startswith(here) or here.startswith(gpu))
+        if run.environment.emulated == machine.name:
+            continue
         if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
             return say("warning.other_machine", machine=machine.name)
     return None
@@ -341,7 +343,13 @@ def _about_traces(runs: Sequence[Run]) -> str | None:
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:
     names = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
-    return say("warning.emulated", names=", ".join(names)) if names else None
+    if not names:
+        return None
+    told = say("warning.emulated", names=", ".join(names))
+    engines = dict.fromkeys(
+        run.engine for run in runs if run.emulation is not None and run.emulation.link == "not emulated"
+    )
+    return f"{told} {say('warning.link_not_emulated', engines=', '.join(engines))}" if engines else told
 
 
 def _about_commit(runs: Sequence[Run]) -> str | None:

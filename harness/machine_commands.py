@@ -1,0 +1,64 @@
+"""Commands about machines: `profiles`. As in `harness.cli`, nothing here measures or lays out a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.options import Json
+
+profiles_app = typer.Typer(help="List, show and compare machines.", invoke_without_command=True)
+
+MachineName = Annotated[Path, typer.Argument(help="A name from `lspzo-bench profiles`, or a file.")]
+
+
+@profiles_app.callback()
+def profiles_list(context: typer.Context, as_json: Json = False) -> None:
+    """List the machines that come with the program: names for --profile and --emulate.
+
+    `show` and `compare` also take files from `probe`.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from harness.show import console
+    from profiles.catalog import find_profile, machine_names
+    from profiles.compare import list_machine, list_table
+    from profiles.documents import to_json
+
+    machines = tuple(list_machine(name, find_profile(Path(name))) for name in machine_names())
+    if as_json:
+        typer.echo(to_json(machines), nl=False)
+    else:
+        console().print(list_table(machines))
+
+
+@profiles_app.command("show")
+def profiles_show(name: MachineName, as_json: Json = False) -> None:
+    """Show one machine, each figure with its origin."""
+    from harness.show import console
+    from profiles.catalog import find_profile
+    from profiles.documents import to_json
+    from profiles.show import machine_table
+
+    machine = find_profile(name)
+    if as_json:
+        typer.echo(to_json(machine), nl=False)
+    else:
+        console().print(machine_table(machine))
+
+
+@profiles_app.command("compare")
+def profiles_compare(first: MachineName, second: MachineName, as_json: Json = False) -> None:
+    """Show two machines side by side."""
+    from harness.show import console
+    from profiles.catalog import find_profile
+    from profiles.compare import compare_machines, comparison_table
+    from profiles.documents import to_json
+
+    machines = find_profile(first), find_profile(second)
+    if as_json:
+        typer.echo(to_json(tuple(compare_machines(*machines))), nl=False)
+    else:
+        console().print(comparison_table(*machines))
