@@ -14,7 +14,7 @@ import typer
 
 from engines.base import UserError
 from harness import __version__
-from harness.machine_commands import profiles_app
+from harness.machine_commands import doctor, profiles_app
 from harness.options import JobFlags, Json, Quiet, takes_job
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ criteria_app = typer.Typer(
 app.add_typer(criteria_app, name="criteria")
 
 app.add_typer(profiles_app, name="profiles")
+app.command()(doctor)
 
 Engines = Annotated[
     str | None,

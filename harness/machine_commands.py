@@ -1,4 +1,4 @@
-"""Commands about machines: `profiles`. As in `harness.cli`, nothing here measures or lays out a table."""
+"""Commands about machines: `profiles`, `doctor`. Nothing here measures or lays out a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from harness.options import Json
+from harness import __version__
+from harness.options import Json, Quiet
 
 profiles_app = typer.Typer(help="List, show and compare machines.", invoke_without_command=True)
 
@@ -62,3 +63,31 @@ def profiles_compare(first: MachineName, second: MachineName, as_json: Json = Fa
         typer.echo(to_json(tuple(compare_machines(*machines))), nl=False)
     else:
         console().print(comparison_table(*machines))
+
+
+def doctor(
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", help="Judge a saved machine, by name or file. [default: this one, now]"),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is not as it should be on this machine, with evidence, likely cause and remedy.
+
+    Probes briefly, unless a saved machine is named; what a brief probe cannot tell is listed as not judged.
+    One plain text, without host names, to paste into a question.
+    """
+    from harness.launch import launch_probe
+    from profiles.catalog import find_profile
+    from profiles.doctor import diagnose, diagnosis_text
+    from profiles.documents import to_json
+    from profiles.system import read_system
+
+    if profile is not None:
+        machine, system = find_profile(profile), None
+    else:
+        machine, system = launch_probe(quiet=quiet), read_system(Path())
+    diagnosis = diagnose(machine, system)
+    text = to_json(diagnosis) if as_json else diagnosis_text(diagnosis, machine, __version__)
+    typer.echo(text, nl=False)
