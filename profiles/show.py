@@ -264,6 +264,8 @@ def format_share(share: float | None) -> str:
 
 
 def machine_caption(machine: Machine) -> str:
+    if not machine.versions:  # no program has seen it
+        return f"written {machine.time} from datasheets. GB is 1e9 bytes, GiB is 2**30."
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     depth = "" if machine.depth is None else f" ({machine.depth}, {format_seconds(machine.duration_s)})"
     return f"probed {machine.time}{depth} on {machine.platform}; {versions}. GB is 1e9 bytes, GiB is 2**30."

@@ -132,8 +132,12 @@ def rate_of(link: Link, direction: str, size: int, count: int) -> float:
     slab = HostSlab(size, device)
     host, gpu = slab.view(0, (size,), torch.uint8), torch.zeros(size, dtype=torch.uint8, device=device)
     torch.cuda.synchronize()
+    # All copies are queued before the first may begin: to start one takes the host longer than 1 MiB lasts.
+    torch.cuda._sleep(100_000_000)
+    gate = link.record()
     events = [
-        link.upload(host, gpu) if direction == "h2d" else link.download(gpu, host) for _ in range(count + 1)
+        link.upload(host, gpu, after=gate) if direction == "h2d" else link.download(gpu, host, after=gate)
+        for _ in range(count + 1)
     ]
     link.synchronize()
     slab.close()
@@ -147,7 +151,7 @@ def rate_of(link: Link, direction: str, size: int, count: int) -> float:
 @pytest.mark.parametrize(("up", "down"), [(24e9, 22e9), (12e9, 11e9), (2e9, 3e9)])
 def test_rates_are_held_within_five_percent(size: int, up: float, down: float) -> None:
     link = Link(torch.device("cuda", 0), rates=rates(up, down))
-    count = max(8, round(0.1 * up / size))
+    count = max(8, min(100, round(0.1 * up / size)))
     rate_of(link, "h2d", size, 4), rate_of(link, "d2h", size, 4)  # compiles
     assert rate_of(link, "h2d", size, count) == pytest.approx(up, rel=0.05)
     assert rate_of(link, "d2h", size, count) == pytest.approx(down, rel=0.05)
@@ -158,8 +162,8 @@ def test_small_copies_are_never_faster_than_asked() -> None:
     link = Link(torch.device("cuda", 0), rates=rates(24e9, 24e9))
     for size in (4096, 65536, 262144):
         rate_of(link, "h2d", size, 4)
-        assert rate_of(link, "h2d", size, 200) <= 24e9 * 1.02
-        assert rate_of(link, "d2h", size, 200) <= 24e9 * 1.02
+        assert rate_of(link, "h2d", size, 100) <= 24e9 * 1.02
+        assert rate_of(link, "d2h", size, 100) <= 24e9 * 1.02
 
 
 @pytest.mark.gpu
@@ -170,10 +174,10 @@ def test_a_copy_alone_takes_its_time() -> None:
     link.take_busy_s()
     for _ in range(5):
         time.sleep(0.01)
-        rate_of(link, "h2d", 8 * MIB, 1)
+        rate_of(link, "h2d", 32 * MIB, 1)
         busy_s, _ = link.take_busy_s()
         assert busy_s is not None
-        assert 2 * 8 * MIB / busy_s == pytest.approx(12e9, rel=0.05)
+        assert 2 * 32 * MIB / busy_s == pytest.approx(12e9, rel=0.05)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ def test_a_datasheet_profile_names_its_sources_and_predicts(name: str) -> None:
     machine = find_profile(Path(name))
     assert machine.gpu is not None
     assert machine.link is not None
+    assert (machine.link.generation_loaded, machine.link.width_loaded) == (None, None)  # nothing ran on it
     figures = [
         machine.gpu.copy_bytes_per_s, machine.gpu.matmul_bf16_flops, machine.gpu.matmul_fp16_flops,
         machine.gpu.matmul_fp32_flops, machine.link.h2d_pinned_bytes_per_s,

@@ -50,6 +50,8 @@ def test_one_machine_is_shown_with_its_sources(
     text = " ".join(shown(monkeypatch, capsys, "show", "rtx-4090").split())
     assert "1008 GB/s" in text
     assert "whitepaper" in text
+    assert "from datasheets" in text
+    assert "probed" not in text
     assert json.loads(shown(monkeypatch, capsys, "show", "rtx-4090", "--json"))["schema_version"] == 2
 
 
