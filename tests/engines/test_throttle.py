@@ -225,7 +225,12 @@ def test_rates_hold_while_the_gpu_multiplies() -> None:
     device = torch.device("cuda", 0)
     link = Link(device, rates=rates(12e9, 12e9))
     rate_of(link, "h2d", MIB, 4)
-    matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
-    for _ in range(200):
-        matrix @ matrix
-    assert rate_of(link, "h2d", 32 * MIB, 20) <= 12e9 * 1.02
+    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    product, side = torch.empty_like(matrix), torch.cuda.Stream(device)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        for _ in range(300):
+            torch.matmul(matrix, matrix, out=product)
+    rate = rate_of(link, "h2d", 32 * MIB, 20)
+    assert rate <= 12e9 * 1.02
+    assert rate >= 12e9 * 0.9  # the holding kernels find a place beside the products
