@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.base import UserError
+from harness.emulate import what_is_short
 from harness.result import Run
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
@@ -346,10 +347,13 @@ def _about_emulation(runs: Sequence[Run]) -> str | None:
     if not names:
         return None
     told = say("warning.emulated", names=", ".join(names))
-    engines = dict.fromkeys(
-        run.engine for run in runs if run.emulation is not None and run.emulation.link == "not emulated"
+    short = dict.fromkeys(
+        f"{run.engine}: {line}"
+        for run in runs
+        if run.emulation is not None
+        for line in what_is_short(run.emulation)
     )
-    return f"{told} {say('warning.link_not_emulated', engines=', '.join(engines))}" if engines else told
+    return f"{told} {say('warning.not_held', items='; '.join(short))}" if short else told
 
 
 def _about_commit(runs: Sequence[Run]) -> str | None:
