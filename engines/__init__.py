@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from engines.base import UserError
 
@@ -19,6 +19,8 @@ class EngineEntry:
     summary: str
     source: str
     """Paper or library."""
+    copies: Literal["own", "library", "none"] = "none"
+    """Who copies between host and GPU in a step: `engines.transfer`, a library out of our hands, nobody."""
 
 
 ENGINES: dict[str, EngineEntry] = {
@@ -31,11 +33,13 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.torchao_offload:TorchaoOffload",
         summary="AdamW on the CPU, gradients down and weights up each step (baseline offloading)",
         source="torchao CPUOffloadOptimizer",
+        copies="library",
     ),
     "lsp": EngineEntry(
         target="engines.lsp:Lsp",
         summary="gradients compressed by learned sparse projectors, Adam on the CPU in the subspace",
         source="LSP-Offload, arXiv 2406.10181",
+        copies="own",
     ),
     "mezo": EngineEntry(
         target="engines.mezo:Mezo",
@@ -46,6 +50,7 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.zo2:Zo2",
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
+        copies="own",
     ),
     "scripted": EngineEntry(
         target="engines.scripted:Scripted",

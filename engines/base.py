@@ -7,6 +7,7 @@ other, and a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,6 +296,24 @@ class Blueprint(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinkRates:
+    """What a link between host and GPU moves, in bytes per second."""
+
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    """One direction while the other rests."""
+    h2d_duplex_bytes_per_s: float | None = None
+    d2h_duplex_bytes_per_s: float | None = None
+    """One direction while the other is busy; `None`: not known, taken to be as fast as alone."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} must be positive and finite")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
     """Where and how long an engine runs."""
 
@@ -310,6 +329,8 @@ class Context:
     """Host memory that the run may still take; `None`: not known, and not checked."""
     trace: bool = False
     """Keep what each stream did, for `trace_events` of the engines that have it."""
+    link_rates: LinkRates | None = None
+    """Of the link to emulate; `None`: as fast as it goes."""
     progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
     """Told of slow set-up work: what, units done, units in total."""
 

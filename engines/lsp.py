@@ -211,7 +211,7 @@ class Lsp:
         self.context = context
         self.device = torch.device(context.device)
         self._timeline = Timeline(self.device) if context.trace else None
-        self.link = Link(self.device, timeline=self._timeline)
+        self.link = Link(self.device, timeline=self._timeline, rates=context.link_rates)
         self.steps_done = 0
         self.calibrates = False
         """The backward pass under way tests the bias of every matrix."""

@@ -24,7 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engines.throttle import Direction, GpuPace, HostPace
+
 if TYPE_CHECKING:
+    from engines.base import LinkRates
     from engines.timeline import Span, Timeline
 
 Progress = Callable[[str, int, int], None]
@@ -226,6 +229,9 @@ class Link:
     `delay` is for stress tests: asked before each copy, it answers with a number of GPU clock cycles
     for which the copy's stream is held up.
 
+    `rates` slow the link down to those of another one: see `engines.throttle`. On a CUDA device this
+    raises `NotAvailable` without Triton.
+
     Counters and copies may be used from several threads.
     """
 
@@ -234,6 +240,7 @@ class Link:
         device: torch.device,
         delay: Callable[[], int] | None = None,
         timeline: Timeline | None = None,
+        rates: LinkRates | None = None,
     ) -> None:
         self.device = device
         self._timeline = timeline
@@ -242,9 +249,13 @@ class Link:
         self._delay = delay
         self._lock = threading.Lock()
         self._is_cuda = device.type == "cuda"
+        self._gpu_pace = GpuPace(rates, device) if rates is not None and self._is_cuda else None
+        self._host_pace = HostPace(rates, now_s) if rates is not None and not self._is_cuda else None
         if self._is_cuda:
-            self._up = _cuda.Stream(device)
-            self._down = _cuda.Stream(device)
+            # The pace's kernels are small and must not queue behind those of the compute stream.
+            priority = 0 if self._gpu_pace is None else -1
+            self._up = _cuda.Stream(device, priority)
+            self._down = _cuda.Stream(device, priority)
         self._h2d_times: list[tuple[Any, Any]] = []
         self._d2h_times: list[tuple[Any, Any]] = []
 
@@ -260,9 +271,8 @@ class Link:
         with self._lock:
             self.h2d_bytes += host.nbytes
         if not self._is_cuda:
-            out.copy_(host)
-            return Event()
-        return self._copy(self._up, host, out, after, self._h2d_times, "upload", name)
+            return self._copy_on_host("h2d", host, out)
+        return self._copy(self._up, host, out, after, "h2d", name)
 
     def download(self, gpu: Tensor, out: Tensor, after: After = None, name: str = "copy") -> Event:
         """Copy `gpu` to `out` on the host once `after` has happened; the event of its end.
@@ -276,9 +286,15 @@ class Link:
         with self._lock:
             self.d2h_bytes += gpu.nbytes
         if not self._is_cuda:
-            out.copy_(gpu)
-            return Event()
-        return self._copy(self._down, gpu, out, after, self._d2h_times, "download", name)
+            return self._copy_on_host("d2h", gpu, out)
+        return self._copy(self._down, gpu, out, after, "d2h", name)
+
+    def _copy_on_host(self, direction: Direction, source: Tensor, out: Tensor) -> Event:
+        end_s = self._host_pace.begin(direction, source.nbytes) if self._host_pace is not None else None
+        out.copy_(source)
+        if self._host_pace is not None and end_s is not None:
+            self._host_pace.hold(end_s)
+        return Event()
 
     def _copy(
         self,
@@ -286,10 +302,11 @@ class Link:
         source: Tensor,
         out: Tensor,
         after: After,
-        times: list[tuple[Any, Any]],
-        direction: str,
+        direction: Direction,
         name: str,
     ) -> Event:
+        times = self._h2d_times if direction == "h2d" else self._d2h_times
+        label = "upload" if direction == "h2d" else "download"
         # Blocking: a thread that waits sleeps, and leaves its core to those that work.
         start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True, blocking=True)
         # One lock for the whole sequence: two threads must not put their waits and copies between
@@ -300,9 +317,13 @@ class Link:
                     stream.wait_event(event.cuda)
             if self._delay is not None:
                 _cuda._sleep(self._delay())
-            span = self._timeline.begin(direction, name, stream) if self._timeline is not None else None
+            span = self._timeline.begin(label, name, stream) if self._timeline is not None else None
             start.record(stream)
+            if self._gpu_pace is not None:
+                self._gpu_pace.begin(direction)
             out.copy_(source, non_blocking=True)
+            if self._gpu_pace is not None:
+                self._gpu_pace.hold(direction, source.nbytes)
             end.record(stream)
             if span is not None and self._timeline is not None:
                 self._timeline.end(span, stream)

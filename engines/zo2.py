@@ -92,7 +92,7 @@ class Zo2:
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
         )
-        self._link = Link(self.device, self.link_delay, self._timeline)
+        self._link = Link(self.device, self.link_delay, self._timeline, self.context.link_rates)
         self._stream = BlockStream(
             blocks, resident, self._dtype, self._link, self._clock, self.context.progress
         )

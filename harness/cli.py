@@ -14,7 +14,8 @@ import typer
 
 from engines.base import UserError
 from harness import __version__
-from harness.options import JobFlags, takes_job
+from harness.machine_commands import doctor, profiles_app
+from harness.options import JobFlags, Json, Quiet, takes_job
 
 app = typer.Typer(
     name="lspzo-bench",
@@ -32,12 +33,27 @@ criteria_app = typer.Typer(
 )
 app.add_typer(criteria_app, name="criteria")
 
+app.add_typer(profiles_app, name="profiles")
+app.command()(doctor)
+
 Engines = Annotated[
     str | None,
     typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
 ]
 Profile = Annotated[
-    Path | None, typer.Option("--profile", help="A machine as JSON from `probe`. [default: probe now]")
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="A machine: a name from `lspzo-bench profiles`, or a file from `probe`. [default: probe now]",
+    ),
+]
+Emulate = Annotated[
+    Path | None,
+    typer.Option(
+        "--emulate",
+        help="Hold the runs to the GPU memory, link and CPU threads of a machine that is smaller than this "
+        "one, and predict for it: a name from `lspzo-bench profiles`, or a file from `probe`.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
@@ -46,7 +62,6 @@ Criteria = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Trace = Annotated[
     bool,
     typer.Option(
@@ -55,7 +70,6 @@ Trace = Annotated[
         "chrome://tracing or Perfetto. Costs time: records say that they were traced.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")]
 RequireGpu = Annotated[bool, typer.Option("--require-gpu", help="Exit 7 if there is no GPU.")]
 FailOn = Annotated[
@@ -81,25 +95,54 @@ def probe(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also save the profile to this JSON file.")
     ] = None,
+    disk: Annotated[
+        Path | None,
+        typer.Option("--disk", help="Folder whose disk is measured. [default: the current folder]"),
+    ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only what predictions need: some 15 s, no disk, no sweeps.")
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Longer samples, a minute of load, thread counts: up to five minutes."),
+    ] = False,
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown", help="Print a page to share, without host names, serial numbers and paths."
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     require_gpu: RequireGpu = False,
 ) -> None:
-    """Measure this machine: GPU, link, CPU, memory."""
+    """Measure this machine: GPU, link, CPU, memory, disk. Takes up to a minute.
+
+    Beside processes that use the GPU, its memory is not taken to the limit, and figures are marked.
+    """
     from harness.show import ProbeProgress, console
     from profiles.documents import to_json
     from profiles.machine import save_machine
     from profiles.probe import probe_machine
+    from profiles.share import machine_page
     from profiles.show import machine_table
 
+    if brief and full:
+        raise UserError("--brief and --full", "exclude each other", "give one of them")
+    if as_json and markdown:
+        raise UserError("--json and --markdown", "both go to stdout", "give one of them")
     with ProbeProgress(quiet) as progress:
-        machine = probe_machine(progress.measurement)
-    if out is not None:
-        save_machine(machine, out)
+        machine = probe_machine(
+            progress.measurement, depth="brief" if brief else "full" if full else "default", folder=disk
+        )
     if as_json:
         typer.echo(to_json(machine), nl=False)
+    elif markdown:
+        typer.echo(machine_page(machine), nl=False)
     else:
         console().print(machine_table(machine))
+    if out is not None:  # after what was measured has been told: the disk may be full
+        save_machine(machine, out)
     if require_gpu and machine.gpu is None:
         typer.echo(f"error: no GPU: {machine.gpu_absent_reason}", err=True)
         raise typer.Exit(7)
@@ -142,6 +185,7 @@ def compare(
     flags: JobFlags,
     engines: Engines = None,
     profile: Profile = None,
+    emulate: Emulate = None,
     rounds: Rounds = 2,
     criteria: Criteria = None,
     out: Out = None,
@@ -165,7 +209,7 @@ def compare(
     folder = _folder(out, "compare", job.model.name, resume)
     runs = compare_job(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
-        dry_run=dry_run, quiet=quiet, trace=trace,
+        dry_run=dry_run, quiet=quiet, trace=trace, emulate=emulate,
     )  # fmt: skip
     if runs is None:
         return
@@ -227,6 +271,7 @@ def poc(
     preset: Preset = "quick",
     engines: Engines = None,
     profile: Profile = None,
+    emulate: Emulate = None,
     rounds: Rounds = 2,
     criteria: Criteria = None,
     fail_on: FailOn = None,
@@ -253,7 +298,7 @@ def poc(
     folder = _folder(out, "poc", job.model.name, resume)
     verdict, runs = proof_of_concept(
         job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        require_gpu=require_gpu, without_gpu=on_cpu, trace=trace,
+        require_gpu=require_gpu, without_gpu=on_cpu, trace=trace, emulate=emulate,
     )  # fmt: skip
     typer.echo(f"{verdict.state}: {verdict.sentence}")
     typer.echo(str(folder / "report.html"))
@@ -272,7 +317,7 @@ def run(
         Path | None,
         typer.Option(
             "--profile",
-            help="A machine as JSON from `probe`: use the knobs that `recommend` gives for it. "
+            help="A machine, by name or as JSON from `probe`: use the knobs that `recommend` gives for it. "
             "[default: the engine's own defaults]",
         ),
     ] = None,

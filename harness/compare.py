@@ -17,12 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engines import entry
 from engines.base import ModelShape, UserError
+from harness.emulate import Emulated
 from harness.environment import read_environment
 from harness.job import Job, load_job, save_job
 from harness.launch import WORK, Outcome, Progress, Stepped, launch
 from harness.result import (
     CriteriaStamp,
+    Emulation,
     Environment,
     Predicted,
     Run,
@@ -83,13 +86,13 @@ class Ended:
 Event = Planned | Started | Progress | Stepped | Ended
 
 
-def grid(job: Job, plans: Sequence[Plan], rounds: int) -> list[Cell]:
+def grid(job: Job, plans: Sequence[Plan], rounds: int, emulated: Emulated | None = None) -> list[Cell]:
     """Every plan once per round, each round in the reverse order of the one before (A B B A).
 
     A machine that warms up or slows down then favours no method. Ids say engine, what is run, and
     round; they do not depend on predictions. Raises `UserError` if two plans would run the same.
     """
-    names = [f"{plan.engine}-{_hash(job, plan)}" for plan in plans]
+    names = [f"{plan.engine}-{_hash(job, plan, emulated)}" for plan in plans]
     for name, plan in zip(names, plans, strict=True):
         if names.count(name) > 1:
             raise UserError(
@@ -113,6 +116,7 @@ def compare(
     resume: bool = False,
     criteria: Path | None = None,
     trace: bool = False,
+    emulated: Emulated | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     before_first: Callable[[], None] = lambda: None,
 ) -> list[Run]:
@@ -120,17 +124,18 @@ def compare(
 
     A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine
     that has a plan in `out` keeps it, for its runs to be alike. `trace` has engines keep what each stream
-    did, where they can; it changes no id, and runs whose records are kept get none. `before_first` is called
-    once `out` is known to be usable.
+    did, where they can; it changes no id, and runs whose records are kept get none. With `emulated`, runs are
+    held to what that machine has. `before_first` is called once `out` is known to be usable.
 
     Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
     cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
     """
     if check_folder(out, resume=resume):
         plans = _check_resumed(job, plans, out)
-    cells = grid(job, plans, rounds)
+    _check_emulation(emulated, out)
+    cells = grid(job, plans, rounds, emulated)
     kept, again = _find_records(cells, out)
-    environment = read_environment()
+    environment = replace(read_environment(), emulated=None if emulated is None else emulated.machine)
     if len(kept) < len(cells):
         _check_same_machine(kept.values(), environment, out)
     criteria_sha256 = _settle_criteria(criteria, out)
@@ -150,7 +155,9 @@ def compare(
         on_event(Started(cell=cell, index=index, total=len(cells)))
         began = datetime.now(UTC).isoformat(timespec="seconds")
         if cell.plan.fits:
-            request = Request(id=cell.id, job=job, shape=shape, plan=cell.plan, trace=trace)
+            request = Request(
+                id=cell.id, job=job, shape=shape, plan=cell.plan, trace=trace, emulated=emulated
+            )
             outcome = launch(request, out, device=device, on_event=on_event)
         else:
             outcome = Outcome(
@@ -161,7 +168,10 @@ def compare(
                 by_user=False,
             )
         stamp = None if criteria_sha256 is None else CriteriaStamp(sha256=criteria_sha256, time=began)
-        run = _record(cell, job, shape, outcome, began, environment, stamp)
+        run = replace(
+            _record(cell, job, shape, outcome, began, environment, stamp),
+            emulation=None if emulated is None else _emulation(cell.engine, emulated, outcome),
+        )
         save_run(run, _record_path(out, cell.id))
         runs.append(run)
         on_event(Ended(run=run, index=index, total=len(cells)))
@@ -170,11 +180,20 @@ def compare(
     return runs
 
 
-def missing(job: Job, plans: Sequence[Plan], out: Path, *, rounds: int, resume: bool) -> list[Cell]:
+def missing(
+    job: Job,
+    plans: Sequence[Plan],
+    out: Path,
+    *,
+    rounds: int,
+    resume: bool,
+    emulated: Emulated | None = None,
+) -> list[Cell]:
     """The cells that `compare` would run with the same arguments. Writes nothing; raises as it does."""
     if check_folder(out, resume=resume):
         plans = _check_resumed(job, plans, out)
-    cells = grid(job, plans, rounds)
+    _check_emulation(emulated, out)
+    cells = grid(job, plans, rounds, emulated)
     kept, _ = _find_records(cells, out)
     return [cell for cell in cells if cell.id not in kept]
 
@@ -189,9 +208,11 @@ def check_folder(out: Path, *, resume: bool) -> bool:
     return in_use
 
 
-def _hash(job: Job, plan: Plan) -> str:
-    """Of what decides a run: the job, the engine and its settings."""
+def _hash(job: Job, plan: Plan, emulated: Emulated | None) -> str:
+    """Of what decides a run: the job, the engine and its settings, the emulated machine if there is one."""
     what = [_dump(job), plan.engine, plan.settings]
+    if emulated is not None:
+        what.append(adapter(Emulated).dump_python(emulated, mode="json"))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
 
@@ -244,6 +265,20 @@ def _record(
         criteria=stamp,
         traced=outcome.traced,
         trace_file=outcome.trace_file,
+    )
+
+
+def _emulation(engine: str, asked: Emulated, outcome: Outcome) -> Emulation:
+    held = outcome.held
+    copies = entry(engine).copies
+    return Emulation(
+        vram_bytes=asked.vram_bytes,
+        threads=asked.threads,
+        rates=asked.rates,
+        link="emulated" if copies == "own" else "not emulated" if copies == "library" else "unused",
+        threads_held=None if held is None else held.threads,
+        vram_bytes_held=None if held is None else held.vram_bytes,
+        rates_held=None if held is None else held.rates,
     )
 
 
@@ -378,6 +413,25 @@ def _check_same_machine(kept: Iterable[Run], now: Environment, out: Path) -> Non
                     f"its runs differ from here in '{field}' (was {before}, is now {here})",
                     "go on where it was begun, or name another --out",
                 )
+
+
+def _check_emulation(emulated: Emulated | None, out: Path) -> None:
+    """Runs of a real machine and of an emulated one, or of two, do not lie in one folder."""
+    wanted = None if emulated is None else [emulated.vram_bytes, emulated.threads, emulated.rates]
+    for path in sorted((out / "runs").glob("*.json")):
+        try:
+            run = load_run(path)
+        except UserError:
+            continue  # spoken of where the records are read
+        was = run.emulation
+        if wanted != (None if was is None else [was.vram_bytes, was.threads, was.rates]):
+            before = run.environment.emulated or "the machine as it is"
+            now = "the machine as it is" if emulated is None else emulated.machine
+            raise UserError(
+                f"--resume {out}",
+                f"its runs are of another machine (was {before}, is now {now})",
+                "go on with the same --emulate, or name another --out",
+            )
 
 
 def _first_difference(before: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:

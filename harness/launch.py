@@ -29,6 +29,7 @@ from pydantic import TypeAdapter
 
 import harness
 from engines.base import StepStats, UserError
+from harness.emulate import Held
 from harness.measure import Recording
 from harness.result import EndState, Sample, Summary
 from harness.worker import REASON_LENGTH, TRACE, Request, Result
@@ -88,6 +89,8 @@ class Outcome:
     """The engine kept a trace, which costs time, whether or not it could be written."""
     trace_file: str | None = None
     """Relative to the folder of results."""
+    held: Held | None = None
+    """What of an emulated machine the run was held to; `None`: nothing, or the child did not live to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,16 @@ def launch_probe(*, quiet: bool) -> Machine:
 
     Its progress goes to stderr. Raises `UserError` if it fails.
     """
-    command = [sys.executable, "-P", "-m", "harness", "probe", "--json", *(["--quiet"] if quiet else [])]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "harness",
+        "probe",
+        "--json",
+        "--brief",
+        *(["--quiet"] if quiet else []),
+    ]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=_child_environment(), check=False
     )
@@ -144,7 +156,7 @@ def launch_probe(*, quiet: bool) -> Machine:
 def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
     recording = Recording(tokens_per_step=request.job.workload.tokens_per_step)
     oom_kills_before = read_oom_kills()
-    child = _Child(work)
+    child = _Child(work, None if request.emulated is None else request.emulated.threads)
     sampler = _Sampler(child.process.pid, device)
     stop: _Stop | None = None
     try:
@@ -179,6 +191,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         ),
         by_user=stop is not None and stop.by_user,
         traced=recording.traced,
+        held=recording.held,
     )
 
 
@@ -213,8 +226,8 @@ def _watch(
 class _Child:
     """The worker process, its pipe and its guard."""
 
-    def __init__(self, work: Path) -> None:
-        """Start all three. Raises `UserError` where the system refuses."""
+    def __init__(self, work: Path, threads: int | None) -> None:
+        """Start all three, with at most `threads` threads. Raises `UserError` where the system refuses."""
         self._rest = b""
         self._open = True
         started: list[subprocess.Popen[bytes]] = []
@@ -238,7 +251,7 @@ class _Child:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write_end,),
-                    env=_child_environment(),
+                    env=_child_environment(threads),
                     start_new_session=True,
                 )
                 started.append(self.process)
@@ -345,6 +358,8 @@ def _take_lines(
             on_event(Stepped(run_id=request.id, sample=sample, total=total))
         elif "traced" in event:
             recording.traced = True
+        elif "held" in event:
+            recording.held = TypeAdapter(Held).validate_python(event["held"])
         else:
             on_event(Progress(run_id=request.id, **event))
 
@@ -397,8 +412,9 @@ def read_oom_kills() -> int | None:
     return None
 
 
-def _child_environment() -> dict[str, str]:
-    threads = str(usable_cores().count)
+def _child_environment(at_most: int | None = None) -> dict[str, str]:
+    usable = usable_cores().count
+    threads = str(usable if at_most is None else min(usable, at_most))
     root = Path(harness.__file__).parent.parent
     environment = {
         **os.environ,

@@ -13,11 +13,13 @@ import typer
 
 from engines.base import ModelShape, UserError
 from harness.compare import check_folder, compare, missing
+from harness.emulate import Emulated, emulated
 from harness.job import Job
 from harness.launch import launch_probe
 from harness.result import Run
 from harness.shapes import resolve_shape
 from harness.show import CompareProgress, console, grid_table, plans_table
+from profiles.catalog import find_profile
 from profiles.documents import write_whole
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.plan import Plan
@@ -35,14 +37,20 @@ def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None
     children from then on: NVML would name it, and runs on the CPU would be recorded as runs on it.
     """
     if profile is not None:
-        return load_machine(profile)
+        return find_profile(profile)
     machine = load_machine(known) if known is not None and known.exists() else launch_probe(quiet=quiet)
     if machine.gpu is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return machine
 
 
-def plan_job(job: Job, shape: ModelShape, machine: Machine, engines: Sequence[str]) -> list[Plan]:
+def plan_job(
+    job: Job,
+    shape: ModelShape,
+    machine: Machine,
+    engines: Sequence[str],
+    emulate: Path | None = None,
+) -> list[Plan]:
     """One plan per engine, the recommended first.
 
     The shape is resolved by the caller, before the probe: a mistake in the job must not cost its time.
@@ -55,7 +63,7 @@ def plan_job(job: Job, shape: ModelShape, machine: Machine, engines: Sequence[st
         job.settings,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
-        job_arguments=job_arguments(job),
+        job_arguments=job_arguments(job) + _emulate_argument(emulate),
     )
 
 
@@ -66,7 +74,7 @@ def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, 
     """
     if profile is None:
         return dict(job.settings.get(engine, {}))
-    (plan,) = plan_job(job, resolve_shape(job), load_machine(profile), [engine])
+    (plan,) = plan_job(job, resolve_shape(job), find_profile(profile), [engine])
     if not plan.fits:
         raise UserError(
             engine,
@@ -88,20 +96,33 @@ def compare_job(
     dry_run: bool,
     quiet: bool,
     trace: bool = False,
+    emulate: Path | None = None,
 ) -> list[Run] | None:
-    """Plan and run; `None` after a dry run. Keeps the machine beside the runs."""
+    """Plan and run; `None` after a dry run. Keeps the machine beside the runs: the emulated one where there
+    is one, since that is what plans and predictions are for."""
     check_folder(out, resume=resume)
     _check_criteria(criteria, out)
+    like = _like(emulate, profile)
     shape = resolve_shape(job)
-    machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
-    plans = plan_job(job, shape, machine, engines)
+    machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
+    plans = plan_job(job, shape, machine, engines, emulate)
     if dry_run:
-        console().print(grid_table(missing(job, plans, out, rounds=rounds, resume=resume)))
+        cells = missing(job, plans, out, rounds=rounds, resume=resume, emulated=like)
+        console().print(grid_table(cells))
         return None
     return _measure(
         job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        trace=trace,
+        trace=trace, like=like,
     )  # fmt: skip
+
+
+def _like(emulate: Path | None, profile: Path | None) -> Emulated | None:
+    """What runs are to be held to. Raises `UserError`."""
+    if emulate is None:
+        return None
+    if profile is not None:
+        raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
+    return emulated(find_profile(emulate))
 
 
 def proof_of_concept(
@@ -117,6 +138,7 @@ def proof_of_concept(
     require_gpu: bool,
     without_gpu: Job,
     trace: bool = False,
+    emulate: Path | None = None,
 ) -> tuple[Verdict, list[Run]]:
     """Probe, recommend, compare, report; by the default criteria if none are given.
 
@@ -126,8 +148,9 @@ def proof_of_concept(
     notes = console(stderr=True, quiet=quiet)
     in_use = check_folder(out, resume=resume)
     _check_criteria(criteria, out)
+    like = _like(emulate, profile)
     shape = resolve_shape(job)
-    machine = find_machine(profile, quiet=quiet, known=out / "machine.json")
+    machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
     if require_gpu and machine.gpu is None:
         sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
         raise typer.Exit(7)
@@ -136,7 +159,7 @@ def proof_of_concept(
         job = without_gpu
         shape = resolve_shape(job)
     notes.print(machine_table(machine))
-    plans = plan_job(job, shape, machine, engines)
+    plans = plan_job(job, shape, machine, engines, emulate)
     notes.print(plans_table(shape, job, machine, plans))
     notes.print(why_first(plans), markup=False)
     if criteria is None and not in_use and not (out / "criteria.toml").exists():
@@ -144,6 +167,7 @@ def proof_of_concept(
     runs = _measure(
         job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
         trace=trace,
+        like=like,
     )  # fmt: skip
     return write_report(out, None), runs
 
@@ -167,12 +191,14 @@ def _measure(
     resume: bool,
     quiet: bool,
     trace: bool = False,
+    like: Emulated | None = None,
 ) -> list[Run]:
     try:
         with CompareProgress(quiet) as progress:
             return compare(
                 job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria, trace=trace,
-                on_event=progress.update, before_first=lambda: save_machine(machine, out / "machine.json"),
+                emulated=like, on_event=progress.update,
+                before_first=lambda: save_machine(machine, out / "machine.json"),
             )  # fmt: skip
     except KeyboardInterrupt:
         sys.stderr.write(
@@ -208,6 +234,10 @@ def job_arguments(job: Job) -> str:
         for key, value in settings.items():
             parts += ["--set", f"{engine}.{key}={value}"]
     return shlex.join(parts)
+
+
+def _emulate_argument(emulate: Path | None) -> str:
+    return "" if emulate is None else f" --emulate {shlex.quote(str(emulate))}"
 
 
 _ALWAYS = frozenset({"batch_size", "seq_len", "dtype", "steps", "warmup_steps"})

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats, TellsLanding
+from harness.emulate import Held
 from harness.job import Job
 from harness.result import Sample, Summary
 from harness.stats import step_statistics
@@ -52,6 +53,8 @@ class Recording:
     landed_share: float | None = None
     traced: bool = False
     """The engine keeps a trace, which costs time."""
+    held: Held | None = None
+    """What of an emulated machine the child was held to."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -1,4 +1,4 @@
-"""The flags that describe a job, written once for every command that takes one. Imports no torch."""
+"""The flags that several commands share, those that describe a job among them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ Set = Annotated[
         "--set", help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it."
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
 
 

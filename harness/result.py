@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engines.base import LinkRates
 from profiles.documents import read_document, to_json, write_whole
 from profiles.plan import Plan
 
@@ -138,6 +139,23 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Emulation:
+    """What of another machine a run was to be held to, and what it was held to. `None`: not measured."""
+
+    vram_bytes: int
+    """For tensors, without CUDA's context."""
+    threads: int
+    rates: LinkRates
+    link: Literal["emulated", "not emulated", "unused"]
+    """`not emulated`: the engine's copies are made by a library, at full speed. `unused`: it makes none."""
+    threads_held: int | None = None
+    vram_bytes_held: int | None = None
+    """The smaller of what was asked for, the job's own limit and what the GPU has."""
+    rates_held: LinkRates | None = None
+    """Of calibration copies in the run's process, before its set-up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CriteriaStamp:
     sha256: str
     time: str
@@ -168,6 +186,8 @@ class Run:
     """The engine kept a trace: times and host memory hold what that cost, and are not to be quoted."""
     trace_file: str | None = None
     """Where the trace lies, relative to the folder of results; `None`: there is none."""
+    emulation: Emulation | None = None
+    """`None`: the machine was used as it is."""
     schema_version: int = SCHEMA_VERSION
 
 

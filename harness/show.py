@@ -19,6 +19,7 @@ from engines import ENGINES, load_engine
 from engines.base import ModelShape
 from engines.settings import SETTINGS
 from harness.compare import Ended, Event, Planned, Started
+from harness.emulate import what_is_short
 from harness.job import Job
 from harness.launch import Progress as SetUp
 from harness.launch import Stepped
@@ -214,10 +215,15 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         if run.traced:
             trace = run.trace_file or "the trace could not be kept"
             reasons.setdefault(run.engine, []).append(f"traced, which costs time: {trace}")
+        for line in what_is_short(run.emulation) if run.emulation is not None else ():
+            if line not in reasons.setdefault(run.engine, []):
+                reasons[run.engine].append(line)
         line = f"{run.end_state}: {run.end_reason}"
         if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
             reasons[run.engine].append(line)
-    return Group(Text("Measured", style="bold"), table, _notes(reasons))
+    likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
+    title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
+    return Group(Text(title, style="bold"), table, _notes(reasons))
 
 
 def rates_table(finding: Finding) -> RenderableType:

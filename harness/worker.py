@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 
 from pydantic import TypeAdapter
 
-from engines import load_engine
+from engines import entry, load_engine
 from engines.base import (
     Batch,
     Context,
@@ -36,6 +36,7 @@ from engines.base import (
 )
 from engines.settings import parse_settings
 from harness.diagnose import Diagnosis, Point, why_not_finite
+from harness.emulate import Emulated, Held, limit_cpus
 from harness.job import Job
 from harness.measure import Recording, StepData, gpu_peaks, measure
 from harness.result import EndState, Sample, Summary
@@ -63,6 +64,8 @@ class Request:
     plan: Plan
     trace: bool = False
     """Keep what each stream did, where the engine can. Not part of what decides the run's id."""
+    emulated: Emulated | None = None
+    """The machine to be like."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,8 @@ def main(arguments: Sequence[str]) -> int:
     _end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    if request.emulated is not None:
+        limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
     result = execute(request, events, folder)
@@ -137,14 +142,25 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
     engine_class = load_engine(plan.engine)
     needs_torch = getattr(engine_class, "needs_torch", True)
     settings = parse_settings(plan.engine, {**plan.settings, **job.settings.get(plan.engine, {})})
+    emulated, own_copies = request.emulated, entry(plan.engine).copies == "own"
+    vram_bytes = job.limits.vram_bytes
+    if emulated is not None:
+        vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
+    device_name = prepare_torch(vram_bytes) if needs_torch else "cpu"
+    if emulated is not None:
+        on_progress("measuring the emulated link", 0, 1)
+        held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
+        on_progress("measuring the emulated link", 1, 1)
+        tell(held=asdict(held))
     context = Context(
-        device=prepare_torch(job.limits.vram_bytes) if needs_torch else "cpu",
+        device=device_name,
         workload=job.workload,
         seed=job.seed,
         total_steps=job.warmup_steps + job.steps,
-        vram_bytes=job.limits.vram_bytes,
+        vram_bytes=vram_bytes,
         host_bytes=usable_host_bytes(job.limits.host_bytes),
         trace=request.trace,
+        link_rates=emulated.rates if emulated is not None and own_copies else None,
         progress=on_progress,
     )
     on_progress("importing", 1, 1)
@@ -202,6 +218,23 @@ def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss
         if sample.loss is not None
     ]
     return why_not_finite(history, request.plan.engine, request.job.dtype, error.sides)
+
+
+def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool) -> Held:
+    """What this process is held to. The link is measured where the engine's copies are ours."""
+    rates, gpu_bytes = None, None
+    if own_copies:
+        import torch
+
+        from engines.calibrate import measure_rates
+
+        rates = measure_rates(torch.device(device_name), emulated.rates)
+    if device_name != "cpu" and vram_bytes is not None:
+        import torch
+
+        gpu_bytes = min(vram_bytes, torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.reset_peak_memory_stats()  # of the measurement, not of the run
+    return Held(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
 
 
 def usable_host_bytes(limit_bytes: int | None) -> int:

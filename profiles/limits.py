@@ -42,6 +42,7 @@ class HostMemoryLimit:
     swap_bytes: int
     basis: str
     """What decided the total, such as `cgroup limit 2.0 of 15.6 GiB`."""
+    swap_used_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ def usable_cores(root: Path = ROOT) -> UsableCores:
 def host_memory(root: Path = ROOT) -> HostMemoryLimit:
     """The smaller of the machine's memory and the cgroup's limits (`memory.max`, `memory.high`)."""
     machine = psutil.virtual_memory()
-    total, available, swap = machine.total, machine.available, psutil.swap_memory().total
+    swapped = psutil.swap_memory()
+    total, available, swap = machine.total, machine.available, swapped.total
     for group in _groups(root, "memory"):
         limit = _memory_limit(group)
         if limit is not None:
@@ -89,13 +91,17 @@ def host_memory(root: Path = ROOT) -> HostMemoryLimit:
     whole = f"{machine.total / 2**30:.1f} GiB"
     basis = f"cgroup limit {total / 2**30:.1f} of {whole}" if total < machine.total else f"all {whole}"
     return HostMemoryLimit(
-        total_bytes=total, available_bytes=min(available, total), swap_bytes=swap, basis=basis
+        total_bytes=total,
+        available_bytes=min(available, total),
+        swap_bytes=swap,
+        basis=basis,
+        swap_used_bytes=swapped.used,
     )
 
 
 def platform_name(root: Path = ROOT) -> str:
     """Kernel and processor architecture, and `WSL1` or `WSL2` where it is one. No host name."""
-    release = _text(root / "proc/sys/kernel/osrelease") or platform.release()
+    release = read_text(root / "proc/sys/kernel/osrelease") or platform.release()
     name = f"{platform.system()} {release} {platform.machine()}"
     lowered = release.lower()
     if "microsoft" not in lowered:
@@ -106,7 +112,7 @@ def platform_name(root: Path = ROOT) -> str:
 
 def cpu_name(root: Path = ROOT) -> str:
     """The processor's model name, else its architecture."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo") or "", re.MULTILINE)
     return match.group(1).strip() if match else platform.processor() or platform.machine() or "unknown CPU"
 
 
@@ -114,7 +120,7 @@ def last_level_cache_bytes(root: Path = ROOT) -> int | None:
     """Size of the last-level caches of all cores together; `None` if the kernel does not tell."""
     sizes: dict[tuple[int, str], int] = {}
     for index in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, size, shared = (_text(index / name) for name in ("level", "size", "shared_cpu_list"))
+        level, size, shared = (read_text(index / name) for name in ("level", "size", "shared_cpu_list"))
         match = re.fullmatch(r"(\d+)([KM]?)", size or "")
         if level and level.isdecimal() and match and shared:
             sizes[int(level), shared] = int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]]
@@ -124,13 +130,31 @@ def last_level_cache_bytes(root: Path = ROOT) -> int | None:
     return sum(size for (level, _), size in sizes.items() if level == last)
 
 
+def throttled_periods(root: Path = ROOT) -> int | None:
+    """Periods in which a CPU quota stopped this process's groups since they were made; `None` without one."""
+    counts = []
+    for group in _groups(root, "cpu"):
+        match = re.search(r"^nr_throttled (\d+)$", read_text(group.path / "cpu.stat") or "", re.MULTILINE)
+        if match and _quota_cores(group) is not None:
+            counts.append(int(match[1]))
+    return sum(counts) if counts else None
+
+
+def locked_limit_bytes() -> int | None:
+    """The limit on locked memory (ulimit -l); `None` for none. Root and CUDA's driver may pass it."""
+    import resource  # POSIX only
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def _groups(root: Path, controller: str) -> Iterator[_Group]:
     """The groups whose limits of `controller` hold this process, innermost first.
 
     A host with both versions mounted may have the controller in either; the other's files are missing.
     """
     paths = _own_paths(root)
-    for mount in (_text(root / "proc/self/mountinfo") or "").splitlines():
+    for mount in (read_text(root / "proc/self/mountinfo") or "").splitlines():
         left, _, right = mount.partition(" - ")
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
@@ -151,7 +175,7 @@ def _groups(root: Path, controller: str) -> Iterator[_Group]:
 def _own_paths(root: Path) -> dict[str, str]:
     """Controller -> path of this process's group; the key of version 2 is empty."""
     paths: dict[str, str] = {}
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         for controller in controllers.split(","):
@@ -170,9 +194,9 @@ def _relative(own: str, mount_root: str) -> PurePosixPath:
 
 def _quota_cores(group: _Group) -> float | None:
     if group.version == 2:
-        words = (_text(group.path / "cpu.max") or "").split()
+        words = (read_text(group.path / "cpu.max") or "").split()
     else:
-        texts = (_text(group.path / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+        texts = (read_text(group.path / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
         words = [text or "" for text in texts]
     if len(words) != 2 or not all(word.isdecimal() for word in words):  # 'max' and -1 are no limit
         return None
@@ -193,7 +217,7 @@ def _memory_in_use(group: _Group) -> int | None:
     if usage is None:
         return None
     key = "inactive_file" if version_2 else "total_inactive_file"
-    match = re.search(rf"^{key} (\d+)$", _text(group.path / "memory.stat") or "", re.MULTILINE)
+    match = re.search(rf"^{key} (\d+)$", read_text(group.path / "memory.stat") or "", re.MULTILINE)
     return max(0, usage - (int(match[1]) if match else 0))
 
 
@@ -208,7 +232,7 @@ def _swap_limit(group: _Group) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path) or ""
+    text = read_text(path) or ""
     return int(text) if text.isdecimal() else None
 
 
@@ -224,10 +248,11 @@ def _count_cpus(text: str | None) -> int | None:
 
 
 def _first_text(folder: Path, names: tuple[str, ...]) -> str | None:
-    return next((text for name in names if (text := _text(folder / name))), None)
+    return next((text for name in names if (text := read_text(folder / name))), None)
 
 
-def _text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """A small file of the kernel without the blanks around it; `None` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

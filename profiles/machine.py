@@ -8,8 +8,9 @@ from typing import Literal
 
 from profiles.documents import read_document, to_json, write_whole
 
-SCHEMA_VERSION = 1
-"""1: first version (0.1.0)."""
+SCHEMA_VERSION = 2
+"""1: first version (0.1.0). 2: sweeps, contention, usable and pinned memory, disk, conditions of the GPU; all
+of it has defaults that say 'absent', so documents of version 1 load as they are."""
 
 Origin = Literal["measured", "datasheet", "absent"]
 
@@ -30,6 +31,8 @@ class Figure:
     """Smallest and largest sample; `value` is the median."""
     count: int = 0
     """Samples."""
+    disturbance: str | None = None
+    """What else acted on the samples, twice in a row: the GPU was throttled, or another process used it."""
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.origin == "absent"):
@@ -39,6 +42,26 @@ class Figure:
 def absent(reason: str) -> Figure:
     """A figure that could not be had, and why."""
     return Figure(value=None, origin="absent", method=reason)
+
+
+NOT_PROBED = absent("this profile holds no such measurement")
+"""Default of the figures that joined after version 1, and that a short probe leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuReading:
+    """What NVML said of the GPU while one sample was taken."""
+
+    what: str
+    """The measurement, such as `GPU matrix product bf16`."""
+    sm_clock_hz: float | None
+    memory_clock_hz: float | None
+    temperature_c: float | None
+    power_w: float | None
+    throttled: tuple[str, ...]
+    """Why clocks were held down, such as `sw_power_cap`; being idle is no such reason."""
+    other_processes: int | None
+    """Processes that computed on the GPU beside this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +79,75 @@ class Gpu:
     matmul_fp16_flops: Figure
     matmul_fp32_flops: Figure
     """Matrix product rates in FLOP/s on normally distributed data."""
+    matmul_tf32_flops: Figure = NOT_PROBED
+    matmul_fp8_flops: Figure = NOT_PROBED
+    """Both operands e4m3, result bf16."""
+    matmul_int8_ops: Figure = NOT_PROBED
+    """Operations per second, 32-bit sums."""
+    matmul_burst_flops: Figure = NOT_PROBED
+    matmul_sustained_flops: Figure = NOT_PROBED
+    """The bf16 product again, from a GPU at rest and at the end of a long run of it."""
+    matmul_during_copies_flops: Figure = NOT_PROBED
+    """The bf16 product while copies run both ways."""
+    noise_elements_per_s: Figure = NOT_PROBED
+    """Normally distributed numbers written to GPU memory in bf16."""
+    launch_s: Figure = NOT_PROBED
+    """Host time to launch one small kernel, many in a row."""
+    usable_bytes: Figure = NOT_PROBED
+    """What one process could allocate besides its CUDA context."""
+    context_bytes: Figure = NOT_PROBED
+    """What a CUDA context takes."""
+    idle_power_w: Figure = NOT_PROBED
+    load_power_w: Figure = NOT_PROBED
+    """The board's sensor at rest and during the long bf16 product."""
+    load_energy_w: Figure = NOT_PROBED
+    """The board's energy counter over that product, per second."""
+    power_limit_w: float | None = None
+    sm_clock_max_hz: float | None = None
+    ecc_enabled: bool | None = None
+    mig_enabled: bool | None = None
+    persistence_enabled: bool | None = None
+    readings: tuple[GpuReading, ...] = ()
+
+
+Direction = Literal["h2d", "d2h"]
+HostKind = Literal["pinned", "pageable"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopyPoint:
+    """Copies of one size."""
+
+    num_bytes: int
+    time_s: float
+    """Median."""
+    low_s: float
+    high_s: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopySweep:
+    """Copies of many sizes, and the line through them: time = latency + bytes / bandwidth."""
+
+    direction: Direction
+    host_memory: HostKind
+    latency_s: Figure
+    bytes_per_s: Figure
+    points: tuple[CopyPoint, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuLink:
+    """Pinned copies of one of several GPUs, alone and while all of them copy."""
+
+    index: int
+    """As CUDA counts."""
+    name: str
+    h2d_bytes_per_s: Figure
+    d2h_bytes_per_s: Figure
+    h2d_together_bytes_per_s: Figure = NOT_PROBED
+    d2h_together_bytes_per_s: Figure = NOT_PROBED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +166,55 @@ class Link:
     h2d_duplex_bytes_per_s: Figure
     d2h_duplex_bytes_per_s: Figure
     """Each direction while the other is busy too, pinned."""
+    generation_idle: int | None = None
+    width_idle: int | None = None
+    """Before the probe loaded it: power saving lowers the generation."""
+    generation_gpu_max: int | None = None
+    """What the GPU alone could do, in a better slot."""
+    generation_slot_max: int | None = None
+    width_slot_max: int | None = None
+    """What the port above the GPU can do."""
+    replays: int | None = None
+    """Packets sent again during the probe: more than a few mean a bad contact."""
+    numa_node: int | None = None
+    """The GPU's."""
+    placement: str = "not known"
+    """Where threads and host memory of the measurements were, such as `NUMA node 0, the GPU's`."""
+    sweeps: tuple[CopySweep, ...] = ()
+    h2d_during_adam_bytes_per_s: Figure = NOT_PROBED
+    d2h_during_adam_bytes_per_s: Figure = NOT_PROBED
+    """Pinned, both directions busy, while all CPU threads run AdamW."""
+    h2d_during_matmul_bytes_per_s: Figure = NOT_PROBED
+    d2h_during_matmul_bytes_per_s: Figure = NOT_PROBED
+    """Pinned, both directions busy, while the GPU multiplies."""
+    h2d_nvbandwidth_bytes_per_s: Figure = NOT_PROBED
+    d2h_nvbandwidth_bytes_per_s: Figure = NOT_PROBED
+    """NVIDIA's own program, as a cross-check."""
+    each_gpu: tuple[GpuLink, ...] = ()
+    """Every GPU, where there are several."""
+
+
+Dtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpuProduct:
+    """A matrix product on the CPU: (rows x inner) by (inner x columns)."""
+
+    rows: int
+    inner: int
+    columns: int
+    dtype: Dtype
+    flops: Figure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamPoint:
+    """AdamW of one working set with one count of threads."""
+
+    elements: int
+    threads: int
+    elements_per_s: Figure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +231,23 @@ class Cpu:
     matmul_bf16_flops: Figure
     adam_elements_per_s: Figure
     """Fused AdamW in fp32 on tensors larger than the caches."""
+    cores_physical: int | None = None
+    sockets: int | None = None
+    numa_nodes: int | None = None
+    cache_bytes: int | None = None
+    """Last-level caches of all cores together."""
+    instruction_sets: tuple[str, ...] = ()
+    """Those that matrix products and AdamW depend on, as the kernel names them, such as `avx512_bf16`."""
+    governor: str | None = None
+    """Of the clock frequency, such as `performance`; `None` where the kernel shows none."""
+    throttled_periods: int | None = None
+    """Periods in which the cgroup's CPU quota stopped this process during the probe."""
+    products: tuple[CpuProduct, ...] = ()
+    adam_points: tuple[AdamPoint, ...] = ()
+    adam_bandwidth_share: Figure = NOT_PROBED
+    """Bytes that AdamW moves (28 per element) over those that the triad moves: near 1 where memory limits."""
+    adam_during_copies_elements_per_s: Figure = NOT_PROBED
+    """AdamW while the link copies both ways."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +259,37 @@ class HostMemory:
     swap_bytes: int
     copy_bytes_per_s: Figure
     """Bandwidth of a large copy, bytes read plus bytes written."""
+    triad_bytes_per_s: Figure = NOT_PROBED
+    """STREAM's triad: two arrays read, one written."""
+    swap_used_bytes: int | None = None
+    locked_limit_bytes: int | None = None
+    """The limit on locked memory (ulimit -l); `None` for none. Root and CUDA's driver may pass it."""
+    pinned_bytes: Figure = NOT_PROBED
+    """What one process could pin."""
+    pinned_refused: bool | None = None
+    """The driver refused more than `pinned_bytes`; else the probe stopped there to spare the machine."""
+    pin_bytes_per_s: Figure = NOT_PROBED
+    """How fast memory is pinned, touching its pages included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """The file system of one folder."""
+
+    folder: str
+    file_system: str | None
+    """Such as `ext4`."""
+    total_bytes: int
+    free_bytes: int
+    """For this user."""
+    direct: bool | None = None
+    """The figures are without the page cache (O_DIRECT)."""
+    write_bytes_per_s: Figure = NOT_PROBED
+    read_bytes_per_s: Figure = NOT_PROBED
+    """Sequential, in large blocks."""
+
+
+Depth = Literal["brief", "default", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,11 +307,16 @@ class Machine:
     """Kernel and, where it is one, 'WSL2'."""
     versions: dict[str, str]
     """python, torch, cuda, ... as the probe found them."""
+    disk: Disk | None = None
+    disk_absent_reason: str | None = None
+    depth: Depth | None = None
+    """How much was measured: what predictions need, the default, or everything."""
+    duration_s: float | None = None
     schema_version: int = SCHEMA_VERSION
 
 
 def load_machine(path: Path) -> Machine:
-    """Raises `UserError` if `path` is not a machine profile that this version reads."""
+    """Versions 1 and 2. Raises `UserError` if `path` is not a machine profile that this version reads."""
     return read_document(path, Machine, SCHEMA_VERSION, "machine profile")
 
 

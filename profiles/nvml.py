@@ -12,6 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from profiles.machine import GpuReading
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkState:
@@ -22,6 +24,31 @@ class LinkState:
     width_now: int | None
     generation_max: int | None
     width_max: int | None
+    generation_gpu_max: int | None = None
+    """What the GPU alone could do, in a better slot."""
+
+
+THROTTLES = {
+    0x4: "sw_power_cap",
+    0x8: "hw_slowdown",
+    0x10: "sync_boost",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+}
+"""Bits of NVML's clock event reasons that hold clocks down under load."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceSettings:
+    """What does not change while a probe runs."""
+
+    bus_id: str | None
+    power_limit_w: float | None
+    sm_clock_max_hz: float | None
+    ecc_enabled: bool | None
+    mig_enabled: bool | None
+    persistence_enabled: bool | None
 
 
 class NvmlDevice:
@@ -81,21 +108,80 @@ class NvmlDevice:
             width_now=self._device("nvmlDeviceGetCurrPcieLinkWidth"),
             generation_max=self._device("nvmlDeviceGetMaxPcieLinkGeneration"),
             width_max=self._device("nvmlDeviceGetMaxPcieLinkWidth"),
+            generation_gpu_max=self._device("nvmlDeviceGetGpuMaxPcieLinkGeneration"),
         )
+
+    def replays(self) -> int | None:
+        """Packets that the link had to send again, since the driver was loaded."""
+        count = self._device("nvmlDeviceGetPcieReplayCounter")
+        return None if count is None else int(count)
+
+    def settings(self) -> DeviceSettings:
+        pci = self._device("nvmlDeviceGetPciInfo_v3", "nvmlDeviceGetPciInfo")
+        ecc, mig = (self._device(f"nvmlDeviceGet{name}Mode") for name in ("Ecc", "Mig"))
+        persistence = self._device("nvmlDeviceGetPersistenceMode")
+        limit = self._device("nvmlDeviceGetEnforcedPowerLimit")
+        return DeviceSettings(
+            bus_id=None if pci is None else _text(pci.busId),
+            power_limit_w=None if limit is None else limit / 1e3,
+            sm_clock_max_hz=self._clock_hz("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
+            # Both answer with the present and the pending mode.
+            ecc_enabled=None if ecc is None else bool(ecc[0]),
+            mig_enabled=None if mig is None else bool(mig[0]),
+            persistence_enabled=None if persistence is None else bool(persistence),
+        )
+
+    def reading(self, what: str) -> GpuReading:
+        """Clocks, temperature, power and throttling now: read it while the GPU works.
+
+        Other processes are counted on the assumption that this one has a CUDA context and is in the list:
+        in a container no process id tells them apart.
+        """
+        reasons = self._device(
+            "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+        )
+        processes = self._processes()
+        return GpuReading(
+            what=what,
+            sm_clock_hz=self._clock_hz("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            memory_clock_hz=self._clock_hz("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            temperature_c=self._temperature_c(),
+            power_w=self.power_w(),
+            throttled=tuple(name for bit, name in THROTTLES.items() if (reasons or 0) & bit),
+            other_processes=None if processes is None else max(0, len(processes) - 1),
+        )
+
+    def power_w(self) -> float | None:
+        """The board's sensor; an average over a second on many GPUs."""
+        milliwatts = self._device("nvmlDeviceGetPowerUsage")
+        return None if milliwatts is None else milliwatts / 1e3
+
+    def _clock_hz(self, name: str, domain: str) -> float | None:
+        megahertz = self._call(name, arguments=(self._handle, getattr(self._library, domain)))
+        return None if megahertz is None else megahertz * 1e6
+
+    def _temperature_c(self) -> float | None:
+        # NVML_TEMPERATURE_GPU is 0; the call without a version in its name goes with CUDA 14.
+        celsius = self._call("nvmlDeviceGetTemperatureV", arguments=(self._handle, 0))
+        if celsius is None:
+            celsius = self._call("nvmlDeviceGetTemperature", arguments=(self._handle, 0))
+        return None if celsius is None else float(celsius)
 
     def other_processes(self, own: Collection[int] = ()) -> tuple[int, ...] | None:
         """Process ids that compute on the GPU, `own` and this process left out.
 
         In a container the driver counts process ids as the host does, so they may match none of `own`.
         """
+        processes = self._processes()
+        return None if processes is None else tuple(sorted(processes - {os.getpid(), *own}))
+
+    def _processes(self) -> set[int] | None:
         processes = self._device(
             "nvmlDeviceGetComputeRunningProcesses_v3",
             "nvmlDeviceGetComputeRunningProcesses_v2",
             "nvmlDeviceGetComputeRunningProcesses",
         )
-        if processes is None:
-            return None
-        return tuple(sorted({int(process.pid) for process in processes} - {os.getpid(), *own}))
+        return None if processes is None else {int(process.pid) for process in processes}
 
     def _memory(self, kind: str) -> int | None:
         memory = self._device("nvmlDeviceGetMemoryInfo")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.base import UserError
+from harness.emulate import what_is_short
 from harness.result import Run
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
@@ -329,6 +330,8 @@ def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
         # NVML and torch name one GPU alike, but torch may add its slice.
         here = run.environment.gpu_name or ""
         same_gpu = bool(gpu) == bool(here) and (gpu.startswith(here) or here.startswith(gpu))
+        if run.environment.emulated == machine.name:
+            continue
         if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
             return say("warning.other_machine", machine=machine.name)
     return None
@@ -341,7 +344,16 @@ def _about_traces(runs: Sequence[Run]) -> str | None:
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:
     names = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
-    return say("warning.emulated", names=", ".join(names)) if names else None
+    if not names:
+        return None
+    told = say("warning.emulated", names=", ".join(names))
+    short = dict.fromkeys(
+        f"{run.engine}: {line}"
+        for run in runs
+        if run.emulation is not None
+        for line in what_is_short(run.emulation)
+    )
+    return f"{told} {say('warning.not_held', items='; '.join(short))}" if short else told
 
 
 def _about_commit(runs: Sequence[Run]) -> str | None:

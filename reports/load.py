@@ -108,6 +108,10 @@ def _likeness(run: Run) -> Iterator[tuple[str, Any]]:
     ):
         if run.end_state == "ok" or value is not None:
             yield field, value
+    if run.emulation is not None:
+        yield "emulated GPU memory", run.emulation.vram_bytes
+        yield "emulated threads", run.emulation.threads
+        yield "emulated link", run.emulation.rates
     yield "CPU", environment.cpu
     yield "cores usable", environment.cores_usable
     for key, value in _flat(run.job):

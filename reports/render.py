@@ -101,6 +101,8 @@ def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
         rounds = all_.of(engine)
         environment = rounds.runs[0].environment
         machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
+        if environment.emulated is not None:
+            machine = say("readme.emulated", machine=machine, emulated=environment.emulated)
         traced = any(run.traced for run in rounds.runs)
         method = say("readme.traced", engine=engine) if traced else engine
         start = (model_name(loaded.job.model.name), _job_in_short(loaded.job), machine, method)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from profiles.machine import Cpu, Figure, absent
+from profiles.machine import Cpu, CpuProduct, Dtype, Figure, absent
+from profiles.probe.adam import adam_elements_per_s
 from profiles.probe.timing import Meter, host_samples, largest_size, once, rate_figure
 
 MATMUL_SIZES = (128, 256, 512, 1024, 2048, 4096)
 
-ADAM_TENSOR_ELEMENTS = 1024 * 1024
-"""One layer's share: an LSP subspace of d = 1024, or a matrix of a small model."""
-ADAM_BYTES_PER_ELEMENT = 16
-"""Weight, gradient and two moments in fp32."""
-ADAM_BYTES_AT_LEAST = 256 * 2**20
-"""Working set where the caches are small or unknown."""
+PRODUCT_SIZES = (1024, 2048)
+"""Subspaces that LSP-Offload's cores have: d x d by d x d."""
 
 NUM_MEASUREMENTS = 3
+NUM_PRODUCTS = 2 * len(PRODUCT_SIZES)
 
 
 @contextmanager
@@ -61,7 +60,29 @@ def probe_cpu(
     )
 
 
-def matmul_flops(dtype: str, seconds: float, memory_bytes: int) -> Figure:
+def products(meter: Meter) -> tuple[CpuProduct, ...]:
+    """Square products of the sizes that engines use, in fp32 and bf16."""
+    dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
+    found = []
+    for dtype in dtypes:
+        for size in PRODUCT_SIZES:
+            what = f"CPU matrix product {dtype}, {size} x {size}"
+            flops = meter.optional(
+                what,
+                partial(_sized, dtype, size),
+                absent,
+            )
+            found.append(CpuProduct(rows=size, inner=size, columns=size, dtype=dtype, flops=flops))
+    return tuple(found)
+
+
+def _sized(dtype: str, size: int, seconds: float) -> Figure:
+    return matmul_flops(dtype, seconds / 2, 0, sizes=(size,))
+
+
+def matmul_flops(
+    dtype: str, seconds: float, memory_bytes: int, sizes: tuple[int, ...] = MATMUL_SIZES
+) -> Figure:
     """FLOP/s of a square product of normally distributed `fp32` or `bf16` matrices into a given output.
 
     The size follows from the time of small ones: bf16 without support in the processor can be a
@@ -81,40 +102,11 @@ def matmul_flops(dtype: str, seconds: float, memory_bytes: int) -> Figure:
         return once(lambda: torch.mm(left, right, out=out))
 
     # Room for the operands twice: a normal matrix is drawn in fp32 before it is rounded.
-    fitting = [size for size in MATMUL_SIZES if 2 * 3 * 4 * size**2 <= memory_bytes] or [MATMUL_SIZES[0]]
-    size = largest_size(rough_time_s, fitting, seconds / 6)
+    fitting = [size for size in sizes if 2 * 3 * 4 * size**2 <= memory_bytes] or [sizes[0]]
+    size = largest_size(rough_time_s, fitting, seconds / 3) if len(fitting) > 1 else fitting[0]
     left, right, out = operands(size)
     samples = host_samples(lambda: torch.mm(left, right, out=out), seconds)
     isa = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     method = f"torch.mm {size} x {size}, {threads} threads, {isa}"
     return rate_figure(2.0 * size**3, samples, method)
-
-
-def adam_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None) -> Figure:
-    """Elements per second of `torch.optim.AdamW(fused=True)` over many fp32 tensors of one layer's size.
-
-    All tensors together are four times the last-level caches where memory allows, so that a step
-    streams from memory as it does in training: 28 bytes per element, 16 read and 12 written.
-    """
-    import torch
-
-    wanted_bytes = min(max(4 * (cache_bytes or 0), ADAM_BYTES_AT_LEAST), memory_bytes)
-    elements = max(wanted_bytes // ADAM_BYTES_PER_ELEMENT, 1024)
-    each = min(ADAM_TENSOR_ELEMENTS, elements)
-    count = elements // each
-    # Normally distributed, drawn once: the values do not matter as long as none is subnormal.
-    drawn = torch.randn(each, generator=torch.Generator().manual_seed(0))
-    parameters = [drawn.clone().requires_grad_() for _ in range(count)]
-    for parameter in parameters:
-        parameter.grad = drawn.clone()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    samples = host_samples(optimizer.step, seconds)
-    total_bytes = count * each * ADAM_BYTES_PER_ELEMENT
-    method = (
-        f"torch.optim.AdamW fused, fp32, {count} tensors of {each} elements "
-        f"({total_bytes / 2**20:.0f} MiB), {torch.get_num_threads()} threads"
-    )
-    if cache_bytes and total_bytes < 2 * cache_bytes:
-        method += "; partly from cache"
-    return rate_figure(float(count * each), samples, method)

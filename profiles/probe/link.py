@@ -1,14 +1,18 @@
-"""What host and GPU exchange: pinned and pageable copies each way, and both ways at once."""
+"""What host and GPU exchange: copies each way, both ways at once, and beside other work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from profiles.machine import Figure, Link, absent
+from profiles.machine import CopySweep, Direction, Figure, HostKind, Link, absent
 from profiles.nvml import LinkState, NvmlDevice
+from profiles.probe.buffers import Buffers, free, largest_buffers
+from profiles.probe.sweep import absent_sweep, sweep
 from profiles.probe.timing import (
     Meter,
+    busy_samples,
     cuda_samples,
     host_samples,
     once,
@@ -18,63 +22,30 @@ from profiles.probe.timing import (
 )
 
 BUFFER_BYTES = 256 * 2**20
-SMALLEST_BUFFER_BYTES = 2**20
-DUPLEX_ROUNDS = (6, 24)
+SWEEP_BUFFER_BYTES = 2**30
+DUPLEX_ROUNDS = (6, 64)
 """Fewest and most copies in each direction."""
+SWEEP_S = 4.0
+"""What sweeps of both directions take, pinning a GiB twice included."""
+MATMUL_SIZE = 4096
 NUM_MEASUREMENTS = 5
+NUM_OPTIONAL = 4
 
-_UNKNOWN_LINK = LinkState(generation_now=None, width_now=None, generation_max=None, width_max=None)
-
-
-class _Buffers:
-    """A host and a device buffer for each direction, so that both can be in flight."""
-
-    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
-        import torch
-
-        self.num_bytes = num_bytes
-        self.host_up, self.host_down = (
-            torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)
-        )
-        self.device_up, self.device_down = (
-            torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)
-        )
-        # First touch, and a pattern without a short period for `check`.
-        words = self.host_up.view(torch.int32)
-        torch.arange(words.numel(), dtype=torch.int32, out=words)
-        self.host_down.zero_()
-        self.device_down.zero_()
-        torch.cuda.synchronize()
-
-    def up(self) -> None:
-        self.device_up.copy_(self.host_up, non_blocking=True)
-
-    def down(self) -> None:
-        self.host_down.copy_(self.device_down, non_blocking=True)
-
-    def check(self) -> None:
-        """Raises `RuntimeError` if what goes up does not come down."""
-        import torch
-
-        self.up()
-        self.device_down.copy_(self.device_up)
-        self.down()
-        torch.cuda.synchronize()
-        if not torch.equal(self.host_up, self.host_down):
-            raise RuntimeError("a copy to the GPU and back changed the data")
+UNKNOWN_LINK = LinkState(generation_now=None, width_now=None, generation_max=None, width_max=None)
 
 
 def probe_link(meter: Meter, nvml: NvmlDevice | None, *, memory_bytes: int) -> Link:
     """Measures the current CUDA device. `memory_bytes` is the most host memory it may allocate."""
     pinned, loaded = _pinned(meter, nvml, memory_bytes)
-    _free()
+    free()
     pageable = _pageable(meter, memory_bytes)
-    _free()
+    free()
     return Link(
         generation_max=loaded.generation_max,
         generation_loaded=loaded.generation_now,
         width_max=loaded.width_max,
         width_loaded=loaded.width_now,
+        generation_gpu_max=loaded.generation_gpu_max,
         h2d_pinned_bytes_per_s=pinned[0],
         d2h_pinned_bytes_per_s=pinned[1],
         h2d_duplex_bytes_per_s=pinned[2],
@@ -84,32 +55,140 @@ def probe_link(meter: Meter, nvml: NvmlDevice | None, *, memory_bytes: int) -> L
     )
 
 
+def sweeps(meter: Meter, *, memory_bytes: int) -> tuple[CopySweep, ...]:
+    """Both directions, pinned and pageable."""
+    kinds: tuple[HostKind, ...] = ("pinned", "pageable")
+    return tuple(found for kind in kinds for found in _sweeps(meter, kind, memory_bytes))
+
+
+def _sweeps(meter: Meter, kind: HostKind, memory_bytes: int) -> tuple[CopySweep, ...]:
+    directions: tuple[Direction, ...] = ("h2d", "d2h")
+
+    def take(seconds: float) -> tuple[CopySweep, ...]:
+        buffers = largest_buffers(SWEEP_BUFFER_BYTES, memory_bytes, pinned=kind == "pinned")
+        return tuple(sweep(buffers, direction, kind, seconds) for direction in directions)
+
+    found = meter.optional(
+        f"{kind} copies of all sizes",
+        take,
+        lambda why: tuple(absent_sweep(direction, kind, why) for direction in directions),
+        needs_s=SWEEP_S,
+    )
+    free()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contention:
+    """Copies both ways beside other work, and that work beside them."""
+
+    h2d_bytes_per_s: Figure
+    d2h_bytes_per_s: Figure
+    work_per_s: Figure
+    """Elements of AdamW, or FLOPs."""
+
+
+def beside_adam(meter: Meter, *, elements: int, memory_bytes: int) -> Contention:
+    """Pinned copies both ways while AdamW runs on all CPU threads over `elements` fp32 elements."""
+    from profiles.probe.adam import make_optimizer
+
+    def take(seconds: float) -> tuple[Figure, Figure, Figure]:
+        optimizer, count = make_optimizer(elements)
+        optimizer.step()
+        samples: list[float] = []
+        up, down = _beside(
+            memory_bytes, seconds, None, lambda busy: samples.extend(busy_samples(optimizer.step, busy, 60.0))
+        )
+        return (
+            *_both(up, down, "CPU AdamW running"),
+            rate_figure(count, samples, "copies both ways running"),
+        )
+
+    found = meter.optional("copies beside CPU AdamW", take, lambda why: (absent(why),) * 3)
+    free()
+    return Contention(h2d_bytes_per_s=found[0], d2h_bytes_per_s=found[1], work_per_s=found[2])
+
+
+def beside_matmul(meter: Meter, *, memory_bytes: int) -> Contention:
+    """Pinned copies both ways while the GPU multiplies bf16 matrices."""
+
+    def take(seconds: float) -> tuple[Figure, Figure, Figure]:
+        import torch
+
+        left, right, out = (
+            torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+        )
+        up, down, product = _beside(memory_bytes, seconds, lambda: torch.mm(left, right, out=out))
+        method = f"torch.mm {MATMUL_SIZE} x {MATMUL_SIZE} in bf16, copies both ways running"
+        flops = rate_figure(2.0 * MATMUL_SIZE**3, product[1], method)
+        return (*_both(up, down, "GPU matrix products running"), flops)
+
+    found = meter.optional("copies beside GPU products", take, lambda why: (absent(why),) * 3)
+    free()
+    return Contention(h2d_bytes_per_s=found[0], d2h_bytes_per_s=found[1], work_per_s=found[2])
+
+
+def _beside(
+    memory_bytes: int,
+    seconds: float,
+    gpu_work: Callable[[], object] | None,
+    meanwhile: Callable[[Callable[[], bool]], None] = lambda busy: None,
+) -> list[tuple[int, list[float]]]:
+    """(bytes, samples) of copies up, down and of `gpu_work` (bytes 0), all at once."""
+    import torch
+
+    buffers = largest_buffers(BUFFER_BYTES, memory_bytes, pinned=True)
+    actions: list[Callable[[], object]] = [buffers.up, buffers.down]
+    if gpu_work is not None:
+        actions.append(gpu_work)
+    alone_s = [once(action, torch.cuda.synchronize) for action in actions]
+    fewest, _ = DUPLEX_ROUNDS
+    # Not more than the driver's queue takes: beyond it the host waits, and `meanwhile` starts late.
+    most = 400
+    rounds = [max(fewest, min(most, int(seconds / 2 / max(each, 1e-6)))) for each in alone_s]
+    samples = overlapping_samples(actions, rounds, meanwhile)
+    return [(buffers.num_bytes if place < 2 else 0, row) for place, row in enumerate(samples)]
+
+
+def _both(up: tuple[int, list[float]], down: tuple[int, list[float]], beside: str) -> tuple[Figure, Figure]:
+    found = [
+        rate_figure(num_bytes, samples, f"{num_bytes / 2**20:.0f} MiB, pinned, both ways, {beside}")
+        if samples
+        else absent("the copies did not overlap")
+        for num_bytes, samples in (up, down)
+    ]
+    return found[0], found[1]
+
+
 def _pinned(
     meter: Meter, nvml: NvmlDevice | None, memory_bytes: int
 ) -> tuple[tuple[Figure, Figure, Figure, Figure], LinkState]:
     """H2D, D2H, H2D and D2H while the other runs; the link's state under load."""
-    idle = nvml.link() if nvml else _UNKNOWN_LINK
+    idle = nvml.link() if nvml else UNKNOWN_LINK
     try:
         meter.progress("pinned buffers", meter.done, meter.total)
-        buffers = _largest_buffers(memory_bytes, pinned=True)
-        buffers.check()
+        buffers = largest_buffers(BUFFER_BYTES, memory_bytes, pinned=True)
+        _verify(buffers)
     except Exception as error:  # what fails here is a fact about this machine
         meter.skip(3)
         missing = absent(one_line(error))
         return (missing, missing, missing, missing), LinkState(
-            generation_now=None, width_now=None, generation_max=idle.generation_max, width_max=idle.width_max
-        )
+            generation_now=None, width_now=None, generation_max=idle.generation_max,
+            width_max=idle.width_max, generation_gpu_max=idle.generation_gpu_max,
+        )  # fmt: skip
     size = f"{buffers.num_bytes / 2**20:.0f} MiB, pinned"
     h2d = meter.measure(
         "link to GPU, pinned",
-        lambda seconds: rate_figure(buffers.num_bytes, cuda_samples(buffers.up, seconds), size),
+        lambda seconds: rate_figure(buffers.num_bytes, cuda_samples(buffers.up, seconds, meter.watch), size),
         absent,
     )
     # The link is warm from the copies just made; its state holds only while the next ones run.
-    loaded = _link_under_load(buffers, nvml) if nvml else _UNKNOWN_LINK
+    loaded = _link_under_load(buffers, nvml) if nvml else UNKNOWN_LINK
     d2h = meter.measure(
         "link from GPU, pinned",
-        lambda seconds: rate_figure(buffers.num_bytes, cuda_samples(buffers.down, seconds), size),
+        lambda seconds: rate_figure(
+            buffers.num_bytes, cuda_samples(buffers.down, seconds, meter.watch), size
+        ),
         absent,
     )
     both = meter.measure(
@@ -118,15 +197,24 @@ def _pinned(
     return (h2d, d2h, *both), loaded
 
 
-def _duplex(buffers: _Buffers, seconds: float) -> tuple[Figure, Figure]:
+def _verify(buffers: Buffers) -> None:
+    """Raises `RuntimeError` if a copy of the whole buffer, either way, changes data."""
+    for direction, copy in (("h2d", buffers.up), ("d2h", buffers.down)):
+        buffers.forget(direction, buffers.num_bytes)
+        copy()
+        buffers.check(direction, buffers.num_bytes)
+
+
+def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
     """Each direction while the other is busy. HAZARD: two streams, so no buffer is used by both."""
     import torch
 
     fewest, most = DUPLEX_ROUNDS
     alone_s = once(buffers.up, torch.cuda.synchronize)
     rounds = max(fewest, min(most, int(seconds / max(alone_s, 1e-6))))
-    overlapping_samples((buffers.up, buffers.down), fewest)  # warm-up
-    up_s, down_s = overlapping_samples((buffers.up, buffers.down), rounds)
+    actions = (buffers.up, buffers.down)
+    overlapping_samples(actions, (fewest, fewest))  # warm-up
+    up_s, down_s = overlapping_samples(actions, (rounds, rounds))
     method = f"{buffers.num_bytes / 2**20:.0f} MiB, pinned, the other direction busy"
     up, down = (
         rate_figure(buffers.num_bytes, samples, method) if samples else absent("the copies did not overlap")
@@ -135,12 +223,12 @@ def _duplex(buffers: _Buffers, seconds: float) -> tuple[Figure, Figure]:
     return up, down
 
 
-def _link_under_load(buffers: _Buffers, nvml: NvmlDevice) -> LinkState:
+def _link_under_load(buffers: Buffers, nvml: NvmlDevice) -> LinkState:
     """The link's state read while copies are in flight; its present values `None` if that did not succeed."""
     import torch
 
     cuda: Any = torch.cuda
-    copies, state = 16, _UNKNOWN_LINK
+    copies, state = 16, UNKNOWN_LINK
     for _ in range(3):
         last = cuda.Event()
         for _ in range(copies):
@@ -153,18 +241,19 @@ def _link_under_load(buffers: _Buffers, nvml: NvmlDevice) -> LinkState:
             return state
         copies *= 4  # the copies were over before the answer came
     return LinkState(
-        generation_now=None, width_now=None, generation_max=state.generation_max, width_max=state.width_max
-    )
+        generation_now=None, width_now=None, generation_max=state.generation_max,
+        width_max=state.width_max, generation_gpu_max=state.generation_gpu_max,
+    )  # fmt: skip
 
 
 def _pageable(meter: Meter, memory_bytes: int) -> tuple[Figure, Figure]:
     """H2D and D2H of ordinary memory, which the driver stages through a pinned buffer of its own."""
 
-    def take(copy: Callable[[_Buffers], Callable[[], None]]) -> Callable[[float], Figure]:
+    def take(copy: Callable[[Buffers], Callable[[], None]]) -> Callable[[float], Figure]:
         def measured(seconds: float) -> Figure:
             import torch
 
-            buffers = _largest_buffers(memory_bytes, pinned=False)
+            buffers = largest_buffers(BUFFER_BYTES, memory_bytes, pinned=False)
             action = copy(buffers)
 
             def whole() -> None:
@@ -179,36 +268,3 @@ def _pageable(meter: Meter, memory_bytes: int) -> tuple[Figure, Figure]:
     h2d = meter.measure("link to GPU, pageable", take(lambda buffers: buffers.up), absent)
     d2h = meter.measure("link from GPU, pageable", take(lambda buffers: buffers.down), absent)
     return h2d, d2h
-
-
-def _largest_buffers(memory_bytes: int, *, pinned: bool) -> _Buffers:
-    """Buffers of 256 MiB, or smaller where memory or a limit on pinned memory (WSL2) asks for it.
-
-    Sizes are powers of two: torch's pinned allocator rounds up to one. Raises what the smallest raised.
-    """
-    import torch
-
-    free_bytes = torch.cuda.mem_get_info()[0]
-    num_bytes = BUFFER_BYTES
-    while num_bytes > SMALLEST_BUFFER_BYTES and (2 * num_bytes > memory_bytes or 4 * num_bytes > free_bytes):
-        num_bytes //= 2
-    while True:
-        try:
-            return _Buffers(num_bytes, pinned=pinned)
-        except (RuntimeError, MemoryError):
-            if num_bytes <= SMALLEST_BUFFER_BYTES:
-                raise
-        # Only here, after the handler: the traceback kept alive what had been allocated.
-        num_bytes = max(num_bytes // 4, SMALLEST_BUFFER_BYTES)
-        _free()
-
-
-def _free() -> None:
-    """Give device memory, and pinned memory where this torch can, back to the system."""
-    import torch
-
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)
-    if empty_host_cache is not None:
-        empty_host_cache()

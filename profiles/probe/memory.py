@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from profiles.limits import HostMemoryLimit
+from profiles.limits import HostMemoryLimit, locked_limit_bytes
 from profiles.machine import Figure, HostMemory, absent
 from profiles.probe.timing import Meter, host_samples, rate_figure
 
@@ -10,6 +10,7 @@ COPY_BYTES_AT_LEAST = 256 * 2**20
 """Size of the array to copy where the caches are small or unknown."""
 
 NUM_MEASUREMENTS = 1
+NUM_OPTIONAL = 1
 
 
 def probe_memory(
@@ -21,6 +22,8 @@ def probe_memory(
         available_bytes=limit.available_bytes,
         total_basis=limit.basis,
         swap_bytes=limit.swap_bytes,
+        swap_used_bytes=limit.swap_used_bytes,
+        locked_limit_bytes=locked_limit_bytes(),
         copy_bytes_per_s=meter.measure(
             "host memory copy",
             lambda seconds: copy_bytes_per_s(seconds, memory_bytes, cache_bytes),
@@ -45,3 +48,18 @@ def copy_bytes_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None)
     if cache_bytes and array_bytes < cache_bytes:
         method += "; partly from cache"
     return rate_figure(2.0 * array_bytes, samples, method)
+
+
+def triad_bytes_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None) -> Figure:
+    """Bytes read plus bytes written per second of `a = b + 3 c`: 12 per fp32 element, as in STREAM."""
+    import torch
+
+    array_bytes = min(max(4 * (cache_bytes or 0), COPY_BYTES_AT_LEAST), memory_bytes // 3)
+    first = torch.ones(max(array_bytes // 4, 1024))
+    second, out = torch.ones_like(first), torch.zeros_like(first)
+    array_bytes = first.numel() * first.element_size()
+    samples = host_samples(lambda: torch.add(first, second, alpha=3.0, out=out), seconds)
+    method = f"torch.add, arrays of {array_bytes / 2**20:.0f} MiB, {torch.get_num_threads()} threads"
+    if cache_bytes and array_bytes < cache_bytes:
+        method += "; partly from cache"
+    return rate_figure(3.0 * array_bytes, samples, method)

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from profiles.machine import Figure
+from profiles.machine import Figure, GpuReading
 
 T = TypeVar("T")
 
 Action = Callable[[], object]
 Progress = Callable[[str, int, int], None]
+Busy = Callable[[], bool]
+Look = Callable[[str], GpuReading]
+"""Reads the GPU's condition; the argument names the measurement."""
 
 AT_LEAST = 3
 AT_MOST = 200
 """Samples per figure."""
 CUDA_WARM_UP_S = 0.3
 """Load that brings link and clocks up from their idle states."""
+BATCH_S = 0.05
+BATCH_CALLS = (4, 64)
+"""GPU work that is queued without a wait: long enough to read the GPU's condition meanwhile."""
+WATCH_INTERVAL_S = 0.2
+"""Between two readings of the GPU's condition: each takes up to some milliseconds."""
+HOLD_CYCLES = 60_000
+"""GPU cycles that one call may take to be queued, some 30 us: a spinning kernel holds the queue that long."""
 
 
 @dataclass(kw_only=True)
@@ -33,25 +44,103 @@ class Meter:
     total: int
     """Measurements that the whole probe will make."""
     progress: Progress
+    limit_s: float = math.inf
+    """Time after which measurements that can be done without are left out."""
+    look: Look | None = None
+    """Set once a GPU is in use."""
+    started_s: float = field(default_factory=time.perf_counter)
+    """On the clock of `clock_s`."""
     done: int = field(default=0, init=False)
+    readings: list[GpuReading] = field(default_factory=list, init=False)
+    _what: str = field(default="", init=False)
+    _standing: set[str] = field(default_factory=set, init=False)
+    _watched_s: float = field(default=-math.inf, init=False)
 
-    def measure(self, what: str, take: Callable[[float], T], failed: Callable[[str], T]) -> T:
+    def measure(
+        self,
+        what: str,
+        take: Callable[[float], T],
+        failed: Callable[[str], T],
+        *,
+        repeats: bool = True,
+    ) -> T:
         """`take(seconds)`, or `failed(reason)` if it raises.
 
         Anything a measurement raises (no memory, a dtype or a call that is missing here) only means
-        that this one number could not be had.
+        that this one number could not be had. One that something disturbed is made again, once; if
+        something disturbs that too, its figures say so, and the same thing causes no repetition any more.
+        Without `repeats` it is made once.
         """
         self.progress(what, self.done, self.total)
+        self._what = what
         try:
-            return take(self.seconds_each)
+            taken, found = self._take(take)
+            if repeats and found - self._standing and self.elapsed_s() < self.limit_s:
+                taken, found = self._take(take)
+                self._standing |= found
+            return _marked(taken, found) if found else taken
         except Exception as error:
             return failed(one_line(error))
         finally:
             self.done += 1
 
+    def optional(
+        self,
+        what: str,
+        take: Callable[[float], T],
+        failed: Callable[[str], T],
+        *,
+        needs_s: float = 0.0,
+        repeats: bool = True,
+    ) -> T:
+        """As `measure`, if more than `needs_s` is left."""
+        if self.left_s() > needs_s:
+            return self.measure(what, take, failed, repeats=repeats)
+        self.done += 1
+        return failed(f"the probe's {self.limit_s:.0f} s were used up; --full takes longer")
+
     def skip(self, count: int) -> None:
         """Count `count` measurements as done that cannot be made."""
         self.done += count
+
+    def watch(self) -> None:
+        """Note the GPU's condition while it works; calls in quick succession are passed over."""
+        if self.look is not None and time.perf_counter() - self._watched_s >= WATCH_INTERVAL_S:
+            self._watched_s = time.perf_counter()
+            self.readings.append(self.look(self._what))
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.started_s
+
+    def left_s(self) -> float:
+        return max(0.0, self.limit_s - self.elapsed_s())
+
+    def _take(self, take: Callable[[float], T]) -> tuple[T, set[str]]:
+        before = len(self.readings)
+        self._watched_s = -math.inf  # at least one reading for each measurement
+        taken = take(self.seconds_each)
+        return taken, {reason for reading in self.readings[before:] for reason in disturbances(reading)}
+
+
+def disturbances(reading: GpuReading) -> tuple[str, ...]:
+    """What besides the measurement acted on the GPU."""
+    others = ("another process on the GPU",) if reading.other_processes else ()
+    return (*(f"throttled: {reason}" for reason in reading.throttled), *others)
+
+
+def _marked(taken: T, found: set[str]) -> T:
+    """The figures of `taken` with what disturbed them; anything else as it is."""
+    marked: Any = taken
+    if isinstance(taken, Figure) and taken.value is not None:
+        marked = replace(taken, disturbance="; ".join(sorted(found)))
+    elif isinstance(taken, tuple):
+        marked = tuple(_marked(part, found) for part in taken)
+    return marked  # type: ignore[no-any-return]
+
+
+def clock_s() -> float:
+    """The probes' clock, in seconds."""
+    return time.perf_counter()
 
 
 def now() -> str:
@@ -70,17 +159,21 @@ def rate_figure(amount: float, samples_s: Sequence[float], method: str) -> Figur
 
     Raises `ValueError` without samples.
     """
-    if not samples_s:
+    return figure([amount / max(sample, 1e-9) for sample in samples_s], method)
+
+
+def figure(values: Sequence[float], method: str) -> Figure:
+    """The median of measured values, smallest and largest. Raises `ValueError` without any."""
+    if not values:
         raise ValueError("no samples")
-    rates = [amount / max(sample, 1e-9) for sample in samples_s]
     return Figure(
-        value=statistics.median(rates),
+        value=statistics.median(values),
         origin="measured",
         method=method,
         time=now(),
-        low=min(rates),
-        high=max(rates),
-        count=len(rates),
+        low=min(values),
+        high=max(values),
+        count=len(values),
     )
 
 
@@ -101,74 +194,150 @@ def host_samples(action: Action, seconds: float) -> list[float]:
     return samples
 
 
-def cuda_samples(action: Action, seconds: float) -> list[float]:
+def cuda_samples(action: Action, seconds: float, watch: Action = lambda: None) -> list[float]:
     """Times in seconds that `action` took on the current CUDA stream, after a warm-up.
 
     Actions are queued in batches without a wait between them, so that the time to launch one is hidden
-    behind the one before; each has its own pair of events.
+    behind the one before; each has its own pair of events. `watch` is called while a batch runs.
     """
     import torch
 
     cuda: Any = torch.cuda
     action()  # first calls load kernels and allocate
     cuda.synchronize()
-    start = time.perf_counter()
-    while time.perf_counter() - start < min(CUDA_WARM_UP_S, seconds / 3):
-        for _ in range(4):
+    fewest, most = BATCH_CALLS
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < min(CUDA_WARM_UP_S, seconds / 3):
+        for _ in range(fewest):
             action()
         cuda.synchronize()
+        calls += fewest
+    each_s = (time.perf_counter() - start) / calls
+    batch = max(fewest, min(most, int(min(BATCH_S, seconds) / max(each_s, 1e-9))))
+    events = [cuda.Event(enable_timing=True) for _ in range(batch + 1)]
     samples: list[float] = []
     while len(samples) < AT_LEAST or (len(samples) < AT_MOST and time.perf_counter() - start < seconds):
-        events = [cuda.Event(enable_timing=True) for _ in range(5)]
         events[0].record()
         for event in events[1:]:
             action()
             event.record()
+        watch()
         cuda.synchronize()
         # The first of a batch starts on an idle stream and would count its own launch.
         samples += [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events[1:])]
     return samples
 
 
-def overlapping_samples(actions: tuple[Action, Action], rounds: int) -> tuple[list[float], list[float]]:
-    """Times in seconds of two CUDA actions that run on streams of their own at the same time.
+def held_samples(action: Action, calls: int, rounds: int) -> list[float]:
+    """Seconds per call on the current CUDA stream, from `rounds` runs of `calls` calls each.
 
-    Only calls count that lie wholly inside the span in which both streams were busy, so that the slower
-    of the two is not flattered by a rest that it runs alone. Either list may be empty.
+    A spinning kernel holds the stream until all calls are queued, so that short ones follow each other
+    without waiting for the host.
     """
     import torch
 
     cuda: Any = torch.cuda
-    streams = [cuda.Stream(), cuda.Stream()]
+    first, last = (cuda.Event(enable_timing=True) for _ in range(2))
+    samples = []
+    for _ in range(rounds):
+        cuda._sleep(HOLD_CYCLES * calls)
+        first.record()
+        for _ in range(calls):
+            action()
+        last.record()
+        cuda.synchronize()
+        samples.append(first.elapsed_time(last) / 1e3 / calls)
+    return samples
+
+
+def soak_samples(action: Action, seconds: float, watch: Action) -> list[tuple[float, float]]:
+    """(when it ended, how long it took) of `action` over and over, in seconds.
+
+    There is no warm-up; the first call must have been made before.
+    """
+    import torch
+
+    cuda: Any = torch.cuda
+    fewest, _ = BATCH_CALLS
+    samples: list[tuple[float, float]] = []
+    start, batch = time.perf_counter(), fewest
+    while len(samples) < AT_LEAST or time.perf_counter() - start < seconds:
+        events = [cuda.Event(enable_timing=True) for _ in range(batch + 1)]
+        for event in events[:-1]:
+            event.record()
+            action()
+        events[-1].record()
+        watch()
+        cuda.synchronize()
+        end_s = time.perf_counter() - start
+        took_s = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)][1:]
+        samples += [(end_s, took) for took in took_s]
+        batch = max(fewest, int(BATCH_S / max(statistics.median(took_s), 1e-4)))
+    return samples
+
+
+def overlapping_samples(
+    actions: Sequence[Action], rounds: Sequence[int], meanwhile: Callable[[Busy], None] = lambda busy: None
+) -> list[list[float]]:
+    """Times in seconds of CUDA actions that run on streams of their own at the same time.
+
+    Only calls count that lie wholly inside the span in which all streams were busy, so that the slower
+    ones are not flattered by a rest that they run alone. Any list may be empty. Once all is queued,
+    `meanwhile` is called; its argument tells whether every stream is still at work.
+    """
+    import torch
+
+    cuda: Any = torch.cuda
+    streams = [cuda.Stream() for _ in actions]
     origin = cuda.Event(enable_timing=True)
-    marks = [[cuda.Event(enable_timing=True) for _ in range(rounds + 1)] for _ in actions]
+    marks = [[cuda.Event(enable_timing=True) for _ in range(count + 1)] for count in rounds]
     cuda.synchronize()
     origin.record()
     for stream, row in zip(streams, marks, strict=True):
         stream.wait_event(origin)
         row[0].record(stream)
-    for turn in range(1, rounds + 1):
-        for stream, row, action in zip(streams, marks, actions, strict=True):
-            with cuda.stream(stream):
-                action()
-            row[turn].record(stream)
+    for which, turn in fair_turns(rounds):
+        with cuda.stream(streams[which]):
+            actions[which]()
+        marks[which][turn].record(streams[which])
+    meanwhile(lambda: not any(row[-1].query() for row in marks))
     cuda.synchronize()
     # The longer a span, the coarser float32 milliseconds get; a second still has them to 0.1 us.
     times = [[origin.elapsed_time(event) / 1e3 for event in row] for row in marks]
-    first, second = (inside_overlap(row, other) for row, other in zip(times, times[::-1], strict=True))
-    return first, second
+    span = [max(row[0] for row in times), min(row[-1] for row in times)]
+    return [inside_overlap(row, span) for row in times]
+
+
+def fair_turns(rounds: Sequence[int]) -> list[tuple[int, int]]:
+    """(which, its turn from 1 on) in an order in which all advance alike to their last."""
+    turns = [(which, turn) for which, count in enumerate(rounds) for turn in range(1, count + 1)]
+    return sorted(turns, key=lambda pair: (pair[1] / rounds[pair[0]], pair[0]))
 
 
 def inside_overlap(times_s: Sequence[float], others_s: Sequence[float]) -> list[float]:
     """Durations between neighbours of `times_s` that lie wholly between the ends of `others_s`.
 
-    The first duration is left out: the other stream may not have begun.
+    The first duration is left out: the other streams may not have begun.
     """
     return [
         end - start
         for start, end in itertools.pairwise(times_s[1:])
         if start >= others_s[0] and end <= others_s[-1]
     ]
+
+
+def busy_samples(action: Action, busy: Busy, seconds: float) -> list[float]:
+    """Times of `action` as long as `busy` holds at its end, for at most about `seconds`."""
+    samples: list[float] = []
+    start = time.perf_counter()
+    while len(samples) < AT_MOST and time.perf_counter() - start < seconds + 1e-3:
+        before = time.perf_counter()
+        action()
+        took_s = time.perf_counter() - before
+        if not busy():
+            break
+        samples.append(took_s)
+    return samples
 
 
 def largest_size(

@@ -21,7 +21,7 @@ from harness.job import Job
 from harness.result import Run, load_run
 from profiles.documents import to_json
 from profiles.limits import UsableCores
-from profiles.machine import Machine
+from profiles.machine import Machine, load_machine
 
 TINY = (
     "--model",
@@ -175,6 +175,28 @@ def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     process.stdout = None
     _, err = process.communicate(timeout=60)
     assert err == ""
+
+
+@pytest.mark.parametrize("flags", [("--brief", "--full"), ("--json", "--markdown")])
+def test_flags_of_the_probe_that_exclude_each_other(call, flags: tuple[str, str]) -> None:
+    said = one_line(call("probe", *flags))
+    assert flags[0] in said
+    assert flags[1] in said
+
+
+def test_the_probe_as_a_page(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, object]] = []
+
+    def probe_machine(progress: object, **arguments: object) -> Machine:
+        asked.append(arguments)
+        return make_machine()
+
+    monkeypatch.setattr("profiles.probe.probe_machine", probe_machine)
+    done = call("probe", "--markdown", "--full", "--disk", tmp_path, "--out", tmp_path / "machine.json")
+    assert done.code == 0
+    assert done.out.startswith("# Fake GPU, Fake CPU\n\n|  | value |")
+    assert asked == [{"depth": "full", "folder": tmp_path}]
+    assert load_machine(tmp_path / "machine.json") == make_machine()
 
 
 @pytest.mark.parametrize("steps", ["0", "-1"])

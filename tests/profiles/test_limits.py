@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from cgroup_trees import version_2, write
 
 from profiles import limits
 from profiles.limits import cpu_name, host_memory, last_level_cache_bytes, platform_name, usable_cores
@@ -21,29 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=48 * GIB))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=8 * GIB))
-
-
-def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-
-
-def version_2(root: Path, own: str = "/app", mount_root: str = "/", **files: str) -> None:
-    """Files are named as `group__file`, with `top` for the mount point."""
-    write(
-        root,
-        {
-            "proc/self/cgroup": f"0::{own}",
-            "proc/self/mountinfo": f"30 24 0:26 {mount_root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw",
-        },
-    )
-    for key, text in files.items():
-        group, _, name = key.partition("__")
-        folder = {"top": "", "app": "app/", "job": "app/job/"}[group]
-        write(root, {f"sys/fs/cgroup/{folder}{name.replace('_', '.')}": text})
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=8 * GIB, used=GIB))
 
 
 def version_1(root: Path, own: str, mount_root: str, files: dict[str, str]) -> None:

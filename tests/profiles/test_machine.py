@@ -15,6 +15,23 @@ from tiny_machine import make_machine
 from engines.base import UserError
 from profiles.machine import Figure, absent, load_machine, save_machine
 
+VERSION_1 = {
+    "gpu": (
+        "name", "total_bytes", "free_bytes", "driver", "compute_capability", "num_gpus", "copy_bytes_per_s",
+        "matmul_bf16_flops", "matmul_fp16_flops", "matmul_fp32_flops",
+    ),
+    "link": (
+        "generation_max", "generation_loaded", "width_max", "width_loaded", "h2d_pinned_bytes_per_s",
+        "d2h_pinned_bytes_per_s", "h2d_pageable_bytes_per_s", "d2h_pageable_bytes_per_s",
+        "h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s",
+    ),
+    "cpu": (
+        "name", "cores_usable", "cores_basis", "cores_total", "threads", "matmul_fp32_flops",
+        "matmul_bf16_flops", "adam_elements_per_s",
+    ),
+    "memory": ("total_bytes", "available_bytes", "total_basis", "swap_bytes", "copy_bytes_per_s"),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_saved_and_loaded_are_equal(tmp_path: Path, gpu: bool) -> None:
@@ -22,6 +39,41 @@ def test_saved_and_loaded_are_equal(tmp_path: Path, gpu: bool) -> None:
     path = tmp_path / "machine.json"
     save_machine(machine, path)
     assert load_machine(path) == machine
+
+
+PUBLISHED = sorted((Path(__file__).parents[2] / "reports" / "results").glob("*/machine.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_profiles_load(path: Path) -> None:
+    data = json.loads(path.read_text())
+    machine = load_machine(path)
+    assert machine.schema_version == data["schema_version"]
+    assert machine.cpu.adam_elements_per_s.value == data["cpu"]["adam_elements_per_s"]["value"]
+
+
+def test_a_profile_of_version_1_lacks_later_figures_with_a_reason(tmp_path: Path) -> None:
+    """Cut down to the fields of version 1, it loads, and says of the rest that it is not there."""
+    path = tmp_path / "machine.json"
+    save_machine(make_machine(), path)
+    data = json.loads(path.read_text())
+    data["schema_version"] = 1
+    for later in ("disk", "disk_absent_reason", "depth", "duration_s"):
+        del data[later]
+    for part, first in VERSION_1.items():
+        data[part] = {name: value for name, value in data[part].items() if name in first}
+    path.write_text(json.dumps(data))
+    machine = load_machine(path)
+    assert machine.schema_version == 1
+    assert machine.gpu is not None
+    assert machine.link is not None
+    assert machine.gpu.matmul_bf16_flops == make_machine().gpu.matmul_bf16_flops  # type: ignore[union-attr]
+    for later_figure in (
+        machine.gpu.usable_bytes, machine.link.h2d_during_adam_bytes_per_s, machine.memory.pinned_bytes,
+    ):  # fmt: skip
+        assert (later_figure.origin, later_figure.value) == ("absent", None)
+        assert later_figure.method
+    assert machine.disk is None
 
 
 def change(path: Path, **fields: Any) -> None:

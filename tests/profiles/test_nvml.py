@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from profiles.nvml import LinkState, open_device, why_no_device
+from profiles.machine import GpuReading
+from profiles.nvml import DeviceSettings, LinkState, open_device, why_no_device
 
 UUIDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000")
 
@@ -23,6 +24,8 @@ class FakeNvml(ModuleType):
     """Two GPUs; a handle is an index. Calls in `broken` raise as an unsupported one does."""
 
     NVMLError = FakeError
+    NVML_CLOCK_SM = 1
+    NVML_CLOCK_MEM = 2
 
     def __init__(self) -> None:
         super().__init__("pynvml")
@@ -42,6 +45,20 @@ class FakeNvml(ModuleType):
             "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 8,
             "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 5,
             "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
+            "nvmlDeviceGetGpuMaxPcieLinkGeneration": lambda handle: 6,
+            "nvmlDeviceGetPcieReplayCounter": lambda handle: 3,
+            "nvmlDeviceGetPciInfo_v3": lambda handle: SimpleNamespace(busId=b"00000000:17:00.0"),
+            "nvmlDeviceGetClockInfo": lambda handle, domain: {1: 1980, 2: 3200}[domain],
+            "nvmlDeviceGetMaxClockInfo": lambda handle, domain: {1: 1980, 2: 3200}[domain],
+            "nvmlDeviceGetTemperatureV": lambda handle, sensor: 61,
+            "nvmlDeviceGetTemperature": lambda handle, sensor: 55,
+            "nvmlDeviceGetPowerUsage": lambda handle: 687_500,
+            "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+            "nvmlDeviceGetEccMode": lambda handle: [1, 0],
+            "nvmlDeviceGetMigMode": lambda handle: [0, 1],
+            "nvmlDeviceGetPersistenceMode": lambda handle: 1,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x1 | 0x2 | 0x4 | 0x40,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 0x10,
             "nvmlDeviceGetComputeRunningProcesses_v3": self.processes,
             "nvmlDeviceGetComputeRunningProcesses_v2": self.processes,
         }
@@ -86,9 +103,50 @@ def test_every_answer(library: FakeNvml) -> None:
     assert (device.total_bytes, device.used_bytes(), device.free_bytes) == (100, 30, 70)
     assert device.energy_j() == 12.5
     assert device.compute_capability == (7, 5)
-    assert device.link() == LinkState(generation_now=1, width_now=8, generation_max=5, width_max=16)
+    assert device.link() == LinkState(
+        generation_now=1, width_now=8, generation_max=5, width_max=16, generation_gpu_max=6
+    )
     assert device.other_processes() == (7, 9)
     assert device.other_processes([9]) == (7,)
+
+
+def test_conditions_and_settings(library: FakeNvml) -> None:
+    device = open_device()
+    assert device is not None
+    assert device.reading("a copy") == GpuReading(
+        what="a copy",
+        sm_clock_hz=1.98e9,
+        memory_clock_hz=3.2e9,
+        temperature_c=61.0,
+        power_w=687.5,
+        throttled=("sw_power_cap", "hw_thermal_slowdown"),
+        other_processes=2,
+    )
+    assert device.replays() == 3
+    assert device.settings() == DeviceSettings(
+        bus_id="00000000:17:00.0",
+        power_limit_w=700.0,
+        sm_clock_max_hz=1.98e9,
+        ecc_enabled=True,
+        mig_enabled=False,
+        persistence_enabled=True,
+    )
+
+
+def test_older_names_of_conditions(library: FakeNvml) -> None:
+    device = open_device()
+    assert device is not None
+    library.broken = {"nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetTemperatureV"}
+    reading = device.reading("")
+    assert reading.throttled == ("sync_boost",)
+    assert reading.temperature_c == 55.0
+
+
+def test_idle_and_user_set_clocks_are_no_throttling(library: FakeNvml) -> None:
+    device = open_device()
+    assert device is not None
+    library.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x1 | 0x2  # type: ignore[attr-defined]
+    assert device.reading("").throttled == ()
 
 
 def test_unsupported_calls_are_not_known(library: FakeNvml) -> None:
@@ -107,6 +165,16 @@ def test_unsupported_calls_are_not_known(library: FakeNvml) -> None:
     assert device.link() == LinkState(
         generation_now=None, width_now=None, generation_max=None, width_max=None
     )
+    assert device.replays() is None
+    assert device.power_w() is None
+    assert device.settings() == DeviceSettings(
+        bus_id=None, power_limit_w=None, sm_clock_max_hz=None, ecc_enabled=None, mig_enabled=None,
+        persistence_enabled=None,
+    )  # fmt: skip
+    assert device.reading("x") == GpuReading(
+        what="x", sm_clock_hz=None, memory_clock_hz=None, temperature_c=None, power_w=None, throttled=(),
+        other_processes=None,
+    )  # fmt: skip
 
 
 def test_one_unsupported_call_leaves_the_rest(library: FakeNvml) -> None:

@@ -22,7 +22,7 @@ from engines.base import LayerTraffic, ModelShape, Overlap, Traffic, Workload
 from engines.costs import forward, traffic
 from engines.costs.overlap import serial_s
 from engines.settings import parse_settings
-from profiles.machine import Gpu, Link, Machine, absent
+from profiles.machine import Figure, Gpu, Link, Machine, absent
 from profiles.plan import Prediction
 from profiles.predict import (
     FORWARD_LAUNCH_S,
@@ -276,7 +276,9 @@ def _with_spread(gpu: Gpu, spread: float) -> Gpu:
 
 
 def _figures(part: Gpu | Link) -> list[str]:
-    return [field.name for field in fields(part) if field.name.endswith(("_per_s", "_flops"))]
+    """The names of its figures that are there."""
+    found = {field.name: getattr(part, field.name) for field in fields(part)}
+    return [name for name, value in found.items() if isinstance(value, Figure) and value.value is not None]
 
 
 # --- properties ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -18,7 +19,17 @@ from torch.overrides import TorchFunctionMode
 from profiles import limits, nvml, probe
 from profiles.limits import HostMemoryLimit, UsableCores
 from profiles.machine import Figure, Machine, absent, load_machine, save_machine
-from profiles.probe import cpu, gpu, link, memory, probe_machine
+from profiles.probe import (
+    adam,
+    buffers,
+    cpu,
+    gpu,
+    link,
+    memory,
+    more,
+    probe_machine,
+    several,
+)
 from profiles.probe.timing import (
     AT_LEAST,
     AT_MOST,
@@ -39,14 +50,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         limits,
         "host_memory",
-        lambda: HostMemoryLimit(
+        lambda root=limits.ROOT: HostMemoryLimit(
             total_bytes=128 * MIB, available_bytes=64 * MIB, swap_bytes=0, basis="cgroup limit"
         ),
     )
     monkeypatch.setattr(
-        limits, "usable_cores", lambda: UsableCores(count=2, basis="affinity 2 of 4 cores", total=4)
+        limits,
+        "usable_cores",
+        lambda root: UsableCores(count=2, basis="affinity 2 of 4 cores", total=4),
     )
-    monkeypatch.setattr(limits, "last_level_cache_bytes", lambda: MIB)
+    monkeypatch.setattr(limits, "last_level_cache_bytes", lambda root: MIB)
 
 
 def check_measured(figure: Figure) -> None:
@@ -140,7 +153,7 @@ def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(probe, "why_no_gpu", lambda: "no GPU in this test")
     told: list[tuple[str, int, int]] = []
     threads = torch.get_num_threads()
-    machine = probe_machine(lambda *message: told.append(message), seconds=0.2)
+    machine = probe_machine(lambda *message: told.append(message), seconds=0.2, depth="brief")
     assert torch.get_num_threads() == threads
     assert machine.gpu is None
     assert machine.link is None
@@ -165,15 +178,19 @@ def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_adam_is_given_less_than_its_share() -> None:
-    figure = cpu.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=2 * MIB)
+    figure = adam.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=2 * MIB)
     check_measured(figure)
-    assert "1 tensors of 524288 elements (8 MiB)" in figure.method
+    assert "1 tensors of 393216 elements (6 MiB)" in figure.method
     assert "cache" not in figure.method
-    assert "partly from cache" in cpu.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=64 * MIB).method
+    assert "partly from cache" in adam.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=64 * MIB).method
 
 
-def test_adam_runs_over_many_tensors() -> None:
-    assert "4 tensors of 1048576 elements" in cpu.adam_elements_per_s(0.0, 70 * MIB, None).method
+def test_adam_runs_over_tensors_larger_than_caches() -> None:
+    optimizer, elements = adam.make_optimizer(5 * 2**10, tensor_elements=2**10)
+    assert (len(optimizer.param_groups[0]["params"]), elements) == (5, 5 * 2**10)
+    assert adam.large_elements(2**40, 2**20) * adam.BYTES_PER_ELEMENT == 2**30
+    assert adam.large_elements(2**40, 2**30) * adam.BYTES_PER_ELEMENT == 2**32
+    assert adam.large_elements(2**30, 2**30) * adam.BYTES_PER_ELEMENT < 2**30
 
 
 def test_a_matrix_product_fits_its_memory() -> None:
@@ -188,12 +205,12 @@ def test_a_copy_fits_its_memory() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_one_failing_probe_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(dtype: str, seconds: float, memory_bytes: int) -> Figure:
+    def fail(*arguments: object, **keywords: object) -> Figure:
         raise MemoryError("cannot allocate")
 
     monkeypatch.setattr(probe, "why_no_gpu", lambda: "none")
     monkeypatch.setattr(cpu, "matmul_flops", fail)
-    machine = probe_machine(seconds=0.0)
+    machine = probe_machine(seconds=0.0, depth="brief")
     assert machine.cpu.matmul_fp32_flops == absent("MemoryError: cannot allocate")
     check_measured(machine.cpu.adam_elements_per_s)
     check_measured(machine.memory.copy_bytes_per_s)
@@ -304,14 +321,23 @@ class FakeStream:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHost]:
     """A GPU of 64 MiB made of host memory. Shows that the path holds together, not that it measures."""
+    replays, energies = itertools.count(), itertools.count(1000, 500)
     device = nvml.NvmlDevice(
         SimpleNamespace(
             NVMLError=RuntimeError,
+            NVML_CLOCK_SM=1,
+            NVML_CLOCK_MEM=2,
             nvmlSystemGetDriverVersion=lambda: "570.1",
             nvmlDeviceGetCurrPcieLinkGeneration=lambda handle: 3,
             nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 8,
             nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 4,
             nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 16,
+            nvmlDeviceGetPcieReplayCounter=lambda handle: next(replays),
+            nvmlDeviceGetPowerUsage=lambda handle: 300_000,
+            nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(energies),
+            nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 0,
+            nvmlDeviceGetPciInfo_v3=lambda handle: SimpleNamespace(busId="00000000:17:00.0"),
+            nvmlDeviceGetEccMode=lambda handle: [1, 1],
         ),
         0,
     )
@@ -326,12 +352,15 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
         "Event": FakeEvent,
         "Stream": FakeStream,
         "stream": lambda stream: stream,
+        "_sleep": lambda cycles: None,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
-    monkeypatch.setattr(nvml, "open_device", lambda index, uuid: device)
+    monkeypatch.setattr(nvml, "open_device", lambda index=0, uuid=None: device)
     monkeypatch.setattr(gpu, "MATMUL_SIZES", (32, 64))
+    monkeypatch.setattr(link, "MATMUL_SIZE", 32)
+    monkeypatch.setattr(more, "SOAK_S", (0.0, 0.0))
     with OnTheHost(pin_limit_bytes=2**40) as mode:
         yield mode
 
@@ -354,7 +383,7 @@ def gpu_figures(machine: Machine) -> dict[str, Figure]:
 
 def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     told: list[int] = []
-    machine = probe_machine(lambda what, done, total: told.append(done), seconds=0.0)
+    machine = probe_machine(lambda what, done, total: told.append(done), seconds=0.0, depth="brief")
     assert machine.gpu is not None
     assert machine.gpu_absent_reason is None
     assert machine.name.startswith("Fake GPU, ")
@@ -379,7 +408,7 @@ def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
 
 def test_an_idle_link_is_not_a_loaded_one(fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeEvent, "running", False)
-    found = probe_machine(seconds=0.0).link
+    found = probe_machine(seconds=0.0, depth="brief").link
     assert found is not None
     assert (found.generation_loaded, found.width_loaded) == (None, None)
     assert (found.generation_max, found.width_max) == (4, 16)
@@ -389,7 +418,7 @@ def test_without_nvml_the_link_is_still_measured(
     fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nvml, "open_device", lambda index, uuid: None)
-    machine = probe_machine(seconds=0.0)
+    machine = probe_machine(seconds=0.0, depth="brief")
     assert machine.gpu is not None
     assert machine.gpu.driver is None
     assert machine.link is not None
@@ -399,7 +428,7 @@ def test_without_nvml_the_link_is_still_measured(
 
 def test_pinned_buffers_shrink_to_what_is_allowed(fake_cuda: OnTheHost) -> None:
     fake_cuda.pin_limit_bytes = 2 * MIB
-    found = probe_machine(seconds=0.0).link
+    found = probe_machine(seconds=0.0, depth="brief").link
     assert found is not None
     check_measured(found.h2d_pinned_bytes_per_s)
     assert found.h2d_pinned_bytes_per_s.method == "1 MiB, pinned"
@@ -409,7 +438,7 @@ def test_pinned_buffers_shrink_to_what_is_allowed(fake_cuda: OnTheHost) -> None:
 def test_refused_pinning_leaves_the_pageable_figures(fake_cuda: OnTheHost) -> None:
     fake_cuda.pin_limit_bytes = 0
     told: list[int] = []
-    found = probe_machine(lambda what, done, total: told.append(done), seconds=0.0).link
+    found = probe_machine(lambda what, done, total: told.append(done), seconds=0.0, depth="brief").link
     assert found is not None
     refused = absent("RuntimeError: CUDA error: out of memory")
     assert found.h2d_pinned_bytes_per_s == refused
@@ -424,10 +453,10 @@ def test_refused_pinning_leaves_the_pageable_figures(fake_cuda: OnTheHost) -> No
 def test_a_copy_that_changes_data_is_not_measured(
     fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link._Buffers, "down", lambda self: None)
-    found = probe_machine(seconds=0.0).link
+    monkeypatch.setattr(buffers.Buffers, "down", lambda self: None)
+    found = probe_machine(seconds=0.0, depth="brief").link
     assert found is not None
-    assert found.h2d_pinned_bytes_per_s.method.endswith("a copy to the GPU and back changed the data")
+    assert found.h2d_pinned_bytes_per_s.method.endswith("a copy (d2h, 4194304 bytes) changed the data")
 
 
 @pytest.mark.parametrize("name", ["copy_bytes_per_s", "matmul_flops"])
@@ -440,7 +469,7 @@ def test_one_failing_gpu_measurement(
     monkeypatch.setattr(gpu, name, fail)
     failed = {
         field
-        for field, figure in gpu_figures(probe_machine(seconds=0.0)).items()
+        for field, figure in gpu_figures(probe_machine(seconds=0.0, depth="brief")).items()
         if figure == absent("OutOfMemoryError: CUDA out of memory")
     }
     assert (
@@ -457,11 +486,99 @@ def test_a_gpu_that_refuses_to_start(fake_cuda: OnTheHost, monkeypatch: pytest.M
         raise RuntimeError("CUDA error: device is busy")
 
     monkeypatch.setattr(torch.cuda, "device", refuse)
-    machine = probe_machine(seconds=0.0)
+    machine = probe_machine(seconds=0.0, depth="brief")
     assert machine.gpu is None
     assert machine.link is None
     assert machine.gpu_absent_reason == "RuntimeError: CUDA error: device is busy"
     check_measured(machine.cpu.matmul_fp32_flops)
+
+
+SWEEPS = [("h2d", "pinned"), ("d2h", "pinned"), ("h2d", "pageable"), ("d2h", "pageable")]
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """Answers of the throw-away process, which needs a GPU; the arguments of its calls."""
+    calls: list[dict[str, float]] = []
+    pinned: dict[str, Any] = {
+        "pinned_bytes": 30 * MIB, "step_bytes": 10 * MIB, "steps_s": [0.5, 1.0, 2.0], "refused": True,
+        "stopped": "RuntimeError: CUDA error",
+    }  # fmt: skip
+
+    def child(limit_s: float, **arguments: float) -> tuple[dict[str, Any], str]:
+        calls.append(arguments)
+        vram = {"usable_bytes": 47 * MIB, "context_bytes": 3 * MIB} if arguments["vram"] else {}
+        return {**vram, **pinned}, ""
+
+    monkeypatch.setattr(more, "throw_away", child)
+    monkeypatch.setattr(nvml.NvmlDevice, "other_processes", lambda self: ())
+    return calls
+
+
+def test_a_default_probe_takes_the_rest_too(
+    fake_cuda: OnTheHost, children: list[dict[str, float]], tmp_path: Path
+) -> None:
+    told: list[tuple[int, int]] = []
+    machine = probe_machine(
+        lambda what, done, total: told.append((done, total)), seconds=0.0, folder=tmp_path
+    )
+    assert machine.depth == "default"
+    assert machine.gpu is not None
+    assert machine.link is not None
+    assert machine.disk is not None
+    for figure in (
+        machine.gpu.usable_bytes, machine.gpu.context_bytes, machine.gpu.matmul_tf32_flops,
+        machine.gpu.matmul_burst_flops, machine.gpu.matmul_sustained_flops, machine.gpu.load_power_w,
+        machine.gpu.load_energy_w, machine.gpu.noise_elements_per_s, machine.gpu.launch_s,
+        machine.gpu.matmul_during_copies_flops, machine.link.h2d_during_adam_bytes_per_s,
+        machine.link.d2h_during_adam_bytes_per_s, machine.link.h2d_during_matmul_bytes_per_s,
+        machine.link.d2h_during_matmul_bytes_per_s, machine.cpu.adam_during_copies_elements_per_s,
+        machine.cpu.adam_bandwidth_share, machine.memory.triad_bytes_per_s, machine.memory.pinned_bytes,
+        machine.memory.pin_bytes_per_s,
+    ):  # fmt: skip
+        check_measured(figure)
+    assert machine.memory.pinned_refused is True
+    assert machine.memory.pin_bytes_per_s.value == 10 * MIB
+    assert children[0]["most_bytes"] == 32 * MIB, "half of what is available"
+    assert machine.link.h2d_nvbandwidth_bytes_per_s.method == "nvbandwidth is not on the PATH"
+    assert machine.link.replays == 1
+    assert machine.gpu.ecc_enabled is True
+    assert machine.gpu.persistence_enabled is None, "this NVML does not tell"
+    assert [(one.direction, one.host_memory) for one in machine.link.sweeps] == SWEEPS
+    for one in machine.link.sweeps:
+        check_measured(one.bytes_per_s)
+        assert [point.num_bytes for point in one.points] == [4**power * 4096 for power in range(6)]
+    assert told == sorted(told)
+    assert [done for done, total in told if done == total] == [told[-1][1]], "the count is right"
+    assert all(made() is None for made in fake_cuda.made), "every buffer is freed"
+    path = tmp_path / "machine.json"
+    save_machine(machine, path)
+    assert load_machine(path) == machine
+
+
+def test_beside_other_processes_memory_is_not_taken(
+    fake_cuda: OnTheHost,
+    children: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(nvml.NvmlDevice, "other_processes", lambda self: (7, 9))
+    machine = probe_machine(seconds=0.0, folder=tmp_path)
+    assert machine.gpu is not None
+    assert "2 other processes use the GPU" in machine.gpu.usable_bytes.method
+    assert "2 other processes" in machine.gpu.context_bytes.method
+    assert machine.memory.pinned_bytes.value == 30 * MIB
+    assert [call["vram"] for call in children] == [False]
+
+
+def test_each_gpu_alone_and_together(fake_cuda: OnTheHost) -> None:
+    meter = Meter(seconds_each=0.0, total=1, progress=lambda *message: None)
+    found = several.each_gpu(meter, 2, memory_bytes=16 * MIB)
+    assert [gpu.index for gpu in found] == [0, 1]
+    for gpu_link in found:
+        check_measured(gpu_link.h2d_bytes_per_s)
+        check_measured(gpu_link.d2h_together_bytes_per_s)
+        assert "4 MiB, pinned, all 2 GPUs" in gpu_link.d2h_together_bytes_per_s.method
 
 
 # --- a real GPU
@@ -470,7 +587,7 @@ def test_a_gpu_that_refuses_to_start(fake_cuda: OnTheHost, monkeypatch: pytest.M
 @pytest.mark.gpu
 def test_a_real_gpu(tmp_path: Path) -> None:
     before = torch.cuda.memory_reserved()
-    machine = probe_machine()
+    machine = probe_machine(folder=tmp_path)
     for figure in gpu_figures(machine).values():
         check_measured(figure)
     found = machine.link
@@ -484,6 +601,30 @@ def test_a_real_gpu(tmp_path: Path) -> None:
         assert both_ways.value is not None
         assert both_ways.value <= 1.1 * one_way.value
     assert found.generation_loaded is None or found.generation_loaded >= 1
+    assert [(one.direction, one.host_memory) for one in found.sweeps] == SWEEPS
+    for one in found.sweeps:
+        check_measured(one.bytes_per_s)
+        assert one.latency_s.value is not None
+        assert one.latency_s.value < 1e-3
+    assert machine.gpu is not None
+    for figure in (
+        machine.gpu.usable_bytes,
+        machine.gpu.launch_s,
+        machine.gpu.noise_elements_per_s,
+        machine.gpu.matmul_sustained_flops,
+        machine.gpu.matmul_during_copies_flops,
+        machine.memory.pinned_bytes,
+        found.h2d_during_adam_bytes_per_s,
+        found.d2h_during_matmul_bytes_per_s,
+        machine.cpu.adam_during_copies_elements_per_s,
+    ):
+        if figure.origin == "absent":
+            assert "other processes" in figure.method, figure.method
+        else:
+            check_measured(figure)
+    assert machine.gpu.usable_bytes.value is None or machine.gpu.usable_bytes.value <= machine.gpu.total_bytes
+    assert machine.gpu.readings
+    assert machine.duration_s is not None
     assert torch.cuda.memory_reserved() <= before
     path = tmp_path / "machine.json"
     save_machine(machine, path)

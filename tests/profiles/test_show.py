@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from tiny_machine import figure, make_machine
 
-from profiles.machine import Figure, Machine, absent
+from profiles.machine import CopySweep, Figure, GpuReading, Machine, absent
 from profiles.show import figure_cells, link_text, machine_table
 from profiles.units import format_rate
 
@@ -49,6 +50,44 @@ def test_a_machine_without_a_gpu() -> None:
     assert "Driver Not Loaded" in row(text, "GPU  ")
     assert "none" in row(text, "GPU  ")
     assert "link" not in text
+
+
+def test_what_a_probe_never_took_is_no_row_and_what_failed_is_one() -> None:
+    plain = shown(make_machine(), 160)
+    assert "beside AdamW" not in plain
+    assert "disk" not in plain
+    machine = make_machine()
+    assert machine.link is not None
+    assert machine.gpu is not None
+    fitted = CopySweep(
+        direction="d2h", host_memory="pinned", latency_s=figure(8e-6), bytes_per_s=absent("changed the data")
+    )
+    reading = GpuReading(
+        what="", sm_clock_hz=1.5e9, memory_clock_hz=None, temperature_c=None, power_w=None,
+        throttled=("sw_power_cap",), other_processes=0,
+    )  # fmt: skip
+    text = shown(
+        replace(
+            machine,
+            gpu=replace(
+                machine.gpu, usable_bytes=figure(20 * 2**30), readings=(reading,), launch_s=figure(4e-6),
+                matmul_bf16_flops=replace(figure(1e14), disturbance="throttled: sw_power_cap"),
+            ),
+            link=replace(machine.link, sweeps=(fitted,), replays=2, generation_idle=1, width_idle=8),
+            memory=replace(machine.memory, pinned_bytes=figure(2**30), pinned_refused=True),
+            disk_absent_reason="no such folder", depth="full", duration_s=200.0,
+        ),
+        200,
+    )  # fmt: skip
+    assert "20.0 GiB" in row(text, "GPU memory, one process")
+    assert "8.00 us" in row(text, "GPU to host, pinned, latency")
+    assert "(changed the data)" in row(text, "GPU to host, pinned, fitted")
+    assert "disturbed: throttled: sw_power_cap" in row(text, "GPU matrix product bf16")
+    assert "held down by sw_power_cap" in row(text, "GPU clock under load")
+    assert "PCIe 1 x8 at rest" in row(text, "link under load")
+    assert "1.00 GiB" in row(text, "pinned by one process, the driver refused more")
+    assert "no such folder" in row(text, "disk")
+    assert "(full, 3.33 min)" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import UserError
-from harness.result import EndState, Run
+from engines.base import LinkRates, UserError
+from harness.result import Emulation, EndState, Run
 from reports.criteria import (
     ANY_OFFLOAD,
     METRICS,
@@ -328,3 +328,22 @@ def test_exit_codes() -> None:
     assert exit_code(conditional, parse_fail_on("no-go")) == 0
     with pytest.raises(UserError, match="choose from: no-go, conditional, inconclusive"):
         parse_fail_on("nogo")
+
+
+def test_what_an_emulation_did_not_hold_is_said() -> None:
+    rates = LinkRates(h2d_bytes_per_s=24e9, d2h_bytes_per_s=24e9)
+    whole = Emulation(
+        vram_bytes=24 * 10**9, threads=8, rates=rates, link="emulated", threads_held=8, rates_held=rates
+    )
+    like = make_environment(emulated="rtx-4090")
+    held = replace(make_run("zo2", environment=like), emulation=whole)
+    foreign = replace(
+        make_run("torchao-offload", environment=like),
+        emulation=replace(whole, link="not emulated", rates_held=None),
+    )
+    few = replace(held, emulation=replace(whole, threads_held=2))
+    asked = criteria(criterion())
+    assert "emulated machine (rtx-4090)" in warnings_of([held], asked)
+    assert "Not held" not in warnings_of([held], asked)
+    assert "Not held to it: torchao-offload: link not emulated" in warnings_of([held, foreign], asked)
+    assert "zo2: 2 CPU threads instead of 8" in warnings_of([few], asked)

@@ -1,0 +1,32 @@
+"""Machines by name: the profiles that come with the program, and files. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+from engines.base import UserError
+from profiles.machine import Machine, load_machine
+
+FOLDER = Path(__file__).parent / "machines"
+
+
+@cache
+def machine_names() -> tuple[str, ...]:
+    """Of the profiles that come with the program, sorted."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
+def find_profile(profile: Path) -> Machine:
+    """The machine of that name, else of that file; a file with the name of a machine is written `./NAME`.
+
+    Raises `UserError` if it is neither.
+    """
+    if str(profile) in machine_names() and profile.name == str(profile):
+        return load_machine(FOLDER / f"{profile}.json")
+    if profile.suffix == ".json" or len(profile.parts) > 1 or profile.exists():
+        return load_machine(profile)
+    near = difflib.get_close_matches(str(profile), machine_names(), n=1)
+    remedy = f"did you mean '{near[0]}'?" if near else "name a file, or one that 'lspzo-bench profiles' lists"
+    raise UserError(f"profile '{profile}'", "there is no machine of that name", remedy)
