@@ -75,6 +75,7 @@ from engines.core_pipeline import (
     PieceUpdate,
     StepShare,
     adam_threads,
+    leave_threads_to_adam,
     update_piece,
 )
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, core_size, forms_gradient
@@ -250,6 +251,7 @@ class Lsp:
         self._total_on_host = self._small_host_tensor()
         if self.settings.offload:
             largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
+            leave_threads_to_adam()
             self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._timeline)
         prepare_training(self.model, self.context, recompute=False)
         self._trained = TrainedBlocks(

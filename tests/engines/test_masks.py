@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,19 +134,25 @@ def host_waits_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def allowed(pair: LossPair, count: int, step: int) -> tuple[float, float]:
         steps.append(step)
-        torch.cuda.set_sync_debug_mode("default")
+        _debug_waits("default")
         try:
             return read(pair, count, step)
         finally:
-            torch.cuda.set_sync_debug_mode("error")
+            _debug_waits("error")
 
     with monkeypatch.context() as patch:
         patch.setattr(LossPair, "read", allowed)
-        torch.cuda.set_sync_debug_mode("error")
+        _debug_waits("error")
         try:
             yield steps
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            _debug_waits("default")
+
+
+def _debug_waits(mode: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.gpu
