@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -148,7 +149,7 @@ def update_piece(state: PieceState, share: StepShare, settings: AdamWSettings) -
 
 
 class CorePipeline:
-    """A thread that updates pieces, and the stream that applies them.
+    """A thread that updates pieces, one that sends them back, and the stream that applies them.
 
     Jobs are lists of pieces: a list's downloads are awaited together, then all are updated, then all are
     uploaded. Among the jobs whose downloads have ended, the one with the earliest deadline is next; if none
@@ -182,8 +183,13 @@ class CorePipeline:
         self._error: BaseException | None = None
         self._is_closed = False
         self._busy_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="lsp-core-adam", daemon=True)
-        self._thread.start()
+        self._updated: queue.SimpleQueue[PieceUpdate | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name="lsp-core-adam", daemon=True),
+            threading.Thread(target=self._return, name="lsp-core-return", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, updates: Sequence[PieceUpdate]) -> None:
         """Take a job whose downloads are enqueued. Does not wait."""
@@ -224,22 +230,32 @@ class CorePipeline:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join(WAIT_LIMIT_S)
+        for thread in self._threads:
+            thread.join(WAIT_LIMIT_S)
 
     def _run(self) -> None:
         with adam_threads():
-            self._work()
+            while (job := self._take()) is not None:
+                try:
+                    if self._error is None:
+                        self._process(job)
+                except BaseException as error:  # it belongs to the thread that waits
+                    self._error = error
+                for update in job:
+                    self._updated.put(update)
+        self._updated.put(None)
 
-    def _work(self) -> None:
-        while (job := self._take()) is not None:
+    def _return(self) -> None:
+        """Upload and apply, in the order of the updates, while Adam goes on: starting a piece's kernels takes
+        the CPU up to a millisecond, half of what its Adam takes."""
+        while (update := self._updated.get()) is not None:
             try:
-                if self._error is None:
-                    self._process(job)
-            except BaseException as error:  # it belongs to the thread that waits
+                if self._error is None and not update.failed:
+                    self._bring_back(update)
+            except BaseException as error:
                 self._error = error
             finally:
-                for update in job:
-                    update.done.set()
+                update.done.set()
 
     def _take(self) -> list[PieceUpdate] | None:
         """The next job; `None` once closed and empty."""
@@ -266,11 +282,6 @@ class CorePipeline:
             self._busy_s += end_s - begin_s
         if self._timeline is not None:
             self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
-        for update in job:
-            if not update.failed:
-                self._bring_back(update)
-            if len(job) > 1:
-                update.done.set()
 
     def _bring_back(self, update: PieceUpdate) -> None:
         slot = next(self._turn) % len(self._slots)
