@@ -56,7 +56,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -389,19 +389,22 @@ class Lsp:
         assert self._trained is not None
         settings = self.settings
         rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
-        self._share = StepShare(step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm)
+        self._share = StepShare(
+            step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
+        )
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         self._begin_step()
         total = torch.zeros(1, device=self.device)
         forward_done = Event()
         self._mark("forward")
-        for index, loss in accumulate_gradients(self.model, batches, self.device):
-            total += loss
-            self._micro_batch = index
-            self._is_last_micro_batch = index == len(batches) - 1
-            if self._is_last_micro_batch:
-                self._loss_on_host.copy_(total, non_blocking=True)
-                forward_done = self.link.record()
+        with _without_cache(self.model):
+            for index, loss in accumulate_gradients(self.model, batches, self.device):
+                total += loss
+                self._micro_batch = index
+                self._is_last_micro_batch = index == len(batches) - 1
+                if self._is_last_micro_batch:
+                    self._loss_on_host.copy_(total, non_blocking=True)
+                    forward_done = self.link.record()
         self.calibrates = False
         self._mark("optimizer")
         self._finish_backward()
@@ -499,7 +502,7 @@ class Lsp:
 
     @property
     def _sends_at_once(self) -> bool:
-        return self.settings.schedule_order == "layerwise" and self.settings.max_grad_norm is None
+        return self.settings.schedule_order == "layerwise" and self.settings.max_grad_norm == 0
 
     def _finish_backward(self) -> None:
         """What is left of the step once backward has been enqueued."""
@@ -511,7 +514,7 @@ class Lsp:
         outer = [] if self._outer is None else [p for p in self._outer_parameters() if p.grad is not None]
         gradients = [parameter.grad for parameter in outer if parameter.grad is not None]
         torch.sum(self._squared_norms, 0, keepdim=True, out=self._squared_total)
-        if self.settings.max_grad_norm is not None:
+        if self.settings.max_grad_norm > 0:
             self._clip(gradients, self.settings.max_grad_norm)
         updates = [update for block in self._blocks for update in block.pending]
         if self._pipeline is None:
@@ -793,6 +796,21 @@ class Lsp:
         if self._slab is not None:
             self._slab.close()
             self._slab = None
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache, also in a model whose forward has no word for it: a block that is run again would
+    add to it a second time."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
 
 
 def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:

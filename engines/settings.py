@@ -79,9 +79,9 @@ class LspSettings(AdamWSettings):
     """Weight of the regulariser ||P||_F + ||Q||_F."""
     learn_timeout_s: float = 60.0
     """Most time spent on finding projectors in one round of checks, all matrices together."""
-    max_grad_norm: float | None = None
-    """Clip the gradient to this norm: that of all compressed gradients and those outside the subspaces. The
-    CPU's updates then begin when backward has ended."""
+    max_grad_norm: float = 0.0
+    """Clip the gradient to this norm; 0: not at all. It is that of all compressed gradients and those outside
+    the subspaces together. The CPU's updates then begin when backward has ended."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How updates reach bf16 weights; `nearest` loses those below half a unit in the last place."""
     graphs: bool = True
@@ -103,7 +103,7 @@ class LspSettings(AdamWSettings):
         _require(self.learn_rate > 0, "learn_rate", "must be positive")
         _require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         _require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
-        _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "must be positive")
+        _require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

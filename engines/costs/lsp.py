@@ -87,7 +87,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
-    at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm is None
+    at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm == 0
     offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
     return Traffic(
         layers=tuple(layers),

@@ -184,8 +184,8 @@ class TestTwin:
             assert_same(train(engine, batches), expected)
 
     @pytest.mark.parametrize("order", ["layerwise", "sequential"])
-    @pytest.mark.parametrize("clip", [None, 0.5])
-    def test_equal_in_bf16_with_accumulation(self, order: str, clip: float | None, both_ways: bool) -> None:
+    @pytest.mark.parametrize("clip", [0.0, 0.5])
+    def test_equal_in_bf16_with_accumulation(self, order: str, clip: float, both_ways: bool) -> None:
         batches, ctx = tiny_batches(20, "qwen2"), context("bf16", accumulation=2)
         with running("qwen2", ctx=ctx, offload=False, max_grad_norm=clip) as twin:
             expected = train(twin, batches, per_step=2)
