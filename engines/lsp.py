@@ -19,8 +19,8 @@ pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d
 
 Never stale: an update of step t is applied before its block's next forward pass, and `evaluate`, `weights`
 and `save` apply what is left. A core that is not finite changes neither weights nor moments of its block, nor
-of those that backward reaches after it; blocks before it in backward have been updated by then. It is found
-on the CPU, so nothing waits for it, and the next step raises; a loss that is not finite raises at once.
+of those that backward reaches after it; blocks before it in backward may have been updated by then. It is
+found on the CPU, so nothing waits for it, and the next step raises; a loss that is not finite raises at once.
 
 Schedules. `layerwise`: a block goes through 2 to 5 on its own while backward runs on, and of the cores that
 have arrived the CPU takes those whose block is needed first (`engines.core_pipeline`). `sequential`:

@@ -627,7 +627,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("order", ["layerwise", "sequential"])
     def test_a_core_that_is_not_finite_is_told_a_step_late_and_changes_nothing(self, order: str) -> None:
-        """Its own block, block 0, is the last in backward. Block 1 has been updated by then."""
+        """Its own block, block 0, is the last in backward. Block 1 may have been updated by then, whole."""
         with running("opt", schedule_order=order) as engine:
             batches = tiny_batches(3, "opt")
             engine.step(batches[:1])
@@ -641,12 +641,14 @@ class TestFaults:
                 engine.step(batches[2:])
             after = {name: tensor.detach() for name, tensor in engine.model.named_parameters()}
             own = {each.name: each.block for each in subspaces(engine)}
+            first, second = states(engine)
+            assert (first.deadline, second.deadline) == (0, 1)
+            went_on = second.updates == moments[1][1] + 1
+            assert went_on or second.updates == moments[1][1]
             for name, tensor in before.items():
-                if own.get(name) != 1:
-                    assert torch.equal(after[name], tensor), name
-            for state, (moment, updates) in zip(states(engine), moments, strict=True):
-                assert torch.equal(state.moment, moment) is (state.deadline == 0)
-                assert state.updates == (updates if state.deadline == 0 else updates + 1)
+                assert torch.equal(after[name], tensor) is not (went_on and own.get(name) == 1), name
+            assert (first.updates, torch.equal(first.moment, moments[0][0])) == (moments[0][1], True)
+            assert torch.equal(second.moment, moments[1][0]) is not went_on
 
     def test_a_loss_that_is_not_finite_is_told_at_once_and_changes_nothing(self) -> None:
         with running("opt") as engine:
