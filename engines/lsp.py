@@ -57,7 +57,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,7 +78,8 @@ from engines.core_pipeline import (
     leave_threads_to_adam,
     update_piece,
 )
-from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, core_size, forms_gradient
+from engines.cores import CoreBlock, CoreMatrix, Cores, checkpoint_tensors
+from engines.costs.lsp import core_size
 from engines.noise import has_triton
 from engines.optim import (
     accumulate_gradients,
@@ -95,14 +96,14 @@ from engines.optim import (
     set_learning_rate,
     weights_dtype,
 )
-from engines.projector import BlockProjector, Projector, compress, decompress, transport_moments
+from engines.projector import BlockProjector, Projector, decompress, transport_moments
 from engines.recompute import TrainedBlocks, draws_random_numbers
 from engines.rounding import updated
 from engines.schedule import learning_rate_at
 from engines.settings import LspSettings
 from engines.subspace import Check, Round, Subspace, block_matrices, derived_seed, draw_pair
 from engines.timeline import Timeline
-from engines.transfer import ComputeClock, Event, HostSlab, Link, now_s
+from engines.transfer import ComputeClock, Event, Link, now_s
 
 
 class Treatment(NamedTuple):
@@ -113,93 +114,6 @@ class Treatment(NamedTuple):
     d: int | None
     """Size of its subspace and nonzeros per projector row; `None` outside a subspace."""
     r: int | None
-
-
-@dataclass(kw_only=True, eq=False)
-class _Matrix:
-    """A weight matrix in its subspace, and where its core lies. An `engines.compressed_linear.Collector`."""
-
-    engine: Lsp
-    subspace: Subspace
-    forms_gradient: bool
-    """G is formed and compressed, which costs less than compressing its factors."""
-    core: Tensor
-    """(d, d) on the GPU, in its block's slot: the compressed gradient, of the weights' dtype."""
-    sum: Tensor | None
-    """(d, d) fp32: the sum over micro-batches, if there are several."""
-    offset: int
-    """Of its core, in elements, in its piece."""
-    is_collected: bool = False
-    """The core holds gradient of the backward pass under way."""
-
-    def keep(self, x: Tensor) -> Tensor:
-        if self.forms_gradient or self.engine.calibrates:
-            return x
-        subspace = self.subspace
-        return (subspace.left if subspace.inputs_are_rows else subspace.right).project(x)
-
-    @torch.no_grad()
-    def collect(self, kept: Tensor, gradient: Tensor) -> None:
-        """S = (dY P)^T (X Q), or with the sides swapped where W^T is stored."""
-        subspace = self.subspace
-        whole = self.forms_gradient or self.engine.calibrates
-        if not whole:
-            gradient = (subspace.right if subspace.inputs_are_rows else subspace.left).project(gradient)
-        above, across = (kept, gradient) if subspace.inputs_are_rows else (gradient, kept)
-        if whole:
-            formed = above.T @ across
-            if self.engine.calibrates:
-                self.engine.check(self, formed)
-            self._take(compress(formed, subspace.left, subspace.right))
-        elif self.sum is not None and above.is_cuda and above.dtype != torch.float32:
-            self._take(torch.ops.aten.mm.dtype(above.T, across, torch.float32))
-        elif self.sum is None and not self.is_collected:
-            torch.mm(above.T, across, out=self.core)
-            self.is_collected = True
-        else:
-            self._take(above.T @ across)
-
-    def _take(self, core: Tensor) -> None:
-        if self.sum is not None:
-            self.sum.add_(core)
-        elif self.is_collected:
-            self.core.add_(core)
-        else:
-            self.core.copy_(core)
-        self.is_collected = True
-
-    def finish(self) -> None:
-        """The backward pass of the block is over."""
-        if self.sum is not None:
-            self.core.copy_(self.sum)
-        elif not self.is_collected:
-            self.core.zero_()
-
-
-@dataclass(kw_only=True, eq=False)
-class _Piece:
-    """Matrices whose cores travel together."""
-
-    state: PieceState
-    matrices: list[_Matrix]
-    core: Tensor
-    """(elements,) on the GPU, in its block's slot."""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Block:
-    pieces: list[_Piece]
-    core: Tensor
-    """(elements,) on the GPU: all its cores."""
-    squared_norm: Tensor
-    """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
-    has_gradient: bool = False
-    """It has gradient of this step that has not been submitted."""
-    pending: list[PieceUpdate] = field(default_factory=list)
-
-    @property
-    def matrices(self) -> list[_Matrix]:
-        return [matrix for piece in self.pieces for matrix in piece.matrices]
 
 
 class Lsp:
@@ -218,8 +132,8 @@ class Lsp:
         """The backward pass under way tests the bias of every matrix."""
         self._clock = now_s
         self._compute = ComputeClock(self.device, self._timeline)
-        self._blocks: list[_Block] = []
-        self._slab: HostSlab | None = None
+        self._cores: Cores | None = None
+        self._blocks: list[CoreBlock] = []
         self._pipeline: CorePipeline | None = None
         self._trained: TrainedBlocks | None = None
 
@@ -240,7 +154,16 @@ class Lsp:
         self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
         self._names = parameter_names(self.model)
         subspaces = self._draw_all()
-        self._make_blocks(subspaces)
+        self._cores = Cores(
+            subspaces,
+            self,
+            dtype=self._dtype,
+            device=self.device,
+            workload=self.context.workload,
+            offload=self.settings.offload,
+            progress=self.context.progress,
+        )
+        self._blocks = self._cores.blocks
         self._make_outer_optimizer(subspaces)
         for block in self._blocks:
             for matrix in block.matrices:
@@ -281,68 +204,6 @@ class Lsp:
             self.context.progress("drawing projectors", done + 1, len(chosen))
         return list(by_block.values())
 
-    def _make_blocks(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
-        """Memory of all cores, on both sides.
-
-        Blocks take turns on `CORE_SLOTS` slots of GPU memory. The twin keeps every block's core until the end
-        of backward.
-        """
-        sizes = [sum(each.d**2 for each in members) for members in subspaces]
-        element = self._dtype.itemsize
-        head_bytes = -(-4 * len(sizes) // 64) * 64
-        self._slab = HostSlab(
-            head_bytes + element * sum(sizes),
-            self.device if self.settings.offload else torch.device("cpu"),
-            self.context.progress,
-        )
-        norms_on_host = self._slab.view(0, (len(sizes),), torch.float32)
-        self._squared_norms = torch.zeros(len(sizes), device=self.device)
-        offload = self.settings.offload
-        slots = [
-            torch.empty(max(sizes), dtype=self._dtype, device=self.device)
-            for _ in range(min(len(sizes), CORE_SLOTS) if offload else len(sizes))
-        ]
-        self._slot_free = [Event() for _ in slots]
-        offset_bytes = head_bytes
-        for index, members in enumerate(subspaces):
-            core = slots[index % len(slots)][: sizes[index]]
-            pieces: list[_Piece] = []
-            first = 0
-            for group in _grouped(members):
-                count = sum(each.d**2 for each in group)
-                state = PieceState(
-                    deadline=index,
-                    wire=self._slab.view(offset_bytes, (count,), self._dtype),
-                    moment=torch.zeros(count),
-                    variance=torch.zeros(count),
-                    squared_norm=norms_on_host[index : index + 1],
-                )
-                part = core[first : first + count]
-                pieces.append(_Piece(state=state, matrices=self._matrices(group, part), core=part))
-                first += count
-                offset_bytes += element * count
-            norm = self._squared_norms[index : index + 1]
-            self._blocks.append(_Block(pieces=pieces, core=core, squared_norm=norm))
-        self._by_index = {members[0].block: place for place, members in enumerate(subspaces)}
-
-    def _matrices(self, subspaces: Sequence[Subspace], core: Tensor) -> list[_Matrix]:
-        offset, found = 0, []
-        workload = self.context.workload
-        for each in subspaces:
-            d = each.d
-            found.append(
-                _Matrix(
-                    engine=self,
-                    subspace=each,
-                    forms_gradient=forms_gradient(each.left.rows, each.right.rows, d, workload),
-                    core=core[offset : offset + d * d].view(d, d),
-                    sum=torch.zeros(d, d, device=self.device) if workload.accumulation > 1 else None,
-                    offset=offset,
-                )
-            )
-            offset += d * d
-        return found
-
     def _make_outer_optimizer(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
         own = {each.weight for members in subspaces for each in members}
         outer = [parameter for parameter in self.model.parameters() if parameter not in own]
@@ -355,7 +216,7 @@ class Lsp:
 
     def treatment(self) -> list[Treatment]:
         """How each parameter is trained, in the model's order, each once."""
-        own = {matrix.subspace.name: matrix.subspace for matrix in self._all_matrices()}
+        own = {matrix.subspace.name: matrix.subspace for matrix in self._matrices()}
         other: Literal["adamw", "frozen"] = "adamw" if self.settings.train_outer else "frozen"
         return [
             Treatment(name, "subspace", own[name].d, own[name].left.r)
@@ -366,16 +227,20 @@ class Lsp:
 
     def checks(self) -> dict[str, list[Check]]:
         """Every bias check so far, by matrix."""
-        return {each.subspace.name: list(each.subspace.checks) for each in self._all_matrices()}
+        return {each.subspace.name: list(each.subspace.checks) for each in self._matrices()}
 
-    def _all_matrices(self) -> list[_Matrix]:
-        return [matrix for block in self._blocks for matrix in block.matrices]
+    @property
+    def _laid_out(self) -> Cores:
+        assert self._cores is not None, "setup comes first"
+        return self._cores
+
+    def _matrices(self) -> list[CoreMatrix]:
+        return [] if self._cores is None else self._cores.matrices
 
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for the cores; 0 on a CPU device and for the twin."""
-        pinned = self._slab is not None and self._slab.pinned and self.settings.offload
-        return self._slab.num_bytes if self._slab is not None and pinned else 0
+        return 0 if self._cores is None or not self.settings.offload else self._cores.pinned_bytes
 
     # --- one step -------------------------------------------------------------------------------------
 
@@ -431,7 +296,7 @@ class Lsp:
             )
         self._trained.uses_graphs = not self.calibrates
         self._trained.begin()
-        self._squared_norms.zero_()
+        self._laid_out.squared_norms.zero_()
         for block in self._blocks:
             block.has_gradient = False
             for matrix in block.matrices:
@@ -440,7 +305,7 @@ class Lsp:
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: apply what the last step left for it."""
-        place = self._by_index.get(index)
+        place = self._laid_out.place.get(index)
         if place is not None:
             self._settle(self._blocks[place : place + 1])
         if torch.is_grad_enabled():
@@ -448,18 +313,19 @@ class Lsp:
 
     def before_backward(self, index: int) -> None:
         self._mark(f"backward {index}")
-        place = self._by_index.get(index)
+        place = self._laid_out.place.get(index)
         if place is None:
             return
         # HAZARD: the block that last had this slot must have left it.
-        self.link.wait(self._slot_free[place % len(self._slot_free)])
+        slot_free = self._laid_out.slot_free
+        self.link.wait(slot_free[place % len(slot_free)])
         for matrix in self._blocks[place].matrices:
             matrix.is_collected = False
 
     @torch.no_grad()
     def finish(self, index: int) -> None:
         """All gradients of a block have been collected. May be part of a CUDA graph."""
-        place = self._by_index.get(index)
+        place = self._laid_out.place.get(index)
         if place is None:
             return
         block = self._blocks[place]
@@ -469,7 +335,7 @@ class Lsp:
         block.squared_norm.copy_(norm.square())
 
     def after_backward(self, index: int) -> None:
-        place = self._by_index.get(index)
+        place = self._laid_out.place.get(index)
         if place is None:
             return
         block = self._blocks[place]
@@ -498,7 +364,8 @@ class Lsp:
             update.downloaded = self.link.download(piece.core, piece.state.wire, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
-        self._slot_free[place % len(self._slot_free)] = block.pending[-1].downloaded
+        slot_free = self._laid_out.slot_free
+        slot_free[place % len(slot_free)] = block.pending[-1].downloaded
 
     @property
     def _sends_at_once(self) -> bool:
@@ -513,7 +380,7 @@ class Lsp:
                 self._send(place)
         outer = [] if self._outer is None else [p for p in self._outer_parameters() if p.grad is not None]
         gradients = [parameter.grad for parameter in outer if parameter.grad is not None]
-        torch.sum(self._squared_norms, 0, keepdim=True, out=self._squared_total)
+        torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(gradients, self.settings.max_grad_norm)
         updates = [update for block in self._blocks for update in block.pending]
@@ -570,7 +437,7 @@ class Lsp:
                 update.apply(update.state.wire.to(self.device), update.share)
 
     @torch.no_grad()
-    def _apply(self, matrices: Sequence[_Matrix], direction: Tensor, share: StepShare) -> None:
+    def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
         """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
         for matrix in matrices:
             subspace = matrix.subspace
@@ -597,7 +464,7 @@ class Lsp:
         delta = decompress(core, left, right)
         updated(weight, delta, share.learning_rate, decay, self.settings.rounding, key)
 
-    def _settle(self, blocks: Iterable[_Block]) -> None:
+    def _settle(self, blocks: Iterable[CoreBlock]) -> None:
         """Let the compute stream wait for pending updates."""
         for block in blocks:
             if not block.pending:
@@ -649,7 +516,7 @@ class Lsp:
 
     # --- subspaces ------------------------------------------------------------------------------------
 
-    def check(self, matrix: _Matrix, gradient: Tensor) -> None:
+    def check(self, matrix: CoreMatrix, gradient: Tensor) -> None:
         """Test the pair on this gradient (m, n); take a better one if it is wanting, and move the moments."""
         if matrix.is_collected or self._micro_batch > 0:
             return
@@ -661,11 +528,11 @@ class Lsp:
             self._transport(matrix, state, *found)
         matrix.subspace.assign(*found)
 
-    def _state_of(self, matrix: _Matrix) -> PieceState:
-        block = self._blocks[self._by_index[matrix.subspace.block]]
+    def _state_of(self, matrix: CoreMatrix) -> PieceState:
+        block = self._blocks[self._laid_out.place[matrix.subspace.block]]
         return next(piece.state for piece in block.pieces if matrix in piece.matrices)
 
-    def _transport(self, matrix: _Matrix, state: PieceState, left: Projector, right: Projector) -> None:
+    def _transport(self, matrix: CoreMatrix, state: PieceState, left: Projector, right: Projector) -> None:
         """Move Adam's moments to the new subspace, on the device.
 
         They are the worker's no more: this block's forward pass has waited for its last update.
@@ -731,8 +598,8 @@ class Lsp:
         if self._outer is not None:
             state |= adamw_state(self._outer, self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done, "matrices": {}}
-        for piece, matrix in self._placed():
-            for key, tensor in _tensors(piece, matrix).items():
+        for piece, matrix in self._laid_out.placed():
+            for key, tensor in checkpoint_tensors(piece, matrix).items():
                 state[f"{key}.{matrix.subspace.name}"] = tensor
             about["matrices"][matrix.subspace.name] = {
                 "updates": piece.state.updates,
@@ -744,9 +611,9 @@ class Lsp:
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
         tensors, about = load_checkpoint(folder, self.model, self.name)
-        for piece, matrix in self._placed():
+        for piece, matrix in self._laid_out.placed():
             name = matrix.subspace.name
-            for key, tensor in _tensors(piece, matrix).items():
+            for key, tensor in checkpoint_tensors(piece, matrix).items():
                 found = tensors.get(f"{key}.{name}")
                 if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
                     raise UserError(
@@ -764,9 +631,6 @@ class Lsp:
             load_adamw_state(self._outer, self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
-
-    def _placed(self) -> list[tuple[_Piece, _Matrix]]:
-        return [(piece, m) for block in self._blocks for piece in block.pieces for m in piece.matrices]
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -786,16 +650,15 @@ class Lsp:
         if self._trained is not None:
             self._trained.close()
             self._trained = None
-        for matrix in self._all_matrices():
+        for matrix in self._matrices():
             restore(matrix.subspace.module)
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
         self.link.synchronize()
-        self._blocks.clear()
-        if self._slab is not None:
-            self._slab.close()
-            self._slab = None
+        if self._cores is not None:
+            self._cores.close()
+            self._cores = None
 
 
 @contextmanager
@@ -811,25 +674,3 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             config.use_cache = before
-
-
-def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
-    """Neighbours whose cores make up `PIECE_ELEMENTS` at most, or a single larger one."""
-    group: list[Subspace] = []
-    for each in subspaces:
-        if group and sum(member.d**2 for member in group) + each.d**2 > PIECE_ELEMENTS:
-            yield group
-            group = []
-        group.append(each)
-    yield group
-
-
-def _tensors(piece: _Piece, matrix: _Matrix) -> dict[str, Tensor]:
-    """What a checkpoint holds of a matrix."""
-    d = matrix.subspace.d
-    here = slice(matrix.offset, matrix.offset + d * d)
-    moments = {
-        "moment": piece.state.moment[here].view(d, d),
-        "variance": piece.state.variance[here].view(d, d),
-    }
-    return moments | matrix.subspace.tensors()

@@ -222,7 +222,9 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
             if update.weight_decay != 0.0:
                 _decay(z, current, update.weight_decay, pieces)
             moved = current - z.mul_(update.learning_rate)
-            current = moved.to(weight.dtype).float() if uniform is None else _dither(moved, uniform, weight)
+            current = (
+                moved.to(weight.dtype).float() if uniform is None else dither(moved, uniform, weight.dtype)
+            )
         if out.theta is not None:
             _scatter(current, out.theta, pieces)
         if perturbed:
@@ -374,14 +376,14 @@ def _other_radius(even: Tensor) -> Tensor:
     return torch.stack((high[1], low[1], high[0], low[0])).to(torch.int32)
 
 
-def _dither(value: Tensor, uniform: Tensor, like: Tensor) -> Tensor:
-    """fp32 `value` rounded stochastically to the dtype of `like`, as fp32; `uniform` has 16 bits.
+def dither(value: Tensor, uniform: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 `value` rounded stochastically to `dtype`, bf16 or fp16, as fp32; `uniform` (int32) has 16 bits.
 
     Adding random bits below the last place that stays, then cutting off, carries with the right probability.
     In fp16 a number below 2^-14 has the unit 2^-24 whatever its exponent: 2^-14 is added to it and taken off
     again, so that its unit is at the usual place.
     """
-    if like.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         bits = value.view(torch.int32) + uniform
         return bits.bitwise_and_(-0x10000).view(torch.float32)
     size = value.abs()

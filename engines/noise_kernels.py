@@ -111,7 +111,7 @@ def normals(counter, tensor, step, seed):
 
 @triton.jit
 def _rounded(value, uniform, like, MODE: tl.constexpr):
-    """fp32 rounded to the weights' dtype, as fp32: as `noise._dither`, line by line."""
+    """fp32 rounded to the weights' dtype, as fp32: as `noise.dither`, line by line."""
     if MODE == _NEAREST:
         return value.to(like).to(tl.float32)
     if MODE == _DITHER_BF16:

@@ -12,12 +12,10 @@ whose every output bit depends on every input bit. Torch operations and the Trit
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Rounding = Literal["stochastic", "nearest"]
+from engines.noise import Rounding, dither
 
 GOLDEN = 0x9E3779B1
 """Odd, near 2^32 over the golden ratio: neighbours' hashes start far apart."""
@@ -39,9 +37,8 @@ def updated(weight: Tensor, delta: Tensor, rate: float, decay: float, rounding: 
 def dithered(value: Tensor, key: int) -> Tensor:
     """fp32 `value` rounded stochastically to what bf16 can hold, as fp32."""
     element = torch.arange(value.numel(), device=value.device).view(value.shape)
-    bits = value.contiguous().view(torch.int32) + (random_words(element, key) >> 16).to(torch.int32)
-    # A carry out of the mantissa moves on to the next exponent, as it should.
-    return bits.bitwise_and_(-0x10000).view(torch.float32)
+    uniform = (random_words(element, key) >> 16).to(torch.int32)
+    return dither(value.contiguous(), uniform, torch.bfloat16)
 
 
 def random_words(element: Tensor, key: int) -> Tensor:

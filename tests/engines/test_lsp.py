@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engines import core_pipeline, lsp
+from engines import core_pipeline, cores
 from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
 from engines.core_pipeline import PieceState
 from engines.lsp import Lsp
@@ -65,7 +65,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def subspaces(engine: Lsp) -> list[Subspace]:
-    return [matrix.subspace for matrix in engine._all_matrices()]
+    return [matrix.subspace for matrix in engine._matrices()]
 
 
 def states(engine: Lsp) -> list[PieceState]:
@@ -80,7 +80,7 @@ def copied(projector: Projector) -> Projector:
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Tiny matrices cost less with their gradient formed; large ones the other way."""
     formed: bool = request.param
-    monkeypatch.setattr(lsp, "forms_gradient", lambda *_: formed)
+    monkeypatch.setattr(cores, "forms_gradient", lambda *_: formed)
     return formed
 
 
@@ -212,7 +212,7 @@ class TestTwin:
     def test_factors_projected_equal_the_gradient_compressed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         outcomes = []
         for formed in (True, False):
-            monkeypatch.setattr(lsp, "forms_gradient", lambda *_, formed=formed: formed)
+            monkeypatch.setattr(cores, "forms_gradient", lambda *_, formed=formed: formed)
             # eps: where a gradient is rounding error, Adam makes it a sign.
             with running("gpt2", adam_eps=1e-3) as engine:
                 outcomes.append(train(engine, tiny_batches(5, "gpt2")))
@@ -394,7 +394,7 @@ class TestOneStep:
                 assert all(each.weight.grad is None for each in subspaces(engine))
 
     def test_what_is_kept_for_backward_is_projected(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lsp, "forms_gradient", lambda *_: False)
+        monkeypatch.setattr(cores, "forms_gradient", lambda *_: False)
         kept: list[tuple[int, ...]] = []
 
         def note(tensor: Tensor) -> Tensor:
