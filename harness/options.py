@@ -82,6 +82,7 @@ Set = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
 
@@ -192,3 +193,29 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def engine_names(engines: str | None) -> list[str]:
+    from engines import ENGINES, entry
+
+    if engines is None:
+        return [name for name in ENGINES if name != "scripted"]
+    names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
+    for name in names:
+        entry(name)
+    if not names:
+        raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
+    return names
+
+
+def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Path:
+    """`out`, else a new folder below `out/`, so that one run's results never meet another's."""
+    if out is not None:
+        return out
+    if resume:
+        raise UserError("--resume", "does not say what to go on with", "name the folder with --out")
+    stem = f"{what}_{Path(model).name}"
+    number = 1
+    while (folder := Path("out") / f"{stem}_{number:03d}").exists():
+        number += 1
+    return folder
