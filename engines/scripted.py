@@ -115,6 +115,7 @@ class Scripted:
             accuracy=_at(self._settings.eval_accuracy, self._evaluations),
             num_labels=1,
         )
+        self._spend(_at(self._settings.eval_s, self._evaluations))
         self._evaluations += 1
         return evaluation
 

@@ -187,6 +187,8 @@ class ScriptedSettings:
     """Loss of each evaluation."""
     eval_accuracy: Script = (0.5,)
     """Accuracy of each evaluation."""
+    eval_s: Script = (0.0,)
+    """Time of each evaluation."""
     gpu_s: Script | None = None
     """Time that the GPU is busy in each step."""
     h2d_bytes: int = 0
@@ -214,7 +216,7 @@ class ScriptedSettings:
     ] = "crash"
 
     def __post_init__(self) -> None:
-        for name in ("step_s", "loss", "eval_loss", "eval_accuracy", "gpu_s"):
+        for name in ("step_s", "loss", "eval_loss", "eval_accuracy", "eval_s", "gpu_s"):
             _require(getattr(self, name) != (), name, "must not be empty")
         for name in ("setup_s", "drain_s", "h2d_bytes", "host_allocation_bytes", "num_children"):
             _require(getattr(self, name) >= 0, name, "must not be negative")

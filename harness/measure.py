@@ -47,6 +47,8 @@ class Recording:
     steps: list[tuple[Sample, StepStats | None]] = field(default_factory=list)
     setup_s: float | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
+    eval_s: list[float] = field(default_factory=list)
+    """Time of each evaluation."""
     energy_j: float | None = None
     """GPU board, per step."""
     pinned_bytes: int | None = None
@@ -79,6 +81,8 @@ class Recording:
             eval_loss_last=None if last is None else last.loss,
             eval_accuracy_first=None if first is None else first.accuracy,
             eval_accuracy_last=None if last is None else last.accuracy,
+            # Of the last: the first one loads kernels.
+            eval_s=self.eval_s[-1] if last is not None else None,
             setup_s=self.setup_s,
             pinned_bytes=self.pinned_bytes,
             energy_j=self.energy_j,
@@ -125,13 +129,20 @@ def measure(
     if blueprint is not None:
         blueprint.release()  # or the peak of host memory would hold a checkpoint that nobody reads any more
     recording.pinned_bytes = engine.pinned_bytes
-    evaluate = job.eval_batches > 0
-    if evaluate:
-        recording.evaluations.append(engine.evaluate(data.evaluation))
+    if job.eval_batches > 0:
+        _evaluate(engine, data, recording, clock)
     _run_steps(engine, data, job, recording, clock, energy_j, on_sample)
-    if evaluate:
-        recording.evaluations.append(engine.evaluate(data.evaluation))
+    if job.eval_batches > 0:
+        _evaluate(engine, data, recording, clock)
     recording.landed_share = _landed_share(engine)
+
+
+def _evaluate(engine: Engine, data: StepData, recording: Recording, clock: Callable[[], float]) -> None:
+    engine.synchronize()
+    started_s = clock()
+    recording.evaluations.append(engine.evaluate(data.evaluation))
+    engine.synchronize()
+    recording.eval_s.append(clock() - started_s)
 
 
 def _landed_share(engine: Engine) -> float | None:

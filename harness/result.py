@@ -56,6 +56,8 @@ class Summary:
     eval_loss_last: float | None = None
     eval_accuracy_first: float | None = None
     eval_accuracy_last: float | None = None
+    eval_s: float | None = None
+    """Time of the last evaluation, all its batches."""
     setup_s: float | None = None
     peak_gpu_allocated_bytes: int | None = None
     peak_gpu_reserved_bytes: int | None = None

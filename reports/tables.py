@@ -366,13 +366,17 @@ def _evaluation(rounds: Rounds) -> str:
                 typical(rounds, lambda run: run.summary.eval_accuracy_last)]  # fmt: skip
     losses = [typical(rounds, lambda run: run.summary.eval_loss_first),
               typical(rounds, lambda run: run.summary.eval_loss_last)]  # fmt: skip
-    return say(
+    found = say(
         "table.evaluation",
         accuracy=say(
             "table.first_to_last", first=_percent_fine(accuracy[0]), last=_percent_fine(accuracy[1])
         ),
         loss=say("table.first_to_last", first=loss(losses[0]), last=loss(losses[1])),
     )
+    time_s = typical(rounds, lambda run: run.summary.eval_s)
+    if time_s is None:
+        return found
+    return say("table.evaluation_in", evaluation=found, time=format_seconds(time_s))
 
 
 def _percent_fine(value: float | None) -> str:
