@@ -14,7 +14,7 @@ from typing import Literal
 
 from engines.base import LayerTraffic, Traffic, Workload
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
-from profiles.machine import Figure, Machine
+from profiles.machine import Figure, Gpu, Machine
 from profiles.plan import Prediction
 from profiles.units import format_elements, format_flops, format_rate
 
@@ -246,10 +246,24 @@ def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
         return f"CPU matrix product in {workload.dtype}", cpu[workload.dtype]
     gpu = {
         "fp32": machine.gpu.matmul_fp32_flops,
-        "bf16": machine.gpu.matmul_bf16_flops,
-        "fp16": machine.gpu.matmul_fp16_flops,
+        "bf16": _sustained(machine.gpu.matmul_bf16_flops, machine.gpu),
+        "fp16": _sustained(machine.gpu.matmul_fp16_flops, machine.gpu),
     }
     return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
+
+
+def _sustained(product: Figure, gpu: Gpu) -> Figure:
+    """What is left of a burst's rate under lasting load, which a training run is; as it was in bf16."""
+    sustained, burst = gpu.matmul_sustained_flops.value, gpu.matmul_bf16_flops.value
+    if product.value is None or not sustained or not burst or sustained >= burst:
+        return product
+    share = sustained / burst
+    return replace(
+        product,
+        value=product.value * share,
+        low=None if product.low is None else product.low * share,
+        high=None if product.high is None else product.high * share,
+    )
 
 
 def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Side) -> float:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from profiles import limits, nvml
 from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, Link, Machine
-from profiles.probe import adam, cpu, disk, gpu, link, memory, more
+from profiles.probe import adam, cpu, disk, gpu, link, memory, more, soak
 from profiles.probe.timing import Meter, Progress, clock_s, now, one_line
 from profiles.topology import processors
 
@@ -25,6 +25,9 @@ SECONDS_EACH: dict[Depth, float] = {"brief": 1.0, "default": 0.5, "full": 2.0}
 """Time for one measurement where the caller sets none."""
 LIMIT_S: dict[Depth, float] = {"brief": 50.0, "default": 54.0, "full": 280.0}
 """When nothing that can be done without is begun any more: the whole ends within 60 s, or five minutes."""
+
+BRIEF_SOAK_S = 1.0
+"""Predictions need the rate under lasting load; on an H200 it is reached after 0.2 s."""
 
 MEMORY_SHARE = 8
 MEMORY_BYTES_AT_MOST = 2 * 2**30
@@ -59,6 +62,7 @@ def probe_machine(
     count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
     if gpu_reason is None:
         count += gpu.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
+        count += soak.NUM_MEASUREMENTS if depth == "brief" else 0
     num_gpus = 0 if gpu_reason is not None else _num_gpus()
     if depth != "brief":
         count += more.count_host(host.memory_bytes, host.adam_threads(depth)) + more.count_gpu(num_gpus)
@@ -75,7 +79,7 @@ def probe_machine(
             if depth != "brief":
                 on_gpu, on_host = more.memory_limits(meter, full=depth == "full", root=root)
                 memory_found = replace(memory_found, **on_host)
-            gpu_found, link_found = _device(meter, root)
+            gpu_found, link_found = _device(meter, root, brief=depth == "brief")
             gpu_found = replace(gpu_found, **on_gpu)
         except Exception as error:  # the driver lets torch see a GPU and then refuses it
             gpu_reason = one_line(error)
@@ -179,7 +183,7 @@ def _host(meter: Meter, host: _Usable, depth: Depth) -> tuple[Cpu, HostMemory]:
     return cpu_found, memory_found
 
 
-def _device(meter: Meter, root: Path) -> tuple[Gpu, Link]:
+def _device(meter: Meter, root: Path, *, brief: bool) -> tuple[Gpu, Link]:
     import torch
 
     with torch.cuda.device(0):
@@ -189,6 +193,8 @@ def _device(meter: Meter, root: Path) -> tuple[Gpu, Link]:
         idle = device.link() if device else link.UNKNOWN_LINK
         replays = device.replays() if device else None
         gpu_found = gpu.probe_gpu(meter, 0, device)
+        if brief:  # the longer probes have it at their end, when all else is measured
+            gpu_found = replace(gpu_found, **soak.soak(meter, device, BRIEF_SOAK_S))
         # CUDA's start took some of the memory.
         memory_bytes = memory_budget(limits.host_memory(root))
         with more.near_gpu(device, root) as (bus, placement):

@@ -11,6 +11,7 @@ from profiles.probe.buffers import free
 from profiles.probe.timing import (
     Action,
     Meter,
+    burst_samples,
     cuda_samples,
     figure,
     host_samples,
@@ -114,7 +115,8 @@ def matmul_flops(dtype: str, seconds: float, watch: Action = lambda: None) -> Fi
     """FLOP/s of a square product of normally distributed matrices (zeros draw less power and run faster).
 
     `dtype` is fp32, tf32, bf16, fp16, fp8 or int8. fp32 runs at the precision that torch is set to; the
-    figure's method names it. Raises what torch raises where the GPU does not have a precision.
+    figure's method names it. In bursts from rest; `profiles.probe.soak` has the rate under lasting load.
+    Raises what torch raises where the GPU does not have a precision.
     """
     import torch
 
@@ -129,8 +131,8 @@ def matmul_flops(dtype: str, seconds: float, watch: Action = lambda: None) -> Fi
         if dtype == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = True
         size = largest_size(rough_time_s, fitting, seconds / 10)
-        samples = cuda_samples(product(dtype, size), seconds, watch)
-        method = f"{_CALLS.get(dtype, 'torch.mm')} {size} x {size}"
+        samples = burst_samples(product(dtype, size), seconds, watch)
+        method = f"{_CALLS.get(dtype, 'torch.mm')} {size} x {size}, in bursts"
         if dtype == "fp32":
             method += f", float32 precision '{torch.get_float32_matmul_precision()}'"
     finally:

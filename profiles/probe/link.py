@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +28,9 @@ BUFFER_BYTES = 256 * 2**20
 SWEEP_BUFFER_BYTES = 2**30
 DUPLEX_ROUNDS = (6, 64)
 """Fewest and most copies in each direction."""
+DUPLEX_ATTEMPTS = 4
+DUPLEX_REST_S = 0.7
+STEADY = 0.03
 SWEEP_S = 4.0
 """What sweeps of both directions take, pinning a GiB twice included."""
 MATMUL_SIZE = 4096
@@ -206,7 +212,11 @@ def _verify(buffers: Buffers) -> None:
 
 
 def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
-    """Each direction while the other is busy. HAZARD: two streams, so no buffer is used by both."""
+    """Each direction while the other is busy. HAZARD: two streams, so no buffer is used by both.
+
+    On a host that others use too, their traffic slows the copies for a second or so: up to
+    `DUPLEX_ATTEMPTS` attempts are made, with rests between them, until one is steady. The fastest counts.
+    """
     import torch
 
     fewest, most = DUPLEX_ROUNDS
@@ -214,13 +224,34 @@ def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
     rounds = max(fewest, min(most, int(seconds / max(alone_s, 1e-6))))
     actions = (buffers.up, buffers.down)
     overlapping_samples(actions, (fewest, fewest))  # warm-up
-    up_s, down_s = overlapping_samples(actions, (rounds, rounds))
+    attempts: list[list[list[float]]] = []
+    for attempt in range(DUPLEX_ATTEMPTS):
+        time.sleep(DUPLEX_REST_S if attempt else 0.0)
+        attempts.append(overlapping_samples(actions, (rounds, rounds)))
+        if all(_is_steady(samples) for samples in attempts[-1]):
+            break
+    up_s, down_s = min(attempts, key=_turn_s)
     method = f"{buffers.num_bytes / 2**20:.0f} MiB, pinned, the other direction busy"
+    if len(attempts) > 1:
+        method += f", the fastest of {len(attempts)} attempts"
     up, down = (
         rate_figure(buffers.num_bytes, samples, method) if samples else absent("the copies did not overlap")
         for samples in (up_s, down_s)
     )
     return up, down
+
+
+def _is_steady(samples: Sequence[float]) -> bool:
+    """The middle half of the samples is within `STEADY` of their median."""
+    if len(samples) < 4:
+        return True
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return high - low <= STEADY * middle
+
+
+def _turn_s(attempt: Sequence[Sequence[float]]) -> float:
+    """Of an attempt at both directions: a copy's time up and down together, as if one followed the other."""
+    return sum(statistics.median(samples) if samples else math.inf for samples in attempt)
 
 
 def _link_under_load(buffers: Buffers, nvml: NvmlDevice) -> LinkState:

@@ -110,7 +110,9 @@ def test_every_step_asks_for_its_own_batches() -> None:
 
 def test_evaluates_before_and_after_only_when_asked() -> None:
     job = scripted_job(eval_batches=1)
-    engine = make_engine(job, eval_loss=(3.0, 1.0), eval_accuracy=(0.25, 0.75), eval_s=(4.0, 2.0), step_s=(0.5,))
+    engine = make_engine(
+        job, eval_loss=(3.0, 1.0), eval_accuracy=(0.25, 0.75), eval_s=(4.0, 2.0), step_s=(0.5,)
+    )
     summary = record(job, engine).summary()
     assert (summary.eval_loss_first, summary.eval_loss_last) == (3.0, 1.0)
     assert (summary.eval_accuracy_first, summary.eval_accuracy_last) == (0.25, 0.75)

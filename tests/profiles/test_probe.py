@@ -398,7 +398,7 @@ def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     assert (machine.link.generation_loaded, machine.link.width_loaded) == (3, 8)
     assert (machine.link.generation_max, machine.link.width_max) == (4, 16)
     assert told == sorted(told)
-    assert told[-1] == 13
+    assert told[-1] == 14
     assert fake_cuda.made
     assert all(made() is None for made in fake_cuda.made), "every buffer is freed"
     path = tmp_path / "machine.json"
@@ -447,7 +447,7 @@ def test_refused_pinning_leaves_the_pageable_figures(fake_cuda: OnTheHost) -> No
     check_measured(found.h2d_pageable_bytes_per_s)
     check_measured(found.d2h_pageable_bytes_per_s)
     assert found.generation_loaded is None
-    assert told[-1] == 13
+    assert told[-1] == 14
 
 
 def test_a_copy_that_changes_data_is_not_measured(
@@ -554,6 +554,41 @@ def test_a_default_probe_takes_the_rest_too(
     path = tmp_path / "machine.json"
     save_machine(machine, path)
     assert load_machine(path) == machine
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "attempts", "of"),
+    [((), 1, 0), ((0,), 2, 1), ((0, 1, 2), 4, 3), ((0, 1, 2, 3), 4, 2)],
+)
+def test_both_directions_are_measured_again_while_their_samples_differ(
+    disturbed: tuple[int, ...], attempts: int, of: int,
+    fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Attempt i, if disturbed, has every second copy slower; the third least of all."""
+    calls = itertools.count(-1)  # the first is the warm-up
+
+    def overlapping(actions: object, rounds: tuple[int, int]) -> list[list[float]]:
+        attempt = next(calls)
+        slow = (1.5 if attempt != 2 else 1.4) if attempt in disturbed else 1.0
+        each = [0.01, 0.01 * slow, 0.01 * slow] * 4
+        return [each, [0.01] * 8]
+
+    monkeypatch.setattr(link, "overlapping_samples", overlapping)
+    monkeypatch.setattr(link, "DUPLEX_REST_S", 0.0)
+    up, down = link._duplex(buffers.Buffers(MIB, pinned=False), 0.0)
+    assert next(calls) == attempts
+    slow = {1: 1.0, 2: 1.0, 4: 1.0 if of == 3 else 1.4}[attempts]
+    assert up.value == pytest.approx(MIB / (0.01 * slow))
+    assert down.value == pytest.approx(MIB / 0.01)
+    assert (f"of {attempts} attempts" in up.method) == (attempts > 1)
+
+
+def test_a_brief_probe_has_the_rate_under_lasting_load(fake_cuda: OnTheHost, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    machine = probe_machine(lambda what, done, total: told.append((done, total)), seconds=0.0, depth="brief")
+    assert machine.gpu is not None
+    check_measured(machine.gpu.matmul_sustained_flops)
+    assert told[-1][0] == told[-1][1] == told[0][1], "the count is right"
 
 
 def test_beside_other_processes_memory_is_not_taken(
