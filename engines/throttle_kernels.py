@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GAP_NS = 10_000
-"""Copies that follow each other within this time count as back to back: starting the kernels around a copy
-takes some microseconds."""
+GAP_NS = 40_000
+"""Copies that follow each other within this time count as back to back: between a copy and the kernels around
+it the GPU changes engines, which takes 5 to 15 us each time, depending on the machine."""
 
 _GAP = tl.constexpr(GAP_NS)
 _DEADLINE, _END, _BUSY, _SEEN = (tl.constexpr(index) for index in range(4))

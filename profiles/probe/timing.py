@@ -388,10 +388,16 @@ def largest_size(
 
 
 def once(action: Action, synchronize: Action = lambda: None) -> float:
-    """Seconds of the second of two calls: a rough time to choose sizes by."""
+    """Seconds of the fastest of three calls after a first: a rough time to choose sizes by.
+
+    One call may meet a disturbance, and a size chosen by that would be far too small.
+    """
     action()
     synchronize()
-    before = time.perf_counter()
-    action()
-    synchronize()
-    return time.perf_counter() - before
+    times_s = []
+    for _ in range(3):
+        before = time.perf_counter()
+        action()
+        synchronize()
+        times_s.append(time.perf_counter() - before)
+    return min(times_s)

@@ -37,6 +37,7 @@ from profiles.probe.timing import (
     host_samples,
     inside_overlap,
     largest_size,
+    once,
     one_line,
     rate_figure,
 )
@@ -100,6 +101,11 @@ def test_only_overlapping_calls_count() -> None:
     assert inside_overlap([0.5, 1.0, 2.0, 3.0, 4.0], busy) == [1.0, 1.0]
     assert inside_overlap([0.0, 4.0, 8.0], busy) == []
     assert inside_overlap([-2.0, -1.0, 0.5, 1.5], busy) == [1.0]
+
+
+def test_a_disturbed_call_does_not_count_where_a_size_is_chosen() -> None:
+    naps_s = iter((0.1, 0.0, 0.1, 0.0))  # the first call and one more are slow
+    assert once(lambda: time.sleep(next(naps_s))) < 0.05
 
 
 def test_largest_size_stops_before_the_slow_one() -> None:
