@@ -150,6 +150,8 @@ class LayerTraffic:
     """Elements that the fused Adam on the CPU updates."""
     host_bytes: float = 0.0
     """Host memory traffic of the copies and of the CPU update."""
+    disk_bytes: int = 0
+    """Read from disk."""
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
     gaussians: int = 0
@@ -166,6 +168,8 @@ class Traffic:
     host_memory_bytes: Mapping[str, int]
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
+    disk_space_bytes: int = 0
+    """Room that the method takes on disk."""
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
@@ -185,6 +189,10 @@ class Traffic:
     @property
     def d2h_bytes(self) -> int:
         return sum(layer.d2h_bytes for layer in self.layers)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(layer.disk_bytes for layer in self.layers)
 
     @property
     def cpu_adam_elements(self) -> int:
@@ -255,6 +263,14 @@ class StepStats:
     """Time each resource was busy in this step, as far as the engine measures it."""
     perturb_s: float | None = None
     """The part of `gpu_s` that made noise: perturbing weights and replaying updates."""
+    disk_read_bytes: int = 0
+    """What of the disk this step computed with."""
+    disk_s: float | None = None
+    """Time in which something was being read from disk, for this step or ahead for the next."""
+    disk_floor_s: float | None = None
+    """What `disk_read_bytes` take at the rate that reading reached alone, before the run."""
+    disk_direct: bool | None = None
+    """Whether the disk was read past the page cache; else its rates may be those of memory."""
     update: Update | None = None
     """Zeroth-order methods: the update that this step called for."""
 

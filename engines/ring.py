@@ -1,4 +1,5 @@
-"""Blocks that stream from host memory through a ring of GPU memory, in pieces smaller than a block.
+"""Blocks that stream from host memory, or from disk, through a ring of GPU memory, in pieces smaller than a
+block.
 
 A piece is some parts of a block that lie together and cross the link in one copy. It comes up as soon as
 there is room, however far ahead that is, and its room is free once its weights have been read for the last
@@ -11,7 +12,8 @@ Streams and events:
 - the upload stream waits, before it writes a room, for the last reader of what was there before;
 - the download stream waits for the kernel that wrote the piece;
 - the upload stream waits, before it reads a piece from the host, for the piece's last download.
-The host waits for none of these.
+The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
+not been read: `engines.disk`. Blocks on disk are never sent down.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from engines.base import UserError
 from engines.costs.zo2 import ring_bytes
+from engines.disk import DiskBlocks
 from engines.layout import BlockLayout
 from engines.transfer import ComputeClock, Event, Link, Progress, host_slabs
 
@@ -70,36 +73,61 @@ class BlockStream:
         link: Link,
         clock: ComputeClock,
         progress: Progress,
+        disk: DiskBlocks | None = None,
     ) -> None:
         self._link = link
+        self._disk = disk
         self._clock = clock
         self._layouts = layouts
         self._on_gpu = {
             i: torch.empty(layouts[i].size, dtype=dtype, device=link.device) for i in sorted(resident)
         }
         streamed = [i for i in range(len(layouts)) if i not in resident and layouts[i].size]
-        sizes_bytes = [dtype.itemsize * layouts[i].size for i in streamed]
-        self._slabs = host_slabs(sizes_bytes, link.device, progress)
-        self._host = {i: view.view(dtype) for i, view in zip(streamed, self._slabs.views, strict=True)}
+        sizes_bytes = {i: dtype.itemsize * layouts[i].size for i in streamed}
+        on_host = [i for i in streamed if not self.is_on_disk(i)]
+        self._slabs = host_slabs([sizes_bytes[i] for i in on_host], link.device, progress)
+        self._host = {i: view.view(dtype) for i, view in zip(on_host, self._slabs.views, strict=True)}
         self._pieces = [piece for i in streamed for piece in _cut(i, layouts[i], dtype.itemsize)]
         self._piece_of = {
             (piece.block, part): number
             for number, piece in enumerate(self._pieces)
             for part in range(piece.first, piece.last)
         }
-        self._ring = torch.empty(ring_bytes(sizes_bytes) // dtype.itemsize, dtype=dtype, device=link.device)
+        room = ring_bytes(list(sizes_bytes.values())) // dtype.itemsize
+        self._ring = torch.empty(room, dtype=dtype, device=link.device)
+        self.disk_bytes = 0
+        """Bytes of the pieces from disk that were computed with, so far."""
+        if disk is not None:
+            size = dtype.itemsize
+            disk.set_order(
+                [(p.block, size * p.start, size * p.stop) for p in self._pieces if self.is_on_disk(p.block)]
+            )
         self.rewind()
 
     @property
     def pinned_bytes(self) -> int:
-        return self._slabs.pinned_bytes
+        return self._slabs.pinned_bytes + (0 if self._disk is None else self._disk.pinned_bytes)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes on their way up, or up, that nobody has computed with yet."""
+        size = self._ring.element_size()
+        pieces = (self._pieces[ticket % len(self._pieces)] for ticket in self._arrivals)
+        begun_bytes = 0 if self._disk is None else self._disk.begun_bytes
+        return begun_bytes + sum(size * (piece.stop - piece.start) for piece in pieces)
 
     def is_resident(self, block: int) -> bool:
         return block in self._on_gpu
 
+    def is_on_disk(self, block: int) -> bool:
+        """What is changed of it in a pass is not kept."""
+        return self._disk is not None and block in self._disk.blocks
+
     def rewind(self) -> None:
         """Wait for all copies and forget what has come up: the next pass starts from host memory."""
         self._link.synchronize()
+        if self._disk is not None:
+            self._disk.rewind()
         self._pass = 0
         self._next = 0
         """Ticket of the next copy up: its piece is the remainder by the number of pieces."""
@@ -114,6 +142,8 @@ class BlockStream:
         self._home: dict[int, Event] = {}
         """Downloads under way, by piece."""
         self._keep = False
+        self._starved = False
+        """The next copy up waits for the disk."""
 
     @contextmanager
     def filling(self, block: int) -> Iterator[Tensor]:
@@ -123,17 +153,41 @@ class BlockStream:
         """
         if block in self._on_gpu:
             yield self._on_gpu[block]
+        elif self._disk is not None and block in self._disk.blocks:
+            buffer = self._free_room(block)
+            yield buffer
+            self._disk.fill(block, buffer.view(torch.uint8))
         elif self._link.device.type == "cpu" or block not in self._host:
             yield self._host.get(block, self._ring[:0])
         else:
-            buffer = self._ring[: self._layouts[block].size]
-            for event in self._home.values():
-                self._link.wait(event)  # HAZARD: the block before is on its way down from here
+            buffer = self._free_room(block)
             yield buffer
             self._home = {-1: self._link.download(buffer, self._host[block], after=self._link.record())}
 
+    def _free_room(self, block: int) -> Tensor:
+        """The ring's memory for a whole block, while nothing has come up."""
+        for event in self._home.values():
+            self._link.wait(event)  # HAZARD: the block before is on its way down from here
+        return self._ring[: self._layouts[block].size]
+
+    @contextmanager
+    def fetched(self, block: int, *, keep: bool) -> Iterator[Tensor]:
+        """A block that is on disk, on the device, to be read or, with `keep`, changed and kept.
+
+        Between passes; what has come up is forgotten.
+        """
+        assert self._disk is not None
+        self.rewind()
+        buffer = self._free_room(block)
+        self._disk.fetch(block, buffer.view(torch.uint8))
+        yield buffer
+        if keep:
+            self._disk.fold(block, buffer.view(torch.uint8))
+        self.rewind()
+
     def at_rest(self, block: int) -> Tensor:
-        """A block's memory where it lives. Only after `Link.synchronize`; not to be written."""
+        """The memory of a block that is not on disk, where it lives. Only after `Link.synchronize`; not to be
+        written."""
         if block in self._on_gpu:
             return self._on_gpu[block]
         return self._host.get(block, self._ring[:0])
@@ -147,7 +201,7 @@ class BlockStream:
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         """See `engines.scratch.Source`."""
-        if block in self._host:
+        if (block, 0) in self._piece_of:
             return [(piece.first, piece.last) for piece in self._pieces if piece.block == block]
         own = len(self._layouts[block].own_parts)
         return [(0, own)] if own else []
@@ -161,6 +215,9 @@ class BlockStream:
         number = self._piece_of[block, first]
         ticket = self._pass * len(self._pieces) + number
         self.prefetch()
+        while self._next <= ticket and self._starved and self._disk is not None:
+            self._disk.wait()
+            self.prefetch()
         room = self._by_ticket.get(ticket)
         if room is None:
             raise UserError(
@@ -174,6 +231,8 @@ class BlockStream:
             self._link.wait(self._arrivals.pop(ticket))
             self._clock.start()
             self._left[ticket] = piece.last - piece.first
+            if self.is_on_disk(block):
+                self.disk_bytes += self._ring.element_size() * (piece.stop - piece.start)
         begin = room.begin % len(self._ring) - piece.start
         return self._ring[begin + start : begin + stop]
 
@@ -202,6 +261,7 @@ class BlockStream:
 
     def prefetch(self) -> None:
         """Send up what there is room for, also of the next pass."""
+        self._starved = False
         while self._pieces and self._upload_next():
             continue
 
@@ -225,10 +285,16 @@ class BlockStream:
             # HAZARD: its download must have ended, or the old weights come up.
             self._waits.append(self._home.pop(number))
         place = begin % len(self._ring)
-        host = self._host[piece.block][piece.start : piece.stop]
-        self._arrivals[self._next] = self._link.upload(
-            host, self._ring[place : place + size], after=self._waits, name=f"block {piece.block}"
-        )
+        out, name = self._ring[place : place + size], f"block {piece.block}"
+        if self._disk is not None and self.is_on_disk(piece.block):
+            arrival = self._disk.send(out.view(torch.uint8), self._waits, name)
+            if arrival is None:
+                self._starved = True
+                return False
+        else:
+            host = self._host[piece.block][piece.start : piece.stop]
+            arrival = self._link.upload(host, out, after=self._waits, name=name)
+        self._arrivals[self._next] = arrival
         self._waits = []
         room = _Room(self._next, begin)
         self._rooms.append(room)

@@ -151,11 +151,18 @@ class Zo2Settings(MezoSettings):
     fold_every: int = 1
     """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
     visit; blocks take turns. 1: every block goes down in every step."""
+    disk_blocks: int | Literal["auto"] = 0
+    """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; more than there are
+    means all, `auto` as many as host memory has no room for."""
+    disk_folder: str = ""
+    """Where, on a local disk; the files have no name and are gone when the run ends, however it does. By
+    default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self) -> None:
         MezoSettings.__post_init__(self)
         _require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
+        _require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
 
 
 def _as_sequence(value: object) -> object:

@@ -13,21 +13,27 @@ the host keeps an older theta, and its updates are replayed at each visit from t
 Gaussian per parameter instead of two bytes over the link. A replayed update is rounded as it was when it was
 new, so the bits do not depend on `fold_every`.
 
+Blocks that host memory has no room for are on disk (`engines.disk`), and are never written there while they
+train: their updates stay in the log and are replayed from the base at every visit. When the log is full,
+after `LOG_CAPACITY` steps, they are folded into a second file. A read-only base needs no more than that.
+
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
 
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
-hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size.
+hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or
+a ring through which those on disk come.
 
 Deviations from the paper and its code, beside those of `engines.mezo`:
 - Noise is computed from counters; no generator states are kept, and tied tensors have one perturbation.
 - Downloads are not needed in every step (`fold_every`); the paper's schedule is 1.
+- Blocks may be on disk; the paper has all in host memory.
 - The pending updates are applied wherever weights are looked at: evaluating, exporting, saving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,14 +41,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines import noise
 from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, Update
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
-from engines.costs.zo2 import folds, resident_indices
+from engines.costs.disk import fewest_on_disk, host_needed_bytes
+from engines.costs.forward import PROCESS_HOST_BYTES
+from engines.costs.zo2 import disk_indices, folds, resident_indices
+from engines.disk import DiskBlocks, FetchedTensors, spill_folder
 from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
 from engines.mezo import LossPair, next_update
-from engines.noise import LOG_CAPACITY, UpdateLog, Visit
+from engines.noise import LOG_CAPACITY, Outputs, UpdateLog, Visit
 from engines.perturbed import PerturbedModel
 from engines.ring import BlockStream
 from engines.scratch import Task
@@ -60,6 +70,8 @@ class Zo2:
     name = "zo2"
     link_delay: Callable[[], int] | None = None
     """For stress tests, set before `setup`: see `engines.transfer.Link`."""
+    disk_delay_s: Callable[[], float] | None = None
+    """Likewise: see `engines.disk.DiskBlocks`."""
 
     def __init__(self, settings: Zo2Settings, context: Context) -> None:
         self.settings = settings
@@ -72,6 +84,7 @@ class Zo2:
         self._clock = ComputeClock(self.device, self._timeline)
         self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
         self._log = UpdateLog(self.device)
+        self._disk: DiskBlocks | None = None
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -80,12 +93,12 @@ class Zo2:
 
     @torch.no_grad()
     def setup(self, blueprint: Blueprint) -> None:
-        """Raises `InfeasiblePlan` before anything is allocated if the streamed blocks do not fit into host
-        memory."""
+        """Raises `InfeasiblePlan` before anything is filled if the streamed blocks do not fit, into host memory
+        or onto the disk."""
         self._layout = lay_out(blueprint.model, self._dtype, self.settings.train)
         blocks = self._layout.blocks
         resident = resident_indices(len(blocks), self.settings.resident_blocks)
-        self._refuse_too_little_host_memory(blocks, resident)
+        self._on_disk = self._choose_on_disk(blocks, resident)
         adapters = Adapters(
             blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
         )
@@ -93,22 +106,43 @@ class Zo2:
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
         )
         self._link = Link(self.device, self.link_delay, self._timeline, self.context.link_rates)
+        self._disk = self._make_disk(blocks)
         self._stream = BlockStream(
-            blocks, resident, self._dtype, self._link, self._clock, self.context.progress
+            blocks, resident, self._dtype, self._link, self._clock, self.context.progress, self._disk
         )
         self._fill(blueprint.fill)
+        if self._disk is not None:
+            self._disk.choose_depth()
+        self._stream.prefetch()
 
-    def _refuse_too_little_host_memory(self, blocks: Sequence[BlockLayout], resident: frozenset[int]) -> None:
-        streamed = [block.size for i, block in enumerate(blocks) if i not in resident]
-        streamed_bytes = self._dtype.itemsize * sum(streamed)
-        host_bytes = self.context.host_bytes
-        if host_bytes is not None and streamed_bytes > host_bytes:
-            missing_bytes = streamed_bytes - host_bytes
+    def _choose_on_disk(self, blocks: Sequence[BlockLayout], resident: frozenset[int]) -> frozenset[int]:
+        """Raises `InfeasiblePlan` if host memory is too small for those that are not."""
+        streamed_bytes = [self._dtype.itemsize * b.size for i, b in enumerate(blocks) if i not in resident]
+        wanted, host_bytes = self.settings.disk_blocks, self.context.host_bytes
+        if wanted == "auto":
+            usable = sum(streamed_bytes) if host_bytes is None else host_bytes - PROCESS_HOST_BYTES
+            wanted = fewest_on_disk(streamed_bytes, usable)
+        needed_bytes = host_needed_bytes(streamed_bytes, wanted)
+        if host_bytes is not None and needed_bytes > host_bytes:
+            on_host = len(streamed_bytes) - min(wanted, len(streamed_bytes))
+            ring = " and the ring of those on disk" if wanted and streamed_bytes else ""
             raise InfeasiblePlan(
-                f"{missing_bytes / 1e9:.3g} GB of host memory are missing: {len(streamed)} streamed blocks "
-                f"take {streamed_bytes / 1e9:.3g} GB, and the run may use {host_bytes / 1e9:.3g} GB; "
-                "free host memory, or keep more blocks on the GPU with --set zo2.resident_blocks=N"
+                f"{(needed_bytes - host_bytes) / 1e9:.3g} GB of host memory are missing: "
+                f"{on_host} streamed blocks{ring} take {needed_bytes / 1e9:.3g} GB, and the run may use "
+                f"{host_bytes / 1e9:.3g} GB; free host memory, or keep more blocks on the GPU with "
+                "--set zo2.resident_blocks=N or on disk with --set zo2.disk_blocks=N"
             )
+        return disk_indices(len(blocks), resident, wanted)
+
+    def _make_disk(self, blocks: Sequence[BlockLayout]) -> DiskBlocks | None:
+        sizes_bytes = {i: self._dtype.itemsize * blocks[i].size for i in sorted(self._on_disk)}
+        sizes_bytes = {i: size for i, size in sizes_bytes.items() if size}
+        if not sizes_bytes:
+            return None
+        return DiskBlocks(
+            sizes_bytes, spill_folder(self.settings.disk_folder), self._link, self.context.progress,
+            folds=self.context.total_steps > LOG_CAPACITY, delay_s=self.disk_delay_s,
+        )  # fmt: skip
 
     def _fill(self, fill: Callable[[str, Tensor], object]) -> None:
         """Write every weight to where it lives; with a GPU through the ring, so never twice on the host."""
@@ -123,7 +157,6 @@ class Zo2:
         self._stored = [self._log.length] * len(self._layout.blocks)
         """Of each block, how many updates of the log are in the weights that are kept."""
         self._forget_times()
-        self._stream.prefetch()
 
     @property
     def pinned_bytes(self) -> int:
@@ -133,7 +166,10 @@ class Zo2:
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """Its times, unlike its loss and bytes, are those of the step before."""
         times: dict[str, float | None] = {}
-        h2d_bytes, d2h_bytes = self._link.h2d_bytes, self._link.d2h_bytes
+        self._fold_full_log()
+        # What was computed with, not what has been sent: how far ahead that is depends on the disk's pace.
+        h2d_bytes, d2h_bytes = self._link.h2d_bytes - self._stream.ahead_bytes, self._link.d2h_bytes
+        disk_bytes = self._stream.disk_bytes
         self._label("before the blocks")
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
@@ -156,24 +192,36 @@ class Zo2:
         self._append(update)
         return StepStats(
             loss=(plus + minus) / 2,
-            h2d_bytes=self._link.h2d_bytes - h2d_bytes,
+            h2d_bytes=self._link.h2d_bytes - self._stream.ahead_bytes - h2d_bytes,
             d2h_bytes=self._link.d2h_bytes - d2h_bytes,
+            disk_read_bytes=self._stream.disk_bytes - disk_bytes,
+            disk_floor_s=self._disk_floor_s(self._stream.disk_bytes - disk_bytes),
+            disk_direct=None if self._disk is None else self._disk.direct,
             update=update,
             **times,
         )
 
+    def _disk_floor_s(self, read_bytes: int) -> float | None:
+        """See `engines.base.StepStats`."""
+        rate = None if self._disk is None else self._disk.rate_bytes_per_s
+        return None if rate is None else read_bytes / rate
+
     def _take_times(self) -> dict[str, float | None]:
         h2d_s, d2h_s = self._link.take_busy_s()
         gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
-        return {"h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": gpu_s, "perturb_s": perturb_s}
+        disk_s = None if self._disk is None else self._disk.take_busy_s()
+        return {
+            "h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": gpu_s, "perturb_s": perturb_s, "disk_s": disk_s,
+        }  # fmt: skip
 
     def _pass(self, stores: Callable[[int], bool], *, perturb: bool) -> Iterator[int]:
-        """Visit every block in order; one that `stores` names, and every resident one, keeps its updates."""
+        """Visit every block in order; one that `stores` names, and every resident one, keeps its updates, but
+        none on disk does."""
         for index, block in enumerate(self._layout.blocks):
             pending = self._stored[index] < self._log.length and any(part.trained for part in block.parts)
             resident = self._stream.is_resident(index)
             self._label(f"block {index}")
-            store = pending and (resident or stores(index))
+            store = pending and (resident or (stores(index) and index not in self._on_disk))
             self._stream.begin(keep=store and not resident)
             task = Task(how=self._visit(self._stored[index]), store=store, perturb=perturb)
             with self._model.visiting(index, task, self._stream):
@@ -220,12 +268,43 @@ class Zo2:
         for name in self._layout.shapes:
             yield name, self._model.adapters.merged(name, where[name].cpu())
 
-    def _at_rest(self) -> dict[str, Tensor]:
-        """Every tensor where it is kept, the adapters' too. As `engines.ring.BlockStream.at_rest`."""
+    def _at_rest(self) -> Mapping[str, Tensor]:
+        """Every tensor where it is kept, the adapters' too. As `engines.ring.BlockStream.at_rest`.
+
+        A block on disk comes to pageable host memory when one of its tensors is asked for, with its pending
+        updates, and goes when one of another block is.
+        """
+        where = self._kept_in_memory()
+        if not self._on_disk:
+            return where
+        return FetchedTensors(where, {i: self._layout.blocks[i] for i in self._on_disk}, self._updated)
+
+    def _kept_in_memory(self) -> dict[str, Tensor]:
         where = dict(self._model.outer)
         for index, block in enumerate(self._layout.blocks):
-            where |= block.views(self._stream.at_rest(index))
+            if index not in self._on_disk:
+                where |= block.views(self._stream.at_rest(index))
         return where | self._model.adapters.tensors
+
+    @torch.no_grad()
+    def _updated(self, index: int) -> Tensor:
+        """A copy of a block on disk, on the host, with the updates that pend."""
+        with self._stream.fetched(index, keep=False) as flat:
+            self._apply_pending(index, flat)
+            return flat.to("cpu", copy=True)
+
+    def _fold_full_log(self) -> None:
+        """Blocks on disk whose updates fill the log are written to their second files."""
+        for index in sorted(self._on_disk):
+            if self._log.length - self._stored[index] == LOG_CAPACITY:
+                with self._stream.fetched(index, keep=True) as flat:
+                    self._apply_pending(index, flat)
+                self._stored[index] = self._log.length
+
+    def _apply_pending(self, index: int, flat: Tensor) -> None:
+        block, how = self._layout.blocks[index], self._visit(self._stored[index])
+        if how.first < how.last and any(part.trained for part in block.parts):
+            noise.visit(flat, block.segment(0, len(block.own_parts)), how, Outputs(theta=flat))
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -245,6 +324,7 @@ class Zo2:
         for update in updates:
             if self._log.length - self._oldest() == LOG_CAPACITY:
                 self._flush()
+            self._fold_full_log()
             self._append(update)
         self._flush()
 
@@ -257,12 +337,17 @@ class Zo2:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder, self._at_rest(), self._model.adapters.form)
+        expected = self._kept_in_memory()
+        for index in self._on_disk:
+            block = self._layout.blocks[index]
+            expected |= block.views(torch.empty(block.size, dtype=self._dtype, device="meta"))
+        checkpoint = open_checkpoint(folder, expected, self._model.adapters.form)
         self._stream.rewind()  # what has come up already is about to be replaced
         self._fill(lambda name, out: out.copy_(checkpoint.tensor(name)))
         for name, tensor in self._model.adapters.tensors.items():
             tensor.copy_(checkpoint.tensor(name))
         self._step, self._seed = checkpoint.step, checkpoint.seed
+        self._stream.prefetch()
 
     def synchronize(self) -> None:
         self._link.synchronize()
@@ -271,10 +356,12 @@ class Zo2:
         if hasattr(self, "_stream"):
             self.synchronize()
             self._stream.close()
+        if self._disk is not None:
+            self._disk.close()
 
     @torch.no_grad()
     def _flush(self) -> None:
-        """Apply the pending updates now."""
+        """Apply the pending updates now, but those of blocks on disk, which stay in the log."""
         if self._oldest() == self._log.length:
             return
         for _ in self._pass(lambda i: True, perturb=False):
@@ -282,10 +369,14 @@ class Zo2:
         self._forget_times()
 
     def _oldest(self) -> int:
-        """How many updates of the log are in the weights of every block that is trained at all."""
-        blocks = zip(self._stored, self._layout.blocks, strict=True)
+        """How many updates of the log are in the weights of every block in memory that is trained at all."""
+        blocks = enumerate(zip(self._stored, self._layout.blocks, strict=True))
         return min(
-            (stored for stored, block in blocks if any(part.trained for part in block.parts)),
+            (
+                stored
+                for index, (stored, block) in blocks
+                if index not in self._on_disk and any(part.trained for part in block.parts)
+            ),
             default=self._log.length,
         )
 
@@ -294,3 +385,5 @@ class Zo2:
         self._link.take_busy_s()
         self._clock.take_s()
         self._noise_clock.take_s()
+        if self._disk is not None:
+            self._disk.take_busy_s()

@@ -68,6 +68,7 @@ class Recording:
         measured = [
             (sample, stats) for sample, stats in self.steps if stats is not None and not sample.warmup
         ]
+        disk_floor_s = _median([stats.disk_floor_s for _, stats in measured])
         first = self.evaluations[0] if self.evaluations else None
         last = self.evaluations[-1] if len(self.evaluations) > 1 else None
         return Summary(
@@ -99,6 +100,13 @@ class Recording:
             perturb_s=_median([stats.perturb_s for _, stats in measured]),
             h2d_bytes=_median_count([stats.h2d_bytes for _, stats in measured]),
             d2h_bytes=_median_count([stats.d2h_bytes for _, stats in measured]),
+            disk_read_bytes=_median_count([stats.disk_read_bytes for _, stats in measured]),
+            disk_s=_median([stats.disk_s for _, stats in measured]),
+            disk_direct=measured[0][1].disk_direct if measured else None,
+            disk_floor_s=disk_floor_s,
+            disk_floor_share=disk_floor_s / steps.step_s_median
+            if disk_floor_s is not None and steps.step_s_median
+            else None,
             landed_share=self.landed_share,
         )
 

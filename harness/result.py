@@ -79,6 +79,15 @@ class Summary:
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
     """Medians per step."""
+    disk_read_bytes: int | None = None
+    disk_s: float | None = None
+    """Medians per step: what of the disk a step computed with, and how long something was being read."""
+    disk_direct: bool | None = None
+    """Whether the disk was read past the page cache; else its rates may be memory's. `None`: no disk."""
+    disk_floor_s: float | None = None
+    """What those bytes take at the rate that reading reached alone, measured in the run's set-up."""
+    disk_floor_share: float | None = None
+    """That over the median step. 1: the step took no longer than reading alone."""
     landed_share: float | None = None
     """Share of the wanted update that reached the stored weights, as the engine measured it after the last
     step. 1: all of it."""

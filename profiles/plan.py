@@ -26,14 +26,17 @@ class Prediction:
     h2d_bytes: int
     d2h_bytes: int
     bottleneck: str | None
-    """`gpu`, `h2d`, `d2h`, `cpu` or `host memory`; `compute` and `copies` where there is no GPU."""
+    """`gpu`, `h2d`, `d2h`, `cpu`, `disk` or `host memory`; `compute` and `copies` where there is no GPU."""
     basis: str
     """One sentence: what the numbers rest on."""
+    disk_read_bytes: int = 0
+    disk_space_bytes: int = 0
     floor_s: float | None = None
-    """What no engine of this method can undercut with these settings on this machine: the largest of three
-    times, each with its resource alone. Uploads at the rate of a link that does nothing else; matrix products
-    and attention of the forward and backward passes at the rate of one large product; Adam on the CPU.
-    Nothing waits, and noise, optimizers on the GPU, elementwise work, launches and downloads take no time."""
+    """What no engine of this method can undercut with these settings on this machine: the largest of four
+    times, each with its resource alone. Reading from disk; uploads at the rate of a link that does nothing
+    else; matrix products and attention of the forward and backward passes at the rate of one large product;
+    Adam on the CPU. Nothing waits, and noise, optimizers on the GPU, elementwise work, launches and downloads
+    take no time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

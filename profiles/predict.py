@@ -78,6 +78,7 @@ class _Rates:
     per_d2h_byte_s: float
     per_adam_element_s: float
     per_host_byte_s: float
+    per_disk_byte_s: float
 
 
 def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Prediction:
@@ -118,6 +119,8 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         d2h_bytes=traffic.d2h_bytes,
         bottleneck=bottleneck,
         basis=basis,
+        disk_read_bytes=traffic.disk_bytes,
+        disk_space_bytes=traffic.disk_space_bytes,
         floor_s=floor_s(traffic, machine, workload),
     )
 
@@ -130,6 +133,7 @@ def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | N
         gpu_forward_flops=efficiency * traffic.gpu_flops,  # at the rate of one large product
         h2d_bytes=traffic.h2d_bytes,
         cpu_adam_elements=traffic.cpu_adam_elements,
+        disk_bytes=traffic.disk_bytes,
     )
     busy = resource_s(replace(traffic, layers=(least,)), machine, workload)
     return None if busy is None else max(busy.values())
@@ -184,6 +188,7 @@ def _times(layer: LayerTraffic, rates: _Rates, launch_s: float, hides_launches: 
         d2h_s=layer.d2h_bytes * rates.per_d2h_byte_s,
         cpu_s=layer.cpu_adam_elements * rates.per_adam_element_s,
         host_s=layer.host_bytes * rates.per_host_byte_s,
+        disk_s=layer.disk_bytes * rates.per_disk_byte_s,
     )
 
 
@@ -214,6 +219,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -
             traffic.cpu_adam_factor,
         ),
         per_host_byte_s=host_byte_s,
+        per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
     )
 
 
@@ -230,6 +236,13 @@ def _rate(name: str, figure: Figure, side: Side) -> float:
 
 def _host_copy(machine: Machine) -> tuple[str, Figure]:
     return "host copy bandwidth", machine.memory.copy_bytes_per_s
+
+
+def _disk(machine: Machine) -> tuple[str, Figure]:
+    if machine.disk is None:
+        why = machine.disk_absent_reason or "the profile holds no disk"
+        raise _Absent("disk read bandwidth is not in the machine profile", why)
+    return "disk read bandwidth", machine.disk.read_bytes_per_s
 
 
 def _memory_copy(machine: Machine) -> tuple[str, Figure]:
@@ -312,6 +325,8 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
             parts += [_told((name, figure), format_rate) for _, name, figure in told]
     if traffic.cpu_adam_elements:
         parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+    if traffic.disk_bytes:
+        parts.append(_told(_disk(machine), format_rate))
     overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
     error = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
     resources = "; ".join(parts) or "no resource used"

@@ -28,6 +28,7 @@ class LayerTimes:
     cpu_s: float
     host_s: float
     """Host memory, shared by copies and CPU update; it is busy while they are, never after them."""
+    disk_s: float = 0.0
 
 
 def busy_s(layers: Sequence[LayerTimes]) -> dict[str, float]:
@@ -37,6 +38,7 @@ def busy_s(layers: Sequence[LayerTimes]) -> dict[str, float]:
         "h2d": sum(layer.h2d_s for layer in layers),
         "d2h": sum(layer.d2h_s for layer in layers),
         "cpu": sum(layer.cpu_s for layer in layers),
+        "disk": sum(layer.disk_s for layer in layers),
         "host memory": sum(layer.host_s for layer in layers),
     }
 
@@ -55,12 +57,13 @@ def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int 
     busy = busy_s(layers)
     backward = sum(layer.backward_s for layer in layers)
     chain = busy["gpu"] + max(0.0, busy["d2h"] - backward) + busy["cpu"] + busy["h2d"]
-    return max(chain, busy["host memory"])
+    return max(chain, busy["host memory"], busy["disk"])
 
 
 def streamed_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """Layers follow each other through all resources in pieces: the busiest one is never idle, but for one
-    piece's way through the others. ZO2 (2503.12668): upload, both forward passes, download.
+    piece's way through the others. ZO2 (2503.12668): upload, both forward passes, download; before them, for
+    some, the disk.
 
     max over resources R of (total of R + `PIECE` of the largest layer's share of every other resource)
     """
@@ -80,7 +83,7 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
 def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float) -> float:
     """Only the last of `micro_batches` gives the others work. Layers move on in shares of `piece`."""
     busy = busy_s(layers)
-    host = busy.pop("host memory")
+    host, disk = busy.pop("host memory"), busy.pop("disk")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
     moving = [layer for layer in layers if layer.h2d_s + layer.d2h_s + layer.cpu_s > 0]
     share = {
@@ -91,7 +94,8 @@ def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float)
     }
     fill = sum(share.values())
     others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu"))
-    return max(host, busy["gpu"] + fill - share["gpu"], *others)
+    # Reading goes on ahead, over the ends of layers and steps: it waits for nobody.
+    return max(host, disk, busy["gpu"] + fill - share["gpu"], *others)
 
 
 STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {

@@ -1,8 +1,10 @@
 """What ZO2 costs: MeZO whose blocks come up once per step and go down once per `fold_every` steps.
 
 A block that is not resident crosses the link as its parameters exactly; blocks take turns in going down, so
-every step downloads the same share. On the GPU: the outer parameters, the resident blocks, a ring through
-which the streamed ones pass in pieces, and the scratch of `engines.costs.mezo`.
+every step downloads the same share. One that is on disk is read in every step and never goes down.
+
+On the GPU: the outer parameters, the resident blocks, a ring through which the streamed ones pass in pieces,
+and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
-from engines.costs import forward
+from engines.costs import disk, forward
 from engines.costs.mezo import Visit, gpu_memory_bytes, perturbed_layers, trains_block
 from engines.settings import Zo2Settings
 
@@ -28,6 +30,11 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
     """Which blocks stay on the GPU: as evenly spread among all as can be."""
     kept = min(resident_blocks, num_blocks)
     return frozenset((2 * i + 1) * num_blocks // (2 * kept) for i in range(kept))
+
+
+def disk_indices(num_blocks: int, resident: frozenset[int], disk_blocks: int) -> frozenset[int]:
+    """Which of the streamed blocks are on disk: as evenly spread among them as can be."""
+    return disk.spread([i for i in range(num_blocks) if i not in resident], disk_blocks)
 
 
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
@@ -53,26 +60,46 @@ def fused_visit(fold_every: int) -> Visit:
     return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=3 + 1 / fold_every)
 
 
+REPLAYED_VISIT = Visit(gaussians=(disk.REPLAYED_UPDATES + 1) / 2 + 1, moves=3)
+"""Of a block on disk in a long run: 1 update to as many as the log holds are replayed, half on average."""
+
+
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:
+    """`disk_blocks=auto` counts as none: how much room the host has is known to `profiles.recommend`."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     resident = resident_indices(shape.num_blocks, settings.resident_blocks)
+    wanted = 0 if settings.disk_blocks == "auto" else settings.disk_blocks
+    on_disk = disk_indices(shape.num_blocks, resident, wanted)
     streamed = shape.num_blocks - len(resident)
     block = element * shape.block_parameters
     outer = element * shape.outer_parameters
+    disk_bytes = len(on_disk) * block
+    host_bytes = (streamed - len(on_disk)) * block
     visits = [fused_visit(1 if i in resident else settings.fold_every) for i in range(shape.num_blocks)]
+    visits = [REPLAYED_VISIT if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)
     for index in range(shape.num_blocks):
         if index not in resident:
             trained = trains_block(settings, index, shape.num_blocks)
-            down = block // settings.fold_every if trained else 0
+            read = block if index in on_disk else 0
+            down = block // settings.fold_every if trained and not read else 0
             layers[1 + index] = replace(
-                layers[1 + index], h2d_bytes=block, d2h_bytes=down, host_bytes=float(block + down)
+                layers[1 + index],
+                h2d_bytes=block,
+                d2h_bytes=down,
+                host_bytes=float(block + down + read),
+                disk_bytes=read,
             )
     held = {"weights": outer + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     return Traffic(
         layers=tuple(layers),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, held),
-        host_memory_bytes={"process": forward.PROCESS_HOST_BYTES, "blocks, pinned": streamed * block},
-        pinned_bytes=streamed * block,
+        host_memory_bytes={
+            "process": forward.PROCESS_HOST_BYTES,
+            "blocks, pinned": host_bytes,
+            **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
+        },
+        pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
+        disk_space_bytes=disk_bytes,
         overlap="streamed",
     )

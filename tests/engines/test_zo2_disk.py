@@ -1,0 +1,399 @@
+"""zo2 with blocks on disk gives mezo's bits, whatever the disk does, and leaves nothing there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engines.base import Batch, Context, Dtype, InfeasiblePlan, StepStats, UserError, Workload
+from engines.costs import disk as costs
+from engines.costs.forward import PROCESS_HOST_BYTES
+from engines.costs.zo2 import disk_indices, resident_indices
+from engines.disk import spill_folder
+from engines.mezo import Mezo
+from engines.noise import LOG_CAPACITY
+from engines.settings import MezoSettings, Zo2Settings, parse_settings
+from engines.zo2 import Zo2
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
+DECODERS = ["opt", "llama", "qwen2", "gpt2"]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a tiny block is several reads, and the ring does not hold them all."""
+    monkeypatch.setattr(costs, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(costs, "SLOTS", 3)
+
+
+def make(
+    blueprint: TinyBlueprint,
+    folder: Path,
+    where: Context | None = None,
+    delay_s: Callable[[], float] | None = None,
+    **knobs: object,
+) -> Zo2:
+    knobs = {"disk_blocks": 2, "disk_folder": str(folder), **KNOBS, **knobs}
+    made = Zo2(Zo2Settings(**knobs), where or context())  # type: ignore[arg-type]
+    made.disk_delay_s = delay_s
+    made.setup(blueprint)
+    return made
+
+
+def context(device: str = "cpu", dtype: Dtype = "fp32", steps: int = 60, seed: int = 7) -> Context:
+    workload = Workload(batch_size=2, seq_len=16, dtype=dtype)
+    return Context(device=device, workload=workload, seed=seed, total_steps=steps)
+
+
+def make_mezo(blueprint: TinyBlueprint, where: Context | None = None, **knobs: object) -> Mezo:
+    made = Mezo(MezoSettings(**{**KNOBS, **knobs}), where or context())  # type: ignore[arg-type]
+    made.setup(blueprint)
+    return made
+
+
+def assert_same_weights(left: Mezo | Zo2, right: Mezo | Zo2) -> None:
+    for (name, weight), (other_name, other) in zip(left.weights(), right.weights(), strict=True):
+        assert name == other_name
+        assert torch.equal(weight, other), name
+
+
+def assert_same_steps(mezo: Mezo, streamed: Zo2, batches: Sequence[Batch]) -> list[StepStats]:
+    all_stats = []
+    for batch in batches:
+        expected, stats = mezo.step([batch]), streamed.step([batch])
+        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
+        all_stats.append(stats)
+    return all_stats
+
+
+def run(made: Zo2, batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        made.step([batch])
+
+
+def save(made: Mezo | Zo2, folder: Path) -> Path:
+    folder.mkdir()
+    made.save(folder)
+    return folder
+
+
+def unequal_blueprint() -> TinyBlueprint:
+    """Blocks of unequal size, off every alignment."""
+    blueprint = tiny_blueprint("opt")
+    torch.manual_seed(3)
+    for index, width in ((1, 5), (2, 48)):
+        for model, device in ((blueprint.reference, "cpu"), (blueprint.model, "meta")):
+            layer = model.model.decoder.layers[index]  # type: ignore[union-attr, operator, index]
+            layer.fc1 = nn.Linear(16, width, device=device)
+            layer.fc2 = nn.Linear(width, 16, device=device)
+    return blueprint
+
+
+def late(seed: int = 0) -> Callable[[], float]:
+    """A disk that is sometimes late."""
+    delays = random.Random(seed)
+    return lambda: delays.choice((0.0, 0.0, 0.0, 0.003))
+
+
+@pytest.mark.parametrize(
+    ("fold_every", "resident_blocks", "disk_blocks", "dtype"),
+    [(1, 0, 2, "fp32"), (4, 2, 2, "bf16"), (1, 1, 9, "bf16")],
+)
+def test_equals_mezo_with_evaluations_exports_and_a_resume(
+    fold_every: int, resident_blocks: int, disk_blocks: int, dtype: Dtype, tmp_path: Path
+) -> None:
+    where = context(dtype=dtype)
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=6), where)
+    knobs = {"fold_every": fold_every, "resident_blocks": resident_blocks, "disk_blocks": disk_blocks}
+    spill = tmp_path / "spill"
+    streamed = make(tiny_blueprint("opt", num_blocks=6), spill, where, late(), **knobs)
+    batches, held_out = tiny_batches(24, "opt"), tiny_batches(9, "opt", seed=1)
+    stats = assert_same_steps(mezo, streamed, batches[:8])
+    resident = resident_indices(6, resident_blocks)
+    on_disk = disk_indices(6, resident, disk_blocks)
+    assert len(on_disk) == min(disk_blocks, 6 - resident_blocks)
+    block_bytes = (4 if dtype == "fp32" else 2) * tiny_blueprint("opt").shape.block_parameters
+    # However late the disk is, a step counts what it has computed with.
+    assert {each.disk_read_bytes for each in stats} == {len(on_disk) * block_bytes}
+    assert {each.h2d_bytes for each in stats} == {(6 - resident_blocks) * block_bytes}
+    folded = [
+        sum((i + step) % fold_every == 0 for i in range(6) if i not in resident | on_disk) * block_bytes
+        for step in range(8)
+    ]
+    assert [each.d2h_bytes for each in stats] == [0, *folded[1:]]
+    assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
+    assert_same_steps(mezo, streamed, batches[8:12])
+    assert_same_weights(mezo, streamed)
+    assert_same_steps(mezo, streamed, batches[12:15])
+    other = context(seed=1, dtype=dtype)
+    resumed = make(tiny_blueprint("opt", num_blocks=6, seed=99), spill, other, late(1), **knobs)
+    resumed.load(save(streamed, tmp_path / "at-15"))
+    assert_same_steps(mezo, streamed, batches[15:])
+    assert_same_weights(mezo, streamed)
+    for each, batch in zip(stats, batches[15:], strict=False):
+        assert resumed.step([batch]).disk_read_bytes == each.disk_read_bytes
+    streamed.close()
+    resumed.close()
+    assert list(spill.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_equals_mezo_for_every_family_over_twenty_steps(family: str, tmp_path: Path) -> None:
+    mezo = make_mezo(tiny_blueprint(family, True))
+    streamed = make(tiny_blueprint(family, True), tmp_path, disk_blocks=2)
+    assert_same_steps(mezo, streamed, tiny_batches(20, family))
+    assert_same_weights(mezo, streamed)
+    streamed.close()
+
+
+def test_equals_mezo_when_resumed_from_a_checkpoint(tmp_path: Path) -> None:
+    """Both ways: a checkpoint of either loads into the other."""
+    mezo = make_mezo(tiny_blueprint("gpt2"))
+    streamed = make(tiny_blueprint("gpt2"), tmp_path / "spill")
+    batches = tiny_batches(9, "gpt2")
+    assert_same_steps(mezo, streamed, batches[:3])
+    folder = save(streamed, tmp_path / "at-3")
+    for batch in batches[3:6]:
+        streamed.step([batch])
+    streamed.load(folder)
+    assert_same_steps(mezo, streamed, batches[3:])
+    assert_same_weights(mezo, streamed)
+    streamed.load(save(mezo, tmp_path / "of-mezo"))
+    assert_same_weights(mezo, streamed)
+    streamed.close()
+
+
+def test_blocks_of_unequal_shape_with_micro_batches(tmp_path: Path) -> None:
+    mezo, streamed = make_mezo(unequal_blueprint()), make(unequal_blueprint(), tmp_path, disk_blocks=3)
+    batches = tiny_batches(6, "opt")
+    for step in range(3):
+        micro = batches[2 * step : 2 * step + 2]
+        expected, stats = mezo.step(micro), streamed.step(micro)
+        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
+    assert_same_weights(mezo, streamed)
+    streamed.close()
+
+
+@pytest.mark.parametrize("train", ["last:1", "last:2", "lora"])
+def test_what_is_not_trained_is_read_all_the_same(train: str, tmp_path: Path) -> None:
+    mezo = make_mezo(tiny_blueprint("llama"), train=train)
+    streamed = make(tiny_blueprint("llama"), tmp_path, disk_blocks=3, train=train)
+    batches = tiny_batches(4, "llama")
+    stats = assert_same_steps(mezo, streamed, batches)
+    assert {each.d2h_bytes for each in stats} == {0}
+    assert_same_weights(mezo, streamed)
+    streamed.close()
+
+
+def base_of(made: Zo2) -> list[bytes]:
+    """What the first files hold."""
+    assert made._disk is not None
+    found = []
+    for index in sorted(made._on_disk):
+        span = made._disk._own[index]
+        with open(f"/proc/self/fd/{span.file._descriptor}", "rb") as file:
+            found.append(file.read())
+    return found
+
+
+def test_the_base_is_never_written_and_a_full_log_goes_to_a_second_file(tmp_path: Path) -> None:
+    """Through two foldings, with an export and a checkpoint in between."""
+    steps = 2 * LOG_CAPACITY + 10
+    where = context(steps=steps, dtype="bf16")
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=4), where)
+    streamed = make(tiny_blueprint("opt", num_blocks=4), tmp_path, where, fold_every=4)
+    before = base_of(streamed)
+    batches = tiny_batches(steps, "opt")
+    assert_same_steps(mezo, streamed, batches[: LOG_CAPACITY + 5])
+    assert_same_weights(mezo, streamed)
+    stats = assert_same_steps(mezo, streamed, batches[LOG_CAPACITY + 5 :])
+    block_bytes = 2 * tiny_blueprint("opt").shape.block_parameters
+    assert max(each.d2h_bytes for each in stats) == block_bytes  # folding is no part of a step's traffic
+    assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
+    assert_same_weights(mezo, streamed)
+    assert base_of(streamed) == before
+    streamed.close()
+
+
+def test_a_run_that_the_log_holds_takes_no_second_file(tmp_path: Path) -> None:
+    short = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY))
+    assert short._disk is not None
+    assert short._disk._second == {}
+    long = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY + 1))
+    assert long._disk is not None
+    assert sorted(long._disk._second) == sorted(long._on_disk)
+    short.close()
+    long.close()
+
+
+def test_a_log_is_as_good_as_a_checkpoint(tmp_path: Path) -> None:
+    """Replayed onto blocks on disk, through more updates than the log holds."""
+    where = context(dtype="fp16", steps=200)
+    mezo = make_mezo(tiny_blueprint("gpt2", True), where)
+    updates = [update for batch in tiny_batches(150, "gpt2") if (update := mezo.step([batch]).update)]
+    replayed = make(tiny_blueprint("gpt2", True), tmp_path, where)
+    replayed.replay(updates)
+    assert_same_weights(mezo, replayed)
+    assert_same_steps(mezo, replayed, tiny_batches(3, "gpt2", seed=5))
+    assert_same_weights(mezo, replayed)
+    replayed.close()
+
+
+def test_as_many_blocks_as_host_memory_has_no_room_for(tmp_path: Path) -> None:
+    block_bytes = 4 * tiny_blueprint("opt").shape.block_parameters
+    ring_bytes = costs.host_ring_bytes(3 * block_bytes)
+    host_bytes = PROCESS_HOST_BYTES + 3 * block_bytes + ring_bytes
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=6))
+    streamed = make(
+        tiny_blueprint("opt", num_blocks=6),
+        tmp_path,
+        replace(context(), host_bytes=host_bytes),
+        disk_blocks="auto",
+    )
+    assert len(streamed._on_disk) == 3
+    assert_same_steps(mezo, streamed, tiny_batches(2, "opt"))
+    streamed.close()
+    roomy = make(tiny_blueprint("opt"), tmp_path, disk_blocks="auto")
+    assert not roomy._on_disk
+    assert roomy.step(tiny_batches(1, "opt")).disk_direct is None
+
+
+def test_too_little_host_memory_for_the_others_is_refused_before_anything_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = 4 * tiny_blueprint("opt").shape.block_parameters
+    needed = block_bytes + costs.host_ring_bytes(2 * block_bytes)
+    make(tiny_blueprint("opt"), tmp_path, replace(context(), host_bytes=needed)).close()  # just enough
+    blueprint, filled = tiny_blueprint("opt"), list[str]()
+    monkeypatch.setattr(blueprint, "fill", lambda name, out: filled.append(name))
+    missing = "host memory are missing: 1 streamed blocks and the ring of those on disk take"
+    with pytest.raises(InfeasiblePlan, match=re.escape(missing)):
+        make(blueprint, tmp_path, replace(context(), host_bytes=needed - 1))
+    assert filled == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blueprint, filled = tiny_blueprint("opt"), list[str]()
+    monkeypatch.setattr(blueprint, "fill", lambda name, out: filled.append(name))
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InfeasiblePlan, match="the disk is too small"):
+        make(blueprint, tmp_path)
+    assert filled == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", [0, 9])
+def test_a_disk_that_fails_in_a_step_ends_it_with_the_cause(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a deadlock, and closing works."""
+    streamed = make(tiny_blueprint("opt"), tmp_path)
+    batches = tiny_batches(5, "opt")
+    streamed.step([batches[0]])
+    preadv, left = os.preadv, [after]
+
+    def failing(descriptor: int, memory: Sequence[Any], at: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, memory, at)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
+        run(streamed, batches[1:])
+    streamed.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_blocks_is_a_number_or_auto() -> None:
+    assert parse_settings("zo2", {"disk_blocks": "7"}).disk_blocks == 7
+    assert parse_settings("zo2", {"disk_blocks": "auto"}).disk_blocks == "auto"
+    for wrong in ("-1", "some", "1.5"):
+        with pytest.raises(UserError, match="disk_blocks"):
+            parse_settings("zo2", {"disk_blocks": wrong})
+
+
+def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert spill_folder("") == Path("/somewhere/lspzo-bench/spill")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert spill_folder("") == Path.home() / ".cache/lspzo-bench/spill"
+    assert spill_folder("~/here") == Path.home() / "here"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("fold_every", [1, 4])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_equals_mezo_on_the_gpu(
+    dtype: Dtype, fold_every: int, graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a link and a disk that are late at random, in pieces smaller than a block."""
+    if not graphs:
+        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+    steps = LOG_CAPACITY + 26
+    where = context("cuda:0", dtype, steps)
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=9), where)
+    delays = random.Random(3)
+
+    def delayed(seed: int) -> Zo2:
+        knobs = {"fold_every": fold_every, "resident_blocks": 2, "disk_blocks": 4}
+        knobs = {**KNOBS, **knobs, "disk_folder": str(tmp_path / "spill")}
+        made = Zo2(Zo2Settings(**knobs), where)  # type: ignore[arg-type]
+        made.link_delay = lambda: delays.choice((0, 0, 50_000, 300_000))
+        made.disk_delay_s = late(seed)
+        made.setup(tiny_blueprint("opt", num_blocks=9, seed=seed))
+        return made
+
+    streamed = delayed(0)
+    batches, held_out = tiny_batches(steps, "opt"), tiny_batches(3, "opt", seed=1)
+    stats = assert_same_steps(mezo, streamed, batches[:40])
+    block_bytes = 2 * tiny_blueprint("opt").shape.block_parameters
+    assert {each.disk_read_bytes for each in stats} == {4 * block_bytes}
+    assert {each.h2d_bytes for each in stats} == {7 * block_bytes}
+    assert all(each.disk_s is not None for each in stats)
+    assert streamed.pinned_bytes == 3 * block_bytes + costs.host_ring_bytes(4 * block_bytes)
+    assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
+    assert_same_weights(mezo, streamed)
+    resumed = delayed(99)
+    resumed.load(save(streamed, tmp_path / "at-40"))
+    streamed.close()
+    assert_same_steps(mezo, resumed, batches[40:])
+    assert_same_weights(mezo, resumed)
+    resumed.close()
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_a_disk_that_fails_on_the_gpu_ends_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = make(tiny_blueprint("opt"), tmp_path, context("cuda:0", "bf16"))
+    batches = tiny_batches(5, "opt")
+    streamed.step([batches[0]])
+
+    def failing(descriptor: int, memory: Sequence[Any], at: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(UserError, match="cannot be read"):
+        run(streamed, batches[1:])
+    streamed.close()
+    assert torch.zeros(1, device="cuda:0").item() == 0.0
