@@ -93,8 +93,8 @@ class Zo2:
 
     @torch.no_grad()
     def setup(self, blueprint: Blueprint) -> None:
-        """Raises `InfeasiblePlan` before anything is filled if the streamed blocks do not fit, into host memory
-        or onto the disk."""
+        """Raises `InfeasiblePlan` before anything is filled if host memory or the disk is too small for its
+        blocks."""
         self._layout = lay_out(blueprint.model, self._dtype, self.settings.train)
         blocks = self._layout.blocks
         resident = resident_indices(len(blocks), self.settings.resident_blocks)

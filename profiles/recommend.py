@@ -13,6 +13,7 @@ from typing import cast
 from engines import entry
 from engines.base import ModelShape, Traffic, Workload
 from engines.costs import traffic as cost_of
+from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements
 from engines.costs.zo2 import resident_indices
 from engines.settings import LspSettings, parse_settings
@@ -63,6 +64,8 @@ class Budget:
     host_bytes: int
     pinned_bytes: int | None
     """`None`: no limit is known."""
+    disk_bytes: int | None
+    """`None`: the profile holds no disk."""
     gpu_named: bool
     """Whether the user named the GPU's limit."""
 
@@ -154,6 +157,7 @@ def _budget(machine: Machine, vram: int | None, host: int | None, pinned: int | 
         gpu_bytes=gpu,
         host_bytes=available if host is None else min(available, host),
         pinned_bytes=pinned,
+        disk_bytes=None if machine.disk is None else machine.disk.free_bytes,
         gpu_named=vram is not None,
     )
 
@@ -198,14 +202,21 @@ def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None
 
 
 def _missing(cost: Traffic, budget: Budget) -> str | None:
-    """What memory is missing, or `None`."""
+    """What memory is missing, or room on disk, or `None`."""
+    disk = _short("disk space", cost.disk_space_bytes, budget.disk_bytes)
     if budget.gpu_bytes is None:
-        return _short("host memory", cost.peak_host_bytes + cost.peak_gpu_bytes, budget.host_bytes)
+        return _short("host memory", _host_bytes_needed(cost, budget), budget.host_bytes) or disk
     return (
         _short("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost), budget.gpu_bytes)
         or _short("pinned memory", cost.pinned_bytes, budget.pinned_bytes)
-        or _short("host memory", cost.peak_host_bytes, budget.host_bytes)
+        or _short("host memory", _host_bytes_needed(cost, budget), budget.host_bytes)
+        or disk
     )
+
+
+def _host_bytes_needed(cost: Traffic, budget: Budget) -> int:
+    """Without a GPU, what one would hold too."""
+    return cost.peak_host_bytes + (cost.peak_gpu_bytes if budget.gpu_bytes is None else 0)
 
 
 def _short(what: str, needed: int, usable: int | None) -> str | None:
@@ -279,7 +290,25 @@ class _Choice:
         return cost_of(self._engine, self._shape, self._workload, parse_settings(self._engine, {**settings}))
 
     def _with(self, **chosen: Value) -> dict[str, Value]:
-        return {**chosen, **self._override}
+        merged = {**chosen, **self._override}
+        if self._engine == "zo2" and merged.get("disk_blocks", "auto") == "auto":
+            merged["disk_blocks"] = 0
+            on_disk = self._fewest_on_disk(merged)
+            if on_disk or "disk_blocks" in self._override:
+                merged["disk_blocks"] = on_disk
+            else:
+                del merged["disk_blocks"]
+        return merged
+
+    def _fewest_on_disk(self, without: Mapping[str, Value]) -> int:
+        """Blocks that host memory has no room for; `without` are the settings with none on disk."""
+        cost = self.cost(without)
+        if not cost.pinned_bytes:
+            return 0
+        block_bytes = max(layer.h2d_bytes for layer in cost.layers)
+        streamed = cost.pinned_bytes // block_bytes
+        others_bytes = _host_bytes_needed(cost, self._budget) - cost.pinned_bytes
+        return fewest_on_disk([block_bytes] * streamed, self._budget.host_bytes - others_bytes)
 
     def _torchao(self) -> tuple[dict[str, Value], tuple[str, ...]]:
         kept = self._with(offload_gradients=False)
@@ -306,7 +335,14 @@ class _Choice:
         if "fold_every" not in self._override:
             chosen["fold_every"], reason = self._fold_every(chosen)
             reasons.append(reason)
-        return self._with(**chosen), tuple(reasons)
+        settings = self._with(**chosen)
+        if settings.get("disk_blocks") and self._override.get("disk_blocks", "auto") == "auto":
+            cost = self.cost(settings)
+            reasons.append(
+                f"disk_blocks={settings['disk_blocks']}: host memory has no room for them; "
+                f"{format_bytes(cost.disk_bytes)} are read per step from where disk_folder says"
+            )
+        return settings, tuple(reasons)
 
     def _resident_blocks(self) -> tuple[int, str]:
         """Of a limit that the user named, all is used. Otherwise a tenth of the GPU stays free, since what is

@@ -5,6 +5,7 @@ The cost model sees a model as a `ModelShape`; the engines see its tensors. Here
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,8 @@ METHODS: list[Method] = [
 VARIANTS: list[Method] = [
     *METHODS,
     ("zo2", {"resident_blocks": 3}),
+    ("zo2", {"disk_blocks": 3}),
+    ("zo2", {"disk_blocks": 1, "resident_blocks": 1}),
     ("lsp", {"d": 12}),
     ("lsp", {"d": 8, "schedule_order": "sequential"}),
     ("lsp", {"d": 8, "train_outer": False}),
@@ -51,6 +54,8 @@ def running(
     engine: str, values: dict[str, Any], blueprint: Blueprint, workload: Workload, device: str = "cpu"
 ) -> Iterator[Any]:
     """The engine after its set-up."""
+    if "disk_blocks" in values:
+        values = {**values, "disk_folder": tempfile.gettempdir()}
     if engine == "lsp":
         values = {"r": 2, "learn_steps": 1, **values}
     context = Context(device=device, workload=workload, seed=0, total_steps=4)
@@ -75,6 +80,7 @@ def assert_moved(all_stats: Sequence[StepStats], told: Traffic, values: dict[str
     """Where blocks take turns in going down, the bytes of one turn are those of a model."""
     turn = values.get("fold_every", 1)
     assert {stats.h2d_bytes for stats in all_stats} == {told.h2d_bytes}
+    assert {stats.disk_read_bytes for stats in all_stats} == {told.disk_bytes}
     downloads = [stats.d2h_bytes for stats in all_stats]
     assert len(downloads) >= turn
     sums = {sum(downloads[i : i + turn]) for i in range(len(downloads) - turn + 1)}

@@ -21,7 +21,7 @@ from engines.costs import COSTS, forward, traffic
 from engines.costs.lsp import core_elements
 from engines.costs.overlap import PIECE, STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.torchao_offload import power_of_two
-from engines.costs.zo2 import RING_BYTES, folds, resident_indices, ring_bytes
+from engines.costs.zo2 import RING_BYTES, disk_indices, folds, resident_indices, ring_bytes
 from engines.settings import LspSettings, parse_settings
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
@@ -401,6 +401,33 @@ def test_more_residents_never_move_more(resident: tuple[int, int], fold_every: i
     assert more.d2h_bytes <= more.h2d_bytes
 
 
+def test_opt_30b_on_a_host_of_32_gib() -> None:
+    """Of 59 GB some 20 are in memory, and the rest is read from disk in every step."""
+    shape = opt("opt-30b", 7168, 48, 56)
+    block_bytes = 2 * shape.block_parameters
+    everything = cost("zo2", shape, FORWARD_ONLY)
+    counted = cost("zo2", shape, FORWARD_ONLY, disk_blocks=25)
+    assert counted.disk_bytes == counted.disk_space_bytes == 25 * block_bytes
+    assert counted.h2d_bytes == everything.h2d_bytes == 48 * block_bytes
+    assert counted.d2h_bytes == 23 * block_bytes
+    assert counted.pinned_bytes == 23 * block_bytes + 2**30
+    assert counted.peak_host_bytes < 32 * 2**30 < everything.peak_host_bytes
+    assert counted.gpu_memory_bytes == everything.gpu_memory_bytes
+    # Each of their bytes is written to host memory and read from it again.
+    assert counted.host_bytes == (23 * 2 + 25 * 2) * block_bytes
+
+
+def test_blocks_on_disk_are_among_the_streamed_ones() -> None:
+    resident = resident_indices(48, 10)
+    on_disk = disk_indices(48, resident, 20)
+    assert len(on_disk) == 20
+    assert not on_disk & resident
+    counted = cost("zo2", OPT_13B, FORWARD_ONLY, resident_blocks=10, disk_blocks=99)
+    assert counted.disk_bytes == counted.h2d_bytes
+    assert counted.d2h_bytes == 0
+    assert cost("zo2", OPT_13B, FORWARD_ONLY, disk_blocks="auto") == cost("zo2", OPT_13B, FORWARD_ONLY)
+
+
 @given(size=st.integers(1, 2**40))
 def test_power_of_two(size: int) -> None:
     rounded = power_of_two(size)
@@ -420,6 +447,7 @@ LAYERS = st.lists(
         d2h_s=SECONDS,
         cpu_s=SECONDS,
         host_s=st.just(0.0),
+        disk_s=SECONDS,
     ),
     min_size=1,
     max_size=6,
@@ -452,6 +480,13 @@ def test_streamed_fills_and_drains_once() -> None:
     assert STEP_TIME["streamed"]([layer] * 10, 1) == 50 + PIECE * (2 + 5)
     resident = replace(layer, h2d_s=0.0, d2h_s=0.0)
     assert STEP_TIME["streamed"]([resident] * 10, 1) == 20
+
+
+def test_a_disk_that_is_slower_than_all_is_the_step() -> None:
+    layer = LayerTimes(gpu_s=2.0, backward_s=0.0, h2d_s=5.0, d2h_s=0.0, cpu_s=0.0, host_s=0.0, disk_s=9.0)
+    assert STEP_TIME["streamed"]([layer] * 10, 1) == 90
+    assert STEP_TIME["serial"]([layer] * 10, 1) == 160
+    assert busy_s([layer] * 10)["disk"] == 90
 
 
 def test_host_memory_limits_what_overlaps() -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import stat
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
 
     class LateLink(Link):
         copies: dict[Event, tuple[Tensor, Tensor]]
+        lock = threading.Lock()
 
         def upload(self, host: Tensor, out: Tensor, after: Any = None, name: str = "") -> Event:
             event = Event()
@@ -138,9 +140,10 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
             return event
 
         def host_wait(self, event: Event) -> None:
-            copy = self.copies.pop(event, None)
-            if copy is not None:
-                copy[1].copy_(copy[0])
+            with self.lock:
+                copy = self.copies.pop(event, None)
+                if copy is not None:
+                    copy[1].copy_(copy[0])
 
         def synchronize(self) -> None:
             for event in list(self.copies):

@@ -220,6 +220,27 @@ def test_noise_is_a_median_of_the_measured_steps() -> None:
     assert record(job, make_engine(job)).summary().perturb_s is None
 
 
+class ReadingEngine(Scripted):
+    """Says what it read from disk."""
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        stats = super().step(batches)
+        return replace(stats, disk_read_bytes=100, disk_s=0.75, disk_floor_s=0.5, disk_direct=False)
+
+
+def test_what_was_read_from_disk_and_how_near_it_came_to_reading_alone() -> None:
+    job = scripted_job()
+    recording = Recording(tokens_per_step=8)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    run(job, ReadingEngine(ScriptedSettings(step_s=(8.0, 8.0, 2.0)), context), recording)
+    summary = recording.summary()
+    assert (summary.disk_read_bytes, summary.disk_s, summary.disk_direct) == (100, 0.75, False)
+    assert (summary.disk_floor_s, summary.disk_floor_share) == (0.5, 0.25)
+    without = record(job, make_engine(job)).summary()
+    assert without.disk_read_bytes == 0
+    assert (without.disk_s, without.disk_direct, without.disk_floor_share) == (None, None, None)
+
+
 class LandingEngine(Scripted):
     """Says what is asked of it how much of its update arrived, and when it was asked."""
 

@@ -25,7 +25,7 @@ from engines.base import ModelShape, UserError, Workload
 from engines.costs import traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings import parse_settings
-from profiles.machine import Machine, absent
+from profiles.machine import Disk, Machine, absent
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
 from profiles.recommend import (
@@ -438,3 +438,64 @@ def test_more_named_vram_never_moves_more_bytes_with_zo2(sizes: tuple[int, int])
         plan("zo2", shape=shape, workload=FORWARD_ONLY, vram_bytes=size).prediction for size in sorted(sizes)
     )
     assert more.h2d_bytes <= less.h2d_bytes
+
+
+def with_disk(machine: Machine, read_bytes_per_s: float, free_bytes: int = 10**13) -> Machine:
+    figures = {"write_bytes_per_s": measured(1e9), "read_bytes_per_s": measured(read_bytes_per_s)}
+    disk = Disk(
+        folder="/tmp", file_system="ext4", total_bytes=10**13, free_bytes=free_bytes, direct=True, **figures
+    )
+    return replace(machine, disk=disk)
+
+
+def test_blocks_go_to_disk_only_where_host_memory_is_too_small() -> None:
+    """OPT-13B: 25.2 GB of blocks, which 16 GiB do not hold."""
+    machine = with_disk(H200, 5e9)
+    roomy = plan("zo2", machine, OPT_13B, FORWARD_ONLY, vram_bytes=8 * GB)
+    assert "disk_blocks" not in roomy.settings
+    tight = plan("zo2", machine, OPT_13B, FORWARD_ONLY, vram_bytes=8 * GB, host_bytes=16 * 2**30)
+    assert tight.fits
+    count = tight.settings["disk_blocks"]
+    assert isinstance(count, int)
+    cost = traffic("zo2", OPT_13B, FORWARD_ONLY, parse_settings("zo2", tight.settings))
+    assert cost.peak_host_bytes <= 16 * 2**30
+    fewer = parse_settings("zo2", {**tight.settings, "disk_blocks": count - 1})
+    assert traffic("zo2", OPT_13B, FORWARD_ONLY, fewer).peak_host_bytes > 16 * 2**30
+    told = tight.prediction
+    assert told.disk_read_bytes == count * 2 * OPT_13B.block_parameters
+    assert told.disk_space_bytes == told.disk_read_bytes
+    assert told.bottleneck == "disk"
+    assert told.step_s == pytest.approx(told.disk_read_bytes / 5e9)
+    assert told.floor_s == pytest.approx(told.disk_read_bytes / 5e9)
+    assert "disk read bandwidth 5.00 GB/s" in told.basis
+    assert any(reason.startswith(f"disk_blocks={count}: host memory has no room") for reason in tight.reasons)
+
+
+def test_a_number_of_blocks_on_disk_that_is_given_is_kept_and_auto_is_counted() -> None:
+    machine = with_disk(H200, 5e9)
+    limits = {"vram_bytes": 8 * GB, "host_bytes": 16 * 2**30}
+    chosen = plan("zo2", machine, OPT_13B, FORWARD_ONLY, **limits)
+    for asked, expected in (("auto", chosen.settings["disk_blocks"]), ("39", "39"), (0, 0)):
+        (only,) = recommend(
+            machine, OPT_13B, FORWARD_ONLY, ["zo2"], {"zo2": {"disk_blocks": asked}}, **limits
+        )  # type: ignore[arg-type]
+        assert only.settings["disk_blocks"] == expected
+        assert only.fits == (asked != 0)
+    (roomy,) = recommend(machine, OPT_13B, FORWARD_ONLY, ["zo2"], {"zo2": {"disk_blocks": "auto"}})
+    assert roomy.settings["disk_blocks"] == 0
+
+
+def test_a_disk_that_is_too_small_is_why_not() -> None:
+    limits = {"vram_bytes": 8 * GB, "host_bytes": 16 * 2**30}
+    small = plan("zo2", with_disk(H200, 5e9, free_bytes=GB), OPT_13B, FORWARD_ONLY, **limits)
+    assert not small.fits
+    assert "of disk space" in str(small.why_not)
+
+
+def test_a_disk_that_was_not_measured_gives_no_time() -> None:
+    machine = replace(H200, disk=None, disk_absent_reason="a brief probe measures no disk")
+    tight = plan("zo2", machine, OPT_13B, FORWARD_ONLY, vram_bytes=8 * GB, host_bytes=16 * 2**30)
+    assert tight.fits
+    assert tight.prediction.step_s is None
+    assert tight.prediction.floor_s is None
+    assert "disk read bandwidth is not in the machine profile: a brief probe" in tight.prediction.basis
