@@ -168,8 +168,6 @@ class Traffic:
     host_memory_bytes: Mapping[str, int]
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
-    disk_space_bytes: int = 0
-    """Room that the method takes on disk."""
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
@@ -291,6 +289,25 @@ class Evaluation:
     For question answering the share of sequences where both the first and the last token are right."""
     num_labels: int
     """Labelled positions, or sequences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in a file: contiguous, little-endian."""
+
+    path: Path
+    offset_bytes: int
+    num_bytes: int
+    shape: tuple[int, ...]
+    dtype: Dtype
+
+
+@runtime_checkable
+class LocatesWeights(Protocol):
+    """A blueprint that may know where the weights that `fill` would write lie on disk, as they are."""
+
+    def locate(self, name: str) -> StoredTensor | None:
+        """Where parameter `name` lies; `None`: in no file. Files stay as they are while the run goes on."""
 
 
 class Blueprint(Protocol):

@@ -32,10 +32,10 @@ from time import sleep
 
 from torch import Tensor, uint8
 
-from engines.base import InfeasiblePlan, UserError
+from engines.base import Blueprint, Dtype, InfeasiblePlan, LocatesWeights, UserError
 from engines.costs import disk as costs
 from engines.layout import BlockLayout
-from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, make_file
+from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, make_file, open_existing
 from engines.transfer import Event, HostSlab, Link, Progress, now_s
 
 DEPTHS = (2, 4, 8, 16)
@@ -45,9 +45,9 @@ AS_FAST = 0.97
 """Share of the best rate that counts as as fast."""
 
 TRY_S = 0.4
-"""Time for each depth. Storage serves some of it from its own cache: sequential, so no chunk comes twice."""
+"""Time for each depth. All go on in one sequence, since what has just been read may be in a drive's cache."""
 
-LEAST_TRIED_BYTES = 4 * costs.SLOTS * costs.CHUNK_BYTES
+LEAST_TRIED_BYTES = costs.SLOTS * costs.CHUNK_BYTES
 """Below this on disk no rate is measured, and the depth is `USUAL_DEPTH`."""
 
 USUAL_DEPTH = 8
@@ -59,6 +59,41 @@ def spill_folder(named: str) -> Path:
         return Path(named).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / "spill"
+
+
+def in_place(
+    blocks: Mapping[int, BlockLayout], blueprint: Blueprint, dtype: Dtype, element_bytes: int
+) -> dict[int, list[Span]]:
+    """Where those of `blocks` lie whose tensors are all in files, in the precision that is computed with.
+
+    Raises `UserError` for a file that cannot be opened.
+    """
+    if not isinstance(blueprint, LocatesWeights):
+        return {}
+    files: dict[Path, RawFile] = {}
+    found: dict[int, list[Span]] = {}
+    for index, block in blocks.items():
+        spans = []
+        for part in block.own_parts:
+            for name, offset in zip(part.names, part.segment.offsets, strict=True):
+                stored = blueprint.locate(name)
+                if stored is None or stored.dtype != dtype:
+                    break
+                if stored.path not in files:
+                    files[stored.path] = _opened(stored.path)
+                start = element_bytes * (part.start + offset)
+                spans.append(Span(files[stored.path], stored.offset_bytes, start, stored.num_bytes))
+        if len(spans) == sum(len(part.names) for part in block.own_parts):
+            found[index] = spans
+    return found
+
+
+def _opened(path: Path) -> RawFile:
+    try:
+        return open_existing(path)
+    except OSError as error:
+        why = f"cannot be read ({error.strerror or error})"
+        raise UserError(str(path), why, "check its permissions, or download the model again") from None
 
 
 class PageCacheWarning(UserWarning):
@@ -157,6 +192,8 @@ class DiskBlocks:
         own = [i for i in self._sizes_bytes if i not in self._spans]
         missing = [(i, self._own) for i in own] + [(i, self._second) for i in self._sizes_bytes if folds]
         needed_bytes = sum(self._sizes_bytes[i] for i, _ in missing)
+        if not missing:
+            return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             free_bytes = shutil.disk_usage(self.folder).free
@@ -175,6 +212,7 @@ class DiskBlocks:
         self._spans |= {index: [span] for index, span in self._own.items()}
 
     def _make_file(self, block: int) -> Span:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return make_file(self.folder, f"block.{block}", self._sizes_bytes[block])
 
     def _too_small(self, needed_bytes: int, free_bytes: int | None, *, folds: bool) -> str:
@@ -200,8 +238,8 @@ class DiskBlocks:
     def pinned_bytes(self) -> int:
         return self._slab.num_bytes if self._slab.pinned else 0
 
-    def is_filled(self, block: int) -> bool:
-        """A file that is not ours holds it already."""
+    def holds(self, block: int) -> bool:
+        """A file that is not ours has its weights: it need not be filled."""
         return block not in self._own
 
     def set_order(self, pieces: Sequence[Piece]) -> None:

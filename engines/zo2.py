@@ -48,7 +48,7 @@ from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.costs.disk import fewest_on_disk, host_needed_bytes
 from engines.costs.forward import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, folds, resident_indices
-from engines.disk import DiskBlocks, FetchedTensors, spill_folder
+from engines.disk import DiskBlocks, FetchedTensors, in_place, spill_folder
 from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
 from engines.mezo import LossPair, next_update
@@ -106,11 +106,12 @@ class Zo2:
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
         )
         self._link = Link(self.device, self.link_delay, self._timeline, self.context.link_rates)
-        self._disk = self._make_disk(blocks)
+        self._disk = self._make_disk(blocks, blueprint)
         self._stream = BlockStream(
             blocks, resident, self._dtype, self._link, self._clock, self.context.progress, self._disk
         )
-        self._fill(blueprint.fill)
+        held = frozenset(i for i in self._on_disk if self._disk is not None and self._disk.holds(i))
+        self._fill(blueprint.fill, held)
         if self._disk is not None:
             self._disk.choose_depth()
         self._stream.prefetch()
@@ -132,26 +133,32 @@ class Zo2:
                 f"{host_bytes / 1e9:.3g} GB; free host memory, or keep more blocks on the GPU with "
                 "--set zo2.resident_blocks=N or on disk with --set zo2.disk_blocks=N"
             )
-        return disk_indices(len(blocks), resident, wanted)
+        return frozenset(i for i in disk_indices(len(blocks), resident, wanted) if blocks[i].size)
 
-    def _make_disk(self, blocks: Sequence[BlockLayout]) -> DiskBlocks | None:
-        sizes_bytes = {i: self._dtype.itemsize * blocks[i].size for i in sorted(self._on_disk)}
-        sizes_bytes = {i: size for i, size in sizes_bytes.items() if size}
-        if not sizes_bytes:
+    def _make_disk(self, blocks: Sequence[BlockLayout], blueprint: Blueprint) -> DiskBlocks | None:
+        if not self._on_disk:
             return None
+        size, dtype = self._dtype.itemsize, self.context.workload.dtype
         return DiskBlocks(
-            sizes_bytes, spill_folder(self.settings.disk_folder), self._link, self.context.progress,
-            folds=self.context.total_steps > LOG_CAPACITY, delay_s=self.disk_delay_s,
-        )  # fmt: skip
+            {i: size * blocks[i].size for i in sorted(self._on_disk)},
+            spill_folder(self.settings.disk_folder),
+            self._link,
+            self.context.progress,
+            folds=self.context.total_steps > LOG_CAPACITY,
+            in_place=in_place({i: blocks[i] for i in self._on_disk}, blueprint, dtype, size),
+            delay_s=self.disk_delay_s,
+        )
 
-    def _fill(self, fill: Callable[[str, Tensor], object]) -> None:
-        """Write every weight to where it lives; with a GPU through the ring, so never twice on the host."""
+    def _fill(self, fill: Callable[[str, Tensor], object], held: frozenset[int] = frozenset()) -> None:
+        """Write every weight to where it lives, but those of blocks that are `held` there; with a GPU through
+        the ring, so never twice on the host."""
         for name, weight in self._model.outer.items():
             fill(name, weight)
         for index, block in enumerate(self._layout.blocks):
-            with self._stream.filling(index) as flat:
-                for name, weight in block.views(flat).items():
-                    fill(name, weight)
+            if index not in held:
+                with self._stream.filling(index) as flat:
+                    for name, weight in block.views(flat).items():
+                        fill(name, weight)
             self.context.progress("filling blocks", index + 1, len(self._layout.blocks))
         self._stream.rewind()
         self._stored = [self._log.length] * len(self._layout.blocks)
@@ -296,7 +303,7 @@ class Zo2:
     def _fold_full_log(self) -> None:
         """Blocks on disk whose updates fill the log are written to their second files."""
         for index in sorted(self._on_disk):
-            if self._log.length - self._stored[index] == LOG_CAPACITY:
+            if self._log.length - self._stored[index] >= LOG_CAPACITY:
                 with self._stream.fetched(index, keep=True) as flat:
                     self._apply_pending(index, flat)
                 self._stored[index] = self._log.length

@@ -1,7 +1,7 @@
 """From a job to a model: built on the meta device, filled tensor by tensor, written out again.
 
-Nothing here allocates a model's weights at once, except for a checkpoint, which transformers reads into
-host memory in the precision it is stored in.
+Nothing here allocates a model's weights at once, except for a checkpoint whose tensors are not the model's
+one by one (`harness.stored`): transformers reads it into host memory in the precision it is stored in.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
-from engines.base import Head, MatrixShape, ModelShape, UserError
+from engines.base import Head, MatrixShape, ModelShape, StoredTensor, UserError
 from engines.blocks import find_blocks
 from harness.export import write_model
 from harness.heads import auto_class
 from harness.job import Job, ModelSource
 from harness.shapes import load_config, local_folder
+from harness.stored import read_weights, stored_tensors
 from harness.tokens import load_tokenizer, tokenizer_files
 from harness.weights import checkpoint_weights, random_weights
 
@@ -43,6 +44,7 @@ class ModelBlueprint:
         model: nn.Module,
         source: ModelSource,
         weights: Callable[[str, Tensor], None],
+        stored: Mapping[str, StoredTensor] | None = None,
     ) -> None:
         self.shape = shape
         self.model: Any = model
@@ -54,6 +56,7 @@ class ModelBlueprint:
         self.persistent_buffers = _persistent_buffers(model)
         self._first_names = _first_names(model)
         self._weights = weights
+        self._stored = stored or {}
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the weights of parameter `name` into `out`, of any device and float dtype.
@@ -65,6 +68,10 @@ class ModelBlueprint:
             raise ValueError(f"{name} is {self.parameter_shapes[first]}, not {tuple(out.shape)}")
         with torch.no_grad():
             self._weights(first, out)
+
+    def locate(self, name: str) -> StoredTensor | None:
+        """See `engines.base.LocatesWeights`."""
+        return self._stored.get(self._first_names[name])
 
     def release(self) -> None:
         """Let go of the weights that `fill` reads from: a checkpoint is in host memory until then."""
@@ -93,13 +100,15 @@ def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
         # A classifying decoder finds the last token of a sequence by the padding after it. Set after
         # the model was built, so that the embedding does not take it for a row without gradient.
         model.config.pad_token_id = load_tokenizer(source, shape.vocabulary).pad_id
-    random = random_weights(model, job.seed)
-    weights = (
-        random
-        if source.random_weights
-        else checkpoint_weights(source, config, shape, values, random, model.base_model_prefix)
-    )
-    return ModelBlueprint(shape=shape, model=model, source=source, weights=weights)
+    random, body = random_weights(model, job.seed), model.base_model_prefix
+    stored = None if source.random_weights else stored_tensors(source, model, body)
+    if source.random_weights:
+        weights = random
+    elif stored is not None:
+        weights = read_weights(stored)
+    else:
+        weights = checkpoint_weights(source, config, shape, values, random, body)
+    return ModelBlueprint(shape=shape, model=model, source=source, weights=weights, stored=stored)
 
 
 def export_model(

@@ -120,7 +120,6 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         bottleneck=bottleneck,
         basis=basis,
         disk_read_bytes=traffic.disk_bytes,
-        disk_space_bytes=traffic.disk_space_bytes,
         floor_s=floor_s(traffic, machine, workload),
     )
 

@@ -64,8 +64,6 @@ class Budget:
     host_bytes: int
     pinned_bytes: int | None
     """`None`: no limit is known."""
-    disk_bytes: int | None
-    """`None`: the profile holds no disk."""
     gpu_named: bool
     """Whether the user named the GPU's limit."""
 
@@ -157,7 +155,6 @@ def _budget(machine: Machine, vram: int | None, host: int | None, pinned: int | 
         gpu_bytes=gpu,
         host_bytes=available if host is None else min(available, host),
         pinned_bytes=pinned,
-        disk_bytes=None if machine.disk is None else machine.disk.free_bytes,
         gpu_named=vram is not None,
     )
 
@@ -202,15 +199,13 @@ def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None
 
 
 def _missing(cost: Traffic, budget: Budget) -> str | None:
-    """What memory is missing, or room on disk, or `None`."""
-    disk = _short("disk space", cost.disk_space_bytes, budget.disk_bytes)
+    """What memory is missing, or `None`. Whether the disk is large enough the engine finds, where it is."""
     if budget.gpu_bytes is None:
-        return _short("host memory", _host_bytes_needed(cost, budget), budget.host_bytes) or disk
+        return _short("host memory", _host_bytes_needed(cost, budget), budget.host_bytes)
     return (
         _short("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost), budget.gpu_bytes)
         or _short("pinned memory", cost.pinned_bytes, budget.pinned_bytes)
         or _short("host memory", _host_bytes_needed(cost, budget), budget.host_bytes)
-        or disk
     )
 
 

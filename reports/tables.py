@@ -194,6 +194,7 @@ def busy_table(all_: Measurements) -> Table | None:
     columns = ["method", "h2d_time", "d2h_time", "compute", "noise", "idle", "cpu"]
     shares = {
         "floor": {engine: one.floor_share for engine, one in known.items()},
+        "disk_floor": {engine: one.disk_floor_share for engine, one in known.items()},
         "landed": {engine: one.landed_share for engine, one in known.items()},
     }
     shares = {key: of for key, of in shares.items() if any(value is not None for value in of.values())}
@@ -233,6 +234,8 @@ class Breakdown:
     cpu_s: float | None = None
     floor_share: float | None = None
     """Predicted floor over measured step."""
+    disk_floor_share: float | None = None
+    """Reading alone, measured, over measured step."""
     landed_share: float | None = None
 
     noiseless: bool = False
@@ -271,6 +274,7 @@ def breakdown(rounds: Rounds) -> Breakdown:
         idle_s=typical(rounds, lambda run: run.summary.idle_s),
         cpu_s=typical(rounds, lambda run: run.summary.cpu_s),
         floor_share=typical(rounds, lambda run: run.summary.floor_share),
+        disk_floor_share=typical(rounds, lambda run: run.summary.disk_floor_share),
         landed_share=typical(rounds, lambda run: run.summary.landed_share),
     )
 

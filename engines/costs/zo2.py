@@ -100,6 +100,5 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
             **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
         },
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
-        disk_space_bytes=disk_bytes,
         overlap="streamed",
     )

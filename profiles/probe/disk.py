@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from profiles.limits import ROOT, read_text
@@ -17,7 +18,7 @@ from profiles.probe.timing import Meter, clock_s, one_line, rate_figure
 
 BLOCK_BYTES = 8 * 2**20
 CHUNK_BLOCKS = 4
-"""Blocks of one sample."""
+"""Blocks of one sample; they are read side by side, and written one after the other."""
 FILE_BYTES_AT_MOST = 8 * 2**30
 FREE_SHARE = 10
 """At most this share of what is free is written."""
@@ -142,15 +143,20 @@ def _write(descriptor: int, block: mmap.mmap, most: int, seconds: float) -> list
 def _read(descriptor: int, block: mmap.mmap, most: int, seconds: float) -> list[float]:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.lseek(descriptor, 0, os.SEEK_SET)
     chunks = min(most, os.fstat(descriptor).st_size // (BLOCK_BYTES * CHUNK_BLOCKS))
     samples: list[float] = []
     start = clock_s()
-    while len(samples) < chunks and (len(samples) < 2 or clock_s() - start < seconds):
-        before = clock_s()
-        for _ in range(CHUNK_BLOCKS):
-            _whole(os.readv(descriptor, [block]))
-        samples.append(clock_s() - before)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(CHUNK_BLOCKS))
+        blocks = [stack.enter_context(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(CHUNK_BLOCKS)]
+        while len(samples) < chunks and (len(samples) < 2 or clock_s() - start < seconds):
+            first = len(samples) * CHUNK_BLOCKS
+            places = [BLOCK_BYTES * (first + i) for i in range(CHUNK_BLOCKS)]
+            before = clock_s()
+            # Side by side: a fast disk has its full rate only with several reads in flight.
+            for count in pool.map(lambda into, at: os.preadv(descriptor, [into], at), blocks, places):
+                _whole(count)
+            samples.append(clock_s() - before)
     return samples
 
 

@@ -219,7 +219,7 @@ def test_a_block_in_a_file_of_somebody_else_is_read_there(tmp_path: Path) -> Non
     folder = tmp_path / "spill"
     blocks = blocks_on(folder, {0: start}, in_place={0: spans})
     blocks.set_order([(0, 0, start)])
-    assert blocks.is_filled(0)
+    assert blocks.holds(0)
     expected = torch.cat((tensors["a"], tensors["b"]))
     for _ in range(2):
         assert torch.equal(next_piece(blocks, start), expected)

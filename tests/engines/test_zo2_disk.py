@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
@@ -13,9 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from engines.base import Batch, Context, Dtype, InfeasiblePlan, StepStats, UserError, Workload
+from engines.base import (
+    Batch,
+    Context,
+    Dtype,
+    InfeasiblePlan,
+    StepStats,
+    StoredTensor,
+    UserError,
+    Workload,
+)
 from engines.costs import disk as costs
 from engines.costs.forward import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, resident_indices
@@ -207,17 +218,26 @@ def base_of(made: Zo2) -> list[bytes]:
     return found
 
 
-def test_the_base_is_never_written_and_a_full_log_goes_to_a_second_file(tmp_path: Path) -> None:
-    """Through two foldings, with an export and a checkpoint in between."""
-    steps = 2 * LOG_CAPACITY + 10
+@pytest.fixture
+def full_after(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Updates after which the log counts as full: fewer than it holds, to save time."""
+    monkeypatch.setattr("engines.zo2.LOG_CAPACITY", 7)
+    return 7
+
+
+def test_the_base_is_never_written_and_a_full_log_goes_to_a_second_file(
+    tmp_path: Path, full_after: int
+) -> None:
+    """Through three foldings, with an export in between."""
+    steps = 3 * full_after + 5
     where = context(steps=steps, dtype="bf16")
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=4), where)
     streamed = make(tiny_blueprint("opt", num_blocks=4), tmp_path, where, fold_every=4)
     before = base_of(streamed)
     batches = tiny_batches(steps, "opt")
-    assert_same_steps(mezo, streamed, batches[: LOG_CAPACITY + 5])
+    assert_same_steps(mezo, streamed, batches[: full_after + 5])
     assert_same_weights(mezo, streamed)
-    stats = assert_same_steps(mezo, streamed, batches[LOG_CAPACITY + 5 :])
+    stats = assert_same_steps(mezo, streamed, batches[full_after + 5 :])
     block_bytes = 2 * tiny_blueprint("opt").shape.block_parameters
     assert max(each.d2h_bytes for each in stats) == block_bytes  # folding is no part of a step's traffic
     assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
@@ -336,6 +356,76 @@ def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert spill_folder("") == Path.home() / ".cache/lspzo-bench/spill"
     assert spill_folder("~/here") == Path.home() / "here"
+
+
+class StoredBlueprint(TinyBlueprint):
+    """Its weights lie in a safetensors file."""
+
+    path: Path
+
+    def locate(self, name: str) -> StoredTensor | None:
+        content = self.path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        entry = json.loads(content[8 : 8 + size])[name]
+        first, last = entry["data_offsets"]
+        return StoredTensor(
+            path=self.path, offset_bytes=8 + size + first, num_bytes=last - first,
+            shape=tuple(entry["shape"]), dtype="fp32",
+        )  # fmt: skip
+
+
+def stored_blueprint(path: Path, num_blocks: int = 4) -> StoredBlueprint:
+    plain = tiny_blueprint("opt", num_blocks=num_blocks)
+    made = StoredBlueprint(shape=plain.shape, model=plain.model, reference=plain.reference)
+    made.path = path
+    save_file({name: value.detach() for name, value in plain.reference.named_parameters()}, path)
+    return made
+
+
+def test_blocks_are_read_where_the_models_own_file_has_them(tmp_path: Path, full_after: int) -> None:
+    """They take no room of their own until the log is full, and the file stays as it is."""
+    steps = full_after + 9
+    path, spill = tmp_path / "model.safetensors", tmp_path / "spill"
+    blueprint = stored_blueprint(path)
+    before, filled = path.read_bytes(), list[str]()
+    fill = blueprint.fill
+
+    def noted(name: str, out: Tensor) -> None:
+        filled.append(name)
+        fill(name, out)
+
+    blueprint.fill = noted  # type: ignore[method-assign]
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=4), context(steps=steps))
+    streamed = make(blueprint, spill, context(steps=full_after), late())
+    assert not spill.exists()
+    assert streamed._disk is not None
+    assert all(streamed._disk.holds(i) for i in streamed._on_disk)
+    read = {f".layers.{i}." for i in streamed._on_disk}
+    assert len(read) == 2
+    assert not any(where in name for name in filled for where in read)
+    batches = tiny_batches(steps, "opt")
+    assert_same_steps(mezo, streamed, batches[:5])
+    assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
+    assert_same_weights(mezo, streamed)
+    folder = save(streamed, tmp_path / "at-5")
+    streamed.close()
+    resumed = make(stored_blueprint(path), spill, context(steps=steps))
+    resumed.load(folder)
+    assert_same_steps(mezo, resumed, batches[5:])
+    assert_same_weights(mezo, resumed)
+    resumed.close()
+    assert path.read_bytes() == before
+
+
+def test_a_file_in_another_precision_is_copied(tmp_path: Path) -> None:
+    where = context(dtype="bf16")
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=4), where)
+    streamed = make(stored_blueprint(tmp_path / "model.safetensors"), tmp_path / "spill", where)
+    assert streamed._disk is not None
+    assert not any(streamed._disk.holds(i) for i in streamed._on_disk)
+    assert_same_steps(mezo, streamed, tiny_batches(3, "opt"))
+    assert_same_weights(mezo, streamed)
+    streamed.close()
 
 
 @pytest.mark.gpu

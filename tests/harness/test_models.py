@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -17,12 +18,13 @@ from transformers import (
 
 from engines.base import UserError
 from engines.blocks import find_blocks, materialize
-from harness import export, weights
+from harness import export, models, weights
 from harness.data import make_data
 from harness.heads import auto_class
 from harness.job import DataSource, Job, ModelSource
 from harness.models import ModelBlueprint, build_on_meta, export_model, make_blueprint
 from harness.shapes import NAMED_SHAPES, resolve_shape
+from harness.stored import stored_tensors
 from harness.weights import fill_normal
 
 DECODERS = ("tiny-opt", "tiny-llama", "tiny-qwen2", "tiny-gpt2")
@@ -345,3 +347,73 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="weights cannot be loaded"):
         blueprint_of(str(source), random_weights=False)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("name", [*DECODERS, "tiny-roberta"])
+def test_a_checkpoint_that_is_the_models_own_is_read_where_it_lies(
+    name: str, shards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor by tensor; `locate` says where the bytes are that `fill` writes. transformers reads nothing."""
+    random = blueprint_of(name)
+    values = filled(random)
+    export.write_model(
+        tmp_path / "model",
+        config=random.config,
+        expected=random.parameter_shapes,
+        weights=iter(values.items()),
+        buffers=random.persistent_buffers,
+        dtype=torch.bfloat16,
+        extra_files=[],
+        shard_bytes=50_000 if shards else 10**9,
+    )
+    monkeypatch.setattr(models, "checkpoint_weights", None)
+    source = config_folder(tmp_path / "model", {**random.config.to_dict()})
+    stored = blueprint_of(source, random_weights=False)
+    for path, value in filled(stored).items():
+        expected = values[path].to(torch.bfloat16)
+        assert torch.equal(value, expected.float()), path
+        place = stored.locate(path)
+        assert place is not None
+        assert place.dtype == "bf16"
+        raw = place.path.read_bytes()[place.offset_bytes :][: place.num_bytes]
+        assert raw == expected.contiguous().view(torch.uint8).numpy().tobytes()
+    assert random.locate(path) is None
+
+
+@pytest.mark.parametrize("change", ["cut", "dtype", "missing", "prefix"])
+def test_other_checkpoints_go_the_way_of_transformers(change: str, tmp_path: Path) -> None:
+    source = Path(exported(tmp_path / "model", "tiny-opt"))
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    its_job = job(str(source), random_weights=False)
+    model = build_on_meta(AutoConfig.from_pretrained(source), "causal_lm")
+
+    def stored() -> Any:
+        return stored_tensors(its_job.model, model, "model")
+
+    assert stored() is not None
+    first = next(iter(tensors))
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif change == "dtype":
+        save_file({**tensors, first: tensors[first].to(torch.float16)}, file, {"format": "pt"})
+    elif change == "missing":
+        save_file({key: value for key, value in tensors.items() if key != first}, file, {"format": "pt"})
+    else:  # as the body alone is published: this is understood
+        body = {key.removeprefix("model."): value for key, value in tensors.items()}
+        save_file(body, file, {"format": "pt"})
+        assert stored() is not None
+        for path, value in filled(blueprint_of(str(source), random_weights=False)).items():
+            assert torch.equal(value, tensors[path])
+        return
+    assert stored() is None
+
+
+def test_a_checkpoint_that_shrinks_under_the_run_is_one_line(tmp_path: Path) -> None:
+    source = Path(exported(tmp_path / "model", "tiny-opt"))
+    blueprint = blueprint_of(str(source), random_weights=False)
+    (source / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="the file has become shorter") as caught:
+        filled(blueprint)
+    assert "\n" not in str(caught.value)

@@ -440,10 +440,10 @@ def test_more_named_vram_never_moves_more_bytes_with_zo2(sizes: tuple[int, int])
     assert more.h2d_bytes <= less.h2d_bytes
 
 
-def with_disk(machine: Machine, read_bytes_per_s: float, free_bytes: int = 10**13) -> Machine:
+def with_disk(machine: Machine, read_bytes_per_s: float) -> Machine:
     figures = {"write_bytes_per_s": measured(1e9), "read_bytes_per_s": measured(read_bytes_per_s)}
     disk = Disk(
-        folder="/tmp", file_system="ext4", total_bytes=10**13, free_bytes=free_bytes, direct=True, **figures
+        folder="/tmp", file_system="ext4", total_bytes=10**13, free_bytes=10**12, direct=True, **figures
     )
     return replace(machine, disk=disk)
 
@@ -463,7 +463,6 @@ def test_blocks_go_to_disk_only_where_host_memory_is_too_small() -> None:
     assert traffic("zo2", OPT_13B, FORWARD_ONLY, fewer).peak_host_bytes > 16 * 2**30
     told = tight.prediction
     assert told.disk_read_bytes == count * 2 * OPT_13B.block_parameters
-    assert told.disk_space_bytes == told.disk_read_bytes
     assert told.bottleneck == "disk"
     assert told.step_s == pytest.approx(told.disk_read_bytes / 5e9)
     assert told.floor_s == pytest.approx(told.disk_read_bytes / 5e9)
@@ -483,13 +482,6 @@ def test_a_number_of_blocks_on_disk_that_is_given_is_kept_and_auto_is_counted() 
         assert only.fits == (asked != 0)
     (roomy,) = recommend(machine, OPT_13B, FORWARD_ONLY, ["zo2"], {"zo2": {"disk_blocks": "auto"}})
     assert roomy.settings["disk_blocks"] == 0
-
-
-def test_a_disk_that_is_too_small_is_why_not() -> None:
-    limits = {"vram_bytes": 8 * GB, "host_bytes": 16 * 2**30}
-    small = plan("zo2", with_disk(H200, 5e9, free_bytes=GB), OPT_13B, FORWARD_ONLY, **limits)
-    assert not small.fits
-    assert "of disk space" in str(small.why_not)
 
 
 def test_a_disk_that_was_not_measured_gives_no_time() -> None:
