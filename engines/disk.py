@@ -32,10 +32,9 @@ from time import sleep
 
 from torch import Tensor, uint8
 
-from engines.base import Blueprint, Dtype, InfeasiblePlan, LocatesWeights, UserError
+from engines.base import InfeasiblePlan, UserError
 from engines.costs import disk as costs
-from engines.layout import BlockLayout
-from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, make_file, open_existing
+from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, in_memory, make_file
 from engines.transfer import Event, HostSlab, Link, Progress, now_s
 
 DEPTHS = (2, 4, 8, 16)
@@ -61,43 +60,8 @@ def spill_folder(named: str) -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / "spill"
 
 
-def in_place(
-    blocks: Mapping[int, BlockLayout], blueprint: Blueprint, dtype: Dtype, element_bytes: int
-) -> dict[int, list[Span]]:
-    """Where those of `blocks` lie whose tensors are all in files, in the precision that is computed with.
-
-    Raises `UserError` for a file that cannot be opened.
-    """
-    if not isinstance(blueprint, LocatesWeights):
-        return {}
-    files: dict[Path, RawFile] = {}
-    found: dict[int, list[Span]] = {}
-    for index, block in blocks.items():
-        spans = []
-        for part in block.own_parts:
-            for name, offset in zip(part.names, part.segment.offsets, strict=True):
-                stored = blueprint.locate(name)
-                if stored is None or stored.dtype != dtype:
-                    break
-                if stored.path not in files:
-                    files[stored.path] = _opened(stored.path)
-                start = element_bytes * (part.start + offset)
-                spans.append(Span(files[stored.path], stored.offset_bytes, start, stored.num_bytes))
-        if len(spans) == sum(len(part.names) for part in block.own_parts):
-            found[index] = spans
-    return found
-
-
-def _opened(path: Path) -> RawFile:
-    try:
-        return open_existing(path)
-    except OSError as error:
-        why = f"cannot be read ({error.strerror or error})"
-        raise UserError(str(path), why, "check its permissions, or download the model again") from None
-
-
 class PageCacheWarning(UserWarning):
-    """Reads go through the page cache: their rate may be that of memory, and they take more of the CPU."""
+    """Reads do not reach past the page cache: their rate may be that of memory, and they take some of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +124,7 @@ class DiskBlocks:
         """Files that `fill` writes."""
         self._second: dict[int, Span] = {}
         self._make_files(folds=folds)
-        self.direct = all(span.file.direct for spans in self._spans.values() for span in spans)
-        if not self.direct:
-            warnings.warn(
-                f"{folder}: its file system refuses direct I/O, so blocks are read through the page cache, "
-                "and their rate may be that of memory; name a folder on a local disk with "
-                "--set zo2.disk_folder=FOLDER",
-                PageCacheWarning,
-                stacklevel=2,
-            )
+        self.direct = self._is_direct()
         total_bytes = sum(self._sizes_bytes.values())
         self._num_slots = costs.num_slots(total_bytes)
         self._slab = HostSlab(costs.host_ring_bytes(total_bytes), link.device, progress)
@@ -214,6 +170,19 @@ class DiskBlocks:
     def _make_file(self, block: int) -> Span:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return make_file(self.folder, f"block.{block}", self._sizes_bytes[block])
+
+    def _is_direct(self) -> bool:
+        """Whether all blocks are read past the page cache; a warning says where they are not."""
+        why = None
+        if not all(span.file.direct for spans in self._spans.values() for span in spans):
+            why = "its file system refuses direct I/O, so blocks are read through the page cache"
+        elif self._own and in_memory(self.folder):
+            why = "it is in host memory, which it is to spare"
+        if why is not None:
+            told = f"{self.folder}: {why}, and their rate may be that of memory"
+            remedy = "name a folder on a local disk with --set zo2.disk_folder=FOLDER"
+            warnings.warn(f"{told}; {remedy}", PageCacheWarning, stacklevel=3)
+        return why is None
 
     def _too_small(self, needed_bytes: int, free_bytes: int | None, *, folds: bool) -> str:
         twice = f", twice because the run has more than {costs.REPLAYED_UPDATES} steps" if folds else ""
@@ -412,39 +381,6 @@ class DiskBlocks:
         spans = [span for spans in self._spans.values() for span in spans]
         for span in (*spans, *self._own.values(), *self._second.values()):
             span.file.close()
-
-
-class FetchedTensors(Mapping[str, Tensor]):
-    """Tensors by name: those of `kept`, and those of `blocks`, which `fetch` brings to host memory whole. One
-    block is there at a time, so go through them in their order."""
-
-    def __init__(
-        self,
-        kept: Mapping[str, Tensor],
-        blocks: Mapping[int, BlockLayout],
-        fetch: Callable[[int], Tensor],
-    ) -> None:
-        self._kept = kept
-        self._blocks = blocks
-        self._fetch = fetch
-        self._homes = {name: i for i in sorted(blocks) for part in blocks[i].own_parts for name in part.names}
-        self._there: tuple[int, dict[str, Tensor]] = (-1, {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        index = self._homes[name]
-        if self._there[0] != index:
-            self._there = (-1, {})  # before the next one is there too
-            self._there = (index, self._blocks[index].views(self._fetch(index)))
-        return self._there[1][name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._kept
-        yield from self._homes
-
-    def __len__(self) -> int:
-        return len(self._kept) + len(self._homes)
 
 
 class _BusyClock:

@@ -127,6 +127,18 @@ def open_existing(path: Path) -> RawFile:
     return RawFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), direct=False)
 
 
+def in_memory(folder: Path) -> bool:
+    """Whether what is in `folder` takes host memory (tmpfs), which may also call itself direct."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    kinds = (line.partition(" - ")[2].split() for line in mounts if line.split()[2:3] == [number])
+    return any(kind[:1] in (["tmpfs"], ["ramfs"]) for kind in kinds)
+
+
 def _open_nameless(folder: Path) -> RawFile:
     """Past the page cache and without a name from its start on, as far as the file system can."""
     flags = os.O_RDWR | os.O_CLOEXEC

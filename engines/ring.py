@@ -215,9 +215,12 @@ class BlockStream:
         number = self._piece_of[block, first]
         ticket = self._pass * len(self._pieces) + number
         self.prefetch()
-        while self._next <= ticket and self._starved and self._disk is not None:
-            self._disk.wait()
-            self.prefetch()
+        if self._next <= ticket and self._starved and self._disk is not None:
+            self._clock.stop()
+            while self._next <= ticket and self._starved:
+                self._disk.wait()
+                self.prefetch()
+            self._clock.start()
         room = self._by_ticket.get(ticket)
         if room is None:
             raise UserError(

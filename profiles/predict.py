@@ -240,6 +240,7 @@ def _host_copy(machine: Machine) -> tuple[str, Figure]:
 def _disk(machine: Machine) -> tuple[str, Figure]:
     if machine.disk is None:
         why = machine.disk_absent_reason or "the profile holds no disk"
+        why += "; 'lspzo-bench probe --disk FOLDER --out FILE' does, for --profile FILE"
         raise _Absent("disk read bandwidth is not in the machine profile", why)
     return "disk read bandwidth", machine.disk.read_bytes_per_s
 

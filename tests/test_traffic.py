@@ -22,6 +22,7 @@ from harness.models import make_blueprint
 from harness.shapes import NAMED_SHAPES, resolve_shape
 from tiny_models import SEQ_LEN, tiny_batches, tiny_blueprint
 
+pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
 FAMILIES = [
     ("opt", True), ("opt", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False),
     ("gpt2", True), ("gpt2", False), ("roberta", False), ("bert", False),

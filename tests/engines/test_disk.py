@@ -28,6 +28,7 @@ from engines.noise import LOG_CAPACITY
 from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, make_file, open_existing
 from engines.transfer import Event, Link
 
+pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
 CPU = torch.device("cpu")
 REAL_PREADV, REAL_PWRITEV, REAL_OPEN = os.preadv, os.pwritev, os.open
 
@@ -369,6 +370,15 @@ def _no_direct_io(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_direct_io_is_refused_the_page_cache_is_used_and_told_of(tmp_path: Path) -> None:
     with pytest.warns(PageCacheWarning, match="refuses direct I/O"):
         blocks, contents = filled(tmp_path, {0: 50_000})
+    assert not blocks.direct
+    assert torch.equal(next_piece(blocks, 50_000), contents[0])
+    blocks.close()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
+def test_a_disk_that_is_memory_is_told_of() -> None:
+    with pytest.warns(PageCacheWarning, match="it is in host memory"):
+        blocks, contents = filled(Path("/dev/shm"), {0: 50_000})
     assert not blocks.direct
     assert torch.equal(next_piece(blocks, 50_000), contents[0])
     blocks.close()

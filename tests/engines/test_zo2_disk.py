@@ -37,6 +37,7 @@ from engines.settings import MezoSettings, Zo2Settings, parse_settings
 from engines.zo2 import Zo2
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
+pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
 KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
 DECODERS = ["opt", "llama", "qwen2", "gpt2"]
 

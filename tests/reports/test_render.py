@@ -316,6 +316,16 @@ def test_the_breakdown_tells_what_was_measured_and_what_was_not(breakdown: Path)
     assert "do not add up to its step" in figure
 
 
+def test_how_near_a_step_came_to_reading_its_blocks_alone(tmp_path: Path) -> None:
+    """A column of its own, where some method has blocks on disk."""
+    runs = [make_run("zo2", gpu_s=0.5, disk_floor_share=0.9), make_run("mezo", gpu_s=0.4)]
+    _, markdown, _ = rendered(write_folder(tmp_path, runs))
+    table = markdown[markdown.index("Where the time goes") :]
+    assert "| Disk floor / step |" in table
+    assert "| 90 % |" in next(line for line in table.splitlines() if line.startswith("| zo2"))
+    assert "100 % is the disk's limit" in table
+
+
 def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
     root = Path(__file__).parents[2]
     files = [root / "harness" / "stats.py", root / "harness" / "result.py", root / "profiles" / "machine.py"]
