@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import sleep
@@ -35,6 +35,7 @@ from torch import Tensor, uint8
 from engines.base import InfeasiblePlan, UserError
 from engines.costs import disk as costs
 from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, in_memory, make_file
+from engines.timeline import Timeline
 from engines.transfer import Event, HostSlab, Link, Progress, now_s
 
 DEPTHS = (2, 4, 8, 16)
@@ -68,6 +69,7 @@ class PageCacheWarning(UserWarning):
 class _Chunk:
     """Bytes that are read in one go and go up in one copy."""
 
+    block: int
     file: RawFile
     offset_bytes: int
     """Where reading begins, aligned."""
@@ -110,6 +112,7 @@ class DiskBlocks:
         folds: bool = False,
         in_place: Mapping[int, Sequence[Span]] | None = None,
         delay_s: Callable[[], float] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.blocks = frozenset(sizes_bytes)
         self.folder = folder
@@ -118,6 +121,7 @@ class DiskBlocks:
         self._sizes_bytes = dict(sizes_bytes)
         self._link = link
         self._delay_s = delay_s
+        self._timeline = timeline
         self._spans: dict[int, list[Span]] = {i: list(spans) for i, spans in (in_place or {}).items()}
         """Where each block is read from."""
         self._own: dict[int, Span] = {}
@@ -273,9 +277,13 @@ class DiskBlocks:
         self._link.host_wait(sent)
         if self._delay_s is not None:
             sleep(self._delay_s())
+        start_s = now_s()
         with self._clock:
             needed = chunk.skip + chunk.num_bytes
             chunk.file.read(self._memory[slot][: chunk.read_bytes], chunk.offset_bytes, needed)
+        if self._timeline is not None:  # a line for each thread: their reads overlap
+            lane = threading.current_thread().name.replace("_", " ")
+            self._timeline.host_span(lane, f"block {chunk.block}", start_s, now_s())
         return slot
 
     def _result(self, read: Future[int]) -> int:
@@ -415,7 +423,7 @@ class _BusyClock:
 def _cut(spans: Iterable[Span], piece: Piece) -> list[_Chunk]:
     """The chunks of a piece whose block lies in `spans`: none crosses a multiple of `CHUNK_BYTES` in its
     file, so each fits a slot, and all but the ends are aligned."""
-    _, start, stop = piece
+    block, start, stop = piece
     chunks: list[_Chunk] = []
     for span in spans:
         at, end = max(start, span.start), min(stop, span.start + span.num_bytes)
@@ -424,8 +432,7 @@ def _cut(spans: Iterable[Span], piece: Piece) -> list[_Chunk]:
             most = costs.CHUNK_BYTES - offset % costs.CHUNK_BYTES
             skip = offset % ALIGNMENT_BYTES
             size = min(most, end - at)
-            chunks.append(_Chunk(span.file, offset - skip, skip, size, at - start, last=False))
+            chunks.append(_Chunk(block, span.file, offset - skip, skip, size, at - start, last=False))
             at += size
-    final = chunks[-1]
-    chunks[-1] = _Chunk(final.file, final.offset_bytes, final.skip, final.num_bytes, final.place, last=True)
+    chunks[-1] = replace(chunks[-1], last=True)
     return chunks

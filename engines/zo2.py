@@ -148,6 +148,7 @@ class Zo2:
             folds=self.context.total_steps > LOG_CAPACITY,
             in_place=in_place({i: blocks[i] for i in self._on_disk}, blueprint, dtype, size),
             delay_s=self.disk_delay_s,
+            timeline=self._timeline,
         )
 
     def _fill(self, fill: Callable[[str, Tensor], object], held: frozenset[int] = frozenset()) -> None:

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,19 @@ def test_a_disk_that_fails_in_a_step_ends_it_with_the_cause(
         run(streamed, batches[1:])
     streamed.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_shows_each_reader_and_what_it_read(tmp_path: Path) -> None:
+    streamed = make(tiny_blueprint("opt"), tmp_path, replace(context(), trace=True))
+    run(streamed, tiny_batches(2, "opt"))
+    events = streamed.trace_events()
+    streamed.close()
+    lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    reads = [e for e in events if e["ph"] == "X" and lanes[e["tid"]].startswith("disk ")]
+    assert {e["name"] for e in reads} == {f"block {i}" for i in streamed._on_disk}
+    for tid in {e["tid"] for e in reads}:  # a thread reads one thing at a time
+        mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in reads if e["tid"] == tid)
+        assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(mine))
 
 
 def test_the_number_of_blocks_is_a_number_or_auto() -> None:
