@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.noise import has_triton
+from engines.subspace_iteration import leading_vectors
 
 StopReason = Literal["alpha", "steps", "timeout", "closed_form", "redrawn"]
 
@@ -313,7 +314,7 @@ def decompress(core: Tensor, left: Projector, right: Projector) -> Tensor:
 def bias(gradient: Tensor, left: Projector, right: Projector) -> Tensor:
     """b(G) = P P^T G Q Q^T - G, (m, n) in fp32."""
     gradient, left, right = gradient.float(), left.cast(torch.float32), right.cast(torch.float32)
-    return decompress(compress(gradient, left, right).contiguous(), left, right).sub(gradient)
+    return decompress(compress(gradient, left, right).contiguous(), left, right).sub_(gradient)
 
 
 def relative_bias(gradient: Tensor, left: Projector, right: Projector) -> float:
@@ -321,7 +322,8 @@ def relative_bias(gradient: Tensor, left: Projector, right: Projector) -> float:
 
     Waits for the GPU.
     """
-    size = torch.linalg.vector_norm(gradient.float())
+    gradient = gradient.float()
+    size = torch.linalg.vector_norm(gradient)
     ratio = torch.linalg.vector_norm(bias(gradient, left, right)) / size
     return float(torch.where(size == 0, torch.zeros_like(ratio), ratio))
 
@@ -330,26 +332,27 @@ def block_pair(gradient: Tensor, d: int, r: int) -> tuple[BlockProjector, BlockP
     """The pair of block-diagonal projectors for `gradient` (m, n), fp32 on its device, in closed form.
 
     P has in each block the top r left singular vectors of the block's rows of G, the minimiser of
-    ||P P^T G - G||_F over this form; then Q likewise for (P^T G)^T. `gradient` must be finite. Raises
+    ||P P^T G - G||_F over this form; then Q likewise for (P^T G)^T. They are found to a percent of the
+    energy that such vectors keep (`engines.subspace_iteration`). `gradient` must be finite. Raises
     `ValueError` if r does not divide d or d is larger than m or n.
     """
-    left = _block_side(gradient.float(), d, r)
-    return left, _block_side(left.project(gradient.float().T), d, r)
+    gradient = gradient.float()
+    left = _block_side(gradient, d, r)
+    return left, _block_side(left.project(gradient.T), d, r)
 
 
 def _block_side(gradient: Tensor, d: int, r: int) -> BlockProjector:
     """The projector of the rows of `gradient` (rows, t), fp32."""
     places = block_rows(gradient.shape[0], _num_blocks(gradient.shape[0], r, d)).to(gradient.device)
-    parts = _in_blocks(gradient, places)
-    # Squares of small gradients underflow, and eigh is exact to the largest eigenvalue only: a trace of one.
+    used = places >= 0
+    # Squares of small gradients underflow: a block is brought to a largest entry, then its Gram matrix to a
+    # trace, of one.
     tiny = torch.finfo(gradient.dtype).tiny
-    parts = parts / parts.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)
+    parts = _in_blocks(gradient, places)
+    parts = parts / torch.linalg.vector_norm(parts, math.inf, dim=(1, 2), keepdim=True).clamp_min(tiny)
     gram = torch.bmm(parts, parts.transpose(1, 2))
     gram /= gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(tiny)[:, None, None]
-    # What is padding gets the smallest eigenvalue, so that no vector of it is among the r largest.
-    gram.diagonal(dim1=1, dim2=2).masked_fill_(places < 0, -1.0)
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, :, -r:].flip(-1)
-    return BlockProjector(vectors[places >= 0].contiguous(), d)
+    return BlockProjector(leading_vectors(gram, used, r)[used].contiguous(), d)
 
 
 @dataclass(frozen=True, kw_only=True)
