@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Evaluation, UserError
+from engines.masks import has_padding, known_padding, with_mask
 
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -169,8 +170,9 @@ def evaluate_on_device(model: nn.Module, batches: Iterable[Batch], device: torch
     total = EvaluationSum()
     with torch.no_grad():
         for batch in batches:
-            inputs = to_device(batch, device)
-            output = model(**inputs, **arguments)
+            inputs = with_mask(to_device(batch, device))
+            with known_padding(has_padding(batch.inputs)):
+                output = model(**inputs, **arguments)
             total.add(output, inputs)
     model.train(was_training)
     return total.result()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Context, UserError
 from engines.blocks import TORCH_DTYPE, to_device, without_cache
+from engines.masks import has_padding, known_padding, with_mask
 from engines.settings import AdamWSettings
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -86,7 +87,8 @@ def accumulate_gradients(
     """
     arguments = without_cache(model)
     for index, batch in enumerate(batches):
-        loss = model(**to_device(batch, device), **arguments).loss / len(batches)
+        with known_padding(has_padding(batch.inputs)):
+            loss = model(**with_mask(to_device(batch, device)), **arguments).loss / len(batches)
         yield index, loss.detach().float()
         loss.backward()
 

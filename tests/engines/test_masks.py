@@ -1,4 +1,4 @@
-"""A step reads the two losses from the device and nothing else; masks are transformers' own all the same."""
+"""A step reads its losses from the device and nothing else; masks are transformers' own all the same."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from engines.base import Batch, Context, Head, Workload
 from engines.blocks import BlockDriver
+from engines.lsp import Lsp
 from engines.masks import has_padding, known_padding, with_mask
 from engines.mezo import LossPair, Mezo
-from engines.settings import MezoSettings, Zo2Settings
+from engines.native import Native
+from engines.settings import LspSettings, MezoSettings, NativeSettings, Zo2Settings
 from engines.zo2 import Zo2
 from tiny_families import FAMILIES, blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, usual_head
@@ -203,3 +205,72 @@ def test_a_step_waits_for_the_gpu_once(
     blueprint = tiny_blueprint(family, tied=head == usual_head(family), num_blocks=3, head=head)
     steps = steps_of(kind, blueprint, batches, monkeypatch)
     assert steps == list(range(6, 12))
+
+
+def first_order(kind: type[Native] | type[Lsp], device: str, blueprint: TinyBlueprint) -> Any:
+    workload = Workload(batch_size=2, seq_len=16, accumulation=2, dtype="bf16")
+    context = Context(device=device, workload=workload, seed=0, total_steps=100)
+    settings: Any = NativeSettings() if kind is Native else LspSettings(d=8, r=2)
+    engine: Any = kind(settings, context)
+    engine.setup(blueprint)
+    return engine
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("family", "head"), MODELS)
+@pytest.mark.parametrize("kind", [Native, Lsp])
+def test_a_first_order_step_reads_its_loss_and_masks_on_the_host(
+    kind: type[Native] | type[Lsp], family: str, head: Head, padding: str
+) -> None:
+    """`lsp` keeps the loss in host memory, and reads no tensor of the device at all."""
+    blueprint = tiny_blueprint(family, tied=head == usual_head(family), num_blocks=2, head=head)
+    engine = first_order(kind, "cpu", blueprint)
+    try:
+        batches = batches_of(family, head, padding, 2)
+        engine.step(batches)  # lsp tests its projectors in the first step
+        with Reads() as reads:
+            engine.step(batches)
+    finally:
+        engine.close()
+    masks_on_host = 0 if padding == "no mask" else len(batches)
+    assert reads.count == 1 + masks_on_host
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("family", "head"), MODELS)
+@pytest.mark.parametrize("kind", [Native, Lsp])
+def test_a_first_order_step_waits_for_the_gpu_once(
+    kind: type[Native] | type[Lsp], family: str, head: Head, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`native` reads its loss. `lsp` waits for its loss on the host, which torch does not count."""
+    blueprint = tiny_blueprint(family, tied=head == usual_head(family), num_blocks=2, head=head)
+    engine = first_order(kind, "cuda:0", blueprint)
+    reads: list[int] = []
+    read = torch.Tensor.__float__
+
+    def allowed(tensor: torch.Tensor) -> float:
+        if not tensor.is_cuda:
+            return read(tensor)
+        reads.append(1)
+        _debug_waits("default")
+        try:
+            return read(tensor)
+        finally:
+            _debug_waits("error")
+
+    batches = batches_of(family, head, padding)
+    try:
+        for _ in range(3):  # projectors are tested, kernels compiled and blocks captured
+            engine.step(batches[:2])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__float__", allowed)
+            _debug_waits("error")
+            try:
+                for _ in range(3):
+                    engine.step(batches[:2])
+            finally:
+                _debug_waits("default")
+    finally:
+        engine.close()
+    assert len(reads) == (3 if kind is Native else 0)
