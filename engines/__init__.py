@@ -37,7 +37,7 @@ ENGINES: dict[str, EngineEntry] = {
     ),
     "lsp": EngineEntry(
         target="engines.lsp:Lsp",
-        summary="gradients compressed by learned sparse projectors, Adam on the CPU in the subspace",
+        summary="gradients compressed by sparse projectors, Adam on the CPU in the subspace",
         source="LSP-Offload, arXiv 2406.10181",
         copies="own",
     ),

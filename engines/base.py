@@ -168,6 +168,8 @@ class Traffic:
     host_memory_bytes: Mapping[str, int]
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
+    gpu_held_bytes: int = 0
+    """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run in."""
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
@@ -259,6 +261,12 @@ class StepStats:
     d2h_s: float | None = None
     cpu_s: float | None = None
     """Time each resource was busy in this step, as far as the engine measures it."""
+    gpu_exposed_s: float | None = None
+    h2d_exposed_s: float | None = None
+    d2h_exposed_s: float | None = None
+    cpu_exposed_s: float | None = None
+    """Time that each copy direction and the CPU were busy while the GPU was not, and the GPU while nothing
+    else was, of the step before the last (`engines.exposure`)."""
     perturb_s: float | None = None
     """The part of `gpu_s` that made noise: perturbing weights and replaying updates."""
     disk_read_bytes: int = 0

@@ -6,7 +6,8 @@ No model code is copied: blocks are found on the model, and its own forward does
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,21 @@ def bind(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tens
 def without_cache(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments that keep a decoder from building a key-value cache, of no use to training."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+@contextmanager
+def no_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache, also in a model whose forward has no word for it: a block that is run again would
+    add to it a second time."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
 
 
 def materialize(blueprint: Blueprint, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

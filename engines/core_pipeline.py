@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from engines.costs.lsp import UPLOAD_SLOTS
+from engines.exposure import ExposureClock
 from engines.optim import core_adam
 from engines.settings import AdamWSettings
 from engines.timeline import Timeline
@@ -165,11 +166,13 @@ class CorePipeline:
         piece_elements: int,
         dtype: torch.dtype,
         timeline: Timeline | None = None,
+        exposure: ExposureClock | None = None,
     ) -> None:
         """`piece_elements` is the size of the largest piece."""
         self._link = link
         self._settings = settings
         self._timeline = timeline
+        self._exposure = exposure
         device = link.device
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
         # Allocated once: they cross streams, and the caching allocator knows nothing of that.
@@ -280,6 +283,8 @@ class CorePipeline:
         end_s = now_s()
         with self._changed:
             self._busy_s += end_s - begin_s
+        if self._exposure is not None:
+            self._exposure.on_host(begin_s, end_s)
         if self._timeline is not None:
             self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
 
@@ -296,10 +301,19 @@ class CorePipeline:
         with torch.cuda.stream(self._stream):
             self._link.wait(arrived)
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
+            start = _timed_event(self._stream)
             update.apply(direction, update.share)
+            if self._exposure is not None:
+                self._exposure.between("gpu", start, _timed_event(self._stream))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)
             update.applied = self._slot_free[slot] = self._link.record()
+
+
+def _timed_event(stream: torch.cuda.Stream) -> Any:
+    event = _cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
 def _has_happened(event: Event) -> bool:

@@ -6,18 +6,19 @@ A core is made in its block's slot of GPU memory and travels with its neighbours
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from engines.base import Workload
+from engines.base import UserError, Workload
 from engines.core_pipeline import PieceState, PieceUpdate
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
 from engines.projector import compress
-from engines.subspace import Subspace
+from engines.subspace import Check, Subspace
 from engines.transfer import Event, HostSlab
 
 
@@ -222,6 +223,40 @@ def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
             group = []
         group.append(each)
     yield group
+
+
+def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the tensors of all matrices to `state`; what else there is to know of them, by name."""
+    about = {}
+    for piece, matrix in cores.placed():
+        for key, tensor in checkpoint_tensors(piece, matrix).items():
+            state[f"{key}.{matrix.subspace.name}"] = tensor
+        about[matrix.subspace.name] = {
+            "updates": piece.state.updates,
+            "generation": matrix.subspace.generation,
+            "checks": [asdict(check) for check in matrix.subspace.checks],
+        }
+    return about
+
+
+def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
+    """Take back what `save_cores` gave. Raises `UserError`, naming `folder`, for other shapes or dtypes."""
+    for piece, matrix in cores.placed():
+        name = matrix.subspace.name
+        for key, tensor in checkpoint_tensors(piece, matrix).items():
+            found = tensors.get(f"{key}.{name}")
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise UserError(
+                    str(folder),
+                    f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
+                    "resume with the same d, r and projector",
+                )
+            tensor.copy_(found)
+        matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
+        entry = about[name]
+        piece.state.updates = int(entry["updates"])
+        matrix.subspace.generation = int(entry["generation"])
+        matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
 
 
 def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:

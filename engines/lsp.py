@@ -56,17 +56,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, UserError
-from engines.blocks import evaluate_on_device, materialize
+from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats
+from engines.blocks import evaluate_on_device, materialize, no_cache
 from engines.compressed_linear import compress_gradient, restore
 from engines.core_pipeline import (
     CoreNotFinite,
@@ -78,9 +77,9 @@ from engines.core_pipeline import (
     leave_threads_to_adam,
     update_piece,
 )
-from engines.cores import CoreBlock, CoreMatrix, Cores, checkpoint_tensors
-from engines.costs.lsp import core_size
-from engines.noise import has_triton
+from engines.core_update import apply_core, landed
+from engines.cores import CoreBlock, CoreMatrix, Cores, load_cores, save_cores
+from engines.exposure import ExposureClock
 from engines.optim import (
     accumulate_gradients,
     adamw_state,
@@ -96,24 +95,21 @@ from engines.optim import (
     set_learning_rate,
     weights_dtype,
 )
-from engines.projector import BlockProjector, Projector, decompress, transport_moments
+from engines.projector import Projector, transport_moments
 from engines.recompute import TrainedBlocks, draws_random_numbers
-from engines.rounding import updated
 from engines.schedule import learning_rate_at
 from engines.settings import LspSettings
-from engines.subspace import Check, Round, Subspace, block_matrices, derived_seed, draw_pair
+from engines.subspace import (
+    Check,
+    Round,
+    Subspace,
+    Treatment,
+    derived_seed,
+    draw_subspaces,
+    treatments,
+)
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock, Event, Link, now_s
-
-
-class Treatment(NamedTuple):
-    """How one parameter is trained."""
-
-    name: str
-    how: Literal["subspace", "adamw", "frozen"]
-    d: int | None
-    """Size of its subspace and nonzeros per projector row; `None` outside a subspace."""
-    r: int | None
 
 
 class Lsp:
@@ -126,12 +122,15 @@ class Lsp:
         self.context = context
         self.device = torch.device(context.device)
         self._timeline = Timeline(self.device) if context.trace else None
-        self.link = Link(self.device, timeline=self._timeline, rates=context.link_rates)
+        self._exposure = ExposureClock(self.device)
+        self.link = Link(
+            self.device, timeline=self._timeline, rates=context.link_rates, exposure=self._exposure
+        )
         self.steps_done = 0
         self.calibrates = False
         """The backward pass under way tests the bias of every matrix."""
         self._clock = now_s
-        self._compute = ComputeClock(self.device, self._timeline)
+        self._compute = ComputeClock(self.device, self._timeline, exposure=self._exposure)
         self._cores: Cores | None = None
         self._blocks: list[CoreBlock] = []
         self._pipeline: CorePipeline | None = None
@@ -153,7 +152,9 @@ class Lsp:
         self._dtype = weights_dtype(self.context, self.name)
         self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
         self._names = parameter_names(self.model)
-        subspaces = self._draw_all()
+        subspaces = draw_subspaces(
+            self.model, self.settings, self.context.seed, self._dtype, self.device, self.context.progress
+        )
         self._cores = Cores(
             subspaces,
             self,
@@ -175,7 +176,9 @@ class Lsp:
         if self.settings.offload:
             largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
             leave_threads_to_adam()
-            self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._timeline)
+            self._pipeline = CorePipeline(
+                self.link, self.settings, largest, self._dtype, self._timeline, self._exposure
+            )
         prepare_training(self.model, self.context, recompute=False)
         self._trained = TrainedBlocks(
             self.model,
@@ -186,23 +189,6 @@ class Lsp:
 
     def _small_host_tensor(self) -> Tensor:
         return torch.zeros(1, pin_memory=self.device.type == "cuda")
-
-    def _draw_all(self) -> list[list[Subspace]]:
-        """The subspaces of each block that has any."""
-        chosen = block_matrices(self.model)
-        if not chosen:
-            raise UserError(type(self.model).__name__, "has no matrices in its blocks", "use another model")
-        by_block: dict[int, list[Subspace]] = {}
-        for done, (index, name, module) in enumerate(chosen):
-            weight: Any = module.weight  # Conv1D is without annotations
-            d = core_size(weight.shape[0], weight.shape[1], self.settings)
-            pair = draw_pair(name, weight.shape, d, self.settings, self.context.seed, generation=0)
-            left, right = (side.cast(self._dtype, self.device) for side in pair)
-            by_block.setdefault(index, []).append(
-                Subspace(name=name, block=index, module=module, weight=weight, left=left, right=right)
-            )
-            self.context.progress("drawing projectors", done + 1, len(chosen))
-        return list(by_block.values())
 
     def _make_outer_optimizer(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
         own = {each.weight for members in subspaces for each in members}
@@ -216,14 +202,8 @@ class Lsp:
 
     def treatment(self) -> list[Treatment]:
         """How each parameter is trained, in the model's order, each once."""
-        own = {matrix.subspace.name: matrix.subspace for matrix in self._matrices()}
-        other: Literal["adamw", "frozen"] = "adamw" if self.settings.train_outer else "frozen"
-        return [
-            Treatment(name, "subspace", own[name].d, own[name].left.r)
-            if name in own
-            else Treatment(name, other, None, None)
-            for name in self._names.values()
-        ]
+        subspaces = [matrix.subspace for matrix in self._matrices()]
+        return treatments(self._names.values(), subspaces, self.settings)
 
     def checks(self) -> dict[str, list[Check]]:
         """Every bias check so far, by matrix."""
@@ -261,8 +241,9 @@ class Lsp:
         self._begin_step()
         total = torch.zeros(1, device=self.device)
         forward_done = Event()
+        self._exposure.mark()
         self._mark("forward")
-        with _without_cache(self.model):
+        with no_cache(self.model):
             for index, loss in accumulate_gradients(self.model, batches, self.device):
                 total += loss
                 self._micro_batch = index
@@ -443,26 +424,11 @@ class Lsp:
             subspace = matrix.subspace
             d = subspace.d
             core = direction[matrix.offset : matrix.offset + d * d].view(d, d)
-            self._apply_one(subspace, subspace.weight, core, share)
+            self._update(subspace, subspace.weight, core, share)
 
-    def _apply_one(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
-        decay = 1.0 - share.learning_rate * self.settings.weight_decay
+    def _update(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
         key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
-        dither = self.settings.rounding == "stochastic" and weight.dtype == torch.bfloat16
-        left, right = subspace.left, subspace.right
-        if weight.is_cuda and has_triton():
-            from engines import projector_kernels
-
-            if isinstance(left, BlockProjector) and isinstance(right, BlockProjector):
-                projector_kernels.block_update(
-                    weight, core, left.values, right.values, share.learning_rate, decay, dither, key
-                )
-            else:
-                delta = decompress(core, left, right).contiguous()
-                projector_kernels.plain_update(weight, delta, share.learning_rate, decay, dither, key)
-            return
-        delta = decompress(core, left, right)
-        updated(weight, delta, share.learning_rate, decay, self.settings.rounding, key)
+        apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
 
     def _settle(self, blocks: Iterable[CoreBlock]) -> None:
         """Let the compute stream wait for pending updates."""
@@ -504,6 +470,7 @@ class Lsp:
 
     def _stats(self, loss: float) -> StepStats:
         h2d_s, d2h_s = self.link.take_busy_s()
+        seen = self._exposure.take()
         return StepStats(
             loss=loss,
             h2d_bytes=self._step_h2d_bytes,
@@ -512,6 +479,10 @@ class Lsp:
             h2d_s=h2d_s,
             d2h_s=d2h_s,
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            gpu_exposed_s=seen.gpu_s,
+            h2d_exposed_s=seen.h2d_s,
+            d2h_exposed_s=seen.d2h_s,
+            cpu_exposed_s=seen.cpu_s,
         )
 
     # --- subspaces ------------------------------------------------------------------------------------
@@ -570,13 +541,8 @@ class Lsp:
         subspace, d = matrix.subspace, matrix.subspace.d
         core = piece.state.wire[matrix.offset : matrix.offset + d * d].view(d, d).to(self.device)
         trial = subspace.weight.clone()
-        self._apply_one(subspace, trial, core, self._share)
-        wanted = decompress(core, subspace.left, subspace.right).float().mul_(-self._share.learning_rate)
-        decay = self._share.learning_rate * self.settings.weight_decay
-        wanted.sub_(subspace.weight.float() * decay)
-        moved = trial.float() - subspace.weight.float()
-        size = wanted.square().sum()
-        return float(moved.mul_(wanted).sum() / size) if float(size) > 0 else None
+        self._update(subspace, trial, core, self._share)
+        return landed(subspace, trial, core, self._share.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -597,36 +563,14 @@ class Lsp:
         state = rng_state(self.device)
         if self._outer is not None:
             state |= adamw_state(self._outer, self._names)
-        about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done, "matrices": {}}
-        for piece, matrix in self._laid_out.placed():
-            for key, tensor in checkpoint_tensors(piece, matrix).items():
-                state[f"{key}.{matrix.subspace.name}"] = tensor
-            about["matrices"][matrix.subspace.name] = {
-                "updates": piece.state.updates,
-                "generation": matrix.subspace.generation,
-                "checks": [asdict(check) for check in matrix.subspace.checks],
-            }
+        about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
+        about["matrices"] = save_cores(self._laid_out, state)
         save_checkpoint(folder, self.model, state, about)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
         tensors, about = load_checkpoint(folder, self.model, self.name)
-        for piece, matrix in self._laid_out.placed():
-            name = matrix.subspace.name
-            for key, tensor in checkpoint_tensors(piece, matrix).items():
-                found = tensors.get(f"{key}.{name}")
-                if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-                    raise UserError(
-                        str(folder),
-                        f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
-                        "resume with the same d, r and projector",
-                    )
-                tensor.copy_(found)
-            matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
-            entry = about["matrices"][name]
-            piece.state.updates = int(entry["updates"])
-            matrix.subspace.generation = int(entry["generation"])
-            matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
+        load_cores(self._laid_out, tensors, about["matrices"], folder)
         if self._outer is not None:
             load_adamw_state(self._outer, self._names, tensors)
         load_rng_state(self.device, tensors)
@@ -659,18 +603,3 @@ class Lsp:
         if self._cores is not None:
             self._cores.close()
             self._cores = None
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache, also in a model whose forward has no word for it: a block that is run again would
-    add to it a second time."""
-    config: Any = model.config
-    before = getattr(config, "use_cache", None)
-    if before is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before is not None:
-            config.use_cache = before

@@ -59,8 +59,11 @@ class TorchaoOffloadSettings(AdamWSettings):
 class LspSettings(AdamWSettings):
     """LSP-Offload (2406.10181). Symbols d, r and alpha are the paper's."""
 
-    d: int = 512
-    """Size of the subspace; a matrix smaller than d x d uses its own smaller side, to a multiple of r."""
+    d: int | Literal["auto"] = 512
+    """Size of the subspace; a matrix smaller than d x d uses its own smaller side, to a multiple of r. `auto`: one
+    for each shape of weights, as `recommend` chooses them for the machine."""
+    d_by_shape: str = ""
+    """For d=auto: such as `2048x2048:1024,5504x2048:1664`, the larger side of a weight first."""
     r: int = 4
     """Nonzeros per projector row."""
     projector: Literal["block", "one_hot", "paper", "identity"] = "block"
@@ -95,7 +98,9 @@ class LspSettings(AdamWSettings):
 
     def __post_init__(self) -> None:
         AdamWSettings.__post_init__(self)
-        _require(self.d > 0, "d", "must be positive")
+        _require(self.d == "auto" or self.d > 0, "d", "must be positive, or auto")
+        form = r"(?:(?:[1-9]\d*x[1-9]\d*:[1-9]\d*)(?:,(?!$)|$))*"
+        _require(re.fullmatch(form, self.d_by_shape) is not None, "d_by_shape", "is of ROWSxCOLUMNS:D,...")
         _require(self.r > 0, "r", "must be positive")
         _require(self.alpha > 0, "alpha", "must be positive")
         _require(self.check_every > 0, "check_every", "must be positive")
@@ -104,6 +109,52 @@ class LspSettings(AdamWSettings):
         _require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         _require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
         _require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
+
+    def size_for(self, rows: int, columns: int) -> int:
+        """The d that is wanted for weights of this shape, also given the other way round.
+
+        Raises `UserError` for `auto` without one for it.
+        """
+        if self.d != "auto":
+            return self.d
+        sides = max(rows, columns), min(rows, columns)
+        found = sizes_by_shape(self.d_by_shape).get(sides)
+        if found is None:
+            raise UserError(
+                "--set lsp.d=auto",
+                f"nothing says which d suits weights of {sides[0]} x {sides[1]} on this machine",
+                "add --profile, use 'compare', which plans for this machine, or give a number",
+            )
+        return found
+
+
+@cache
+def sizes_by_shape(text: str) -> dict[tuple[int, int], int]:
+    """`LspSettings.d_by_shape` by the weight's sides, the larger first."""
+    found = {}
+    for part in text.split(",") if text else ():
+        sides, _, d = part.partition(":")
+        one, other = (int(side) for side in sides.split("x"))
+        found[max(one, other), min(one, other)] = int(d)
+    return found
+
+
+_LONG_CHECKS = {"projector": "paper", "check_every": 1000, "learn_steps": 100, "learn_rate": 0.1}
+_DEEPSEEK = {"projector": "paper", "alpha": 0.2, "check_every": 100, "learn_steps": 100, "learning_rate": 1e-4}
+
+LSP_PRESETS: dict[str, dict[str, str | int | float]] = {
+    "roberta-base": {**_LONG_CHECKS, "d": 512, "r": 16, "alpha": 0.3, "learning_rate": 5e-5},
+    "gpt2-large": {**_LONG_CHECKS, "d": 512, "r": 16, "alpha": 0.8, "learning_rate": 1e-4},
+    "open-llama-3b": {**_LONG_CHECKS, "d": 512, "r": 16, "alpha": 0.8, "learning_rate": 1e-4},
+    "deepseek-coder-1.3b": {
+        **_DEEPSEEK, "d": 1280, "r": 4, "learn_rate": 0.06, "schedule": "cosine", "warmup_steps": 100,
+    },
+    "deepseek-coder-6.7b": {**_DEEPSEEK, "d": 2048, "r": 8, "learn_rate": 0.05},
+}  # fmt: skip
+"""What LSP-Offload's authors ran each model with, from the scripts, README and class defaults of
+gulang2019/LSP-Offload; for `--set lsp.preset=NAME`. Where several values were tried (r for GPT2-large, d for
+OpenLLaMA), the middle one. Their batches: 16 x 128 (RoBERTa on GLUE), 4 x 512 and 16 x 512 (Alpaca), 128 and 64
+sequences of 1024 by accumulation (DeepSeek-Coder)."""
 
 
 @dataclass(frozen=True, kw_only=True)

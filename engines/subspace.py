@@ -6,8 +6,9 @@ LSP-Offload (2406.10181), Algorithm 1, lines 18 to 21 and 1 to 9. `engines.lsp` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engines.base import UserError
 from engines.blocks import find_blocks
+from engines.costs.lsp import core_size
 from engines.projector import (
     Projector,
     SparseProjector,
@@ -126,6 +128,56 @@ def draw_pair(
         return one_hot_projector(rows, d, seeds[0]), one_hot_projector(columns, d, seeds[1])
     make = random_block_projector if kind == "block" else random_projector
     return make(rows, d, r, seeds[0]), make(columns, d, r, seeds[1])
+
+
+def draw_subspaces(
+    model: nn.Module,
+    settings: LspSettings,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[str, int, int], None],
+) -> list[list[Subspace]]:
+    """The subspaces of each block that has any, their first pairs drawn.
+
+    Raises `UserError` for a model that has none.
+    """
+    chosen = block_matrices(model)
+    if not chosen:
+        raise UserError(type(model).__name__, "has no matrices in its blocks", "use another model")
+    by_block: dict[int, list[Subspace]] = {}
+    for done, (index, name, module) in enumerate(chosen):
+        weight: Any = module.weight  # Conv1D is without annotations
+        d = core_size(weight.shape[0], weight.shape[1], settings)
+        pair = draw_pair(name, weight.shape, d, settings, seed, generation=0)
+        left, right = (side.cast(dtype, device) for side in pair)
+        by_block.setdefault(index, []).append(
+            Subspace(name=name, block=index, module=module, weight=weight, left=left, right=right)
+        )
+        progress("drawing projectors", done + 1, len(chosen))
+    return list(by_block.values())
+
+
+class Treatment(NamedTuple):
+    """How one parameter is trained."""
+
+    name: str
+    how: Literal["subspace", "adamw", "frozen"]
+    d: int | None
+    """Size of its subspace and nonzeros per projector row; `None` outside a subspace."""
+    r: int | None
+
+
+def treatments(names: Iterable[str], subspaces: Iterable[Subspace], settings: LspSettings) -> list[Treatment]:
+    """How each parameter of `names` is trained, in that order."""
+    own = {each.name: each for each in subspaces}
+    other: Literal["adamw", "frozen"] = "adamw" if settings.train_outer else "frozen"
+    return [
+        Treatment(name, "subspace", own[name].d, own[name].left.r)
+        if name in own
+        else Treatment(name, other, None, None)
+        for name in names
+    ]
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,7 @@ from engines.throttle import Direction, GpuPace, HostPace
 
 if TYPE_CHECKING:
     from engines.base import LinkRates
+    from engines.exposure import ExposureClock
     from engines.timeline import Span, Timeline
 
 Progress = Callable[[str, int, int], None]
@@ -242,9 +243,11 @@ class Link:
         delay: Callable[[], int] | None = None,
         timeline: Timeline | None = None,
         rates: LinkRates | None = None,
+        exposure: ExposureClock | None = None,
     ) -> None:
         self.device = device
         self._timeline = timeline
+        self._exposure = exposure
         self.h2d_bytes = 0
         self.d2h_bytes = 0
         self._delay = delay
@@ -319,6 +322,7 @@ class Link:
             if self._delay is not None:
                 _cuda._sleep(self._delay())
             span = self._timeline.begin(label, name, stream) if self._timeline is not None else None
+            asked_s = now_s()
             start.record(stream)
             if self._gpu_pace is not None:
                 self._gpu_pace.begin(direction)
@@ -329,6 +333,8 @@ class Link:
             if span is not None and self._timeline is not None:
                 self._timeline.end(span, stream)
             times.append((start, end))
+            if self._exposure is not None:
+                self._exposure.between(direction, start, end, asked_s)
         return Event(end)
 
     def record(self) -> Event:
@@ -375,10 +381,15 @@ class ComputeClock:
     """
 
     def __init__(
-        self, device: torch.device, timeline: Timeline | None = None, stream: str = "compute"
+        self,
+        device: torch.device,
+        timeline: Timeline | None = None,
+        stream: str = "compute",
+        exposure: ExposureClock | None = None,
     ) -> None:
         self._device = device if device.type == "cuda" else None
         self._timeline = timeline
+        self._exposure = exposure
         self._stream = stream
         self.label = stream
         self._span: Span | None = None
@@ -395,7 +406,10 @@ class ComputeClock:
             self._timeline.end(self._span)
             self._span = None
         if self._begun is not None:
-            self._times.append((self._begun, self._event()))
+            ended = self._event()
+            self._times.append((self._begun, ended))
+            if self._exposure is not None:
+                self._exposure.between("gpu", self._begun, ended)
             self._begun = None
 
     def take_s(self) -> float | None:

@@ -50,6 +50,7 @@ from engines.costs.forward import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, folds, resident_indices
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
+from engines.exposure import ExposureClock
 from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
 from engines.mezo import LossPair, next_update
@@ -82,7 +83,8 @@ class Zo2:
         self._seed = context.seed
         self._step = 0
         self._timeline = Timeline(self.device) if context.trace else None
-        self._clock = ComputeClock(self.device, self._timeline)
+        self._exposure = ExposureClock(self.device)
+        self._clock = ComputeClock(self.device, self._timeline, exposure=self._exposure)
         self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
         self._log = UpdateLog(self.device)
         self._disk: DiskBlocks | None = None
@@ -106,7 +108,9 @@ class Zo2:
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
         )
-        self._link = Link(self.device, self.link_delay, self._timeline, self.context.link_rates)
+        self._link = Link(
+            self.device, self.link_delay, self._timeline, self.context.link_rates, self._exposure
+        )
         self._disk = self._make_disk(blocks, blueprint)
         self._stream = BlockStream(
             blocks, resident, self._dtype, self._link, self._clock, self.context.progress, self._disk
@@ -180,6 +184,7 @@ class Zo2:
         h2d_bytes, d2h_bytes = self._link.h2d_bytes - self._stream.ahead_bytes, self._link.d2h_bytes
         disk_bytes = self._stream.disk_bytes
         self._label("before the blocks")
+        self._exposure.mark()
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         how = self._visit(self._log.length)
@@ -219,8 +224,11 @@ class Zo2:
         h2d_s, d2h_s = self._link.take_busy_s()
         gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
         disk_s = None if self._disk is None else self._disk.take_busy_s()
+        seen = self._exposure.take()
         return {
-            "h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": gpu_s, "perturb_s": perturb_s, "disk_s": disk_s,
+            "h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": gpu_s, "perturb_s": perturb_s,
+            "gpu_exposed_s": seen.gpu_s, "h2d_exposed_s": seen.h2d_s, "d2h_exposed_s": seen.d2h_s,
+            "disk_s": disk_s,
         }  # fmt: skip
 
     def _pass(self, stores: Callable[[int], bool], *, perturb: bool) -> Iterator[int]:

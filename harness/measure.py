@@ -97,6 +97,10 @@ class Recording:
                     for sample, stats in measured
                 ]
             ),
+            gpu_exposed_s=_median([stats.gpu_exposed_s for _, stats in measured]),
+            h2d_exposed_s=_median([stats.h2d_exposed_s for _, stats in measured]),
+            d2h_exposed_s=_median([stats.d2h_exposed_s for _, stats in measured]),
+            cpu_exposed_s=_median([stats.cpu_exposed_s for _, stats in measured]),
             perturb_s=_median([stats.perturb_s for _, stats in measured]),
             h2d_bytes=_median_count([stats.h2d_bytes for _, stats in measured]),
             d2h_bytes=_median_count([stats.d2h_bytes for _, stats in measured]),

@@ -74,6 +74,12 @@ class Summary:
     cpu_s: float | None = None
     idle_s: float | None = None
     """Medians per step of the time that each resource was busy; idle is the GPU's."""
+    gpu_exposed_s: float | None = None
+    h2d_exposed_s: float | None = None
+    d2h_exposed_s: float | None = None
+    cpu_exposed_s: float | None = None
+    """Medians per step of the time that each copy direction and the CPU were busy while the GPU was not, and
+    the GPU while nothing else was. The rest of a resource's busy time was overlapped."""
     perturb_s: float | None = None
     """Median per step of the part of `gpu_s` that made noise: perturbing weights and replaying updates."""
     h2d_bytes: int | None = None

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from engines import ENGINES, load_engine
 from engines.base import ModelShape
-from engines.settings import SETTINGS
+from engines.settings import LSP_PRESETS, SETTINGS
 from harness.compare import Ended, Event, Planned, Started
 from harness.emulate import what_is_short
 from harness.job import Job
@@ -253,6 +253,8 @@ def engines_rows() -> list[dict[str, Any]]:
         rows.append(
             {"name": name, **asdict(entry), "available": reason is None, "reason": reason, "settings": knobs}
         )
+        if name == "lsp":
+            rows[-1]["presets"] = LSP_PRESETS
     return rows
 
 
@@ -269,6 +271,10 @@ def engines_table() -> RenderableType:
         row["name"]: [
             *([] if row["available"] else [f"not available here: {row['reason']}"]),
             ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
+            *(
+                f"preset={name} (as published): {', '.join(f'{key}={value}' for key, value in values.items())}"
+                for name, values in row.get("presets", {}).items()
+            ),
         ]
         for row in rows
     }

@@ -16,7 +16,7 @@ from engines.costs import traffic as cost_of
 from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements
 from engines.costs.zo2 import resident_indices
-from engines.settings import LspSettings, parse_settings
+from engines.settings import LSP_PRESETS, LspSettings, parse_settings
 from profiles.machine import Machine
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
@@ -225,8 +225,8 @@ def _short(what: str, needed: int, usable: int | None) -> str | None:
 
 
 def gpu_bytes_needed(cost: Traffic) -> int:
-    """GPU memory to reserve: the tensors' peak, fragmentation and CUDA's context."""
-    return int(cost.peak_gpu_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+    """GPU memory to reserve: the tensors' peak, fragmentation, CUDA graphs and CUDA's context."""
+    return int(cost.peak_gpu_bytes * (1 + FRAGMENTATION)) + cost.gpu_held_bytes + CONTEXT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -448,6 +448,12 @@ class _Choice:
             blocks = self._shape.num_blocks
             reasons.append(
                 f"schedule_order=layerwise: of {blocks} blocks' updates only the last one's tail shows"
+            )
+        published = LSP_PRESETS.get(self._shape.name)
+        if published is not None:
+            reasons.append(
+                f"the method's authors ran this model with d={published['d']}, r={published['r']} and learned "
+                f"projectors: --set lsp.preset={self._shape.name}"
             )
         return self._with(**chosen), tuple(reasons)
 

@@ -145,6 +145,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "speed": tables.speed_table(all_),
         "memory": tables.memory_table(all_),
         "busy": tables.busy_table(all_),
+        "overlap": tables.overlap_table(all_),
         "prediction": tables.prediction_table(loaded, all_),
         "plan_notes": tables.plan_notes(loaded),
         "machine": provenance.machine_table(loaded),

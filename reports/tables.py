@@ -218,6 +218,28 @@ def busy_table(all_: Measurements) -> Table | None:
     return replace(table, note=" ".join((table.note, *(say(f"tablenote.{key}") for key in shares))))
 
 
+def overlap_table(all_: Measurements) -> Table | None:
+    """Of the four resources' time per step, how much hid behind the others and how much was left exposed;
+    `None` where no method has it measured."""
+    found = {engine: breakdown(all_.of(engine)) for engine in engines_of(all_)}
+    rows = []
+    for engine, one in found.items():
+        resources = (
+            ("gpu", one.gpu_s, one.gpu_exposed_s),
+            ("d2h", one.d2h_s, one.d2h_exposed_s),
+            ("cpu", one.cpu_s, one.cpu_exposed_s),
+            ("h2d", one.h2d_s, one.h2d_exposed_s),
+        )
+        if all(exposed_s is None for _, _, exposed_s in resources):
+            continue
+        for name, busy_s, exposed_s in resources:
+            hidden_s = None if busy_s is None or exposed_s is None else max(0.0, busy_s - exposed_s)
+            cells = (format_seconds(each) for each in (busy_s, hidden_s, exposed_s))
+            rows.append((engine, say(f"resource.{name}"), *cells))
+    columns = ["method", "resource", "busy", "overlapped", "exposed"]
+    return make_table(columns, rows, numeric=columns[2:], note="overlap") if rows else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
     """Where the time of a method's step goes: medians over runs, in seconds. `None`: not measured."""
@@ -232,6 +254,11 @@ class Breakdown:
     idle_s: float | None = None
     """Of the GPU."""
     cpu_s: float | None = None
+    gpu_exposed_s: float | None = None
+    h2d_exposed_s: float | None = None
+    d2h_exposed_s: float | None = None
+    cpu_exposed_s: float | None = None
+    """Of a resource's time, what hid behind no other: see `harness.result.Summary`."""
     floor_share: float | None = None
     """Predicted floor over measured step."""
     disk_floor_share: float | None = None
@@ -273,6 +300,10 @@ def breakdown(rounds: Rounds) -> Breakdown:
         noiseless=noiseless,
         idle_s=typical(rounds, lambda run: run.summary.idle_s),
         cpu_s=typical(rounds, lambda run: run.summary.cpu_s),
+        gpu_exposed_s=typical(rounds, lambda run: run.summary.gpu_exposed_s),
+        h2d_exposed_s=typical(rounds, lambda run: run.summary.h2d_exposed_s),
+        d2h_exposed_s=typical(rounds, lambda run: run.summary.d2h_exposed_s),
+        cpu_exposed_s=typical(rounds, lambda run: run.summary.cpu_exposed_s),
         floor_share=typical(rounds, lambda run: run.summary.floor_share),
         disk_floor_share=typical(rounds, lambda run: run.summary.disk_floor_share),
         landed_share=typical(rounds, lambda run: run.summary.landed_share),

@@ -49,13 +49,27 @@ GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
 
 
+CHECK_BYTES = 12
+"""GPU memory of a check for each element of the gradient."""
+
+GRAPH_BYTES = 4_000_000
+"""GPU memory of one block's two CUDA graphs outside torch's allocator. On an H200 (in use by NVML, less what torch
+reserved; reports/results/deepseek-coder-*_h200_20261124) `lsp` with 32 blocks took 0.2 GB more than `native`, and at
+1.3B as much with graphs as without."""
+
+
+def uses_graphs(shape: ModelShape, workload: Workload, settings: LspSettings) -> bool:
+    """Whether blocks run as CUDA graphs, as far as it can be told: what has no gated MLP may have dropout."""
+    return settings.graphs and settings.offload and workload.checkpointing and shape.gated_mlp
+
+
 def nonzeros_per_row(settings: LspSettings) -> int:
     return settings.r if settings.projector in ("block", "paper") else 1
 
 
 def core_size(rows: int, columns: int, settings: LspSettings) -> int:
-    """Side of a matrix's core: d, or its own smaller side, to a multiple of r."""
-    side = min(settings.d, rows, columns)
+    """Side of a matrix's core: d, or its own smaller side, to a multiple of r. See `LspSettings.size_for`."""
+    side = min(settings.size_for(rows, columns), rows, columns)
     r = min(nonzeros_per_row(settings), side)
     return side // r * r
 
@@ -92,11 +106,20 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     return Traffic(
         layers=tuple(layers),
         gpu_memory_bytes=_gpu_memory(shape, workload, settings, element * trained_on_gpu),
+        gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
         pinned_bytes=wire_bytes if settings.offload else 0,
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element) / 28 * (1.0 if element == 4 else CORE_ADAM_SLOWDOWN),
     )
+
+
+def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie there,
+    and nothing else may use it between blocks or in the steps that test projectors, which run without graphs."""
+    if not uses_graphs(shape, workload, settings):
+        return 0
+    return shape.num_blocks * GRAPH_BYTES + forward.backward_activation_bytes(shape, workload)
 
 
 def core_adam_bytes(element: int) -> int:
@@ -117,7 +140,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     plain = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
     saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
     moved = sum(projection_bytes(matrix, settings, workload) for matrix in shape.matrices)
-    as_graphs = settings.graphs and settings.offload and workload.checkpointing and shape.gated_mlp
+    as_graphs = uses_graphs(shape, workload, settings)
     launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
     wire = element * core
     return replace(
@@ -175,8 +198,9 @@ def _gpu_memory(
     if workload.accumulation > 1:
         held["cores"] += 4 * shape.num_blocks * core
     saved = forward.saved_activation_bytes(shape, workload)
+    # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
-        workload.batch_size * workload.seq_len * d * element + matrix.parameters * element
+        workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
     moments = (

@@ -326,6 +326,26 @@ def test_how_near_a_step_came_to_reading_its_blocks_alone(tmp_path: Path) -> Non
     assert "100 % is the disk's limit" in table
 
 
+def test_what_was_overlapped_and_what_was_exposed_has_a_table(tmp_path: Path) -> None:
+    seen = {
+        "gpu_s": 0.4, "d2h_s": 0.1, "h2d_s": 0.2, "cpu_s": None,
+        "gpu_exposed_s": 0.15, "d2h_exposed_s": 0.0, "h2d_exposed_s": 0.05, "cpu_exposed_s": None,
+    }  # fmt: skip
+    _, markdown, html = rendered(
+        write_folder(tmp_path, [make_run("lsp", **seen), make_run("native", gpu_s=0.4)])
+    )
+    table = markdown[markdown.index("What hides behind what") :].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| lsp")]
+    assert rows == [
+        "| lsp | GPU | 400 ms | 250 ms | 150 ms |",
+        "| lsp | copies to host | 100 ms | 100 ms | 0.00 s |",
+        "| lsp | CPU update | not measured | not measured | not measured |",
+        "| lsp | copies to GPU | 200 ms | 150 ms | 50.0 ms |",
+    ]
+    assert "| native" not in table
+    assert "What hides behind what" in html
+
+
 def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
     root = Path(__file__).parents[2]
     files = [root / "harness" / "stats.py", root / "harness" / "result.py", root / "profiles" / "machine.py"]
