@@ -169,7 +169,8 @@ class Traffic:
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
     gpu_held_bytes: int = 0
-    """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run in."""
+    """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run
+    in."""
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""

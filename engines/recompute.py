@@ -281,6 +281,9 @@ class _Graphs:
     ) -> None:
         sources = tensors_of([call])
         if index not in captured:
+            if not (form.forward or form.backward):
+                # Graphs have a pool of their own: what earlier steps left in the ordinary one is room for it.
+                _cuda.empty_cache()
             places = [self._place(form, source) for source in sources]
             (placed,) = replaced([call], [place.tensor for place in places])
             captured[index] = _Captured(self._capture(lambda: work(placed)), places)

@@ -60,8 +60,8 @@ class LspSettings(AdamWSettings):
     """LSP-Offload (2406.10181). Symbols d, r and alpha are the paper's."""
 
     d: int | Literal["auto"] = 512
-    """Size of the subspace; a matrix smaller than d x d uses its own smaller side, to a multiple of r. `auto`: one
-    for each shape of weights, as `recommend` chooses them for the machine."""
+    """Size of the subspace; a matrix smaller than d x d uses its own smaller side, to a multiple of r.
+    `auto`: one for each shape of weights, as `recommend` chooses them for the machine."""
     d_by_shape: str = ""
     """For d=auto: such as `2048x2048:1024,5504x2048:1664`, the larger side of a weight first."""
     r: int = 4
@@ -139,8 +139,19 @@ def sizes_by_shape(text: str) -> dict[tuple[int, int], int]:
     return found
 
 
-_LONG_CHECKS = {"projector": "paper", "check_every": 1000, "learn_steps": 100, "learn_rate": 0.1}
-_DEEPSEEK = {"projector": "paper", "alpha": 0.2, "check_every": 100, "learn_steps": 100, "learning_rate": 1e-4}
+_LONG_CHECKS: dict[str, str | int | float] = {
+    "projector": "paper",
+    "check_every": 1000,
+    "learn_steps": 100,
+    "learn_rate": 0.1,
+}
+_DEEPSEEK: dict[str, str | int | float] = {
+    "projector": "paper",
+    "alpha": 0.2,
+    "check_every": 100,
+    "learn_steps": 100,
+    "learning_rate": 1e-4,
+}
 
 LSP_PRESETS: dict[str, dict[str, str | int | float]] = {
     "roberta-base": {**_LONG_CHECKS, "d": 512, "r": 16, "alpha": 0.3, "learning_rate": 5e-5},
@@ -153,8 +164,8 @@ LSP_PRESETS: dict[str, dict[str, str | int | float]] = {
 }  # fmt: skip
 """What LSP-Offload's authors ran each model with, from the scripts, README and class defaults of
 gulang2019/LSP-Offload; for `--set lsp.preset=NAME`. Where several values were tried (r for GPT2-large, d for
-OpenLLaMA), the middle one. Their batches: 16 x 128 (RoBERTa on GLUE), 4 x 512 and 16 x 512 (Alpaca), 128 and 64
-sequences of 1024 by accumulation (DeepSeek-Coder)."""
+OpenLLaMA), the middle one. Their batches: 16 x 128 (RoBERTa on GLUE), 4 x 512 and 16 x 512 (Alpaca), 128 and
+64 sequences of 1024 by accumulation (DeepSeek-Coder)."""
 
 
 @dataclass(frozen=True, kw_only=True)

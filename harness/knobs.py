@@ -14,8 +14,8 @@ PRESET = "preset"
 def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dict[str, dict[str, str]]:
     """Engine -> {key: value} from `key=value` and `engine.key=value`.
 
-    A key without an engine goes to each of `engines` that has it. `lsp.preset=NAME` stands for the values that
-    the method's authors published for a model; other assignments win over it. Raises `UserError` for an
+    A key without an engine goes to each of `engines` that has it. `lsp.preset=NAME` stands for the values
+    that the method's authors published for a model; other assignments win over it. Raises `UserError` for an
     unknown engine, key or preset, and for a value that the engine does not take.
     """
     chosen: dict[str, dict[str, str]] = {}

@@ -272,7 +272,8 @@ def engines_table() -> RenderableType:
             *([] if row["available"] else [f"not available here: {row['reason']}"]),
             ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
             *(
-                f"preset={name} (as published): {', '.join(f'{key}={value}' for key, value in values.items())}"
+                f"preset={name}, as published: "
+                + ", ".join(f"{key}={value}" for key, value in values.items())
                 for name, values in row.get("presets", {}).items()
             ),
         ]

@@ -7,16 +7,17 @@ use. Plans that fit come first, the fastest predicted step first. Closed forms t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from engines import entry
 from engines.base import ModelShape, Traffic, Workload
 from engines.costs import traffic as cost_of
 from engines.costs.disk import fewest_on_disk
-from engines.costs.lsp import core_elements
+from engines.costs.lsp import core_elements, core_size
 from engines.costs.zo2 import resident_indices
-from engines.settings import LSP_PRESETS, LspSettings, parse_settings
+from engines.settings import LSP_PRESETS, LspSettings, parse_settings, sizes_by_shape
+from profiles.lsp_sizes import largest_hidden
 from profiles.machine import Machine
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
@@ -428,13 +429,21 @@ class _Choice:
     def _lsp(self) -> tuple[dict[str, Value], tuple[str, ...]]:
         """The largest d that fits in memory and whose copies and CPU update hide behind the GPU; then r."""
         reasons: list[str] = []
-        if "d" in self._override:
-            chosen: dict[str, Value] = {}
-            d = int(self.cost_settings_d())
-        else:
+        chosen: dict[str, Value] = {}
+        given = parse_settings(self._engine, {**self._override}) if "d" in self._override else None
+        if given is None:
             d, reason = self._lsp_d()
-            chosen = {"d": d}
+            chosen["d"] = d
             reasons.append(reason)
+        elif given.d == "auto" and not given.d_by_shape:
+            sizes = largest_hidden(
+                self._shape, self._machine, self._workload, self._lsp_cost_by_shape, self._fits_without_graphs
+            )
+            chosen["d_by_shape"] = sizes.text
+            d = min(sizes.d.values())
+            reasons.append(f"d_by_shape={sizes.text}: {sizes.reason}")
+        else:
+            d = min(core_size(each.rows, each.columns, given) for each in self._shape.matrices)
         if "r" not in self._override:
             smallest = min(d, *(min(each.rows, each.columns) for each in self._shape.matrices))
             wanted = 4 if self._shape.hidden >= 1024 else 8
@@ -449,21 +458,33 @@ class _Choice:
             reasons.append(
                 f"schedule_order=layerwise: of {blocks} blocks' updates only the last one's tail shows"
             )
+        if "graphs" not in self._override:
+            without = {**chosen, "graphs": False}
+            missing = _missing(self.cost(self._with(**chosen)), self._budget)
+            if missing is not None and _missing(self.cost(self._with(**without)), self._budget) is None:
+                chosen["graphs"] = False
+                reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
         published = LSP_PRESETS.get(self._shape.name)
         if published is not None:
             reasons.append(
-                f"the method's authors ran this model with d={published['d']}, r={published['r']} and learned "
-                f"projectors: --set lsp.preset={self._shape.name}"
+                f"published for this model: d={published['d']}, r={published['r']}, learned projectors "
+                f"(--set lsp.preset={self._shape.name})"
             )
         return self._with(**chosen), tuple(reasons)
 
-    def cost_settings_d(self) -> int:
-        """The overridden d, validated."""
-        return int(parse_settings(self._engine, {**self._override}).d)
+    def _fits_without_graphs(self, cost: Traffic) -> bool:
+        """CUDA graphs, which only save launches, give way to a larger d."""
+        held = cost.gpu_held_bytes if "graphs" not in self._override else 0
+        return _missing(replace(cost, gpu_held_bytes=cost.gpu_held_bytes - held), self._budget) is None
+
+    def _lsp_cost_by_shape(self, d_by_shape: str) -> Traffic:
+        smallest = min(sizes_by_shape(d_by_shape).values())
+        values = {**self._override, "d": "auto", "d_by_shape": d_by_shape}
+        return self.cost({**values, "r": self._override.get("r", min(4, smallest))})
 
     def _lsp_d(self) -> tuple[int, str]:
         ladder = lsp_ladder(self._shape.hidden)
-        fitting = [d for d in ladder if _missing(self._lsp_cost(d), self._budget) is None]
+        fitting = [d for d in ladder if self._fits_without_graphs(self._lsp_cost(d))]
         smallest, largest = ladder[0], (fitting or ladder[:1])[-1]
         if not fitting:
             return smallest, f"d={smallest}: the smallest considered, and it does not fit"

@@ -53,9 +53,9 @@ CHECK_BYTES = 12
 """GPU memory of a check for each element of the gradient."""
 
 GRAPH_BYTES = 4_000_000
-"""GPU memory of one block's two CUDA graphs outside torch's allocator. On an H200 (in use by NVML, less what torch
-reserved; reports/results/deepseek-coder-*_h200_20261124) `lsp` with 32 blocks took 0.2 GB more than `native`, and at
-1.3B as much with graphs as without."""
+"""GPU memory of one block's two CUDA graphs outside torch's allocator: on an H200 `lsp` with 32 blocks took
+0.2 GB more than `native`, in use by NVML less what torch reserved, of which a part may be the graphs'. At
+1.3B it took as much with graphs as without. Records: reports/results/deepseek-coder-*_h200_20261124."""
 
 
 def uses_graphs(shape: ModelShape, workload: Workload, settings: LspSettings) -> bool:
@@ -115,8 +115,9 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie there,
-    and nothing else may use it between blocks or in the steps that test projectors, which run without graphs."""
+    """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie
+    there, and nothing else may use it between blocks or in the steps that test projectors, which run without
+    graphs."""
     if not uses_graphs(shape, workload, settings):
         return 0
     return shape.num_blocks * GRAPH_BYTES + forward.backward_activation_bytes(shape, workload)

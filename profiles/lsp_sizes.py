@@ -1,0 +1,97 @@
+"""`lsp.d=auto`: the largest subspace for each shape of weights whose traffic hides. Pure; no torch.
+
+A weight's core of d x d elements goes down, through Adam on the CPU and up, which takes each of them a time
+proportional to d^2; the GPU's time with the weight is about proportional to its m n elements. So each shape
+gets the same share s = d^2 / (m n), and all weights keep their own resources busy for the same part of their
+own GPU time. s is the largest for which, over one block, no resource takes longer than the GPU, and memory
+suffices.
+
+d is rounded down to a multiple of 64, which suits tensor cores (of 8 below 64), and is at most the weight's
+smaller side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import isqrt
+
+from engines.base import ModelShape, Traffic, Workload
+from profiles.machine import Machine
+from profiles.predict import resource_s
+from profiles.units import format_seconds
+
+STEPS = (64, 8, 1)
+SHARES = 64
+"""s is looked for among k / 64."""
+
+MOST_WITHOUT_GPU = SHARES // 4
+"""d = n / 2 for a square weight, where nothing hides and only memory sets a limit."""
+
+Sides = tuple[int, int]
+"""Of a weight, the larger one first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    d: Mapping[Sides, int]
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """For `LspSettings.d_by_shape`."""
+        return ",".join(f"{rows}x{columns}:{d}" for (rows, columns), d in self.d.items())
+
+
+def largest_hidden(
+    shape: ModelShape,
+    machine: Machine,
+    workload: Workload,
+    cost: Callable[[str], Traffic],
+    fits: Callable[[Traffic], bool],
+) -> Sizes:
+    """`cost` counts a step for a `d_by_shape`; `fits` says whether there is memory for it."""
+    sides = sorted({(max(m.rows, m.columns), min(m.rows, m.columns)) for m in shape.matrices})
+    most = MOST_WITHOUT_GPU if machine.gpu is None else SHARES
+    tried: list[Sizes] = []
+    for k in range(most, 0, -1):
+        d = {each: size_of(each, k) for each in sides}
+        if tried and d == tried[-1].d:
+            continue
+        sizes = Sizes(d=d, reason="")
+        tried.append(sizes)
+        told = cost(sizes.text)
+        if not fits(told):
+            continue
+        if machine.gpu is None:
+            return replace(sizes, reason="the largest considered that fit; without a GPU nothing hides")
+        block = next(layer for layer in told.layers if layer.name.startswith("block."))
+        times = resource_s(replace(told, layers=(block,)), machine, workload)
+        if times is None:
+            return replace(
+                _smallest(sides), reason="the machine profile lacks figures, so the smallest are safe"
+            )
+        slowest = max(("d2h", "cpu", "h2d", "host memory"), key=times.__getitem__)
+        # Only the last micro-batch has anything to update, so only its compute can hide that.
+        gpu_s = times["gpu"] / workload.accumulation
+        if times[slowest] <= gpu_s:
+            measure = (
+                f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
+            )
+            return replace(
+                sizes, reason=f"the largest that hide behind their block and fit ({measure} a block)"
+            )
+    return replace(tried[-1], reason="the smallest considered; even so they do not hide, or do not fit")
+
+
+def size_of(sides: Sides, k: int) -> int:
+    """d for s = k / 64, at least one and at most the smaller side."""
+    wanted = isqrt(k * sides[0] * sides[1] // SHARES)
+    if wanted >= sides[1]:
+        return sides[1]
+    step = next(each for each in STEPS if each <= max(1, wanted))
+    return max(1, wanted // step * step)
+
+
+def _smallest(sides: Iterable[Sides]) -> Sizes:
+    return Sizes(d={each: size_of(each, 1) for each in sides}, reason="")

@@ -1,0 +1,156 @@
+"""`lsp.d=auto`: one d for each shape of weights, the largest that hides; graphs give way to memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, TINY
+
+from engines.base import LayerTraffic, ModelShape, Traffic, UserError, Workload
+from engines.costs import traffic
+from engines.costs.lsp import core_size
+from engines.settings import LspSettings, parse_settings, sizes_by_shape
+from profiles.lsp_sizes import SHARES, Sides, size_of
+from profiles.plan import Plan
+from profiles.predict import resource_s
+from profiles.recommend import gpu_bytes_needed, recommend
+
+TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
+AUTO = {"d": "auto"}
+GB = 10**9
+
+
+def plan(shape: ModelShape = DEEPSEEK_1B, **changes: object) -> Plan:
+    arguments = {"machine": H200, "workload": TRAINING, "values": AUTO, **changes}
+    machine, workload, values = (arguments.pop(name) for name in ("machine", "workload", "values"))
+    (only,) = recommend(machine, shape, workload, ["lsp"], {"lsp": values}, **arguments)  # type: ignore[arg-type]
+    return only
+
+
+def sizes(of: Plan) -> dict[Sides, int]:
+    return sizes_by_shape(str(of.settings["d_by_shape"]))
+
+
+def block_of(cost: Traffic) -> LayerTraffic:
+    return next(layer for layer in cost.layers if layer.name.startswith("block."))
+
+
+def cost_of(of: Plan, shape: ModelShape, **values: object) -> Traffic:
+    return traffic("lsp", shape, TRAINING, parse_settings("lsp", {**of.settings, **values}))
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, SHARES))
+def test_a_size_is_a_share_of_the_weight_and_grows_with_it(one: int, other: int, k: int) -> None:
+    sides = max(one, other), min(one, other)
+    d = size_of(sides, k)
+    assert 1 <= d <= sides[1]
+    assert d == 1 or d * d <= k * sides[0] * sides[1] / SHARES
+    assert d < 64 or d == sides[1] or d % 64 == 0
+    assert k == SHARES or size_of(sides, k + 1) >= d
+
+
+def test_each_shape_has_its_own_d_and_the_plan_says_so() -> None:
+    chosen = plan()
+    assert chosen.fits
+    assert set(sizes(chosen)) == {(2048, 2048), (5504, 2048)}
+    assert sizes(chosen)[5504, 2048] > sizes(chosen)[2048, 2048]
+    assert str(chosen.settings["d_by_shape"]) in chosen.reasons[0]
+    settings = parse_settings("lsp", chosen.settings)
+    # The down projection is the same shape the other way round.
+    assert core_size(2048, 5504, settings) == core_size(5504, 2048, settings) == sizes(chosen)[5504, 2048]
+
+
+@pytest.mark.parametrize("shape", [DEEPSEEK_1B, DEEPSEEK_7B])
+def test_the_chosen_sizes_hide_and_the_next_larger_do_not(shape: ModelShape) -> None:
+    chosen = plan(shape)
+    settings = chosen.settings
+
+    def hides(text: str) -> bool:
+        cost = cost_of(chosen, shape, d_by_shape=text)
+        times = resource_s(replace(cost, layers=(block_of(cost),)), H200, TRAINING)
+        assert times is not None
+        return max(times[name] for name in ("h2d", "d2h", "cpu", "host memory")) <= times["gpu"]
+
+    def text_of(k: int) -> str:
+        return ",".join(f"{a}x{b}:{size_of((a, b), k)}" for a, b in sizes(chosen))
+
+    assert hides(str(settings["d_by_shape"]))
+    k = max(k for k in range(1, SHARES + 1) if text_of(k) == settings["d_by_shape"])
+    assert k < SHARES
+    assert not hides(text_of(k + 1))
+
+
+def test_a_slow_link_or_cpu_or_many_micro_batches_make_them_smaller() -> None:
+    fast = sizes(plan())
+    assert H200.link is not None
+    slow_rate = replace(H200.link.h2d_duplex_bytes_per_s, value=5e9, low=None, high=None)
+    slow_link = replace(H200, link=replace(H200.link, h2d_duplex_bytes_per_s=slow_rate))
+    slow_adam = replace(H200.cpu.adam_elements_per_s, value=2e8, low=None, high=None)
+    slow_cpu = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=slow_adam))
+    for other in (
+        plan(machine=slow_link),
+        plan(machine=slow_cpu),
+        plan(workload=replace(TRAINING, batch_size=1)),
+    ):
+        assert all(d < fast[sides] for sides, d in sizes(other).items())
+
+
+def test_host_memory_limits_them() -> None:
+    tight = plan(DEEPSEEK_7B, host_bytes=6 * GB)
+    assert tight.fits
+    assert sum(sizes(tight).values()) < sum(sizes(plan(DEEPSEEK_7B)).values())
+
+
+def test_without_a_gpu_memory_alone_decides() -> None:
+    chosen = plan(TINY, machine=LAPTOP_CPU)
+    assert sizes(chosen)[64, 64] == 32
+    assert "without a GPU" in chosen.reasons[0]
+
+
+def test_given_sizes_are_kept() -> None:
+    values = {"d": "auto", "d_by_shape": "2048x2048:128,5504x2048:192"}
+    assert sizes(plan(values=values)) == {(2048, 2048): 128, (5504, 2048): 192}
+
+
+def test_auto_without_sizes_names_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"lsp\.d=auto: nothing says which d suits .* 64 x 32 .*--profile"):
+        core_size(32, 64, LspSettings(d="auto", d_by_shape="64x64:8"))
+
+
+@pytest.mark.parametrize("text", ["64x64", "64x64:0", "64:8", "64x64:8,", "a", ",64x64:8"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="d_by_shape"):
+        parse_settings("lsp", {"d": "auto", "d_by_shape": text})
+
+
+def test_graphs_go_off_by_themselves_where_they_do_not_fit() -> None:
+    values = {"d": "1280", "r": "4"}
+    roomy = plan(values=values)
+    assert "graphs" not in roomy.settings
+    with_graphs = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B))
+    without = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B, graphs=False))
+    assert with_graphs > without
+    assert "graphs" not in plan(values=values, vram_bytes=with_graphs).settings
+    tight = plan(values=values, vram_bytes=without)
+    assert tight.fits
+    assert tight.settings["graphs"] is False
+    assert any(reason.startswith("graphs=false: with CUDA graphs") for reason in tight.reasons)
+    # What the user asked for is kept, and then it does not fit.
+    asked = plan(values={**values, "graphs": "true"}, vram_bytes=without)
+    assert not asked.fits
+    # Where it does not fit either way, nothing is changed.
+    assert "graphs" not in plan(values=values, vram_bytes=without - 1).settings
+
+
+def test_graphs_are_counted_only_where_there_are_any() -> None:
+    def held(**values: object) -> int:
+        return cost_of(plan(), DEEPSEEK_1B, **values).gpu_held_bytes
+
+    assert held() > 24 * 10**6
+    assert held(graphs=False) == held(offload=False) == 0
+    settings = parse_settings("lsp", plan().settings)
+    kept = traffic("lsp", DEEPSEEK_1B, replace(TRAINING, checkpointing=False), settings)
+    assert kept.gpu_held_bytes == 0
