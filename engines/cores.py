@@ -17,7 +17,7 @@ from torch import Tensor
 from engines.base import UserError, Workload
 from engines.core_pipeline import PieceState, PieceUpdate
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
-from engines.projector import compress
+from engines.projector import Projector, compress, transport_moments
 from engines.subspace import Check, Subspace
 from engines.transfer import Event, HostSlab
 
@@ -223,6 +223,22 @@ def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
             group = []
         group.append(each)
     yield group
+
+
+def move_moments(state: PieceState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:
+    """Move Adam's moments to the subspace of a new pair, fp32, on the device; the bytes that go each way."""
+    subspace, dtype, device = matrix.subspace, matrix.core.dtype, matrix.core.device
+    d = subspace.d
+    here = slice(matrix.offset, matrix.offset + d * d)
+    moments = [state.moment[here].view(d, d), state.variance[here].view(d, d)]
+    on_device = [moment.to(device) for moment in moments]
+    # The new pair as it will be stored.
+    moved = transport_moments(
+        on_device[0], on_device[1], subspace.left, left.cast(dtype), subspace.right, right.cast(dtype)
+    )
+    for moment, result in zip(moments, moved, strict=True):
+        moment.copy_(result)
+    return sum(moment.nbytes for moment in moments)
 
 
 def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:

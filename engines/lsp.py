@@ -78,24 +78,20 @@ from engines.core_pipeline import (
     update_piece,
 )
 from engines.core_update import apply_core, landed
-from engines.cores import CoreBlock, CoreMatrix, Cores, load_cores, save_cores
+from engines.cores import CoreBlock, CoreMatrix, Cores, load_cores, move_moments, save_cores
 from engines.exposure import ExposureClock
 from engines.optim import (
     accumulate_gradients,
-    adamw_state,
-    load_adamw_state,
     load_checkpoint,
     load_rng_state,
-    make_adamw,
     model_weights,
     parameter_names,
     prepare_training,
     rng_state,
     save_checkpoint,
-    set_learning_rate,
     weights_dtype,
 )
-from engines.projector import Projector, transport_moments
+from engines.outer import OuterParameters
 from engines.recompute import TrainedBlocks, draws_random_numbers
 from engines.schedule import learning_rate_at
 from engines.settings import LspSettings
@@ -165,12 +161,11 @@ class Lsp:
             progress=self.context.progress,
         )
         self._blocks = self._cores.blocks
-        self._make_outer_optimizer(subspaces)
+        self._take_the_rest(subspaces)
         for block in self._blocks:
             for matrix in block.matrices:
                 compress_gradient(matrix.subspace.module, matrix)
         self._squared_total = torch.zeros(1, device=self.device)
-        self._not_finite = torch.zeros((), device=self.device)
         self._loss_on_host = self._small_host_tensor()
         self._total_on_host = self._small_host_tensor()
         if self.settings.offload:
@@ -190,15 +185,10 @@ class Lsp:
     def _small_host_tensor(self) -> Tensor:
         return torch.zeros(1, pin_memory=self.device.type == "cuda")
 
-    def _make_outer_optimizer(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
+    def _take_the_rest(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
         own = {each.weight for members in subspaces for each in members}
-        outer = [parameter for parameter in self.model.parameters() if parameter not in own]
-        self._outer: torch.optim.AdamW | None = None
-        if not self.settings.train_outer:
-            for parameter in outer:
-                parameter.requires_grad_(False)
-        elif outer:
-            self._outer = make_adamw(outer, self.settings)
+        rest = [parameter for parameter in self.model.parameters() if parameter not in own]
+        self._outer = OuterParameters(rest, self.settings, self.device)
 
     def treatment(self) -> list[Treatment]:
         """How each parameter is trained, in the model's order, each once."""
@@ -359,11 +349,9 @@ class Lsp:
                 self.before_backward(self._index_of(place))
                 self.finish(self._index_of(place))
                 self._send(place)
-        outer = [] if self._outer is None else [p for p in self._outer_parameters() if p.grad is not None]
-        gradients = [parameter.grad for parameter in outer if parameter.grad is not None]
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
-            self._clip(gradients, self.settings.max_grad_norm)
+            self._clip(self.settings.max_grad_norm)
         updates = [update for block in self._blocks for update in block.pending]
         if self._pipeline is None:
             self._update_here(updates)
@@ -372,29 +360,14 @@ class Lsp:
         elif not self._sends_at_once:
             for update in updates:
                 self._pipeline.submit([update])
-        if self._outer is not None:
-            set_learning_rate(self._outer.param_groups, self._share.learning_rate)
-            # Read by the fused kernel on the device: nothing changes if it is not zero.
-            self._not_finite.copy_(self._squared_total[0].isfinite().logical_not())
-            self._outer.found_inf = self._not_finite  # type: ignore[attr-defined]
-            self._outer.step()
-            self._zero_gradients(outer)
+        self._outer.step(self._share.learning_rate, self._squared_total)
 
     def _index_of(self, place: int) -> int:
         return self._blocks[place].matrices[0].subspace.block
 
-    def _outer_parameters(self) -> list[nn.Parameter]:
-        assert self._outer is not None
-        return [parameter for group in self._outer.param_groups for parameter in group["params"]]
-
-    @torch.no_grad()
-    def _clip(self, gradients: list[Tensor], most: float) -> None:
+    def _clip(self, most: float) -> None:
         """Scale the outer gradients, and let the worker know the norm of all."""
-        if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients)).float()
-            self._squared_total += norms.square().sum()
-            factor = (most / self._squared_total.sqrt()).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor[0].to(gradients[0].dtype))
+        self._outer.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
         self._share.total_known = self.link.download(
@@ -402,11 +375,6 @@ class Lsp:
         )
         if self._pipeline is None:
             self.link.host_wait(self._share.total_known)
-
-    @staticmethod
-    def _zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
-        # In place: CUDA graphs add to those of the blocks where they lie.
-        torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def _update_here(self, updates: Sequence[PieceUpdate]) -> None:
         """The twin: all of it, at once."""
@@ -496,31 +464,15 @@ class Lsp:
             return
         state = self._state_of(matrix)
         if state.updates > 0:
-            self._transport(matrix, state, *found)
+            # The moments are the worker's no more: this block's forward pass has waited for its last update.
+            moved_bytes = move_moments(state, matrix, *found)
+            self._step_h2d_bytes += moved_bytes
+            self._step_d2h_bytes += moved_bytes
         matrix.subspace.assign(*found)
 
     def _state_of(self, matrix: CoreMatrix) -> PieceState:
         block = self._blocks[self._laid_out.place[matrix.subspace.block]]
         return next(piece.state for piece in block.pieces if matrix in piece.matrices)
-
-    def _transport(self, matrix: CoreMatrix, state: PieceState, left: Projector, right: Projector) -> None:
-        """Move Adam's moments to the new subspace, on the device.
-
-        They are the worker's no more: this block's forward pass has waited for its last update.
-        """
-        subspace = matrix.subspace
-        d = subspace.d
-        here = slice(matrix.offset, matrix.offset + d * d)
-        moments = [state.moment[here].view(d, d), state.variance[here].view(d, d)]
-        on_device = [moment.to(self.device) for moment in moments]
-        dtype = self._dtype
-        moved = transport_moments(
-            on_device[0], on_device[1], subspace.left, left.cast(dtype), subspace.right, right.cast(dtype)
-        )
-        for moment, result in zip(moments, moved, strict=True):
-            moment.copy_(result)
-            self._step_h2d_bytes += moment.nbytes
-            self._step_d2h_bytes += moment.nbytes
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
@@ -560,9 +512,7 @@ class Lsp:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
         self._settle(self._blocks)
         self.synchronize()
-        state = rng_state(self.device)
-        if self._outer is not None:
-            state |= adamw_state(self._outer, self._names)
+        state = rng_state(self.device) | self._outer.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         about["matrices"] = save_cores(self._laid_out, state)
         save_checkpoint(folder, self.model, state, about)
@@ -571,8 +521,7 @@ class Lsp:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
         tensors, about = load_checkpoint(folder, self.model, self.name)
         load_cores(self._laid_out, tensors, about["matrices"], folder)
-        if self._outer is not None:
-            load_adamw_state(self._outer, self._names, tensors)
+        self._outer.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
 

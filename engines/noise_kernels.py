@@ -110,13 +110,19 @@ def normals(counter, tensor, step, seed):
 
 
 @triton.jit
+def dithered_bf16(value, uniform):
+    """fp32 rounded to what bf16 holds, as fp32: as `noise.dither`, line by line. `uniform` has 16 bits."""
+    bits = value.to(tl.int32, bitcast=True) + uniform.to(tl.int32)
+    return (bits & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _rounded(value, uniform, like, MODE: tl.constexpr):
     """fp32 rounded to the weights' dtype, as fp32: as `noise.dither`, line by line."""
     if MODE == _NEAREST:
         return value.to(like).to(tl.float32)
     if MODE == _DITHER_BF16:
-        bits = value.to(tl.int32, bitcast=True) + uniform.to(tl.int32)
-        return (bits & -0x10000).to(tl.float32, bitcast=True)
+        return dithered_bf16(value, uniform)
     size = tl.abs(value)
     lift = tl.where(size < _FP16_NORMAL, _FP16_NORMAL, 0.0)
     bits = (size + lift).to(tl.int32, bitcast=True) + (uniform >> 3).to(tl.int32)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import rounding
+from engines.noise_kernels import dithered_bf16
 
 _GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(value) for value in (rounding.GOLDEN, rounding.MIX_1, rounding.MIX_2))
 
@@ -113,15 +114,14 @@ def _lift_kernel(
 
 
 @triton.jit
-def _rounded(value, element, key, DITHER: tl.constexpr):
+def _hash_rounded(value, element, key, DITHER: tl.constexpr):
     """fp32 rounded stochastically to what bf16 holds: as `rounding.dithered`, line by line."""
     if DITHER:
         word = element.to(tl.uint32) * _GOLDEN + key.to(tl.uint32)
         word = (word ^ (word >> 16)) * _MIX_1
         word = (word ^ (word >> 13)) * _MIX_2
         word = word ^ (word >> 16)
-        bits = value.to(tl.int32, bitcast=True) + (word >> 16).to(tl.int32)
-        value = (bits & -0x10000).to(tl.float32, bitcast=True)
+        value = dithered_bf16(value, word >> 16)
     return value
 
 
@@ -149,7 +149,7 @@ def _block_update_kernel(
     here = (row < m)[:, None] & (column < n)[None, :]
     element = row.to(tl.int64)[:, None] * n + column[None, :]
     value = tl.load(weight + element, mask=here, other=0.0).to(tl.float32)
-    value = _rounded(value * decay - delta * rate, element, key, DITHER)
+    value = _hash_rounded(value * decay - delta * rate, element, key, DITHER)
     tl.store(weight + element, value.to(weight.dtype.element_ty), mask=here)
 
 
@@ -160,7 +160,7 @@ def _plain_update_kernel(weight, delta, count, rate, decay, key, SIZE: tl.conste
     here = element < count
     value = tl.load(weight + element, mask=here, other=0.0).to(tl.float32)
     change = tl.load(delta + element, mask=here, other=0.0).to(tl.float32)
-    value = _rounded(value * decay - change * rate, element, key, DITHER)
+    value = _hash_rounded(value * decay - change * rate, element, key, DITHER)
     tl.store(weight + element, value.to(weight.dtype.element_ty), mask=here)
 
 

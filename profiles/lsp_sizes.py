@@ -1,4 +1,6 @@
-"""`lsp.d=auto`: the largest subspace for each shape of weights whose traffic hides. Pure; no torch.
+"""Sizes of subspaces that are considered for `lsp`. Pure; no torch.
+
+`lsp.d=auto` asks for the largest subspace for each shape of weights whose traffic hides.
 
 A weight's core of d x d elements goes down, through Adam on the CPU and up, which takes each of them a time
 proportional to d^2; the GPU's time with the weight is about proportional to its m n elements. So each shape
@@ -27,6 +29,11 @@ SHARES = 64
 
 MOST_WITHOUT_GPU = SHARES // 4
 """d = n / 2 for a square weight, where nothing hides and only memory sets a limit."""
+
+LADDER_STEP = 128
+LADDER_MIN_SHARE = 8
+"""The smallest single d considered is hidden / 8: published runs go from hidden / 12 to more than hidden /
+2."""
 
 Sides = tuple[int, int]
 """Of a weight, the larger one first."""
@@ -95,3 +102,14 @@ def size_of(sides: Sides, k: int) -> int:
 
 def _smallest(sides: Iterable[Sides]) -> Sizes:
     return Sizes(d={each: size_of(each, 1) for each in sides}, reason="")
+
+
+def lsp_ladder(hidden: int) -> list[int]:
+    """Sizes d that are considered, ascending: multiples of 128 from hidden / 8 to hidden / 2; powers of two
+    where hidden / 2 is below 256."""
+    top = max(1, hidden // 2)
+    if top >= 2 * LADDER_STEP:
+        ladder = list(range(LADDER_STEP, top + 1, LADDER_STEP))
+    else:
+        ladder = [2**k for k in range(top.bit_length()) if 2**k <= top]
+    return [d for d in ladder if d * LADDER_MIN_SHARE >= hidden]

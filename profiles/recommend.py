@@ -17,7 +17,7 @@ from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements, core_size
 from engines.costs.zo2 import resident_indices
 from engines.settings import LSP_PRESETS, LspSettings, parse_settings, sizes_by_shape
-from profiles.lsp_sizes import largest_hidden
+from profiles.lsp_sizes import largest_hidden, lsp_ladder
 from profiles.machine import Machine
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
@@ -45,10 +45,6 @@ FOLD_AS_FAST = 1.01
 FOLD_GPU_SHARE = 0.85
 """GPU time over link time up to which updates are replayed instead of downloaded: both are predicted, and
 downloads that hide behind the GPU cost nothing, while replaying that does not hide costs its whole time."""
-
-LSP_D_STEP = 128
-LSP_MIN_SHARE = 8
-"""The smallest d considered is hidden / 8: published runs go from hidden / 12 to more than hidden / 2."""
 
 FIRST_ORDER = ("native", "torchao-offload", "lsp")
 ZEROTH_ORDER = ("mezo", "zo2")
@@ -519,17 +515,6 @@ class _Choice:
     def _lsp_values(self, d: int) -> dict[str, Value]:
         smallest = min(d, *(min(each.rows, each.columns) for each in self._shape.matrices))
         return {**self._override, "d": d, "r": self._override.get("r", min(4, smallest))}
-
-
-def lsp_ladder(hidden: int) -> list[int]:
-    """Sizes d that are considered, ascending: multiples of 128 from hidden / 8 to hidden / 2; powers of two
-    where hidden / 2 is below 256."""
-    top = max(1, hidden // 2)
-    if top >= 2 * LSP_D_STEP:
-        ladder = list(range(LSP_D_STEP, top + 1, LSP_D_STEP))
-    else:
-        ladder = [2**k for k in range(top.bit_length()) if 2**k <= top]
-    return [d for d in ladder if d * LSP_MIN_SHARE >= hidden]
 
 
 def _memory(plan: Plan) -> int:

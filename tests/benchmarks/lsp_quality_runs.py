@@ -99,7 +99,10 @@ class Start:
 def encoder_on_sst2(folder: Path, data: Path, budget: Budget) -> Source:
     """MiniLM-L6 with a new head for two classes. Judged on the development set."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # that the head is new, for each run
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def rows(part: str) -> tuple[dict[str, Tensor], Tensor]:

@@ -25,6 +25,7 @@ from engines.base import ModelShape, UserError, Workload
 from engines.costs import traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings import parse_settings
+from profiles.lsp_sizes import lsp_ladder
 from profiles.machine import Disk, Machine, absent
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
@@ -34,7 +35,6 @@ from profiles.recommend import (
     FOLD_GPU_SHARE,
     FOLDS,
     gpu_bytes_needed,
-    lsp_ladder,
     recommend,
     why_first,
 )
