@@ -39,10 +39,10 @@ from torch import Tensor
 SEEDS = (0, 1, 2)
 BUDGETS = {
     "encoder": Budget(
-        batch_size=32, steps=648, eval_every=108, check_every=216, learning_rates=(3e-5, 1e-4, 3e-4, 1e-3)
+        batch_size=32, steps=648, eval_every=108, check_every=324, learning_rates=(3e-5, 1e-4, 3e-4, 1e-3)
     ),
     "decoder": Budget(
-        batch_size=16, steps=600, start_steps=400, eval_every=100, check_every=200,
+        batch_size=16, steps=600, start_steps=400, eval_every=100, check_every=300,
         learning_rates=(1e-4, 3e-4, 1e-3, 3e-3),
     ),
 }  # fmt: skip
