@@ -3,7 +3,9 @@
 A copy takes at least its bytes over the rate of its direction, counted from its start or from the end of
 the copy before it in the same direction, whichever is later. Deadlines follow from each other and not from
 the moments at which they were noticed, so errors do not add up over copies that follow each other closely.
-Latency of single copies is not emulated.
+Latency of single copies is not emulated. On a GPU the kernels around a copy and the changes of engine between
+them cost some 60 us (on an H200 machine), beside the copy's own time on the real link: copies that should
+take less are slower than asked. At 24 GB/s those are copies below 2 MB.
 
 On a GPU the copy's stream is held by a kernel of one warp that reads the GPU's nanosecond clock
 (`engines.throttle_kernels`); neither host nor compute stream waits. On a CPU device the calling thread

@@ -29,6 +29,8 @@ SWEEP_BUFFER_BYTES = 2**30
 DUPLEX_ROUNDS = (6, 64)
 """Fewest and most copies in each direction."""
 DUPLEX_ATTEMPTS = 4
+DUPLEX_ATTEMPTS_PER_S = 4
+"""Where a measurement gets more time, it is tried more often."""
 DUPLEX_REST_S = 0.7
 STEADY = 0.03
 SWEEP_S = 4.0
@@ -215,7 +217,8 @@ def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
     """Each direction while the other is busy. HAZARD: two streams, so no buffer is used by both.
 
     On a host that others use too, their traffic slows the copies for a second or so: up to
-    `DUPLEX_ATTEMPTS` attempts are made, with rests between them, until one is steady. The fastest counts.
+    `DUPLEX_ATTEMPTS` attempts or more are made, with rests between them, until one is steady. The fastest
+    counts.
     """
     import torch
 
@@ -225,7 +228,7 @@ def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
     actions = (buffers.up, buffers.down)
     overlapping_samples(actions, (fewest, fewest))  # warm-up
     attempts: list[list[list[float]]] = []
-    for attempt in range(DUPLEX_ATTEMPTS):
+    for attempt in range(max(DUPLEX_ATTEMPTS, int(DUPLEX_ATTEMPTS_PER_S * seconds))):
         time.sleep(DUPLEX_REST_S if attempt else 0.0)
         attempts.append(overlapping_samples(actions, (rounds, rounds)))
         if all(_is_steady(samples) for samples in attempts[-1]):

@@ -45,6 +45,26 @@ def test_a_datasheet_profile_names_its_sources_and_predicts(name: str) -> None:
     assert "(datasheet)" in plans["zo2"].prediction.basis
 
 
+def test_the_h200_is_measured_in_full() -> None:
+    machine = find_profile(Path("h200"))
+    assert machine.depth == "full"
+    assert machine.gpu is not None
+    assert machine.link is not None
+    for figure in (
+        machine.gpu.matmul_bf16_flops, machine.gpu.matmul_sustained_flops, machine.gpu.usable_bytes,
+        machine.link.h2d_pinned_bytes_per_s, machine.link.d2h_duplex_bytes_per_s,
+        machine.cpu.adam_elements_per_s, machine.memory.copy_bytes_per_s, machine.memory.pinned_bytes,
+    ):  # fmt: skip
+        assert figure.origin == "measured"
+        assert figure.count > 0
+        assert figure.low is not None
+    assert machine.link.generation_loaded == machine.link.generation_max == 5
+    workload = Workload(batch_size=1, seq_len=2048, dtype="fp16")
+    (plan,) = recommend(machine, named_shape("opt-13b"), workload, ["zo2"], {})
+    assert plan.prediction.step_s is not None
+    assert "(measured)" in plan.prediction.basis
+
+
 def test_links_are_85_percent_of_their_lanes() -> None:
     """PCI-SIG: 15.75, 31.5 and 63 GB/s for sixteen lanes of generation 3, 4 and 5."""
     lane = {3: 15.75e9 / 16, 4: 31.5e9 / 16, 5: 63e9 / 16}
