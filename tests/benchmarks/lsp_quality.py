@@ -34,7 +34,7 @@ from lsp_quality_runs import METHODS, Budget, Method, Source, begun, decoder_on_
 from lsp_quality_tables import Row, best_rate, tables
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from safetensors.torch import load, save
 
 SEEDS = (0, 1, 2)
 BUDGETS = {
@@ -58,8 +58,8 @@ class Setting:
     minilm: Path | None
     budgets: Mapping[str, Budget]
     threads: int
-    start: Mapping[str, Tensor] | None = None
-    """Weights that the decoder starts from."""
+    start: bytes | None = None
+    """Weights that the decoder starts from, as safetensors: tensors would go through shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,8 @@ class Cell:
 
 def make_sources(setting: Setting) -> dict[str, Source]:
     """Those whose data and model are there."""
-    found = {
-        "decoder": decoder_on_wikitext(setting.data / "wikitext2", setting.budgets["decoder"], setting.start)
-    }
+    start = None if setting.start is None else load(setting.start)
+    found = {"decoder": decoder_on_wikitext(setting.data / "wikitext2", setting.budgets["decoder"], start)}
     if setting.minilm is not None:
         found["encoder"] = encoder_on_sst2(setting.minilm, setting.data / "sst2", setting.budgets["encoder"])
     return found
@@ -92,6 +91,8 @@ def _begin(setting: Setting) -> None:
 
 
 def _work(cell: Cell, deadline: float) -> Row | None:
+    if time.time() > deadline:
+        return None
     source = _here["sources"][cell.source]
     row = run(cell.method, source, cell.learning_rate, cell.seed, _here["setting"].device, deadline)
     return None if row is None else {**row, "timed": cell.timed}
@@ -229,7 +230,7 @@ def measure(given: argparse.Namespace, path: Path, budgets: Mapping[str, Budget]
     names = {key: source.name for key, source in sources.items()}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("beginning the decoder", total=1)
-        setting = replace(setting, start=begun(sources["decoder"], device))
+        setting = replace(setting, start=save(begun(sources["decoder"], device)))
         progress.update(task, completed=1)
         phases: list[tuple[bool, int]] = [(False, given.processes)]
         phases += [(True, 1)] if given.timed else []
