@@ -238,7 +238,7 @@ class BlockDriver:
     """Runs a model in three parts: up to its blocks, one block at a time, and from the last one on.
 
     The parts together compute what the model's own forward computes, with the same operations on the
-    same values, without a key-value cache. A block's weights are needed only while it runs.
+    same values. A block's weights are needed only while it runs.
 
     Taken for granted: a block gets the hidden state first, or as `hidden_states`, and returns it alone or
     first in a tuple, and nothing else travels from block to block.
@@ -250,10 +250,14 @@ class BlockDriver:
         parent, _, self._leaf = path.rpartition(".")
         self._parent = model.get_submodule(parent)
         self._arguments = without_cache(model)
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._returns_tuple: bool | None = None
 
-    def record(self, inputs: Mapping[str, Any]) -> Recording:
-        """Run the model up to its first block, and take down what each block would be called with."""
+    def record(self, inputs: Mapping[str, Any], cache: Any = None) -> Recording:
+        """Run the model up to its first block, and take down what each block would be called with.
+
+        With a key-value `cache` (transformers') they go on from what is in it, and add to it when they run.
+        """
         if self._returns_tuple is None:
             self._returns_tuple = self._learn_form(inputs)
         hidden: list[Tensor] = []
@@ -267,7 +271,7 @@ class BlockDriver:
                 raise _AtTheHead
             return self._in_form(entering)
 
-        self._forward(inputs, [_StandIn(block, note) for block in self.blocks])
+        self._forward(inputs, [_StandIn(block, note) for block in self.blocks], cache)
         return Recording(hidden=hidden[0], calls=calls)
 
     def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
@@ -296,10 +300,14 @@ class BlockDriver:
     def _in_form(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
 
-    def _forward(self, inputs: Mapping[str, Any], row: Sequence[nn.Module]) -> Any:
+    def _forward(self, inputs: Mapping[str, Any], row: Sequence[nn.Module], cache: Any = None) -> Any:
+        arguments = self._arguments
+        if cache is not None:
+            arguments = {"past_key_values": cache, "use_cache": True}
+            inputs = {name: value for name, value in inputs.items() if name in self._takes}
         setattr(self._parent, self._leaf, nn.ModuleList(row))
         try:
-            return self._model(**inputs, **self._arguments)
+            return self._model(**inputs, **arguments)
         except _AtTheHead:
             return None
         finally:

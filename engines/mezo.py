@@ -37,6 +37,7 @@ from engines import noise
 from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, Update
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
+from engines.generation import Decoded, GenerationRequest, generate
 from engines.layout import lay_out
 from engines.lora import Adapters
 from engines.noise import Outputs, UpdateLog, Visit
@@ -204,6 +205,21 @@ class Mezo:
         self._clock.take_s()
         self._noise_clock.take_s()
         return total.result()
+
+    @torch.no_grad()
+    def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
+        """See `engines.generation.GeneratingEngine`."""
+        self._flush()
+        task = Task(how=self._visit(), store=False, perturb=False)
+
+        def blocks() -> Iterator[int]:
+            for index in range(self._model.num_blocks):
+                with self._model.visiting(index, task, self):
+                    yield index
+
+        for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
+            yield Decoded(tokens=tokens, gpu_s=self._clock.take_s())
+        self._noise_clock.take_s()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         self._flush()

@@ -97,7 +97,7 @@ class PerturbedModel:
             name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer
         }
         self.num_blocks = len(layout.blocks)
-        self._device = device
+        self.device = device
         self._clock = clock
         self._side = Side.PLAIN
         self._how: Visit | None = None
@@ -107,7 +107,7 @@ class PerturbedModel:
         bind(model, places, {name: _nothing(shape, dtype, device) for name, shape in layout.shapes.items()})
         move_buffers(model, device)
         model.eval()
-        self._model = model
+        self.transformer = model
         self._driver = BlockDriver(model)
         self._stacked = 0
         """Rows of the batch, both sides together."""
@@ -138,8 +138,8 @@ class PerturbedModel:
 
     def prepare(self, batch: Batch) -> Prepared:
         """A micro-batch on the device, and where its labels are."""
-        targets = None if self._head is None else targets_of(batch, self._device)
-        inputs = with_mask(to_device(batch, self._device))
+        targets = None if self._head is None else targets_of(batch, self.device)
+        inputs = with_mask(to_device(batch, self.device))
         return Prepared(inputs, targets, has_padding(batch.inputs))
 
     def enter(self, batch: Prepared, how: Visit) -> tuple[Tensor, Sequence[BlockCall]]:
@@ -182,6 +182,33 @@ class PerturbedModel:
             self.scratch.take_form(whole=len(batches) > 1, sides=1)
         entered = [self._record(batch, Side.PLAIN) for batch in batches]
         return [hidden for hidden, _ in entered], [calls for _, calls in entered]
+
+    def enter_cached(
+        self, inputs: Mapping[str, Tensor], cache: Any, *, padded: bool
+    ) -> tuple[Tensor, Sequence[BlockCall]]:
+        """As `enter_all_plain` of one batch that goes on from what is in the key-value `cache`. Its blocks
+        add to that."""
+        if self._graphs is None:
+            self.scratch.take_form(whole=False, sides=1)
+        self._side = Side.PLAIN
+        with known_padding(padded):
+            recording = self._driver.record(inputs, cache)
+        return recording.hidden, recording.calls
+
+    def try_cached(self, inputs: Mapping[str, Tensor], cache: Any) -> None:
+        """Every block once with whatever weights are there, for what that leaves in `cache`."""
+        hidden, calls = self.enter_cached(inputs, cache, padded=False)
+        for index, call in enumerate(calls):
+            hidden = self._run_eagerly(index, call, hidden)
+
+    def next_logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (batch, vocabulary) after the last block's `hidden` (batch, 1, hidden) of `ids` (batch, 1).
+
+        The model's own, with caps and scales."""
+        ones = torch.ones_like(ids)
+        batch = Prepared({"input_ids": ids, "attention_mask": ones}, targets=None, padded=False)
+        logits: Tensor = self._finish(batch, hidden, Side.PLAIN).logits
+        return logits[:, -1]
 
     def _record(self, batch: Prepared, side: Side) -> tuple[Tensor, Sequence[BlockCall]]:
         self._side = side
@@ -324,7 +351,7 @@ class PerturbedModel:
             type(module) is nn.LayerNorm
             and len(module.normalized_shape) == 1
             and [leaf for _, leaf, _ in unit.places] == ["weight", "bias"]
-            and self._device.type == "cuda"
+            and self.device.type == "cuda"
             and noise.has_triton()
         )
 

@@ -34,6 +34,7 @@ Deviations from the paper and its code, beside those of `engines.mezo`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from engines.costs.zo2 import disk_indices, folds, resident_indices
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
 from engines.exposure import ExposureClock
+from engines.generation import Decoded, GenerationRequest, generate
 from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
 from engines.mezo import LossPair, next_update
@@ -277,6 +279,17 @@ class Zo2:
                 self._model.evaluate(each, last, total)
         self._forget_times()
         return total.result()
+
+    @torch.no_grad()
+    def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
+        """See `engines.generation.GeneratingEngine`."""
+        self._flush()
+        before = self._link.h2d_bytes
+        blocks = partial(self._pass, lambda i: False, perturb=False)
+        for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
+            yield Decoded(tokens=tokens, h2d_bytes=self._link.h2d_bytes - before, **self._take_times())
+            before = self._link.h2d_bytes
+        self._forget_times()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         self._flush()
