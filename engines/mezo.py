@@ -37,7 +37,8 @@ from engines import noise
 from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, Update
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
-from engines.generation import Decoded, GenerationRequest, generate
+from engines.decoding import Decoded, GenerationRequest
+from engines.generation import generate
 from engines.layout import lay_out
 from engines.lora import Adapters
 from engines.noise import Outputs, UpdateLog, Visit

@@ -49,10 +49,11 @@ from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.costs.disk import fewest_on_disk, host_needed_bytes
 from engines.costs.forward import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, folds, resident_indices
+from engines.decoding import Decoded, GenerationRequest
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
 from engines.exposure import ExposureClock
-from engines.generation import Decoded, GenerationRequest, generate
+from engines.generation import generate
 from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
 from engines.mezo import LossPair, next_update

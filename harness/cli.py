@@ -13,6 +13,7 @@ import typer
 
 from engines.base import UserError
 from harness import __version__
+from harness.generate_commands import generate
 from harness.machine_commands import doctor, profiles_app
 from harness.options import JobFlags, Json, Out, Quiet, engine_names, results_folder, takes_job
 from harness.train_commands import export, run
@@ -309,6 +310,7 @@ def poc(
 
 app.command()(run)
 app.command()(export)
+app.command()(generate)
 
 
 @app.command("engines")

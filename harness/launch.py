@@ -154,7 +154,7 @@ def launch_probe(*, quiet: bool) -> Machine:
 
 
 def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
-    recording = Recording(tokens_per_step=request.job.workload.tokens_per_step)
+    recording = Recording(tokens_per_step=request.tokens_per_step)
     oom_kills_before = read_oom_kills()
     child = _Child(work, None if request.emulated is None else request.emulated.threads)
     sampler = _Sampler(child.process.pid, device)

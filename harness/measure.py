@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats, TellsLanding
+from engines.decoding import GenerationRequest
 from harness.emulate import Held
 from harness.job import Job
 from harness.result import Sample, Summary
@@ -134,13 +135,7 @@ def measure(
     counter in joules. Raises `NonFiniteLoss` and all that the engine raises.
     """
     clock = clock or time.perf_counter
-    started_s = clock()
-    engine.setup(blueprint)
-    engine.synchronize()
-    recording.setup_s = clock() - started_s
-    if blueprint is not None:
-        blueprint.release()  # or the peak of host memory would hold a checkpoint that nobody reads any more
-    recording.pinned_bytes = engine.pinned_bytes
+    _set_up(engine, blueprint, recording, clock)
     if job.eval_batches > 0:
         _evaluate(engine, data, recording, clock)
     _run_steps(engine, data, job, recording, clock, energy_j, on_sample)
@@ -155,6 +150,72 @@ def _evaluate(engine: Engine, data: StepData, recording: Recording, clock: Calla
     recording.evaluations.append(engine.evaluate(data.evaluation))
     engine.synchronize()
     recording.eval_s.append(clock() - started_s)
+
+
+def measure_decoding(
+    engine: Any,
+    blueprint: Any,
+    request: GenerationRequest,
+    warmup_steps: int,
+    recording: Recording,
+    *,
+    clock: Callable[[], float] | None = None,
+    energy_j: Callable[[], float | None] | None = None,
+    on_sample: OnSample = lambda sample, stats: None,
+) -> None:
+    """Set `engine` (also an `engines.decoding.GeneratingEngine`) up and time the decoding steps of `request`.
+
+    A sample lasts from one token of each sequence to the next, on the host; the first one is the prefill. One
+    step is under way whenever tokens arrive, so the last step of `request` is started and not counted. There
+    is no loss. Raises all that the engine raises.
+    """
+    clock = clock or time.perf_counter
+    _set_up(engine, blueprint, recording, clock)
+    counted = request.max_new_tokens - 1 - warmup_steps
+    energy_start_j: float | None = None
+    window_start_s = last_s = clock()
+    tokens = engine.generate(request)
+    for step in range(warmup_steps + counted):
+        if step == warmup_steps:
+            energy_start_j = energy_j() if energy_j is not None else None
+            window_start_s = last_s
+        decoded = next(tokens)
+        now_s = clock()
+        sample = Sample(step=step, warmup=step < warmup_steps, step_s=now_s - last_s, loss=None)
+        stats = StepStats(
+            loss=math.nan, h2d_bytes=decoded.h2d_bytes, gpu_s=decoded.gpu_s, h2d_s=decoded.h2d_s
+        )
+        recording.steps.append((sample, stats))
+        on_sample(sample, stats)
+        last_s = now_s
+    tokens.close()
+    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, counted)
+    engine.synchronize()
+
+
+def _set_up(engine: Engine, blueprint: Any, recording: Recording, clock: Callable[[], float]) -> None:
+    started_s = clock()
+    engine.setup(blueprint)
+    engine.synchronize()
+    recording.setup_s = clock() - started_s
+    if blueprint is not None:
+        blueprint.release()  # or the peak of host memory would hold a checkpoint that nobody reads any more
+    recording.pinned_bytes = engine.pinned_bytes
+
+
+def _take_energy(
+    recording: Recording,
+    energy_j: Callable[[], float | None] | None,
+    start_j: float | None,
+    window_s: float,
+    steps: int,
+) -> None:
+    """Energy per step of a window that is long enough, where there is a counter."""
+    if energy_j is None or start_j is None or window_s < ENERGY_WINDOW_S:
+        return
+    end_j = energy_j()
+    if end_j is not None:
+        recording.energy_j = (end_j - start_j) / steps
 
 
 def _landed_share(engine: Engine) -> float | None:
@@ -211,10 +272,7 @@ def _run_steps(
         last_s = now_s
         if not math.isfinite(stats.loss):
             raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")
-    if energy_j is not None and energy_start_j is not None and last_s - window_start_s >= ENERGY_WINDOW_S:
-        energy_end_j = energy_j()
-        if energy_end_j is not None:
-            recording.energy_j = (energy_end_j - energy_start_j) / job.steps
+    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, job.steps)
 
 
 def gpu_peaks() -> tuple[int | None, int | None]:

@@ -31,6 +31,7 @@ from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from harness.find_lr import Finding
+    from harness.generation_runs import GenerationRun
 
 PLAIN_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -226,6 +227,32 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     return Group(Text(title, style="bold"), table, _notes(reasons))
 
 
+def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
+    """What was measured of generating, one row per run, and below it why runs failed."""
+    headings = (
+        "method", "prompts", "end", "tokens/s", "low to high", "step", "floor", "floor / step", "first token",
+        "GPU memory",
+    )  # fmt: skip
+    table = _table(headings, whole=("method", "end"))
+    for run in runs:
+        seen, batch_size = run.summary, int(run.job["batch_size"])
+        rates = [
+            None if step_s is None else batch_size / step_s
+            for step_s in (seen.step_s_median, seen.step_s_high, seen.step_s_low)
+        ]
+        middle, low, high = (NOT_MEASURED if rate is None else f"{rate:,.4g}" for rate in rates)
+        share = NOT_MEASURED if seen.floor_share is None else f"{seen.floor_share:.1%}"
+        floor_s = run.predicted.floor_s
+        table.add_row(
+            run.engine, f"{batch_size} x {run.job['seq_len']}", run.end_state, middle,
+            "-" if seen.step_s_median is None else f"{low} to {high}", format_seconds(seen.step_s_median),
+            "not predicted" if floor_s is None else format_seconds(floor_s), share,
+            format_seconds(run.first_token_s), format_bytes(seen.peak_gpu_allocated_bytes),
+        )  # fmt: skip
+    reasons = {run.id: [f"{run.end_state}: {run.end_reason}"] for run in runs if run.end_reason is not None}
+    return Group(Text("Measured; the floor is predicted", style="bold"), table, _notes(reasons))
+
+
 def rates_table(finding: Finding) -> RenderableType:
     """What `run --find-lr` found, the recommended rate marked."""
     steps = max(trial.steps for trial in finding.trials)
@@ -390,3 +417,19 @@ def _ended_line(run: Run) -> str:
     seen = run.summary
     step = NOT_MEASURED if seen.step_s_median is None else f"{format_seconds(seen.step_s_median)} a step"
     return f"{run.id}: {run.end_state}, {step}"
+
+
+class GenerationProgress(Progress):
+    """Measured generations as they happen: a bar for the steps of the current one, a line per end."""
+
+    def launched(self, event: SetUp | Stepped) -> None:
+        if isinstance(event, SetUp):
+            if self._console.is_terminal:
+                self.update(event.what, event.done, event.total)
+        else:
+            note = f"{format_seconds(event.sample.step_s)} a token"
+            self.update("generating", event.sample.step + 1, event.total, note=note)
+
+    def ended(self, run: GenerationRun) -> None:
+        told = f": {run.end_reason}" if run.end_reason is not None else ""
+        self.print(f"{run.id}: {run.end_state}{told}")

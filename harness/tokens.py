@@ -50,6 +50,9 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         """As `encode`, with the characters that each token stands for. Raises `UserError` if the tokenizer
         does not know them."""
@@ -90,6 +93,10 @@ class ByteTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self.byte_ids[byte] for byte in text.encode("utf-8")] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        values = {index: value for value, index in enumerate(self.byte_ids)}
+        return bytes(values[index] for index in ids if index in values).decode("utf-8", errors="replace")
 
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         sizes = [[len(character.encode("utf-8")) for character in text] for text in texts]
@@ -138,6 +145,9 @@ class HubTokenizer:
             return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [list(ids) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         if not texts:

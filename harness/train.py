@@ -126,6 +126,31 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
     The run may be finished, stopped, killed or going on. `to` is by default `<out>/export-step-NNNNNNNN`.
     Raises `UserError` if `out` holds no run or nothing to export, if `to` is in use, and as `train` does.
     """
+    run = read_run(out)
+    _refuse_in_use(to or _export_folder(out, run.step))
+    with rebuilt(run, run.job, run.method.engine, run.settings, progress) as (engine, blueprint, step):
+        folder = to or _export_folder(out, step)
+        export_model(blueprint, engine.weights(), TORCH_DTYPE[run.job.dtype], folder)
+    progress.print(f"exported the weights after {step} of {run.job.steps} steps")
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRun:
+    """What the folder of a run holds, so far."""
+
+    out: Path
+    job: Job
+    method: Method
+    settings: Any
+    """Of the engine, typed."""
+    has_log: bool
+    step: int
+    """Steps done."""
+
+
+def read_run(out: Path) -> TrainingRun:
+    """Raises `UserError` if `out` holds no run, or none whose weights can be rebuilt."""
     if not (out / "job.toml").exists() or not (out / "engine.json").exists():
         raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
     job = load_job(out / "job.toml")
@@ -144,23 +169,31 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
             "holds no checkpoint",
             f"its finished model is {out / 'model'}" if done else "train with --save-every",
         )
-    _refuse_in_use(to or _export_folder(out, step))
+    return TrainingRun(out=out, job=job, method=method, settings=typed, has_log=has_log, step=step)
+
+
+@contextmanager
+def rebuilt(
+    run: TrainingRun, job: Job, engine_name: str, settings: Any, progress: Progress
+) -> Iterator[tuple[Any, ModelBlueprint, int]]:
+    """An engine with the weights of `run`, the blueprint, and how many steps those have.
+
+    `job` is the run's but for its limits; engine and settings are the run's, or others that take the same
+    steps. Raises as `train` does.
+    """
     shape = resolve_shape(job)
     with (
-        user_errors(method.engine, job, out),
-        set_up(job, shape, method.engine, typed, progress) as (engine, blueprint),
+        user_errors(engine_name, job, run.out),
+        set_up(job, shape, engine_name, settings, progress) as (engine, blueprint),
     ):
-        checkpoint = restore.load_newest(engine, out)
+        checkpoint = restore.load_newest(engine, run.out)
         step = restore.step_of(checkpoint)
-        if has_log:
+        if run.has_log:
             # Read after the checkpoint was: a run that is going on may have taken both further meanwhile.
-            contents = read_update_log(out / restore.UPDATE_LOG)
+            contents = read_update_log(run.out / restore.UPDATE_LOG)
             num_tensors = len(blueprint.parameter_shapes)
-            step = restore.catch_up(engine, num_tensors, contents, checkpoint, out, progress)
-        folder = to or _export_folder(out, step)
-        export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
-    progress.print(f"exported the weights after {step} of {job.steps} steps")
-    return folder
+            step = restore.catch_up(engine, num_tensors, contents, checkpoint, run.out, progress)
+        yield engine, blueprint, step
 
 
 def _export_folder(out: Path, step: int) -> Path:
@@ -347,7 +380,7 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     before = replace(load_job(out / "job.toml"), limits=job.limits)
     switched = earlier.engine != method.engine
     if switched:
-        settings = _carried_over(settings, method)
+        settings = carried_over(settings, method)
         if settings is None:
             raise UserError(
                 "--resume",
@@ -371,7 +404,7 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     return settings
 
 
-def _carried_over(earlier: Any, method: Method) -> Any:
+def carried_over(earlier: Any, method: Method) -> Any:
     """Settings with which `method` takes the same steps as an engine with the settings `earlier` did: those
     of MeZO are kept, those that only say where things lie are its own. `None` if it is another algorithm.
     """

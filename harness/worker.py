@@ -34,11 +34,12 @@ from engines.base import (
     TellsTrace,
     UserError,
 )
+from engines.decoding import GenerationRequest, Sampling
 from engines.settings import parse_settings
 from harness.diagnose import Diagnosis, Point, why_not_finite
 from harness.emulate import Emulated, Held, limit_cpus
 from harness.job import Job
-from harness.measure import Recording, StepData, gpu_peaks, measure
+from harness.measure import Recording, StepData, gpu_peaks, measure, measure_decoding
 from harness.result import EndState, Sample, Summary
 from profiles.documents import to_json, write_whole
 from profiles.limits import host_memory, usable_cores
@@ -66,6 +67,13 @@ class Request:
     """Keep what each stream did, where the engine can. Not part of what decides the run's id."""
     emulated: Emulated | None = None
     """The machine to be like."""
+    generation: Sampling | None = None
+    """Continue random prompts of the job's shape in place of training: a step of the job is one token of
+    each, the first one the prefill."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.job.workload.tokens_per_step if self.generation is None else self.job.batch_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +114,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
 
     A trace that was asked for lies in `folder` then, if the engine keeps one.
     """
-    recording = Recording(tokens_per_step=request.job.workload.tokens_per_step)
+    recording = Recording(tokens_per_step=request.tokens_per_step)
     state: EndState = "ok"
     reason: str | None = None
     try:
@@ -183,6 +191,17 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
     if traced:
         tell(traced=True)
     try:
+        if request.generation is not None:
+            (batch,) = data.step_batches(0)
+            wanted = GenerationRequest(
+                prompts=batch.inputs["input_ids"].tolist(),
+                max_new_tokens=job.warmup_steps + job.steps + 1,
+                sampling=request.generation,
+            )
+            measure_decoding(
+                engine, blueprint, wanted, job.warmup_steps, recording, energy_j=energy_j, on_sample=on_sample
+            )
+            return
         measure(
             engine,
             blueprint,

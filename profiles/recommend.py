@@ -87,7 +87,7 @@ def recommend(
     """
     for engine in engines:
         entry(engine)
-    budget = _budget(machine, vram_bytes, host_bytes, pinned_limit_bytes)
+    budget = budget_of(machine, vram_bytes, host_bytes, pinned_limit_bytes)
     plans = [
         _plan(engine, machine, shape, workload, overrides.get(engine, {}), budget, job_arguments)
         for engine in engines
@@ -142,7 +142,7 @@ def _rank(plan: Plan) -> tuple[bool, bool, float]:
     return (not plan.fits, step_s is None, step_s or 0.0)
 
 
-def _budget(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:
+def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:
     available = machine.memory.available_bytes
     gpu = None
     if machine.gpu is not None:
@@ -168,7 +168,7 @@ def _plan(
     choice = _Choice(engine, machine, shape, workload, override, budget)
     settings, reasons = choice.settings()
     cost = choice.cost(settings)
-    why_not = _unsuitable(engine, machine, workload) or _missing(cost, budget)
+    why_not = _unsuitable(engine, machine, workload) or why_missing(cost, budget)
     if engine in ZEROTH_ORDER:
         reasons = (*reasons, "two forward passes a step and no gradient: cheap steps, but many are needed")
     if override:
@@ -195,7 +195,7 @@ def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None
     return None
 
 
-def _missing(cost: Traffic, budget: Budget) -> str | None:
+def why_missing(cost: Traffic, budget: Budget) -> str | None:
     """What memory is missing, or `None`. Whether the disk is large enough the engine finds, where it is."""
     if budget.gpu_bytes is None:
         return _short("host memory", _host_bytes_needed(cost, budget), budget.host_bytes)
@@ -305,9 +305,9 @@ class _Choice:
     def _torchao(self) -> tuple[dict[str, Value], tuple[str, ...]]:
         kept = self._with(offload_gradients=False)
         freed = self._with(offload_gradients=True)
-        if "offload_gradients" in self._override or _missing(self.cost(kept), self._budget) is None:
+        if "offload_gradients" in self._override or why_missing(self.cost(kept), self._budget) is None:
             return dict(self._override), ()
-        if self._workload.accumulation == 1 and _missing(self.cost(freed), self._budget) is None:
+        if self._workload.accumulation == 1 and why_missing(self.cost(freed), self._budget) is None:
             saved = self.cost(kept).peak_gpu_bytes - self.cost(freed).peak_gpu_bytes
             return freed, (
                 f"offload_gradients=true: frees {format_bytes(saved)} of gradients, which do not fit",
@@ -348,7 +348,7 @@ class _Choice:
         usable = int(self._budget.gpu_bytes * (1 if named else 1 - FREE_SHARE))
         # How often blocks go down does not change memory.
         costs = {count: self.cost(self._with(resident_blocks=count)) for count in range(blocks + 1)}
-        fitting = [count for count in costs if _missing(costs[count], self._budget) is None]
+        fitting = [count for count in costs if why_missing(costs[count], self._budget) is None]
         if not fitting:
             return 0, "resident_blocks=0: the least memory; it does not fit"
         fitting = [count for count in fitting if gpu_bytes_needed(costs[count]) <= usable] or fitting[:1]
@@ -456,8 +456,8 @@ class _Choice:
             )
         if "graphs" not in self._override:
             without = {**chosen, "graphs": False}
-            missing = _missing(self.cost(self._with(**chosen)), self._budget)
-            if missing is not None and _missing(self.cost(self._with(**without)), self._budget) is None:
+            missing = why_missing(self.cost(self._with(**chosen)), self._budget)
+            if missing is not None and why_missing(self.cost(self._with(**without)), self._budget) is None:
                 chosen["graphs"] = False
                 reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
         published = LSP_PRESETS.get(self._shape.name)
@@ -471,7 +471,7 @@ class _Choice:
     def _fits_without_graphs(self, cost: Traffic) -> bool:
         """CUDA graphs, which only save launches, give way to a larger d."""
         held = cost.gpu_held_bytes if "graphs" not in self._override else 0
-        return _missing(replace(cost, gpu_held_bytes=cost.gpu_held_bytes - held), self._budget) is None
+        return why_missing(replace(cost, gpu_held_bytes=cost.gpu_held_bytes - held), self._budget) is None
 
     def _lsp_cost_by_shape(self, d_by_shape: str) -> Traffic:
         smallest = min(sizes_by_shape(d_by_shape).values())

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from engines.base import Context, Dtype, InfeasiblePlan, UserError, Workload
-from engines.generation import GenerationRequest, Sampling, make_cache
+from engines.decoding import GenerationRequest, Sampling
+from engines.generation import make_cache
 from engines.mezo import Mezo
 from engines.settings import MezoSettings, Zo2Settings
 from engines.zo2 import Zo2

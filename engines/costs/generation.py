@@ -1,0 +1,167 @@
+"""What generation costs: one decoding step over the whole batch, and the memory that holds it.
+
+A block that is not resident comes up once per step and never goes down. What a step computes on is one token
+per sequence, so the weights and the cache are moved through the GPU's memory for little arithmetic. The cache
+has its final size from the start, and attention reads all of it, in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from engines.base import BYTES_PER_ELEMENT, Dtype, LayerTraffic, ModelShape, Traffic, Workload
+from engines.costs import forward
+from engines.costs.mezo import adapter_parameters
+from engines.costs.zo2 import resident_indices, ring_bytes
+from engines.settings import MezoSettings, Zo2Settings
+
+GREEDY_LOGIT_BYTES = 4
+"""GPU bytes per logit in fp32 or less where the largest is taken."""
+
+SAMPLED_LOGIT_BYTES = 40
+"""The same where tokens are drawn: logits in fp32 as they come and warped, sorted with their places (8
+bytes), their probabilities and running sums, masks, and one exponential number each."""
+
+MOVES = 3
+"""Times that a block's weights are read or written in a step: copied to scratch, and read there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """The part of a generation that costs follow from."""
+
+    batch_size: int
+    prompt_tokens: int
+    """Of the longest prompt."""
+    new_tokens: int
+    dtype: Dtype
+    sampled: bool = False
+    """Tokens are drawn, not the likeliest taken."""
+    padded: bool = False
+    """Prompts differ in length."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """As `engines.generation.GenerationRequest.cache_tokens`."""
+        return self.prompt_tokens + self.new_tokens - 1
+
+    @property
+    def prefill(self) -> Workload:
+        return Workload(batch_size=self.batch_size, seq_len=self.prompt_tokens, dtype=self.dtype)
+
+    @property
+    def step(self) -> Workload:
+        """One decoding step."""
+        return Workload(batch_size=self.batch_size, seq_len=1, dtype=self.dtype)
+
+
+def cache_bytes(shape: ModelShape, decoding: Decoding) -> int:
+    """Keys and values of all blocks: all heads' where each has its own, else those of the groups.
+
+    A model whose blocks look back over a window only keeps less than this.
+    """
+    widths = [matrix.rows for matrix in shape.matrices if matrix.name.endswith("k_proj.weight")]
+    width = widths[0] if widths else shape.hidden * shape.num_kv_heads // shape.num_heads
+    element = BYTES_PER_ELEMENT[decoding.dtype]
+    return 2 * shape.num_blocks * width * element * decoding.batch_size * decoding.cache_tokens
+
+
+def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Traffic:
+    """Of one decoding step of `zo2` or, with its settings, of `mezo`."""
+    element = BYTES_PER_ELEMENT[decoding.dtype]
+    streams = isinstance(settings, Zo2Settings)
+    resident = frozenset(range(shape.num_blocks))
+    if isinstance(settings, Zo2Settings):
+        resident = resident_indices(shape.num_blocks, settings.resident_blocks)
+    streamed = shape.num_blocks - len(resident)
+    block = element * shape.block_parameters
+    held = {"weights": element * shape.outer_parameters + len(resident) * block}
+    host = {"process": forward.PROCESS_HOST_BYTES}
+    if streams:
+        held["buffers"] = ring_bytes([block] * streamed)
+        host["blocks, pinned"] = streamed * block
+    layers = [LayerTraffic(name="embedding")]
+    for index in range(shape.num_blocks):
+        up = 0 if index in resident else block
+        layers.append(replace(_block(shape, decoding), name=f"block.{index}", h2d_bytes=up, host_bytes=up))
+    return Traffic(
+        layers=(*layers, _head(shape, decoding)),
+        gpu_memory_bytes=_gpu_memory_bytes(shape, decoding, settings, held),
+        host_memory_bytes=host,
+        pinned_bytes=streamed * block,
+        overlap="streamed" if streams else "serial",
+    )
+
+
+def least_gpu_bytes(shape: ModelShape, decoding: Decoding) -> int:
+    """What no decoding step can do without: every multiplied weight and the cache are read once."""
+    weights = shape.num_blocks * shape.block_parameters + shape.head_parameters
+    return BYTES_PER_ELEMENT[decoding.dtype] * weights + cache_bytes(shape, decoding)
+
+
+def _block(shape: ModelShape, decoding: Decoding) -> LayerTraffic:
+    step = decoding.step
+    cache = cache_bytes(shape, decoding) // shape.num_blocks
+    attention = 4.0 * decoding.batch_size * decoding.cache_tokens * shape.hidden
+    matrices = 2.0 * decoding.batch_size * sum(matrix.parameters for matrix in shape.matrices)
+    weights = MOVES * BYTES_PER_ELEMENT[decoding.dtype] * shape.block_parameters
+    return LayerTraffic(
+        name="block",
+        gpu_forward_flops=matrices + attention,
+        gpu_bytes=weights + cache + forward.elementwise_bytes(shape, step),
+        launches=forward.block_launches(shape) + len(shape.matrices) + 1,
+    )
+
+
+def _head(shape: ModelShape, decoding: Decoding) -> LayerTraffic:
+    weights = BYTES_PER_ELEMENT[decoding.dtype] * shape.head_parameters
+    return LayerTraffic(
+        name="head",
+        gpu_forward_flops=forward.head_forward_flops(shape, decoding.step),
+        gpu_bytes=float(weights + _logits_bytes(shape, decoding)),
+        launches=forward.HEAD_LAUNCHES,
+    )
+
+
+def _logits_bytes(shape: ModelShape, decoding: Decoding) -> int:
+    """Of one position per sequence."""
+    per_logit = SAMPLED_LOGIT_BYTES if decoding.sampled else GREEDY_LOGIT_BYTES
+    return decoding.batch_size * shape.vocabulary * per_logit
+
+
+def _gpu_memory_bytes(
+    shape: ModelShape, decoding: Decoding, settings: MezoSettings, held: Mapping[str, int]
+) -> dict[str, int]:
+    """At the worse of two moments of the prefill: inside a block, and at the head.
+
+    In a block there are its input and its result, what its feed-forward part makes, and, where prompts are
+    padded, the mask and the keys and values repeated for every head of a group. At the head the model's
+    forward begins anew with an embedding of the whole prompt's size.
+    """
+    element = BYTES_PER_ELEMENT[decoding.dtype]
+    prefill = decoding.prefill
+    if forward.runs_as_graphs(shape, prefill):
+        scratch = 2 * shape.block_parameters
+    else:
+        scratch = forward.largest_matrix_parameters(shape) + forward.vector_parameters(shape)
+    adapters = adapter_parameters(shape, settings)
+    hidden = forward.hidden_bytes(shape, prefill)
+    attention = 0
+    if decoding.padded:
+        places = decoding.batch_size * decoding.cache_tokens
+        attention = decoding.prompt_tokens * places * (1 + element)
+        if shape.num_kv_heads < shape.num_heads:
+            attention += 2 * places * shape.hidden * element
+    kept = {
+        **held,
+        "cache": cache_bytes(shape, decoding),
+        "scratch": element * (scratch + shape.num_blocks * adapters),
+    }
+    in_block = {
+        **kept,
+        "activations": 2 * hidden + forward.forward_activation_bytes(shape, prefill) + attention,
+        "logits": 0,
+    }
+    at_head = {**kept, "activations": 3 * hidden, "logits": _logits_bytes(shape, decoding)}
+    return forward.largest([in_block, at_head])

@@ -1,0 +1,77 @@
+"""A plan for generating: how many blocks stay on the GPU, whether it fits, and what a step would take. No
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from engines.base import ModelShape, Traffic
+from engines.costs.generation import Decoding, least_gpu_bytes, traffic
+from engines.settings import parse_settings
+from profiles.machine import Machine
+from profiles.plan import Plan
+from profiles.predict import predict
+from profiles.recommend import FREE_SHARE, Budget, Value, gpu_bytes_needed, why_missing
+
+GENERATING = ("zo2", "mezo")
+"""Engines that generate."""
+
+
+def fitting(
+    engine: str, shape: ModelShape, decoding: Decoding, override: Mapping[str, object], budget: Budget
+) -> tuple[dict[str, Value], str | None]:
+    """The settings to generate with, and why they do not fit or `None`.
+
+    Unless it is set, `zo2` keeps as many blocks on the GPU as fit: every one that does makes each step
+    faster. Where the user named no limit a share of the GPU stays free. Raises `UserError` for a setting
+    that the engine does not have.
+    """
+    chosen = cast(dict[str, Value], dict(override))
+    if engine == "zo2" and "resident_blocks" not in override and budget.gpu_bytes is not None:
+        usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+        chosen["resident_blocks"] = next(
+            (
+                count
+                for count in range(shape.num_blocks, 0, -1)
+                if gpu_bytes_needed(_cost(engine, shape, decoding, {**chosen, "resident_blocks": count}))
+                <= usable
+            ),
+            0,
+        )
+    return chosen, why_missing(_cost(engine, shape, decoding, chosen), budget)
+
+
+def plan_generation(
+    engine: str,
+    machine: Machine,
+    shape: ModelShape,
+    decoding: Decoding,
+    override: Mapping[str, object],
+    budget: Budget,
+) -> Plan:
+    """The plan of a measured generation; a step is one token of every sequence. Raises as `fitting` does."""
+    settings, why_not = fitting(engine, shape, decoding, override, budget)
+    cost = _cost(engine, shape, decoding, settings)
+    told = predict(cost, machine, decoding.step)
+    return Plan(
+        engine=engine,
+        settings=settings,
+        fits=why_not is None,
+        why_not=why_not,
+        prediction=replace(told, floor_s=_floor_s(told.floor_s, shape, decoding, machine)),
+    )
+
+
+def _cost(engine: str, shape: ModelShape, decoding: Decoding, settings: Mapping[str, Any]) -> Traffic:
+    return traffic(shape, decoding, parse_settings(engine, settings))
+
+
+def _floor_s(floor_s: float | None, shape: ModelShape, decoding: Decoding, machine: Machine) -> float | None:
+    """The largest of uploads, arithmetic, and one read of weights and cache from the GPU's memory, each at
+    the rate that was measured for it alone."""
+    rate = None if machine.gpu is None else machine.gpu.copy_bytes_per_s.value
+    if floor_s is None or not rate:
+        return floor_s
+    return max(floor_s, least_gpu_bytes(shape, decoding) / rate)
