@@ -26,6 +26,7 @@ from profiles.generation import GENERATING, fitting
 from profiles.recommend import Budget, Value
 
 SMALLER = "give fewer or shorter prompts, or less --max-new-tokens"
+FREE = f"free memory, or {SMALLER}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +216,7 @@ def _fitting(
     """Raises `UserError` if it does not fit into the memory that is free."""
     settings, why_not = fitting(engine_name, shape, texts.decoding(job), override, _budget(job))
     if why_not is not None:
-        raise UserError(engine_name, why_not, SMALLER)
+        raise UserError(engine_name, why_not, FREE)
     return settings
 
 

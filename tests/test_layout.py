@@ -28,7 +28,8 @@ TORCH_FREE = (
     "profiles.nvml", "profiles.limits", "harness.job", "harness.result", "harness.shapes", "harness.compare",
     "harness.launch", "harness.stats", "harness.cli", "harness.line", "harness.update_log",
     "harness.diagnose", "reports.load", "reports.decide", "reports.charts", "reports.render",
-    "reports.criteria",
+    "reports.criteria", "engines.decoding", "engines.costs.generation", "profiles.generation",
+    "harness.generate_commands", "harness.generation_runs",
 )  # fmt: skip
 
 

@@ -133,11 +133,11 @@ def _logits_bytes(shape: ModelShape, decoding: Decoding) -> int:
 def _gpu_memory_bytes(
     shape: ModelShape, decoding: Decoding, settings: MezoSettings, held: Mapping[str, int]
 ) -> dict[str, int]:
-    """At the worse of two moments of the prefill: inside a block, and at the head.
+    """At the worst of three moments: inside a block and at the head in the prefill, and attention in a step.
 
-    In a block there are its input and its result, what its feed-forward part makes, and, where prompts are
-    padded, the mask and the keys and values repeated for every head of a group. At the head the model's
-    forward begins anew with an embedding of the whole prompt's size.
+    In a block there are its input and its result and what its feed-forward part makes. At the head the
+    model's forward begins anew with an embedding of the whole prompt's size. Attention with a mask, which
+    every step has and the prefill of padded prompts, may repeat keys and values for every head of a group.
     """
     element = BYTES_PER_ELEMENT[decoding.dtype]
     prefill = decoding.prefill
@@ -147,12 +147,10 @@ def _gpu_memory_bytes(
         scratch = forward.largest_matrix_parameters(shape) + forward.vector_parameters(shape)
     adapters = adapter_parameters(shape, settings)
     hidden = forward.hidden_bytes(shape, prefill)
-    attention = 0
-    if decoding.padded:
-        places = decoding.batch_size * decoding.cache_tokens
-        attention = decoding.prompt_tokens * places * (1 + element)
-        if shape.num_kv_heads < shape.num_heads:
-            attention += 2 * places * shape.hidden * element
+    places = decoding.batch_size * decoding.cache_tokens
+    grouped = shape.num_kv_heads < shape.num_heads
+    repeated = 2 * places * shape.hidden * element if grouped else 0
+    masked = decoding.prompt_tokens * places * (1 + element) + repeated if decoding.padded else 0
     kept = {
         **held,
         "cache": cache_bytes(shape, decoding),
@@ -160,8 +158,9 @@ def _gpu_memory_bytes(
     }
     in_block = {
         **kept,
-        "activations": 2 * hidden + forward.forward_activation_bytes(shape, prefill) + attention,
+        "activations": 2 * hidden + forward.forward_activation_bytes(shape, prefill) + masked,
         "logits": 0,
     }
     at_head = {**kept, "activations": 3 * hidden, "logits": _logits_bytes(shape, decoding)}
-    return forward.largest([in_block, at_head])
+    decoding_step = {**kept, "activations": repeated, "logits": 0}
+    return forward.largest([in_block, at_head, decoding_step])

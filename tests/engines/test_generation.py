@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.base import Context, Dtype, InfeasiblePlan, UserError, Workload
 from engines.decoding import GenerationRequest, Sampling
@@ -257,6 +258,40 @@ def test_the_cache_has_its_final_size_from_the_start() -> None:
     assert [tuple(layer.keys.shape) for layer in cache.layers] == [(3, 1, 4, 8)] * 2  # window of 4
     cache = make_cache(make_zo2(tiny_blueprint("opt"))._model, 3, 10, None)
     assert [tuple(layer.values.shape) for layer in cache.layers] == [(3, 2, 10, 8)] * 3
+
+
+class Reads(TorchDispatchMode):
+    """Operations whose result the host looks at, or whose size it has to wait for."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if any(look in name for look in self.LOOKS):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prompts", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_host_reads_nothing_of_what_a_decoding_step_computes(family: str, prompts: Any) -> None:
+    """But the tokens of the step before, by `tolist`, which is no operation."""
+    streamed = make_zo2(sharp(family), resident_blocks=1)
+    for sampling in (Sampling(), SAMPLED):
+        steps = streamed.generate(
+            GenerationRequest(prompts=prompts, max_new_tokens=6, end_ids=(1,), sampling=sampling)
+        )
+        next(steps)
+        with Reads() as reads:
+            next(steps)
+            next(steps)
+            assert reads.found == []
+            torch.ones(1).item()
+        assert reads.found == ["_local_scalar_dense"]  # it would have been seen
 
 
 @pytest.mark.gpu

@@ -10,10 +10,11 @@ import pytest
 from scripted_runs import scripted_job
 
 from engines.base import Batch, Context, NonFiniteLoss, StepStats
+from engines.decoding import Decoded, GenerationRequest
 from engines.scripted import Scripted
 from engines.settings import ScriptedSettings
 from harness.job import Job
-from harness.measure import Recording, gpu_peaks, measure
+from harness.measure import Recording, gpu_peaks, measure, measure_decoding
 from harness.result import Sample
 
 
@@ -298,3 +299,63 @@ def test_peaks_need_torch_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_peaks() == (None, None)
     monkeypatch.delitem(sys.modules, "torch")
     assert gpu_peaks() == (None, None)
+
+
+class SpeakingEngine(Scripted):
+    """Decoding steps that take the scripted times; the first call starts two of them."""
+
+    ended = 0
+
+    def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
+        try:
+            for _ in range(request.max_new_tokens):
+                self.step(())
+                yield Decoded(tokens=(1,) * len(request.prompts), h2d_bytes=7, h2d_s=0.5)
+        finally:
+            self.ended += 1
+
+
+def decode(engine: SpeakingEngine, new_tokens: int, warmup_steps: int, **more: Any) -> Recording:
+    recording = Recording(tokens_per_step=2)
+    request = GenerationRequest(prompts=[[1], [2]], max_new_tokens=new_tokens)
+    measure_decoding(engine, None, request, warmup_steps, recording, clock=engine.now, **more)
+    return recording
+
+
+def test_decoding_steps_are_timed_and_the_last_one_under_way_is_given_up() -> None:
+    job = scripted_job()
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=9)
+    script = ScriptedSettings(
+        setup_s=20.0, step_s=(9.0, 5.0, 1.0, 2.0, 4.0, 100.0), drain_s=3.0, pinned_bytes=6
+    )
+    engine = SpeakingEngine(script, context)
+    told: list[Sample] = []
+    recording = decode(
+        engine,
+        6,
+        2,
+        energy_j=lambda: 10.0 * engine.now(),
+        on_sample=lambda sample, stats: told.append(sample),
+    )
+    assert [(s.step, s.warmup, s.step_s, s.loss) for s in recording.samples] == [
+        (0, True, 9.0, None), (1, True, 5.0, None), (2, False, 1.0, None), (3, False, 2.0, None),
+        (4, False, 4.0, None),
+    ]  # fmt: skip
+    assert tuple(told) == recording.samples
+    assert engine.ended == 1
+    summary = recording.summary()
+    assert (summary.step_s_median, summary.tokens_per_s, summary.loss_last) == (2.0, 1.0, None)
+    assert (summary.h2d_bytes, summary.h2d_s, summary.gpu_s) == (7, 0.5, None)
+    assert (summary.setup_s, summary.pinned_bytes) == (20.0, 6)
+    assert summary.energy_j == pytest.approx(10.0 * 7.0 / 3)
+
+
+def test_a_decoding_step_that_fails_keeps_the_samples_before_it() -> None:
+    job = scripted_job()
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=9)
+    engine = SpeakingEngine(ScriptedSettings(step_s=(1.0,), fail_at_step=3), context)
+    recording = Recording(tokens_per_step=2)
+    request = GenerationRequest(prompts=[[1]], max_new_tokens=6)
+    with pytest.raises(RuntimeError):
+        measure_decoding(engine, None, request, 1, recording, clock=engine.now)
+    assert [sample.step_s for sample in recording.samples] == [1.0] * 3

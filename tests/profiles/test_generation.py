@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from known_shapes import OPT_13B
+from tiny_machine import make_machine
+
+from engines.base import UserError
+from engines.costs.generation import Decoding, least_gpu_bytes, traffic
+from engines.settings import Zo2Settings
+from profiles.generation import fitting, plan_generation
+from profiles.machine import absent
+from profiles.recommend import Budget, budget_of, gpu_bytes_needed
+
+ONE = Decoding(batch_size=1, prompt_tokens=128, new_tokens=128, dtype="fp16")
+BUDGET = Budget(gpu_bytes=22 * 10**9, host_bytes=100 * 10**9, pinned_bytes=None, gpu_named=True)
+
+
+def test_as_many_blocks_stay_as_fit() -> None:
+    settings, why_not = fitting("zo2", OPT_13B, ONE, {}, BUDGET)
+    assert why_not is None
+    kept = settings["resident_blocks"]
+    assert isinstance(kept, int)
+    assert 0 < kept < 40
+    needed = [
+        gpu_bytes_needed(traffic(OPT_13B, ONE, Zo2Settings(resident_blocks=count)))
+        for count in (kept, kept + 1)
+    ]
+    assert needed[0] <= 22 * 10**9 < needed[1]
+
+
+def test_a_share_stays_free_where_no_limit_is_named_and_a_larger_cache_leaves_less_room() -> None:
+    def kept(decoding: Decoding, *, named: bool) -> int:
+        settings, _ = fitting("zo2", OPT_13B, decoding, {}, replace(BUDGET, gpu_named=named))
+        return int(settings["resident_blocks"])
+
+    assert kept(ONE, named=False) < kept(ONE, named=True)
+    assert kept(replace(ONE, batch_size=32), named=True) < kept(ONE, named=True)
+
+
+def test_what_is_set_is_kept_and_without_a_gpu_nothing_is_chosen() -> None:
+    assert fitting("zo2", OPT_13B, ONE, {"resident_blocks": 3}, BUDGET) == ({"resident_blocks": 3}, None)
+    assert fitting("zo2", OPT_13B, ONE, {}, replace(BUDGET, gpu_bytes=None)) == ({}, None)
+
+
+def test_what_does_not_fit_says_how_much_is_missing() -> None:
+    _, why_not = fitting("zo2", OPT_13B, replace(ONE, batch_size=256), {}, BUDGET)
+    assert why_not is not None
+    assert "GPU memory, CUDA and fragmentation included" in why_not
+    _, why_not = fitting("zo2", OPT_13B, ONE, {"resident_blocks": 0}, replace(BUDGET, host_bytes=20 * 10**9))
+    assert why_not is not None
+    assert "host memory" in why_not
+    _, why_not = fitting("mezo", OPT_13B, ONE, {}, BUDGET)
+    assert why_not is not None
+
+
+def test_a_setting_that_is_none_is_the_users_error() -> None:
+    with pytest.raises(UserError, match="residents"):
+        fitting("zo2", OPT_13B, ONE, {"residents": 3}, BUDGET)
+
+
+@pytest.mark.parametrize("resident_blocks", [0, 20])
+def test_the_floor_is_the_upload_as_long_as_it_is_the_largest(resident_blocks: int) -> None:
+    machine = make_machine()
+    budget = budget_of(machine, None, None, None)
+    plan = plan_generation("zo2", machine, OPT_13B, ONE, {"resident_blocks": resident_blocks}, budget)
+    up = 2 * OPT_13B.block_parameters * (40 - resident_blocks)
+    assert plan.prediction.h2d_bytes == up
+    assert plan.prediction.floor_s == pytest.approx(up / 13e9)
+    assert plan.prediction.step_s is not None
+    assert plan.prediction.step_s >= up / 13e9
+    assert plan.prediction.bottleneck == "h2d"
+
+
+def test_with_everything_on_the_gpu_the_floor_is_one_read_of_weights_and_cache() -> None:
+    machine = make_machine()
+    plan = plan_generation("mezo", machine, OPT_13B, ONE, {}, budget_of(machine, None, None, None))
+    assert not plan.fits
+    assert plan.prediction.floor_s == pytest.approx(least_gpu_bytes(OPT_13B, ONE) / 900e9)
+
+
+def test_without_a_figure_there_is_no_floor() -> None:
+    machine = make_machine()
+    assert machine.link is not None
+    link = replace(machine.link, h2d_pinned_bytes_per_s=absent("not probed"))
+    machine = replace(machine, link=link)
+    plan = plan_generation("zo2", machine, OPT_13B, ONE, {}, budget_of(machine, None, None, None))
+    assert plan.prediction.floor_s is None
