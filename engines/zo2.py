@@ -288,7 +288,12 @@ class Zo2:
         before = self._link.h2d_bytes
         blocks = partial(self._pass, lambda i: False, perturb=False)
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
-            yield Decoded(tokens=tokens, h2d_bytes=self._link.h2d_bytes - before, **self._take_times())
+            times = self._take_times()
+            yield Decoded(
+                tokens=tokens, h2d_bytes=self._link.h2d_bytes - before,
+                h2d_s=times["h2d_s"], d2h_s=times["d2h_s"],
+                gpu_s=times["gpu_s"], perturb_s=times["perturb_s"],
+            )  # fmt: skip
             before = self._link.h2d_bytes
         self._forget_times()
 

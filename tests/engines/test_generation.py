@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +125,21 @@ def test_a_prompt_has_the_tokens_that_it_has_alone() -> None:
     streamed = make_zo2(sharp("opt"))
     together = tokens_of(streamed, UNEVEN)
     assert together == [row for prompt in UNEVEN for row in tokens_of(streamed, [prompt])]
+
+
+@given(
+    prompts=st.lists(
+        st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=5
+    ),
+    resident_blocks=st.integers(0, 3),
+)
+@settings(max_examples=12, deadline=None)
+def test_prompts_of_any_length_have_the_plain_models_tokens(
+    prompts: list[list[int]], resident_blocks: int
+) -> None:
+    blueprint = sharp("gpt2")
+    streamed = make_zo2(blueprint, resident_blocks=resident_blocks)
+    assert tokens_of(streamed, prompts) == tokens_of_hugging_face(blueprint.reference, prompts)
 
 
 def test_drawn_tokens_are_among_the_likeliest_and_as_often_as_is_due() -> None:
