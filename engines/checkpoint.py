@@ -1,14 +1,15 @@
 """Checkpoints of the zeroth-order engines: weights in safetensors, adapters beside them, the step and the
 seed. Both read each other's.
 
-Every update so far is in the weights, so that none is pending.
+With a full base every update so far is in the weights, so that none is pending. The matrices of a low-bit
+base are kept as they are in memory (`engines.base_format`), with the updates that they have not taken.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engines.base import UserError
+from engines.base import Update, UserError
+from engines.settings import Base
 
 CHECKPOINT_VERSION = 1
-_SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 SHARD_BYTES = 2**30
 """Weights are saved in files of about this size, so that saving takes no second copy of the model."""
 
@@ -37,10 +39,17 @@ class LoraForm:
 
 
 def save_checkpoint(
-    folder: Path, weights: Iterable[tuple[str, Tensor]], *, step: int, seed: int, lora: LoraForm | None
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    step: int,
+    seed: int,
+    lora: LoraForm | None,
+    base: Base = "full",
+    pending: tuple[Sequence[Update], Sequence[int]] = ((), ()),
 ) -> None:
-    """Weights in safetensors files, and what else determines the next step: its number, the seed, and what
-    adapters are scaled with."""
+    """Weights in safetensors files, and what else determines the next step: its number, the seed, what
+    adapters are scaled with, and what is pending (`engines.folding.Folds.pending`)."""
     shard: dict[str, Tensor] = {}
     count = shard_bytes = 0
     for name, weight in weights:
@@ -54,6 +63,7 @@ def save_checkpoint(
     state = {
         "schema_version": CHECKPOINT_VERSION, "method": "mezo", "step": step, "seed": seed,
         "lora": None if lora is None else {"rank": lora.rank, "alpha": lora.alpha},
+        "base": base, "pending": [asdict(update) for update in pending[0]], "stored": list(pending[1]),
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -64,6 +74,8 @@ class Checkpoint:
 
     step: int
     seed: int
+    pending: tuple[Sequence[Update], Sequence[int]]
+    """See `engines.folding.Folds.pending`."""
     _shards: Mapping[str, Any]
 
     def tensor(self, name: str) -> Tensor:
@@ -71,9 +83,11 @@ class Checkpoint:
         return result
 
 
-def open_checkpoint(folder: Path, expected: Mapping[str, Tensor], lora: LoraForm | None) -> Checkpoint:
-    """Raises `UserError` unless the folder holds tensors of the names, shapes and dtypes of `expected`, and
-    adapters, if both have some, of the form `lora`."""
+def open_checkpoint(
+    folder: Path, expected: Mapping[str, Tensor], lora: LoraForm | None, base: Base = "full"
+) -> Checkpoint:
+    """Raises `UserError` unless the folder holds tensors of the names, shapes and dtypes of `expected`, on
+    the same `base`, and adapters, if both have some, of the form `lora`."""
     remedy = "give a folder that mezo or zo2 saved for the same model, precision and adapters"
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -82,6 +96,9 @@ def open_checkpoint(folder: Path, expected: Mapping[str, Tensor], lora: LoraForm
         step, seed = int(state["step"]), int(state["seed"])
         told = state.get("lora")  # checkpoints from before it was written lack it
         saved_form = told and LoraForm(rank=int(told["rank"]), alpha=float(told["alpha"]))
+        saved_base = str(state.get("base", "full"))  # these, too
+        pending = [Update(**values) for values in state.get("pending", ())]
+        stored = [int(count) for count in state.get("stored", ())]
         files: list[Any] = [
             safe_open(path, framework="pt") for path in sorted(folder.glob("weights-*.safetensors"))
         ]
@@ -93,6 +110,12 @@ def open_checkpoint(folder: Path, expected: Mapping[str, Tensor], lora: LoraForm
             str(folder),
             f"its adapters have {saved_form}, these {lora}",
             f"resume with --set lora_rank={saved_form.rank} --set lora_alpha={saved_form.alpha:g}",
+        )
+    if saved_base != base:
+        raise UserError(
+            str(folder),
+            f"its base is {saved_base}, here it is {base}",
+            f"resume with --set base={saved_base}",
         )
     shards = {name: file for file in files for name in file.keys()}  # noqa: SIM118  not a dict
     if shards.keys() != expected.keys():
@@ -107,4 +130,4 @@ def open_checkpoint(folder: Path, expected: Mapping[str, Tensor], lora: LoraForm
                 f"'{name}' is {saved.get_shape()} {saved.get_dtype()}, not {list(like.shape)} {here}",
                 remedy,
             )
-    return Checkpoint(step=step, seed=seed, _shards=shards)
+    return Checkpoint(step=step, seed=seed, pending=(pending, stored), _shards=shards)

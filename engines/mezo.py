@@ -9,6 +9,9 @@ One step t, on all trained tensors at once (algorithm 1):
 On the GPU: the weights, and the perturbed ones of a single layer at a time, made when the layer is due; both
 forward passes run stacked (`engines.perturbed`). On the host: nothing.
 
+With a low-bit `base` the blocks' matrices are kept as in `engines.base_format`, approximately, and updates
+join them at the times of `engines.folding`.
+
 Deviations from the paper and its code:
 - theta + eps z and theta - eps z are written to scratch memory. The paper perturbs in place, by +eps, -2 eps
   and +eps, which in floating point does not lead back to theta.
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,11 @@ from torch import Tensor
 
 from engines import noise
 from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, Update
+from engines.base_format import block_forms
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.decoding import Decoded, GenerationRequest
+from engines.folding import Folds, landed_on_grid, plain_weights
 from engines.generation import generate
 from engines.layout import lay_out
 from engines.lora import Adapters
@@ -48,6 +53,9 @@ from engines.scratch import Task
 from engines.settings import MezoSettings
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock
+
+EVALUATION_GROUP = 8
+"""Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
 
 
 class LossPair:
@@ -90,8 +98,6 @@ class Mezo:
         self._clock = ComputeClock(self.device, self._timeline)
         self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
         self._log = UpdateLog(self.device)
-        self._applied = 0
-        """How many updates of the log the blocks have taken."""
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -101,24 +107,25 @@ class Mezo:
     @torch.no_grad()
     def setup(self, blueprint: Blueprint) -> None:
         self._layout = lay_out(blueprint.model, self._dtype, self.settings.train)
+        base = self.settings.base
+        self._forms = block_forms(self._layout.blocks, base, self._dtype)
         self._blocks = [
-            torch.empty(block.size, dtype=self._dtype, device=self.device) for block in self._layout.blocks
+            torch.empty(form.size_bytes, dtype=torch.uint8, device=self.device) for form in self._forms
         ]
+        """In bytes."""
+        self._folds = Folds(self._layout.blocks, self._log, base=base, every=self.settings.fold_every)
         adapters = Adapters(
             blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
         )
         self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
         )
-        own = [(block, len(block.own_parts)) for block in self._layout.blocks]
-        self._segments = [
-            block.segment(0, count) if count and block.parts[0].trained else None for block, count in own
-        ]
         self._weights = dict(self._model.outer)
-        for layout, flat in zip(self._layout.blocks, self._blocks, strict=True):
-            self._weights |= layout.views(flat)
         for name, weight in self._weights.items():
             blueprint.fill(name, weight)
+        for form, memory in zip(self._forms, self._blocks, strict=True):
+            form.fill(memory, blueprint.fill, self._model.scratch.room)
+            self._weights |= form.views(memory)
         self._saved = self._weights | adapters.tensors
 
     def spans(self, block: int) -> list[tuple[int, int]]:
@@ -128,8 +135,8 @@ class Mezo:
 
     def take(self, block: int, first: int, last: int) -> Tensor:
         """See `engines.scratch.Source`."""
-        parts = self._layout.blocks[block].parts
-        return self._blocks[block][parts[first].start : parts[last - 1].start + parts[last - 1].size]
+        start, stop = self._forms[block].span(first, last)
+        return self._forms[block].opened(self._blocks[block][start:stop], first)
 
     def done(self, block: int, first: int, last: int) -> None:
         """Weights stay where they are."""
@@ -139,17 +146,20 @@ class Mezo:
         self._label("before the blocks")
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
-        pending = self._visit()
-        how = replace(pending, first=pending.last)
+        how = self._visit(self._log.length)
         hidden, calls = self._model.enter_all(prepared, how)
-        # The blocks take the update of the step before in the same pass that perturbs them.
-        task = Task(how=pending, store=pending.first < pending.last, perturb=True)
         for index in range(self._model.num_blocks):
             self._noise_clock.label = f"block {index}"
+            # The blocks take the update of the step before in the same pass that perturbs them.
+            store = self._folds.is_pending(index)
+            if self._folds.on_grid:
+                store = store and self._folds.is_due(index, self._step)
+            task = Task(how=self._visit(self._folds.stored[index]), store=store, perturb=True)
             with self._model.visiting(index, task, self):
                 for i, each in enumerate(calls):
                     hidden[i] = self._model.run(index, each, hidden[i])
-        self._applied = how.last
+            if store or not self._folds.is_pending(index):
+                self._folds.took(index)
         self._label("loss")
         losses = LossPair(self.device)
         for each_batch, last in zip(prepared, hidden, strict=True):
@@ -161,11 +171,10 @@ class Mezo:
         self._append(update)
         return StepStats(loss=(plus + minus) / 2, gpu_s=gpu_s, perturb_s=perturb_s, update=update)
 
-    def _visit(self, *, latest: bool = False) -> Visit:
-        """With the updates that the blocks have not taken, or with the latest one."""
-        last = self._log.length
+    def _visit(self, first: int) -> Visit:
+        """With the updates from position `first` of the log on."""
         return Visit(
-            seed=self._seed, log=self._log, first=max(0, last - 1) if latest else self._applied, last=last,
+            seed=self._seed, log=self._log, first=first, last=self._log.length,
             rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
         )  # fmt: skip
 
@@ -175,34 +184,42 @@ class Mezo:
         self._clock.start()
         self._noise_clock.start()
         self._log.append(update)
-        self._model.update_outer(self._visit(latest=True))
+        self._model.update_outer(self._visit(self._log.length - 1))
         self._noise_clock.stop()
         self._clock.stop()
         self._step = update.step + 1
 
     @torch.no_grad()
     def _flush(self) -> None:
-        """The blocks take the updates that are pending, now."""
-        how = self._visit()
-        if how.first == how.last:
-            return
-        for flat, segment in zip(self._blocks, self._segments, strict=True):
-            if segment is not None:
-                noise.visit(flat, segment, how, Outputs(theta=flat))
-        self._applied = how.last
+        """The blocks take the updates that are pending, now; those of a low-bit base take what the steps so
+        far have rounded to the grid."""
+        for index, layout in enumerate(self._layout.blocks):
+            how = self._visit(self._folds.stored[index])
+            if self._folds.on_grid:
+                task = self._folds.overdue(index, how, self._step - 1)
+                with self._model.visiting(index, task, self):
+                    pass
+                self._folds.took_overdue(index, task)
+                continue
+            if self._folds.is_pending(index) and layout.own_parts:
+                flat = self._blocks[index].view(self._dtype)
+                noise.visit(flat, layout.segment(0, len(layout.own_parts)), how, Outputs(theta=flat))
+            self._folds.took(index)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         self._flush()
         total = EvaluationSum()
-        task = Task(how=self._visit(), store=False, perturb=False)
-        for batch in batches:
-            prepared = self._model.prepare(batch)
-            (hidden,), (calls,) = self._model.enter_all_plain([prepared])
+        remaining = iter(batches)
+        while group := [self._model.prepare(batch) for batch in islice(remaining, EVALUATION_GROUP)]:
+            hidden, calls = self._model.enter_all_plain(group)
             for index in range(self._model.num_blocks):
+                task = Task(how=self._visit(self._folds.stored[index]), store=False, perturb=False)
                 with self._model.visiting(index, task, self):
-                    hidden = self._model.run(index, calls, hidden)
-            self._model.evaluate(prepared, hidden, total)
+                    for i, each_calls in enumerate(calls):
+                        hidden[i] = self._model.run(index, each_calls, hidden[i])
+            for each, last in zip(group, hidden, strict=True):
+                self._model.evaluate(each, last, total)
         self._clock.take_s()
         self._noise_clock.take_s()
         return total.result()
@@ -211,10 +228,10 @@ class Mezo:
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
         """See `engines.generation.GeneratingEngine`."""
         self._flush()
-        task = Task(how=self._visit(), store=False, perturb=False)
 
         def blocks() -> Iterator[int]:
             for index in range(self._model.num_blocks):
+                task = Task(how=self._visit(self._folds.stored[index]), store=False, perturb=False)
                 with self._model.visiting(index, task, self):
                     yield index
 
@@ -223,6 +240,14 @@ class Mezo:
         self._noise_clock.take_s()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
+        if self._folds.on_grid:
+            plain = plain_weights(
+                self._layout, self._forms, self._model.outer, lambda index: self._blocks[index],
+                lambda index: self._visit(self._folds.stored[index]), self.device,
+            )  # fmt: skip
+            for name, weight in plain:
+                yield name, self._model.adapters.merged(name, weight)
+            return
         self._flush()
         for name in self._layout.shapes:
             yield name, self._model.adapters.merged(name, self._weights[name].cpu())
@@ -236,8 +261,12 @@ class Mezo:
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
-        """See `engines.perturbed.PerturbedModel.landed_share`."""
-        return self._model.landed_share(self._visit(latest=True))
+        """See `engines.perturbed.PerturbedModel.landed_share`; with a low-bit base, of its matrices."""
+        share = None
+        if self._folds.on_grid:
+            how = self._visit(max(0, self._log.length - self.settings.fold_every))
+            share = landed_on_grid(self._forms, lambda index: self._blocks[index], how, self.device)
+        return self._model.landed_share(self._visit(max(0, self._log.length - 1))) if share is None else share
 
     @torch.no_grad()
     def replay(self, updates: Iterable[Update]) -> None:
@@ -249,15 +278,18 @@ class Mezo:
     def save(self, folder: Path) -> None:
         self._flush()
         weights = ((name, weight.cpu()) for name, weight in self._saved.items())
-        form = self._model.adapters.form
-        save_checkpoint(folder, weights, step=self._step, seed=self._seed, lora=form)
+        save_checkpoint(
+            folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
+            base=self.settings.base, pending=self._folds.pending(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder, self._saved, self._model.adapters.form)
+        form = self._model.adapters.form
+        checkpoint = open_checkpoint(folder, self._saved, form, self.settings.base)
         for name, weight in self._saved.items():
             weight.copy_(checkpoint.tensor(name))
-        self._applied = self._log.length
+        self._folds.restore(*checkpoint.pending)
         self._step, self._seed = checkpoint.step, checkpoint.seed
 
     def synchronize(self) -> None:

@@ -132,6 +132,10 @@ class UpdateLog:
             raise ValueError(f"updates {first} to {last} are not in the log")
         return [found for i in range(first, last) if (found := self._updates[i % LOG_CAPACITY]) is not None]
 
+    def in_fp32(self, first: int, last: int) -> list[Update]:
+        """As `between`, with rates as the table has them."""
+        return [_in_fp32(update) for update in self.between(first, last)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visit:
@@ -212,7 +216,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
         noise_kernels.visit(weight, segment, how, out, start)
         return
     stochastic = how.rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16)
-    updates = [_in_fp32(update) for update in how.log.between(how.first, how.last)]
+    updates = how.log.in_fp32(how.first, how.last)
     perturbed = out.plus is not None or out.minus is not None
     for pieces in _chunks(segment, start, _CHUNK_LANES[weight.device.type]):
         current = torch.cat([piece.of(weight) for piece in pieces]).float()
@@ -264,6 +268,15 @@ def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start:
     for pieces in _chunks(segment, start, _CHUNK_LANES[out.device.type]):
         _scatter(_draw(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
     return out
+
+
+def tiles(
+    number: int, step: int, seed: int, first: int, last: int, device: torch.device, *, uniform: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Noise of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
+    int32, of each element if wanted."""
+    piece = _Piece(number, 0, (last - first) * TILE, first * LANES, decays=False)
+    return _draw(seed, step, [piece], device, uniform=uniform)
 
 
 def _in_fp32(update: Update) -> Update:

@@ -45,6 +45,7 @@ from engines.lora import Adapters, columns_first, is_linear
 from engines.masks import has_padding, known_padding, with_mask
 from engines.noise import Outputs, Visit, one
 from engines.scratch import BlockScratch, Source, Task, Unit, swapped, without_updates
+from engines.settings import Base
 from engines.stacking import halved, join, stack
 from engines.transfer import ComputeClock
 
@@ -90,6 +91,7 @@ class PerturbedModel:
         layout: ModelLayout,
         adapters: Adapters,
         clock: ComputeClock,
+        base: Base = "full",
     ) -> None:
         self.layout = layout
         self.adapters = adapters
@@ -115,7 +117,7 @@ class PerturbedModel:
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}
         owners = {path: module for path, module in model.named_modules() if module._parameters}
         units = _block_units(self._driver.blocks, block_path, owners, names)
-        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock)
+        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, base)
         self._graphs: BlockGraphs | None = None
         largest_bytes = dtype.itemsize * max(block.size for block in layout.blocks)
         # Experts pick their tokens by looking at them, which a graph cannot.

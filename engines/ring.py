@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from engines.base import UserError
+from engines.base_format import BlockForm
 from engines.costs.zo2 import ring_bytes
 from engines.disk import DiskBlocks
-from engines.layout import BlockLayout
 from engines.transfer import ComputeClock, Event, Link, Progress, host_slabs
 
 PIECE_BYTES = 32_000_000
@@ -39,7 +39,7 @@ what it costs to start one is nothing beside it."""
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Parts `first` to `last` - 1 of a block, and their elements in its memory."""
+    """Parts `first` to `last` - 1 of a block, and their bytes in its memory."""
 
     block: int
     first: int
@@ -62,14 +62,13 @@ class BlockStream:
     """All blocks' weights: some on the GPU for good, the others in host memory. See
     `engines.scratch.Source`.
 
-    A pass visits every block once, in order.
+    A pass visits every block once, in order. Memory is counted in bytes; `forms` say what they mean.
     """
 
     def __init__(
         self,
-        layouts: Sequence[BlockLayout],
+        forms: Sequence[BlockForm],
         resident: frozenset[int],
-        dtype: torch.dtype,
         link: Link,
         clock: ComputeClock,
         progress: Progress,
@@ -78,30 +77,28 @@ class BlockStream:
         self._link = link
         self._disk = disk
         self._clock = clock
-        self._layouts = layouts
+        self._forms = forms
         self._on_gpu = {
-            i: torch.empty(layouts[i].size, dtype=dtype, device=link.device) for i in sorted(resident)
+            i: torch.empty(forms[i].size_bytes, dtype=torch.uint8, device=link.device)
+            for i in sorted(resident)
         }
-        streamed = [i for i in range(len(layouts)) if i not in resident and layouts[i].size]
-        sizes_bytes = {i: dtype.itemsize * layouts[i].size for i in streamed}
+        streamed = [i for i, form in enumerate(forms) if i not in resident and form.size_bytes]
+        sizes_bytes = {i: forms[i].size_bytes for i in streamed}
         on_host = [i for i in streamed if not self.is_on_disk(i)]
         self._slabs = host_slabs([sizes_bytes[i] for i in on_host], link.device, progress)
-        self._host = {i: view.view(dtype) for i, view in zip(on_host, self._slabs.views, strict=True)}
-        self._pieces = [piece for i in streamed for piece in _cut(i, layouts[i], dtype.itemsize)]
+        self._host = dict(zip(on_host, self._slabs.views, strict=True))
+        self._pieces = [piece for i in streamed for piece in _cut(i, forms[i])]
         self._piece_of = {
             (piece.block, part): number
             for number, piece in enumerate(self._pieces)
             for part in range(piece.first, piece.last)
         }
-        room = ring_bytes(list(sizes_bytes.values())) // dtype.itemsize
-        self._ring = torch.empty(room, dtype=dtype, device=link.device)
+        room = ring_bytes(list(sizes_bytes.values()))
+        self._ring = torch.empty(room, dtype=torch.uint8, device=link.device)
         self.disk_bytes = 0
         """Bytes of the pieces from disk that were computed with, so far."""
         if disk is not None:
-            size = dtype.itemsize
-            disk.set_order(
-                [(p.block, size * p.start, size * p.stop) for p in self._pieces if self.is_on_disk(p.block)]
-            )
+            disk.set_order([(p.block, p.start, p.stop) for p in self._pieces if self.is_on_disk(p.block)])
         self.rewind()
 
     @property
@@ -111,10 +108,9 @@ class BlockStream:
     @property
     def ahead_bytes(self) -> int:
         """Bytes on their way up, or up, that nobody has computed with yet."""
-        size = self._ring.element_size()
         pieces = (self._pieces[ticket % len(self._pieces)] for ticket in self._arrivals)
         begun_bytes = 0 if self._disk is None else self._disk.begun_bytes
-        return begun_bytes + sum(size * (piece.stop - piece.start) for piece in pieces)
+        return begun_bytes + sum(piece.stop - piece.start for piece in pieces)
 
     def is_resident(self, block: int) -> bool:
         return block in self._on_gpu
@@ -147,7 +143,7 @@ class BlockStream:
 
     @contextmanager
     def filling(self, block: int) -> Iterator[Tensor]:
-        """The memory of a block, to be written: on the GPU where there is one. After `rewind`.
+        """The memory of a block, to be written, in bytes: on the GPU where there is one. After `rewind`.
 
         At the end a streamed block is sent to its place on the host.
         """
@@ -156,7 +152,7 @@ class BlockStream:
         elif self._disk is not None and block in self._disk.blocks:
             buffer = self._free_room(block)
             yield buffer
-            self._disk.fill(block, buffer.view(torch.uint8))
+            self._disk.fill(block, buffer)
         elif self._link.device.type == "cpu" or block not in self._host:
             yield self._host.get(block, self._ring[:0])
         else:
@@ -168,26 +164,26 @@ class BlockStream:
         """The ring's memory for a whole block, while nothing has come up."""
         for event in self._home.values():
             self._link.wait(event)  # HAZARD: the block before is on its way down from here
-        return self._ring[: self._layouts[block].size]
+        return self._ring[: self._forms[block].size_bytes]
 
     @contextmanager
     def fetched(self, block: int, *, keep: bool) -> Iterator[Tensor]:
-        """A block that is on disk, on the device, to be read or, with `keep`, changed and kept.
+        """A block that is on disk, in bytes on the device, to be read or, with `keep`, changed and kept.
 
         Between passes; what has come up is forgotten.
         """
         assert self._disk is not None
         self.rewind()
         buffer = self._free_room(block)
-        self._disk.fetch(block, buffer.view(torch.uint8))
+        self._disk.fetch(block, buffer)
         yield buffer
         if keep:
-            self._disk.fold(block, buffer.view(torch.uint8))
+            self._disk.fold(block, buffer)
         self.rewind()
 
     def at_rest(self, block: int) -> Tensor:
-        """The memory of a block that is not on disk, where it lives. Only after `Link.synchronize`; not to be
-        written."""
+        """The memory of a block that is not on disk, where it lives, in bytes. Only after `Link.synchronize`;
+        not to be written."""
         if block in self._on_gpu:
             return self._on_gpu[block]
         return self._host.get(block, self._ring[:0])
@@ -203,15 +199,15 @@ class BlockStream:
         """See `engines.scratch.Source`."""
         if (block, 0) in self._piece_of:
             return [(piece.first, piece.last) for piece in self._pieces if piece.block == block]
-        own = len(self._layouts[block].own_parts)
+        own = len(self._forms[block].layout.own_parts)
         return [(0, own)] if own else []
 
     def take(self, block: int, first: int, last: int) -> Tensor:
         """See `engines.scratch.Source`."""
-        parts = self._layouts[block].parts
-        start, stop = parts[first].start, parts[last - 1].start + parts[last - 1].size
+        form = self._forms[block]
+        start, stop = form.span(first, last)
         if block in self._on_gpu:
-            return self._on_gpu[block][start:stop]
+            return form.opened(self._on_gpu[block][start:stop], first)
         number = self._piece_of[block, first]
         ticket = self._pass * len(self._pieces) + number
         self.prefetch()
@@ -235,9 +231,9 @@ class BlockStream:
             self._clock.start()
             self._left[ticket] = piece.last - piece.first
             if self.is_on_disk(block):
-                self.disk_bytes += self._ring.element_size() * (piece.stop - piece.start)
+                self.disk_bytes += piece.stop - piece.start
         begin = room.begin % len(self._ring) - piece.start
-        return self._ring[begin + start : begin + stop]
+        return form.opened(self._ring[begin + start : begin + stop], first)
 
     def done(self, block: int, first: int, last: int) -> None:
         """See `engines.scratch.Source`."""
@@ -290,7 +286,7 @@ class BlockStream:
         place = begin % len(self._ring)
         out, name = self._ring[place : place + size], f"block {piece.block}"
         if self._disk is not None and self.is_on_disk(piece.block):
-            arrival = self._disk.send(out.view(torch.uint8), self._waits, name)
+            arrival = self._disk.send(out, self._waits, name)
             if arrival is None:
                 self._starved = True
                 return False
@@ -312,12 +308,12 @@ class BlockStream:
         self._slabs.close()
 
 
-def _cut(block: int, layout: BlockLayout, element_bytes: int) -> Iterator[Piece]:
+def _cut(block: int, form: BlockForm) -> Iterator[Piece]:
     """Pieces of a block, of whole parts."""
-    own = [(i, part) for i, part in enumerate(layout.parts) if not part.shared]
-    first, start = 0, 0
-    for i, part in own:
-        stop = part.start + part.size
-        if (stop - start) * element_bytes >= PIECE_BYTES or i == own[-1][0]:
-            yield Piece(block, first, i + 1, start, stop)
-            first, start = i + 1, stop
+    own = len(form.layout.own_parts)
+    first = 0
+    for last in range(1, own + 1):
+        start, stop = form.span(first, last)
+        if stop - start >= PIECE_BYTES or last == own:
+            yield Piece(block, first, last, start, stop)
+            first = last

@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from engines import noise
-from engines.layout import ModelLayout
+from engines import base_format, noise
+from engines.layout import ModelLayout, Part
 from engines.noise import Outputs, Segment, Visit
+from engines.settings import Base
 from engines.transfer import ComputeClock
 
 SCRATCH_ALIGNMENT_BYTES = 512
@@ -28,10 +29,14 @@ class Source(Protocol):
     """Where the blocks' weights are."""
 
     def spans(self, block: int) -> Sequence[tuple[int, int]]:
-        """The block's own parts in groups, from first to before last, that lie together and come together."""
+        """The block's own parts in groups, from first to before last, that lie together and come together.
+
+        Of the full dtype, all of them; low-bit matrices are taken one by one.
+        """
 
     def take(self, block: int, first: int, last: int) -> Tensor:
-        """The flat memory of parts of one span, on the device, ready in the order of the compute stream.
+        """The flat memory of parts of one span, on the device, ready in the order of the compute stream; of
+        a low-bit matrix, its records (see `engines.base_format`).
 
         Raises `UserError` if they are gone already.
         """
@@ -50,6 +55,8 @@ class Task:
     """Write the updated weights back to the source's memory."""
     perturb: bool
     """Both perturbed passes, stacked; else one, with theta itself."""
+    overdue: tuple[Visit, ...] = ()
+    """Low-bit matrices: what is to be stored before, one after the other. Vectors take it within `how`."""
 
 
 class Unit:
@@ -88,8 +95,10 @@ class BlockScratch:
         device: torch.device,
         outer: Mapping[str, Tensor],
         clock: ComputeClock,
+        base: Base = "full",
     ) -> None:
         self._layout = layout
+        self._base: Base = base
         self._units = units
         self._dtype = dtype
         self._device = device
@@ -173,6 +182,12 @@ class BlockScratch:
         grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
         return -(-size // grid) * grid
 
+    def room(self, size: int) -> Tensor:
+        """Memory for a matrix of `size` elements, until the next visit."""
+        if size > self._memory[0].numel():  # of a matrix that no unit computes with
+            return torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._memory[0][:size]
+
     @property
     def perturbs(self) -> bool:
         return self._task is not None and self._task.perturb
@@ -193,7 +208,10 @@ class BlockScratch:
                 continue
             weight = self._source.take(self._block, index, index + 1)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
-                noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
+                if weight.dtype == torch.uint8:
+                    self._visit_records(weight, part, self._task.how, store=True, sides=())
+                else:
+                    noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
             self._source.done(self._block, index, index + 1)
         self._task = self._source = None
 
@@ -211,6 +229,10 @@ class BlockScratch:
         """Everything at once, with one kernel for all that lies together."""
         assert self._source is not None
         layout = self._layout.blocks[self._block]
+        if self._base != "full":
+            for index in range(len(layout.parts)):
+                self._make(index)
+            return
         for first, last in self._source.spans(self._block):
             key = (self._block, first, last)
             if key not in self._segments:
@@ -246,7 +268,15 @@ class BlockScratch:
             weight = source.take(self._block, index, index + 1)
             if index in self._seen and store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
-        self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
+        if weight.dtype == torch.uint8:
+            self._clock.start()
+            sides = rooms if part.trained and task.perturb else rooms[:1]
+            if not part.trained:
+                how, store = without_updates(how), False
+            self._visit_records(weight, part, how, store=store, sides=sides)
+            self._clock.stop()
+        else:
+            self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
         if not part.shared and index not in self._seen:
             source.done(self._block, index, index + 1)
         self._seen.add(index)
@@ -278,6 +308,17 @@ class BlockScratch:
             if store:
                 plus.copy_(weight)
         self._clock.stop()
+
+    def _visit_records(
+        self, records: Tensor, part: Part, how: Visit, *, store: bool, sides: Sequence[Tensor]
+    ) -> None:
+        """The one pass over a low-bit matrix, after those that are overdue."""
+        assert self._task is not None
+        if part.trained and store:
+            for earlier in self._task.overdue:
+                base_format.visit(records, part.segment, earlier, self._base, store=True, sides=())
+                how = replace(how, first=earlier.last)
+        base_format.visit(records, part.segment, how, self._base, store=store, sides=sides)
 
     def _is_large(self, block: int, part: int) -> bool:
         """A matrix, or shared: anything but the block's packed vectors."""

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from engines.base import UserError
 
 Schedule = Literal["constant", "linear", "cosine"]
+Base = Literal["full", "int8", "fp8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +191,12 @@ class MezoSettings:
     lora_rank: int = 8
     lora_alpha: float = 16.0
     """An adapter's product is scaled by `lora_alpha` / `lora_rank`."""
+    base: Base = "full"
+    """How the matrices of the blocks are kept: as they are, or, approximately, as 8-bit or 4-bit values with
+    a scale per 128 (`fp8` is e4m3). Vectors stay as they are. Passes compute in the full precision."""
+    fold_every: int = 1
+    """With a low-bit base, steps between two roundings of a block to its grid; until then its updates are in
+    the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate >= 0, "learning_rate", "must not be negative")
@@ -202,6 +209,12 @@ class MezoSettings:
             "train",
             "is one of all, lora, last:N",
         )
+        _require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
+        _require(
+            self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
+            "fold_every",
+            "is of use to mezo with a low-bit base only",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,19 +225,20 @@ class Zo2Settings(MezoSettings):
     """Blocks that stay on the GPU, spread evenly among the streamed ones; more than there are means all."""
     fold_every: int = 1
     """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
-    visit; blocks take turns. 1: every block goes down in every step."""
+    visit; blocks take turns. 1: every block goes down in every step. With a low-bit base also the steps
+    between two roundings to its grid, of which rare ones lose less."""
     disk_blocks: int | Literal["auto"] = 0
     """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; more than there are
-    means all, `auto` as many as host memory has no room for."""
+    means all, `auto` as many as host memory has no room for. For a full base."""
     disk_folder: str = ""
     """Where, on a local disk; the files have no name and are gone when the run ends, however it does. By
     default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self) -> None:
         MezoSettings.__post_init__(self)
-        _require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
         _require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
+        _require(self.base == "full" or self.disk_blocks == 0, "disk_blocks", "must be 0 with a low-bit base")
 
 
 def _as_sequence(value: object) -> object:
@@ -327,6 +341,14 @@ def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
             why,
             f"settings of {engine} are: {known}",
         ) from None
+
+
+def approximation(settings: Mapping[str, object]) -> str | None:
+    """What is approximate about a method with these settings (as a `Plan` holds them); `None`: nothing."""
+    base = settings.get("base", "full")
+    if base == "full":
+        return None
+    return f"approximate: {'4' if base == 'int4' else '8'}-bit base ({base})"
 
 
 def _require(holds: bool, key: str, why: str) -> None:

@@ -20,6 +20,9 @@ after `LOG_CAPACITY` steps, they are folded into a second file. A read-only base
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
 
+With a low-bit `base` the blocks' matrices are kept and copied as in `engines.base_format`, approximately;
+their updates pend exactly and join them at the times of `engines.folding`, wherever they are kept.
+
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
 hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or
 a ring through which those on disk come.
@@ -44,19 +47,21 @@ from torch import Tensor
 
 from engines import noise
 from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, Update
+from engines.base_format import BlockForm, block_forms
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.costs.disk import fewest_on_disk, host_needed_bytes
 from engines.costs.forward import PROCESS_HOST_BYTES
-from engines.costs.zo2 import disk_indices, folds, resident_indices
+from engines.costs.zo2 import disk_indices, resident_indices
 from engines.decoding import Decoded, GenerationRequest
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
 from engines.exposure import ExposureClock
+from engines.folding import Folds, landed_on_grid, plain_weights
 from engines.generation import generate
 from engines.layout import BlockLayout, lay_out
 from engines.lora import Adapters
-from engines.mezo import LossPair, next_update
+from engines.mezo import EVALUATION_GROUP, LossPair, next_update
 from engines.noise import LOG_CAPACITY, Outputs, UpdateLog, Visit
 from engines.perturbed import PerturbedModel
 from engines.ring import BlockStream
@@ -64,9 +69,6 @@ from engines.scratch import Task
 from engines.settings import Zo2Settings
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock, Link
-
-EVALUATION_GROUP = 8
-"""Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
 
 
 class Zo2:
@@ -102,31 +104,38 @@ class Zo2:
         """Raises `InfeasiblePlan` before anything is filled if host memory or the disk is too small for its
         blocks."""
         self._layout = lay_out(blueprint.model, self._dtype, self.settings.train)
-        blocks = self._layout.blocks
+        blocks, base = self._layout.blocks, self.settings.base
+        self._forms = block_forms(blocks, base, self._dtype)
         resident = resident_indices(len(blocks), self.settings.resident_blocks)
-        self._on_disk = self._choose_on_disk(blocks, resident)
+        self._on_disk = self._choose_on_disk(resident)
+        self._folds = Folds(blocks, self._log, base=base, every=self.settings.fold_every, apart=self._on_disk)
         adapters = Adapters(
             blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
         )
         self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
         )
         self._link = Link(
             self.device, self.link_delay, self._timeline, self.context.link_rates, self._exposure
         )
         self._disk = self._make_disk(blocks, blueprint)
         self._stream = BlockStream(
-            blocks, resident, self._dtype, self._link, self._clock, self.context.progress, self._disk
+            self._forms, resident, self._link, self._clock, self.context.progress, self._disk
         )
         held = frozenset(i for i in self._on_disk if self._disk is not None and self._disk.holds(i))
-        self._fill(blueprint.fill, held)
+        self._fill(
+            blueprint.fill,
+            lambda form, memory: form.fill(memory, blueprint.fill, self._model.scratch.room),
+            held,
+        )
         if self._disk is not None:
             self._disk.choose_depth()
         self._stream.prefetch()
 
-    def _choose_on_disk(self, blocks: Sequence[BlockLayout], resident: frozenset[int]) -> frozenset[int]:
+    def _choose_on_disk(self, resident: frozenset[int]) -> frozenset[int]:
         """Raises `InfeasiblePlan` if host memory is too small for those that are not."""
-        streamed_bytes = [self._dtype.itemsize * b.size for i, b in enumerate(blocks) if i not in resident]
+        forms = self._forms
+        streamed_bytes = [form.size_bytes for i, form in enumerate(forms) if i not in resident]
         wanted, host_bytes = self.settings.disk_blocks, self.context.host_bytes
         if wanted == "auto":
             usable = sum(streamed_bytes) if host_bytes is None else host_bytes - PROCESS_HOST_BYTES
@@ -141,14 +150,14 @@ class Zo2:
                 f"{host_bytes / 1e9:.3g} GB; free host memory, or keep more blocks on the GPU with "
                 "--set zo2.resident_blocks=N or on disk with --set zo2.disk_blocks=N"
             )
-        return frozenset(i for i in disk_indices(len(blocks), resident, wanted) if blocks[i].size)
+        return frozenset(i for i in disk_indices(len(forms), resident, wanted) if forms[i].size_bytes)
 
     def _make_disk(self, blocks: Sequence[BlockLayout], blueprint: Blueprint) -> DiskBlocks | None:
         if not self._on_disk:
             return None
         size, dtype = self._dtype.itemsize, self.context.workload.dtype
         return DiskBlocks(
-            {i: size * blocks[i].size for i in sorted(self._on_disk)},
+            {i: self._forms[i].size_bytes for i in sorted(self._on_disk)},
             spill_folder(self.settings.disk_folder),
             self._link,
             self.context.progress,
@@ -158,20 +167,24 @@ class Zo2:
             timeline=self._timeline,
         )
 
-    def _fill(self, fill: Callable[[str, Tensor], object], held: frozenset[int] = frozenset()) -> None:
+    def _fill(
+        self,
+        fill: Callable[[str, Tensor], object],
+        fill_block: Callable[[BlockForm, Tensor], object],
+        held: frozenset[int] = frozenset(),
+    ) -> None:
         """Write every weight to where it lives, but those of blocks that are `held` there; with a GPU through
-        the ring, so never twice on the host."""
+        the ring, so never twice on the host. A low-bit base is made there in its final form, one matrix at a
+        time.
+        """
         for name, weight in self._model.outer.items():
             fill(name, weight)
-        for index, block in enumerate(self._layout.blocks):
+        for index, form in enumerate(self._forms):
             if index not in held:
-                with self._stream.filling(index) as flat:
-                    for name, weight in block.views(flat).items():
-                        fill(name, weight)
-            self.context.progress("filling blocks", index + 1, len(self._layout.blocks))
+                with self._stream.filling(index) as memory:
+                    fill_block(form, memory)
+            self.context.progress("filling blocks", index + 1, len(self._forms))
         self._stream.rewind()
-        self._stored = [self._log.length] * len(self._layout.blocks)
-        """Of each block, how many updates of the log are in the weights that are kept."""
         self._forget_times()
 
     @property
@@ -192,7 +205,7 @@ class Zo2:
         prepared = [self._model.prepare(batch) for batch in batches]
         how = self._visit(self._log.length)
         hidden, calls = self._model.enter_all(prepared, how)
-        for index in self._pass(lambda i: folds(i, self._step, self.settings.fold_every), perturb=True):
+        for index in self._pass(lambda i: self._folds.is_due(i, self._step), perturb=True):
             for i, each in enumerate(calls):
                 hidden[i] = self._model.run(index, each, hidden[i])
             if index == 0:
@@ -235,19 +248,20 @@ class Zo2:
         }  # fmt: skip
 
     def _pass(self, stores: Callable[[int], bool], *, perturb: bool) -> Iterator[int]:
-        """Visit every block in order; one that `stores` names, and every resident one, keeps its updates, but
-        none on disk does."""
-        for index, block in enumerate(self._layout.blocks):
-            pending = self._stored[index] < self._log.length and any(part.trained for part in block.parts)
+        """Visit every block in order. One that `stores` names keeps its updates, and so does every resident
+        one of a full base, but none on disk does."""
+        for index in range(len(self._layout.blocks)):
+            pending = self._folds.is_pending(index)
             resident = self._stream.is_resident(index)
             self._label(f"block {index}")
-            store = pending and (resident or (stores(index) and index not in self._on_disk))
+            kept = resident and not self._folds.on_grid
+            store = pending and (kept or (stores(index) and index not in self._on_disk))
             self._stream.begin(keep=store and not resident)
-            task = Task(how=self._visit(self._stored[index]), store=store, perturb=perturb)
+            task = Task(how=self._visit(self._folds.stored[index]), store=store, perturb=perturb)
             with self._model.visiting(index, task, self._stream):
                 yield index
             if store or not pending:
-                self._stored[index] = self._log.length
+                self._folds.took(index)
         self._stream.end_pass()
 
     def _visit(self, first: int) -> Visit:
@@ -284,7 +298,7 @@ class Zo2:
     @torch.no_grad()
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
         """See `engines.generation.GeneratingEngine`."""
-        self._flush()
+        self._flush(self._step - 1)
         before = self._link.h2d_bytes
         blocks = partial(self._pass, lambda i: False, perturb=False)
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
@@ -298,7 +312,16 @@ class Zo2:
         self._forget_times()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        self._flush()
+        if self._folds.on_grid:
+            self.synchronize()
+            plain = plain_weights(
+                self._layout, self._forms, self._model.outer, self._stream.at_rest,
+                lambda index: self._visit(self._folds.stored[index]), self.device,
+            )  # fmt: skip
+            for name, weight in plain:
+                yield name, self._model.adapters.merged(name, weight)
+            return
+        self._flush(self._step - 1)
         self.synchronize()
         where = self._at_rest()
         for name in self._layout.shapes:
@@ -317,29 +340,30 @@ class Zo2:
 
     def _kept_in_memory(self) -> dict[str, Tensor]:
         where = dict(self._model.outer)
-        for index, block in enumerate(self._layout.blocks):
+        for index, form in enumerate(self._forms):
             if index not in self._on_disk:
-                where |= block.views(self._stream.at_rest(index))
+                where |= form.views(self._stream.at_rest(index))
         return where | self._model.adapters.tensors
 
     @torch.no_grad()
     def _updated(self, index: int) -> Tensor:
         """A copy of a block on disk, on the host, with the updates that pend."""
-        with self._stream.fetched(index, keep=False) as flat:
-            self._apply_pending(index, flat)
-            return flat.to("cpu", copy=True)
+        with self._stream.fetched(index, keep=False) as memory:
+            self._apply_pending(index, memory)
+            return memory.view(self._dtype).to("cpu", copy=True)
 
     def _fold_full_log(self) -> None:
         """Blocks on disk whose updates fill the log are written to their second files."""
         for index in sorted(self._on_disk):
-            if self._log.length - self._stored[index] >= LOG_CAPACITY:
-                with self._stream.fetched(index, keep=True) as flat:
-                    self._apply_pending(index, flat)
-                self._stored[index] = self._log.length
+            if self._log.length - self._folds.stored[index] >= LOG_CAPACITY:
+                with self._stream.fetched(index, keep=True) as memory:
+                    self._apply_pending(index, memory)
+                self._folds.took(index)
 
-    def _apply_pending(self, index: int, flat: Tensor) -> None:
-        block, how = self._layout.blocks[index], self._visit(self._stored[index])
-        if how.first < how.last and any(part.trained for part in block.parts):
+    def _apply_pending(self, index: int, memory: Tensor) -> None:
+        block, how = self._layout.blocks[index], self._visit(self._folds.stored[index])
+        if self._folds.is_pending(index):
+            flat = memory.view(self._dtype)
             noise.visit(flat, block.segment(0, len(block.own_parts)), how, Outputs(theta=flat))
 
     def trace_events(self) -> list[dict[str, Any]]:
@@ -351,35 +375,53 @@ class Zo2:
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
-        """See `engines.perturbed.PerturbedModel.landed_share`."""
-        return self._model.landed_share(self._visit(max(0, self._log.length - 1)))
+        """See `engines.perturbed.PerturbedModel.landed_share`; with a low-bit base, of its matrices."""
+        share = None
+        if self._folds.on_grid:
+            self.synchronize()
+            how = self._visit(max(0, self._log.length - self.settings.fold_every))
+            share = landed_on_grid(self._forms, self._stream.at_rest, how, self.device)
+        return self._model.landed_share(self._visit(max(0, self._log.length - 1))) if share is None else share
 
     @torch.no_grad()
     def replay(self, updates: Iterable[Update]) -> None:
         """Apply updates of an earlier run, in its order, and go on after the last."""
         for update in updates:
-            if self._log.length - self._oldest() == LOG_CAPACITY:
-                self._flush()
+            if self._log.length - self._folds.oldest() == LOG_CAPACITY:
+                self._flush(update.step)
             self._fold_full_log()
             self._append(update)
-        self._flush()
+        self._flush(self._step - 1)
 
     def save(self, folder: Path) -> None:
-        self._flush()
+        self._flush(self._step - 1)
         self.synchronize()
         weights = ((name, weight.cpu()) for name, weight in self._at_rest().items())
-        form = self._model.adapters.form
-        save_checkpoint(folder, weights, step=self._step, seed=self._seed, lora=form)
+        save_checkpoint(
+            folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
+            base=self.settings.base, pending=self._folds.pending(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        form = self._model.adapters.form
         expected = self._kept_in_memory()
         for index in self._on_disk:
             block = self._layout.blocks[index]
             expected |= block.views(torch.empty(block.size, dtype=self._dtype, device="meta"))
-        checkpoint = open_checkpoint(folder, expected, self._model.adapters.form)
+        checkpoint = open_checkpoint(folder, expected, form, self.settings.base)
         self._stream.rewind()  # what has come up already is about to be replaced
-        self._fill(lambda name, out: out.copy_(checkpoint.tensor(name)))
+
+        def read(name: str, out: Tensor) -> None:
+            out.copy_(checkpoint.tensor(name))
+
+        def read_block(form: BlockForm, memory: Tensor) -> None:
+            for name, out in form.views(memory).items():
+                read(name, out)
+
+        self._fill(read, read_block)
+        self._folds.restore(*checkpoint.pending)
+        self._stream.prefetch()
         for name, tensor in self._model.adapters.tensors.items():
             tensor.copy_(checkpoint.tensor(name))
         self._step, self._seed = checkpoint.step, checkpoint.seed
@@ -396,25 +438,30 @@ class Zo2:
             self._disk.close()
 
     @torch.no_grad()
-    def _flush(self) -> None:
-        """Apply the pending updates now, but those of blocks on disk, which stay in the log."""
-        if self._oldest() == self._log.length:
-            return
-        for _ in self._pass(lambda i: True, perturb=False):
-            continue
-        self._forget_times()
+    def _flush(self, last_step: int) -> None:
+        """Apply the pending updates now, but those of blocks on disk, which stay in the log; to a low-bit
+        base, those that steps up to `last_step` have rounded to the grid."""
+        if self._folds.on_grid:
+            self._catch_up(last_step)
+        elif self._folds.oldest() < self._log.length:
+            for _ in self._pass(lambda i: True, perturb=False):
+                continue
+            self._forget_times()
 
-    def _oldest(self) -> int:
-        """How many updates of the log are in the weights of every block in memory that is trained at all."""
-        blocks = enumerate(zip(self._stored, self._layout.blocks, strict=True))
-        return min(
-            (
-                stored
-                for index, (stored, block) in blocks
-                if index not in self._on_disk and any(part.trained for part in block.parts)
-            ),
-            default=self._log.length,
-        )
+    def _catch_up(self, last_step: int) -> None:
+        tasks = [
+            self._folds.overdue(index, self._visit(stored), last_step)
+            for index, stored in enumerate(self._folds.stored)
+        ]
+        if not any(task.store for task in tasks):
+            return
+        for index, task in enumerate(tasks):
+            self._stream.begin(keep=task.store and not self._stream.is_resident(index))
+            with self._model.visiting(index, task, self._stream):
+                pass
+            self._folds.took_overdue(index, task)
+        self._stream.end_pass()
+        self._forget_times()
 
     def _forget_times(self) -> None:
         """Copies and kernels so far belong to no step."""

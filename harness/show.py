@@ -17,7 +17,7 @@ from rich.text import Text
 
 from engines import ENGINES, load_engine
 from engines.base import ModelShape
-from engines.settings import LSP_PRESETS, SETTINGS
+from engines.settings import LSP_PRESETS, SETTINGS, approximation
 from harness.compare import Ended, Event, Planned, Started
 from harness.emulate import what_is_short
 from harness.job import Job
@@ -216,7 +216,10 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         if run.traced:
             trace = run.trace_file or "the trace could not be kept"
             reasons.setdefault(run.engine, []).append(f"traced, which costs time: {trace}")
-        for line in what_is_short(run.emulation) if run.emulation is not None else ():
+        approximate = approximation(run.plan.settings)
+        notes = [] if approximate is None else [approximate]
+        notes += what_is_short(run.emulation) if run.emulation is not None else []
+        for line in notes:
             if line not in reasons.setdefault(run.engine, []):
                 reasons[run.engine].append(line)
         line = f"{run.end_state}: {run.end_reason}"

@@ -161,11 +161,15 @@ class UpdateLog:
 def run_digest(job: Job, settings: MezoSettings) -> bytes:
     """SHA-256 of all that decides the updates of a run, beside the weights it starts from.
 
-    Settings that only say where things lie, such as `resident_blocks`, are not in it.
+    Settings that only say where things lie, such as `resident_blocks`, are not in it; with a full base nor is
+    `fold_every`.
     """
     values = adapter(Job).dump_python(job, mode="json")
     parts = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
-    parts["knobs"] = {field.name: getattr(settings, field.name) for field in fields(MezoSettings)}
+    names = {field.name for field in fields(MezoSettings)}
+    if settings.base == "full":
+        names -= {"base", "fold_every"}
+    parts["knobs"] = {name: getattr(settings, name) for name in names}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).digest()
 
 

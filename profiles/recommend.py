@@ -16,7 +16,7 @@ from engines.costs import traffic as cost_of
 from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements, core_size
 from engines.costs.zo2 import resident_indices
-from engines.settings import LSP_PRESETS, LspSettings, parse_settings, sizes_by_shape
+from engines.settings import LSP_PRESETS, LspSettings, approximation, parse_settings, sizes_by_shape
 from profiles.lsp_sizes import largest_hidden, lsp_ladder
 from profiles.machine import Machine
 from profiles.plan import Plan
@@ -171,6 +171,8 @@ def _plan(
     why_not = _unsuitable(engine, machine, workload) or why_missing(cost, budget)
     if engine in ZEROTH_ORDER:
         reasons = (*reasons, "two forward passes a step and no gradient: cheap steps, but many are needed")
+    if (approximate := approximation(settings)) is not None:
+        reasons = (*reasons, approximate)
     if override:
         given = ", ".join(f"{key}={value}" for key, value in override.items())
         reasons = (*reasons, f"as set: {given}")
@@ -283,7 +285,8 @@ class _Choice:
 
     def _with(self, **chosen: Value) -> dict[str, Value]:
         merged = {**chosen, **self._override}
-        if self._engine == "zo2" and merged.get("disk_blocks", "auto") == "auto":
+        full = merged.get("base", "full") == "full"  # only such blocks can be on disk
+        if self._engine == "zo2" and full and merged.get("disk_blocks", "auto") == "auto":
             merged["disk_blocks"] = 0
             on_disk = self._fewest_on_disk(merged)
             if on_disk or "disk_blocks" in self._override:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.base import UserError
+from engines.settings import approximation
 from harness.emulate import what_is_short
 from harness.result import Run
 from profiles.machine import Machine
@@ -282,6 +283,7 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
         ),
         lambda: _about_traces(runs),
         lambda: _about_machine(runs, all_.machine),
+        lambda: _about_approximations(runs),
         lambda: _about_emulation(runs),
         lambda: _about_commit(runs),
         lambda: _if_any(runs, lambda run: "wsl" in run.environment.platform.lower(), "wsl"),
@@ -340,6 +342,11 @@ def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
 def _about_traces(runs: Sequence[Run]) -> str | None:
     traced = sum(run.traced for run in runs)
     return say("warning.traced", count=traced, total=len(runs)) if traced else None
+
+
+def _about_approximations(runs: Sequence[Run]) -> str | None:
+    told = {f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None}
+    return say("warning.approximate", items="; ".join(sorted(told))) if told else None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:

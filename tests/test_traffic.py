@@ -35,6 +35,8 @@ METHODS: list[Method] = [
     ("zo2", {"resident_blocks": 1}),
     ("zo2", {"fold_every": 2}),
     ("zo2", {"fold_every": 3, "resident_blocks": 1}),
+    ("zo2", {"base": "int8", "fold_every": 2}),
+    ("zo2", {"base": "int4", "resident_blocks": 1}),
     ("lsp", {"d": 4}),
     ("lsp", {"d": 512}),
 ]

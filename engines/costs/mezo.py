@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from engines.base import BYTES_PER_ELEMENT, LayerTraffic, ModelShape, Traffic, Workload
 from engines.costs import forward
+from engines.costs.low_bit import block_bytes
 from engines.settings import MezoSettings
 
 LORA_LAUNCHES = 4
@@ -38,13 +39,27 @@ UPDATE = Visit(gaussians=1, moves=2)
 PERTURB = Visit(gaussians=1, moves=3)
 """One draw serves both sides: theta read, both copies written."""
 
+
+def fused_visit(fold_every: int, kept: float) -> Visit:
+    """Pending updates, storing and both perturbed copies in one pass over theta.
+
+    Between two foldings 1 to `fold_every` updates are pending, (fold_every + 1) / 2 on average, and theta is
+    written back in the last visit only. `kept` is the size of theta as it is kept over that of a copy.
+    """
+    return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=2 + kept * (1 + 1 / fold_every))
+
+
 FROZEN = Visit(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
-    visits = [UPDATE + PERTURB] * shape.num_blocks
-    weights = BYTES_PER_ELEMENT[workload.dtype] * shape.parameters
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    block = block_bytes(shape, workload.dtype, settings.base)
+    kept = block / (element * shape.block_parameters)
+    visit = UPDATE + PERTURB if settings.base == "full" else fused_visit(settings.fold_every, kept)
+    visits = [visit] * shape.num_blocks
+    weights = element * shape.outer_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),

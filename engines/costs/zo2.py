@@ -1,7 +1,8 @@
 """What ZO2 costs: MeZO whose blocks come up once per step and go down once per `fold_every` steps.
 
-A block that is not resident crosses the link as its parameters exactly; blocks take turns in going down, so
-every step downloads the same share. One that is on disk is read in every step and never goes down.
+A block that is not resident crosses the link as it is kept (`engines.costs.low_bit`) and exactly; blocks take
+turns in going down, so every step downloads the same share. One that is on disk is read in every step and
+never goes down.
 
 On the GPU: the outer parameters, the resident blocks, a ring through which the streamed ones pass in pieces,
 and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
@@ -14,7 +15,8 @@ from dataclasses import replace
 
 from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
 from engines.costs import disk, forward
-from engines.costs.mezo import Visit, gpu_memory_bytes, perturbed_layers, trains_block
+from engines.costs.low_bit import block_bytes
+from engines.costs.mezo import Visit, fused_visit, gpu_memory_bytes, perturbed_layers, trains_block
 from engines.settings import Zo2Settings
 
 RING_BYTES = 950_000_000
@@ -51,15 +53,6 @@ def folds(index: int, step: int, fold_every: int) -> bool:
     return (step + index) % fold_every == 0
 
 
-def fused_visit(fold_every: int) -> Visit:
-    """Pending updates, storing and both perturbed copies in one pass over theta.
-
-    Between two downloads 1 to `fold_every` updates are pending, (fold_every + 1) / 2 on average, and theta is
-    written back in the last visit only.
-    """
-    return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=3 + 1 / fold_every)
-
-
 REPLAYED_VISIT = Visit(gaussians=(disk.REPLAYED_UPDATES + 1) / 2 + 1, moves=3)
 """Of a block on disk in a long run: 1 update to as many as the log holds are replayed, half on average."""
 
@@ -71,11 +64,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     wanted = 0 if settings.disk_blocks == "auto" else settings.disk_blocks
     on_disk = disk_indices(shape.num_blocks, resident, wanted)
     streamed = shape.num_blocks - len(resident)
-    block = element * shape.block_parameters
+    block = block_bytes(shape, workload.dtype, settings.base)
     outer = element * shape.outer_parameters
     disk_bytes = len(on_disk) * block
     host_bytes = (streamed - len(on_disk)) * block
-    visits = [fused_visit(1 if i in resident else settings.fold_every) for i in range(shape.num_blocks)]
+    kept = block / (element * shape.block_parameters)
+    # Where resident blocks are low-bit, they keep the schedule of the others.
+    keeps_turns = settings.base != "full"
+    visits = [
+        fused_visit(1 if i in resident and not keeps_turns else settings.fold_every, kept)
+        for i in range(shape.num_blocks)
+    ]
     visits = [REPLAYED_VISIT if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)
     for index in range(shape.num_blocks):

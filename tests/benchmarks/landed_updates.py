@@ -1,4 +1,5 @@
-"""How much of a small update reaches weights of 16 bits, by four ways of rounding: prints a Markdown table.
+"""How much of a small update reaches weights of 16 bits, by four ways of rounding, and low-bit matrices, by
+how often they are rounded to their grid: prints two Markdown tables.
 
     python tests/benchmarks/landed_updates.py
 
@@ -10,6 +11,7 @@ where exact arithmetic would have them, in units of the rms of the whole wanted 
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -17,13 +19,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
+from engines import base_format
 from engines.base import Update
+from engines.base_format import pack, unpack
+from engines.costs.low_bit import matrix_bytes
 from engines.noise import NoiseKey, Outputs, Rounding, UpdateLog, Visit, normal, one, visit
+from engines.settings import Base
 
 COUNT = 1 << 22
 UPDATES = 16
 FOLD_EVERY = 8
 SIZES = (1e-7, 1e-6, 1e-5, 1e-4)
+GRID_COUNT = 1 << 20
+GRID_FOLDS = (1, 4, 16)
+BASES: tuple[Base, ...] = ("int8", "fp8", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,6 +47,7 @@ def replayed(start: Tensor, size: float, rounding: Rounding) -> Tensor:
     return out
 
 
+@cache
 def noise_of(step: int) -> Tensor:
     return normal(NoiseKey(seed=0, step=step, tensor=0), COUNT)
 
@@ -63,7 +73,40 @@ def compensated(start: Tensor, size: float) -> Tensor:
     return stored
 
 
+def on_grid(start: Tensor, base: Base, size: float, fold_every: int) -> Tensor:
+    """Packed, and folded every so many updates: the change of the values that the codes stand for."""
+    log = UpdateLog(start.device)
+    for step in range(UPDATES):
+        log.append(Update(step=step, learning_rate=size, projected_gradient=1.0, weight_decay=0.0))
+    records = torch.empty(matrix_bytes(start.numel(), base), dtype=torch.uint8)
+    pack(start, base, records)
+    before = unpack(records, base, start.numel())
+    for first in range(0, UPDATES, fold_every):
+        how = Visit(seed=0, log=log, first=first, last=first + fold_every)
+        base_format.visit(records, one(0, start.numel()), how, base, store=True, sides=())
+    return unpack(records, base, start.numel()) - before
+
+
+def low_bit_table() -> None:
+    print("| base | lr x g | " + " | ".join(f"rounded every {k}" for k in GRID_FOLDS) + " |")
+    print("| --- | ---: |" + " ---: |" * len(GRID_FOLDS))
+    start = torch.randn(GRID_COUNT, generator=torch.Generator().manual_seed(0)) * 0.02
+    for base in BASES:
+        for size in SIZES:
+            wanted = -size * sum(noise_of(step)[:GRID_COUNT].double() for step in range(UPDATES))
+            norm = float((wanted * wanted).sum())
+            cells = []
+            for fold_every in GRID_FOLDS:
+                change = on_grid(start, base, size, fold_every).double()
+                share = float((change * wanted).sum()) / norm
+                error = (float((change - wanted).square().sum()) / norm) ** 0.5
+                cells.append(f"{share:.1%} ({error:.2g})")
+            print(f"| {base} | {size:.0e} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
+    low_bit_table()
+    print()
     print("| weights | lr x g | nearest | stochastic | log, nearest every 8 | compensated |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for dtype in DTYPES:

@@ -65,14 +65,14 @@ def encoder_on_sst2(folder: Path, data: Path, device: str) -> Source:
     )  # fmt: skip
 
 
-def decoder_on_wikitext(data: Path, device: str) -> Source:
-    """A Llama of 4 layers, hidden 256, trained from scratch on bytes, batches of 8 x 128."""
+def decoder_on_wikitext(data: Path, device: str, layers: int = 4, hidden: int = 256) -> Source:
+    """A Llama trained from scratch on bytes, batches of 8 x 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, use_cache=False,
+        vocab_size=256, hidden_size=hidden, intermediate_size=43 * hidden // 16, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, use_cache=False,
     )  # fmt: skip
     text = b"".join((data / f"{part}.txt").read_bytes() for part in ("test", "valid"))
     stream = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -83,8 +83,9 @@ def decoder_on_wikitext(data: Path, device: str) -> Source:
         return {"input_ids": ids, "labels": ids}
 
     return Source(
-        name="Llama 4 x 256, WikiText-2", model=LlamaForCausalLM(config).to(device), batch=batch,
-        learning_rate=1e-3, stages=(0, 300, 800), layers=(0, 1, 2, 3),
+        name=f"Llama {layers} x {hidden}, WikiText-2", model=LlamaForCausalLM(config).to(device), batch=batch,
+        learning_rate=1e-3, stages=(0, 300, 800),
+        layers=tuple(range(layers)),
     )  # fmt: skip
 
 

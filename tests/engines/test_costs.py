@@ -243,6 +243,38 @@ def test_zo2_holds_no_more_than_the_papers_code(shape: ModelShape, limit_gb: flo
     assert cost("zo2", shape, FORWARD_ONLY).peak_gpu_bytes <= limit_gb * 1e9
 
 
+@pytest.mark.parametrize(("base", "host_gib", "uploaded_gb"), [("int8", 256, 176.7), ("int4", 128, 89.8)])
+def test_175b_on_a_low_bit_base_needs_18_gb_and_an_ordinary_host(
+    base: str, host_gib: int, uploaded_gb: float
+) -> None:
+    """173.9 G matrix elements at 2080 or 1056 bytes for 2048, and 0.02 G others at 2; the paper's code asks
+    for 600 GB of host memory."""
+    shape = opt("opt-175b", 12288, 96, 96)
+    counted = cost("zo2", shape, FORWARD_ONLY, base=base, fold_every=4)
+    assert counted.h2d_bytes == pytest.approx(uploaded_gb * 1e9, rel=1e-3)
+    assert counted.pinned_bytes == counted.h2d_bytes
+    assert counted.d2h_bytes == pytest.approx(counted.h2d_bytes / 4, rel=1e-6)
+    assert counted.peak_gpu_bytes < 12e9
+    assert counted.peak_host_bytes < 0.75 * host_gib * 2**30
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8", "int4"])
+def test_a_low_bit_base_takes_fewer_bytes_and_no_fewer_draws(base: str) -> None:
+    full, low = (cost("mezo", OPT_13B, FORWARD_ONLY, base=each) for each in ("full", base))
+    share = (1056 if base == "int4" else 2080) / 4096
+    assert low.gpu_memory_bytes["weights"] == pytest.approx(
+        2 * OPT_13B.outer_parameters + share * 40 * 2 * OPT_13B.block_parameters, rel=1e-3
+    )
+    assert gaussians(low) == gaussians(full)
+    assert low.gpu_bytes < full.gpu_bytes
+    assert low.gpu_memory_bytes["scratch"] == full.gpu_memory_bytes["scratch"]
+
+
+def test_resident_low_bit_blocks_keep_the_turns_of_the_others() -> None:
+    counted = cost("zo2", OPT_1B, FORWARD_ONLY, resident_blocks=24, fold_every=8, base="int8")
+    assert gaussians(counted) == gaussians(cost("mezo", OPT_1B, FORWARD_ONLY, fold_every=8, base="int8"))
+
+
 def test_logits_are_there_in_chunks() -> None:
     rows = forward.HEAD_CHUNK_BYTES // (2 * 5120)
     assert forward.head_scratch_bytes(OPT_13B, FORWARD_ONLY) == 2 * rows * 2 * 5120

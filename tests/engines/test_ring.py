@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engines import ring
 from engines.base import UserError
+from engines.base_format import BlockForm, block_forms
 from engines.layout import BlockLayout, Part
 from engines.noise import one
 from engines.ring import BlockStream
@@ -80,6 +81,10 @@ def layout_of(sizes: list[int]) -> BlockLayout:
     return BlockLayout(parts=tuple(parts), size=start)
 
 
+def forms_of(layouts: list[BlockLayout]) -> list[BlockForm]:
+    return block_forms(layouts, "full", torch.float32)
+
+
 blocks_of_parts = st.lists(
     st.lists(st.integers(1, 6).map(lambda n: 4 * n), min_size=1, max_size=4), min_size=1, max_size=5
 )
@@ -106,13 +111,11 @@ def test_every_visit_finds_what_the_last_one_stored(
         patch.setattr(ring, "PIECE_BYTES", 4 * piece_elements)
         patch.setattr(ring, "ring_bytes", lambda sizes: 4 * int(ring_share * max(sizes, default=0) / 4))
         link = LazyLink()
-        stream = BlockStream(
-            layouts, frozenset(resident), torch.float32, link, ComputeClock(CPU), lambda *_: None
-        )
+        stream = BlockStream(forms_of(layouts), frozenset(resident), link, ComputeClock(CPU), lambda *_: None)
         expected = [torch.rand(layout.size) for layout in layouts]
         for index, values in enumerate(expected):
             with stream.filling(index) as memory:
-                memory.copy_(values)
+                memory.view(torch.float32).copy_(values)
         stream.rewind()
         stream.prefetch()
         streamed = [i for i in range(len(layouts)) if i not in resident]
@@ -134,7 +137,7 @@ def test_every_visit_finds_what_the_last_one_stored(
             assert link.crossed["down"] == down
         link.synchronize()
         for index, values in enumerate(expected):
-            assert torch.equal(stream.at_rest(index), values)
+            assert torch.equal(stream.at_rest(index).view(torch.float32), values)
 
 
 def test_every_byte_comes_up_once_in_a_pass() -> None:
@@ -143,7 +146,7 @@ def test_every_byte_comes_up_once_in_a_pass() -> None:
         patch.setattr(ring, "PIECE_BYTES", 64)
         patch.setattr(ring, "ring_bytes", lambda sizes: max(sizes) * 5 // 4 // 4 * 4)
         link = LazyLink()
-        stream = BlockStream(layouts, frozenset(), torch.float32, link, ComputeClock(CPU), lambda *_: None)
+        stream = BlockStream(forms_of(layouts), frozenset(), link, ComputeClock(CPU), lambda *_: None)
         for _ in range(6):
             before = link.crossed["up"]
             stream.prefetch()
@@ -158,7 +161,7 @@ def test_every_byte_comes_up_once_in_a_pass() -> None:
 
 def test_weights_that_are_gone_are_refused_in_one_line() -> None:
     layouts = [layout_of([64]), layout_of([64])]
-    stream = BlockStream(layouts, frozenset(), torch.float32, Link(CPU), ComputeClock(CPU), lambda *_: None)
+    stream = BlockStream(forms_of(layouts), frozenset(), Link(CPU), ComputeClock(CPU), lambda *_: None)
     stream.prefetch()
     stream.begin(keep=False)
     stream.take(0, 0, 1)

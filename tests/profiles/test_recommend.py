@@ -491,3 +491,19 @@ def test_a_disk_that_was_not_measured_gives_no_time() -> None:
     assert tight.prediction.step_s is None
     assert tight.prediction.floor_s is None
     assert "disk read bandwidth is not in the machine profile: a brief probe" in tight.prediction.basis
+
+
+def test_a_low_bit_base_is_an_explicit_choice_and_said() -> None:
+    """175B takes 250 GB of host memory and a disk; nobody is given an approximation who has not asked."""
+    shape = opt("opt-175b", 12288, 96, 96)
+    memory = replace(H200.memory, total_bytes=256 * 2**30, available_bytes=250 * GB)
+    machine = replace(with_vram(H200, 18 * GB), memory=memory)
+    for told in recommend(machine, shape, FORWARD_ONLY, ["mezo", "zo2"], {}):
+        assert "base" not in told.settings
+        assert told.engine != "mezo" or not told.fits
+        assert told.engine != "zo2" or told.settings["disk_blocks"] != 0
+    asked: dict[str, dict[str, object]] = {"zo2": {"base": "int8"}}
+    first, *_ = recommend(machine, shape, FORWARD_ONLY, ["mezo", "zo2"], asked)
+    assert (first.engine, first.fits, first.settings["base"]) == ("zo2", True, "int8")
+    assert "disk_blocks" not in first.settings
+    assert "approximate: 8-bit base (int8)" in first.reasons

@@ -25,6 +25,7 @@ from run_records import (
     make_environment,
     make_failures,
     make_machine,
+    make_plan,
     make_run,
     make_sweep,
     make_test_job,
@@ -291,6 +292,9 @@ def test_warnings() -> None:
     traced = [make_run(), replace(make_run(round=2), traced=True)]
     assert "1 of 2 runs kept a trace" in warnings_of(traced, asked)
     assert "trace" not in warnings_of(stamped, asked)
+    low_bit = replace(make_run(), plan=make_plan("zo2", settings={"base": "int4"}))
+    assert "zo2: approximate: 4-bit base (int4)" in warnings_of([make_run(), low_bit], asked)
+    assert "approximate" not in warnings_of(stamped, asked)
 
 
 @pytest.mark.parametrize(

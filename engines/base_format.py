@@ -1,0 +1,293 @@
+"""Matrices as low-bit values with a scale per group, and what a zeroth-order step does to them.
+
+A matrix is a row of *records*, one per tile of 2048 elements (`engines.noise`), each with all that the tile's
+elements need: first their codes, then 16 scales in bf16, one for each 128 neighbours. A matrix is thus one
+piece of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four elements,
+one in each row of the tile, lie in one word: a kernel loads it at once, and 4-bit codes need no sorting.
+
+    int8, int4   w = code scale; codes -127 to 127 or -7 to 7
+    fp8          w = e4m3(code) scale; the scale is a power of two, which costs a floating-point grid nothing
+
+Scales are made once, from the largest of each group, and stay. They leave room above it (3 codes with int8, a
+factor of 1.75 or more with fp8, none with int4), since an update that would lead out of the grid is cut off.
+A group that is all zero stays zero.
+
+`visit` is one pass over a matrix, as `engines.noise.visit` is for one in 16 bits:
+
+    w = code scale - sum of lr (g z + wd w) over the pending updates, in fp32, not rounded in between
+    if it is to be stored: w <- round(w) to the grid, stochastically; the codes are written back
+    plus = w + eps z,   minus = w - eps z,   rounded to nearest
+
+Exact, given the quantised model: what is computed between two stores. Approximate: the first rounding to the
+grid, and every store. A store is unbiased, but in units of an update its noise is large (EXPERIMENTS.md), so
+that stores should be rare (`fold_every`), or not be at all: with `train=lora` the matrices are only read.
+
+Torch operations and the Triton kernel (`engines.base_kernels`) give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engines import noise
+from engines.costs.low_bit import (
+    CODE_BITS,
+    GROUP_ELEMENTS,
+    SCALE_BYTES,
+    TILE_ELEMENTS,
+    matrix_bytes,
+    record_bytes,
+)
+from engines.layout import BlockLayout, Part
+from engines.noise import LANES, Segment, Visit
+from engines.settings import Base
+
+LARGEST_CODE: dict[Base, int] = {"int8": 127, "int4": 7}
+FILLED_CODE: dict[Base, int] = {"int8": 124, "int4": 7}
+"""Of the largest element of a group, when it is quantised."""
+FP8_LARGEST = 448.0
+FP8_FILLED = 256.0
+FP8_NORMAL = 2.0**-6
+"""Smallest normal number of e4m3."""
+SMALLEST_SCALE = 2.0**-100
+
+INVERSE_BITS = 0x7EF311C3
+"""1 / x is about the float of bits `INVERSE_BITS` - bits(x); three Newton steps make its error 1e-7."""
+
+GROUPS_PER_ROW = LANES // GROUP_ELEMENTS
+SCALES_PER_TILE = TILE_ELEMENTS // GROUP_ELEMENTS
+
+_CHUNK_TILES = {"cpu": 128, "cuda": 1 << 11}
+"""Tiles at a time: see `engines.noise`. Packing, too, needs some 30 bytes per element of them."""
+
+
+class BlockForm:
+    """Where the parts of a block lie in its memory, in bytes, and in which form.
+
+    With a full base as `engines.layout` has them; else the vectors in the model's dtype, then each matrix in
+    records.
+    """
+
+    def __init__(self, layout: BlockLayout, base: Base, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.base: Base = base
+        self.dtype = dtype
+        self._ends = [0]
+        for part in layout.own_parts:
+            size = matrix_bytes(part.size, base) if self.is_low_bit(part) else dtype.itemsize * part.size
+            self._ends.append(self._ends[-1] + size)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._ends[-1]
+
+    def is_low_bit(self, part: Part) -> bool:
+        """A matrix is, unless it is shared with what lies outside the block."""
+        return self.base != "full" and part.segment.decays[0] and not part.shared
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """First byte, and the one after the last, of own parts `first` to `last` - 1."""
+        return self._ends[first], self._ends[last]
+
+    def opened(self, memory: Tensor, first: int) -> Tensor:
+        """`memory` (bytes) of parts from `first` on as it is computed with: records (bytes), where that is a
+        low-bit matrix, or of the full dtype."""
+        return memory if self.is_low_bit(self.layout.parts[first]) else memory.view(self.dtype)
+
+    def part(self, memory: Tensor, index: int) -> Tensor:
+        """One part in `memory`, the block's bytes, `opened`."""
+        start, stop = self.span(index, index + 1)
+        return self.opened(memory[start:stop], index)
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """The block's own tensors as they are kept: of their shapes, or (tiles, bytes of a record) uint8."""
+        found: dict[str, Tensor] = {}
+        for index, part in enumerate(self.layout.own_parts):
+            kept = self.part(memory, index)
+            if self.is_low_bit(part):
+                found[part.names[0]] = kept.view(-1, record_bytes(self.base))
+            else:
+                found |= part.views(kept)
+        return found
+
+    def fill(
+        self, memory: Tensor, fill: Callable[[str, Tensor], object], room: Callable[[int], Tensor]
+    ) -> None:
+        """Write the block's weights to its `memory`, matrix by matrix.
+
+        `fill` writes a tensor of the full dtype; `room` gives memory for so many elements of it, on the
+        device of `memory`, in which one matrix at a time is made.
+        """
+        for index, part in enumerate(self.layout.own_parts):
+            kept = self.part(memory, index)
+            if not self.is_low_bit(part):
+                for name, weight in part.views(kept).items():
+                    fill(name, weight)
+                continue
+            values = room(part.segment.counts[0])
+            fill(part.names[0], values.view(part.shapes[0]))
+            pack(values, self.base, kept)
+
+    def plain(self, memory: Tensor, how: Visit, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Each own tensor with the pending updates of `how`, of the full dtype, on `device`; `memory` stays
+        as it is."""
+        for index, part in enumerate(self.layout.own_parts):
+            kept = self.part(memory, index).to(device)
+            mine = how if part.trained else replace(how, first=how.last)
+            out = torch.empty(part.size, dtype=self.dtype, device=device)
+            if self.is_low_bit(part):
+                visit(kept, part.segment, mine, self.base, store=False, sides=(out,))
+            elif mine.first < mine.last:
+                noise.visit(kept, part.segment, mine, noise.Outputs(theta=out))
+            else:
+                out = kept
+            yield from part.views(out).items()
+
+
+def block_forms(layouts: Iterable[BlockLayout], base: Base, dtype: torch.dtype) -> list[BlockForm]:
+    return [BlockForm(layout, base, dtype) for layout in layouts]
+
+
+def pack(values: Tensor, base: Base, records: Tensor) -> None:
+    """Quantise `values` (n,) of any float dtype to nearest, into `records`, (bytes,) on the same device."""
+    tables = records.view(-1, record_bytes(base))
+    for first, last in _chunks(tables):
+        piece = values[first * TILE_ELEMENTS : last * TILE_ELEMENTS].float()
+        groups = torch.zeros((last - first) * TILE_ELEMENTS, dtype=torch.float32, device=values.device)
+        groups[: piece.numel()] = piece
+        groups = groups.view(-1, SCALES_PER_TILE, GROUP_ELEMENTS)
+        scales = _scales(groups.abs().amax(2), base)
+        tables[first:last, -SCALES_PER_TILE * SCALE_BYTES :] = scales.to(torch.bfloat16).view(torch.uint8)
+        codes = _encode(groups, scales.unsqueeze(2), base, None)
+        _put_codes(codes.view(last - first, 4, LANES), base, tables[first:last])
+
+
+def unpack(records: Tensor, base: Base, count: int) -> Tensor:
+    """The `count` elements that `records` (bytes) hold: (count,) fp32."""
+    tables = records.view(-1, record_bytes(base))
+    return _decode(_codes(tables, base), _expanded_scales(tables), base).reshape(-1)[:count]
+
+
+def visit(
+    records: Tensor, segment: Segment, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
+) -> None:
+    """One pass over a matrix: see the module's docstring.
+
+    `records` (bytes) are rewritten with `store`. `sides` are flat memories of the full dtype: none, one for w
+    itself, or two for w + eps z and w - eps z.
+    """
+    if records.is_cuda and noise.has_triton():
+        from engines import base_kernels
+
+        base_kernels.visit(records, segment, how, base, store=store, sides=sides)
+        return
+    number, count = segment.numbers[0], segment.counts[0]
+    updates = how.log.in_fp32(how.first, how.last)
+    tables = records.view(-1, record_bytes(base))
+    for first, last in _chunks(tables):
+        here = tables[first:last]
+        scales = _expanded_scales(here)
+        w = _decode(_codes(here, base), scales, base).reshape(-1)
+        uniform: Tensor | None = None
+        for update in updates:
+            z, uniform = noise.tiles(number, update.step, how.seed, first, last, w.device, uniform=True)
+            z.mul_(update.projected_gradient)
+            if update.weight_decay != 0.0:
+                z.add_(w * update.weight_decay)
+            w = w - z.mul_(update.learning_rate)
+        if store:
+            w[max(0, count - first * TILE_ELEMENTS) :] = 0.0
+            bits = uniform if how.rounding == "stochastic" else None
+            codes = _encode(w, scales.reshape(-1), base, bits).view(-1, 4, LANES)
+            _put_codes(codes, base, here)
+            w = _decode(codes, scales, base).reshape(-1)
+        place = slice(first * TILE_ELEMENTS, min(last * TILE_ELEMENTS, count))
+        inside = place.stop - place.start
+        if len(sides) == 1:
+            sides[0][place].copy_(w[:inside])
+        elif sides:
+            z, _ = noise.tiles(number, how.step, how.seed, first, last, w.device, uniform=False)
+            z.mul_(how.eps)
+            sides[0][place].copy_((w + z)[:inside])
+            sides[1][place].copy_((w - z)[:inside])
+
+
+def _chunks(tables: Tensor) -> Iterator[tuple[int, int]]:
+    step = _CHUNK_TILES[tables.device.type]
+    for first in range(0, len(tables), step):
+        yield first, min(first + step, len(tables))
+
+
+def _scales(largest: Tensor, base: Base) -> Tensor:
+    """Rounded up to what bf16 holds, or to a power of two: fp32."""
+    if base == "fp8":
+        bits = (largest / FP8_FILLED).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)
+    else:
+        bits = (largest / FILLED_CODE[base]).view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
+    return bits.view(torch.float32).clamp_(min=SMALLEST_SCALE)
+
+
+def _expanded_scales(tables: Tensor) -> Tensor:
+    """Scales of (n, bytes) records for each element: (n, 4, 512) fp32."""
+    kept = tables[:, -SCALES_PER_TILE * SCALE_BYTES :].contiguous().view(torch.bfloat16).float()
+    return kept.view(-1, 4, GROUPS_PER_ROW, 1).expand(-1, -1, -1, GROUP_ELEMENTS).reshape(-1, 4, LANES)
+
+
+def _codes(tables: Tensor, base: Base) -> Tensor:
+    """Codes of (n, bytes) records by row and lane: (n, 4, 512) int32, of 8 or 4 unsigned bits."""
+    stored = tables[:, : TILE_ELEMENTS * CODE_BITS[base] // 8].to(torch.int32)
+    if base == "int4":
+        pairs = stored.view(-1, LANES, 2)
+        stored = torch.stack((pairs & 15, pairs >> 4), dim=3)
+    return stored.view(-1, LANES, 4).transpose(1, 2)
+
+
+def _put_codes(codes: Tensor, base: Base, tables: Tensor) -> None:
+    """The inverse of `_codes`."""
+    lanes = codes.transpose(1, 2)
+    if base == "int4":
+        lanes = lanes[:, :, 0::2] | (lanes[:, :, 1::2] << 4)
+    tables[:, : TILE_ELEMENTS * CODE_BITS[base] // 8] = lanes.reshape(len(codes), -1).to(torch.uint8)
+
+
+def _decode(codes: Tensor, scales: Tensor, base: Base) -> Tensor:
+    """What codes (unsigned bits) stand for, in fp32, exactly: 7 bits times the 8 of a scale."""
+    if base == "fp8":
+        # The same bits are an fp16 of 2^-8 the size, smallest numbers included.
+        half = ((codes & 0x7F) << 7) | ((codes & 0x80) << 8)
+        return half.to(torch.int16).view(torch.float16).float() * 256.0 * scales
+    unused = 32 - CODE_BITS[base]
+    return ((codes << unused) >> unused).float() * scales
+
+
+def _encode(w: Tensor, scales: Tensor, base: Base, uniform: Tensor | None) -> Tensor:
+    """Codes (int32, unsigned bits) of fp32 `w`; to nearest, or stochastically by 16 random bits (int32)."""
+    if base == "fp8":
+        return _encode_fp8(w, scales, uniform)
+    inverse = (INVERSE_BITS - scales.view(torch.int32)).view(torch.float32)
+    for _ in range(3):
+        inverse = (2.0 - scales * inverse) * inverse
+    code = torch.floor(w * inverse + 0.5)
+    if uniform is not None:
+        # What is left is exact, and zero on the grid: without a change nothing moves.
+        rest = (w - code * scales) * inverse
+        threshold = (uniform.float() + 0.5) * 2.0**-16
+        code = code + (rest > threshold).float() - (-rest > threshold).float()
+    most = LARGEST_CODE[base]
+    return code.clamp_(-most, most).to(torch.int32) & ((1 << CODE_BITS[base]) - 1)
+
+
+def _encode_fp8(w: Tensor, scales: Tensor, uniform: Tensor | None) -> Tensor:
+    """As `engines.noise.dither`: random bits below the last place that stays, then the rest cut off."""
+    size = (w * (0x7F000000 - scales.view(torch.int32)).view(torch.float32)).abs()
+    lift = torch.where(size < FP8_NORMAL, FP8_NORMAL, 0.0)
+    added = 1 << 19 if uniform is None else (uniform << 4) + 8
+    bits = (size.clamp(max=FP8_LARGEST) + lift).view(torch.int32) + added
+    cut = (bits & -0x100000).view(torch.float32) - lift
+    cut = cut.clamp(max=FP8_LARGEST)
+    code = (cut * 2.0**-8).to(torch.float16).view(torch.int16).to(torch.int32) >> 7
+    return code | torch.where((w < 0) & (code > 0), 0x80, 0)

@@ -1,0 +1,173 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# The compiler of Triton takes annotations of kernels for code, so kernels have none.
+"""Triton kernel of `engines.base_format`, bit for bit the same arithmetic. Imported only where Triton is.
+
+One program takes one record: 128 lanes at a time, which share a scale in each row of the tile, load their
+codes as one word each. Launched without contraction of multiply and add. With TRITON_INTERPRET=1 it runs on
+CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engines import base_format
+from engines.costs.low_bit import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
+from engines.noise import LANES, LOG_CAPACITY, Segment, Visit
+from engines.noise_kernels import NUM_WARPS, _on, _seed, normals
+from engines.settings import Base
+
+_LANES = tl.constexpr(LANES)
+_TILE = tl.constexpr(TILE_ELEMENTS)
+_GROUP = tl.constexpr(GROUP_ELEMENTS)
+_GROUPS = tl.constexpr(base_format.GROUPS_PER_ROW)
+_CAPACITY = tl.constexpr(LOG_CAPACITY)
+_INVERSE_BITS = tl.constexpr(base_format.INVERSE_BITS)
+_FP8_LARGEST = tl.constexpr(base_format.FP8_LARGEST)
+_FP8_NORMAL = tl.constexpr(base_format.FP8_NORMAL)
+_INV_2_16 = tl.constexpr(2.0**-16)
+_INV_256 = tl.constexpr(2.0**-8)
+
+_INT4, _INT8, _FP8 = (tl.constexpr(form) for form in range(3))
+_FORMS: dict[Base, int] = {"int4": 0, "int8": 1, "fp8": 2}
+
+
+@triton.jit
+def _decoded(code, scale, FORM: tl.constexpr):
+    """As `base_format._decode`; `code` has its unsigned bits in an int32."""
+    if FORM == _FP8:
+        half = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * scale
+    if FORM == _INT8:
+        return ((code << 24) >> 24).to(tl.float32) * scale
+    return ((code << 28) >> 28).to(tl.float32) * scale
+
+
+@triton.jit
+def _encoded(w, scale, uniform, STOCHASTIC: tl.constexpr, FORM: tl.constexpr):
+    """As `base_format._encode`, line by line."""
+    if FORM == _FP8:
+        inverse = (-scale.to(tl.int32, bitcast=True) + 0x7F000000).to(tl.float32, bitcast=True)
+        size = tl.abs(w * inverse)
+        lift = tl.where(size < _FP8_NORMAL, _FP8_NORMAL, 0.0)
+        bits = (tl.minimum(size, _FP8_LARGEST) + lift).to(tl.int32, bitcast=True)
+        bits = bits + ((uniform << 4) + 8).to(tl.int32) if STOCHASTIC else bits + (1 << 19)
+        cut = (bits & -0x100000).to(tl.float32, bitcast=True) - lift
+        half = (tl.minimum(cut, _FP8_LARGEST) * _INV_256).to(tl.float16)
+        code = half.to(tl.int16, bitcast=True).to(tl.int32) >> 7
+        return code | tl.where((w < 0) & (code > 0), 0x80, 0)
+    inverse = (-scale.to(tl.int32, bitcast=True) + _INVERSE_BITS).to(tl.float32, bitcast=True)
+    inverse = (2.0 - scale * inverse) * inverse
+    inverse = (2.0 - scale * inverse) * inverse
+    inverse = (2.0 - scale * inverse) * inverse
+    value = tl.floor(w * inverse + 0.5)
+    if STOCHASTIC:
+        rest = (w - value * scale) * inverse
+        threshold = (uniform.to(tl.float32) + 0.5) * _INV_2_16
+        value = value + tl.where(rest > threshold, 1.0, 0.0) - tl.where(-rest > threshold, 1.0, 0.0)
+    if FORM == _INT8:
+        return tl.minimum(tl.maximum(value, -127.0), 127.0).to(tl.int32) & 0xFF
+    return tl.minimum(tl.maximum(value, -7.0), 7.0).to(tl.int32) & 0xF
+
+
+@triton.jit
+def _moved(w, z, lr, g, decay):
+    return w - (z * g + w * decay) * lr
+
+
+@triton.jit(do_not_specialize=["tensor", "first", "num_updates", "step", "seed", "eps"])
+def _visit_kernel(
+    codes, scales, side, other, count, tensor, table, first, num_updates, step, seed, eps,
+    FORM: tl.constexpr, WORDS: tl.constexpr, STORE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SIDES: tl.constexpr,
+):  # fmt: skip
+    """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
+    `scales` is the same memory as bf16."""
+    tile = tl.program_id(0).to(tl.int64)
+    base = tile * _TILE
+    left = count - base
+    words = codes + tile * WORDS
+    # The scales are the last of the record.
+    kept = scales + (tile + 1) * (WORDS * (1 if FORM == _INT4 else 2)) - 4 * _GROUPS
+    for group in range(_GROUPS):
+        lane = group * _GROUP + tl.arange(0, _GROUP)
+        counter = tile * _LANES + lane
+        s0 = tl.load(kept + group).to(tl.float32)
+        s1 = tl.load(kept + _GROUPS + group).to(tl.float32)
+        s2 = tl.load(kept + 2 * _GROUPS + group).to(tl.float32)
+        s3 = tl.load(kept + 3 * _GROUPS + group).to(tl.float32)
+        word = tl.load(words + lane).to(tl.int32)
+        width: tl.constexpr = 4 if FORM == _INT4 else 8
+        mask: tl.constexpr = 15 if FORM == _INT4 else 255
+        w0 = _decoded(word & mask, s0, FORM)
+        w1 = _decoded((word >> width) & mask, s1, FORM)
+        w2 = _decoded((word >> (2 * width)) & mask, s2, FORM)
+        w3 = _decoded((word >> (3 * width)) & mask, s3, FORM)
+        x0 = (lane * 0).to(tl.uint32)
+        x2 = x0
+        for i in range(num_updates):
+            row = table + ((first + i) % _CAPACITY) * 4
+            lr = tl.load(row + 1).to(tl.float32, bitcast=True)
+            g = tl.load(row + 2).to(tl.float32, bitcast=True)
+            decay = tl.load(row + 3).to(tl.float32, bitcast=True)
+            z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
+            w0 = _moved(w0, z0, lr, g, decay)
+            w1 = _moved(w1, z1, lr, g, decay)
+            w2 = _moved(w2, z2, lr, g, decay)
+            w3 = _moved(w3, z3, lr, g, decay)
+        m0, m1 = lane < left, lane + _LANES < left
+        m2, m3 = lane + 2 * _LANES < left, lane + 3 * _LANES < left
+        if STORE:
+            c0 = _encoded(tl.where(m0, w0, 0.0), s0, x2 >> 16, STOCHASTIC, FORM)
+            c1 = _encoded(tl.where(m1, w1, 0.0), s1, x2 & 0xFFFF, STOCHASTIC, FORM)
+            c2 = _encoded(tl.where(m2, w2, 0.0), s2, x0 >> 16, STOCHASTIC, FORM)
+            c3 = _encoded(tl.where(m3, w3, 0.0), s3, x0 & 0xFFFF, STOCHASTIC, FORM)
+            word = c0 | (c1 << width) | (c2 << (2 * width)) | (c3 << (3 * width))
+            tl.store(words + lane, word.to(codes.dtype.element_ty))
+            w0, w1 = _decoded(c0, s0, FORM), _decoded(c1, s1, FORM)
+            w2, w3 = _decoded(c2, s2, FORM), _decoded(c3, s3, FORM)
+        if SIDES == 1:
+            like = side.dtype.element_ty
+            target = side + base + lane
+            tl.store(target, w0.to(like), mask=m0)
+            tl.store(target + _LANES, w1.to(like), mask=m1)
+            tl.store(target + 2 * _LANES, w2.to(like), mask=m2)
+            tl.store(target + 3 * _LANES, w3.to(like), mask=m3)
+        if SIDES == 2:
+            z0, z1, z2, z3, _, _ = normals(counter, tensor, step, seed)
+            z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
+            like = side.dtype.element_ty
+            target = side + base + lane
+            tl.store(target, (w0 + z0).to(like), mask=m0)
+            tl.store(target + _LANES, (w1 + z1).to(like), mask=m1)
+            tl.store(target + 2 * _LANES, (w2 + z2).to(like), mask=m2)
+            tl.store(target + 3 * _LANES, (w3 + z3).to(like), mask=m3)
+            target = other + base + lane
+            tl.store(target, (w0 - z0).to(like), mask=m0)
+            tl.store(target + _LANES, (w1 - z1).to(like), mask=m1)
+            tl.store(target + 2 * _LANES, (w2 - z2).to(like), mask=m2)
+            tl.store(target + 3 * _LANES, (w3 - z3).to(like), mask=m3)
+
+
+def visit(
+    records: Tensor, segment: Segment, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
+) -> None:
+    """As `base_format.visit`."""
+    word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
+    scales = records.view(torch.bfloat16)
+    side, other = (sides[0], sides[-1]) if sides else (scales, scales)
+    count = segment.counts[0]
+    with _on(records):
+        _visit_kernel[(records.numel() // record_bytes(base),)](
+            records.view(word), scales, side, other, count, segment.numbers[0],
+            how.log.table, how.first, how.last - how.first,
+            how.step, _seed(how.seed), how.eps,
+            FORM=_FORMS[base], WORDS=record_bytes(base) // word.itemsize, STORE=store,
+            STOCHASTIC=how.rounding == "stochastic", SIDES=len(sides),
+            enable_fp_fusion=False, num_warps=NUM_WARPS,
+        )  # fmt: skip

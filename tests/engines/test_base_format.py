@@ -1,0 +1,417 @@
+"""Low-bit matrices: the grid, its stochastic rounding, and mezo and zo2 on them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, make_zo2, save
+
+from engines import base_format, noise
+from engines.base import Dtype, InfeasiblePlan, Update, UserError
+from engines.base_format import pack, unpack, visit
+from engines.costs import low_bit
+from engines.costs.low_bit import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
+from engines.noise import NoiseKey, UpdateLog, Visit, normal, one
+from engines.settings import Base, MezoSettings, Zo2Settings, parse_settings
+from engines.zo2 import Zo2
+from tiny_models import tiny_batches, tiny_blueprint
+
+BASES: list[Base] = ["int8", "fp8", "int4"]
+CPU = torch.device("cpu")
+
+
+def packed(values: Tensor, base: Base) -> Tensor:
+    records = torch.full((matrix_bytes(values.numel(), base),), 255, dtype=torch.uint8, device=values.device)
+    pack(values, base, records)
+    return records
+
+
+def some_weights(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def a_visit(
+    *updates: tuple[float, float], device: torch.device = CPU, rounding: noise.Rounding = "stochastic"
+) -> Visit:
+    """Of updates by (learning rate, projected gradient), with some decay."""
+    log = UpdateLog(device)
+    for step, (lr, g) in enumerate(updates):
+        log.append(Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=0.1))
+    return Visit(seed=-5, log=log, first=0, last=len(updates), rounding=rounding, step=len(updates), eps=1e-3)
+
+
+def by_group(values: Tensor) -> Tensor:
+    """(groups, 128), with zeros at the end."""
+    groups = torch.zeros(-(-values.numel() // GROUP_ELEMENTS) * GROUP_ELEMENTS, dtype=torch.float64)
+    groups[: values.numel()] = values
+    return groups.view(-1, GROUP_ELEMENTS)
+
+
+def steps_of(values: Tensor, packed_from: Tensor, base: Base) -> Tensor:
+    """The distance of the grid's neighbours around each of `values`, from the format's definition; scales are
+    those of `packed_from`."""
+    largest = by_group(packed_from).abs().amax(1, keepdim=True)
+    if base == "fp8":
+        scale = torch.exp2(torch.ceil(torch.log2(largest / 256)))
+        exponent = torch.floor(torch.log2((by_group(values) / scale).abs())).clamp(min=-6)
+        step = torch.exp2(exponent - 3) * scale
+    else:
+        # A scale is rounded up to 8 bits.
+        step = (largest / {"int8": 124, "int4": 7}[base] * (1 + 2**-7)).expand(-1, GROUP_ELEMENTS)
+    return step.reshape(-1)[: values.numel()]
+
+
+def is_inside(values: Tensor, base: Base) -> Tensor:
+    """Which are safely within their groups' grids."""
+    groups = by_group(values).abs()
+    return (groups < 0.8 * groups.amax(1, keepdim=True)).reshape(-1)[: values.numel()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    base=st.sampled_from(BASES),
+    count=st.sampled_from([1, 3, 127, 128, 129, 2047, 2048, 2049, 5000]),
+    exponent=st.integers(-20, 12),
+    seed=st.integers(0, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_packed_values_are_at_most_half_a_step_away(
+    base: Base, count: int, exponent: int, seed: int, dtype: torch.dtype
+) -> None:
+    values = (some_weights(count, seed) * 2.0**exponent).to(dtype)
+    got = unpack(packed(values, base), base, count).double()
+    assert ((got - values.double()).abs() <= steps_of(values, values, base) / 2 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_is_on_the_grid_stays_there(base: Base) -> None:
+    """Packed again it has the same values; and updates that change nothing move nothing."""
+    once = packed(some_weights(5000), base)
+    values = unpack(once, base, 5000)
+    visited = once.clone()
+    visit(visited, one(3, 5000, decays=True), a_visit((0.0, 1.0)), base, store=True, sides=())
+    assert torch.equal(visited, once)
+    if base == "fp8":  # elsewhere the largest, rounded, may get another scale
+        assert torch.equal(unpack(packed(values, base), base, 5000), values)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_zeros_stay_zeros_and_are_finite(base: Base) -> None:
+    records = packed(torch.zeros(300), base)
+    visit(records, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True, sides=())
+    assert unpack(records, base, 300).abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("count", [1, 2048, 70_001])
+def test_pieces_make_up_the_whole(monkeypatch: pytest.MonkeyPatch, base: Base, count: int) -> None:
+    results = []
+    for tiles in (1, 7, 1000):
+        monkeypatch.setitem(base_format._CHUNK_TILES, "cpu", tiles)
+        records = packed(some_weights(count), base)
+        sides = [torch.zeros(count, dtype=torch.float16) for _ in range(2)]
+        visit(records, one(3, count), a_visit((1e-3, 0.5), (1e-4, -3.0)), base, store=True, sides=sides)
+        results.append([records, *sides])
+    assert all(
+        torch.equal(each, whole)
+        for piece in results[:2]
+        for each, whole in zip(piece, results[2], strict=True)
+    )
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("store", [False, True])
+def test_formulas_in_fp32_between_the_grid_and_one_rounding(base: Base, store: bool) -> None:
+    count = 3000
+    records = packed(some_weights(count), base)
+    value = unpack(records, base, count).double()
+    updates = [(1e-3, 0.7), (2e-3, -0.4)]
+    for step, (lr, g) in enumerate(updates):
+        z = normal(NoiseKey(seed=-5, step=step, tensor=3), count).double()
+        value -= lr * (g * z + 0.1 * value)
+    how = a_visit(*updates)
+    plain, plus, minus = (torch.empty(count) for _ in range(3))
+    visit(records.clone(), one(3, count, decays=True), how, base, store=store, sides=(plain,))
+    visit(records, one(3, count, decays=True), how, base, store=store, sides=(plus, minus))
+    if store:
+        rounded = unpack(records, base, count).double()
+        assert torch.equal(plain.double(), rounded)
+        step = steps_of(torch.maximum(value.abs(), rounded.abs()), some_weights(count), base)
+        assert ((rounded - value).abs() < step)[is_inside(some_weights(count), base)].all()
+        value = rounded
+    assert torch.allclose(plain.double(), value, rtol=0, atol=1e-8)
+    z = normal(NoiseKey(seed=-5, step=2, tensor=3), count).double()
+    assert torch.allclose(plus.double(), value + 1e-3 * z, rtol=0, atol=1e-8)
+    assert torch.allclose(minus.double(), value - 1e-3 * z, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4])
+def test_a_store_is_unbiased(base: Base, size: float) -> None:
+    """The mean of what rounding adds is zero, over all elements and in the direction of the update, within
+    5 standard errors; elements near the end of their grid are left out, where updates are cut off."""
+    count = 1 << 20
+    records = packed(some_weights(count), base)
+    before = unpack(records, base, count)
+    inside = is_inside(before, base)
+    how = a_visit((size, 1.0), (size, 1.0))
+    wanted = torch.empty(count)
+    visit(records.clone(), one(3, count), how, base, store=False, sides=(wanted,))
+    visit(records, one(3, count), how, base, store=True, sides=())
+    added = (unpack(records, base, count) - wanted).double()[inside]
+    assert added.abs().max() > 0
+    assert added.mean().abs() < 5 * added.std() / math.sqrt(len(added))
+    direction = (wanted - before).double()[inside]
+    along = added * direction
+    assert along.mean().abs() < 5 * along.std() / math.sqrt(len(added))
+
+
+def test_rounding_to_nearest_loses_small_updates() -> None:
+    records = packed(some_weights(5000), "int8")
+    before = records.clone()
+    how = a_visit((1e-6, 1.0), rounding="nearest")
+    visit(records, one(3, 5000), how, "int8", store=True, sides=())
+    assert torch.equal(records, before)
+
+
+def test_the_cost_models_tiles_are_those_of_the_noise() -> None:
+    assert TILE_ELEMENTS == noise.TILE
+    assert [low_bit.record_bytes(base) for base in BASES] == [2080, 2080, 1056]
+
+
+def kernel_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+
+
+def check_kernel(
+    base: Base, count: int, dtype: torch.dtype, *, store: bool, sides: int, rounding: noise.Rounding
+) -> None:
+    from engines import base_kernels
+
+    results = []
+    for where, function in ((CPU, visit), (kernel_device(), base_kernels.visit)):
+        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding)
+        records = packed(some_weights(count), base).to(where)
+        outs = [torch.zeros(count, dtype=dtype, device=where) for _ in range(sides)]
+        function(records, one(3, count, decays=True), how, base, store=store, sides=outs)
+        results.append([each.cpu() for each in (records, *outs)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("store", "sides", "rounding", "count"),
+    [(True, 2, "stochastic", 2100), (False, 1, "stochastic", 300), (True, 0, "nearest", 2048)],
+)
+def test_the_kernel_gives_the_same_bits(
+    base: Base, store: bool, sides: int, rounding: noise.Rounding, count: int
+) -> None:
+    pytest.importorskip("triton")
+    check_kernel(base, count, torch.float16, store=store, sides=sides, rounding=rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
+    base: Base, dtype: torch.dtype, rounding: noise.Rounding
+) -> None:
+    pytest.importorskip("triton")
+    for store, sides in ((True, 2), (True, 1), (True, 0), (False, 2), (False, 1)):
+        check_kernel(base, 1_000_001, dtype, store=store, sides=sides, rounding=rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", BASES)
+def test_packing_on_the_gpu_gives_the_same_bits(base: Base) -> None:
+    values = some_weights(5_000_001).to(torch.float16)
+    assert torch.equal(packed(values.cuda(), base).cpu(), packed(values, base))
+
+
+# --- mezo and zo2 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "fold_every", "resident"),
+    [("int8", 1, 0), ("int8", 1, 1), ("int8", 4, 0), ("int8", 4, 1), ("fp8", 4, 1), ("int4", 4, 1)],
+)
+def test_zo2_equals_mezo(base: Base, fold_every: int, resident: int) -> None:
+    """Also when it is evaluated in between, which must not round anything."""
+    where, knobs = context(dtype="bf16"), {"base": base, "fold_every": fold_every}
+    mezo = make_mezo(tiny_blueprint("opt"), where, **knobs)
+    streamed = make_zo2(tiny_blueprint("opt"), where, resident_blocks=resident, **knobs)
+    undisturbed = make_zo2(tiny_blueprint("opt"), where, resident_blocks=resident, **knobs)
+    batches = tiny_batches(6, "opt")
+    assert_same_steps(mezo, streamed, batches[:5])
+    assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
+    assert_same_weights(mezo, streamed)
+    assert_same_steps(mezo, streamed, batches[5:])
+    for batch in batches:
+        undisturbed.step([batch])
+    assert_same_weights(streamed, undisturbed)
+    assert streamed.landed_share() == mezo.landed_share() is not None
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "fp32"), ("gpt2", "fp16"), ("bert", "fp16")])
+def test_zo2_equals_mezo_for_any_family_and_with_micro_batches(family: str, dtype: Dtype) -> None:
+    where, knobs = context(dtype=dtype), {"base": "int8", "fold_every": 2}
+    mezo, streamed = (make(tiny_blueprint(family), where, **knobs) for make in (make_mezo, make_zo2))
+    batches = tiny_batches(6, family)
+    for first in (0, 2, 4):
+        expected, stats = mezo.step(batches[first : first + 2]), streamed.step(batches[first : first + 2])
+        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
+    assert_same_weights(mezo, streamed)
+
+
+@pytest.mark.parametrize(("fold_every", "train"), [(1, "all"), (3, "all"), (1, "last:1")])
+def test_a_log_is_replayed_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, fold_every: int, train: str
+) -> None:
+    """More updates than pend at once: a replay rounds at several steps in one visit."""
+    monkeypatch.setattr("engines.zo2.LOG_CAPACITY", 5)
+    where, knobs = context(), {"base": "int8", "fold_every": fold_every, "train": train}
+    live = make_zo2(tiny_blueprint("opt", num_blocks=2), where, **knobs)
+    batches = tiny_batches(3, "opt")
+    updates = [live.step([batches[step % 3]]).update for step in range(8)]
+    replayed = [make(tiny_blueprint("opt", num_blocks=2), where, **knobs) for make in (make_mezo, make_zo2)]
+    for each in replayed:
+        each.replay(update for update in updates if update is not None)
+        assert_same_weights(live, each)
+    expected = [live.step([batch]).loss for batch in batches[:2]]
+    for each in replayed:
+        assert [each.step([batch]).loss for batch in batches[:2]] == expected
+        assert_same_weights(live, each)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("resume", [make_mezo, make_zo2])
+def test_a_checkpoint_holds_the_low_bit_form_and_what_is_pending(
+    base: Base, resume: Any, tmp_path: Path
+) -> None:
+    where, knobs = context(dtype="fp16"), {"base": base, "fold_every": 4}
+    streamed = make_zo2(tiny_blueprint("llama"), where, **knobs)
+    batches = tiny_batches(9, "llama")
+    for batch in batches[:6]:
+        streamed.step([batch])
+    folder = save(streamed, tmp_path / "at-6")
+    resumed = resume(tiny_blueprint("llama", seed=5), context(dtype="fp16", seed=1), **knobs)
+    resumed.load(folder)
+    assert_same_weights(streamed, resumed)
+    assert_same_steps(resumed, streamed, batches[6:])
+    assert_same_weights(streamed, resumed)
+    shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    full = make_zo2(tiny_blueprint("llama"), where)
+    with pytest.raises(UserError, match=f"its base is {base}.*--set base={base}"):
+        full.load(folder)
+    kept = sum(each.numel() * each.itemsize for each in streamed._at_rest().values())
+    assert kept <= shards < kept + 8000  # and the names
+
+
+def test_an_old_checkpoint_without_a_base_is_of_a_full_one(tmp_path: Path) -> None:
+    mezo = make_mezo(tiny_blueprint("opt"))
+    folder = save(mezo, tmp_path / "saved")
+    state = (folder / "state.json").read_text()
+    for key in ("base", "pending", "stored"):
+        assert f'"{key}"' in state
+    old = {key: value for key, value in json.loads(state).items() if key not in ("base", "pending", "stored")}
+    (folder / "state.json").write_text(json.dumps(old))
+    make_zo2(tiny_blueprint("opt")).load(folder)
+
+
+def test_adapters_leave_the_base_untouched() -> None:
+    """`train=lora` on a low-bit base: it is read-only, and nothing goes down."""
+    where, knobs = context(dtype="bf16"), {"base": "int4", "train": "lora", "lora_rank": 2}
+    mezo, streamed = (make(tiny_blueprint("opt"), where, **knobs) for make in (make_mezo, make_zo2))
+    before = [streamed._stream.at_rest(index).clone() for index in range(3)]  # type: ignore[union-attr]
+    stats = assert_same_steps(mezo, streamed, tiny_batches(4, "opt"))  # type: ignore[arg-type]
+    assert all(each.d2h_bytes == 0 for each in stats)
+    streamed.synchronize()
+    after = [streamed._stream.at_rest(index) for index in range(3)]  # type: ignore[union-attr]
+    assert all(map(torch.equal, before, after))
+    assert_same_weights(mezo, streamed)
+
+
+def test_weights_are_those_of_the_model_quantised() -> None:
+    """Matrices to the grid, and vectors, embeddings and head as they are."""
+    blueprint = tiny_blueprint("opt", tied=True)
+    made = make_zo2(blueprint, base="int8")
+    for name, weight in made.weights():
+        original = blueprint.reference.get_parameter(name).detach()
+        if ".layers." in name and weight.dim() == 2:
+            expected = unpack(packed(original.reshape(-1), "int8"), "int8", original.numel())
+            assert torch.equal(weight, expected.view(original.shape))
+            assert not torch.equal(weight, original)
+        else:
+            assert torch.equal(weight, original)
+
+
+def test_fewer_bytes_are_asked_of_the_host() -> None:
+    """A plan that a full base cannot have fits with a low-bit one."""
+    blueprint = tiny_blueprint("opt")
+    limited = context(dtype="fp32")
+    host_bytes = 2 * 3 * blueprint.shape.block_parameters
+    limited = replace(limited, host_bytes=host_bytes + 3 * 4 * 6 * 2048)
+    with pytest.raises(InfeasiblePlan, match="host memory"):
+        make_zo2(tiny_blueprint("opt"), replace(limited, host_bytes=host_bytes))
+    make_zo2(tiny_blueprint("opt"), limited, base="int4")
+
+
+def test_folding_is_no_knob_of_mezo_with_a_full_base() -> None:
+    with pytest.raises(UserError, match="fold_every is of use to mezo with a low-bit base"):
+        parse_settings("mezo", {"fold_every": "2"})
+    assert isinstance(parse_settings("mezo", {"fold_every": "2", "base": "fp8"}), MezoSettings)
+    with pytest.raises(UserError, match="base"):
+        parse_settings("zo2", {"base": "int2"})
+    with pytest.raises(UserError, match="disk_blocks must be 0 with a low-bit base"):
+        parse_settings("zo2", {"base": "int8", "disk_blocks": "1"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("fold_every", [1, 3])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_equals_mezo_on_the_gpu(
+    base: Base, fold_every: int, graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a full base: small pieces, a small ring, and a link that is held up at random."""
+    if not graphs:
+        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.ring.PIECE_BYTES", 3000)
+        monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+    where = context("cuda:0", "fp16")
+    delays = random.Random(0)
+    knobs = {"base": base, "fold_every": fold_every}
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=7), where, **knobs)
+
+    def delayed(seed: int) -> Zo2:
+        made = Zo2(Zo2Settings(**KNOBS, resident_blocks=1, **knobs), where)  # type: ignore[arg-type]
+        made.link_delay = lambda: delays.randrange(400_000)
+        made.setup(tiny_blueprint("opt", num_blocks=7, seed=seed))
+        return made
+
+    streamed = delayed(seed=0)
+    batches = tiny_batches(20, "opt")
+    updates = [each.update for each in assert_same_steps(mezo, streamed, batches[:10])]
+    assert streamed.evaluate(batches[:3]) == mezo.evaluate(batches[:3])
+    resumed = delayed(seed=99)
+    resumed.load(save(streamed, tmp_path / "at-10"))
+    replayed = delayed(seed=0)
+    replayed.replay(each for each in updates if each is not None)
+    assert_same_weights(streamed, replayed)
+    assert streamed.landed_share() == mezo.landed_share() is not None
+    streamed.close()
+    assert_same_steps(mezo, resumed, batches[10:])
+    assert_same_weights(mezo, resumed)
+    resumed.close()
+    replayed.close()
