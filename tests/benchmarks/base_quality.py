@@ -121,8 +121,8 @@ def table(rows: list[Row]) -> Iterable[str]:
     """Means over seeds, and the spread of seeds as a standard deviation."""
     for source in dict.fromkeys(row["source"] for row in rows):
         mine = [row for row in rows if row["source"] == source]
-        yield f"\n### {source}, {mine[0]['steps']} steps, {mine[0]['dtype']}, seeds: "
-        yield f"{len({row['seed'] for row in mine})}\n"
+        seeds = len({row["seed"] for row in mine})
+        yield f"\n### {source}, {mine[0]['steps']} steps, {mine[0]['dtype']}, seeds: {seeds}\n"
         yield "| base | trained | fold every | before | after | spread of seeds | accuracy | moved | landed |"
         yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
         full = {row["seed"]: row["moved"] for row in mine if row["base"] == "full" and row["train"] == "all"}
