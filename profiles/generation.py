@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from engines.base import ModelShape, Traffic
 from engines.costs.generation import Decoding, least_gpu_bytes, traffic
-from engines.settings import parse_settings
+from engines.settings import Base, parse_settings
 from profiles.machine import Machine
 from profiles.plan import Plan
 from profiles.predict import predict
@@ -53,14 +53,14 @@ def plan_generation(
 ) -> Plan:
     """The plan of a measured generation; a step is one token of every sequence. Raises as `fitting` does."""
     settings, why_not = fitting(engine, shape, decoding, override, budget)
-    cost = _cost(engine, shape, decoding, settings)
-    told = predict(cost, machine, decoding.step)
+    told = predict(_cost(engine, shape, decoding, settings), machine, decoding.step)
+    base = parse_settings(engine, settings).base
     return Plan(
         engine=engine,
         settings=settings,
         fits=why_not is None,
         why_not=why_not,
-        prediction=replace(told, floor_s=_floor_s(told.floor_s, shape, decoding, machine)),
+        prediction=replace(told, floor_s=_floor_s(told.floor_s, shape, decoding, base, machine)),
     )
 
 
@@ -68,10 +68,12 @@ def _cost(engine: str, shape: ModelShape, decoding: Decoding, settings: Mapping[
     return traffic(shape, decoding, parse_settings(engine, settings))
 
 
-def _floor_s(floor_s: float | None, shape: ModelShape, decoding: Decoding, machine: Machine) -> float | None:
+def _floor_s(
+    floor_s: float | None, shape: ModelShape, decoding: Decoding, base: Base, machine: Machine
+) -> float | None:
     """The largest of uploads, arithmetic, and one read of weights and cache from the GPU's memory, each at
     the rate that was measured for it alone."""
     rate = None if machine.gpu is None else machine.gpu.copy_bytes_per_s.value
     if floor_s is None or not rate:
         return floor_s
-    return max(floor_s, least_gpu_bytes(shape, decoding) / rate)
+    return max(floor_s, least_gpu_bytes(shape, decoding, base) / rate)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from engines.base import BYTES_PER_ELEMENT, Dtype, LayerTraffic, ModelShape, Traffic, Workload
 from engines.costs import forward
+from engines.costs.low_bit import block_bytes
 from engines.costs.mezo import adapter_parameters
 from engines.costs.zo2 import resident_indices, ring_bytes
-from engines.settings import MezoSettings, Zo2Settings
+from engines.settings import Base, MezoSettings, Zo2Settings
 
 GREEDY_LOGIT_BYTES = 4
 """GPU bytes per logit in fp32 or less where the largest is taken."""
@@ -24,7 +25,8 @@ SAMPLED_LOGIT_BYTES = 40
 bytes), their probabilities and running sums, masks, and one exponential number each."""
 
 MOVES = 3
-"""Times that a block's weights are read or written in a step: copied to scratch, and read there."""
+"""Times that a block's weights are read or written in a step: copied to scratch (once as they are kept), and
+read there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
     if isinstance(settings, Zo2Settings):
         resident = resident_indices(shape.num_blocks, settings.resident_blocks)
     streamed = shape.num_blocks - len(resident)
-    block = element * shape.block_parameters
+    block = block_bytes(shape, decoding.dtype, settings.base)
     held = {"weights": element * shape.outer_parameters + len(resident) * block}
     host = {"process": forward.PROCESS_HOST_BYTES}
     if streams:
@@ -84,7 +86,9 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
     layers = [LayerTraffic(name="embedding")]
     for index in range(shape.num_blocks):
         up = 0 if index in resident else block
-        layers.append(replace(_block(shape, decoding), name=f"block.{index}", h2d_bytes=up, host_bytes=up))
+        layers.append(
+            replace(_block(shape, decoding, block), name=f"block.{index}", h2d_bytes=up, host_bytes=up)
+        )
     return Traffic(
         layers=(*layers, _head(shape, decoding)),
         gpu_memory_bytes=_gpu_memory_bytes(shape, decoding, settings, held),
@@ -94,18 +98,21 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
     )
 
 
-def least_gpu_bytes(shape: ModelShape, decoding: Decoding) -> int:
-    """What no decoding step can do without: every multiplied weight and the cache are read once."""
-    weights = shape.num_blocks * shape.block_parameters + shape.head_parameters
-    return BYTES_PER_ELEMENT[decoding.dtype] * weights + cache_bytes(shape, decoding)
+def least_gpu_bytes(shape: ModelShape, decoding: Decoding, base: Base = "full") -> int:
+    """What no decoding step can do without: every multiplied weight, as it is kept, and the cache are read
+    once."""
+    head = BYTES_PER_ELEMENT[decoding.dtype] * shape.head_parameters
+    blocks = shape.num_blocks * block_bytes(shape, decoding.dtype, base)
+    return blocks + head + cache_bytes(shape, decoding)
 
 
-def _block(shape: ModelShape, decoding: Decoding) -> LayerTraffic:
+def _block(shape: ModelShape, decoding: Decoding, kept_bytes: int) -> LayerTraffic:
     step = decoding.step
     cache = cache_bytes(shape, decoding) // shape.num_blocks
     attention = 4.0 * decoding.batch_size * decoding.cache_tokens * shape.hidden
     matrices = 2.0 * decoding.batch_size * sum(matrix.parameters for matrix in shape.matrices)
-    weights = MOVES * BYTES_PER_ELEMENT[decoding.dtype] * shape.block_parameters
+    scratch = BYTES_PER_ELEMENT[decoding.dtype] * shape.block_parameters
+    weights = kept_bytes + (MOVES - 1) * scratch
     return LayerTraffic(
         name="block",
         gpu_forward_flops=matrices + attention,

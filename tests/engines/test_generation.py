@@ -199,13 +199,21 @@ def test_every_step_uploads_every_streamed_block_once() -> None:
     assert counts[-1] == 0  # nothing is left to start
 
 
-@pytest.mark.parametrize("knobs", [{}, {"fold_every": 3}, {"train": "last:1"}, {"train": "lora"}])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {}, {"fold_every": 3}, {"train": "last:1"}, {"train": "lora"},
+        {"base": "int8", "fold_every": 3}, {"base": "int4", "fold_every": 3, "resident_blocks": 1},
+    ],
+)  # fmt: skip
 def test_pending_updates_are_in_what_generates_and_training_goes_on_as_if_it_had_not(knobs: Any) -> None:
     made = {**knobs, "learning_rate": 1e-2}
     blueprint = sharp("llama")
     streamed = make_zo2(blueprint, **made)
     alone = make_zo2(sharp("llama"), **made)
-    mezo = make_mezo(sharp("llama"), **{key: value for key, value in made.items() if key != "fold_every"})
+    low_bit = "base" in knobs
+    only_zo2 = {"resident_blocks"} if low_bit else {"resident_blocks", "fold_every"}
+    mezo = make_mezo(sharp("llama"), **{key: value for key, value in made.items() if key not in only_zo2})
     batches = tiny_batches(6, "llama")
     for batch in batches[:4]:
         for engine in (streamed, alone, mezo):

@@ -16,7 +16,7 @@ from engines.costs.generation import Decoding, cache_bytes, least_gpu_bytes, tra
 from engines.decoding import GenerationRequest, Sampling
 from engines.generation import make_cache
 from engines.mezo import Mezo
-from engines.settings import MezoSettings, Zo2Settings
+from engines.settings import Base, MezoSettings, Zo2Settings
 from engines.zo2 import Zo2
 from harness.job import make_job
 from harness.models import make_blueprint
@@ -45,10 +45,11 @@ def test_the_cache_takes_what_is_predicted(name: str) -> None:
     assert held == cache_bytes(named_shape(name), DECODING)
 
 
+@pytest.mark.parametrize("base", ["full", "int8", "int4"])
 @pytest.mark.parametrize("resident_blocks", [0, 1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_uploads_of_a_step_are_those_counted(name: str, resident_blocks: int) -> None:
-    streamed = engine_of(name, Zo2, resident_blocks=resident_blocks)
+def test_uploads_of_a_step_are_those_counted(name: str, resident_blocks: int, base: Base) -> None:
+    streamed = engine_of(name, Zo2, resident_blocks=resident_blocks, base=base)
     request = GenerationRequest(prompts=[[3, 4, 5, 6, 7]] * 3, max_new_tokens=6)
     counted = [decoded.h2d_bytes for decoded in streamed.generate(request)][1:-1]
     told = traffic(named_shape(name), DECODING, streamed.settings)
