@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engines.base import StepStats
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -61,16 +63,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """One decoding step. Bytes and times are of the work that was started, or ended, since the step before;
-    `None`: not measured."""
+    """One decoding step."""
 
     tokens: tuple[int, ...]
     """The next token of each prompt, `pad_id` after its end."""
-    h2d_bytes: int = 0
-    h2d_s: float | None = None
-    d2h_s: float | None = None
-    gpu_s: float | None = None
-    perturb_s: float | None = None
+    stats: StepStats
+    """Bytes of the work that was started since the step before, and times of what has ended since. There is
+    no loss: it is NaN."""
 
 
 class GeneratingEngine(Protocol):

@@ -236,7 +236,7 @@ class Mezo:
                     yield index
 
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
-            yield Decoded(tokens=tokens, gpu_s=self._clock.take_s())
+            yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, gpu_s=self._clock.take_s()))
         self._noise_clock.take_s()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

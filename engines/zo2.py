@@ -36,8 +36,8 @@ Deviations from the paper and its code, beside those of `engines.mezo`:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,7 @@ class Zo2:
         """Its times, unlike its loss and bytes, are those of the step before."""
         times: dict[str, float | None] = {}
         self._fold_full_log()
-        # What was computed with, not what has been sent: how far ahead that is depends on the disk's pace.
-        h2d_bytes, d2h_bytes = self._link.h2d_bytes - self._stream.ahead_bytes, self._link.d2h_bytes
+        h2d_bytes, d2h_bytes = self._sent_bytes(), self._link.d2h_bytes
         disk_bytes = self._stream.disk_bytes
         self._label("before the blocks")
         self._exposure.mark()
@@ -222,7 +221,7 @@ class Zo2:
         self._append(update)
         return StepStats(
             loss=(plus + minus) / 2,
-            h2d_bytes=self._link.h2d_bytes - self._stream.ahead_bytes - h2d_bytes,
+            h2d_bytes=self._sent_bytes() - h2d_bytes,
             d2h_bytes=self._link.d2h_bytes - d2h_bytes,
             disk_read_bytes=self._stream.disk_bytes - disk_bytes,
             disk_floor_s=self._disk_floor_s(self._stream.disk_bytes - disk_bytes),
@@ -230,6 +229,10 @@ class Zo2:
             update=update,
             **times,
         )
+
+    def _sent_bytes(self) -> int:
+        """As far as it was computed with: how much is sent ahead depends on the disk's pace."""
+        return self._link.h2d_bytes - self._stream.ahead_bytes
 
     def _disk_floor_s(self, read_bytes: int) -> float | None:
         """See `engines.base.StepStats`."""
@@ -299,16 +302,26 @@ class Zo2:
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
         """See `engines.generation.GeneratingEngine`."""
         self._flush(self._step - 1)
-        before = self._link.h2d_bytes
-        blocks = partial(self._pass, lambda i: False, perturb=False)
+
+        def blocks() -> Iterator[int]:
+            self._exposure.mark()
+            return self._pass(lambda i: False, perturb=False)
+
+        h2d_bytes, disk_bytes = self._sent_bytes(), self._stream.disk_bytes
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
-            times = self._take_times()
-            yield Decoded(
-                tokens=tokens, h2d_bytes=self._link.h2d_bytes - before,
-                h2d_s=times["h2d_s"], d2h_s=times["d2h_s"],
-                gpu_s=times["gpu_s"], perturb_s=times["perturb_s"],
-            )  # fmt: skip
-            before = self._link.h2d_bytes
+            read_bytes = self._stream.disk_bytes - disk_bytes
+            stats = StepStats(
+                loss=math.nan,
+                h2d_bytes=self._sent_bytes() - h2d_bytes,
+                d2h_bytes=0,
+                disk_read_bytes=read_bytes,
+                disk_floor_s=self._disk_floor_s(read_bytes),
+                disk_direct=None if self._disk is None else self._disk.direct,
+                update=None,
+                **self._take_times(),
+            )
+            h2d_bytes, disk_bytes = self._sent_bytes(), self._stream.disk_bytes
+            yield Decoded(tokens=tokens, stats=stats)
         self._forget_times()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

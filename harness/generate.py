@@ -26,6 +26,8 @@ from profiles.generation import GENERATING, fitting
 from profiles.recommend import Budget, Value
 
 SMALLER = "give fewer or shorter prompts, or less --max-new-tokens"
+CHOSEN = ("resident_blocks", "disk_blocks")
+"""Settings that are chosen for what is free now, whatever a run was trained with."""
 FREE = f"free memory, or {SMALLER}"
 
 
@@ -90,7 +92,7 @@ def generate_from_run(
     typed = _settings_of_run(run, engine_name, override)
     shape = check_decoder(job)
     texts = _Texts(job.model, shape, wanted)
-    known = {key: value for key, value in asdict(typed).items() if key != "resident_blocks"}
+    known = {key: value for key, value in asdict(typed).items() if key not in CHOSEN}
     settings = _fitting(engine_name, shape, texts, {**known, **override}, job)
     with rebuilt(run, job, engine_name, parse_settings(engine_name, settings), progress) as (engine, _, step):
         made = texts.continued_by(engine, progress)
@@ -205,7 +207,9 @@ def _settings_of_run(run: TrainingRun, engine_name: str, override: Mapping[str, 
     fixed = {field.name for field in fields(MezoSettings)} & set(override)
     if fixed:
         raise UserError(
-            f"--set {min(fixed)}", "is settled by the run", "set only where weights lie (resident_blocks)"
+            f"--set {min(fixed)}",
+            "is settled by the run",
+            f"set only where weights lie ({', '.join(CHOSEN)})",
         )
     return carried_over(run.settings, Method(engine=engine_name, settings=dict(override)))
 

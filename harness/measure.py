@@ -182,11 +182,8 @@ def measure_decoding(
         decoded = next(tokens)
         now_s = clock()
         sample = Sample(step=step, warmup=step < warmup_steps, step_s=now_s - last_s, loss=None)
-        stats = StepStats(
-            loss=math.nan, h2d_bytes=decoded.h2d_bytes, gpu_s=decoded.gpu_s, h2d_s=decoded.h2d_s
-        )
-        recording.steps.append((sample, stats))
-        on_sample(sample, stats)
+        recording.steps.append((sample, decoded.stats))
+        on_sample(sample, decoded.stats)
         last_s = now_s
     tokens.close()
     _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, counted)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from engines.base import ModelShape, Traffic
+from engines.costs.disk import fewest_on_disk
 from engines.costs.generation import Decoding, least_gpu_bytes, traffic
 from engines.settings import Base, parse_settings
 from profiles.machine import Machine
@@ -25,11 +26,13 @@ def fitting(
     """The settings to generate with, and why they do not fit or `None`.
 
     Unless it is set, `zo2` keeps as many blocks on the GPU as fit: every one that does makes each step
-    faster. Where the user named no limit a share of the GPU stays free. Raises `UserError` for a setting
-    that the engine does not have.
+    faster. Where the user named no limit a share of the GPU stays free. Blocks that host memory has no room
+    for are on disk. Raises `UserError` for a setting that the engine does not have.
     """
     chosen = cast(dict[str, Value], dict(override))
-    if engine == "zo2" and "resident_blocks" not in override and budget.gpu_bytes is not None:
+    if engine != "zo2":
+        return chosen, why_missing(_cost(engine, shape, decoding, chosen), budget)
+    if "resident_blocks" not in override and budget.gpu_bytes is not None:
         usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
         chosen["resident_blocks"] = next(
             (
@@ -40,7 +43,23 @@ def fitting(
             ),
             0,
         )
+    if chosen.get("disk_blocks", "auto") == "auto":
+        on_disk = _fewest_on_disk(_cost(engine, shape, decoding, {**chosen, "disk_blocks": 0}), budget)
+        if on_disk:
+            chosen["disk_blocks"] = on_disk
     return chosen, why_missing(_cost(engine, shape, decoding, chosen), budget)
+
+
+def _fewest_on_disk(cost: Traffic, budget: Budget) -> int:
+    """Blocks that host memory has no room for; `cost` is that of none on disk."""
+    block_bytes = max(layer.h2d_bytes for layer in cost.layers)
+    if not block_bytes:
+        return 0
+    others_bytes = cost.peak_host_bytes - cost.pinned_bytes
+    if budget.gpu_bytes is None:  # what a GPU would hold is there too
+        others_bytes += cost.peak_gpu_bytes
+    streamed = cost.pinned_bytes // block_bytes
+    return fewest_on_disk([block_bytes] * streamed, budget.host_bytes - others_bytes)
 
 
 def plan_generation(

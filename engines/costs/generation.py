@@ -1,8 +1,9 @@
 """What generation costs: one decoding step over the whole batch, and the memory that holds it.
 
-A block that is not resident comes up once per step and never goes down. What a step computes on is one token
-per sequence, so the weights and the cache are moved through the GPU's memory for little arithmetic. The cache
-has its final size from the start, and attention reads all of it, in every step.
+A block that is not resident comes up once per step, from host memory or from disk, and never goes down. What
+a step computes on is one token per sequence, so the weights and the cache are moved through the GPU's memory
+for little arithmetic. The cache has its final size from the start, and attention reads all of it in every
+step.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engines.base import BYTES_PER_ELEMENT, Dtype, LayerTraffic, ModelShape, Traffic, Workload
-from engines.costs import forward
+from engines.costs import disk, forward
 from engines.costs.low_bit import block_bytes
 from engines.costs.mezo import adapter_parameters
-from engines.costs.zo2 import resident_indices, ring_bytes
+from engines.costs.zo2 import disk_indices, resident_indices, ring_bytes
 from engines.settings import Base, MezoSettings, Zo2Settings
 
 GREEDY_LOGIT_BYTES = 4
@@ -72,30 +73,48 @@ def cache_bytes(shape: ModelShape, decoding: Decoding) -> int:
 def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Traffic:
     """Of one decoding step of `zo2` or, with its settings, of `mezo`."""
     element = BYTES_PER_ELEMENT[decoding.dtype]
-    streams = isinstance(settings, Zo2Settings)
-    resident = frozenset(range(shape.num_blocks))
-    if isinstance(settings, Zo2Settings):
-        resident = resident_indices(shape.num_blocks, settings.resident_blocks)
-    streamed = shape.num_blocks - len(resident)
     block = block_bytes(shape, decoding.dtype, settings.base)
+    every = frozenset(range(shape.num_blocks))
+    streams = isinstance(settings, Zo2Settings)
+    resident, on_disk = (
+        _places(shape, settings) if isinstance(settings, Zo2Settings) else (every, frozenset())
+    )
     held = {"weights": element * shape.outer_parameters + len(resident) * block}
     host = {"process": forward.PROCESS_HOST_BYTES}
+    host_bytes = (shape.num_blocks - len(resident) - len(on_disk)) * block
+    ring_on_host = disk.host_ring_bytes(len(on_disk) * block)
     if streams:
-        held["buffers"] = ring_bytes([block] * streamed)
-        host["blocks, pinned"] = streamed * block
+        held["buffers"] = ring_bytes([block] * (shape.num_blocks - len(resident)))
+        host["blocks, pinned"] = host_bytes
+    if on_disk:
+        host["disk ring, pinned"] = ring_on_host
     layers = [LayerTraffic(name="embedding")]
     for index in range(shape.num_blocks):
         up = 0 if index in resident else block
+        read = block if index in on_disk else 0
         layers.append(
-            replace(_block(shape, decoding, block), name=f"block.{index}", h2d_bytes=up, host_bytes=up)
+            replace(
+                _block(shape, decoding, block),
+                name=f"block.{index}",
+                h2d_bytes=up,
+                host_bytes=float(up + read),
+                disk_bytes=read,
+            )
         )
     return Traffic(
         layers=(*layers, _head(shape, decoding)),
         gpu_memory_bytes=_gpu_memory_bytes(shape, decoding, settings, held),
         host_memory_bytes=host,
-        pinned_bytes=streamed * block,
+        pinned_bytes=host_bytes + ring_on_host,
         overlap="streamed" if streams else "serial",
     )
+
+
+def _places(shape: ModelShape, settings: Zo2Settings) -> tuple[frozenset[int], frozenset[int]]:
+    """Blocks on the GPU, and on disk: none with `auto`, as in `engines.costs.zo2`."""
+    resident = resident_indices(shape.num_blocks, settings.resident_blocks)
+    wanted = 0 if settings.disk_blocks == "auto" else settings.disk_blocks
+    return resident, disk_indices(shape.num_blocks, resident, wanted)
 
 
 def least_gpu_bytes(shape: ModelShape, decoding: Decoding, base: Base = "full") -> int:

@@ -121,6 +121,23 @@ def test_zo2_and_mezo_draw_the_same_tokens(family: str) -> None:
         assert drawn != tokens_of(streamed, prompts, sampling=other)
 
 
+@pytest.mark.parametrize("resident_blocks", [0, 2])
+def test_blocks_on_disk_are_read_in_every_step_with_their_pending_updates(resident_blocks: int) -> None:
+    blueprint = sharp("llama", num_blocks=6)
+    knobs = {"resident_blocks": resident_blocks, "disk_blocks": 2, "learning_rate": 1e-2}
+    streamed = make_zo2(blueprint, **knobs)
+    mezo = make_mezo(sharp("llama", num_blocks=6), learning_rate=1e-2)
+    for batch in tiny_batches(3, "llama"):
+        assert streamed.step([batch]).loss == mezo.step([batch]).loss
+    request = GenerationRequest(prompts=UNEVEN, max_new_tokens=NEW_TOKENS)
+    steps = list(streamed.generate(request))
+    assert [step.tokens for step in steps] == [step.tokens for step in mezo.generate(request)]
+    block_bytes = 4 * blueprint.shape.block_parameters
+    told = {(step.stats.h2d_bytes, step.stats.disk_read_bytes) for step in steps[1:-1]}
+    assert told == {((6 - resident_blocks) * block_bytes, 2 * block_bytes)}
+    streamed.close()
+
+
 def test_a_prompt_has_the_tokens_that_it_has_alone() -> None:
     streamed = make_zo2(sharp("opt"))
     together = tokens_of(streamed, UNEVEN)
@@ -193,7 +210,7 @@ def test_every_step_uploads_every_streamed_block_once() -> None:
     blueprint = sharp("opt", num_blocks=6)
     streamed = make_zo2(blueprint, resident_blocks=2)
     request = GenerationRequest(prompts=UNEVEN, max_new_tokens=8)
-    counts = [decoded.h2d_bytes for decoded in streamed.generate(request)]
+    counts = [decoded.stats.h2d_bytes for decoded in streamed.generate(request)]
     once = 4 * 4 * blueprint.shape.block_parameters
     assert counts[1:-1] == [once] * 6
     assert counts[-1] == 0  # nothing is left to start

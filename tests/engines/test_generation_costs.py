@@ -16,7 +16,7 @@ from engines.costs.generation import Decoding, cache_bytes, least_gpu_bytes, tra
 from engines.decoding import GenerationRequest, Sampling
 from engines.generation import make_cache
 from engines.mezo import Mezo
-from engines.settings import Base, MezoSettings, Zo2Settings
+from engines.settings import MezoSettings, Zo2Settings
 from engines.zo2 import Zo2
 from harness.job import make_job
 from harness.models import make_blueprint
@@ -45,15 +45,23 @@ def test_the_cache_takes_what_is_predicted(name: str) -> None:
     assert held == cache_bytes(named_shape(name), DECODING)
 
 
-@pytest.mark.parametrize("base", ["full", "int8", "int4"])
-@pytest.mark.parametrize("resident_blocks", [0, 1, 3])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"resident_blocks": resident, "disk_blocks": on_disk}
+        for resident, on_disk in ((0, 0), (1, 0), (3, 0), (0, 2), (1, 1), (0, 9))
+    ]
+    + [{"resident_blocks": resident, "base": base} for resident in (0, 1) for base in ("int8", "int4")],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_uploads_of_a_step_are_those_counted(name: str, resident_blocks: int, base: Base) -> None:
-    streamed = engine_of(name, Zo2, resident_blocks=resident_blocks, base=base)
+def test_bytes_of_a_step_are_those_counted(name: str, knobs: dict[str, Any]) -> None:
+    streamed = engine_of(name, Zo2, **knobs)
     request = GenerationRequest(prompts=[[3, 4, 5, 6, 7]] * 3, max_new_tokens=6)
-    counted = [decoded.h2d_bytes for decoded in streamed.generate(request)][1:-1]
+    counted = [decoded.stats for decoded in streamed.generate(request)][1:-1]
+    streamed.close()
     told = traffic(named_shape(name), DECODING, streamed.settings)
-    assert set(counted) == {told.h2d_bytes}
+    assert {stats.h2d_bytes for stats in counted} == {told.h2d_bytes}
+    assert {stats.disk_read_bytes for stats in counted} == {told.disk_bytes}
     assert told.d2h_bytes == 0
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -310,7 +311,8 @@ class SpeakingEngine(Scripted):
         try:
             for _ in range(request.max_new_tokens):
                 self.step(())
-                yield Decoded(tokens=(1,) * len(request.prompts), h2d_bytes=7, h2d_s=0.5)
+                stats = StepStats(loss=math.nan, h2d_bytes=7, h2d_s=0.5)
+                yield Decoded(tokens=(1,) * len(request.prompts), stats=stats)
         finally:
             self.ended += 1
 

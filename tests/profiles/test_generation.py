@@ -48,11 +48,25 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
     _, why_not = fitting("zo2", OPT_13B, replace(ONE, batch_size=256), {}, BUDGET)
     assert why_not is not None
     assert "GPU memory, CUDA and fragmentation included" in why_not
-    _, why_not = fitting("zo2", OPT_13B, ONE, {"resident_blocks": 0}, replace(BUDGET, host_bytes=20 * 10**9))
+    set_ = {"resident_blocks": 0, "disk_blocks": 0}
+    _, why_not = fitting("zo2", OPT_13B, ONE, set_, replace(BUDGET, host_bytes=20 * 10**9))
     assert why_not is not None
     assert "host memory" in why_not
     _, why_not = fitting("mezo", OPT_13B, ONE, {}, BUDGET)
     assert why_not is not None
+
+
+def test_what_host_memory_has_no_room_for_is_on_disk() -> None:
+    little = replace(BUDGET, host_bytes=20 * 10**9)
+    settings, why_not = fitting("zo2", OPT_13B, ONE, {"resident_blocks": 0}, little)
+    assert why_not is None
+    count = settings["disk_blocks"]
+    assert isinstance(count, int)
+    costs = [
+        traffic(OPT_13B, ONE, Zo2Settings(disk_blocks=on_disk)).peak_host_bytes
+        for on_disk in (count, count - 1)
+    ]
+    assert costs[0] <= 20 * 10**9 < costs[1]
 
 
 def test_a_setting_that_is_none_is_the_users_error() -> None:
