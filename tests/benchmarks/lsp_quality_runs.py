@@ -268,7 +268,11 @@ def _engine(method: Method, source: Source, learning_rate: float, seed: int, dev
     if method.engine == "lsp":
         assert method.d_share is not None
         d = round(method.d_share * source.hidden)
-        settings |= {"d": d, "r": min(4, d), "check_every": budget.check_every, **method.settings}
+        settings |= {
+            "d": d, "r": min(4, d), "check_every": budget.check_every, **method.settings,
+            # No limit: how busy the machine is must not decide which projectors are learned.
+            "learn_timeout_s": math.inf,
+        }  # fmt: skip
     seq_len = source.judged[0].inputs["input_ids"].shape[1]
     workload = Workload(batch_size=budget.batch_size, seq_len=seq_len, dtype="fp32", checkpointing=False)
     context = Context(device=device, workload=workload, seed=seed, total_steps=steps)
