@@ -176,6 +176,7 @@ class Mezo:
         return Visit(
             seed=self._seed, log=self._log, first=first, last=self._log.length,
             rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
+            noise=self.settings.noise,
         )  # fmt: skip
 
     def _append(self, update: Update) -> None:

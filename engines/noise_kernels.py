@@ -6,7 +6,8 @@ Launched without contraction of multiply and add, which would round once where t
 Compute capability 7.0 and up. With TRITON_INTERPRET=1 they run on CPU tensors.
 
 One program takes one tile: a lane's four normals belong to the four rows of the tile, so that every load
-and store is of consecutive elements and nothing is moved between threads.
+and store is of consecutive elements and nothing is moved between threads. Of signs a thread has those of 8
+neighbours in each half of the tile, which it loads and stores in one go.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ _CAPACITY = tl.constexpr(LOG_CAPACITY)
 _FP16_NORMAL = tl.constexpr(noise.FP16_NORMAL)
 
 _NEAREST, _DITHER_BF16, _DITHER_FP16 = (tl.constexpr(mode) for mode in range(3))
+
+_SIGN_LANES = tl.constexpr(noise.SIGN_LANES)
+_SIGN_WIDTH = tl.constexpr(noise.SIGN_WIDTH)
+_SIGN_TILES = tl.constexpr(noise.SIGN_TILES)
+_DITHER = tl.constexpr(noise.DITHER)
 
 NUM_WARPS = 4
 _GROUP = tl.constexpr(32 * NUM_WARPS)
@@ -139,6 +145,88 @@ def _moved(value, z, uniform, lr, g, decay, like, DECAYS: tl.constexpr, MODE: tl
 
 
 @triton.jit
+def _sign_bits(tile, tensor, step, seed):
+    """The 16 sign bits of each lane of a tile, of which the lower 8 are those of its first half."""
+    tile = tile.to(tl.int64)
+    counter = tile // _SIGN_TILES * _SIGN_LANES + tl.arange(0, _SIGN_LANES)
+    x0, x1, x2, x3 = words(counter, tensor, step, seed)
+    part = (tile % _SIGN_TILES).to(tl.int32)
+    word = tl.where(part < 4, tl.where(part < 2, x0, x1), tl.where(part < 6, x2, x3))
+    return (word >> (part % 2 * 2 * _SIGN_WIDTH).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _signs(bits, half):
+    """Noise of one half of a tile: (lanes, 8) fp32."""
+    shift = tl.arange(0, _SIGN_WIDTH) + half * _SIGN_WIDTH
+    return 1.0 - 2.0 * ((bits[:, None] >> shift[None, :]) & 1).to(tl.float32)
+
+
+@triton.jit
+def _signs_at(element, tensor, step, seed):
+    """Noise of any elements, (n,) int64: (n,) fp32."""
+    tile, place = element // _TILE, (element % _TILE).to(tl.int32)
+    lane = place % (_SIGN_LANES * _SIGN_WIDTH) // _SIGN_WIDTH
+    x0, x1, x2, x3 = words(tile // _SIGN_TILES * _SIGN_LANES + lane, tensor, step, seed)
+    part = (tile % _SIGN_TILES).to(tl.int32)
+    word = tl.where(part < 4, tl.where(part < 2, x0, x1), tl.where(part < 6, x2, x3))
+    half = place // (_SIGN_LANES * _SIGN_WIDTH)
+    shift = part % 2 * 2 * _SIGN_WIDTH + half * _SIGN_WIDTH + place % _SIGN_WIDTH
+    return 1.0 - 2.0 * ((word >> shift.to(tl.uint32)) & 1).to(tl.float32)
+
+
+@triton.jit
+def _dither_of_signs(tile, half, tensor, step, seed):
+    """16 random bits for each element of one half of a tile: (lanes, 8) uint32."""
+    counter = (tile.to(tl.int64) * 2 + half) * _SIGN_LANES + tl.arange(0, _SIGN_LANES) + _DITHER
+    x0, x1, x2, x3 = words(counter, tensor, step, seed)
+    j = tl.arange(0, _SIGN_WIDTH)[None, :]
+    low = tl.where(j < 2, x0[:, None], x1[:, None])
+    high = tl.where(j < 6, x2[:, None], x3[:, None])
+    return (tl.where(j < 4, low, high) >> (j % 2 * 16).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
+def _visit_tile_with_signs(
+    weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
+    DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+):  # fmt: skip
+    like = weight.dtype.element_ty
+    element = tl.arange(0, _SIGN_LANES)[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
+    e0, e1 = element, element + _SIGN_LANES * _SIGN_WIDTH
+    m0, m1 = e0 < count, e1 < count
+    source = weight + base
+    w0 = tl.load(source + e0, mask=m0, other=0.0).to(tl.float32)
+    w1 = tl.load(source + e1, mask=m1, other=0.0).to(tl.float32)
+    for i in range(num_updates):
+        row = table + ((first + i) % _CAPACITY) * 4
+        lr = tl.load(row + 1).to(tl.float32, bitcast=True)
+        g = tl.load(row + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
+        then = tl.load(row)
+        bits = _sign_bits(tile, tensor, then, seed)
+        if MODE == _NEAREST:
+            u0, u1 = bits[:, None], bits[:, None]  # of no use
+        else:
+            u0 = _dither_of_signs(tile, 0, tensor, then, seed)
+            u1 = _dither_of_signs(tile, 1, tensor, then, seed)
+        w0 = _moved(w0, _signs(bits, 0), u0, lr, g, decay, like, DECAYS, MODE)
+        w1 = _moved(w1, _signs(bits, 1), u1, lr, g, decay, like, DECAYS, MODE)
+    if THETA:
+        tl.store(theta + base + e0, w0.to(like), mask=m0)
+        tl.store(theta + base + e1, w1.to(like), mask=m1)
+    if PLUS or MINUS:
+        bits = _sign_bits(tile, tensor, step, seed)
+        z0, z1 = _signs(bits, 0) * eps, _signs(bits, 1) * eps
+        if PLUS:
+            tl.store(plus + base + e0, (w0 + z0).to(like), mask=m0)
+            tl.store(plus + base + e1, (w1 + z1).to(like), mask=m1)
+        if MINUS:
+            tl.store(minus + base + e0, (w0 - z0).to(like), mask=m0)
+            tl.store(minus + base + e1, (w1 - z1).to(like), mask=m1)
+
+
+@triton.jit
 def _visit_tile(
     weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
@@ -196,41 +284,60 @@ _VARYING = ["start_tile", "tensor", "first", "num_updates", "step", "seed", "eps
 def _matrix_kernel(
     weight, theta, plus, minus, count, start_tile, tensor, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+    SIGNS: tl.constexpr,
 ):  # fmt: skip
     """One tensor that fills the memory."""
     here = tl.program_id(0)
     base = here.to(tl.int64) * _TILE
-    _visit_tile(
-        weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first,
-        num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
-    )  # fmt: skip
+    if SIGNS:
+        _visit_tile_with_signs(
+            weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first,
+            num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+        )  # fmt: skip
+    else:
+        _visit_tile(
+            weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first,
+            num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "num_updates", "step", "seed", "eps"])
 def _tensors_kernel(
     weight, theta, plus, minus, tiles, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+    SIGNS: tl.constexpr,
 ):  # fmt: skip
     """Many tensors: `tiles` says where each program's tile lies, and whose it is."""
     row = tiles + tl.program_id(0) * 4
     base, tensor, tile, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     decays = (count >> 16).to(tl.float32)
-    _visit_tile(
-        weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table,
-        first, num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
-    )  # fmt: skip
+    if SIGNS:
+        _visit_tile_with_signs(
+            weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table,
+            first, num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+        )  # fmt: skip
+    else:
+        _visit_tile(
+            weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table,
+            first, num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tensor", "step", "seed", "eps"])
-def _rows_kernel(weight, indices, out, width, tensor, step, seed, eps, COLUMNS: tl.constexpr):
+def _rows_kernel(
+    weight, indices, out, width, tensor, step, seed, eps, COLUMNS: tl.constexpr, SIGNS: tl.constexpr
+):
     place = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     element = tl.load(indices + place).to(tl.int64) * width + column
-    lane = element % _LANES
-    z0, z1, z2, z3, _, _ = normals(element // _TILE * _LANES + lane, tensor, step, seed)
-    word = element % _TILE // _LANES
-    z = tl.where(word == 0, z0, tl.where(word == 1, z1, tl.where(word == 2, z2, z3)))
+    if SIGNS:
+        z = _signs_at(element, tensor, step, seed)
+    else:
+        lane = element % _LANES
+        z0, z1, z2, z3, _, _ = normals(element // _TILE * _LANES + lane, tensor, step, seed)
+        word = element % _TILE // _LANES
+        z = tl.where(word == 0, z0, tl.where(word == 1, z1, tl.where(word == 2, z2, z3)))
     value = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place * width + column, (z * eps + value).to(out.dtype.element_ty), mask=inside)
 
@@ -261,6 +368,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
         "THETA": out.theta is not None,
         "PLUS": out.plus is not None,
         "MINUS": out.minus is not None,
+        "SIGNS": how.noise == "rademacher",
         "enable_fp_fusion": False,
         "num_warps": NUM_WARPS,
     }
@@ -289,7 +397,7 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
         with _on(weight):
             _rows_kernel[grid](
                 weight, indices.reshape(-1), out, width, number, how.step, _seed(how.seed), how.eps,
-                COLUMNS=ROW_COLUMNS, enable_fp_fusion=False,
+                COLUMNS=ROW_COLUMNS, SIGNS=how.noise == "rademacher", enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

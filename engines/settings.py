@@ -180,6 +180,8 @@ class MezoSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     """Applied to matrices only; biases and norms are never decayed."""
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
     eps: float = 1e-3
     """Size of the perturbation."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"

@@ -271,6 +271,7 @@ class Zo2:
         return Visit(
             seed=self._seed, log=self._log, first=first, last=self._log.length,
             rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
+            noise=self.settings.noise,
         )  # fmt: skip
 
     def _append(self, update: Update) -> None:

@@ -109,11 +109,14 @@ def perturbed_layers(
     chunks, _ = forward.head_chunks(shape, workload)
     first, *blocks, last = forward.stacked_layers(shape, workload)
     last = _visited(last, UPDATE, updated, 1, workload)
-    return [
+    layers = [
         replace(first, gaussians=lookups),
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
         _visited(last, PERTURB, workload.accumulation * head, workload.accumulation * chunks, workload),
     ]
+    if settings.noise == "rademacher":  # signs cost less than the memory they are written to
+        layers = [replace(layer, gaussians=0) for layer in layers]
+    return layers
 
 
 def _block(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from engines import checkpoint
 from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
 from engines.mezo import Mezo
-from engines.noise import NoiseKey, normal
+from engines.noise import Noise, NoiseKey, normal, signs
 from engines.settings import MezoSettings
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
@@ -42,7 +43,8 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 @pytest.mark.parametrize(
     ("family", "tied"), [("opt", True), ("opt", False), ("gpt2", True), ("llama", False), ("roberta", False)]
 )
-def test_equals_a_plain_loop_over_the_paper(family: str, tied: bool) -> None:
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_equals_a_plain_loop_over_the_paper(family: str, tied: bool, kind: Noise) -> None:
     """Algorithm 1 on copies of the parameters, with a noise tensor kept for the whole step.
 
     The model's own loss sums in another order, so losses agree to rounding; given the engine's projected
@@ -50,14 +52,15 @@ def test_equals_a_plain_loop_over_the_paper(family: str, tied: bool) -> None:
     """
     blueprint = tiny_blueprint(family, tied)
     model = copy.deepcopy(blueprint.reference).eval()
-    made = engine(blueprint)
+    made = engine(blueprint, replace(SETTINGS, noise=kind))
+    draw = normal if kind == "gaussian" else signs
     theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     batches = tiny_batches(8, family)
     lr, eps, decay = SETTINGS.learning_rate, SETTINGS.eps, SETTINGS.weight_decay
     for step in range(4):
         micro = batches[2 * step : 2 * step + 2]
         z = {
-            name: normal(NoiseKey(seed=7, step=step, tensor=number), weight.numel()).view(weight.shape)
+            name: draw(NoiseKey(seed=7, step=step, tensor=number), weight.numel()).view(weight.shape)
             for number, (name, weight) in enumerate(theta.items())
         }
         losses = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from engines.base import Update
 from engines.noise import (
     LANES,
     TILE,
+    Noise,
     NoiseKey,
     Outputs,
     Rounding,
@@ -22,12 +24,16 @@ from engines.noise import (
     normal,
     one,
     rows,
+    signs,
     visit,
 )
 
 KEY = NoiseKey(seed=11, step=3, tensor=2)
 CPU = torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
+NOISES: list[Noise] = ["gaussian", "rademacher"]
+Draw = Callable[..., torch.Tensor]
+DRAW: dict[Noise, Draw] = {"gaussian": normal, "rademacher": signs}
 
 
 def an_update(step: int = 3, lr: float = 0.01, g: float = 0.4, decay: float = 0.1) -> Update:
@@ -41,11 +47,14 @@ def a_visit(
     rounding: Rounding = "stochastic",
     device: torch.device = CPU,
     seed: int = 11,
+    noise: Noise = "gaussian",
 ) -> Visit:
     log = UpdateLog(device)
     for each in updates:
         log.append(each)
-    return Visit(seed=seed, log=log, first=0, last=len(updates), rounding=rounding, step=step, eps=eps)
+    return Visit(
+        seed=seed, log=log, first=0, last=len(updates), rounding=rounding, step=step, eps=eps, noise=noise
+    )
 
 
 def updated(weight: torch.Tensor, how: Visit, number: int = 2, *, decays: bool = True) -> torch.Tensor:
@@ -108,6 +117,21 @@ def test_moments_are_those_of_a_standard_normal() -> None:
     assert z.isfinite().all()
 
 
+def test_signs_are_fair_and_independent() -> None:
+    """Within 5 standard deviations: their mean, and their products with neighbours, with those of the next
+    tile, lane and half, and with the rounding's bits."""
+    count = 2_000_000
+    z = signs(KEY, count)
+    assert z.abs().eq(1.0).all()
+    bound = 5 / math.sqrt(count - 16 * TILE)
+    assert abs(z.mean()) < bound
+    for shift in (1, 8, 64, 128, 512, TILE // 2, TILE, 2 * TILE, 8 * TILE, 16 * TILE):
+        assert abs((z[shift:] * z[:-shift]).mean()) < bound
+    bits = torch.stack([z[i * TILE : (i + 1) * TILE] for i in range(count // TILE)]).mean(0)
+    assert bits.abs().max() < 5.5 / math.sqrt(count // TILE)  # each place of a tile by itself
+
+
+@pytest.mark.parametrize("draw", [normal, signs])
 @pytest.mark.parametrize(
     "other",
     [
@@ -119,9 +143,9 @@ def test_moments_are_those_of_a_standard_normal() -> None:
     ],
     ids=["seed", "seed-high", "step", "tensor", "step-and-tensor-swapped"],
 )
-def test_noise_of_another_key_is_independent(other: NoiseKey) -> None:
+def test_noise_of_another_key_is_independent(other: NoiseKey, draw: Draw) -> None:
     count = 100_000
-    ours, theirs = normal(KEY, count), normal(other, count)
+    ours, theirs = draw(KEY, count), draw(other, count)
     assert abs((ours * theirs).mean()) < 5 / math.sqrt(count)
     assert abs((ours[1:] * theirs[:-1]).mean()) < 5 / math.sqrt(count)
 
@@ -151,10 +175,11 @@ def test_keys_out_of_range_are_refused(field: dict[str, int]) -> None:
     cuts=st.lists(st.integers(0, 4), max_size=3),
     count=st.sampled_from([1, 500, 511, 512, 513, 2048, 5 * TILE - 3]),
     chunk=st.sampled_from([512, 1024, 1 << 16]),
+    kind=st.sampled_from(NOISES),
 )
-def test_pieces_make_up_the_whole(cuts: list[int], count: int, chunk: int) -> None:
+def test_pieces_make_up_the_whole(cuts: list[int], count: int, chunk: int, kind: Noise) -> None:
     weight = some_weights(count, torch.float16)
-    how = a_visit(an_update(1), an_update(2, g=-3.0), eps=1e-3)
+    how = a_visit(an_update(1), an_update(2, g=-3.0), eps=1e-3, noise=kind)
     whole = [torch.empty_like(weight) for _ in range(3)]
     segment = one(2, count, decays=True)
     visit(weight, segment, how, Outputs(theta=whole[0], plus=whole[1], minus=whole[2]))
@@ -166,7 +191,7 @@ def test_pieces_make_up_the_whole(cuts: list[int], count: int, chunk: int) -> No
             part = one(2, end - begin, decays=True)
             theta, plus, minus = (each[begin:end] for each in pieces)
             visit(weight[begin:end], part, how, Outputs(theta=theta, plus=plus, minus=minus), start=begin)
-        assert torch.equal(normal(KEY, count), normal(KEY, 5 * TILE)[:count])
+        assert torch.equal(DRAW[kind](KEY, count), DRAW[kind](KEY, 5 * TILE)[:count])
     assert all(map(torch.equal, pieces, whole))
 
 
@@ -176,13 +201,16 @@ def test_a_piece_begins_with_a_tile() -> None:
         visit(weight, one(2, 10), a_visit(), Outputs(theta=weight), start=4)
 
 
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("chunk", [512, 1 << 16])
-def test_vectors_in_one_memory_are_as_one_by_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_vectors_in_one_memory_are_as_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, kind: Noise
+) -> None:
     monkeypatch.setitem(noise._CHUNK_LANES, "cpu", chunk)
     counts, numbers = (7, 640, 1, 3000), (5, 0, 9, 2)
     offsets = (0, 8, 648, 656)
     flat = some_weights(3656, torch.bfloat16)
-    how = a_visit(an_update(1), an_update(2), eps=1e-3)
+    how = a_visit(an_update(1), an_update(2), eps=1e-3, noise=kind)
     outs = [torch.empty_like(flat) for _ in range(3)]
     visit(
         flat, Segment(numbers, offsets, counts, (False, True, False, True)), how,
@@ -191,24 +219,25 @@ def test_vectors_in_one_memory_are_as_one_by_one(monkeypatch: pytest.MonkeyPatch
     for number, offset, count in zip(numbers, offsets, counts, strict=True):
         weight = flat[offset : offset + count]
         theta = updated(weight, how, number, decays=number in (0, 2))
-        plus, minus = perturbed(theta, a_visit(eps=1e-3), number)
+        plus, minus = perturbed(theta, a_visit(eps=1e-3, noise=kind), number)
         for out, alone in zip(outs, (theta, plus, minus), strict=True):
             assert torch.equal(out[offset : offset + count], alone)
 
 
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_formulas_in_fp32_with_one_rounding(dtype: torch.dtype) -> None:
+def test_formulas_in_fp32_with_one_rounding(dtype: torch.dtype, kind: Noise) -> None:
     weight = some_weights(2999, dtype)
     before = weight.clone()
-    z = normal(KEY, 2999)
-    plus, minus = perturbed(weight, a_visit(eps=1e-3))
+    z = DRAW[kind](KEY, 2999)
+    plus, minus = perturbed(weight, a_visit(eps=1e-3, noise=kind))
     assert torch.equal(weight, before)
     assert torch.equal(plus, (weight.float() + 1e-3 * z).to(dtype))
     assert torch.equal(minus, (weight.float() - 1e-3 * z).to(dtype))
     moved = before.float() - 0.01 * (0.4 * z + 0.1 * before.float())
-    assert torch.equal(updated(weight, a_visit(an_update(), rounding="nearest")), moved.to(dtype))
+    assert torch.equal(updated(weight, a_visit(an_update(), rounding="nearest", noise=kind)), moved.to(dtype))
     if dtype == torch.float32:
-        assert torch.equal(updated(weight, a_visit(an_update())), moved)
+        assert torch.equal(updated(weight, a_visit(an_update(), noise=kind)), moved)
 
 
 def test_updates_in_one_visit_are_as_in_several() -> None:
@@ -222,16 +251,18 @@ def test_updates_in_one_visit_are_as_in_several() -> None:
     assert torch.equal(together, apart)
 
 
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("size", [3.0, 0.02, 3e-5, 0.0])
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(
-    dtype: torch.dtype, size: float
+    dtype: torch.dtype, size: float, kind: Noise
 ) -> None:
     """Also around zero, and below fp16's smallest normal number, 6.1e-5."""
     count = 400_000
     start = torch.full((count,), size).to(dtype)
-    how = a_visit(an_update(lr=2.7e-7, g=1.0, decay=0.0))
-    wanted = start.double() - 2.7e-7 * normal(KEY, count).double()
+    how = a_visit(an_update(lr=2.7e-7, g=1.0, decay=0.0), noise=kind)
+    z = DRAW[kind](KEY, count)
+    wanted = start.double() - 2.7e-7 * z.double()
     out = updated(start, how).double()
     nearest = wanted.float().to(dtype)
     away = torch.full_like(nearest, float("inf"))
@@ -241,7 +272,7 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(
     error = (out - wanted).double()
     assert abs(error.mean()) < 5 * unit / math.sqrt(count)
     # With z: what would pull the weights along the noise.
-    assert abs((error * normal(KEY, count)).mean()) < 5 * unit / math.sqrt(count)
+    assert abs((error * z).mean()) < 5 * unit / math.sqrt(count)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -269,13 +300,14 @@ def test_a_projected_gradient_of_zero_still_decays() -> None:
     assert torch.equal(decayed, torch.full((8,), 2.0 - 0.5 * 0.25 * 2.0))
 
 
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("width", [1, 64, 513, 1500])
-def test_rows_are_those_of_the_whole_tensor(width: int) -> None:
+def test_rows_are_those_of_the_whole_tensor(width: int, kind: Noise) -> None:
     weight = some_weights(40 * width, torch.float16).view(40, width)
-    plus, minus = perturbed(weight, a_visit(eps=1e-3))
+    plus, minus = perturbed(weight, a_visit(eps=1e-3, noise=kind))
     indices = torch.tensor([[3, 39, 0], [3, 17, 5]])
-    assert torch.equal(rows(weight, 2, indices, a_visit(eps=1e-3)), plus[indices])
-    assert torch.equal(rows(weight, 2, indices, a_visit(eps=-1e-3)), minus[indices])
+    assert torch.equal(rows(weight, 2, indices, a_visit(eps=1e-3, noise=kind)), plus[indices])
+    assert torch.equal(rows(weight, 2, indices, a_visit(eps=-1e-3, noise=kind)), minus[indices])
 
 
 def test_the_log_forgets_what_is_too_old() -> None:
@@ -302,24 +334,27 @@ def test_the_kernel_has_the_same_integer_stream(seed: int) -> None:
         assert torch.equal(kernels.philox_words(key, first_lane, 128, kernel_device()).cpu(), ours)
 
 
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("start", "count"), [(0, 5000), (2 * TILE, 2047), (TILE, 1), (0, TILE)])
-def test_the_kernel_gives_the_same_bits(dtype: torch.dtype, start: int, count: int) -> None:
+def test_the_kernel_gives_the_same_bits(dtype: torch.dtype, start: int, count: int, kind: Noise) -> None:
     """bfloat16 with stochastic rounding and nothing else: the interpreter truncates where the hardware
     rounds."""
     pytest.importorskip("triton")
-    check_kernel(dtype, start, count, perturbs=dtype != torch.bfloat16 or torch.cuda.is_available())
+    perturbs = dtype != torch.bfloat16 or torch.cuda.is_available()
+    check_kernel(dtype, start, count, kind, perturbs=perturbs)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(dtype: torch.dtype) -> None:
+def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(dtype: torch.dtype, kind: Noise) -> None:
     pytest.importorskip("triton")
-    check_kernel(dtype, 0, 3_000_001, perturbs=True)
-    check_kernel(dtype, 2**33, 4099, perturbs=True)
+    check_kernel(dtype, 0, 3_000_001, kind, perturbs=True)
+    check_kernel(dtype, 2**33, 4099, kind, perturbs=True)
 
 
-def check_kernel(dtype: torch.dtype, start: int, count: int, *, perturbs: bool) -> None:
+def check_kernel(dtype: torch.dtype, start: int, count: int, kind: Noise, *, perturbs: bool) -> None:
     from engines import noise_kernels
 
     device = kernel_device()
@@ -328,7 +363,8 @@ def check_kernel(dtype: torch.dtype, start: int, count: int, *, perturbs: bool) 
     segment = one(2, count, decays=True)
     results = []
     for where, function in ((CPU, visit), (device, noise_kernels.visit)):
-        how = a_visit(an_update(1, lr=1e-5), an_update(2**31 + 5, g=-2.0), eps=1e-3, device=where, seed=-5)
+        several = an_update(1, lr=1e-5), an_update(2**31 + 5, g=-2.0)
+        how = a_visit(*several, eps=1e-3, device=where, seed=-5, noise=kind)
         source = weight.to(where)
         outs = [torch.empty_like(source) for _ in range(3)]
         more = {"plus": outs[1], "minus": outs[2]} if perturbs else {}
@@ -338,7 +374,8 @@ def check_kernel(dtype: torch.dtype, start: int, count: int, *, perturbs: bool) 
     assert all(map(torch.equal, *results))
 
 
-def test_the_kernel_of_vectors_and_rows_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("kind", NOISES)
+def test_the_kernel_of_vectors_and_rows_gives_the_same_bits(kind: Noise) -> None:
     pytest.importorskip("triton")
     from engines import noise_kernels
 
@@ -350,7 +387,7 @@ def test_the_kernel_of_vectors_and_rows_gives_the_same_bits() -> None:
         (CPU, visit, rows),
         (device, noise_kernels.visit, noise_kernels.rows),
     ):
-        how = a_visit(an_update(), eps=-1e-3, device=where)
+        how = a_visit(an_update(), eps=-1e-3, device=where, noise=kind)
         source = flat.to(where)
         outs = [torch.zeros_like(source) for _ in range(3)]
         segment = Segment((4, 1, 7), (0, 2504, 2512), (2500, 3, 2488), (True, False, True))

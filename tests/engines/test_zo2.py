@@ -45,12 +45,13 @@ def test_equals_mezo_over_twenty_steps_an_evaluation_and_a_resume(
     assert_same_weights(mezo, resumed)
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_equals_mezo_in_half_precision(dtype: Dtype) -> None:
+def test_equals_mezo_in_half_precision(dtype: Dtype, noise: str) -> None:
     where = context(dtype=dtype)
     mezo, streamed = (
-        make_mezo(tiny_blueprint("llama", True), where),
-        make_zo2(tiny_blueprint("llama", True), where),
+        make_mezo(tiny_blueprint("llama", True), where, noise=noise),
+        make_zo2(tiny_blueprint("llama", True), where, noise=noise),
     )
     assert_same_steps(mezo, streamed, tiny_batches(4, "llama"))
     assert_same_weights(mezo, streamed)
@@ -428,10 +429,14 @@ def test_graphs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_equals_mezo_on_the_gpu_without_delay_and_with_unequal_blocks(dtype: Dtype) -> None:
+def test_equals_mezo_on_the_gpu_without_delay_and_with_unequal_blocks(dtype: Dtype, noise: str) -> None:
     where = context("cuda:0", dtype)
-    mezo, streamed = make_mezo(unequal_blueprint(), where), make_zo2(unequal_blueprint(), where)
+    mezo, streamed = (
+        make_mezo(unequal_blueprint(), where, noise=noise),
+        make_zo2(unequal_blueprint(), where, noise=noise),
+    )
     for _ in range(5):
         assert_same_steps(mezo, streamed, tiny_batches(20, "opt"))
     assert_same_weights(mezo, streamed)
