@@ -49,7 +49,7 @@ class NonFiniteLoss(Exception):
     def __init__(self, message: str, *, sides: tuple[float, float] | None = None) -> None:
         super().__init__(message)
         self.sides = sides
-        """Zeroth-order methods: the losses of the plus and the minus side."""
+        """Zeroth-order methods: losses of two passes of the step, one that is not finite among them."""
 
 
 class InfeasiblePlan(Exception):
@@ -174,6 +174,8 @@ class Traffic:
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
+    forwards: float = 1.0
+    """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
 
     @property
     def gpu_flops(self) -> float:
@@ -234,10 +236,11 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """One update of a zeroth-order method, whole: with the seed and the weights before it, it gives the
-    weights after it.
+    """One update of a zeroth-order method, or the part of one of its queries. Whole: with the settings, the
+    seed and the weights before it, it gives the weights after it.
 
-    theta <- theta - learning_rate (projected_gradient z + weight_decay theta), z being the noise of `step`.
+    theta <- theta - learning_rate (projected_gradient / queries z + weight_decay theta), z being the noise of
+    number `draw`. The entries of a step are applied in their order.
     """
 
     step: int
@@ -246,6 +249,19 @@ class Update:
     projected_gradient: float
     weight_decay: float
     """Acts on tensors of two and more dimensions only."""
+    query: int = 0
+    """From 0, of `queries` in the step."""
+    queries: int = 1
+
+    @property
+    def draw(self) -> int:
+        """Number of its noise: each query of each step has its own."""
+        return self.step * self.queries + self.query
+
+    @property
+    def coefficient(self) -> float:
+        """Of its noise, in the mean over queries."""
+        return self.projected_gradient / self.queries
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +270,10 @@ class StepStats:
 
     loss: float
     """Mean of the micro-batches' losses before the update, each the mean over its own labelled positions.
-    ZO: mean of both forwards."""
+    ZO: mean of all forward passes."""
+    forwards: float | None = None
+    """Forward passes that each micro-batch took, a part of the blocks being a part of a pass; `None` where an
+    engine does not tell."""
     h2d_bytes: int = 0
     d2h_bytes: int = 0
     gpu_s: float | None = None
@@ -278,14 +297,13 @@ class StepStats:
     """What `disk_read_bytes` take at the rate that reading reached alone, before the run."""
     disk_direct: bool | None = None
     """Whether the disk was read past the page cache; else its rates may be those of memory."""
-    update: Update | None = None
-    """Zeroth-order methods: the update that this step called for."""
+    updates: tuple[Update, ...] = ()
+    """Zeroth-order methods: the update that this step called for, an entry for each query."""
 
     @property
     def projected_gradient(self) -> float | None:
-        return None if self.update is None else self.update.projected_gradient
-
-    """Zeroth-order methods: (loss_plus - loss_minus) / (2 eps)."""
+        """Zeroth-order methods, of the first query: (loss_plus - loss_minus) / (2 eps) with SPSA."""
+        return self.updates[0].projected_gradient if self.updates else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,7 +43,7 @@ from engines.costs.low_bit import (
     record_bytes,
 )
 from engines.layout import BlockLayout, Part
-from engines.noise import LANES, Segment, Visit
+from engines.noise import LANES, NoiseKey, Segment, Visit
 from engines.settings import Base
 
 LARGEST_CODE: dict[Base, int] = {"int8": 127, "int4": 7}
@@ -194,8 +194,8 @@ def visit(
         w = _decode(_codes(here, base), scales, base).reshape(-1)
         uniform: Tensor | None = None
         for update in updates:
-            z, uniform = noise.tiles(number, update.step, how.seed, first, last, w.device, uniform=True)
-            z.mul_(update.projected_gradient)
+            z, uniform = noise.tiles(number, update.draw, how.seed, first, last, w.device, uniform=True)
+            z.mul_(update.coefficient)
             if update.weight_decay != 0.0:
                 z.add_(w * update.weight_decay)
             w = w - z.mul_(update.learning_rate)
@@ -214,6 +214,31 @@ def visit(
             z.mul_(how.eps)
             sides[0][place].copy_((w + z)[:inside])
             sides[1][place].copy_((w - z)[:inside])
+
+
+def add_low_rank(
+    records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
+) -> None:
+    """As `engines.lozo.add_low_rank`, for a matrix in records, with the bits of `key`'s rounding stream.
+
+    The sum is rounded to the grid once. By torch operations on any device.
+    """
+    width = columns.shape[1]
+    count = rows.shape[1] * width
+    tables = records.view(-1, record_bytes(base))
+    for first, last in _chunks(tables):
+        here = tables[first:last]
+        scales = _expanded_scales(here)
+        w = _decode(_codes(here, base), scales, base).reshape(-1)
+        start = first * TILE_ELEMENTS
+        element = torch.arange(start, min(last * TILE_ELEMENTS, count), device=w.device)
+        row, column = element // width, element % width
+        change = torch.zeros_like(w)
+        for k in range(rows.shape[0]):
+            change[: element.numel()] += rows[k, row] * columns[k, column]
+        w = w + change
+        bits = noise.dither_bits(key, w.numel(), w.device, start) if stochastic else None
+        _put_codes(_encode(w, scales.reshape(-1), base, bits).view(-1, 4, LANES), base, here)
 
 
 def _chunks(tables: Tensor) -> Iterator[tuple[int, int]]:

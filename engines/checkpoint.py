@@ -49,7 +49,7 @@ def save_checkpoint(
     pending: tuple[Sequence[Update], Sequence[int]] = ((), ()),
 ) -> None:
     """Weights in safetensors files, and what else determines the next step: its number, the seed, what
-    adapters are scaled with, and what is pending (`engines.folding.Folds.pending`)."""
+    adapters are scaled with, and what is pending (`engines.pending.PendingUpdates.pending`)."""
     shard: dict[str, Tensor] = {}
     count = shard_bytes = 0
     for name, weight in weights:
@@ -63,7 +63,7 @@ def save_checkpoint(
     state = {
         "schema_version": CHECKPOINT_VERSION, "method": "mezo", "step": step, "seed": seed,
         "lora": None if lora is None else {"rank": lora.rank, "alpha": lora.alpha},
-        "base": base, "pending": [asdict(update) for update in pending[0]], "stored": list(pending[1]),
+        "base": base, "pending": [asdict(update) for update in pending[0]], "behind": list(pending[1]),
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -75,7 +75,7 @@ class Checkpoint:
     step: int
     seed: int
     pending: tuple[Sequence[Update], Sequence[int]]
-    """See `engines.folding.Folds.pending`."""
+    """See `engines.pending.PendingUpdates.pending`."""
     _shards: Mapping[str, Any]
 
     def tensor(self, name: str) -> Tensor:
@@ -98,7 +98,7 @@ def open_checkpoint(
         saved_form = told and LoraForm(rank=int(told["rank"]), alpha=float(told["alpha"]))
         saved_base = str(state.get("base", "full"))  # these, too
         pending = [Update(**values) for values in state.get("pending", ())]
-        stored = [int(count) for count in state.get("stored", ())]
+        behind = [int(count) for count in state["behind"]] if pending else []
         files: list[Any] = [
             safe_open(path, framework="pt") for path in sorted(folder.glob("weights-*.safetensors"))
         ]
@@ -130,4 +130,4 @@ def open_checkpoint(
                 f"'{name}' is {saved.get_shape()} {saved.get_dtype()}, not {list(like.shape)} {here}",
                 remedy,
             )
-    return Checkpoint(step=step, seed=seed, pending=(pending, stored), _shards=shards)
+    return Checkpoint(step=step, seed=seed, pending=(pending, behind), _shards=shards)

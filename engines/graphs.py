@@ -54,9 +54,9 @@ class BlockGraphs:
         self._pool = _cuda.graph_pool_handle()
         self._stream = _cuda.Stream()
 
-    def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
+    def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor, *, stacked: bool) -> Tensor:
         """The hidden state after block `index`; `calls` are those of all blocks for this micro-batch."""
-        form = self._form(calls, hidden)
+        form = self._form(calls, hidden, stacked=stacked)
         if form is None:
             return self._run(index, calls[index], hidden)
         if form.loaded != id(calls):
@@ -78,9 +78,9 @@ class BlockGraphs:
         for form in self._forms.values():
             form.loaded = 0
 
-    def _form(self, calls: Sequence[BlockCall], hidden: Tensor) -> _Form | None:
+    def _form(self, calls: Sequence[BlockCall], hidden: Tensor, *, stacked: bool) -> _Form | None:
         if id(calls) not in self._known:
-            key = (tuple(hidden.shape), form_key(calls))
+            key = (stacked, tuple(hidden.shape), form_key(calls))
             if key not in self._met:
                 self._new.add(key)  # what is set up lazily is there the next time
             elif key not in self._forms and len(self._forms) < MOST_FORMS:

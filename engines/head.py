@@ -22,6 +22,7 @@ from engines import noise
 from engines.base import Batch
 from engines.blocks import BlockDriver, sent
 from engines.costs.forward import HEAD_CHUNK_BYTES, HEAD_TOKENS
+from engines.estimators import Side
 from engines.noise import TILE, Outputs, Visit, has_triton, one
 
 TOKEN_GRID = 64
@@ -106,58 +107,68 @@ class Head:
 
     def losses(
         self,
-        hidden: Sequence[Tensor],
+        hidden: Mapping[Side, Tensor],
         targets: Targets,
         outer: Mapping[str, Tensor],
         trained: Collection[str],
         how: Visit,
-    ) -> tuple[Tensor, Tensor]:
-        """Mean losses, () fp64, of the hidden states (batch, seq, hidden) of the plus and minus side.
+    ) -> list[Tensor]:
+        """Mean losses, () fp64, of the hidden states (batch, seq, hidden) of each side.
 
         What is not in `trained` is not perturbed.
         """
         weight = outer[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        trains = self._weight in trained
+        moved = [side for side in hidden if side is not Side.PLAIN]
+        trains = self._weight in trained and bool(moved)
         scratch = [
-            torch.empty((rows, width), dtype=weight.dtype, device=weight.device) for _ in range(2 * trains)
+            torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+            for _ in range(trains * len(moved))
         ]
-        biases = self._biases(outer, how, trained)
+        biases = self._biases(outer, how, trained, moved) if moved else [self._bias_of(outer)]
 
         def chunk(first: int, last: int) -> list[Tensor]:
             if not trains:
-                return [weight[first:last]] * 2
+                return [weight[first:last]] * len(hidden)
             piece = weight[first:last].view(-1)
-            plus, minus = (memory[: last - first] for memory in scratch)
+            rooms = [memory[: last - first] for memory in scratch]
             segment = one(self._numbers[self._weight], piece.numel(), decays=True)
-            out = Outputs(plus=plus.view(-1), minus=minus.view(-1))
+            out = _outputs(moved, [room.view(-1) for room in rooms])
             noise.visit(piece, segment, how, out, start=first * width)
-            return [plus, minus]
+            return rooms
 
-        plus, minus = _scores(hidden, targets, vocabulary, rows, chunk, biases)
-        count = targets.labels.numel()
-        return plus.loss_sum / count, minus.loss_sum / count
+        scores = _scores(list(hidden.values()), targets, vocabulary, rows, chunk, biases)
+        return [each.loss_sum / targets.labels.numel() for each in scores]
 
     def evaluate(self, hidden: Tensor, targets: Targets, outer: Mapping[str, Tensor]) -> Scores:
         """With the weights as they are."""
         weight = outer[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        bias = None if self._bias is None else outer[self._bias]
-        (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], [bias])
+        biases = [self._bias_of(outer)]
+        (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], biases)
         return scores
 
+    def _bias_of(self, outer: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._bias is None else outer[self._bias]
+
     def _biases(
-        self, outer: Mapping[str, Tensor], how: Visit, trained: Collection[str]
-    ) -> list[Tensor | None]:
-        if self._bias is None or self._bias not in trained:
-            return [None if self._bias is None else outer[self._bias]] * 2
-        bias = outer[self._bias]
-        plus, minus = torch.empty_like(bias), torch.empty_like(bias)
+        self, outer: Mapping[str, Tensor], how: Visit, trained: Collection[str], sides: Sequence[Side]
+    ) -> Sequence[Tensor | None]:
+        bias = self._bias_of(outer)
+        if bias is None or self._bias is None or self._bias not in trained:
+            return [bias] * len(sides)
+        moved = [torch.empty_like(bias) for _ in sides]
         segment = one(self._numbers[self._bias], bias.numel())
-        noise.visit(bias, segment, how, Outputs(plus=plus, minus=minus))
-        return [plus, minus]
+        noise.visit(bias, segment, how, _outputs(sides, moved))
+        return moved
+
+
+def _outputs(sides: Sequence[Side], memory: Sequence[Tensor]) -> Outputs:
+    """The perturbed weights of each of `sides`."""
+    of = dict(zip(sides, memory, strict=True))
+    return Outputs(plus=of.get(Side.PLUS), minus=of.get(Side.MINUS))
 
 
 def chunk_rows(vocabulary: int, width: int, element_bytes: int) -> int:

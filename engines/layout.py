@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,11 @@ class BlockLayout:
             [count for part in parts for count in part.segment.counts],
             [decays for part in parts for decays in part.segment.decays],
         )
+
+    def runs(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Own parts `first` to `last` - 1, in groups of neighbours that are all trained, or none of them."""
+        edges = [i for i in range(first + 1, last) if self.parts[i].trained != self.parts[i - 1].trained]
+        return [run for run in pairwise((first, *edges, last)) if run[0] < run[1]]
 
     @property
     def own_parts(self) -> list[Part]:

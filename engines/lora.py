@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from engines.blocks import first_names
 from engines.checkpoint import LoraForm
 from engines.layout import ALIGNMENT_BYTES, BlockLayout, ModelLayout
 from engines.noise import NoiseKey, Outputs, Segment, Visit
+from engines.scratch import Task, without_updates
 from engines.settings import MezoSettings
 
 START_STEP = 2**32 - 1
@@ -41,6 +43,42 @@ def columns_first(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or columns_first(module)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMatrix:
+    """A weight of linear layers of one block."""
+
+    paths: tuple[str, ...]
+    """Of the modules that multiply with it."""
+    turned: bool
+    """Inputs x outputs in memory."""
+    sizes: tuple[int, int]
+    """(outputs, inputs)."""
+
+
+def linear_matrices(model: nn.Module, block: BlockLayout) -> dict[str, LinearMatrix]:
+    """A block's own matrices that only linear layers use, by first name."""
+    own = {
+        name: shape for part in block.own_parts for name, shape in zip(part.names, part.shapes, strict=True)
+    }
+    places: dict[str, list[str]] = {name: [] for name in own}
+    for place, name in first_names(model).items():
+        if name in own:
+            places[name].append(place)
+    found = {}
+    for name, shape in own.items():
+        modules = [model.get_submodule(place.rpartition(".")[0]) for place in places[name]]
+        turned = {columns_first(module) for module in modules}
+        if len(shape) != 2 or not all(is_linear(module) for module in modules) or len(turned) > 1:
+            continue
+        if any(not place.endswith(".weight") for place in places[name]):
+            continue
+        paths = tuple(place.removesuffix(".weight") for place in places[name])
+        rows, columns = shape
+        sizes = (columns, rows) if turned == {True} else (rows, columns)
+        found[name] = LinearMatrix(paths, turned == {True}, sizes)
+    return found
 
 
 class Adapters:
@@ -67,7 +105,7 @@ class Adapters:
             LoraForm(rank=settings.lora_rank, alpha=settings.lora_alpha) if settings.train == "lora" else None
         )
         self._scale = settings.lora_alpha / settings.lora_rank
-        self._places: dict[str, list[str]] = {}
+        self._places: dict[str, tuple[str, ...]] = {}
         """Of every matrix with an adapter, by its first name: paths of the modules that multiply with it."""
         self._transposed: set[str] = set()
         """First names of those that are inputs x outputs."""
@@ -96,27 +134,12 @@ class Adapters:
     def _find(self, model: nn.Module, block: BlockLayout, rank: int) -> dict[str, tuple[int, int]]:
         """Shapes of a block's adapters by name."""
         shapes: dict[str, tuple[int, int]] = {}
-        own = {
-            name: shape
-            for part in block.own_parts
-            for name, shape in zip(part.names, part.shapes, strict=True)
-        }
-        places: dict[str, list[str]] = {name: [] for name in own}
-        for place, name in first_names(model).items():
-            if name in own:
-                places[name].append(place)
-        for name, shape in own.items():
-            modules = [model.get_submodule(place.rpartition(".")[0]) for place in places[name]]
-            turned = {columns_first(module) for module in modules}
-            if len(shape) != 2 or not all(is_linear(module) for module in modules) or len(turned) > 1:
-                continue
-            if any(not place.endswith(".weight") for place in places[name]):
-                continue
-            self._places[name] = [place.removesuffix(".weight") for place in places[name]]
-            outputs, inputs = reversed(shape) if turned == {True} else shape
-            if turned == {True}:
+        for name, found in linear_matrices(model, block).items():
+            self._places[name] = found.paths
+            if found.turned:
                 self._transposed.add(name)
-            path = self._places[name][0]
+            outputs, inputs = found.sizes
+            path = found.paths[0]
             shapes |= {f"{path}.lora_A": (rank, inputs), f"{path}.lora_B": (outputs, rank)}
         return shapes
 
@@ -186,16 +209,14 @@ class Adapters:
 
         return forward
 
-    def begin(self, block: int, how: Visit | None) -> None:
-        """The visit of a block begins; `how` it is perturbed, or `None` for the adapters as they are.
-
-        Outside of a block's graph, which reads what is written here.
-        """
-        self._now = PLAIN if how is None else None
-        if how is not None and self._memory:
+    def begin(self, block: int, task: Task) -> None:
+        """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
+        self._now = PLAIN if not task.perturb else PLUS if task.one_sided else None
+        if task.perturb and self._memory:
             flat = self._memory[block]
             plus, minus = (memory[: flat.numel()] for memory in self._sides)
-            noise.visit(flat, self._segments[block], how, Outputs(plus=plus, minus=minus))
+            out = Outputs(plus=plus) if task.one_sided else Outputs(plus=plus, minus=minus)
+            noise.visit(flat, self._segments[block], without_updates(task.how), out)
 
     @contextmanager
     def on_side(self, side: int) -> Iterator[None]:
@@ -211,7 +232,7 @@ class Adapters:
         for flat, segment in zip(self._memory, self._segments, strict=True):
             noise.visit(flat, segment, how, Outputs(theta=flat))
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
+    def merged(self, name: str, weight: Tensor, how: Visit) -> Tensor:
         """The model's own tensor of that first name, on the CPU, with its adapter added: W + scale B A.
 
         In fp32, rounded once. Where nothing is added the bits stay, a negative zero's as well.

@@ -10,7 +10,7 @@ On the GPU: the weights, and the perturbed ones of a single layer at a time, mad
 forward passes run stacked (`engines.perturbed`). On the host: nothing.
 
 With a low-bit `base` the blocks' matrices are kept as in `engines.base_format`, approximately, and updates
-join them at the times of `engines.folding`.
+join them at the times of `engines.pending`.
 
 Deviations from the paper and its code:
 - theta + eps z and theta - eps z are written to scratch memory. The paper perturbs in place, by +eps, -2 eps
@@ -37,48 +37,27 @@ import torch
 from torch import Tensor
 
 from engines import noise
-from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats, Update
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.base_format import block_forms
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.decoding import Decoded, GenerationRequest
-from engines.folding import Folds, landed_on_grid, plain_weights
+from engines.estimators import drawn_blocks, forwards, next_updates, probes
 from engines.generation import generate
+from engines.grid import landed_on_grid, plain_weights
 from engines.layout import lay_out
-from engines.lora import Adapters
-from engines.noise import Outputs, UpdateLog, Visit
+from engines.lozo import beside, window_due
+from engines.noise import Outputs, Visit
+from engines.pending import PendingUpdates
 from engines.perturbed import PerturbedModel
-from engines.schedule import learning_rate_at
 from engines.scratch import Task
 from engines.settings import MezoSettings
+from engines.streams import Streams
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock
 
 EVALUATION_GROUP = 8
 """Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
-
-
-class LossPair:
-    """Sums of the two losses over micro-batches, on the device until they are read.
-
-    In fp64: g is a small difference of them, divided by a small number.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, plus: Tensor, minus: Tensor) -> None:
-        self._sums += torch.stack((plus, minus))
-
-    def read(self, count: int, step: int) -> tuple[float, float]:
-        """Mean losses (plus, minus) of `count` micro-batches. Waits for the compute stream.
-
-        Raises `NonFiniteLoss`.
-        """
-        plus, minus = (self._sums / count).tolist()
-        if not (math.isfinite(plus) and math.isfinite(minus)):
-            raise NonFiniteLoss(f"the losses of step {step} are {plus} and {minus}", sides=(plus, minus))
-        return plus, minus
 
 
 class Mezo:
@@ -97,7 +76,6 @@ class Mezo:
         self._timeline = Timeline(self.device) if context.trace else None
         self._clock = ComputeClock(self.device, self._timeline)
         self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
-        self._log = UpdateLog(self.device)
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -106,20 +84,35 @@ class Mezo:
 
     @torch.no_grad()
     def setup(self, blueprint: Blueprint) -> None:
-        self._layout = lay_out(blueprint.model, self._dtype, self.settings.train)
         base = self.settings.base
+        adapters, self._layout = beside(
+            blueprint.model,
+            lay_out(blueprint.model, self._dtype, self.settings.train),
+            self.settings,
+            self._dtype,
+            self.device,
+            self._seed,
+        )
         self._forms = block_forms(self._layout.blocks, base, self._dtype)
         self._blocks = [
             torch.empty(form.size_bytes, dtype=torch.uint8, device=self.device) for form in self._forms
         ]
         """In bytes."""
-        self._folds = Folds(self._layout.blocks, self._log, base=base, every=self.settings.fold_every)
-        adapters = Adapters(
-            blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
+        self._pending = PendingUpdates(
+            self._forms, self.device, apart=self.settings.layer_share < 1, every=self.settings.fold_every
         )
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
         )
+        self._runs = [
+            [
+                (self.take(i, *run), block.segment(*run))
+                for run in block.runs(0, len(block.own_parts))
+                if block.parts[run[0]].trained and not self._pending.on_grid
+            ]
+            for i, block in enumerate(self._layout.blocks)
+        ]
+        """Of each block the memory of what is trained, in pieces, and what lies there. Not on a grid."""
         self._weights = dict(self._model.outer)
         for name, weight in self._weights.items():
             blueprint.fill(name, weight)
@@ -146,36 +139,44 @@ class Mezo:
         self._label("before the blocks")
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
-        how = self._visit(self._log.length)
-        hidden, calls = self._model.enter_all(prepared, how)
+        streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
+        drawn, folds = self._drawn(self._step), window_due(self.settings, self._step)
         for index in range(self._model.num_blocks):
             self._noise_clock.label = f"block {index}"
-            # The blocks take the update of the step before in the same pass that perturbs them.
-            store = self._folds.is_pending(index)
-            if self._folds.on_grid:
-                store = store and self._folds.is_due(index, self._step)
-            task = Task(how=self._visit(self._folds.stored[index]), store=store, perturb=True)
-            with self._model.visiting(index, task, self):
-                for i, each in enumerate(calls):
-                    hidden[i] = self._model.run(index, each, hidden[i])
-            if store or not self._folds.is_pending(index):
-                self._folds.took(index)
+            # The block takes the update of the step before in the same pass that perturbs it.
+            pends = self._pending.pends(index)
+            store = pends and (not self._pending.on_grid or self._pending.is_due(index, self._step))
+            task = Task(how=self._visit(index), store=store, perturb=index in drawn, folds=folds)
+            streams.visit(index, task, self)
+            if store or not pends:
+                self._pending.stored(index)
         self._label("loss")
-        losses = LossPair(self.device)
-        for each_batch, last in zip(prepared, hidden, strict=True):
-            losses.add(*self._model.losses(each_batch, last, how))
+        sums = streams.losses()
         self._clock.stop()
-        plus, minus = losses.read(len(prepared), self._step)
+        losses = sums.read(len(prepared), self._step)
         gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
-        update = next_update(self._step, self.settings, self.context, plus, minus)
-        self._append(update)
-        return StepStats(loss=(plus + minus) / 2, gpu_s=gpu_s, perturb_s=perturb_s, update=update)
+        updates = next_updates(self._step, self.settings, self.context.total_steps, losses)
+        for update in updates:
+            self._append(update)
+        return StepStats(
+            loss=sum(losses) / len(losses),
+            forwards=float(forwards(self.settings)),
+            gpu_s=gpu_s,
+            perturb_s=perturb_s,
+            updates=updates,
+        )
 
-    def _visit(self, first: int) -> Visit:
-        """With the updates from position `first` of the log on."""
+    def _drawn(self, step: int) -> frozenset[int]:
+        return drawn_blocks(self.settings, self._seed, step, self._pending.drawable)
+
+    def _visit(self, block: int | None = None, *, latest: int | None = None) -> Visit:
+        """With the updates that `block` has not taken, or none without a block; or with so many of the latest
+        ones, of the block or of all."""
+        log = self._pending.everything if block is None else self._pending.logs[block]
+        first = log.length if block is None else self._pending.first(block)
         return Visit(
-            seed=self._seed, log=self._log, first=first, last=self._log.length,
-            rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
+            seed=self._seed, log=log, first=first if latest is None else max(0, log.length - latest),
+            last=log.length, rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
             noise=self.settings.noise,
         )  # fmt: skip
 
@@ -184,8 +185,8 @@ class Mezo:
         self._label("update")
         self._clock.start()
         self._noise_clock.start()
-        self._log.append(update)
-        self._model.update_outer(self._visit(self._log.length - 1))
+        self._pending.append(update, self._drawn(update.step))
+        self._model.update_outer(self._visit(latest=1))
         self._noise_clock.stop()
         self._clock.stop()
         self._step = update.step + 1
@@ -194,18 +195,18 @@ class Mezo:
     def _flush(self) -> None:
         """The blocks take the updates that are pending, now; those of a low-bit base take what the steps so
         far have rounded to the grid."""
-        for index, layout in enumerate(self._layout.blocks):
-            how = self._visit(self._folds.stored[index])
-            if self._folds.on_grid:
-                task = self._folds.overdue(index, how, self._step - 1)
-                with self._model.visiting(index, task, self):
-                    pass
-                self._folds.took_overdue(index, task)
-                continue
-            if self._folds.is_pending(index) and layout.own_parts:
-                flat = self._blocks[index].view(self._dtype)
-                noise.visit(flat, layout.segment(0, len(layout.own_parts)), how, Outputs(theta=flat))
-            self._folds.took(index)
+        if self._pending.on_grid:
+            for index in range(self._model.num_blocks):
+                task = self._pending.overdue(index, self._visit(index), self._step - 1)
+                if task.store:
+                    with self._model.visiting(index, task, self):
+                        pass
+                self._pending.took(index, task)
+            return
+        for index, runs in enumerate(self._runs):
+            for flat, segment in runs if self._pending.pends(index) else ():
+                noise.visit(flat, segment, self._visit(index), Outputs(theta=flat))
+        self._pending.all_stored()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
@@ -215,7 +216,7 @@ class Mezo:
         while group := [self._model.prepare(batch) for batch in islice(remaining, EVALUATION_GROUP)]:
             hidden, calls = self._model.enter_all_plain(group)
             for index in range(self._model.num_blocks):
-                task = Task(how=self._visit(self._folds.stored[index]), store=False, perturb=False)
+                task = Task(how=self._visit(index), store=False, perturb=False)
                 with self._model.visiting(index, task, self):
                     for i, each_calls in enumerate(calls):
                         hidden[i] = self._model.run(index, each_calls, hidden[i])
@@ -232,7 +233,7 @@ class Mezo:
 
         def blocks() -> Iterator[int]:
             for index in range(self._model.num_blocks):
-                task = Task(how=self._visit(self._folds.stored[index]), store=False, perturb=False)
+                task = Task(how=self._visit(index), store=False, perturb=False)
                 with self._model.visiting(index, task, self):
                     yield index
 
@@ -241,17 +242,17 @@ class Mezo:
         self._noise_clock.take_s()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        if self._folds.on_grid:
+        if self.settings.base != "full":
             plain = plain_weights(
                 self._layout, self._forms, self._model.outer, lambda index: self._blocks[index],
-                lambda index: self._visit(self._folds.stored[index]), self.device,
+                self._visit, self.device,
             )  # fmt: skip
             for name, weight in plain:
-                yield name, self._model.adapters.merged(name, weight)
+                yield name, self._model.adapters.merged(name, weight, self._visit())
             return
         self._flush()
         for name in self._layout.shapes:
-            yield name, self._model.adapters.merged(name, self._weights[name].cpu())
+            yield name, self._model.adapters.merged(name, self._weights[name].cpu(), self._visit())
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -264,24 +265,40 @@ class Mezo:
     def landed_share(self) -> float | None:
         """See `engines.perturbed.PerturbedModel.landed_share`; with a low-bit base, of its matrices."""
         share = None
-        if self._folds.on_grid:
-            how = self._visit(max(0, self._log.length - self.settings.fold_every))
-            share = landed_on_grid(self._forms, lambda index: self._blocks[index], how, self.device)
-        return self._model.landed_share(self._visit(max(0, self._log.length - 1))) if share is None else share
+        if self._pending.on_grid:
+            entries = self.settings.fold_every * self.settings.queries
+            share = landed_on_grid(
+                self._forms, lambda index: self._blocks[index],
+                lambda index: self._visit(index, latest=entries), self.device,
+            )  # fmt: skip
+        return self._model.landed_share(self._visit(latest=1)) if share is None else share
 
     @torch.no_grad()
     def replay(self, updates: Iterable[Update]) -> None:
         """Apply updates of an earlier run, in its order, and go on after the last."""
         for update in updates:
+            if update.query == 0:
+                self._fold(update.step)
             self._append(update)
             self._flush()
+
+    def _fold(self, step: int) -> None:
+        """What the first visits of `step` would fold."""
+        window = window_due(self.settings, step)
+        if window is None:
+            return
+        for index in range(self._model.num_blocks):
+            task = Task(how=self._visit(index), store=True, perturb=False, folds=window)
+            with self._model.visiting(index, task, self):
+                pass
+            self._pending.stored(index)
 
     def save(self, folder: Path) -> None:
         self._flush()
         weights = ((name, weight.cpu()) for name, weight in self._saved.items())
         save_checkpoint(
             folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
-            base=self.settings.base, pending=self._folds.pending(),
+            base=self.settings.base, pending=self._pending.pending(),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -290,8 +307,8 @@ class Mezo:
         checkpoint = open_checkpoint(folder, self._saved, form, self.settings.base)
         for name, weight in self._saved.items():
             weight.copy_(checkpoint.tensor(name))
-        self._folds.restore(*checkpoint.pending)
         self._step, self._seed = checkpoint.step, checkpoint.seed
+        self._pending.restore(*checkpoint.pending, self._drawn)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -299,13 +316,3 @@ class Mezo:
 
     def close(self) -> None:
         self.synchronize()
-
-
-def next_update(step: int, settings: MezoSettings, context: Context, plus: float, minus: float) -> Update:
-    """The update that the losses of `step` call for."""
-    return Update(
-        step=step,
-        learning_rate=learning_rate_at(step, settings, context.total_steps),
-        projected_gradient=(plus - minus) / (2 * settings.eps),
-        weight_decay=settings.weight_decay,
-    )

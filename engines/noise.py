@@ -19,11 +19,10 @@ uniform and independent of the element's own z, cost no further Philox call, and
 every other z, whose sign is in another word. fp32 is rounded to nearest; its unit is small enough.
 
 With `noise="rademacher"` z is a sign, the perturbation of SPSA (Spall, IEEE Trans. Automatic Control 37(3),
-1992): one random bit per element instead of a normal, and E z z^T = I as well. A Philox call has 128 of them, 16
-for each of eight tiles in a row: for elements 8 l to 8 l + 7 of each half of the tile, l being the lane that
-calls. Words whose bits are taken so finely leave none for rounding, which takes calls of its own, one for 8
-neighbours. So a sign costs a few instructions where a normal costs about 50, and the kernel runs as fast as
-memory does.
+1992): one random bit per element instead of a normal, and E z z^T = I as well. A Philox call has 128 of
+them, 16 for each of eight tiles in a row: for elements 8 l to 8 l + 7 of each half of the tile, l being the
+lane that calls. Words whose bits are taken so finely leave none for rounding, which takes calls of its own,
+one for 8 neighbours. So a sign costs a few instructions where a normal costs about 50.
 
 Two implementations: torch operations for any device, and Triton kernels (`engines.noise_kernels`) for CUDA.
 Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton steps in
@@ -47,6 +46,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Update
+from engines.settings import MOST_PENDING
 
 LANES = 512
 TILE = 4 * LANES
@@ -92,7 +92,7 @@ hundred torch calls cost. Small tensors share a chunk."""
 LARGE = 1 << 24
 """Elements above which a tensor has a kernel launch of its own, and no table of its tiles."""
 
-LOG_CAPACITY = 64
+LOG_CAPACITY = MOST_PENDING
 """Updates that can be pending at once."""
 
 
@@ -125,18 +125,18 @@ class UpdateLog:
         self.length = 0
         self._updates: list[Update | None] = [None] * LOG_CAPACITY
         self.table = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32, device=device)
-        """Row: step, then the bits of learning rate, projected gradient and weight decay."""
+        """Row: number of the noise, then the bits of learning rate, coefficient and weight decay."""
         self._staging = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32)
         if device.type == "cuda":
             # HAZARD: a row is copied behind the host's back; it is written again LOG_CAPACITY updates later,
-            # and each of those has waited for its losses.
+            # of which only those of one step (fewer) have not waited for losses in between.
             self._staging = self._staging.pin_memory()
 
     def append(self, update: Update) -> None:
         row = self.length % LOG_CAPACITY
-        rates = (update.learning_rate, update.projected_gradient, update.weight_decay)
+        rates = (update.learning_rate, update.coefficient, update.weight_decay)
         self._updates[row] = update
-        self._staging[row, 0] = update.step - (1 << 32 if update.step >> 31 else 0)
+        self._staging[row, 0] = update.draw - (1 << 32 if update.draw >> 31 else 0)
         for column, rate in enumerate(rates, 1):
             # c_float takes what is beyond fp32 to infinity, which then shows as a loss that is not finite.
             self._staging[row, column] = int.from_bytes(bytes(c_float(rate)), "little", signed=True)
@@ -149,7 +149,7 @@ class UpdateLog:
             raise ValueError(f"updates {first} to {last} are not in the log")
         return [found for i in range(first, last) if (found := self._updates[i % LOG_CAPACITY]) is not None]
 
-    def in_fp32(self, first: int, last: int) -> list[Update]:
+    def in_fp32(self, first: int, last: int) -> list[Entry]:
         """As `between`, with rates as the table has them."""
         return [_in_fp32(update) for update in self.between(first, last)]
 
@@ -239,8 +239,8 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     for pieces in _chunks(segment, start, _CHUNK_LANES[weight.device.type]):
         current = torch.cat([piece.of(weight) for piece in pieces]).float()
         for update in updates:
-            z, uniform = _draw(how, update.step, pieces, weight.device, uniform=stochastic)
-            z.mul_(update.projected_gradient)
+            z, uniform = _draw(how, update.draw, pieces, weight.device, uniform=stochastic)
+            z.mul_(update.coefficient)
             if update.weight_decay != 0.0:
                 _decay(z, current, update.weight_decay, pieces)
             moved = current - z.mul_(update.learning_rate)
@@ -302,16 +302,35 @@ def signs(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: 
 def tiles(
     number: int, step: int, seed: int, first: int, last: int, device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Noise of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
+    """Normals of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
     int32, of each element if wanted."""
     piece = _Piece(number, 0, (last - first) * TILE, first * LANES, decays=False)
     return _normals(seed, step, [piece], device, uniform=uniform)
 
 
-def _in_fp32(update: Update) -> Update:
-    rates = (update.learning_rate, update.projected_gradient, update.weight_decay)
-    lr, g, decay = (c_float(rate).value for rate in rates)
-    return Update(step=update.step, learning_rate=lr, projected_gradient=g, weight_decay=decay)
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An update as the arithmetic takes it."""
+
+    draw: int
+    learning_rate: float
+    coefficient: float
+    weight_decay: float
+
+
+def dither_bits(key: NoiseKey, count: int, device: torch.device, start: int) -> Tensor:
+    """Random bits for rounding, of a stream apart from `key`'s noise: (count,) int32 of 16 bits.
+
+    `start`, a multiple of `TILE`, is the element that the first ones are for.
+    """
+    pieces = next(_chunks(one(key.tensor, count), start, count + LANES))
+    spans = [(piece, start // TILE, start // TILE + -(-count // TILE)) for piece in pieces]
+    return _dither_bits(key.seed, key.step, spans, device)
+
+
+def _in_fp32(update: Update) -> Entry:
+    rates = (update.learning_rate, update.coefficient, update.weight_decay)
+    return Entry(update.draw, *(c_float(rate).value for rate in rates))
 
 
 @cache

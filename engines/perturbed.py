@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -38,13 +37,15 @@ from engines.blocks import (
     move_buffers,
     to_device,
 )
+from engines.estimators import Side
 from engines.graphs import BlockGraphs
 from engines.head import Targets, multiply, plain_head, targets_of
 from engines.layout import ModelLayout
 from engines.lora import Adapters, columns_first, is_linear
+from engines.lozo import LowRank
 from engines.masks import has_padding, known_padding, with_mask
 from engines.noise import Outputs, Visit, one
-from engines.scratch import BlockScratch, Source, Task, Unit, swapped, without_updates
+from engines.scratch import BlockScratch, Source, Task, Unit, swapped
 from engines.settings import Base
 from engines.stacking import halved, join, stack
 from engines.transfer import ComputeClock
@@ -56,14 +57,6 @@ block keeps the GPU busy for longer than the CPU needs to start its kernels: 2.5
 LANDED_CHUNK = 1 << 20
 LANDED_SAMPLE = 1 << 24
 """Elements of which the landed share is measured: enough for 1 % at updates of 1e-7 in bf16."""
-
-
-class Side(Enum):
-    """Which weights a pass outside the blocks computes with."""
-
-    PLUS = 1
-    MINUS = -1
-    PLAIN = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +82,7 @@ class PerturbedModel:
         dtype: torch.dtype,
         device: torch.device,
         layout: ModelLayout,
-        adapters: Adapters,
+        adapters: Adapters | LowRank,
         clock: ComputeClock,
         base: Base = "full",
     ) -> None:
@@ -118,6 +111,8 @@ class PerturbedModel:
         owners = {path: module for path, module in model.named_modules() if module._parameters}
         units = _block_units(self._driver.blocks, block_path, owners, names)
         self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, base)
+        if isinstance(adapters, LowRank):
+            self.scratch.fold = adapters.fold
         self._graphs: BlockGraphs | None = None
         largest_bytes = dtype.itemsize * max(block.size for block in layout.blocks)
         # Experts pick their tokens by looking at them, which a graph cannot.
@@ -144,11 +139,20 @@ class PerturbedModel:
         inputs = with_mask(to_device(batch, self.device))
         return Prepared(inputs, targets, has_padding(batch.inputs))
 
-    def enter(self, batch: Prepared, how: Visit) -> tuple[Tensor, Sequence[BlockCall]]:
-        """Both sides up to the first block: the stacked hidden state (2 batch, seq, hidden), and what each
-        block is called with beside it."""
+    def begin_step(self, num_batches: int, most_sides: int) -> None:
+        """So many micro-batches are to be perturbed, so many sides of each in one batch at most."""
+        if self._graphs is None:
+            self.scratch.take_form(whole=num_batches > 1, sides=most_sides)
+        else:  # HAZARD: its graphs know the scratch by address, so it never changes its form
+            self._graphs.begin()
+
+    def enter(self, batch: Prepared, how: Visit, sides: Sequence[Side]) -> tuple[Tensor, Sequence[BlockCall]]:
+        """All of `sides`, one or both, up to the first block: the hidden state (sides x batch, seq, hidden),
+        and what each block is called with beside it."""
         self._how = how
-        plus, minus = (self._record(batch, side) for side in (Side.PLUS, Side.MINUS))
+        if len(sides) == 1:
+            return self._record(batch, sides[0])
+        plus, minus = (self._record(batch, side) for side in sides)
         rows = plus[0].shape[0]
         joined: dict[tuple[int, int], Any] = {}
         calls = [
@@ -158,22 +162,20 @@ class PerturbedModel:
         return torch.cat((plus[0], minus[0])), calls
 
     def enter_all(
-        self, batches: Sequence[Prepared], how: Visit
+        self, batches: Sequence[Prepared], how: Visit, sides: Sequence[Side]
     ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
         """`enter` of every micro-batch. Apart, so that a hidden state goes once a block has made the next."""
-        if self._graphs is None:
-            self.scratch.take_form(whole=len(batches) > 1, sides=2)
-        else:  # HAZARD: its graphs know the scratch by address, so it never changes its form
-            self._graphs.begin()
-        entered = [self.enter(batch, how) for batch in batches]
+        entered = [self.enter(batch, how, sides) for batch in batches]
         return [hidden for hidden, _ in entered], [calls for _, calls in entered]
 
     @contextmanager
     def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
         """Block `index` may be run within."""
+        if task.folds is not None and isinstance(self.adapters, LowRank):
+            self.adapters.start_fold(index, task.folds, task.how)
         self.scratch.begin(index, task, source)
         self._clock.start()
-        self.adapters.begin(index, without_updates(task.how) if task.perturb else None)
+        self.adapters.begin(index, task)
         self._clock.stop()
         yield
         self.scratch.end()
@@ -224,23 +226,22 @@ class PerturbedModel:
         The one before may be overwritten.
         """
         if self._graphs is not None and self.scratch.perturbs:
-            return self._graphs.run(index, calls, hidden)
+            return self._graphs.run(index, calls, hidden, stacked=self.scratch.stacks)
         return self._run_eagerly(index, calls[index], hidden)
 
     def _run_eagerly(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
         self._stacked = hidden.shape[0]
         return self._driver.run(index, call, hidden)
 
-    def losses(self, batch: Prepared, hidden: Tensor, how: Visit) -> tuple[Tensor, Tensor]:
-        """Losses (plus, minus) of a micro-batch, () fp64 or fp32 each, from the stacked hidden state."""
+    def losses(self, batch: Prepared, hidden: Tensor, how: Visit, sides: Sequence[Side]) -> Sequence[Tensor]:
+        """Loss of a micro-batch on each of `sides`, () fp64 or fp32, from the hidden state of all of them."""
         self._how = how
-        halves = dict(zip((Side.PLUS, Side.MINUS), hidden.chunk(2), strict=True))
-        if self._head is not None:
-            assert batch.targets is not None
-            states = [self._reach_head(batch, half, side) for side, half in halves.items()]
-            return self._head.losses(states, batch.targets, self.outer, self.layout.trained, how)
-        plus, minus = (self._finish(batch, half, side).loss for side, half in halves.items())
-        return plus, minus
+        states = dict(zip(sides, hidden.chunk(len(sides)), strict=True))
+        if self._head is None:
+            return [self._finish(batch, state, side).loss for side, state in states.items()]
+        assert batch.targets is not None
+        reached = {side: self._reach_head(batch, state, side) for side, state in states.items()}
+        return self._head.losses(reached, batch.targets, self.outer, self.layout.trained, how)
 
     def evaluate(self, batch: Prepared, hidden: Tensor, total: EvaluationSum) -> None:
         """Add to `total` what a hidden state gives that theta itself has made."""
@@ -332,7 +333,16 @@ class PerturbedModel:
             first = unit.weights[0][0]
             width = first.shape[1] if turned else first.shape[0]
             out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
-            for side, rows in ((0, slice(None, half)), (1, slice(half, None))):
+            halves = ((0, slice(None, half)), (1, slice(half, None)))
+            if unit.adapted:
+                # One product for both sides, which differ in the bias and in what stands beside.
+                assert isinstance(self.adapters, LowRank)
+                multiply(flat, first if turned else first.t(), None, out)
+                for side, rows in halves:
+                    out[rows] += unit.weights[side][1]
+                self.adapters.add(module, flat, out)
+                return out.view(*x.shape[:-1], width)
+            for side, rows in halves:
                 weight = unit.weights[side][0] if turned else unit.weights[side][0].t()
                 bias = unit.weights[side][1] if len(unit.weights[side]) > 1 else None
                 multiply(flat[rows], weight, bias, out[rows])
@@ -359,7 +369,7 @@ class PerturbedModel:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             scratch.open(unit)
-            if not scratch.perturbs or (unit.frozen and not unit.adapted):
+            if not scratch.stacks or (unit.frozen and not unit.adapted):
                 return single(*args, **kwargs)
             if is_norm and args and args[0].shape[0] % self._stacked == 0:
                 return norm(args[0])

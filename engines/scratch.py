@@ -7,7 +7,7 @@ A *unit* is a module of a block that computes with weights of its own; `Source` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -57,6 +57,10 @@ class Task:
     """Both perturbed passes, stacked; else one, with theta itself."""
     overdue: tuple[Visit, ...] = ()
     """Low-bit matrices: what is to be stored before, one after the other. Vectors take it within `how`."""
+    one_sided: bool = False
+    """Where it is perturbed: the plus side's pass alone."""
+    folds: int | None = None
+    """Window whose low-rank sum is added to the matrices (`engines.lozo`), which `store` then keeps."""
 
 
 class Unit:
@@ -104,6 +108,9 @@ class BlockScratch:
         self._device = device
         self._outer = outer
         self._clock = clock
+        self.fold: Callable[[str, Tensor, int, int], None] | None = None
+        """Adds to a tensor, by its first name, in its flat memory or its records, what its window has
+        gathered; by the window and the seed."""
         for unit in units:
             used = {name for _, _, name in unit.places}
             parts = layout.blocks[unit.block].parts
@@ -145,7 +152,8 @@ class BlockScratch:
                 views: dict[str, Tensor] = {}
                 for part in unit.parts:
                     of = self._layout.blocks[unit.block].parts[part]
-                    views |= of.views(self._room(unit.block, part, side))
+                    # What is not trained is there once, for both sides.
+                    views |= of.views(self._room(unit.block, part, side if of.trained else 0))
                 unit.weights[side].extend(
                     nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
                 )
@@ -192,6 +200,11 @@ class BlockScratch:
     def perturbs(self) -> bool:
         return self._task is not None and self._task.perturb
 
+    @property
+    def stacks(self) -> bool:
+        """Both sides compute in one batch."""
+        return self._task is not None and self._task.perturb and not self._task.one_sided
+
     def begin(self, block: int, task: Task, source: Source) -> None:
         self._block, self._task, self._source = block, task, source
         self._made, self._seen = set(), set()
@@ -212,6 +225,7 @@ class BlockScratch:
                     self._visit_records(weight, part, self._task.how, store=True, sides=())
                 else:
                     noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
+            self._fold(index, weight)
             self._source.done(self._block, index, index + 1)
         self._task = self._source = None
 
@@ -235,25 +249,46 @@ class BlockScratch:
             return
         for first, last in self._source.spans(self._block):
             key = (self._block, first, last)
-            if key not in self._segments:
-                self._segments[key] = layout.segment(first, last)
-            weight = self._source.take(*key)
-            start, stop = (
-                layout.parts[first].start,
-                layout.parts[last - 1].start + layout.parts[last - 1].size,
-            )
-            rooms = [memory[start:stop] for memory in self._memory]
+            span = self._source.take(*key)
             assert self._task is not None
-            trained = layout.parts[first].trained
-            self._write(
-                weight, self._segments[key], self._task.how, rooms, trained=trained, store=self._task.store
-            )
+            for begin, end in layout.runs(first, last):
+                start, stop = (
+                    layout.parts[begin].start,
+                    layout.parts[end - 1].start + layout.parts[end - 1].size,
+                )
+                shift = layout.parts[first].start
+                weight = span[start - shift : stop - shift]
+                for index in range(begin, end):
+                    part = layout.parts[index]
+                    self._fold(index, span[part.start - shift :][: part.size])
+                self._write(
+                    weight, self._segment(self._block, begin, end), self._task.how,
+                    [memory[start:stop] for memory in self._memory],
+                    trained=layout.parts[begin].trained, store=self._task.store,
+                )  # fmt: skip
             self._source.done(*key)
             self._made.update(range(first, last))
             self._seen.update(range(first, last))
         for index, part in enumerate(layout.parts):
             if part.shared:
                 self._make(index)
+
+    def _segment(self, block: int, first: int, last: int) -> Segment:
+        key = (block, first, last)
+        if key not in self._segments:
+            self._segments[key] = self._layout.blocks[block].segment(first, last)
+        return self._segments[key]
+
+    def _fold(self, index: int, weight: Tensor) -> None:
+        """On the first time that a part of the block is met in its visit."""
+        part = self._layout.blocks[self._block].parts[index]
+        if self._task is None or self._task.folds is None or self.fold is None or part.trained:
+            return
+        self._clock.start()
+        for name, offset, count in zip(part.names, part.segment.offsets, part.segment.counts, strict=True):
+            kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
+            self.fold(name, kept, self._task.folds, self._task.how.seed)
+        self._clock.stop()
 
     def _make(self, index: int) -> None:
         task, source = self._task, self._source
@@ -266,7 +301,9 @@ class BlockScratch:
             weight, how, store = self._outer[part.names[0]].view(-1), without_updates(how), False
         else:
             weight = source.take(self._block, index, index + 1)
-            if index in self._seen and store:  # a module that is called twice in a visit
+            if index not in self._seen:
+                self._fold(index, weight)
+            elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
             self._clock.start()
@@ -300,7 +337,8 @@ class BlockScratch:
             plus.copy_(weight)
         elif self._task.perturb:
             theta = weight if store else None
-            noise.visit(weight, segment, how, Outputs(theta=theta, plus=plus, minus=minus))
+            both = Outputs(theta=theta, plus=plus, minus=minus)
+            noise.visit(weight, segment, how, replace(both, minus=None) if self._task.one_sided else both)
         elif how.first == how.last:
             plus.copy_(weight)
         else:

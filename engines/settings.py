@@ -169,6 +169,12 @@ OpenLLaMA), the middle one. Their batches: 16 x 128 (RoBERTa on GLUE), 4 x 512 a
 64 sequences of 1024 by accumulation (DeepSeek-Coder)."""
 
 
+MOST_QUERIES = 32
+MOST_RANK = 64
+MOST_PENDING = 64
+"""Entries of updates that a block can be behind."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MezoSettings:
     """MeZO (2305.17333): SGD along one random direction, two forward passes."""
@@ -180,8 +186,23 @@ class MezoSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     """Applied to matrices only; biases and norms are never decayed."""
+    estimator: Literal["spsa", "fzoo", "lozo"] = "spsa"
+    """How a step finds its direction (`engines.estimators`): `spsa` takes the slope along z from both sides,
+    as MeZO does (Spall, 1992); `fzoo` (2506.09034) from one side, and divides by the standard deviation of
+    the losses: its learning rates are in units of their own. `lozo` (2410.07698) is `spsa` with low-rank
+    noise on the matrices of the blocks, which are only read until its window ends (`engines.lozo`)."""
+    lozo_rank: int = 4
+    lozo_window: int = 50
+    """Steps for which one factor of the noise is kept. Then what they add up to is added to the weights."""
+    queries: int = 1
+    """Independent z in each step, all in one visit of each block; the update is their mean. `spsa` takes two
+    forward passes for each, `fzoo` one, and one more."""
+    layer_share: float = 1.0
+    """Share of the trained blocks that a step trains, drawn anew in each (LeZO, 2410.09823). The others are
+    neither perturbed nor updated nor downloaded."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
+    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992), for a full
+    base."""
     eps: float = 1e-3
     """Size of the perturbation."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
@@ -205,6 +226,14 @@ class MezoSettings:
         _require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         _require(self.eps > 0, "eps", "must be positive")
+        _require(1 <= self.queries <= MOST_QUERIES, "queries", f"must be between 1 and {MOST_QUERIES}")
+        _require(0 < self.layer_share <= 1, "layer_share", "must be in (0, 1]")
+        _require(self.layer_share == 1 or self.train != "lora", "layer_share", "must be 1 with train=lora")
+        if self.estimator == "fzoo":
+            _require(self.queries >= 2, "queries", "must be 2 or more with estimator=fzoo")
+            _require(self.noise == "rademacher", "noise", "must be rademacher with estimator=fzoo")
+        if self.estimator == "lozo":
+            self._check_lozo()
         _require(self.lora_rank > 0, "lora_rank", "must be positive")
         _require(
             self.train in ("all", "lora") or re.fullmatch(r"last:[1-9][0-9]*", self.train) is not None,
@@ -216,6 +245,34 @@ class MezoSettings:
             self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
             "fold_every",
             "is of use to mezo with a low-bit base only",
+        )
+        _require(
+            self.fold_every == 1 or self.estimator != "lozo",
+            "fold_every",
+            "must be 1 with estimator=lozo: lozo_window says when matrices are written",
+        )
+        _require(
+            self.fold_every * self.queries <= MOST_PENDING,
+            "fold_every",
+            f"times queries must be {MOST_PENDING} at most",
+        )
+        _require(
+            self.base == "full" or self.noise == "gaussian", "noise", "must be gaussian with a low-bit base"
+        )
+
+    def _check_lozo(self) -> None:
+        _require(self.noise == "gaussian", "noise", "must be gaussian with estimator=lozo")
+        _require(self.layer_share == 1, "layer_share", "must be 1 with estimator=lozo")
+        _require(self.train != "lora", "train", "must be all or last:N with estimator=lozo")
+        _require(
+            self.weight_decay == 0, "weight_decay", "must be 0 with estimator=lozo: weights are only read"
+        )
+        _require(1 <= self.lozo_rank <= MOST_RANK, "lozo_rank", f"must be between 1 and {MOST_RANK}")
+        _require(self.lozo_window >= 1, "lozo_window", "must be positive")
+        _require(
+            self.lozo_window * self.queries <= MOST_PENDING,
+            "lozo_window",
+            f"times queries must be {MOST_PENDING} at most",
         )
 
 
@@ -241,6 +298,9 @@ class Zo2Settings(MezoSettings):
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
         _require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
         _require(self.base == "full" or self.disk_blocks == 0, "disk_blocks", "must be 0 with a low-bit base")
+        _require(
+            self.disk_blocks == 0 or self.estimator != "lozo", "disk_blocks", "must be 0 with estimator=lozo"
+        )
 
 
 def _as_sequence(value: object) -> object:

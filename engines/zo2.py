@@ -21,7 +21,7 @@ Events order the streams; the host waits once per step, to read the two losses. 
 on over the loss, as far as the ring has room.
 
 With a low-bit `base` the blocks' matrices are kept and copied as in `engines.base_format`, approximately;
-their updates pend exactly and join them at the times of `engines.folding`, wherever they are kept.
+their updates pend exactly and join them at the times of `engines.pending`, wherever they are kept.
 
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
 hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or
@@ -37,7 +37,7 @@ Deviations from the paper and its code, beside those of `engines.mezo`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,20 @@ from engines.costs.zo2 import disk_indices, resident_indices
 from engines.decoding import Decoded, GenerationRequest
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
+from engines.estimators import drawn_blocks, forwards, next_updates, probes
 from engines.exposure import ExposureClock
-from engines.folding import Folds, landed_on_grid, plain_weights
 from engines.generation import generate
+from engines.grid import landed_on_grid, plain_weights
 from engines.layout import BlockLayout, lay_out
-from engines.lora import Adapters
-from engines.mezo import EVALUATION_GROUP, LossPair, next_update
-from engines.noise import LOG_CAPACITY, Outputs, UpdateLog, Visit
+from engines.lozo import beside, window_due
+from engines.mezo import EVALUATION_GROUP
+from engines.noise import LOG_CAPACITY, Outputs, Visit
+from engines.pending import PendingUpdates
 from engines.perturbed import PerturbedModel
 from engines.ring import BlockStream
 from engines.scratch import Task
 from engines.settings import Zo2Settings
+from engines.streams import Streams
 from engines.timeline import Timeline
 from engines.transfer import ComputeClock, Link
 
@@ -91,7 +94,6 @@ class Zo2:
         self._exposure = ExposureClock(self.device)
         self._clock = ComputeClock(self.device, self._timeline, exposure=self._exposure)
         self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
-        self._log = UpdateLog(self.device)
         self._disk: DiskBlocks | None = None
 
     @staticmethod
@@ -103,14 +105,24 @@ class Zo2:
     def setup(self, blueprint: Blueprint) -> None:
         """Raises `InfeasiblePlan` before anything is filled if host memory or the disk is too small for its
         blocks."""
-        self._layout = lay_out(blueprint.model, self._dtype, self.settings.train)
+        adapters, self._layout = beside(
+            blueprint.model,
+            lay_out(blueprint.model, self._dtype, self.settings.train),
+            self.settings,
+            self._dtype,
+            self.device,
+            self._seed,
+        )
         blocks, base = self._layout.blocks, self.settings.base
         self._forms = block_forms(blocks, base, self._dtype)
         resident = resident_indices(len(blocks), self.settings.resident_blocks)
         self._on_disk = self._choose_on_disk(resident)
-        self._folds = Folds(blocks, self._log, base=base, every=self.settings.fold_every, apart=self._on_disk)
-        adapters = Adapters(
-            blueprint.model, self._layout, self.settings, self._dtype, self.device, self._seed
+        self._pending = PendingUpdates(
+            self._forms,
+            self.device,
+            apart=self.settings.layer_share < 1,
+            every=self.settings.fold_every,
+            apart_from_flushes=self._on_disk,
         )
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
@@ -202,33 +214,37 @@ class Zo2:
         self._exposure.mark()
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
-        how = self._visit(self._log.length)
-        hidden, calls = self._model.enter_all(prepared, how)
-        for index in self._pass(lambda i: self._folds.is_due(i, self._step), perturb=True):
-            for i, each in enumerate(calls):
-                hidden[i] = self._model.run(index, each, hidden[i])
+        streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
+        for index, task in self._pass(
+            self._goes_down, perturbed=self._drawn(self._step), folds=window_due(self.settings, self._step)
+        ):
+            streams.visit(index, task, self._stream)
             if index == 0:
                 # Of the step before, whose work has ended. Not at its end: until the first block of the next
                 # step is under way, the link has only what room is left in the ring.
                 times = self._take_times()
         self._label("loss")
-        losses = LossPair(self.device)
-        for batch, last in zip(prepared, hidden, strict=True):
-            losses.add(*self._model.losses(batch, last, how))
+        sums = streams.losses()
         self._clock.stop()
-        plus, minus = losses.read(len(prepared), self._step)  # the one place where the host waits
-        update = next_update(self._step, self.settings, self.context, plus, minus)
-        self._append(update)
+        losses = sums.read(len(prepared), self._step)  # the one place where the host waits
+        updates = next_updates(self._step, self.settings, self.context.total_steps, losses)
+        for update in updates:
+            self._append(update)
         return StepStats(
-            loss=(plus + minus) / 2,
+            loss=sum(losses) / len(losses),
+            forwards=float(forwards(self.settings)),
             h2d_bytes=self._sent_bytes() - h2d_bytes,
             d2h_bytes=self._link.d2h_bytes - d2h_bytes,
             disk_read_bytes=self._stream.disk_bytes - disk_bytes,
             disk_floor_s=self._disk_floor_s(self._stream.disk_bytes - disk_bytes),
             disk_direct=None if self._disk is None else self._disk.direct,
-            update=update,
+            updates=updates,
             **times,
         )
+
+    def _goes_down(self, block: int) -> bool:
+        """Whether it is the block's turn to keep its updates in this step. LOZO's windows have their own."""
+        return self.settings.estimator != "lozo" and self._pending.is_due(block, self._step)
 
     def _sent_bytes(self) -> int:
         """As far as it was computed with: how much is sent ahead depends on the disk's pace."""
@@ -250,27 +266,51 @@ class Zo2:
             "disk_s": disk_s,
         }  # fmt: skip
 
-    def _pass(self, stores: Callable[[int], bool], *, perturb: bool) -> Iterator[int]:
-        """Visit every block in order. One that `stores` names keeps its updates, and so does every resident
-        one of a full base, but none on disk does."""
+    def _pass(
+        self,
+        stores: Callable[[int], bool],
+        *,
+        perturbed: Collection[int] | None = None,
+        folds: int | None = None,
+    ) -> Iterator[tuple[int, Task]]:
+        """Every block in order, and what its visit is to do, which the caller makes. One that `stores` names
+        keeps its updates, and so does every resident one unless they are rounded to a grid, but none on disk
+        does. `perturbed`: the blocks that are, in a step."""
+        on_grid = self._pending.on_grid
+        again = perturbed is not None and len(probes(self.settings, self._step)) > 1
         for index in range(len(self._layout.blocks)):
-            pending = self._folds.is_pending(index)
+            pending = self._pending.pends(index)
             resident = self._stream.is_resident(index)
             self._label(f"block {index}")
-            kept = resident and not self._folds.on_grid
-            store = pending and (kept or (stores(index) and index not in self._on_disk))
-            self._stream.begin(keep=store and not resident)
-            task = Task(how=self._visit(self._folds.stored[index]), store=store, perturb=perturb)
-            with self._model.visiting(index, task, self._stream):
-                yield index
-            if store or not pending:
-                self._folds.took(index)
+            kept = resident and not on_grid
+            keep = pending and (kept or (stores(index) and index not in self._on_disk))
+            keep = keep or folds is not None
+            self._stream.begin(keep=keep and not resident)
+            # With several probes the ring's copy takes the updates, whether it goes down or not.
+            store = keep or (pending and again and not on_grid)
+            perturb = perturbed is not None and index in perturbed
+            yield index, Task(how=self._visit(index), store=store, perturb=perturb, folds=folds)
+            if keep or not pending:
+                self._pending.stored(index)
         self._stream.end_pass()
 
-    def _visit(self, first: int) -> Visit:
+    def _pass_without_noise(self, stores: Callable[[int], bool], folds: int | None = None) -> Iterator[int]:
+        """As `_pass`; each block may be run while its index is held."""
+        for index, task in self._pass(stores, folds=folds):
+            with self._model.visiting(index, task, self._stream):
+                yield index
+
+    def _drawn(self, step: int) -> frozenset[int]:
+        return drawn_blocks(self.settings, self._seed, step, self._pending.drawable)
+
+    def _visit(self, block: int | None = None, *, latest: int | None = None) -> Visit:
+        """With the updates that `block` has not taken, or none without a block; or with so many of the latest
+        ones, of the block or of all."""
+        log = self._pending.everything if block is None else self._pending.logs[block]
+        first = log.length if block is None else self._pending.first(block)
         return Visit(
-            seed=self._seed, log=self._log, first=first, last=self._log.length,
-            rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
+            seed=self._seed, log=log, first=first if latest is None else max(0, log.length - latest),
+            last=log.length, rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
             noise=self.settings.noise,
         )  # fmt: skip
 
@@ -279,8 +319,8 @@ class Zo2:
         self._label("update")
         self._clock.start()
         self._noise_clock.start()
-        self._log.append(update)
-        self._model.update_outer(self._visit(self._log.length - 1))
+        self._pending.append(update, self._drawn(update.step))
+        self._model.update_outer(self._visit(latest=1))
         self._noise_clock.stop()
         self._clock.stop()
         self._step = update.step + 1
@@ -291,7 +331,7 @@ class Zo2:
         remaining = iter(batches)
         while group := [self._model.prepare(batch) for batch in islice(remaining, EVALUATION_GROUP)]:
             hidden, calls = self._model.enter_all_plain(group)
-            for index in self._pass(lambda i: False, perturb=False):
+            for index in self._pass_without_noise(lambda i: False):
                 for i, each_calls in enumerate(calls):
                     hidden[i] = self._model.run(index, each_calls, hidden[i])
             for each, last in zip(group, hidden, strict=True):
@@ -306,7 +346,7 @@ class Zo2:
 
         def blocks() -> Iterator[int]:
             self._exposure.mark()
-            return self._pass(lambda i: False, perturb=False)
+            return self._pass_without_noise(lambda i: False)
 
         h2d_bytes, disk_bytes = self._sent_bytes(), self._stream.disk_bytes
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
@@ -318,7 +358,7 @@ class Zo2:
                 disk_read_bytes=read_bytes,
                 disk_floor_s=self._disk_floor_s(read_bytes),
                 disk_direct=None if self._disk is None else self._disk.direct,
-                update=None,
+                updates=(),
                 **self._take_times(),
             )
             h2d_bytes, disk_bytes = self._sent_bytes(), self._stream.disk_bytes
@@ -326,20 +366,19 @@ class Zo2:
         self._forget_times()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        if self._folds.on_grid:
+        if self.settings.base != "full":
             self.synchronize()
             plain = plain_weights(
-                self._layout, self._forms, self._model.outer, self._stream.at_rest,
-                lambda index: self._visit(self._folds.stored[index]), self.device,
-            )  # fmt: skip
+                self._layout, self._forms, self._model.outer, self._stream.at_rest, self._visit, self.device
+            )
             for name, weight in plain:
-                yield name, self._model.adapters.merged(name, weight)
+                yield name, self._model.adapters.merged(name, weight, self._visit())
             return
         self._flush(self._step - 1)
         self.synchronize()
         where = self._at_rest()
         for name in self._layout.shapes:
-            yield name, self._model.adapters.merged(name, where[name].cpu())
+            yield name, self._model.adapters.merged(name, where[name].cpu(), self._visit())
 
     def _at_rest(self) -> Mapping[str, Tensor]:
         """Every tensor where it is kept, the adapters' too. As `engines.ring.BlockStream.at_rest`.
@@ -369,16 +408,16 @@ class Zo2:
     def _fold_full_log(self) -> None:
         """Blocks on disk whose updates fill the log are written to their second files."""
         for index in sorted(self._on_disk):
-            if self._log.length - self._folds.stored[index] >= LOG_CAPACITY:
+            if self._pending.behind(index) + self.settings.queries > LOG_CAPACITY:
                 with self._stream.fetched(index, keep=True) as memory:
                     self._apply_pending(index, memory)
-                self._folds.took(index)
+                self._pending.stored(index)
 
     def _apply_pending(self, index: int, memory: Tensor) -> None:
-        block, how = self._layout.blocks[index], self._visit(self._folds.stored[index])
-        if self._folds.is_pending(index):
-            flat = memory.view(self._dtype)
-            noise.visit(flat, block.segment(0, len(block.own_parts)), how, Outputs(theta=flat))
+        if self._pending.pends(index):
+            block, flat = self._layout.blocks[index], memory.view(self._dtype)
+            whole = block.segment(0, len(block.own_parts))
+            noise.visit(flat, whole, self._visit(index), Outputs(theta=flat))
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -391,19 +430,26 @@ class Zo2:
     def landed_share(self) -> float | None:
         """See `engines.perturbed.PerturbedModel.landed_share`; with a low-bit base, of its matrices."""
         share = None
-        if self._folds.on_grid:
+        if self._pending.on_grid:
             self.synchronize()
-            how = self._visit(max(0, self._log.length - self.settings.fold_every))
-            share = landed_on_grid(self._forms, self._stream.at_rest, how, self.device)
-        return self._model.landed_share(self._visit(max(0, self._log.length - 1))) if share is None else share
+            entries = self.settings.fold_every * self.settings.queries
+            share = landed_on_grid(
+                self._forms,
+                self._stream.at_rest,
+                lambda index: self._visit(index, latest=entries),
+                self.device,
+            )
+        return self._model.landed_share(self._visit(latest=1)) if share is None else share
 
     @torch.no_grad()
     def replay(self, updates: Iterable[Update]) -> None:
         """Apply updates of an earlier run, in its order, and go on after the last."""
         for update in updates:
-            if self._log.length - self._folds.oldest() == LOG_CAPACITY:
-                self._flush(update.step)
-            self._fold_full_log()
+            window = window_due(self.settings, update.step) if update.query == 0 else None
+            if self._pending.most == LOG_CAPACITY or window is not None:
+                self._flush(update.step, window)
+            if update.query == 0:
+                self._fold_full_log()
             self._append(update)
         self._flush(self._step - 1)
 
@@ -413,7 +459,7 @@ class Zo2:
         weights = ((name, weight.cpu()) for name, weight in self._at_rest().items())
         save_checkpoint(
             folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
-            base=self.settings.base, pending=self._folds.pending(),
+            base=self.settings.base, pending=self._pending.pending(),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -434,11 +480,10 @@ class Zo2:
                 read(name, out)
 
         self._fill(read, read_block)
-        self._folds.restore(*checkpoint.pending)
-        self._stream.prefetch()
+        self._step, self._seed = checkpoint.step, checkpoint.seed
+        self._pending.restore(*checkpoint.pending, self._drawn)
         for name, tensor in self._model.adapters.tensors.items():
             tensor.copy_(checkpoint.tensor(name))
-        self._step, self._seed = checkpoint.step, checkpoint.seed
         self._stream.prefetch()
 
     def synchronize(self) -> None:
@@ -452,28 +497,27 @@ class Zo2:
             self._disk.close()
 
     @torch.no_grad()
-    def _flush(self, last_step: int) -> None:
-        """Apply the pending updates now, but those of blocks on disk, which stay in the log; to a low-bit
-        base, those that steps up to `last_step` have rounded to the grid."""
-        if self._folds.on_grid:
+    def _flush(self, last_step: int, folds: int | None = None) -> None:
+        """Apply the pending updates now, but those of blocks on disk, which stay in the log, and what the
+        window `folds` has gathered; to trained matrices of a low-bit base, those updates that steps up to
+        `last_step` have rounded to the grid."""
+        if self._pending.on_grid:
             self._catch_up(last_step)
-        elif self._folds.oldest() < self._log.length:
-            for _ in self._pass(lambda i: True, perturb=False):
+        elif self._pending.most or folds is not None:
+            for _ in self._pass_without_noise(lambda i: True, folds):
                 continue
             self._forget_times()
 
     def _catch_up(self, last_step: int) -> None:
-        tasks = [
-            self._folds.overdue(index, self._visit(stored), last_step)
-            for index, stored in enumerate(self._folds.stored)
-        ]
+        blocks = range(len(self._layout.blocks))
+        tasks = [self._pending.overdue(index, self._visit(index), last_step) for index in blocks]
         if not any(task.store for task in tasks):
             return
         for index, task in enumerate(tasks):
             self._stream.begin(keep=task.store and not self._stream.is_resident(index))
             with self._model.visiting(index, task, self._stream):
                 pass
-            self._folds.took_overdue(index, task)
+            self._pending.took(index, task)
         self._stream.end_pass()
         self._forget_times()
 

@@ -36,8 +36,8 @@ class Point:
     """One step as the rules see it."""
 
     loss: float
-    update: Update | None = None
-    """Zeroth-order methods only."""
+    updates: tuple[Update, ...] = ()
+    """Zeroth-order methods only: one for each query."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ def why_not_finite(
 
 def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis | None:
     """Why the loss did not move in a run of these steps; `None` if it moved, or if nothing can be said."""
-    updates = [point.update for point in history if point.update is not None]
+    updates = [update for point in history for update in point.updates]
     flags = [update.projected_gradient == 0.0 for update in updates]
     zeros = _longest_run(flags)
     highest = max((point.loss for point in history), default=0.0)
@@ -104,7 +104,7 @@ def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis |
         return None
     first, last, steps = history[0].loss, history[-1].loss, len(history)
     cause = f"the loss stayed flat over {steps} steps ({first:.4g} at first, {last:.4g} at last)"
-    descent = sum(update.learning_rate * update.projected_gradient**2 for update in updates)
+    descent = sum(u.learning_rate * u.projected_gradient**2 / u.queries for u in updates)
     if not updates:
         return Diagnosis(
             cause=f"{cause}: the learning rate is too small, or the steps are too few",

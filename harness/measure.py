@@ -112,6 +112,7 @@ class Recording:
             disk_floor_share=disk_floor_s / steps.step_s_median
             if disk_floor_s is not None and steps.step_s_median
             else None,
+            forwards=_median([stats.forwards for _, stats in measured]),
             landed_share=self.landed_share,
         )
 

@@ -108,6 +108,7 @@ def start(
         start_step=step,
         run_sha256=run_digest(job, settings),
         weights_sha256=fingerprint(engine, num_tensors, progress),
+        queries=settings.queries,
     )
     return UpdateLog.create(out / UPDATE_LOG, origin)
 
@@ -174,7 +175,7 @@ def catch_up(
             "starts from other weights than the model has here and now",
             "put the model back as it was, or use the kind of device that made its random weights",
         )
-    total = contents.end_step - done
+    total = (contents.end_step - done) * origin.queries
     if total > 0:
         engine.replay(_counted(contents.updates(done), total, progress))
         engine.synchronize()
@@ -198,12 +199,13 @@ def fingerprint(engine: Engine, num_tensors: int, progress: Progress) -> bytes:
 
 def history_of(out: Path) -> list[Point]:
     """Loss and update of each step in a run's logs, as far as they go."""
-    updates: dict[int, Update] = {}
+    updates: dict[int, tuple[Update, ...]] = {}
     if (out / UPDATE_LOG).exists():
         contents = read_update_log(out / UPDATE_LOG)
-        updates = {update.step: update for update in contents.updates(contents.origin.start_step)}
+        for update in contents.updates(contents.origin.start_step):
+            updates[update.step] = (*updates.get(update.step, ()), update)
     return [
-        Point(loss=values["loss"], update=updates.get(values["step"] - 1))
+        Point(loss=values["loss"], updates=updates.get(values["step"] - 1, ()))
         for _, values in _lines(out / LOSS_LOG)
         if "loss" in values
     ]

@@ -304,9 +304,9 @@ def _run_steps(
             # In this order: a kill between the two leaves a line too many, which resuming takes away.
             _write(log, step=step + 1, loss=stats.loss)
             if updates is not None:
-                if stats.update is None:
+                if not stats.updates:
                     raise RuntimeError(f"{engine.name} told no update of step {step}")
-                updates.append(stats.update)
+                updates.append(*stats.updates)
             progress.update("training", step + 1, job.steps, note=f"loss {stats.loss:.4g}")
             if stop.asked:
                 save(step + 1)

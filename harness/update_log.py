@@ -1,17 +1,21 @@
-"""The update log: all that a zeroth-order run did to its weights, at 32 bytes a step. Imports no torch.
+"""The update log: all that a zeroth-order run did to its weights, at 32 bytes a query. Imports no torch.
 
 A step of MeZO changes every weight, but by noise that a seed makes again: step, learning rate, projected
 gradient and weight decay are the whole step (Malladi et al., arXiv 2305.17333, section 2.1, store a
 fine-tuned model so). With the weights it starts from, the log is therefore a checkpoint as of its last
 record, and each engine that takes `engines.base.Update` reads what another wrote.
 
-The file, little-endian: a header of 96 bytes, then records of 32, of consecutive steps.
+The file, little-endian: a header of 96 bytes, then records of 32: of consecutive steps, and in a step of
+its queries, of which there is one unless `queries` is set. A step therefore takes 32 bytes times queries.
 
-    header  magic, version, start step, seed, SHA-256 of the run, fingerprint of the weights, CRC-32
-    record  step, learning rate, projected gradient, weight decay (numbers as fp64, bit for bit), CRC-32
+    header  magic, version, start step, seed, SHA-256 of the run, fingerprint of the weights,
+            queries (0 for 1), CRC-32
+    record  step x queries + query, learning rate, projected gradient, weight decay (numbers as fp64, bit for
+            bit), CRC-32
 
-A record's CRC begins with the header's, so a record of another log does not pass. Each record is handed to
-the system in one write after its step: killing the process loses the step in progress and nothing else.
+A record's CRC begins with the header's, so a record of another log does not pass. The records of a step are
+handed to the system in one write after it: killing the process loses the step in progress and nothing else,
+and of a step that is not there whole nothing is read. A log with several queries is of version 2.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ from harness.job import Job
 from profiles.documents import adapter
 
 MAGIC = b"lspzoupd"
-VERSION = 1
-_HEADER = struct.Struct("<8sIIQ32s32s4x")
+VERSION = 2
+_HEADER = struct.Struct("<8sIIQ32s32sI")
 _RECORD = struct.Struct("<Iddd")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
@@ -57,6 +61,12 @@ class Origin:
     """Of `run_digest`."""
     weights_sha256: bytes
     """Fingerprint of the weights before its first record."""
+    queries: int = 1
+    """Records of a step."""
+
+    @property
+    def step_bytes(self) -> int:
+        return self.queries * RECORD_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,30 +75,34 @@ class Contents:
 
     origin: Origin
     records: bytes
-    """Whole and sound ones, end to end."""
+    """Whole and sound ones of whole steps, end to end."""
     torn_bytes: int
-    """Behind the last sound record: a write that was cut off, or damage."""
+    """Behind the last sound step: a write that was cut off, or damage."""
 
     @property
     def end_step(self) -> int:
         """Steps done after its last record."""
-        return self.origin.start_step + len(self.records) // RECORD_BYTES
+        return self.origin.start_step + len(self.records) // self.origin.step_bytes
 
     def updates(self, first_step: int) -> Iterator[Update]:
         """Those of `first_step`, which the log reaches back to, and later."""
-        first = first_step - self.origin.start_step
-        for offset in range(first * RECORD_BYTES, len(self.records), RECORD_BYTES):
-            step, rate, gradient, decay = _RECORD.unpack_from(self.records, offset)
-            yield Update(step=step, learning_rate=rate, projected_gradient=gradient, weight_decay=decay)
+        first, queries = first_step - self.origin.start_step, self.origin.queries
+        for offset in range(first * self.origin.step_bytes, len(self.records), RECORD_BYTES):
+            draw, rate, gradient, decay = _RECORD.unpack_from(self.records, offset)
+            yield Update(
+                step=draw // queries, learning_rate=rate, projected_gradient=gradient, weight_decay=decay,
+                query=draw % queries, queries=queries,
+            )  # fmt: skip
 
 
 class UpdateLog:
     """A log to append to, locked against a second writer while it is open."""
 
-    def __init__(self, path: Path, file: FileIO, crc: int, next_step: int) -> None:
+    def __init__(self, path: Path, file: FileIO, crc: int, queries: int, next_step: int) -> None:
         self.path = path
         self._file = file
         self._crc = crc
+        self._queries = queries
         self._next_step = next_step
 
     @classmethod
@@ -113,7 +127,7 @@ class UpdateLog:
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
-        return cls(path, _open_locked(path), _crc_of(header), origin.start_step)
+        return cls(path, _open_locked(path), _crc_of(header), origin.queries, origin.start_step)
 
     @classmethod
     def reopen(cls, path: Path) -> tuple[Self, Contents]:
@@ -132,15 +146,19 @@ class UpdateLog:
         except UserError:
             file.close()
             raise
-        return cls(path, file, _crc_of(encode_header(contents.origin)), contents.end_step), contents
+        origin = contents.origin
+        return cls(path, file, _crc_of(encode_header(origin)), origin.queries, contents.end_step), contents
 
-    def append(self, update: Update) -> None:
-        """Hand the record of the next step to the system. Raises `UserError` if it cannot be written."""
-        if update.step != self._next_step:
-            raise ValueError(f"the update of step {update.step} cannot follow step {self._next_step - 1}")
-        record = encode_record(update, self._crc)
+    def append(self, *updates: Update) -> None:
+        """Hand the records of the next step, one for each query, to the system. Raises `UserError` if they
+        cannot be written."""
+        wanted = [self._next_step * self._queries + query for query in range(self._queries)]
+        if [update.draw for update in updates] != wanted:
+            told = ", ".join(f"step {update.step}, query {update.query}" for update in updates)
+            raise ValueError(f"the updates of {told} cannot follow step {self._next_step - 1}")
+        records = b"".join(encode_record(update, self._crc) for update in updates)
         try:
-            if self._file.write(record) != RECORD_BYTES:
+            if self._file.write(records) != len(records):
                 raise OSError("no space left")
         except OSError as error:
             raise cannot_write(self.path, error) from None
@@ -176,17 +194,18 @@ def run_digest(job: Job, settings: MezoSettings) -> bytes:
 def encode_header(origin: Origin) -> bytes:
     packed = _HEADER.pack(
         MAGIC,
-        VERSION,
+        1 if origin.queries == 1 else VERSION,
         origin.start_step,
         origin.seed % 2**64,
         origin.run_sha256,
         origin.weights_sha256,
+        0 if origin.queries == 1 else origin.queries,
     )
     return packed + _CRC.pack(zlib.crc32(packed))
 
 
 def encode_record(update: Update, header_crc: int) -> bytes:
-    packed = _RECORD.pack(update.step, update.learning_rate, update.projected_gradient, update.weight_decay)
+    packed = _RECORD.pack(update.draw, update.learning_rate, update.projected_gradient, update.weight_decay)
     return packed + _CRC.pack(zlib.crc32(packed, header_crc))
 
 
@@ -213,12 +232,15 @@ def decode(content: bytes, name: str) -> Contents:
         )
     if len(header) < HEADER_BYTES or zlib.crc32(header[: _HEADER.size]) != _crc_of(header):
         raise UserError(name, "its header is damaged", "restore it, or start anew with another --out")
-    _, _, start_step, seed, run, weights = _HEADER.unpack_from(header)
-    origin = Origin(seed=seed, start_step=start_step, run_sha256=run, weights_sha256=weights)
+    _, _, start_step, seed, run, weights, queries = _HEADER.unpack_from(header)
+    origin = Origin(
+        seed=seed, start_step=start_step, run_sha256=run, weights_sha256=weights, queries=max(1, queries)
+    )
     end = HEADER_BYTES
-    crc, step = _crc_of(header), start_step
-    while _is_sound(content[end : end + RECORD_BYTES], crc, step):
-        end, step = end + RECORD_BYTES, step + 1
+    crc, draw = _crc_of(header), start_step * origin.queries
+    while _is_sound(content[end : end + RECORD_BYTES], crc, draw):
+        end, draw = end + RECORD_BYTES, draw + 1
+    end -= (end - HEADER_BYTES) % origin.step_bytes
     return Contents(origin=origin, records=content[HEADER_BYTES:end], torn_bytes=len(content) - end)
 
 
@@ -238,8 +260,8 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     return UserError(str(path), f"cannot be written ({reason})", "free space, then go on with --resume")
 
 
-def _is_sound(record: bytes, header_crc: int, step: int) -> bool:
-    if len(record) < RECORD_BYTES or int.from_bytes(record[:4], "little") != step:
+def _is_sound(record: bytes, header_crc: int, draw: int) -> bool:
+    if len(record) < RECORD_BYTES or int.from_bytes(record[:4], "little") != draw:
         return False
     return zlib.crc32(record[: _RECORD.size], header_crc) == _crc_of(record)
 

@@ -232,7 +232,7 @@ def write_trace(engine: TellsTrace, path: Path) -> None:
 
 def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss) -> Diagnosis:
     history = [
-        Point(loss=sample.loss, update=None if stats is None else stats.update)
+        Point(loss=sample.loss, updates=() if stats is None else stats.updates)
         for sample, stats in recording.steps
         if sample.loss is not None
     ]

@@ -30,6 +30,8 @@ class Prediction:
     basis: str
     """One sentence: what the numbers rest on."""
     disk_read_bytes: int = 0
+    forwards: float | None = None
+    """Forward passes that each micro-batch takes."""
     floor_s: float | None = None
     """What no engine of this method can undercut with these settings on this machine: the largest of four
     times, each with its resource alone. Reading from disk; uploads at the rate of a link that does nothing

@@ -117,6 +117,7 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         pinned_bytes=traffic.pinned_bytes if on_gpu else 0,
         h2d_bytes=traffic.h2d_bytes,
         d2h_bytes=traffic.d2h_bytes,
+        forwards=traffic.forwards,
         bottleneck=bottleneck,
         basis=basis,
         disk_read_bytes=traffic.disk_bytes,

@@ -16,7 +16,14 @@ from engines.costs import traffic as cost_of
 from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements, core_size
 from engines.costs.zo2 import resident_indices
-from engines.settings import LSP_PRESETS, LspSettings, approximation, parse_settings, sizes_by_shape
+from engines.settings import (
+    LSP_PRESETS,
+    MOST_PENDING,
+    LspSettings,
+    approximation,
+    parse_settings,
+    sizes_by_shape,
+)
 from profiles.lsp_sizes import largest_hidden, lsp_ladder
 from profiles.machine import Machine
 from profiles.plan import Plan
@@ -285,8 +292,8 @@ class _Choice:
 
     def _with(self, **chosen: Value) -> dict[str, Value]:
         merged = {**chosen, **self._override}
-        full = merged.get("base", "full") == "full"  # only such blocks can be on disk
-        if self._engine == "zo2" and full and merged.get("disk_blocks", "auto") == "auto":
+        on_disk_at_all = merged.get("base", "full") == "full" and merged.get("estimator") != "lozo"
+        if self._engine == "zo2" and on_disk_at_all and merged.get("disk_blocks", "auto") == "auto":
             merged["disk_blocks"] = 0
             on_disk = self._fewest_on_disk(merged)
             if on_disk or "disk_blocks" in self._override:
@@ -394,7 +401,14 @@ class _Choice:
         """The fewest steps between downloads of a block that are as fast as any, the GPU having time to
         replay what the host does not have. `chosen` are the other settings.
         """
-        costs = {k: self.cost(self._with(**chosen, fold_every=k)) for k in FOLDS}
+        given = parse_settings("zo2", self._override)
+        if given.estimator == "lozo":
+            return 1, f"fold_every=1: every {given.lozo_window} steps, when the noise's window ends"
+        costs = {
+            k: self.cost(self._with(**chosen, fold_every=k))
+            for k in FOLDS
+            if k * given.queries <= MOST_PENDING
+        }
         every = costs[1]
         if self._machine.gpu is None:
             return 1, "fold_every=1: there is no link to relieve"

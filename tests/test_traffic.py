@@ -43,7 +43,13 @@ METHODS: list[Method] = [
 VARIANTS: list[Method] = [
     *METHODS,
     ("zo2", {"resident_blocks": 3}),
+    ("zo2", {"queries": 3, "fold_every": 2}),
+    ("zo2", {"estimator": "lozo", "lozo_window": 1}),
+    ("zo2", {"base": "int8", "estimator": "lozo", "lozo_window": 1}),
+    ("zo2", {"base": "int4", "queries": 2, "fold_every": 2}),
+    ("zo2", {"estimator": "fzoo", "noise": "rademacher", "queries": 4}),
     ("zo2", {"disk_blocks": 3}),
+    ("zo2", {"disk_blocks": 3, "queries": 3}),
     ("zo2", {"disk_blocks": 1, "resident_blocks": 1}),
     ("lsp", {"d": 12}),
     ("lsp", {"d": 8, "schedule_order": "sequential"}),

@@ -15,42 +15,65 @@ from tiny_models import TinyBlueprint
 
 KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
 
+Engine = Mezo | Zo2
 
-def context(device: str = "cpu", dtype: Dtype = "fp32", steps: int = 100, seed: int = 7) -> Context:
-    workload = Workload(batch_size=2, seq_len=16, dtype=dtype)
+
+def context(
+    device: str = "cpu", dtype: Dtype = "fp32", steps: int = 100, seed: int = 7, accumulation: int = 1
+) -> Context:
+    workload = Workload(batch_size=2, seq_len=16, dtype=dtype, accumulation=accumulation)
     return Context(device=device, workload=workload, seed=seed, total_steps=steps)
 
 
-def make_mezo(blueprint: TinyBlueprint, where: Context | None = None, **knobs: object) -> Mezo:
-    made = Mezo(MezoSettings(**{**KNOBS, **knobs}), where or context())  # type: ignore[arg-type]
+def make_mezo(
+    blueprint: TinyBlueprint,
+    where: Context | None = None,
+    like: MezoSettings | None = None,
+    **knobs: object,
+) -> Mezo:
+    """With the settings `like`, or `KNOBS`, changed by `knobs`."""
+    of = {**(vars(like) if like else KNOBS), **knobs}
+    made = Mezo(MezoSettings(**of), where or context())  # type: ignore[arg-type]
     made.setup(blueprint)
     return made
 
 
-def make_zo2(blueprint: TinyBlueprint, where: Context | None = None, **knobs: object) -> Zo2:
-    made = Zo2(Zo2Settings(**{**KNOBS, **knobs}), where or context())  # type: ignore[arg-type]
+def make_zo2(
+    blueprint: TinyBlueprint,
+    where: Context | None = None,
+    like: MezoSettings | None = None,
+    **knobs: object,
+) -> Zo2:
+    """As `make_mezo`."""
+    of = {**(vars(like) if like else KNOBS), **knobs}
+    made = Zo2(Zo2Settings(**of), where or context())  # type: ignore[arg-type]
     made.setup(blueprint)
     return made
 
 
-def assert_same_weights(left: Mezo | Zo2, right: Mezo | Zo2) -> None:
+def assert_same_weights(left: Engine, right: Engine) -> None:
     for (name, weight), (other_name, other) in zip(left.weights(), right.weights(), strict=True):
         assert name == other_name
         assert torch.equal(weight, other), name
 
 
-def assert_same_steps(mezo: Mezo, zo2: Zo2, batches: Sequence[Batch]) -> list[StepStats]:
-    """Losses and projected gradients of both engines over `batches`, bit for bit."""
+def assert_same_steps(
+    left: Engine, right: Engine, batches: Sequence[Batch], accumulation: int = 1
+) -> list[StepStats]:
+    """Losses and updates of both engines over `batches`, so many in each step, bit for bit."""
     all_stats = []
-    for batch in batches:
-        expected, stats = mezo.step([batch]), zo2.step([batch])
-        assert stats.loss == expected.loss
-        assert stats.projected_gradient == expected.projected_gradient
+    for group in in_groups(batches, accumulation):
+        expected, stats = left.step(group), right.step(group)
+        assert (stats.loss, stats.updates) == (expected.loss, expected.updates)
         all_stats.append(stats)
     return all_stats
 
 
-def save(made: Mezo | Zo2, folder: Path) -> Path:
+def in_groups(batches: Sequence[Batch], size: int) -> list[Sequence[Batch]]:
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+
+def save(made: Engine, folder: Path) -> Path:
     folder.mkdir()
     made.save(folder)
     return folder

@@ -1,5 +1,6 @@
 """What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and two passes over
-the weights that make noise, one to update them and one to perturb them.
+the weights that make noise, one to update them and one to perturb them. With several queries all of that is
+done for each, but for the pass that updates, which takes all their entries at once (`engines.estimators`).
 
 Perturbed copies exist of one matrix at a time, or of a whole block where that is small or several
 micro-batches share its visit. The head is perturbed in chunks of its vocabulary, and of the embeddings only
@@ -14,13 +15,14 @@ from dataclasses import dataclass, replace
 from engines.base import BYTES_PER_ELEMENT, LayerTraffic, ModelShape, Traffic, Workload
 from engines.costs import forward
 from engines.costs.low_bit import block_bytes
+from engines.estimators import forwards, num_drawn
 from engines.settings import MezoSettings
 
 LORA_LAUNCHES = 4
 """Per matrix: its adapter's two products, the second of which adds, for each half of the batch."""
 
-LOOKUPS = 4
-"""Gaussians per token and hidden element before the blocks: two tables (tokens, positions), both sides."""
+LOOKUPS = 2
+"""Gaussians per token and hidden element before the blocks, of each pass: two tables (tokens, positions)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,20 +36,15 @@ class Visit:
     def __add__(self, other: Visit) -> Visit:
         return Visit(gaussians=self.gaussians + other.gaussians, moves=self.moves + other.moves)
 
+    def __mul__(self, share: float) -> Visit:
+        return Visit(gaussians=self.gaussians * share, moves=self.moves * share)
+
 
 UPDATE = Visit(gaussians=1, moves=2)
 PERTURB = Visit(gaussians=1, moves=3)
 """One draw serves both sides: theta read, both copies written."""
 
-
-def fused_visit(fold_every: int, kept: float) -> Visit:
-    """Pending updates, storing and both perturbed copies in one pass over theta.
-
-    Between two foldings 1 to `fold_every` updates are pending, (fold_every + 1) / 2 on average, and theta is
-    written back in the last visit only. `kept` is the size of theta as it is kept over that of a copy.
-    """
-    return Visit(gaussians=(fold_every + 1) / 2 + 1, moves=2 + kept * (1 + 1 / fold_every))
-
+ONE_SIDED = Visit(gaussians=1, moves=2)
 
 FROZEN = Visit(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
@@ -56,15 +53,62 @@ FROZEN = Visit(gaussians=0, moves=2)
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     block = block_bytes(shape, workload.dtype, settings.base)
-    kept = block / (element * shape.block_parameters)
-    visit = UPDATE + PERTURB if settings.base == "full" else fused_visit(settings.fold_every, kept)
+    share = drawn_share(settings, shape.num_blocks)
+    visit = update(settings) * share + perturb(settings, share)
+    if settings.base != "full":
+        visit = fused_visit(settings, settings.fold_every, share, block / (element * shape.block_parameters))
     visits = [visit] * shape.num_blocks
     weights = element * shape.outer_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),
         host_memory_bytes={"process": forward.PROCESS_HOST_BYTES},
+        forwards=float(forwards(settings)),
     )
+
+
+def update(settings: MezoSettings) -> Visit:
+    """The entries of a step, in one pass."""
+    return Visit(gaussians=settings.queries, moves=UPDATE.moves)
+
+
+def perturb(settings: MezoSettings, share: float = 1.0) -> Visit:
+    """For all probes of a step, by a block that is drawn with probability `share`; FZOO has a copy of theta
+    itself among them."""
+    one_sided = settings.estimator == "fzoo"
+    drawn = (ONE_SIDED if one_sided else PERTURB) * settings.queries
+    drawn += FROZEN * float(one_sided)
+    return drawn * share + FROZEN * (1 - share)
+
+
+def goes_down(fold_every: int, share: float) -> float:
+    """How often a block is written in a step: when its turn comes, if it was drawn since the last one."""
+    return (1 - (1 - share) ** fold_every) / fold_every
+
+
+def fused_visit(settings: MezoSettings, fold_every: int, share: float = 1.0, kept: float = 1.0) -> Visit:
+    """Pending updates, storing and the perturbed copies of the first probe in one pass over theta; those of
+    the others in one pass each.
+
+    Between two turns the updates of 1 to `fold_every` steps are pending, (fold_every + 1) / 2 on average, and
+    theta is written back in the last visit only, or where there are several probes in each. A low-bit theta
+    is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over that of a
+    copy.
+    """
+    moved, queries = perturb(settings, share), settings.queries
+    written, steps = goes_down(fold_every, share), (fold_every + 1) / 2
+    if settings.base != "full":
+        steps = queries * (fold_every - 1) / 2 + 1
+    elif forwards(settings) > 2:
+        written = share
+    moves = moved.moves - (1 - kept) * queries + kept * written
+    return Visit(gaussians=queries * share * steps + moved.gaussians, moves=moves)
+
+
+def drawn_share(settings: MezoSettings, num_blocks: int) -> float:
+    """Of the trained blocks, on average."""
+    trained = sum(trains_block(settings, index, num_blocks) for index in range(num_blocks))
+    return num_drawn(settings, trained) / trained if trained else 1.0
 
 
 def trains_block(settings: MezoSettings, index: int, num_blocks: int) -> bool:
@@ -105,18 +149,32 @@ def perturbed_layers(
     updated once, and perturbed for each micro-batch.
     """
     updated, head = trained_outer_parameters(shape, settings)
-    lookups = LOOKUPS * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
+    passes = forwards(settings)
+    drawn = passes - (settings.estimator == "fzoo")
+    lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = forward.head_chunks(shape, workload)
-    first, *blocks, last = forward.stacked_layers(shape, workload)
-    last = _visited(last, UPDATE, updated, 1, workload)
+    first, *blocks, last = (_passes(layer, passes) for layer in forward.stacked_layers(shape, workload))
+    last = _visited(last, update(settings), updated, settings.queries, workload)
+    probes = settings.queries * workload.accumulation
+    perturbed = ONE_SIDED if settings.estimator == "fzoo" else PERTURB
     layers = [
         replace(first, gaussians=lookups),
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
-        _visited(last, PERTURB, workload.accumulation * head, workload.accumulation * chunks, workload),
+        _visited(last, perturbed, probes * head, probes * chunks, workload),
     ]
     if settings.noise == "rademacher":  # signs cost less than the memory they are written to
         layers = [replace(layer, gaussians=0) for layer in layers]
     return layers
+
+
+def _passes(layer: LayerTraffic, passes: int) -> LayerTraffic:
+    """So many forward passes in place of two."""
+    return replace(
+        layer,
+        gpu_forward_flops=layer.gpu_forward_flops * passes / 2,
+        gpu_bytes=layer.gpu_bytes * passes / 2,
+        launches=layer.launches * passes // 2,
+    )
 
 
 def _block(
@@ -130,9 +188,41 @@ def _block(
     trained = trains_block(settings, index, shape.num_blocks)
     # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in pieces,
     # which `forward.GRAPH_LAUNCHES` counts.
-    launches = 0 if forward.runs_as_graphs(shape, workload) else len(shape.matrices) + 1
+    launches = 0 if forward.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)
+    if trained and settings.estimator == "lozo":
+        return _with_low_rank(layer, visit, shape, workload, settings)
     layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, launches, workload)
     return layer if settings.train != "lora" else _with_adapters(layer, shape, workload, settings)
+
+
+def _with_low_rank(
+    layer: LayerTraffic, visit: Visit, shape: ModelShape, workload: Workload, settings: MezoSettings
+) -> LayerTraffic:
+    """LOZO: matrices are copied to scratch as they are; their noise is that of its factors, V and each U, and
+    its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
+    matrices = sum(matrix.parameters for matrix in shape.matrices)
+    passes, rank, q = forwards(settings), settings.lozo_rank, settings.queries
+    rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
+    added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
+    layer = replace(
+        layer,
+        gpu_forward_flops=layer.gpu_forward_flops
+        + passes * 2.0 * rank * (columns + 2 * rows) * workload.tokens_per_step,
+        gpu_bytes=layer.gpu_bytes + added_bytes + 2 * 4 * rank * q * rows,
+        gaussians=layer.gaussians + rank * q * (columns + 2 * rows),
+    )
+    # A query's copy, and its products: inner, side by side, and one for each side; V, A twice, and U.
+    launches = q * (9 * len(shape.matrices) + 3)
+    layer = _visited(layer, FROZEN * q, matrices, launches, workload)
+    return _visited(layer, visit, shape.block_parameters - matrices, q, workload)
+
+
+def accumulator_bytes(shape: ModelShape, settings: MezoSettings) -> int:
+    """Of LOZO, in fp32, of all blocks that are trained."""
+    if settings.estimator != "lozo":
+        return 0
+    trained = sum(trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks))
+    return 4 * settings.lozo_rank * trained * sum(matrix.rows for matrix in shape.matrices)
 
 
 def _with_adapters(
@@ -141,15 +231,16 @@ def _with_adapters(
     """Low-rank products beside every matrix, whose result is added to that of the matrix."""
     adapters = adapter_parameters(shape, settings)
     rows = sum(matrix.rows for matrix in shape.matrices)
-    products = LORA_LAUNCHES * len(shape.matrices) * workload.accumulation
-    added_bytes = 2 * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
+    passes = forwards(settings)
+    products = LORA_LAUNCHES * len(shape.matrices) * workload.accumulation * passes // 2
+    added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
         layer,
-        gpu_forward_flops=layer.gpu_forward_flops + 2 * 2.0 * adapters * workload.tokens_per_step,
+        gpu_forward_flops=layer.gpu_forward_flops + passes * 2.0 * adapters * workload.tokens_per_step,
         gpu_bytes=layer.gpu_bytes + added_bytes,
         launches=layer.launches + products,
     )
-    return _visited(layer, UPDATE + PERTURB, adapters, 2, workload)
+    return _visited(layer, update(settings) + perturb(settings), adapters, 2 * settings.queries, workload)
 
 
 def _visited(
@@ -171,7 +262,7 @@ def gpu_memory_bytes(
 ) -> dict[str, int]:
     """GPU memory at the worse of two moments: inside a block's feed-forward part, and at the head.
 
-    `held` is there throughout, and so are the blocks' scratch and the stacked hidden states of all
+    `held` is there throughout, and so are the blocks' scratch and the hidden states of all passes of all
     micro-batches. At the head the final norm's result and the labelled positions of both sides come to those.
     """
     element = BYTES_PER_ELEMENT[workload.dtype]
@@ -182,18 +273,22 @@ def gpu_memory_bytes(
         visited = forward.largest_matrix_parameters(shape) + forward.vector_parameters(shape)
     adapters = adapter_parameters(shape, settings)
     # With adapters every block is frozen, and both sides compute with one copy.
-    scratch = element * ((1 if adapters else 2) * visited + 2 * adapters)
+    one_sided = settings.estimator == "fzoo"
+    scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_outer_parameters(shape, settings)
     head_scratch = forward.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
-    hidden = 2 * (workload.accumulation + as_graphs) * forward.hidden_bytes(shape, workload)
+    kept_states = forwards(settings) * workload.accumulation + 2 * as_graphs
+    hidden = kept_states * forward.hidden_bytes(shape, workload)
     kept = {**held}
     if adapters:
         kept["adapters"] = element * shape.num_blocks * adapters
+    if accumulators := accumulator_bytes(shape, settings):
+        kept["optimizer"] = accumulators
     in_block = {
         **kept,
         "scratch": scratch,
-        "activations": hidden + 2 * forward.forward_activation_bytes(shape, workload),
+        "activations": hidden + (2 - one_sided) * forward.forward_activation_bytes(shape, workload),
         "logits": 0,
     }
     at_head = {

@@ -1,8 +1,8 @@
 """What ZO2 costs: MeZO whose blocks come up once per step and go down once per `fold_every` steps.
 
 A block that is not resident crosses the link as it is kept (`engines.costs.low_bit`) and exactly; blocks take
-turns in going down, so every step downloads the same share. One that is on disk is read in every step and
-never goes down.
+turns in going down, so every step downloads the same share, and one that no step has drawn since its last
+turn stays. One that is on disk is read in every step and never goes down.
 
 On the GPU: the outer parameters, the resident blocks, a ring through which the streamed ones pass in pieces,
 and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
@@ -16,8 +16,18 @@ from dataclasses import replace
 from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
 from engines.costs import disk, forward
 from engines.costs.low_bit import block_bytes
-from engines.costs.mezo import Visit, fused_visit, gpu_memory_bytes, perturbed_layers, trains_block
-from engines.settings import Zo2Settings
+from engines.costs.mezo import (
+    Visit,
+    drawn_share,
+    fused_visit,
+    goes_down,
+    gpu_memory_bytes,
+    perturb,
+    perturbed_layers,
+    trains_block,
+)
+from engines.estimators import forwards
+from engines.settings import MezoSettings, Zo2Settings
 
 RING_BYTES = 950_000_000
 """Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
@@ -53,8 +63,11 @@ def folds(index: int, step: int, fold_every: int) -> bool:
     return (step + index) % fold_every == 0
 
 
-REPLAYED_VISIT = Visit(gaussians=(disk.REPLAYED_UPDATES + 1) / 2 + 1, moves=3)
-"""Of a block on disk in a long run: 1 update to as many as the log holds are replayed, half on average."""
+def replayed_visit(settings: MezoSettings, share: float = 1.0) -> Visit:
+    """Of a block on disk in a long run: from 1 update to as many as the log holds are replayed."""
+    moved = perturb(settings, share)
+    written = 0 if forwards(settings) == 2 else 1
+    return Visit(gaussians=(disk.REPLAYED_UPDATES + 1) / 2 + moved.gaussians, moves=moved.moves + written)
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:
@@ -68,20 +81,22 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     outer = element * shape.outer_parameters
     disk_bytes = len(on_disk) * block
     host_bytes = (streamed - len(on_disk)) * block
+    share = drawn_share(settings, shape.num_blocks)
+    turn = settings.lozo_window if settings.estimator == "lozo" else settings.fold_every
     kept = block / (element * shape.block_parameters)
     # Where resident blocks are low-bit, they keep the schedule of the others.
     keeps_turns = settings.base != "full"
     visits = [
-        fused_visit(1 if i in resident and not keeps_turns else settings.fold_every, kept)
+        fused_visit(settings, 1 if i in resident and not keeps_turns else turn, share, kept)
         for i in range(shape.num_blocks)
     ]
-    visits = [REPLAYED_VISIT if i in on_disk else visit for i, visit in enumerate(visits)]
+    visits = [replayed_visit(settings, share) if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)
     for index in range(shape.num_blocks):
         if index not in resident:
             trained = trains_block(settings, index, shape.num_blocks)
             read = block if index in on_disk else 0
-            down = block // settings.fold_every if trained and not read else 0
+            down = int(block * goes_down(turn, share)) if trained and not read else 0
             layers[1 + index] = replace(
                 layers[1 + index],
                 h2d_bytes=block,
@@ -100,4 +115,5 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         },
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
         overlap="streamed",
+        forwards=float(forwards(settings)),
     )

@@ -283,7 +283,7 @@ def test_a_log_is_replayed_to_the_same_bits(
     where, knobs = context(), {"base": "int8", "fold_every": fold_every, "train": train}
     live = make_zo2(tiny_blueprint("opt", num_blocks=2), where, **knobs)
     batches = tiny_batches(3, "opt")
-    updates = [live.step([batches[step % 3]]).update for step in range(8)]
+    updates = [update for step in range(8) for update in live.step([batches[step % 3]]).updates]
     replayed = [make(tiny_blueprint("opt", num_blocks=2), where, **knobs) for make in (make_mezo, make_zo2)]
     for each in replayed:
         each.replay(update for update in updates if update is not None)
@@ -322,9 +322,9 @@ def test_an_old_checkpoint_without_a_base_is_of_a_full_one(tmp_path: Path) -> No
     mezo = make_mezo(tiny_blueprint("opt"))
     folder = save(mezo, tmp_path / "saved")
     state = (folder / "state.json").read_text()
-    for key in ("base", "pending", "stored"):
+    for key in ("base", "pending", "behind"):
         assert f'"{key}"' in state
-    old = {key: value for key, value in json.loads(state).items() if key not in ("base", "pending", "stored")}
+    old = {key: value for key, value in json.loads(state).items() if key not in ("base", "pending", "behind")}
     (folder / "state.json").write_text(json.dumps(old))
     make_zo2(tiny_blueprint("opt")).load(folder)
 
@@ -402,12 +402,12 @@ def test_equals_mezo_on_the_gpu(
 
     streamed = delayed(seed=0)
     batches = tiny_batches(20, "opt")
-    updates = [each.update for each in assert_same_steps(mezo, streamed, batches[:10])]
+    updates = [update for each in assert_same_steps(mezo, streamed, batches[:10]) for update in each.updates]
     assert streamed.evaluate(batches[:3]) == mezo.evaluate(batches[:3])
     resumed = delayed(seed=99)
     resumed.load(save(streamed, tmp_path / "at-10"))
     replayed = delayed(seed=0)
-    replayed.replay(each for each in updates if each is not None)
+    replayed.replay(updates)
     assert_same_weights(streamed, replayed)
     assert streamed.landed_share() == mezo.landed_share() is not None
     streamed.close()

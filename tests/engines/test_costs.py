@@ -134,6 +134,51 @@ def test_torchao_moves_every_weight_and_gradient_once() -> None:
     assert (twice.h2d_bytes, twice.d2h_bytes) == (counted.h2d_bytes, 2 * counted.d2h_bytes)
 
 
+def test_queries_share_the_link_and_nothing_else() -> None:
+    """Six forward passes for two, three times the noise, the same bytes over the link."""
+    once, three = (cost("zo2", OPT_13B, FORWARD_ONLY, queries=n) for n in (1, 3))
+    assert (once.forwards, three.forwards) == (2.0, 6.0)
+    assert three.gpu_flops == 3 * once.gpu_flops
+    assert (three.h2d_bytes, three.d2h_bytes) == (once.h2d_bytes, once.d2h_bytes)
+    drawn = [sum(layer.gaussians for layer in each.layers) for each in (once, three)]
+    assert drawn[1] == pytest.approx(3 * drawn[0], rel=1e-6)
+    assert three.gpu_memory_bytes["scratch"] == once.gpu_memory_bytes["scratch"]
+    assert three.gpu_memory_bytes["activations"] > once.gpu_memory_bytes["activations"]
+
+
+def test_a_share_of_the_layers_takes_that_share_of_downloads_and_noise() -> None:
+    once, half = (cost("zo2", OPT_13B, FORWARD_ONLY, layer_share=share) for share in (1.0, 0.5))
+    assert half.h2d_bytes == once.h2d_bytes
+    assert half.d2h_bytes == pytest.approx(0.5 * once.d2h_bytes, rel=1e-6)
+    blocks = [[layer.gaussians for layer in each.layers[1:-1]] for each in (once, half)]
+    assert sum(blocks[1]) == pytest.approx(0.5 * sum(blocks[0]), rel=1e-6)
+    assert half.layers[-1] == once.layers[-1]
+    folded = cost("zo2", OPT_13B, FORWARD_ONLY, layer_share=0.5, fold_every=2)
+    assert folded.d2h_bytes == pytest.approx(0.375 * once.d2h_bytes, rel=1e-6)
+
+
+def test_low_rank_noise_takes_no_downloads_and_hardly_any_noise() -> None:
+    """Within a window of 50 a block goes down once; the factors of OPT-13B are 0.3 % of its matrices."""
+    mezo, lozo = (cost("zo2", OPT_13B, FORWARD_ONLY, estimator=name) for name in ("spsa", "lozo"))
+    assert lozo.h2d_bytes == mezo.h2d_bytes
+    assert lozo.d2h_bytes == pytest.approx(mezo.d2h_bytes / 50, rel=1e-6)
+    noises = [sum(layer.gaussians for layer in each.layers[1:-1]) for each in (mezo, lozo)]
+    assert noises[1] < 0.02 * noises[0]
+    assert lozo.gpu_flops < 1.02 * mezo.gpu_flops
+    assert lozo.gpu_bytes < mezo.gpu_bytes
+    rows = 4 * 5120 + 20480 + 5120
+    assert lozo.gpu_memory_bytes["optimizer"] == 4 * 4 * 40 * rows
+
+
+def test_fzoo_takes_a_pass_for_each_query_and_one_more() -> None:
+    once = cost("mezo", OPT_13B, FORWARD_ONLY)
+    fzoo = cost("mezo", OPT_13B, FORWARD_ONLY, estimator="fzoo", noise="rademacher", queries=8)
+    assert fzoo.forwards == 9.0
+    assert fzoo.gpu_flops == pytest.approx(9 / 2 * once.gpu_flops)
+    assert sum(layer.gaussians for layer in fzoo.layers) == 0
+    assert 2 * fzoo.gpu_memory_bytes["scratch"] < 2.2 * once.gpu_memory_bytes["scratch"]
+
+
 def test_blocks_of_opt_13b() -> None:
     assert OPT_13B.block_parameters == pytest.approx(314.6e6, rel=0.001)
     counted = cost("zo2", OPT_13B, FORWARD_ONLY)

@@ -16,9 +16,10 @@ from engines.base import Batch, Context, Head, Workload
 from engines.blocks import BlockDriver
 from engines.lsp import Lsp
 from engines.masks import has_padding, known_padding, with_mask
-from engines.mezo import LossPair, Mezo
+from engines.mezo import Mezo
 from engines.native import Native
 from engines.settings import LspSettings, MezoSettings, NativeSettings, Zo2Settings
+from engines.streams import LossSums
 from engines.zo2 import Zo2
 from tiny_families import FAMILIES, blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, usual_head
@@ -131,19 +132,19 @@ def test_padding_is_seen_on_the_host() -> None:
 @contextmanager
 def host_waits_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Whatever makes the host wait for the GPU is an error, but for reading losses. The steps that did."""
-    read = LossPair.read
+    read = LossSums.read
     steps: list[int] = []
 
-    def allowed(pair: LossPair, count: int, step: int) -> tuple[float, float]:
+    def allowed(sums: LossSums, count: int, step: int) -> list[float]:
         steps.append(step)
         _debug_waits("default")
         try:
-            return read(pair, count, step)
+            return read(sums, count, step)
         finally:
             _debug_waits("error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LossPair, "read", allowed)
+        patch.setattr(LossSums, "read", allowed)
         _debug_waits("error")
         try:
             yield steps

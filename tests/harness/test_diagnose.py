@@ -24,9 +24,11 @@ def history(
     return [
         Point(
             loss=loss,
-            update=None
+            updates=()
             if gradients is None
-            else Update(step=step, learning_rate=rate, projected_gradient=gradients[step], weight_decay=0.0),
+            else (
+                Update(step=step, learning_rate=rate, projected_gradient=gradients[step], weight_decay=0.0),
+            ),
         )
         for step, loss in enumerate(losses)
     ]

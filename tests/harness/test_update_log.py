@@ -85,8 +85,36 @@ def test_what_is_read_is_what_was_written_bit_for_bit(run: tuple[Origin, list[Up
     assert bits(list(contents.updates(middle))) == bits(updates[len(updates) // 2 :])
 
 
-def test_a_step_takes_32_bytes_at_most() -> None:
+def test_a_query_takes_32_bytes_at_most() -> None:
     assert RECORD_BYTES <= 32
+
+
+@pytest.mark.parametrize("cut", [1, RECORD_BYTES, 2 * RECORD_BYTES + 5])
+def test_of_a_step_that_is_not_there_whole_no_query_is_read(cut: int, tmp_path: Path) -> None:
+    """Three queries a step: their records are written at once, and cut off together."""
+    path = tmp_path / "updates.log"
+    origin = replace(ORIGIN, start_step=5, queries=3)
+    steps = [[replace(each, step=step, query=i, queries=3) for i, each in enumerate(some(3))]
+             for step in (5, 6, 7)]  # fmt: skip
+    log = UpdateLog.create(path, origin)
+    for updates in steps:
+        log.append(*updates)
+    log.close()
+    content = path.read_bytes()
+    assert len(content) == HEADER_BYTES + 9 * RECORD_BYTES
+    contents = decode(content, "log")
+    assert (contents.origin, contents.end_step, contents.torn_bytes) == (origin, 8, 0)
+    assert updates_of(contents) == [update for updates in steps for update in updates]
+    path.write_bytes(content[:-cut])
+    log, contents = UpdateLog.reopen(path)
+    assert contents.end_step == 7
+    assert contents.torn_bytes == 3 * RECORD_BYTES - cut
+    assert list(contents.updates(6)) == steps[1]
+    with pytest.raises(ValueError, match="cannot follow step 6"):
+        log.append(*steps[2][:2])
+    log.append(*steps[2])
+    log.close()
+    assert path.read_bytes() == content
 
 
 @given(runs(), st.data())
@@ -145,7 +173,7 @@ def test_records_of_another_log_do_not_pass(tmp_path: Path) -> None:
         (b"PK\3\4" * 40, "is not an update log"),
         (encode_header(ORIGIN)[:-1], "header is damaged"),
         (encode_header(ORIGIN)[:40] + b"x" + encode_header(ORIGIN)[41:], "header is damaged"),
-        (encode_header(ORIGIN)[:8] + b"\2" + encode_header(ORIGIN)[9:], "has version 2"),
+        (encode_header(ORIGIN)[:8] + b"\3" + encode_header(ORIGIN)[9:], "has version 3"),
     ],
 )
 def test_what_is_no_log_is_one_line_and_stays_as_it_is(tmp_path: Path, content: bytes, words: str) -> None:

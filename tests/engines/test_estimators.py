@@ -1,0 +1,364 @@
+"""Each estimator against its paper: unbiased, its steps those of a plain loop, and zo2 as mezo."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import functional_call
+from zeroth_order import (
+    Engine,
+    assert_same_steps,
+    assert_same_weights,
+    context,
+    in_groups,
+    make_mezo,
+    make_zo2,
+)
+
+from engines.base import Batch, Update, UserError
+from engines.estimators import Side, drawn_blocks, forwards, next_updates, num_drawn, probes
+from engines.mezo import Mezo
+from engines.noise import NoiseKey, Outputs, UpdateLog, Visit, normal, one, signs, visit
+from engines.settings import MezoSettings, parse_settings
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
+
+BASE = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
+THREE = replace(BASE, queries=3)
+FZOO = replace(BASE, estimator="fzoo", queries=4, noise="rademacher", learning_rate=1e-6)
+CASES = {
+    "n-spsa": THREE,
+    "n-spsa, signs": replace(THREE, noise="rademacher"),
+    "fzoo": FZOO,
+    "fzoo, decay": replace(FZOO, weight_decay=100.0, queries=2),
+    "lezo": replace(BASE, layer_share=0.34),
+    "lezo, n-spsa": replace(THREE, layer_share=0.67),
+}
+each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+
+
+# --- the estimate ---------------------------------------------------------------------------------------
+
+
+class Bowl:
+    """A quadratic of 24 weights whose gradient is known: f(w) = 1/2 w^T A w + b^T w."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        root = torch.randn((24, 24), generator=generator, dtype=torch.float64)
+        self._a, self._b = root @ root.T / 24, torch.randn(24, generator=generator, dtype=torch.float64)
+        self.start = torch.randn(24, generator=generator)
+
+    def __call__(self, w: Tensor) -> float:
+        w = w.double()
+        return float(w @ self._a @ w / 2 + self._b @ w)
+
+    @property
+    def gradient(self) -> Tensor:
+        return self._a @ self.start.double() + self._b
+
+
+def directions(settings: MezoSettings, bowl: Bowl, count: int) -> Iterator[tuple[Tensor, list[float]]]:
+    """What steps 0 to `count` - 1 would do to the start, over -lr, as the engines make it; and losses."""
+    weight, segment, log = bowl.start, one(5, 24), UpdateLog(torch.device("cpu"))
+    for step in range(count):
+        losses = []
+        how = Visit(seed=11, log=log, first=log.length, last=log.length, eps=settings.eps,
+                    noise=settings.noise)  # fmt: skip
+        for probe in probes(settings, step):
+            plus, minus = torch.empty_like(weight), torch.empty_like(weight)
+            visit(weight, segment, replace(how, step=probe.draw), Outputs(plus=plus, minus=minus))
+            of = {Side.PLUS: plus, Side.MINUS: minus, Side.PLAIN: weight}
+            losses += [bowl(of[side]) for side in probe.sides]
+        first = log.length
+        for update in next_updates(step, settings, 10, losses):
+            log.append(update)
+        out = torch.empty_like(weight)
+        visit(weight, segment, replace(how, first=first, last=log.length), Outputs(theta=out))
+        yield (weight - out).double() / settings.learning_rate, losses
+
+
+UNBIASED = {
+    "mezo": MezoSettings(learning_rate=1.0),
+    "spsa": MezoSettings(learning_rate=1.0, noise="rademacher"),
+    "n-spsa": MezoSettings(learning_rate=1.0, queries=3),
+}
+
+
+@pytest.mark.parametrize("settings", UNBIASED.values(), ids=UNBIASED)
+def test_the_mean_of_the_estimates_is_the_gradient(settings: MezoSettings) -> None:
+    """Of a quadratic the two-sided slope is exact, so nothing but chance is between them: every coordinate
+    lies within 4.5 standard errors (all 24 together fail by chance once in 6000)."""
+    bowl = Bowl()
+    found = torch.stack([direction for direction, _ in directions(settings, bowl, 1500)])
+    error = found.std(0) / math.sqrt(len(found))
+    assert ((found.mean(0) - bowl.gradient).abs() < 4.5 * error + 2e-3).all()
+
+
+def test_three_queries_have_a_third_of_the_variance() -> None:
+    bowl = Bowl()
+    spread = [
+        torch.stack([direction for direction, _ in directions(each, bowl, 1200)]).var(0).sum()
+        for each in (UNBIASED["mezo"], UNBIASED["n-spsa"])
+    ]
+    assert float(spread[0] / spread[1]) == pytest.approx(3.0, rel=0.2)
+
+
+def test_fzoo_before_its_normalisation_is_unbiased_and_its_step_has_one_length() -> None:
+    """Times sigma the step is the one-sided estimate, whose bias is of the order of eps. The step itself
+    does not grow with the loss: that of 1000 f is that of f."""
+    bowl, settings = Bowl(), replace(FZOO, learning_rate=1.0, weight_decay=0.0, eps=1e-4)
+    found, losses = zip(*directions(settings, bowl, 1500), strict=True)
+    raw = torch.stack([step * statistics.stdev(each[1:]) for step, each in zip(found, losses, strict=True)])
+    error = raw.std(0) / math.sqrt(len(raw))
+    assert ((raw.mean(0) - bowl.gradient).abs() < 4.5 * error + 5e-3).all()
+    for each in losses[:20]:
+        ours = next_updates(0, settings, 10, each)
+        scaled = next_updates(0, settings, 10, [1000 * loss for loss in each])
+        for one_entry, other in zip(ours, scaled, strict=True):
+            assert other.projected_gradient == pytest.approx(one_entry.projected_gradient, rel=1e-6)
+
+
+def test_fzoo_does_not_move_where_all_losses_are_one_number() -> None:
+    updates = next_updates(3, FZOO, 10, [2.0, 1.5, 1.5, 1.5, 1.5])
+    assert [update.projected_gradient for update in updates] == [0.0] * 4
+    assert [update.weight_decay for update in updates] == [0.1, 0.0, 0.0, 0.0]
+    assert [update.draw for update in updates] == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (THREE, 6), (FZOO, 5)])
+def test_forward_passes_are_told(settings: MezoSettings, passes: int) -> None:
+    assert forwards(settings) == passes
+    made = make_mezo(tiny_blueprint("opt"), like=settings)
+    assert made.step(tiny_batches(1, "opt")).forwards == passes
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"queries": 0}, "queries must be between"),
+        ({"queries": 33}, "queries must be between"),
+        ({"estimator": "fzoo", "noise": "rademacher"}, "queries must be 2 or more"),
+        ({"estimator": "fzoo", "queries": 2}, "noise must be rademacher"),
+        ({"layer_share": 0.0}, "layer_share must be in"),
+        ({"layer_share": 0.5, "train": "lora"}, "layer_share must be 1 with train=lora"),
+        ({"fold_every": 9, "queries": 8}, "times queries must be 64 at most"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, object], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        parse_settings("zo2", values)
+
+
+@given(
+    share=st.floats(0.01, 1.0),
+    count=st.integers(1, 60),
+    seed=st.integers(-3, 2**64),
+    step=st.integers(0, 10**9),
+)
+def test_a_draw_of_layers_is_that_share_of_the_trained_ones(
+    share: float, count: int, seed: int, step: int
+) -> None:
+    settings = replace(BASE, layer_share=share)
+    trained = range(7, 7 + count)
+    drawn = drawn_blocks(settings, seed, step, trained)
+    assert drawn <= set(trained)
+    assert len(drawn) == num_drawn(settings, count)
+    assert abs(len(drawn) - share * count) <= 0.5 or len(drawn) == 1
+    assert drawn_blocks(settings, seed, step, trained) == drawn
+
+
+def test_every_layer_is_drawn_as_often() -> None:
+    """And with every other as often as chance has it: 4 standard errors of 4000 draws of 3 in 10. So a sum
+    over steps is the gradient in each block times the share of the steps."""
+    settings, count = replace(BASE, layer_share=0.3), 4000
+    draws = [drawn_blocks(settings, 5, step, range(10)) for step in range(count)]
+    for block in range(10):
+        often = sum(block in drawn for drawn in draws) / count
+        assert abs(often - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
+    pairs = sum({0, 1} <= drawn for drawn in draws) / count
+    assert abs(pairs - 3 * 2 / (10 * 9)) < 4 * math.sqrt(0.067 * 0.933 / count)
+
+
+@pytest.mark.parametrize("fold_every", [1, 4])
+@pytest.mark.parametrize("train", ["all", "last:4"])
+def test_layers_that_are_not_drawn_stay_where_they_are(train: str, fold_every: int) -> None:
+    """Neither moved in mezo nor sent down in zo2, in the step after which they would have been."""
+    settings = replace(BASE, layer_share=0.4, train=train)
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), like=settings)
+    streamed = make_zo2(tiny_blueprint("opt", num_blocks=5), like=settings, fold_every=fold_every)
+    block_bytes = 4 * tiny_blueprint("opt").shape.block_parameters
+    trained = range(5) if train == "all" else range(1, 5)
+    waiting: set[int] = set()
+    for step, batch in enumerate(tiny_batches(12, "opt")):
+        before = {name: weight.clone() for name, weight in mezo.weights()}
+        (stats,) = assert_same_steps(mezo, streamed, [batch])
+        turn = {i for i in waiting if (i + step) % fold_every == 0}
+        assert stats.d2h_bytes == len(turn) * block_bytes
+        drawn = drawn_blocks(settings, 7, step, trained)
+        waiting = (waiting - turn) | drawn
+        moved = {
+            int(name.split(".")[3])
+            for name, weight in mezo.weights()
+            if "layers" in name and not torch.equal(weight, before[name])
+        }
+        assert moved == drawn
+    assert_same_weights(mezo, streamed)
+
+
+# --- steps ----------------------------------------------------------------------------------------------
+
+
+def plain_steps(
+    settings: MezoSettings, blueprint: TinyBlueprint, groups: Sequence[Sequence[Batch]], made: Mezo
+) -> dict[str, Tensor]:
+    """The papers' formulas on copies of the parameters, all noise at once, beside the steps of `made`.
+
+    Losses agree to rounding; given the engine's own projected gradients, weights agree bit for bit. The
+    rounding of an update is one per query, in their order.
+    """
+    model = copy.deepcopy(blueprint.reference).eval()
+    theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    draw = normal if settings.noise == "gaussian" else signs
+    eps, q = settings.eps, settings.queries
+
+    def loss(moved: dict[str, Tensor], group: Sequence[Batch]) -> float:
+        with torch.no_grad():
+            each = [functional_call(model, moved, kwargs=dict(b.inputs)).loss.item() for b in group]
+        return sum(each) / len(each)
+
+    def moved(z: dict[str, Tensor], by: float) -> dict[str, Tensor]:
+        return {name: theta[name] + by * z[name] for name in theta}
+
+    for step, group in enumerate(groups):
+        idle = {f".{i}." for i in range(3)} - {f".{i}." for i in drawn_blocks(settings, 7, step, range(3))}
+        noise = [
+            {
+                name: draw(NoiseKey(seed=7, step=step * q + i, tensor=n), w.numel()).view(w.shape)
+                * (not any(place in name for place in idle))
+                for n, (name, w) in enumerate(theta.items())
+            }
+            for i in range(q)
+        ]
+        plus = [loss(moved(z, eps), group) for z in noise]
+        if settings.estimator == "fzoo":
+            middle = loss(theta, group)
+            everything = [middle, *plus]
+            sigma = statistics.stdev(plus)
+            slopes = [(each - middle) / (eps * sigma) for each in plus]
+            tolerance = 0.02 / eps
+        else:
+            minus = [loss(moved(z, -eps), group) for z in noise]
+            everything = plus + minus
+            slopes = [(one_side - other) / (2 * eps) for one_side, other in zip(plus, minus, strict=True)]
+            tolerance = 1e-3
+        stats = made.step(group)
+        assert stats.loss == pytest.approx(sum(everything) / len(everything), rel=1e-6)
+        assert len(stats.updates) == q
+        for i, (update, slope) in enumerate(zip(stats.updates, slopes, strict=True)):
+            assert update.projected_gradient == pytest.approx(slope, abs=tolerance)
+            for name, weight in theta.items():
+                if any(place in name for place in idle):
+                    continue
+                z = noise[i][name] * torch.tensor(update.projected_gradient / q, dtype=torch.float32)
+                if i == 0 and weight.dim() >= 2:
+                    z = z + weight * settings.weight_decay
+                theta[name] = weight - settings.learning_rate * z
+    return theta
+
+
+@each_case
+@pytest.mark.parametrize("family", ["opt", "llama", "roberta"])
+def test_equals_a_plain_loop_over_the_paper(settings: MezoSettings, family: str) -> None:
+    blueprint = tiny_blueprint(family)
+    made = make_mezo(blueprint, like=settings)
+    theta = plain_steps(settings, blueprint, in_groups(tiny_batches(6, family), 2), made)
+    for name, weight in made.weights():
+        assert torch.equal(weight, theta[name]), name
+
+
+@each_case
+@pytest.mark.parametrize(("family", "tied"), [("opt", True), ("gpt2", False), ("roberta", False)])
+@pytest.mark.parametrize("knobs", [{}, {"fold_every": 3, "resident_blocks": 1}], ids=str)
+def test_zo2_equals_mezo(settings: MezoSettings, family: str, tied: bool, knobs: dict[str, int]) -> None:
+    where = context(dtype="bf16")
+    mezo = make_mezo(tiny_blueprint(family, tied), where, like=settings)
+    streamed = make_zo2(tiny_blueprint(family, tied), where, like=settings, **knobs)
+    told = assert_same_steps(mezo, streamed, tiny_batches(7, family))
+    held_out = tiny_batches(2, family, seed=5)
+    assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
+    assert_same_steps(mezo, streamed, tiny_batches(3, family, seed=9))
+    assert_same_weights(mezo, streamed)
+    streamed_blocks = 3 - knobs.get("resident_blocks", 0)
+    block_bytes = 2 * tiny_blueprint(family).shape.block_parameters
+    assert {each.h2d_bytes for each in told} == {streamed_blocks * block_bytes}  # once, however many queries
+    assert {each.forwards for each in told} == {forwards(settings)}
+
+
+@each_case
+def test_micro_batches_share_the_noise(settings: MezoSettings) -> None:
+    """One step of three micro-batches, the same in both engines; their losses are those of the whole."""
+    where = context(accumulation=3)
+    mezo, streamed = (make(tiny_blueprint("qwen2"), where, like=settings) for make in (make_mezo, make_zo2))
+    groups = in_groups(tiny_batches(9, "qwen2"), 3)
+    blueprint = tiny_blueprint("qwen2")
+    theta = plain_steps(settings, blueprint, groups, mezo)
+    for group in groups:
+        streamed.step(group)
+    assert_same_weights(mezo, streamed)
+    for name, weight in mezo.weights():
+        assert torch.equal(weight, theta[name]), name
+
+
+@each_case
+@pytest.mark.parametrize("make", [make_mezo, make_zo2])
+def test_a_log_is_as_good_as_a_checkpoint(settings: MezoSettings, make: Callable[..., Engine]) -> None:
+    where = context(dtype="fp16")
+    mezo = make_mezo(tiny_blueprint("gpt2", True), where, like=settings)
+    updates: list[Update] = []
+    for batch in tiny_batches(14, "gpt2"):
+        updates += mezo.step([batch]).updates
+    replayed = make(tiny_blueprint("gpt2", True), where, like=settings)
+    replayed.replay(updates)
+    assert_same_weights(mezo, replayed)
+    assert_same_steps(mezo, replayed, tiny_batches(3, "gpt2", seed=5))
+    assert_same_weights(mezo, replayed)
+
+
+@pytest.mark.parametrize("settings", [replace(THREE, train="lora"), replace(FZOO, train="lora")], ids=str)
+def test_adapters_take_several_queries(settings: MezoSettings) -> None:
+    mezo = make_mezo(tiny_blueprint("llama"), like=settings)
+    streamed = make_zo2(tiny_blueprint("llama"), like=settings)
+    before = {name: tensor.clone() for name, tensor in mezo._model.adapters.tensors.items()}
+    assert_same_steps(mezo, streamed, tiny_batches(3, "llama"))
+    assert_same_weights(mezo, streamed)
+    assert all(not torch.equal(mezo._model.adapters.tensors[name], before[name]) for name in before)
+
+
+@pytest.mark.gpu
+@each_case
+@pytest.mark.parametrize("graphs", [True, False])
+def test_zo2_equals_mezo_on_the_gpu(
+    settings: MezoSettings, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With graphs in one engine and without them in the other, or without them in both."""
+    where = context(dtype="bf16", device="cuda:0")
+    streamed = (
+        make_zo2(tiny_blueprint("opt", num_blocks=5), where, like=settings, fold_every=2) if graphs else None
+    )
+    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), where, like=settings)
+    streamed = streamed or make_zo2(
+        tiny_blueprint("opt", num_blocks=5), where, like=settings, resident_blocks=1
+    )
+    assert_same_steps(mezo, streamed, tiny_batches(12, "opt"))
+    assert_same_weights(mezo, streamed)
+    streamed.close()
