@@ -189,7 +189,7 @@ class DiskBlocks:
         return why is None
 
     def _too_small(self, needed_bytes: int, free_bytes: int | None, *, folds: bool) -> str:
-        twice = f", twice because the run has more than {costs.REPLAYED_UPDATES} steps" if folds else ""
+        twice = f", twice because the run has more than {costs.REPLAYED_UPDATES} updates" if folds else ""
         told = (
             f"{(needed_bytes - free_bytes) / 1e9:.3g} GB of disk are missing"
             if free_bytes is not None

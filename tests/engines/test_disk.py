@@ -322,7 +322,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_is_missing(tmp_path: Path
     needed = (4 if folds else 2) * size
     assert f"2 blocks take {needed / 1e9:.3g} GB" in told
     assert "GB of disk are missing in" in told
-    assert ("twice because the run has more than 64 steps" in told) == folds
+    assert ("twice because the run has more than 64 updates" in told) == folds
     assert list(tmp_path.iterdir()) == []
 
 
