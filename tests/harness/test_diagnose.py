@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.base import Update
@@ -132,6 +132,7 @@ def test_few_steps_are_not_judged() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(-1e6, 1e6)), max_size=40), st.floats(0, 1.0))
+@settings(deadline=None)
 def test_every_history_gets_one_line_or_none(points: list[tuple[float, float]], rate: float) -> None:
     run = history([loss for loss, _ in points], [gradient for _, gradient in points], rate)
     for why in (why_flat(run, "zo2", "bf16"), why_not_finite(run, "zo2", "bf16", None)):

@@ -30,12 +30,13 @@ from train_runs import (
 
 from engines import load_engine
 from engines.base import NonFiniteLoss, UserError
+from engines.settings import parse_settings
 from harness import train as module
 from harness import worker
 from harness.heads import auto_class
 from harness.line import training_settings
 from harness.show import Progress
-from harness.train import train
+from harness.train import Method, carried_over, train
 from profiles.limits import UsableCores
 from profiles.machine import save_machine
 
@@ -374,3 +375,15 @@ def test_ctrl_c_is_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert done == [tmp_path / "out" / "model"]
+
+
+def test_a_run_goes_on_with_its_own_steps_and_the_new_engines_places() -> None:
+    earlier = parse_settings("zo2", {"fold_every": 3, "resident_blocks": 2, "eps": 0.01})
+    on_gpu = carried_over(earlier, Method(engine="mezo", settings={}))
+    assert (on_gpu.eps, on_gpu.fold_every) == (0.01, 1)
+    streamed = carried_over(earlier, Method(engine="zo2", settings={"fold_every": 5}))
+    assert (streamed.eps, streamed.fold_every, streamed.resident_blocks) == (0.01, 5, 0)
+    # Where it says when weights are rounded, it is part of the steps.
+    low_bit = parse_settings("zo2", {"fold_every": 3, "base": "int8"})
+    assert carried_over(low_bit, Method(engine="mezo", settings={})).fold_every == 3
+    assert carried_over(parse_settings("lsp", {}), Method(engine="mezo", settings={})) is None
