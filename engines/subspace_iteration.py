@@ -18,7 +18,9 @@ POWERS = (8, 4, 4, 2, 2, 2, 1)
 """Of the matrix in each step: 23 multiplications for 7 orthonormalisations. High powers part eigenvalues that
 are nearly equal, but drown small ones in fp32's rounding, below 0.13 of the largest in the eighth; low powers
 find those. At least 0.994 of eigh's energy on gradients of a decoder, on spectra that fall as i^-0.5 to i^-3,
-and on noise alone, for h from 7 to 172 and r from 4 to 16; with plain steps it would take 16 for that."""
+and on noise alone, for h from 7 to 172 and r from 4 to 16; with plain steps it would take 16 for that. Those
+are sums over a matrix's blocks: one block whose leading eigenvalues are nearly equal may keep less, at worst
+0.95 (r = 4) and 0.79 (r = 1) of eigh's in 8,000 blocks of noise each, h up to 33."""
 
 TINY = torch.finfo(torch.float32).tiny
 

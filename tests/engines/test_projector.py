@@ -280,17 +280,15 @@ class TestBlock:
         pair = block_pair(size * gradient, 8, 4)
         assert relative_bias(gradient, *pair) == pytest.approx(expected, rel=1e-4)
 
-    @settings(max_examples=60, deadline=None)
-    @given(problems("block"), st.integers(0, 10_000))
-    def test_random_blocks_keep_less_on_one_side(
-        self, problem: tuple[Tensor, Projector, Projector], seed: int
-    ) -> None:
-        gradient, left, _ = problem
-        closed, _ = block_pair(gradient, left.d, left.r)
-        identity = identity_projector(gradient.shape[1])
-        other = random_block_projector(left.rows, left.d, left.r, seed)
+    @pytest.mark.parametrize("r", [1, 2, 4])
+    def test_random_blocks_keep_less_on_one_side(self, r: int) -> None:
+        """Of noise, where the least is to be gained. Over 16 blocks: a single one may converge badly."""
+        gradient, identity = matrix(160, 80), identity_projector(80)
+        closed, _ = block_pair(gradient, 16 * r, r)
         best = relative_bias(gradient, closed, identity)
-        assert best <= relative_bias(gradient, other, identity) + 1e-4
+        for seed in range(50):
+            other = random_block_projector(160, 16 * r, r, seed)
+            assert best < relative_bias(gradient, other, identity)
 
     @pytest.mark.parametrize(("m", "n", "d"), [(24, 16, 8), (16, 24, 16), (17, 31, 5)])
     def test_one_block_is_the_truncated_svd(self, m: int, n: int, d: int) -> None:
