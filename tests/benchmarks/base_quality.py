@@ -14,11 +14,9 @@ matrices from where they began, over that of the full base, and *landed* the eng
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -26,12 +24,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from projector_gradients import OTHERS_FROM, Source, Training, decoder_on_wikitext, encoder_on_sst2
+from projector_gradients import Source, decoder_on_wikitext, encoder_on_sst2
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
+from trained_models import Trained, batches, held_out, train
 
-from engines.base import Batch, Context, Dtype, Workload
+from engines.base import Context, Dtype, Workload
 from engines.mezo import Mezo
 from engines.settings import MezoSettings
 
@@ -47,40 +46,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"base": "int8", "train": "lora"},
     {"base": "int4", "train": "lora"},
 )
-HELD_OUT = 16
-"""Batches that the loss is taken on."""
 LORA_RATE = 10.0
 """Learning rate of adapters over that of the weights: they are few."""
-
-
-@dataclass
-class Trained:
-    """A blueprint of a model whose weights are there. See `engines.base.Blueprint`."""
-
-    reference: nn.Module
-    model: nn.Module
-    shape: Any = None
-
-    @staticmethod
-    def of(reference: nn.Module) -> Trained:
-        model = copy.deepcopy(reference).to("meta")
-        model.tie_weights()  # type: ignore[operator]
-        for name, buffer in reference.named_buffers():
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._buffers[leaf] = buffer.clone()
-        return Trained(reference, model)
-
-    def fill(self, name: str, out: Tensor) -> None:
-        out.copy_(self.reference.get_parameter(name))
-
-    def release(self) -> None:
-        """The reference stays for the next engine."""
-
-
-def batches(source: Source, first: int, count: int) -> list[Batch]:
-    """On the host, with whatever the model takes."""
-    made = (source.batch(number) for number in range(first, first + count))
-    return [Batch(inputs={name: each.cpu() for name, each in one.items()}) for one in made]
 
 
 def fine_tune(
@@ -92,14 +59,13 @@ def fine_tune(
     workload = Workload(batch_size=8, seq_len=128, dtype=dtype)
     engine = Mezo(settings, Context(device=device, workload=workload, seed=seed, total_steps=steps))
     engine.setup(Trained.of(source.model))
-    held_out = batches(source, OTHERS_FROM, HELD_OUT)
-    first = matrices(engine)
-    before = engine.evaluate(held_out)
+    judged, first = held_out(source), matrices(engine)
+    before = engine.evaluate(judged)
     for step in range(steps):
         # After those that AdamW has seen, other ones for each seed.
         (batch,) = batches(source, source.stages[-1] + seed * steps + step, 1)
         engine.step([batch])
-    after, landed, last = engine.evaluate(held_out), engine.landed_share(), matrices(engine)
+    after, landed, last = engine.evaluate(judged), engine.landed_share(), matrices(engine)
     engine.close()
     return {
         "source": source.name, "seed": seed, "steps": steps, "learning_rate": settings.learning_rate,
@@ -168,13 +134,7 @@ def main() -> None:
     with Progress(console=Console(stderr=True)) as progress:
         for source in sources:
             adamw_steps = given.adamw_steps or source.stages[-1]
-            task = progress.add_task(f"{source.name}: AdamW", total=adamw_steps)
-            training = Training(source)
-            source.model.train(False)
-            for _ in range(adamw_steps):
-                training.step()
-                progress.advance(task)
-            source.model.zero_grad(set_to_none=True)
+            train(source, adamw_steps, progress)
             task = progress.add_task(f"{source.name}: mezo", total=len(variants) * given.seeds)
             for seed in range(given.seeds):
                 for variant in variants:

@@ -1,14 +1,15 @@
 """Loss against forward passes and against time, of every estimator on one task: a Markdown table and JSON.
 
-    python tests/benchmarks/estimator_study.py --sst2 DIR --minilm DIR --out FILE.json [--train last:2]
+    python tests/benchmarks/estimator_study.py --wikitext2 DIR --out FILE.json
+    python tests/benchmarks/estimator_study.py --sst2 DIR --minilm DIR --out FILE.json --device cuda:0
 
-Without folders the task is the built-in one and the model `tiny-llama` with random weights.
-
-Each estimator has the same budget of forward passes, starts from the same weights and sees the same batches;
-it is run with each learning rate of one grid and with several seeds. FZOO's rates are the grid's times eps,
-in which its steps are (`engines.estimators`). What is told is the held-out loss, without perturbation, when a
-quarter, a half and all of the budget are spent: of the rate whose mean over the seeds is the lowest at the
-end. A rate at the edge of the grid is marked: the best may lie beyond. The time is that of the steps.
+A model is trained with AdamW to the last stage of `projector_gradients`, then fine-tuned by `mezo` on further
+batches. Each estimator has the same budget of forward passes, starts from the same weights and sees the same
+batches; it is run with each learning rate of one grid, and with the best of them for the other seeds. FZOO's
+rates are the grid's times eps, in which its steps are (`engines.estimators`). What is told is the held-out
+loss, without perturbation, when a quarter, a half and all of the budget are spent: of the rate that was best
+for the first seed at the end. A rate at the edge of the grid is marked: the best may lie beyond. The time is
+that of the steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,16 +27,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from projector_gradients import Source, decoder_on_wikitext, encoder_on_sst2
+from rich.console import Console
+from rich.progress import Progress
+from trained_models import Trained, batches, held_out, train
 
-from engines.base import NonFiniteLoss
+from engines.base import Context, Dtype, NonFiniteLoss, Workload
 from engines.estimators import forwards
+from engines.mezo import Mezo
 from engines.settings import MezoSettings, parse_settings
 from engines.transfer import now_s
-from harness.data import make_data
-from harness.job import Job, make_job
-from harness.shapes import resolve_shape
-from harness.show import Progress
-from harness.train import set_up
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "mezo": {},
@@ -44,7 +46,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "lezo, half": {"layer_share": 0.5},
     "lozo, rank 4": {"estimator": "lozo"},
 }
-TINY = "tiny-llama"
 PARTS = (0.25, 0.5, 1.0)
 """Of the budget, at which the loss is told."""
 
@@ -64,35 +65,41 @@ class Trial:
     start_loss: float
 
 
-def trial(job: Job, shape: Any, name: str, settings: MezoSettings, budget: int, progress: Progress) -> Trial:
+def trial(
+    source: Source, name: str, settings: MezoSettings, seed: int, budget: int, device: str, dtype: Dtype
+) -> Trial:
     passes = forwards(settings)
     steps = budget // passes
     stops = {max(1, round(part * steps)): i for i, part in enumerate(PARTS)}
     losses: list[float | None] = [None] * len(PARTS)
     accuracies: list[float | None] = [None] * len(PARTS)
-    data = make_data(job, shape)
+    workload = Workload(batch_size=8, seq_len=128, dtype=dtype)
+    engine = Mezo(settings, Context(device=device, workload=workload, seed=seed, total_steps=steps))
+    engine.setup(Trained.of(source.model))
+    judged = held_out(source)
     seconds = 0.0
-    with set_up(job, shape, "mezo", settings, progress) as (engine, _):
-        start_loss = engine.evaluate(data.evaluation).loss
-        try:
-            for step in range(steps):
-                batches = data.step_batches(step)
-                began_s = now_s()
-                engine.step(batches)
-                if step + 1 in stops:
-                    engine.synchronize()
-                seconds += now_s() - began_s
-                if step + 1 in stops:
-                    found = engine.evaluate(data.evaluation)
-                    if math.isfinite(found.loss):
-                        losses[stops[step + 1]] = found.loss
-                        accuracies[stops[step + 1]] = found.accuracy
-        except NonFiniteLoss:
-            pass
+    start_loss = engine.evaluate(judged).loss
+    try:
+        for step in range(steps):
+            # After those that AdamW has seen, other ones for each seed.
+            given = batches(source, source.stages[-1] + seed * budget + step, 1)
+            began_s = now_s()
+            engine.step(given)
+            if step + 1 in stops:
+                engine.synchronize()
+            seconds += now_s() - began_s
+            if step + 1 in stops:
+                found = engine.evaluate(judged)
+                if math.isfinite(found.loss):
+                    losses[stops[step + 1]] = found.loss
+                    accuracies[stops[step + 1]] = found.accuracy
+    except NonFiniteLoss:
+        pass
+    engine.close()
     return Trial(
         estimator=name,
         learning_rate=settings.learning_rate,
-        seed=job.seed,
+        seed=seed,
         forwards_per_step=passes,
         steps=steps,
         losses=tuple(losses),
@@ -102,15 +109,23 @@ def trial(job: Job, shape: Any, name: str, settings: MezoSettings, budget: int, 
     )
 
 
-def best_rate(trials: list[Trial]) -> float | None:
-    """Of one estimator: that of the lowest mean final loss over the seeds, all of them finite."""
-    means = {}
-    for rate in {each.learning_rate for each in trials}:
-        last = [each.losses[-1] for each in trials if each.learning_rate == rate]
-        finite = [loss for loss in last if loss is not None]
-        if len(finite) == len(last):
-            means[rate] = fmean(finite)
-    return min(means, key=means.__getitem__, default=None)
+def settings_of(name: str, rate: float, train: str) -> MezoSettings:
+    values = {"train": train, "learning_rate": rate, **ESTIMATORS[name]}
+    settings = parse_settings("mezo", values)
+    assert isinstance(settings, MezoSettings)
+    if settings.estimator != "fzoo":
+        return settings
+    return replace(settings, learning_rate=rate * settings.eps)
+
+
+def best_rate(trials: Sequence[Trial]) -> float | None:
+    """Of one estimator: that of the lowest final loss with the first seed."""
+    finals = {
+        each.learning_rate: each.losses[-1]
+        for each in trials
+        if each.seed == 0 and each.losses[-1] is not None
+    }
+    return min(finals, key=finals.__getitem__, default=None)
 
 
 def table(trials: list[Trial]) -> str:
@@ -140,63 +155,65 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(lines)
 
 
-def source(model: Path | None, data: Path | None) -> dict[str, Any]:
-    """The job's fields of both."""
-    if model is None or data is None:
-        return {"model": {"name": TINY, "random_weights": True}, "data": {"train": "builtin"}}
-    return {
-        "model": {"name": str(model), "head": "classification"},
-        "data": {"train": str(data / "train.tsv"), "evaluate": str(data / "dev.tsv")},
-    }
+def trials_of(source: Source, given: argparse.Namespace) -> Iterator[Trial]:
+    """Every rate with the first seed, then the best one with the others."""
+    for name in given.only:
+        begun: list[Trial] = []
+        for rate in given.rates:
+            settings = settings_of(name, rate, given.train)
+            begun.append(trial(source, name, settings, 0, given.budget, given.device, given.dtype))
+            yield begun[-1]
+        if (best := best_rate(begun)) is None:
+            continue
+        (rate,) = [rate for rate in given.rates if settings_of(name, rate, given.train).learning_rate == best]
+        for seed in range(1, given.seeds):
+            settings = settings_of(name, rate, given.train)
+            yield trial(source, name, settings, seed, given.budget, given.device, given.dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sst2", type=Path, help="folder of train.tsv and dev.tsv")
-    parser.add_argument("--minilm", type=Path, help="folder of the model")
+    parser.add_argument("--wikitext2", type=Path, help="folder of test.txt and valid.txt")
+    parser.add_argument("--sst2", type=Path, help="folder of train.tsv")
+    parser.add_argument("--minilm", type=Path, help="folder of MiniLM-L6")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--train", default="all")
-    parser.add_argument("--budget", type=int, default=4000, help="forward passes of each trial")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
+    parser.add_argument("--budget", type=int, default=2000, help="forward passes of each trial")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--eval-batches", type=int, default=16)
+    parser.add_argument("--adamw-steps", type=int, help="instead of the source's own")
+    parser.add_argument("--layers", type=int, default=2, help="of the decoder")
+    parser.add_argument("--hidden", type=int, default=96, help="of the decoder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--only", nargs="*", default=list(ESTIMATORS), choices=list(ESTIMATORS))
     given = parser.parse_args()
+    if given.wikitext2 is not None:
+        source = decoder_on_wikitext(given.wikitext2, given.device, given.layers, given.hidden)
+    elif given.sst2 is not None and given.minilm is not None:
+        source = encoder_on_sst2(given.minilm, given.sst2, given.device)
+    else:
+        parser.error("nothing to train on; name --wikitext2, or --sst2 and --minilm")
     trials: list[Trial] = []
-    progress = Progress(quiet=True)
-    for name in given.only:
-        for rate in given.rates:
-            for seed in range(given.seeds):
-                values = {"train": given.train, "learning_rate": rate, **ESTIMATORS[name]}
-                settings = parse_settings("mezo", values)
-                if settings.estimator == "fzoo":
-                    settings = parse_settings("mezo", {**values, "learning_rate": rate * settings.eps})
-                job = make_job(
-                    {
-                        **source(given.minilm, given.sst2),
-                        "batch_size": given.batch_size,
-                        "seq_len": given.seq_len,
-                        "dtype": "fp32",
-                        "steps": given.budget,
-                        "warmup_steps": 0,
-                        "eval_batches": given.eval_batches,
-                        "seed": seed,
-                    },
-                    "study",
-                )
-                trials.append(trial(job, resolve_shape(job), name, settings, given.budget, progress))
-                print(trials[-1], file=sys.stderr, flush=True)
-                document = {
-                    "torch": torch.__version__,
-                    "device": "cuda" if torch.cuda.is_available() else "cpu",
-                    "threads": torch.get_num_threads(),
-                    "arguments": {key: str(value) for key, value in vars(given).items()},
-                    "parts": PARTS,
-                    "trials": [asdict(each) for each in trials],
-                }
-                given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with Progress(console=Console(stderr=True)) as progress:
+        train(source, given.adamw_steps or source.stages[-1], progress)
+        total = len(given.only) * (len(given.rates) + given.seeds - 1)
+        task = progress.add_task(f"{source.name}: estimators", total=total)
+        for each in trials_of(source, given):
+            trials.append(each)
+            progress.update(task, advance=1, description=f"{source.name}: {each.estimator}")
+            document = {
+                "source": source.name,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                # Not the folders: they say nothing, and may be private.
+                "arguments": {
+                    key: value for key, value in vars(given).items() if not isinstance(value, Path)
+                },
+                "parts": PARTS,
+                "trials": [asdict(each) for each in trials],
+            }
+            given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(trials))
 
 
