@@ -226,21 +226,21 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
     criteria: Criteria = None,
     fail_on: FailOn = None,
-    readme_table: Annotated[
+    index: Annotated[
         bool,
-        typer.Option(
-            "--readme-table", help="Print one Markdown table of all published folders below FOLDER."
-        ),
+        typer.Option("--index", help="Write README.md and overview.svg on all published folders in FOLDER."),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
     from profiles.documents import to_json
     from reports.decide import exit_code, parse_fail_on
-    from reports.render import methods_table_markdown, published_folders, write_report
+    from reports.index import write_index
+    from reports.render import write_report
 
-    if readme_table:
-        typer.echo(methods_table_markdown(published_folders(folder)), nl=False)
+    if index:
+        for path in write_index(folder):
+            typer.echo(str(path))
         return
     gates = parse_fail_on(fail_on)
     verdict = write_report(folder, criteria)

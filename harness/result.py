@@ -84,9 +84,9 @@ class Summary:
     """Median per step of the part of `gpu_s` that made noise: perturbing weights and replaying updates."""
     h2d_bytes: int | None = None
     d2h_bytes: int | None = None
+    """Medians per step."""
     forwards: float | None = None
     """Median per step of the forward passes that each micro-batch took."""
-    """Medians per step."""
     disk_read_bytes: int | None = None
     disk_s: float | None = None
     """Medians per step: what of the disk a step computed with, and how long something was being read."""

@@ -225,6 +225,15 @@ def lines(
     return _svg(title, description, max(bottom, head + 22 * len(series)) + 44, body)
 
 
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, on white: a dark page would swallow its ink."""
+    start, _, rest = svg.partition(">")
+    return (
+        start.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)
+        + f'><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
+    )
+
+
 def nice_ticks(top: float, count: int = 5) -> list[float]:
     """0 and about `count` round steps, the last at or above `top`."""
     step = _nice_step(top, count)

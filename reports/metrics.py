@@ -93,6 +93,12 @@ def predicted(rounds: Rounds) -> Predicted | None:
     return None
 
 
+def floor_share(run: Run) -> float | None:
+    """Predicted floor over measured step; `None` also on an emulated machine, whose floor counts with the
+    speed of a GPU that was not there."""
+    return run.summary.floor_share if run.emulation is None else None
+
+
 def gpu_taken_bytes(run: Run) -> int | None:
     """Peak GPU memory that the run held: what torch reserved, else what its tensors took."""
     reserved = run.summary.peak_gpu_reserved_bytes

@@ -13,10 +13,9 @@ import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from engines.base import UserError
 from harness.job import Job
 from harness.result import Run
-from harness.stats import over_runs, ratio
+from harness.stats import over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, provenance, tables
@@ -28,12 +27,11 @@ from reports.metrics import (
     Measurements,
     ends,
     gpu_limit_bytes,
-    gpu_taken_bytes,
     group,
     host_limit_bytes,
     predicted,
 )
-from reports.show import GIB, digits, loss, model_name, percent, times
+from reports.show import loss, model_name, percent
 
 
 def write_report(folder: Path, criteria_path: Path | None = None) -> Verdict:
@@ -68,68 +66,6 @@ def render_html(loaded: Loaded, verdict: Verdict) -> str:
     """One file without scripts or anything from outside; its first page prints on one sheet of A4."""
     drawn = [(name, Markup(svg)) for name, svg in _charts(loaded).items()]
     return _html().get_template("report.html.j2").render(_context(loaded, verdict), charts=drawn)
-
-
-def published_folders(folder: Path) -> list[Path]:
-    """`folder` itself if it holds runs, else those of its subfolders that do, by name.
-
-    Raises `UserError` if there is none.
-    """
-    found = [path for path in (folder, *sorted(folder.glob("*"))) if any(path.glob("runs/*.json"))]
-    if not found:
-        raise UserError(
-            str(folder), "holds no published runs (*/runs/*.json)", "name a folder such as reports/results"
-        )
-    return found[:1] if found[0] == folder else found
-
-
-def methods_table_markdown(folders: Sequence[Path]) -> str:
-    """One Markdown table of all methods of all `folders`, for the README. Raises `UserError`."""
-    columns = ("model", "job", "machine", "method", "step_s", "ratio", "gpu", "host", "loss")
-    rows = [row for folder in folders for row in _published_rows(load_folder(folder))]
-    head = [say(f"readme.{column}") for column in columns]
-    align = ["---"] * 4 + ["---:"] * 5
-    cells = [[markdown_text(cell) for cell in row] for row in (head, *rows)]
-    cells.insert(1, align)
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
-
-
-def _published_rows(loaded: Loaded) -> list[tuple[str, ...]]:
-    all_ = group(loaded.runs, loaded.machine)
-    rows = []
-    for engine in sorted(all_.rounds, key=engine_order):
-        rounds = all_.of(engine)
-        environment = rounds.runs[0].environment
-        machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
-        if environment.emulated is not None:
-            machine = say("readme.emulated", machine=machine, emulated=environment.emulated)
-        traced = any(run.traced for run in rounds.runs)
-        method = say("readme.traced", engine=engine) if traced else engine
-        start = (model_name(loaded.job.model.name), _job_in_short(loaded.job), machine, method)
-        if rounds.step_s is None:
-            rows.append((*start, ends(rounds.runs), *[NOT_MEASURED] * 4))
-            continue
-        beside = ratio(rounds.step_times, all_.of("native").step_times)
-        gpu = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
-        host = [bytes_ for run in rounds.ok if (bytes_ := run.summary.peak_host_bytes) is not None]
-        rows.append(
-            (
-                *start,
-                digits(rounds.step_s.median),
-                times(beside.value) if beside else NOT_MEASURED,
-                f"{max(gpu) / GIB:.2f}" if gpu else NOT_MEASURED,
-                f"{max(host) / GIB:.2f}" if host else NOT_MEASURED,
-                loss(rounds.loss_last),
-            )
-        )
-    return rows
-
-
-def _job_in_short(job: Job) -> str:
-    told = say("readme.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
-    if job.limits.vram_bytes is None:
-        return told
-    return say("readme.job_capped", job=told, vram=format_bytes(job.limits.vram_bytes))
 
 
 def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
@@ -220,9 +156,10 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             if seconds is not None
         ]
         if rows:
-            step_s, floor_s = rounds.step_s, expected.floor_s if expected else None
+            step_s = rounds.step_s
+            floor_s = expected.floor_s if expected and one.floor_share is not None else None
             told = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
-            if floor_s is not None and one.floor_share is not None:
+            if floor_s is not None:
                 share = percent(one.floor_share)
                 told.append(say("lane.floor", value=format_seconds(floor_s), share=share))
             if one.landed_share is not None:

@@ -23,6 +23,7 @@ from reports.metrics import (
     Measurements,
     ends,
     find,
+    floor_share,
     gpu_limit_bytes,
     gpu_taken_bytes,
     host_limit_bytes,
@@ -304,7 +305,7 @@ def breakdown(rounds: Rounds) -> Breakdown:
         h2d_exposed_s=typical(rounds, lambda run: run.summary.h2d_exposed_s),
         d2h_exposed_s=typical(rounds, lambda run: run.summary.d2h_exposed_s),
         cpu_exposed_s=typical(rounds, lambda run: run.summary.cpu_exposed_s),
-        floor_share=typical(rounds, lambda run: run.summary.floor_share),
+        floor_share=typical(rounds, floor_share),
         disk_floor_share=typical(rounds, lambda run: run.summary.disk_floor_share),
         landed_share=typical(rounds, lambda run: run.summary.landed_share),
     )

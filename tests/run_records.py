@@ -216,6 +216,31 @@ def make_sweep(stamp: str | None = None) -> list[Run]:
     return runs
 
 
+def cpu_runs() -> list[Run]:
+    """Two rounds of two methods on a machine without a GPU."""
+    no_gpu = dict.fromkeys(("gpu_name", "gpu_driver", "gpu_total_bytes", "link"))
+    environment = make_environment(**no_gpu, dirty=True, platform="Linux WSL2")
+    nothing = dict.fromkeys(
+        (
+            "peak_gpu_allocated_bytes",
+            "peak_gpu_reserved_bytes",
+            "peak_gpu_nvml_bytes",
+            "energy_j",
+            "pinned_bytes",
+        )
+    )
+    evaluated = {
+        "eval_loss_first": 0.7, "eval_loss_last": 0.4, "eval_accuracy_first": 0.5,
+        "eval_accuracy_last": 0.8125, "cpu_s": 0.2, "h2d_s": 0.01,
+    }  # fmt: skip
+    job = make_test_job(limits={}, eval_batches=2)
+    return [
+        make_run(engine, round=i, environment=environment, job=job, **nothing, **evaluated)
+        for engine in ("native", "lsp")
+        for i in (1, 2)
+    ]
+
+
 def make_breakdown() -> list[Run]:
     """Runs that say where their time goes, each method as far as engines of its kind measure it."""
     floors = {"native": 0.4, "mezo": 0.3, "zo2": 0.6}

@@ -1,4 +1,4 @@
-"""README.md says what is true: its commands parse, its files are there, its table is made from the runs."""
+"""README.md says what is true: its commands parse, its files are there, results are made from the runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from harness.cli import app
-from reports.render import methods_table_markdown, published_folders
+from reports.index import ABOUT, published_folders, write_index
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,11 +90,13 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_table_of_results_is_made_from_the_published_runs() -> None:
-    match = re.search(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.DOTALL)
-    assert match is not None
+def test_the_page_and_the_picture_of_results_are_made_from_the_published_runs(tmp_path: Path) -> None:
     results = ROOT / "reports" / "results"
-    if not any(results.glob("*/runs/*.json")):
-        assert match[1].strip() == ""
-        return
-    assert match[1].strip() == methods_table_markdown(published_folders(results)).strip()
+    shutil.copytree(results, tmp_path / "results", ignore=shutil.ignore_patterns("report.*", "traces"))
+    for path in write_index(tmp_path / "results"):
+        assert path.read_text(encoding="utf-8") == (results / path.name).read_text(encoding="utf-8")
+
+
+def test_every_published_folder_says_what_it_is_for() -> None:
+    folders = published_folders(ROOT / "reports" / "results")
+    assert [folder.name for folder in folders if not (folder / ABOUT).exists()] == []

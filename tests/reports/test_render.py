@@ -17,21 +17,20 @@ import pytest
 from markupsafe import Markup
 
 from engines.base import UserError
-from harness.result import Run, save_run
+from harness.result import save_run
 from reports.catalogue import messages
 from reports.criteria import default_criteria, init_text
 from reports.load import Loaded, load_folder
 from reports.render import (
     judge,
     markdown_text,
-    methods_table_markdown,
-    published_folders,
     render_html,
     render_markdown,
     write_report,
 )
 from reports.show import model_name
 from run_records import (
+    cpu_runs,
     make_breakdown,
     make_environment,
     make_failures,
@@ -46,30 +45,6 @@ from run_records import (
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = '</td><script>alert("x")</script> | `code` [a](b) *b* & http://evil.example'
-
-
-def cpu_runs() -> list[Run]:
-    no_gpu = dict.fromkeys(("gpu_name", "gpu_driver", "gpu_total_bytes", "link"))
-    environment = make_environment(**no_gpu, dirty=True, platform="Linux WSL2")
-    nothing = dict.fromkeys(
-        (
-            "peak_gpu_allocated_bytes",
-            "peak_gpu_reserved_bytes",
-            "peak_gpu_nvml_bytes",
-            "energy_j",
-            "pinned_bytes",
-        )
-    )
-    evaluated = {
-        "eval_loss_first": 0.7, "eval_loss_last": 0.4, "eval_accuracy_first": 0.5,
-        "eval_accuracy_last": 0.8125, "cpu_s": 0.2, "h2d_s": 0.01,
-    }  # fmt: skip
-    job = make_test_job(limits={}, eval_batches=2)
-    return [
-        make_run(engine, round=i, environment=environment, job=job, **nothing, **evaluated)
-        for engine in ("native", "lsp")
-        for i in (1, 2)
-    ]
 
 
 @pytest.fixture
@@ -360,31 +335,6 @@ def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
         fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
         assert all(re.fullmatch(r"[a-z_]+", name) for name in fields), key
         assert text.isascii(), key
-
-
-def test_readme_table(tmp_path: Path, sweep: Path) -> None:
-    results = tmp_path / "results"
-    write_folder(results / "opt_4090", make_sweep())
-    write_folder(results / "b_cpu", cpu_runs(), job=make_test_job(limits={}))
-    (results / "notes").mkdir()
-    folders = published_folders(results)
-    assert [folder.name for folder in folders] == ["b_cpu", "opt_4090"]
-    table = methods_table_markdown(folders)
-    lines = table.splitlines()
-    assert table.endswith("|\n")
-    assert lines[0].startswith("| model | job | machine | method | s/step")
-    assert len(lines) == 2 + 2 + 5
-    job = "2 x 512 bf16, 22.4 GiB of GPU memory"
-    assert f"| opt-1.3b | {job} | NVIDIA RTX 4090 | lsp | 0.913 | 1.80x | 8.38 | 20.49 | 1.8000 |" in lines
-    failed = "1 out of GPU memory, 1 not run, predicted not to fit"
-    assert f"| opt-1.3b | {job} | NVIDIA RTX 4090 | mezo | {failed} | not measured |" in table
-    assert published_folders(sweep) == [sweep]
-    traced = write_folder(tmp_path / "traced", [replace(make_run("lsp"), traced=True), make_run("zo2")])
-    assert [row.split(" | ")[3] for row in methods_table_markdown([traced]).splitlines()[2:]] == [
-        "lsp, traced", "zo2",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="no published runs"):
-        published_folders(results / "notes")
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(sweep: Path) -> None:

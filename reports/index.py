@@ -1,0 +1,194 @@
+"""README.md and overview.svg of a folder of published results: all of its tables as one, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.base import UserError
+from harness.job import Job
+from harness.stats import Rounds, ratio
+from profiles.documents import write_whole
+from profiles.units import NOT_MEASURED, format_bytes
+from reports import charts
+from reports.catalogue import say
+from reports.load import Loaded, engine_order, load_folder
+from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
+from reports.render import markdown_text
+from reports.show import GIB, digits, loss, model_name, percent, times
+from reports.tables import typical
+
+ABOUT = "about.txt"
+"""In a published folder: a sentence on what it is for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """One method of one folder."""
+
+    folder: str
+    model: str
+    job: str
+    machine: str
+    parameters: int
+    engine: str
+    traced: bool
+    began: str
+    """Time of the first run, ISO 8601."""
+    rounds: Rounds
+    all_: Measurements
+
+    @property
+    def subject(self) -> tuple[str, str, str, str, bool]:
+        """What it measures: a later one of the same takes its place in the picture."""
+        return self.model, self.job, self.machine, self.engine, self.traced
+
+
+def write_index(folder: Path) -> tuple[Path, Path]:
+    """Write the two files into `folder`, and say where they are. The same folder gives the same bytes.
+
+    Raises `UserError` if nothing is published there.
+    """
+    found = [each for path in published_folders(folder) for each in published(path)]
+    found.sort(key=lambda each: (each.parameters, each.model, each.folder))  # engines stay in order
+    page, picture = folder / "README.md", folder / "overview.svg"
+    write_whole(picture, overview(found))
+    write_whole(page, index(found, abouts(folder)))
+    return page, picture
+
+
+def published_folders(folder: Path) -> list[Path]:
+    """The subfolders of `folder` that hold runs, by name. Raises `UserError` if there is none."""
+    found = [path for path in sorted(folder.glob("*")) if any(path.glob("runs/*.json"))]
+    if not found:
+        raise UserError(
+            str(folder), "holds no published runs (*/runs/*.json)", "name a folder such as reports/results"
+        )
+    return found
+
+
+def published(folder: Path) -> Iterator[Published]:
+    """Every method of one folder, native first. Raises `UserError` as `load_folder` does."""
+    loaded = load_folder(folder)
+    all_ = group(loaded.runs, loaded.machine)
+    for engine in sorted(all_.rounds, key=engine_order):
+        rounds = all_.of(engine)
+        yield Published(
+            folder=folder.name,
+            model=model_name(loaded.job.model.name),
+            job=_job_in_short(loaded.job),
+            machine=_machine(loaded, rounds),
+            parameters=rounds.runs[0].model.parameters,
+            engine=engine,
+            traced=any(run.traced for run in rounds.runs),
+            began=min(run.time for run in rounds.runs),
+            rounds=rounds,
+            all_=all_,
+        )
+
+
+def abouts(folder: Path) -> dict[str, str]:
+    """What each published folder says of itself, by its name."""
+    return {
+        path.name: (path / ABOUT).read_text(encoding="utf-8").strip()
+        for path in published_folders(folder)
+        if (path / ABOUT).exists()
+    }
+
+
+def index(found: Sequence[Published], about: dict[str, str]) -> str:
+    """Markdown."""
+    columns = ("model", "job", "machine", "method", "step_s", "ratio", "floor", "gpu", "host", "loss")
+    align = ["---"] * 4 + ["---:"] * 6
+    rows = [[say(f"index.{column}") for column in columns], align, *(_cells(each) for each in found)]
+    lines = [
+        f"# {say('index.title')}", "", say("index.intro"), "", f"![{say('index.picture')}](overview.svg)", "",
+        *(f"| {' | '.join(row)} |" for row in rows), "",
+    ]  # fmt: skip
+    lines += [f"- [{name}]({name}/report.md): {markdown_text(text)}" for name, text in about.items()]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def newest(found: Sequence[Published]) -> list[Published]:
+    """Of those that measure the same, the latest. In the order of `found`."""
+    latest: dict[tuple[str, str, str, str, bool], Published] = {}
+    for each in found:
+        if (before := latest.get(each.subject)) is None or before.began <= each.began:
+            latest[each.subject] = each
+    return [each for each in found if latest[each.subject] is each]
+
+
+def overview(found: Sequence[Published]) -> str:
+    """SVG: how near each step came to its floor, of the newest measurements that tell."""
+    shown = [
+        (each, share)
+        for each in newest(found)
+        if each.rounds.step_s is not None
+        and not each.traced
+        and (share := typical(each.rounds, floor_share)) is not None
+    ]
+    groups = []
+    for head in dict.fromkeys((each.model, each.job, each.machine) for each, _ in shown):
+        mine = [one for one in shown if (one[0].model, one[0].job, one[0].machine) == head]
+        mine.sort(key=lambda one: engine_order(one[0].engine))
+        groups.append(
+            charts.BarGroup(
+                label="",
+                text=say("index.group", model=head[0], job=head[1], machine=head[2]),
+                rows=tuple(
+                    charts.BarRow(
+                        label=each.engine,
+                        engine=each.engine,
+                        parts=(charts.Part(value=100 * share),),
+                        text=percent(share),
+                    )
+                    for each, share in mine
+                ),
+            )
+        )
+    drawn = charts.grouped_bars(
+        say("index.picture"),
+        say("index.described"),
+        groups,
+        lambda _: charts.Axis(name=say("index.axis"), unit="%"),
+    )
+    return charts.standalone(drawn)
+
+
+def _cells(each: Published) -> list[str]:
+    method = say("index.traced", engine=each.engine) if each.traced else each.engine
+    start = [
+        f"[{markdown_text(each.model)}]({each.folder}/report.md)",
+        *(markdown_text(text) for text in (each.job, each.machine, method)),
+    ]
+    rounds = each.rounds
+    if rounds.step_s is None:
+        return [*start, markdown_text(ends(rounds.runs)), *[NOT_MEASURED] * 5]
+    beside = ratio(rounds.step_times, each.all_.of("native").step_times)
+    gpu = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
+    host = [bytes_ for run in rounds.ok if (bytes_ := run.summary.peak_host_bytes) is not None]
+    return [
+        *start,
+        digits(rounds.step_s.median),
+        times(beside.value) if beside else NOT_MEASURED,
+        percent(typical(rounds, floor_share)),
+        f"{max(gpu) / GIB:.2f}" if gpu else NOT_MEASURED,
+        f"{max(host) / GIB:.2f}" if host else NOT_MEASURED,
+        loss(rounds.loss_last),
+    ]
+
+
+def _machine(loaded: Loaded, rounds: Rounds) -> str:
+    environment = rounds.runs[0].environment
+    machine = environment.gpu_name or (loaded.machine.name if loaded.machine else environment.cpu)
+    if environment.emulated is None:
+        return machine
+    return say("index.emulated", machine=machine, emulated=environment.emulated)
+
+
+def _job_in_short(job: Job) -> str:
+    told = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
+    if job.limits.vram_bytes is None:
+        return told
+    return say("index.job_capped", job=told, vram=format_bytes(job.limits.vram_bytes))

@@ -1,0 +1,104 @@
+"""The page and the picture of a folder of published results."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from engines.base import LinkRates, UserError
+from harness.cli import app
+from harness.result import Emulation, Run
+from reports.index import ABOUT, newest, overview, published, published_folders, write_index
+from run_records import cpu_runs, make_breakdown, make_run, make_sweep, make_test_job, write_folder
+
+JOB = "2 x 512 bf16, 22.4 GiB of GPU memory"
+START = f"| [opt-1.3b](opt_4090/report.md) | {JOB} | NVIDIA RTX 4090 |"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "opt_4090", make_sweep())
+    write_folder(tmp_path / "b_cpu", cpu_runs(), job=make_test_job(limits={}))
+    (tmp_path / "notes").mkdir()
+    return tmp_path
+
+
+def shown(folder: Path) -> str:
+    return " ".join(ElementTree.fromstring(overview(list(published(folder)))).itertext())
+
+
+def emulated(run: Run) -> Run:
+    rates = LinkRates(h2d_bytes_per_s=2e9, d2h_bytes_per_s=1e9)
+    held = Emulation(vram_bytes=4 * 10**9, threads=4, rates=rates, link="emulated")
+    return replace(run, emulation=held, environment=replace(run.environment, emulated="a laptop"))
+
+
+def test_every_method_of_every_folder_has_a_row(results: Path) -> None:
+    (results / "opt_4090" / ABOUT).write_text("A [sweep].\n")
+    page, _ = write_index(results)
+    lines = page.read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 2 + 5
+    assert f"{START} lsp | 0.913 | 1.80x | not measured | 8.38 | 20.49 | 1.8000 |" in table
+    failed = "1 out of GPU memory, 1 not run, predicted not to fit"
+    assert any(line.startswith(f"{START} mezo | {failed} | not measured |") for line in table)
+    assert lines[-1] == "- [opt_4090](opt_4090/report.md): A \\[sweep\\]."
+
+
+def test_the_same_folder_gives_the_same_bytes(results: Path) -> None:
+    before = [path.read_bytes() for path in write_index(results)]
+    assert [path.read_bytes() for path in write_index(results)] == before
+
+
+def test_a_traced_run_is_told_and_not_drawn(tmp_path: Path) -> None:
+    runs = [run for run in make_breakdown() if run.engine in ("mezo", "zo2")]
+    runs = [replace(run, traced=run.engine == "zo2") for run in runs]
+    write_folder(tmp_path / "one", runs)
+    page, picture = write_index(tmp_path)
+    assert "| zo2, traced |" in page.read_text()
+    text = picture.read_text()
+    assert "mezo" in text
+    assert "zo2" not in text
+
+
+def test_the_picture_shows_the_share_of_the_floor(tmp_path: Path) -> None:
+    found = shown(write_folder(tmp_path / "one", make_breakdown()))
+    for text in ("80 %", "75 %", f"opt-1.3b, {JOB}, NVIDIA RTX 4090"):
+        assert text in found
+    assert "lsp" not in found, "it has no floor"
+
+
+def test_no_share_of_an_emulated_machines_floor(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "one", [emulated(run) for run in make_breakdown()])
+    assert "zo2" not in shown(folder)
+    page, _ = write_index(tmp_path)
+    row = next(line for line in page.read_text().splitlines() if "| zo2 |" in line)
+    assert "| a laptop, emulated on NVIDIA RTX 4090 | zo2 | 0.8 | 1.60x | not measured |" in row
+
+
+def test_the_newest_of_the_same_is_drawn(tmp_path: Path) -> None:
+    late = [replace(make_run(engine), time="2026-12-01T00:00:00+00:00") for engine in ("lsp", "zo2")]
+    early = [replace(make_run(engine), time="2026-11-01T00:00:00+00:00") for engine in ("native", "zo2")]
+    found = [
+        *published(write_folder(tmp_path / "a", late)),
+        *published(write_folder(tmp_path / "b", early)),
+    ]
+    assert [(each.folder, each.engine) for each in newest(found)] == [
+        ("a", "lsp"), ("a", "zo2"), ("b", "native"),
+    ]  # fmt: skip
+
+
+def test_the_command_writes_both_files(results: Path) -> None:
+    told = CliRunner().invoke(app, ["report", "--index", str(results)])
+    assert told.exit_code == 0
+    assert told.stdout.split() == [str(results / "README.md"), str(results / "overview.svg")]
+
+
+def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match="no published runs"):
+        published_folders(tmp_path)
