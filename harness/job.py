@@ -6,10 +6,10 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from engines.base import Dtype, UserError, Workload
 from profiles.documents import adapter, write_whole
@@ -31,6 +31,8 @@ class ModelSource:
     encoders."""
     untied: bool = False
     """Give the output head its own tensor where the model ties it to the embedding."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many blocks, of random weights; `None`: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,6 +215,8 @@ def job_arguments(job: Job) -> str:
         parts.append("--random-weights")
     if job.model.untied:
         parts.append("--untied")
+    if job.model.layers is not None:
+        parts += ["--layers", str(job.model.layers)]
     if job.model.head != "auto":
         parts += ["--head", job.model.head]
     parts += ["--data", job.data.train]

@@ -31,6 +31,12 @@ Untied = Annotated[
     bool | None,
     typer.Option("--untied/--as-published", help="Give the output head its own tensor.", show_default=False),
 ]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        "--layers", min=1, help="Only the model's first so many blocks, of random weights. [default: all]"
+    ),
+]
 Head = Annotated[
     HeadChoice | None,
     typer.Option(
@@ -92,6 +98,7 @@ def _flags(
     model: Model = None,
     random_weights: RandomWeights = None,
     untied: Untied = None,
+    layers: Layers = None,
     head: Head = None,
     data: Data = None,
     eval_data: EvalData = None,
@@ -172,7 +179,7 @@ def _nested(given: dict[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     if "model" in given:
         nested.setdefault("model", {})["name"] = given.pop("model")
-    for name in ("random_weights", "untied", "head"):
+    for name in ("random_weights", "untied", "layers", "head"):
         if name in given:
             nested.setdefault("model", {})[name] = given.pop(name)
     for flag, name in (("data", "train"), ("eval_data", "evaluate")):

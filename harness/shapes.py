@@ -270,11 +270,34 @@ def _is_encoder(family: str) -> bool:
 
 
 def load_config(source: ModelSource) -> dict[str, Any]:
-    """The plain configuration of a named shape, a local folder or a hub id, in that order.
+    """The plain configuration of a named shape, a local folder or a hub id, in that order, with as many
+    blocks as `source` says.
 
-    Raises `UserError` if there is none, if it needs code from outside, or if weights are asked for
-    where there are none to load.
+    Raises `UserError` if there is none, if it needs code from outside, if weights are asked for where there
+    are none to load, or if it has not so many blocks.
     """
+    config = _whole_config(source)
+    if source.layers is None:
+        return config
+    what = f"--layers {source.layers}"
+    if not source.random_weights:
+        raise UserError(what, "leaves blocks of a checkpoint out", "add --random-weights, or leave it out")
+    key = next((name for name in _BLOCKS_KEYS if isinstance(config.get(name), int)), None)
+    if key is None:
+        raise UserError(what, f"the configuration of {source.name} does not tell its blocks", "leave it out")
+    if source.layers > config[key]:
+        raise UserError(
+            what, f"{source.name} has {config[key]} blocks", f"use --layers {config[key]} or less"
+        )
+    kinds = config.get("layer_types")
+    cut = {} if kinds is None else {"layer_types": kinds[: source.layers]}
+    return config | {key: source.layers} | cut
+
+
+_BLOCKS_KEYS = ("num_hidden_layers", "n_layer")
+
+
+def _whole_config(source: ModelSource) -> dict[str, Any]:
     named = NAMED_SHAPES.get(source.name)
     if named is not None:
         if not source.random_weights:

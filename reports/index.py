@@ -16,7 +16,7 @@ from reports.catalogue import say
 from reports.load import Loaded, engine_order, load_folder
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
 from reports.render import markdown_text
-from reports.show import GIB, digits, loss, model_name, percent, times
+from reports.show import GIB, digits, loss, model_title, percent, times
 from reports.tables import typical
 
 ABOUT = "about.txt"
@@ -76,7 +76,7 @@ def published(folder: Path) -> Iterator[Published]:
         rounds = all_.of(engine)
         yield Published(
             folder=folder.name,
-            model=model_name(loaded.job.model.name),
+            model=model_title(loaded.job.model),
             job=_job_in_short(loaded.job),
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,

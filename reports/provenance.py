@@ -19,7 +19,7 @@ from reports.load import Loaded, engine_order
 from reports.metrics import (
     Measurements,
 )
-from reports.show import digits, model_name, span
+from reports.show import digits, model_title, span
 from reports.tables import Table, engines_of, make_table, typical
 
 
@@ -34,11 +34,11 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     weights = "random_weights" if job.model.random_weights else "checkpoint"
     accumulation = say("setting.accumulation", count=job.accumulation) if job.accumulation > 1 else ""
     return (
-        (say("setting.question_label"), say("setting.question", model=model_name(job.model.name))),
+        (say("setting.question_label"), say("setting.question", model=model_title(job.model))),
         (
             say("setting.model_label"),
             say(
-                "setting.model", model=model_name(job.model.name), parameters=_parameters(loaded.runs),
+                "setting.model", model=model_title(job.model), parameters=_parameters(loaded.runs),
                 weights=say(f"setting.{weights}"),
             ),
         ),

@@ -31,7 +31,7 @@ from reports.metrics import (
     host_limit_bytes,
     predicted,
 )
-from reports.show import loss, model_name, percent
+from reports.show import loss, model_title, percent
 
 
 def write_report(folder: Path, criteria_path: Path | None = None) -> Verdict:
@@ -73,7 +73,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
     job = adapter(Job).dump_python(loaded.job, mode="json", exclude_none=True)
     return {
         "loaded": loaded,
-        "model": model_name(loaded.job.model.name),
+        "model": model_title(loaded.job.model),
         "verdict": verdict,
         "tiles": tables.tiles(verdict, all_),
         "setting": provenance.setting(loaded),

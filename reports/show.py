@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.job import ModelSource
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.catalogue import say
 from reports.criteria import Metric
@@ -14,6 +15,12 @@ def model_name(name: str) -> str:
     parts = name.rstrip("/").split("/")
     is_folder = len(parts) > 2 or parts[0] in ("", ".", "..", "~")
     return parts[-1] if is_folder else name
+
+
+def model_title(source: ModelSource) -> str:
+    """Its name, and how many of its blocks, if not all."""
+    name = model_name(source.name)
+    return name if source.layers is None else say("model.layers", model=name, count=source.layers)
 
 
 def digits(value: float, significant: int = 3) -> str:

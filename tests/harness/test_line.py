@@ -20,6 +20,7 @@ MODEL = {"name": "tiny-llama", "random_weights": True}
     [
         {},
         {"model": {"name": "my models/llama 1", "untied": True, "head": "classification"}},
+        {"model": {**MODEL, "layers": 2}},
         {"data": {"train": "my reviews.tsv", "evaluate": "held out.tsv"}, "eval_batches": 3},
         {"batch_size": 3, "seq_len": 48, "accumulation": 2, "dtype": "fp32", "checkpointing": False},
         {"steps": 7, "warmup_steps": 0, "seed": 5},

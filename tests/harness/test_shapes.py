@@ -13,7 +13,7 @@ from engines.blocks import find_blocks
 from harness.closed_forms import CLOSED_FORMS
 from harness.heads import auto_class
 from harness.job import DataSource, Job, ModelSource
-from harness.models import shape_from_meta
+from harness.models import make_blueprint, shape_from_meta
 from harness.shapes import NAMED_SHAPES, load_config, named_shape, resolve_shape, shape_of_config
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
@@ -123,7 +123,7 @@ def test_every_tiny_shape_holds_bytes_and_is_small() -> None:
 
 
 def job(name: str, data: str = "random", evaluate: str | None = None, **fields: Any) -> Job:
-    model = {key: fields.pop(key) for key in ("head", "untied", "random_weights") if key in fields}
+    model = {key: fields.pop(key) for key in ("head", "untied", "random_weights", "layers") if key in fields}
     return Job(
         model=ModelSource(name=name, **{"random_weights": True, **model}),
         data=DataSource(train=data, evaluate=evaluate),
@@ -169,6 +169,40 @@ def test_a_family_without_a_question_answering_head_is_named(tmp_path: Path) -> 
 def test_untied_reaches_the_shape() -> None:
     assert resolve_shape(job("tiny-opt")).tied
     assert not resolve_shape(job("tiny-opt", untied=True)).tied
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-llama", "tiny-qwen2", "tiny-gpt2", "tiny-roberta"])
+def test_the_first_blocks_alone(name: str) -> None:
+    whole, cut = resolve_shape(job(name)), resolve_shape(job(name, layers=2))
+    assert (whole.num_blocks, cut.num_blocks) == (3, 2)
+    assert cut.parameters == whole.parameters - whole.block_parameters
+    model = make_blueprint(job(name, layers=2), cut).model
+    assert cut.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_blocks_that_are_of_several_kinds_are_cut_too(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = NAMED_SHAPES["tiny-qwen2"].config | {"layer_types": kinds}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = ModelSource(name=str(tmp_path), random_weights=True, layers=2)
+    assert load_config(source)["layer_types"] == kinds[:2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"layers": 4}, "--layers 4: tiny-llama has 3 blocks; use --layers 3 or less"),
+        ({"layers": 2, "random_weights": False, "name": "."}, "leaves blocks of a checkpoint out"),
+    ],
+)
+def test_blocks_that_cannot_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], why: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(NAMED_SHAPES["tiny-llama"].config))
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=why):
+        load_config(ModelSource(**{"name": "tiny-llama", "random_weights": True, **fields}))
 
 
 def test_local_folder_and_family_without_closed_form(tmp_path: Path) -> None:
