@@ -21,6 +21,7 @@ from harness.emulate import what_is_short
 from harness.result import Run
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
+from reports import exactness
 from reports.catalogue import say
 from reports.criteria import (
     ANY_OFFLOAD,
@@ -283,6 +284,7 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
         ),
         lambda: _about_traces(runs),
         lambda: _about_machine(runs, all_.machine),
+        lambda: exactness.inexact(all_),
         lambda: _about_approximations(runs),
         lambda: _about_emulation(runs),
         lambda: _about_commit(runs),

@@ -18,7 +18,7 @@ from harness.result import Run
 from harness.stats import over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports import charts, provenance, tables
+from reports import charts, exactness, provenance, tables
 from reports.catalogue import say
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
@@ -79,6 +79,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "setting": provenance.setting(loaded),
         "criteria": tables.criteria_cells(verdict),
         "speed": tables.speed_table(all_),
+        "twin": exactness.exact(all_),
         "memory": tables.memory_table(all_),
         "busy": tables.busy_table(all_),
         "overlap": tables.overlap_table(all_),

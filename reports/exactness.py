@@ -1,0 +1,84 @@
+"""Whether an offloading engine computed what its in-memory twin did, as far as recorded losses tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from engines.base import UserError
+from engines.settings import MezoSettings, parse_settings
+from harness.result import Run
+from reports.catalogue import say
+from reports.metrics import Measurements
+from reports.show import number
+
+ENGINE, TWIN = "zo2", "mezo"
+"""The one pair whose twin is an engine of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    steps: int
+    """That both ran, warm-ups included, over all pairs of runs."""
+    differ: int
+    """Of them, those whose losses are not the same bits."""
+    largest: float
+    """Difference of two losses."""
+
+
+def compare_with_twin(all_: Measurements) -> Comparison | None:
+    """Every run of `ENGINE` beside the first of `TWIN` with the same seed and the same settings, but for
+    where things lie. `None`: no two such runs of two steps; the first loss is from before any update."""
+    pairs = [
+        (mine.loss, other.loss)
+        for run, twin in _pairs(all_)
+        for mine, other in zip(run.samples, twin.samples, strict=False)
+        if min(len(run.samples), len(twin.samples)) > 1
+    ]
+    if not pairs:
+        return None
+    gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    return Comparison(steps=len(pairs), differ=sum(a != b for a, b in pairs), largest=max(gaps, default=0.0))
+
+
+def exact(all_: Measurements) -> str | None:
+    """A sentence, where all losses are the same."""
+    found = compare_with_twin(all_)
+    if found is None or found.differ:
+        return None
+    return say("twin.exact", engine=ENGINE, twin=TWIN, steps=found.steps)
+
+
+def inexact(all_: Measurements) -> str | None:
+    """A warning, where some are not."""
+    found = compare_with_twin(all_)
+    if found is None or not found.differ:
+        return None
+    return say(
+        "warning.inexact", engine=ENGINE, twin=TWIN, steps=found.steps, differ=found.differ,
+        largest=number(found.largest),
+    )  # fmt: skip
+
+
+def _pairs(all_: Measurements) -> Iterator[tuple[Run, Run]]:
+    twins = [run for run in _of(all_, TWIN) if run.samples]
+    for run in _of(all_, ENGINE):
+        same = (twin for twin in twins if _computes(twin) == _computes(run) is not None)
+        if run.samples and (twin := next(same, None)) is not None:
+            yield run, twin
+
+
+def _of(all_: Measurements, engine: str) -> tuple[Run, ...]:
+    return all_.of(engine).runs if engine in all_.rounds else ()
+
+
+def _computes(run: Run) -> tuple[object, ...] | None:
+    """What decides the losses of a run, beside the job; `None` where its settings are not known here."""
+    try:
+        settings = parse_settings(run.engine, run.plan.settings)
+    except UserError:
+        return None
+    values = {field.name: getattr(settings, field.name) for field in fields(MezoSettings)}
+    if settings.base == "full":
+        del values["fold_every"]  # when updates join the weights: with a full base of no consequence
+    return run.job.get("seed"), *values.items()
