@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.base import UserError
+from harness.generation_runs import GenerationRun, load_generation
 from harness.job import Job
 from harness.stats import Rounds, ratio
 from profiles.documents import write_whole
-from profiles.units import NOT_MEASURED, format_bytes
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts
 from reports.catalogue import say
 from reports.load import Loaded, engine_order, load_folder
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
 from reports.render import markdown_text
-from reports.show import GIB, digits, loss, model_title, percent, times
+from reports.show import GIB, digits, loss, model_name, model_title, number, percent, span, times
 from reports.tables import typical
 
+KINDS = ("runs", "generations")
 ABOUT = "about.txt"
 """In a published folder: a sentence on what it is for."""
 
@@ -50,17 +52,26 @@ def write_index(folder: Path) -> tuple[Path, Path]:
 
     Raises `UserError` if nothing is published there.
     """
-    found = [each for path in published_folders(folder) for each in published(path)]
+    folders = published_folders(folder)
+    found = [each for path in folders if any(path.glob("runs/*.json")) for each in published(path)]
     found.sort(key=lambda each: (each.parameters, each.model, each.folder))  # engines stay in order
+    generated = [
+        (path.name, load_generation(file))
+        for path in folders
+        for file in sorted(path.glob("generations/*.json"))
+    ]
+    generated.sort(key=lambda one: (one[1].model.parameters, one[0], one[1].job["batch_size"], one[1].id))
     page, picture = folder / "README.md", folder / "overview.svg"
     write_whole(picture, overview(found))
-    write_whole(page, index(found, abouts(folder)))
+    write_whole(page, index(found, generated, abouts(folder)))
     return page, picture
 
 
 def published_folders(folder: Path) -> list[Path]:
-    """The subfolders of `folder` that hold runs, by name. Raises `UserError` if there is none."""
-    found = [path for path in sorted(folder.glob("*")) if any(path.glob("runs/*.json"))]
+    """The subfolders of `folder` that hold records, by name. Raises `UserError` if there is none."""
+    found = [
+        path for path in sorted(folder.glob("*")) if any(any(path.glob(f"{kind}/*.json")) for kind in KINDS)
+    ]
     if not found:
         raise UserError(
             str(folder), "holds no published runs (*/runs/*.json)", "name a folder such as reports/results"
@@ -97,15 +108,20 @@ def abouts(folder: Path) -> dict[str, str]:
     }
 
 
-def index(found: Sequence[Published], about: dict[str, str]) -> str:
-    """Markdown."""
+def index(
+    found: Sequence[Published], generated: Sequence[tuple[str, GenerationRun]], about: dict[str, str]
+) -> str:
+    """Markdown. `generated` are records with their folder."""
     columns = ("model", "job", "machine", "method", "step_s", "ratio", "floor", "gpu", "host", "loss")
     align = ["---"] * 4 + ["---:"] * 6
-    rows = [[say(f"index.{column}") for column in columns], align, *(_cells(each) for each in found)]
+    head = [[say(f"index.{column}") for column in columns], align]
+    rows = [*head, *(_cells(each) for each in found)] if found else []
     lines = [
         f"# {say('index.title')}", "", say("index.intro"), "", f"![{say('index.picture')}](overview.svg)", "",
         *(f"| {' | '.join(row)} |" for row in rows), "",
     ]  # fmt: skip
+    if generated:
+        lines += [f"## {say('index.generating')}", "", *_generation_lines(generated), ""]
     lines += [f"- [{name}]({name}/report.md): {markdown_text(text)}" for name, text in about.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -173,10 +189,36 @@ def _cells(each: Published) -> list[str]:
         digits(rounds.step_s.median),
         times(beside.value) if beside else NOT_MEASURED,
         percent(typical(rounds, floor_share)),
-        f"{max(gpu) / GIB:.2f}" if gpu else NOT_MEASURED,
-        f"{max(host) / GIB:.2f}" if host else NOT_MEASURED,
+        _gib(max(gpu, default=None)),
+        _gib(max(host, default=None)),
         loss(rounds.loss_last),
     ]
+
+
+def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterator[str]:
+    columns = ("model", "prompts", "machine", "method", "tokens", "range", "floor", "first", "gpu")
+    yield f"| {' | '.join(say(f'index.{column}') for column in columns)} |"
+    yield f"| {' | '.join(['---'] * 4 + ['---:'] * 5)} |"
+    for folder, run in generated:
+        seen, batch_size = run.summary, int(run.job["batch_size"])
+        machine = run.environment.gpu_name or run.environment.cpu
+        cells = [
+            f"[{markdown_text(model_name(run.model.name))}]({folder}/generations/{run.id}.json)",
+            *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, run.engine)),
+        ]
+        times_s = (seen.step_s_median, seen.step_s_high, seen.step_s_low)
+        middle, low, high = (None if step_s is None else batch_size / step_s for step_s in times_s)
+        cells += [
+            number(middle) if run.end_state == "ok" else say(f"end.{run.end_state}"),
+            NOT_MEASURED if low is None or high is None else span(digits(low), digits(high)),
+            percent(seen.floor_share), format_seconds(run.first_token_s),
+            _gib(seen.peak_gpu_reserved_bytes or seen.peak_gpu_allocated_bytes),
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def _gib(bytes_: int | None) -> str:
+    return NOT_MEASURED if bytes_ is None else f"{bytes_ / GIB:.2f}"
 
 
 def _machine(loaded: Loaded, rounds: Rounds) -> str:

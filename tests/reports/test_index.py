@@ -10,8 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from engines.base import LinkRates, UserError
+from engines.decoding import Sampling
 from harness.cli import app
+from harness.generation_runs import GenerationRun
 from harness.result import Emulation, Run
+from profiles.documents import to_json
 from reports.index import ABOUT, newest, overview, published, published_folders, write_index
 from run_records import cpu_runs, make_breakdown, make_run, make_sweep, make_test_job, write_folder
 
@@ -35,6 +38,15 @@ def emulated(run: Run) -> Run:
     rates = LinkRates(h2d_bytes_per_s=2e9, d2h_bytes_per_s=1e9)
     held = Emulation(vram_bytes=4 * 10**9, threads=4, rates=rates, link="emulated")
     return replace(run, emulation=held, environment=replace(run.environment, emulated="a laptop"))
+
+
+def generation(run: Run) -> GenerationRun:
+    assert run.predicted is not None
+    return GenerationRun(
+        id=run.id, end_state=run.end_state, end_reason=run.end_reason, engine=run.engine, round=run.round,
+        time=run.time, model=run.model, job=run.job, sampling=Sampling(), plan=run.plan, samples=run.samples,
+        summary=run.summary, first_token_s=0.7, predicted=run.predicted, environment=run.environment,
+    )  # fmt: skip
 
 
 def test_every_method_of_every_folder_has_a_row(results: Path) -> None:
@@ -90,6 +102,27 @@ def test_the_newest_of_the_same_is_drawn(tmp_path: Path) -> None:
     assert [(each.folder, each.engine) for each in newest(found)] == [
         ("a", "lsp"), ("a", "zo2"), ("b", "native"),
     ]  # fmt: skip
+
+
+def test_generations_have_a_table_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "opt_gen" / "generations"
+    folder.mkdir(parents=True)
+    for batch_size, step_s in ((32, 0.5), (1, 0.4)):
+        run = make_run(
+            "zo2", job=make_test_job(batch_size=batch_size, seq_len=128), step_s=(step_s, step_s, 2 * step_s),
+            floor_share=0.93,
+        )  # fmt: skip
+        (folder / f"{batch_size}.json").write_text(to_json(generation(run)))
+    page, _ = write_index(tmp_path)
+    lines = page.read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| [opt-1.3b]")]
+    assert rows == [
+        "| [opt-1.3b](opt_gen/generations/zo2-r1.json) | 1 x 128 | NVIDIA RTX 4090 | zo2 | 2.5 | 1.25 to 2.5 "
+        "| 93 % | 700 ms | 5.59 |",
+        "| [opt-1.3b](opt_gen/generations/zo2-r1.json) | 32 x 128 | NVIDIA RTX 4090 | zo2 | 64 | 32 to 64 "
+        "| 93 % | 700 ms | 5.59 |",
+    ]
+    assert sum(line.startswith("| model |") for line in lines) == 1, "no runs, no table of them"
 
 
 def test_the_command_writes_both_files(results: Path) -> None:
