@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lspzo-bench poc
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
