@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.noise_kernels import _on
+
 GAP_NS = 40_000
 """Copies that follow each other within this time count as back to back: between a copy and the kernels around
 it the GPU changes engines, which takes 5 to 15 us each time, depending on the machine."""
@@ -83,7 +85,7 @@ def new_state(device: torch.device) -> Tensor:
 
 def begin(own: Tensor, other: Tensor) -> None:
     """A copy begins here in the current stream. Wants the two directions' states."""
-    with torch.cuda.device(own.device):
+    with _on(own):
         _launch(_begin, own, other)
 
 
@@ -92,7 +94,7 @@ def hold(own: Tensor, other: Tensor, cost_ns: int, share: float) -> None:
 
     Time during which the other direction copies counts only by the factor `share`.
     """
-    with torch.cuda.device(own.device):
+    with _on(own):
         _launch(_hold, own, other, cost_ns, share)
 
 

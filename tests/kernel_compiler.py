@@ -1,0 +1,387 @@
+"""Compiles the Triton kernels for a GPU that is not there, and tells what they came to.
+
+The interpreter that other tests run kernels in checks no types of the hardware, no registers and no shared
+memory. Here the kernels' own Python functions run on CPU tensors, in a process of its own, and each launch
+compiles for the GPU named instead of running:
+
+    python tests/kernel_compiler.py            a table, for sm_80 and sm_90
+    python tests/kernel_compiler.py --json     one line per kernel, for tests/engines/test_kernels_compile.py
+
+`--part 1/2` takes every second case from the second on, so that several processes can share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ARCHES = (80, 90)
+MODULES = tuple(
+    sorted(f"engines.{path.stem}" for path in (Path(__file__).parents[1] / "engines").glob("*_kernels.py"))
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, in one form."""
+
+    module: str
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    """Of a thread."""
+    stack_bytes: int
+    """Of a thread: where registers are spilled to, above all."""
+    shared_bytes: int
+    """Of a block of threads, dynamic ones included."""
+    threads: int
+    """Of a block."""
+    instructions: int
+    """Of the GPU's own code, loops once."""
+
+
+class AbsentGpu:
+    """What Triton asks of its active driver before it launches anything. The device's number is its
+    architecture, since Triton keeps what it compiled by device."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_cases(arches: tuple[int, ...], part: int, parts: int) -> Iterator[Compiled]:
+    """Compile every kernel that the cases launch. Raises what the compiler raises, with the case named."""
+    from triton.runtime import JITFunction, driver
+
+    launched: list[tuple[Any, Any]] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self, kernel))
+        return kernel
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    for name, run, once in list(cases())[part::parts]:
+        for arch in arches:
+            if arch != arches[-1] and not once:
+                continue
+            driver.set_active(AbsentGpu(arch))  # type: ignore[arg-type]
+            launched.clear()
+            try:
+                run()
+            except Exception as error:
+                raise RuntimeError(f"{name} does not compile for sm_{arch}") from error
+            assert launched, name
+            for function, kernel in launched:
+                yield Compiled(
+                    module=function.fn.__module__,
+                    kernel=function.fn.__name__,
+                    case=name,
+                    arch=arch,
+                    threads=kernel.metadata.num_warps * 32,
+                    **_resources(kernel),
+                )
+
+
+def _resources(kernel: Any) -> dict[str, int]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True,
+                env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )  # fmt: skip
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
+    return {
+        "registers": found["REG"],
+        "stack_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+        "instructions": sum(not text.startswith(("NOP", "BRA 0x")) for text in instructions),
+    }
+
+
+def functions() -> dict[str, set[str]]:
+    """Every function of the kernel files that Triton compiles, and those that it calls."""
+    from triton.runtime import JITFunction
+
+    found: dict[str, set[str]] = {}
+    for name in MODULES:
+        for function in vars(import_module(name)).values():
+            if isinstance(function, JITFunction) and function.fn.__module__ == name:
+                of = function.fn
+                tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
+                used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+                called = (of.__globals__.get(each) for each in used)
+                found[_path(of)] = {_path(each.fn) for each in called if isinstance(each, JITFunction)}
+    return found
+
+
+def _path(function: Any) -> str:
+    return f"{function.__module__}.{function.__name__}"
+
+
+Case = tuple[str, Callable[[], object], bool]
+"""Its name, what to call, and whether it is compiled for the older architectures, too."""
+
+
+def cases() -> Iterator[Case]:
+    yield from noise_cases()
+    yield from base_cases()
+    yield from lozo_cases()
+    yield from projector_cases()
+    yield from other_cases()
+
+
+def noise_cases() -> Iterator[Case]:
+    import torch
+
+    from engines import noise_kernels
+    from engines.noise import LARGE, NoiseKey, Outputs, Segment, one
+
+    def visited(dtype: str, noise: str, *, of: Segment, size: int, wanted: str, rounding: str) -> None:
+        flat = _flat(size, dtype)
+        outs = {name: flat if name == "theta" else torch.empty_like(flat) for name in wanted.split("+")}
+        noise_kernels.visit(flat, of, _how(noise=noise, rounding=rounding), Outputs(**outs), 0)
+
+    # Vectors and matrices of a block lie together; a larger matrix has a launch of its own, and both are here.
+    large = LARGE + 2048
+    mixed = Segment((3, 1, 7), (0, 2504, 8192), (2500, 5008, large), (False, False, True))
+    forms = {"tensors": (mixed, 8192 + large), "matrix": (one(3, 1 << 22, decays=True), 1 << 22)}
+    variants = [
+        (dtype, noise, form, wanted, rounding)
+        for dtype in ("bfloat16", "float16", "float32")
+        for noise in ("gaussian", "rademacher")
+        for form, wanted, rounding in [
+            ("tensors", "theta+plus+minus", "stochastic"),
+            ("matrix", "plus+minus", "nearest"),
+            ("matrix", "theta", "stochastic"),
+            ("matrix", "theta+plus", "stochastic"),
+        ]
+    ]
+    for dtype, noise, form, wanted, rounding in variants:
+        segment, size = forms[form]
+
+        def run(
+            dtype: str = dtype, noise: str = noise, segment: Segment = segment, size: int = size,
+            wanted: str = wanted, rounding: str = rounding,
+        ) -> None:  # fmt: skip
+            visited(dtype, noise, of=segment, size=size, wanted=wanted, rounding=rounding)
+
+        yield f"visit {form} {dtype} {noise} {rounding} {wanted}", run, wanted != "theta+plus"
+    for noise in ("gaussian", "rademacher"):
+        indices = torch.zeros(2, 64, dtype=torch.int64)
+        yield (
+            f"rows bfloat16 {noise}",
+            lambda noise=noise: noise_kernels.rows(
+                _flat(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, _how(noise=noise)
+            ),
+            True,
+        )
+    key = NoiseKey(seed=-1, step=2**32 - 1, tensor=5)
+    yield "words", lambda: noise_kernels.philox_words(key, 2**33, 128, torch.device("cpu")), True
+
+
+def base_cases() -> Iterator[Case]:
+    import torch
+
+    from engines import base_kernels
+    from engines.costs.low_bit import matrix_bytes
+    from engines.noise import one
+    from engines.settings import Base
+
+    count = 2048 * 8192
+
+    def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool) -> None:
+        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8)
+        rooms = [_flat(count, dtype) for _ in range(sides)]
+        how = _how(rounding=rounding)
+        base_kernels.visit(records, one(3, count, decays=True), how, base, store=store, sides=rooms)
+
+    bases: tuple[Base, ...] = ("int8", "int4", "fp8")
+    for base in bases:
+        for dtype, rounding, sides, store in [
+            ("bfloat16", "stochastic", 2, True),
+            ("float16", "nearest", 2, True),
+            ("float32", "stochastic", 2, False),
+            ("bfloat16", "stochastic", 2, False),
+            ("float16", "stochastic", 1, False),
+            ("bfloat16", "stochastic", 1, True),
+            ("bfloat16", "stochastic", 0, True),
+        ]:
+            yield (
+                f"visit {base} {dtype} {rounding} {sides} sides{' stored' if store else ''}",
+                lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store: visited(
+                    base, dtype, rounding, sides, store=store
+                ),
+                store and sides == 2,
+            )
+
+
+def lozo_cases() -> Iterator[Case]:
+    import torch
+
+    from engines import lozo_kernels
+    from engines.noise import NoiseKey
+
+    key = NoiseKey(seed=-1, step=1, tensor=5)
+    for dtype, stochastic, rank in [
+        ("bfloat16", True, 4),
+        ("float16", True, 2),
+        ("float32", False, 8),
+        ("bfloat16", False, 1),
+    ]:
+        rows, columns = torch.empty(rank, 2048), torch.empty(rank, 8192)
+        yield (
+            f"add_low_rank {dtype} rank {rank}{' stochastic' if stochastic else ''}",
+            lambda dtype=dtype, stochastic=stochastic, rows=rows, columns=columns: lozo_kernels.add_low_rank(
+                _flat(2048 * 8192, dtype), rows, columns, key, stochastic=stochastic
+            ),
+            rank == 4,
+        )
+
+
+def projector_cases() -> Iterator[Case]:
+    import torch
+
+    from engines import projector_kernels
+
+    # (outputs, inputs, d, r): of OPT-1.3B, of Llama-like 7B models, and of sizes that divide nothing.
+    shapes = [(8192, 2048, 512, 4), (4096, 11008, 2048, 4), (96, 70, 33, 3), (2048, 2048, 1024, 1)]
+    for m, n, d, r in shapes:
+        for dtype in ("bfloat16", "float32", "float16"):
+            of = {"dtype": getattr(torch, dtype)}
+            left, right = torch.empty(m, r, **of), torch.empty(n, r, **of)
+
+            def project(of: Any = of, m: int = m, d: int = d, left: Any = left) -> None:
+                projector_kernels.block_project(torch.empty(512, m, **of), left, d)
+                projector_kernels.block_project(torch.empty(m, 512, **of).T, left, d)
+
+            def lift(of: Any = of, d: int = d, left: Any = left) -> None:
+                projector_kernels.block_lift(torch.empty(512, d, **of), left, d)
+                projector_kernels.block_lift(torch.empty(d, 512, **of).T, left, d)
+
+            def update(of: Any = of, m: int = m, n: int = n, d: int = d, both: Any = (left, right)) -> None:
+                weight, core = torch.empty(m, n, **of), torch.empty(d, d, **of)
+                dither = of["dtype"] == torch.bfloat16
+                projector_kernels.block_update(weight, core, *both, 1e-4, 0.99, dither, 2**32 - 1)
+
+            older = r == 4 and dtype == "bfloat16"
+            yield f"project {dtype} {m} d={d} r={r}", project, older
+            yield f"lift {dtype} {m} d={d} r={r}", lift, older
+            yield f"update {dtype} {m}x{n} d={d} r={r}", update, older
+    for dtype in ("bfloat16", "float16", "float32"):
+        weight, delta = _flat(2048 * 2048, dtype), _flat(2048 * 2048, dtype)
+        yield (
+            f"plain update {dtype}",
+            lambda weight=weight, delta=delta: projector_kernels.plain_update(
+                weight, delta, 1e-4, 0.99, weight.dtype == torch.bfloat16, 12345
+            ),
+            dtype == "bfloat16",
+        )
+
+
+def other_cases() -> Iterator[Case]:
+    import torch
+
+    from engines import head_kernels, norm_kernels, throttle_kernels
+
+    for dtype in ("bfloat16", "float16", "float32"):
+        logits = _flat(2048 * 8192, dtype).view(2048, 8192)
+        of_tokens = [torch.empty(2048) for _ in range(3)]
+        labels, where = (torch.zeros(2048, dtype=torch.int64) for _ in range(2))
+        yield (
+            f"head {dtype}",
+            lambda logits=logits, labels=labels, where=where, tokens=of_tokens: head_kernels.gather(
+                logits, labels, 8192, tokens[0], where, tokens[1], tokens[2]
+            ),
+            dtype == "bfloat16",
+        )
+        for width in (768, 2048, 12288):
+            x, weights = _flat(64 * width, dtype).view(64, width), [_flat(width, dtype) for _ in range(4)]
+            yield (
+                f"layer norm {dtype} {width}",
+                lambda x=x, w=weights: norm_kernels.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
+                dtype == "bfloat16",
+            )
+    up, down = (throttle_kernels.new_state(torch.device("cpu")) for _ in range(2))
+    yield "throttle begin", lambda: throttle_kernels.begin(up, down), True
+    yield "throttle hold", lambda: throttle_kernels.hold(up, down, 12345, 0.5), True
+    yield "throttle hold of a long copy", lambda: throttle_kernels.hold(up, down, 2**40, 1.0), False
+
+
+def _flat(count: int, dtype: str) -> Any:
+    import torch
+
+    return torch.empty(count, dtype=getattr(torch, dtype))
+
+
+def _how(**changes: Any) -> Any:
+    import torch
+
+    from engines.noise import UpdateLog, Visit
+
+    log = UpdateLog(torch.device("cpu"))
+    return Visit(**{"seed": -5, "log": log, "first": 0, "last": 1, "step": 3, "eps": 1e-3, **changes})
+
+
+def _table(found: list[Compiled]) -> str:
+    header = f"{'kernel':24}{'case':62}{'sm':>4}{'regs':>6}{'stack':>7}{'shared':>8}{'SASS':>7}"
+    lines = [
+        f"{each.kernel:24}{each.case:62}{each.arch:>4}{each.registers:>6}{each.stack_bytes:>7}"
+        f"{each.shared_bytes:>8}{each.instructions:>7}"
+        for each in found
+    ]
+    return "\n".join([header, *lines])
+
+
+def main() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--part", default="0/1")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    found = compile_cases(ARCHES, part, parts)
+    if not options.json:
+        print(_table(list(found)))
+        return
+    print(json.dumps({name: sorted(called) for name, called in functions().items()}))
+    for each in found:
+        print(json.dumps(asdict(each)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
