@@ -22,7 +22,7 @@ Exact, given the quantised model: what is computed between two stores. Approxima
 grid, and every store. A store is unbiased, but in units of an update its noise is large (EXPERIMENTS.md), so
 that stores should be rare (`fold_every`), or not be at all: with `train=lora` the matrices are only read.
 
-Torch operations and the Triton kernel (`engines.base_kernels`) give the same bits.
+Torch operations and the Triton kernels (`engines.base_kernels`) give the same bits.
 """
 
 from __future__ import annotations
@@ -221,8 +221,13 @@ def add_low_rank(
 ) -> None:
     """As `engines.lozo.add_low_rank`, for a matrix in records, with the bits of `key`'s rounding stream.
 
-    The sum is rounded to the grid once. By torch operations on any device.
+    The sum is rounded to the grid once.
     """
+    if records.is_cuda and noise.has_triton():
+        from engines import base_kernels
+
+        base_kernels.add_low_rank(records, base, rows, columns, key, stochastic=stochastic)
+        return
     width = columns.shape[1]
     count = rows.shape[1] * width
     tables = records.view(-1, record_bytes(base))
@@ -249,10 +254,12 @@ def _chunks(tables: Tensor) -> Iterator[tuple[int, int]]:
 
 def _scales(largest: Tensor, base: Base) -> Tensor:
     """Rounded up to what bf16 holds, or to a power of two: fp32."""
+    # HAZARD: by a tensor, since CUDA multiplies by the rounded inverse of a number, which gives other bits.
+    filled = torch.full_like(largest, FP8_FILLED if base == "fp8" else FILLED_CODE[base])
     if base == "fp8":
-        bits = (largest / FP8_FILLED).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)
+        bits = (largest / filled).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000)
     else:
-        bits = (largest / FILLED_CODE[base]).view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
+        bits = (largest / filled).view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
     return bits.view(torch.float32).clamp_(min=SMALLEST_SCALE)
 
 

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # The compiler of Triton takes annotations of kernels for code, so kernels have none.
-"""Triton kernel of `engines.base_format`, bit for bit the same arithmetic. Imported only where Triton is.
+"""Triton kernels of `engines.base_format`, bit for bit the same arithmetic. Imported only where Triton is.
 
 One program takes one record: 128 lanes at a time, which share a scale in each row of the tile, load their
-codes as one word each. Launched without contraction of multiply and add. With TRITON_INTERPRET=1 it runs on
+codes as one word each. Launched without contraction of multiply and add. With TRITON_INTERPRET=1 they run on
 CPU tensors.
 """
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from engines import base_format
 from engines.costs.low_bit import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
-from engines.noise import LANES, LOG_CAPACITY, Segment, Visit
-from engines.noise_kernels import NUM_WARPS, _on, _seed, normals
+from engines.lozo_kernels import low_rank
+from engines.noise import LANES, LOG_CAPACITY, NoiseKey, Segment, Visit
+from engines.noise_kernels import NUM_WARPS, _on, _seed, dither_at, normals
 from engines.settings import Base
 
 _LANES = tl.constexpr(LANES)
@@ -76,6 +77,35 @@ def _encoded(w, scale, uniform, STOCHASTIC: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
+def _places(codes, scales, tile, FORM: tl.constexpr, WORDS: tl.constexpr):
+    """Where a record has its codes, and where the scales that are its end."""
+    return codes + tile * WORDS, scales + (tile + 1) * (WORDS * (1 if FORM == _INT4 else 2)) - 4 * _GROUPS
+
+
+@triton.jit
+def _opened(words, kept, group, FORM: tl.constexpr):
+    """The scales and values of a group's lanes in each row of the tile."""
+    s0 = tl.load(kept + group).to(tl.float32)
+    s1 = tl.load(kept + _GROUPS + group).to(tl.float32)
+    s2 = tl.load(kept + 2 * _GROUPS + group).to(tl.float32)
+    s3 = tl.load(kept + 3 * _GROUPS + group).to(tl.float32)
+    word = tl.load(words + group * _GROUP + tl.arange(0, _GROUP)).to(tl.int32)
+    width: tl.constexpr = 4 if FORM == _INT4 else 8
+    mask: tl.constexpr = 15 if FORM == _INT4 else 255
+    w0 = _decoded(word & mask, s0, FORM)
+    w1 = _decoded((word >> width) & mask, s1, FORM)
+    w2 = _decoded((word >> (2 * width)) & mask, s2, FORM)
+    w3 = _decoded((word >> (3 * width)) & mask, s3, FORM)
+    return s0, s1, s2, s3, w0, w1, w2, w3
+
+
+@triton.jit
+def _word(c0, c1, c2, c3, FORM: tl.constexpr):
+    width: tl.constexpr = 4 if FORM == _INT4 else 8
+    return c0 | (c1 << width) | (c2 << (2 * width)) | (c3 << (3 * width))
+
+
+@triton.jit
 def _moved(w, z, lr, g, decay):
     return w - (z * g + w * decay) * lr
 
@@ -91,23 +121,11 @@ def _visit_kernel(
     tile = tl.program_id(0).to(tl.int64)
     base = tile * _TILE
     left = count - base
-    words = codes + tile * WORDS
-    # The scales are the last of the record.
-    kept = scales + (tile + 1) * (WORDS * (1 if FORM == _INT4 else 2)) - 4 * _GROUPS
+    words, kept = _places(codes, scales, tile, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
         counter = tile * _LANES + lane
-        s0 = tl.load(kept + group).to(tl.float32)
-        s1 = tl.load(kept + _GROUPS + group).to(tl.float32)
-        s2 = tl.load(kept + 2 * _GROUPS + group).to(tl.float32)
-        s3 = tl.load(kept + 3 * _GROUPS + group).to(tl.float32)
-        word = tl.load(words + lane).to(tl.int32)
-        width: tl.constexpr = 4 if FORM == _INT4 else 8
-        mask: tl.constexpr = 15 if FORM == _INT4 else 255
-        w0 = _decoded(word & mask, s0, FORM)
-        w1 = _decoded((word >> width) & mask, s1, FORM)
-        w2 = _decoded((word >> (2 * width)) & mask, s2, FORM)
-        w3 = _decoded((word >> (3 * width)) & mask, s3, FORM)
+        s0, s1, s2, s3, w0, w1, w2, w3 = _opened(words, kept, group, FORM)
         x0 = (lane * 0).to(tl.uint32)
         x2 = x0
         for i in range(num_updates):
@@ -127,8 +145,7 @@ def _visit_kernel(
             c1 = _encoded(tl.where(m1, w1, 0.0), s1, x2 & 0xFFFF, STOCHASTIC, FORM)
             c2 = _encoded(tl.where(m2, w2, 0.0), s2, x0 >> 16, STOCHASTIC, FORM)
             c3 = _encoded(tl.where(m3, w3, 0.0), s3, x0 & 0xFFFF, STOCHASTIC, FORM)
-            word = c0 | (c1 << width) | (c2 << (2 * width)) | (c3 << (3 * width))
-            tl.store(words + lane, word.to(codes.dtype.element_ty))
+            tl.store(words + lane, _word(c0, c1, c2, c3, FORM).to(codes.dtype.element_ty))
             w0, w1 = _decoded(c0, s0, FORM), _decoded(c1, s1, FORM)
             w2, w3 = _decoded(c2, s2, FORM), _decoded(c3, s3, FORM)
         if SIDES == 1:
@@ -154,6 +171,37 @@ def _visit_kernel(
             tl.store(target + 3 * _LANES, (w3 - z3).to(like), mask=m3)
 
 
+@triton.jit(do_not_specialize=["tensor", "step", "seed"])
+def _add_kernel(
+    codes, scales, rows, columns, count, height, width, tensor, step, seed,
+    FORM: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """As `_visit_kernel` has them."""
+    tile = tl.program_id(0).to(tl.int64)
+    words, kept = _places(codes, scales, tile, FORM, WORDS)
+    for group in range(_GROUPS):
+        lane = group * _GROUP + tl.arange(0, _GROUP)
+        s0, s1, s2, s3, w0, w1, w2, w3 = _opened(words, kept, group, FORM)
+        e0 = tile * _TILE + lane
+        e1, e2, e3 = e0 + _LANES, e0 + 2 * _LANES, e0 + 3 * _LANES
+        w0 = w0 + low_rank(rows, columns, e0, e0 < count, height, width, RANK)
+        w1 = w1 + low_rank(rows, columns, e1, e1 < count, height, width, RANK)
+        w2 = w2 + low_rank(rows, columns, e2, e2 < count, height, width, RANK)
+        w3 = w3 + low_rank(rows, columns, e3, e3 < count, height, width, RANK)
+        u0 = (lane * 0).to(tl.uint32)
+        u1, u2, u3 = u0, u0, u0
+        if STOCHASTIC:
+            u0 = dither_at(tile, lane, tensor, step, seed)
+            u1 = dither_at(tile, lane + _LANES, tensor, step, seed)
+            u2 = dither_at(tile, lane + 2 * _LANES, tensor, step, seed)
+            u3 = dither_at(tile, lane + 3 * _LANES, tensor, step, seed)
+        c0 = _encoded(w0, s0, u0, STOCHASTIC, FORM)
+        c1 = _encoded(w1, s1, u1, STOCHASTIC, FORM)
+        c2 = _encoded(w2, s2, u2, STOCHASTIC, FORM)
+        c3 = _encoded(w3, s3, u3, STOCHASTIC, FORM)
+        tl.store(words + lane, _word(c0, c1, c2, c3, FORM).to(codes.dtype.element_ty))
+
+
 def visit(
     records: Tensor, segment: Segment, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
 ) -> None:
@@ -169,5 +217,20 @@ def visit(
             how.step, _seed(how.seed), how.eps,
             FORM=_FORMS[base], WORDS=record_bytes(base) // word.itemsize, STORE=store,
             STOCHASTIC=how.rounding == "stochastic", SIDES=len(sides),
+            enable_fp_fusion=False, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def add_low_rank(
+    records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
+) -> None:
+    """As `base_format.add_low_rank`."""
+    word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
+    (rank, height), width = rows.shape, columns.shape[1]
+    with _on(records):
+        _add_kernel[(records.numel() // record_bytes(base),)](
+            records.view(word), records.view(torch.bfloat16), rows, columns, height * width, height, width,
+            key.tensor, key.step, _seed(key.seed), FORM=_FORMS[base],
+            WORDS=record_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
             enable_fp_fusion=False, num_warps=NUM_WARPS,
         )  # fmt: skip

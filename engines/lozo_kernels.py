@@ -19,6 +19,17 @@ _LANES = tl.constexpr(noise.SIGN_LANES)
 _WIDTH = tl.constexpr(noise.SIGN_WIDTH)
 
 
+@triton.jit
+def low_rank(rows, columns, element, inside, height, width, RANK: tl.constexpr):
+    """What is to be added to elements (int64) of a matrix, fp32; 0 where they are not `inside`."""
+    row, column = element // width, element % width
+    change = tl.load(rows + row, mask=inside, other=0.0) * tl.load(columns + column, mask=inside, other=0.0)
+    for k in tl.static_range(1, RANK):
+        left = tl.load(rows + k * height + row, mask=inside, other=0.0)
+        change = change + left * tl.load(columns + k * width + column, mask=inside, other=0.0)
+    return change
+
+
 @triton.jit(do_not_specialize=["tensor", "step", "seed"])
 def _add_kernel(
     weight, rows, columns, count, height, width, tensor, step, seed, RANK: tl.constexpr, MODE: tl.constexpr
@@ -31,13 +42,7 @@ def _add_kernel(
         lane = tl.arange(0, _LANES)[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
         element = base + half * _LANES * _WIDTH + lane
         inside = element < count
-        row, column = element // width, element % width
-        change = tl.load(rows + row, mask=inside, other=0.0) * tl.load(
-            columns + column, mask=inside, other=0.0
-        )
-        for k in tl.static_range(1, RANK):
-            left = tl.load(rows + k * height + row, mask=inside, other=0.0)
-            change = change + left * tl.load(columns + k * width + column, mask=inside, other=0.0)
+        change = low_rank(rows, columns, element, inside, height, width, RANK)
         value = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32) + change
         if MODE == 0:
             tl.store(weight + element, value.to(like), mask=inside)

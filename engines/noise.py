@@ -40,7 +40,8 @@ from ctypes import c_float
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from math import gcd
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +93,12 @@ hundred torch calls cost. Small tensors share a chunk."""
 LARGE = 1 << 24
 """Elements above which a tensor has a kernel launch of its own, and no table of its tiles."""
 
+MOST_IN_TABLE = 1 << 31
+"""Elements that the 32-bit offsets of that table reach."""
+
+MOST_ALIGNED = 8
+"""Elements of 16 bits in the widest load of a GPU thread."""
+
 LOG_CAPACITY = MOST_PENDING
 """Updates that can be pending at once."""
 
@@ -127,13 +134,18 @@ class UpdateLog:
         self.table = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32, device=device)
         """Row: number of the noise, then the bits of learning rate, coefficient and weight decay."""
         self._staging = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32)
+        self._copied: list[Any] = []
+        """When the latest rows of either half have been copied."""
         if device.type == "cuda":
-            # HAZARD: a row is copied behind the host's back; it is written again LOG_CAPACITY updates later,
-            # of which only those of one step (fewer) have not waited for losses in between.
             self._staging = self._staging.pin_memory()
+            self._copied = [torch.cuda.Event(blocking=True) for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def append(self, update: Update) -> None:
         row = self.length % LOG_CAPACITY
+        half, place = divmod(row, LOG_CAPACITY // 2)
+        if self._copied and place == 0:
+            # HAZARD: rows are copied behind the host's back, and a replay waits for nothing in between.
+            self._copied[half].synchronize()
         rates = (update.learning_rate, update.coefficient, update.weight_decay)
         self._updates[row] = update
         self._staging[row, 0] = update.draw - (1 << 32 if update.draw >> 31 else 0)
@@ -141,6 +153,8 @@ class UpdateLog:
             # c_float takes what is beyond fp32 to infinity, which then shows as a loss that is not finite.
             self._staging[row, column] = int.from_bytes(bytes(c_float(rate)), "little", signed=True)
         self.table[row].copy_(self._staging[row], non_blocking=True)
+        if self._copied and place == LOG_CAPACITY // 2 - 1:
+            self._copied[half].record()
         self.length += 1
 
     def between(self, first: int, last: int) -> list[Update]:
@@ -186,7 +200,7 @@ class Segment:
     and `decays` says on which of them weight decay acts.
     """
 
-    __slots__ = ("_tiles", "counts", "decays", "numbers", "offsets")
+    __slots__ = ("_tiles", "counts", "decays", "grid", "numbers", "offsets")
 
     def __init__(
         self, numbers: Sequence[int], offsets: Sequence[int], counts: Sequence[int], decays: Sequence[bool]
@@ -195,17 +209,24 @@ class Segment:
         self.offsets = tuple(offsets)
         self.counts = tuple(counts)
         self.decays = tuple(decays)
+        self.grid = gcd(MOST_ALIGNED, *offsets)
+        """Elements that every tensor begins at a multiple of, up to `MOST_ALIGNED`."""
         self._tiles: Tensor | None = None
+
+    def is_large(self, index: int) -> bool:
+        """Whether a tensor is too long, or lies too far, for the table of tiles."""
+        count = self.counts[index]
+        return count > LARGE or self.offsets[index] + count > MOST_IN_TABLE
 
     def tiles(self, device: torch.device) -> Tensor:
         """(n, 4) int32: offset, tensor, tile of the tensor, and elements in it (with bit 16 set where weight
         decay acts), of every tile of the tensors that are not large."""
         if self._tiles is None:
             tables = [torch.empty((0, 4), dtype=torch.int32)]
-            for number, offset, count, decays in zip(
-                self.numbers, self.offsets, self.counts, self.decays, strict=True
+            for index, (number, offset, count, decays) in enumerate(
+                zip(self.numbers, self.offsets, self.counts, self.decays, strict=True)
             ):
-                if count > LARGE:
+                if self.is_large(index):
                     continue
                 tile = torch.arange(-(-count // TILE))
                 inside = (count - tile * TILE).clamp(max=TILE) | (int(decays) << 16)

@@ -13,6 +13,7 @@ neighbours in each half of the tile, which it loads and stores in one go.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from math import gcd
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import noise
-from engines.noise import LANES, LARGE, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
+from engines.noise import LANES, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
 
 _L0, _L1, _L2, _L3, _L4 = (tl.constexpr(value) for value in noise.LOG_Q)
 _S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in noise.SIN_S)
@@ -187,6 +188,16 @@ def _dither_of_signs(tile, half, tensor, step, seed):
 
 
 @triton.jit
+def dither_at(tile, place, tensor, step, seed):
+    """16 random bits, uint32, for any places (n,) of a tile: those of `_dither_of_signs`, a call for each."""
+    counter = tile * (2 * _SIGN_LANES) + place // _SIGN_WIDTH + _DITHER
+    x0, x1, x2, x3 = words(counter, tensor, step, seed)
+    j = place % _SIGN_WIDTH
+    word = tl.where(j < 4, tl.where(j < 2, x0, x1), tl.where(j < 6, x2, x3))
+    return (word >> (j % 2 * 16).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
 def _visit_tile_with_signs(
     weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
@@ -305,21 +316,31 @@ def _matrix_kernel(
 def _tensors_kernel(
     weight, theta, plus, minus, tiles, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    SIGNS: tl.constexpr,
+    SIGNS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
-    """Many tensors: `tiles` says where each program's tile lies, and whose it is."""
+    """Many tensors: `tiles` says where each program's tile lies, and whose it is. They begin at multiples of
+    GRID."""
     row = tiles + tl.program_id(0) * 4
     base, tensor, tile, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    base = tl.multiple_of(base, GRID)
     decays = (count >> 16).to(tl.float32)
+    count = count & 0xFFFF
     if SIGNS:
-        _visit_tile_with_signs(
-            weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table,
-            first, num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
-        )  # fmt: skip
+        # Only where it is known that all of the tile is there can a thread load 8 neighbours in one go.
+        if count == _TILE:
+            _visit_tile_with_signs(
+                weight, theta, plus, minus, base, _TILE, tile, tensor, decays, table, first, num_updates,
+                step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+            )  # fmt: skip
+        else:
+            _visit_tile_with_signs(
+                weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates,
+                step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+            )  # fmt: skip
     else:
         _visit_tile(
-            weight, theta, plus, minus, tl.multiple_of(base, 4), count & 0xFFFF, tile, tensor, decays, table,
-            first, num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+            weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step,
+            seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
         )  # fmt: skip
 
 
@@ -375,8 +396,8 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     alone = len(segment.numbers) == 1 and segment.offsets[0] == 0
     tensors = zip(segment.numbers, segment.offsets, segment.counts, segment.decays, strict=True)
     with _on(weight):
-        for number, offset, count, decays in tensors:
-            if count and (alone or count > LARGE):
+        for index, (number, offset, count, decays) in enumerate(tensors):
+            if count and (alone or segment.is_large(index)):
                 here = slice(offset, offset + count)
                 memories = (each[here] for each in (flat, theta, plus, minus))
                 flags["DECAYS"] = decays
@@ -384,7 +405,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
                     *memories, count, start // TILE, number, *log, *noise_of, **flags
                 )
         if not alone and len(tiles := segment.tiles(weight.device)):
-            flags["DECAYS"] = any(segment.decays)
+            flags |= {"DECAYS": any(segment.decays), "GRID": gcd(segment.grid, 16 // weight.element_size())}
             _tensors_kernel[(len(tiles),)](flat, theta, plus, minus, tiles, *log, *noise_of, **flags)
 
 

@@ -17,6 +17,7 @@ factors gathered entry by entry).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,15 +30,22 @@ from engines.noise_kernels import dithered_bf16
 
 _GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(value) for value in (rounding.GOLDEN, rounding.MIX_1, rounding.MIX_2))
 
-TOKENS = 64
-"""Rows of x per program."""
 COLUMNS = 32
 """Columns of a projector per program of `block_project`."""
-STRIP = 64
-"""Rows of a projector at a time."""
-TILE = (64, 64)
-"""Rows and columns of a weight per program of an update."""
-WARPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a program."""
+
+    edge: int
+    """Rows of x, rows of a projector at a time, and both sides of the piece of a weight that it updates."""
+    warps: int
+
+
+SIZES = {2: Sizes(edge=64, warps=4), 4: Sizes(edge=32, warps=8)}
+"""By bytes of an element. In fp32 no tensor core multiplies exactly: values are in registers then, and with
+64 x 64 of them the compiler ran out (up to 6 kB of a thread's 255 registers were spilled)."""
 
 
 @triton.jit
@@ -169,15 +177,16 @@ def block_project(x: Tensor, values: Tensor, d: int) -> Tensor:
     rows, r = values.shape
     blocks, width = d // r, triton.next_power_of_2(r)
     out = torch.empty(x.shape[0], d, dtype=x.dtype, device=x.device)
+    sizes = SIZES[x.element_size()]
     group = max(1, max(16, COLUMNS) // width)
     span = -(-group * rows // blocks)
     slack = 0 if (group * rows) % (8 * blocks) == 0 else 7
-    grid = (triton.cdiv(blocks, group), triton.cdiv(x.shape[0], TOKENS))
+    grid = (triton.cdiv(blocks, group), triton.cdiv(x.shape[0], sizes.edge))
     with _on_device(x):
         _project_kernel[grid](
             x, values, out, x.shape[0], x.stride(0), x.stride(1), rows, blocks,
-            TOKENS=TOKENS, STRIP=STRIP, STRIPS=triton.cdiv(span + slack, STRIP), GROUP=group, R=r,
-            WIDTH=width, num_warps=WARPS,
+            TOKENS=sizes.edge, STRIP=sizes.edge, STRIPS=triton.cdiv(span + slack, sizes.edge), GROUP=group,
+            R=r, WIDTH=width, num_warps=sizes.warps,
         )  # fmt: skip
     return out
 
@@ -187,11 +196,13 @@ def block_lift(x: Tensor, values: Tensor, d: int) -> Tensor:
     rows, r = values.shape
     blocks, width = d // r, triton.next_power_of_2(r)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    sizes = SIZES[x.element_size()]
+    edge = sizes.edge
     with _on_device(x):
-        _lift_kernel[triton.cdiv(rows, STRIP), triton.cdiv(x.shape[0], TOKENS)](
+        _lift_kernel[triton.cdiv(rows, edge), triton.cdiv(x.shape[0], edge)](
             x, values, out, x.shape[0], x.stride(0), x.stride(1), rows, blocks,
-            TOKENS=TOKENS, STRIP=STRIP, GROUP=_blocks_within(STRIP, rows, blocks, width), R=r, WIDTH=width,
-            num_warps=WARPS,
+            TOKENS=edge, STRIP=edge, GROUP=_blocks_within(edge, rows, blocks, width), R=r, WIDTH=width,
+            num_warps=sizes.warps,
         )  # fmt: skip
     return out
 
@@ -210,13 +221,14 @@ def block_update(
     block-diagonal projectors, all of one dtype. P S is rounded to it; all sums are in fp32."""
     (m, n), r = weight.shape, left.shape[1]
     blocks, width = core.shape[0] // r, triton.next_power_of_2(r)
-    rows, columns = TILE
+    sizes = SIZES[weight.element_size()]
+    edge = sizes.edge
     with _on_device(weight):
-        _block_update_kernel[triton.cdiv(n, columns), triton.cdiv(m, rows)](
+        _block_update_kernel[triton.cdiv(n, edge), triton.cdiv(m, edge)](
             weight, core, left, right, m, n, blocks, blocks, rate, decay, key,
-            ROWS=rows, COLUMNS=columns, LEFT_GROUP=_blocks_within(rows, m, blocks, width),
-            RIGHT_GROUP=_blocks_within(columns, n, blocks, width), R=r, WIDTH=width, DITHER=dither,
-            num_warps=WARPS, enable_fp_fusion=False,
+            ROWS=edge, COLUMNS=edge, LEFT_GROUP=_blocks_within(edge, m, blocks, width),
+            RIGHT_GROUP=_blocks_within(edge, n, blocks, width), R=r, WIDTH=width, DITHER=dither,
+            num_warps=sizes.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,7 @@ class Compiled:
     threads: int
     """Of a block."""
     instructions: int
-    """Of the GPU's own code, loops once."""
+    """Of the GPU's own code, loops once, with what fills up the end."""
 
 
 class AbsentGpu:
@@ -111,25 +112,35 @@ def compile_cases(arches: tuple[int, ...], part: int, parts: int) -> Iterator[Co
 def _resources(kernel: Any) -> dict[str, int]:
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = kernel.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run(
-                [tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True,
-                env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )  # fmt: skip
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
     return {
         "registers": found["REG"],
         "stack_bytes": found["STACK"] + found["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
-        "instructions": sum(not text.startswith(("NOP", "BRA 0x")) for text in instructions),
+        "instructions": _text_bytes(cubin) // INSTRUCTION_BYTES,
     }
+
+
+INSTRUCTION_BYTES = 16
+"""Since compute capability 7.0."""
+
+
+def _text_bytes(cubin: bytes) -> int:
+    """Of the sections of code in a 64-bit ELF file: those that are loaded and executable."""
+    start, size, count = (struct.unpack_from(form, cubin, at)[0] for form, at in _ELF_SECTIONS)
+    headers = (struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count))
+    return sum(num_bytes for _, _, flags, _, _, num_bytes in headers if flags & _EXECUTABLE)
+
+
+_ELF_SECTIONS = (("<Q", 0x28), ("<H", 0x3A), ("<H", 0x3C))
+"""Form and place of: where section headers begin, their size, and how many there are."""
+_EXECUTABLE = 4
 
 
 def functions() -> dict[str, set[str]]:
@@ -175,7 +186,7 @@ def noise_cases() -> Iterator[Case]:
         outs = {name: flat if name == "theta" else torch.empty_like(flat) for name in wanted.split("+")}
         noise_kernels.visit(flat, of, _how(noise=noise, rounding=rounding), Outputs(**outs), 0)
 
-    # Vectors and matrices of a block lie together; a larger matrix has a launch of its own, and both are here.
+    # Vectors and matrices of a block lie together; a larger matrix has a launch of its own: here are both.
     large = LARGE + 2048
     mixed = Segment((3, 1, 7), (0, 2504, 8192), (2500, 5008, large), (False, False, True))
     forms = {"tensors": (mixed, 8192 + large), "matrix": (one(3, 1 << 22, decays=True), 1 << 22)}
@@ -204,11 +215,23 @@ def noise_cases() -> Iterator[Case]:
         indices = torch.zeros(2, 64, dtype=torch.int64)
         yield (
             f"rows bfloat16 {noise}",
-            lambda noise=noise: noise_kernels.rows(
+            lambda noise=noise, indices=indices: noise_kernels.rows(
                 _flat(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, _how(noise=noise)
             ),
             True,
         )
+    # Numbers that Triton takes for another type: a count of 1 for a constant, a small seed for 32 bits.
+    yield (
+        "visit one element",
+        lambda: noise_kernels.visit(
+            _flat(1, "bfloat16"),
+            one(3, 1),
+            _how(seed=0, step=2**31 + 5),
+            Outputs(plus=_flat(1, "bfloat16")),
+            0,
+        ),
+        False,
+    )
     key = NoiseKey(seed=-1, step=2**32 - 1, tensor=5)
     yield "words", lambda: noise_kernels.philox_words(key, 2**33, 128, torch.device("cpu")), True
 
@@ -218,7 +241,7 @@ def base_cases() -> Iterator[Case]:
 
     from engines import base_kernels
     from engines.costs.low_bit import matrix_bytes
-    from engines.noise import one
+    from engines.noise import NoiseKey, one
     from engines.settings import Base
 
     count = 2048 * 8192
@@ -229,8 +252,19 @@ def base_cases() -> Iterator[Case]:
         how = _how(rounding=rounding)
         base_kernels.visit(records, one(3, count, decays=True), how, base, store=store, sides=rooms)
 
+    key = NoiseKey(seed=-1, step=1, tensor=5)
     bases: tuple[Base, ...] = ("int8", "int4", "fp8")
     for base in bases:
+        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8)
+        for rank, stochastic in ((4, True), (2, False)):
+            factors = torch.empty(rank, 2048), torch.empty(rank, 8192)
+            yield (
+                f"add_low_rank {base} rank {rank}{' stochastic' if stochastic else ''}",
+                lambda records=records, base=base, factors=factors, stochastic=stochastic: (
+                    base_kernels.add_low_rank(records, base, *factors, key, stochastic=stochastic)
+                ),
+                stochastic,
+            )
         for dtype, rounding, sides, store in [
             ("bfloat16", "stochastic", 2, True),
             ("float16", "nearest", 2, True),
@@ -240,6 +274,8 @@ def base_cases() -> Iterator[Case]:
             ("bfloat16", "stochastic", 1, True),
             ("bfloat16", "stochastic", 0, True),
         ]:
+            if base != "int8" and dtype == "float32":
+                continue  # of which only the last store differs
             yield (
                 f"visit {base} {dtype} {rounding} {sides} sides{' stored' if store else ''}",
                 lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store: visited(
@@ -256,17 +292,19 @@ def lozo_cases() -> Iterator[Case]:
     from engines.noise import NoiseKey
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
-    for dtype, stochastic, rank in [
-        ("bfloat16", True, 4),
-        ("float16", True, 2),
-        ("float32", False, 8),
-        ("bfloat16", False, 1),
+    for dtype, stochastic, rank, height, width in [
+        ("bfloat16", True, 4, 2048, 8192),
+        ("float16", True, 2, 2048, 8192),
+        ("float32", False, 8, 2048, 8192),
+        ("bfloat16", False, 1, 1, 4096),
+        ("bfloat16", True, 2, 4096, 1),
     ]:
-        rows, columns = torch.empty(rank, 2048), torch.empty(rank, 8192)
+        rows, columns = torch.empty(rank, height), torch.empty(rank, width)
+        flat = _flat(height * width, dtype)
         yield (
-            f"add_low_rank {dtype} rank {rank}{' stochastic' if stochastic else ''}",
-            lambda dtype=dtype, stochastic=stochastic, rows=rows, columns=columns: lozo_kernels.add_low_rank(
-                _flat(2048 * 8192, dtype), rows, columns, key, stochastic=stochastic
+            f"add_low_rank {dtype} {height}x{width} rank {rank}{' stochastic' if stochastic else ''}",
+            lambda flat=flat, stochastic=stochastic, rows=rows, columns=columns: lozo_kernels.add_low_rank(
+                flat, rows, columns, key, stochastic=stochastic
             ),
             rank == 4,
         )
@@ -280,7 +318,7 @@ def projector_cases() -> Iterator[Case]:
     # (outputs, inputs, d, r): of OPT-1.3B, of Llama-like 7B models, and of sizes that divide nothing.
     shapes = [(8192, 2048, 512, 4), (4096, 11008, 2048, 4), (96, 70, 33, 3), (2048, 2048, 1024, 1)]
     for m, n, d, r in shapes:
-        for dtype in ("bfloat16", "float32", "float16"):
+        for dtype in ("bfloat16", "float32") if r != 4 or d != 512 else ("bfloat16", "float32", "float16"):
             of = {"dtype": getattr(torch, dtype)}
             left, right = torch.empty(m, r, **of), torch.empty(n, r, **of)
 
@@ -318,6 +356,7 @@ def other_cases() -> Iterator[Case]:
     from engines import head_kernels, norm_kernels, throttle_kernels
 
     for dtype in ("bfloat16", "float16", "float32"):
+        widths = (768, 2048, 12288) if dtype == "bfloat16" else (2048,)
         logits = _flat(2048 * 8192, dtype).view(2048, 8192)
         of_tokens = [torch.empty(2048) for _ in range(3)]
         labels, where = (torch.zeros(2048, dtype=torch.int64) for _ in range(2))
@@ -328,7 +367,7 @@ def other_cases() -> Iterator[Case]:
             ),
             dtype == "bfloat16",
         )
-        for width in (768, 2048, 12288):
+        for width in widths:
             x, weights = _flat(64 * width, dtype).view(64, width), [_flat(width, dtype) for _ in range(4)]
             yield (
                 f"layer norm {dtype} {width}",

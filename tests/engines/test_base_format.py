@@ -18,7 +18,7 @@ from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context,
 
 from engines import base_format, noise
 from engines.base import Dtype, InfeasiblePlan, Update, UserError
-from engines.base_format import pack, unpack, visit
+from engines.base_format import add_low_rank, pack, unpack, visit
 from engines.costs import low_bit
 from engines.costs.low_bit import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
 from engines.noise import NoiseKey, UpdateLog, Visit, normal, one
@@ -230,6 +230,28 @@ def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
     pytest.importorskip("triton")
     for store, sides in ((True, 2), (True, 1), (True, 0), (False, 2), (False, 1)):
         check_kernel(base, 1_000_001, dtype, store=store, sides=sides, rounding=rounding)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize(("height", "width", "rank"), [(1, 1, 1), (70, 90, 3), (33, 64, 4), (2, 2048, 2)])
+def test_the_kernel_of_a_low_rank_sum_gives_the_same_bits(
+    base: Base, stochastic: bool, height: int, width: int, rank: int
+) -> None:
+    pytest.importorskip("triton")
+    from engines import base_kernels
+
+    made = torch.Generator().manual_seed(0)
+    rows, columns = torch.randn(rank, height, generator=made) * 1e-2, torch.randn(rank, width, generator=made)
+    before = packed(some_weights(height * width), base)
+    results = []
+    for where, function in ((CPU, add_low_rank), (kernel_device(), base_kernels.add_low_rank)):
+        records = before.clone().to(where)
+        key = NoiseKey(seed=-5, step=3, tensor=2)
+        function(records, base, rows.to(where), columns.to(where), key, stochastic=stochastic)
+        results.append(records.cpu())
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], before)
 
 
 @pytest.mark.gpu

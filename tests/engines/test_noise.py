@@ -13,6 +13,7 @@ from engines import noise
 from engines.base import Update
 from engines.noise import (
     LANES,
+    LOG_CAPACITY,
     TILE,
     Noise,
     NoiseKey,
@@ -374,8 +375,10 @@ def check_kernel(dtype: torch.dtype, start: int, count: int, kind: Noise, *, per
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("offsets", [(0, 2504, 2512), (0, 2501, 2505), (0, 2500, 2510)])
 @pytest.mark.parametrize("kind", NOISES)
-def test_the_kernel_of_vectors_and_rows_gives_the_same_bits(kind: Noise) -> None:
+def test_the_kernel_of_vectors_and_rows_gives_the_same_bits(kind: Noise, offsets: tuple[int, ...]) -> None:
+    """Wherever the tensors lie: of some widths a thread loads several elements at once."""
     pytest.importorskip("triton")
     from engines import noise_kernels
 
@@ -390,11 +393,46 @@ def test_the_kernel_of_vectors_and_rows_gives_the_same_bits(kind: Noise) -> None
         how = a_visit(an_update(), eps=-1e-3, device=where, noise=kind)
         source = flat.to(where)
         outs = [torch.zeros_like(source) for _ in range(3)]
-        segment = Segment((4, 1, 7), (0, 2504, 2512), (2500, 3, 2488), (True, False, True))
+        segment = Segment((4, 1, 7), offsets, (2500, 3, 2488), (True, False, True))
         vectors(source, segment, how, Outputs(theta=outs[0], plus=outs[1], minus=outs[2]), 0)
         outs.append(gather(source.view(5, 1000), 3, indices.to(where), how))
         results.append([each.cpu() for each in outs])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_a_tensor_beyond_the_reach_of_the_table_has_a_launch_of_its_own(
+    kind: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from engines import noise_kernels
+
+    monkeypatch.setattr("engines.noise.MOST_IN_TABLE", 5000)
+    device, flat = kernel_device(), some_weights(9000, torch.float16)
+    segment = Segment((4, 1, 7), (0, 4000, 6000), (4000, 1500, 3000), (True, False, True))
+    assert [segment.is_large(index) for index in range(3)] == [False, True, True]
+    assert len(segment.tiles(device)) == 2
+    results = []
+    for where, function in ((CPU, visit), (device, noise_kernels.visit)):
+        source = flat.to(where)
+        out = torch.zeros_like(source)
+        how = a_visit(an_update(), eps=1e-3, device=where, noise=kind)
+        function(source, segment, how, Outputs(plus=out), 0)
+        results.append(out.cpu())
+    assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+def test_a_row_of_the_log_is_not_written_again_before_it_is_copied() -> None:
+    """A replay makes updates faster than the GPU takes them."""
+    device = torch.device("cuda", 0)
+    log = UpdateLog(device)
+    torch.cuda._sleep(500_000_000)
+    seen = []
+    for step in range(3 * LOG_CAPACITY):
+        log.append(an_update(step))
+        seen.append(log.table[step % LOG_CAPACITY, 0].clone())
+    assert torch.stack(seen).tolist() == list(range(3 * LOG_CAPACITY))
 
 
 @pytest.mark.gpu

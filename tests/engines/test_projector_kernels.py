@@ -37,6 +37,15 @@ def test_an_update_is_rounded_as_by_torch(dither: bool) -> None:
     assert torch.equal(weight, expected)
 
 
+@pytest.fixture(params=[2, 4])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs' sizes are those of 16 bits, then those of fp32."""
+    from engines import projector_kernels
+
+    monkeypatch.setitem(projector_kernels.SIZES, 4, projector_kernels.SIZES[request.param])
+
+
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("m", "n", "d", "r"), [(70, 40, 24, 4), (33, 65, 16, 2), (48, 48, 48, 3)])
 def test_an_update_by_blocks_is_that_of_the_expanded_core(m: int, n: int, d: int, r: int) -> None:
     from engines import projector_kernels
@@ -50,6 +59,7 @@ def test_an_update_by_blocks_is_that_of_the_expanded_core(m: int, n: int, d: int
     torch.testing.assert_close(weight, expected, rtol=1e-3, atol=2e-3)  # tensor cores may take tf32
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("rows", "d", "r"), [(70, 24, 4), (33, 16, 2), (48, 48, 3)])
 def test_both_maps_are_products_with_the_matrix(rows: int, d: int, r: int) -> None:
     from engines import projector_kernels
@@ -64,3 +74,30 @@ def test_both_maps_are_products_with_the_matrix(rows: int, d: int, r: int) -> No
     torch.testing.assert_close(
         decompress(core, projector, projector), dense @ core @ dense.T, rtol=1e-3, atol=2e-3
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "d", "r"), [(2048, 512, 128, 4), (1000, 333, 96, 3), (256, 256, 64, 1)])
+def test_in_16_bits_sums_are_in_fp32(dtype: torch.dtype, m: int, n: int, d: int, r: int) -> None:
+    """What is stored is a rounding or two of them away."""
+    from engines import projector_kernels
+
+    left, right = (each.cast(dtype, DEVICE) for each in pair(m, n, d, r))
+    x, y, core = (matrix(*of, seed=seed).to(dtype) for seed, of in enumerate(((200, m), (200, d), (d, d))))
+    dense, other = left.dense().double(), right.dense().double()
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+
+    def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+        size = float(expected.abs().max())
+        assert float((found.double() - expected).abs().max()) <= 4 * unit * size
+
+    for given in (x, x.t().contiguous().t()):
+        assert_close(projector_kernels.block_project(given, left.values, d), x.double() @ dense)
+    for given in (y, y.t().contiguous().t()):
+        assert_close(projector_kernels.block_lift(given, left.values, d), y.double() @ dense.T)
+    weight = matrix(m, n, seed=4).to(dtype)
+    expected = weight.double() * 0.9 - dense @ core.double() @ other.T * 0.1
+    dither = dtype == torch.bfloat16
+    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, dither, 7)
+    assert_close(weight, expected)
