@@ -175,17 +175,28 @@ def unpack(records: Tensor, base: Base, count: int) -> Tensor:
 def visit(
     records: Tensor, segment: Segment, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
 ) -> None:
-    """One pass over a matrix: see the module's docstring.
+    """One pass over the matrices of `segment`, all with weight decay: see the module's docstring.
 
-    `records` (bytes) are rewritten with `store`. `sides` are flat memories of the full dtype: none, one for w
-    itself, or two for w + eps z and w - eps z.
+    `records` (bytes), those of one matrix after those of the other, are rewritten with `store`. `sides` are
+    flat memories of the full dtype, laid out as `segment` says: none, one for w itself, or two for w + eps z
+    and w - eps z.
     """
     if records.is_cuda and noise.has_triton():
         from engines import base_kernels
 
         base_kernels.visit(records, segment, how, base, store=store, sides=sides)
         return
-    number, count = segment.numbers[0], segment.counts[0]
+    start = 0
+    for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
+        size = matrix_bytes(count, base)
+        mine = [side[offset : offset + count] for side in sides]
+        _visit_one(records[start : start + size], number, count, how, base, store=store, sides=mine)
+        start += size
+
+
+def _visit_one(
+    records: Tensor, number: int, count: int, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
+) -> None:
     updates = how.log.in_fp32(how.first, how.last)
     tables = records.view(-1, record_bytes(base))
     for first, last in _chunks(tables):

@@ -110,18 +110,22 @@ def _moved(w, z, lr, g, decay):
     return w - (z * g + w * decay) * lr
 
 
-@triton.jit(do_not_specialize=["tensor", "first", "num_updates", "step", "seed", "eps"])
+@triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
 def _visit_kernel(
-    codes, scales, side, other, count, tensor, table, first, num_updates, step, seed, eps,
+    codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
     FORM: tl.constexpr, WORDS: tl.constexpr, STORE: tl.constexpr, STOCHASTIC: tl.constexpr,
     SIDES: tl.constexpr,
 ):  # fmt: skip
     """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
-    `scales` is the same memory as bf16."""
-    tile = tl.program_id(0).to(tl.int64)
-    base = tile * _TILE
-    left = count - base
-    words, kept = _places(codes, scales, tile, FORM, WORDS)
+    `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
+    record = tl.program_id(0).to(tl.int64)
+    mine = places
+    for i in range(1, num_matrices):
+        mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
+    tile, tensor = record - tl.load(mine), tl.load(mine + 2)
+    base = tl.load(mine + 1) + tile * _TILE
+    left = tl.load(mine + 3) - tile * _TILE
+    words, kept = _places(codes, scales, record, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
         counter = tile * _LANES + lane
@@ -209,10 +213,10 @@ def visit(
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
     scales = records.view(torch.bfloat16)
     side, other = (sides[0], sides[-1]) if sides else (scales, scales)
-    count = segment.counts[0]
+    places = segment.places(records.device)
     with _on(records):
         _visit_kernel[(records.numel() // record_bytes(base),)](
-            records.view(word), scales, side, other, count, segment.numbers[0],
+            records.view(word), scales, side, other, places, len(places),
             how.log.table, how.first, how.last - how.first,
             how.step, _seed(how.seed), how.eps,
             FORM=_FORMS[base], WORDS=record_bytes(base) // word.itemsize, STORE=store,

@@ -200,7 +200,7 @@ class Segment:
     and `decays` says on which of them weight decay acts.
     """
 
-    __slots__ = ("_tiles", "counts", "decays", "grid", "numbers", "offsets")
+    __slots__ = ("_places", "_tiles", "counts", "decays", "grid", "numbers", "offsets")
 
     def __init__(
         self, numbers: Sequence[int], offsets: Sequence[int], counts: Sequence[int], decays: Sequence[bool]
@@ -212,6 +212,7 @@ class Segment:
         self.grid = gcd(MOST_ALIGNED, *offsets)
         """Elements that every tensor begins at a multiple of, up to `MOST_ALIGNED`."""
         self._tiles: Tensor | None = None
+        self._places: Tensor | None = None
 
     def is_large(self, index: int) -> bool:
         """Whether a tensor is too long, or lies too far, for the table of tiles."""
@@ -234,6 +235,16 @@ class Segment:
                 tables.append(torch.stack(columns, 1).to(torch.int32))
             self._tiles = torch.cat(tables).to(device)
         return self._tiles
+
+    def places(self, device: torch.device) -> Tensor:
+        """(tensors, 4) int64: the number of tiles of those before, and the tensor's offset, number and
+        count."""
+        if self._places is None:
+            tiles = [-(-count // TILE) for count in self.counts]
+            before = [sum(tiles[:index]) for index in range(len(tiles))]
+            rows = list(zip(before, self.offsets, self.numbers, self.counts, strict=True))
+            self._places = torch.tensor(rows, dtype=torch.int64).to(device)
+        return self._places
 
 
 def one(number: int, count: int, *, decays: bool = False) -> Segment:

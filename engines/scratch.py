@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from engines import base_format, noise
-from engines.layout import ModelLayout, Part
+from engines.costs.low_bit import matrix_bytes
+from engines.layout import ModelLayout
 from engines.noise import Outputs, Segment, Visit
 from engines.settings import Base
 from engines.transfer import ComputeClock
@@ -222,7 +223,7 @@ class BlockScratch:
             weight = self._source.take(self._block, index, index + 1)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8:
-                    self._visit_records(weight, part, self._task.how, store=True, sides=())
+                    self._visit_records(weight, part.segment, self._task.how, store=True, sides=())
                 else:
                     noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
             self._fold(index, weight)
@@ -244,8 +245,12 @@ class BlockScratch:
         assert self._source is not None
         layout = self._layout.blocks[self._block]
         if self._base != "full":
-            for index in range(len(layout.parts)):
-                self._make(index)
+            for first, last in self._source.spans(self._block):
+                for run in layout.runs(first, last):
+                    self._make_run(*run)
+            for index, part in enumerate(layout.parts):
+                if part.shared:
+                    self._make(index)
             return
         for first, last in self._source.spans(self._block):
             key = (self._block, first, last)
@@ -272,6 +277,32 @@ class BlockScratch:
         for index, part in enumerate(layout.parts):
             if part.shared:
                 self._make(index)
+
+    def _make_run(self, first: int, last: int) -> None:
+        """Own parts `first` to `last` - 1, all of them trained or none: the low-bit ones in one pass."""
+        if not self._is_large(self._block, first):
+            self._make(first)
+            first += 1
+        if first == last:
+            return
+        assert self._source is not None
+        assert self._task is not None
+        layout, task = self._layout.blocks[self._block], self._task
+        records = self._source.take(self._block, first, last)
+        begin = 0
+        for index in range(first, last):
+            size = matrix_bytes(layout.parts[index].size, self._base)
+            self._fold(index, records[begin : begin + size])
+            begin += size
+        start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
+        self._write_records(
+            records, self._segment(self._block, first, last), task.how,
+            [memory[start:stop] for memory in self._memory],
+            trained=layout.parts[first].trained, store=task.store,
+        )  # fmt: skip
+        self._source.done(self._block, first, last)
+        self._made.update(range(first, last))
+        self._seen.update(range(first, last))
 
     def _segment(self, block: int, first: int, last: int) -> Segment:
         key = (block, first, last)
@@ -306,12 +337,7 @@ class BlockScratch:
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
-            self._clock.start()
-            sides = rooms if part.trained and task.perturb else rooms[:1]
-            if not part.trained:
-                how, store = without_updates(how), False
-            self._visit_records(weight, part, how, store=store, sides=sides)
-            self._clock.stop()
+            self._write_records(weight, part.segment, how, rooms, trained=part.trained, store=store)
         else:
             self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
         if not part.shared and index not in self._seen:
@@ -347,16 +373,35 @@ class BlockScratch:
                 plus.copy_(weight)
         self._clock.stop()
 
-    def _visit_records(
-        self, records: Tensor, part: Part, how: Visit, *, store: bool, sides: Sequence[Tensor]
+    def _write_records(
+        self,
+        records: Tensor,
+        segment: Segment,
+        how: Visit,
+        rooms: Sequence[Tensor],
+        *,
+        trained: bool,
+        store: bool,
     ) -> None:
-        """The one pass over a low-bit matrix, after those that are overdue."""
+        """As `_write`, of low-bit matrices."""
         assert self._task is not None
-        if part.trained and store:
+        self._clock.start()
+        if not trained:
+            how, store = without_updates(how), False
+        sides = rooms if trained and self._task.perturb else rooms[:1]
+        self._visit_records(records, segment, how, store=store, sides=sides)
+        self._clock.stop()
+
+    def _visit_records(
+        self, records: Tensor, segment: Segment, how: Visit, *, store: bool, sides: Sequence[Tensor]
+    ) -> None:
+        """The one pass over low-bit matrices, after those that are overdue."""
+        assert self._task is not None
+        if store:
             for earlier in self._task.overdue:
-                base_format.visit(records, part.segment, earlier, self._base, store=True, sides=())
+                base_format.visit(records, segment, earlier, self._base, store=True, sides=())
                 how = replace(how, first=earlier.last)
-        base_format.visit(records, part.segment, how, self._base, store=store, sides=sides)
+        base_format.visit(records, segment, how, self._base, store=store, sides=sides)
 
     def _is_large(self, block: int, part: int) -> bool:
         """A matrix, or shared: anything but the block's packed vectors."""

@@ -21,7 +21,7 @@ from engines.base import Dtype, InfeasiblePlan, Update, UserError
 from engines.base_format import add_low_rank, pack, unpack, visit
 from engines.costs import low_bit
 from engines.costs.low_bit import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
-from engines.noise import NoiseKey, UpdateLog, Visit, normal, one
+from engines.noise import NoiseKey, Segment, UpdateLog, Visit, normal, one
 from engines.settings import Base, MezoSettings, Zo2Settings, parse_settings
 from engines.zo2 import Zo2
 from tiny_models import tiny_batches, tiny_blueprint
@@ -230,6 +230,34 @@ def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
     pytest.importorskip("triton")
     for store, sides in ((True, 2), (True, 1), (True, 0), (False, 2), (False, 1)):
         check_kernel(base, 1_000_001, dtype, store=store, sides=sides, rounding=rounding)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("sides", [0, 1, 2])
+def test_matrices_that_lie_together_are_visited_as_one_by_one(base: Base, sides: int) -> None:
+    """By torch's operations and by the kernel."""
+    pytest.importorskip("triton")
+    from engines import base_kernels
+
+    counts, offsets, numbers = (300, 2048, 4100), (8, 312, 2360), (3, 9, 4)
+    segment = Segment(numbers, offsets, counts, (True, True, True))
+    each = [packed(some_weights(count, seed), base) for seed, count in enumerate(counts)]
+    results = []
+    for where, function in ((CPU, visit), (kernel_device(), base_kernels.visit)):
+        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where)
+        for together in (True, False):
+            records = torch.cat(each).to(where)
+            outs = [torch.zeros(6464, dtype=torch.float16, device=where) for _ in range(sides)]
+            if together:
+                function(records, segment, how, base, store=True, sides=outs)
+            else:
+                pieces = records.split([len(mine) for mine in each])
+                for mine, number, at, count in zip(pieces, numbers, offsets, counts, strict=True):
+                    rooms = [out[at : at + count] for out in outs]
+                    function(mine, one(number, count, decays=True), how, base, store=True, sides=rooms)
+            results.append([kept.cpu() for kept in (records, *outs)])
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
 
 
 @pytest.mark.parametrize("base", BASES)
