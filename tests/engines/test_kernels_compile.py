@@ -82,9 +82,8 @@ def test_shared_memory_is_there(compiled: tuple[dict[str, list[str]], list[Compi
 def test_what_limits_noise_is_arithmetic_of_known_length(
     compiled: tuple[dict[str, list[str]], list[Compiled]],
 ) -> None:
-    """Two normals and two moves of four elements are some 450 instructions, and rounding them to a grid some
-    150. What moves values through shared
-    memory, or loads them one by one, has many more."""
+    """Two normals and two moves of four elements are some 450 instructions, rounding to a grid some 150. What
+    moves values through shared memory has many more."""
     kernels = [each for each in compiled[1] if each.kernel in ("_matrix_kernel", "_visit_kernel")]
     assert Counter(each.arch for each in kernels).keys() == set(ARCHES)
     for each in kernels:
