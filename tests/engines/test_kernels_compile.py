@@ -18,7 +18,10 @@ from kernel_compiler import ARCHES, Compiled
 
 from engines.noise import has_triton
 
-pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.xdist_group("kernels"),  # so that they are compiled once
+]
 
 PROCESSES = 2
 REGISTERS = 65536
