@@ -1,9 +1,10 @@
 """Matrices as low-bit values with a scale per group, and what a zeroth-order step does to them.
 
-A matrix is a row of *records*, one per tile of 2048 elements (`engines.noise`), each with all that the tile's
-elements need: first their codes, then 16 scales in bf16, one for each 128 neighbours. A matrix is thus one
-piece of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four elements,
-one in each row of the tile, lie in one word: a kernel loads it at once, and 4-bit codes need no sorting.
+A matrix is a row of *records*, one per tile of 2048 elements (`engines.segments`), each with all that the
+tile's elements need: first their codes, then 16 scales in bf16, one for each 128 neighbours. A matrix is thus
+one piece of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four
+elements, one in each row of the tile, lie in one word: a kernel loads it at once, and 4-bit codes need no
+sorting.
 
     int8, int4   w = code scale; codes -127 to 127 or -7 to 7
     fp8          w = e4m3(code) scale; the scale is a power of two, which costs a floating-point grid nothing
@@ -33,7 +34,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engines import noise
+from engines import noise, philox
 from engines.costs.low_bit import (
     CODE_BITS,
     GROUP_ELEMENTS,
@@ -43,7 +44,9 @@ from engines.costs.low_bit import (
     record_bytes,
 )
 from engines.layout import BlockLayout, Part
-from engines.noise import LANES, NoiseKey, Segment, Visit
+from engines.noise import Visit
+from engines.philox import NoiseKey
+from engines.segments import LANES, Segment
 from engines.settings import Base
 
 LARGEST_CODE: dict[Base, int] = {"int8": 127, "int4": 7}
@@ -62,7 +65,7 @@ GROUPS_PER_ROW = LANES // GROUP_ELEMENTS
 SCALES_PER_TILE = TILE_ELEMENTS // GROUP_ELEMENTS
 
 _CHUNK_TILES = {"cpu": 128, "cuda": 1 << 11}
-"""Tiles at a time: see `engines.noise`. Packing, too, needs some 30 bytes per element of them."""
+"""Tiles at a time: see `engines.segments`. Packing, too, needs some 30 bytes per element of them."""
 
 
 class BlockForm:
@@ -205,7 +208,7 @@ def _visit_one(
         w = _decode(_codes(here, base), scales, base).reshape(-1)
         uniform: Tensor | None = None
         for update in updates:
-            z, uniform = noise.tiles(number, update.draw, how.seed, first, last, w.device, uniform=True)
+            z, uniform = philox.tiles(number, update.draw, how.seed, first, last, w.device, uniform=True)
             z.mul_(update.coefficient)
             if update.weight_decay != 0.0:
                 z.add_(w * update.weight_decay)
@@ -221,7 +224,7 @@ def _visit_one(
         if len(sides) == 1:
             sides[0][place].copy_(w[:inside])
         elif sides:
-            z, _ = noise.tiles(number, how.step, how.seed, first, last, w.device, uniform=False)
+            z, _ = philox.tiles(number, how.step, how.seed, first, last, w.device, uniform=False)
             z.mul_(how.eps)
             sides[0][place].copy_((w + z)[:inside])
             sides[1][place].copy_((w - z)[:inside])
@@ -253,7 +256,7 @@ def add_low_rank(
         for k in range(rows.shape[0]):
             change[: element.numel()] += rows[k, row] * columns[k, column]
         w = w + change
-        bits = noise.dither_bits(key, w.numel(), w.device, start) if stochastic else None
+        bits = philox.dither_bits(key, w.numel(), w.device, start) if stochastic else None
         _put_codes(_encode(w, scales.reshape(-1), base, bits).view(-1, 4, LANES), base, here)
 
 

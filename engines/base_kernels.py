@@ -19,8 +19,10 @@ from torch import Tensor
 from engines import base_format
 from engines.costs.low_bit import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
 from engines.lozo_kernels import low_rank
-from engines.noise import LANES, LOG_CAPACITY, NoiseKey, Segment, Visit
+from engines.noise import LOG_CAPACITY, Visit
 from engines.noise_kernels import NUM_WARPS, _on, _seed, dither_at, normals
+from engines.philox import NoiseKey
+from engines.segments import LANES, Segment
 from engines.settings import Base
 
 _LANES = tl.constexpr(LANES)

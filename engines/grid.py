@@ -11,7 +11,8 @@ from engines import base_format
 from engines.base_format import BlockForm, unpack
 from engines.costs.low_bit import TILE_ELEMENTS, record_bytes
 from engines.layout import ModelLayout
-from engines.noise import Visit, one
+from engines.noise import Visit
+from engines.segments import one
 
 LANDED_SAMPLE_TILES = 1 << 12
 

@@ -23,7 +23,8 @@ from engines.base import Batch
 from engines.blocks import BlockDriver, sent
 from engines.costs.forward import HEAD_CHUNK_BYTES, HEAD_TOKENS
 from engines.estimators import Side
-from engines.noise import TILE, Outputs, Visit, has_triton, one
+from engines.noise import Outputs, Visit, has_triton
+from engines.segments import TILE, one
 
 TOKEN_GRID = 64
 ROW_GRID = 256

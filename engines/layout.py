@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.blocks import find_blocks, first_names
-from engines.noise import Segment, one
+from engines.segments import Segment, one
 
 ALIGNMENT_BYTES = 16
 """Of each tensor in a block's flat memory: the widest load of a GPU thread."""

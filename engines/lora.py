@@ -20,13 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engines import noise
+from engines import noise, philox
 from engines.base import UserError
 from engines.blocks import first_names
 from engines.checkpoint import LoraForm
 from engines.layout import ALIGNMENT_BYTES, BlockLayout, ModelLayout
-from engines.noise import NoiseKey, Outputs, Segment, Visit
+from engines.noise import Outputs, Visit
+from engines.philox import NoiseKey
 from engines.scratch import Task, without_updates
+from engines.segments import Segment
 from engines.settings import MezoSettings
 
 START_STEP = 2**32 - 1
@@ -177,7 +179,7 @@ class Adapters:
         for name, tensor in self.tensors.items():
             if name.endswith(".lora_A"):
                 key = NoiseKey(seed=seed, step=START_STEP, tensor=self.numbers[name])
-                z = noise.normal(key, tensor.numel(), tensor.device)
+                z = philox.normal(key, tensor.numel(), tensor.device)
                 tensor.copy_(z.mul_(tensor.shape[1] ** -0.5).view(tensor.shape))
 
     def install(self, model: nn.Module) -> set[nn.Module]:

@@ -39,12 +39,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from engines import base_format, noise
+from engines import base_format, noise, philox
 from engines.base import UserError
 from engines.layout import ALIGNMENT_BYTES, ModelLayout
 from engines.lora import MINUS, PLAIN, PLUS, Adapters, linear_matrices
-from engines.noise import TILE, NoiseKey, Outputs, Segment, Visit, has_triton
+from engines.noise import Outputs, Visit, has_triton
+from engines.philox import NoiseKey
 from engines.scratch import Task, without_updates
+from engines.segments import TILE, Segment
 from engines.settings import MezoSettings
 
 FOLD_CHUNK = 512 * TILE
@@ -285,7 +287,7 @@ class LowRank:
         if matrix is None or how.step == 0:
             return weight
         key = NoiseKey(seed=how.seed, step=(how.step - 1) // self._window, tensor=matrix.v_number)
-        v = noise.normal(key, matrix.v.numel()).view(matrix.v.shape).to(weight.dtype).float()
+        v = philox.normal(key, matrix.v.numel()).view(matrix.v.shape).to(weight.dtype).float()
         change = (matrix.accumulator.cpu() / self._rank).t() @ v
         if matrix.turned:
             change = change.t()
@@ -349,7 +351,7 @@ def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *
             change = change + rows[k, row] * columns[k, column]
         moved = piece.float() + change
         if stochastic:
-            bits = noise.dither_bits(key, piece.numel(), weight.device, start)
+            bits = philox.dither_bits(key, piece.numel(), weight.device, start)
             moved = noise.dither(moved, bits, weight.dtype)
         piece.copy_(moved)
 

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines import noise
-from engines.noise import TILE, NoiseKey
+from engines import philox
 from engines.noise_kernels import _dither_of_signs, _on, _rounded, _seed
+from engines.philox import NoiseKey
+from engines.segments import TILE
 
 _TILE = tl.constexpr(TILE)
-_LANES = tl.constexpr(noise.SIGN_LANES)
-_WIDTH = tl.constexpr(noise.SIGN_WIDTH)
+_LANES = tl.constexpr(philox.SIGN_LANES)
+_WIDTH = tl.constexpr(philox.SIGN_WIDTH)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 One step t, on all trained tensors at once (algorithm 1):
 
-    z ~ N(0, I), made of (seed, t, tensor, element) each time it is needed     engines.noise
+    z ~ N(0, I), made of (seed, t, tensor, element) each time it is needed     engines.philox
     g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps)
     theta <- theta - lr_t (g z + wd theta)
 

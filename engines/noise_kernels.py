@@ -21,18 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines import noise
-from engines.noise import LANES, LOG_CAPACITY, TILE, NoiseKey, Outputs, Segment, Visit
+from engines import noise, philox
+from engines.noise import LOG_CAPACITY, Outputs, Visit
+from engines.philox import NoiseKey
+from engines.segments import LANES, TILE, Segment
 
-_L0, _L1, _L2, _L3, _L4 = (tl.constexpr(value) for value in noise.LOG_Q)
-_S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in noise.SIN_S)
-_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in noise.COS_C)
-_M0, _M1 = (tl.constexpr(value) for value in noise.MULTIPLIERS)
-_W0, _W1 = (tl.constexpr(value) for value in noise.WEYL)
-_ROUNDS = tl.constexpr(noise.ROUNDS)
-_MINUS_2_LN_2 = tl.constexpr(noise.MINUS_2_LN_2)
-_SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)
-_ROOT_BITS = tl.constexpr(noise.ROOT_BITS)
+_L0, _L1, _L2, _L3, _L4 = (tl.constexpr(value) for value in philox.LOG_Q)
+_S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in philox.SIN_S)
+_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in philox.COS_C)
+_M0, _M1 = (tl.constexpr(value) for value in philox.MULTIPLIERS)
+_W0, _W1 = (tl.constexpr(value) for value in philox.WEYL)
+_ROUNDS = tl.constexpr(philox.ROUNDS)
+_MINUS_2_LN_2 = tl.constexpr(philox.MINUS_2_LN_2)
+_SQRT_HALF_BITS = tl.constexpr(philox.SQRT_HALF_BITS)
+_ROOT_BITS = tl.constexpr(philox.ROOT_BITS)
 _INV_2_24 = tl.constexpr(2.0**-24)
 
 _LANES = tl.constexpr(LANES)
@@ -42,10 +44,10 @@ _FP16_NORMAL = tl.constexpr(noise.FP16_NORMAL)
 
 _NEAREST, _DITHER_BF16, _DITHER_FP16 = (tl.constexpr(mode) for mode in range(3))
 
-_SIGN_LANES = tl.constexpr(noise.SIGN_LANES)
-_SIGN_WIDTH = tl.constexpr(noise.SIGN_WIDTH)
-_SIGN_TILES = tl.constexpr(noise.SIGN_TILES)
-_DITHER = tl.constexpr(noise.DITHER)
+_SIGN_LANES = tl.constexpr(philox.SIGN_LANES)
+_SIGN_WIDTH = tl.constexpr(philox.SIGN_WIDTH)
+_SIGN_TILES = tl.constexpr(philox.SIGN_TILES)
+_DITHER = tl.constexpr(philox.DITHER)
 
 NUM_WARPS = 4
 _GROUP = tl.constexpr(32 * NUM_WARPS)
@@ -56,7 +58,7 @@ ROW_COLUMNS = 1024
 
 @triton.jit
 def _pair(radius_word, angle_word):
-    """Two normals of two words (uint32): as `noise._box_muller`, line by line."""
+    """Two normals of two words (uint32): as `philox._box_muller`, line by line."""
     bits = ((radius_word >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
     bits = bits - _SQRT_HALF_BITS
     exponent = ((bits >> 23) - 24).to(tl.float32)

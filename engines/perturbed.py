@@ -44,8 +44,9 @@ from engines.layout import ModelLayout
 from engines.lora import Adapters, columns_first, is_linear
 from engines.lozo import LowRank
 from engines.masks import has_padding, known_padding, with_mask
-from engines.noise import Outputs, Visit, one
+from engines.noise import Outputs, Visit
 from engines.scratch import BlockScratch, Source, Task, Unit, swapped
+from engines.segments import one
 from engines.settings import Base
 from engines.stacking import halved, join, stack
 from engines.transfer import ComputeClock

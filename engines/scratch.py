@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from engines import base_format, noise
 from engines.costs.low_bit import matrix_bytes
 from engines.layout import ModelLayout
-from engines.noise import Outputs, Segment, Visit
+from engines.noise import Outputs, Visit
+from engines.segments import Segment
 from engines.settings import Base
 from engines.transfer import ComputeClock
 

@@ -179,7 +179,9 @@ def noise_cases() -> Iterator[Case]:
     import torch
 
     from engines import noise_kernels
-    from engines.noise import LARGE, NoiseKey, Outputs, Segment, one
+    from engines.noise import Outputs
+    from engines.philox import NoiseKey
+    from engines.segments import LARGE, Segment, one
 
     def visited(dtype: str, noise: str, *, of: Segment, size: int, wanted: str, rounding: str) -> None:
         flat = _flat(size, dtype)
@@ -241,7 +243,8 @@ def base_cases() -> Iterator[Case]:
 
     from engines import base_kernels
     from engines.costs.low_bit import matrix_bytes
-    from engines.noise import NoiseKey, one
+    from engines.philox import NoiseKey
+    from engines.segments import one
     from engines.settings import Base
 
     count = 2048 * 8192
@@ -289,7 +292,7 @@ def lozo_cases() -> Iterator[Case]:
     import torch
 
     from engines import lozo_kernels
-    from engines.noise import NoiseKey
+    from engines.philox import NoiseKey
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     for dtype, stochastic, rank, height, width in [

@@ -23,7 +23,9 @@ from engines import base_format
 from engines.base import Update
 from engines.base_format import pack, unpack
 from engines.costs.low_bit import matrix_bytes
-from engines.noise import NoiseKey, Outputs, Rounding, UpdateLog, Visit, normal, one, visit
+from engines.noise import Outputs, Rounding, UpdateLog, Visit, visit
+from engines.philox import NoiseKey, normal
+from engines.segments import one
 from engines.settings import Base
 
 COUNT = 1 << 22

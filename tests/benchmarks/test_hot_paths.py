@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import noise
+from engines import noise, segments
 from harness.job import make_job
 from harness.result import load_run
 from harness.shapes import resolve_shape
@@ -63,6 +63,6 @@ def test_perturbing_on_the_cpu(benchmark: Any) -> None:
     weight = torch.zeros(1 << 18)
     out = torch.empty_like(weight)
     how = noise.Visit(seed=1, log=noise.UpdateLog(weight.device), first=0, last=0, step=2, eps=1.0)
-    benchmark(noise.visit, weight, noise.one(3, weight.numel()), how, noise.Outputs(plus=out))
+    benchmark(noise.visit, weight, segments.one(3, weight.numel()), how, noise.Outputs(plus=out))
     assert abs(float(out.mean())) < 0.02
     assert abs(float(out.std()) - 1) < 0.02

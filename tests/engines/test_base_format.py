@@ -21,7 +21,9 @@ from engines.base import Dtype, InfeasiblePlan, Update, UserError
 from engines.base_format import add_low_rank, pack, unpack, visit
 from engines.costs import low_bit
 from engines.costs.low_bit import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
-from engines.noise import NoiseKey, Segment, UpdateLog, Visit, normal, one
+from engines.noise import UpdateLog, Visit
+from engines.philox import NoiseKey, normal
+from engines.segments import Segment, one
 from engines.settings import Base, MezoSettings, Zo2Settings, parse_settings
 from engines.zo2 import Zo2
 from tiny_models import tiny_batches, tiny_blueprint

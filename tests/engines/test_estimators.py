@@ -27,7 +27,9 @@ from zeroth_order import (
 from engines.base import Batch, Update, UserError
 from engines.estimators import Side, drawn_blocks, forwards, next_updates, num_drawn, probes
 from engines.mezo import Mezo
-from engines.noise import NoiseKey, Outputs, UpdateLog, Visit, normal, one, signs, visit
+from engines.noise import Outputs, UpdateLog, Visit, visit
+from engines.philox import NoiseKey, normal, signs
+from engines.segments import one
 from engines.settings import MezoSettings, parse_settings
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 

@@ -16,7 +16,7 @@ from engines.costs.mezo import gpu_memory_bytes
 from engines.costs.zo2 import resident_indices
 from engines.lora import columns_first
 from engines.mezo import Mezo
-from engines.noise import NoiseKey, normal
+from engines.philox import NoiseKey, normal
 from engines.settings import MezoSettings, Zo2Settings
 from engines.zo2 import Zo2
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint

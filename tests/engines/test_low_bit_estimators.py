@@ -13,7 +13,7 @@ from zeroth_order import assert_same_steps, assert_same_weights, context, make_m
 from engines.base import UserError
 from engines.base_format import add_low_rank, pack, unpack
 from engines.costs.low_bit import matrix_bytes
-from engines.noise import NoiseKey
+from engines.philox import NoiseKey
 from engines.settings import Base, parse_settings
 from tiny_families import blueprint_of
 from tiny_models import tiny_batches, tiny_blueprint

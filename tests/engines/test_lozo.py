@@ -24,12 +24,12 @@ from zeroth_order import (
     make_zo2,
 )
 
-from engines import noise
+from engines import segments
 from engines.base import Batch, Dtype, Update, UserError
 from engines.lora import is_linear
 from engines.lozo import add_low_rank
 from engines.mezo import Mezo
-from engines.noise import NoiseKey, normal
+from engines.philox import NoiseKey, normal
 from engines.settings import MezoSettings, parse_settings
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
@@ -272,7 +272,7 @@ def test_a_fold_does_not_depend_on_its_pieces(chunk: int) -> None:
     whole, pieces = weight.clone(), weight.clone()
     add_low_rank(whole, rows, columns, key, stochastic=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engines.lozo.FOLD_CHUNK", chunk * noise.TILE)
+        patch.setattr("engines.lozo.FOLD_CHUNK", chunk * segments.TILE)
         add_low_rank(pieces, rows, columns, key, stochastic=True)
     assert torch.equal(whole, pieces)
 

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from engines import checkpoint
 from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
 from engines.mezo import Mezo
-from engines.noise import Noise, NoiseKey, normal, signs
+from engines.noise import Noise
+from engines.philox import NoiseKey, normal, signs
 from engines.settings import MezoSettings
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 

@@ -9,25 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines import noise
+from engines import noise, philox, segments
 from engines.base import Update
-from engines.noise import (
-    LANES,
-    LOG_CAPACITY,
-    TILE,
-    Noise,
-    NoiseKey,
-    Outputs,
-    Rounding,
-    Segment,
-    UpdateLog,
-    Visit,
-    normal,
-    one,
-    rows,
-    signs,
-    visit,
-)
+from engines.noise import LOG_CAPACITY, Noise, Outputs, Rounding, UpdateLog, Visit, rows, visit
+from engines.philox import NoiseKey, normal, signs
+from engines.segments import LANES, TILE, Segment, one
 
 KEY = NoiseKey(seed=11, step=3, tensor=2)
 CPU = torch.device("cpu")
@@ -90,7 +76,7 @@ def test_philox_gives_the_known_answers_of_its_authors(
     counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
     """Random123's kat_vectors, philox4x32 with 7 rounds."""
-    even, odd = noise.philox(
+    even, odd = philox.philox(
         torch.tensor([[counter[0]], [counter[2]]]), torch.tensor([[counter[1]], [counter[3]]]), key
     )
     assert (even[0].item(), odd[0].item(), even[1].item(), odd[1].item()) == expected
@@ -98,7 +84,7 @@ def test_philox_gives_the_known_answers_of_its_authors(
 
 def test_key_and_counter_go_where_the_docstring_says() -> None:
     key = NoiseKey(seed=0x299F31D0_A4093822, step=0x13198A2E, tensor=0x85A308D3)
-    words = noise.philox_words(key, (0x03707344 << 32) | 0x243F6A88, 1, CPU)
+    words = philox.philox_words(key, (0x03707344 << 32) | 0x243F6A88, 1, CPU)
     assert words.flatten().tolist() == [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
 
 
@@ -187,7 +173,7 @@ def test_pieces_make_up_the_whole(cuts: list[int], count: int, chunk: int, kind:
     pieces = [torch.empty_like(weight) for _ in range(3)]
     edges = sorted({0, count, *(cut * TILE for cut in cuts if cut * TILE < count)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(noise._CHUNK_LANES, "cpu", chunk)
+        patch.setitem(segments.CHUNK_LANES, "cpu", chunk)
         for begin, end in pairwise(edges):
             part = one(2, end - begin, decays=True)
             theta, plus, minus = (each[begin:end] for each in pieces)
@@ -207,7 +193,7 @@ def test_a_piece_begins_with_a_tile() -> None:
 def test_vectors_in_one_memory_are_as_one_by_one(
     monkeypatch: pytest.MonkeyPatch, chunk: int, kind: Noise
 ) -> None:
-    monkeypatch.setitem(noise._CHUNK_LANES, "cpu", chunk)
+    monkeypatch.setitem(segments.CHUNK_LANES, "cpu", chunk)
     counts, numbers = (7, 640, 1, 3000), (5, 0, 9, 2)
     offsets = (0, 8, 648, 656)
     flat = some_weights(3656, torch.bfloat16)
@@ -331,7 +317,7 @@ def test_the_kernel_has_the_same_integer_stream(seed: int) -> None:
     kernels = pytest.importorskip("engines.noise_kernels")
     key = NoiseKey(seed=seed, step=7, tensor=3)
     for first_lane in (0, 5, 2**32 - 64):
-        ours = noise.philox_words(key, first_lane, 128, CPU)
+        ours = philox.philox_words(key, first_lane, 128, CPU)
         assert torch.equal(kernels.philox_words(key, first_lane, 128, kernel_device()).cpu(), ours)
 
 
@@ -407,7 +393,7 @@ def test_a_tensor_beyond_the_reach_of_the_table_has_a_launch_of_its_own(
     pytest.importorskip("triton")
     from engines import noise_kernels
 
-    monkeypatch.setattr("engines.noise.MOST_IN_TABLE", 5000)
+    monkeypatch.setattr("engines.segments.MOST_IN_TABLE", 5000)
     device, flat = kernel_device(), some_weights(9000, torch.float16)
     segment = Segment((4, 1, 7), (0, 4000, 6000), (4000, 1500, 3000), (True, False, True))
     assert [segment.is_large(index) for index in range(3)] == [False, True, True]

@@ -13,7 +13,7 @@ from transformers import (
 
 from engines.base import Batch, Context, UserError, Workload
 from engines.mezo import Mezo
-from engines.noise import NoiseKey, normal
+from engines.philox import NoiseKey, normal
 from engines.settings import MezoSettings, Zo2Settings
 from engines.zo2 import Zo2
 from tiny_families import ENCODERS, FAMILIES, blueprint_of

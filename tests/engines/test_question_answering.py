@@ -17,7 +17,7 @@ from engines.blocks import evaluate_on_device
 from engines.lsp import Lsp
 from engines.mezo import Mezo
 from engines.native import Native
-from engines.noise import NoiseKey, normal
+from engines.philox import NoiseKey, normal
 from engines.settings import LspSettings, MezoSettings, NativeSettings, Zo2Settings
 from engines.zo2 import Zo2
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint

@@ -15,8 +15,8 @@ from engines import ring
 from engines.base import UserError
 from engines.base_format import BlockForm, block_forms
 from engines.layout import BlockLayout, Part
-from engines.noise import one
 from engines.ring import BlockStream
+from engines.segments import one
 from engines.transfer import After, ComputeClock, Event, Link
 
 CPU = torch.device("cpu")
