@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from engines.base import LinkRates, UserError
 from harness.result import Emulation
+from profiles.budget import CONTEXT_BYTES
 from profiles.machine import Figure, Link, Machine
-from profiles.recommend import CONTEXT_BYTES
 from profiles.units import format_bytes, format_rate
 
 WITHIN = 0.05

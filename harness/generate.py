@@ -22,8 +22,9 @@ from harness.show import Progress
 from harness.tokens import Tokenizer, load_tokenizer
 from harness.train import Method, TrainingRun, carried_over, rebuilt, set_up, user_errors
 from harness.worker import usable_host_bytes
+from profiles.budget import Budget
 from profiles.generation import GENERATING, fitting
-from profiles.recommend import Budget, Value
+from profiles.plan import Value
 
 SMALLER = "give fewer or shorter prompts, or less --max-new-tokens"
 CHOSEN = ("resident_blocks", "disk_blocks")

@@ -23,12 +23,12 @@ from harness.job import Job
 from harness.launch import OnRunEvent, Outcome, launch
 from harness.result import EndState, Environment, Predicted, RunModel, Sample, Summary
 from harness.worker import Request
+from profiles.budget import budget_of
 from profiles.documents import adapter, read_document, to_json, write_whole
 from profiles.generation import GENERATING, plan_generation
 from profiles.machine import Machine
 from profiles.nvml import open_device
 from profiles.plan import Plan
-from profiles.recommend import budget_of
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0)."""

@@ -11,10 +11,10 @@ from engines.base import ModelShape, Traffic
 from engines.costs.disk import fewest_on_disk
 from engines.costs.generation import Decoding, least_gpu_bytes, traffic
 from engines.settings import Base, parse_settings
+from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, why_missing
 from profiles.machine import Machine
-from profiles.plan import Plan
+from profiles.plan import Plan, Value
 from profiles.predict import predict
-from profiles.recommend import FREE_SHARE, Budget, Value, gpu_bytes_needed, why_missing
 
 GENERATING = ("zo2", "mezo")
 """Engines that generate."""

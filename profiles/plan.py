@@ -11,6 +11,9 @@ from profiles.documents import read_document, to_json, write_whole
 PLANS_VERSION = 1
 """Schema version of plans.json. 1: first version (0.1.0)."""
 
+Value = str | int | float | bool
+"""Of a setting."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
@@ -43,7 +46,7 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     engine: str
-    settings: dict[str, str | int | float | bool]
+    settings: dict[str, Value]
     """The knobs this plan sets; the rest are the engine's defaults (`engines.settings`)."""
     fits: bool
     why_not: str | None

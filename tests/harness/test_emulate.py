@@ -18,8 +18,8 @@ from harness import cli
 from harness.compare import compare, grid
 from harness.emulate import Emulated, emulated, what_is_short
 from harness.result import Emulation, load_run
+from profiles.budget import CONTEXT_BYTES
 from profiles.machine import Machine, absent, save_machine
-from profiles.recommend import CONTEXT_BYTES
 from reports.load import load_folder, refuse_unlike
 
 RATES = LinkRates(h2d_bytes_per_s=2e9, d2h_bytes_per_s=1e9)

@@ -13,10 +13,11 @@ from engines.base import LayerTraffic, ModelShape, Traffic, UserError, Workload
 from engines.costs import traffic
 from engines.costs.lsp import core_size
 from engines.settings import LspSettings, parse_settings, sizes_by_shape
+from profiles.budget import gpu_bytes_needed
 from profiles.lsp_sizes import SHARES, Sides, size_of
 from profiles.plan import Plan
 from profiles.predict import resource_s
-from profiles.recommend import gpu_bytes_needed, recommend
+from profiles.recommend import recommend
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 AUTO = {"d": "auto"}

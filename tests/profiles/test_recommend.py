@@ -25,19 +25,13 @@ from engines.base import ModelShape, UserError, Workload
 from engines.costs import traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings import parse_settings
+from profiles.budget import CONTEXT_BYTES, gpu_bytes_needed
+from profiles.choices import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.lsp_sizes import lsp_ladder
 from profiles.machine import Disk, Machine, absent
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
-from profiles.recommend import (
-    CONTEXT_BYTES,
-    FOLD_AS_FAST,
-    FOLD_GPU_SHARE,
-    FOLDS,
-    gpu_bytes_needed,
-    recommend,
-    why_first,
-)
+from profiles.recommend import recommend, why_first
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
