@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,15 @@ class _Room:
     ticket: int
     begin: int
     released: tuple[Event, ...] | None = None
+
+
+class Moved(NamedTuple):
+    """Bytes so far. Those that came up count as far as they were computed with: how much is sent ahead
+    depends on the disk's pace."""
+
+    h2d_bytes: int
+    d2h_bytes: int
+    disk_bytes: int
 
 
 class BlockStream:
@@ -95,7 +105,7 @@ class BlockStream:
         }
         room = ring_bytes(list(sizes_bytes.values()))
         self._ring = torch.empty(room, dtype=torch.uint8, device=link.device)
-        self.disk_bytes = 0
+        self._disk_bytes = 0
         """Bytes of the pieces from disk that were computed with, so far."""
         if disk is not None:
             disk.set_order([(p.block, p.start, p.stop) for p in self._pieces if self.is_on_disk(p.block)])
@@ -106,11 +116,28 @@ class BlockStream:
         return self._slabs.pinned_bytes + (0 if self._disk is None else self._disk.pinned_bytes)
 
     @property
-    def ahead_bytes(self) -> int:
+    def _ahead_bytes(self) -> int:
         """Bytes on their way up, or up, that nobody has computed with yet."""
         pieces = (self._pieces[ticket % len(self._pieces)] for ticket in self._arrivals)
         begun_bytes = 0 if self._disk is None else self._disk.begun_bytes
         return begun_bytes + sum(piece.stop - piece.start for piece in pieces)
+
+    def moved(self) -> Moved:
+        sent_bytes = self._link.h2d_bytes - self._ahead_bytes
+        return Moved(h2d_bytes=sent_bytes, d2h_bytes=self._link.d2h_bytes, disk_bytes=self._disk_bytes)
+
+    def moved_since(self, before: Moved) -> dict[str, Any]:
+        """By the names of `engines.base.StepStats`."""
+        now = self.moved()
+        read_bytes = now.disk_bytes - before.disk_bytes
+        rate = None if self._disk is None else self._disk.rate_bytes_per_s
+        return {
+            "h2d_bytes": now.h2d_bytes - before.h2d_bytes,
+            "d2h_bytes": now.d2h_bytes - before.d2h_bytes,
+            "disk_read_bytes": read_bytes,
+            "disk_floor_s": None if rate is None else read_bytes / rate,
+            "disk_direct": None if self._disk is None else self._disk.direct,
+        }
 
     def is_resident(self, block: int) -> bool:
         return block in self._on_gpu
@@ -231,7 +258,7 @@ class BlockStream:
             self._clock.start()
             self._left[ticket] = piece.last - piece.first
             if self.is_on_disk(block):
-                self.disk_bytes += piece.stop - piece.start
+                self._disk_bytes += piece.stop - piece.start
         begin = room.begin % len(self._ring) - piece.start
         return form.opened(self._ring[begin + start : begin + stop], first)
 

@@ -46,18 +46,16 @@ import torch
 from torch import Tensor
 
 from engines import noise
-from engines.base import Batch, Blueprint, Context, Evaluation, InfeasiblePlan, StepStats, Update
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.base_format import BlockForm, block_forms
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
-from engines.costs.disk import fewest_on_disk, host_needed_bytes
-from engines.costs.forward import PROCESS_HOST_BYTES
-from engines.costs.zo2 import disk_indices, resident_indices
+from engines.clocks import Clocks
+from engines.costs.zo2 import choose_on_disk, resident_indices
 from engines.decoding import Decoded, GenerationRequest
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
 from engines.estimators import drawn_blocks, forwards, next_updates, probes
-from engines.exposure import ExposureClock
 from engines.generation import generate
 from engines.grid import landed_on_grid, plain_weights
 from engines.layout import BlockLayout, lay_out
@@ -70,8 +68,7 @@ from engines.ring import BlockStream
 from engines.scratch import Task
 from engines.settings import Zo2Settings
 from engines.streams import Streams
-from engines.timeline import Timeline
-from engines.transfer import ComputeClock, Link
+from engines.transfer import ComputeClock
 
 
 class Zo2:
@@ -90,10 +87,9 @@ class Zo2:
         self._dtype = TORCH_DTYPE[context.workload.dtype]
         self._seed = context.seed
         self._step = 0
-        self._timeline = Timeline(self.device) if context.trace else None
-        self._exposure = ExposureClock(self.device)
-        self._clock = ComputeClock(self.device, self._timeline, exposure=self._exposure)
-        self._noise_clock = ComputeClock(self.device, self._timeline, "perturb")
+        self._clocks = Clocks(context, self.device)
+        self._clock = self._clocks.compute
+        self._noise_clock = ComputeClock(self.device, self._clocks.timeline, "perturb")
         self._disk: DiskBlocks | None = None
 
     @staticmethod
@@ -116,7 +112,12 @@ class Zo2:
         blocks, base = self._layout.blocks, self.settings.base
         self._forms = block_forms(blocks, base, self._dtype)
         resident = resident_indices(len(blocks), self.settings.resident_blocks)
-        self._on_disk = self._choose_on_disk(resident)
+        self._on_disk = choose_on_disk(
+            [form.size_bytes for form in self._forms],
+            resident,
+            self.settings.disk_blocks,
+            self.context.host_bytes,
+        )
         self._pending = PendingUpdates(
             self._forms,
             self.device,
@@ -127,9 +128,7 @@ class Zo2:
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
         )
-        self._link = Link(
-            self.device, self.link_delay, self._timeline, self.context.link_rates, self._exposure
-        )
+        self._link = self._clocks.link(self.link_delay)
         self._disk = self._make_disk(blocks, blueprint)
         self._stream = BlockStream(
             self._forms, resident, self._link, self._clock, self.context.progress, self._disk
@@ -144,26 +143,6 @@ class Zo2:
             self._disk.choose_depth()
         self._stream.prefetch()
 
-    def _choose_on_disk(self, resident: frozenset[int]) -> frozenset[int]:
-        """Raises `InfeasiblePlan` if host memory is too small for those that are not."""
-        forms = self._forms
-        streamed_bytes = [form.size_bytes for i, form in enumerate(forms) if i not in resident]
-        wanted, host_bytes = self.settings.disk_blocks, self.context.host_bytes
-        if wanted == "auto":
-            usable = sum(streamed_bytes) if host_bytes is None else host_bytes - PROCESS_HOST_BYTES
-            wanted = fewest_on_disk(streamed_bytes, usable)
-        needed_bytes = host_needed_bytes(streamed_bytes, wanted)
-        if host_bytes is not None and needed_bytes > host_bytes:
-            on_host = len(streamed_bytes) - min(wanted, len(streamed_bytes))
-            ring = " and the ring of those on disk" if wanted and streamed_bytes else ""
-            raise InfeasiblePlan(
-                f"{(needed_bytes - host_bytes) / 1e9:.3g} GB of host memory are missing: "
-                f"{on_host} streamed blocks{ring} take {needed_bytes / 1e9:.3g} GB, and the run may use "
-                f"{host_bytes / 1e9:.3g} GB; free host memory, or keep more blocks on the GPU with "
-                "--set zo2.resident_blocks=N or on disk with --set zo2.disk_blocks=N"
-            )
-        return frozenset(i for i in disk_indices(len(forms), resident, wanted) if forms[i].size_bytes)
-
     def _make_disk(self, blocks: Sequence[BlockLayout], blueprint: Blueprint) -> DiskBlocks | None:
         if not self._on_disk:
             return None
@@ -176,7 +155,7 @@ class Zo2:
             folds=self.context.total_steps > LOG_CAPACITY,
             in_place=in_place({i: blocks[i] for i in self._on_disk}, blueprint, dtype, size),
             delay_s=self.disk_delay_s,
-            timeline=self._timeline,
+            timeline=self._clocks.timeline,
         )
 
     def _fill(
@@ -206,12 +185,11 @@ class Zo2:
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """Its times, unlike its loss and bytes, are those of the step before."""
-        times: dict[str, float | None] = {}
+        times: dict[str, Any] = {}
         self._fold_full_log()
-        h2d_bytes, d2h_bytes = self._sent_bytes(), self._link.d2h_bytes
-        disk_bytes = self._stream.disk_bytes
+        before = self._stream.moved()
         self._label("before the blocks")
-        self._exposure.mark()
+        self._clocks.exposure.mark()
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
@@ -233,12 +211,8 @@ class Zo2:
         return StepStats(
             loss=sum(losses) / len(losses),
             forwards=float(forwards(self.settings)),
-            h2d_bytes=self._sent_bytes() - h2d_bytes,
-            d2h_bytes=self._link.d2h_bytes - d2h_bytes,
-            disk_read_bytes=self._stream.disk_bytes - disk_bytes,
-            disk_floor_s=self._disk_floor_s(self._stream.disk_bytes - disk_bytes),
-            disk_direct=None if self._disk is None else self._disk.direct,
             updates=updates,
+            **self._stream.moved_since(before),
             **times,
         )
 
@@ -246,25 +220,10 @@ class Zo2:
         """Whether it is the block's turn to keep its updates in this step. LOZO's windows have their own."""
         return self.settings.estimator != "lozo" and self._pending.is_due(block, self._step)
 
-    def _sent_bytes(self) -> int:
-        """As far as it was computed with: how much is sent ahead depends on the disk's pace."""
-        return self._link.h2d_bytes - self._stream.ahead_bytes
-
-    def _disk_floor_s(self, read_bytes: int) -> float | None:
-        """See `engines.base.StepStats`."""
-        rate = None if self._disk is None else self._disk.rate_bytes_per_s
-        return None if rate is None else read_bytes / rate
-
-    def _take_times(self) -> dict[str, float | None]:
-        h2d_s, d2h_s = self._link.take_busy_s()
-        gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
+    def _take_times(self) -> dict[str, Any]:
         disk_s = None if self._disk is None else self._disk.take_busy_s()
-        seen = self._exposure.take()
-        return {
-            "h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": gpu_s, "perturb_s": perturb_s,
-            "gpu_exposed_s": seen.gpu_s, "h2d_exposed_s": seen.h2d_s, "d2h_exposed_s": seen.d2h_s,
-            "disk_s": disk_s,
-        }  # fmt: skip
+        perturb_s = self._noise_clock.take_s()
+        return self._clocks.take_s(self._link) | {"perturb_s": perturb_s, "disk_s": disk_s}
 
     def _pass(
         self,
@@ -345,24 +304,14 @@ class Zo2:
         self._flush(self._step - 1)
 
         def blocks() -> Iterator[int]:
-            self._exposure.mark()
+            self._clocks.exposure.mark()
             return self._pass_without_noise(lambda i: False)
 
-        h2d_bytes, disk_bytes = self._sent_bytes(), self._stream.disk_bytes
+        before = self._stream.moved()
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
-            read_bytes = self._stream.disk_bytes - disk_bytes
-            stats = StepStats(
-                loss=math.nan,
-                h2d_bytes=self._sent_bytes() - h2d_bytes,
-                d2h_bytes=0,
-                disk_read_bytes=read_bytes,
-                disk_floor_s=self._disk_floor_s(read_bytes),
-                disk_direct=None if self._disk is None else self._disk.direct,
-                updates=(),
-                **self._take_times(),
-            )
-            h2d_bytes, disk_bytes = self._sent_bytes(), self._stream.disk_bytes
-            yield Decoded(tokens=tokens, stats=stats)
+            moved = self._stream.moved_since(before)
+            before = self._stream.moved()
+            yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **moved, **self._take_times()))
         self._forget_times()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -421,7 +370,7 @@ class Zo2:
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
-        return [] if self._timeline is None else self._timeline.events()
+        return self._clocks.trace_events()
 
     def _label(self, name: str) -> None:
         self._clock.label = self._noise_clock.label = name

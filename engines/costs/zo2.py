@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
-from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
+from engines.base import BYTES_PER_ELEMENT, InfeasiblePlan, ModelShape, Traffic, Workload
 from engines.costs import disk, forward
 from engines.costs.low_bit import block_bytes
 from engines.costs.mezo import (
@@ -47,6 +48,34 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 def disk_indices(num_blocks: int, resident: frozenset[int], disk_blocks: int) -> frozenset[int]:
     """Which of the streamed blocks are on disk: as evenly spread among them as can be."""
     return disk.spread([i for i in range(num_blocks) if i not in resident], disk_blocks)
+
+
+def choose_on_disk(
+    sizes_bytes: Sequence[int],
+    resident: frozenset[int],
+    wanted: int | Literal["auto"],
+    host_bytes: int | None,
+) -> frozenset[int]:
+    """Which blocks, of `sizes_bytes` each, are on disk: as many as `wanted`, or as few as let the other
+    streamed ones fit into the `host_bytes` that the process may use.
+
+    Raises `InfeasiblePlan` if host memory is too small for those that are not.
+    """
+    streamed_bytes = [size for i, size in enumerate(sizes_bytes) if i not in resident]
+    if wanted == "auto":
+        usable = sum(streamed_bytes) if host_bytes is None else host_bytes - forward.PROCESS_HOST_BYTES
+        wanted = disk.fewest_on_disk(streamed_bytes, usable)
+    needed_bytes = disk.host_needed_bytes(streamed_bytes, wanted)
+    if host_bytes is not None and needed_bytes > host_bytes:
+        on_host = len(streamed_bytes) - min(wanted, len(streamed_bytes))
+        ring = " and the ring of those on disk" if wanted and streamed_bytes else ""
+        raise InfeasiblePlan(
+            f"{(needed_bytes - host_bytes) / 1e9:.3g} GB of host memory are missing: "
+            f"{on_host} streamed blocks{ring} take {needed_bytes / 1e9:.3g} GB, and the run may use "
+            f"{host_bytes / 1e9:.3g} GB; free host memory, or keep more blocks on the GPU with "
+            "--set zo2.resident_blocks=N or on disk with --set zo2.disk_blocks=N"
+        )
+    return frozenset(i for i in disk_indices(len(sizes_bytes), resident, wanted) if sizes_bytes[i])
 
 
 def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
