@@ -19,18 +19,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engines.clocks import Clocks
 from engines.costs.lsp import UPLOAD_SLOTS
-from engines.exposure import ExposureClock
 from engines.optim import core_adam
 from engines.settings import AdamWSettings
-from engines.timeline import Timeline
 from engines.transfer import Event, Link, now_s
 
 WAIT_LIMIT_S = 600.0
@@ -165,14 +164,12 @@ class CorePipeline:
         settings: AdamWSettings,
         piece_elements: int,
         dtype: torch.dtype,
-        timeline: Timeline | None = None,
-        exposure: ExposureClock | None = None,
+        clocks: Clocks,
     ) -> None:
         """`piece_elements` is the size of the largest piece."""
         self._link = link
         self._settings = settings
-        self._timeline = timeline
-        self._exposure = exposure
+        self._timeline, self._exposure = clocks.timeline, clocks.exposure
         device = link.device
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
         # Allocated once: they cross streams, and the caching allocator knows nothing of that.
@@ -216,6 +213,12 @@ class CorePipeline:
         if update.failed:
             raise CoreNotFinite(update.share.step)
         return update.applied
+
+    def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
+        """As `wait` for each, finite or not; the argument `wait` is for its application's end."""
+        for update in updates:
+            with suppress(CoreNotFinite):
+                wait(self.wait(update))
 
     def take_busy_s(self) -> float:
         """Seconds spent in Adam since the last call."""
@@ -283,8 +286,7 @@ class CorePipeline:
         end_s = now_s()
         with self._changed:
             self._busy_s += end_s - begin_s
-        if self._exposure is not None:
-            self._exposure.on_host(begin_s, end_s)
+        self._exposure.on_host(begin_s, end_s)
         if self._timeline is not None:
             self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
 
@@ -303,8 +305,7 @@ class CorePipeline:
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
             update.apply(direction, update.share)
-            if self._exposure is not None:
-                self._exposure.between("gpu", start, _timed_event(self._stream))
+            self._exposure.between("gpu", start, _timed_event(self._stream))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)
             update.applied = self._slot_free[slot] = self._link.record()

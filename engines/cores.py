@@ -49,6 +49,11 @@ class CoreMatrix:
     is_collected: bool = False
     """The core holds gradient of the backward pass under way."""
 
+    def of(self, piece: Tensor) -> Tensor:
+        """Its part, (d, d), of what a piece holds, (elements,)."""
+        d = self.subspace.d
+        return piece[self.offset : self.offset + d * d].view(d, d)
+
     def keep(self, x: Tensor) -> Tensor:
         if self.forms_gradient or self.calibrator.calibrates:
             return x
@@ -118,6 +123,18 @@ class CoreBlock:
     def matrices(self) -> list[CoreMatrix]:
         return [matrix for piece in self.pieces for matrix in piece.matrices]
 
+    @property
+    def index(self) -> int:
+        """Of the model's block."""
+        return self.matrices[0].subspace.block
+
+    def finish(self) -> None:
+        """Its backward pass is over: the cores are whole, and their norm is taken."""
+        for matrix in self.matrices:
+            matrix.finish()
+        norm = torch.linalg.vector_norm(self.core, dtype=torch.float32)
+        self.squared_norm.copy_(norm.square())
+
 
 class Cores:
     """Memory of all cores, on both sides.
@@ -184,6 +201,20 @@ class Cores:
         """Every matrix, with the piece that it is in."""
         return [(piece, m) for block in self.blocks for piece in block.pieces for m in piece.matrices]
 
+    def piece_of(self, matrix: CoreMatrix) -> CorePiece:
+        """The piece that a matrix is in."""
+        pieces = self.blocks[self.place[matrix.subspace.block]].pieces
+        return next(piece for piece in pieces if matrix in piece.matrices)
+
+    def begin_step(self) -> None:
+        """No block has gradient."""
+        self.squared_norms.zero_()
+        for block in self.blocks:
+            block.has_gradient = False
+            for matrix in block.matrices:
+                if matrix.sum is not None:
+                    matrix.sum.zero_()
+
     @property
     def pinned_bytes(self) -> int:
         return self._slab.num_bytes if self._slab.pinned else 0
@@ -228,9 +259,7 @@ def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
 def move_moments(state: PieceState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:
     """Move Adam's moments to the subspace of a new pair, fp32, on the device; the bytes that go each way."""
     subspace, dtype, device = matrix.subspace, matrix.core.dtype, matrix.core.device
-    d = subspace.d
-    here = slice(matrix.offset, matrix.offset + d * d)
-    moments = [state.moment[here].view(d, d), state.variance[here].view(d, d)]
+    moments = [matrix.of(state.moment), matrix.of(state.variance)]
     on_device = [moment.to(device) for moment in moments]
     # The new pair as it will be stored.
     moved = transport_moments(
@@ -277,10 +306,5 @@ def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
     """What a checkpoint holds of a matrix."""
-    d = matrix.subspace.d
-    here = slice(matrix.offset, matrix.offset + d * d)
-    moments = {
-        "moment": piece.state.moment[here].view(d, d),
-        "variance": piece.state.variance[here].view(d, d),
-    }
+    moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
     return moments | matrix.subspace.tensors()

@@ -56,7 +56,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,11 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, NonFiniteLoss, StepStats
 from engines.blocks import evaluate_on_device, materialize, no_cache
+from engines.clocks import Clocks
 from engines.compressed_linear import compress_gradient, restore
 from engines.core_pipeline import (
     CoreNotFinite,
     CorePipeline,
-    PieceState,
     PieceUpdate,
     StepShare,
     adam_threads,
@@ -79,7 +78,6 @@ from engines.core_pipeline import (
 )
 from engines.core_update import apply_core, landed
 from engines.cores import CoreBlock, CoreMatrix, Cores, load_cores, move_moments, save_cores
-from engines.exposure import ExposureClock
 from engines.optim import (
     accumulate_gradients,
     load_checkpoint,
@@ -104,8 +102,7 @@ from engines.subspace import (
     draw_subspaces,
     treatments,
 )
-from engines.timeline import Timeline
-from engines.transfer import ComputeClock, Event, Link, now_s
+from engines.transfer import Event, now_s
 
 
 class Lsp:
@@ -117,16 +114,13 @@ class Lsp:
         self.settings = settings
         self.context = context
         self.device = torch.device(context.device)
-        self._timeline = Timeline(self.device) if context.trace else None
-        self._exposure = ExposureClock(self.device)
-        self.link = Link(
-            self.device, timeline=self._timeline, rates=context.link_rates, exposure=self._exposure
-        )
+        self._clocks = Clocks(context, self.device)
+        self.link = self._clocks.link()
         self.steps_done = 0
         self.calibrates = False
         """The backward pass under way tests the bias of every matrix."""
         self._clock = now_s
-        self._compute = ComputeClock(self.device, self._timeline, exposure=self._exposure)
+        self._compute = self._clocks.compute
         self._cores: Cores | None = None
         self._blocks: list[CoreBlock] = []
         self._pipeline: CorePipeline | None = None
@@ -161,19 +155,16 @@ class Lsp:
             progress=self.context.progress,
         )
         self._blocks = self._cores.blocks
-        self._take_the_rest(subspaces)
-        for block in self._blocks:
-            for matrix in block.matrices:
-                compress_gradient(matrix.subspace.module, matrix)
+        self._outer = OuterParameters(self.model, subspaces, self.settings, self.device)
+        for matrix in self._matrices():
+            compress_gradient(matrix.subspace.module, matrix)
         self._squared_total = torch.zeros(1, device=self.device)
         self._loss_on_host = self._small_host_tensor()
         self._total_on_host = self._small_host_tensor()
         if self.settings.offload:
             largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
             leave_threads_to_adam()
-            self._pipeline = CorePipeline(
-                self.link, self.settings, largest, self._dtype, self._timeline, self._exposure
-            )
+            self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._clocks)
         prepare_training(self.model, self.context, recompute=False)
         self._trained = TrainedBlocks(
             self.model,
@@ -184,11 +175,6 @@ class Lsp:
 
     def _small_host_tensor(self) -> Tensor:
         return torch.zeros(1, pin_memory=self.device.type == "cuda")
-
-    def _take_the_rest(self, subspaces: Sequence[Sequence[Subspace]]) -> None:
-        own = {each.weight for members in subspaces for each in members}
-        rest = [parameter for parameter in self.model.parameters() if parameter not in own]
-        self._outer = OuterParameters(rest, self.settings, self.device)
 
     def treatment(self) -> list[Treatment]:
         """How each parameter is trained, in the model's order, each once."""
@@ -231,7 +217,7 @@ class Lsp:
         self._begin_step()
         total = torch.zeros(1, device=self.device)
         forward_done = Event()
-        self._exposure.mark()
+        self._clocks.exposure.mark()
         self._mark("forward")
         with no_cache(self.model):
             for index, loss in accumulate_gradients(self.model, batches, self.device):
@@ -251,7 +237,13 @@ class Lsp:
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
-        return self._stats(value)
+        return StepStats(
+            loss=value,
+            h2d_bytes=self._step_h2d_bytes,
+            d2h_bytes=self._step_d2h_bytes,
+            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            **self._clocks.take_s(self.link),
+        )
 
     def _begin_step(self) -> None:
         assert self._trained is not None
@@ -267,12 +259,7 @@ class Lsp:
             )
         self._trained.uses_graphs = not self.calibrates
         self._trained.begin()
-        self._laid_out.squared_norms.zero_()
-        for block in self._blocks:
-            block.has_gradient = False
-            for matrix in block.matrices:
-                if matrix.sum is not None:
-                    matrix.sum.zero_()
+        self._laid_out.begin_step()
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: apply what the last step left for it."""
@@ -297,13 +284,8 @@ class Lsp:
     def finish(self, index: int) -> None:
         """All gradients of a block have been collected. May be part of a CUDA graph."""
         place = self._laid_out.place.get(index)
-        if place is None:
-            return
-        block = self._blocks[place]
-        for matrix in block.matrices:
-            matrix.finish()
-        norm = torch.linalg.vector_norm(block.core, dtype=torch.float32)
-        block.squared_norm.copy_(norm.square())
+        if place is not None:
+            self._blocks[place].finish()
 
     def after_backward(self, index: int) -> None:
         place = self._laid_out.place.get(index)
@@ -346,8 +328,8 @@ class Lsp:
         """What is left of the step once backward has been enqueued."""
         for place, block in enumerate(self._blocks):
             if block.has_gradient:  # of an earlier micro-batch only
-                self.before_backward(self._index_of(place))
-                self.finish(self._index_of(place))
+                self.before_backward(block.index)
+                self.finish(block.index)
                 self._send(place)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
@@ -361,9 +343,6 @@ class Lsp:
             for update in updates:
                 self._pipeline.submit([update])
         self._outer.step(self._share.learning_rate, self._squared_total)
-
-    def _index_of(self, place: int) -> int:
-        return self._blocks[place].matrices[0].subspace.block
 
     def _clip(self, most: float) -> None:
         """Scale the outer gradients, and let the worker know the norm of all."""
@@ -389,10 +368,8 @@ class Lsp:
     def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
         """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
         for matrix in matrices:
-            subspace = matrix.subspace
-            d = subspace.d
-            core = direction[matrix.offset : matrix.offset + d * d].view(d, d)
-            self._update(subspace, subspace.weight, core, share)
+            core = matrix.of(direction)
+            self._update(matrix.subspace, matrix.subspace.weight, core, share)
 
     def _update(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
         key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
@@ -425,33 +402,14 @@ class Lsp:
         """Wait for what is on its way, whatever comes of it."""
         for block in self._blocks:
             pending, block.pending = block.pending, []
-            for update in pending:
-                if self._pipeline is not None:
-                    with suppress(CoreNotFinite):
-                        self.link.wait(self._pipeline.wait(update))
+            if self._pipeline is not None:
+                self._pipeline.wait_out(pending, self.link.wait)
 
     def _mark(self, what: str) -> None:
         """Compute of another name begins, for traces."""
         self._compute.stop()
         self._compute.label = what
         self._compute.start()
-
-    def _stats(self, loss: float) -> StepStats:
-        h2d_s, d2h_s = self.link.take_busy_s()
-        seen = self._exposure.take()
-        return StepStats(
-            loss=loss,
-            h2d_bytes=self._step_h2d_bytes,
-            d2h_bytes=self._step_d2h_bytes,
-            gpu_s=self._compute.take_s(),
-            h2d_s=h2d_s,
-            d2h_s=d2h_s,
-            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
-            gpu_exposed_s=seen.gpu_s,
-            h2d_exposed_s=seen.h2d_s,
-            d2h_exposed_s=seen.d2h_s,
-            cpu_exposed_s=seen.cpu_s,
-        )
 
     # --- subspaces ------------------------------------------------------------------------------------
 
@@ -462,17 +420,13 @@ class Lsp:
         found = self._round.check(matrix.subspace, gradient)
         if found is None:
             return
-        state = self._state_of(matrix)
+        state = self._laid_out.piece_of(matrix).state
         if state.updates > 0:
             # The moments are the worker's no more: this block's forward pass has waited for its last update.
             moved_bytes = move_moments(state, matrix, *found)
             self._step_h2d_bytes += moved_bytes
             self._step_d2h_bytes += moved_bytes
         matrix.subspace.assign(*found)
-
-    def _state_of(self, matrix: CoreMatrix) -> PieceState:
-        block = self._blocks[self._laid_out.place[matrix.subspace.block]]
-        return next(piece.state for piece in block.pieces if matrix in piece.matrices)
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
@@ -481,17 +435,9 @@ class Lsp:
         self._settle(self._blocks)
         if self.steps_done == 0 or self._share.failed or self._share.learning_rate == 0.0:
             return None
-        piece, matrix = max(
-            (
-                (piece, matrix)
-                for block in self._blocks
-                for piece in block.pieces
-                for matrix in piece.matrices
-            ),
-            key=lambda pair: pair[1].subspace.weight.numel(),
-        )
-        subspace, d = matrix.subspace, matrix.subspace.d
-        core = piece.state.wire[matrix.offset : matrix.offset + d * d].view(d, d).to(self.device)
+        matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
+        subspace = matrix.subspace
+        core = matrix.of(self._laid_out.piece_of(matrix).state.wire).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
         return landed(subspace, trial, core, self._share.learning_rate, self.settings)
@@ -527,15 +473,13 @@ class Lsp:
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
-        return [] if self._timeline is None else self._timeline.events()
+        return self._clocks.trace_events()
 
     def synchronize(self) -> None:
         """Wait until no core is in flight and the device is idle."""
         for block in self._blocks:
-            for update in block.pending:
-                if self._pipeline is not None:
-                    with suppress(CoreNotFinite):  # the next step says so
-                        self.link.host_wait(self._pipeline.wait(update))
+            if self._pipeline is not None:
+                self._pipeline.wait_out(block.pending, self.link.host_wait)  # the next step says what failed
         self.link.synchronize()
 
     def close(self) -> None:

@@ -9,14 +9,21 @@ from torch import Tensor, nn
 
 from engines.optim import adamw_state, load_adamw_state, make_adamw, set_learning_rate
 from engines.settings import LspSettings
+from engines.subspace import Subspace
 
 
 class OuterParameters:
     def __init__(
-        self, parameters: Sequence[nn.Parameter], settings: LspSettings, device: torch.device
+        self,
+        model: nn.Module,
+        subspaces: Sequence[Sequence[Subspace]],
+        settings: LspSettings,
+        device: torch.device,
     ) -> None:
+        own = {each.weight for members in subspaces for each in members}
+        parameters = [parameter for parameter in model.parameters() if parameter not in own]
         self._adam: torch.optim.AdamW | None = None
-        self._parameters = list(parameters) if settings.train_outer else []
+        self._parameters = parameters if settings.train_outer else []
         self._not_finite = torch.zeros((), device=device)
         if self._parameters:
             self._adam = make_adamw(self._parameters, settings)
