@@ -3,6 +3,8 @@
     python tests/benchmarks/estimator_study.py --wikitext2 DIR --out FILE.json
     python tests/benchmarks/estimator_study.py --sst2 DIR --minilm DIR --out FILE.json --device cuda:0
 
+Without a source it prints the table of what lies in `--out`.
+
 A model is trained with AdamW to the last stage of `projector_gradients`, then fine-tuned by `mezo` on further
 batches. Each estimator has the same budget of forward passes, starts from the same weights and sees the same
 batches; it is run with each learning rate of one grid, and with the best of them for the other seeds. FZOO's
@@ -130,15 +132,16 @@ def best_rate(trials: Sequence[Trial]) -> float | None:
 
 def table(trials: list[Trial]) -> str:
     lines = [
-        "| estimator | forwards a step | rate | loss at 1/4 | 1/2 | all (spread of seeds) | accuracy "
+        "| estimator | forwards a step | steps | rate | loss at 1/4 | 1/2 | all (spread of seeds) | accuracy "
         "| s a forward |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(each.estimator for each in trials):
         mine = [each for each in trials if each.estimator == name]
         rate = best_rate(mine)
+        start = f"| {name} | {mine[0].forwards_per_step} | {mine[0].steps}"
         if rate is None:
-            lines.append(f"| {name} | {mine[0].forwards_per_step} | none was finite | | | | | |")
+            lines.append(f"{start} | none was finite | | | | | |")
             continue
         rates = sorted({each.learning_rate for each in mine})
         edge = " (edge)" if rate in (rates[0], rates[-1]) else ""
@@ -149,10 +152,19 @@ def table(trials: list[Trial]) -> str:
         accuracy = fmean(each.accuracies[-1] or 0.0 for each in chosen)
         seconds = fmean((each.seconds or math.nan) / (each.steps * each.forwards_per_step) for each in chosen)
         lines.append(
-            f"| {name} | {mine[0].forwards_per_step} | {rate:g}{edge} | {at[0]:.4f} | {at[1]:.4f} | "
+            f"{start} | {rate:g}{edge} | {at[0]:.4f} | {at[1]:.4f} | "
             f"{at[2]:.4f} ({spread:.4f}) | {accuracy:.3f} | {seconds:.3f} |"
         )
     return "\n".join(lines)
+
+
+def load_trials(path: Path) -> list[Trial]:
+    """Those of a file that the study wrote."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Trial(**{**each, "losses": tuple(each["losses"]), "accuracies": tuple(each["accuracies"])})
+        for each in document["trials"]
+    ]
 
 
 def trials_of(source: Source, given: argparse.Namespace) -> Iterator[Trial]:
@@ -192,6 +204,9 @@ def main() -> None:
         source = decoder_on_wikitext(given.wikitext2, given.device, given.layers, given.hidden)
     elif given.sst2 is not None and given.minilm is not None:
         source = encoder_on_sst2(given.minilm, given.sst2, given.device)
+    elif given.out.exists():
+        print(table(load_trials(given.out)))
+        return
     else:
         parser.error("nothing to train on; name --wikitext2, or --sst2 and --minilm")
     trials: list[Trial] = []
