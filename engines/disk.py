@@ -22,7 +22,7 @@ import shutil
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
@@ -94,7 +94,7 @@ class DiskBlocks:
     """The weights of some blocks, as bytes in files.
 
     `sizes_bytes` are the blocks' by index; `in_place` says where those are that a file holds already, which
-    need no file of ours. With `folds` there is room for a second file of each.
+    need no file of ours. There is room for a second file of each that `folds` names.
 
     `delay_s` is for stress tests: asked before each read for seconds to wait.
 
@@ -109,7 +109,7 @@ class DiskBlocks:
         link: Link,
         progress: Progress,
         *,
-        folds: bool = False,
+        folds: Collection[int] = (),
         in_place: Mapping[int, Sequence[Span]] | None = None,
         delay_s: Callable[[], float] | None = None,
         timeline: Timeline | None = None,
@@ -127,7 +127,7 @@ class DiskBlocks:
         self._own: dict[int, Span] = {}
         """Files that `fill` writes."""
         self._second: dict[int, Span] = {}
-        self._make_files(folds=folds)
+        self._make_files(folds)
         self.direct = self._is_direct()
         total_bytes = sum(self._sizes_bytes.values())
         self._num_slots = costs.num_slots(total_bytes)
@@ -148,9 +148,9 @@ class DiskBlocks:
         self._once = False
         self._clock = _BusyClock()
 
-    def _make_files(self, *, folds: bool) -> None:
+    def _make_files(self, folds: Collection[int]) -> None:
         own = [i for i in self._sizes_bytes if i not in self._spans]
-        missing = [(i, self._own) for i in own] + [(i, self._second) for i in self._sizes_bytes if folds]
+        missing = [(i, self._own) for i in own] + [(i, self._second) for i in sorted(folds)]
         needed_bytes = sum(self._sizes_bytes[i] for i, _ in missing)
         if not missing:
             return
@@ -158,13 +158,13 @@ class DiskBlocks:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             free_bytes = shutil.disk_usage(self.folder).free
             if needed_bytes > free_bytes:
-                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes, folds=folds))
+                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes, folds))
             for index, files in missing:
                 files[index] = self._make_file(index)
         except OSError as error:
             self._close_files()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InfeasiblePlan(self._too_small(needed_bytes, None, folds=folds)) from None
+                raise InfeasiblePlan(self._too_small(needed_bytes, None, folds)) from None
             raise self._unusable("cannot be used", error) from None
         except BaseException:
             self._close_files()
@@ -188,8 +188,8 @@ class DiskBlocks:
             warnings.warn(f"{told}; {remedy}", PageCacheWarning, stacklevel=3)
         return why is None
 
-    def _too_small(self, needed_bytes: int, free_bytes: int | None, *, folds: bool) -> str:
-        twice = f", twice because the run has more than {costs.REPLAYED_UPDATES} updates" if folds else ""
+    def _too_small(self, needed_bytes: int, free_bytes: int | None, folds: Collection[int]) -> str:
+        twice = ", second files for folded updates included" if folds else ""
         told = (
             f"{(needed_bytes - free_bytes) / 1e9:.3g} GB of disk are missing"
             if free_bytes is not None

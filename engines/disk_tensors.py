@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engines.base import Blueprint, Dtype, LocatesWeights, UserError
+from engines.base_format import BlockForm
 from engines.layout import BlockLayout
 from engines.raw_files import RawFile, Span, open_existing
 
@@ -54,13 +55,16 @@ class FetchedTensors(Mapping[str, Tensor]):
     def __init__(
         self,
         kept: Mapping[str, Tensor],
-        blocks: Mapping[int, BlockLayout],
+        blocks: Mapping[int, BlockForm],
         fetch: Callable[[int], Tensor],
     ) -> None:
+        """`fetch` gives a block's bytes."""
         self._kept = kept
         self._blocks = blocks
         self._fetch = fetch
-        self._homes = {name: i for i in sorted(blocks) for part in blocks[i].own_parts for name in part.names}
+        self._homes = {
+            name: i for i in sorted(blocks) for part in blocks[i].layout.own_parts for name in part.names
+        }
         self._there: tuple[int, dict[str, Tensor]] = (-1, {})
 
     def __getitem__(self, name: str) -> Tensor:

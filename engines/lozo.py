@@ -173,6 +173,8 @@ class LowRank:
         self.tensors = {f"{matrix.name}.lozo": matrix.accumulator for matrix in everything}
         """A^T of every matrix, (rank, outputs) fp32: part of a checkpoint."""
         self.numbers = {f"{matrix.name}.lozo": matrix.u_number for matrix in everything}
+        self.blocks = tuple(index for index, here in enumerate(self._blocks) if here)
+        """Those with such matrices."""
         self._by_name = {matrix.name: matrix for matrix in everything}
         self._by_module: dict[nn.Module, _Matrix] = {}
 

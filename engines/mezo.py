@@ -298,7 +298,7 @@ class Mezo:
         weights = ((name, weight.cpu()) for name, weight in self._saved.items())
         save_checkpoint(
             folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
-            base=self.settings.base, pending=self._pending.pending(),
+            base=self.settings.base, pending=self._pending.pending(self._step - 1),
         )  # fmt: skip
 
     @torch.no_grad()

@@ -41,10 +41,8 @@ class PendingUpdates:
         self.everything = UpdateLog(device)
         """Every update: what is outside the blocks takes it at once."""
         blocks = [form.layout for form in forms]
-        self._trained = tuple(
-            i for i, block in enumerate(blocks) if any(part.trained for part in block.parts)
-        )
-        self.drawable = self._trained if apart else tuple(range(len(blocks)))
+        self.trained = tuple(i for i, block in enumerate(blocks) if any(part.trained for part in block.parts))
+        self.drawable = self.trained if apart else tuple(range(len(blocks)))
         """Blocks that a step may perturb; one without trained weights may have adapters."""
         self.logs = tuple(UpdateLog(device) if apart else self.everything for _ in blocks)
         self.on_grid = any(
@@ -54,7 +52,7 @@ class PendingUpdates:
         self._every = every
         self._stored = [0] * len(blocks)
         self._apart = apart
-        self._flushed = tuple(i for i in self._trained if i not in apart_from_flushes)
+        self._flushed = tuple(i for i in self.trained if i not in apart_from_flushes)
 
     def append(self, update: Update, drawn: Collection[int]) -> None:
         """An update that the blocks `drawn` have to take."""
@@ -83,7 +81,7 @@ class PendingUpdates:
 
     def behind(self, index: int) -> int:
         """Updates that the block has yet to take."""
-        return self.logs[index].length - self._stored[index] if index in self._trained else 0
+        return self.logs[index].length - self._stored[index] if index in self.trained else 0
 
     @property
     def most(self) -> int:
@@ -93,16 +91,22 @@ class PendingUpdates:
     def overdue(self, index: int, how: Visit, last_step: int) -> Task:
         """What visits in the steps up to `last_step` would have stored, rounding by rounding. `how` has all
         pending updates of the block. `took` follows."""
-        ends = self._roundings(index, last_step)
-        visits = [
-            replace(how, first=first, last=last)
-            for first, last in zip([how.first, *ends], ends, strict=False)
-        ]
+        visits, _ = self.split(index, how, last_step)
         if not visits:
             return Task(how=without_updates(how), store=False, perturb=False)
-        return Task(
-            how=replace(visits[-1], first=how.first), store=True, perturb=False, overdue=(*visits[:-1],)
+        return Task(how=visits[-1], store=True, perturb=False, overdue=visits[:-1])
+
+    def split(self, index: int, how: Visit, last_step: int) -> tuple[tuple[Visit, ...], Visit]:
+        """`how`, which has all pending updates of the block, in the visits that store up to `last_step`, and
+        what pends after them."""
+        if not self.on_grid:
+            return (), how
+        ends = self._roundings(index, last_step)
+        starts = [how.first, *ends]
+        visits = tuple(
+            replace(how, first=first, last=last) for first, last in zip(starts, ends, strict=False)
         )
+        return visits, replace(how, first=starts[-1])
 
     def took(self, index: int, task: Task) -> None:
         if task.store:
@@ -124,12 +128,18 @@ class PendingUpdates:
             )
         ]
 
-    def pending(self) -> tuple[list[Update], list[int]]:
+    def pending(self, last_step: int) -> tuple[list[Update], list[int]]:
         """The updates that some block lacks, and how many each block does: for a checkpoint. None unless
-        matrices are rounded to a grid; other weights are saved with all updates."""
+        matrices are rounded to a grid; other weights are saved with all updates, and these with what steps
+        up to `last_step` have rounded."""
         if not self.on_grid:
             return [], []
-        behind = [self.behind(index) for index in range(len(self.logs))]
+        behind = [
+            self.logs[index].length - ends[-1]
+            if (ends := self._roundings(index, last_step))
+            else self.behind(index)
+            for index in range(len(self.logs))
+        ]
         oldest = min(
             (
                 log.between(log.length - count, log.length)[0].draw

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engines import base_format, noise
+from engines.base_format import BlockForm
 from engines.costs.low_bit import matrix_bytes
 from engines.layout import ModelLayout
 from engines.noise import Outputs, Visit
@@ -47,6 +48,25 @@ class Source(Protocol):
         """All work that reads or writes the parts in this visit is enqueued."""
 
 
+class BlockMemory:
+    """A source that is one block's memory, in bytes on the device."""
+
+    def __init__(self, form: BlockForm, memory: Tensor) -> None:
+        self._form = form
+        self._memory = memory
+
+    def spans(self, block: int) -> list[tuple[int, int]]:
+        own = len(self._form.layout.own_parts)
+        return [(0, own)] if own else []
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        start, stop = self._form.span(first, last)
+        return self._form.opened(self._memory[start:stop], first)
+
+    def done(self, block: int, first: int, last: int) -> None:
+        """Its owner says when it is free."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """What a visit does with a block."""
@@ -58,7 +78,7 @@ class Task:
     perturb: bool
     """Both perturbed passes, stacked; else one, with theta itself."""
     overdue: tuple[Visit, ...] = ()
-    """Low-bit matrices: what is to be stored before, one after the other. Vectors take it within `how`."""
+    """With a low-bit base: what is to be stored before `how`, one after the other."""
     one_sided: bool = False
     """Where it is perturbed: the plus side's pass alone."""
     folds: int | None = None
@@ -222,9 +242,10 @@ class BlockScratch:
             if index in self._seen:
                 continue
             weight = self._source.take(self._block, index, index + 1)
+            self._take_overdue(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8:
-                    self._visit_records(weight, part.segment, self._task.how, store=True, sides=())
+                    base_format.visit(weight, part.segment, self._task.how, self._base, store=True, sides=())
                 else:
                     noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
             self._fold(index, weight)
@@ -296,11 +317,10 @@ class BlockScratch:
             self._fold(index, records[begin : begin + size])
             begin += size
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
-        self._write_records(
-            records, self._segment(self._block, first, last), task.how,
-            [memory[start:stop] for memory in self._memory],
-            trained=layout.parts[first].trained, store=task.store,
-        )  # fmt: skip
+        segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
+        self._take_overdue(records, segment, trained=trained)
+        rooms = [memory[start:stop] for memory in self._memory]
+        self._write_records(records, segment, task.how, rooms, trained=trained, store=task.store)
         self._source.done(self._block, first, last)
         self._made.update(range(first, last))
         self._seen.update(range(first, last))
@@ -335,6 +355,7 @@ class BlockScratch:
             weight = source.take(self._block, index, index + 1)
             if index not in self._seen:
                 self._fold(index, weight)
+                self._take_overdue(weight, part.segment, trained=part.trained)
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
@@ -390,19 +411,23 @@ class BlockScratch:
         if not trained:
             how, store = without_updates(how), False
         sides = rooms if trained and self._task.perturb else rooms[:1]
-        self._visit_records(records, segment, how, store=store, sides=sides)
+        base_format.visit(records, segment, how, self._base, store=store, sides=sides)
         self._clock.stop()
 
-    def _visit_records(
-        self, records: Tensor, segment: Segment, how: Visit, *, store: bool, sides: Sequence[Tensor]
-    ) -> None:
-        """The one pass over low-bit matrices, after those that are overdue."""
+    def _take_overdue(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
+        """On the first time that parts of the block are met in its visit."""
         assert self._task is not None
-        if store:
-            for earlier in self._task.overdue:
-                base_format.visit(records, segment, earlier, self._base, store=True, sides=())
-                how = replace(how, first=earlier.last)
-        base_format.visit(records, segment, how, self._base, store=store, sides=sides)
+        overdue = self._task.overdue
+        if not overdue or not trained:
+            return
+        self._clock.start()
+        if weight.dtype == torch.uint8:
+            for each in overdue:
+                base_format.visit(weight, segment, each, self._base, store=True, sides=())
+        else:  # rounded after each update, whatever is stored in between
+            how = replace(overdue[0], last=overdue[-1].last)
+            noise.visit(weight, segment, how, Outputs(theta=weight))
+        self._clock.stop()
 
     def _is_large(self, block: int, part: int) -> bool:
         """A matrix, or shared: anything but the block's packed vectors."""

@@ -288,7 +288,7 @@ class Zo2Settings(MezoSettings):
     between two roundings to its grid, of which rare ones lose less."""
     disk_blocks: int | Literal["auto"] = 0
     """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; more than there are
-    means all, `auto` as many as host memory has no room for. For a full base."""
+    means all, `auto` as many as host memory has no room for."""
     disk_folder: str = ""
     """Where, on a local disk; the files have no name and are gone when the run ends, however it does. By
     default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
@@ -297,10 +297,6 @@ class Zo2Settings(MezoSettings):
         MezoSettings.__post_init__(self)
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
         _require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
-        _require(self.base == "full" or self.disk_blocks == 0, "disk_blocks", "must be 0 with a low-bit base")
-        _require(
-            self.disk_blocks == 0 or self.estimator != "lozo", "disk_blocks", "must be 0 with estimator=lozo"
-        )
 
 
 def _as_sequence(value: object) -> object:

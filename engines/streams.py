@@ -80,6 +80,7 @@ class Streams:
                 how=replace(how, step=probe.draw),
                 store=task.store and number == 0,
                 folds=task.folds if number == 0 else None,
+                overdue=task.overdue if number == 0 else (),
                 perturb=task.perturb and probe.sides != (Side.PLAIN,),
                 one_sided=len(probe.sides) == 1,
             )

@@ -14,8 +14,9 @@ Gaussian per parameter instead of two bytes over the link. A replayed update is 
 new, so the bits do not depend on `fold_every`.
 
 Blocks that host memory has no room for are on disk (`engines.disk`), and are never written there while they
-train: their updates stay in the log and are replayed from the base at every visit. When the log is full,
-after `LOG_CAPACITY` steps, they are folded into a second file. A read-only base needs no more than that.
+train: their updates stay in the log and are replayed from the base at every visit, on a low-bit one rounding
+by rounding. When the log is full, after `LOG_CAPACITY` updates, or a window of `engines.lozo` ends, they are
+folded into a second file. A base that is only read needs no more than that.
 
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
@@ -45,7 +46,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines import noise
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.base_format import BlockForm, block_forms
 from engines.blocks import TORCH_DTYPE, EvaluationSum
@@ -59,13 +59,13 @@ from engines.estimators import drawn_blocks, forwards, next_updates, probes
 from engines.generation import generate
 from engines.grid import landed_on_grid, plain_weights
 from engines.layout import BlockLayout, lay_out
-from engines.lozo import beside, window_due
+from engines.lozo import LowRank, beside, window_due
 from engines.mezo import EVALUATION_GROUP
-from engines.noise import LOG_CAPACITY, Outputs, Visit
+from engines.noise import LOG_CAPACITY, Visit
 from engines.pending import PendingUpdates
 from engines.perturbed import PerturbedModel
 from engines.ring import BlockStream
-from engines.scratch import Task
+from engines.scratch import BlockMemory, Task, without_updates
 from engines.settings import Zo2Settings
 from engines.streams import Streams
 from engines.transfer import ComputeClock
@@ -152,11 +152,26 @@ class Zo2:
             spill_folder(self.settings.disk_folder),
             self._link,
             self.context.progress,
-            folds=self.context.total_steps > LOG_CAPACITY,
-            in_place=in_place({i: blocks[i] for i in self._on_disk}, blueprint, dtype, size),
+            folds=self._folded_on_disk() if self._folds_ever() else (),
+            in_place={}
+            if self.settings.base != "full"
+            else in_place({i: blocks[i] for i in self._on_disk}, blueprint, dtype, size),
             delay_s=self.disk_delay_s,
             timeline=self._clocks.timeline,
         )
+
+    def _folded_on_disk(self) -> list[int]:
+        """Blocks on disk that training changes."""
+        trained = {*self._pending.trained}
+        if isinstance(self._model.adapters, LowRank):
+            trained.update(self._model.adapters.blocks)
+        return sorted(self._on_disk & trained)
+
+    def _folds_ever(self) -> bool:
+        total = self.context.total_steps
+        if self.settings.estimator == "lozo":
+            return total > self.settings.lozo_window
+        return total * self.settings.queries > LOG_CAPACITY
 
     def _fill(
         self,
@@ -186,16 +201,15 @@ class Zo2:
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """Its times, unlike its loss and bytes, are those of the step before."""
         times: dict[str, Any] = {}
-        self._fold_full_log()
+        window = window_due(self.settings, self._step)
+        self._fold_on_disk(window)
         before = self._stream.moved()
         self._label("before the blocks")
         self._clocks.exposure.mark()
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
-        for index, task in self._pass(
-            self._goes_down, perturbed=self._drawn(self._step), folds=window_due(self.settings, self._step)
-        ):
+        for index, task in self._pass(self._goes_down, perturbed=self._drawn(self._step), folds=window):
             streams.visit(index, task, self._stream)
             if index == 0:
                 # Of the step before, whose work has ended. Not at its end: until the first block of the next
@@ -243,12 +257,17 @@ class Zo2:
             self._label(f"block {index}")
             kept = resident and not on_grid
             keep = pending and (kept or (stores(index) and index not in self._on_disk))
-            keep = keep or folds is not None
+            folded = None if index in self._on_disk else folds
+            keep = keep or folded is not None
             self._stream.begin(keep=keep and not resident)
+            overdue: tuple[Visit, ...] = ()
+            how = self._visit(index)
+            if index in self._on_disk:
+                overdue, how = self._pending.split(index, how, self._step - (perturbed is None))
             # With several probes the ring's copy takes the updates, whether it goes down or not.
             store = keep or (pending and again and not on_grid)
             perturb = perturbed is not None and index in perturbed
-            yield index, Task(how=self._visit(index), store=store, perturb=perturb, folds=folds)
+            yield index, Task(how=how, store=store, perturb=perturb, overdue=overdue, folds=folded)
             if keep or not pending:
                 self._pending.stored(index)
         self._stream.end_pass()
@@ -318,7 +337,7 @@ class Zo2:
         if self.settings.base != "full":
             self.synchronize()
             plain = plain_weights(
-                self._layout, self._forms, self._model.outer, self._stream.at_rest, self._visit, self.device
+                self._layout, self._forms, self._model.outer, self._kept, self._not_in_kept, self.device
             )
             for name, weight in plain:
                 yield name, self._model.adapters.merged(name, weight, self._visit())
@@ -338,7 +357,7 @@ class Zo2:
         where = self._kept_in_memory()
         if not self._on_disk:
             return where
-        return FetchedTensors(where, {i: self._layout.blocks[i] for i in self._on_disk}, self._updated)
+        return FetchedTensors(where, {i: self._forms[i] for i in self._on_disk}, self._updated)
 
     def _kept_in_memory(self) -> dict[str, Tensor]:
         where = dict(self._model.outer)
@@ -349,24 +368,43 @@ class Zo2:
 
     @torch.no_grad()
     def _updated(self, index: int) -> Tensor:
-        """A copy of a block on disk, on the host, with the updates that pend."""
+        """The bytes of a block on disk, copied to the host, with the updates that pend; on a grid with those
+        that the steps so far have rounded."""
         with self._stream.fetched(index, keep=False) as memory:
-            self._apply_pending(index, memory)
-            return memory.view(self._dtype).to("cpu", copy=True)
+            self._keep_up(index, memory, self._step - 1)
+            return memory.to("cpu", copy=True)
 
-    def _fold_full_log(self) -> None:
-        """Blocks on disk whose updates fill the log are written to their second files."""
-        for index in sorted(self._on_disk):
-            if self._pending.behind(index) + self.settings.queries > LOG_CAPACITY:
+    def _kept(self, index: int) -> Tensor:
+        """A block's bytes, as a visit would find them."""
+        return self._updated(index) if index in self._on_disk else self._stream.at_rest(index)
+
+    def _not_in_kept(self, index: int) -> Visit:
+        """The updates that `_kept` lacks."""
+        how = self._visit(index)
+        if index not in self._on_disk:
+            return how
+        left = self._pending.split(index, how, self._step - 1)[1]
+        return left if self._pending.on_grid else without_updates(how)
+
+    def _fold_on_disk(self, window: int | None) -> None:
+        """Blocks on disk whose updates fill the log, or whose `window` ends, are written to their second
+        files."""
+        for index in self._folded_on_disk():
+            if window is not None or self._pending.behind(index) + self.settings.queries > LOG_CAPACITY:
                 with self._stream.fetched(index, keep=True) as memory:
-                    self._apply_pending(index, memory)
-                self._pending.stored(index)
+                    self._pending.took(index, self._keep_up(index, memory, self._step, window))
 
-    def _apply_pending(self, index: int, memory: Tensor) -> None:
-        if self._pending.pends(index):
-            block, flat = self._layout.blocks[index], memory.view(self._dtype)
-            whole = block.segment(0, len(block.own_parts))
-            noise.visit(flat, whole, self._visit(index), Outputs(theta=flat))
+    def _keep_up(self, index: int, memory: Tensor, last_step: int, window: int | None = None) -> Task:
+        """Store in `memory`, the bytes of a block on disk, what its place on the host would have after
+        `last_step`."""
+        task = Task(how=self._visit(index), store=True, perturb=False, folds=window)
+        if self._pending.on_grid:
+            task = self._pending.overdue(index, task.how, last_step)
+        self._clock.start()
+        with self._model.visiting(index, task, BlockMemory(self._forms[index], memory)):
+            pass
+        self._clock.stop()
+        return task
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -384,7 +422,7 @@ class Zo2:
             entries = self.settings.fold_every * self.settings.queries
             share = landed_on_grid(
                 self._forms,
-                self._stream.at_rest,
+                self._kept,
                 lambda index: self._visit(index, latest=entries),
                 self.device,
             )
@@ -395,10 +433,10 @@ class Zo2:
         """Apply updates of an earlier run, in its order, and go on after the last."""
         for update in updates:
             window = window_due(self.settings, update.step) if update.query == 0 else None
+            if update.query == 0:
+                self._fold_on_disk(window)
             if self._pending.most == LOG_CAPACITY or window is not None:
                 self._flush(update.step, window)
-            if update.query == 0:
-                self._fold_full_log()
             self._append(update)
         self._flush(self._step - 1)
 
@@ -408,7 +446,7 @@ class Zo2:
         weights = ((name, weight.cpu()) for name, weight in self._at_rest().items())
         save_checkpoint(
             folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
-            base=self.settings.base, pending=self._pending.pending(),
+            base=self.settings.base, pending=self._pending.pending(self._step - 1),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -416,8 +454,8 @@ class Zo2:
         form = self._model.adapters.form
         expected = self._kept_in_memory()
         for index in self._on_disk:
-            block = self._layout.blocks[index]
-            expected |= block.views(torch.empty(block.size, dtype=self._dtype, device="meta"))
+            block = self._forms[index]
+            expected |= block.views(torch.empty(block.size_bytes, dtype=torch.uint8, device="meta"))
         checkpoint = open_checkpoint(folder, expected, form, self.settings.base)
         self._stream.rewind()  # what has come up already is about to be replaced
 
@@ -459,7 +497,12 @@ class Zo2:
 
     def _catch_up(self, last_step: int) -> None:
         blocks = range(len(self._layout.blocks))
-        tasks = [self._pending.overdue(index, self._visit(index), last_step) for index in blocks]
+        tasks = [
+            Task(how=without_updates(self._visit(index)), store=False, perturb=False)
+            if index in self._on_disk
+            else self._pending.overdue(index, self._visit(index), last_step)
+            for index in blocks
+        ]
         if not any(task.store for task in tasks):
             return
         for index, task in enumerate(tasks):

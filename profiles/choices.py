@@ -93,8 +93,7 @@ class Choice:
 
     def _with(self, **chosen: Value) -> dict[str, Value]:
         merged = {**chosen, **self._override}
-        on_disk_at_all = merged.get("base", "full") == "full" and merged.get("estimator") != "lozo"
-        if self._engine == "zo2" and on_disk_at_all and merged.get("disk_blocks", "auto") == "auto":
+        if self._engine == "zo2" and merged.get("disk_blocks", "auto") == "auto":
             merged["disk_blocks"] = 0
             on_disk = self._fewest_on_disk(merged)
             if on_disk or "disk_blocks" in self._override:

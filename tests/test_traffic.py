@@ -51,6 +51,8 @@ VARIANTS: list[Method] = [
     ("zo2", {"disk_blocks": 3}),
     ("zo2", {"disk_blocks": 3, "queries": 3}),
     ("zo2", {"disk_blocks": 1, "resident_blocks": 1}),
+    ("zo2", {"disk_blocks": 2, "base": "int4", "queries": 2}),
+    ("zo2", {"disk_blocks": 2, "estimator": "lozo", "lozo_window": 1}),
     ("lsp", {"d": 12}),
     ("lsp", {"d": 8, "schedule_order": "sequential"}),
     ("lsp", {"d": 8, "train_outer": False}),

@@ -425,8 +425,6 @@ def test_folding_is_no_knob_of_mezo_with_a_full_base() -> None:
     assert isinstance(parse_settings("mezo", {"fold_every": "2", "base": "fp8"}), MezoSettings)
     with pytest.raises(UserError, match="base"):
         parse_settings("zo2", {"base": "int2"})
-    with pytest.raises(UserError, match="disk_blocks must be 0 with a low-bit base"):
-        parse_settings("zo2", {"base": "int8", "disk_blocks": "1"})
 
 
 @pytest.mark.gpu

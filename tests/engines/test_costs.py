@@ -494,6 +494,36 @@ def test_opt_30b_on_a_host_of_32_gib() -> None:
     assert counted.host_bytes == (23 * 2 + 25 * 2) * block_bytes
 
 
+@pytest.mark.parametrize(("base", "on_disk", "disk_gb"), [("int4", 31, 29.0), ("int8", 63, 116.0)])
+def test_175b_on_a_host_of_64_gib(base: str, on_disk: int, disk_gb: float) -> None:
+    """Of which 60 are free. Each block is 0.935 GB with 4 bits and 1.84 GB with 8."""
+    shape = opt("opt-175b", 12288, 96, 96)
+    counted, fewer = (
+        cost("zo2", shape, FORWARD_ONLY, base=base, fold_every=8, disk_blocks=count)
+        for count in (on_disk, on_disk - 1)
+    )
+    assert counted.disk_bytes == pytest.approx(disk_gb * 1e9, rel=1e-3)
+    assert counted.peak_host_bytes < 60 * 2**30 <= fewer.peak_host_bytes
+    assert counted.peak_gpu_bytes < 12e9
+
+
+def test_a_visit_of_a_low_bit_block_on_disk_replays_rounding_by_rounding() -> None:
+    full, *low = (
+        cost("zo2", OPT_13B, FORWARD_ONLY, disk_blocks=40, **knobs)
+        for knobs in ({}, {"base": "int8"}, {"base": "int8", "fold_every": 8})
+    )
+    often, rarely = low
+    assert gaussians(often) == gaussians(rarely) == gaussians(full)
+    # 32.5 updates on average, each rounded to the records, or every eighth: 7/8 of their reads and writes.
+    records = often.disk_bytes
+    assert often.gpu_bytes - rarely.gpu_bytes == pytest.approx(7 / 8 * 32.5 * 2 * records, rel=1e-2)
+    memory, disk = (
+        cost("zo2", OPT_13B, FORWARD_ONLY, disk_blocks=count, estimator="lozo", base="int8")
+        for count in (0, 40)
+    )
+    assert gaussians(memory) == gaussians(disk)
+
+
 def test_blocks_on_disk_are_among_the_streamed_ones() -> None:
     resident = resident_indices(48, 10)
     on_disk = disk_indices(48, resident, 20)

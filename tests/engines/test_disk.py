@@ -169,7 +169,7 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
 
 def test_a_second_file_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     sizes = {0: 20_000, 1: 9_000}
-    blocks, contents = filled(tmp_path, sizes, folds=True)
+    blocks, contents = filled(tmp_path, sizes, folds=sizes)
     base = blocks._own[0]
     changed = values(sizes[0], seed=77)
     blocks.rewind()
@@ -317,12 +317,12 @@ def test_a_disk_that_is_full_while_it_is_written_is_told(
 def test_a_disk_that_is_too_small_is_refused_with_what_is_missing(tmp_path: Path, folds: bool) -> None:
     size = 10**15
     with pytest.raises(InfeasiblePlan) as refused:
-        blocks_on(tmp_path, {0: size, 1: size}, folds=folds)
+        blocks_on(tmp_path, {0: size, 1: size}, folds=range(2) if folds else ())
     told = str(refused.value)
     needed = (4 if folds else 2) * size
     assert f"2 blocks take {needed / 1e9:.3g} GB" in told
     assert "GB of disk are missing in" in told
-    assert ("twice because the run has more than 64 updates" in told) == folds
+    assert ("GB, second files for folded updates included" in told) == folds
     assert list(tmp_path.iterdir()) == []
 
 
