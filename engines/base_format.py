@@ -176,29 +176,45 @@ def unpack(records: Tensor, base: Base, count: int) -> Tensor:
 
 
 def visit(
-    records: Tensor, segment: Segment, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
+    records: Tensor,
+    segment: Segment,
+    how: Visit,
+    base: Base,
+    *,
+    store: bool,
+    sides: Sequence[Tensor] = (),
+    perturb: bool = False,
 ) -> None:
     """One pass over the matrices of `segment`, all with weight decay: see the module's docstring.
 
     `records` (bytes), those of one matrix after those of the other, are rewritten with `store`. `sides` are
-    flat memories of the full dtype, laid out as `segment` says: none, one for w itself, or two for w + eps z
-    and w - eps z.
+    flat memories of the full dtype, laid out as `segment` says: none, one for w itself or, with `perturb`,
+    for w + eps z, and one for w - eps z.
     """
     if records.is_cuda and noise.has_triton():
         from engines import base_kernels
 
-        base_kernels.visit(records, segment, how, base, store=store, sides=sides)
+        base_kernels.visit(records, segment, how, base, store=store, sides=sides, perturb=perturb)
         return
     start = 0
     for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
         size = matrix_bytes(count, base)
         mine = [side[offset : offset + count] for side in sides]
-        _visit_one(records[start : start + size], number, count, how, base, store=store, sides=mine)
+        here = records[start : start + size]
+        _visit_one(here, number, count, how, base, store=store, sides=mine, perturb=perturb)
         start += size
 
 
 def _visit_one(
-    records: Tensor, number: int, count: int, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
+    records: Tensor,
+    number: int,
+    count: int,
+    how: Visit,
+    base: Base,
+    *,
+    store: bool,
+    sides: Sequence[Tensor],
+    perturb: bool,
 ) -> None:
     updates = how.log.in_fp32(how.first, how.last)
     tables = records.view(-1, record_bytes(base))
@@ -208,7 +224,7 @@ def _visit_one(
         w = _decode(_codes(here, base), scales, base).reshape(-1)
         uniform: Tensor | None = None
         for update in updates:
-            z, uniform = philox.tiles(number, update.draw, how.seed, first, last, w.device, uniform=True)
+            z, uniform = noise.tiles(how, number, update.draw, first, last, w.device, uniform=store)
             z.mul_(update.coefficient)
             if update.weight_decay != 0.0:
                 z.add_(w * update.weight_decay)
@@ -221,13 +237,13 @@ def _visit_one(
             w = _decode(codes, scales, base).reshape(-1)
         place = slice(first * TILE_ELEMENTS, min(last * TILE_ELEMENTS, count))
         inside = place.stop - place.start
-        if len(sides) == 1:
+        if sides and not perturb:
             sides[0][place].copy_(w[:inside])
         elif sides:
-            z, _ = philox.tiles(number, how.step, how.seed, first, last, w.device, uniform=False)
+            z, _ = noise.tiles(how, number, how.step, first, last, w.device, uniform=False)
             z.mul_(how.eps)
-            sides[0][place].copy_((w + z)[:inside])
-            sides[1][place].copy_((w - z)[:inside])
+            for side, moved in zip(sides, (w + z, w - z), strict=False):
+                side[place].copy_(moved[:inside])
 
 
 def add_low_rank(

@@ -20,8 +20,8 @@ from engines import base_format
 from engines.costs.low_bit import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
 from engines.lozo_kernels import low_rank
 from engines.noise import LOG_CAPACITY, Visit
-from engines.noise_kernels import NUM_WARPS, _on, _seed, dither_at, normals
-from engines.philox import NoiseKey
+from engines.noise_kernels import NUM_WARPS, _on, _seed, dither_at, normals, sign_bits
+from engines.philox import SIGN_LANES, SIGN_WIDTH, NoiseKey
 from engines.segments import LANES, Segment
 from engines.settings import Base
 
@@ -30,6 +30,8 @@ _TILE = tl.constexpr(TILE_ELEMENTS)
 _GROUP = tl.constexpr(GROUP_ELEMENTS)
 _GROUPS = tl.constexpr(base_format.GROUPS_PER_ROW)
 _CAPACITY = tl.constexpr(LOG_CAPACITY)
+_SIGN_LANES = tl.constexpr(SIGN_LANES)
+_SIGN_WIDTH = tl.constexpr(SIGN_WIDTH)
 _INVERSE_BITS = tl.constexpr(base_format.INVERSE_BITS)
 _FP8_LARGEST = tl.constexpr(base_format.FP8_LARGEST)
 _FP8_NORMAL = tl.constexpr(base_format.FP8_NORMAL)
@@ -112,11 +114,39 @@ def _moved(w, z, lr, g, decay):
     return w - (z * g + w * decay) * lr
 
 
+@triton.jit
+def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr):
+    """Noise of lanes in each row of the tile and, with normals, their two radius words."""
+    if SIGNS:
+        # Neighbours ask for the same bits: moving values between threads would take longer.
+        there = lane // _SIGN_WIDTH
+        even = sign_bits(tile, there, tensor, step, seed) >> lane % _SIGN_WIDTH
+        odd = sign_bits(tile, there + _SIGN_LANES // 2, tensor, step, seed) >> lane % _SIGN_WIDTH
+        unused = (lane * 0).to(tl.uint32)
+        return _sign(even), _sign(odd), _sign(even >> _SIGN_WIDTH), _sign(odd >> _SIGN_WIDTH), unused, unused
+    return normals(tile * _LANES + lane, tensor, step, seed)
+
+
+@triton.jit
+def _sign(bits):
+    return 1.0 - 2.0 * (bits & 1).to(tl.float32)
+
+
+@triton.jit
+def _dithers(tile, lane, tensor, step, seed):
+    """16 random bits of lanes in each row of the tile, of the rounding stream."""
+    u0 = dither_at(tile, lane, tensor, step, seed)
+    u1 = dither_at(tile, lane + _LANES, tensor, step, seed)
+    u2 = dither_at(tile, lane + 2 * _LANES, tensor, step, seed)
+    u3 = dither_at(tile, lane + 3 * _LANES, tensor, step, seed)
+    return u0, u1, u2, u3
+
+
 @triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
 def _visit_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
     FORM: tl.constexpr, WORDS: tl.constexpr, STORE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SIDES: tl.constexpr,
+    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
     """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
     `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
@@ -130,7 +160,6 @@ def _visit_kernel(
     words, kept = _places(codes, scales, record, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
-        counter = tile * _LANES + lane
         s0, s1, s2, s3, w0, w1, w2, w3 = _opened(words, kept, group, FORM)
         x0 = (lane * 0).to(tl.uint32)
         x2 = x0
@@ -139,7 +168,7 @@ def _visit_kernel(
             lr = tl.load(row + 1).to(tl.float32, bitcast=True)
             g = tl.load(row + 2).to(tl.float32, bitcast=True)
             decay = tl.load(row + 3).to(tl.float32, bitcast=True)
-            z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
+            z0, z1, z2, z3, x0, x2 = _drawn(tile, lane, tensor, tl.load(row), seed, SIGNS)
             w0 = _moved(w0, z0, lr, g, decay)
             w1 = _moved(w1, z1, lr, g, decay)
             w2 = _moved(w2, z2, lr, g, decay)
@@ -147,22 +176,27 @@ def _visit_kernel(
         m0, m1 = lane < left, lane + _LANES < left
         m2, m3 = lane + 2 * _LANES < left, lane + 3 * _LANES < left
         if STORE:
-            c0 = _encoded(tl.where(m0, w0, 0.0), s0, x2 >> 16, STOCHASTIC, FORM)
-            c1 = _encoded(tl.where(m1, w1, 0.0), s1, x2 & 0xFFFF, STOCHASTIC, FORM)
-            c2 = _encoded(tl.where(m2, w2, 0.0), s2, x0 >> 16, STOCHASTIC, FORM)
-            c3 = _encoded(tl.where(m3, w3, 0.0), s3, x0 & 0xFFFF, STOCHASTIC, FORM)
+            u0, u1, u2, u3 = x2 >> 16, x2 & 0xFFFF, x0 >> 16, x0 & 0xFFFF
+            if SIGNS and STOCHASTIC:
+                # Without an update any bits will do: what is on the grid stays there.
+                latest = tl.load(table + (tl.maximum(first + num_updates, 1) - 1) % _CAPACITY * 4)
+                u0, u1, u2, u3 = _dithers(tile, lane, tensor, latest, seed)
+            c0 = _encoded(tl.where(m0, w0, 0.0), s0, u0, STOCHASTIC, FORM)
+            c1 = _encoded(tl.where(m1, w1, 0.0), s1, u1, STOCHASTIC, FORM)
+            c2 = _encoded(tl.where(m2, w2, 0.0), s2, u2, STOCHASTIC, FORM)
+            c3 = _encoded(tl.where(m3, w3, 0.0), s3, u3, STOCHASTIC, FORM)
             tl.store(words + lane, _word(c0, c1, c2, c3, FORM).to(codes.dtype.element_ty))
             w0, w1 = _decoded(c0, s0, FORM), _decoded(c1, s1, FORM)
             w2, w3 = _decoded(c2, s2, FORM), _decoded(c3, s3, FORM)
-        if SIDES == 1:
+        if SIDES > 0 and not PERTURB:
             like = side.dtype.element_ty
             target = side + base + lane
             tl.store(target, w0.to(like), mask=m0)
             tl.store(target + _LANES, w1.to(like), mask=m1)
             tl.store(target + 2 * _LANES, w2.to(like), mask=m2)
             tl.store(target + 3 * _LANES, w3.to(like), mask=m3)
-        if SIDES == 2:
-            z0, z1, z2, z3, _, _ = normals(counter, tensor, step, seed)
+        if SIDES > 0 and PERTURB:
+            z0, z1, z2, z3, _, _ = _drawn(tile, lane, tensor, step, seed, SIGNS)
             z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
             like = side.dtype.element_ty
             target = side + base + lane
@@ -170,11 +204,12 @@ def _visit_kernel(
             tl.store(target + _LANES, (w1 + z1).to(like), mask=m1)
             tl.store(target + 2 * _LANES, (w2 + z2).to(like), mask=m2)
             tl.store(target + 3 * _LANES, (w3 + z3).to(like), mask=m3)
-            target = other + base + lane
-            tl.store(target, (w0 - z0).to(like), mask=m0)
-            tl.store(target + _LANES, (w1 - z1).to(like), mask=m1)
-            tl.store(target + 2 * _LANES, (w2 - z2).to(like), mask=m2)
-            tl.store(target + 3 * _LANES, (w3 - z3).to(like), mask=m3)
+            if SIDES == 2:
+                target = other + base + lane
+                tl.store(target, (w0 - z0).to(like), mask=m0)
+                tl.store(target + _LANES, (w1 - z1).to(like), mask=m1)
+                tl.store(target + 2 * _LANES, (w2 - z2).to(like), mask=m2)
+                tl.store(target + 3 * _LANES, (w3 - z3).to(like), mask=m3)
 
 
 @triton.jit(do_not_specialize=["tensor", "step", "seed"])
@@ -197,10 +232,7 @@ def _add_kernel(
         u0 = (lane * 0).to(tl.uint32)
         u1, u2, u3 = u0, u0, u0
         if STOCHASTIC:
-            u0 = dither_at(tile, lane, tensor, step, seed)
-            u1 = dither_at(tile, lane + _LANES, tensor, step, seed)
-            u2 = dither_at(tile, lane + 2 * _LANES, tensor, step, seed)
-            u3 = dither_at(tile, lane + 3 * _LANES, tensor, step, seed)
+            u0, u1, u2, u3 = _dithers(tile, lane, tensor, step, seed)
         c0 = _encoded(w0, s0, u0, STOCHASTIC, FORM)
         c1 = _encoded(w1, s1, u1, STOCHASTIC, FORM)
         c2 = _encoded(w2, s2, u2, STOCHASTIC, FORM)
@@ -209,7 +241,14 @@ def _add_kernel(
 
 
 def visit(
-    records: Tensor, segment: Segment, how: Visit, base: Base, *, store: bool, sides: Sequence[Tensor]
+    records: Tensor,
+    segment: Segment,
+    how: Visit,
+    base: Base,
+    *,
+    store: bool,
+    sides: Sequence[Tensor] = (),
+    perturb: bool = False,
 ) -> None:
     """As `base_format.visit`."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
@@ -223,6 +262,7 @@ def visit(
             how.step, _seed(how.seed), how.eps,
             FORM=_FORMS[base], WORDS=record_bytes(base) // word.itemsize, STORE=store,
             STOCHASTIC=how.rounding == "stochastic", SIDES=len(sides),
+            PERTURB=perturb, SIGNS=how.noise == "rademacher",
             enable_fp_fusion=False, num_warps=NUM_WARPS,
         )  # fmt: skip
 

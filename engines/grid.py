@@ -78,7 +78,7 @@ def landed_on_grid(
     segment = one(part.segment.numbers[0], count, decays=True)
     before, wanted = unpack(records, form.base, count), torch.empty(count, device=device)
     base_format.visit(records, segment, visit, form.base, store=False, sides=(wanted,))
-    base_format.visit(records, segment, visit, form.base, store=True, sides=())
+    base_format.visit(records, segment, visit, form.base, store=True)
     change = (wanted - before).double()
     norm = float(change.square().sum())
     landed = float(((unpack(records, form.base, count) - before).double() * change).sum())

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from engines.base import Update
 from engines.philox import draw_normals, draw_signs, normals_at, signs_at
-from engines.segments import CHUNK_LANES, TILE, Piece, Segment, chunks, scatter
+from engines.segments import CHUNK_LANES, LANES, TILE, Piece, Segment, chunks, scatter
 from engines.settings import MOST_PENDING
 
 Rounding = Literal["stochastic", "nearest"]
@@ -185,6 +185,15 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
     z = draw(element.view(-1), number, how.step, how.seed).view(-1, width)
     moved = (z.mul_(how.eps) + weight[used].float()).to(weight.dtype)
     return moved[places].view(*indices.shape, width)
+
+
+def tiles(
+    how: Visit, number: int, step: int, first: int, last: int, device: torch.device, *, uniform: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Noise of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
+    int32, of each element if wanted."""
+    piece = Piece(number, 0, (last - first) * TILE, first * LANES, decays=False)
+    return _draw(how, step, [piece], device, uniform=uniform)
 
 
 def _draw(

@@ -148,10 +148,10 @@ def _moved(value, z, uniform, lr, g, decay, like, DECAYS: tl.constexpr, MODE: tl
 
 
 @triton.jit
-def _sign_bits(tile, tensor, step, seed):
-    """The 16 sign bits of each lane of a tile, of which the lower 8 are those of its first half."""
+def sign_bits(tile, lane, tensor, step, seed):
+    """The 16 sign bits of lanes (n,) of a tile, of which the lower 8 are those of its first half."""
     tile = tile.to(tl.int64)
-    counter = tile // _SIGN_TILES * _SIGN_LANES + tl.arange(0, _SIGN_LANES)
+    counter = tile // _SIGN_TILES * _SIGN_LANES + lane
     x0, x1, x2, x3 = words(counter, tensor, step, seed)
     part = (tile % _SIGN_TILES).to(tl.int32)
     word = tl.where(part < 4, tl.where(part < 2, x0, x1), tl.where(part < 6, x2, x3))
@@ -205,7 +205,8 @@ def _visit_tile_with_signs(
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
 ):  # fmt: skip
     like = weight.dtype.element_ty
-    element = tl.arange(0, _SIGN_LANES)[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
+    lane = tl.arange(0, _SIGN_LANES)
+    element = lane[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
     e0, e1 = element, element + _SIGN_LANES * _SIGN_WIDTH
     m0, m1 = e0 < count, e1 < count
     source = weight + base
@@ -217,7 +218,7 @@ def _visit_tile_with_signs(
         g = tl.load(row + 2).to(tl.float32, bitcast=True)
         decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
         then = tl.load(row)
-        bits = _sign_bits(tile, tensor, then, seed)
+        bits = sign_bits(tile, lane, tensor, then, seed)
         if MODE == _NEAREST:
             u0, u1 = bits[:, None], bits[:, None]  # of no use
         else:
@@ -229,7 +230,7 @@ def _visit_tile_with_signs(
         tl.store(theta + base + e0, w0.to(like), mask=m0)
         tl.store(theta + base + e1, w1.to(like), mask=m1)
     if PLUS or MINUS:
-        bits = _sign_bits(tile, tensor, step, seed)
+        bits = sign_bits(tile, lane, tensor, step, seed)
         z0, z1 = _signs(bits, 0) * eps, _signs(bits, 1) * eps
         if PLUS:
             tl.store(plus + base + e0, (w0 + z0).to(like), mask=m0)

@@ -101,15 +101,6 @@ def signs(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: 
     return out
 
 
-def tiles(
-    number: int, step: int, seed: int, first: int, last: int, device: torch.device, *, uniform: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Normals of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
-    int32, of each element if wanted."""
-    piece = Piece(number, 0, (last - first) * TILE, first * LANES, decays=False)
-    return draw_normals(seed, step, [piece], device, uniform=uniform)
-
-
 def dither_bits(key: NoiseKey, count: int, device: torch.device, start: int) -> Tensor:
     """Random bits for rounding, of a stream apart from `key`'s noise: (count,) int32 of 16 bits.
 

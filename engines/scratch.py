@@ -245,7 +245,7 @@ class BlockScratch:
             self._take_overdue(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8:
-                    base_format.visit(weight, part.segment, self._task.how, self._base, store=True, sides=())
+                    base_format.visit(weight, part.segment, self._task.how, self._base, store=True)
                 else:
                     noise.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
             self._fold(index, weight)
@@ -410,8 +410,9 @@ class BlockScratch:
         self._clock.start()
         if not trained:
             how, store = without_updates(how), False
-        sides = rooms if trained and self._task.perturb else rooms[:1]
-        base_format.visit(records, segment, how, self._base, store=store, sides=sides)
+        perturb = trained and self._task.perturb
+        sides = rooms if perturb and not self._task.one_sided else rooms[:1]
+        base_format.visit(records, segment, how, self._base, store=store, sides=sides, perturb=perturb)
         self._clock.stop()
 
     def _take_overdue(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
@@ -423,7 +424,7 @@ class BlockScratch:
         self._clock.start()
         if weight.dtype == torch.uint8:
             for each in overdue:
-                base_format.visit(weight, segment, each, self._base, store=True, sides=())
+                base_format.visit(weight, segment, each, self._base, store=True)
         else:  # rounded after each update, whatever is stored in between
             how = replace(overdue[0], last=overdue[-1].last)
             noise.visit(weight, segment, how, Outputs(theta=weight))

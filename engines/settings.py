@@ -201,8 +201,7 @@ class MezoSettings:
     """Share of the trained blocks that a step trains, drawn anew in each (LeZO, 2410.09823). The others are
     neither perturbed nor updated nor downloaded."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992), for a full
-    base."""
+    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
     eps: float = 1e-3
     """Size of the perturbation."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
@@ -255,9 +254,6 @@ class MezoSettings:
             self.fold_every * self.queries <= MOST_PENDING,
             "fold_every",
             f"times queries must be {MOST_PENDING} at most",
-        )
-        _require(
-            self.base == "full" or self.noise == "gaussian", "noise", "must be gaussian with a low-bit base"
         )
 
     def _check_lozo(self) -> None:

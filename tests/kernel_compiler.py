@@ -249,11 +249,12 @@ def base_cases() -> Iterator[Case]:
 
     count = 2048 * 8192
 
-    def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool) -> None:
+    def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool, signs: bool) -> None:
         records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8)
         rooms = [_flat(count, dtype) for _ in range(sides)]
-        how = _how(rounding=rounding)
-        base_kernels.visit(records, one(3, count, decays=True), how, base, store=store, sides=rooms)
+        how = _how(rounding=rounding, noise="rademacher" if signs else "gaussian")
+        of, perturb = one(3, count, decays=True), sides == 2 or signs
+        base_kernels.visit(records, of, how, base, store=store, sides=rooms, perturb=perturb)
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     bases: tuple[Base, ...] = ("int8", "int4", "fp8")
@@ -268,21 +269,24 @@ def base_cases() -> Iterator[Case]:
                 ),
                 stochastic,
             )
-        for dtype, rounding, sides, store in [
-            ("bfloat16", "stochastic", 2, True),
-            ("float16", "nearest", 2, True),
-            ("float32", "stochastic", 2, False),
-            ("bfloat16", "stochastic", 2, False),
-            ("float16", "stochastic", 1, False),
-            ("bfloat16", "stochastic", 1, True),
-            ("bfloat16", "stochastic", 0, True),
+        for dtype, rounding, sides, store, signs in [
+            ("bfloat16", "stochastic", 2, True, False),
+            ("float16", "nearest", 2, True, False),
+            ("float32", "stochastic", 2, False, False),
+            ("bfloat16", "stochastic", 2, False, False),
+            ("float16", "stochastic", 1, False, False),
+            ("bfloat16", "stochastic", 1, True, False),
+            ("bfloat16", "stochastic", 0, True, False),
+            ("bfloat16", "stochastic", 2, True, True),
+            ("float16", "stochastic", 1, False, True),
         ]:
             if base != "int8" and dtype == "float32":
                 continue  # of which only the last store differs
+            kind = "signs " if signs else ""
             yield (
-                f"visit {base} {dtype} {rounding} {sides} sides{' stored' if store else ''}",
-                lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store: visited(
-                    base, dtype, rounding, sides, store=store
+                f"visit {base} {kind}{dtype} {rounding} {sides} sides{' stored' if store else ''}",
+                lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store, signs=signs: (
+                    visited(base, dtype, rounding, sides, store=store, signs=signs)
                 ),
                 store and sides == 2,
             )

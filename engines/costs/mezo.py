@@ -81,6 +81,11 @@ def perturb(settings: MezoSettings, share: float = 1.0) -> Visit:
     return drawn * share + FROZEN * (1 - share)
 
 
+def num_probes(settings: MezoSettings) -> int:
+    """Times that a step makes perturbed copies, FZOO's of theta itself included."""
+    return settings.queries + (settings.estimator == "fzoo")
+
+
 def goes_down(fold_every: int, share: float) -> float:
     """How often a block is written in a step: when its turn comes, if it was drawn since the last one."""
     return (1 - (1 - share) ** fold_every) / fold_every
@@ -98,10 +103,10 @@ def fused_visit(settings: MezoSettings, fold_every: int, share: float = 1.0, kep
     moved, queries = perturb(settings, share), settings.queries
     written, steps = goes_down(fold_every, share), (fold_every + 1) / 2
     if settings.base != "full":
-        steps = queries * (fold_every - 1) / 2 + 1
+        steps = num_probes(settings) * (fold_every - 1) / 2 + 1
     elif forwards(settings) > 2:
         written = share
-    moves = moved.moves - (1 - kept) * queries + kept * written
+    moves = moved.moves - (1 - kept) * num_probes(settings) + kept * written
     return Visit(gaussians=queries * share * steps + moved.gaussians, moves=moves)
 
 
@@ -162,8 +167,13 @@ def perturbed_layers(
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
         _visited(last, perturbed, probes * head, probes * chunks, workload),
     ]
-    if settings.noise == "rademacher":  # signs cost less than the memory they are written to
-        layers = [replace(layer, gaussians=0) for layer in layers]
+    if settings.noise == "rademacher":
+        # Signs cost less than the memory they are written to; those of low-bit matrices, of which each thread
+        # has few, about what normals cost.
+        first, *blocks, last = layers
+        if settings.base == "full":
+            blocks = [replace(block, gaussians=0) for block in blocks]
+        return [replace(first, gaussians=0), *blocks, replace(last, gaussians=0)]
     return layers
 
 

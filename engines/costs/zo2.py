@@ -24,6 +24,7 @@ from engines.costs.mezo import (
     fused_visit,
     goes_down,
     gpu_memory_bytes,
+    num_probes,
     perturb,
     perturbed_layers,
     trains_block,
@@ -103,10 +104,10 @@ def replayed_visit(settings: MezoSettings, share: float = 1.0, kept: float = 1.0
     if settings.base == "full":
         written = 0 if forwards(settings) == 2 else 1
         return Visit(gaussians=replayed + moved.gaussians, moves=moved.moves + written)
-    queries = settings.queries
-    again = share * (queries - 1) * queries * (settings.fold_every - 1) / 2
+    probes, queries = num_probes(settings), settings.queries
+    again = share * (probes - 1) * queries * (settings.fold_every - 1) / 2
     roundings = replayed / (queries * settings.fold_every)
-    moves = moved.moves - (1 - kept) * queries + 2 * kept * roundings
+    moves = moved.moves - (1 - kept) * probes + 2 * kept * roundings
     return Visit(gaussians=replayed + again + moved.gaussians, moves=moves)
 
 

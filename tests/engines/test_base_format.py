@@ -22,13 +22,14 @@ from engines.base_format import add_low_rank, pack, unpack, visit
 from engines.costs import low_bit
 from engines.costs.low_bit import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
 from engines.noise import UpdateLog, Visit
-from engines.philox import NoiseKey, normal
+from engines.philox import NoiseKey, normal, signs
 from engines.segments import Segment, one
 from engines.settings import Base, MezoSettings, Zo2Settings, parse_settings
 from engines.zo2 import Zo2
 from tiny_models import tiny_batches, tiny_blueprint
 
 BASES: list[Base] = ["int8", "fp8", "int4"]
+KINDS: list[noise.Noise] = ["gaussian", "rademacher"]
 CPU = torch.device("cpu")
 
 
@@ -43,13 +44,19 @@ def some_weights(count: int, seed: int = 0) -> Tensor:
 
 
 def a_visit(
-    *updates: tuple[float, float], device: torch.device = CPU, rounding: noise.Rounding = "stochastic"
+    *updates: tuple[float, float],
+    device: torch.device = CPU,
+    rounding: noise.Rounding = "stochastic",
+    kind: noise.Noise = "gaussian",
 ) -> Visit:
     """Of updates by (learning rate, projected gradient), with some decay."""
     log = UpdateLog(device)
     for step, (lr, g) in enumerate(updates):
         log.append(Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=0.1))
-    return Visit(seed=-5, log=log, first=0, last=len(updates), rounding=rounding, step=len(updates), eps=1e-3)
+    steps = len(updates)
+    return Visit(
+        seed=-5, log=log, first=0, last=steps, rounding=rounding, step=steps, eps=1e-3, noise=kind
+    )  # fmt: skip
 
 
 def by_group(values: Tensor) -> Tensor:
@@ -101,7 +108,7 @@ def test_what_is_on_the_grid_stays_there(base: Base) -> None:
     once = packed(some_weights(5000), base)
     values = unpack(once, base, 5000)
     visited = once.clone()
-    visit(visited, one(3, 5000, decays=True), a_visit((0.0, 1.0)), base, store=True, sides=())
+    visit(visited, one(3, 5000, decays=True), a_visit((0.0, 1.0)), base, store=True)
     assert torch.equal(visited, once)
     if base == "fp8":  # elsewhere the largest, rounded, may get another scale
         assert torch.equal(unpack(packed(values, base), base, 5000), values)
@@ -110,19 +117,23 @@ def test_what_is_on_the_grid_stays_there(base: Base) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_zeros_stay_zeros_and_are_finite(base: Base) -> None:
     records = packed(torch.zeros(300), base)
-    visit(records, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True, sides=())
+    visit(records, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True)
     assert unpack(records, base, 300).abs().max() < 1e-20
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2048, 70_001])
-def test_pieces_make_up_the_whole(monkeypatch: pytest.MonkeyPatch, base: Base, count: int) -> None:
+def test_pieces_make_up_the_whole(
+    monkeypatch: pytest.MonkeyPatch, base: Base, kind: noise.Noise, count: int
+) -> None:
     results = []
     for tiles in (1, 7, 1000):
         monkeypatch.setitem(base_format._CHUNK_TILES, "cpu", tiles)
         records = packed(some_weights(count), base)
         sides = [torch.zeros(count, dtype=torch.float16) for _ in range(2)]
-        visit(records, one(3, count), a_visit((1e-3, 0.5), (1e-4, -3.0)), base, store=True, sides=sides)
+        how = a_visit((1e-3, 0.5), (1e-4, -3.0), kind=kind)
+        visit(records, one(3, count), how, base, store=True, sides=sides, perturb=True)
         results.append([records, *sides])
     assert all(
         torch.equal(each, whole)
@@ -132,19 +143,25 @@ def test_pieces_make_up_the_whole(monkeypatch: pytest.MonkeyPatch, base: Base, c
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("store", [False, True])
-def test_formulas_in_fp32_between_the_grid_and_one_rounding(base: Base, store: bool) -> None:
-    count = 3000
+def test_formulas_in_fp32_between_the_grid_and_one_rounding(
+    base: Base, kind: noise.Noise, store: bool
+) -> None:
+    count, draw = 3000, normal if kind == "gaussian" else signs
     records = packed(some_weights(count), base)
     value = unpack(records, base, count).double()
     updates = [(1e-3, 0.7), (2e-3, -0.4)]
     for step, (lr, g) in enumerate(updates):
-        z = normal(NoiseKey(seed=-5, step=step, tensor=3), count).double()
+        z = draw(NoiseKey(seed=-5, step=step, tensor=3), count).double()
         value -= lr * (g * z + 0.1 * value)
-    how = a_visit(*updates)
-    plain, plus, minus = (torch.empty(count) for _ in range(3))
-    visit(records.clone(), one(3, count, decays=True), how, base, store=store, sides=(plain,))
-    visit(records, one(3, count, decays=True), how, base, store=store, sides=(plus, minus))
+    how = a_visit(*updates, kind=kind)
+    plain, plus, minus, one_side = (torch.empty(count) for _ in range(4))
+    of = one(3, count, decays=True)
+    visit(records.clone(), of, how, base, store=store, sides=(plain,))
+    visit(records.clone(), of, how, base, store=store, sides=(one_side,), perturb=True)
+    visit(records, of, how, base, store=store, sides=(plus, minus), perturb=True)
+    assert torch.equal(one_side, plus)
     if store:
         rounded = unpack(records, base, count).double()
         assert torch.equal(plain.double(), rounded)
@@ -152,24 +169,25 @@ def test_formulas_in_fp32_between_the_grid_and_one_rounding(base: Base, store: b
         assert ((rounded - value).abs() < step)[is_inside(some_weights(count), base)].all()
         value = rounded
     assert torch.allclose(plain.double(), value, rtol=0, atol=1e-8)
-    z = normal(NoiseKey(seed=-5, step=2, tensor=3), count).double()
+    z = draw(NoiseKey(seed=-5, step=2, tensor=3), count).double()
     assert torch.allclose(plus.double(), value + 1e-3 * z, rtol=0, atol=1e-8)
     assert torch.allclose(minus.double(), value - 1e-3 * z, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4])
-def test_a_store_is_unbiased(base: Base, size: float) -> None:
+def test_a_store_is_unbiased(base: Base, kind: noise.Noise, size: float) -> None:
     """The mean of what rounding adds is zero, over all elements and in the direction of the update, within
     5 standard errors; elements near the end of their grid are left out, where updates are cut off."""
     count = 1 << 20
     records = packed(some_weights(count), base)
     before = unpack(records, base, count)
     inside = is_inside(before, base)
-    how = a_visit((size, 1.0), (size, 1.0))
+    how = a_visit((size, 1.0), (size, 1.0), kind=kind)
     wanted = torch.empty(count)
     visit(records.clone(), one(3, count), how, base, store=False, sides=(wanted,))
-    visit(records, one(3, count), how, base, store=True, sides=())
+    visit(records, one(3, count), how, base, store=True)
     added = (unpack(records, base, count) - wanted).double()[inside]
     assert added.abs().max() > 0
     assert added.mean().abs() < 5 * added.std() / math.sqrt(len(added))
@@ -182,7 +200,7 @@ def test_rounding_to_nearest_loses_small_updates() -> None:
     records = packed(some_weights(5000), "int8")
     before = records.clone()
     how = a_visit((1e-6, 1.0), rounding="nearest")
-    visit(records, one(3, 5000), how, "int8", store=True, sides=())
+    visit(records, one(3, 5000), how, "int8", store=True)
     assert torch.equal(records, before)
 
 
@@ -196,47 +214,76 @@ def kernel_device() -> torch.device:
 
 
 def check_kernel(
-    base: Base, count: int, dtype: torch.dtype, *, store: bool, sides: int, rounding: noise.Rounding
+    base: Base,
+    count: int,
+    dtype: torch.dtype,
+    *,
+    store: bool,
+    sides: int,
+    perturb: bool,
+    rounding: noise.Rounding,
+    kind: noise.Noise,
 ) -> None:
     from engines import base_kernels
 
     results = []
     for where, function in ((CPU, visit), (kernel_device(), base_kernels.visit)):
-        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding)
+        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding, kind=kind)
         records = packed(some_weights(count), base).to(where)
         outs = [torch.zeros(count, dtype=dtype, device=where) for _ in range(sides)]
-        function(records, one(3, count, decays=True), how, base, store=store, sides=outs)
+        of = one(3, count, decays=True)
+        function(records, of, how, base, store=store, sides=outs, perturb=perturb)
         results.append([each.cpu() for each in (records, *outs)])
     assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("store", "sides", "rounding", "count"),
-    [(True, 2, "stochastic", 2100), (False, 1, "stochastic", 300), (True, 0, "nearest", 2048)],
+    ("store", "sides", "perturb", "rounding", "count"),
+    [
+        (True, 2, True, "stochastic", 2100),
+        (False, 1, False, "stochastic", 300),
+        (True, 1, True, "nearest", 17_000),
+        (True, 0, False, "nearest", 2048),
+    ],
 )
 def test_the_kernel_gives_the_same_bits(
-    base: Base, store: bool, sides: int, rounding: noise.Rounding, count: int
+    base: Base,
+    kind: noise.Noise,
+    store: bool,
+    sides: int,
+    perturb: bool,
+    rounding: noise.Rounding,
+    count: int,
 ) -> None:
     pytest.importorskip("triton")
-    check_kernel(base, count, torch.float16, store=store, sides=sides, rounding=rounding)
+    check_kernel(
+        base, count, torch.float16, store=store, sides=sides, perturb=perturb, rounding=rounding, kind=kind
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
-    base: Base, dtype: torch.dtype, rounding: noise.Rounding
+    base: Base, kind: noise.Noise, dtype: torch.dtype, rounding: noise.Rounding
 ) -> None:
     pytest.importorskip("triton")
-    for store, sides in ((True, 2), (True, 1), (True, 0), (False, 2), (False, 1)):
-        check_kernel(base, 1_000_001, dtype, store=store, sides=sides, rounding=rounding)
+    how: dict[str, Any] = {"rounding": rounding, "kind": kind}
+    for store in (True, False):
+        for sides, perturb in ((2, True), (1, True), (1, False), (0, False)):
+            check_kernel(base, 1_000_001, dtype, store=store, sides=sides, perturb=perturb, **how)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("sides", [0, 1, 2])
-def test_matrices_that_lie_together_are_visited_as_one_by_one(base: Base, sides: int) -> None:
+def test_matrices_that_lie_together_are_visited_as_one_by_one(
+    base: Base, kind: noise.Noise, sides: int
+) -> None:
     """By torch's operations and by the kernel."""
     pytest.importorskip("triton")
     from engines import base_kernels
@@ -246,17 +293,19 @@ def test_matrices_that_lie_together_are_visited_as_one_by_one(base: Base, sides:
     each = [packed(some_weights(count, seed), base) for seed, count in enumerate(counts)]
     results = []
     for where, function in ((CPU, visit), (kernel_device(), base_kernels.visit)):
-        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where)
+        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, kind=kind)
+        perturb = sides == 2
         for together in (True, False):
             records = torch.cat(each).to(where)
             outs = [torch.zeros(6464, dtype=torch.float16, device=where) for _ in range(sides)]
             if together:
-                function(records, segment, how, base, store=True, sides=outs)
+                function(records, segment, how, base, store=True, sides=outs, perturb=perturb)
             else:
                 pieces = records.split([len(mine) for mine in each])
                 for mine, number, at, count in zip(pieces, numbers, offsets, counts, strict=True):
                     rooms = [out[at : at + count] for out in outs]
-                    function(mine, one(number, count, decays=True), how, base, store=True, sides=rooms)
+                    of = one(number, count, decays=True)
+                    function(mine, of, how, base, store=True, sides=rooms, perturb=perturb)
             results.append([kept.cpu() for kept in (records, *outs)])
     for found in results[1:]:
         assert all(map(torch.equal, found, results[0]))

@@ -315,6 +315,26 @@ def test_a_low_bit_base_takes_fewer_bytes_and_no_fewer_draws(base: str) -> None:
     assert low.gpu_memory_bytes["scratch"] == full.gpu_memory_bytes["scratch"]
 
 
+def test_signs_of_low_bit_matrices_are_as_dear_as_normals() -> None:
+    """A thread of the kernel has a few elements of many Philox calls."""
+    signs, normals = (
+        cost("mezo", OPT_13B, FORWARD_ONLY, base="int8", noise=each) for each in ("rademacher", "gaussian")
+    )
+    assert [a.gaussians == b.gaussians for a, b in zip(signs.layers, normals.layers, strict=True)] == [
+        False, *[True] * 40, False,
+    ]  # fmt: skip
+    assert set(gaussians(cost("mezo", OPT_13B, FORWARD_ONLY, noise="rademacher")).values()) == {0}
+
+
+def test_each_probe_of_fzoo_replays_what_pends_on_a_low_bit_base() -> None:
+    """Of q = 3: theta itself and three sides, four visits; 7 of 8 steps leave updates to all of them."""
+    knobs = {"estimator": "fzoo", "noise": "rademacher", "queries": 3, "base": "int8"}
+    counted = cost("mezo", OPT_13B, FORWARD_ONLY, fold_every=8, **knobs)
+    pending = [3 * steps for steps in range(1, 9)]
+    drawn = (sum(pending) + 3 * sum(pending[:-1])) / 8 + 3
+    assert counted.layers[1].gaussians == round(drawn * OPT_13B.block_parameters)
+
+
 def test_resident_low_bit_blocks_keep_the_turns_of_the_others() -> None:
     counted = cost("zo2", OPT_1B, FORWARD_ONLY, resident_blocks=24, fold_every=8, base="int8")
     assert gaussians(counted) == gaussians(cost("mezo", OPT_1B, FORWARD_ONLY, fold_every=8, base="int8"))
