@@ -227,10 +227,25 @@ class MezoSettings:
         _require(self.eps > 0, "eps", "must be positive")
         _require(1 <= self.queries <= MOST_QUERIES, "queries", f"must be between 1 and {MOST_QUERIES}")
         _require(0 < self.layer_share <= 1, "layer_share", "must be in (0, 1]")
-        _require(self.layer_share == 1 or self.train != "lora", "layer_share", "must be 1 with train=lora")
+        _require(
+            self.layer_share == 1 or self.train != "lora",
+            "layer_share",
+            "must be 1 with train=lora: a step trains all adapters",
+            "leave layer_share out, or take train=all",
+        )
         if self.estimator == "fzoo":
-            _require(self.queries >= 2, "queries", "must be 2 or more with estimator=fzoo")
-            _require(self.noise == "rademacher", "noise", "must be rademacher with estimator=fzoo")
+            _require(
+                self.queries >= 2,
+                "queries",
+                "must be 2 or more with estimator=fzoo, which divides by the deviation of their losses",
+                "set queries=8, say",
+            )
+            _require(
+                self.noise == "rademacher",
+                "noise",
+                "must be rademacher with estimator=fzoo, as it was published",
+                "set noise=rademacher",
+            )
         if self.estimator == "lozo":
             self._check_lozo()
         _require(self.lora_rank > 0, "lora_rank", "must be positive")
@@ -243,32 +258,54 @@ class MezoSettings:
         _require(
             self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
             "fold_every",
-            "is of use to mezo with a low-bit base only",
+            "is of use to mezo with a low-bit base only: nothing goes down",
+            "leave fold_every out, or set base=int8",
         )
         _require(
             self.fold_every == 1 or self.estimator != "lozo",
             "fold_every",
             "must be 1 with estimator=lozo: lozo_window says when matrices are written",
+            "leave fold_every out",
         )
         _require(
             self.fold_every * self.queries <= MOST_PENDING,
             "fold_every",
-            f"times queries must be {MOST_PENDING} at most",
+            f"times queries must be {MOST_PENDING} at most: the log of pending updates holds no more",
+            f"with queries={self.queries} set fold_every={MOST_PENDING // self.queries} or less",
         )
 
     def _check_lozo(self) -> None:
-        _require(self.noise == "gaussian", "noise", "must be gaussian with estimator=lozo")
-        _require(self.layer_share == 1, "layer_share", "must be 1 with estimator=lozo")
-        _require(self.train != "lora", "train", "must be all or last:N with estimator=lozo")
         _require(
-            self.weight_decay == 0, "weight_decay", "must be 0 with estimator=lozo: weights are only read"
+            self.noise == "gaussian",
+            "noise",
+            "must be gaussian with estimator=lozo: its noise is a product of normals",
+            "leave noise out, or take estimator=spsa",
+        )
+        _require(
+            self.layer_share == 1,
+            "layer_share",
+            "must be 1 with estimator=lozo: a step adds to the sums of all blocks",
+            "leave layer_share out, or take estimator=spsa",
+        )
+        _require(
+            self.train != "lora",
+            "train",
+            "must be all or last:N with estimator=lozo: adapters are of low rank already",
+            "leave train out, or take estimator=spsa",
+        )
+        _require(
+            self.weight_decay == 0,
+            "weight_decay",
+            "must be 0 with estimator=lozo: matrices are only read until its window ends",
+            "leave weight_decay out, or take estimator=spsa",
         )
         _require(1 <= self.lozo_rank <= MOST_RANK, "lozo_rank", f"must be between 1 and {MOST_RANK}")
         _require(self.lozo_window >= 1, "lozo_window", "must be positive")
         _require(
             self.lozo_window * self.queries <= MOST_PENDING,
             "lozo_window",
-            f"times queries must be {MOST_PENDING} at most",
+            f"times queries must be {MOST_PENDING} at most: the log of pending updates holds no more",
+            f"with queries={self.queries} set lozo_window={MOST_PENDING // self.queries} or less",
         )
 
 
@@ -390,10 +427,11 @@ def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
         key = str(first["loc"][0]) if first["loc"] else ""
         why = first["msg"].removeprefix("Value error, ")
         known = ", ".join(field.name for field in fields(kind))
+        refused = first.get("ctx", {}).get("error")
         raise UserError(
             f"--set {key}={values.get(key, '')}" if key else f"engine {engine}",
             why,
-            f"settings of {engine} are: {known}",
+            (refused.remedy if isinstance(refused, _Refused) else "") or f"settings of {engine} are: {known}",
         ) from None
 
 
@@ -405,6 +443,13 @@ def approximation(settings: Mapping[str, object]) -> str | None:
     return f"approximate: {'4' if base == 'int4' else '8'}-bit base ({base})"
 
 
-def _require(holds: bool, key: str, why: str) -> None:
+class _Refused(ValueError):
+    def __init__(self, told: str, remedy: str) -> None:
+        super().__init__(told)
+        self.remedy = remedy
+
+
+def _require(holds: bool, key: str, why: str, remedy: str = "") -> None:
+    """`remedy` is what to do where it takes more than another value of the setting."""
     if not holds:
-        raise ValueError(f"{key} {why}")
+        raise _Refused(f"{key} {why}", remedy)

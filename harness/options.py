@@ -84,7 +84,9 @@ Timeout = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it."
+        "--set",
+        help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it. "
+        "`engines` lists them; which go together stands in README.md.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

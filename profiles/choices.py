@@ -16,6 +16,7 @@ from engines.costs.lsp import core_elements, core_size
 from engines.costs.zo2 import resident_indices
 from engines.settings import LSP_PRESETS, MOST_PENDING, LspSettings, parse_settings, sizes_by_shape
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
+from profiles.folding import fold_for_loss, told_of_given
 from profiles.lsp_sizes import largest_hidden, lsp_ladder
 from profiles.machine import Machine
 from profiles.plan import Value
@@ -82,6 +83,8 @@ class Choice:
                 return self._lsp()
             case "zo2":
                 return self._zo2()
+            case "mezo":
+                return self._mezo()
             case "torchao-offload":
                 return self._torchao()
             case _:
@@ -124,6 +127,14 @@ class Choice:
             )
         return dict(self._override), ()
 
+    def _mezo(self) -> tuple[dict[str, Value], tuple[str, ...]]:
+        given = parse_settings("mezo", self._override)
+        if "fold_every" in self._override:
+            warning = told_of_given(given)
+            return dict(self._override), () if warning is None else (warning,)
+        best = fold_for_loss(given)
+        return (dict(self._override), ()) if best is None else (self._with(fold_every=best[0]), (best[1],))
+
     def _zo2(self) -> tuple[dict[str, Value], tuple[str, ...]]:
         """Resident blocks, which take their copies off the link, then how often the others go down."""
         chosen: dict[str, Value] = {}
@@ -137,6 +148,8 @@ class Choice:
         if "fold_every" not in self._override:
             chosen["fold_every"], reason = self._fold_every(chosen)
             reasons.append(reason)
+        elif (warning := told_of_given(parse_settings("zo2", self._override))) is not None:
+            reasons.append(warning)
         settings = self._with(**chosen)
         if settings.get("disk_blocks") and self._override.get("disk_blocks", "auto") == "auto":
             cost = self.cost(settings)
@@ -199,9 +212,12 @@ class Choice:
 
     def _fold_every(self, chosen: Mapping[str, Value]) -> tuple[int, str]:
         """The fewest steps between downloads of a block that are as fast as any, the GPU having time to
-        replay what the host does not have. `chosen` are the other settings.
+        replay what the host does not have. `chosen` are the other settings. With a low-bit base the loss
+        decides.
         """
         given = parse_settings("zo2", self._override)
+        if (best := fold_for_loss(given)) is not None:
+            return best
         if given.estimator == "lozo":
             return 1, f"fold_every=1: every {given.lozo_window} steps, when the noise's window ends"
         costs = {

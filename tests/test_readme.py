@@ -13,6 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from engines.base import UserError
+from engines.settings import parse_settings
 from harness.cli import app
 from reports.index import ABOUT, published_folders, write_index
 
@@ -55,6 +57,39 @@ def test_every_flag_that_the_readme_names_exists() -> None:
     named = {flag for text in INLINE for flag in re.findall(r"(?<!\S)--[a-z-]+", text) if "pip" not in text}
     assert named
     assert named <= known, named - known
+
+
+def _goes_together() -> list[tuple[str, str, str]]:
+    """Setting, setting, and what the table says of both."""
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| ")]
+    table = [row for row in rows if "=" in row[0] or row[0] == "with"]
+    header, *others = table[table.index(next(row for row in table if row[0] == "with")) :]
+    return [
+        (row[0].strip("`"), column.strip("`"), cell)
+        for row in others
+        for column, cell in zip(header[1:], row[1:], strict=True)
+        if cell != "-"
+    ]
+
+
+@pytest.mark.parametrize(("one", "other", "told"), _goes_together())
+def test_the_table_of_what_goes_together_is_true(one: str, other: str, told: str) -> None:
+    needed = dict(o.split("=") for w, o, cell in _goes_together() if (w, cell) == (one, "needed"))
+    key, value = other.split("=")
+    values = {**needed, **dict([one.split("=")]), key: value}
+    if along := re.fullmatch(r"with `(\w+)=(\w+)`", told):
+        with pytest.raises(UserError, match=f"set {along[1]}={along[2]} or less"):
+            parse_settings("zo2", values)
+        values, told = {**values, along[1]: along[2]}, "yes"
+    if told == "no":
+        with pytest.raises(UserError, match=f"{key} must be .*; (leave {key} out|take)"):
+            parse_settings("zo2", values)
+        return
+    assert told in ("yes", "needed")
+    parse_settings("zo2", values)
+    if told == "needed":
+        with pytest.raises(UserError, match=f"{key} must be .*; set {key}="):
+            parse_settings("zo2", {name: each for name, each in values.items() if name != key})
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

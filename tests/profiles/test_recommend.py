@@ -487,6 +487,62 @@ def test_a_disk_that_was_not_measured_gives_no_time() -> None:
     assert "disk read bandwidth is not in the machine profile: a brief probe" in tight.prediction.basis
 
 
+@pytest.mark.parametrize("engine", ["mezo", "zo2"])
+@pytest.mark.parametrize(
+    ("values", "fold_every", "why"),
+    [
+        ({"base": "int8"}, 8, "each rounding to the int8 grid adds noise, so it is rare for the loss's sake"),
+        ({"base": "int8", "train": "last:4"}, 8, "each rounding to the int8 grid adds noise"),
+        ({"base": "fp8"}, 16, "each rounding to the fp8 grid adds noise"),
+        ({"base": "int4"}, 16, "with int4 even they undo what is learned; train=lora only reads the base"),
+        ({"base": "int8", "queries": 16}, 4, "more than 4 steps of 16 queries the log does not hold"),
+    ],
+)
+def test_how_rarely_a_low_bit_base_is_rounded_is_decided_by_the_loss(
+    engine: str, values: dict[str, object], fold_every: int, why: str
+) -> None:
+    """The same for both engines and on every machine: one is the other's twin."""
+    for machine, workload in ((H200, FORWARD_ONLY), (LAPTOP_CPU, ON_CPU)):
+        (only,) = recommend(machine, OPT_13B, workload, [engine], {engine: values})
+        assert only.settings["fold_every"] == fold_every
+        assert why in told(only, "fold_every")
+        parse_settings(engine, only.settings)
+
+
+@pytest.mark.parametrize("engine", ["mezo", "zo2"])
+def test_where_nothing_is_rounded_speed_decides_as_before(engine: str) -> None:
+    for values in ({"base": "int4", "train": "lora"}, {"base": "int8", "estimator": "lozo"}, {}):
+        (only,) = recommend(H200, OPT_13B, FORWARD_ONLY, [engine], {engine: values})
+        assert not any("rounding" in reason for reason in only.reasons)
+
+
+@pytest.mark.parametrize("engine", ["mezo", "zo2"])
+@pytest.mark.parametrize(
+    ("base", "fold_every", "warns"), [("int8", 1, True), ("int8", 8, False), ("int4", 64, True)]
+)
+def test_a_fold_every_that_costs_loss_is_kept_and_said(
+    engine: str, base: str, fold_every: int, warns: bool
+) -> None:
+    values: dict[str, object] = {"base": base, "fold_every": fold_every}
+    (only,) = recommend(H200, OPT_13B, FORWARD_ONLY, [engine], {engine: values})
+    assert only.settings["fold_every"] == fold_every
+    assert any(each.startswith("as set, it may lose what is learned") for each in only.reasons) == warns
+
+
+@pytest.mark.parametrize(("base", "read_gb"), [("int4", 29.0), ("int8", 116.0), ("full", None)])
+def test_175b_is_planned_on_a_host_of_64_gib_with_every_base(base: str, read_gb: float | None) -> None:
+    shape = opt("opt-175b", 12288, 96, 96)
+    machine = with_disk(with_vram(H200, 24 * GB), 2e9)
+    asked: dict[str, dict[str, object]] = {"zo2": {"base": base, "resident_blocks": 0}}
+    (planned,) = recommend(machine, shape, FORWARD_ONLY, ["zo2"], asked, host_bytes=60 * 2**30)
+    assert planned.fits
+    assert planned.prediction.bottleneck == "disk"
+    cost = traffic("zo2", shape, FORWARD_ONLY, parse_settings("zo2", planned.settings))
+    assert cost.disk_bytes == planned.prediction.disk_read_bytes
+    assert cost.peak_host_bytes <= 60 * 2**30
+    assert read_gb is None or cost.disk_bytes == pytest.approx(read_gb * 1e9, rel=0.01)
+
+
 def test_a_low_bit_base_is_an_explicit_choice_and_said() -> None:
     """175B takes 250 GB of host memory and a disk; nobody is given an approximation who has not asked."""
     shape = opt("opt-175b", 12288, 96, 96)
