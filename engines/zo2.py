@@ -147,15 +147,14 @@ class Zo2:
         if not self._on_disk:
             return None
         size, dtype = self._dtype.itemsize, self.context.workload.dtype
+        as_stored = {i: blocks[i] for i in self._on_disk} if self.settings.base == "full" else {}
         return DiskBlocks(
             {i: self._forms[i].size_bytes for i in sorted(self._on_disk)},
             spill_folder(self.settings.disk_folder),
             self._link,
             self.context.progress,
             folds=self._folded_on_disk() if self._folds_ever() else (),
-            in_place={}
-            if self.settings.base != "full"
-            else in_place({i: blocks[i] for i in self._on_disk}, blueprint, dtype, size),
+            in_place=in_place(as_stored, blueprint, dtype, size),
             delay_s=self.disk_delay_s,
             timeline=self._clocks.timeline,
         )

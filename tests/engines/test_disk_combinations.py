@@ -11,7 +11,7 @@ import pytest
 import torch
 from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, save
 
-from engines.base import Context
+from engines.base import Context, LocatesWeights
 from engines.costs import disk as costs
 from engines.costs.forward import PROCESS_HOST_BYTES
 from engines.noise import LOG_CAPACITY
@@ -120,10 +120,12 @@ def test_a_low_bit_base_on_disk_is_never_written(tmp_path: Path) -> None:
         made.close()
 
 
-def test_a_model_file_holds_no_low_bit_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked for no place: the records are made from its weights, once, in files of our own."""
-    monkeypatch.setattr("engines.zo2.in_place", lambda *_: pytest.fail("looked for blocks in a file"))
-    made = make(tiny_blueprint("opt"), tmp_path, context(), base="int8")
+def test_a_models_file_is_asked_for_no_low_bit_block(tmp_path: Path) -> None:
+    """The records are made from its weights, once, in files of our own."""
+    blueprint = tiny_blueprint("opt")
+    blueprint.locate = lambda name: pytest.fail(name)  # type: ignore[attr-defined]
+    assert isinstance(blueprint, LocatesWeights)
+    made = make(blueprint, tmp_path, context(), base="int8")
     assert made._disk is not None
     assert set(made._disk._own) == set(made._on_disk)
     made.close()
