@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from engines.base import ModelShape, UserError
+from engines.settings import MezoSettings, parse_settings
 from harness.compare import check_folder, compare, missing
 from harness.emulate import Emulated, emulated
 from harness.job import Job
@@ -21,6 +22,7 @@ from harness.shapes import resolve_shape
 from harness.show import CompareProgress, console, grid_table, plans_table
 from profiles.catalog import find_profile
 from profiles.documents import write_whole
+from profiles.folding import fold_for_loss
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.plan import Plan
 from profiles.recommend import recommend, why_first
@@ -68,12 +70,18 @@ def plan_job(
 
 
 def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, Any]:
-    """The knobs to train with: those set, over the ones recommended for the machine of `profile`, if any.
+    """The knobs to train with: those set, over the ones recommended for the machine of `profile`, if any. How
+    often a low-bit base is rounded is the loss's matter on every machine.
 
     Raises `UserError` if the plan does not fit that machine.
     """
     if profile is None:
-        return dict(job.settings.get(engine, {}))
+        given = dict(job.settings.get(engine, {}))
+        typed = parse_settings(engine, given)
+        if isinstance(typed, MezoSettings) and "fold_every" not in given:
+            best = fold_for_loss(typed)
+            return given if best is None else given | {"fold_every": best[0]}
+        return given
     (plan,) = plan_job(job, resolve_shape(job), find_profile(profile), [engine])
     if not plan.fits:
         raise UserError(

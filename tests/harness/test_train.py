@@ -313,6 +313,14 @@ def test_a_defect_is_not_blamed_on_the_user(monkeypatch: pytest.MonkeyPatch, tmp
 # --- settings -----------------------------------------------------------------------------------------
 
 
+def test_a_low_bit_base_is_rounded_as_rarely_as_the_loss_asks() -> None:
+    low_bit = tiny_job(settings={"zo2": {"base": "int8"}})
+    assert training_settings(low_bit, "zo2", None) == {"base": "int8", "fold_every": 8}
+    assert training_settings(low_bit, "mezo", None) == {}
+    as_set = tiny_job(settings={"zo2": {"base": "int8", "fold_every": 2}})
+    assert training_settings(as_set, "zo2", None)["fold_every"] == 2
+
+
 def test_knobs_come_from_the_profile_and_then_from_set(tmp_path: Path) -> None:
     save_machine(make_machine(gpu=False), tmp_path / "machine.json")
     job = tiny_job(settings={"lsp": {"r": 2}})
