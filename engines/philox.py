@@ -259,11 +259,11 @@ def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Ten
         device=even.device,
     )
     product = torch.empty_like(even)
-    for i in range(ROUNDS):
+    for each in keys.unsqueeze(2).unbind():
         torch.mul(even[1], MULTIPLIERS[1], out=product[0])
         torch.mul(even[0], MULTIPLIERS[0], out=product[1])
         torch.bitwise_right_shift(product, 32, out=even)
-        even.bitwise_xor_(odd).bitwise_xor_(keys[i].unsqueeze(1)).bitwise_and_(_WORD)
+        even.bitwise_xor_(odd).bitwise_xor_(each).bitwise_and_(_WORD)
         odd, product = product, odd
     return even, odd.bitwise_and_(_WORD)
 
