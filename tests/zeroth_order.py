@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engines.base import Batch, Context, Dtype, StepStats, Workload
+from engines.base import Batch, Context, Dtype, StepStats, Update, Workload
 from engines.mezo import Mezo
 from engines.settings import MezoSettings, Zo2Settings
 from engines.zo2 import Zo2
@@ -67,6 +67,24 @@ def assert_same_steps(
         assert (stats.loss, stats.updates) == (expected.loss, expected.updates)
         all_stats.append(stats)
     return all_stats
+
+
+def assert_all_same_steps(first: Engine, others: Sequence[Engine], batches: Sequence[Batch]) -> None:
+    """As `assert_same_steps`, of one engine and each of the others; then their weights."""
+    for batch in batches:
+        expected = first.step([batch])
+        for each in others:
+            stats = each.step([batch])
+            assert (stats.loss, stats.updates) == (expected.loss, expected.updates)
+    for each in others:
+        assert_same_weights(first, each)
+
+
+def assert_replays(first: Engine, updates: Sequence[Update], others: Sequence[Engine]) -> None:
+    """`updates`, those of `first` so far, make of each of the others, at the start, what it is."""
+    for each in others:
+        each.replay(updates)
+        assert_same_weights(first, each)
 
 
 def in_groups(batches: Sequence[Batch], size: int) -> list[Sequence[Batch]]:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from zeroth_order import assert_same_steps, assert_same_weights, context, make_mezo, make_zo2, save
+from zeroth_order import (
+    Engine,
+    assert_all_same_steps,
+    assert_replays,
+    assert_same_steps,
+    assert_same_weights,
+    context,
+    make_mezo,
+    make_zo2,
+    save,
+)
 
 from engines.base import UserError
 from engines.base_format import add_low_rank, pack, unpack
@@ -56,35 +66,45 @@ def test_zo2_equals_mezo(case: str, resident_blocks: int) -> None:
     assert streamed.landed_share() == mezo.landed_share()
 
 
-@pytest.mark.parametrize("make", [make_mezo, make_zo2])
+@pytest.fixture
+def log_holds(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Updates in a log: fewer than usual, to save time."""
+    for module in ("noise", "pending", "zo2"):
+        monkeypatch.setattr(f"engines.{module}.LOG_CAPACITY", 12)
+    return 12
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_log_is_replayed_to_the_same_bits(case: str, make: Any) -> None:
+def test_a_log_is_replayed_to_the_same_bits(case: str, log_holds: int) -> None:
     """More updates than a log holds, and on from there."""
     where, knobs = context(dtype="fp16"), {**CASES[case], "learning_rate": 1e-4}
     live = make_zo2(tiny_blueprint("opt", num_blocks=2), where, **knobs)
     batches = tiny_batches(4, "opt")
-    steps = 66 // knobs.get("queries", 1) + 2
+    steps = log_holds // knobs.get("queries", 1) + 3
     updates = [update for step in range(steps) for update in live.step([batches[step % 4]]).updates]
-    replayed = make(tiny_blueprint("opt", num_blocks=2), where, **knobs)
-    replayed.replay(updates)
-    assert_same_weights(live, replayed)
-    assert_same_steps(live, replayed, batches)
-    assert_same_weights(live, replayed)
+    others = [make(tiny_blueprint("opt", num_blocks=2), where, **knobs) for make in (make_mezo, make_zo2)]
+    assert_replays(live, updates, others)
+    assert_all_same_steps(live, others, batches)
 
 
-@pytest.mark.parametrize("make", [make_mezo, make_zo2])
-@pytest.mark.parametrize("saved_at", [3, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_resumes_bit_for_bit(case: str, saved_at: int, make: Any, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit(case: str, tmp_path: Path) -> None:
+    """In either engine, after step 3 and after step 4 of a run that goes on."""
     where, knobs = context(dtype="bf16"), CASES[case]
     straight, saved = (make_zo2(tiny_blueprint("llama"), where, **knobs) for _ in range(2))
     batches = tiny_batches(9, "llama")
-    assert_same_steps(straight, saved, batches[:saved_at])
-    resumed = make(tiny_blueprint("llama", seed=5), context(dtype="bf16", seed=1), **knobs)
-    resumed.load(save(saved, tmp_path / "saved"))
-    assert_same_weights(straight, resumed)
-    assert_same_steps(straight, resumed, batches[saved_at:])
-    assert_same_weights(straight, resumed)
+    followers: list[Engine] = [saved]
+    first = 0
+    for saved_at in (3, 4):
+        assert_all_same_steps(straight, followers, batches[first:saved_at])
+        folder = save(saved, tmp_path / str(saved_at))
+        for make in (make_mezo, make_zo2):
+            resumed = make(tiny_blueprint("llama", seed=5), context(dtype="bf16", seed=1), **knobs)
+            resumed.load(folder)
+            assert_same_weights(straight, resumed)
+            followers.append(resumed)
+        first = saved_at
+    assert_all_same_steps(straight, followers, batches[first:])
 
 
 @pytest.mark.parametrize("case", ["queries", "layer_share", "both", "signs", "fzoo"])

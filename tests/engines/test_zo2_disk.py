@@ -263,7 +263,11 @@ def test_a_log_is_as_good_as_a_checkpoint(tmp_path: Path) -> None:
     """Replayed onto blocks on disk, through more updates than the log holds."""
     where = context(dtype="fp16", steps=200)
     mezo = make_mezo(tiny_blueprint("gpt2", True), where)
-    updates = [update for batch in tiny_batches(150, "gpt2") for update in mezo.step([batch]).updates]
+    updates = [
+        update
+        for batch in tiny_batches(2 * LOG_CAPACITY + 6, "gpt2")
+        for update in mezo.step([batch]).updates
+    ]
     replayed = make(tiny_blueprint("gpt2", True), tmp_path, where)
     replayed.replay(updates)
     assert_same_weights(mezo, replayed)
