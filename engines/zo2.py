@@ -51,7 +51,7 @@ from engines.base_format import BlockForm, block_forms
 from engines.blocks import TORCH_DTYPE, EvaluationSum
 from engines.checkpoint import open_checkpoint, save_checkpoint
 from engines.clocks import Clocks
-from engines.costs.zo2 import choose_on_disk, resident_indices
+from engines.costs.zo2 import choose_on_disk, folds_disk, resident_indices
 from engines.decoding import Decoded, GenerationRequest
 from engines.disk import DiskBlocks, spill_folder
 from engines.disk_tensors import FetchedTensors, in_place
@@ -153,7 +153,7 @@ class Zo2:
             spill_folder(self.settings.disk_folder),
             self._link,
             self.context.progress,
-            folds=self._folded_on_disk() if self._folds_ever() else (),
+            folds=self._folded_on_disk() if folds_disk(self.settings, self.context.total_steps) else (),
             in_place=in_place(as_stored, blueprint, dtype, size),
             delay_s=self.disk_delay_s,
             timeline=self._clocks.timeline,
@@ -165,12 +165,6 @@ class Zo2:
         if isinstance(self._model.adapters, LowRank):
             trained.update(self._model.adapters.blocks)
         return sorted(self._on_disk & trained)
-
-    def _folds_ever(self) -> bool:
-        total = self.context.total_steps
-        if self.settings.estimator == "lozo":
-            return total > self.settings.lozo_window
-        return total * self.settings.queries > LOG_CAPACITY
 
     def _fill(
         self,

@@ -94,6 +94,13 @@ def folds(index: int, step: int, fold_every: int) -> bool:
     return (step + index) % fold_every == 0
 
 
+def folds_disk(settings: MezoSettings, total_steps: int) -> bool:
+    """Whether so long a run writes blocks on disk anew, if it trains them."""
+    if settings.estimator == "lozo":
+        return total_steps > settings.lozo_window
+    return total_steps * settings.queries > disk.REPLAYED_UPDATES
+
+
 def replayed_visit(settings: MezoSettings, share: float = 1.0, kept: float = 1.0) -> Visit:
     """Of a block on disk in a long run: from 1 update to as many as the log holds are replayed.
 
