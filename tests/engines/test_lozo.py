@@ -289,7 +289,6 @@ def test_a_fold_does_not_depend_on_its_pieces(chunk: int) -> None:
         ({"lozo_window": 0}, "lozo_window must be positive"),
         ({"lozo_window": 100, "queries": 2}, "times queries must be 64 at most"),
         ({"fold_every": 2}, "fold_every must be 1"),
-        ({"disk_blocks": 1}, "disk_blocks must be 0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(values: dict[str, object], why: str) -> None:
