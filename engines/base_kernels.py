@@ -3,13 +3,15 @@
 """Triton kernels of `engines.base_format`, bit for bit the same arithmetic. Imported only where Triton is.
 
 One program takes one record: 128 lanes at a time, which share a scale in each row of the tile, load their
-codes as one word each. Launched without contraction of multiply and add. With TRITON_INTERPRET=1 they run on
-CPU tensors.
+codes as one word each. Where noise is signs and nothing is written back, a thread has the elements whose
+signs its one Philox call gives: 8 neighbours in each half of the tile. Launched without contraction of
+multiply and add. With TRITON_INTERPRET=1 they run on CPU tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from engines import base_format
 from engines.costs.low_bit import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
+from engines.launch import launch
 from engines.lozo_kernels import low_rank
 from engines.noise import LOG_CAPACITY, Visit
-from engines.noise_kernels import NUM_WARPS, _on, _seed, dither_at, normals, sign_bits
+from engines.noise_kernels import NUM_WARPS, _seed, _signs, dither_at, normals, sign_bits
 from engines.philox import SIGN_LANES, SIGN_WIDTH, NoiseKey
 from engines.segments import LANES, Segment
 from engines.settings import Base
@@ -115,6 +118,17 @@ def _moved(w, z, lr, g, decay):
 
 
 @triton.jit
+def _place(record, places, num_matrices):
+    """Tile, tensor, place of its first element, and elements from there on, of a record: see
+    `Segment.places`."""
+    mine = places
+    for i in range(1, num_matrices):
+        mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
+    tile, tensor = record - tl.load(mine), tl.load(mine + 2)
+    return tile, tensor, tl.load(mine + 1) + tile * _TILE, tl.load(mine + 3) - tile * _TILE
+
+
+@triton.jit
 def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr):
     """Noise of lanes in each row of the tile and, with normals, their two radius words."""
     if SIGNS:
@@ -151,12 +165,7 @@ def _visit_kernel(
     """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
     `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
     record = tl.program_id(0).to(tl.int64)
-    mine = places
-    for i in range(1, num_matrices):
-        mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
-    tile, tensor = record - tl.load(mine), tl.load(mine + 2)
-    base = tl.load(mine + 1) + tile * _TILE
-    left = tl.load(mine + 3) - tile * _TILE
+    tile, tensor, base, left = _place(record, places, num_matrices)
     words, kept = _places(codes, scales, record, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
@@ -212,6 +221,58 @@ def _visit_kernel(
                 tl.store(target + 3 * _LANES, (w3 - z3).to(like), mask=m3)
 
 
+@triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
+def _signs_kernel(
+    codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
+    FORM: tl.constexpr, WORDS: tl.constexpr, SIDES: tl.constexpr, PERTURB: tl.constexpr, GRID: tl.constexpr,
+):  # fmt: skip
+    """As `_visit_kernel` with signs, which does not store. Two threads have elements in the same words, and
+    both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
+    record = tl.program_id(0).to(tl.int64)
+    tile, tensor, base, left = _place(record, places, num_matrices)
+    base = tl.multiple_of(base, GRID)
+    words, kept = _places(codes, scales, record, FORM, WORDS)
+    width: tl.constexpr = 4 if FORM == _INT4 else 8
+    mask: tl.constexpr = 15 if FORM == _INT4 else 255
+    thread = tl.arange(0, _SIGN_LANES)
+    row = thread * _SIGN_WIDTH // _LANES
+    lane = thread * _SIGN_WIDTH % _LANES
+    word = tl.load(words + lane[:, None] + tl.arange(0, _SIGN_WIDTH)[None, :]).to(tl.int32)
+    s0 = tl.load(kept + row * _GROUPS + lane // _GROUP).to(tl.float32)
+    s1 = tl.load(kept + (row + 2) * _GROUPS + lane // _GROUP).to(tl.float32)
+    w0 = _decoded((word >> (row * width)[:, None]) & mask, s0[:, None], FORM)
+    w1 = _decoded((word >> ((row + 2) * width)[:, None]) & mask, s1[:, None], FORM)
+    for i in range(num_updates):
+        entry = table + ((first + i) % _CAPACITY) * 4
+        lr = tl.load(entry + 1).to(tl.float32, bitcast=True)
+        g = tl.load(entry + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(entry + 3).to(tl.float32, bitcast=True)
+        bits = sign_bits(tile, thread, tensor, tl.load(entry), seed)
+        w0 = _moved(w0, _signs(bits, 0), lr, g, decay)
+        w1 = _moved(w1, _signs(bits, 1), lr, g, decay)
+    like = side.dtype.element_ty
+    e0 = thread[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
+    e1 = e0 + _SIGN_LANES * _SIGN_WIDTH
+    if PERTURB:
+        bits = sign_bits(tile, thread, tensor, step, seed)
+        z0, z1 = _signs(bits, 0) * eps, _signs(bits, 1) * eps
+        if left >= _TILE:  # only then can a thread store 8 neighbours in one go
+            tl.store(side + base + e0, (w0 + z0).to(like))
+            tl.store(side + base + e1, (w1 + z1).to(like))
+            if SIDES == 2:
+                tl.store(other + base + e0, (w0 - z0).to(like))
+                tl.store(other + base + e1, (w1 - z1).to(like))
+        else:
+            tl.store(side + base + e0, (w0 + z0).to(like), mask=e0 < left)
+            tl.store(side + base + e1, (w1 + z1).to(like), mask=e1 < left)
+            if SIDES == 2:
+                tl.store(other + base + e0, (w0 - z0).to(like), mask=e0 < left)
+                tl.store(other + base + e1, (w1 - z1).to(like), mask=e1 < left)
+    else:
+        tl.store(side + base + e0, w0.to(like), mask=e0 < left)
+        tl.store(side + base + e1, w1.to(like), mask=e1 < left)
+
+
 @triton.jit(do_not_specialize=["tensor", "step", "seed"])
 def _add_kernel(
     codes, scales, rows, columns, count, height, width, tensor, step, seed,
@@ -255,16 +316,21 @@ def visit(
     scales = records.view(torch.bfloat16)
     side, other = (sides[0], sides[-1]) if sides else (scales, scales)
     places = segment.places(records.device)
-    with _on(records):
-        _visit_kernel[(records.numel() // record_bytes(base),)](
-            records.view(word), scales, side, other, places, len(places),
-            how.log.table, how.first, how.last - how.first,
-            how.step, _seed(how.seed), how.eps,
-            FORM=_FORMS[base], WORDS=record_bytes(base) // word.itemsize, STORE=store,
-            STOCHASTIC=how.rounding == "stochastic", SIDES=len(sides),
-            PERTURB=perturb, SIGNS=how.noise == "rademacher",
-            enable_fp_fusion=False, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    grid = (records.numel() // record_bytes(base),)
+    arguments = (
+        records.view(word), scales, side, other, places, len(places),
+        how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed), how.eps,
+    )  # fmt: skip
+    flags: dict[str, Any] = {
+        "FORM": _FORMS[base], "WORDS": record_bytes(base) // word.itemsize, "SIDES": len(sides),
+        "PERTURB": perturb, "enable_fp_fusion": False, "num_warps": NUM_WARPS,
+    }  # fmt: skip
+    signs = how.noise == "rademacher"
+    if signs and sides and not store:
+        launch(_signs_kernel, grid, *arguments, GRID=segment.grid, **flags)
+        return
+    stochastic = how.rounding == "stochastic"
+    launch(_visit_kernel, grid, *arguments, STORE=store, STOCHASTIC=stochastic, SIGNS=signs, **flags)
 
 
 def add_low_rank(
@@ -273,10 +339,10 @@ def add_low_rank(
     """As `base_format.add_low_rank`."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
     (rank, height), width = rows.shape, columns.shape[1]
-    with _on(records):
-        _add_kernel[(records.numel() // record_bytes(base),)](
-            records.view(word), records.view(torch.bfloat16), rows, columns, height * width, height, width,
-            key.tensor, key.step, _seed(key.seed), FORM=_FORMS[base],
-            WORDS=record_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
-            enable_fp_fusion=False, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch(
+        _add_kernel, (records.numel() // record_bytes(base),),
+        records.view(word), records.view(torch.bfloat16), rows, columns, height * width, height, width,
+        key.tensor, key.step, _seed(key.seed), FORM=_FORMS[base],
+        WORDS=record_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
+        enable_fp_fusion=False, num_warps=NUM_WARPS,
+    )  # fmt: skip

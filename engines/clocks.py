@@ -30,13 +30,22 @@ class Clocks:
 
     def take_s(self, link: Link) -> dict[str, Any]:
         """Seconds since the last call, by the names of `engines.base.StepStats`. Does not wait."""
-        h2d_s, d2h_s = link.take_busy_s()
-        seen = self.exposure.take()
-        return {
-            "h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": self.compute.take_s(),
-            "gpu_exposed_s": seen.gpu_s, "h2d_exposed_s": seen.h2d_s, "d2h_exposed_s": seen.d2h_s,
-            "cpu_exposed_s": seen.cpu_s,
-        }  # fmt: skip
+        return self.cut(link)()
+
+    def cut(self, link: Link) -> Callable[[], dict[str, Any]]:
+        """As `take_s` of what was begun so far, when called: see `engines.transfer.ComputeClock.cut`."""
+        busy, compute = link.cut_busy(), self.compute.cut()
+
+        def read() -> dict[str, Any]:
+            h2d_s, d2h_s = busy()
+            seen = self.exposure.take()
+            return {
+                "h2d_s": h2d_s, "d2h_s": d2h_s, "gpu_s": compute(),
+                "gpu_exposed_s": seen.gpu_s, "h2d_exposed_s": seen.h2d_s, "d2h_exposed_s": seen.d2h_s,
+                "cpu_exposed_s": seen.cpu_s,
+            }  # fmt: skip
+
+        return read
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""

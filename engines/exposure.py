@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 
+from engines.transfer import compute_stream
+
 Resource = Literal["gpu", "d2h", "cpu", "h2d"]
 
 Span = tuple[float, float]
@@ -116,7 +118,7 @@ class ExposureClock:
         if not self._is_cuda:
             return
         event = _cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(compute_stream(self._device))
         self._marks.append(event)
 
     def between(self, resource: Resource, start: Any, end: Any, asked_s: float | None = None) -> None:

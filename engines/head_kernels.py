@@ -7,12 +7,11 @@ With TRITON_INTERPRET=1 it runs on CPU tensors.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engines.launch import launch
 
 COLUMNS = 2048
 """Logits per iteration."""
@@ -64,8 +63,8 @@ def gather(
 
     `largest`, `sums` (of exp(logit - largest)) and `target` are (tokens,) fp32, `where` and `labels` int64.
     """
-    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        _gather_kernel[(labels.numel(),)](
-            logits, labels, largest, where, sums, target, first, logits.shape[1], logits.stride(0),
-            COLUMNS=COLUMNS,
-        )  # fmt: skip
+    launch(
+        _gather_kernel, (labels.numel(),),
+        logits, labels, largest, where, sums, target, first, logits.shape[1], logits.stride(0),
+        COLUMNS=COLUMNS,
+    )  # fmt: skip

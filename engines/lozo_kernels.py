@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import philox
-from engines.noise_kernels import _dither_of_signs, _on, _rounded, _seed
+from engines.launch import launch
+from engines.noise_kernels import _dither_of_signs, _rounded, _seed
 from engines.philox import NoiseKey
 from engines.segments import TILE
 
@@ -55,8 +56,8 @@ def _add_kernel(
 def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool) -> None:
     """As `engines.lozo.add_low_rank`."""
     mode = {torch.bfloat16: 1, torch.float16: 2}[weight.dtype] if stochastic else 0
-    with _on(weight):
-        _add_kernel[(triton.cdiv(weight.numel(), TILE),)](
-            weight, rows, columns, weight.numel(), rows.shape[1], columns.shape[1], key.tensor, key.step,
-            _seed(key.seed), RANK=rows.shape[0], MODE=mode, enable_fp_fusion=False, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _add_kernel, (triton.cdiv(weight.numel(), TILE),),
+        weight, rows, columns, weight.numel(), rows.shape[1], columns.shape[1], key.tensor, key.step,
+        _seed(key.seed), RANK=rows.shape[0], MODE=mode, enable_fp_fusion=False, num_warps=4,
+    )  # fmt: skip

@@ -154,15 +154,15 @@ class Mezo:
         sums = streams.losses()
         self._clock.stop()
         losses = sums.read(len(prepared), self._step)
-        gpu_s, perturb_s = self._clock.take_s(), self._noise_clock.take_s()
+        gpu_s, perturb_s = self._clock.cut(), self._noise_clock.cut()
         updates = next_updates(self._step, self.settings, self.context.total_steps, losses)
         for update in updates:
             self._append(update)
         return StepStats(
             loss=sum(losses) / len(losses),
             forwards=float(forwards(self.settings)),
-            gpu_s=gpu_s,
-            perturb_s=perturb_s,
+            gpu_s=gpu_s(),
+            perturb_s=perturb_s(),
             updates=updates,
         )
 

@@ -12,7 +12,6 @@ neighbours in each half of the tile, which it loads and stores in one go.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 from typing import Any
 
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import noise, philox
+from engines.launch import launch
 from engines.noise import LOG_CAPACITY, Outputs, Visit
 from engines.philox import NoiseKey
 from engines.segments import LANES, TILE, Segment
@@ -398,18 +398,20 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     }
     alone = len(segment.numbers) == 1 and segment.offsets[0] == 0
     tensors = zip(segment.numbers, segment.offsets, segment.counts, segment.decays, strict=True)
-    with _on(weight):
-        for index, (number, offset, count, decays) in enumerate(tensors):
-            if count and (alone or segment.is_large(index)):
-                here = slice(offset, offset + count)
-                memories = (each[here] for each in (flat, theta, plus, minus))
-                flags["DECAYS"] = decays
-                _matrix_kernel[(triton.cdiv(count, TILE),)](
-                    *memories, count, start // TILE, number, *log, *noise_of, **flags
-                )
-        if not alone and len(tiles := segment.tiles(weight.device)):
-            flags |= {"DECAYS": any(segment.decays), "GRID": gcd(segment.grid, 16 // weight.element_size())}
-            _tensors_kernel[(len(tiles),)](flat, theta, plus, minus, tiles, *log, *noise_of, **flags)
+    for index, (number, offset, count, decays) in enumerate(tensors):
+        if count and (alone or segment.is_large(index)):
+            here = slice(offset, offset + count)
+            memories = (each[here] for each in (flat, theta, plus, minus))
+            grid = (triton.cdiv(count, TILE),)
+            launch(
+                _matrix_kernel, grid, *memories, count, start // TILE, number, *log, *noise_of,
+                DECAYS=decays, **flags,
+            )  # fmt: skip
+    if not alone and len(tiles := segment.tiles(weight.device)):
+        launch(
+            _tensors_kernel, (len(tiles),), flat, theta, plus, minus, tiles, *log, *noise_of,
+            DECAYS=any(segment.decays), GRID=gcd(segment.grid, 16 // weight.element_size()), **flags,
+        )  # fmt: skip
 
 
 def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
@@ -418,26 +420,21 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
     out = torch.empty((*indices.shape, width), dtype=weight.dtype, device=weight.device)
     if out.numel():
         grid = (indices.numel(), triton.cdiv(width, ROW_COLUMNS))
-        with _on(weight):
-            _rows_kernel[grid](
-                weight, indices.reshape(-1), out, width, number, how.step, _seed(how.seed), how.eps,
-                COLUMNS=ROW_COLUMNS, SIGNS=how.noise == "rademacher", enable_fp_fusion=False,
-            )  # fmt: skip
+        launch(
+            _rows_kernel, grid,
+            weight, indices.reshape(-1), out, width, number, how.step, _seed(how.seed), how.eps,
+            COLUMNS=ROW_COLUMNS, SIGNS=how.noise == "rademacher", enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
 def philox_words(key: NoiseKey, first_lane: int, num_lanes: int, device: torch.device) -> Tensor:
     """The integer stream of a power of two of lanes, for tests: (4, num_lanes) int64."""
     out = torch.empty((4, num_lanes), dtype=torch.int64, device=device)
-    _words_kernel[(1,)](out, first_lane, key.tensor, key.step, _seed(key.seed), COUNT=num_lanes)
+    launch(_words_kernel, (1,), out, first_lane, key.tensor, key.step, _seed(key.seed), COUNT=num_lanes)
     return out
 
 
 def _seed(seed: int) -> int:
     """64 bits, as Triton's Philox takes them."""
     return seed & 0xFFFFFFFFFFFFFFFF
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

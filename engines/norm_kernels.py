@@ -8,12 +8,12 @@ together (EXPERIMENTS.md). With TRITON_INTERPRET=1 it runs on CPU tensors.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engines.launch import launch
 
 
 @triton.jit(do_not_specialize=["half", "eps"])
@@ -46,9 +46,8 @@ def layer_norm(x: Tensor, plus: tuple[Tensor, Tensor], minus: tuple[Tensor, Tens
     out = torch.empty_like(x)
     num_rows = x.numel() // width
     columns = triton.next_power_of_2(width)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _layer_norm_kernel[(num_rows,)](
-            x, out, *plus, *minus, num_rows // 2, width, eps,
-            COLUMNS=columns, num_warps=min(16, max(1, columns // 512)),
-        )  # fmt: skip
+    launch(
+        _layer_norm_kernel, (num_rows,), x, out, *plus, *minus, num_rows // 2, width, eps,
+        COLUMNS=columns, num_warps=min(16, max(1, columns // 512)),
+    )  # fmt: skip
     return out

@@ -16,9 +16,7 @@ factors gathered entry by entry).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -26,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engines import rounding
+from engines.launch import launch
 from engines.noise_kernels import dithered_bf16
 
 _GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(value) for value in (rounding.GOLDEN, rounding.MIX_1, rounding.MIX_2))
@@ -182,12 +181,12 @@ def block_project(x: Tensor, values: Tensor, d: int) -> Tensor:
     span = -(-group * rows // blocks)
     slack = 0 if (group * rows) % (8 * blocks) == 0 else 7
     grid = (triton.cdiv(blocks, group), triton.cdiv(x.shape[0], sizes.edge))
-    with _on_device(x):
-        _project_kernel[grid](
-            x, values, out, x.shape[0], x.stride(0), x.stride(1), rows, blocks,
-            TOKENS=sizes.edge, STRIP=sizes.edge, STRIPS=triton.cdiv(span + slack, sizes.edge), GROUP=group,
-            R=r, WIDTH=width, num_warps=sizes.warps,
-        )  # fmt: skip
+    launch(
+        _project_kernel, grid,
+        x, values, out, x.shape[0], x.stride(0), x.stride(1), rows, blocks,
+        TOKENS=sizes.edge, STRIP=sizes.edge, STRIPS=triton.cdiv(span + slack, sizes.edge), GROUP=group,
+        R=r, WIDTH=width, num_warps=sizes.warps,
+    )  # fmt: skip
     return out
 
 
@@ -198,12 +197,12 @@ def block_lift(x: Tensor, values: Tensor, d: int) -> Tensor:
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     sizes = SIZES[x.element_size()]
     edge = sizes.edge
-    with _on_device(x):
-        _lift_kernel[triton.cdiv(rows, edge), triton.cdiv(x.shape[0], edge)](
-            x, values, out, x.shape[0], x.stride(0), x.stride(1), rows, blocks,
-            TOKENS=edge, STRIP=edge, GROUP=_blocks_within(edge, rows, blocks, width), R=r, WIDTH=width,
-            num_warps=sizes.warps,
-        )  # fmt: skip
+    launch(
+        _lift_kernel, (triton.cdiv(rows, edge), triton.cdiv(x.shape[0], edge)),
+        x, values, out, x.shape[0], x.stride(0), x.stride(1), rows, blocks,
+        TOKENS=edge, STRIP=edge, GROUP=_blocks_within(edge, rows, blocks, width), R=r, WIDTH=width,
+        num_warps=sizes.warps,
+    )  # fmt: skip
     return out
 
 
@@ -223,21 +222,21 @@ def block_update(
     blocks, width = core.shape[0] // r, triton.next_power_of_2(r)
     sizes = SIZES[weight.element_size()]
     edge = sizes.edge
-    with _on_device(weight):
-        _block_update_kernel[triton.cdiv(n, edge), triton.cdiv(m, edge)](
-            weight, core, left, right, m, n, blocks, blocks, rate, decay, key,
-            ROWS=edge, COLUMNS=edge, LEFT_GROUP=_blocks_within(edge, m, blocks, width),
-            RIGHT_GROUP=_blocks_within(edge, n, blocks, width), R=r, WIDTH=width, DITHER=dither,
-            num_warps=sizes.warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _block_update_kernel, (triton.cdiv(n, edge), triton.cdiv(m, edge)),
+        weight, core, left, right, m, n, blocks, blocks, rate, decay, key,
+        ROWS=edge, COLUMNS=edge, LEFT_GROUP=_blocks_within(edge, m, blocks, width),
+        RIGHT_GROUP=_blocks_within(edge, n, blocks, width), R=r, WIDTH=width, DITHER=dither,
+        num_warps=sizes.warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def plain_update(weight: Tensor, delta: Tensor, rate: float, decay: float, dither: bool, key: int) -> None:
     """weight <- round(weight decay - rate delta), both contiguous: as `rounding.updated`."""
-    with _on_device(weight):
-        _plain_update_kernel[(triton.cdiv(weight.numel(), 1024),)](
-            weight, delta, weight.numel(), rate, decay, key, SIZE=1024, DITHER=dither, enable_fp_fusion=False
-        )
+    launch(
+        _plain_update_kernel, (triton.cdiv(weight.numel(), 1024),),
+        weight, delta, weight.numel(), rate, decay, key, SIZE=1024, DITHER=dither, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _blocks_within(strip: int, rows: int, blocks: int, width: int) -> int:
@@ -245,7 +244,3 @@ def _blocks_within(strip: int, rows: int, blocks: int, width: int) -> int:
     takes."""
     most = strip * blocks // rows if strip * blocks % rows == 0 else strip * blocks // rows + 2
     return int(max(triton.next_power_of_2(min(most, blocks)), 16 // width, 1))
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

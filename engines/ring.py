@@ -8,7 +8,7 @@ in the order of the copies, so a ring of little more than one block keeps the li
 computes, the next one comes up into the room that the first has already left.
 
 Streams and events:
-- the compute stream waits for a piece's arrival before it reads it;
+- the compute stream waits for a piece's arrival before it reads it, unless the piece is there already;
 - the upload stream waits, before it writes a room, for the last reader of what was there before;
 - the download stream waits for the kernel that wrote the piece;
 - the upload stream waits, before it reads a piece from the host, for the piece's last download.
@@ -35,7 +35,8 @@ from engines.transfer import ComputeClock, Event, Link, Progress, host_slabs
 
 PIECE_BYTES = 32_000_000
 """Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
-what it costs to start one is nothing beside it."""
+what it costs to start one is nothing beside it. A block of up to twice this size goes in one: where blocks
+are small, the time that the CPU takes for each piece counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +254,11 @@ class BlockStream:
             )
         piece = self._pieces[number]
         if ticket in self._arrivals:
-            self._clock.stop()
-            self._link.wait(self._arrivals.pop(ticket))
-            self._clock.start()
+            arrival = self._arrivals.pop(ticket)
+            if not self._link.has_happened(arrival):
+                self._clock.stop()
+                self._link.wait(arrival)
+                self._clock.start()
             self._left[ticket] = piece.last - piece.first
             if self.is_on_disk(block):
                 self._disk_bytes += piece.stop - piece.start
@@ -336,11 +339,12 @@ class BlockStream:
 
 
 def _cut(block: int, form: BlockForm) -> Iterator[Piece]:
-    """Pieces of a block, of whole parts."""
+    """Pieces of a block, of whole parts; a small block is one."""
     own = len(form.layout.own_parts)
+    whole = form.size_bytes <= 2 * PIECE_BYTES
     first = 0
     for last in range(1, own + 1):
         start, stop = form.span(first, last)
-        if stop - start >= PIECE_BYTES or last == own:
+        if (stop - start >= PIECE_BYTES and not whole) or last == own:
             yield Piece(block, first, last, start, stop)
             first = last

@@ -15,14 +15,12 @@ State of a direction, four int64:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.noise_kernels import _on
+from engines.launch import launch
 
 GAP_NS = 40_000
 """Copies that follow each other within this time count as back to back: between a copy and the kernels around
@@ -85,8 +83,7 @@ def new_state(device: torch.device) -> Tensor:
 
 def begin(own: Tensor, other: Tensor) -> None:
     """A copy begins here in the current stream. Wants the two directions' states."""
-    with _on(own):
-        _launch(_begin, own, other)
+    launch(_begin, (1,), own, other, num_warps=1)
 
 
 def hold(own: Tensor, other: Tensor, cost_ns: int, share: float) -> None:
@@ -94,9 +91,4 @@ def hold(own: Tensor, other: Tensor, cost_ns: int, share: float) -> None:
 
     Time during which the other direction copies counts only by the factor `share`.
     """
-    with _on(own):
-        _launch(_hold, own, other, cost_ns, share)
-
-
-def _launch(kernel: Any, *arguments: Any) -> None:
-    kernel[(1,)](*arguments, num_warps=1)
+    launch(_hold, (1,), own, other, cost_ns, share, num_warps=1)

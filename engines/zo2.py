@@ -193,7 +193,7 @@ class Zo2:
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """Its times, unlike its loss and bytes, are those of the step before."""
-        times: dict[str, Any] = {}
+        times: Callable[[], dict[str, Any]] = dict
         window = window_due(self.settings, self._step)
         self._fold_on_disk(window)
         before = self._stream.moved()
@@ -205,12 +205,11 @@ class Zo2:
         for index, task in self._pass(self._goes_down, perturbed=self._drawn(self._step), folds=window):
             streams.visit(index, task, self._stream)
             if index == 0:
-                # Of the step before, whose work has ended. Not at its end: until the first block of the next
-                # step is under way, the link has only what room is left in the ring.
-                times = self._take_times()
+                times = self._cut_times()  # of the step before
         self._label("loss")
         sums = streams.losses()
         self._clock.stop()
+        told = times()  # the GPU has much to do still, so that this costs nothing
         losses = sums.read(len(prepared), self._step)  # the one place where the host waits
         updates = next_updates(self._step, self.settings, self.context.total_steps, losses)
         for update in updates:
@@ -220,17 +219,18 @@ class Zo2:
             forwards=float(forwards(self.settings)),
             updates=updates,
             **self._stream.moved_since(before),
-            **times,
+            **told,
         )
 
     def _goes_down(self, block: int) -> bool:
         """Whether it is the block's turn to keep its updates in this step. LOZO's windows have their own."""
         return self.settings.estimator != "lozo" and self._pending.is_due(block, self._step)
 
-    def _take_times(self) -> dict[str, Any]:
+    def _cut_times(self) -> Callable[[], dict[str, Any]]:
+        """See `engines.transfer.ComputeClock.cut`."""
         disk_s = None if self._disk is None else self._disk.take_busy_s()
-        perturb_s = self._noise_clock.take_s()
-        return self._clocks.take_s(self._link) | {"perturb_s": perturb_s, "disk_s": disk_s}
+        clocks, perturb = self._clocks.cut(self._link), self._noise_clock.cut()
+        return lambda: clocks() | {"perturb_s": perturb(), "disk_s": disk_s}
 
     def _pass(
         self,
@@ -323,7 +323,7 @@ class Zo2:
         for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
             moved = self._stream.moved_since(before)
             before = self._stream.moved()
-            yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **moved, **self._take_times()))
+            yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **moved, **self._cut_times()()))
         self._forget_times()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -278,6 +278,7 @@ def base_cases() -> Iterator[Case]:
             ("bfloat16", "stochastic", 1, True, False),
             ("bfloat16", "stochastic", 0, True, False),
             ("bfloat16", "stochastic", 2, True, True),
+            ("bfloat16", "stochastic", 2, False, True),
             ("float16", "stochastic", 1, False, True),
         ]:
             if base != "int8" and dtype == "float32":
@@ -288,7 +289,7 @@ def base_cases() -> Iterator[Case]:
                 lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store, signs=signs: (
                     visited(base, dtype, rounding, sides, store=store, signs=signs)
                 ),
-                store and sides == 2,
+                sides == 2 and (store or signs),
             )
 
 

@@ -64,6 +64,9 @@ class LazyLink(Link):
                         self.wait(each)
                     copy.out.copy_(copy.source)
 
+    def has_happened(self, event: Event) -> bool:
+        return not any(event in queue for queue in self._queues.values())
+
     def synchronize(self) -> None:
         for queue in self._queues.values():
             while queue:
