@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engines.base import UserError
+from engines.settings import MezoSettings, parse_settings
 from harness.generation_runs import GenerationRun, load_generation
 from harness.job import Job
 from harness.stats import Rounds, ratio
@@ -21,6 +23,11 @@ from reports.show import GIB, digits, loss, model_name, model_title, number, per
 from reports.tables import typical
 
 KINDS = ("runs", "generations")
+VARIANTS = (
+    "base", "train", "estimator", "noise", "queries", "layer_share", "disk_blocks", "projector", "offload",
+    "schedule_order",
+)  # fmt: skip
+"""Settings that make another method of an engine."""
 ABOUT = "about.txt"
 """In a published folder: a sentence on what it is for."""
 
@@ -35,6 +42,8 @@ class Published:
     machine: str
     parameters: int
     engine: str
+    variant: str
+    """Settings that make another method of the engine; empty: as published."""
     traced: bool
     began: str
     """Time of the first run, ISO 8601."""
@@ -42,9 +51,9 @@ class Published:
     all_: Measurements
 
     @property
-    def subject(self) -> tuple[str, str, str, str, bool]:
+    def subject(self) -> tuple[str, str, str, str, str, bool]:
         """What it measures: a later one of the same takes its place in the picture."""
-        return self.model, self.job, self.machine, self.engine, self.traced
+        return self.model, self.job, self.machine, self.variant, self.engine, self.traced
 
 
 def write_index(folder: Path) -> tuple[Path, Path]:
@@ -92,6 +101,7 @@ def published(folder: Path) -> Iterator[Published]:
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,
             engine=engine,
+            variant=variant(engine, rounds.runs[0].plan.settings, rounds.runs[0].job),
             traced=any(run.traced for run in rounds.runs),
             began=min(run.time for run in rounds.runs),
             rounds=rounds,
@@ -122,13 +132,27 @@ def index(
     ]  # fmt: skip
     if generated:
         lines += [f"## {say('index.generating')}", "", *_generation_lines(generated), ""]
-    lines += [f"- [{name}]({name}/report.md): {markdown_text(text)}" for name, text in about.items()]
+    reported = {each.folder for each in found}
+    for name, text in about.items():
+        where = f"{name}/report.md" if name in reported else name
+        lines.append(f"- [{name}]({where}): {markdown_text(text)}")
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def variant(engine: str, planned: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them: of its plan and of
+    its job, which wins."""
+    settings = parse_settings(engine, {**planned, **job["settings"].get(engine, {})})
+    usual = parse_settings(engine, {})
+    names = [name for name in VARIANTS if getattr(settings, name, None) != getattr(usual, name, None)]
+    if isinstance(settings, MezoSettings) and settings.base != "full" and settings.train != "lora":
+        names.append("fold_every")
+    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
 def newest(found: Sequence[Published]) -> list[Published]:
     """Of those that measure the same, the latest. In the order of `found`."""
-    latest: dict[tuple[str, str, str, str, bool], Published] = {}
+    latest: dict[tuple[str, str, str, str, str, bool], Published] = {}
     for each in found:
         if (before := latest.get(each.subject)) is None or before.began <= each.began:
             latest[each.subject] = each
@@ -145,13 +169,13 @@ def overview(found: Sequence[Published]) -> str:
         and (share := typical(each.rounds, floor_share)) is not None
     ]
     groups = []
-    for head in dict.fromkeys((each.model, each.job, each.machine) for each, _ in shown):
-        mine = [one for one in shown if (one[0].model, one[0].job, one[0].machine) == head]
+    for head in dict.fromkeys((each.model, each.job, each.machine, each.variant) for each, _ in shown):
+        mine = [one for one in shown if (one[0].model, one[0].job, one[0].machine, one[0].variant) == head]
         mine.sort(key=lambda one: engine_order(one[0].engine))
         groups.append(
             charts.BarGroup(
                 label="",
-                text=say("index.group", model=head[0], job=head[1], machine=head[2]),
+                text=", ".join(filter(None, head)),
                 rows=tuple(
                     charts.BarRow(
                         label=each.engine,
@@ -173,7 +197,9 @@ def overview(found: Sequence[Published]) -> str:
 
 
 def _cells(each: Published) -> list[str]:
-    method = say("index.traced", engine=each.engine) if each.traced else each.engine
+    method = ", ".join(filter(None, (each.engine, each.variant)))
+    if each.traced:
+        method = say("index.traced", engine=method)
     start = [
         f"[{markdown_text(each.model)}]({each.folder}/report.md)",
         *(markdown_text(text) for text in (each.job, each.machine, method)),
@@ -202,9 +228,10 @@ def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterato
     for folder, run in generated:
         seen, batch_size = run.summary, int(run.job["batch_size"])
         machine = run.environment.gpu_name or run.environment.cpu
+        method = ", ".join(filter(None, (run.engine, variant(run.engine, run.plan.settings, run.job))))
         cells = [
             f"[{markdown_text(model_name(run.model.name))}]({folder}/generations/{run.id}.json)",
-            *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, run.engine)),
+            *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, method)),
         ]
         times_s = (seen.step_s_median, seen.step_s_high, seen.step_s_low)
         middle, low, high = (None if step_s is None else batch_size / step_s for step_s in times_s)

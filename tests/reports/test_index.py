@@ -135,3 +135,26 @@ def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     with pytest.raises(UserError, match="no published runs"):
         published_folders(tmp_path)
+
+
+def test_settings_that_make_another_method_are_told_and_drawn_apart(tmp_path: Path) -> None:
+    usual = make_test_job(settings={"zo2": {"resident_blocks": "3"}})
+    other = make_test_job(settings={"zo2": {"base": "int8", "noise": "rademacher", "fold_every": 4}})
+    for name, job in (("a", usual), ("b", other)):
+        write_folder(tmp_path / name, [make_run("zo2", job=job, floor_share=0.5)], job=job)
+    page, picture = write_index(tmp_path)
+    text = page.read_text()
+    assert "| NVIDIA RTX 4090 | zo2 | " in text
+    assert "| NVIDIA RTX 4090 | zo2, base=int8, noise=rademacher, fold_every=4 | " in text
+    assert "base=int8, noise=rademacher, fold_every=4" in picture.read_text()
+    found = [each for name in ("a", "b") for each in published(tmp_path / name)]
+    assert len(newest(found)) == 2
+
+
+def test_a_folder_without_a_report_is_linked_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "opt_gen"
+    (folder / "generations").mkdir(parents=True)
+    (folder / "generations" / "one.json").write_text(to_json(generation(make_run("zo2"))))
+    (folder / ABOUT).write_text("Prompts.\n")
+    page, _ = write_index(tmp_path)
+    assert page.read_text().splitlines()[-1] == "- [opt_gen](opt_gen): Prompts."
