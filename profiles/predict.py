@@ -18,10 +18,10 @@ from profiles.machine import Figure, Gpu, Machine
 from profiles.plan import Prediction
 from profiles.units import format_elements, format_flops, format_rate
 
-GPU_MATMUL_EFFICIENCY = 0.85
-"""Rate of a model's matrix products over that of one large product. H200, 755 TFLOP/s bf16: two forward
-passes of OPT-13B, 112 TFLOP, in 0.184 s and of eight times as many tokens in 1.443 s; 224 TFLOP of forward
-and backward of the 6.7B LLaMA shape in 0.470 s, elementwise traffic taken off."""
+GPU_MATMUL_EFFICIENCY = 0.93
+"""Rate of a model's matrix products over that of one large product under lasting load (626 to 650 TFLOP/s on
+H200s). With it, predictions of the steps in reports/results that the GPU decides come to 0.79 to 1.16 of what
+was measured: too little at 1.3B, where pauses between kernels count, and too much at 175B."""
 
 CPU_MATMUL_EFFICIENCY = 0.7
 """The same on a CPU, where attention and small products weigh more. Assumed, not measured."""

@@ -39,11 +39,11 @@ from safetensors.torch import load, save
 SEEDS = (0, 1, 2)
 BUDGETS = {
     "encoder": Budget(
-        batch_size=32, steps=648, eval_every=108, check_every=324, learning_rates=(3e-5, 1e-4, 3e-4, 1e-3)
+        batch_size=32, steps=648, eval_every=108, check_every=324, learning_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     ),
     "decoder": Budget(
         batch_size=16, steps=600, start_steps=400, eval_every=100, check_every=300,
-        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3),
+        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     ),
 }  # fmt: skip
 """Encoder: three passes over the data."""
@@ -109,7 +109,7 @@ class Study:
         self.rows: list[Row] = []
         if path.exists():
             before = json.loads(path.read_text())
-            if before["budgets"] != self._about["budgets"]:
+            if _without_rates(before["budgets"]) != _without_rates(self._about["budgets"]):
                 raise SystemExit(f"{path} holds runs of another budget; name another --out")
             self.rows = before["rows"]
 
@@ -145,6 +145,14 @@ class Study:
                 else:
                     cells += [replace(chosen, seed=seed) for seed in SEEDS[1:]]
         return [cell for cell in cells if not self.has(names[cell.source], cell)]
+
+
+def _without_rates(budgets: Mapping[str, Any]) -> dict[str, Any]:
+    """A grid may grow: what is there of it counts."""
+    return {
+        source: {name: value for name, value in budget.items() if name != "learning_rates"}
+        for source, budget in budgets.items()
+    }
 
 
 def rounded(value: Any) -> Any:

@@ -60,6 +60,7 @@ METHODS = (
         for kind in ("block", "paper")
         for part in (4, 2)
     ),
+    Method(name="lsp block d=3n/4", engine="lsp", settings={"projector": "block"}, d_share=0.75),
 )
 
 

@@ -268,7 +268,7 @@ def test_zo2_replays_updates_where_the_link_is_the_limit(size: str) -> None:
 def test_zo2_says_what_replaying_saves() -> None:
     reason = told(zo2_plan(OPT_SIZES["13B"], resident_blocks=0), "fold_every")
     assert reason == (
-        "fold_every=8: a download every 8th step: up 460 ms, GPU 307 ms, "
+        "fold_every=8: a download every 8th step: up 460 ms, GPU 292 ms, "
         "2.93 GiB down per step instead of 23.4 GiB"
     )
 
@@ -379,7 +379,7 @@ def test_scripted_fits_everywhere() -> None:
 def test_why_first() -> None:
     first, second = recommend(H200, DEEPSEEK_7B, TRAINING, ["native", "torchao-offload"], {})
     told = why_first([first, second])
-    assert told == ("native comes first with 494 ms predicted per step, before torchao-offload with 1.50 s.")
+    assert told == ("native comes first with 464 ms predicted per step, before torchao-offload with 1.47 s.")
 
     zeroth = why_first(recommend(H200, DEEPSEEK_1B, TRAINING, ["native", "mezo"], {}))
     assert "mezo comes first" in zeroth

@@ -1,0 +1,58 @@
+"""What would be predicted today for the runs that are published, beside what they took."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from harness.job import load_job
+from harness.line import plan_job
+from harness.result import Run, load_run
+from harness.shapes import resolve_shape
+from profiles.machine import load_machine
+from profiles.predict import GPU_MODEL_ERROR
+
+RESULTS = Path(__file__).parents[2] / "reports" / "results"
+FIRST = "20261124"
+"""Date of the first records of the engines as they are now."""
+
+
+def runs(folder: Path) -> list[Run]:
+    found = [load_run(path) for path in sorted(folder.glob("runs/*.json"))]
+    return [run for run in found if run.end_state == "ok" and run.environment.emulated is None]
+
+
+FOLDERS = [
+    folder
+    for folder in sorted(RESULTS.glob("*"))
+    if folder.name.rpartition("_")[2] >= FIRST and folder.is_dir() and runs(folder)
+]
+
+
+@cache
+def ratios(folder: Path) -> dict[str, float]:
+    """Predicted over measured, by engine, where the machine's profile has the figures."""
+    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
+    measured_s = {run.engine: run.summary.step_s_median for run in runs(folder)}
+    found = {}
+    for plan in plan_job(job, resolve_shape(job), machine, list(measured_s)):
+        taken_s, predicted_s = measured_s[plan.engine], plan.prediction.step_s
+        if predicted_s is None:
+            assert "not in the machine profile" in plan.prediction.basis
+        elif taken_s is not None:
+            found[plan.engine] = predicted_s / taken_s
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_step_took_what_is_predicted_within_the_error_that_plans_state(folder: Path) -> None:
+    for ratio in ratios(folder).values():
+        assert 1 / GPU_MODEL_ERROR <= ratio <= GPU_MODEL_ERROR
+
+
+def test_most_are_within_a_tenth() -> None:
+    found = [ratio for folder in FOLDERS for ratio in ratios(folder).values()]
+    assert len(found) > 40
+    assert sum(0.9 <= ratio <= 1.1 for ratio in found) > 0.7 * len(found)
