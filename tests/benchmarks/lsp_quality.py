@@ -39,7 +39,8 @@ from safetensors.torch import load, save
 SEEDS = (0, 1, 2)
 BUDGETS = {
     "encoder": Budget(
-        batch_size=32, steps=648, eval_every=108, check_every=324, learning_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+        batch_size=32, steps=648, eval_every=108, check_every=324,
+        learning_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
     ),
     "decoder": Budget(
         batch_size=16, steps=600, start_steps=400, eval_every=100, check_every=300,
