@@ -19,7 +19,7 @@ from reports.load import Loaded, engine_order
 from reports.metrics import (
     Measurements,
 )
-from reports.show import digits, model_title, span
+from reports.show import counted, digits, model_title, span
 from reports.tables import Table, engines_of, make_table, typical
 
 
@@ -168,9 +168,9 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
         "runs": _period(runs),
         "samples": say(
             "reproduce.counted",
-            kept=len(samples),
+            kept=counted("step", len(samples)),
             warmup=sum(sample.warmup for sample in samples),
-            runs=len(runs),
+            runs=counted("run", len(runs)),
         ),
     }
     return tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())

@@ -23,6 +23,11 @@ def model_title(source: ModelSource) -> str:
     return name if source.layers is None else say("model.layers", model=name, count=source.layers)
 
 
+def counted(what: str, count: int) -> str:
+    """So many runs or steps: `what` is a key of the text's section `count`."""
+    return say(f"count.{what}" if count == 1 else f"count.{what}s", count=count)
+
+
 def digits(value: float, significant: int = 3) -> str:
     """`value` in that many significant digits, without an exponent where it can be read without."""
     if value != 0 and not 1e-4 <= abs(value) < 1e9:

@@ -29,7 +29,7 @@ from reports.metrics import (
     host_limit_bytes,
     predicted,
 )
-from reports.show import joules, loss, metric_value, number, percent, span, times
+from reports.show import counted, joules, loss, metric_value, number, percent, span, times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +150,7 @@ def speed_table(all_: Measurements) -> Table:
                 say(
                     "table.step", median=format_seconds(rounds.step_s.median),
                     range=span(format_seconds(rounds.step_s_low), format_seconds(rounds.step_s_high)),
-                    steps=rounds.counted_steps, runs=rounds.step_s.count,
+                    steps=counted("step", rounds.counted_steps), runs=counted("run", rounds.step_s.count),
                 ),
                 number(rounds.tokens_per_s.median if rounds.tokens_per_s else None),
                 _comparison(engine, all_),

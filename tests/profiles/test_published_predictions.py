@@ -16,7 +16,7 @@ from profiles.predict import GPU_MODEL_ERROR
 
 RESULTS = Path(__file__).parents[2] / "reports" / "results"
 FIRST = "20261124"
-"""Date of the first records of the engines as they are now."""
+"""Date of the first records of the engines as they are now. Folders called earlier are of engines before."""
 
 
 def runs(folder: Path) -> list[Run]:
@@ -27,7 +27,7 @@ def runs(folder: Path) -> list[Run]:
 FOLDERS = [
     folder
     for folder in sorted(RESULTS.glob("*"))
-    if folder.name.rpartition("_")[2] >= FIRST and folder.is_dir() and runs(folder)
+    if folder.name.rpartition("_")[2] >= FIRST and "-earlier_" not in folder.name and runs(folder)
 ]
 
 
@@ -54,5 +54,5 @@ def test_a_step_took_what_is_predicted_within_the_error_that_plans_state(folder:
 
 def test_most_are_within_a_tenth() -> None:
     found = [ratio for folder in FOLDERS for ratio in ratios(folder).values()]
-    assert len(found) > 40
+    assert len(found) > 30
     assert sum(0.9 <= ratio <= 1.1 for ratio in found) > 0.7 * len(found)
