@@ -318,7 +318,7 @@ def visit(
     places = segment.places(records.device)
     grid = (records.numel() // record_bytes(base),)
     arguments = (
-        records.view(word), scales, side, other, places, len(places),
+        records.view(word), scales, side, other, places, len(segment.numbers),
         how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed), how.eps,
     )  # fmt: skip
     flags: dict[str, Any] = {

@@ -106,6 +106,7 @@ class BlockStream:
         }
         room = ring_bytes(list(sizes_bytes.values()))
         self._ring = torch.empty(room, dtype=torch.uint8, device=link.device)
+        self._ring_bytes = room
         self._disk_bytes = 0
         """Bytes of the pieces from disk that were computed with, so far."""
         if disk is not None:
@@ -262,7 +263,7 @@ class BlockStream:
             self._left[ticket] = piece.last - piece.first
             if self.is_on_disk(block):
                 self._disk_bytes += piece.stop - piece.start
-        begin = room.begin % len(self._ring) - piece.start
+        begin = room.begin % self._ring_bytes - piece.start
         return form.opened(self._ring[begin + start : begin + stop], first)
 
     def done(self, block: int, first: int, last: int) -> None:
@@ -279,7 +280,7 @@ class BlockStream:
         last_use = self._link.record()
         if self._keep:
             piece = self._pieces[number]
-            begin = room.begin % len(self._ring)
+            begin = room.begin % self._ring_bytes
             memory = self._ring[begin : begin + piece.stop - piece.start]
             host = self._host[block][piece.start : piece.stop]
             last_use = self._home[number] = self._link.download(
@@ -301,9 +302,9 @@ class BlockStream:
             return False  # a small model: what came up in this pass is not done, and may yet go down
         size = piece.stop - piece.start
         begin = self._position
-        if begin % len(self._ring) + size > len(self._ring):
-            begin += -begin % len(self._ring)  # a room does not wrap around the ring's end
-        while self._rooms and self._rooms[0].begin + len(self._ring) < begin + size:
+        if begin % self._ring_bytes + size > self._ring_bytes:
+            begin += -begin % self._ring_bytes  # a room does not wrap around the ring's end
+        while self._rooms and self._rooms[0].begin + self._ring_bytes < begin + size:
             events = self._rooms[0].released
             if events is None:
                 return False
@@ -313,7 +314,7 @@ class BlockStream:
         if number in self._home:
             # HAZARD: its download must have ended, or the old weights come up.
             self._waits.append(self._home.pop(number))
-        place = begin % len(self._ring)
+        place = begin % self._ring_bytes
         out, name = self._ring[place : place + size], f"block {piece.block}"
         if self._disk is not None and self.is_on_disk(piece.block):
             arrival = self._disk.send(out, self._waits, name)
