@@ -118,7 +118,7 @@ def _moved(w, z, lr, g, decay):
 
 
 @triton.jit
-def _place(record, places, num_matrices):
+def _whose(record, places, num_matrices):
     """Tile, tensor, place of its first element, and elements from there on, of a record: see
     `Segment.places`."""
     mine = places
@@ -165,7 +165,7 @@ def _visit_kernel(
     """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
     `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
     record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _place(record, places, num_matrices)
+    tile, tensor, base, left = _whose(record, places, num_matrices)
     words, kept = _places(codes, scales, record, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
@@ -229,7 +229,7 @@ def _signs_kernel(
     """As `_visit_kernel` with signs, which does not store. Two threads have elements in the same words, and
     both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
     record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _place(record, places, num_matrices)
+    tile, tensor, base, left = _whose(record, places, num_matrices)
     base = tl.multiple_of(base, GRID)
     words, kept = _places(codes, scales, record, FORM, WORDS)
     width: tl.constexpr = 4 if FORM == _INT4 else 8

@@ -193,7 +193,7 @@ class Zo2:
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """Its times, unlike its loss and bytes, are those of the step before."""
-        times: Callable[[], dict[str, Any]] = dict
+        times = self._cut_times()
         window = window_due(self.settings, self._step)
         self._fold_on_disk(window)
         before = self._stream.moved()
@@ -204,8 +204,6 @@ class Zo2:
         streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
         for index, task in self._pass(self._goes_down, perturbed=self._drawn(self._step), folds=window):
             streams.visit(index, task, self._stream)
-            if index == 0:
-                times = self._cut_times()  # of the step before
         self._label("loss")
         sums = streams.losses()
         self._clock.stop()

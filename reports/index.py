@@ -43,7 +43,7 @@ class Published:
     parameters: int
     engine: str
     variant: str
-    """Settings that make another method of the engine; empty: as published."""
+    """See `variant`."""
     traced: bool
     began: str
     """Time of the first run, ISO 8601."""
@@ -175,7 +175,7 @@ def overview(found: Sequence[Published]) -> str:
         groups.append(
             charts.BarGroup(
                 label="",
-                text=", ".join(filter(None, head)),
+                text=_joined(*head),
                 rows=tuple(
                     charts.BarRow(
                         label=each.engine,
@@ -197,7 +197,7 @@ def overview(found: Sequence[Published]) -> str:
 
 
 def _cells(each: Published) -> list[str]:
-    method = ", ".join(filter(None, (each.engine, each.variant)))
+    method = _joined(each.engine, each.variant)
     if each.traced:
         method = say("index.traced", engine=method)
     start = [
@@ -228,7 +228,7 @@ def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterato
     for folder, run in generated:
         seen, batch_size = run.summary, int(run.job["batch_size"])
         machine = run.environment.gpu_name or run.environment.cpu
-        method = ", ".join(filter(None, (run.engine, variant(run.engine, run.plan.settings, run.job))))
+        method = _joined(run.engine, variant(run.engine, run.plan.settings, run.job))
         cells = [
             f"[{markdown_text(model_name(run.model.name))}]({folder}/generations/{run.id}.json)",
             *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, method)),
@@ -242,6 +242,11 @@ def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterato
             _gib(seen.peak_gpu_reserved_bytes or seen.peak_gpu_allocated_bytes),
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
+
+
+def _joined(*parts: str) -> str:
+    """Those that say something."""
+    return ", ".join(filter(None, parts))
 
 
 def _gib(bytes_: int | None) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def test_the_rates_come_first_then_the_other_seeds_of_the_best_then_timed_runs(t
     # What is on disk is where the next call goes on.
     resumed = Study(tmp_path / "quality.json", budgets, {"gpu": None})
     assert resumed.missing(names, budgets, timed=False) == study.missing(names, budgets, timed=False)
+    # A grid may grow, and only what is new in it is run.
+    grown = {"decoder": replace(BUDGET, learning_rates=(*BUDGET.learning_rates, 1e-1))}
+    more = Study(tmp_path / "quality.json", grown, {"gpu": None}).missing(names, grown, timed=False)
+    native = [cell.learning_rate for cell in more if cell.method.name == "native"]
+    assert native == [1e-1]
     other = {"decoder": Budget(**{**BUDGET.__dict__, "steps": 6})}
     with pytest.raises(SystemExit, match="another budget"):
         Study(tmp_path / "quality.json", other, {"gpu": None})
