@@ -61,7 +61,19 @@ METHODS = (
         for part in (4, 2)
     ),
     Method(name="lsp block d=3n/4", engine="lsp", settings={"projector": "block"}, d_share=0.75),
+    Method(name="lsp block d=n", engine="lsp", settings={"projector": "block"}, d_share=1.0),
+    *(
+        Method(
+            name=f"lsp block d=n/{part}, checked every 50 steps",
+            engine="lsp",
+            settings={"projector": "block", "check_every": 50},
+            d_share=1 / part,
+        )
+        for part in (4, 2)
+    ),
 )
+"""With d = n nothing is left out of a square matrix; what remains is Adam in a basis of its own. Checks every
+50 steps tell what a subspace that follows the gradient closer is worth."""
 
 
 @dataclass(kw_only=True)
