@@ -38,7 +38,7 @@ Deviations from the paper and its code, beside those of `engines.mezo`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,11 @@ from engines.clocks import Clocks
 from engines.costs.zo2 import choose_on_disk, folds_disk, resident_indices
 from engines.decoding import Decoded, GenerationRequest
 from engines.disk import DiskBlocks, spill_folder
-from engines.disk_tensors import FetchedTensors, in_place
+from engines.disk_tensors import in_place
 from engines.estimators import drawn_blocks, forwards, next_updates, probes
 from engines.generation import generate
 from engines.grid import landed_on_grid, plain_weights
+from engines.kept import KeptBlocks
 from engines.layout import BlockLayout, lay_out
 from engines.lozo import LowRank, beside, window_due
 from engines.mezo import EVALUATION_GROUP
@@ -65,7 +66,7 @@ from engines.noise import LOG_CAPACITY, Visit
 from engines.pending import PendingUpdates
 from engines.perturbed import PerturbedModel
 from engines.ring import BlockStream
-from engines.scratch import BlockMemory, Task, without_updates
+from engines.scratch import Task
 from engines.settings import Zo2Settings
 from engines.streams import Streams
 from engines.transfer import ComputeClock
@@ -132,6 +133,9 @@ class Zo2:
         self._disk = self._make_disk(blocks, blueprint)
         self._stream = BlockStream(
             self._forms, resident, self._link, self._clock, self.context.progress, self._disk
+        )
+        self._kept = KeptBlocks(
+            self._model, self._stream, self._forms, self._on_disk, self._pending, self._visit, self._clock
         )
         held = frozenset(i for i in self._on_disk if self._disk is not None and self._disk.holds(i))
         self._fill(
@@ -328,74 +332,28 @@ class Zo2:
         if self.settings.base != "full":
             self.synchronize()
             plain = plain_weights(
-                self._layout, self._forms, self._model.outer, self._kept, self._not_in_kept, self.device
+                self._layout,
+                self._forms,
+                self._model.outer,
+                lambda index: self._kept.block(index, self._step - 1),
+                lambda index: self._kept.lacking(index, self._step - 1),
+                self.device,
             )
             for name, weight in plain:
                 yield name, self._model.adapters.merged(name, weight, self._visit())
             return
         self._flush(self._step - 1)
         self.synchronize()
-        where = self._at_rest()
+        where = self._kept.tensors(self._step - 1)
         for name in self._layout.shapes:
             yield name, self._model.adapters.merged(name, where[name].cpu(), self._visit())
-
-    def _at_rest(self) -> Mapping[str, Tensor]:
-        """Every tensor where it is kept, the adapters' too. As `engines.ring.BlockStream.at_rest`.
-
-        A block on disk comes to pageable host memory when one of its tensors is asked for, with its pending
-        updates, and goes when one of another block is.
-        """
-        where = self._kept_in_memory()
-        if not self._on_disk:
-            return where
-        return FetchedTensors(where, {i: self._forms[i] for i in self._on_disk}, self._updated)
-
-    def _kept_in_memory(self) -> dict[str, Tensor]:
-        where = dict(self._model.outer)
-        for index, form in enumerate(self._forms):
-            if index not in self._on_disk:
-                where |= form.views(self._stream.at_rest(index))
-        return where | self._model.adapters.tensors
-
-    @torch.no_grad()
-    def _updated(self, index: int) -> Tensor:
-        """The bytes of a block on disk, copied to the host, with the updates that pend; on a grid with those
-        that the steps so far have rounded."""
-        with self._stream.fetched(index, keep=False) as memory:
-            self._keep_up(index, memory, self._step - 1)
-            return memory.to("cpu", copy=True)
-
-    def _kept(self, index: int) -> Tensor:
-        """A block's bytes, as a visit would find them."""
-        return self._updated(index) if index in self._on_disk else self._stream.at_rest(index)
-
-    def _not_in_kept(self, index: int) -> Visit:
-        """The updates that `_kept` lacks."""
-        how = self._visit(index)
-        if index not in self._on_disk:
-            return how
-        left = self._pending.split(index, how, self._step - 1)[1]
-        return left if self._pending.on_grid else without_updates(how)
 
     def _fold_on_disk(self, window: int | None) -> None:
         """Blocks on disk whose updates fill the log, or whose `window` ends, are written to their second
         files."""
         for index in self._folded_on_disk():
             if window is not None or self._pending.behind(index) + self.settings.queries > LOG_CAPACITY:
-                with self._stream.fetched(index, keep=True) as memory:
-                    self._pending.took(index, self._keep_up(index, memory, self._step, window))
-
-    def _keep_up(self, index: int, memory: Tensor, last_step: int, window: int | None = None) -> Task:
-        """Store in `memory`, the bytes of a block on disk, what its place on the host would have after
-        `last_step`."""
-        task = Task(how=self._visit(index), store=True, perturb=False, folds=window)
-        if self._pending.on_grid:
-            task = self._pending.overdue(index, task.how, last_step)
-        self._clock.start()
-        with self._model.visiting(index, task, BlockMemory(self._forms[index], memory)):
-            pass
-        self._clock.stop()
-        return task
+                self._kept.fold(index, self._step, window)
 
     def trace_events(self) -> list[dict[str, Any]]:
         """See `engines.base.TellsTrace`."""
@@ -413,7 +371,7 @@ class Zo2:
             entries = self.settings.fold_every * self.settings.queries
             share = landed_on_grid(
                 self._forms,
-                self._kept,
+                lambda index: self._kept.block(index, self._step - 1),
                 lambda index: self._visit(index, latest=entries),
                 self.device,
             )
@@ -434,7 +392,7 @@ class Zo2:
     def save(self, folder: Path) -> None:
         self._flush(self._step - 1)
         self.synchronize()
-        weights = ((name, weight.cpu()) for name, weight in self._at_rest().items())
+        weights = ((name, weight.cpu()) for name, weight in self._kept.tensors(self._step - 1).items())
         save_checkpoint(
             folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
             base=self.settings.base, pending=self._pending.pending(self._step - 1),
@@ -443,7 +401,7 @@ class Zo2:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         form = self._model.adapters.form
-        expected = self._kept_in_memory()
+        expected = self._kept.in_memory()
         for index in self._on_disk:
             block = self._forms[index]
             expected |= block.views(torch.empty(block.size_bytes, dtype=torch.uint8, device="meta"))
@@ -479,30 +437,14 @@ class Zo2:
         """Apply the pending updates now, but those of blocks on disk, which stay in the log, and what the
         window `folds` has gathered; to trained matrices of a low-bit base, those updates that steps up to
         `last_step` have rounded to the grid."""
+        moved = False
         if self._pending.on_grid:
-            self._catch_up(last_step)
+            moved = self._kept.catch_up(last_step)
         elif self._pending.most or folds is not None:
             for _ in self._pass_without_noise(lambda i: True, folds):
-                continue
+                moved = True
+        if moved:
             self._forget_times()
-
-    def _catch_up(self, last_step: int) -> None:
-        blocks = range(len(self._layout.blocks))
-        tasks = [
-            Task(how=without_updates(self._visit(index)), store=False, perturb=False)
-            if index in self._on_disk
-            else self._pending.overdue(index, self._visit(index), last_step)
-            for index in blocks
-        ]
-        if not any(task.store for task in tasks):
-            return
-        for index, task in enumerate(tasks):
-            self._stream.begin(keep=task.store and not self._stream.is_resident(index))
-            with self._model.visiting(index, task, self._stream):
-                pass
-            self._pending.took(index, task)
-        self._stream.end_pass()
-        self._forget_times()
 
     def _forget_times(self) -> None:
         """Copies and kernels so far belong to no step."""
