@@ -17,7 +17,7 @@ from engines.costs.zo2 import resident_indices
 from engines.settings import LSP_PRESETS, MOST_PENDING, LspSettings, parse_settings, sizes_by_shape
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.folding import fold_for_loss, told_of_given
-from profiles.lsp_sizes import largest_hidden, lsp_ladder
+from profiles.lsp_sizes import largest_hidden, lsp_ladder, told_of_quality
 from profiles.machine import Machine
 from profiles.plan import Value
 from profiles.predict import predict, resource_s
@@ -281,6 +281,7 @@ class Choice:
                 f"r={chosen['r']}: nonzeros per projector row, as published for this size "
                 f"({self._shape.hidden} hidden)"
             )
+        reasons.append(told_of_quality(self._smallest_share(chosen)))
         if "schedule_order" not in self._override:
             chosen["schedule_order"] = "layerwise"
             blocks = self._shape.num_blocks
@@ -300,6 +301,11 @@ class Choice:
                 f"(--set lsp.preset={self._shape.name})"
             )
         return self._with(**chosen), tuple(reasons)
+
+    def _smallest_share(self, chosen: Mapping[str, Value]) -> float:
+        settings: LspSettings = parse_settings(self._engine, self._with(**chosen))
+        sides = [(each.rows, each.columns) for each in self._shape.matrices]
+        return min(core_size(*each, settings) / min(each) for each in sides)
 
     def _fits_without_graphs(self, cost: Traffic) -> bool:
         """CUDA graphs, which only save launches, give way to a larger d."""

@@ -27,7 +27,7 @@ from engines.costs.zo2 import resident_indices
 from engines.settings import parse_settings
 from profiles.budget import CONTEXT_BYTES, gpu_bytes_needed
 from profiles.choices import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
-from profiles.lsp_sizes import lsp_ladder
+from profiles.lsp_sizes import lsp_ladder, told_of_quality
 from profiles.machine import Disk, Machine, absent
 from profiles.plan import Plan
 from profiles.predict import predict, resource_s
@@ -131,16 +131,18 @@ def test_the_command_that_checks_a_plan() -> None:
 
 
 def test_ladder_of_d() -> None:
-    assert lsp_ladder(2048) == list(range(256, 1025, 128))
-    assert lsp_ladder(768) == [128, 256, 384]
-    assert lsp_ladder(384) == [64, 128]
+    assert lsp_ladder(2048) == list(range(256, 1537, 128))
+    assert lsp_ladder(768) == [128, 256, 384, 512]
+    assert lsp_ladder(384) == [128, 256]
+    assert lsp_ladder(256) == [32, 64, 128]
     assert lsp_ladder(64) == [8, 16, 32]
     assert lsp_ladder(2) == [1]
     assert all(lsp_ladder(hidden) for hidden in range(1, 5000))
 
 
 def test_d_is_the_largest_that_hides() -> None:
-    assert plan("lsp", shape=DEEPSEEK_1B).settings["d"] == 1024  # half the hidden size
+    fast = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e11)))
+    assert plan("lsp", machine=fast, shape=DEEPSEEK_1B).settings["d"] == 1536
     slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(4e8)))
     chosen = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
     d = int(chosen.settings["d"])
@@ -151,6 +153,14 @@ def test_d_is_the_largest_that_hides() -> None:
         assert busy is not None
         assert (max(time_s for name, time_s in busy.items() if name != "gpu") <= busy["gpu"]) is hides
     assert any(f"d={d}" in reason and "ms of GPU time" in reason for reason in chosen.reasons)
+
+
+def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
+    (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], {"lsp": {"d": 1280}})
+    (told,) = (reason for reason in chosen.reasons if reason.startswith("quality"))
+    assert told.startswith("quality: d is 0.62 of n; measured on small models, d = 0.5 n ended 5 % above")
+    assert "d = 0.75 n ended 2.6 %" in told_of_quality(1.0)
+    assert "d = 0.25 n ended 10.7 %" in told_of_quality(0.1)  # the smallest that was measured
 
 
 def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
