@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from engines.clocks import Clocks
+from engines.core_adam import compiled, core_adam
 from engines.costs.lsp import UPLOAD_SLOTS
-from engines.optim import core_adam
 from engines.settings import AdamWSettings
 from engines.transfer import Event, Link, now_s
 
@@ -120,7 +120,7 @@ def leave_threads_to_adam() -> None:
 
 @contextmanager
 def adam_threads() -> Iterator[None]:
-    """The calling thread's parallel regions as the worker has them; the twin's bits depend on it."""
+    """Leave `SPARE_THREADS` out of the calling thread's parallel regions."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before - SPARE_THREADS))
     try:
@@ -175,6 +175,7 @@ class CorePipeline:
         # Allocated once: they cross streams, and the caching allocator knows nothing of that.
         self._slots = [torch.empty(piece_elements, dtype=dtype, device=device) for _ in range(UPLOAD_SLOTS)]
         self._slot_free = [Event() for _ in self._slots]
+        compiled()  # here, and not in the first step
         self._turn = itertools.count()
         self._changed = threading.Condition()
         self._arriving: deque[list[PieceUpdate]] = deque()

@@ -72,7 +72,6 @@ from engines.core_pipeline import (
     CorePipeline,
     PieceUpdate,
     StepShare,
-    adam_threads,
     leave_threads_to_adam,
     update_piece,
 )
@@ -357,9 +356,8 @@ class Lsp:
 
     def _update_here(self, updates: Sequence[PieceUpdate]) -> None:
         """The twin: all of it, at once."""
-        with adam_threads():
-            for update in updates:
-                update.failed = not update_piece(update.state, update.share, self.settings)
+        for update in updates:
+            update.failed = not update_piece(update.state, update.share, self.settings)
         for update in updates:
             if not update.failed:
                 update.apply(update.state.wire.to(self.device), update.share)

@@ -1,7 +1,6 @@
 """Bricks of the first-order engines: parameter groups, AdamW, the training pass, checkpoints.
 
-Checkpoints are safetensors and JSON, no pickle. The Adam of a compressed gradient (`core_adam`) is here
-too, and runs on the CPU only.
+Checkpoints are safetensors and JSON, no pickle.
 """
 
 from __future__ import annotations
@@ -91,66 +90,6 @@ def accumulate_gradients(
             loss = model(**with_mask(to_device(batch, device)), **arguments).loss / len(batches)
         yield index, loss.detach().float()
         loss.backward()
-
-
-CORE_CHUNK = 1 << 22
-"""Elements of a 16-bit core that are widened at a time: 16 MB, which stay in the caches of a server. Smaller
-parts would do so on a laptop too, but each costs the start of three parallel regions."""
-
-
-def core_adam(
-    core: Tensor,
-    moment: Tensor,
-    variance: Tensor,
-    updates: int,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    scale: float = 1.0,
-) -> None:
-    """Write Adam's direction m_hat / (sqrt(v_hat) + eps) over the gradient in `core`; moments in place.
-
-    Kingma & Ba (1412.6980), Algorithm 1, with eps outside the square root as in torch. All tensors are flat,
-    contiguous, of one size and on the CPU; moments are fp32, `core` is fp32 or bf16, and a bf16 direction is
-    rounded once, at its end. `updates` counts the core's updates from 1, this one included. The gradient is
-    multiplied by `scale` first. The learning rate and the decay are the caller's.
-
-    Bits depend on the CPU, and for the last elements (fewer than 16 per thread) on torch's number of threads:
-    the kernel computes them one by one.
-    """
-    wide = core.dtype == torch.float32
-    size = core.numel() if wide else CORE_CHUNK
-    scratch = None if wide else torch.empty(min(size, core.numel()))
-    count = [torch.tensor(float(updates))]
-    for begin in range(0, core.numel(), size):
-        part = core[begin : begin + size]
-        work = part if scratch is None else scratch[: part.numel()].copy_(part)
-        if scale != 1.0:
-            work.mul_(scale)
-        # torch's fused AdamW does p <- p (1 - lr wd) - lr direction in one pass. With lr = wd = -1 the old
-        # value is multiplied by zero and the direction is what is left, so the gradient's own memory can be
-        # the parameter: neither a second buffer nor a pass that zeroes it is needed.
-        # HAZARD: holds because the kernel reads an element's gradient before it writes its parameter.
-        # The operation itself: `torch.optim.adamw.adamw` spends up to 80 us a call in Python before it gets
-        # here, with the interpreter's lock held; the update of a 512 x 512 core takes no longer.
-        torch._fused_adamw_(
-            [work],
-            [work],
-            [moment[begin : begin + size]],
-            [variance[begin : begin + size]],
-            [],
-            count,
-            lr=-1.0,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=-1.0,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        if work is not part:
-            part.copy_(work)
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from engines import core_pipeline, cores
 from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
+from engines.core_adam import core_adam
 from engines.core_pipeline import PieceState
 from engines.lsp import Lsp
 from engines.native import Native
-from engines.optim import core_adam
 from engines.projector import Projector, compress, decompress, transport_moments
 from engines.settings import LspSettings, NativeSettings
 from engines.subspace import Subspace, block_matrices, derived_seed
@@ -117,58 +117,6 @@ def square_blueprint() -> TinyBlueprint:
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer
     return TinyBlueprint(shape=tiny_blueprint("llama").shape, model=model, reference=reference)
-
-
-class TestCoreAdam:
-    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 33, 70_001])
-    @pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_equals_adam_in_float64(
-        self, scale: float, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("engines.optim.CORE_CHUNK", 1000)
-        generator = torch.Generator().manual_seed(size)
-        moment, variance = torch.zeros(size), torch.zeros(size)
-        exact_m, exact_v = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-        for step in range(1, 6):
-            # One sign per element: a moment near zero would be all rounding error.
-            gradient = (scale * (0.5 + torch.rand(size, generator=generator))).to(dtype)
-            exact_g = gradient.double()
-            exact_m = 0.9 * exact_m + 0.1 * exact_g
-            exact_v = 0.999 * exact_v + 0.001 * exact_g**2
-            expected = (exact_m / (1 - 0.9**step)) / ((exact_v / (1 - 0.999**step)).sqrt() + 1e-8)
-            core_adam(gradient, moment, variance, step, beta1=0.9, beta2=0.999, eps=1e-8)
-            # bf16: moments as exact as ever, the direction rounded once.
-            rtol = 1e-5 if dtype == torch.float32 else 2.0**-8
-            torch.testing.assert_close(gradient.double(), expected, rtol=rtol, atol=0.0)
-        torch.testing.assert_close(moment.double(), exact_m, rtol=1e-5, atol=0.0)
-        torch.testing.assert_close(variance.double(), exact_v, rtol=1e-5, atol=0.0)
-
-    def test_signs_are_the_gradients(self) -> None:
-        gradient = torch.tensor([-2.0, 3.0, 0.0] * 7)
-        expected = gradient.sign()
-        moment, variance = torch.zeros(21), torch.zeros(21)
-        core_adam(gradient, moment, variance, 1, beta1=0.9, beta2=0.999, eps=1e-8)
-        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0.0)
-        torch.testing.assert_close(moment, 0.1 * torch.tensor([-2.0, 3.0, 0.0] * 7))
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_scaled_gradient_is_the_gradient_scaled(self, dtype: torch.dtype) -> None:
-        gradient = torch.randn(333, generator=torch.Generator().manual_seed(0)).to(dtype)
-        scaled = gradient * 0.25  # exact
-        found = [torch.zeros(333) for _ in range(4)]
-        core_adam(gradient, *found[:2], 3, beta1=0.9, beta2=0.999, eps=1e-8, scale=0.25)
-        core_adam(scaled, *found[2:], 3, beta1=0.9, beta2=0.999, eps=1e-8)
-        assert torch.equal(gradient, scaled)
-        assert torch.equal(found[0], found[2])
-
-    def test_a_variance_without_gradient_decays(self) -> None:
-        """In bf16 moments it would not: 0.1 % is below half a unit in the last place."""
-        moment, variance = torch.zeros(64), torch.ones(64)
-        core = torch.zeros(64, dtype=torch.bfloat16)
-        for step in range(1, 101):
-            core_adam(core.zero_(), moment, variance, step, beta1=0.9, beta2=0.999, eps=1e-8)
-        torch.testing.assert_close(variance, torch.full((64,), 0.999**100))
 
 
 class TestTwin:
