@@ -17,7 +17,7 @@ from engines.costs.zo2 import resident_indices
 from engines.settings import LSP_PRESETS, MOST_PENDING, LspSettings, parse_settings, sizes_by_shape
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.folding import fold_for_loss, told_of_given
-from profiles.lsp_sizes import largest_hidden, lsp_ladder, told_of_quality
+from profiles.lsp_sizes import HIDING_SHARE, largest_hidden, lsp_ladder, told_of_quality
 from profiles.machine import Machine
 from profiles.plan import Value
 from profiles.predict import predict, resource_s
@@ -340,7 +340,7 @@ class Choice:
             if micro_batches > 1:
                 told += " in one micro-batch"
             elements = self._shape.num_blocks * core_elements(self._shape, self._lsp_settings(d))
-            if times[slowest] <= gpu_s:
+            if times[slowest] <= HIDING_SHARE * gpu_s:
                 return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
         return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
 

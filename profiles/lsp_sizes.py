@@ -5,8 +5,8 @@
 A weight's core of d x d elements goes down, through Adam on the CPU and up, which takes each of them a time
 proportional to d^2; the GPU's time with the weight is about proportional to its m n elements. So each shape
 gets the same share s = d^2 / (m n), and all weights keep their own resources busy for the same part of their
-own GPU time. s is the largest for which, over one block, no resource takes longer than the GPU, and memory
-suffices.
+own GPU time. s is the largest for which, over one block, no resource is predicted to take more than
+`HIDING_SHARE` of the GPU's time, and memory suffices.
 
 d is rounded down to a multiple of 64, which suits tensor cores (of 8 below 64), and is at most the weight's
 smaller side.
@@ -22,6 +22,11 @@ from engines.base import ModelShape, Traffic, Workload
 from profiles.machine import Machine
 from profiles.predict import resource_s
 from profiles.units import format_seconds
+
+HIDING_SHARE = 0.85
+"""What is to hide may take this share of the GPU's time: both are predicted, and what does not hide costs its
+whole time. Without it d of 0.6 n was planned for DeepSeek-Coder 6.7B, and the step took 0.533 s instead of
+0.430 (with an Adam that took 0.48 s where 0.40 was predicted)."""
 
 STEPS = (64, 8, 1)
 SHARES = 64
@@ -85,7 +90,7 @@ def largest_hidden(
         slowest = max(("d2h", "cpu", "h2d", "host memory"), key=times.__getitem__)
         # Only the last micro-batch has anything to update, so only its compute can hide that.
         gpu_s = times["gpu"] / workload.accumulation
-        if times[slowest] <= gpu_s:
+        if times[slowest] <= HIDING_SHARE * gpu_s:
             measure = (
                 f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
             )

@@ -24,9 +24,9 @@ MOMENT_BYTES = 4
 NORM_BYTES = 4
 """A block's squared norm goes down before its cores."""
 
-CORE_ADAM_SLOWDOWN = 1.8
-"""Time of Adam on a 16-bit core over that of the bytes it moves: parts are widened in cache and narrowed
-again, beside threads that start kernels. 1.4 to 2.0 in the records of deepseek-coder (reports/results)."""
+CORE_ADAM_SLOWDOWN = 1.2
+"""Time of Adam on a 16-bit core over that of the bytes it moves, beside threads that start kernels and copies
+that need the same memory. 1.1 to 1.35 in the records of deepseek-coder of 27 November (reports/results)."""
 
 CORE_SLOTS = 4
 """Blocks whose compressed gradients are on the GPU at once."""
