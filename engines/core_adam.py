@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
+import warnings
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +31,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
 
+COMPILERS = ("cc", "gcc", "clang")
+
 FLAGS = (
     "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fopenmp", "-shared", "-fPIC",
@@ -39,6 +43,10 @@ COMPILE_LIMIT_S = 60.0
 
 CHUNK = 1 << 16
 """Elements that torch's operations take at a time, so that what is between them stays in cache."""
+
+
+class SlowAdamWarning(UserWarning):
+    """There is no C compiler; steps that Adam decides take longer."""
 
 
 class Factors(ctypes.Structure):
@@ -107,19 +115,33 @@ def core_adam(
 
 @cache
 def compiled() -> Any | None:
-    """`core_adam.c` as a library; `None` where there is no compiler that can make it."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
+    """`core_adam.c` as a library, by the compiler that `CC` names or the first that can make it; `None` where
+    none can, and a warning says why."""
+    found = [shlex.split(os.environ.get("CC", "")), *([name] for name in COMPILERS if shutil.which(name))]
+    why = "no compiler was found"
+    for compiler in filter(None, found):
+        try:
+            return _compiled_by(compiler)
+        except subprocess.CalledProcessError as error:
+            why = f"{shlex.join(compiler)}: {error.stderr.decode(errors='replace').strip()[-300:]}"
+        except (OSError, subprocess.SubprocessError) as error:
+            why = f"{shlex.join(compiler)}: {error}"
+    warnings.warn(
+        f"Adam of lsp's cores could not be compiled ({why}): it runs in torch, with the same bits and "
+        "several times slower; install gcc, or name a C compiler with OpenMP in CC",
+        SlowAdamWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _compiled_by(compiler: list[str]) -> Any:
     # In a folder of its own and gone when it is loaded: nothing to be stale, or another machine's.
     with TemporaryDirectory(prefix="lspzo-bench-") as folder:
         made = Path(folder) / "core_adam.so"
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
-            library = ctypes.CDLL(str(made))
-        except (OSError, subprocess.SubprocessError):
-            return None
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
+        library = ctypes.CDLL(str(made))
     pointer = ctypes.c_void_p
     library.core_adam.argtypes = (
         pointer, ctypes.c_int, pointer, pointer, ctypes.c_int64, Factors, ctypes.c_int

@@ -60,6 +60,10 @@ class StepShare:
     failed: bool = False
     """A core of the step was not finite: what has not been updated yet stays as it is."""
 
+    def is_finite(self) -> bool:
+        """Of the gradient that is clipped, also what is outside the cores. `total_known` has happened."""
+        return self.total is None or math.isfinite(float(self.total))
+
     def scale(self) -> float:
         """What a gradient is multiplied by. `total_known` has happened."""
         if self.max_norm is None or self.total is None:
@@ -131,7 +135,7 @@ def adam_threads() -> Iterator[None]:
 
 def update_piece(state: PieceState, share: StepShare, settings: AdamWSettings) -> bool:
     """Adam on a gradient that is on the host: the worker's and the twin's. False: it is not finite."""
-    if share.failed or not math.isfinite(float(state.squared_norm)):
+    if share.failed or not share.is_finite() or not math.isfinite(float(state.squared_norm)):
         share.failed = True
         return False
     state.updates += 1
@@ -227,11 +231,6 @@ class CorePipeline:
             taken, self._busy_s = self._busy_s, 0.0
         return taken
 
-    def synchronize(self) -> None:
-        """Wait for the stream that applies. What was submitted has been waited for."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
     def close(self) -> None:
         """Finish what was submitted and end the thread. May be called twice."""
         with self._changed:
@@ -241,16 +240,18 @@ class CorePipeline:
             thread.join(WAIT_LIMIT_S)
 
     def _run(self) -> None:
-        with adam_threads():
-            while (job := self._take()) is not None:
-                try:
-                    if self._error is None:
-                        self._process(job)
-                except BaseException as error:  # it belongs to the thread that waits
-                    self._error = error
-                for update in job:
-                    self._updated.put(update)
-        self._updated.put(None)
+        try:
+            with adam_threads():
+                while (job := self._take()) is not None:
+                    try:
+                        if self._error is None:
+                            self._process(job)
+                    except BaseException as error:  # it belongs to the thread that waits
+                        self._error = error
+                    for update in job:
+                        self._updated.put(update)
+        finally:
+            self._updated.put(None)
 
     def _return(self) -> None:
         """Upload and apply, in the order of the updates, while Adam goes on: starting a piece's kernels takes
@@ -271,10 +272,13 @@ class CorePipeline:
                 if self._is_closed:
                     return None
                 self._changed.wait()
-            # Downloads end in the order of submission: they share a stream.
-            while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
-                job = self._arriving.popleft()
-                heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
+            try:
+                # Downloads end in the order of submission: they share a stream.
+                while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
+                    job = self._arriving.popleft()
+                    heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
+            except BaseException as error:  # an earlier kernel's, told by any call to the driver
+                self._error = error
             return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
 
     def _process(self, job: Sequence[PieceUpdate]) -> None:

@@ -161,7 +161,11 @@ class Cores:
         )
         norms_on_host = self._slab.view(0, (len(sizes),), torch.float32)
         self.squared_norms = torch.zeros(len(sizes), device=device)
-        """(blocks,) fp32 on the GPU: of the compressed gradients of this step."""
+        """(blocks,) fp32 on the GPU: of the compressed gradients of this step.
+
+        HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
+        block's update is waited for.
+        """
         slots = [
             torch.empty(max(sizes), dtype=dtype, device=device)
             for _ in range(min(len(sizes), CORE_SLOTS) if offload else len(sizes))
@@ -208,7 +212,6 @@ class Cores:
 
     def begin_step(self) -> None:
         """No block has gradient."""
-        self.squared_norms.zero_()
         for block in self.blocks:
             block.has_gradient = False
             for matrix in block.matrices:

@@ -124,6 +124,8 @@ class Lsp:
         self._blocks: list[CoreBlock] = []
         self._pipeline: CorePipeline | None = None
         self._trained: TrainedBlocks | None = None
+        self._share = StepShare(step=-1, learning_rate=0.0)
+        """Of the last step."""
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -330,6 +332,9 @@ class Lsp:
                 self.before_backward(block.index)
                 self.finish(block.index)
                 self._send(place)
+            elif not (block.pending and block.pending[0].share is self._share):
+                self._settle([block])  # it took no part, so that nothing has waited for its last update
+                block.squared_norm.zero_()
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
@@ -387,6 +392,7 @@ class Lsp:
             if update.failed:
                 raise NonFiniteLoss(str(CoreNotFinite(update.share.step)))
             return
+        computes = self._compute.is_running
         self._compute.stop()
         try:
             applied = self._pipeline.wait(update)
@@ -394,7 +400,8 @@ class Lsp:
             self._discard()
             raise NonFiniteLoss(str(error)) from None
         self.link.wait(applied)
-        self._compute.start()
+        if computes:
+            self._compute.start()
 
     def _discard(self) -> None:
         """Wait for what is on its way, whatever comes of it."""

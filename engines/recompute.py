@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from engines.base import UserError
 from engines.blocks import BlockCall, find_blocks, split_call
 from engines.graphs import MOST_FORMS, form_key, replaced, tensors_of
 
@@ -74,8 +75,9 @@ class TrainedBlocks:
             return self._forwards[index](*args, **kwargs)
         hidden, call = split_call(args, kwargs)
         if self._recompute:
-            result: Any = _recomputed(self._anchor, hidden, self, index, call)
-            return result if self._returns_tensor else (result,)
+            others = [each for each in tensors_of([call]) if each.requires_grad]
+            result: Any = _recomputed(self._anchor, hidden, self, index, call, *others)
+            return result if self._rest is None else (result, *self._rest)
         entered = _passing(self._anchor, hidden, partial(self._left, index))
         found = self._forwards[index](entered, *call.args, **call.kwargs)
         first = found[0] if isinstance(found, tuple) else found
@@ -86,46 +88,68 @@ class TrainedBlocks:
         self._watcher.finish(index)
         self._watcher.after_backward(index)
 
-    _returns_tensor = True
-    """A block returns the hidden state itself; else first in a tuple."""
+    _rest: tuple[Any, ...] | None = None
+    """What blocks return beside the hidden state, in a tuple; `None`: they return the hidden state itself."""
 
     def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
-        """The block itself."""
+        """The block itself. Raises `UserError` for one that returns another tensor: its gradient would be
+        lost."""
         found = self._forwards[index](hidden, *call.args, **call.kwargs)
-        self._returns_tensor = not isinstance(found, tuple)
-        first: Tensor = found[0] if isinstance(found, tuple) else found
-        return first
+        if not isinstance(found, tuple):
+            self._rest = None
+            return cast(Tensor, found)
+        self._rest = found[1:]
+        if any(isinstance(each, Tensor) for each in self._rest):
+            raise UserError(
+                f"block {index} with checkpointing",
+                "returns tensors beside its hidden state, whose gradients recomputation would lose",
+                "use --no-checkpointing",
+            )
+        return cast(Tensor, found[0])
 
-    def run_back(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """Run the block again and its backward pass; the gradient of `hidden`. Adds to those of
-        parameters."""
+    def run_back(
+        self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor, others: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """Run the block again and its backward pass; the gradients of `hidden` and of `others`, which are
+        tensors of `call`. Adds to those of parameters."""
         with torch.enable_grad():
             entering = hidden.detach().requires_grad_()
+            apart = {id(each): each.detach().requires_grad_() for each in others}
+            if others:
+                (call,) = replaced([call], [apart.get(id(each), each) for each in tensors_of([call])])
             out = self.run(index, call, entering)
-        found: Any = torch.autograd.grad(out, [entering, *self._inner[index]], gradient, allow_unused=True)
-        for parameter, its in zip(self._inner[index], found[1:], strict=True):
+        inputs = [entering, *apart.values(), *self._inner[index]]
+        found: Any = torch.autograd.grad(out, inputs, gradient, allow_unused=True)
+        of_inputs = 1 + len(apart)
+        for parameter, its in zip(self._inner[index], found[of_inputs:], strict=True):
             if its is None:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.add_(its)
         self._watcher.finish(index)
-        result: Tensor = found[0]
-        return result
+        return list(found[:of_inputs])
 
-    def forward(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
-        graphs = self._graphs if self.uses_graphs else None
+    def forward(self, index: int, call: BlockCall, hidden: Tensor, others: Sequence[Tensor]) -> Tensor:
+        graphs = self._graphs_for(others)
         return self.run(index, call, hidden) if graphs is None else graphs.forward(index, call, hidden)
 
-    def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
+    def backward(
+        self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor, others: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """As `run_back`."""
         self._watcher.before_backward(index)
-        graphs = self._graphs if self.uses_graphs else None
+        graphs = self._graphs_for(others)
         if graphs is None:
-            result = self.run_back(index, call, hidden, gradient)
+            found = self.run_back(index, call, hidden, gradient, others)
         else:
-            result = graphs.backward(index, call, hidden, gradient)
+            found = [graphs.backward(index, call, hidden, gradient)]
         self._watcher.after_backward(index)
-        return result
+        return found
+
+    def _graphs_for(self, others: Sequence[Tensor]) -> _Graphs | None:
+        """A graph gives the gradient of the hidden state and of no other input."""
+        return self._graphs if self.uses_graphs and not others else None
 
     def random_state(self) -> list[Tensor] | None:
         """What dropout draws from; `None` if nothing draws."""
@@ -147,12 +171,19 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, hidden: Tensor, blocks: TrainedBlocks, index: int, call: BlockCall
+        ctx: Any,
+        anchor: Tensor,
+        hidden: Tensor,
+        blocks: TrainedBlocks,
+        index: int,
+        call: BlockCall,
+        *others: Tensor,
     ) -> Tensor:
-        ctx.blocks, ctx.index, ctx.call = blocks, index, call
+        """`others`: the tensors of `call` that need gradients."""
+        ctx.blocks, ctx.index, ctx.call, ctx.others = blocks, index, call, others
         ctx.state = blocks.random_state()
         ctx.save_for_backward(hidden)
-        return blocks.forward(index, call, hidden)
+        return blocks.forward(index, call, hidden, others)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,10 +193,10 @@ class _Recomputed(torch.autograd.Function):
         if ctx.state is not None:
             after = blocks.random_state()
             blocks.set_random_state(ctx.state)
-        found = blocks.backward(ctx.index, ctx.call, hidden, gradients[0])
+        of_hidden, *of_others = blocks.backward(ctx.index, ctx.call, hidden, gradients[0], ctx.others)
         if after is not None:
             blocks.set_random_state(after)
-        return None, found if ctx.needs_input_grad[1] else None, None, None, None
+        return None, of_hidden if ctx.needs_input_grad[1] else None, None, None, None, *of_others
 
 
 class _Passing(torch.autograd.Function):
@@ -251,12 +282,14 @@ class _Graphs:
     def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
         form = self._form(call, hidden)
         if form is None:
-            return self._blocks.run_back(index, call, hidden, gradient)
+            (found,) = self._blocks.run_back(index, call, hidden, gradient)
+            return cast(Tensor, found)
         form.hidden.copy_(hidden)
         form.gradient.copy_(gradient)
 
         def work(placed: BlockCall) -> None:
-            form.gradient.copy_(self._blocks.run_back(index, placed, form.hidden, form.gradient))
+            (found,) = self._blocks.run_back(index, placed, form.hidden, form.gradient)
+            form.gradient.copy_(cast(Tensor, found))
 
         self._replay(form, form.backward, index, call, work)
         return form.gradient.clone()

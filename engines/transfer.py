@@ -427,13 +427,17 @@ class ComputeClock:
         self._span: Span | None = None
         self._begun: Any = None
         self._times: list[tuple[Any, Any]] = []
+        self.is_running = False
+        """Between `start` and `stop`."""
 
     def start(self) -> None:
+        self.is_running = True
         self._begun = self._event()
         if self._timeline is not None:
             self._span = self._timeline.begin(self._stream, self.label)
 
     def stop(self) -> None:
+        self.is_running = False
         if self._timeline is not None and self._span is not None:
             self._timeline.end(self._span)
             self._span = None

@@ -40,6 +40,12 @@ def tiny_config(family: str, tied: bool, num_blocks: int = 3) -> PretrainedConfi
             family, intermediate_size=32, num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0,
             bos_token_id=1, eos_token_id=2, **sizes, **common,
         )  # fmt: skip
+    if family == "deberta-v2":  # blocks return pairs, and take embeddings of positions that are trained
+        return AutoConfig.for_model(
+            family, intermediate_size=32, max_position_embeddings=64, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, pooler_dropout=0.0, pad_token_id=0, num_labels=2,
+            relative_attention=True, pos_att_type=["c2p", "p2c"], **sizes, **common,
+        )  # fmt: skip
     if family in ("roberta", "bert"):
         return AutoConfig.for_model(
             family, intermediate_size=32, max_position_embeddings=66, hidden_dropout_prob=0.0,
@@ -63,7 +69,7 @@ class TinyBlueprint:
 
 
 def usual_head(family: str) -> Head:
-    return "classification" if family in ("roberta", "bert") else "causal_lm"
+    return "classification" if family in ("roberta", "bert", "deberta-v2") else "causal_lm"
 
 
 def tiny_blueprint(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engines import core_adam as module
-from engines.core_adam import compiled, core_adam
+from engines.core_adam import SlowAdamWarning, compiled, core_adam
 
 PART = 32768
 """As in core_adam.c."""
@@ -142,19 +142,22 @@ def test_they_agree_on_every_number(
 
 
 def test_without_a_compiler_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for compiler in ("/nowhere/cc", "false"):
-        monkeypatch.setenv("CC", compiler)
-        assert compiled.__wrapped__() is None
-    monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert compiled.__wrapped__() is None
+    for compiler in ("/nowhere/cc", "false", None):
+        if compiler is None:
+            monkeypatch.delenv("CC")
+        else:
+            monkeypatch.setenv("CC", compiler)
+        with pytest.warns(SlowAdamWarning, match=compiler or "no compiler was found"):
+            assert compiled.__wrapped__() is None
 
 
 def test_it_is_compiled_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
-    monkeypatch.setenv("CC", "gcc")
-    assert compiled.__wrapped__() is not None
+    for compiler in ("gcc -g", "/nowhere/cc"):  # with arguments; and another where that one is missing
+        monkeypatch.setenv("CC", compiler)
+        assert compiled.__wrapped__() is not None
 
 
 def test_the_bias_of_late_updates_is_gone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import queue
 import random
 import threading
 import time
@@ -20,14 +21,16 @@ from transformers import AutoModelForCausalLM
 
 from engines import core_pipeline, cores
 from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
+from engines.clocks import Clocks
 from engines.core_adam import core_adam
-from engines.core_pipeline import PieceState
+from engines.core_pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
+from engines.costs.lsp import CORE_SLOTS
 from engines.lsp import Lsp
 from engines.native import Native
 from engines.projector import Projector, compress, decompress, transport_moments
 from engines.settings import LspSettings, NativeSettings
 from engines.subspace import Subspace, block_matrices, derived_seed
-from engines.transfer import Link
+from engines.transfer import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
 
 SETTINGS = LspSettings(
@@ -72,6 +75,11 @@ def states(engine: Lsp) -> list[PieceState]:
     return [piece.state for block in engine._blocks for piece in block.pieces]
 
 
+def core_threads() -> list[str]:
+    """The engine's own that run."""
+    return [each.name for each in threading.enumerate() if each.name.startswith("lsp-core")]
+
+
 def copied(projector: Projector) -> Projector:
     return copy.deepcopy(projector)
 
@@ -82,6 +90,65 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     formed: bool = request.param
     monkeypatch.setattr(cores, "forms_gradient", lambda *_: formed)
     return formed
+
+
+class Happening:
+    """What the engine asks of a CUDA event, on the CPU."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+
+    def query(self) -> bool:
+        return self._is_over.is_set()
+
+    def synchronize(self) -> None:
+        assert self._is_over.wait(60)
+
+    def end(self) -> None:
+        self._is_over.set()
+
+
+class LateDownloads(Link):
+    """A link whose download stream lags behind: a thread that copies one thing after the other, each after
+    `lag_s`. The thread that calls is the compute stream."""
+
+    def __init__(self, lag_s: float) -> None:
+        super().__init__(torch.device("cpu"))
+        self._lag_s = lag_s
+        self._waiting: queue.SimpleQueue[tuple[Tensor, Tensor, Happening] | None] = queue.SimpleQueue()
+        self._stream = threading.Thread(target=self._copy_all, daemon=True)
+        self._stream.start()
+
+    def _copy_all(self) -> None:
+        while (entry := self._waiting.get()) is not None:
+            source, out, happening = entry
+            time.sleep(self._lag_s)
+            out.copy_(source)
+            happening.end()
+
+    def download(self, gpu: Tensor, out: Tensor, after: Any = None, name: str = "copy") -> Event:
+        happening: Any = Happening()
+        self._waiting.put((gpu, out, happening))
+        return Event(happening)
+
+    def wait(self, event: Event) -> None:
+        self.host_wait(event)
+
+    def stop(self) -> None:
+        self._waiting.put(None)
+        self._stream.join(60)
+
+
+@contextmanager
+def lagging(family: str, num_blocks: int, lag_s: float, **changes: Any) -> Iterator[Lsp]:
+    engine = Lsp(replace(SETTINGS, **changes), context())
+    engine.link = link = LateDownloads(lag_s)
+    try:
+        engine.setup(tiny_blueprint(family, num_blocks=num_blocks))
+        yield engine
+    finally:
+        engine.close()
+        link.stop()
 
 
 @dataclass
@@ -148,9 +215,21 @@ class TestTwin:
         with running("gpt2", projector=projector) as engine:
             assert_same(train(engine, batches), expected)
 
-    @pytest.mark.parametrize("family", ["llama", "roberta"])
+    def test_a_block_that_returns_more_tensors_is_not_recomputed(self) -> None:
+        with running("opt") as engine:
+            assert engine._trained is not None
+            own = engine._trained._forwards[0]
+            engine._trained._forwards[0] = lambda hidden, *args, **kwargs: (
+                own(hidden, *args, **kwargs),
+                hidden,
+            )
+            with pytest.raises(UserError, match="use --no-checkpointing"):
+                engine.step(tiny_batches(1, "opt"))
+
+    @pytest.mark.parametrize("family", ["llama", "roberta", "deberta-v2"])
     def test_recomputation_changes_no_bit(self, family: str, both_ways: bool) -> None:
-        """Dropout included, whose random state is put back."""
+        """Dropout included, whose random state is put back, and what reaches blocks beside the hidden state:
+        deberta's embeddings of positions."""
         batches = tiny_batches(6, family)
         with running(family, ctx=context(checkpointing=False)) as engine:
             expected = train(engine, batches)
@@ -229,6 +308,19 @@ class TestTwin:
         for name, tensor in expected.weights.items():
             torch.testing.assert_close(found.weights[name], tensor, rtol=0.0, atol=1e-5)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"schedule_order": "sequential"}, {"max_grad_norm": 0.5}],
+        ids=["layerwise", "sequential", "clipped"],
+    )
+    def test_equal_when_downloads_lag_and_blocks_share_slots(self, changes: dict[str, Any]) -> None:
+        num_blocks = 2 * CORE_SLOTS + 1
+        batches = tiny_batches(5, "opt")
+        with running(tiny_blueprint("opt", num_blocks=num_blocks), offload=False, **changes) as twin:
+            expected = train(twin, batches)
+        with lagging("opt", num_blocks, lag_s=0.002, **changes) as engine:
+            assert_same(train(engine, batches), expected)
+
     @pytest.mark.gpu
     @pytest.mark.parametrize("order", ["layerwise", "sequential"])
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -240,12 +332,14 @@ class TestTwin:
         late = random.Random(0)
         # The fused attention kernels may sum in any order in backward.
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            with running(family, tied, ctx, offload=False) as twin:
+            # More blocks than slots, so that blocks wait for each other's.
+            twin_model = tiny_blueprint(family, tied, num_blocks=CORE_SLOTS + 2)
+            with running(twin_model, ctx=ctx, offload=False) as twin:
                 expected = train(twin, batches)
             engine = Lsp(replace(SETTINGS, schedule_order=order), ctx)
             engine.link = Link(engine.device, delay=lambda: late.choice((0, 0, 1_000_000)))
             try:
-                engine.setup(tiny_blueprint(family, tied, num_blocks=2))
+                engine.setup(tiny_blueprint(family, tied, num_blocks=CORE_SLOTS + 2))
                 wires = sum(state.wire.nbytes for state in states(engine))
                 assert engine.pinned_bytes == 64 + wires  # the blocks' norms come first
                 assert_same(train(engine, batches), expected)
@@ -362,7 +456,7 @@ class TestOneStep:
             expected = train(engine, batches)
         with running("llama", check_every=2, offload=False) as engine:
             found = train(engine, batches)
-            assert "lsp-core-adam" not in {thread.name for thread in threading.enumerate()}
+            assert not core_threads()
             assert (engine.pinned_bytes, engine.link.h2d_bytes, engine.link.d2h_bytes) == (0, 0, 0)
         for mine, its in zip(found.stats, expected.stats, strict=True):
             assert (mine.h2d_bytes, mine.d2h_bytes, mine.cpu_s) == (its.h2d_bytes, its.d2h_bytes, None)
@@ -598,6 +692,92 @@ class TestFaults:
             assert (first.updates, torch.equal(first.moment, moments[0][0])) == (moments[0][1], True)
             assert torch.equal(second.moment, moments[1][0]) is not went_on
 
+    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    def test_a_core_that_is_not_finite_is_told_when_downloads_lag(self, order: str) -> None:
+        """Its norm may still be on its way when the next step begins."""
+        with lagging("opt", 2, lag_s=0.01, schedule_order=order) as engine:
+            batches = tiny_batches(3, "opt")
+            engine.step(batches[:1])
+            subspaces(engine)[3].module.register_full_backward_pre_hook(
+                lambda _, grads: (grads[0] * math.inf,)
+            )
+            engine.step(batches[1:2])
+            with pytest.raises(NonFiniteLoss, match="gradient of step 1"):
+                engine.step(batches[2:])
+            assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
+            assert all(torch.isfinite(state.moment).all() for state in states(engine))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_gradient_outside_the_cores_that_is_not_finite_is_told_when_it_is_clipped(
+        self, value: float
+    ) -> None:
+        with running("opt", max_grad_norm=1e-3) as engine:
+            batches = tiny_batches(3, "opt")
+            engine.step(batches[:1])
+            before = weights(engine)
+            embedding = engine.model.get_input_embeddings().weight
+            hook = embedding.register_hook(lambda gradient: gradient * value)
+            engine.step(batches[1:2])
+            hook.remove()
+            with pytest.raises(NonFiniteLoss, match="gradient of step 1"):
+                engine.step(batches[2:])
+            after = {name: tensor.detach() for name, tensor in engine.model.named_parameters()}
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+    def test_an_error_of_the_driver_releases_who_waits_at_once(self) -> None:
+        class Broken(Happening):
+            def query(self) -> bool:
+                raise RuntimeError("an illegal memory access was encountered")
+
+        link = Link(torch.device("cpu"))
+        clocks = Clocks(context(), torch.device("cpu"))
+        pipeline = CorePipeline(link, SETTINGS, 8, torch.float32, clocks)
+        broken: Any = Broken()
+        for _ in range(2):
+            state = PieceState(
+                deadline=0,
+                wire=torch.ones(8),
+                moment=torch.zeros(8),
+                variance=torch.zeros(8),
+                squared_norm=torch.ones(1),
+            )
+            update = PieceUpdate(
+                state=state,
+                share=StepShare(step=0, learning_rate=1e-3),
+                apply=lambda *_: None,
+                downloaded=Event(broken),
+            )
+            pipeline.submit([update])
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                pipeline.wait(update)
+        pipeline.close()
+        assert not core_threads()
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"offload": False}, {"max_grad_norm": 1.0}, {"schedule_order": "sequential"}],
+        ids=["layerwise", "twin", "clipped", "sequential"],
+    )
+    def test_a_block_that_is_passed_over_is_not_updated_again(self, changes: dict[str, Any]) -> None:
+        batches = tiny_batches(2, "opt")
+        with running("opt", **changes) as engine:
+            engine.step(batches[:1])
+            assert engine._trained is not None
+            block = engine._trained.blocks[0]
+            own = vars(block)["forward"]
+            vars(block)["forward"] = lambda hidden, *_, **__: hidden
+            engine.step(batches[1:])
+            vars(block)["forward"] = own
+            engine.synchronize()
+            assert [state.updates for state in states(engine)] == [1, 2]
+            assert float(engine._laid_out.squared_norms[0]) == 0.0
+
+    def test_looking_at_weights_between_steps_is_no_compute(self) -> None:
+        with running("opt") as engine:
+            engine.step(tiny_batches(1, "opt"))
+            weights(engine)
+            assert not engine._compute.is_running
+
     def test_a_loss_that_is_not_finite_is_told_at_once_and_changes_nothing(self) -> None:
         with running("opt") as engine:
             batches = tiny_batches(2, "opt")
@@ -621,7 +801,7 @@ class TestFaults:
         engine.step(tiny_batches(1, "opt"))
         engine.close()
         engine.close()
-        assert "lsp-core-adam" not in {thread.name for thread in threading.enumerate()}
+        assert not core_threads()
 
 
 class TestResume:
@@ -640,6 +820,14 @@ class TestResume:
             found = train(second, batches[10:])
             assert second.checks() == checks
         assert_same(found, replace(expected, losses=expected.losses[10:]))
+
+    def test_what_landed_of_an_update_of_an_earlier_run_is_not_known(self, tmp_path: Path) -> None:
+        with running("opt") as engine:
+            engine.step(tiny_batches(1, "opt"))
+            engine.save(tmp_path)
+        with running("opt") as engine:
+            engine.load(tmp_path)
+            assert engine.landed_share() is None
 
     def test_another_subspace_is_refused(self, tmp_path: Path) -> None:
         with running("opt") as engine:
