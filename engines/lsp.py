@@ -30,10 +30,10 @@ norm of the whole gradient, so with `max_grad_norm` the CPU begins when backward
 The oracle is the twin, `offload=False`: the same cores through the same CPU routine, but in the main thread,
 one after the other, with copies that wait: no streams, no events, no worker, no pinned memory, no CUDA
 graphs. Nothing overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and
-losses are bit-equal on the same device (as long as the model's own kernels are deterministic, which on the CPU
-asks for the same number of threads, and no learning ends by the clock). On a GPU too the twin updates the core on the CPU, because
-kernels of CPU and GPU round differently; so it is no check of Adam's arithmetic, which a test holds against
-float64.
+losses are bit-equal on the same device, as long as the model's own kernels are deterministic (on the CPU that
+asks for the same number of threads) and no learning ends by the clock. On a GPU too the twin updates the core
+on the CPU, because kernels of CPU and GPU round differently; so it is no check of Adam's arithmetic, which a
+test holds against float64.
 
 Deviations from the paper, and choices where it is silent:
 
