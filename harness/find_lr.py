@@ -14,13 +14,16 @@ diverge in a longer run.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.base import Batch, NonFiniteLoss, UserError
+import torch
+
+from engines.base import Batch, ModelShape, NonFiniteLoss, UserError
 from engines.settings import parse_settings
 from harness.data import Data, make_data
 from harness.environment import gpu_notes
@@ -58,8 +61,9 @@ class Finding:
     engine: str
     measured_on: Literal["held-out", "training"]
     trials: tuple[Trial, ...]
+    """Fewer than the grid has rates where the search did not come to its end."""
     recommended: float | None
-    """`None` if no candidate lowered the loss."""
+    """`None` if no candidate lowered the loss, or not all were tried."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -97,7 +101,8 @@ def recommend(trials: Sequence[Trial]) -> float | None:
 def find_lr(
     job: Job, engine: str, settings: Mapping[str, object], out: Path | None, progress: Progress
 ) -> Finding:
-    """Try the rates around the one in `settings`, or the engine's default. Writes `find_lr.json` into `out`.
+    """Try the rates around the one in `settings`, or the engine's default. Writes `find_lr.json` into `out`,
+    after each rate anew: what was tried is kept if a later one fails.
 
     Raises `UserError` if the loss is not finite before the first step, and for what keeps the engine from
     running at all.
@@ -115,26 +120,26 @@ def find_lr(
     data = make_data(job, shape)
     progress.print(data.describe())
     evaluated = data.evaluation or _first_batches(data, job)
-    trials = []
+    trials: list[Trial] = []
     rates = grid(typed.learning_rate)
     for number, rate in enumerate(rates):
         progress.update("learning rates", number, len(rates), note=f"{rate:g}")
         # Warm-up and decay belong to the whole run; a few dozen steps would see little but the warm-up.
         candidate = replace(typed, learning_rate=rate, schedule="constant", warmup_steps=0)
-        with (
-            user_errors(engine, job, None),
-            set_up(job, shape, engine, candidate, progress) as (running, _),
-        ):
-            trials.append(_try(running, rate, data, evaluated, min(job.steps, LR_SEARCH_STEPS), progress))
+        trials.append(_try(job, shape, engine, candidate, data, evaluated, progress))
+        # Engines may be in reference cycles: without this the next would be set up beside the last.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        finding = Finding(
+            engine=engine,
+            measured_on="held-out" if data.evaluation else "training",
+            trials=tuple(trials),
+            recommended=recommend(trials) if len(trials) == len(rates) else None,
+        )
+        if out is not None:
+            write_whole(out / LR_FILE, to_json(finding))
     progress.update("learning rates", len(rates), len(rates), note="done")
-    finding = Finding(
-        engine=engine,
-        measured_on="held-out" if data.evaluation else "training",
-        trials=tuple(trials),
-        recommended=recommend(trials),
-    )
-    if out is not None:
-        write_whole(out / LR_FILE, to_json(finding))
     return finding
 
 
@@ -144,22 +149,33 @@ def _first_batches(data: Data, job: Job) -> list[Batch]:
 
 
 def _try(
-    engine: Any, rate: float, data: Data, evaluated: Sequence[Batch], steps: int, progress: Progress
+    job: Job,
+    shape: ModelShape,
+    engine_name: str,
+    settings: Any,
+    data: Data,
+    evaluated: Sequence[Batch],
+    progress: Progress,
 ) -> Trial:
-    """Raises `NonFiniteLoss` if the loss is not finite before the first step."""
-    before = engine.evaluate(evaluated).loss
-    if not math.isfinite(before):
-        raise NonFiniteLoss(f"the loss before training is {before}")
-    after: float | None = None
-    done = 0
-    try:
-        while done < steps and math.isfinite(engine.step(data.step_batches(done)).loss):
-            done += 1
-            progress.update(f"steps at {rate:g}", done, steps)
-        if done == steps:
-            after = engine.evaluate(evaluated).loss
-    except NonFiniteLoss:
-        pass  # of this rate; the others may do
+    """Holds on to nothing of the engine. Raises `UserError` as `find_lr` does."""
+    steps, rate = min(job.steps, LR_SEARCH_STEPS), settings.learning_rate
+    with (
+        user_errors(engine_name, job, None),
+        set_up(job, shape, engine_name, settings, progress) as (engine, _),
+    ):
+        before = engine.evaluate(evaluated).loss
+        if not math.isfinite(before):
+            raise NonFiniteLoss(f"the loss before training is {before}")
+        after: float | None = None
+        done = 0
+        try:
+            while done < steps and math.isfinite(engine.step(data.step_batches(done)).loss):
+                done += 1
+                progress.update(f"steps at {rate:g}", done, steps)
+            if done == steps:
+                after = engine.evaluate(evaluated).loss
+        except NonFiniteLoss:
+            pass  # of this rate; the others may do
     if after is not None and not math.isfinite(after):
         after = None
     return Trial(

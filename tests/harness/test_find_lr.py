@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,43 @@ def test_the_end_of_a_candidate(monkeypatch: pytest.MonkeyPatch, how: str) -> No
     small, large = search("native").trials
     assert (small.end_state, small.steps) == ("ok", 6)
     assert (large.end_state, large.loss_after) == ("nan_loss", None)
+
+
+@pytest.mark.parametrize("engine", list(SETTINGS))
+def test_no_two_engines_are_there_at_once(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    cls = load_engine(engine)
+    setup, made = cls.setup, list[weakref.ref[Any]]()
+
+    def counting_setup(self: Any, blueprint: Any) -> None:
+        assert [each for each in made if each() is not None] == []
+        made.append(weakref.ref(self))
+        setup(self, blueprint)
+
+    monkeypatch.setattr(cls, "setup", counting_setup)
+    monkeypatch.setattr("harness.find_lr.FACTORS", (1, 3, 10))
+    more = {"d": 16, "learn_steps": 5} if engine == "lsp" else {}
+    search(engine, job=tiny_job(eval_batches=1, steps=2), **more)
+    assert len(made) == 3
+
+
+def test_finished_trials_are_kept_if_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cls = load_engine("native")
+    setup = cls.setup
+
+    def no_room(self: Any, blueprint: Any) -> None:
+        if self.settings.learning_rate > 1e-3:
+            raise MemoryError
+        setup(self, blueprint)
+
+    monkeypatch.setattr(cls, "setup", no_room)
+    monkeypatch.setattr("harness.find_lr.FACTORS", (1, 3, 1000))
+    with pytest.raises(UserError, match="out of host memory"):
+        search("native", tmp_path / "out", learning_rate=1e-5)
+    kept = json.loads((tmp_path / "out" / "find_lr.json").read_text())
+    assert [(t["learning_rate"], t["end_state"]) for t in kept["trials"]] == [(1e-5, "ok"), (3e-5, "ok")]
+    assert kept["recommended"] is None
 
 
 def test_without_held_out_batches_those_of_the_first_steps_are_compared() -> None:
