@@ -22,6 +22,7 @@ from engines.blocks import evaluate_on_device, materialize
 from engines.optim import (
     accumulate_gradients,
     adamw_state,
+    check_checkpointing,
     load_adamw_state,
     load_checkpoint,
     load_rng_state,
@@ -56,8 +57,9 @@ class Native:
         return None
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16."""
+        """Fill the model on the device. Raises `UserError` for fp16 and for checkpointing it lacks."""
         dtype = weights_dtype(self.context, self.name)
+        check_checkpointing(blueprint.model, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, dtype)
         self.optimizer = make_adamw(self.model.parameters(), self.settings)
         prepare_training(self.model, self.context)

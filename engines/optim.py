@@ -60,10 +60,20 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def check_checkpointing(model: nn.Module, context: Context) -> None:
+    """Raises `UserError` if the workload asks for checkpointing and transformers has none for `model`."""
+    if context.workload.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"--checkpointing with {type(model).__name__}",
+            "transformers cannot recompute activations in this model",
+            "use --no-checkpointing",
+        )
+
+
 def prepare_training(model: nn.Module, context: Context, *, recompute: bool = True) -> None:
     """Training mode, checkpointing as the workload says, and the seed that dropout draws from.
 
-    Without `recompute` the checkpointing is the caller's.
+    Without `recompute` the checkpointing is the caller's; with it, `check_checkpointing` has passed.
     """
     if context.workload.checkpointing and recompute:
         # transformers 5.23 renamed it and warns about the old name. The reentrant form would lose the

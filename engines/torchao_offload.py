@@ -41,6 +41,7 @@ from engines.base import (
 from engines.blocks import evaluate_on_device, materialize
 from engines.optim import (
     accumulate_gradients,
+    check_checkpointing,
     load_checkpoint,
     load_rng_state,
     model_weights,
@@ -87,8 +88,8 @@ class TorchaoOffload:
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the GPU, then copy it to pinned host memory.
 
-        Raises `NotAvailable` without torchao or a GPU; `UserError` for fp16 and for accumulation with
-        offloaded gradients.
+        Raises `NotAvailable` without torchao or a GPU; `UserError` for fp16, for checkpointing that the model
+        lacks, and for accumulation with offloaded gradients.
         """
         reason = why_not_available()
         if reason is None and self.device.type == "cpu":
@@ -105,6 +106,7 @@ class TorchaoOffload:
 
     def _build(self, blueprint: Blueprint) -> None:
         dtype = weights_dtype(self.context, self.name)
+        check_checkpointing(blueprint.model, self.context)
         from torchao.optim import CPUOffloadOptimizer
 
         self.model: nn.Module = materialize(blueprint, self.device, dtype)

@@ -15,6 +15,7 @@ from engines.blocks import TORCH_DTYPE, find_blocks
 from engines.native import Native
 from engines.schedule import learning_rate_at
 from engines.settings import NativeSettings
+from tiny_families import blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 SETTINGS = NativeSettings(learning_rate=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2)
@@ -160,6 +161,18 @@ def test_config_of_the_model_is_left_as_it_was() -> None:
 def test_fp16_is_refused() -> None:
     with pytest.raises(UserError, match=r"loss scaling.*use bf16 or fp32"):
         native(tiny_blueprint("opt"), context("fp16"))
+
+
+def test_checkpointing_that_a_model_lacks_is_refused_before_its_weights_are_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blueprint = blueprint_of("mpnet")
+    filled: list[str] = []
+    monkeypatch.setattr(blueprint, "fill", lambda name, out: filled.append(name))
+    with pytest.raises(UserError, match=r"MPNetForSequenceClassification.*; use --no-checkpointing"):
+        native(blueprint, context(checkpointing=True))
+    assert not filled
+    native(blueprint_of("mpnet"), context()).step(tiny_batches(1, "roberta"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:

@@ -19,6 +19,7 @@ from engines.base import Context, Dtype, NotAvailable, UserError, Workload
 from engines.native import Native
 from engines.settings import NativeSettings, TorchaoOffloadSettings
 from engines.torchao_offload import TorchaoOffload, flat_state, put_state
+from tiny_families import blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 SETTINGS = TorchaoOffloadSettings(learning_rate=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2)
@@ -65,6 +66,14 @@ def test_offloaded_gradients_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) 
     engine = TorchaoOffload(replace(SETTINGS, offload_gradients=True), context("cuda:0", accumulation=2))
     with pytest.raises(UserError, match="would not add up"):
         engine.setup(tiny_blueprint("opt"))
+
+
+def test_checkpointing_that_a_model_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchao_offload, "why_not_available", lambda: None)
+    given = context("cuda:0")
+    engine = TorchaoOffload(SETTINGS, replace(given, workload=replace(given.workload, checkpointing=True)))
+    with pytest.raises(UserError, match=r"MPNetForSequenceClassification.*; use --no-checkpointing"):
+        engine.setup(blueprint_of("mpnet"))
 
 
 def test_state_survives_flattening() -> None:
