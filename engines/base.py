@@ -451,7 +451,8 @@ class TellsLanding(Protocol):
 
         1: all of it; 0: all of it was lost in rounding, which may also bring it a little beyond either. Asked
         once, after the last step and evaluation. Takes seconds at most and no more memory than a step does,
-        as the peaks of the run hold it; what it raises is no failure of the run.
+        as the peaks of the run hold it; where it is missing, the run goes on without the share.
+        Raises what the work of the last step comes to, such as `NonFiniteLoss`.
         """
 
 

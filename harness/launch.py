@@ -30,9 +30,10 @@ from pydantic import TypeAdapter
 import harness
 from engines.base import StepStats, UserError
 from harness.emulate import Held
+from harness.ends import REASON_LENGTH
 from harness.measure import Recording
 from harness.result import EndState, Sample, Summary
-from harness.worker import REASON_LENGTH, TRACE, Request, Result
+from harness.worker import TRACE, Request, Result
 from profiles.documents import to_json, write_whole
 from profiles.limits import host_memory, usable_cores
 from profiles.machine import Machine

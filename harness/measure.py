@@ -13,7 +13,6 @@ import math
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats, TellsLanding
 from engines.decoding import GenerationRequest
 from harness.emulate import Held
+from harness.ends import OUT_OF_MEMORY, classify
 from harness.job import Job
 from harness.result import Sample, Summary
 from harness.stats import step_statistics
@@ -217,17 +217,19 @@ def _take_energy(
 
 
 def _landed_share(engine: Engine) -> float | None:
-    """What the engine says of it; `None` where it says nothing, fails or says what is no number.
+    """What the engine says of it; `None` where it says nothing, lacks the memory or says what is not finite.
 
-    Asked last: all else is measured by then, and a failure cannot spoil it.
+    Asked last: all else is measured by then, and cannot be spoiled. What else the engine raises is of the
+    last step, whose work may end only now, and ends the run.
     """
     if not isinstance(engine, TellsLanding):
         return None
     try:
-        told = engine.landed_share()
-        share = None if told is None else float(told)
-    except Exception:
-        traceback.print_exc()
+        share = engine.landed_share()
+    except (MemoryError, RuntimeError) as error:
+        # One with a cause is of a thread of the engine, and not of the asking.
+        if error.__cause__ is not None or classify(error)[0] not in OUT_OF_MEMORY:
+            raise
         return None
     return share if share is None or math.isfinite(share) else None
 

@@ -37,13 +37,14 @@ from engines.settings import LspSettings, MezoSettings, parse_settings
 from harness import restore
 from harness.data import Data, make_data
 from harness.diagnose import why_flat, why_not_finite
+from harness.ends import OUT_OF_MEMORY, classify
 from harness.environment import gpu_notes
 from harness.job import Job, load_job, save_job
 from harness.models import ModelBlueprint, export_model, make_blueprint
 from harness.shapes import resolve_shape
 from harness.show import Progress
 from harness.update_log import UpdateLog, cannot_write, check_belongs, read_update_log
-from harness.worker import TRACE, classify, prepare_torch, usable_host_bytes, write_trace
+from harness.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
 from profiles.documents import read_document, to_json, write_whole
 
 SCHEMA_VERSION = 1
@@ -51,12 +52,6 @@ SCHEMA_VERSION = 1
 
 LR_FILE = "find_lr.json"
 """What `--find-lr` leaves in a folder, which may then be trained into."""
-
-OUT_OF_MEMORY = {
-    "oom_gpu": "ran out of GPU memory",
-    "oom_host": "ran out of host memory",
-    "pinned_limit": "could not pin host memory",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

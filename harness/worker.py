@@ -26,18 +26,16 @@ from engines import entry, load_engine
 from engines.base import (
     Batch,
     Context,
-    InfeasiblePlan,
     ModelShape,
     NonFiniteLoss,
-    NotAvailable,
     StepStats,
     TellsTrace,
-    UserError,
 )
 from engines.decoding import GenerationRequest, Sampling
 from engines.settings import parse_settings
 from harness.diagnose import Diagnosis, Point, why_not_finite
 from harness.emulate import Emulated, Held, limit_cpus
+from harness.ends import classify
 from harness.job import Job
 from harness.measure import Recording, StepData, gpu_peaks, measure, measure_decoding
 from harness.result import EndState, Sample, Summary
@@ -50,9 +48,6 @@ TRACE = "trace.json"
 
 PR_SET_PDEATHSIG = 1
 """prctl: the signal that the kernel sends to this process when its parent ends."""
-
-REASON_LENGTH = 300
-"""Characters of an end reason; torch's messages go on for paragraphs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,54 +273,6 @@ def prepare_torch(vram_bytes: int | None) -> str:
         total_bytes = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram_bytes / total_bytes), 0)
     return "cuda:0"
-
-
-def classify(error: BaseException) -> tuple[EndState, str]:
-    """End state and one-line reason of the exception that ended a run.
-
-    An exception that says nothing by itself is judged by its cause: engines raise from their threads.
-    """
-    text = _first_line(error)
-    match error:
-        case NotAvailable():
-            return "not_available", text
-        case InfeasiblePlan():
-            return "skipped_infeasible", text
-        case NonFiniteLoss():
-            return "nan_loss", text
-        case UserError():
-            return "crash", text
-        case KeyboardInterrupt():
-            return "interrupted", "stopped by a signal"
-        case MemoryError():
-            return "oom_host", f"host memory could not be allocated{f' ({text})' if text else ''}"
-    whole = str(error).lower()
-    if _failed_to_pin(error, whole):
-        return "pinned_limit", text
-    if type(error).__name__ == "OutOfMemoryError" or re.search(
-        r"cuda out of memory|cuda error: out of memory|cublas_status_alloc_failed", whole
-    ):
-        return "oom_gpu", text
-    if "can't allocate memory" in whole or "cannot allocate memory" in whole:
-        return "oom_host", text
-    if error.__cause__ is not None:
-        state, reason = classify(error.__cause__)
-        if state != "crash":
-            return state, reason
-    return "crash", f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _failed_to_pin(error: BaseException, message: str) -> bool:
-    """torch reports a refused pin as an ordinary CUDA error; the line that asked for it tells."""
-    if re.search(r"cudahostalloc|cudahostregister|pin_memory|pinned memory|page-locked", message):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return "cuda error" in message and bool(frames) and "pin_memory" in (frames[-1].line or "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:REASON_LENGTH] if lines else ""
 
 
 def own_peak_bytes() -> int | None:

@@ -27,7 +27,7 @@ TORCH_FREE = (
     "engines.costs.zo2", "engines.costs.lsp", "engines.costs.mezo", "engines.costs.torchao_offload",
     "profiles.machine", "profiles.plan", "profiles.predict", "profiles.recommend", "profiles.probe",
     "profiles.nvml", "profiles.limits", "harness.job", "harness.result", "harness.shapes", "harness.compare",
-    "harness.launch", "harness.stats", "harness.cli", "harness.line", "harness.update_log",
+    "harness.launch", "harness.ends", "harness.stats", "harness.cli", "harness.line", "harness.update_log",
     "harness.diagnose", "reports.load", "reports.decide", "reports.charts", "reports.render",
     "reports.criteria", "engines.decoding", "engines.costs.generation", "profiles.generation",
     "harness.generate_commands", "harness.generation_runs",

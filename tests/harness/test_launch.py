@@ -18,10 +18,11 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.launch
 from engines.base import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
+from harness.ends import classify
 from harness.job import DataSource, Job, Limits, ModelSource
 from harness.launch import Outcome, Progress, Stepped, launch, read_oom_kills
 from harness.shapes import resolve_shape
-from harness.worker import Request, classify
+from harness.worker import Request
 from profiles.nvml import NvmlDevice, open_device
 
 GIB = 2**30

@@ -256,6 +256,13 @@ class LandingEngine(Scripted):
         return share
 
 
+def landing_engine(job: Job, told: object) -> LandingEngine:
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    engine = LandingEngine(ScriptedSettings(step_s=(1.0,), drain_s=0.5), context)
+    engine.told = told
+    return engine
+
+
 @pytest.mark.parametrize(
     ("told", "kept"),
     [
@@ -263,23 +270,37 @@ class LandingEngine(Scripted):
         (1, 1.0),
         (None, None),
         (float("nan"), None),
-        ("much", None),
-        (RuntimeError("CUDA error"), None),
+        (RuntimeError("CUDA error: out of memory"), None),
         (MemoryError(), None),
     ],
 )
-def test_the_share_that_landed_is_asked_last_and_never_fails_the_run(
+def test_the_share_that_landed_is_asked_last_and_too_little_memory_for_it_fails_no_run(
     told: object, kept: float | None
 ) -> None:
     job = scripted_job(eval_batches=1)
-    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
-    engine = LandingEngine(ScriptedSettings(step_s=(1.0,), drain_s=0.5), context)
-    engine.told = told
+    engine = landing_engine(job, told)
     recording = Recording(tokens_per_step=8)
     run(job, engine, recording)
     assert recording.summary().landed_share == kept
     assert engine.asked_s == 7.0  # six steps, and draining before and after the measured ones
     assert len(recording.evaluations) == 2
+
+
+def failed_thread() -> RuntimeError:
+    error = RuntimeError("the CPU update failed")
+    error.__cause__ = MemoryError()
+    return error
+
+
+@pytest.mark.parametrize(
+    "error", [NonFiniteLoss("a core of step 5"), RuntimeError("CUDA error: launch failed"), failed_thread()]
+)
+def test_what_the_last_step_comes_to_when_the_share_is_asked_ends_the_run(error: Exception) -> None:
+    job = scripted_job()
+    recording = Recording(tokens_per_step=8)
+    with pytest.raises(type(error)):
+        run(job, landing_engine(job, error), recording)
+    assert len(recording.samples) == 6
 
 
 def test_engines_that_cannot_tell_are_not_asked() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
-from engines.base import Context
+from engines.base import Context, NonFiniteLoss
 from engines.scripted import Scripted
 from harness import worker
 from harness.worker import TRACE, Request, Result
@@ -80,6 +80,22 @@ def test_a_trace_that_fails_does_not_hide_what_ended_the_run(
 ) -> None:
     result, _ = execute(Broken, tmp_path, monkeypatch, fail_at_step=1, failure="oom_gpu")
     assert result.end_state == "oom_gpu"
+
+
+class Overflowing(Scripted):
+    """Finds out after the last step that its gradient was not finite."""
+
+    def landed_share(self) -> float | None:
+        raise NonFiniteLoss("the core of step 5 is not finite")
+
+
+def test_a_gradient_of_the_last_step_that_is_not_finite_ends_the_run_as_nan_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = execute(Overflowing, tmp_path, monkeypatch)
+    assert result.end_state == "nan_loss"
+    assert str(result.end_reason).startswith("the core of step 5 is not finite")
+    assert len(result.samples) == 6
 
 
 def test_a_trace_that_cannot_be_written_does_not_fail_the_run(
