@@ -35,6 +35,8 @@ from harness.update_log import (
 from profiles.documents import write_whole
 
 LOSS_LOG, UPDATE_LOG, CHECKPOINTS = "log.jsonl", "updates.log", "checkpoints"
+REPLACED = "-replaced"
+"""Ends the name of a checkpoint whose place another of the same step is about to take."""
 SAMPLES = 1024
 """About as many elements of each tensor go into the fingerprint of the weights."""
 
@@ -47,13 +49,14 @@ class ReplayingEngine(Engine, Protocol):
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    found = sorted((out / CHECKPOINTS).glob("step-*"))
-    return found[-1] if found else None
+    """That of the greatest step, and one that is being replaced only if nothing has taken its place."""
+    found = (out / CHECKPOINTS).glob("step-*")
+    return max(found, key=lambda path: (step_of(path), not path.name.endswith(REPLACED)), default=None)
 
 
 def step_of(checkpoint: Path | None) -> int:
     """Steps done in a checkpoint; 0 without one."""
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-").removesuffix(REPLACED))
 
 
 def save_checkpoint(engine: Engine, out: Path, step: int) -> None:
@@ -63,14 +66,16 @@ def save_checkpoint(engine: Engine, out: Path, step: int) -> None:
     """
     folder = out / CHECKPOINTS
     temporary, final = folder / "writing", folder / f"step-{step:08d}"
+    replaced = final.with_name(final.name + REPLACED)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         engine.save(temporary)
         for path in temporary.iterdir():
             _sync(path)
-        if final.exists():  # of a run that was killed between two steps below
-            shutil.rmtree(final)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # what a kill in the loop below left of it
+            final.rename(replaced)
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from train_runs import (
 
 from engines import load_engine
 from engines.base import UserError
-from harness import worker
+from harness import restore, worker
 from harness.show import Progress
 from harness.train import export_run
 from harness.update_log import HEADER_BYTES, RECORD_BYTES, read_update_log
@@ -360,6 +361,54 @@ def test_a_run_that_goes_on_can_be_exported(
     four = run(tmp_path / "four", engine, tiny_job(steps=4))
     assert_same_weights(four, tmp_path / "between")
     assert_same_weights(four, tmp_path / "torn")
+
+
+class Noting:
+    """An engine whose checkpoint is one line."""
+
+    def __init__(self, line: str = "") -> None:
+        self.line = line
+
+    def save(self, folder: Path) -> None:
+        (folder / "line").write_text(self.line)
+
+    def load(self, folder: Path) -> None:
+        self.line = (folder / "line").read_text()
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
+) -> None:
+    """Killed before each change of the folder in turn: renames and removals of the second save."""
+    first: Any = Noting("first")
+    restore.save_checkpoint(first, tmp_path, 3)
+    calls = [0]
+
+    def dying(change: Any) -> Any:
+        def one(*arguments: Any, **named: Any) -> Any:
+            if calls[0] == at:
+                raise Killed
+            calls[0] += 1
+            return change(*arguments, **named)
+
+        return one
+
+    second: Any = Noting("second")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying(Path.rename))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        with pytest.raises(Killed) if at < 5 else nullcontext():
+            restore.save_checkpoint(second, tmp_path, 3)
+    read: Any = Noting()
+    assert restore.step_of(restore.load_newest(read, tmp_path)) == 3
+    assert read.line == ("first" if at < 4 else "second")
+
+    third: Any = Noting("third")
+    restore.save_checkpoint(third, tmp_path, 3)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    restore.load_newest(read, tmp_path)
+    assert read.line == "third"
 
 
 def test_a_checkpoint_that_a_running_run_replaces_is_not_missed(
