@@ -110,7 +110,7 @@ def generate(
     many blocks on the GPU as fit into --vram, or into what is free; `--set resident_blocks=0` streams all.
 
     With --measure: --batch-size prompts (1) of --seq-len random tokens (128), --max-new-tokens each, the
-    first --warmup-steps (3) of them not counted.
+    first --warmup-steps (3) of them not counted. The prefill is timed when it comes the second time.
     """
     sampling = _sampling(temperature, top_k, top_p, seed)
     if (model is None) == (run is None):

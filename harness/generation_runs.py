@@ -22,6 +22,7 @@ from harness.environment import read_environment
 from harness.job import Job
 from harness.launch import OnRunEvent, Outcome, launch
 from harness.result import EndState, Environment, Predicted, RunModel, Sample, Summary
+from harness.stats import counted_step_s
 from harness.worker import Request
 from profiles.budget import budget_of
 from profiles.documents import adapter, read_document, to_json, write_whole
@@ -57,10 +58,13 @@ class GenerationRun:
     summary: Summary
     """`tokens_per_s` of all sequences together."""
     first_token_s: float | None
-    """The prefill, in which the next step is already begun; `None`: not measured."""
+    """The prefill, in which the next step is already begun; `None`: not measured. In records without `tokens`
+    it was the first of its process, start-up included."""
     predicted: Predicted
     """`floor_s`: the largest of uploads, arithmetic, and one read of weights and cache from GPU memory."""
     environment: Environment
+    tokens: int | None = None
+    """Of all sequences, in the steps that count. `None`: a record of before this was kept."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -190,4 +194,5 @@ def _record(
             floor_s=told.floor_s,
         ),
         environment=environment,
+        tokens=job.batch_size * len(counted_step_s(outcome.samples)),
     )

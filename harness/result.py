@@ -49,6 +49,9 @@ class Summary:
     step_s_low: float | None = None
     step_s_high: float | None = None
     """Smallest and largest step."""
+    step_s_p10: float | None = None
+    step_s_p90: float | None = None
+    """10 % and 90 % quantile of the steps."""
     tokens_per_s: float | None = None
     loss_first: float | None = None
     loss_last: float | None = None

@@ -233,15 +233,15 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
 def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
     """What was measured of generating, one row per run, and below it why runs failed."""
     headings = (
-        "method", "prompts", "end", "tokens/s", "low to high", "step", "floor", "floor / step", "first token",
-        "GPU memory",
+        "method", "prompts", "end", "tokens/s", "10 % to 90 %", "step", "floor", "floor / step",
+        "first token", "GPU memory",
     )  # fmt: skip
     table = _table(headings, whole=("method", "end"))
     for run in runs:
         seen, batch_size = run.summary, int(run.job["batch_size"])
         rates = [
             None if step_s is None else batch_size / step_s
-            for step_s in (seen.step_s_median, seen.step_s_high, seen.step_s_low)
+            for step_s in (seen.step_s_median, seen.step_s_p90, seen.step_s_p10)
         ]
         middle, low, high = (NOT_MEASURED if rate is None else f"{rate:,.4g}" for rate in rates)
         share = NOT_MEASURED if seen.floor_share is None else f"{seen.floor_share:.1%}"
@@ -253,7 +253,9 @@ def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
             format_seconds(run.first_token_s), format_bytes(seen.peak_gpu_allocated_bytes),
         )  # fmt: skip
     reasons = {run.id: [f"{run.end_state}: {run.end_reason}"] for run in runs if run.end_reason is not None}
-    return Group(Text("Measured; the floor is predicted", style="bold"), table, _notes(reasons))
+    counts = sorted({run.tokens for run in runs if run.tokens})
+    over = f" over {', '.join(f'{count:,}' for count in counts)} tokens" if counts else ""
+    return Group(Text(f"Measured{over}; the floor is predicted", style="bold"), table, _notes(reasons))
 
 
 def rates_table(finding: Finding) -> RenderableType:

@@ -39,6 +39,8 @@ class StepStatistics:
     step_s_median: float | None
     step_s_low: float | None
     step_s_high: float | None
+    step_s_p10: float | None
+    step_s_p90: float | None
     tokens_per_s: float | None
     """Tokens of one step over the median step."""
     loss_first: float | None
@@ -95,6 +97,16 @@ def spread(values: Iterable[float]) -> Spread | None:
     )
 
 
+def outer_deciles(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """10 % and 90 % quantile, interpolated between the values; `None` without any."""
+    if not values:
+        return None, None
+    if len(values) == 1:
+        return values[0], values[0]
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[0], deciles[-1]
+
+
 def counted_step_s(samples: Sequence[Sample]) -> tuple[float, ...]:
     """Step times without the warm-ups, in seconds."""
     return tuple(sample.step_s for sample in samples if not sample.warmup)
@@ -102,11 +114,15 @@ def counted_step_s(samples: Sequence[Sample]) -> tuple[float, ...]:
 
 def step_statistics(samples: Sequence[Sample], tokens_per_step: int) -> StepStatistics:
     """`tokens_per_step` counts padding, as the GPU does."""
-    steps = spread(counted_step_s(samples))
+    counted = counted_step_s(samples)
+    steps = spread(counted)
+    p10, p90 = outer_deciles(counted)
     return StepStatistics(
         step_s_median=steps.median if steps else None,
         step_s_low=steps.low if steps else None,
         step_s_high=steps.high if steps else None,
+        step_s_p10=p10,
+        step_s_p90=p90,
         tokens_per_s=tokens_per_step / steps.median if steps and steps.median > 0 else None,
         loss_first=samples[0].loss if samples else None,
         loss_last=samples[-1].loss if samples else None,

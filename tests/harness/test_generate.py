@@ -23,6 +23,7 @@ from harness.generate import end_ids
 from harness.generation_runs import load_generation
 from harness.job import ModelSource
 from harness.shapes import NAMED_SHAPES
+from harness.stats import outer_deciles
 from harness.tokens import ByteTokenizer, load_tokenizer
 from profiles.documents import to_json
 
@@ -303,6 +304,8 @@ def test_a_measurement_is_a_record_of_every_round(call: Call, profile: Path, tmp
     assert (told.summary.step_s_low, told.summary.step_s_high) == (counted[0], counted[-1])
     assert told.summary.tokens_per_s == pytest.approx(3 / told.summary.step_s_median)  # type: ignore[operator]
     assert told.first_token_s == told.samples[0].step_s
+    assert (told.summary.step_s_p10, told.summary.step_s_p90) == outer_deciles(counted)
+    assert told.tokens == 3 * 6
     assert told.summary.h2d_bytes == told.plan.prediction.h2d_bytes > 0
     floor_s = told.predicted.floor_s
     assert floor_s == told.plan.prediction.floor_s
@@ -314,6 +317,8 @@ def test_a_measurement_is_a_record_of_every_round(call: Call, profile: Path, tmp
     again = call(*flags, "--quiet")
     assert again.code == 0, again
     assert again.out.splitlines()[-1] == str(out)
+    assert "Measured over 18 tokens; the floor is predicted" in again.out
+    assert "10 %" in again.out
     assert [load_generation(path).round for path in sorted((out / "generations").glob("*.json"))] == [1, 2, 3]
 
 

@@ -324,7 +324,7 @@ def test_peaks_need_torch_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class SpeakingEngine(Scripted):
-    """Decoding steps that take the scripted times; the first call starts two of them."""
+    """Decoding steps that take the scripted times, the first of them in the generation that warms up."""
 
     ended = 0
 
@@ -349,7 +349,7 @@ def test_decoding_steps_are_timed_and_the_last_one_under_way_is_given_up() -> No
     job = scripted_job()
     context = Context(device="cpu", workload=job.workload, seed=0, total_steps=9)
     script = ScriptedSettings(
-        setup_s=20.0, step_s=(9.0, 5.0, 1.0, 2.0, 4.0, 100.0), drain_s=3.0, pinned_bytes=6
+        setup_s=20.0, step_s=(50.0, 9.0, 5.0, 1.0, 2.0, 4.0, 100.0), drain_s=3.0, pinned_bytes=6
     )
     engine = SpeakingEngine(script, context)
     told: list[Sample] = []
@@ -365,9 +365,10 @@ def test_decoding_steps_are_timed_and_the_last_one_under_way_is_given_up() -> No
         (4, False, 4.0, None),
     ]  # fmt: skip
     assert tuple(told) == recording.samples
-    assert engine.ended == 1
+    assert engine.ended == 2
     summary = recording.summary()
     assert (summary.step_s_median, summary.tokens_per_s, summary.loss_last) == (2.0, 1.0, None)
+    assert (summary.step_s_p10, summary.step_s_p90) == pytest.approx((1.2, 3.6))
     assert (summary.h2d_bytes, summary.h2d_s, summary.gpu_s) == (7, 0.5, None)
     assert (summary.setup_s, summary.pinned_bytes) == (20.0, 6)
     assert summary.energy_j == pytest.approx(10.0 * 7.0 / 3)
@@ -376,7 +377,7 @@ def test_decoding_steps_are_timed_and_the_last_one_under_way_is_given_up() -> No
 def test_a_decoding_step_that_fails_keeps_the_samples_before_it() -> None:
     job = scripted_job()
     context = Context(device="cpu", workload=job.workload, seed=0, total_steps=9)
-    engine = SpeakingEngine(ScriptedSettings(step_s=(1.0,), fail_at_step=3), context)
+    engine = SpeakingEngine(ScriptedSettings(step_s=(1.0,), fail_at_step=4), context)
     recording = Recording(tokens_per_step=2)
     request = GenerationRequest(prompts=[[1]], max_new_tokens=6)
     with pytest.raises(RuntimeError):

@@ -12,6 +12,7 @@ from harness.stats import (
     SAME_FACTOR,
     aggregate,
     loss_change,
+    outer_deciles,
     ratio,
     same_or_different,
     spread,
@@ -37,6 +38,13 @@ def test_spread_agrees_with_the_standard_library(values: list[float]) -> None:
     assert found.low <= found.median <= found.high
     assert found.median == statistics.median(values)
     assert found.deviation == pytest.approx(statistics.stdev(values))
+
+
+def test_one_slow_step_is_outside_of_the_outer_deciles() -> None:
+    assert outer_deciles([]) == (None, None)
+    assert outer_deciles([2.0]) == (2.0, 2.0)
+    assert outer_deciles([float(value) for value in range(10, -1, -1)]) == (1.0, 9.0)
+    assert outer_deciles([*[1.0] * 20, 50.0]) == (1.0, 1.0)
 
 
 def test_step_statistics_leave_warmups_out_of_times_but_not_of_the_first_loss() -> None:
