@@ -105,20 +105,36 @@ def gpu_taken_bytes(run: Run) -> int | None:
     return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
 
 
+def held_gpu_bytes(run: Run) -> int | None:
+    """GPU memory that the run was held to, by the emulated machine or by its job; `None`: by neither."""
+    limit = _job_limit(run, "vram_bytes")
+    if run.emulation is None:
+        return limit
+    asked = run.emulation.vram_bytes
+    return run.emulation.vram_bytes_held or (asked if limit is None else min(asked, limit))
+
+
 def gpu_limit_bytes(run: Run, machine: Machine | None) -> int | None:
-    """GPU memory that the run might use."""
-    limit = run.job.get("limits", {}).get("vram_bytes")
-    if limit:
-        return int(limit)
-    if run.environment.gpu_total_bytes:
-        return run.environment.gpu_total_bytes
+    """GPU memory that the run might use: what it was held to, else the whole card."""
+    known = held_gpu_bytes(run) or run.environment.gpu_total_bytes
+    if known:
+        return known
     return machine.gpu.total_bytes if machine is not None and machine.gpu is not None else None
+
+
+def held_host_bytes(run: Run) -> int | None:
+    """Host memory that the job held the run to; `None`: it named no limit."""
+    return _job_limit(run, "host_bytes")
 
 
 def host_limit_bytes(run: Run) -> int:
     """Host memory that the run might use."""
-    limit = run.job.get("limits", {}).get("host_bytes")
-    return int(limit) if limit else run.environment.host_memory_bytes
+    return held_host_bytes(run) or run.environment.host_memory_bytes
+
+
+def _job_limit(run: Run, name: str) -> int | None:
+    limit = run.job.get("limits", {}).get(name)
+    return int(limit) if limit else None
 
 
 def _from_spread(found: Spread | None, expected: float | None = None) -> Finding:

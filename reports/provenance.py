@@ -16,9 +16,7 @@ from profiles.units import (
 from reports.catalogue import say
 from reports.decide import Verdict
 from reports.load import Loaded, engine_order
-from reports.metrics import (
-    Measurements,
-)
+from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes
 from reports.show import counted, digits, model_title, span
 from reports.tables import Table, engines_of, make_table, typical
 
@@ -31,10 +29,17 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     if environment.gpu_name is not None:
         parts = [environment.gpu_name, format_bytes(environment.gpu_total_bytes), environment.link]
         gpu = ", ".join(part for part in parts if part and part != NOT_MEASURED)
+    held = _held(run)
     weights = "random_weights" if job.model.random_weights else "checkpoint"
     accumulation = say("setting.accumulation", count=job.accumulation) if job.accumulation > 1 else ""
     return (
-        (say("setting.question_label"), say("setting.question", model=model_title(job.model))),
+        (
+            say("setting.question_label"),
+            say(
+                "setting.question", model=model_title(job.model),
+                held=say("setting.question_held", what=held) if held else "",
+            ),
+        ),
         (
             say("setting.model_label"),
             say(
@@ -55,6 +60,7 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
             say(
                 "setting.machine", gpu=gpu, cpu=environment.cpu, cores=environment.cores_usable,
                 memory=format_bytes(environment.host_memory_bytes),
+                held=say("setting.machine_held", what=held) if held else "",
             ),
         ),
         (say("setting.date_label"), _period(loaded.runs)),
@@ -207,6 +213,17 @@ def not_measured(loaded: Loaded, all_: Measurements) -> tuple[str, ...]:
     if nothing:
         lines.append(say("open.methods", engines=", ".join(nothing)))
     return (*lines, *(say(f"open.{key}") for key in ("quality", "clocks", "cost", "scale")))
+
+
+def _held(run: Run) -> str:
+    """To what less than its machine has `run` was held; empty where to nothing."""
+    caps = {"held_gpu": held_gpu_bytes(run) if run.environment.gpu_name is not None else None,
+            "held_host": held_host_bytes(run)}  # fmt: skip
+    parts = [say(f"setting.{key}", memory=format_bytes(cap)) for key, cap in caps.items() if cap is not None]
+    if run.emulation is not None:
+        threads = run.emulation.threads_held or run.emulation.threads
+        parts.append(say("setting.held_emulated", threads=threads, machine=run.environment.emulated))
+    return say("setting.held_join").join(parts)
 
 
 def _parameters(runs: Sequence[Run]) -> str:

@@ -26,6 +26,8 @@ from reports.metrics import (
     floor_share,
     gpu_limit_bytes,
     gpu_taken_bytes,
+    held_gpu_bytes,
+    held_host_bytes,
     host_limit_bytes,
     predicted,
 )
@@ -94,14 +96,18 @@ def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
         Tile(
             label=say("tile.gpu"),
             value=_most(rounds, gpu_taken_bytes),
-            detail=say("tile.of", whole=format_bytes(gpu_limit)) if gpu_limit else say("note.no_gpu"),
+            detail=_of(gpu_limit, held_gpu_bytes(rounds.ok[0])) if gpu_limit else say("note.no_gpu"),
         ),
         Tile(
             label=say("tile.host"),
             value=_most(rounds, lambda run: run.summary.peak_host_bytes),
-            detail=say("tile.of", whole=format_bytes(host_limit_bytes(rounds.ok[0]))),
+            detail=_of(host_limit_bytes(rounds.ok[0]), held_host_bytes(rounds.ok[0])),
         ),
     )
+
+
+def _of(limit_bytes: int, held_bytes: int | None) -> str:
+    return say("tile.of" if held_bytes is None else "tile.held", whole=format_bytes(limit_bytes))
 
 
 def criteria_cells(verdict: Verdict) -> tuple[tuple[Row, tuple[str, ...]], ...]:

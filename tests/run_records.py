@@ -12,9 +12,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from engines.base import LinkRates
 from harness.job import Job, make_job, save_job
 from harness.result import (
     CriteriaStamp,
+    Emulation,
     EndState,
     Environment,
     Predicted,
@@ -173,6 +175,19 @@ def make_run(
         environment=environment or make_environment(),
         criteria=None if stamp is None else CriteriaStamp(sha256=stamp, time=time),
     )
+
+
+def emulated_run(
+    engine: str = "zo2", *, vram_bytes: int = GPU_BYTES, vram_bytes_held: int | None = None, **run: Any
+) -> Run:
+    """A run that was held to another machine, called `rtx-4090`, of eight CPU threads."""
+    rates = LinkRates(h2d_bytes_per_s=24e9, d2h_bytes_per_s=24e9)
+    emulation = Emulation(
+        vram_bytes=vram_bytes, threads=8, rates=rates, link="emulated", threads_held=8,
+        vram_bytes_held=vram_bytes_held, rates_held=rates,
+    )  # fmt: skip
+    made = make_run(engine, environment=make_environment(emulated="rtx-4090"), **run)
+    return replace(made, emulation=emulation)
 
 
 def scaled(factor: float) -> tuple[float, ...]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import LinkRates, UserError
-from harness.result import Emulation, EndState, Run
+from engines.base import UserError
+from harness.result import EndState, Run
 from reports.criteria import (
     ANY_OFFLOAD,
     METRICS,
@@ -22,6 +22,7 @@ from reports.criteria import (
 )
 from reports.decide import Row, Verdict, decide, exit_code, parse_fail_on, state_of
 from run_records import (
+    emulated_run,
     make_environment,
     make_failures,
     make_machine,
@@ -240,6 +241,18 @@ def test_memory_is_judged_against_the_limit_else_the_gpu() -> None:
     assert one("host_memory_share", [make_run(job=limited)]).measured == 0.5
 
 
+def test_memory_is_judged_against_what_an_emulation_held() -> None:
+    """Not against the card that ran, nor against a job's limit that is larger."""
+    held = emulated_run(vram_bytes=4 * 10**9, vram_bytes_held=3 * 10**9)
+    assert one("gpu_memory_share", [held]).measured == 2.0
+    assert one("gpu_memory_share", [held]).outcome == "pass"
+    assert one("gpu_memory_share", [held], threshold=1.0).outcome == "fail"
+    # Asked for and not measured, as of a run that did not begin: the smaller of it and the job's limit.
+    assert one("gpu_memory_share", [emulated_run(vram_bytes=4 * 10**9)]).measured == 1.5
+    small = make_test_job(limits={"vram_bytes": 2 * 10**9})
+    assert one("gpu_memory_share", [emulated_run(vram_bytes=4 * 10**9, job=small)]).measured == 3.0
+
+
 @pytest.mark.parametrize(
     ("native", "outcome", "note"),
     [
@@ -335,17 +348,11 @@ def test_exit_codes() -> None:
 
 
 def test_what_an_emulation_did_not_hold_is_said() -> None:
-    rates = LinkRates(h2d_bytes_per_s=24e9, d2h_bytes_per_s=24e9)
-    whole = Emulation(
-        vram_bytes=24 * 10**9, threads=8, rates=rates, link="emulated", threads_held=8, rates_held=rates
-    )
-    like = make_environment(emulated="rtx-4090")
-    held = replace(make_run("zo2", environment=like), emulation=whole)
-    foreign = replace(
-        make_run("torchao-offload", environment=like),
-        emulation=replace(whole, link="not emulated", rates_held=None),
-    )
-    few = replace(held, emulation=replace(whole, threads_held=2))
+    held = emulated_run("zo2")
+    assert held.emulation is not None
+    unlike = replace(held.emulation, link="not emulated", rates_held=None)
+    foreign = replace(emulated_run("torchao-offload"), emulation=unlike)
+    few = replace(held, emulation=replace(held.emulation, threads_held=2))
     asked = criteria(criterion())
     assert "emulated machine (rtx-4090)" in warnings_of([held], asked)
     assert "Not held" not in warnings_of([held], asked)

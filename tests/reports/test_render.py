@@ -31,6 +31,7 @@ from reports.render import (
 from reports.show import model_name
 from run_records import (
     cpu_runs,
+    emulated_run,
     make_breakdown,
     make_environment,
     make_failures,
@@ -299,6 +300,29 @@ def test_how_near_a_step_came_to_reading_its_blocks_alone(tmp_path: Path) -> Non
     assert "| Disk floor / step |" in table
     assert "| 90 % |" in next(line for line in table.splitlines() if line.startswith("| zo2"))
     assert "100 % is the disk's limit" in table
+
+
+def test_what_the_runs_were_held_to_is_told_where_the_machine_is(tmp_path: Path) -> None:
+    """In the question, beside the machine and beside the peaks."""
+    job = make_test_job(limits={"vram_bytes": 8 * 2**30, "host_bytes": 32 * 2**30})
+    _, markdown, html = rendered(write_folder(tmp_path / "job", [make_run(job=job)], job=job))
+    caps = "held to 8.00 GiB of GPU memory, 32.0 GiB of host memory"
+    assert f"Question: Can this machine, {caps}, fine-tune" in markdown
+    assert f"119 GiB host memory; {caps}\n" in markdown
+    assert "of the 8.00 GiB it was held to" in html
+    assert "of the 32.0 GiB it was held to" in html
+
+    free = make_test_job(limits={})
+    emulated = emulated_run(job=free, vram_bytes=4 * 2**30, vram_bytes_held=3 * 2**30)
+    _, markdown, html = rendered(write_folder(tmp_path / "emulated", [emulated], job=free))
+    caps = "held to 3.00 GiB of GPU memory, the link and 8 CPU threads of 'rtx-4090'"
+    assert f"119 GiB host memory; {caps}\n" in markdown
+    assert "of the 3.00 GiB it was held to" in html
+    assert "of 119 GiB" in html
+
+    _, markdown, html = rendered(write_folder(tmp_path / "whole", [make_run(job=free)], job=free))
+    assert "held to" not in markdown
+    assert "it was held to" not in html
 
 
 def test_what_was_overlapped_and_what_was_exposed_has_a_table(tmp_path: Path) -> None:
