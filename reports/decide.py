@@ -4,6 +4,7 @@
 - Else a must that could not be judged is INCONCLUSIVE; it never counts as passed.
 - Else a want that failed or could not be judged is a CONDITIONAL GO.
 - Else GO, if at least one must was passed; with nothing to judge by it is INCONCLUSIVE.
+- A criterion that is not applicable counts neither way.
 
 Where criteria speak of any offload method, one method has to meet them all: two methods that each meet
 half of what is needed are of no use. Every method that was run is judged, and the best one stands for all.
@@ -245,7 +246,8 @@ def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) ->
     engine = method or next(row.engine for row in rows if row.level == "must" and row.outcome == "pass")
     step_s = find("step_s", engine, all_).value
     if step_s is None:
-        return say("verdict.go_plain", engine=engine, count=len(rows))
+        count = sum(row.outcome == "pass" for row in rows)
+        return say("verdict.go_plain", engine=engine, count=count)
     gpu = _largest(all_, engine)
     native_gpu = _largest(all_, "native")
     native = find("step_time_ratio", engine, all_)

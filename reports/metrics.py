@@ -230,6 +230,9 @@ def _host_memory_gib(rounds: Rounds, all_: Measurements) -> Finding:
 
 
 def _loss_change(rounds: Rounds, all_: Measurements) -> Finding:
+    """Nothing can be learned from random data: their loss changes by chance."""
+    if rounds.runs[0].job.get("data", {}).get("train") == "random":
+        return Finding(applies=False, note=say("note.random_data"))
     return _from_spread(over_runs(rounds.ok, lambda run: loss_change(run.samples)))
 
 

@@ -253,6 +253,29 @@ def test_memory_is_judged_against_what_an_emulation_held() -> None:
     assert one("gpu_memory_share", [emulated_run(vram_bytes=4 * 10**9, job=small)]).measured == 3.0
 
 
+@pytest.mark.parametrize("losses", [(3.0, 2.0), (2.0, 3.0)])
+def test_learning_is_not_judged_on_random_data(losses: tuple[float, float]) -> None:
+    """Neither for nor against, nor between methods: their loss changes by chance."""
+    job = make_test_job(data={"train": "random"})
+    slow = make_run("lsp", job=job, losses=losses, step_s=scaled(2.0))
+    runs = [slow, make_run("zo2", job=job, losses=losses[::-1])]
+    row = one("loss_change", runs, threshold=0.0)
+    assert (row.outcome, row.measured) == ("not applicable", None)
+    assert row.note == "the training data are random, so nothing can be learned from them"
+    verdict = decide(runs, default_criteria(), make_machine())
+    assert [row.outcome for row in verdict.rows if row.metric == "loss_change"] == ["not applicable"]
+    assert verdict.method == "zo2"
+    asked = criteria(criterion(), criterion("loss_change", 0.0, level="want"))
+    assert decide([make_run(job=job)], asked).state == "GO"
+
+
+def test_a_go_without_a_step_time_counts_what_was_passed() -> None:
+    job = make_test_job(data={"train": "random"})
+    untimed = replace(make_run(job=job), samples=())
+    asked = criteria(criterion("runs_ok", 0.5, comparison="at least"), criterion("loss_change", 0.0))
+    assert "every criterion that applies, 1 of 1" in decide([untimed], asked).sentence
+
+
 @pytest.mark.parametrize(
     ("native", "outcome", "note"),
     [
