@@ -256,11 +256,13 @@ def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) ->
         "step": format_seconds(step_s),
         "memory": say("verdict.memory", memory=format_bytes(gpu)) if gpu is not None else "",
     }
-    if engine == "native" or (native.value is None and native.applies):
-        return say("verdict.go_alone", **values)
-    if native.value is None:
+    if native.value is None and not native.applies:
         return say("verdict.go_native_does_not_fit", **values)
-    than = say("verdict.memory_of_native", memory=format_bytes(native_gpu)) if native_gpu is not None else ""
+    than = ""
+    if engine != "native" and native_gpu is not None:
+        than = say("verdict.memory_of_native", memory=format_bytes(native_gpu))
+    if engine == "native" or native.value is None or not native.applies:
+        return say("verdict.go_alone", **values, than=than)
     return say("verdict.go_beside_native", **values, ratio=times(native.value), than=than)
 
 

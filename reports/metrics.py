@@ -30,7 +30,7 @@ class Finding:
     """Runs that `value` rests on."""
     predicted: float | None = None
     applies: bool = True
-    """False: there is nothing to judge, `note` says why."""
+    """False: there is nothing to judge, or not by `value`; `note` says why."""
     note: str | None = None
     evidence: tuple[str, ...] = ()
     """Ids of the runs that were looked at."""
@@ -97,6 +97,11 @@ def floor_share(run: Run) -> float | None:
     """Predicted floor over measured step; `None` also on an emulated machine, whose floor counts with the
     speed of a GPU that was not there."""
     return run.summary.floor_share if run.emulation is None else None
+
+
+def is_emulated(rounds: Rounds) -> bool:
+    """Whether the times are those of an emulated machine, whose GPU, cores and host memory were not there."""
+    return any(run.emulation is not None for run in rounds.ok)
 
 
 def gpu_taken_bytes(run: Run) -> int | None:
@@ -183,9 +188,10 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:
     evidence = tuple(dict.fromkeys(run.id for run in (*rounds.runs, *native.runs)))
     found = ratio(rounds.step_times, native.step_times)
     if found is not None:
+        emulated = is_emulated(rounds)
         return Finding(
             value=found.value, low=found.low, high=found.high, runs=len(rounds.ok), predicted=expected,
-            evidence=evidence,
+            evidence=evidence, applies=not emulated, note=say("note.emulated") if emulated else None,
         )  # fmt: skip
     concluded = {run.end_state for run in native.runs} - NOTHING_LEARNED
     if concluded and concluded <= DOES_NOT_FIT:

@@ -91,7 +91,7 @@ def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
         Tile(
             label=say("tile.ratio"),
             value=times(native.value) if native.value is not None else say("tile.no_ratio"),
-            detail=_beside(engine, all_) if native.value is not None else native.note or "",
+            detail=native.note or _beside(engine, all_),
         ),
         Tile(
             label=say("tile.gpu"),
@@ -384,13 +384,13 @@ def _over(measured: float | None, expected: float | None) -> str:
 
 
 def _comparison(engine: str, all_: Measurements) -> str:
-    """`1.80x (1.78x to 1.82x, slower)`: the ratio to native and whether it is real."""
+    """`1.80x (1.78x to 1.82x, slower)`: the ratio to native and whether it is real, or why it is not told."""
     if engine == "native":
         return say("compared.baseline")
     found = find("step_time_ratio", engine, all_)
     if found.value is None:
         return found.note or NOT_MEASURED
-    return say("table.with_range", value=times(found.value), range=_beside(engine, all_))
+    return say("table.with_range", value=times(found.value), range=found.note or _beside(engine, all_))
 
 
 def _beside(engine: str, all_: Measurements) -> str:

@@ -253,6 +253,17 @@ def test_memory_is_judged_against_what_an_emulation_held() -> None:
     assert one("gpu_memory_share", [emulated_run(vram_bytes=4 * 10**9, job=small)]).measured == 3.0
 
 
+def test_speed_beside_native_is_not_judged_on_an_emulated_machine() -> None:
+    """What is measured is shown; the GPU's speed, which it hangs on, is that of the machine that ran."""
+    runs = [emulated_run("zo2", step_s=scaled(9.0)), emulated_run("native", step_s=scaled(1.0))]
+    row = one("step_time_ratio", runs)
+    assert (row.outcome, row.measured) == ("not applicable", pytest.approx(9.0))
+    assert row.note == "the GPU's speed is not that of the emulated machine"
+    verdict = decide(runs, default_criteria(), make_machine())
+    assert verdict.state == "GO"
+    assert verdict.sentence.endswith("5.59 GiB of GPU memory, where native takes 5.59 GiB; 9.00 s per step.")
+
+
 @pytest.mark.parametrize("losses", [(3.0, 2.0), (2.0, 3.0)])
 def test_learning_is_not_judged_on_random_data(losses: tuple[float, float]) -> None:
     """Neither for nor against, nor between methods: their loss changes by chance."""

@@ -40,6 +40,7 @@ from run_records import (
     make_run,
     make_sweep,
     make_test_job,
+    scaled,
     sha256_of,
     write_folder,
 )
@@ -323,6 +324,15 @@ def test_what_the_runs_were_held_to_is_told_where_the_machine_is(tmp_path: Path)
     _, markdown, html = rendered(write_folder(tmp_path / "whole", [make_run(job=free)], job=free))
     assert "held to" not in markdown
     assert "it was held to" not in html
+
+
+def test_a_ratio_of_an_emulated_machine_comes_with_a_note(tmp_path: Path) -> None:
+    runs = [emulated_run("native"), emulated_run("zo2", step_s=scaled(2.0))]
+    _, markdown, html = rendered(write_folder(tmp_path, runs))
+    note = "the GPU's speed is not that of the emulated machine"
+    assert f"| 2.00x ({note}) |" in markdown
+    assert f'2.00x</dd><dd class="detail">{note.replace(chr(39), "&#39;")}</dd>' in html
+    assert "slower" not in markdown[: markdown.index("How to read")]
 
 
 def test_what_was_overlapped_and_what_was_exposed_has_a_table(tmp_path: Path) -> None:
