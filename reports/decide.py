@@ -34,8 +34,20 @@ from reports.criteria import (
     Metric,
     default_criteria,
 )
-from reports.metrics import Measurements, ends, find, gpu_taken_bytes, group
-from reports.show import metric_value, times
+from reports.metrics import (
+    DISTURBED_FACTOR,
+    Measurements,
+    disturbed,
+    ends,
+    faster_or_slower,
+    find,
+    gpu_taken_bytes,
+    group,
+    held_card_bytes,
+    is_emulated,
+    predicted,
+)
+from reports.show import metric_value, span, times
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
 Outcome = Literal["pass", "fail", "unknown", "not applicable"]
@@ -286,6 +298,11 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
             ),
             "native_fits",
         ),
+        lambda: _about_mezo(all_),
+        lambda: _about_memory_saved(all_),
+        lambda: _about_the_card(runs),
+        lambda: _about_disturbed(all_),
+        lambda: _about_predictions(all_),
         lambda: _about_traces(runs),
         lambda: _about_machine(runs, all_.machine),
         lambda: exactness.inexact(all_),
@@ -322,11 +339,83 @@ def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | Non
 
 def _about_failures(all_: Measurements) -> str | None:
     mixed = [
-        say("warning.some_failed_item", engine=engine, ends=ends(rounds.runs))
+        say("warning.item", engine=engine, value=ends(rounds.runs))
         for engine, rounds in sorted(all_.rounds.items())
         if rounds.ok and len(rounds.ok) < len(rounds.runs)
     ]
     return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
+
+
+def _about_mezo(all_: Measurements) -> str | None:
+    """zo2's twin was there and faster, on a GPU whose speed is its own."""
+    mezo, zo2 = all_.of("mezo"), all_.of("zo2")
+    if mezo.step_s is None or zo2.step_s is None or is_emulated(mezo) or is_emulated(zo2):
+        return None
+    if mezo.ok[0].environment.gpu_name is None or faster_or_slower(mezo, zo2) != "FAST":
+        return None
+    return say(
+        "warning.mezo_fits", twin=format_seconds(mezo.step_s.median), step=format_seconds(zo2.step_s.median)
+    )
+
+
+def _about_memory_saved(all_: Measurements) -> str | None:
+    native = _largest(all_, "native")
+    items = [
+        say("warning.item", engine=engine, value=format_bytes(taken))
+        for engine in (*OFFLOAD_METHODS, "torchao-offload")
+        if native is not None and (taken := _largest(all_, engine)) is not None and taken >= native
+    ]
+    return (
+        say("warning.no_memory_saved", native=format_bytes(native), items=", ".join(items)) if items else None
+    )
+
+
+def _about_the_card(runs: Sequence[Run]) -> str | None:
+    """The whole GPU's memory in use beside the size of the card that the runs were to do with."""
+    beyond: dict[str, int] = {}
+    cards: set[int] = set()
+    for run in runs:
+        card, used = held_card_bytes(run), run.summary.peak_gpu_nvml_bytes
+        if run.end_state == "ok" and card is not None and used is not None and used > card:
+            beyond[run.engine] = max(used, beyond.get(run.engine, 0))
+            cards.add(card)
+    if not beyond:
+        return None
+    items = [
+        say("warning.item", engine=engine, value=format_bytes(used))
+        for engine, used in sorted(beyond.items())
+    ]
+    return say("warning.beyond_card", card=format_bytes(min(cards)), items=", ".join(items))
+
+
+def _about_disturbed(all_: Measurements) -> str | None:
+    items = [
+        say(
+            "warning.item",
+            engine=engine,
+            value=span(format_seconds(rounds.step_s.low), format_seconds(rounds.step_s.high)),
+        )
+        for engine, rounds in sorted(all_.rounds.items())
+        if rounds.step_s is not None and disturbed(rounds)
+    ]
+    if not items:
+        return None
+    return say("warning.disturbed", factor=DISTURBED_FACTOR, items=", ".join(items))
+
+
+def _about_predictions(all_: Measurements) -> str | None:
+    """Median steps outside the range predicted, which on an emulated machine is for the emulated GPU."""
+    items = []
+    for engine, rounds in sorted(all_.rounds.items()):
+        expected, step_s = predicted(rounds), rounds.step_s
+        if expected is None or step_s is None or is_emulated(rounds):
+            continue
+        low, high = expected.step_s_low, expected.step_s_high
+        if low is not None and high is not None and not low <= step_s.median <= high:
+            range_ = span(format_seconds(low), format_seconds(high))
+            measured = format_seconds(step_s.median)
+            items.append(say("warning.mispredicted_item", engine=engine, measured=measured, range=range_))
+    return say("warning.mispredicted", items="; ".join(items)) if items else None
 
 
 def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:

@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from harness.result import EndState, Predicted, Run
-from harness.stats import Rounds, Spread, aggregate, loss_change, over_runs, ratio, tokens_per_step
+from harness.stats import (
+    Comparison,
+    Rounds,
+    Spread,
+    aggregate,
+    loss_change,
+    over_runs,
+    ratio,
+    same_or_different,
+    tokens_per_step,
+)
+from profiles.budget import CONTEXT_BYTES
 from profiles.machine import Machine
 from reports.catalogue import say
 from reports.criteria import Metric
@@ -16,6 +27,9 @@ from reports.show import GIB
 NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
 """Ends that say nothing about the method: it was not there, or was stopped from outside."""
 DOES_NOT_FIT: frozenset[EndState] = frozenset({"oom_gpu", "oom_host", "pinned_limit", "skipped_infeasible"})
+
+DISTURBED_FACTOR = 1.5
+"""Medians of one method's runs that differ by more say that something beside the method set their times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +113,18 @@ def floor_share(run: Run) -> float | None:
     return run.summary.floor_share if run.emulation is None else None
 
 
+def disturbed(rounds: Rounds) -> bool:
+    """Whether medians of the runs differ by more than launches of one and the same process do."""
+    return rounds.step_s is not None and rounds.step_s.high > DISTURBED_FACTOR * rounds.step_s.low
+
+
+def faster_or_slower(a: Rounds, b: Rounds) -> Comparison:
+    """a beside b; disturbed runs do not tell."""
+    if disturbed(a) or disturbed(b):
+        return "AMBIGUOUS"
+    return same_or_different(a.step_times, b.step_times)
+
+
 def is_emulated(rounds: Rounds) -> bool:
     """Whether the times are those of an emulated machine, whose GPU, cores and host memory were not there."""
     return any(run.emulation is not None for run in rounds.ok)
@@ -125,6 +151,15 @@ def gpu_limit_bytes(run: Run, machine: Machine | None) -> int | None:
     if known:
         return known
     return machine.gpu.total_bytes if machine is not None and machine.gpu is not None else None
+
+
+def held_card_bytes(run: Run) -> int | None:
+    """Size of the card that `run` was to do with, CUDA's context included; `None`: the whole card."""
+    if run.emulation is None:
+        return held_gpu_bytes(run)
+    card = run.emulation.vram_bytes + CONTEXT_BYTES
+    limit = _job_limit(run, "vram_bytes")
+    return card if limit is None else min(card, limit)
 
 
 def held_host_bytes(run: Run) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import median
 
 from harness.result import Run
-from harness.stats import Rounds, over_runs, ratio, same_or_different
+from harness.stats import Rounds, over_runs, ratio
 from profiles.recommend import FIRST_ORDER
 from profiles.units import (
     NOT_MEASURED,
@@ -22,6 +22,7 @@ from reports.metrics import (
     NOTHING_LEARNED,
     Measurements,
     ends,
+    faster_or_slower,
     find,
     floor_share,
     gpu_limit_bytes,
@@ -399,7 +400,7 @@ def _beside(engine: str, all_: Measurements) -> str:
     found = ratio(mine, native)
     if found is None:
         return ""
-    word = say(f"compared.{same_or_different(mine, native)}")
+    word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of('native'))}")
     return say("compared.range", range=span(times(found.low), times(found.high)), word=word)
 
 

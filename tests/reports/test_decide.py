@@ -344,6 +344,72 @@ def test_warnings() -> None:
     assert "approximate" not in warnings_of(stamped, asked)
 
 
+def test_a_twin_that_fits_and_is_faster_is_said() -> None:
+    asked = criteria(criterion())
+    words = "mezo, the same method as zo2 with nothing offloaded, also fits this GPU and is faster: 500 ms"
+    zo2, mezo = make_run("zo2"), make_run("mezo", step_s=scaled(0.5))
+    assert words in warnings_of([zo2, mezo], asked)
+    assert "mezo" not in warnings_of([zo2, make_run("mezo")], asked)
+    assert "mezo" not in warnings_of([zo2, make_run("mezo", end_state="oom_gpu")], asked)
+    # Nothing of the kind is shown by the speed of another GPU, or by that of none.
+    emulated = [emulated_run("zo2"), emulated_run("mezo", step_s=scaled(0.5))]
+    assert "mezo" not in warnings_of(emulated, asked)
+    no_gpu = make_environment(gpu_name=None)
+    without = [make_run("zo2", environment=no_gpu), make_run("mezo", step_s=scaled(0.5), environment=no_gpu)]
+    assert "the same method as zo2" not in warnings_of(without, asked)
+
+
+def test_offloading_that_saves_no_gpu_memory_is_said() -> None:
+    asked = criteria(criterion())
+    native = make_run("native", peak_gpu_reserved_bytes=6 * 2**30)
+    runs = [
+        native,
+        make_run("lsp", peak_gpu_reserved_bytes=6 * 2**30),
+        make_run("zo2", peak_gpu_reserved_bytes=5 * 2**30),
+        make_run("torchao-offload", peak_gpu_reserved_bytes=7 * 2**30),
+        make_run("mezo", peak_gpu_reserved_bytes=8 * 2**30),
+    ]
+    told = "saves no GPU memory here: native takes 6.00 GiB, lsp 6.00 GiB, torchao-offload 7.00 GiB."
+    assert told in warnings_of(runs, asked)
+    assert "saves no" not in warnings_of([native, runs[2]], asked)
+
+
+def test_a_card_that_would_be_too_small_for_all_in_use_is_said() -> None:
+    asked = criteria(criterion())
+    small = make_test_job(limits={"vram_bytes": 4 * 2**30})
+    runs = [make_run(job=small, round=i, peak_gpu_nvml_bytes=(3 + i) * 2**30) for i in (1, 2)]
+    assert "exceeded the 4.00 GiB held to: zo2 5.00 GiB." in warnings_of(runs, asked)
+    assert "held to" not in warnings_of(runs[:1], asked)
+    # An emulated card holds CUDA's context beside what is emulated.
+    free = make_test_job(limits={})
+    for extra, warned in ((600_000_000, False), (600_000_001, True)):
+        used = 4 * 2**30 + extra
+        run = emulated_run(job=free, vram_bytes=4 * 2**30, peak_gpu_nvml_bytes=used)
+        assert ("exceeded the 4.56 GiB held to" in warnings_of([run], asked)) == warned
+    whole = make_run(job=free, peak_gpu_nvml_bytes=200 * 2**30)
+    assert "held to" not in warnings_of([whole], asked)
+
+
+def test_runs_that_were_disturbed_are_said() -> None:
+    asked = criteria(criterion())
+    runs = [make_run(round=1, step_s=scaled(1.0)), make_run(round=2, step_s=scaled(1.6))]
+    assert "more than a factor of 1.5 in their medians" in warnings_of(runs, asked)
+    assert "took their time: zo2 1.00 to 1.60 s." in warnings_of(runs, asked)
+    assert "their medians" not in warnings_of([runs[0], make_run(round=2, step_s=scaled(1.5))], asked)
+
+
+def test_a_step_outside_its_predicted_range_is_said() -> None:
+    """Not on an emulated machine, whose own GPU is predicted for."""
+    asked = criteria(criterion())
+    missed = "outside the range predicted for the step time: zo2 1.40 s, predicted 800 ms to 1.30 s."
+    assert missed in warnings_of([make_run(step_s=scaled(1.4))], asked)
+    assert "outside the range" in warnings_of([make_run(step_s=scaled(0.7))], asked)
+    assert "outside the range" not in warnings_of([make_run(step_s=scaled(1.3))], asked)
+    assert "outside the range" not in warnings_of([emulated_run(step_s=scaled(1.4))], asked)
+    unpredicted = make_run(step_s=scaled(1.4), plan=make_plan("zo2", step_s=None))
+    assert "outside the range" not in warnings_of([unpredicted], asked)
+
+
 @pytest.mark.parametrize(
     ("changes", "warned"),
     [

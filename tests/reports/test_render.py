@@ -326,6 +326,16 @@ def test_what_the_runs_were_held_to_is_told_where_the_machine_is(tmp_path: Path)
     assert "it was held to" not in html
 
 
+def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
+    native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
+    steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
+    _, markdown, _ = rendered(write_folder(tmp_path / "steady", [*native, *steady]))
+    assert "5.00x (5.00x, slower)" in markdown
+    disturbed = [steady[0], make_run("zo2", round=2, step_s=scaled(1.6))]
+    _, markdown, _ = rendered(write_folder(tmp_path / "disturbed", [*native, *disturbed]))
+    assert "6.50x (5.00x to 8.00x, cannot tell)" in markdown
+
+
 def test_a_ratio_of_an_emulated_machine_comes_with_a_note(tmp_path: Path) -> None:
     runs = [emulated_run("native"), emulated_run("zo2", step_s=scaled(2.0))]
     _, markdown, html = rendered(write_folder(tmp_path, runs))
