@@ -92,6 +92,8 @@ class BarGroup:
     """A line through the group's bars: what they are parts of."""
     floor: float | None = None
     """A dashed line in the colour of predictions."""
+    alone: float | None = None
+    """A dotted line: what one of the rows takes with all others at rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +161,9 @@ def grouped_bars(
 ) -> str:
     """Groups of thin horizontal bars on a common axis from zero, that `axis` gives for the largest value."""
     found = [part.value for group in groups for row in group.rows for part in row.parts]
-    found += [value for group in groups for value in (group.whole, group.floor) if value is not None]
+    found += [
+        value for group in groups for value in (group.whole, group.floor, group.alone) if value is not None
+    ]
     top = max(found, default=0.0) or 1.0
     unit = axis(top)
     ticks = [tick * unit.size for tick in nice_ticks(top / unit.size)]
@@ -178,7 +182,11 @@ def grouped_bars(
         body.append(_text(_LABELS + 6, first - 6, group.text, size=_SMALL, room=WIDTH - _LABELS - 8))
         for index, row in enumerate(group.rows):
             body += _bar_row(row, first + _LANE * (index + 0.5), scale, thickness=_LANE_BAR)
-        for value, ink, dash in ((group.whole, _INK, ""), (group.floor, _PREDICTED, "5 3")):
+        for value, ink, dash in (
+            (group.whole, _INK, ""),
+            (group.floor, _PREDICTED, "5 3"),
+            (group.alone, _INK, "1.5 2.5"),
+        ):
             if value is not None:
                 x = _LABELS + value * scale
                 body.append(_line(x, first, x, last, "#ffffff", width=4))  # to be seen on a bar

@@ -145,6 +145,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             "noise": one.noise_s,
             "idle": one.idle_s,
             "cpu": one.cpu_s,
+            "disk": one.disk_s,
         }
         rows = [
             charts.BarRow(
@@ -163,6 +164,9 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             if floor_s is not None:
                 share = percent(one.floor_share)
                 told.append(say("lane.floor", value=format_seconds(floor_s), share=share))
+            if one.disk_floor_s is not None:
+                share = percent(one.disk_floor_share)
+                told.append(say("lane.disk_floor", value=format_seconds(one.disk_floor_s), share=share))
             if one.landed_share is not None:
                 told.append(say("lane.landed", share=percent(one.landed_share)))
             groups.append(
@@ -172,6 +176,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
                     rows=tuple(rows),
                     whole=step_s.median if step_s else None,
                     floor=floor_s,
+                    alone=one.disk_floor_s,
                 )
             )
     if not groups:

@@ -194,12 +194,14 @@ def memory_table(all_: Measurements) -> Table:
 
 def busy_table(all_: Measurements) -> Table | None:
     """How long each resource was busy per step, how near the step came to its floor, and how much of the
-    update landed; `None` where none of it is known. The last two columns only where they have a number."""
+    update landed; `None` where none of it is known. The disk and the shares only where they have a number."""
     found = {engine: breakdown(all_.of(engine)) for engine in engines_of(all_)}
     known = {engine: one for engine, one in found.items() if one.measured}
     if not known:
         return None
+    reads = any(one.disk_s is not None for one in known.values())
     columns = ["method", "h2d_time", "d2h_time", "compute", "noise", "idle", "cpu"]
+    columns += ["disk_time"] if reads else []
     shares = {
         "floor": {engine: one.floor_share for engine, one in known.items()},
         "disk_floor": {engine: one.disk_floor_share for engine, one in known.items()},
@@ -217,6 +219,7 @@ def busy_table(all_: Measurements) -> Table | None:
             say("busy.no_noise") if one.noiseless else format_seconds(one.noise_s),
             format_seconds(one.idle_s),
             format_seconds(one.cpu_s),
+            *([format_seconds(one.disk_s)] if reads else []),
             *(percent(of[engine]) for of in shares.values()),
         )
         for engine, one in known.items()
@@ -227,8 +230,8 @@ def busy_table(all_: Measurements) -> Table | None:
 
 
 def overlap_table(all_: Measurements) -> Table | None:
-    """Of the four resources' time per step, how much hid behind the others and how much was left exposed;
-    `None` where no method has it measured."""
+    """Of each resource's time per step, how much hid behind the others and how much was left exposed, which
+    of the disk is not known; `None` where no method has it measured."""
     found = {engine: breakdown(all_.of(engine)) for engine in engines_of(all_)}
     rows = []
     for engine, one in found.items():
@@ -237,15 +240,24 @@ def overlap_table(all_: Measurements) -> Table | None:
             ("d2h", one.d2h_s, one.d2h_exposed_s),
             ("cpu", one.cpu_s, one.cpu_exposed_s),
             ("h2d", one.h2d_s, one.h2d_exposed_s),
+            *([("disk", one.disk_s, None)] if one.disk_s is not None else []),
         )
         if all(exposed_s is None for _, _, exposed_s in resources):
             continue
         for name, busy_s, exposed_s in resources:
-            hidden_s = None if busy_s is None or exposed_s is None else max(0.0, busy_s - exposed_s)
-            cells = (format_seconds(each) for each in (busy_s, hidden_s, exposed_s))
+            alone_s = hidden_s = None
+            if busy_s is not None and exposed_s is not None:
+                alone_s = min(exposed_s, busy_s)  # medians, and work that is not in `busy_s`, may exceed it
+                hidden_s = busy_s - alone_s
+            cells = (format_seconds(each) for each in (busy_s, hidden_s, alone_s))
             rows.append((engine, say(f"resource.{name}"), *cells))
+    if not rows:
+        return None
     columns = ["method", "resource", "busy", "overlapped", "exposed"]
-    return make_table(columns, rows, numeric=columns[2:], note="overlap") if rows else None
+    table = make_table(columns, rows, numeric=columns[2:], note="overlap")
+    if all(one.disk_s is None for one in found.values()):
+        return table
+    return replace(table, note=f"{table.note} {say('tablenote.disk_overlap')}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,8 +281,12 @@ class Breakdown:
     """Of a resource's time, what hid behind no other: see `harness.result.Summary`."""
     floor_share: float | None = None
     """Predicted floor over measured step."""
+    disk_s: float | None = None
+    """Something was being read."""
+    disk_floor_s: float | None = None
+    """What a step reads, at the rate of reading alone, measured."""
     disk_floor_share: float | None = None
-    """Reading alone, measured, over measured step."""
+    """That over the measured step."""
     landed_share: float | None = None
 
     noiseless: bool = False
@@ -313,6 +329,8 @@ def breakdown(rounds: Rounds) -> Breakdown:
         d2h_exposed_s=typical(rounds, lambda run: run.summary.d2h_exposed_s),
         cpu_exposed_s=typical(rounds, lambda run: run.summary.cpu_exposed_s),
         floor_share=typical(rounds, floor_share),
+        disk_s=typical(rounds, lambda run: run.summary.disk_s),
+        disk_floor_s=typical(rounds, lambda run: run.summary.disk_floor_s),
         disk_floor_share=typical(rounds, lambda run: run.summary.disk_floor_share),
         landed_share=typical(rounds, lambda run: run.summary.landed_share),
     )

@@ -94,15 +94,16 @@ def test_bars_stay_inside_and_apart(rows: list[BarRow], limit: float | None) -> 
 
 groups = st.lists(
     st.builds(
-        lambda label, text, values, whole, floor: BarGroup(
-            label=label, text=text, whole=whole, floor=floor,
+        lambda label, text, values, whole, floor, alone: BarGroup(
+            label=label, text=text, whole=whole, floor=floor, alone=alone,
             rows=tuple(
                 BarRow(label="copies to GPU", engine="zo2", parts=(Part(value=value, pale=i == 1),), text="9")
                 for i, value in enumerate(values)
             ),
         ),
         st.text("abc-", min_size=1, max_size=40), st.text("abc ;%", max_size=200),
-        st.lists(amounts, min_size=1, max_size=6), st.none() | amounts, st.none() | amounts,
+        st.lists(amounts, min_size=1, max_size=6),
+        *[st.none() | amounts] * 3,
     ),
     min_size=1, max_size=5,
 )  # fmt: skip

@@ -326,6 +326,31 @@ def test_what_the_runs_were_held_to_is_told_where_the_machine_is(tmp_path: Path)
     assert "it was held to" not in html
 
 
+def test_the_disk_has_a_row_a_bar_and_a_line(tmp_path: Path) -> None:
+    seen = {
+        "gpu_s": 0.25, "h2d_s": 0.4, "d2h_s": 0.1, "idle_s": 0.7, "disk_s": 0.875, "disk_floor_s": 0.75,
+        "disk_floor_share": 0.75, "gpu_exposed_s": 0.3, "h2d_exposed_s": 0.05, "d2h_exposed_s": 0.0,
+    }  # fmt: skip
+    runs = [make_run("zo2", **seen), make_run("mezo", gpu_s=0.4)]
+    _, markdown, html = rendered(write_folder(tmp_path, runs))
+    table = markdown[markdown.index("What hides behind what") :].split("\n## ")[0]
+    assert "| zo2 | disk reads | 875 ms | not measured | not measured |" in table
+    assert "how much of it was exposed is not measured" in table
+    # Updates beside the model's work are in what is exposed and not in what is busy.
+    assert "| zo2 | GPU | 250 ms | 0.00 s | 250 ms |" in table
+    busy = markdown[markdown.index("Where the time goes") :].split("\n### ")[0]
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in busy.splitlines() if line[:2] == "| "}
+    assert [cells[key][7] for key in ("| Method", "| zo2", "| mezo")] == [
+        "Disk reads",
+        "875 ms",
+        "not measured",
+    ]
+    figure = html[html.index("Where the time of a step goes") :].split("</figure>")[0]
+    assert "disk reads 875 ms" in figure
+    assert "disk alone 750 ms, 75 % of it" in figure
+    assert figure.count('stroke-dasharray="1.5 2.5"') == 1
+
+
 def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
     native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
     steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
@@ -362,6 +387,7 @@ def test_what_was_overlapped_and_what_was_exposed_has_a_table(tmp_path: Path) ->
         "| lsp | copies to GPU | 200 ms | 150 ms | 50.0 ms |",
     ]
     assert "| native" not in table
+    assert "isk" not in table
     assert "What hides behind what" in html
 
 
