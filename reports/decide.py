@@ -78,6 +78,8 @@ class Row:
     measured: float | None
     measured_low: float | None
     measured_high: float | None
+    over_steps: bool
+    """The range is over the steps of one run."""
     runs: int
     predicted: float | None
     note: str | None
@@ -195,6 +197,7 @@ def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Row
         measured=finding.value,
         measured_low=finding.low,
         measured_high=finding.high,
+        over_steps=finding.over_steps,
         runs=finding.runs,
         predicted=finding.predicted,
         note=note,

@@ -40,6 +40,8 @@ class Finding:
     low: float | None = None
     high: float | None = None
     """The smallest and largest value that the runs allow."""
+    over_steps: bool = False
+    """The range rests on the steps of a single run, as there is no other."""
     runs: int = 0
     """Runs that `value` rests on."""
     predicted: float | None = None
@@ -111,6 +113,11 @@ def floor_share(run: Run) -> float | None:
     """Predicted floor over measured step; `None` also on an emulated machine, whose floor counts with the
     speed of a GPU that was not there."""
     return run.summary.floor_share if run.emulation is None else None
+
+
+def over_steps(*compared: Rounds) -> bool:
+    """Whether the range of step times is, for one of these methods, that of a single run's steps."""
+    return any(sum(bool(steps) for steps in rounds.step_times) == 1 for rounds in compared)
 
 
 def disturbed(rounds: Rounds) -> bool:
@@ -225,9 +232,16 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:
     if found is not None:
         emulated = is_emulated(rounds)
         return Finding(
-            value=found.value, low=found.low, high=found.high, runs=len(rounds.ok), predicted=expected,
-            evidence=evidence, applies=not emulated, note=say("note.emulated") if emulated else None,
-        )  # fmt: skip
+            value=found.value,
+            low=found.low,
+            high=found.high,
+            over_steps=over_steps(rounds, native),
+            runs=len(rounds.ok),
+            predicted=expected,
+            applies=not emulated,
+            note=say("note.emulated") if emulated else None,
+            evidence=evidence,
+        )
     concluded = {run.end_state for run in native.runs} - NOTHING_LEARNED
     if concluded and concluded <= DOES_NOT_FIT:
         key = "note.native_skipped" if concluded == {"skipped_infeasible"} else "note.native_does_not_fit"

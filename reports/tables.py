@@ -30,6 +30,7 @@ from reports.metrics import (
     held_gpu_bytes,
     held_host_bytes,
     host_limit_bytes,
+    over_steps,
     predicted,
 )
 from reports.show import counted, joules, loss, metric_value, number, percent, span, times
@@ -125,7 +126,7 @@ def _criterion_cells(row: Row) -> tuple[str, ...]:
     ):
         low, high = metric_value(row.metric, row.measured_low), metric_value(row.metric, row.measured_high)
         if low != high:
-            measured = say("table.with_range", value=measured, range=span(low, high))
+            measured = say("table.with_range", value=measured, range=_range(low, high, row.over_steps))
     what = say(
         "table.criterion", metric=say(f"metric.{row.metric}"), engine=row.engine, id=row.id, level=row.level
     )
@@ -413,13 +414,19 @@ def _comparison(engine: str, all_: Measurements) -> str:
 
 
 def _beside(engine: str, all_: Measurements) -> str:
-    """`1.78x to 1.82x, slower`; empty where there is nothing to compare."""
+    """`1.78x to 1.82x, slower`, and whether that is over steps; empty where there is nothing to compare."""
     native, mine = all_.of("native").step_times, all_.of(engine).step_times
     found = ratio(mine, native)
     if found is None:
         return ""
     word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of('native'))}")
-    return say("compared.range", range=span(times(found.low), times(found.high)), word=word)
+    range_ = _range(times(found.low), times(found.high), over_steps(all_.of(engine), all_.of("native")))
+    return say("compared.range", range=range_, word=word)
+
+
+def _range(low: str, high: str, of_steps: bool) -> str:
+    """`1.20x to 1.90x over steps: one run`, or without what follows the numbers."""
+    return say("compared.over_steps", range=span(low, high)) if of_steps else span(low, high)
 
 
 def _evaluation(rounds: Rounds) -> str:

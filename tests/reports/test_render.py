@@ -351,6 +351,19 @@ def test_the_disk_has_a_row_a_bar_and_a_line(tmp_path: Path) -> None:
     assert figure.count('stroke-dasharray="1.5 2.5"') == 1
 
 
+def test_a_range_over_the_steps_of_one_run_says_so(tmp_path: Path) -> None:
+    """Beside the ratio and where it is judged, if only one of the two methods has a single run."""
+    native = [make_run("native", round=i, step_s=scaled(0.5)) for i in (1, 2)]
+    _, markdown, html = rendered(write_folder(tmp_path / "one", [*native, make_run("zo2")]))
+    assert "| 2.00x (1.80x to 2.20x over steps: one run, slower) |" in markdown
+    assert "| at most 5.00x | 2.00x (1.80x to 2.20x over steps: one run) |" in markdown
+    assert "one run, slower</dd>" in html
+    two = [make_run("zo2", round=i, step_s=scaled(0.9 + 0.1 * i)) for i in (1, 2)]
+    _, markdown, _ = rendered(write_folder(tmp_path / "two", [*native, *two]))
+    assert "| 2.10x (2.00x to 2.20x, slower) |" in markdown
+    assert "| at most 5.00x | 2.10x (2.00x to 2.20x) |" in markdown
+
+
 def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
     native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
     steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
