@@ -143,6 +143,11 @@ def gpu_taken_bytes(run: Run) -> int | None:
     return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
 
 
+def reserves_known(rounds: Rounds) -> bool:
+    """Whether what was taken is, for each run, what torch reserved."""
+    return all(run.summary.peak_gpu_reserved_bytes is not None for run in rounds.ok)
+
+
 def held_gpu_bytes(run: Run) -> int | None:
     """GPU memory that the run was held to, by the emulated machine or by its job; `None`: by neither."""
     limit = _job_limit(run, "vram_bytes")

@@ -77,7 +77,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict,
         "tiles": tables.tiles(verdict, all_),
         "setting": provenance.setting(loaded),
-        "criteria": tables.criteria_cells(verdict),
+        "criteria": tables.criteria_cells(verdict, all_),
         "speed": tables.speed_table(all_),
         "twin": exactness.exact(all_),
         "memory": tables.memory_table(all_),

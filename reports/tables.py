@@ -32,6 +32,7 @@ from reports.metrics import (
     host_limit_bytes,
     over_steps,
     predicted,
+    reserves_known,
 )
 from reports.show import counted, joules, loss, metric_value, number, percent, span, times
 
@@ -112,12 +113,12 @@ def _of(limit_bytes: int, held_bytes: int | None) -> str:
     return say("tile.of" if held_bytes is None else "tile.held", whole=format_bytes(limit_bytes))
 
 
-def criteria_cells(verdict: Verdict) -> tuple[tuple[Row, tuple[str, ...]], ...]:
-    """Each criterion with its cells: name, asked, measured, predicted, runs."""
-    return tuple((row, _criterion_cells(row)) for row in verdict.rows)
+def criteria_cells(verdict: Verdict, all_: Measurements) -> tuple[tuple[Row, tuple[str, ...]], ...]:
+    """Each criterion with its cells: name, asked, measured, predicted, outcome, runs."""
+    return tuple((row, _criterion_cells(row, all_)) for row in verdict.rows)
 
 
-def _criterion_cells(row: Row) -> tuple[str, ...]:
+def _criterion_cells(row: Row, all_: Measurements) -> tuple[str, ...]:
     measured = metric_value(row.metric, row.measured)
     if (
         row.measured_low is not None
@@ -127,6 +128,15 @@ def _criterion_cells(row: Row) -> tuple[str, ...]:
         low, high = metric_value(row.metric, row.measured_low), metric_value(row.metric, row.measured_high)
         if low != high:
             measured = say("table.with_range", value=measured, range=_range(low, high, row.over_steps))
+    expected = say("table.not_predicted")
+    if row.predicted is not None:
+        expected = metric_value(row.metric, row.predicted)
+    if row.metric in ("gpu_memory_share", "gpu_memory_gib"):
+        if row.measured is not None:
+            taken = "reserved" if reserves_known(all_.of(row.engine)) else "tensors"
+            measured = say(f"table.{taken}", value=measured)
+        if row.predicted is not None:
+            expected = say("table.tensors", value=expected)
     what = say(
         "table.criterion", metric=say(f"metric.{row.metric}"), engine=row.engine, id=row.id, level=row.level
     )
@@ -134,7 +144,7 @@ def _criterion_cells(row: Row) -> tuple[str, ...]:
         what,
         f"{row.comparison} {metric_value(row.metric, row.threshold)}",
         measured,
-        say("table.not_predicted") if row.predicted is None else metric_value(row.metric, row.predicted),
+        expected,
         say(f"outcome.{row.outcome.replace(' ', '_')}"),
         ", ".join(row.evidence) or say("tile.none"),
     )

@@ -364,6 +364,17 @@ def test_a_range_over_the_steps_of_one_run_says_so(tmp_path: Path) -> None:
     assert "| at most 5.00x | 2.10x (2.00x to 2.20x) |" in markdown
 
 
+def test_gpu_memory_that_is_judged_says_what_it_is(tmp_path: Path) -> None:
+    """What torch reserved is measured, what tensors take is predicted."""
+    _, markdown, _ = rendered(
+        write_folder(tmp_path / "reserved", [make_run(peak_gpu_reserved_bytes=9 * 10**9)])
+    )
+    assert "| at most 100 % | 38 % reserved by torch | 25 % in tensors | pass |" in markdown
+    unknown = make_run(peak_gpu_reserved_bytes=None, peak_gpu_allocated_bytes=3 * 10**9)
+    _, markdown, _ = rendered(write_folder(tmp_path / "tensors", [unknown]))
+    assert "| at most 100 % | 12 % in tensors | 25 % in tensors | pass |" in markdown
+
+
 def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
     native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
     steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
