@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import median
 
+from engines.base import UserError
+from engines.settings import LspSettings, parse_settings
 from harness.result import Run
 from harness.stats import Rounds, over_runs, ratio
 from profiles.recommend import FIRST_ORDER
@@ -151,10 +153,11 @@ def _criterion_cells(row: Row, all_: Measurements) -> tuple[str, ...]:
 
 
 def speed_table(all_: Measurements) -> Table:
-    """Step time, tokens, how it stands beside native, loss, and accuracy where there was an evaluation."""
+    """Step time, tokens, how it stands beside native, loss, and accuracy where there was an evaluation. What
+    lsp's first step would add to each is a note."""
     engines = engines_of(all_)
     evaluated = any(run.summary.eval_loss_last is not None for e in engines for run in all_.of(e).ok)
-    columns = ["method", "ended", "step", "tokens", "beside_native", "loss"]
+    columns = ["method", "ended", "step", "first_step", "tokens", "beside_native", "loss"]
     columns += ["evaluation"] if evaluated else []
     columns += ["energy"]
     rows = []
@@ -170,6 +173,7 @@ def speed_table(all_: Measurements) -> Table:
                     range=span(format_seconds(rounds.step_s_low), format_seconds(rounds.step_s_high)),
                     steps=counted("step", rounds.counted_steps), runs=counted("run", rounds.step_s.count),
                 ),
+                format_seconds(_first_step_s(rounds)),
                 number(rounds.tokens_per_s.median if rounds.tokens_per_s else None),
                 _comparison(engine, all_),
                 say("table.first_to_last", first=loss(rounds.loss_first), last=loss(rounds.loss_last)),
@@ -178,7 +182,33 @@ def speed_table(all_: Measurements) -> Table:
                 cells.append(_evaluation(rounds))
             cells.append(joules(typical(rounds, lambda run: run.summary.energy_j)))
         rows.append(tuple(cells))
-    return make_table(columns, rows, numeric=("tokens", "energy"), note="speed")
+    table = make_table(columns, rows, numeric=("first_step", "tokens", "energy"), note="speed")
+    return replace(table, note=f"{table.note}{_search_note(all_.of('lsp'))}")
+
+
+def _first_step_s(rounds: Rounds) -> float | None:
+    return typical(rounds, lambda run: run.samples[0].step_s if run.samples else None)
+
+
+def _search_note(lsp: Rounds) -> str:
+    """Step time of `lsp` with the search for projectors spread over the steps that they serve at least; empty
+    where there was none, or in a step that was counted."""
+    first_s = _first_step_s(lsp)
+    if first_s is None or lsp.step_s is None or not lsp.ok[0].samples[0].warmup:
+        return ""
+    try:
+        settings: LspSettings = parse_settings("lsp", lsp.ok[0].plan.settings)
+    except UserError:
+        return ""  # written by a version with other settings
+    if settings.projector == "identity":
+        return ""
+    spread_s = lsp.step_s.median + max(0.0, first_s - lsp.step_s.median) / settings.check_every
+    return " " + say(
+        "tablenote.search",
+        first=format_seconds(first_s),
+        steps=counted("step", settings.check_every),
+        step=format_seconds(spread_s),
+    )
 
 
 def memory_table(all_: Measurements) -> Table:
