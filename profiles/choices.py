@@ -297,8 +297,8 @@ class Choice:
         published = LSP_PRESETS.get(self._shape.name)
         if published is not None:
             reasons.append(
-                f"published for this model: d={published['d']}, r={published['r']}, learned projectors "
-                f"(--set lsp.preset={self._shape.name})"
+                f"not used here unless set: what is published for this model, d={published['d']}, "
+                f"r={published['r']} and learned projectors (--set lsp.preset={self._shape.name})"
             )
         return self._with(**chosen), tuple(reasons)
 

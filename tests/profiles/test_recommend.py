@@ -194,6 +194,12 @@ def test_r_is_four_but_for_small_models() -> None:
     assert tiny_d.settings["r"] == 2  # never more nonzeros than places
 
 
+def test_published_values_that_are_not_used_are_told_as_such() -> None:
+    (told,) = (each for each in plan("lsp", shape=DEEPSEEK_1B).reasons if "published for this model" in each)
+    assert told.startswith("not used here unless set: what is published for this model, d=")
+    assert told.endswith("(--set lsp.preset=deepseek-coder-1.3b)")
+
+
 def test_absent_figures_leave_the_smallest_d() -> None:
     machine = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=absent("timed out")))
     chosen = plan("lsp", machine=machine, shape=DEEPSEEK_1B)
