@@ -200,19 +200,27 @@ def compare(
     A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing, 10 steps after 3 of
     warm-up, on the built-in data.
     """
-    from harness.line import compare_job
-    from harness.show import console, runs_table
+    from harness.line import compare_job, planned_cells
+    from harness.show import console, grid_table, runs_table
     from profiles.documents import to_json
 
     names = engine_names(engines)
     job = flags.job(names)
     folder = results_folder(out, "compare", job.model.name, resume)
-    runs = compare_job(
-        job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume,
-        dry_run=dry_run, quiet=quiet, trace=trace, emulate=emulate,
-    )  # fmt: skip
-    if runs is None:
+    if dry_run:
+        cells = planned_cells(
+            job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
+            emulate=emulate,
+        )  # fmt: skip
+        if as_json:
+            typer.echo(to_json(tuple(cells)), nl=False)
+        else:
+            console().print(grid_table(cells))
         return
+    runs = compare_job(
+        job, names, folder, profile=profile, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
+        trace=trace, emulate=emulate,
+    )  # fmt: skip
     if as_json:
         typer.echo(to_json(tuple(runs)), nl=False)
     else:

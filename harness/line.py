@@ -13,13 +13,13 @@ import typer
 
 from engines.base import ModelShape, UserError
 from engines.settings import MezoSettings, parse_settings
-from harness.compare import check_folder, compare, missing
+from harness.compare import Cell, check_folder, compare, missing
 from harness.emulate import Emulated, emulated
 from harness.job import Job
 from harness.launch import launch_probe
 from harness.result import Run
 from harness.shapes import resolve_shape
-from harness.show import CompareProgress, console, grid_table, plans_table
+from harness.show import CompareProgress, console, plans_table
 from profiles.catalog import find_profile
 from profiles.documents import write_whole
 from profiles.folding import fold_for_loss
@@ -101,27 +101,70 @@ def compare_job(
     rounds: int,
     criteria: Path | None,
     resume: bool,
-    dry_run: bool,
     quiet: bool,
     trace: bool = False,
     emulate: Path | None = None,
-) -> list[Run] | None:
-    """Plan and run; `None` after a dry run. Keeps the machine beside the runs: the emulated one where there
-    is one, since that is what plans and predictions are for."""
-    check_folder(out, resume=resume)
-    _check_criteria(criteria, out)
-    like = _like(emulate, profile)
-    shape = resolve_shape(job)
-    machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
-    plans = plan_job(job, shape, machine, engines, emulate)
-    if dry_run:
-        cells = missing(job, plans, out, rounds=rounds, resume=resume, emulated=like)
-        console().print(grid_table(cells))
-        return None
+) -> list[Run]:
+    """Plan and run. Keeps the machine beside the runs: the emulated one where there is one, since that is what
+    plans and predictions are for."""
+    shape, machine, plans, like = _planned(
+        job, engines, out, profile=profile, criteria=criteria, resume=resume, quiet=quiet, emulate=emulate
+    )
     return _measure(
         job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
         trace=trace, like=like,
     )  # fmt: skip
+
+
+def planned_cells(
+    job: Job,
+    engines: Sequence[str],
+    out: Path,
+    *,
+    profile: Path | None,
+    rounds: int,
+    criteria: Path | None,
+    resume: bool,
+    quiet: bool,
+    emulate: Path | None = None,
+) -> list[Cell]:
+    """What `compare_job` would run with the same arguments, in order. Writes nothing; raises as it does."""
+    _, _, plans, like = _planned(
+        job, engines, out, profile=profile, criteria=criteria, resume=resume, quiet=quiet, emulate=emulate
+    )
+    return missing(job, plans, out, rounds=rounds, resume=resume, emulated=like)
+
+
+def _planned(
+    job: Job,
+    engines: Sequence[str],
+    out: Path,
+    *,
+    profile: Path | None,
+    criteria: Path | None,
+    resume: bool,
+    quiet: bool,
+    emulate: Path | None,
+) -> tuple[ModelShape, Machine, list[Plan], Emulated | None]:
+    """The job's shape, the machine, a plan per engine, and what runs are to be held to. Raises `UserError`
+    for what is wrong with the arguments before it measures the machine."""
+    check_folder(out, resume=resume)
+    _check_criteria(criteria, out)
+    like = _like(emulate, profile)
+    shape = _checked_shape(job)
+    machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
+    return shape, machine, plan_job(job, shape, machine, engines, emulate), like
+
+
+def _checked_shape(job: Job) -> ModelShape:
+    """The shape of the job's model. Raises `UserError` for data that the runs would refuse: each would end as
+    a crash, and the verdict would be on the methods."""
+    shape = resolve_shape(job)
+    if job.data.train != "random":
+        from harness.data import make_data  # torch, which nothing else here needs
+
+        make_data(job, shape)
+    return shape
 
 
 def _like(emulate: Path | None, profile: Path | None) -> Emulated | None:
@@ -157,7 +200,7 @@ def proof_of_concept(
     in_use = check_folder(out, resume=resume)
     _check_criteria(criteria, out)
     like = _like(emulate, profile)
-    shape = resolve_shape(job)
+    shape = _checked_shape(job)
     machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
     if require_gpu and machine.gpu is None:
         sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
@@ -165,7 +208,7 @@ def proof_of_concept(
     if machine.gpu is None and profile is None and job != without_gpu:
         notes.print(f"the GPU cannot be used ({machine.gpu_absent_reason}): on the CPU", markup=False)
         job = without_gpu
-        shape = resolve_shape(job)
+        shape = _checked_shape(job)
     notes.print(machine_table(machine))
     plans = plan_job(job, shape, machine, engines, emulate)
     notes.print(plans_table(shape, job, machine, plans))

@@ -231,6 +231,31 @@ def test_criteria_that_are_none_are_found_before_the_probe_and_the_runs(
     assert "no such criteria file" in one_line(call("poc", "--criteria", tmp_path / "none.toml"))
 
 
+@pytest.mark.parametrize(
+    ("data", "flags", "words"),
+    [
+        ("text.txt", (), "holds 6 tokens, fewer than one sequence of 64"),
+        ("labels.tsv", ("--eval-batches", "1"), "too small to hold a part out"),
+        ("builtin", ("--seq-len", "1"), "leaves no room for a prompt and an answer"),
+    ],
+)
+@pytest.mark.parametrize("command", ["poc", "compare"])
+def test_data_that_no_run_takes_is_found_before_the_probe_and_the_runs(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, data: str, flags: tuple[str, ...],
+    words: str,
+) -> None:  # fmt: skip
+    def probe(**_: object) -> Machine:
+        raise AssertionError("it probed")
+
+    monkeypatch.setattr("harness.line.launch_probe", probe)
+    Path("text.txt").write_text("short\n")
+    Path("labels.tsv").write_text("good\t0\n")
+    tiny = ("--model", "tiny-llama", "--random-weights", "--seq-len", "64")
+    said = one_line(call(command, *tiny, "--data", data, *flags, "--out", tmp_path / "out"))
+    assert words in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
     call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -510,6 +535,16 @@ def test_dry_run_runs_nothing(call, profile: Path, tmp_path: Path) -> None:
     assert done.code == 0
     assert "scripted" in done.out
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_dry_run_prints_json_for_programs(call, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = compare_scripted(call, profile, out, "--dry-run", "--json")
+    assert done.code == 0
+    cells = json.loads(done.out)
+    assert [(cell["engine"], cell["round"]) for cell in cells] == [("scripted", 1), ("scripted", 2)]
+    assert compare_scripted(call, profile, out).code == 0
+    assert {cell["id"] for cell in cells} == {path.stem for path in (out / "runs").glob("*.json")}
 
 
 def test_dry_run_of_a_resumed_sweep_names_what_is_missing(call, profile: Path, tmp_path: Path) -> None:
