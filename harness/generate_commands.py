@@ -34,6 +34,7 @@ from harness.options import (
     engine_names,
     results_folder,
 )
+from harness.seeds import MOST_SEED
 from profiles.generation import GENERATING
 from profiles.units import parse_bytes
 
@@ -187,6 +188,8 @@ def _refuse(flags: Mapping[str, object], why: str, remedy: str) -> None:
 
 
 def _sampling(temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError("--seed", "must be between 0 and 2^63 - 1", "see 'lspzo-bench generate --help'")
     try:
         return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     except ValueError as error:

@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, ValidationError
 
 from engines.base import Dtype, UserError, Workload
+from harness.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
 
 DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions"]
@@ -88,6 +89,8 @@ class Job:
         for name in ("warmup_steps", "eval_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError("seed must be between 0 and 2^63 - 1")
         if not 0 < self.limits.timeout_s < math.inf:
             raise ValueError("limits.timeout_s must be positive and finite")
         for name in ("vram_bytes", "host_bytes"):

@@ -105,8 +105,8 @@ def compare_job(
     trace: bool = False,
     emulate: Path | None = None,
 ) -> list[Run]:
-    """Plan and run. Keeps the machine beside the runs: the emulated one where there is one, since that is what
-    plans and predictions are for."""
+    """Plan and run. Keeps the machine beside the runs: the emulated one where there is one, since that is
+    what plans and predictions are for."""
     shape, machine, plans, like = _planned(
         job, engines, out, profile=profile, criteria=criteria, resume=resume, quiet=quiet, emulate=emulate
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+MOST_SEED = 2**63 - 1
+"""The largest that torch's generators, kernels and update logs all take as it is."""
+
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed that is a function of `seed` and `purpose` alone, the same on every platform."""

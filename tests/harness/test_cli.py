@@ -204,6 +204,30 @@ def test_steps_must_be_positive(call, profile: Path, steps: str) -> None:
     assert "steps" in one_line(call("compare", *TINY, "--steps", steps, "--profile", profile))
 
 
+@pytest.mark.parametrize("seed", [str(2**63), "-1", "99999999999999999999999"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compare", *TINY),
+        ("run", "--engine", "native", *TINY),
+        ("generate", "--model", "tiny-llama", "--random-weights", "once"),
+        ("generate", "--run", "nowhere", "once"),
+    ],
+)
+def test_a_seed_is_one_that_all_generators_take(call, command: tuple[str, ...], seed: str) -> None:
+    assert "seed" in (said := one_line(call(*command, "--seed", seed)))
+    assert "must be between 0 and 2^63 - 1" in said
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("engine", ["native", "lsp", "mezo", "zo2"])
+def test_the_largest_seed_trains(call, engine: str, tmp_path: Path) -> None:
+    seed = str(2**63 - 1)
+    out = tmp_path / "out"
+    done = call("run", "--engine", engine, *TINY, "--steps", "2", "--seed", seed, "--quiet", "--out", out)
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
 def test_a_time_limit_is_a_number_of_seconds(call, profile: Path, seconds: str) -> None:
     assert "timeout_s" in one_line(call("compare", *TINY, "--timeout", seconds, "--profile", profile))
@@ -235,7 +259,7 @@ def test_criteria_that_are_none_are_found_before_the_probe_and_the_runs(
     ("data", "flags", "words"),
     [
         ("text.txt", (), "holds 6 tokens, fewer than one sequence of 64"),
-        ("labels.tsv", ("--eval-batches", "1"), "too small to hold a part out"),
+        ("block.txt", ("--eval-batches", "1"), "too small to hold a part out"),
         ("builtin", ("--seq-len", "1"), "leaves no room for a prompt and an answer"),
     ],
 )
@@ -249,7 +273,7 @@ def test_data_that_no_run_takes_is_found_before_the_probe_and_the_runs(
 
     monkeypatch.setattr("harness.line.launch_probe", probe)
     Path("text.txt").write_text("short\n")
-    Path("labels.tsv").write_text("good\t0\n")
+    Path("block.txt").write_text("x" * 64)
     tiny = ("--model", "tiny-llama", "--random-weights", "--seq-len", "64")
     said = one_line(call(command, *tiny, "--data", data, *flags, "--out", tmp_path / "out"))
     assert words in said
