@@ -5,9 +5,13 @@ Nothing here measures or lays out a table. What does not need torch does not imp
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -18,8 +22,13 @@ from harness.machine_commands import doctor, profiles_app
 from harness.options import JobFlags, Json, Out, Quiet, engine_names, results_folder, takes_job
 from harness.train_commands import export, run
 
+PROGRAM = "lspzo-bench"
+
+_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+"""click's UsageError, which newer versions of typer bring along under another name."""
+
 app = typer.Typer(
-    name="lspzo-bench",
+    name=PROGRAM,
     help=(
         "Can this machine fine-tune this model by offloading, how slow, how good, with which method? "
         "Probe the machine, predict, measure every method in its own process, and write the decision up."
@@ -346,10 +355,64 @@ def models_command(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
+        with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+            code = app(prog_name=PROGRAM, standalone_mode=False)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        if isinstance(error, _CannotPrint):  # nor could Python, at its end, what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
+    except _USAGE_ERROR as error:
+        if told := _told(error):  # else there were no arguments, and the help has been printed
+            sys.stderr.write(f"error: {told}\n")
+        sys.exit(2)
+    if code:
+        sys.exit(code)
+
+
+def _told(error: Any) -> str:
+    """A usage error as one line, or nothing where it has no message."""
+    message = " ".join(error.format_message().split())
+    if not message:
+        return ""
+    message = message.replace(": Value error, ", ": ")  # pydantic's word
+    message = re.sub(r"\. Did you mean (.*)\?$", r" (did you mean \1?)", message).removesuffix(".")
+    command = PROGRAM if error.ctx is None else error.ctx.command_path
+    return str(UserError(command, message[0].lower() + message[1:], f"see '{command} --help'"))
+
+
+class _CannotPrint(UserError):
+    """Standard output cannot be written."""
+
+
+class _Stdout:
+    """Standard output whose failure is a `UserError`, but for a reader that has gone: typer ends the program
+    then, without a word."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._failures_told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._failures_told():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _CannotPrint(
+                "standard output", f"cannot be written ({error.strerror})", "free space or send it elsewhere"
+            ) from None
 
 
 def _exit_for(runs: Any) -> None:

@@ -135,13 +135,33 @@ def test_a_command_that_cannot_be_meant_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("probe", "--fast"), ("prob",), ("run",), ("compare", "--rounds", "0")]
+    ("arguments", "command", "words"),
+    [
+        (("probe", "--fast"), " probe", "--fast"),
+        (("prob",), "", "no such command 'prob' (did you mean 'probe'?);"),
+        (("run",), " run", "'--engine'"),
+        (("run", "--engine", "lsp", "--batch-size", "x"), " run", "'--batch-size'"),
+        (("compare", "--rounds", "0"), " compare", "'--rounds'"),
+        (("compare", "--layers", "0"), " compare", "'--layers'"),
+        (("compare", "--dtype", "fp8"), " compare", "'fp8' is not one of"),
+        (("report",), " report", "argument"),
+        (("profiles", "show"), " profiles show", "argument"),
+    ],
 )
-def test_a_usage_error_exits_two(call, arguments: tuple[str, ...]) -> None:
+def test_a_usage_error_is_one_line(call, arguments: tuple[str, ...], command: str, words: str) -> None:
     done = call(*arguments)
-    assert done.code == 2
+    said = one_line(done)
     assert done.out == ""
-    assert "Traceback" not in done.err
+    assert said.startswith(f"error: lspzo-bench{command}: ")
+    assert said.endswith(f"; see 'lspzo-bench{command} --help'")
+    assert words in said
+
+
+def test_without_a_command_there_is_the_help(call) -> None:
+    done = call()
+    assert done.code == 2
+    assert "Usage: lspzo-bench" in done.out
+    assert done.err == ""
 
 
 def test_a_job_file_takes_the_place_of_the_presets_model_as_a_whole(call, tmp_path: Path) -> None:
@@ -175,6 +195,19 @@ def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     process.stdout = None
     _, err = process.communicate(timeout=60)
     assert err == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("models",), ("models", "--json"), ("--help",)])
+def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "harness", *arguments],
+            cwd=Path(__file__).parents[2], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    said = one_line(Done(done.returncode, "", done.stderr))
+    assert said.startswith("error: standard output: cannot be written (No space left on device); ")
 
 
 @pytest.mark.parametrize("flags", [("--brief", "--full"), ("--json", "--markdown")])
