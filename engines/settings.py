@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -35,6 +36,7 @@ class AdamWSettings:
     adam_eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.learning_rate >= 0, "learning_rate", "must not be negative")
         _require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
@@ -221,6 +223,7 @@ class MezoSettings:
     the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.learning_rate >= 0, "learning_rate", "must not be negative")
         _require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
         _require(self.weight_decay >= 0, "weight_decay", "must not be negative")
@@ -390,6 +393,7 @@ class ScriptedSettings:
     ] = "crash"
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("step_s", "loss", "eval_loss", "eval_accuracy", "eval_s", "gpu_s"):
             _require(getattr(self, name) != (), name, "must not be empty")
         for name in ("setup_s", "drain_s", "h2d_bytes", "host_allocation_bytes", "num_children"):
@@ -453,3 +457,9 @@ def _require(holds: bool, key: str, why: str, remedy: str = "") -> None:
     """`remedy` is what to do where it takes more than another value of the setting."""
     if not holds:
         raise _Refused(f"{key} {why}", remedy)
+
+
+def _require_finite(settings: Any) -> None:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        _require(not isinstance(value, float) or math.isfinite(value), field.name, "must be a finite number")

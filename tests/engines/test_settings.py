@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ from engines.settings import SETTINGS, parse_settings
 def test_a_senseless_value_is_the_users_error(engine: str, key: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"{key}.*settings of {engine} are: .*{key}"):
         parse_settings(engine, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("engine", "key"),
+    [
+        ("native", "learning_rate"),
+        ("lsp", "alpha"),
+        ("mezo", "lora_alpha"),
+        ("zo2", "eps"),
+        ("scripted", "drain_s"),
+    ],
+)
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_is_finite(engine: str, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{key} must be a finite number; settings of {engine} are"):
+        parse_settings(engine, {key: value})
+    assert math.isnan(parse_settings("scripted", {"loss": "nan"}).loss[0])  # a script may hold any
 
 
 @pytest.mark.parametrize("engine", SETTINGS)
