@@ -317,14 +317,14 @@ class Zo2Settings(MezoSettings):
     """ZO2 (2503.12668): MeZO with the blocks in host memory."""
 
     resident_blocks: int = 0
-    """Blocks that stay on the GPU, spread evenly among the streamed ones; more than there are means all."""
+    """Blocks that stay on the GPU, spread evenly among the streamed ones."""
     fold_every: int = 1
     """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
     visit; blocks take turns. 1: every block goes down in every step. With a low-bit base also the steps
     between two roundings to its grid, of which rare ones lose less."""
     disk_blocks: int | Literal["auto"] = 0
-    """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; more than there are
-    means all, `auto` as many as host memory has no room for."""
+    """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; `auto`: as many as
+    host memory has no room for."""
     disk_folder: str = ""
     """Where, on a local disk; the files have no name and are gone when the run ends, however it does. By
     default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
@@ -333,6 +333,11 @@ class Zo2Settings(MezoSettings):
         MezoSettings.__post_init__(self)
         _require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
         _require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
+
+    @property
+    def named_disk_blocks(self) -> int:
+        """`disk_blocks`, of which `auto` counts as none."""
+        return 0 if self.disk_blocks == "auto" else self.disk_blocks
 
 
 def _as_sequence(value: object) -> object:
@@ -437,6 +442,33 @@ def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
             why,
             (refused.remedy if isinstance(refused, _Refused) else "") or f"settings of {engine} are: {known}",
         ) from None
+
+
+def check_blocks(engine: str, settings: Any, model: str, num_blocks: int) -> None:
+    """Raises `UserError` if the typed `settings` name more blocks than the model has."""
+    if not isinstance(settings, MezoSettings):
+        return
+    placed: dict[str, int] = {}
+    if isinstance(settings, Zo2Settings):
+        placed = {"resident_blocks=": settings.resident_blocks, "disk_blocks=": settings.named_disk_blocks}
+    trained = (
+        {"train=last:": int(settings.train.removeprefix("last:"))}
+        if settings.train.startswith("last:")
+        else {}
+    )
+    for key, count in {**trained, **placed}.items():
+        if count > num_blocks:
+            raise UserError(
+                f"--set {engine}.{key}{count}",
+                f"{model} has {num_blocks} blocks",
+                f"use {key}{num_blocks} or less",
+            )
+    if sum(placed.values()) > num_blocks:
+        raise UserError(
+            " and ".join(f"--set {engine}.{key}{count}" for key, count in placed.items()),
+            f"a block is on the GPU or on disk, and {model} has {num_blocks}",
+            f"let them add up to {num_blocks} or less",
+        )
 
 
 def approximation(settings: Mapping[str, object]) -> str | None:

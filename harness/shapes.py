@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines import entry
 from engines.base import Head, ModelShape, UserError
+from engines.settings import check_blocks, parse_settings
 from harness.closed_forms import CLOSED_FORMS, shape_of_config
 from harness.examples import read_examples
 from harness.job import Job, ModelSource
@@ -191,7 +193,8 @@ def resolve_shape(job: Job) -> ModelShape:
     """The shape of a job's model, with the head and the number of labels that its data asks for.
 
     Raises `UserError` for an unknown model, one whose weights are not there, data that does not suit it
-    or is faulty, and a sequence longer than the model allows.
+    or is faulty, a sequence longer than the model allows, and settings that make no sense or name
+    more blocks than it has.
     """
     config = load_config(job.model)
     family = str(config["model_type"])
@@ -217,6 +220,9 @@ def resolve_shape(job: Job) -> ModelShape:
             f"{job.model.name} takes at most {shape.max_seq_len} tokens",
             f"use --seq-len {shape.max_seq_len} or less",
         )
+    for engine, values in job.settings.items():
+        entry(engine)
+        check_blocks(engine, parse_settings(engine, values), job.model.name, shape.num_blocks)
     return shape
 
 

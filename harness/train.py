@@ -85,8 +85,8 @@ def train(
     here, memory runs out, or the loss is not finite. Checkpoints are kept.
     """
     typed = parse_settings(engine_name, settings)
+    shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
     typed = _claim(job, Method(engine=engine_name, settings=asdict(typed)), out, resume)
-    shape = resolve_shape(job)
     _warn_of_no_compression(typed, shape, progress)
     for note in gpu_notes():
         progress.print(f"note: {note}")

@@ -14,7 +14,14 @@ from engines.costs import traffic as cost_of
 from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements, core_size
 from engines.costs.zo2 import resident_indices
-from engines.settings import LSP_PRESETS, MOST_PENDING, LspSettings, parse_settings, sizes_by_shape
+from engines.settings import (
+    LSP_PRESETS,
+    MOST_PENDING,
+    LspSettings,
+    Zo2Settings,
+    parse_settings,
+    sizes_by_shape,
+)
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.folding import fold_for_loss, told_of_given
 from profiles.lsp_sizes import HIDING_SHARE, largest_hidden, lsp_ladder, told_of_quality
@@ -105,6 +112,11 @@ class Choice:
                 del merged["disk_blocks"]
         return merged
 
+    def _most_resident(self) -> int:
+        """All blocks but those that are to be on disk."""
+        given: Zo2Settings = parse_settings("zo2", self._override)
+        return self._shape.num_blocks - given.named_disk_blocks
+
     def _fewest_on_disk(self, without: Mapping[str, Value]) -> int:
         """Blocks that host memory has no room for; `without` are the settings with none on disk."""
         cost = self.cost(without)
@@ -170,7 +182,9 @@ class Choice:
         named = self._budget.gpu_named
         usable = int(self._budget.gpu_bytes * (1 if named else 1 - FREE_SHARE))
         # How often blocks go down does not change memory.
-        costs = {count: self.cost(self._with(resident_blocks=count)) for count in range(blocks + 1)}
+        costs = {
+            count: self.cost(self._with(resident_blocks=count)) for count in range(self._most_resident() + 1)
+        }
         fitting = [count for count in costs if why_missing(costs[count], self._budget) is None]
         if not fitting:
             return 0, "resident_blocks=0: the least memory; it does not fit"

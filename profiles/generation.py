@@ -10,7 +10,7 @@ from typing import Any, cast
 from engines.base import ModelShape, Traffic
 from engines.costs.disk import fewest_on_disk
 from engines.costs.generation import Decoding, least_gpu_bytes, traffic
-from engines.settings import Base, parse_settings
+from engines.settings import Base, check_blocks, parse_settings
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, why_missing
 from profiles.machine import Machine
 from profiles.plan import Plan, Value
@@ -27,17 +27,21 @@ def fitting(
 
     Unless it is set, `zo2` keeps as many blocks on the GPU as fit: every one that does makes each step
     faster. Where the user named no limit a share of the GPU stays free. Blocks that host memory has no room
-    for are on disk. Raises `UserError` for a setting that the engine does not have.
+    for are on disk. Raises `UserError` for a setting that the engine does not have, and for more blocks than
+    the model has.
     """
+    given = parse_settings(engine, override)
+    check_blocks(engine, given, shape.name, shape.num_blocks)
     chosen = cast(dict[str, Value], dict(override))
     if engine != "zo2":
         return chosen, why_missing(_cost(engine, shape, decoding, chosen), budget)
     if "resident_blocks" not in override and budget.gpu_bytes is not None:
         usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+        most = shape.num_blocks - given.named_disk_blocks
         chosen["resident_blocks"] = next(
             (
                 count
-                for count in range(shape.num_blocks, 0, -1)
+                for count in range(most, 0, -1)
                 if gpu_bytes_needed(_cost(engine, shape, decoding, {**chosen, "resident_blocks": count}))
                 <= usable
             ),

@@ -113,8 +113,7 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
 def _places(shape: ModelShape, settings: Zo2Settings) -> tuple[frozenset[int], frozenset[int]]:
     """Blocks on the GPU, and on disk: none with `auto`, as in `engines.costs.zo2`."""
     resident = resident_indices(shape.num_blocks, settings.resident_blocks)
-    wanted = 0 if settings.disk_blocks == "auto" else settings.disk_blocks
-    return resident, disk_indices(shape.num_blocks, resident, wanted)
+    return resident, disk_indices(shape.num_blocks, resident, settings.named_disk_blocks)
 
 
 def least_gpu_bytes(shape: ModelShape, decoding: Decoding, base: Base = "full") -> int:

@@ -122,8 +122,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     """`disk_blocks=auto` counts as none: how much room the host has is known to `profiles.recommend`."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     resident = resident_indices(shape.num_blocks, settings.resident_blocks)
-    wanted = 0 if settings.disk_blocks == "auto" else settings.disk_blocks
-    on_disk = disk_indices(shape.num_blocks, resident, wanted)
+    on_disk = disk_indices(shape.num_blocks, resident, settings.named_disk_blocks)
     streamed = shape.num_blocks - len(resident)
     block = block_bytes(shape, workload.dtype, settings.base)
     outer = element * shape.outer_parameters

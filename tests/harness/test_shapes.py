@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,36 @@ def test_mistakes_are_named(fault: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         resolve_shape(faulty)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"zo2": {"disk_blocks": 99}},
+            "--set zo2.disk_blocks=99: tiny-opt has 3 blocks; use disk_blocks=3 or",
+        ),
+        ({"zo2": {"resident_blocks": "4"}}, "--set zo2.resident_blocks=4: tiny-opt has 3 blocks"),
+        (
+            {"zo2": {"train": "last:99"}},
+            "--set zo2.train=last:99: tiny-opt has 3 blocks; use train=last:3 or",
+        ),
+        ({"mezo": {"train": "last:4"}}, "--set mezo.train=last:4: tiny-opt has 3 blocks"),
+        (
+            {"zo2": {"resident_blocks": 2, "disk_blocks": 2}},
+            "resident_blocks=2 and --set zo2.disk_blocks=2: ",
+        ),
+        ({"zo3": {}}, "engine 'zo3': there is no such engine"),
+        ({"lsp": {"dd": 1}}, "settings of lsp are"),
+    ],
+)
+def test_settings_name_no_more_blocks_than_there_are(
+    settings: dict[str, dict[str, str | int | float | bool]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_shape(replace(job("tiny-opt"), settings=settings))
+    resolve_shape(replace(job("tiny-opt"), settings={"zo2": {"resident_blocks": 1, "disk_blocks": 2}}))
+    resolve_shape(replace(job("tiny-opt"), settings={"zo2": {"disk_blocks": "auto", "train": "last:3"}}))
 
 
 def test_a_named_shape_goes_before_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,13 @@ def test_what_is_set_is_kept_and_without_a_gpu_nothing_is_chosen() -> None:
     assert fitting("zo2", OPT_13B, ONE, {}, replace(BUDGET, gpu_bytes=None)) == ({}, None)
 
 
+def test_blocks_that_are_to_be_on_disk_do_not_stay_on_the_gpu() -> None:
+    settings, _ = fitting("zo2", OPT_13B, ONE, {"disk_blocks": 38}, BUDGET)
+    assert settings == {"disk_blocks": 38, "resident_blocks": 2}
+    with pytest.raises(UserError, match=r"zo2\.disk_blocks=41: .* has 40 blocks"):
+        fitting("zo2", OPT_13B, ONE, {"disk_blocks": 41}, BUDGET)
+
+
 def test_what_does_not_fit_says_how_much_is_missing() -> None:
     _, why_not = fitting("zo2", OPT_13B, replace(ONE, batch_size=256), {}, BUDGET)
     assert why_not is not None

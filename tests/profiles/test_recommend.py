@@ -491,6 +491,8 @@ def test_a_number_of_blocks_on_disk_that_is_given_is_kept_and_auto_is_counted() 
         )  # type: ignore[arg-type]
         assert only.settings["disk_blocks"] == expected
         assert only.fits == (asked != 0)
+        on_disk, resident = int(only.settings["disk_blocks"]), int(only.settings["resident_blocks"])
+        assert on_disk + resident <= OPT_13B.num_blocks
     (roomy,) = recommend(machine, OPT_13B, FORWARD_ONLY, ["zo2"], {"zo2": {"disk_blocks": "auto"}})
     assert roomy.settings["disk_blocks"] == 0
 
