@@ -147,6 +147,8 @@ def _plan_notes(plan: Plan) -> list[str]:
     told = " ".join(plan.reasons)
     unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
     notes = [*([", ".join(unexplained)] if unexplained else []), *plan.reasons]
+    if plan.available and plan.prediction.step_s is None:
+        notes = [plan.prediction.basis.rstrip("."), *notes]
     if plan.why_not is None:
         return notes
     verdict = "does not fit" if plan.available else "cannot run here"

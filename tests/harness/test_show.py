@@ -55,6 +55,19 @@ def test_plans_say_why_not_and_give_each_setting_once() -> None:
     assert "resident_blocks=0" in one  # without a reason it is told by itself
 
 
+def test_a_plan_without_a_step_time_says_why() -> None:
+    plan = make_plan("zo2")
+    unmeasured = replace(
+        plan,
+        prediction=replace(plan.prediction, step_s=None, basis="No step time: the disk was not measured."),
+    )
+    for each, times in ((unmeasured, 1), (plan, 0), (replace(unmeasured, available=False), 0)):
+        said = " ".join(
+            drawn(show.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [each]), 200).split()
+        )
+        assert said.count("No step time: the disk was not measured") == times
+
+
 def test_micro_batches_are_told_where_there_are_several() -> None:
     machine = make_machine()
     job = make_test_job(accumulation=4)
