@@ -250,17 +250,18 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
+    from harness.line import note_left_out
     from profiles.documents import to_json
     from reports.decide import exit_code, parse_fail_on
     from reports.index import write_index
     from reports.render import write_report
 
     if index:
-        for path in write_index(folder):
+        for path in write_index(folder, note_left_out):
             typer.echo(str(path))
         return
     gates = parse_fail_on(fail_on)
-    verdict = write_report(folder, criteria)
+    verdict = write_report(folder, criteria, note_left_out)
     typer.echo(to_json(verdict) if as_json else f"{verdict.state}: {verdict.sentence}", nl=not as_json)
     if not as_json:
         typer.echo(str(folder / "report.html"))

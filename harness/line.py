@@ -29,6 +29,7 @@ from profiles.recommend import recommend, why_first
 from profiles.show import machine_table
 from reports.criteria import init_text, load_criteria
 from reports.decide import Verdict
+from reports.load import Broken
 from reports.render import write_report
 
 
@@ -220,7 +221,7 @@ def proof_of_concept(
         trace=trace,
         like=like,
     )  # fmt: skip
-    return write_report(out, None), runs
+    return write_report(out, on_broken=note_left_out), runs
 
 
 def _check_criteria(given: Path | None, out: Path) -> None:
@@ -256,6 +257,11 @@ def _measure(
             f"stopped: finished runs are kept; go on with the same flags, --resume and --out {out}\n"
         )
         raise
+
+
+def note_left_out(broken: Broken) -> None:
+    """A line on stderr for a file that a report leaves out."""
+    typer.echo(f"note: {broken.file} left out: {broken.reason}", err=True)
 
 
 def job_arguments(job: Job) -> str:

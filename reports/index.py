@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from profiles.documents import write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts
 from reports.catalogue import say
-from reports.load import Loaded, engine_order, load_folder
+from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
 from reports.render import markdown_text
 from reports.show import GIB, digits, loss, model_name, model_title, number, percent, span, times
@@ -56,13 +56,14 @@ class Published:
         return self.model, self.job, self.machine, self.variant, self.engine, self.traced
 
 
-def write_index(folder: Path) -> tuple[Path, Path]:
+def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> tuple[Path, Path]:
     """Write the two files into `folder`, and say where they are. The same folder gives the same bytes.
 
+    `on_broken` is told of each file that is left out, named from `folder` on.
     Raises `UserError` if nothing is published there.
     """
     folders = published_folders(folder)
-    found = [each for path in folders if any(path.glob("runs/*.json")) for each in published(path)]
+    found = [each for path in folders if any(path.glob("runs/*.json")) for each in published(path, on_broken)]
     found.sort(key=lambda each: (each.parameters, each.model, each.folder))  # engines stay in order
     generated = [
         (path.name, load_generation(file))
@@ -88,9 +89,11 @@ def published_folders(folder: Path) -> list[Path]:
     return found
 
 
-def published(folder: Path) -> Iterator[Published]:
+def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> Iterator[Published]:
     """Every method of one folder, native first. Raises `UserError` as `load_folder` does."""
     loaded = load_folder(folder)
+    for broken in loaded.broken:
+        on_broken(replace(broken, file=f"{folder.name}/{broken.file}"))
     all_ = group(loaded.runs, loaded.machine)
     for engine in sorted(all_.rounds, key=engine_order):
         rounds = all_.of(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,10 +51,10 @@ def engine_order(engine: str) -> tuple[int, str]:
 def load_folder(folder: Path) -> Loaded:
     """What `compare` left in `folder`.
 
-    Raises `UserError` if there is no run to be read, if the criteria cannot be read, or if the runs
-    are unlike each other.
+    Raises `UserError` if there is no run to be read, if the folder or the criteria may not be read, or if the
+    runs are unlike each other.
     """
-    if not folder.is_dir():
+    if _names(folder) is None:
         raise UserError(
             str(folder), "there is no such folder", "name the --out folder of 'lspzo-bench compare'"
         )
@@ -129,8 +130,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "job") -> Iterator[tuple[str,
             yield f"{prefix}.{key}", value
 
 
+def _names(folder: Path) -> list[str] | None:
+    """What lies in `folder`; `None` if there is no such folder. Raises `UserError` if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(
+            str(folder), f"this folder cannot be read ({error.strerror})", "make it readable"
+        ) from None
+
+
 def _load_runs(folder: Path, broken: list[Broken]) -> tuple[Run, ...]:
-    files = sorted(path for path in (folder / "runs").glob("*.json") if not path.name.startswith("."))
+    names = _names(folder / "runs") or []
+    files = [folder / "runs" / name for name in names if name.endswith(".json") and not name.startswith(".")]
     if not files:
         raise UserError(
             str(folder), "holds no runs (runs/*.json)", "run 'lspzo-bench compare' with this --out"
@@ -166,7 +180,10 @@ def _load_runs(folder: Path, broken: list[Broken]) -> tuple[Run, ...]:
 
 
 def _impossible(run: Run) -> str | None:
-    """Why numbers that passed the schema still cannot have been measured."""
+    """Why what passed the schema cannot be reported: an unknown engine, or numbers that cannot have been
+    measured."""
+    if run.engine not in ENGINES:
+        return f"its engine '{run.engine}' is none that this version knows"
     numbers = asdict(run.summary) | {f"samples.{i}": asdict(sample) for i, sample in enumerate(run.samples)}
     for key, value in _flat(numbers, "run"):
         if isinstance(value, float) and not math.isfinite(value):

@@ -22,7 +22,7 @@ from reports import charts, exactness, provenance, tables
 from reports.catalogue import say
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
-from reports.load import Loaded, engine_order, load_folder
+from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.metrics import (
     Measurements,
     ends,
@@ -34,13 +34,18 @@ from reports.metrics import (
 from reports.show import loss, model_title, percent
 
 
-def write_report(folder: Path, criteria_path: Path | None = None) -> Verdict:
+def write_report(
+    folder: Path, criteria_path: Path | None = None, on_broken: Callable[[Broken], None] = lambda broken: None
+) -> Verdict:
     """Judge what lies in `folder` and write report.md, report.html and verdict.json there.
 
     `criteria_path` takes the place of the folder's own criteria.toml. Without either the built-in
-    defaults judge, and the report says so. Raises `UserError`.
+    defaults judge, and the report says so. `on_broken` is told of each file that is left out.
+    Raises `UserError`.
     """
     loaded = load_folder(folder)
+    for broken in loaded.broken:
+        on_broken(broken)
     criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
     verdict = judge(loaded, criteria)
     write_whole(folder / "report.md", render_markdown(loaded, verdict))

@@ -22,6 +22,7 @@ from harness.result import Run, load_run
 from profiles.documents import to_json
 from profiles.limits import UsableCores
 from profiles.machine import Machine, load_machine
+from run_records import make_sweep, write_folder
 
 TINY = (
     "--model",
@@ -401,6 +402,18 @@ def test_results_cannot_be_written(call, profile: Path) -> None:
 
 def test_report_of_a_folder_without_runs(call, tmp_path: Path) -> None:
     assert str(tmp_path) in one_line(call("report", tmp_path))
+
+
+def test_report_says_what_it_leaves_out(call, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "results" / "one", make_sweep())
+    assert "note:" not in call("report", folder).err
+    (folder / "runs" / "native-r1.json").write_text('{"id": ')
+    (folder / "plans.json").write_text("{")
+    for shown, arguments in (("", (folder,)), ("one/", ("--index", folder.parent))):
+        notes = call("report", *arguments).err.splitlines()
+        assert len(notes) == 2
+        assert notes[0].startswith(f"note: {shown}runs/native-r1.json left out: is not valid JSON (")
+        assert notes[1].startswith(f"note: {shown}plans.json left out: is not valid JSON (")
 
 
 def test_criteria_init_never_overwrites(call) -> None:

@@ -69,6 +69,7 @@ def test_broken_files_become_lines(tmp_path: Path) -> None:
     (runs / "minus.json").write_text(
         json.dumps(good | {"id": "m", "summary": good["summary"] | {"peak_host_bytes": -5}})
     )
+    (runs / "engine.json").write_text(json.dumps(good | {"id": "e", "engine": "zo9"}))
     (runs / ".zo2-r9.json.tmp.json").write_text("left by a killed writer")
     (tmp_path / "machine.json").write_text("[]")
     (tmp_path / "plans.json").write_text('{"plans": [{"engine": "zo2"}], "schema_version": 1}')
@@ -79,7 +80,7 @@ def test_broken_files_become_lines(tmp_path: Path) -> None:
     reasons = {broken.file: broken.reason for broken in loaded.broken}
     assert set(reasons) == {
         "runs/half.json", "runs/future.json", "runs/zo2-r1.json", "runs/job.json", "runs/nan.json",
-        "runs/minus.json", "machine.json", "plans.json", "job.toml",
+        "runs/minus.json", "runs/engine.json", "machine.json", "plans.json", "job.toml",
     }  # fmt: skip
     assert "not valid JSON" in reasons["runs/half.json"]
     assert "schema version 99" in reasons["runs/future.json"]
@@ -87,6 +88,7 @@ def test_broken_files_become_lines(tmp_path: Path) -> None:
     assert "steps must be positive" in reasons["runs/job.json"]
     assert "step_s is not a finite number" in reasons["runs/nan.json"]
     assert "peak_host_bytes is negative" in reasons["runs/minus.json"]
+    assert "its engine 'zo9' is none that this version knows" in reasons["runs/engine.json"]
     assert "settings" in reasons["plans.json"]
     assert str(tmp_path) not in " ".join(reasons.values())
 
@@ -110,6 +112,12 @@ def test_folders_without_anything_to_report(tmp_path: Path) -> None:
     write_folder(tmp_path / "good", [make_run()], criteria="schema_version = ")
     with pytest.raises(UserError, match="not valid TOML"):
         load_folder(tmp_path / "good")
+
+
+def test_runs_that_may_not_be_read_are_not_told_as_none(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to("runs")  # a loop: what even root cannot list
+    with pytest.raises(UserError, match=r"runs: this folder cannot be read \(.*\); make it readable"):
+        load_folder(tmp_path)
 
 
 def in_job(**changes: Any) -> Run:
