@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.base import Traffic
+from engines.costs.forward import PROCESS_HOST_BYTES_WITHOUT_GPU
 from profiles.machine import Machine
 from profiles.units import format_bytes
 
@@ -58,8 +59,14 @@ def why_missing(cost: Traffic, budget: Budget) -> str | None:
 
 
 def host_bytes_needed(cost: Traffic, budget: Budget) -> int:
-    """Without a GPU, what one would hold too."""
-    return cost.peak_host_bytes + (cost.peak_gpu_bytes if budget.gpu_bytes is None else 0)
+    return cost.peak_host_bytes if budget.gpu_bytes is not None else host_bytes_without_gpu(cost)
+
+
+def host_bytes_without_gpu(cost: Traffic) -> int:
+    """What a GPU would hold is there too, but not what a process with CUDA takes."""
+    process = cost.host_memory_bytes["process"]
+    smaller = min(process, PROCESS_HOST_BYTES_WITHOUT_GPU)
+    return cost.peak_gpu_bytes + cost.peak_host_bytes - process + smaller
 
 
 def _short(what: str, needed: int, usable: int | None) -> str | None:

@@ -11,7 +11,7 @@ from engines.base import ModelShape, Traffic
 from engines.costs.disk import fewest_on_disk
 from engines.costs.generation import Decoding, least_gpu_bytes, traffic
 from engines.settings import Base, check_blocks, parse_settings
-from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, why_missing
+from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.machine import Machine
 from profiles.plan import Plan, Value
 from profiles.predict import predict
@@ -59,9 +59,7 @@ def _fewest_on_disk(cost: Traffic, budget: Budget) -> int:
     block_bytes = max(layer.h2d_bytes for layer in cost.layers)
     if not block_bytes:
         return 0
-    others_bytes = cost.peak_host_bytes - cost.pinned_bytes
-    if budget.gpu_bytes is None:  # what a GPU would hold is there too
-        others_bytes += cost.peak_gpu_bytes
+    others_bytes = host_bytes_needed(cost, budget) - cost.pinned_bytes
     streamed = cost.pinned_bytes // block_bytes
     return fewest_on_disk([block_bytes] * streamed, budget.host_bytes - others_bytes)
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from engines.base import LayerTraffic, Traffic, Workload
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
+from profiles.budget import host_bytes_without_gpu
 from profiles.machine import Figure, Gpu, Machine
 from profiles.plan import Prediction
 from profiles.units import format_elements, format_flops, format_rate
@@ -85,12 +86,13 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
     """Step time with its range, memory and bottleneck of `traffic` on `machine`.
 
     Without a GPU everything runs on the CPU's cores one after the other, and what a GPU would hold counts
-    as host memory. Times are `None` if the profile lacks a figure that they rest on; `basis` names it.
+    as host memory, beside a process without CUDA. Times are `None` if the profile lacks a figure that they
+    rest on; `basis` names it.
     """
     on_gpu = machine.gpu is not None
     gpu_bytes, host_bytes = traffic.peak_gpu_bytes, traffic.peak_host_bytes
     if not on_gpu:
-        gpu_bytes, host_bytes = 0, gpu_bytes + host_bytes
+        gpu_bytes, host_bytes = 0, host_bytes_without_gpu(traffic)
     low = expected = high = None
     bottleneck = None
     try:

@@ -69,6 +69,10 @@ HEAD_TOKENS = 4096
 PROCESS_HOST_BYTES = 1_700_000_000
 """Host memory of Python with torch and CUDA loaded: what native runs held on an H200 machine."""
 
+PROCESS_HOST_BYTES_WITHOUT_GPU = 600_000_000
+"""The same without CUDA: at 22 M to 125 M parameters, runs on a CPU held 0.45 GB (mezo, zo2) to 1.0 GB
+(native, lsp) beside what is counted by kind."""
+
 
 def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
     """One forward pass of one block over all tokens of a step.

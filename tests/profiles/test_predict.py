@@ -187,7 +187,8 @@ def test_without_a_gpu_everything_is_host_memory_and_serial(engine: str) -> None
     cost = traffic(engine, TINY, workload, parse_settings(engine, {}))
     prediction = predict(cost, LAPTOP_CPU, workload)
     assert prediction.peak_gpu_bytes == prediction.pinned_bytes == 0
-    assert prediction.peak_host_bytes == cost.peak_gpu_bytes + cost.peak_host_bytes
+    without_cuda = cost.peak_host_bytes - forward.PROCESS_HOST_BYTES + forward.PROCESS_HOST_BYTES_WITHOUT_GPU
+    assert prediction.peak_host_bytes == cost.peak_gpu_bytes + without_cuda
     busy = resource_s(cost, LAPTOP_CPU, workload)
     assert busy is not None
     assert prediction.step_s == pytest.approx(sum(busy.values()) - busy["host memory"])

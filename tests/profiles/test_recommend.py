@@ -23,6 +23,7 @@ from known_shapes import (
 
 from engines.base import ModelShape, UserError, Workload
 from engines.costs import traffic
+from engines.costs.forward import PROCESS_HOST_BYTES, PROCESS_HOST_BYTES_WITHOUT_GPU
 from engines.costs.zo2 import resident_indices
 from engines.settings import parse_settings
 from profiles.budget import CONTEXT_BYTES, gpu_bytes_needed
@@ -378,6 +379,15 @@ def test_without_a_gpu() -> None:
     assert plans["torchao-offload"].why_not == "needs a CUDA GPU, and this machine has none"
     assert plans["zo2"].settings["resident_blocks"] == 0
     assert not plan("native", machine=LAPTOP_CPU, shape=DEEPSEEK_1B, workload=ON_CPU).fits
+
+
+def test_without_a_gpu_a_process_takes_no_memory_for_cuda() -> None:
+    """What fits is judged by the bytes that are predicted."""
+    needed = plan("native", machine=LAPTOP_CPU, shape=TINY, workload=ON_CPU).prediction.peak_host_bytes
+    assert PROCESS_HOST_BYTES_WITHOUT_GPU < needed < PROCESS_HOST_BYTES
+    for host_bytes, fits in ((needed, True), (needed - 1, False)):
+        told = plan("native", machine=LAPTOP_CPU, shape=TINY, workload=ON_CPU, host_bytes=host_bytes)
+        assert told.fits == fits
 
 
 def test_gradients_do_not_fit_in_fp16() -> None:
