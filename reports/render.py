@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from harness.job import Job
 from harness.result import Run
-from harness.stats import over_runs
+from harness.stats import outer_deciles, over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, exactness, provenance, tables
@@ -118,17 +118,19 @@ def _charts(loaded: Loaded) -> dict[str, str]:
 
 
 def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
+    """Whiskers leave the outer deciles out: a few slow steps would make the bars short."""
     rows = []
     for engine in engines:
         rounds, expected = all_.of(engine), predicted(all_.of(engine))
         measured = rounds.step_s.median if rounds.step_s else None
+        low, high = outer_deciles([step_s for steps in rounds.step_times for step_s in steps])
         rows.append(
             charts.BarRow(
                 label=engine,
                 engine=engine,
                 parts=(charts.Part(value=measured),) if measured is not None else (),
-                low=rounds.step_s_low,
-                high=rounds.step_s_high,
+                low=low,
+                high=high,
                 predicted=expected.step_s if expected else None,
                 text=format_seconds(measured) if measured is not None else "",
                 missing=ends(rounds.runs),

@@ -402,6 +402,15 @@ def test_the_first_step_is_shown_and_the_search_for_projectors_spread(tmp_path: 
     assert not note(counted)
 
 
+def test_a_few_slow_steps_do_not_make_the_bars_short(tmp_path: Path) -> None:
+    steps = [1.0] * 19 + [10.0]
+    _, markdown, html = rendered(write_folder(tmp_path, [make_run(step_s=steps)]))
+    figure = html[html.index("<h3>Step time</h3>") :].split("</figure>")[0]
+    assert "10 % to 90 % quantile of the counted steps" in figure
+    assert ">2</text>" not in figure  # the axis ends where the bar and the prediction do
+    assert "1.00 s (1.00 to 10.0 s; 20 steps, 1 run)" in markdown
+
+
 def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
     native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
     steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
