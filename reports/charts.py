@@ -198,7 +198,8 @@ def grouped_bars(
 def lines(
     title: str, description: str, series: Sequence[Line], x_axis: Callable[[float], Axis], y: Axis
 ) -> str:
-    """Lines over a common x from zero, with a legend to the right. Every series has a point."""
+    """Lines over a common x from zero, thin where several have one label, with a legend of the labels to the
+    right. Every series has a point."""
     left, head, height = 66, 28, 220
     plot = WIDTH - left - _LEGEND
     bottom = head + height
@@ -218,19 +219,23 @@ def lines(
         height_of = bottom - (value - y_ticks[0]) * y_scale
         body.append(_line(left, height_of, left + plot, height_of, _FAINT))
         body.append(_text(left - 6, height_of + 4, y.tick(value), anchor="end", size=_SMALL))
-    for index, one in enumerate(series):
-        colour, dash = COLOURS.get(one.engine, _OTHER_COLOUR), _DASHES.get(one.engine, "4 4")
+    labels = [one.label for one in series]
+    for one in series:
+        colour, dash = _stroke(one.engine)
+        width = 2 if labels.count(one.label) == 1 else 1
         path = " ".join(",".join(place(point)) for point in thinned(one.points))
         body.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
             f'stroke-linejoin="round" stroke-dasharray="{dash}"/>'
         )
         end_x, end_y = place(one.points[-1])
         body.append(f'<circle cx="{end_x}" cy="{end_y}" r="3.5" fill="{colour}"/>')
+    keys = {one.label: _stroke(one.engine) for one in series}
+    for index, (label, (colour, dash)) in enumerate(keys.items()):
         key = head + 12 + 22 * index
         body.append(_line(left + plot + 16, key - 4, left + plot + 46, key - 4, colour, width=2, dash=dash))
-        body.append(_text(left + plot + 52, key, one.label, room=_LEGEND - 52))
-    return _svg(title, description, max(bottom, head + 22 * len(series)) + 44, body)
+        body.append(_text(left + plot + 52, key, label, room=_LEGEND - 52))
+    return _svg(title, description, max(bottom, head + 22 * len(keys)) + 44, body)
 
 
 def standalone(svg: str) -> str:
@@ -271,6 +276,11 @@ def fitted(text: str, room: float, size: float = FONT) -> str:
     """`text`, cut with an ellipsis where it would be wider than `room`."""
     most = int(room / (_CHARACTER * size / FONT))
     return text if len(text) <= most else text[: max(1, most - 1)] + "\u2026"
+
+
+def _stroke(engine: str) -> tuple[str, str]:
+    """Colour and dashes of its lines."""
+    return COLOURS.get(engine, _OTHER_COLOUR), _DASHES.get(engine, "4 4")
 
 
 def _nice_step(extent: float, count: int) -> float:

@@ -245,12 +245,13 @@ def _bars(
 
 
 def _loss_chart(engines: Sequence[str], all_: Measurements) -> str | None:
-    series = []
-    for engine in engines:
-        run = tables.middle_run(all_.of(engine))
-        points = _loss_over_time(run) if run is not None else ()
-        if points:
-            series.append(charts.Line(label=engine, engine=engine, points=points))
+    """A line for each run, from where its warm-up ended."""
+    series = [
+        charts.Line(label=engine, engine=engine, points=points)
+        for engine in engines
+        for run in all_.of(engine).ok
+        if (points := _loss_over_time(run))
+    ]
     if not series:
         return None
     ends_at = [(one.label, *one.points[-1]) for one in series]
@@ -267,12 +268,11 @@ def _loss_chart(engines: Sequence[str], all_: Measurements) -> str | None:
 
 
 def _loss_over_time(run: Run) -> tuple[tuple[float, float], ...]:
-    """(seconds since the first step began, loss) of every step with a finite loss, warm-ups included."""
-    clocks = itertools.accumulate(sample.step_s for sample in run.samples)
+    """(seconds since the warm-up ended, loss) of every counted step with a finite loss."""
+    counted = [sample for sample in run.samples if not sample.warmup]
+    clocks = itertools.accumulate(sample.step_s for sample in counted)
     return tuple(
-        (clock, sample.loss)
-        for clock, sample in zip(clocks, run.samples, strict=True)
-        if sample.loss is not None
+        (clock, sample.loss) for clock, sample in zip(clocks, counted, strict=True) if sample.loss is not None
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from statistics import median
 
 from engines.base import UserError
 from engines.settings import LspSettings, parse_settings
@@ -498,15 +497,3 @@ def _fits(rounds: Rounds) -> str:
     if concluded == {"skipped_infeasible"}:
         return say("fits.predicted_no")
     return say("fits.no") if concluded & DOES_NOT_FIT else say("fits.unknown")
-
-
-def middle_run(rounds: Rounds) -> Run | None:
-    """The run whose median step is nearest to that of all; the earliest among equals."""
-    if rounds.step_s is None:
-        return None
-    target = rounds.step_s.median
-    measured = [run for run in rounds.ok if any(not sample.warmup for sample in run.samples)]
-    return min(
-        measured,
-        key=lambda run: abs(median(s.step_s for s in run.samples if not s.warmup) - target),
-    )

@@ -155,6 +155,16 @@ def test_lines_stay_inside_and_apart(series: list[list[tuple[float, float]]]) ->
             assert 0 <= y <= height
 
 
+def test_lines_of_one_label_are_thin_and_stand_in_the_legend_once() -> None:
+    runs = [Line(label="lsp", engine="lsp", points=((1.0, float(i)),)) for i in (1, 2, 3)]
+    once = Line(label="zo2", engine="zo2", points=((1.0, 1.0), (2.0, 2.0)))
+    root = ElementTree.fromstring(
+        lines("t", "d", [*runs, once], lambda top: seconds_axis("s", top), Axis(name="Loss"))
+    )
+    assert [line.attrib["stroke-width"] for line in root.iter("polyline")] == ["1", "1", "1", "2"]
+    assert [node.text for node in root.iter("text") if node.text in ("lsp", "zo2")] == ["lsp", "zo2"]
+
+
 def test_text_is_escaped_and_stays_text() -> None:
     row = BarRow(label=HOSTILE, engine="x", parts=(Part(value=1.0),), text=HOSTILE)
     svg = bars(HOSTILE, HOSTILE, [row], lambda top: seconds_axis(HOSTILE, top), (1.2, HOSTILE))

@@ -411,6 +411,18 @@ def test_a_few_slow_steps_do_not_make_the_bars_short(tmp_path: Path) -> None:
     assert "1.00 s (1.00 to 10.0 s; 20 steps, 1 run)" in markdown
 
 
+def test_losses_are_drawn_of_every_run_from_the_end_of_its_warm_up(tmp_path: Path) -> None:
+    """A long first step does not shift a method's line."""
+    runs = [make_run(round=i, step_s=scaled(float(i))) for i in (1, 2)]
+    _, _, html = rendered(write_folder(tmp_path, runs))
+    figure = html[html.index("<h3>Training loss against wall-clock time after the warm-up</h3>") :]
+    figure = figure.split("</figure>")[0]
+    assert "zo2: 2.4000 after 8.00 s; zo2: 2.4000 after 16.0 s" in figure
+    drawn = re.findall(r'<polyline points="([^"]*)"', figure)
+    assert [len(points.split()) for points in drawn] == [8, 8]
+    assert "Time since the end of the warm-up (s)" in figure
+
+
 def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
     native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
     steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
