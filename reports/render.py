@@ -24,6 +24,7 @@ from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.metrics import (
+    DISTURBED_FACTOR,
     Measurements,
     ends,
     gpu_limit_bytes,
@@ -98,7 +99,8 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "job_toml": tomli_w.dumps(job),
         "not_measured": provenance.not_measured(loaded, all_),
         "reading": [
-            say(f"reading.{key}") for key in ("verdict", "range", "same", "steps", "predicted", "gpu")
+            say(f"reading.{key}", factor=DISTURBED_FACTOR)
+            for key in ("verdict", "range", "same", "steps", "predicted", "gpu")
         ],
     }
 
