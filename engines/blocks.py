@@ -257,6 +257,7 @@ class BlockDriver:
         """Run the model up to its first block, and take down what each block would be called with.
 
         With a key-value `cache` (transformers') they go on from what is in it, and add to it when they run.
+        Raises `UserError` for a hidden state of more than three dimensions, whose rows are no sequences.
         """
         if self._returns_tuple is None:
             self._returns_tuple = self._learn_form(inputs)
@@ -272,6 +273,12 @@ class BlockDriver:
             return self._in_form(entering)
 
         self._forward(inputs, [_StandIn(block, note) for block in self.blocks], cache)
+        if hidden[0].dim() > 3:  # such as Gemma 3n's: several streams, and the batch second
+            raise UserError(
+                type(self._model).__name__,
+                "its blocks pass on more than one hidden state of each token, which this method cannot stack",
+                "use native or lsp",
+            )
         return Recording(hidden=hidden[0], calls=calls)
 
     def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:

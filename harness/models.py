@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
@@ -161,15 +161,19 @@ def build_on_meta(config: PretrainedConfig, head: Head) -> Any:
 def _materialize_buffers(model: Any) -> None:
     """Give every buffer its values: transformers' own initialisation of one module writes its buffers.
 
-    It also initialises the module's parameters, which costs nothing while they are on the meta device.
+    Each by the innermost model that it belongs to, as transformers does it. The module's parameters are
+    initialised too, which costs nothing while they are on the meta device.
     """
+    innermost: dict[str, Any] = {}
     for path, module in model.named_modules():
+        is_model = isinstance(module, PreTrainedModel)
+        innermost[path] = module if is_model else innermost[path.rpartition(".")[0]]
         names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         if not names:
             continue
         for name in names:
             module._buffers[name] = _marked(module.get_buffer(name))
-        model._init_weights(module)
+        innermost[path]._init_weights(module)
         for name in names:
             if _is_marked(module.get_buffer(name)):
                 raise RuntimeError(f"the contents of buffer {path}.{name} are not known")
@@ -198,6 +202,12 @@ def shape_from_meta(
     """
     source = ModelSource(name=name, random_weights=True, untied=untied)
     config = _configuration(values, source, head, num_labels, untied)
+    if not hasattr(config, "hidden_size"):
+        raise UserError(
+            f"model '{name}'",
+            f"its type '{values['model_type']}' is of several models, such as one of text and one of images",
+            "use a model of text alone",
+        )
     try:
         model = build_on_meta(config, head)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -238,7 +248,7 @@ def shape_from_meta(
         head=head,
         num_blocks=len(blocks),
         hidden=hidden,
-        intermediate=int(getattr(config, "intermediate_size", None) or widest),
+        intermediate=_intermediate(config) or widest,
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         vocabulary=vocabulary,
@@ -252,6 +262,12 @@ def shape_from_meta(
         matrices=matrices,
         largest_tensor=max(sizes),
     )
+
+
+def _intermediate(config: Any) -> int | None:
+    """Of the widest block, where the configuration has one for each."""
+    told = getattr(config, "intermediate_size", None)
+    return max(told) if isinstance(told, list | tuple) else told
 
 
 def _longest(config: Any, family: str) -> int:

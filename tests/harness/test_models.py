@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from train_runs import run, tiny_job
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -65,7 +66,10 @@ def test_meta_model_computes_what_a_really_built_one_does(name: str, head: str, 
     elif name == "llama3":
         rope = NAMED_SHAPES["llama-3.1-8b"].config["rope_parameters"]
         name = config_folder(tmp_path, {"model_type": "llama", **common, "rope_parameters": rope})
-    its_job = job(name, head=head)
+    assert_computes_as_built(job(name, head=head))
+
+
+def assert_computes_as_built(its_job: Job) -> None:
     shape = resolve_shape(its_job)
     blueprint = make_blueprint(its_job, shape)
     assert all(parameter.is_meta for parameter in blueprint.model.parameters())
@@ -85,6 +89,38 @@ def test_meta_model_computes_what_a_really_built_one_does(name: str, head: str, 
     assert model.config._attn_implementation == "sdpa"
     assert model.config.use_cache is False
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters
+
+
+GEMMA3N = {
+    **SMALL, "model_type": "gemma3n_text", "vocab_size": 300, "vocab_size_per_layer_input": 300,
+    "max_position_embeddings": 64, "num_hidden_layers": 2, "num_key_value_heads": 1,
+    "num_kv_shared_layers": 0, "laurel_rank": 4, "hidden_size_per_layer_input": 8, "altup_num_inputs": 3,
+    "layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 2,
+}  # fmt: skip
+
+
+def test_a_model_inside_another_fills_buffers_by_its_own_configuration(tmp_path: Path) -> None:
+    """Gemma 3n, whose blocks tell their inner sizes each."""
+    its_job = job(config_folder(tmp_path, GEMMA3N))
+    assert_computes_as_built(its_job)
+    assert resolve_shape(its_job).intermediate == SMALL["intermediate_size"]
+
+
+@pytest.mark.parametrize("engine", ["native", "lsp"])
+def test_a_model_with_several_hidden_states_of_a_token_trains(tmp_path: Path, engine: str) -> None:
+    its_job = tiny_job(config_folder(tmp_path / "model", GEMMA3N), steps=1)
+    assert (run(tmp_path / "out", engine, its_job) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("engine", ["mezo", "zo2"])
+def test_several_hidden_states_of_a_token_are_not_stacked(tmp_path: Path, engine: str) -> None:
+    with pytest.raises(UserError, match=r"Gemma3nForCausalLM: .* cannot stack; use native or lsp"):
+        run(tmp_path / "out", engine, tiny_job(config_folder(tmp_path / "model", GEMMA3N), steps=1))
+
+
+def test_a_model_of_more_than_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"its type 'gemma3n' is of several models.*; use a model of text"):
+        resolve_shape(job(config_folder(tmp_path, {"model_type": "gemma3n"})))
 
 
 def test_fill_depends_on_seed_and_name_alone() -> None:
@@ -188,7 +224,7 @@ def test_a_huge_shape_is_built_without_memory() -> None:
 
 def test_unset_buffers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AutoConfig.for_model(**NAMED_SHAPES["tiny-llama"].config)
-    model = type(build_on_meta(config, "causal_lm"))
+    model = type(build_on_meta(config, "causal_lm").base_model)
     monkeypatch.setattr(model, "_init_weights", lambda self, module: None)
     with pytest.raises(RuntimeError, match="inv_freq are not known"):
         build_on_meta(config, "causal_lm")
