@@ -82,35 +82,34 @@ def train(
     second one does not wait.
 
     Raises `UserError` if `out` is in use or cannot be written, the job differs, the engine cannot run
-    here, memory runs out, or the loss is not finite. Checkpoints are kept.
+    here, memory runs out, or the loss is not finite. Checkpoints are kept; a new run that has logged nothing
+    leaves nothing.
     """
     typed = parse_settings(engine_name, settings)
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
     typed = _claim(job, Method(engine=engine_name, settings=asdict(typed)), out, resume)
-    _warn_of_no_compression(typed, shape, progress)
-    for note in gpu_notes():
-        progress.print(f"note: {note}")
-    data = make_data(job, shape)
-    progress.print(data.describe())
-    kept = out / TRACE if trace else None
-    with (
-        user_errors(engine_name, job, out),
-        set_up(job, shape, engine_name, typed, progress, kept) as (
-            engine,
-            blueprint,
-        ),
-    ):
-        num_tensors = len(blueprint.parameter_shapes)
-        if resume:
-            done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
-        else:
-            done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
-        with closing(updates) if updates is not None else nullcontext():
-            _run_steps(engine, data, job, out, done, save_every, updates, progress)
-        folder = out / "model"
-        if folder.exists():
-            shutil.rmtree(folder)
-        export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
+    with _given_back_if_refused(out, resume):
+        _warn_of_no_compression(typed, shape, progress)
+        for note in gpu_notes():
+            progress.print(f"note: {note}")
+        data = make_data(job, shape)
+        progress.print(data.describe())
+        kept = out / TRACE if trace else None
+        with (
+            user_errors(engine_name, job, out),
+            set_up(job, shape, engine_name, typed, progress, kept) as (engine, blueprint),
+        ):
+            num_tensors = len(blueprint.parameter_shapes)
+            if resume:
+                done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
+            else:
+                done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
+            with closing(updates) if updates is not None else nullcontext():
+                _run_steps(engine, data, job, out, done, save_every, updates, progress)
+            folder = out / "model"
+            if folder.exists():
+                shutil.rmtree(folder)
+            export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
     _note_if_flat(job, engine_name, out, progress)
     return folder
 
@@ -211,7 +210,7 @@ def set_up(
     trace: Path | None = None,
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
     """The engine with the weights that the run starts from; at the end its trace is written to `trace`,
-    and it is closed."""
+    unless the set-up failed, and it is closed."""
     blueprint = make_blueprint(job, shape)
     engine = load_engine(engine_name)(settings, context_of(job, progress, trace=trace is not None))
     if trace is not None and not isinstance(engine, TellsTrace):
@@ -220,13 +219,13 @@ def set_up(
     try:
         engine.setup(blueprint)
         blueprint.release()
-        yield engine, blueprint
-    finally:
         try:
+            yield engine, blueprint
+        finally:
             if trace is not None:
                 write_trace(engine, trace)
-        finally:
-            engine.close()
+    finally:
+        engine.close()
 
 
 @contextmanager
@@ -397,6 +396,20 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
         save_job(job, out / "job.toml")
         write_whole(out / "engine.json", to_json(replace(method, settings=asdict(settings))))
     return settings
+
+
+@contextmanager
+def _given_back_if_refused(out: Path, resume: bool) -> Iterator[None]:
+    """Takes back what a new run has written if a `UserError` ends it before there is a line in its log: the
+    corrected command may then name the same folder."""
+    try:
+        yield
+    except UserError:
+        log = out / restore.LOSS_LOG
+        if not resume and not (log.exists() and log.stat().st_size):
+            for name in ("engine.json", "job.toml", restore.LOSS_LOG, restore.UPDATE_LOG, TRACE):
+                (out / name).unlink(missing_ok=True)
+        raise
 
 
 def carried_over(earlier: Any, method: Method) -> Any:

@@ -453,6 +453,27 @@ def test_run_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("engine", "flags"),
+    [
+        ("lsp", ("--dtype", "fp16", "--trace")),
+        ("lsp", ("--data", "short.txt")),
+        ("zo2", ("--host-memory", "1MB")),
+        ("native", ("--model", "tiny-lama")),
+    ],
+)
+def test_a_run_that_is_refused_leaves_its_folder_to_the_corrected_command(
+    call, tmp_path: Path, engine: str, flags: tuple[str, ...]
+) -> None:
+    Path("short.txt").write_text("short")
+    out = tmp_path / "out"
+    command = ("run", "--engine", engine, *TINY, "--steps", "2", "--out", out, "--quiet")
+    one_line(call(*command, *flags))
+    assert not out.exists() or list(out.iterdir()) == []
+    assert call(*command).code == 0
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_export_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert call("run", "--engine", "zo2", *TINY, "--steps", "2", "--out", out).code == 0
