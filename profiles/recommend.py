@@ -58,7 +58,10 @@ def why_first(plans: Sequence[Plan]) -> str:
         return "There is no plan."
     first = plans[0]
     if not first.fits:
-        nearest = min(plans, key=_memory)
+        able = [plan for plan in plans if plan.available]
+        if not able:
+            return _none_can_run(plans)
+        nearest = min(able, key=_memory)
         return f"No engine fits; the smallest is {nearest.engine}: it {nearest.why_not}."
     fitting = [plan for plan in plans if plan.fits]
     if len(fitting) == 1:
@@ -76,6 +79,14 @@ def why_first(plans: Sequence[Plan]) -> str:
     if first.engine in ZEROTH_ORDER and rival is not None:
         told += f"; a zeroth-order step learns less than one of {rival.engine}, so compare losses too"
     return f"{told}."
+
+
+def _none_can_run(plans: Sequence[Plan]) -> str:
+    engines: dict[str | None, list[str]] = {}
+    for plan in plans:
+        engines.setdefault(plan.why_not, []).append(plan.engine)
+    reasons = ". ".join(f"{', '.join(names)}: it {why}" for why, names in engines.items())
+    return f"No engine can run this job. {reasons}."
 
 
 def _only_one_fits(first: Plan, others: Sequence[Plan]) -> str:

@@ -419,6 +419,14 @@ def test_why_first() -> None:
     none = why_first(recommend(H200, OPT_13B, TRAINING, ENGINES, {}, vram_bytes=GB))
     assert none.startswith("No engine fits; the smallest is zo2: it needs ")
 
+    in_fp16 = replace(TRAINING, dtype="fp16")
+    unable = why_first(recommend(H200, TINY, in_fp16, ["native", "lsp"], {}))
+    assert unable.startswith("No engine can run this job. lsp, native: it cannot train in fp16, ")
+    some = why_first(recommend(H200, OPT_13B, in_fp16, ENGINES, {}, vram_bytes=GB))
+    assert some.startswith("No engine fits; the smallest is zo2: it needs ")
+    small = why_first(recommend(H200, OPT_13B, in_fp16, ["lsp", "mezo"], {}, vram_bytes=GB))
+    assert small.startswith("No engine fits; the smallest is mezo: it needs ")
+
     unlinked = replace(H200, link=None)
     timeless = why_first(recommend(unlinked, TINY, TRAINING, ["native", "lsp"], {}))
     assert "the only one with a predicted time" in timeless
