@@ -367,8 +367,7 @@ def main() -> None:
         if told := _told(error):  # else there were no arguments, and the help has been printed
             sys.stderr.write(f"error: {told}\n")
         sys.exit(2)
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def _told(error: Any) -> str:

@@ -22,6 +22,7 @@ from engines.base import ModelShape, UserError
 from harness.emulate import Emulated
 from harness.environment import read_environment
 from harness.job import Job, load_job, save_job
+from harness.knobs import typed_settings
 from harness.launch import WORK, Outcome, Progress, Stepped, launch
 from harness.result import (
     CriteriaStamp,
@@ -131,7 +132,7 @@ def compare(
     cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
     """
     if check_folder(out, resume=resume):
-        plans = _check_resumed(job, plans, out)
+        job, plans = _check_resumed(job, plans, out)
     _check_emulation(emulated, out)
     cells = grid(job, plans, rounds, emulated)
     kept, again = _find_records(cells, out)
@@ -191,7 +192,7 @@ def missing(
 ) -> list[Cell]:
     """The cells that `compare` would run with the same arguments. Writes nothing; raises as it does."""
     if check_folder(out, resume=resume):
-        plans = _check_resumed(job, plans, out)
+        job, plans = _check_resumed(job, plans, out)
     _check_emulation(emulated, out)
     cells = grid(job, plans, rounds, emulated)
     kept, _ = _find_records(cells, out)
@@ -301,16 +302,19 @@ def _entries(out: Path) -> set[str]:
         ) from None
 
 
-def _check_resumed(job: Job, plans: Sequence[Plan], out: Path) -> list[Plan]:
-    """The plans to run: those in `out` for the engines that have one, the given ones for others."""
+def _check_resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]]:
+    """What to run: the job in `out`, which may have settings as text, as earlier versions wrote them; and the
+    plans there for the engines that have one, the given ones for others."""
     if not (out / "job.toml").exists():
         raise UserError(str(out), "holds no comparison to resume (no job.toml)", "name another --out")
-    changed = _first_difference(_dump(load_job(out / "job.toml")), _dump(job))
+    begun = load_job(out / "job.toml")
+    before, now = (_dump(replace(each, settings=typed_settings(each.settings))) for each in (begun, job))
+    changed = _first_difference(before, now)
     if changed is not None:
-        field, before, now = changed
+        field, was, is_now = changed
         raise UserError(
             f"--resume {out}",
-            f"the job differs in '{field}' (was {before}, is now {now})",
+            f"the job differs in '{field}' (was {was}, is now {is_now})",
             "give the earlier value, or name another --out",
         )
     earlier = _earlier_plans(out)
@@ -318,7 +322,7 @@ def _check_resumed(job: Job, plans: Sequence[Plan], out: Path) -> list[Plan]:
     for plan in plans:
         kept = [one for one in earlier if one.engine == plan.engine]
         chosen += [one for one in kept or [plan] if one not in chosen]
-    return chosen
+    return begun, chosen
 
 
 def _earlier_plans(out: Path) -> tuple[Plan, ...]:

@@ -149,6 +149,8 @@ def generate(
             settled = {"random-weights": random_weights, "dtype": dtype}
             _refuse(settled, "is settled by the run", "leave it out")
             found = read_run(run)
+            if engine is not None:
+                _check_generates(engine)
             name = engine or found.method.engine
             override = parse_assignments(set_ or [], [name]).get(name, {})
             made = generate_from_run(found, name, override, _limits(vram, host_memory), wanted, progress)
@@ -204,9 +206,13 @@ def _limits(vram: str | None, host_memory: str | None) -> Limits:
     )
 
 
-def _job(flags: Mapping[str, Any], engine: str, **fields: int) -> Job:
+def _check_generates(engine: str) -> None:
     if engine_names(engine) != [engine] or engine not in GENERATING:
         raise UserError(f"--engine {engine}", "does not generate", f"use {' or '.join(GENERATING)}")
+
+
+def _job(flags: Mapping[str, Any], engine: str, **fields: int) -> Job:
+    _check_generates(engine)
     return JobFlags(flags).job([engine], {"data": {"train": "random"}, **fields})
 
 

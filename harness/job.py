@@ -16,6 +16,11 @@ from harness.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
 
 DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions"]
+# In a job file `true` is no number, and neither is text.
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+
 HeadChoice = Literal["auto", "causal_lm", "classification", "question_answering"]
 
 
@@ -25,14 +30,14 @@ class ModelSource:
 
     name: str
     """A hub id, a local folder, or a named shape (`lspzo-bench models`)."""
-    random_weights: bool = False
+    random_weights: Switch = False
     """Seeded random weights instead of a checkpoint; needs only the configuration."""
     head: HeadChoice = "auto"
     """`auto`: question_answering for data of that kind, else causal_lm for decoders, classification for
     encoders."""
-    untied: bool = False
+    untied: Switch = False
     """Give the output head its own tensor where the model ties it to the embedding."""
-    layers: Annotated[int, Field(ge=1)] | None = None
+    layers: Annotated[Whole, Field(ge=1)] | None = None
     """Only the first so many blocks, of random weights; `None`: all."""
 
 
@@ -50,11 +55,11 @@ class DataSource:
 class Limits:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    vram_bytes: int | None = None
+    vram_bytes: Whole | None = None
     """GPU memory a run may use; `None`: all that is free."""
-    host_bytes: int | None = None
+    host_bytes: Whole | None = None
     """Host memory a run may use; a run above it ends as `oom_host`."""
-    timeout_s: float = 1800.0
+    timeout_s: Number = 1800.0
     """Wall time of one run, set-up included."""
 
 
@@ -66,18 +71,18 @@ class Job:
 
     model: ModelSource
     data: DataSource = field(default_factory=DataSource)
-    batch_size: int = 1
-    seq_len: int = 512
-    accumulation: int = 1
+    batch_size: Whole = 1
+    seq_len: Whole = 512
+    accumulation: Whole = 1
     dtype: Dtype = "bf16"
-    checkpointing: bool = True
-    steps: int = 10
+    checkpointing: Switch = True
+    steps: Whole = 10
     """Steps after the warm-up."""
-    warmup_steps: int = 3
+    warmup_steps: Whole = 3
     """Steps at the start whose times are kept and flagged, not counted."""
-    eval_batches: int = 0
+    eval_batches: Whole = 0
     """Batches of held-out data evaluated before and after; 0: no evaluation."""
-    seed: int = 0
+    seed: Whole = 0
     limits: Limits = field(default_factory=Limits)
     settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
     """Engine name -> settings that override its plan."""

@@ -1,33 +1,42 @@
-"""`--set` assignments as engine settings. Imports no torch."""
+"""Settings of engines as the user gives them, by `--set` or in a job file. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from engines import ENGINES
 from engines.base import UserError
 from engines.settings import LSP_PRESETS, SETTINGS, parse_settings
+from profiles.plan import Value
 
 PRESET = "preset"
 
+TEST_DOUBLE = "scripted"
+"""The engine that is not for users."""
 
-def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Engine -> {key: value} from `key=value` and `engine.key=value`.
 
-    A key without an engine goes to each of `engines` that has it. `lsp.preset=NAME` stands for the values
-    that the method's authors published for a model; other assignments win over it. Raises `UserError` for an
-    unknown engine, key or preset, and for a value that the engine does not take.
+def public_engines() -> list[str]:
+    return [name for name in ENGINES if name != TEST_DOUBLE]
+
+
+def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dict[str, dict[str, Value]]:
+    """Engine -> {key: value} from `key=value` and `engine.key=value`, checked and typed.
+
+    A key without an engine goes to each of `engines`, those that run, that has it. `lsp.preset=NAME` stands
+    for the values that the method's authors published for a model; other assignments win over it. Raises
+    `UserError` for an unknown engine, key or preset, an engine that does not run, and for a value that the
+    engine does not take.
     """
-    chosen: dict[str, dict[str, str]] = {}
+    chosen: dict[str, dict[str, Value]] = {}
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
         if not separator or not name:
             raise UserError(f"--set {assignment}", "is not KEY=VALUE", "write for example --set lsp.d=1024")
         engine, _, key = name.rpartition(".")
-        if engine and engine not in SETTINGS:
-            raise UserError(
-                f"--set {assignment}", f"there is no engine '{engine}'", f"engines are: {', '.join(SETTINGS)}"
-            )
+        if engine:
+            _check_runs(engine, engines, f"--set {assignment}")
         takers = [engine] if engine else [each for each in engines if _has(each, key)]
         if not takers:
             raise UserError(
@@ -37,23 +46,83 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
             )
         for taker in takers:
             chosen.setdefault(taker, {})[key] = value
-    for engine, values in chosen.items():
-        if engine == "lsp" and PRESET in values:
-            chosen[engine] = values = {**_preset(values[PRESET]), **values}
-            del values[PRESET]
-        parse_settings(engine, values)
-    return chosen
+    return {engine: _typed(engine, values, f"--set {engine}.") for engine, values in chosen.items()}
+
+
+def check_settings(
+    settings: Mapping[str, Mapping[str, Value]], engines: Sequence[str], origin: str
+) -> dict[str, dict[str, Value]]:
+    """The settings of a job file, checked and typed as those of `--set` are. `origin` names the file, for the
+    error. Raises `UserError`."""
+    for engine in settings:
+        _check_runs(engine, engines, f"{origin}, settings.{engine}")
+    return {
+        engine: _typed(engine, values, f"{origin}, settings.{engine}.") for engine, values in settings.items()
+    }
+
+
+def typed_settings(settings: Mapping[str, Mapping[str, Value]]) -> dict[str, dict[str, Value]]:
+    """The same settings, each value of its own type: earlier versions kept those of `--set` as text. Those of
+    an unknown engine stay as they are. Raises `UserError`."""
+    return {
+        engine: _typed(engine, values, f"settings.{engine}.") if engine in SETTINGS else dict(values)
+        for engine, values in settings.items()
+    }
+
+
+def _check_runs(engine: str, engines: Sequence[str], what: str) -> None:
+    """Raises `UserError` if `engine` is not one of those that run."""
+    if engine in engines:
+        return
+    public = public_engines()
+    if engine not in public:
+        raise UserError(what, f"there is no engine '{engine}'", f"engines are: {', '.join(public)}")
+    raise UserError(
+        what,
+        f"{engine} is not among the engines to run ({', '.join(engines)})",
+        f"leave it out, or name {engine} in --engine",
+    )
+
+
+def _typed(engine: str, values: Mapping[str, Value], where: str) -> dict[str, Value]:
+    """`values` as the engine takes them, its preset spelt out. What JSON cannot hold stays text.
+
+    Raises `UserError`, in which `where` stands before the key.
+    """
+    given = dict(values)
+    if engine == "lsp" and PRESET in given:
+        name = str(given.pop(PRESET))
+        given = {**_preset(name, where), **given}
+    try:
+        typed = parse_settings(engine, given)
+    except UserError as error:
+        key = error.what.removeprefix("--set ")  # else the values do not go together
+        what = where + key if key != error.what else where.removesuffix(".")
+        raise UserError(what, error.why, error.remedy) from None
+    for key, value in given.items():
+        if isinstance(value, bool) and not isinstance(getattr(typed, key), bool):
+            raise UserError(
+                f"{where}{key}", "must be a number, not true or false", "see 'lspzo-bench engines'"
+            )
+    return {key: _plain(getattr(typed, key), value) for key, value in given.items()}
+
+
+def _plain(typed: object, given: Value) -> Value:
+    """`typed` if a record can hold it, else `given` as text, such as infinity and a list."""
+    if isinstance(typed, bool | int | str) or (isinstance(typed, float) and math.isfinite(typed)):
+        return typed
+    return str(given)
 
 
 def _has(engine: str, key: str) -> bool:
     return key in {field.name for field in fields(SETTINGS[engine])} or (engine == "lsp" and key == PRESET)
 
 
-def _preset(name: str) -> dict[str, str]:
+def _preset(name: str, where: str) -> dict[str, Value]:
     if name not in LSP_PRESETS:
         raise UserError(
-            f"--set lsp.{PRESET}={name}",
+            f"{where}{PRESET}={name}",
             "there is no such preset",
             f"choose from: {', '.join(LSP_PRESETS)}",
         )
-    return {key: str(value) for key, value in LSP_PRESETS[name].items()}
+    return dict(LSP_PRESETS[name])

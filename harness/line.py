@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,13 @@ def plan_job(
         job.settings,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
-        job_arguments=job_arguments(job) + _emulate_argument(emulate),
+        job_arguments={
+            engine: job_arguments(
+                replace(job, settings={k: v for k, v in job.settings.items() if k == engine})
+            )
+            + _emulate_argument(emulate)
+            for engine in engines
+        },
     )
 
 

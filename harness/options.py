@@ -12,7 +12,7 @@ import typer
 
 from engines.base import UserError
 from harness.job import HeadChoice, Job, job_values, make_job
-from harness.knobs import parse_assignments
+from harness.knobs import check_settings, parse_assignments, public_engines
 from profiles.units import parse_bytes
 
 Model = Annotated[
@@ -138,7 +138,7 @@ class JobFlags:
         Raises `UserError` for whatever is wrong with them.
         """
         values: dict[str, Any] = dict(preset or {})
-        layers = [*([] if self._file is None else [job_values(self._file)]), self._given]
+        layers = [*([] if self._file is None else [_file_values(self._file, engines)]), self._given]
         if any(isinstance(layer.get("model"), dict) and "name" in layer["model"] for layer in layers):
             values.pop("model", None)
         for layer in layers:
@@ -150,6 +150,15 @@ class JobFlags:
                 "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
             )
         return make_job(values, "job")
+
+
+def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
+    """The fields of a job file. Raises `UserError` for its settings; the other fields are not yet checked."""
+    values = job_values(path)
+    settings = values.get("settings")
+    if isinstance(settings, dict) and all(isinstance(each, dict) for each in settings.values()):
+        values["settings"] = check_settings(settings, engines, str(path))
+    return values
 
 
 def takes_job(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -205,13 +214,15 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_names(engines: str | None) -> list[str]:
-    from engines import ENGINES, entry
-
+    public = public_engines()
     if engines is None:
-        return [name for name in ENGINES if name != "scripted"]
+        return public
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:
-        entry(name)
+        if name not in public:
+            raise UserError(
+                f"engine '{name}'", "there is no such engine", f"choose from: {', '.join(public)}"
+            )
     if not names:
         raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
     return names

@@ -21,6 +21,7 @@ from engines.settings import LSP_PRESETS, SETTINGS, approximation
 from harness.compare import Ended, Event, Planned, Started
 from harness.emulate import what_is_short
 from harness.job import Job
+from harness.knobs import public_engines
 from harness.launch import Progress as SetUp
 from harness.launch import Stepped
 from harness.result import Run
@@ -279,9 +280,8 @@ def rates_table(finding: Finding) -> RenderableType:
 def engines_rows() -> list[dict[str, Any]]:
     """What there is, and what is not available here and why."""
     rows = []
-    for name, entry in ENGINES.items():
-        if name == "scripted":
-            continue
+    for name in public_engines():
+        entry = ENGINES[name]
         reason = load_engine(name).why_not_available()
         knobs = {field.name: field.default for field in fields(SETTINGS[name])}
         rows.append(

@@ -40,6 +40,7 @@ from harness.diagnose import why_flat, why_not_finite
 from harness.ends import OUT_OF_MEMORY, classify
 from harness.environment import gpu_notes
 from harness.job import Job, load_job, save_job
+from harness.knobs import typed_settings
 from harness.models import ModelBlueprint, export_model, make_blueprint
 from harness.shapes import resolve_shape
 from harness.show import Progress
@@ -371,7 +372,8 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
         raise UserError(str(out), "holds no run to resume", "leave out --resume, or name its --out")
     earlier = _method_of(out)
     settings = parse_settings(earlier.engine, earlier.settings)
-    before = replace(load_job(out / "job.toml"), limits=job.limits)
+    before = load_job(out / "job.toml")
+    before = replace(before, limits=job.limits, settings=typed_settings(before.settings))
     switched = earlier.engine != method.engine
     if switched:
         settings = carried_over(settings, method)

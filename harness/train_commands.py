@@ -78,7 +78,7 @@ def run(
     from harness.show import Progress
 
     names = engine_names(engine)
-    if len(names) > 1 or names == ["scripted"]:
+    if len(names) > 1:
         raise UserError(f"--engine {engine}", "is not one method that trains", "see 'lspzo-bench engines'")
     if find_lr:
         if resume or save_every or trace:

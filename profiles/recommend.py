@@ -32,21 +32,22 @@ def recommend(
     vram_bytes: int | None = None,
     host_bytes: int | None = None,
     pinned_limit_bytes: int | None = None,
-    job_arguments: str = "",
+    job_arguments: Mapping[str, str] | None = None,
 ) -> list[Plan]:
     """One plan per engine of `engines`: those that fit first, then by predicted step time.
 
     `overrides` holds settings by engine name; they win over chosen ones and are kept as given.
     `vram_bytes`, `host_bytes` and `pinned_limit_bytes` are limits below what the machine has.
-    `job_arguments` are the job's command-line arguments, for the command that checks a plan.
+    `job_arguments` are the job's command-line arguments by engine name, for the commands that check plans.
 
     Raises `UserError` for an unknown engine or setting.
     """
     for engine in engines:
         entry(engine)
     budget = budget_of(machine, vram_bytes, host_bytes, pinned_limit_bytes)
+    told = job_arguments or {}
     plans = [
-        _plan(engine, machine, shape, workload, overrides.get(engine, {}), budget, job_arguments)
+        _plan(engine, machine, shape, workload, overrides.get(engine, {}), budget, told.get(engine, ""))
         for engine in engines
     ]
     return sorted(plans, key=_rank)

@@ -110,13 +110,11 @@ def test_a_wrong_flag_is_one_line(
     ("arguments", "words"),
     [
         (("run", "--engine", "native,lsp", *TINY), ("native,lsp", "one method")),
-        (("run", "--engine", "scripted", *TINY), ("scripted", "one method")),
         (("run", "--engine", "native", *TINY, "--resume"), ("--resume", "--out")),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--resume"), ("--find-lr", "--resume")),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--save-every", "2"), ("trains nothing",)),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--trace"), ("trains nothing", "--trace")),
         (("run", "--engine", "mezo", *TINY, "--json"), ("--json", "--find-lr")),
-        (("run", "--engine", "scripted", *TINY, "--find-lr"), ("scripted", "one method")),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--set", "mezo.learning_rate=0"), ("is 0",)),
         (("export", "nowhere"), ("nowhere", "holds no run")),
         (("compare", *TINY, "--resume"), ("--resume", "--out")),
@@ -382,6 +380,58 @@ def test_a_job_file_with_an_unknown_field(call, profile: Path, tmp_path: Path) -
     assert "batchsize" in one_line(call("recommend", "--job", path, "--profile", profile))
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("batch_size = true", "batch_size: Input should be a valid integer"),
+        ('steps = "3"', "steps: Input should be a valid integer"),
+        ("checkpointing = 1", "checkpointing: Input should be a valid boolean"),
+        ("limits.timeout_s = true", "limits.timeout_s: Input should be a valid number"),
+        ("settings.foo.d = 1", "settings.foo: there is no engine 'foo'"),
+        ("settings.lsp.d = -1", "settings.lsp: d must be positive"),
+        ("settings.lsp.r = true", "settings.lsp.r: must be a number, not true or false"),
+        ("settings.zo2.eps = 1", "settings.zo2: zo2 is not among the engines to run (lsp)"),
+        ("settings = 1", "settings: "),
+        ("settings.lsp = 1", "settings.lsp: "),
+    ],
+)
+def test_a_job_file_with_a_senseless_value(
+    call, profile: Path, tmp_path: Path, lines: str, words: str
+) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'{lines}\n[model]\nname = "tiny-llama"\nrandom_weights = true\n')
+    assert words in one_line(call("recommend", "--job", path, "--engine", "lsp", "--profile", profile))
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "--engine", "zo2"), ("compare", "--engines", "zo2,native"), ("generate", "once")]
+)
+def test_a_knob_of_an_engine_that_does_not_run(call, command: tuple[str, ...]) -> None:
+    model = ("--model", "tiny-llama", "--random-weights")
+    said = one_line(call(*command, *model, "--set", "lsp.d=3"))
+    assert "--set lsp.d=3: lsp is not among the engines to run (zo2" in said
+
+
+def test_plans_have_typed_settings_and_commands_that_can_be_run(call, profile: Path) -> None:
+    knobs = ("--set", "lsp.d=16", "--set", "learning_rate=1e-3")
+    done = call("recommend", *TINY, "--engines", "lsp,native", *knobs, "--profile", profile, "--json")
+    plans = {plan["engine"]: plan for plan in json.loads(done.out)}
+    assert (plans["lsp"]["settings"]["d"], plans["lsp"]["settings"]["learning_rate"]) == (16, 0.001)
+    assert "lsp.d" not in plans["native"]["verify_command"]
+    for plan in plans.values():
+        words = plan["verify_command"].split()[1:]
+        assert call(*words, "--profile", profile, "--dry-run", "--out", "new").code == 0
+
+
+@pytest.mark.parametrize("command", ["recommend", "compare", "run", "generate"])
+def test_the_test_double_is_no_engine_for_users(call, command: str) -> None:
+    prompt = ("once",) if command == "generate" else ()
+    said = one_line(
+        call(command, "--model", "tiny-llama", "--random-weights", "--engine", "scripted", *prompt)
+    )
+    assert said.endswith("no such engine; choose from: native, torchao-offload, lsp, mezo, zo2")
+
+
 def test_results_cannot_be_written(call, profile: Path) -> None:
     said = one_line(
         call(
@@ -575,9 +625,18 @@ def test_require_gpu_exits_seven(call, profile: Path, tmp_path: Path) -> None:
 
 
 def compare_scripted(call, profile: Path, out: Path, *more: str | Path) -> Done:
-    return call(
-        "compare", *TINY, "--engines", "scripted", "--steps", "3", "--profile", profile, "--out", out, *more
-    )
+    """As if the test double were an engine for users."""
+    sweep = ("--engines", "scripted", "--steps", "3", "--profile", profile, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.knobs.TEST_DOUBLE", "")
+        return call("compare", *TINY, *sweep, *more)
+
+
+SCRIPTED_PROGRAM = """
+from harness import cli, knobs
+knobs.TEST_DOUBLE = ""
+cli.main()
+"""
 
 
 def test_a_failed_run_exits_eight_and_is_kept(call, profile: Path, tmp_path: Path) -> None:
@@ -656,7 +715,7 @@ def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Pa
     hang = ("--set", "fail_at_step=2", "--set", "failure=hang", "--timeout", "60")
     sweep = ("--engines", "scripted", "--steps", "3", "--profile", str(profile), "--out", str(out))
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness", "compare", *TINY, *sweep, *hang],
+        [sys.executable, "-c", SCRIPTED_PROGRAM, "compare", *TINY, *sweep, *hang],
         cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
         text=True,

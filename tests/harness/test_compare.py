@@ -18,7 +18,7 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.compare
 from engines.base import UserError
-from harness.compare import Ended, Event, Planned, Started, compare, grid
+from harness.compare import Ended, Event, Planned, Started, compare, grid, missing
 from harness.job import Job, load_job, save_job
 from harness.launch import Outcome, Stepped
 from harness.result import EndState, Run, Summary, load_run, save_run
@@ -231,6 +231,16 @@ def test_resume_refuses_another_job_and_names_the_field(tmp_path: Path, launched
     with pytest.raises(UserError, match=r"'settings.scripted' \(was None"):
         compare(scripted_job(settings={"scripted": {"loss": 2}}), SHAPE, [A], tmp_path, resume=True)
     assert len(launched) == 1
+
+
+def test_a_folder_with_settings_as_text_is_resumed(tmp_path: Path) -> None:
+    """As earlier versions wrote those of `--set`."""
+    as_text = scripted_job(settings={"scripted": {"num_children": "0", "step_s": "2"}})
+    typed = scripted_job(settings={"scripted": {"num_children": 0, "step_s": "2"}})
+    (run,) = compare(as_text, SHAPE, [scripted_plan(num_children="0", step_s="2")], tmp_path)
+    plans = [scripted_plan(num_children=0, step_s="2")]
+    assert missing(typed, plans, tmp_path, rounds=1, resume=True) == []
+    assert compare(typed, SHAPE, plans, tmp_path, resume=True) == [run]
 
 
 def test_resume_refuses_other_criteria_and_names_the_field(tmp_path: Path, launched: list[str]) -> None:

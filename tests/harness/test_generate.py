@@ -244,6 +244,8 @@ def test_a_run_of_another_method_is_refused(call: Call, tmp_path: Path) -> None:
 
 
 def test_what_the_run_settled_is_not_set_again(call: Call, trained: Path) -> None:
+    done = call("x", "--run", trained, "--engine", "foo", "--set", "resident_blocks=1", "--quiet")
+    assert "there is no such engine" in one_line(done)
     done = call("x", "--run", trained, "--set", "learning_rate=1", "--quiet")
     assert "--set learning_rate: is settled by the run" in one_line(done)
 

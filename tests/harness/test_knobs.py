@@ -8,8 +8,9 @@ import pytest
 
 from engines.base import UserError
 from engines.settings import LSP_PRESETS, LspSettings, parse_settings
-from harness.knobs import parse_assignments
+from harness.knobs import check_settings, parse_assignments, typed_settings
 from harness.show import engines_json
+from profiles.plan import Value
 
 
 @pytest.mark.parametrize("name", LSP_PRESETS)
@@ -34,8 +35,7 @@ def test_the_published_values_are_those_of_the_papers_runs() -> None:
 @pytest.mark.parametrize("order", [["lsp.d=64", "preset=gpt2-large"], ["preset=gpt2-large", "lsp.d=64"]])
 def test_other_assignments_win_whatever_the_order(order: list[str]) -> None:
     chosen = parse_assignments(order, ["lsp", "native"])["lsp"]
-    assert chosen["d"] == "64"
-    assert chosen["r"] == "16"
+    assert (chosen["d"], chosen["r"]) == (64, 16)
 
 
 def test_unknown_presets_and_takers_are_refused_in_one_line() -> None:
@@ -43,8 +43,49 @@ def test_unknown_presets_and_takers_are_refused_in_one_line() -> None:
         parse_assignments(["lsp.preset=gpt9"], ["lsp"])
     with pytest.raises(UserError, match="none of native, zo2 has 'preset'"):
         parse_assignments(["preset=gpt2-large"], ["native", "zo2"])
-    with pytest.raises(UserError, match=r"zo2\.preset|preset=gpt2-large"):
+    with pytest.raises(UserError, match=r"--set zo2\.preset=gpt2-large"):
         parse_assignments(["zo2.preset=gpt2-large"], ["zo2"])
+
+
+def test_values_get_the_types_that_the_engine_gives_them() -> None:
+    given = ["lsp.d=64", "learning_rate=1e-3", "graphs=no", "projector=paper", "alpha=inf"]
+    assert parse_assignments(given, ["native", "lsp"]) == {
+        "native": {"learning_rate": 0.001},
+        "lsp": {"d": 64, "learning_rate": 0.001, "graphs": False, "projector": "paper", "alpha": "inf"},
+    }
+    assert parse_assignments(["d=auto"], ["lsp"]) == {"lsp": {"d": "auto"}}
+    as_text: dict[str, dict[str, Value]] = {"lsp": {"d": "64"}, "gone": {"x": "1"}}
+    assert typed_settings(as_text) == {"lsp": {"d": 64}, "gone": {"x": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "settings", "words"),
+    [
+        ("foo.d=1", {"foo": {"d": 1}}, "there is no engine 'foo'; engines are: .*zo2$"),
+        ("scripted.loss=1", {"scripted": {"loss": 1}}, "there is no engine 'scripted'; engines are: .*zo2$"),
+        ("lsp.d=3", {"lsp": {"d": 3}}, r"lsp is not among the engines to run \(native, zo2\)"),
+        ("zo2.d=3", {"zo2": {"d": 3}}, "settings of zo2 are: "),
+        ("zo2.eps=-1", {"zo2": {"eps": -1}}, "eps must be positive"),
+        (
+            "native.warmup_steps=true",
+            {"native": {"warmup_steps": True}},
+            "(valid integer|must be a number, not true)",
+        ),
+    ],
+)
+def test_a_job_file_is_checked_as_flags_are(
+    assignment: str, settings: dict[str, dict[str, Value]], words: str
+) -> None:
+    engine = assignment.partition(".")[0]
+    with pytest.raises(UserError, match=f"^--set {engine}.*: .*{words}"):
+        parse_assignments([assignment], ["native", "zo2"])
+    with pytest.raises(UserError, match=rf"^my\.toml, settings\.{engine}.*: .*{words}"):
+        check_settings(settings, ["native", "zo2"], "my.toml")
+
+
+def test_a_job_file_may_name_a_preset() -> None:
+    checked = check_settings({"lsp": {"preset": "gpt2-large", "r": 8}}, ["lsp"], "my.toml")
+    assert checked == {"lsp": {**LSP_PRESETS["gpt2-large"], "r": 8}}
 
 
 def test_the_list_of_engines_has_the_presets() -> None:

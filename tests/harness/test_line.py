@@ -25,7 +25,7 @@ MODEL = {"name": "tiny-llama", "random_weights": True}
         {"batch_size": 3, "seq_len": 48, "accumulation": 2, "dtype": "fp32", "checkpointing": False},
         {"steps": 7, "warmup_steps": 0, "seed": 5},
         {"limits": {"vram_bytes": 24 * 10**9 + 1, "host_bytes": 2**33, "timeout_s": 12.5}},
-        {"settings": {"lsp": {"d": "16", "projector": "paper"}, "zo2": {"eps": "0.01"}}},
+        {"settings": {"lsp": {"d": 16, "projector": "paper"}, "zo2": {"eps": 0.01}}},
     ],
 )
 def test_the_flags_of_a_job_give_that_job(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:

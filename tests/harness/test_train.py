@@ -292,6 +292,12 @@ def test_the_note_is_about_the_whole_run_also_after_it_was_resumed(
     assert "the loss stayed flat over 12 steps" in capsys.readouterr().err
 
 
+def test_a_folder_with_settings_as_text_is_resumed(tmp_path: Path) -> None:
+    """As earlier versions wrote those of `--set`."""
+    run(tmp_path, "mezo", tiny_job(settings={"mezo": {"eps": "0.01"}}), eps="0.01")
+    run(tmp_path, "mezo", tiny_job(settings={"mezo": {"eps": 0.01}}), eps=0.01, resume=True)
+
+
 def test_lack_of_memory_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def greedy(self: Any, batches: Any) -> None:
         torch.empty(1 << 60)

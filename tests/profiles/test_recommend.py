@@ -122,7 +122,8 @@ def test_overrides_win_and_are_kept_as_given() -> None:
 
 
 def test_the_command_that_checks_a_plan() -> None:
-    (only,) = recommend(H200, TINY, TRAINING, ["lsp"], {}, job_arguments="--model tiny-llama --batch-size 4")
+    arguments = {"lsp": "--model tiny-llama --batch-size 4"}
+    (only,) = recommend(H200, TINY, TRAINING, ["lsp"], {}, job_arguments=arguments)
     assert shlex.split(only.verify_command) == [
         "lspzo-bench", "compare", "--model", "tiny-llama", "--batch-size", "4", "--engine", "lsp",
     ]  # fmt: skip
