@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from engines.base import UserError
+from profiles.documents import ELSEWHERE
 
 SHARD_BYTES = 2 * 10**9
 
@@ -36,7 +37,7 @@ def write_model(
     `extra_files` are copied beside them. Raises `UserError` if the folder is in use or cannot be written,
     `RuntimeError` if the weights are not those `expected` (a defect of an engine).
     """
-    _refuse_in_use(folder)
+    refuse_in_use(folder, "name another place")
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,17 +54,16 @@ def write_model(
         temporary = None
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            str(folder), f"the model cannot be written ({reason})", "free space or name another --out"
-        ) from None
+        raise UserError(str(folder), f"the model cannot be written ({reason})", ELSEWHERE) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_in_use(folder: Path) -> None:
+def refuse_in_use(folder: Path, remedy: str) -> None:
+    """Raises `UserError` if `folder` is a file or holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(str(folder), "exists and is not an empty folder", "name another --out")
+        raise UserError(str(folder), "exists and is not an empty folder", remedy)
 
 
 def _checked(

@@ -39,6 +39,7 @@ from harness.data import Data, make_data
 from harness.diagnose import why_flat, why_not_finite
 from harness.ends import OUT_OF_MEMORY, classify
 from harness.environment import gpu_notes
+from harness.export import refuse_in_use
 from harness.job import Job, load_job, save_job
 from harness.knobs import typed_settings
 from harness.models import ModelBlueprint, export_model, make_blueprint
@@ -46,7 +47,7 @@ from harness.shapes import resolve_shape
 from harness.show import Progress
 from harness.update_log import UpdateLog, cannot_write, check_belongs, read_update_log
 from harness.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
-from profiles.documents import read_document, to_json, write_whole
+from profiles.documents import check_writable, read_document, to_json, write_whole
 
 SCHEMA_VERSION = 1
 """Of engine.json. 1: first version (0.1.0)."""
@@ -122,7 +123,7 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
     Raises `UserError` if `out` holds no run or nothing to export, if `to` is in use, and as `train` does.
     """
     run = read_run(out)
-    _refuse_in_use(to or _export_folder(out, run.step))
+    _check_free(to or _export_folder(out, run.step))
     with rebuilt(run, run.job, run.method.engine, run.settings, progress) as (engine, blueprint, step):
         folder = to or _export_folder(out, step)
         export_model(blueprint, engine.weights(), TORCH_DTYPE[run.job.dtype], folder)
@@ -195,10 +196,11 @@ def _export_folder(out: Path, step: int) -> Path:
     return out / f"export-step-{step:08d}"
 
 
-def _refuse_in_use(folder: Path) -> None:
+def _check_free(folder: Path) -> None:
     """Before the weights are rebuilt, not after it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(str(folder), "exists and is not an empty folder", "name another place with --to")
+    remedy = "name another place with --to"
+    refuse_in_use(folder, remedy)
+    check_writable(folder, is_folder=True, remedy=remedy)
 
 
 @contextmanager

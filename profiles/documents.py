@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -14,6 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from engines.base import UserError
 
 T = TypeVar("T")
+
+ELSEWHERE = "free space or name another place"
+"""What to do where a file cannot be written."""
 
 
 class NewerDocument(UserError):
@@ -74,6 +78,23 @@ def to_json(document: Any) -> str:
     return adapter(type(document)).dump_json(document, indent=1).decode("utf-8") + "\n"
 
 
+def check_writable(path: Path, *, is_folder: bool = False, remedy: str = ELSEWHERE) -> None:
+    """Raises `UserError` if no file, or no folder, can be written at `path`: before the work whose result
+    goes there. Makes the folders above it."""
+    try:
+        if path.is_dir() and not is_folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error, remedy) from None
+
+
+def _unwritable(path: Path, error: OSError, remedy: str) -> UserError:
+    return UserError(str(path), f"cannot be written ({error.strerror or error})", remedy)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` so that `path` holds either its old content or all of the new one.
 
@@ -91,9 +112,7 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise UserError(
-            str(path), f"cannot be written ({error.strerror or error})", "free space or name another place"
-        ) from None
+        raise _unwritable(path, error, ELSEWHERE) from None
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

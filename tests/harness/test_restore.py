@@ -465,6 +465,8 @@ def test_what_cannot_be_exported_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(load_engine("mezo"), "setup", setup)
     with pytest.raises(UserError, match="is not an empty folder; name another place with --to"):
         export(tmp_path / "mezo", tmp_path / "mine")
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\); name another place with --to"):
+        export(tmp_path / "mezo", tmp_path / "mine" / "notes.txt" / "here")
 
 
 # --- signals, in processes of their own ---------------------------------------------------------------
