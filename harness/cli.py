@@ -129,10 +129,12 @@ def probe(
 
     Beside processes that use the GPU, its memory is not taken to the limit, and figures are marked.
     """
+    from harness.line import exit_without_gpu
     from harness.show import ProbeProgress, console
-    from profiles.documents import to_json
+    from profiles.documents import check_writable, to_json
     from profiles.machine import save_machine
-    from profiles.probe import probe_machine
+    from profiles.probe import probe_machine, why_no_gpu
+    from profiles.probe.disk import check_disk
     from profiles.share import machine_page
     from profiles.show import machine_table
 
@@ -140,6 +142,14 @@ def probe(
         raise UserError("--brief and --full", "exclude each other", "give one of them")
     if as_json and markdown:
         raise UserError("--json and --markdown", "both go to stdout", "give one of them")
+    if brief and disk is not None:
+        raise UserError("--brief and --disk", "a brief probe measures no disk", "give one of them")
+    if out is not None:
+        check_writable(out)
+    if disk is not None:
+        check_disk(disk)
+    if require_gpu and (reason := why_no_gpu()) is not None:
+        exit_without_gpu(reason)
     with ProbeProgress(quiet) as progress:
         machine = probe_machine(
             progress.measurement, depth="brief" if brief else "full" if full else "default", folder=disk
@@ -153,8 +163,7 @@ def probe(
     if out is not None:  # after what was measured has been told: the disk may be full
         save_machine(machine, out)
     if require_gpu and machine.gpu is None:
-        typer.echo(f"error: no GPU: {machine.gpu_absent_reason}", err=True)
-        raise typer.Exit(7)
+        exit_without_gpu(machine.gpu_absent_reason)  # one that torch sees may still fail
 
 
 @app.command()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -211,8 +211,7 @@ def proof_of_concept(
     shape = _checked_shape(job)
     machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
     if require_gpu and machine.gpu is None:
-        sys.stderr.write(f"error: no GPU: {machine.gpu_absent_reason}\n")
-        raise typer.Exit(7)
+        exit_without_gpu(machine.gpu_absent_reason)
     if machine.gpu is None and profile is None and job != without_gpu:
         notes.print(f"the GPU cannot be used ({machine.gpu_absent_reason}): on the CPU", markup=False)
         job = without_gpu
@@ -264,6 +263,15 @@ def _measure(
             f"stopped: finished runs are kept; go on with the same flags, --resume and --out {out}\n"
         )
         raise
+
+
+def exit_without_gpu(reason: str | None) -> NoReturn:
+    """One line on stderr, exit code 7."""
+    error = UserError(
+        "no GPU", reason or "the profile has none", "see 'nvidia-smi', or leave out --require-gpu"
+    )
+    sys.stderr.write(f"error: {error}\n")
+    raise typer.Exit(7)
 
 
 def note_left_out(broken: Broken) -> None:

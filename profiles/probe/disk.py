@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from engines.base import UserError
 from profiles.limits import ROOT, read_text
 from profiles.machine import Disk, Figure, absent
-from profiles.probe.timing import Meter, clock_s, one_line, rate_figure
+from profiles.probe.timing import Meter, clock_s, rate_figure
 
 BLOCK_BYTES = 8 * 2**20
 CHUNK_BLOCKS = 4
@@ -40,7 +41,7 @@ def probe_disk(meter: Meter, folder: Path, root: Path = ROOT) -> tuple[Disk | No
     try:
         descriptor, direct = open_nameless(folder)
     except OSError as error:
-        failure = one_line(error)
+        failure = error.strerror or str(error)
     try:
         with mmap.mmap(-1, BLOCK_BYTES) as block:  # page-aligned, as direct I/O asks for
             block.write(os.urandom(BLOCK_BYTES))  # what a file system could neither compress nor skip
@@ -65,6 +66,19 @@ def probe_disk(meter: Meter, folder: Path, root: Path = ROOT) -> tuple[Disk | No
         write_bytes_per_s=write,
         read_bytes_per_s=read,
     ), None
+
+
+def check_disk(folder: Path) -> None:
+    """Raises `UserError` if no disk can be measured in `folder`."""
+    try:
+        descriptor, _ = open_nameless(folder)
+    except OSError as error:
+        raise UserError(
+            f"--disk {folder}",
+            f"no file can be made there ({error.strerror or error})",
+            "name a folder that you may write to, on the disk to be measured",
+        ) from None
+    os.close(descriptor)
 
 
 def open_nameless(folder: Path) -> tuple[int, bool]:

@@ -151,9 +151,13 @@ def now() -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message with its type, for the reason of an absent figure."""
+    """The first line of an error's message with its type, for the reason of an absent figure. A private type
+    says nothing to a reader and is left out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    name = type(error).__name__
+    if not lines:
+        return name
+    return lines[0][:200] if name.startswith("_") else f"{name}: {lines[0][:200]}"
 
 
 def rate_figure(amount: float, samples_s: Sequence[float], method: str) -> Figure:

@@ -209,11 +209,53 @@ def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...], u
     assert said.startswith("error: standard output: cannot be written (No space left on device); ")
 
 
-@pytest.mark.parametrize("flags", [("--brief", "--full"), ("--json", "--markdown")])
+@pytest.mark.parametrize("flags", [("--brief", "--full"), ("--json", "--markdown"), ("--brief", "--disk")])
 def test_flags_of_the_probe_that_exclude_each_other(call, flags: tuple[str, str]) -> None:
-    said = one_line(call("probe", *flags))
+    said = one_line(call("probe", *flags, *(["."] if "--disk" in flags else [])))
     assert flags[0] in said
     assert flags[1] in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ("--out", "/dev/null/x.json"),
+            "/dev/null/x.json: cannot be written (File exists); free space or",
+        ),
+        (("--out", "."), ".: cannot be written (Is a directory)"),
+        (("--disk", "/proc"), "--disk /proc: no file can be made there (No such file or directory); name a"),
+        (("--disk", "/nope"), "--disk /nope: no file can be made there (No such file or directory); name a"),
+    ],
+)
+def test_what_the_probe_is_asked_is_checked_before_it_measures(
+    call, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str], words: str
+) -> None:
+    monkeypatch.setattr("profiles.probe.probe_machine", None)
+    assert words in one_line(call("probe", *flags))
+
+
+def test_a_gpu_that_is_required_is_looked_for_before_the_probe(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profiles.probe.probe_machine", None)
+    monkeypatch.setattr("profiles.probe.why_no_gpu", lambda: "the driver is not loaded")
+    done = call("probe", "--require-gpu")
+    told = "error: no GPU: the driver is not loaded; see 'nvidia-smi', or leave out --require-gpu\n"
+    assert (done.code, done.err) == (7, told)
+
+
+def test_what_was_measured_is_told_though_it_can_no_longer_be_saved(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def probe_machine(*_: object, **__: object) -> Machine:
+        (tmp_path / "saved").rmdir()
+        (tmp_path / "saved").touch()
+        return make_machine()
+
+    (tmp_path / "saved").mkdir()
+    monkeypatch.setattr("profiles.probe.probe_machine", probe_machine)
+    done = call("probe", "--json", "--out", tmp_path / "saved" / "machine.json")
+    assert "machine.json: cannot be written" in one_line(done)
+    assert json.loads(done.out)["name"] == "Fake GPU, Fake CPU"
 
 
 def test_the_probe_as_a_page(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

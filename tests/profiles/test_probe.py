@@ -148,6 +148,7 @@ def test_an_interrupt_is_no_failed_measurement() -> None:
 def test_reasons_are_one_line() -> None:
     assert one_line(ValueError("")) == "ValueError"
     assert one_line(ValueError("a\nb")) == "ValueError: a"
+    assert one_line(type("_Private", (Exception,), {})("a")) == "a"
     assert len(one_line(ValueError("x" * 10_000))) < 250
 
 

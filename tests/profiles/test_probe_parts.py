@@ -239,7 +239,7 @@ def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(disk.tempfile, "mkstemp", refuse)
     found, _ = disk.probe_disk(make_meter(), tmp_path)
     assert found is not None
-    assert "Read-only file system" in found.write_bytes_per_s.method
+    assert found.write_bytes_per_s.method == "Read-only file system"
     assert "Read-only file system" in found.read_bytes_per_s.method
     assert found.free_bytes > 0
 
@@ -452,17 +452,15 @@ def test_a_thread_near_a_node(tmp_path: Path) -> None:
         assert "does not tell" in placement
 
 
-def test_a_profile_that_cannot_be_saved_is_printed_all_the_same() -> None:
-    """The command for real, with a home and a target that cannot be written: nothing measured is lost."""
+def test_a_home_that_cannot_be_written_is_not_needed() -> None:
+    """The command for real."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HOME": "/proc/none", "OMP_NUM_THREADS": "1"}
-    flags = ["--brief", "--json", "--quiet", "--out", "/proc/machine.json"]
+    flags = ["--brief", "--json", "--quiet"]
     done = subprocess.run(
         [sys.executable, "-m", "harness", "probe", *flags],
         cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "/proc/machine.json: cannot be written" in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["gpu"] is None
 
 
