@@ -11,7 +11,7 @@ from engines.base import UserError
 from engines.settings import MezoSettings, parse_settings
 from harness.generation_runs import GenerationRun, load_generation
 from harness.job import Job
-from harness.stats import Rounds, ratio
+from harness.stats import Rounds, counted_step_s, outer_deciles, ratio
 from profiles.documents import write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts
@@ -236,12 +236,14 @@ def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterato
             f"[{markdown_text(model_name(run.model.name))}]({folder}/generations/{run.id}.json)",
             *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, method)),
         ]
-        times_s = (seen.step_s_median, seen.step_s_high, seen.step_s_low)
+        fast_s, slow_s = outer_deciles(counted_step_s(run.samples))
+        times_s = (seen.step_s_median, slow_s, fast_s)
         middle, low, high = (None if step_s is None else batch_size / step_s for step_s in times_s)
+        first = format_seconds(run.first_token_s)
         cells += [
             number(middle) if run.end_state == "ok" else say(f"end.{run.end_state}"),
             NOT_MEASURED if low is None or high is None else span(digits(low), digits(high)),
-            percent(seen.floor_share), format_seconds(run.first_token_s),
+            percent(seen.floor_share), first if run.tokens else say("index.with_start_up", value=first),
             _gib(seen.peak_gpu_reserved_bytes or seen.peak_gpu_allocated_bytes),
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"

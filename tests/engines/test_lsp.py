@@ -25,7 +25,7 @@ from engines.clocks import Clocks
 from engines.core_adam import core_adam
 from engines.core_pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
 from engines.costs.lsp import CORE_SLOTS
-from engines.lsp import Lsp
+from engines.lsp import IdleMatrixWarning, Lsp
 from engines.native import Native
 from engines.projector import Projector, compress, decompress, transport_moments
 from engines.settings import LspSettings, NativeSettings
@@ -628,6 +628,14 @@ class TestTreatment:
             for name, tensor in found.items():
                 moved = not torch.equal(tensor, blueprint.reference.get_parameter(name))
                 assert moved is (how[name] != "frozen"), name
+
+    def test_a_weight_that_is_used_without_its_layer_is_told(self) -> None:
+        with running("opt", train_outer=False) as engine:
+            matrix = subspaces(engine)[0]
+            own = matrix.module
+            vars(own)["forward"] = lambda x: torch.nn.functional.linear(x, own.weight, own.bias)
+            with pytest.warns(IdleMatrixWarning, match=f"no gradient was collected of {matrix.name}: "):
+                engine.step(tiny_batches(1, "opt"))
 
     def test_r_is_at_most_d(self) -> None:
         with running("opt", d=2, r=4) as engine:
