@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
@@ -85,7 +84,7 @@ def _check_runs(engine: str, engines: Sequence[str], what: str) -> None:
 
 
 def _typed(engine: str, values: Mapping[str, Value], where: str) -> dict[str, Value]:
-    """`values` as the engine takes them, its preset spelt out. What JSON cannot hold stays text.
+    """`values` as the engine takes them, its preset spelt out. A list stays text.
 
     Raises `UserError`, in which `where` stands before the key.
     """
@@ -108,10 +107,8 @@ def _typed(engine: str, values: Mapping[str, Value], where: str) -> dict[str, Va
 
 
 def _plain(typed: object, given: Value) -> Value:
-    """`typed` if a record can hold it, else `given` as text, such as infinity and a list."""
-    if isinstance(typed, bool | int | str) or (isinstance(typed, float) and math.isfinite(typed)):
-        return typed
-    return str(given)
+    """`typed` if it is a plain value, else `given` as text, such as a list."""
+    return typed if isinstance(typed, bool | int | float | str) else str(given)
 
 
 def _has(engine: str, key: str) -> bool:

@@ -48,10 +48,10 @@ def test_unknown_presets_and_takers_are_refused_in_one_line() -> None:
 
 
 def test_values_get_the_types_that_the_engine_gives_them() -> None:
-    given = ["lsp.d=64", "learning_rate=1e-3", "graphs=no", "projector=paper", "alpha=inf"]
+    given = ["lsp.d=64", "learning_rate=1e-3", "graphs=no", "projector=paper", "alpha=1"]
     assert parse_assignments(given, ["native", "lsp"]) == {
         "native": {"learning_rate": 0.001},
-        "lsp": {"d": 64, "learning_rate": 0.001, "graphs": False, "projector": "paper", "alpha": "inf"},
+        "lsp": {"d": 64, "learning_rate": 0.001, "graphs": False, "projector": "paper", "alpha": 1.0},
     }
     assert parse_assignments(["d=auto"], ["lsp"]) == {"lsp": {"d": "auto"}}
     as_text: dict[str, dict[str, Value]] = {"lsp": {"d": "64"}, "gone": {"x": "1"}}
