@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
+from engines.base import UserError
 from profiles.documents import read_document, to_json, write_whole
 
 SCHEMA_VERSION = 2
@@ -316,8 +319,43 @@ class Machine:
 
 
 def load_machine(path: Path) -> Machine:
-    """Versions 1 and 2. Raises `UserError` if `path` is not a machine profile that this version reads."""
-    return read_document(path, Machine, SCHEMA_VERSION, "machine profile")
+    """Versions 1 and 2. Raises `UserError` if `path` is not a machine profile that this version reads, or one
+    with a number that no machine has."""
+    machine = read_document(path, Machine, SCHEMA_VERSION, "machine profile")
+    for name, number in _numbers(machine):
+        wrong = _why_impossible(name, number)
+        if wrong is not None:
+            raise UserError(
+                str(path),
+                f"field '{name}' is {number}, and {wrong}",
+                "restore or delete this machine profile",
+            )
+    return machine
+
+
+_POSITIVE = ("total_bytes", "cores_usable", "cores_total", "threads", "num_gpus", "_per_s", "flops", "_ops")
+"""Ends of the names of counts, sizes and rates of which no machine has none."""
+
+
+def _numbers(part: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a document, with the dotted names of their fields."""
+    prefix = f"{name}." if name else ""
+    if isinstance(part, tuple):
+        for index, each in enumerate(part):
+            yield from _numbers(each, f"{prefix}{index}")
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _numbers(getattr(part, field.name), f"{prefix}{field.name}")
+    elif isinstance(part, int | float) and not isinstance(part, bool):
+        yield name, part
+
+
+def _why_impossible(name: str, number: float) -> str | None:
+    if not math.isfinite(number):
+        return "must be a finite number"
+    if name.removesuffix(".value").endswith(_POSITIVE):
+        return None if number > 0 else "must be positive"
+    return None if number >= 0 or name.endswith("temperature_c") else "must not be negative"
 
 
 def save_machine(machine: Machine, path: Path) -> None:

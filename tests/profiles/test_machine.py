@@ -101,6 +101,41 @@ def test_a_bad_profile_is_one_line(tmp_path: Path, fields: dict[str, Any], why: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "why"),
+    [
+        ("gpu.total_bytes", -5, "is -5, and must be positive"),
+        ("gpu.copy_bytes_per_s.value", 0.0, "is 0.0, and must be positive"),
+        ("link.h2d_pinned_bytes_per_s.value", -1e9, "must be positive"),
+        ("gpu.matmul_bf16_flops.value", float("inf"), "is inf, and must be a finite number"),
+        ("gpu.matmul_bf16_flops.low", -1.0, "must not be negative"),
+        ("cpu.threads", 0, "must be positive"),
+        ("memory.available_bytes", -1, "must not be negative"),
+        ("memory.available_bytes", 0, None),
+        ("memory.swap_bytes", 0, None),
+    ],
+)
+def test_a_number_that_no_machine_has_is_refused(
+    tmp_path: Path, name: str, number: float, why: str | None
+) -> None:
+    path = tmp_path / "machine.json"
+    save_machine(make_machine(), path)
+    data = json.loads(path.read_text())
+    *parents, last = name.split(".")
+    part = data
+    for parent in parents:
+        part = part[parent]
+    part[last] = number
+    path.write_text(json.dumps(data))
+    if why is None:
+        load_machine(path)
+        return
+    with pytest.raises(UserError) as error:
+        load_machine(path)
+    assert f"field '{name}' is" in str(error.value)
+    assert why in str(error.value)
+
+
 def test_a_figure_that_contradicts_its_origin_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     machine = make_machine()
