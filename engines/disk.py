@@ -54,9 +54,19 @@ USUAL_DEPTH = 8
 
 
 def spill_folder(named: str) -> Path:
-    """The folder that was named, or the default: one place for each user, in the user's cache."""
+    """The folder that was named, or the default: one place for each user, in the user's cache.
+
+    Raises `UserError` if there is no folder to make the named one in.
+    """
     if named:
-        return Path(named).expanduser()
+        folder = Path(named).expanduser()
+        if not folder.parent.is_dir():
+            raise UserError(
+                f"--set zo2.disk_folder={named}",
+                f"there is no folder {folder.parent}",
+                "make it, or name another",
+            )
+        return folder
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / "spill"
 

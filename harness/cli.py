@@ -287,6 +287,8 @@ def criteria_init(
 
     if path.exists():
         raise UserError(str(path), "exists already", "name another path, or delete it first")
+    if not path.parent.is_dir():
+        raise UserError(str(path), f"there is no folder {path.parent}", "make it, or name another path")
     write_whole(path, init_text())
     typer.echo(str(path))
 

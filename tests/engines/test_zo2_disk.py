@@ -369,12 +369,17 @@ def test_the_number_of_blocks_is_a_number_or_auto() -> None:
             parse_settings("zo2", {"disk_blocks": wrong})
 
 
-def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_is_in_the_users_cache_and_one_that_is_named_is_in_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert spill_folder("") == Path("/somewhere/lspzo-bench/spill")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert spill_folder("") == Path.home() / ".cache/lspzo-bench/spill"
-    assert spill_folder("~/here") == Path.home() / "here"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert spill_folder("~/here") == tmp_path / "here"
+    with pytest.raises(UserError, match=r"zo2\.disk_folder=~/no/here: there is no folder .*/no; make it, or"):
+        spill_folder("~/no/here")
 
 
 class StoredBlueprint(TinyBlueprint):

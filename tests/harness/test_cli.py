@@ -513,6 +513,11 @@ def test_criteria_init_never_overwrites(call) -> None:
     assert "exists" in one_line(call("criteria", "init", "mine.toml"))
 
 
+def test_criteria_init_makes_no_folders(call) -> None:
+    assert "there is no folder nope; make it, or" in one_line(call("criteria", "init", "nope/mine.toml"))
+    assert not Path("nope").exists()
+
+
 def test_flags_override_the_job_file(call, profile: Path, tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(
