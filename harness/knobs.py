@@ -24,9 +24,9 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
     """Engine -> {key: value} from `key=value` and `engine.key=value`, checked and typed.
 
     A key without an engine goes to each of `engines`, those that run, that has it. `lsp.preset=NAME` stands
-    for the values that the method's authors published for a model; other assignments win over it. Raises
-    `UserError` for an unknown engine, key or preset, an engine that does not run, and for a value that the
-    engine does not take.
+    for the values that the method's authors published for a model; other assignments win over it. What is for
+    an engine that does not run is checked and left out: see `left_out`. Raises `UserError` for an unknown
+    engine, key or preset, and for a value that the engine does not take.
     """
     chosen: dict[str, dict[str, Value]] = {}
     for assignment in assignments:
@@ -35,7 +35,7 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
             raise UserError(f"--set {assignment}", "is not KEY=VALUE", "write for example --set lsp.d=1024")
         engine, _, key = name.rpartition(".")
         if engine:
-            _check_runs(engine, engines, f"--set {assignment}")
+            _check_known(engine, engines, f"--set {assignment}")
         takers = [engine] if engine else [each for each in engines if _has(each, key)]
         if not takers:
             raise UserError(
@@ -45,19 +45,27 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
             )
         for taker in takers:
             chosen.setdefault(taker, {})[key] = value
-    return {engine: _typed(engine, values, f"--set {engine}.") for engine, values in chosen.items()}
+    typed = {engine: _typed(engine, values, f"--set {engine}.") for engine, values in chosen.items()}
+    return {engine: values for engine, values in typed.items() if engine in engines}
+
+
+def left_out(assignments: Sequence[str], engines: Sequence[str]) -> list[str]:
+    """Those of `assignments` that are for an engine that does not run. `parse_assignments` has taken them."""
+    named = {each: each.partition("=")[0].rpartition(".")[0] for each in assignments}
+    return [each for each, engine in named.items() if engine and engine not in engines]
 
 
 def check_settings(
     settings: Mapping[str, Mapping[str, Value]], engines: Sequence[str], origin: str
 ) -> dict[str, dict[str, Value]]:
-    """The settings of a job file, checked and typed as those of `--set` are. `origin` names the file, for the
-    error. Raises `UserError`."""
+    """The settings of a job file, checked and typed as those of `--set` are, for the engines that run: a file
+    may be of several methods. `origin` names the file, for the error. Raises `UserError`."""
     for engine in settings:
-        _check_runs(engine, engines, f"{origin}, settings.{engine}")
-    return {
+        _check_known(engine, engines, f"{origin}, settings.{engine}")
+    typed = {
         engine: _typed(engine, values, f"{origin}, settings.{engine}.") for engine, values in settings.items()
     }
+    return {engine: values for engine, values in typed.items() if engine in engines}
 
 
 def typed_settings(settings: Mapping[str, Mapping[str, Value]]) -> dict[str, dict[str, Value]]:
@@ -69,18 +77,11 @@ def typed_settings(settings: Mapping[str, Mapping[str, Value]]) -> dict[str, dic
     }
 
 
-def _check_runs(engine: str, engines: Sequence[str], what: str) -> None:
-    """Raises `UserError` if `engine` is not one of those that run."""
-    if engine in engines:
-        return
+def _check_known(engine: str, engines: Sequence[str], what: str) -> None:
+    """Raises `UserError` if `engine` neither runs nor is one of the users'."""
     public = public_engines()
-    if engine not in public:
+    if engine not in (*public, *engines):
         raise UserError(what, f"there is no engine '{engine}'", f"engines are: {', '.join(public)}")
-    raise UserError(
-        what,
-        f"{engine} is not among the engines to run ({', '.join(engines)})",
-        f"leave it out, or name {engine} in --engine",
-    )
 
 
 def _typed(engine: str, values: Mapping[str, Value], where: str) -> dict[str, Value]:

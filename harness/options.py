@@ -12,7 +12,7 @@ import typer
 
 from engines.base import UserError
 from harness.job import HeadChoice, Job, job_values, make_job
-from harness.knobs import check_settings, parse_assignments, public_engines
+from harness.knobs import check_settings, left_out, parse_assignments, public_engines
 from profiles.units import parse_bytes
 
 Model = Annotated[
@@ -145,6 +145,8 @@ class JobFlags:
             values = _merged(values, layer)
         if self._assignments:
             values = _merged(values, {"settings": parse_assignments(self._assignments, engines)})
+            for each in left_out(self._assignments, engines):
+                typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
         if "name" not in values.setdefault("model", {}):
             raise UserError(
                 "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"

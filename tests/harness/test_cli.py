@@ -432,7 +432,7 @@ def test_a_job_file_with_an_unknown_field(call, profile: Path, tmp_path: Path) -
         ("settings.foo.d = 1", "settings.foo: there is no engine 'foo'"),
         ("settings.lsp.d = -1", "settings.lsp: d must be positive"),
         ("settings.lsp.r = true", "settings.lsp.r: must be a number, not true or false"),
-        ("settings.zo2.eps = 1", "settings.zo2: zo2 is not among the engines to run (lsp)"),
+        ("settings.zo2.eps = -1", "settings.zo2: eps must be positive"),
         ("settings = 1", "settings: "),
         ("settings.lsp = 1", "settings.lsp: "),
     ],
@@ -445,13 +445,23 @@ def test_a_job_file_with_a_senseless_value(
     assert words in one_line(call("recommend", "--job", path, "--engine", "lsp", "--profile", profile))
 
 
-@pytest.mark.parametrize(
-    "command", [("run", "--engine", "zo2"), ("compare", "--engines", "zo2,native"), ("generate", "once")]
-)
-def test_a_knob_of_an_engine_that_does_not_run(call, command: tuple[str, ...]) -> None:
-    model = ("--model", "tiny-llama", "--random-weights")
-    said = one_line(call(*command, *model, "--set", "lsp.d=3"))
-    assert "--set lsp.d=3: lsp is not among the engines to run (zo2" in said
+def test_a_knob_of_an_engine_that_does_not_run_is_left_out_and_told(call, profile: Path) -> None:
+    done = call("recommend", *TINY, "--engine", "native", "--set", "lsp.d=3", "--profile", profile, "--json")
+    assert done.code == 0
+    assert done.err == "note: --set lsp.d=3: that engine does not run, so it changes nothing\n"
+    (plan,) = json.loads(done.out)
+    assert plan["settings"] == {}
+    said = one_line(call("recommend", *TINY, "--engine", "native", "--set", "lsp.d=-3", "--profile", profile))
+    assert "d must be positive" in said
+
+
+def test_a_job_file_may_be_of_more_engines_than_run(call, profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'seq_len = 64\nsettings.zo2.eps = 1\n[model]\nname = "tiny-llama"\nrandom_weights = true\n'
+    )
+    done = call("recommend", "--job", path, "--engine", "lsp", "--profile", profile)
+    assert (done.code, done.err) == (0, "")
 
 
 def test_plans_have_typed_settings_and_commands_that_can_be_run(call, profile: Path) -> None:

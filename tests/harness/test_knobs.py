@@ -8,7 +8,7 @@ import pytest
 
 from engines.base import UserError
 from engines.settings import LSP_PRESETS, LspSettings, parse_settings
-from harness.knobs import check_settings, parse_assignments, typed_settings
+from harness.knobs import check_settings, left_out, parse_assignments, typed_settings
 from harness.show import engines_json
 from profiles.plan import Value
 
@@ -63,7 +63,7 @@ def test_values_get_the_types_that_the_engine_gives_them() -> None:
     [
         ("foo.d=1", {"foo": {"d": 1}}, "there is no engine 'foo'; engines are: .*zo2$"),
         ("scripted.loss=1", {"scripted": {"loss": 1}}, "there is no engine 'scripted'; engines are: .*zo2$"),
-        ("lsp.d=3", {"lsp": {"d": 3}}, r"lsp is not among the engines to run \(native, zo2\)"),
+        ("lsp.d=-3", {"lsp": {"d": -3}}, "d must be positive"),
         ("zo2.d=3", {"zo2": {"d": 3}}, "settings of zo2 are: "),
         ("zo2.eps=-1", {"zo2": {"eps": -1}}, "eps must be positive"),
         (
@@ -81,6 +81,12 @@ def test_a_job_file_is_checked_as_flags_are(
         parse_assignments([assignment], ["native", "zo2"])
     with pytest.raises(UserError, match=rf"^my\.toml, settings\.{engine}.*: .*{words}"):
         check_settings(settings, ["native", "zo2"], "my.toml")
+
+
+def test_what_is_for_an_engine_that_does_not_run_is_left_out() -> None:
+    assert parse_assignments(["lsp.d=3", "zo2.eps=1"], ["native", "zo2"]) == {"zo2": {"eps": 1.0}}
+    assert left_out(["lsp.d=3", "zo2.eps=1", "eps=2"], ["native", "zo2"]) == ["lsp.d=3"]
+    assert check_settings({"lsp": {"d": 3}, "zo2": {"eps": 1}}, ["zo2"], "my.toml") == {"zo2": {"eps": 1.0}}
 
 
 def test_a_job_file_may_name_a_preset() -> None:
