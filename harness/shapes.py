@@ -370,16 +370,21 @@ def _hub_config(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unreachable = UserError(
+        f"model '{hub_id}'",
+        "is no folder here, not in the hub cache, and the hub cannot be reached",
+        "check the name, download it where there is a network, or use a named shape"
+        " with --random-weights ('lspzo-bench models')",
+    )
     try:
         cached = try_to_load_from_cache(hub_id, "config.json")
-        return Path(cached if isinstance(cached, str) else hf_hub_download(hub_id, "config.json"))
+        if isinstance(cached, str):
+            return Path(cached)
+        if not _hub_answers(hub_id):
+            raise unreachable
+        return Path(hf_hub_download(hub_id, "config.json"))
     except LocalEntryNotFoundError:
-        raise UserError(
-            f"model '{hub_id}'",
-            "is no folder here, not in the hub cache, and the hub cannot be reached",
-            "check the name, download it where there is a network, or use a named shape"
-            " with --random-weights ('lspzo-bench models')",
-        ) from None
+        raise unreachable from None
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -387,6 +392,20 @@ def _hub_config(hub_id: str) -> Path:
             f"the hub does not give it ({reason})",
             "check the name and your access, or use a local folder",
         ) from None
+
+
+def _hub_answers(hub_id: str) -> bool:
+    """Asked once: a download tries for half a minute, with a line on stderr for each time."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"))
+    except (HfHubHTTPError, OSError, ValueError):  # the download says what it is
+        return True
+    except Exception:  # of the HTTP library, which is another in each version of the hub's
+        return False
+    return True
 
 
 def _unknown_model(name: str) -> UserError:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from engines.base import Head, UserError
@@ -305,6 +306,26 @@ def test_settings_name_no_more_blocks_than_there_are(
         resolve_shape(replace(job("tiny-opt"), settings=settings))
     resolve_shape(replace(job("tiny-opt"), settings={"zo2": {"resident_blocks": 1, "disk_blocks": 2}}))
     resolve_shape(replace(job("tiny-opt"), settings={"zo2": {"disk_blocks": "auto", "train": "last:3"}}))
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """Offline, as tests are, the download itself is refused."""
+    downloads: list[str] = []
+
+    def ask(url: str) -> None:
+        if not answers:
+            raise type("ConnectError", (Exception,), {})("[Errno -2] Name or service not known")
+
+    def download(hub_id: str, name: str) -> str:
+        downloads.append(hub_id)
+        raise LocalEntryNotFoundError("none")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(UserError, match=r"nobody/nothing.*cannot be reached"):
+        resolve_shape(job("nobody/nothing"))
+    assert downloads == (["nobody/nothing"] if answers else [])
 
 
 def test_a_named_shape_goes_before_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
