@@ -284,7 +284,7 @@ def _engine(method: Method, source: Source, learning_rate: float, seed: int, dev
         settings |= {
             "d": d, "r": min(4, d), "check_every": budget.check_every, **method.settings,
             # No limit: how busy the machine is must not decide which projectors are learned.
-            "learn_timeout_s": math.inf,
+            "learn_timeout_s": 1e9,
         }  # fmt: skip
     seq_len = source.judged[0].inputs["input_ids"].shape[1]
     workload = Workload(batch_size=budget.batch_size, seq_len=seq_len, dtype="fp32", checkpointing=False)
