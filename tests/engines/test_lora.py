@@ -74,7 +74,11 @@ def save(made: Mezo | Zo2, folder: Path) -> Path:
 
 def stored(made: Zo2) -> dict[str, Tensor]:
     made.synchronize()
-    return {name: tensor.cpu().clone() for name, tensor in made._at_rest().items() if "lora_" not in name}
+    return {
+        name: tensor.cpu().clone()
+        for name, tensor in made._kept.tensors(made._step - 1).items()
+        if "lora_" not in name
+    }
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
