@@ -257,7 +257,7 @@ class Lsp:
         """After the first step, which runs without graphs: what its layers have collected is known."""
         idle = [each.subspace.name for each in self._matrices() if not each.is_collected]
         if idle:
-            names = f"{idle[0]} and {len(idle) - 1} others" if len(idle) > 1 else idle[0]
+            names = f"{idle[0]} and {len(idle) - 1} more" if len(idle) > 1 else idle[0]
             warnings.warn(
                 f"no gradient was collected of {names}: lsp does not train a weight that the model uses "
                 "without calling its layer (an expert without tokens waits for some); use native where it "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 
 from engines.base import UserError
 from engines.blocks import find_blocks, materialize
+from engines.lsp import IdleMatrixWarning
 from harness import export, models, weights
 from harness.data import make_data
 from harness.heads import auto_class
@@ -109,7 +111,11 @@ def test_a_model_inside_another_fills_buffers_by_its_own_configuration(tmp_path:
 @pytest.mark.parametrize("engine", ["native", "lsp"])
 def test_a_model_with_several_hidden_states_of_a_token_trains(tmp_path: Path, engine: str) -> None:
     its_job = tiny_job(config_folder(tmp_path / "model", GEMMA3N), steps=1)
-    assert (run(tmp_path / "out", engine, its_job) / "model.safetensors").exists()
+    # Those 4 x 4 weights the model uses without calling their layers.
+    idle = pytest.warns(IdleMatrixWarning, match=r"altup\.correction_coefs\.weight and 1 more: ")
+    with idle if engine == "lsp" else nullcontext():
+        folder = run(tmp_path / "out", engine, its_job)
+    assert (folder / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("engine", ["mezo", "zo2"])
