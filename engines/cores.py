@@ -6,7 +6,8 @@ A core is made in its block's slot of GPU memory and travels with its neighbours
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -257,6 +258,23 @@ def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
             group = []
         group.append(each)
     yield group
+
+
+class IdleMatrixWarning(UserWarning):
+    """A matrix in a subspace took no part in a step."""
+
+
+def warn_of_idle(matrices: Iterable[CoreMatrix]) -> None:
+    """Name those of which the step that has ended collected no gradient."""
+    idle = [each.subspace.name for each in matrices if not each.is_collected]
+    if idle:
+        names = f"{idle[0]} and {len(idle) - 1} more" if len(idle) > 1 else idle[0]
+        warnings.warn(
+            f"no gradient was collected of {names}: lsp does not train a weight that the model uses without "
+            "calling its layer (an expert without tokens waits for some); use native where it matters",
+            IdleMatrixWarning,
+            stacklevel=3,
+        )
 
 
 def move_moments(state: PieceState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:

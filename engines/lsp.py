@@ -55,7 +55,6 @@ Deviations from the paper, and choices where it is silent:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -77,7 +76,15 @@ from engines.core_pipeline import (
     update_piece,
 )
 from engines.core_update import apply_core, landed
-from engines.cores import CoreBlock, CoreMatrix, Cores, load_cores, move_moments, save_cores
+from engines.cores import (
+    CoreBlock,
+    CoreMatrix,
+    Cores,
+    load_cores,
+    move_moments,
+    save_cores,
+    warn_of_idle,
+)
 from engines.optim import (
     accumulate_gradients,
     load_checkpoint,
@@ -103,10 +110,6 @@ from engines.subspace import (
     treatments,
 )
 from engines.transfer import Event, now_s
-
-
-class IdleMatrixWarning(UserWarning):
-    """A matrix in a subspace that took no part in the first step."""
 
 
 class Lsp:
@@ -242,8 +245,8 @@ class Lsp:
         if not math.isfinite(value):
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
-        if self.steps_done == 0:
-            self._warn_of_idle_matrices()
+        if self.steps_done == 0:  # without graphs, so that it is known what layers have collected
+            warn_of_idle(self._matrices())
         self.steps_done += 1
         return StepStats(
             loss=value,
@@ -252,19 +255,6 @@ class Lsp:
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
             **self._clocks.take_s(self.link),
         )
-
-    def _warn_of_idle_matrices(self) -> None:
-        """After the first step, which runs without graphs: what its layers have collected is known."""
-        idle = [each.subspace.name for each in self._matrices() if not each.is_collected]
-        if idle:
-            names = f"{idle[0]} and {len(idle) - 1} more" if len(idle) > 1 else idle[0]
-            warnings.warn(
-                f"no gradient was collected of {names}: lsp does not train a weight that the model uses "
-                "without calling its layer (an expert without tokens waits for some); use native where it "
-                "matters",
-                IdleMatrixWarning,
-                stacklevel=2,
-            )
 
     def _begin_step(self) -> None:
         assert self._trained is not None

@@ -24,8 +24,9 @@ from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserEr
 from engines.clocks import Clocks
 from engines.core_adam import core_adam
 from engines.core_pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
+from engines.cores import IdleMatrixWarning
 from engines.costs.lsp import CORE_SLOTS
-from engines.lsp import IdleMatrixWarning, Lsp
+from engines.lsp import Lsp
 from engines.native import Native
 from engines.projector import Projector, compress, decompress, transport_moments
 from engines.settings import LspSettings, NativeSettings

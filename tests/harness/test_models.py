@@ -20,7 +20,7 @@ from transformers import (
 
 from engines.base import UserError
 from engines.blocks import find_blocks, materialize
-from engines.lsp import IdleMatrixWarning
+from engines.cores import IdleMatrixWarning
 from harness import export, models, weights
 from harness.data import make_data
 from harness.heads import auto_class
