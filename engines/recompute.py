@@ -18,11 +18,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from engines.base import UserError
 from engines.blocks import BlockCall, find_blocks, split_call
 from engines.graphs import MOST_FORMS, form_key, replaced, tensors_of
 
 _cuda: Any = torch.cuda  # most of it is without annotations
+
+
+_TENSOR = object()
 
 
 class Watcher(Protocol):
@@ -76,8 +78,8 @@ class TrainedBlocks:
         hidden, call = split_call(args, kwargs)
         if self._recompute:
             others = [each for each in tensors_of([call]) if each.requires_grad]
-            result: Any = _recomputed(self._anchor, hidden, self, index, call, *others)
-            return result if self._rest is None else (result, *self._rest)
+            results: Any = _recomputed(self._anchor, hidden, self, index, call, *others)
+            return self._in_form(results)
         entered = _passing(self._anchor, hidden, partial(self._left, index))
         found = self._forwards[index](entered, *call.args, **call.kwargs)
         first = found[0] if isinstance(found, tuple) else found
@@ -88,38 +90,53 @@ class TrainedBlocks:
         self._watcher.finish(index)
         self._watcher.after_backward(index)
 
-    _rest: tuple[Any, ...] | None = None
-    """What blocks return beside the hidden state, in a tuple; `None`: they return the hidden state itself."""
+    _form: tuple[Any, ...] | None = None
+    """What blocks return, with `_TENSOR` in place of tensors; `None`: the hidden state itself."""
 
-    def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
-        """The block itself. Raises `UserError` for one that returns another tensor: its gradient would be
-        lost."""
+    _has_run = False
+
+    def run(self, index: int, call: BlockCall, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The block itself: the tensors that it returns, the hidden state first."""
+        self._has_run = True
         found = self._forwards[index](hidden, *call.args, **call.kwargs)
         if not isinstance(found, tuple):
-            self._rest = None
-            return cast(Tensor, found)
-        self._rest = found[1:]
-        if any(isinstance(each, Tensor) for each in self._rest):
-            raise UserError(
-                f"block {index} with checkpointing",
-                "returns tensors beside its hidden state, whose gradients recomputation would lose",
-                "use --no-checkpointing",
-            )
-        return cast(Tensor, found[0])
+            self._form = None
+            return (found,)
+        self._form = tuple(_TENSOR if isinstance(each, Tensor) else each for each in found)
+        return tuple(each for each in found if isinstance(each, Tensor))
+
+    def _in_form(self, results: Sequence[Tensor]) -> Any:
+        """As the model expects what a block returns."""
+        if self._form is None:
+            return results[0]
+        left = iter(results)
+        return tuple(next(left) if each is _TENSOR else each for each in self._form)
 
     def run_back(
-        self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor, others: Sequence[Tensor] = ()
+        self,
+        index: int,
+        call: BlockCall,
+        hidden: Tensor,
+        gradients: Sequence[Tensor | None],
+        others: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
-        """Run the block again and its backward pass; the gradients of `hidden` and of `others`, which are
-        tensors of `call`. Adds to those of parameters."""
+        """Run the block again and its backward pass, from the gradients of what `run` gives: the gradients of
+        `hidden` and of `others`, which are tensors of `call`. Adds to those of parameters."""
         with torch.enable_grad():
             entering = hidden.detach().requires_grad_()
             apart = {id(each): each.detach().requires_grad_() for each in others}
             if others:
                 (call,) = replaced([call], [apart.get(id(each), each) for each in tensors_of([call])])
-            out = self.run(index, call, entering)
+            results = self.run(index, call, entering)
+        known = [
+            (result, gradient)
+            for result, gradient in zip(results, gradients, strict=True)
+            if gradient is not None and result.requires_grad
+        ]
         inputs = [entering, *apart.values(), *self._inner[index]]
-        found: Any = torch.autograd.grad(out, inputs, gradient, allow_unused=True)
+        found: Any = torch.autograd.grad(
+            [result for result, _ in known], inputs, [gradient for _, gradient in known], allow_unused=True
+        )
         of_inputs = 1 + len(apart)
         for parameter, its in zip(self._inner[index], found[of_inputs:], strict=True):
             if its is None:
@@ -130,26 +147,35 @@ class TrainedBlocks:
         self._watcher.finish(index)
         return list(found[:of_inputs])
 
-    def forward(self, index: int, call: BlockCall, hidden: Tensor, others: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, index: int, call: BlockCall, hidden: Tensor, others: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         graphs = self._graphs_for(others)
-        return self.run(index, call, hidden) if graphs is None else graphs.forward(index, call, hidden)
+        return self.run(index, call, hidden) if graphs is None else (graphs.forward(index, call, hidden),)
 
     def backward(
-        self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor, others: Sequence[Tensor]
+        self,
+        index: int,
+        call: BlockCall,
+        hidden: Tensor,
+        gradients: Sequence[Tensor | None],
+        others: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """As `run_back`."""
         self._watcher.before_backward(index)
-        graphs = self._graphs_for(others)
-        if graphs is None:
-            found = self.run_back(index, call, hidden, gradient, others)
+        graphs, gradient = self._graphs_for(others), gradients[0]
+        if graphs is None or gradient is None:
+            found = self.run_back(index, call, hidden, gradients, others)
         else:
             found = [graphs.backward(index, call, hidden, gradient)]
         self._watcher.after_backward(index)
         return found
 
     def _graphs_for(self, others: Sequence[Tensor]) -> _Graphs | None:
-        """A graph gives the gradient of the hidden state and of no other input."""
-        return self._graphs if self.uses_graphs and not others else None
+        """A graph takes and gives the hidden state and its gradient, and no other tensor's. Until a block has
+        run it is not known what blocks return."""
+        alone = self._has_run and not others and (self._form is None or self._form.count(_TENSOR) == 1)
+        return self._graphs if self.uses_graphs and alone else None
 
     def random_state(self) -> list[Tensor] | None:
         """What dropout draws from; `None` if nothing draws."""
@@ -178,8 +204,9 @@ class _Recomputed(torch.autograd.Function):
         index: int,
         call: BlockCall,
         *others: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """`others`: the tensors of `call` that need gradients."""
+        ctx.set_materialize_grads(False)
         ctx.blocks, ctx.index, ctx.call, ctx.others = blocks, index, call, others
         ctx.state = blocks.random_state()
         ctx.save_for_backward(hidden)
@@ -193,7 +220,7 @@ class _Recomputed(torch.autograd.Function):
         if ctx.state is not None:
             after = blocks.random_state()
             blocks.set_random_state(ctx.state)
-        of_hidden, *of_others = blocks.backward(ctx.index, ctx.call, hidden, gradients[0], ctx.others)
+        of_hidden, *of_others = blocks.backward(ctx.index, ctx.call, hidden, gradients, ctx.others)
         if after is not None:
             blocks.set_random_state(after)
         return None, of_hidden if ctx.needs_input_grad[1] else None, None, None, None, *of_others
@@ -214,7 +241,7 @@ class _Passing(torch.autograd.Function):
 
 
 # torch's method is without annotations.
-_recomputed: Callable[..., Tensor] = _Recomputed.apply
+_recomputed: Callable[..., tuple[Tensor, ...]] = _Recomputed.apply
 _passing: Callable[..., Tensor] = _Passing.apply
 
 
@@ -270,11 +297,11 @@ class _Graphs:
     def forward(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
         form = self._form(call, hidden)
         if form is None:
-            return self._blocks.run(index, call, hidden)
+            return self._blocks.run(index, call, hidden)[0]
         form.hidden.copy_(hidden)
 
         def work(placed: BlockCall) -> None:
-            form.hidden.copy_(self._blocks.run(index, placed, form.hidden))
+            form.hidden.copy_(self._blocks.run(index, placed, form.hidden)[0])
 
         self._replay(form, form.forward, index, call, work)
         return form.hidden.clone()
@@ -282,13 +309,13 @@ class _Graphs:
     def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
         form = self._form(call, hidden)
         if form is None:
-            (found,) = self._blocks.run_back(index, call, hidden, gradient)
+            (found,) = self._blocks.run_back(index, call, hidden, [gradient])
             return cast(Tensor, found)
         form.hidden.copy_(hidden)
         form.gradient.copy_(gradient)
 
         def work(placed: BlockCall) -> None:
-            (found,) = self._blocks.run_back(index, placed, form.hidden, form.gradient)
+            (found,) = self._blocks.run_back(index, placed, form.hidden, [form.gradient])
             form.gradient.copy_(cast(Tensor, found))
 
         self._replay(form, form.backward, index, call, work)

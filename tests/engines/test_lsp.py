@@ -29,6 +29,7 @@ from engines.costs.lsp import CORE_SLOTS
 from engines.lsp import Lsp
 from engines.native import Native
 from engines.projector import Projector, compress, decompress, transport_moments
+from engines.recompute import TrainedBlocks
 from engines.settings import LspSettings, NativeSettings
 from engines.subspace import Subspace, block_matrices, derived_seed
 from engines.transfer import Event, Link
@@ -91,6 +92,18 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     formed: bool = request.param
     monkeypatch.setattr(cores, "forms_gradient", lambda *_: formed)
     return formed
+
+
+class Unwatched:
+    """A `Watcher` that does nothing."""
+
+    def before_forward(self, index: int) -> None: ...
+
+    def before_backward(self, index: int) -> None: ...
+
+    def finish(self, index: int) -> None: ...
+
+    def after_backward(self, index: int) -> None: ...
 
 
 class Happening:
@@ -216,16 +229,29 @@ class TestTwin:
         with running("gpt2", projector=projector) as engine:
             assert_same(train(engine, batches), expected)
 
-    def test_a_block_that_returns_more_tensors_is_not_recomputed(self) -> None:
-        with running("opt") as engine:
-            assert engine._trained is not None
-            own = engine._trained._forwards[0]
-            engine._trained._forwards[0] = lambda hidden, *args, **kwargs: (
-                own(hidden, *args, **kwargs),
-                hidden,
-            )
-            with pytest.raises(UserError, match="use --no-checkpointing"):
-                engine.step(tiny_batches(1, "opt"))
+    @pytest.mark.parametrize("used", [True, False])
+    def test_all_that_a_block_returns_has_its_gradient(self, used: bool) -> None:
+        """As without recomputation: of a tensor beside the hidden state too, whether it is used or not."""
+        model = tiny_blueprint("opt").reference
+        hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+        found = []
+        for recompute in (False, True):
+            trained = TrainedBlocks(model, Unwatched(), recompute=recompute, graphs=False)
+            block, own = trained.blocks[0], trained._forwards[0]
+
+            def pair(state: Tensor, own: Any = own, **call: Any) -> tuple[Tensor, None, Tensor]:
+                return own(state, **call), None, state.square().mean() * own(state, **call)[0, 0, 0]
+
+            trained._forwards[0] = pair
+            entering = hidden.clone().requires_grad_()
+            out, nothing, beside = block(entering, attention_mask=None)
+            assert nothing is None
+            model.zero_grad()
+            (out.sum() + 3.0 * beside if used else out.sum()).backward()
+            found.append([entering.grad, *(parameter.grad for parameter in block.parameters())])
+            trained.close()
+        for mine, its in zip(*found, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize("family", ["llama", "roberta", "deberta-v2"])
     def test_recomputation_changes_no_bit(self, family: str, both_ways: bool) -> None:
