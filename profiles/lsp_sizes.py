@@ -26,7 +26,7 @@ from profiles.units import format_seconds
 HIDING_SHARE = 0.85
 """What is to hide may take this share of the GPU's time: both are predicted, and what does not hide costs its
 whole time. Without it d of 0.6 n was planned for DeepSeek-Coder 6.7B, and the step took 0.533 s instead of
-0.430 (with an Adam that took 0.48 s where 0.40 was predicted)."""
+0.430 (reports/results/deepseek-coder-6.7b-planned-earlier_h200_20261127)."""
 
 STEPS = (64, 8, 1)
 SHARES = 64
