@@ -152,6 +152,15 @@ def update_piece(state: PieceState, share: StepShare, settings: AdamWSettings) -
     return True
 
 
+def update_at_once(updates: Sequence[PieceUpdate], settings: AdamWSettings, device: torch.device) -> None:
+    """The twin's way: all of it in the calling thread, then all is applied."""
+    for update in updates:
+        update.failed = not update_piece(update.state, update.share, settings)
+    for update in updates:
+        if not update.failed:
+            update.apply(update.state.wire.to(device), update.share)
+
+
 class CorePipeline:
     """A thread that updates pieces, one that sends them back, and the stream that applies them.
 

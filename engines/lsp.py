@@ -73,7 +73,7 @@ from engines.core_pipeline import (
     PieceUpdate,
     StepShare,
     leave_threads_to_adam,
-    update_piece,
+    update_at_once,
 )
 from engines.core_update import apply_core, landed
 from engines.cores import (
@@ -350,7 +350,7 @@ class Lsp:
             self._clip(self.settings.max_grad_norm)
         updates = [update for block in self._blocks for update in block.pending]
         if self._pipeline is None:
-            self._update_here(updates)
+            update_at_once(updates, self.settings, self.device)
         elif self.settings.schedule_order == "sequential":
             self._pipeline.submit(updates[::-1])
         elif not self._sends_at_once:
@@ -368,14 +368,6 @@ class Lsp:
         )
         if self._pipeline is None:
             self.link.host_wait(self._share.total_known)
-
-    def _update_here(self, updates: Sequence[PieceUpdate]) -> None:
-        """The twin: all of it, at once."""
-        for update in updates:
-            update.failed = not update_piece(update.state, update.share, self.settings)
-        for update in updates:
-            if not update.failed:
-                update.apply(update.state.wire.to(self.device), update.share)
 
     @torch.no_grad()
     def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
