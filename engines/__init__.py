@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from engines.base import UserError
+from engines.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,40 +20,41 @@ class EngineEntry:
     source: str
     """Paper or library."""
     copies: Literal["own", "library", "none"] = "none"
-    """Who copies between host and GPU in a step: `engines.transfer`, a library out of our hands, nobody."""
+    """Who copies between host and GPU in a step: `engines.transfer.link`, a library out of our hands,
+    nobody."""
 
 
 ENGINES: dict[str, EngineEntry] = {
     "native": EngineEntry(
-        target="engines.native:Native",
+        target="engines.methods.native:Native",
         summary="AdamW, everything on the GPU",
         source="torch.optim.AdamW",
     ),
     "torchao-offload": EngineEntry(
-        target="engines.torchao_offload:TorchaoOffload",
+        target="engines.methods.torchao_offload:TorchaoOffload",
         summary="AdamW on the CPU, gradients down and weights up each step (baseline offloading)",
         source="torchao CPUOffloadOptimizer",
         copies="library",
     ),
     "lsp": EngineEntry(
-        target="engines.lsp:Lsp",
+        target="engines.methods.lsp:Lsp",
         summary="gradients compressed by sparse projectors, Adam on the CPU in the subspace",
         source="LSP-Offload, arXiv 2406.10181",
         copies="own",
     ),
     "mezo": EngineEntry(
-        target="engines.mezo:Mezo",
+        target="engines.methods.mezo:Mezo",
         summary="zeroth-order, two forward passes, everything on the GPU",
         source="MeZO, arXiv 2305.17333",
     ),
     "zo2": EngineEntry(
-        target="engines.zo2:Zo2",
+        target="engines.methods.zo2:Zo2",
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
         copies="own",
     ),
     "scripted": EngineEntry(
-        target="engines.scripted:Scripted",
+        target="engines.methods.scripted:Scripted",
         summary="scripted times and bytes, no torch: the harness's own test double",
         source="this project",
     ),

@@ -11,207 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from engines.shapes import Dtype, ModelShape, Workload
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-"""Precision of the weights and of the forward pass."""
-
-BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-Head = Literal["causal_lm", "classification", "question_answering"]
-"""`question_answering` is extractive: the first and the last token of the answer in a given text."""
-
-Overlap = Literal["serial", "optimizer_after_backward", "streamed", "layerwise"]
-"""How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
-
-
-class UserError(Exception):
-    """A mistake that a user can mend. Printed as one line: what, why, what to do."""
-
-    def __init__(self, what: str, why: str, remedy: str) -> None:
-        super().__init__(f"{what}: {why}; {remedy}")
-        self.what = what
-        self.why = why
-        self.remedy = remedy
-
-
-class NotAvailable(Exception):
-    """An engine cannot run here because a library or the hardware is missing. Carries the reason."""
-
-
-class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; the run ends in the state `nan_loss`."""
-
-    def __init__(self, message: str, *, sides: tuple[float, float] | None = None) -> None:
-        super().__init__(message)
-        self.sides = sides
-        """Zeroth-order methods: losses of two passes of the step, one that is not finite among them."""
-
-
-class InfeasiblePlan(Exception):
-    """The plan cannot fit the limits it was given; found before anything was allocated."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MatrixShape:
-    """One weight matrix of a block, as y = x W^T."""
-
-    name: str
-    """Its parameter name inside the block, such as `self_attn.q_proj.weight`."""
-    rows: int
-    """Output features m."""
-    columns: int
-    """Input features n."""
-
-    @property
-    def parameters(self) -> int:
-        return self.rows * self.columns
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelShape:
-    """The sizes of a model that costs follow from. Counts are of elements, not bytes."""
-
-    name: str
-    family: str
-    """`model_type` of its Hugging Face configuration, such as `opt` or `llama`."""
-    head: Head
-    num_blocks: int
-    hidden: int
-    intermediate: int
-    num_heads: int
-    num_kv_heads: int
-    vocabulary: int
-    max_seq_len: int
-    gated_mlp: bool
-    tied: bool
-    """Embedding and output head are one tensor."""
-    num_labels: int
-    """Outputs of a classification head, or 2 (first, last) of a question-answering head for each token; 0 for
-    a causal language model."""
-    block_parameters: int
-    """All parameters of one block, matrices, norms and biases."""
-    outer_parameters: int
-    """All parameters outside the blocks (embeddings, final norm, head), a tied tensor counted once."""
-    head_parameters: int
-    """Those of the outer parameters that multiply every token on the way out (the output matrix,
-    tied or not)."""
-    matrices: tuple[MatrixShape, ...]
-    """The weight matrices of one block."""
-    largest_tensor: int
-    """Elements of the largest single parameter of the model."""
-
-    @property
-    def parameters(self) -> int:
-        return self.num_blocks * self.block_parameters + self.outer_parameters
-
-    @property
-    def matrix_parameters(self) -> int:
-        """Parameters in the weight matrices of all blocks."""
-        return self.num_blocks * sum(matrix.parameters for matrix in self.matrices)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """The part of a job that costs follow from; the other part says where weights and data come from."""
-
-    batch_size: int
-    """Sequences per micro-batch."""
-    seq_len: int
-    """Tokens per sequence."""
-    accumulation: int = 1
-    """Micro-batches per step."""
-    dtype: Dtype = "bf16"
-    checkpointing: bool = True
-    """Recompute each block's activations in the backward pass. Without effect on forward-only methods."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len * self.accumulation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerTraffic:
-    """What one layer asks of each resource in one step. `embedding` and `head` count as layers."""
-
-    name: str
-    gpu_forward_flops: float = 0.0
-    gpu_backward_flops: float = 0.0
-    """Backward pass including the recomputation under checkpointing."""
-    gpu_bytes: float = 0.0
-    """GPU memory traffic beside the matrix products: perturbation, optimizer, projection."""
-    h2d_bytes: int = 0
-    d2h_bytes: int = 0
-    cpu_adam_elements: int = 0
-    """Elements that the fused Adam on the CPU updates."""
-    host_bytes: float = 0.0
-    """Host memory traffic of the copies and of the CPU update."""
-    disk_bytes: int = 0
-    """Read from disk."""
-    launches: int = 0
-    """Operations that eager PyTorch starts one by one from the CPU."""
-    gaussians: int = 0
-    """Normally distributed numbers drawn on the GPU, for perturbations."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Traffic:
-    """What a method asks of the machine: per step by layer, and in memory by kind (bytes)."""
-
-    layers: tuple[LayerTraffic, ...]
-    gpu_memory_bytes: Mapping[str, int]
-    """By kind: weights, gradients, optimizer, activations, logits, buffers, ..."""
-    host_memory_bytes: Mapping[str, int]
-    """By kind; what is pinned is also counted in `pinned_bytes`."""
-    pinned_bytes: int = 0
-    gpu_held_bytes: int = 0
-    """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run
-    in."""
-    overlap: Overlap = "serial"
-    cpu_adam_factor: float = 1.0
-    """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
-    forwards: float = 1.0
-    """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
-
-    @property
-    def gpu_flops(self) -> float:
-        return sum(layer.gpu_forward_flops + layer.gpu_backward_flops for layer in self.layers)
-
-    @property
-    def gpu_bytes(self) -> float:
-        return sum(layer.gpu_bytes for layer in self.layers)
-
-    @property
-    def h2d_bytes(self) -> int:
-        return sum(layer.h2d_bytes for layer in self.layers)
-
-    @property
-    def d2h_bytes(self) -> int:
-        return sum(layer.d2h_bytes for layer in self.layers)
-
-    @property
-    def disk_bytes(self) -> int:
-        return sum(layer.disk_bytes for layer in self.layers)
-
-    @property
-    def cpu_adam_elements(self) -> int:
-        return sum(layer.cpu_adam_elements for layer in self.layers)
-
-    @property
-    def host_bytes(self) -> float:
-        return sum(layer.host_bytes for layer in self.layers)
-
-    @property
-    def peak_gpu_bytes(self) -> int:
-        return sum(self.gpu_memory_bytes.values())
-
-    @property
-    def peak_host_bytes(self) -> int:
-        return sum(self.host_memory_bytes.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,7 +92,7 @@ class StepStats:
     d2h_exposed_s: float | None = None
     cpu_exposed_s: float | None = None
     """Time that each copy direction and the CPU were busy while the GPU was not, and the GPU while nothing
-    else was, of the step before the last (`engines.exposure`)."""
+    else was, of the step before the last (`engines.transfer.exposure`)."""
     perturb_s: float | None = None
     """The part of `gpu_s` that made noise: perturbing weights and replaying updates."""
     disk_read_bytes: int = 0
@@ -462,7 +268,7 @@ class TellsTrace(Protocol):
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Chrome trace events so far: spans with `name`, `ph`, `ts` and `dur` (microseconds), `pid` and
-        `tid`, and the events that name each `tid`. `engines.timeline` makes them.
+        `tid`, and the events that name each `tid`. `engines.transfer.trace` makes them.
 
         Asked once, before `close`, also after a failure; what it raises then is no other failure of the run.
         """

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO, cast
 
 import typer
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness import __version__
 from harness.generate_commands import generate
 from harness.machine_commands import doctor, profiles_app

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engines.base import Head, MatrixShape, ModelShape
+from engines.shapes import Head, MatrixShape, ModelShape
 
 
 def shape_of_config(

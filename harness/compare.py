@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from engines import entry
-from engines.base import ModelShape, UserError
+from engines.errors import UserError
+from engines.shapes import ModelShape
 from harness.emulate import Emulated
 from harness.environment import read_environment
 from harness.job import Job, load_job, save_job

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.base import Batch, ModelShape, UserError
+from engines.base import Batch
+from engines.errors import UserError
+from engines.shapes import ModelShape
 from harness.examples import (
     Examples,
     InstructionExample,

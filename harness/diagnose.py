@@ -15,7 +15,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.base import Dtype, Update
+from engines.base import Update
+from engines.shapes import Dtype
 
 RISING = 1.2
 """A last loss this many times the lowest was rising: batches alone seldom differ by so much."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from engines.base import LinkRates, UserError
+from engines.base import LinkRates
+from engines.errors import UserError
 from harness.result import Emulation
 from profiles.budget import CONTEXT_BYTES
 from profiles.machine import Figure, Link, Machine

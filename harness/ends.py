@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 
-from engines.base import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
+from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from harness.result import EndState
 
 OUT_OF_MEMORY: dict[EndState, str] = {

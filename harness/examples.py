@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.job import DataKind, DataSource
 from harness.questions import QuestionExample, question_example
 

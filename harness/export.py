@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.documents import ELSEWHERE
 
 SHARD_BYTES = 2 * 10**9

@@ -23,8 +23,10 @@ from typing import Any, Literal
 
 import torch
 
-from engines.base import Batch, ModelShape, NonFiniteLoss, UserError
-from engines.settings import parse_settings
+from engines.base import Batch
+from engines.errors import NonFiniteLoss, UserError
+from engines.settings.parse import parse_settings
+from engines.shapes import ModelShape
 from harness.data import Data, make_data
 from harness.environment import gpu_notes
 from harness.job import Job

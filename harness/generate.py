@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from engines.base import ModelShape, UserError
-from engines.costs.generation import Decoding
+from engines.costs.decoding import Decoding
 from engines.decoding import GenerationRequest, Sampling
-from engines.settings import MezoSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import ModelShape
 from harness.job import Job, Limits, ModelSource
 from harness.shapes import load_config, resolve_shape
 from harness.show import Progress

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.base import UserError
 from engines.decoding import Sampling
+from engines.errors import UserError
 from harness.job import Job, Limits
 from harness.knobs import parse_assignments
 from harness.options import (

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engines.base import ModelShape, UserError
-from engines.costs.generation import Decoding
+from engines.costs.decoding import Decoding
 from engines.decoding import Sampling
+from engines.errors import UserError
+from engines.shapes import ModelShape
 from harness.compare import floor_share
 from harness.environment import read_environment
 from harness.job import Job

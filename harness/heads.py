@@ -10,7 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from engines.base import Head
+from engines.shapes import Head
 
 _CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,

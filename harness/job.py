@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import ConfigDict, Field, ValidationError
 
-from engines.base import Dtype, UserError, Workload
+from engines.errors import UserError
+from engines.shapes import Dtype, Workload
 from harness.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
 

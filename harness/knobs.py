@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from engines import ENGINES
-from engines.base import UserError
-from engines.settings import LSP_PRESETS, SETTINGS, parse_settings
+from engines.errors import UserError
+from engines.settings.lsp import LSP_PRESETS
+from engines.settings.parse import SETTINGS, parse_settings
 from profiles.plan import Value
 
 PRESET = "preset"

@@ -28,7 +28,8 @@ import psutil
 from pydantic import TypeAdapter
 
 import harness
-from engines.base import StepStats, UserError
+from engines.base import StepStats
+from engines.errors import UserError
 from harness.emulate import Held
 from harness.ends import REASON_LENGTH
 from harness.measure import Recording

@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 
 import typer
 
-from engines.base import ModelShape, UserError
-from engines.settings import MezoSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import ModelShape
 from harness.compare import Cell, check_folder, compare, missing
 from harness.emulate import Emulated, emulated
 from harness.job import Job

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engines.base import Batch, Engine, Evaluation, NonFiniteLoss, StepStats, TellsLanding
+from engines.base import Batch, Engine, Evaluation, StepStats, TellsLanding
 from engines.decoding import GenerationRequest
+from engines.errors import NonFiniteLoss
 from harness.emulate import Held
 from harness.ends import OUT_OF_MEMORY, classify
 from harness.job import Job

@@ -17,8 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 
-from engines.base import Head, MatrixShape, ModelShape, StoredTensor, UserError
-from engines.blocks import find_blocks
+from engines.base import StoredTensor
+from engines.errors import UserError
+from engines.model.blocks import find_blocks
+from engines.shapes import Head, MatrixShape, ModelShape
 from harness.export import write_model
 from harness.heads import auto_class
 from harness.job import Job, ModelSource

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.job import HeadChoice, Job, job_values, make_job
 from harness.knobs import check_settings, left_out, parse_assignments, public_engines
 from profiles.units import parse_bytes

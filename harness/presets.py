@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.base import UserError
+from engines.errors import UserError
 
 PRESETS = ("quick",)
 

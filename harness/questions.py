@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engines.base import UserError
+from engines.errors import UserError
 
 if TYPE_CHECKING:
     from harness.tokens import Encoded, Tokenizer

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from engines.base import Engine, Update, UserError
-from engines.settings import MezoSettings
+from engines.base import Engine, Update
+from engines.errors import UserError
+from engines.settings.zeroth_order import MezoSettings
 from harness.diagnose import Point
 from harness.job import Job
 from harness.show import Progress
@@ -42,7 +43,7 @@ SAMPLES = 1024
 
 
 class ReplayingEngine(Engine, Protocol):
-    """What takes `engines.settings.MezoSettings`: each of its steps is an `Update`."""
+    """What takes `engines.settings.zeroth_order.MezoSettings`: each of its steps is an `Update`."""
 
     def replay(self, updates: Iterable[Update]) -> None:
         """Apply updates of an earlier run, right after `setup` or `load`, and go on after the last."""

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from engines import entry
-from engines.base import Head, ModelShape, UserError
-from engines.settings import check_blocks, parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import check_blocks
+from engines.shapes import Head, ModelShape
 from harness.closed_forms import CLOSED_FORMS, shape_of_config
 from harness.examples import read_examples
 from harness.job import Job, ModelSource

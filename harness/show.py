@@ -16,8 +16,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from engines import ENGINES, load_engine
-from engines.base import ModelShape
-from engines.settings import LSP_PRESETS, SETTINGS, approximation
+from engines.settings.lsp import LSP_PRESETS
+from engines.settings.parse import SETTINGS
+from engines.settings.zeroth_order import approximation
+from engines.shapes import ModelShape
 from harness.compare import Ended, Event, Planned, Started
 from harness.emulate import what_is_short
 from harness.job import Job

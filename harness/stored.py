@@ -2,7 +2,7 @@
 
 transformers reads a whole checkpoint into host memory first. Where every parameter has a tensor of its own
 name and shape in the files, that is not needed: host memory holds one tensor, and blocks on disk are read
-where they are (`engines.disk`).
+where they are (`engines.offload.disk`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.base import Dtype, StoredTensor, UserError
-from engines.blocks import TORCH_DTYPE
+from engines.base import StoredTensor
+from engines.errors import UserError
+from engines.model.blocks import TORCH_DTYPE
+from engines.shapes import Dtype
 from harness.job import ModelSource
 from harness.shapes import local_folder
 

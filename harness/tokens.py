@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.job import ModelSource
 from harness.shapes import NAMED_SHAPES, load_config, local_folder
 

@@ -20,20 +20,14 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from engines import load_engine
-from engines.base import (
-    Batch,
-    Context,
-    Engine,
-    InfeasiblePlan,
-    ModelShape,
-    NonFiniteLoss,
-    NotAvailable,
-    TellsTrace,
-    UserError,
-)
-from engines.blocks import TORCH_DTYPE
+from engines.base import Batch, Context, Engine, TellsTrace
 from engines.costs.lsp import core_size
-from engines.settings import LspSettings, MezoSettings, parse_settings
+from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
+from engines.model.blocks import TORCH_DTYPE
+from engines.settings.lsp import LspSettings
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import ModelShape
 from harness import restore
 from harness.data import Data, make_data
 from harness.diagnose import why_flat, why_not_finite

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.options import JobFlags, Out, Quiet, engine_names, results_folder, takes_job
 
 

@@ -33,8 +33,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
-from engines.base import Update, UserError
-from engines.settings import MezoSettings
+from engines.base import Update
+from engines.errors import UserError
+from engines.settings.zeroth_order import MezoSettings
 from harness.job import Job
 from profiles.documents import adapter
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from engines.base import Head, ModelShape, UserError
+from engines.errors import UserError
+from engines.shapes import Head, ModelShape
 from harness.heads import auto_class
 from harness.job import ModelSource
 from harness.seeds import derive_seed

@@ -23,16 +23,11 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, load_engine
-from engines.base import (
-    Batch,
-    Context,
-    ModelShape,
-    NonFiniteLoss,
-    StepStats,
-    TellsTrace,
-)
+from engines.base import Batch, Context, StepStats, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
-from engines.settings import parse_settings
+from engines.errors import NonFiniteLoss
+from engines.settings.parse import parse_settings
+from engines.shapes import ModelShape
 from harness.diagnose import Diagnosis, Point, why_not_finite
 from harness.emulate import Emulated, Held, limit_cpus
 from harness.ends import classify
@@ -240,7 +235,7 @@ def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_c
     if own_copies:
         import torch
 
-        from engines.calibrate import measure_rates
+        from engines.transfer.calibrate import measure_rates
 
         rates = measure_rates(torch.device(device_name), emulated.rates)
     if device_name != "cpu" and vram_bytes is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.base import Traffic
-from engines.costs.forward import PROCESS_HOST_BYTES_WITHOUT_GPU
+from engines.costs.traffic import Traffic
+from engines.costs.transformer import PROCESS_HOST_BYTES_WITHOUT_GPU
 from profiles.machine import Machine
 from profiles.units import format_bytes
 

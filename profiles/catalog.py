@@ -6,7 +6,7 @@ import difflib
 from functools import cache
 from pathlib import Path
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.machine import Machine, load_machine
 
 FOLDER = Path(__file__).parent / "machines"

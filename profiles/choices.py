@@ -9,19 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from engines.base import ModelShape, Traffic, Workload
-from engines.costs import traffic as cost_of
 from engines.costs.disk import fewest_on_disk
 from engines.costs.lsp import core_elements, core_size
+from engines.costs.table import traffic as cost_of
+from engines.costs.traffic import Traffic
 from engines.costs.zo2 import resident_indices
-from engines.settings import (
-    LSP_PRESETS,
-    MOST_PENDING,
-    LspSettings,
-    Zo2Settings,
-    parse_settings,
-    sizes_by_shape,
-)
+from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MOST_PENDING, Zo2Settings
+from engines.shapes import ModelShape, Workload
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.folding import fold_for_loss, told_of_given
 from profiles.lsp_sizes import HIDING_SHARE, largest_hidden, lsp_ladder, told_of_quality

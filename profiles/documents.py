@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from engines.base import UserError
+from engines.errors import UserError
 
 T = TypeVar("T")
 

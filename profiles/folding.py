@@ -6,7 +6,7 @@ that an engine and its twin compute the same on every machine.
 
 from __future__ import annotations
 
-from engines.settings import MOST_PENDING, Base, MezoSettings
+from engines.settings.zeroth_order import MOST_PENDING, Base, MezoSettings
 
 WANTED: dict[Base, int] = {"int8": 8, "fp8": 16, "int4": 16}
 """Steps between two roundings. 8 with int8 cost no loss that could be measured, and 1 a quarter of what was

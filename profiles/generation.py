@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from engines.base import ModelShape, Traffic
+from engines.costs.decoding import Decoding, least_gpu_bytes, traffic
 from engines.costs.disk import fewest_on_disk
-from engines.costs.generation import Decoding, least_gpu_bytes, traffic
-from engines.settings import Base, check_blocks, parse_settings
+from engines.costs.traffic import Traffic
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import Base, check_blocks
+from engines.shapes import ModelShape
 from profiles.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.machine import Machine
 from profiles.plan import Plan, Value

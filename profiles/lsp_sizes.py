@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from engines.base import ModelShape, Traffic, Workload
+from engines.costs.traffic import Traffic
+from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.predict import resource_s
 from profiles.units import format_seconds

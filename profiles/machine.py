@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
 
 SCHEMA_VERSION = 2

@@ -47,7 +47,7 @@ class Prediction:
 class Plan:
     engine: str
     settings: dict[str, Value]
-    """The knobs this plan sets; the rest are the engine's defaults (`engines.settings`)."""
+    """The knobs this plan sets; the rest are the engine's defaults (`engines.settings.parse`)."""
     fits: bool
     why_not: str | None
     """Why it does not fit, with the bytes that are missing."""

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from engines.base import LayerTraffic, Traffic, Workload
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
+from engines.costs.traffic import LayerTraffic, Traffic
+from engines.shapes import Workload
 from profiles.budget import host_bytes_without_gpu
 from profiles.machine import Figure, Gpu, Machine
 from profiles.plan import Prediction

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from engines import entry
-from engines.base import ModelShape, Workload
-from engines.settings import approximation
+from engines.settings.zeroth_order import approximation
+from engines.shapes import ModelShape, Workload
 from profiles.budget import Budget, budget_of, why_missing
 from profiles.choices import Choice
 from profiles.machine import Machine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from engines.base import UserError
+from engines.errors import UserError
 
 NOT_MEASURED = "not measured"
 

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from engines import ENGINES
-from engines.base import UserError
+from engines.errors import UserError
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0)."""

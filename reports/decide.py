@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engines.base import UserError
-from engines.settings import approximation
+from engines.errors import UserError
+from engines.settings.zeroth_order import approximation
 from harness.emulate import what_is_short
 from harness.result import Run
 from profiles.machine import Machine

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from engines.base import UserError
-from engines.settings import MezoSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
 from harness.result import Run
 from reports.catalogue import say
 from reports.metrics import Measurements

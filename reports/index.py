@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.base import UserError
-from engines.settings import MezoSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
 from harness.generation_runs import GenerationRun, load_generation
 from harness.job import Job
 from harness.stats import Rounds, counted_step_s, outer_deciles, ratio

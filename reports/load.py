@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engines import ENGINES
-from engines.base import UserError
+from engines.errors import UserError
 from harness.job import Job, load_job, make_job
 from harness.result import Run, load_run
 from profiles.machine import Machine, load_machine

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from engines.base import UserError
-from engines.settings import LspSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.lsp import LspSettings
+from engines.settings.parse import parse_settings
 from harness.result import Run
 from harness.stats import Rounds, over_runs, ratio
 from profiles.recommend import FIRST_ORDER

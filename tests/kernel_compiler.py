@@ -178,15 +178,15 @@ def cases() -> Iterator[Case]:
 def noise_cases() -> Iterator[Case]:
     import torch
 
-    from engines import noise_kernels
-    from engines.noise import Outputs
-    from engines.philox import NoiseKey
-    from engines.segments import LARGE, Segment, one
+    from engines.noise import weight_pass_kernels
+    from engines.noise.philox import NoiseKey
+    from engines.noise.tiles import LARGE, Segment, one
+    from engines.noise.visits import Outputs
 
     def visited(dtype: str, noise: str, *, of: Segment, size: int, wanted: str, rounding: str) -> None:
         flat = _flat(size, dtype)
         outs = {name: flat if name == "theta" else torch.empty_like(flat) for name in wanted.split("+")}
-        noise_kernels.visit(flat, of, _how(noise=noise, rounding=rounding), Outputs(**outs), 0)
+        weight_pass_kernels.visit(flat, of, _how(noise=noise, rounding=rounding), Outputs(**outs), 0)
 
     # Vectors and matrices of a block lie together; a larger matrix has a launch of its own: here are both.
     large = LARGE + 2048
@@ -217,7 +217,7 @@ def noise_cases() -> Iterator[Case]:
         indices = torch.zeros(2, 64, dtype=torch.int64)
         yield (
             f"rows bfloat16 {noise}",
-            lambda noise=noise, indices=indices: noise_kernels.rows(
+            lambda noise=noise, indices=indices: weight_pass_kernels.rows(
                 _flat(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, _how(noise=noise)
             ),
             True,
@@ -225,7 +225,7 @@ def noise_cases() -> Iterator[Case]:
     # Numbers that Triton takes for another type: a count of 1 for a constant, a small seed for 32 bits.
     yield (
         "visit one element",
-        lambda: noise_kernels.visit(
+        lambda: weight_pass_kernels.visit(
             _flat(1, "bfloat16"),
             one(3, 1),
             _how(seed=0, step=2**31 + 5),
@@ -235,17 +235,17 @@ def noise_cases() -> Iterator[Case]:
         False,
     )
     key = NoiseKey(seed=-1, step=2**32 - 1, tensor=5)
-    yield "words", lambda: noise_kernels.philox_words(key, 2**33, 128, torch.device("cpu")), True
+    yield "words", lambda: weight_pass_kernels.philox_words(key, 2**33, 128, torch.device("cpu")), True
 
 
 def base_cases() -> Iterator[Case]:
     import torch
 
-    from engines import base_kernels
-    from engines.costs.low_bit import matrix_bytes
-    from engines.philox import NoiseKey
-    from engines.segments import one
-    from engines.settings import Base
+    from engines.costs.quantized import matrix_bytes
+    from engines.noise.philox import NoiseKey
+    from engines.noise.tiles import one
+    from engines.quantized import quantized_pass_kernels
+    from engines.settings.zeroth_order import Base
 
     count = 2048 * 8192
 
@@ -254,7 +254,7 @@ def base_cases() -> Iterator[Case]:
         rooms = [_flat(count, dtype) for _ in range(sides)]
         how = _how(rounding=rounding, noise="rademacher" if signs else "gaussian")
         of, perturb = one(3, count, decays=True), sides == 2 or signs
-        base_kernels.visit(records, of, how, base, store=store, sides=rooms, perturb=perturb)
+        quantized_pass_kernels.visit(records, of, how, base, store=store, sides=rooms, perturb=perturb)
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     bases: tuple[Base, ...] = ("int8", "int4", "fp8")
@@ -265,7 +265,7 @@ def base_cases() -> Iterator[Case]:
             yield (
                 f"add_low_rank {base} rank {rank}{' stochastic' if stochastic else ''}",
                 lambda records=records, base=base, factors=factors, stochastic=stochastic: (
-                    base_kernels.add_low_rank(records, base, *factors, key, stochastic=stochastic)
+                    quantized_pass_kernels.add_low_rank(records, base, *factors, key, stochastic=stochastic)
                 ),
                 stochastic,
             )
@@ -296,8 +296,8 @@ def base_cases() -> Iterator[Case]:
 def lozo_cases() -> Iterator[Case]:
     import torch
 
-    from engines import lozo_kernels
-    from engines.philox import NoiseKey
+    from engines.noise import low_rank_kernels
+    from engines.noise.philox import NoiseKey
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     for dtype, stochastic, rank, height, width in [
@@ -311,8 +311,8 @@ def lozo_cases() -> Iterator[Case]:
         flat = _flat(height * width, dtype)
         yield (
             f"add_low_rank {dtype} {height}x{width} rank {rank}{' stochastic' if stochastic else ''}",
-            lambda flat=flat, stochastic=stochastic, rows=rows, columns=columns: lozo_kernels.add_low_rank(
-                flat, rows, columns, key, stochastic=stochastic
+            lambda flat=flat, stochastic=stochastic, rows=rows, columns=columns: (
+                low_rank_kernels.add_low_rank(flat, rows, columns, key, stochastic=stochastic)
             ),
             rank == 4,
         )
@@ -321,7 +321,7 @@ def lozo_cases() -> Iterator[Case]:
 def projector_cases() -> Iterator[Case]:
     import torch
 
-    from engines import projector_kernels
+    from engines.subspace import projector_kernels
 
     # (outputs, inputs, d, r): of OPT-1.3B, of Llama-like 7B models, and of sizes that divide nothing.
     shapes = [(8192, 2048, 512, 4), (4096, 11008, 2048, 4), (96, 70, 33, 3), (2048, 2048, 1024, 1)]
@@ -361,7 +361,8 @@ def projector_cases() -> Iterator[Case]:
 def other_cases() -> Iterator[Case]:
     import torch
 
-    from engines import head_kernels, norm_kernels, throttle_kernels
+    from engines.transfer import throttle_kernels
+    from engines.zeroth_order import chunked_loss_kernels, layer_norm_kernels
 
     for dtype in ("bfloat16", "float16", "float32"):
         widths = (768, 2048, 12288) if dtype == "bfloat16" else (2048,)
@@ -370,7 +371,7 @@ def other_cases() -> Iterator[Case]:
         labels, where = (torch.zeros(2048, dtype=torch.int64) for _ in range(2))
         yield (
             f"head {dtype}",
-            lambda logits=logits, labels=labels, where=where, tokens=of_tokens: head_kernels.gather(
+            lambda logits=logits, labels=labels, where=where, tokens=of_tokens: chunked_loss_kernels.gather(
                 logits, labels, 8192, tokens[0], where, tokens[1], tokens[2]
             ),
             dtype == "bfloat16",
@@ -379,7 +380,7 @@ def other_cases() -> Iterator[Case]:
             x, weights = _flat(64 * width, dtype).view(64, width), [_flat(width, dtype) for _ in range(4)]
             yield (
                 f"layer norm {dtype} {width}",
-                lambda x=x, w=weights: norm_kernels.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
+                lambda x=x, w=weights: layer_norm_kernels.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
                 dtype == "bfloat16",
             )
     up, down = (throttle_kernels.new_state(torch.device("cpu")) for _ in range(2))
@@ -397,7 +398,7 @@ def _flat(count: int, dtype: str) -> Any:
 def _how(**changes: Any) -> Any:
     import torch
 
-    from engines.noise import UpdateLog, Visit
+    from engines.noise.visits import UpdateLog, Visit
 
     log = UpdateLog(torch.device("cpu"))
     return Visit(**{"seed": -5, "log": log, "first": 0, "last": 1, "step": 3, "eps": 1e-3, **changes})

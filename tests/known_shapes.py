@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engines.base import MatrixShape, ModelShape
+from engines.shapes import MatrixShape, ModelShape
 from profiles.machine import Cpu, Figure, Gpu, HostMemory, Link, Machine, absent
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.base import ModelShape
+from engines.shapes import ModelShape
 from harness.job import Job, Limits, ModelSource
 from profiles.plan import Plan, Prediction
 

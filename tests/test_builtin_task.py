@@ -12,7 +12,7 @@ import pytest
 
 from engines import load_engine
 from engines.base import Context, Evaluation
-from engines.settings import parse_settings
+from engines.settings.parse import parse_settings
 from harness.data import make_data
 from harness.job import make_job
 from harness.models import make_blueprint

@@ -15,7 +15,13 @@ PACKAGES = ("harness", "engines", "profiles", "reports")
 
 ALLOWED = {
     "engines": (),
-    "profiles": ("engines.base", "engines.costs", "engines.settings", "engines.ENGINES", "engines.entry"),
+    "profiles": (
+        "engines.base",
+        "engines.costs",
+        "engines.settings.parse",
+        "engines.ENGINES",
+        "engines.entry",
+    ),
     "harness": ("engines", "profiles"),
     "reports": ("engines", "profiles", "harness"),
 }
@@ -23,13 +29,13 @@ ALLOWED = {
 TOP = {"harness/cli.py", "harness/line.py"}
 
 TORCH_FREE = (
-    "engines.base", "engines.settings", "engines.schedule", "engines.scripted", "engines.costs.native",
+    "engines.base", "engines.settings.parse", "engines.first_order.lr_schedule", "engines.methods.scripted", "engines.costs.native",
     "engines.costs.zo2", "engines.costs.lsp", "engines.costs.mezo", "engines.costs.torchao_offload",
     "profiles.machine", "profiles.plan", "profiles.predict", "profiles.recommend", "profiles.probe",
     "profiles.nvml", "profiles.limits", "harness.job", "harness.result", "harness.shapes", "harness.compare",
     "harness.launch", "harness.ends", "harness.stats", "harness.cli", "harness.line", "harness.update_log",
     "harness.diagnose", "reports.load", "reports.decide", "reports.charts", "reports.render",
-    "reports.criteria", "engines.decoding", "engines.costs.generation", "profiles.generation",
+    "reports.criteria", "engines.decoding", "engines.costs.decoding", "profiles.generation",
     "harness.generate_commands", "harness.generation_runs",
 )  # fmt: skip
 
@@ -100,7 +106,7 @@ def code_of(path: Path) -> str:
     [
         ("pynvml", {"profiles/nvml.py"}),
         ("subprocess.Popen", {"harness/launch.py"}),
-        ("perf_counter", {"harness/measure.py", "profiles/probe/timing.py", "engines/transfer.py"}),
+        ("perf_counter", {"harness/measure.py", "profiles/probe/timing.py", "engines/transfer/link.py"}),
         ("trust_remote_code=True", set()),
         ("pickle", set()),
     ],

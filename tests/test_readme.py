@@ -13,8 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from engines.base import UserError
-from engines.settings import parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
 from harness.cli import app
 from reports.index import ABOUT, published_folders, write_index
 

@@ -12,17 +12,22 @@ from typing import Any
 
 import pytest
 
-from engines import load_engine, transfer
-from engines.base import Blueprint, Context, Dtype, StepStats, Traffic, Workload
-from engines.costs import traffic
-from engines.settings import parse_settings
+from engines import load_engine
+from engines.base import Blueprint, Context, StepStats
+from engines.costs.table import traffic
+from engines.costs.traffic import Traffic
+from engines.settings.parse import parse_settings
+from engines.shapes import Dtype, Workload
+from engines.transfer import pinned
 from harness.data import make_data
 from harness.job import make_job
 from harness.models import make_blueprint
 from harness.shapes import NAMED_SHAPES, resolve_shape
 from tiny_models import SEQ_LEN, tiny_batches, tiny_blueprint
 
-pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::engines.offload.disk.PageCacheWarning"
+)  # wherever /tmp may be
 FAMILIES = [
     ("opt", True), ("opt", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False),
     ("gpt2", True), ("gpt2", False), ("roberta", False), ("bert", False),
@@ -154,13 +159,13 @@ def test_pinned_memory_is_what_the_cost_model_says(
     dtype: Dtype,
 ) -> None:
     """A CPU pins nothing, so slabs are told here that they are pinned; their sizes are their own."""
-    original = transfer.HostSlab.__init__
+    original = pinned.HostSlab.__init__
 
-    def pinned(slab: Any, *args: Any, **kwargs: Any) -> None:
+    def as_pinned(slab: Any, *args: Any, **kwargs: Any) -> None:
         original(slab, *args, **kwargs)
         slab.pinned = True
 
-    monkeypatch.setattr(transfer.HostSlab, "__init__", pinned)
+    monkeypatch.setattr(pinned.HostSlab, "__init__", as_pinned)
     blueprint = tiny_blueprint(family, tied)
     workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype)
     told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))

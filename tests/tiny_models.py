@@ -12,8 +12,9 @@ from transformers import (
     PretrainedConfig,
 )
 
-from engines.base import Batch, Head, MatrixShape, ModelShape
-from engines.blocks import find_blocks
+from engines.base import Batch
+from engines.model.blocks import find_blocks
+from engines.shapes import Head, MatrixShape, ModelShape
 from harness.heads import auto_class
 
 VOCABULARY = 64

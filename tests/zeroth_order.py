@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from engines.base import Batch, Context, Dtype, StepStats, Update, Workload
-from engines.mezo import Mezo
-from engines.settings import MezoSettings, Zo2Settings
-from engines.zo2 import Zo2
+from engines.base import Batch, Context, StepStats, Update
+from engines.methods.mezo import Mezo
+from engines.methods.zo2 import Zo2
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Dtype, Workload
 from tiny_models import TinyBlueprint
 
 KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}

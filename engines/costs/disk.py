@@ -12,7 +12,7 @@ SLOTS = 64
 host waits for a loss and sends nothing up."""
 
 REPLAYED_UPDATES = 64
-"""Updates that a block on disk may be behind: the capacity of `engines.noise.UpdateLog`."""
+"""Updates that a block on disk may be behind: the capacity of `engines.noise.visits.UpdateLog`."""
 
 
 def spread(candidates: Sequence[int], count: int) -> frozenset[int]:

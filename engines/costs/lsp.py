@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engines.base import BYTES_PER_ELEMENT, LayerTraffic, MatrixShape, ModelShape, Overlap, Traffic, Workload
-from engines.costs import forward
+from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES
-from engines.settings import LspSettings
+from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.settings.lsp import LspSettings
+from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
 
 INDEX_BYTES = 8
 """Per nonzero of a projector that stores its places: by row and by column, int32 each."""
@@ -95,9 +96,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     cores = shape.num_blocks * core_elements(shape, settings)
     norms = -(-NORM_BYTES * shape.num_blocks // 64) * 64
     wire_bytes = element * cores + norms
-    host = {"process": forward.PROCESS_HOST_BYTES, "optimizer": 2 * MOMENT_BYTES * cores}
+    host = {"process": transformer.PROCESS_HOST_BYTES, "optimizer": 2 * MOMENT_BYTES * cores}
     host["cores, pinned" if settings.offload else "cores"] = wire_bytes
-    layers = [_layer(layer, shape, workload, settings) for layer in forward.training_layers(shape, workload)]
+    layers = [
+        _layer(layer, shape, workload, settings) for layer in transformer.training_layers(shape, workload)
+    ]
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
@@ -120,7 +123,7 @@ def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -
     graphs."""
     if not uses_graphs(shape, workload, settings):
         return 0
-    return shape.num_blocks * GRAPH_BYTES + forward.backward_activation_bytes(shape, workload)
+    return shape.num_blocks * GRAPH_BYTES + transformer.backward_activation_bytes(shape, workload)
 
 
 def core_adam_bytes(element: int) -> int:
@@ -198,17 +201,17 @@ def _gpu_memory(
     }
     if workload.accumulation > 1:
         held["cores"] += 4 * shape.num_blocks * core
-    saved = forward.saved_activation_bytes(shape, workload)
+    saved = transformer.saved_activation_bytes(shape, workload)
     # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
         workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
     moments = (
-        {"activations": saved, "logits": forward.logits_bytes(shape, workload)},
+        {"activations": saved, "logits": transformer.logits_bytes(shape, workload)},
         {
-            "activations": saved + forward.backward_activation_bytes(shape, workload),
+            "activations": saved + transformer.backward_activation_bytes(shape, workload),
             "scratch": largest,
         },
     )
-    return forward.largest([{**held, **moment} for moment in moments])
+    return transformer.largest([{**held, **moment} for moment in moments])

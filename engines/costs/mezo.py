@@ -1,6 +1,7 @@
 """What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and two passes over
 the weights that make noise, one to update them and one to perturb them. With several queries all of that is
-done for each, but for the pass that updates, which takes all their entries at once (`engines.estimators`).
+done for each, but for the pass that updates, which takes all their entries at once
+(`engines.zeroth_order.estimators`).
 
 Perturbed copies exist of one matrix at a time, or of a whole block where that is small or several
 micro-batches share its visit. The head is perturbed in chunks of its vocabulary, and of the embeddings only
@@ -12,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engines.base import BYTES_PER_ELEMENT, LayerTraffic, ModelShape, Traffic, Workload
-from engines.costs import forward
-from engines.costs.low_bit import block_bytes
-from engines.estimators import forwards, num_drawn
-from engines.settings import MezoSettings
+from engines.costs import transformer
+from engines.costs.quantized import block_bytes
+from engines.costs.traffic import LayerTraffic, Traffic
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+from engines.zeroth_order.estimators import forwards, num_drawn
 
 LORA_LAUNCHES = 4
 """Per matrix: its adapter's two products, the second of which adds, for each half of the batch."""
@@ -66,7 +68,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Tr
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),
-        host_memory_bytes={"process": forward.PROCESS_HOST_BYTES},
+        host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
         forwards=float(forwards(settings)),
     )
 
@@ -161,8 +163,8 @@ def perturbed_layers(
     passes = forwards(settings)
     drawn = passes - (settings.estimator == "fzoo")
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
-    chunks, _ = forward.head_chunks(shape, workload)
-    first, *blocks, last = (_passes(layer, passes) for layer in forward.stacked_layers(shape, workload))
+    chunks, _ = transformer.head_chunks(shape, workload)
+    first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))
     last = _visited(last, update(settings), updated, settings.queries, workload)
     probes = settings.queries * workload.accumulation
     perturbed = ONE_SIDED if settings.estimator == "fzoo" else PERTURB
@@ -202,7 +204,9 @@ def _block(
     trained = trains_block(settings, index, shape.num_blocks)
     # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in pieces,
     # which `forward.GRAPH_LAUNCHES` counts.
-    launches = 0 if forward.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)
+    launches = (
+        0 if transformer.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)
+    )
     if trained and settings.estimator == "lozo":
         return _with_low_rank(layer, visit, shape, workload, settings)
     layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, launches, workload)
@@ -280,20 +284,20 @@ def gpu_memory_bytes(
     micro-batches. At the head the final norm's result and the labelled positions of both sides come to those.
     """
     element = BYTES_PER_ELEMENT[workload.dtype]
-    as_graphs = forward.runs_as_graphs(shape, workload)
+    as_graphs = transformer.runs_as_graphs(shape, workload)
     if as_graphs or workload.accumulation > 1:
         visited = shape.block_parameters
     else:
-        visited = forward.largest_matrix_parameters(shape) + forward.vector_parameters(shape)
+        visited = transformer.largest_matrix_parameters(shape) + transformer.vector_parameters(shape)
     adapters = adapter_parameters(shape, settings)
     # With adapters every block is frozen, and both sides compute with one copy.
     one_sided = settings.estimator == "fzoo"
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_outer_parameters(shape, settings)
-    head_scratch = forward.head_scratch_bytes(shape, workload) if trained_head else 0
+    head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
     kept_states = forwards(settings) * workload.accumulation + 2 * as_graphs
-    hidden = kept_states * forward.hidden_bytes(shape, workload)
+    hidden = kept_states * transformer.hidden_bytes(shape, workload)
     kept = {**held}
     if adapters:
         kept["adapters"] = element * shape.num_blocks * adapters
@@ -302,13 +306,13 @@ def gpu_memory_bytes(
     in_block = {
         **kept,
         "scratch": scratch,
-        "activations": hidden + (2 - one_sided) * forward.forward_activation_bytes(shape, workload),
+        "activations": hidden + (2 - one_sided) * transformer.forward_activation_bytes(shape, workload),
         "logits": 0,
     }
     at_head = {
         **kept,
         "scratch": scratch + head_scratch,
-        "activations": hidden + 2 * 2 * forward.hidden_bytes(shape, workload),
-        "logits": forward.chunked_logits_bytes(shape, workload),
+        "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
+        "logits": transformer.chunked_logits_bytes(shape, workload),
     }
-    return forward.largest([in_block, at_head])
+    return transformer.largest([in_block, at_head])

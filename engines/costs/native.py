@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
-from engines.costs import forward
-from engines.settings import NativeSettings
+from engines.costs import transformer
+from engines.costs.traffic import Traffic
+from engines.settings.first_order import NativeSettings
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 ADAM_PASSES = 7
 """Fused AdamW reads weight, gradient and two moments and writes all but the gradient."""
@@ -15,7 +16,7 @@ ADAM_PASSES = 7
 def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> Traffic:
     """8 bytes per parameter in bf16, 16 in fp32, and activations."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    layers = forward.training_layers(shape, workload)
+    layers = transformer.training_layers(shape, workload)
     outer = ADAM_PASSES * element * shape.outer_parameters
     block = ADAM_PASSES * element * shape.block_parameters
     updated = [
@@ -31,7 +32,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
             gradients=element * shape.parameters,
         ),
-        host_memory_bytes={"process": forward.PROCESS_HOST_BYTES},
+        host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
     )
 
 
@@ -46,13 +47,13 @@ def training_memory(
     at_loss = {
         **held,
         "gradients": gradients if workload.accumulation > 1 else 0,
-        "activations": forward.saved_activation_bytes(shape, workload),
-        "logits": forward.logits_bytes(shape, workload),
+        "activations": transformer.saved_activation_bytes(shape, workload),
+        "logits": transformer.logits_bytes(shape, workload),
     }
     at_end = {
         **held,
         "gradients": gradients,
-        "activations": forward.backward_activation_bytes(shape, workload),
+        "activations": transformer.backward_activation_bytes(shape, workload),
         "logits": 0,
     }
-    return forward.largest([at_loss, at_end])
+    return transformer.largest([at_loss, at_end])

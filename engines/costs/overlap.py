@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engines.base import Overlap
+from engines.costs.traffic import Overlap
 
 PIECE = 0.25
-"""Share of a block that crosses the link at a time where blocks are streamed in pieces (`engines.ring`): a
-matrix of the feed-forward part is a third of a plain block and a little under a quarter of a gated one."""
+"""Share of a block that crosses the link at a time where blocks are streamed in pieces
+(`engines.offload.ring`): a matrix of the feed-forward part is a third of a plain block and a little under a
+quarter of a gated one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

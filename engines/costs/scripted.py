@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from engines.base import LayerTraffic, ModelShape, Traffic, Workload
-from engines.settings import ScriptedSettings
+from engines.costs.traffic import LayerTraffic, Traffic
+from engines.settings.scripted import ScriptedSettings
+from engines.shapes import ModelShape, Workload
 
 PROCESS_HOST_BYTES = 150_000_000
 """Python with the harness loaded and no torch."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engines.base import BYTES_PER_ELEMENT, ModelShape, Traffic, Workload
-from engines.costs import forward
+from engines.costs import transformer
 from engines.costs.native import training_memory
-from engines.settings import TorchaoOffloadSettings
+from engines.costs.traffic import Traffic
+from engines.settings.first_order import TorchaoOffloadSettings
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSettings) -> Traffic:
@@ -21,7 +22,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     element = BYTES_PER_ELEMENT[workload.dtype]
     block, outer = shape.block_parameters, shape.outer_parameters
     layers = []
-    for layer in forward.training_layers(shape, workload):
+    for layer in transformer.training_layers(shape, workload):
         parameters = block if layer.name.startswith("block.") else outer if layer.name == "head" else 0
         layers.append(
             replace(
@@ -40,7 +41,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
         layers=tuple(layers),
         gpu_memory_bytes=training_memory(shape, workload, held={"weights": weights}, gradients=gradients),
         host_memory_bytes={
-            "process": forward.PROCESS_HOST_BYTES,
+            "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,
             "optimizer": 2 * weights,
         },

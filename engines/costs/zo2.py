@@ -1,9 +1,9 @@
 """What ZO2 costs: MeZO whose blocks come up once per step and go down once per `fold_every` steps.
 
-A block that is not resident crosses the link as it is kept (`engines.costs.low_bit`) and exactly; blocks take
-turns in going down, so every step downloads the same share, and one that no step has drawn since its last
-turn stays. One that is on disk is read in every step and never goes down. (What a full log or the end of a
-window of LOZO writes anew on disk, once in 50 steps or so, is not counted.)
+A block that is not resident crosses the link as it is kept (`engines.costs.quantized`) and exactly; blocks
+take turns in going down, so every step downloads the same share, and one that no step has drawn since its
+last turn stays. One that is on disk is read in every step and never goes down. (What a full log or the end of
+a window of LOZO writes anew on disk, once in 50 steps or so, is not counted.)
 
 On the GPU: the outer parameters, the resident blocks, a ring through which the streamed ones pass in pieces,
 and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from engines.base import BYTES_PER_ELEMENT, InfeasiblePlan, ModelShape, Traffic, Workload
-from engines.costs import disk, forward
-from engines.costs.low_bit import block_bytes
+from engines.costs import disk, transformer
 from engines.costs.mezo import (
     Visit,
     drawn_share,
@@ -29,8 +27,12 @@ from engines.costs.mezo import (
     perturbed_layers,
     trains_block,
 )
-from engines.estimators import forwards
-from engines.settings import MezoSettings, Zo2Settings
+from engines.costs.quantized import block_bytes
+from engines.costs.traffic import Traffic
+from engines.errors import InfeasiblePlan
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+from engines.zeroth_order.estimators import forwards
 
 RING_BYTES = 950_000_000
 """Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
@@ -65,7 +67,7 @@ def choose_on_disk(
     """
     streamed_bytes = [size for i, size in enumerate(sizes_bytes) if i not in resident]
     if wanted == "auto":
-        usable = sum(streamed_bytes) if host_bytes is None else host_bytes - forward.PROCESS_HOST_BYTES
+        usable = sum(streamed_bytes) if host_bytes is None else host_bytes - transformer.PROCESS_HOST_BYTES
         wanted = disk.fewest_on_disk(streamed_bytes, usable)
     needed_bytes = disk.host_needed_bytes(streamed_bytes, wanted)
     if host_bytes is not None and needed_bytes > host_bytes:
@@ -158,7 +160,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         layers=tuple(layers),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, held),
         host_memory_bytes={
-            "process": forward.PROCESS_HOST_BYTES,
+            "process": transformer.PROCESS_HOST_BYTES,
             "blocks, pinned": host_bytes,
             **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
         },

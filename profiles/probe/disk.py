@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.limits import ROOT, read_text
 from profiles.machine import Disk, Figure, absent
 from profiles.probe.timing import Meter, clock_s, rate_figure

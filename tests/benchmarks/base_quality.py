@@ -30,9 +30,10 @@ from rich.progress import Progress
 from torch import Tensor
 from trained_models import Trained, batches, held_out, train
 
-from engines.base import Context, Dtype, Workload
-from engines.mezo import Mezo
-from engines.settings import MezoSettings
+from engines.base import Context
+from engines.methods.mezo import Mezo
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import Dtype, Workload
 
 Row = dict[str, Any]
 

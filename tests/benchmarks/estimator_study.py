@@ -8,10 +8,10 @@ Without a source it prints the table of what lies in `--out`.
 A model is trained with AdamW to the last stage of `projector_gradients`, then fine-tuned by `mezo` on further
 batches. Each estimator has the same budget of forward passes, starts from the same weights and sees the same
 batches; it is run with each learning rate of one grid, and with the best of them for the other seeds. FZOO's
-rates are the grid's times eps, in which its steps are (`engines.estimators`). What is told is the held-out
-loss, without perturbation, when a quarter, a half and all of the budget are spent: of the rate that was best
-for the first seed at the end. A rate at the edge of the grid is marked: the best may lie beyond. The time is
-that of the steps.
+rates are the grid's times eps, in which its steps are (`engines.zeroth_order.estimators`). What is told is
+the held-out loss, without perturbation, when a quarter, a half and all of the budget are spent: of the rate
+that was best for the first seed at the end. A rate at the edge of the grid is marked: the best may lie
+beyond. The time is that of the steps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from rich.console import Console
 from rich.progress import Progress
 from trained_models import Trained, batches, held_out, train
 
-from engines.base import Context, Dtype, NonFiniteLoss, Workload
-from engines.estimators import forwards
-from engines.mezo import Mezo
-from engines.settings import MezoSettings, parse_settings
-from engines.transfer import now_s
+from engines.base import Context
+from engines.errors import NonFiniteLoss
+from engines.methods.mezo import Mezo
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import Dtype, Workload
+from engines.transfer.clock import now_s
+from engines.zeroth_order.estimators import forwards
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "mezo": {},

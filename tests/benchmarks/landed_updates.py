@@ -19,14 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
-from engines import base_format
 from engines.base import Update
-from engines.base_format import pack, unpack
-from engines.costs.low_bit import matrix_bytes
-from engines.noise import Outputs, Rounding, UpdateLog, Visit, visit
-from engines.philox import NoiseKey, normal
-from engines.segments import one
-from engines.settings import Base
+from engines.costs.quantized import matrix_bytes
+from engines.noise.philox import NoiseKey, normal
+from engines.noise.tiles import one
+from engines.noise.visits import Outputs, Rounding, UpdateLog, Visit
+from engines.noise.weight_pass import visit
+from engines.quantized import quantized_pass
+from engines.quantized.codec import pack, unpack
+from engines.settings.zeroth_order import Base
 
 COUNT = 1 << 22
 UPDATES = 16
@@ -85,7 +86,7 @@ def on_grid(start: Tensor, base: Base, size: float, fold_every: int) -> Tensor:
     before = unpack(records, base, start.numel())
     for first in range(0, UPDATES, fold_every):
         how = Visit(seed=0, log=log, first=first, last=first + fold_every)
-        base_format.visit(records, one(0, start.numel()), how, base, store=True, sides=())
+        quantized_pass.visit(records, one(0, start.numel()), how, base, store=True, sides=())
     return unpack(records, base, start.numel()) - before
 
 

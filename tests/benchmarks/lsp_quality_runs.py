@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from engines import load_engine
-from engines.base import Batch, Context, NonFiniteLoss, StepStats, Workload
-from engines.settings import parse_settings
-from engines.transfer import now_s
+from engines.base import Batch, Context, StepStats
+from engines.errors import NonFiniteLoss
+from engines.settings.parse import parse_settings
+from engines.shapes import Workload
+from engines.transfer.clock import now_s
 
 SEQ_LEN = 128
 """Bytes of a sequence of the decoder."""

@@ -38,16 +38,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from engines.projector import (
-    Projector,
-    block_pair,
-    learn,
-    one_hot_projector,
-    random_block_projector,
-    random_projector,
-)
-from engines.settings import LspSettings
-from engines.transfer import now_s
+from engines.settings.lsp import LspSettings
+from engines.subspace.projector import Projector, one_hot_projector, random_block_projector, random_projector
+from engines.subspace.projector_search import block_pair, learn
+from engines.transfer.clock import now_s
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 AFTER = (50, 200)

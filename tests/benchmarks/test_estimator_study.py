@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from estimator_study import ESTIMATORS, Trial, best_rate, load_trials, settings_of, table, trial
 from projector_gradients import Source
 
-from engines.estimators import forwards
+from engines.zeroth_order.estimators import forwards
 from tiny_models import tiny_batches, tiny_blueprint
 
 ROOT = Path(__file__).parents[2]

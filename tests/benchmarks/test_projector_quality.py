@@ -31,7 +31,8 @@ from projector_quality import (
 )
 from projector_tables import tables
 
-from engines.projector import bias, compress, decompress, random_projector
+from engines.subspace.projector import compress, decompress, random_projector
+from engines.subspace.projector_search import bias
 
 FOLDER = Path(__file__).parent / "projectors"
 

@@ -16,20 +16,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, make_zo2, save
 
-from engines import base_format, noise
-from engines.base import Dtype, InfeasiblePlan, Update, UserError
-from engines.base_format import add_low_rank, pack, unpack, visit
-from engines.costs import low_bit
-from engines.costs.low_bit import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
-from engines.noise import UpdateLog, Visit
-from engines.philox import NoiseKey, normal, signs
-from engines.segments import Segment, one
-from engines.settings import Base, MezoSettings, Zo2Settings, parse_settings
-from engines.zo2 import Zo2
+from engines.base import Update
+from engines.costs import quantized
+from engines.costs.quantized import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
+from engines.errors import InfeasiblePlan, UserError
+from engines.methods.zo2 import Zo2
+from engines.noise import visits, weight_pass
+from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.tiles import Segment, one
+from engines.noise.visits import UpdateLog, Visit
+from engines.quantized import codec
+from engines.quantized.codec import pack, unpack
+from engines.quantized.quantized_pass import add_low_rank, visit
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import Base, MezoSettings, Zo2Settings
+from engines.shapes import Dtype
 from tiny_models import tiny_batches, tiny_blueprint
 
 BASES: list[Base] = ["int8", "fp8", "int4"]
-KINDS: list[noise.Noise] = ["gaussian", "rademacher"]
+KINDS: list[visits.Noise] = ["gaussian", "rademacher"]
 CPU = torch.device("cpu")
 
 
@@ -46,8 +51,8 @@ def some_weights(count: int, seed: int = 0) -> Tensor:
 def a_visit(
     *updates: tuple[float, float],
     device: torch.device = CPU,
-    rounding: noise.Rounding = "stochastic",
-    kind: noise.Noise = "gaussian",
+    rounding: visits.Rounding = "stochastic",
+    kind: visits.Noise = "gaussian",
 ) -> Visit:
     """Of updates by (learning rate, projected gradient), with some decay."""
     log = UpdateLog(device)
@@ -125,11 +130,11 @@ def test_zeros_stay_zeros_and_are_finite(base: Base) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2048, 70_001])
 def test_pieces_make_up_the_whole(
-    monkeypatch: pytest.MonkeyPatch, base: Base, kind: noise.Noise, count: int
+    monkeypatch: pytest.MonkeyPatch, base: Base, kind: visits.Noise, count: int
 ) -> None:
     results = []
     for tiles in (1, 7, 1000):
-        monkeypatch.setitem(base_format._CHUNK_TILES, "cpu", tiles)
+        monkeypatch.setitem(codec._CHUNK_TILES, "cpu", tiles)
         records = packed(some_weights(count), base)
         sides = [torch.zeros(count, dtype=torch.float16) for _ in range(2)]
         how = a_visit((1e-3, 0.5), (1e-4, -3.0), kind=kind)
@@ -146,7 +151,7 @@ def test_pieces_make_up_the_whole(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("store", [False, True])
 def test_formulas_in_fp32_between_the_grid_and_one_rounding(
-    base: Base, kind: noise.Noise, store: bool
+    base: Base, kind: visits.Noise, store: bool
 ) -> None:
     count, draw = 3000, normal if kind == "gaussian" else signs
     records = packed(some_weights(count), base)
@@ -177,7 +182,7 @@ def test_formulas_in_fp32_between_the_grid_and_one_rounding(
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4])
-def test_a_store_is_unbiased(base: Base, kind: noise.Noise, size: float) -> None:
+def test_a_store_is_unbiased(base: Base, kind: visits.Noise, size: float) -> None:
     """The mean of what rounding adds is zero, over all elements and in the direction of the update, within
     5 standard errors; elements near the end of their grid are left out, where updates are cut off."""
     count = 1 << 20
@@ -205,8 +210,8 @@ def test_rounding_to_nearest_loses_small_updates() -> None:
 
 
 def test_the_cost_models_tiles_are_those_of_the_noise() -> None:
-    assert TILE_ELEMENTS == noise.TILE
-    assert [low_bit.record_bytes(base) for base in BASES] == [2080, 2080, 1056]
+    assert TILE_ELEMENTS == weight_pass.TILE
+    assert [quantized.record_bytes(base) for base in BASES] == [2080, 2080, 1056]
 
 
 def kernel_device() -> torch.device:
@@ -221,13 +226,13 @@ def check_kernel(
     store: bool,
     sides: int,
     perturb: bool,
-    rounding: noise.Rounding,
-    kind: noise.Noise,
+    rounding: visits.Rounding,
+    kind: visits.Noise,
 ) -> None:
-    from engines import base_kernels
+    from engines.quantized import quantized_pass_kernels
 
     results = []
-    for where, function in ((CPU, visit), (kernel_device(), base_kernels.visit)):
+    for where, function in ((CPU, visit), (kernel_device(), quantized_pass_kernels.visit)):
         how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding, kind=kind)
         records = packed(some_weights(count), base).to(where)
         outs = [torch.zeros(count, dtype=dtype, device=where) for _ in range(sides)]
@@ -251,11 +256,11 @@ def check_kernel(
 )
 def test_the_kernel_gives_the_same_bits(
     base: Base,
-    kind: noise.Noise,
+    kind: visits.Noise,
     store: bool,
     sides: int,
     perturb: bool,
-    rounding: noise.Rounding,
+    rounding: visits.Rounding,
     count: int,
 ) -> None:
     pytest.importorskip("triton")
@@ -270,7 +275,7 @@ def test_the_kernel_gives_the_same_bits(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
-    base: Base, kind: noise.Noise, dtype: torch.dtype, rounding: noise.Rounding
+    base: Base, kind: visits.Noise, dtype: torch.dtype, rounding: visits.Rounding
 ) -> None:
     pytest.importorskip("triton")
     how: dict[str, Any] = {"rounding": rounding, "kind": kind}
@@ -283,17 +288,17 @@ def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("sides", "store"), [(0, True), (1, False), (2, True), (2, False)])
 def test_matrices_that_lie_together_are_visited_as_one_by_one(
-    base: Base, kind: noise.Noise, sides: int, store: bool
+    base: Base, kind: visits.Noise, sides: int, store: bool
 ) -> None:
     """By torch's operations and by the kernel."""
     pytest.importorskip("triton")
-    from engines import base_kernels
+    from engines.quantized import quantized_pass_kernels
 
     counts, offsets, numbers = (300, 2048, 4100), (8, 312, 2360), (3, 9, 4)
     segment = Segment(numbers, offsets, counts, (True, True, True))
     each = [packed(some_weights(count, seed), base) for seed, count in enumerate(counts)]
     results = []
-    for where, function in ((CPU, visit), (kernel_device(), base_kernels.visit)):
+    for where, function in ((CPU, visit), (kernel_device(), quantized_pass_kernels.visit)):
         how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, kind=kind)
         perturb = sides == 2
         for together in (True, False):
@@ -319,13 +324,13 @@ def test_the_kernel_of_a_low_rank_sum_gives_the_same_bits(
     base: Base, stochastic: bool, height: int, width: int, rank: int
 ) -> None:
     pytest.importorskip("triton")
-    from engines import base_kernels
+    from engines.quantized import quantized_pass_kernels
 
     made = torch.Generator().manual_seed(0)
     rows, columns = torch.randn(rank, height, generator=made) * 1e-2, torch.randn(rank, width, generator=made)
     before = packed(some_weights(height * width), base)
     results = []
-    for where, function in ((CPU, add_low_rank), (kernel_device(), base_kernels.add_low_rank)):
+    for where, function in ((CPU, add_low_rank), (kernel_device(), quantized_pass_kernels.add_low_rank)):
         records = before.clone().to(where)
         key = NoiseKey(seed=-5, step=3, tensor=2)
         function(records, base, rows.to(where), columns.to(where), key, stochastic=stochastic)
@@ -381,7 +386,7 @@ def test_a_log_is_replayed_to_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, fold_every: int, train: str
 ) -> None:
     """More updates than pend at once: a replay rounds at several steps in one visit."""
-    monkeypatch.setattr("engines.zo2.LOG_CAPACITY", 5)
+    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 5)
     where, knobs = context(), {"base": "int8", "fold_every": fold_every, "train": train}
     live = make_zo2(tiny_blueprint("opt", num_blocks=2), where, **knobs)
     batches = tiny_batches(3, "opt")
@@ -486,9 +491,11 @@ def test_equals_mezo_on_the_gpu(
 ) -> None:
     """As for a full base: small pieces, a small ring, and a link that is held up at random."""
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
-        monkeypatch.setattr("engines.ring.PIECE_BYTES", 3000)
-        monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 3000)
+        monkeypatch.setattr(
+            "engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512
+        )
     where = context("cuda:0", "fp16")
     delays = random.Random(0)
     knobs = {"base": base, "fold_every": fold_every}

@@ -7,19 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from engines.base import Batch, Evaluation, UserError
-from engines.blocks import (
-    BlockDriver,
-    EvaluationSum,
-    bind,
-    count_answers,
-    count_correct,
-    evaluate_on_device,
-    find_blocks,
-    first_names,
-    materialize,
-    without_cache,
-)
+from engines.base import Batch, Evaluation
+from engines.errors import UserError
+from engines.model.blocks import BlockDriver, bind, find_blocks, first_names, materialize, without_cache
+from engines.model.evaluation import EvaluationSum, count_answers, count_correct, evaluate_on_device
 from tiny_models import tiny_batches, tiny_blueprint
 
 FAMILIES = ["opt", "llama", "qwen2", "gpt2", "roberta", "bert"]

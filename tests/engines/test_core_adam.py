@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engines import core_adam as module
-from engines.core_adam import SlowAdamWarning, compiled, core_adam
+from engines.subspace import cpu_adam as module
+from engines.subspace.cpu_adam import SlowAdamWarning, compiled, core_adam
 
 PART = 32768
 """As in core_adam.c."""

@@ -16,13 +16,17 @@ from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, opt
 
 from engines import ENGINES
-from engines.base import BYTES_PER_ELEMENT, Dtype, ModelShape, Traffic, UserError, Workload
-from engines.costs import COSTS, forward, mezo, traffic
+from engines.costs import mezo, transformer
 from engines.costs.lsp import core_elements
 from engines.costs.overlap import PIECE, STEP_TIME, LayerTimes, busy_s, serial_s
+from engines.costs.table import COSTS, traffic
 from engines.costs.torchao_offload import power_of_two
+from engines.costs.traffic import Traffic
 from engines.costs.zo2 import RING_BYTES, disk_indices, folds, resident_indices, ring_bytes
-from engines.settings import LspSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.lsp import LspSettings
+from engines.settings.parse import parse_settings
+from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
@@ -62,29 +66,29 @@ def test_training_flops_are_6nt_and_8nt_with_checkpointing() -> None:
 def test_a_classification_head_sees_one_position_per_sequence() -> None:
     shape = replace(TINY, head="classification", num_labels=2, head_parameters=64 * 64 + 2 * 64)
     workload = Workload(batch_size=8, seq_len=32, dtype="fp32")
-    assert forward.head_forward_flops(shape, workload) == 2 * (64 * 64 + 2 * 64) * 8
-    assert forward.logits_bytes(shape, workload) == 8 * 2 * 16
+    assert transformer.head_forward_flops(shape, workload) == 2 * (64 * 64 + 2 * 64) * 8
+    assert transformer.logits_bytes(shape, workload) == 8 * 2 * 16
 
 
 def test_a_question_answering_head_sees_every_position() -> None:
     shape = replace(TINY, head="question_answering", num_labels=2, head_parameters=2 * 64)
     workload = Workload(batch_size=8, seq_len=32, dtype="fp32")
-    assert forward.head_forward_flops(shape, workload) == 2 * (2 * 64) * 8 * 32
-    assert forward.logits_bytes(shape, workload) == 8 * 32 * 2 * 16
-    assert forward.head_chunks(shape, workload) == (1, 1)
-    assert forward.chunked_logits_bytes(shape, workload) == 8 * 32 * 2 * 8
-    assert forward.head_scratch_bytes(shape, workload) == 2 * 4 * 2 * 64
+    assert transformer.head_forward_flops(shape, workload) == 2 * (2 * 64) * 8 * 32
+    assert transformer.logits_bytes(shape, workload) == 8 * 32 * 2 * 16
+    assert transformer.head_chunks(shape, workload) == (1, 1)
+    assert transformer.chunked_logits_bytes(shape, workload) == 8 * 32 * 2 * 8
+    assert transformer.head_scratch_bytes(shape, workload) == 2 * 4 * 2 * 64
 
 
 def test_activations_follow_the_published_formulas() -> None:
     sbh = 4 * 1024 * 2048
-    plain = forward.block_activation_bytes(OPT_1B, TRAINING)
+    plain = transformer.block_activation_bytes(OPT_1B, TRAINING)
     assert plain == 34 * sbh + 4 * 32 * 4 * 1024
-    gated = forward.block_activation_bytes(DEEPSEEK_1B, TRAINING)
+    gated = transformer.block_activation_bytes(DEEPSEEK_1B, TRAINING)
     norms = 8 * sbh
     assert gated == 4 * 1024 * (12 * 2048 + 4 * 2048 + 8 * 5504) + norms + 4 * 16 * 4 * 1024
-    assert forward.saved_activation_bytes(OPT_1B, TRAINING) == 24 * 2 * sbh
-    kept = forward.saved_activation_bytes(OPT_1B, replace(TRAINING, checkpointing=False))
+    assert transformer.saved_activation_bytes(OPT_1B, TRAINING) == 24 * 2 * sbh
+    kept = transformer.saved_activation_bytes(OPT_1B, replace(TRAINING, checkpointing=False))
     assert kept == 24 * plain
 
 
@@ -196,7 +200,7 @@ def test_lsp_cores_of_the_paper() -> None:
         # A squared norm of each block goes down too.
         assert counted.d2h_bytes == counted.h2d_bytes + 4 * shape.num_blocks
         # Host: the core in bf16 and two moments in fp32.
-        held = counted.peak_host_bytes - forward.PROCESS_HOST_BYTES
+        held = counted.peak_host_bytes - transformer.PROCESS_HOST_BYTES
         assert held == pytest.approx(10 * counted.cpu_adam_elements, rel=1e-6)
 
 
@@ -259,16 +263,16 @@ def test_several_micro_batches_share_perturbed_copies_of_a_whole_block() -> None
             cost(engine, OPT_13B, replace(FORWARD_ONLY, accumulation=n)).gpu_memory_bytes for n in (1, 4)
         )
         assert four["scratch"] == 2 * 2 * OPT_13B.block_parameters > once["scratch"]
-        hidden = forward.hidden_bytes(OPT_13B, FORWARD_ONLY)
+        hidden = transformer.hidden_bytes(OPT_13B, FORWARD_ONLY)
         assert four["activations"] - once["activations"] == 3 * 2 * hidden
 
 
 def test_small_blocks_run_as_graphs_where_the_engine_runs_them_so() -> None:
     """The engine's limit is its own; torch stays out of the cost model."""
-    perturbed = pytest.importorskip("engines.perturbed")
-    assert forward.GRAPH_SCRATCH_BYTES == perturbed.GRAPH_SCRATCH_BYTES
-    assert forward.runs_as_graphs(OPT_1B, FORWARD_ONLY)
-    assert not forward.runs_as_graphs(OPT_13B, FORWARD_ONLY)
+    perturbed = pytest.importorskip("engines.zeroth_order.perturbed_model")
+    assert transformer.GRAPH_SCRATCH_BYTES == perturbed.GRAPH_SCRATCH_BYTES
+    assert transformer.runs_as_graphs(OPT_1B, FORWARD_ONLY)
+    assert not transformer.runs_as_graphs(OPT_13B, FORWARD_ONLY)
     whole = 2 * 2 * OPT_1B.block_parameters
     assert cost("mezo", OPT_1B, FORWARD_ONLY).gpu_memory_bytes["scratch"] >= whole
 
@@ -340,15 +344,15 @@ def test_resident_low_bit_blocks_keep_the_turns_of_the_others() -> None:
 
 
 def test_logits_are_there_in_chunks() -> None:
-    rows = forward.HEAD_CHUNK_BYTES // (2 * 5120)
-    assert forward.head_scratch_bytes(OPT_13B, FORWARD_ONLY) == 2 * rows * 2 * 5120
-    assert forward.chunked_logits_bytes(OPT_13B, FORWARD_ONLY) == 2048 * rows * 10
-    assert forward.head_chunks(OPT_13B, FORWARD_ONLY) == (math.ceil(50272 / rows), 1)
+    rows = transformer.HEAD_CHUNK_BYTES // (2 * 5120)
+    assert transformer.head_scratch_bytes(OPT_13B, FORWARD_ONLY) == 2 * rows * 2 * 5120
+    assert transformer.chunked_logits_bytes(OPT_13B, FORWARD_ONLY) == 2048 * rows * 10
+    assert transformer.head_chunks(OPT_13B, FORWARD_ONLY) == (math.ceil(50272 / rows), 1)
     long = replace(FORWARD_ONLY, batch_size=8)
-    assert forward.chunked_logits_bytes(OPT_13B, long) == 4096 * rows * 10
-    assert forward.head_chunks(OPT_13B, long) == (math.ceil(50272 / rows), 4)
+    assert transformer.chunked_logits_bytes(OPT_13B, long) == 4096 * rows * 10
+    assert transformer.head_chunks(OPT_13B, long) == (math.ceil(50272 / rows), 4)
     # A small vocabulary is one chunk.
-    assert forward.head_scratch_bytes(TINY, TRAINING) == 2 * 2 * TINY.head_parameters
+    assert transformer.head_scratch_bytes(TINY, TRAINING) == 2 * 2 * TINY.head_parameters
 
 
 def test_scripted_costs_its_script() -> None:
@@ -379,7 +383,7 @@ def test_pending_updates_are_drawn_again_at_every_visit(fold_every: int, draws: 
     assert by_layer["block.0"] == pytest.approx(draws * OPT_13B.block_parameters, abs=1)
     assert by_layer["block.20"] == 2 * OPT_13B.block_parameters  # resident
     # One visit in `fold_every` writes theta, all write both copies.
-    without = forward.stacked_layers(OPT_13B, FORWARD_ONLY)[1].gpu_bytes
+    without = transformer.stacked_layers(OPT_13B, FORWARD_ONLY)[1].gpu_bytes
     moved = counted.layers[1].gpu_bytes - without
     assert moved == pytest.approx(2 * (3 + 1 / fold_every) * OPT_13B.block_parameters)
     block = 2 * OPT_13B.block_parameters

@@ -20,15 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engines import disk
-from engines.base import InfeasiblePlan, UserError
 from engines.costs import disk as costs
-from engines.disk import DiskBlocks, PageCacheWarning
-from engines.noise import LOG_CAPACITY
-from engines.raw_files import ALIGNMENT_BYTES, RawFile, Span, make_file, open_existing
-from engines.transfer import Event, Link
+from engines.errors import InfeasiblePlan, UserError
+from engines.noise.visits import LOG_CAPACITY
+from engines.offload import disk
+from engines.offload.direct_io import ALIGNMENT_BYTES, RawFile, Span, make_file, open_existing
+from engines.offload.disk import DiskBlocks, PageCacheWarning
+from engines.transfer.link import Event, Link
 
-pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::engines.offload.disk.PageCacheWarning"
+)  # wherever /tmp may be
 CPU = torch.device("cpu")
 REAL_PREADV, REAL_PWRITEV, REAL_OPEN = os.preadv, os.pwritev, os.open
 
@@ -387,7 +389,7 @@ def test_a_disk_that_is_memory_is_told_of() -> None:
 def test_without_nameless_files_a_name_is_taken_away_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.raw_files._NAMELESS", 0)
+    monkeypatch.setattr("engines.offload.direct_io._NAMELESS", 0)
     blocks, contents = filled(tmp_path, {0: 50_000})
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(next_piece(blocks, 50_000), contents[0])

@@ -13,13 +13,15 @@ from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context,
 
 from engines.base import Context, LocatesWeights
 from engines.costs import disk as costs
-from engines.costs.forward import PROCESS_HOST_BYTES
-from engines.noise import LOG_CAPACITY
-from engines.settings import Zo2Settings
-from engines.zo2 import Zo2
+from engines.costs.transformer import PROCESS_HOST_BYTES
+from engines.methods.zo2 import Zo2
+from engines.noise.visits import LOG_CAPACITY
+from engines.settings.zeroth_order import Zo2Settings
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
-pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::engines.offload.disk.PageCacheWarning"
+)  # wherever /tmp may be
 LOZO = {"estimator": "lozo", "lozo_rank": 2, "lozo_window": 3, "weight_decay": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "int8": {"base": "int8"},
@@ -56,7 +58,7 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a log that is full every few steps."""
-    monkeypatch.setattr("engines.zo2.LOG_CAPACITY", 9)
+    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 9)
     where, knobs = context(dtype="bf16"), CASES[case]
     mezo = make_mezo(tiny_blueprint("opt"), where, **knobs)
     streamed, undisturbed = (make(tiny_blueprint("opt"), tmp_path, where, **knobs) for _ in range(2))
@@ -157,10 +159,10 @@ def test_equals_mezo_on_the_gpu(
 ) -> None:
     """With a link and a disk that are late at random, and a log that is full every few steps."""
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
-    monkeypatch.setattr("engines.zo2.LOG_CAPACITY", 9)
-    monkeypatch.setattr("engines.ring.PIECE_BYTES", 3000)
-    monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 9)
+    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 3000)
+    monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
     where, knobs = context("cuda:0", "bf16"), CASES[case]
     delays = random.Random(3)
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=7), where, **knobs)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from engines import ENGINES, entry, load_engine
-from engines.base import Context, Engine, UserError, Workload
-from engines.settings import SETTINGS, parse_settings
+from engines.base import Context, Engine
+from engines.errors import UserError
+from engines.settings.parse import SETTINGS, parse_settings
+from engines.shapes import Workload
 
 CONTEXT = Context(device="cpu", workload=Workload(batch_size=1, seq_len=8), seed=0, total_steps=1)
 METHODS = ("setup", "step", "evaluate", "weights", "save", "load", "synchronize", "close")

@@ -26,13 +26,16 @@ from zeroth_order import (
     make_zo2,
 )
 
-from engines.base import Batch, Update, UserError
-from engines.estimators import Side, drawn_blocks, forwards, next_updates, num_drawn, probes
-from engines.mezo import Mezo
-from engines.noise import Outputs, UpdateLog, Visit, visit
-from engines.philox import NoiseKey, normal, signs
-from engines.segments import one
-from engines.settings import MezoSettings, parse_settings
+from engines.base import Batch, Update
+from engines.errors import UserError
+from engines.methods.mezo import Mezo
+from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.tiles import one
+from engines.noise.visits import Outputs, UpdateLog, Visit
+from engines.noise.weight_pass import visit
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
+from engines.zeroth_order.estimators import Side, drawn_blocks, forwards, next_updates, num_drawn, probes
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 BASE = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
@@ -365,7 +368,7 @@ def test_zo2_equals_mezo_on_the_gpu(
     streamed = (
         make_zo2(tiny_blueprint("opt", num_blocks=5), where, like=settings, fold_every=2) if graphs else None
     )
-    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), where, like=settings)
     streamed = streamed or make_zo2(
         tiny_blueprint("opt", num_blocks=5), where, like=settings, resident_blocks=1

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines import exposure
-from engines.exposure import Exposed, ExposureClock, Resource, Span, exposed, length, shared, union
+from engines.transfer import exposure
+from engines.transfer.exposure import Exposed, ExposureClock, Resource, Span, exposed, length, shared, union
 
 GRID = 40
 
@@ -138,7 +138,8 @@ def test_a_cpu_device_knows_nothing() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_copy_beside_a_kernel_is_overlapped_and_one_after_it_is_not() -> None:
-    from engines.transfer import ComputeClock, Link
+    from engines.transfer.compute_clock import ComputeClock
+    from engines.transfer.link import Link
 
     device = torch.device("cuda:0")
     clock = ExposureClock(device)

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.base import Context, Dtype, InfeasiblePlan, UserError, Workload
+from engines.base import Context
 from engines.decoding import GenerationRequest, Sampling
-from engines.generation import make_cache
-from engines.mezo import Mezo
-from engines.settings import MezoSettings, Zo2Settings
-from engines.zo2 import Zo2
+from engines.errors import InfeasiblePlan, UserError
+from engines.methods.mezo import Mezo
+from engines.methods.zo2 import Zo2
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Dtype, Workload
+from engines.zeroth_order.generation import make_cache
 from tiny_families import ENCODERS, FAMILIES, blueprint_of
 from tiny_models import VOCABULARY, TinyBlueprint, tiny_batches, tiny_blueprint
 
@@ -346,9 +348,9 @@ def test_zo2_and_mezo_agree_on_the_gpu(
     family: str, graphs: bool, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link held up at random, blocks in small pieces, between training steps."""
-    monkeypatch.setattr("engines.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 500)
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     where = context("cuda:0", dtype)
     delays = random.Random(0)
     mezo = make_mezo(sharp(family, num_blocks=7), where)

@@ -1,4 +1,4 @@
-"""`engines.costs.generation` against the engines' counters, the cache's tensors and totals by hand."""
+"""`engines.costs.decoding` against the engines' counters, the cache's tensors and totals by hand."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_shapes import OPT_13B
 
-from engines.base import Context, Dtype, Workload
-from engines.costs.generation import Decoding, cache_bytes, least_gpu_bytes, traffic
+from engines.base import Context
+from engines.costs.decoding import Decoding, cache_bytes, least_gpu_bytes, traffic
 from engines.decoding import GenerationRequest, Sampling
-from engines.generation import make_cache
-from engines.mezo import Mezo
-from engines.settings import MezoSettings, Zo2Settings
-from engines.zo2 import Zo2
+from engines.methods.mezo import Mezo
+from engines.methods.zo2 import Zo2
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Dtype, Workload
+from engines.zeroth_order.generation import make_cache
 from harness.job import make_job
 from harness.models import make_blueprint
 from harness.shapes import named_shape, resolve_shape

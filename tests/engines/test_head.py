@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from engines import head
-from engines.base import Batch, Context, Workload
-from engines.blocks import EvaluationSum
-from engines.mezo import Mezo
-from engines.settings import MezoSettings
+from engines.base import Batch, Context
+from engines.methods.mezo import Mezo
+from engines.model.evaluation import EvaluationSum
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import Workload
+from engines.zeroth_order import chunked_loss
 from tiny_families import blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
@@ -29,14 +30,14 @@ def engine(blueprint: TinyBlueprint) -> Mezo:
 def test_loss_and_accuracy_are_those_of_transformers(
     family: str, tied: bool, padding: slice | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "HEAD_TOKENS", 8)
-    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary, width, element_bytes: 24)
+    monkeypatch.setattr(chunked_loss, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(chunked_loss, "chunk_rows", lambda vocabulary, width, element_bytes: 24)
     blueprint = tiny_blueprint(family, tied)
     made = engine(blueprint)
     for batch in tiny_batches(3, family):
         if padding is not None:
             batch.inputs["attention_mask"][0, padding] = 0
-            batch.inputs["labels"][0, padding] = head.IGNORED
+            batch.inputs["labels"][0, padding] = chunked_loss.IGNORED
         with torch.no_grad():
             output = blueprint.reference.eval()(**batch.inputs)
         expected = EvaluationSum()
@@ -77,28 +78,28 @@ def test_so_is_classification(family: str) -> None:
 def test_positions_without_a_label_are_found_on_the_host() -> None:
     labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 3]])
     batch = Batch(inputs={"input_ids": torch.zeros((2, 4), dtype=torch.int64), "labels": labels})
-    targets = head.targets_of(batch, torch.device("cpu"))
+    targets = chunked_loss.targets_of(batch, torch.device("cpu"))
     assert targets.positions.tolist() == [1, 2, 6]
     assert targets.labels.tolist() == [7, 8, 3]
 
 
 @pytest.mark.parametrize("width", [1, 64, 768, 2048, 5120, 7168])
 def test_chunks_are_whole_tiles_of_noise_on_the_grid_of_fast_kernels(width: int) -> None:
-    rows = head.chunk_rows(50272, width, 2)
+    rows = chunked_loss.chunk_rows(50272, width, 2)
     assert 0 < rows <= 50272
-    assert rows == 50272 or (rows * width % head.TILE == 0 and rows % head.ROW_GRID == 0)
+    assert rows == 50272 or (rows * width % chunked_loss.TILE == 0 and rows % chunked_loss.ROW_GRID == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("chunk", [5000, 1700, 2048])
 def test_the_kernel_gathers_what_torch_does(dtype: torch.dtype, chunk: int) -> None:
-    kernels = pytest.importorskip("engines.head_kernels")
+    kernels = pytest.importorskip("engines.zeroth_order.chunked_loss_kernels")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn((6, 5000), generator=generator) * 4).to(dtype).to(device)
     logits[2, 4000] = logits[2, 100] = logits[2].max() + 1  # of equals the first
     labels = torch.tensor([0, 4999, 7, 2500, 3000, 1699], device=device)
-    ours, running = (head._Running(6, device) for _ in range(2))
+    ours, running = (chunked_loss._Running(6, device) for _ in range(2))
     for first in range(0, 5000, chunk):
         piece = logits[:, first : first + chunk].contiguous()
         # Lanes that have seen nothing hold -inf; numpy warns of their difference, which is not used.

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from kernel_compiler import ARCHES, Compiled
 
-from engines.noise import has_triton
+from engines.kernels.triton_launch import has_triton
 
 pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import launch
+from engines.kernels import triton_launch
 
 
 class OnGpu(torch.Tensor):
@@ -47,15 +47,15 @@ class Binary(dict[Any, Any]):
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(launch, "_binaries", {})
-    monkeypatch.setattr(launch, "_on", lambda index: nullcontext())
+    monkeypatch.setattr(triton_launch, "_binaries", {})
+    monkeypatch.setattr(triton_launch, "_on", lambda index: nullcontext())
     return Kernel()
 
 
 def test_equal_forms_share_a_binary_which_gets_all_arguments(kernel: Kernel) -> None:
     x, y = tensor(), tensor(128)
-    launch.launch(kernel, (7,), x, 48, 0.5, SIZE=8, num_warps=4)
-    launch.launch(kernel, (3, 2), y, 32, 1.5, SIZE=8, num_warps=4)
+    triton_launch.launch(kernel, (7,), x, 48, 0.5, SIZE=8, num_warps=4)
+    triton_launch.launch(kernel, (3, 2), y, 32, 1.5, SIZE=8, num_warps=4)
     assert len(kernel.compiled) == 1
     assert kernel.compiled[0][-1] == {"SIZE": 8, "num_warps": 4}
     (first, grid, arguments), (second, other_grid, others) = kernel.launched
@@ -84,9 +84,9 @@ OTHERS: tuple[tuple[str, tuple[Any, ...], dict[str, int]], ...] = (
 def test_what_may_be_compiled_in_makes_a_binary_of_its_own(
     kernel: Kernel, arguments: tuple[Any, ...], flags: dict[str, int]
 ) -> None:
-    launch.launch(kernel, (1,), tensor(), 48, 0.5, SIZE=8)
-    launch.launch(kernel, (1,), *arguments, **flags)
-    launch.launch(kernel, (1,), tensor(), 48, 0.5, SIZE=8)
+    triton_launch.launch(kernel, (1,), tensor(), 48, 0.5, SIZE=8)
+    triton_launch.launch(kernel, (1,), *arguments, **flags)
+    triton_launch.launch(kernel, (1,), tensor(), 48, 0.5, SIZE=8)
     assert len(kernel.compiled) == 2
     assert [number for number, *_ in kernel.launched] == [0, 1, 0]
 
@@ -99,5 +99,5 @@ def test_without_a_gpu_a_kernel_is_launched_as_it_is() -> None:
             return lambda *arguments, **flags: launched.append((grid, arguments, flags))
 
     x = torch.zeros(3)
-    launch.launch(Plain(), (5,), x, 48, SIZE=8)
+    triton_launch.launch(Plain(), (5,), x, 48, SIZE=8)
     assert launched == [((5,), (x, 48), {"SIZE": 8})]

@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines import zo2
-from engines.base import Batch, Context, Dtype, StepStats, UserError, Workload
+from engines.base import Batch, Context, StepStats
 from engines.costs.mezo import gpu_memory_bytes
 from engines.costs.zo2 import resident_indices
-from engines.lora import columns_first
-from engines.mezo import Mezo
-from engines.philox import NoiseKey, normal
-from engines.settings import MezoSettings, Zo2Settings
-from engines.zo2 import Zo2
+from engines.errors import UserError
+from engines.methods import zo2
+from engines.methods.mezo import Mezo
+from engines.methods.zo2 import Zo2
+from engines.noise.philox import NoiseKey, normal
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Dtype, Workload
+from engines.zeroth_order.lora import columns_first
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 KNOBS = {"train": "lora", "lora_rank": 3, "learning_rate": 1e-2, "weight_decay": 0.1}
@@ -442,9 +444,9 @@ def test_equals_mezo_on_the_gpu(
     """Graphs in zo2 only, or nowhere; a graph that reads stale adapters would show."""
     where = context("cuda:0", dtype)
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     streamed = make_zo2(tiny_blueprint(family, num_blocks=5), where, resident_blocks=1)
-    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     mezo = make_mezo(tiny_blueprint(family, num_blocks=5), where)
     batches = tiny_batches(10, family)
     stats = assert_same_steps(mezo, streamed, batches[:5])

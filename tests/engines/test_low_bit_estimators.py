@@ -20,11 +20,13 @@ from zeroth_order import (
     save,
 )
 
-from engines.base import UserError
-from engines.base_format import add_low_rank, pack, unpack
-from engines.costs.low_bit import matrix_bytes
-from engines.philox import NoiseKey
-from engines.settings import Base, parse_settings
+from engines.costs.quantized import matrix_bytes
+from engines.errors import UserError
+from engines.noise.philox import NoiseKey
+from engines.quantized.codec import pack, unpack
+from engines.quantized.quantized_pass import add_low_rank
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import Base
 from tiny_families import blueprint_of
 from tiny_models import tiny_batches, tiny_blueprint
 
@@ -164,7 +166,7 @@ def test_pieces_of_a_low_rank_sum_make_up_the_whole(monkeypatch: pytest.MonkeyPa
     whole, pieces = records.clone(), records.clone()
     key = NoiseKey(seed=3, step=2, tensor=1)
     add_low_rank(whole, "int8", rows, columns, key, stochastic=True)
-    monkeypatch.setattr("engines.base_format._CHUNK_TILES", {"cpu": 1})
+    monkeypatch.setattr("engines.quantized.codec._CHUNK_TILES", {"cpu": 1})
     add_low_rank(pieces, "int8", rows, columns, key, stochastic=True)
     assert torch.equal(whole, pieces)
     assert not torch.equal(whole, records)
@@ -204,7 +206,7 @@ def test_matrices_that_are_not_of_linear_layers_cannot_have_both() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_mezo_on_the_gpu(case: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     where, knobs = context("cuda:0", "bf16"), CASES[case]
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), where, **knobs)
     streamed = make_zo2(tiny_blueprint("opt", num_blocks=5), where, resident_blocks=1, **knobs)

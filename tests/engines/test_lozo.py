@@ -26,13 +26,16 @@ from zeroth_order import (
     make_zo2,
 )
 
-from engines import segments
-from engines.base import Batch, Dtype, Update, UserError
-from engines.lora import is_linear
-from engines.lozo import add_low_rank
-from engines.mezo import Mezo
-from engines.philox import NoiseKey, normal
-from engines.settings import MezoSettings, parse_settings
+from engines.base import Batch, Update
+from engines.errors import UserError
+from engines.methods.mezo import Mezo
+from engines.noise import tiles
+from engines.noise.philox import NoiseKey, normal
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import Dtype
+from engines.zeroth_order.lora import is_linear
+from engines.zeroth_order.low_rank_noise import add_low_rank
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 LOZO = MezoSettings(learning_rate=1e-3, estimator="lozo", lozo_rank=2, lozo_window=3)
@@ -244,7 +247,7 @@ def test_the_kernel_that_folds_gives_the_same_bits(
 ) -> None:
     """Stochastic rounding in bf16, where the interpreter truncates what the hardware rounds to nearest."""
     pytest.importorskip("triton")
-    from engines import lozo_kernels
+    from engines.noise import low_rank_kernels
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     generator = torch.Generator().manual_seed(0)
@@ -254,7 +257,7 @@ def test_the_kernel_that_folds_gives_the_same_bits(
     key = NoiseKey(seed=-5, step=3, tensor=2)
     ours, theirs = weight.clone(), weight.clone().to(device)
     add_low_rank(ours, rows, columns, key, stochastic=True)
-    lozo_kernels.add_low_rank(
+    low_rank_kernels.add_low_rank(
         theirs, rows.to(device), columns.to(device), key, stochastic=dtype != torch.float32
     )
     assert torch.equal(ours, theirs.cpu())
@@ -273,7 +276,7 @@ def test_a_fold_does_not_depend_on_its_pieces(chunk: int) -> None:
     whole, pieces = weight.clone(), weight.clone()
     add_low_rank(whole, rows, columns, key, stochastic=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engines.lozo.FOLD_CHUNK", chunk * segments.TILE)
+        patch.setattr("engines.zeroth_order.low_rank_noise.FOLD_CHUNK", chunk * tiles.TILE)
         add_low_rank(pieces, rows, columns, key, stochastic=True)
     assert torch.equal(whole, pieces)
 
@@ -305,7 +308,7 @@ def test_zo2_equals_mezo_on_the_gpu(
 ) -> None:
     where = context(dtype=dtype, device="cuda:0")
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), where, like=given_settings)
     streamed = make_zo2(tiny_blueprint("opt", num_blocks=5), where, like=given_settings, resident_blocks=1)
     assert_same_steps(mezo, streamed, tiny_batches(11, "opt"))

@@ -19,20 +19,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engines import core_pipeline, cores
-from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
-from engines.clocks import Clocks
-from engines.core_adam import core_adam
-from engines.core_pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
-from engines.cores import IdleMatrixWarning
+from engines.base import Batch, Context, StepStats
 from engines.costs.lsp import CORE_SLOTS
-from engines.lsp import Lsp
-from engines.native import Native
-from engines.projector import Projector, compress, decompress, transport_moments
-from engines.recompute import TrainedBlocks
-from engines.settings import LspSettings, NativeSettings
-from engines.subspace import Subspace, block_matrices, derived_seed
-from engines.transfer import Event, Link
+from engines.errors import NonFiniteLoss, UserError
+from engines.methods.lsp import Lsp
+from engines.methods.native import Native
+from engines.model.activation_checkpointing import TrainedBlocks
+from engines.settings.first_order import NativeSettings
+from engines.settings.lsp import LspSettings
+from engines.shapes import Dtype, Workload
+from engines.subspace import cores, pipeline
+from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
+from engines.subspace.cores import IdleMatrixWarning
+from engines.subspace.cpu_adam import core_adam
+from engines.subspace.pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
+from engines.subspace.projector import Projector, compress, decompress, transport_moments
+from engines.transfer.engine_clocks import Clocks
+from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
 
 SETTINGS = LspSettings(
@@ -288,7 +291,7 @@ class TestTwin:
 
             return call
 
-        monkeypatch.setattr(core_pipeline, "core_adam", delayed(core_adam))
+        monkeypatch.setattr(pipeline, "core_adam", delayed(core_adam))
         monkeypatch.setattr(Link, "upload", delayed(Link.upload))
         monkeypatch.setattr(Link, "download", delayed(Link.download))
         with running("opt", schedule_order=order) as engine:
@@ -328,7 +331,7 @@ class TestTwin:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with running("llama", ctx=ctx, offload=False, **changes) as twin:
                 expected = train(twin, batches)
-            monkeypatch.setattr(core_pipeline, "core_adam", plain_adam)
+            monkeypatch.setattr(pipeline, "core_adam", plain_adam)
             with running("llama", ctx=ctx, offload=False, **changes) as twin:
                 found = train(twin, batches)
         assert found.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -495,7 +498,7 @@ class TestOneStep:
             threads.add(threading.current_thread().name)
             core_adam(*args, **kwargs)
 
-        monkeypatch.setattr(core_pipeline, "core_adam", spy)
+        monkeypatch.setattr(pipeline, "core_adam", spy)
         with running("opt") as engine:
             engine.step(tiny_batches(1, "opt"))
             engine.synchronize()
@@ -676,7 +679,7 @@ class TestFaults:
         def fail(*args: Any, **kwargs: Any) -> None:
             raise ArithmeticError("spoilt")
 
-        monkeypatch.setattr(core_pipeline, "core_adam", fail)
+        monkeypatch.setattr(pipeline, "core_adam", fail)
         batches = tiny_batches(2, "opt")
         for order in ("layerwise", "sequential"):
             with running("opt", schedule_order=order) as engine:
@@ -689,8 +692,8 @@ class TestFaults:
 
     def test_a_hang_becomes_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         go_on = threading.Event()
-        monkeypatch.setattr(core_pipeline, "core_adam", lambda *_, **__: go_on.wait(60))
-        monkeypatch.setattr(core_pipeline, "WAIT_LIMIT_S", 0.05)
+        monkeypatch.setattr(pipeline, "core_adam", lambda *_, **__: go_on.wait(60))
+        monkeypatch.setattr(pipeline, "WAIT_LIMIT_S", 0.05)
         engine = Lsp(SETTINGS, context())
         try:
             engine.setup(tiny_blueprint("opt"))
@@ -699,7 +702,7 @@ class TestFaults:
                 engine.synchronize()
         finally:
             go_on.set()
-            monkeypatch.setattr(core_pipeline, "WAIT_LIMIT_S", 60.0)
+            monkeypatch.setattr(pipeline, "WAIT_LIMIT_S", 60.0)
             engine.close()
 
     @pytest.mark.parametrize("order", ["layerwise", "sequential"])

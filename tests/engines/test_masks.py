@@ -12,15 +12,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from engines.base import Batch, Context, Head, Workload
-from engines.blocks import BlockDriver
-from engines.lsp import Lsp
-from engines.masks import has_padding, known_padding, with_mask
-from engines.mezo import Mezo
-from engines.native import Native
-from engines.settings import LspSettings, MezoSettings, NativeSettings, Zo2Settings
-from engines.streams import LossSums
-from engines.zo2 import Zo2
+from engines.base import Batch, Context
+from engines.methods.lsp import Lsp
+from engines.methods.mezo import Mezo
+from engines.methods.native import Native
+from engines.methods.zo2 import Zo2
+from engines.model.attention_masks import has_padding, known_padding, with_mask
+from engines.model.blocks import BlockDriver
+from engines.settings.first_order import NativeSettings
+from engines.settings.lsp import LspSettings
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Head, Workload
+from engines.zeroth_order.forward_passes import LossSums
 from tiny_families import FAMILIES, blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, usual_head
 
@@ -201,7 +204,7 @@ def test_a_step_waits_for_the_gpu_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     batches = batches_of(family, head, padding)
     blueprint = tiny_blueprint(family, tied=head == usual_head(family), num_blocks=3, head=head)
     steps = steps_of(kind, blueprint, batches, monkeypatch)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from engines import checkpoint
-from engines.base import Batch, Context, Dtype, NonFiniteLoss, StepStats, UserError, Workload
-from engines.mezo import Mezo
-from engines.noise import Noise
-from engines.philox import NoiseKey, normal, signs
-from engines.settings import MezoSettings
+from engines.base import Batch, Context, StepStats
+from engines.errors import NonFiniteLoss, UserError
+from engines.methods.mezo import Mezo
+from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.visits import Noise
+from engines.settings.zeroth_order import MezoSettings
+from engines.shapes import Dtype, Workload
+from engines.zeroth_order import checkpoint
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 SETTINGS = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
@@ -224,7 +226,7 @@ def test_a_folder_that_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layer_norm_of_two_halves(dtype: torch.dtype) -> None:
-    kernels = pytest.importorskip("engines.norm_kernels")
+    kernels = pytest.importorskip("engines.zeroth_order.layer_norm_kernels")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((4, 3, 80), generator=generator).to(device, dtype) * 3 + 1

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from engines.base import Batch, Context, Dtype, NonFiniteLoss, UserError, Workload
-from engines.blocks import TORCH_DTYPE, find_blocks
-from engines.native import Native
-from engines.schedule import learning_rate_at
-from engines.settings import NativeSettings
+from engines.base import Batch, Context
+from engines.errors import NonFiniteLoss, UserError
+from engines.first_order.lr_schedule import learning_rate_at
+from engines.methods.native import Native
+from engines.model.blocks import TORCH_DTYPE, find_blocks
+from engines.settings.first_order import NativeSettings
+from engines.shapes import Dtype, Workload
 from tiny_families import blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines import noise, philox, segments
 from engines.base import Update
-from engines.noise import LOG_CAPACITY, Noise, Outputs, Rounding, UpdateLog, Visit, rows, visit
-from engines.philox import NoiseKey, normal, signs
-from engines.segments import LANES, TILE, Segment, one
+from engines.noise import philox, tiles, visits
+from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.tiles import LANES, TILE, Segment, one
+from engines.noise.visits import LOG_CAPACITY, Noise, Outputs, Rounding, UpdateLog, Visit
+from engines.noise.weight_pass import rows, visit
 
 KEY = NoiseKey(seed=11, step=3, tensor=2)
 CPU = torch.device("cpu")
@@ -173,7 +174,7 @@ def test_pieces_make_up_the_whole(cuts: list[int], count: int, chunk: int, kind:
     pieces = [torch.empty_like(weight) for _ in range(3)]
     edges = sorted({0, count, *(cut * TILE for cut in cuts if cut * TILE < count)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(segments.CHUNK_LANES, "cpu", chunk)
+        patch.setitem(tiles.CHUNK_LANES, "cpu", chunk)
         for begin, end in pairwise(edges):
             part = one(2, end - begin, decays=True)
             theta, plus, minus = (each[begin:end] for each in pieces)
@@ -193,7 +194,7 @@ def test_a_piece_begins_with_a_tile() -> None:
 def test_vectors_in_one_memory_are_as_one_by_one(
     monkeypatch: pytest.MonkeyPatch, chunk: int, kind: Noise
 ) -> None:
-    monkeypatch.setitem(segments.CHUNK_LANES, "cpu", chunk)
+    monkeypatch.setitem(tiles.CHUNK_LANES, "cpu", chunk)
     counts, numbers = (7, 640, 1, 3000), (5, 0, 9, 2)
     offsets = (0, 8, 648, 656)
     flat = some_weights(3656, torch.bfloat16)
@@ -299,10 +300,10 @@ def test_rows_are_those_of_the_whole_tensor(width: int, kind: Noise) -> None:
 
 def test_the_log_forgets_what_is_too_old() -> None:
     log = UpdateLog(CPU)
-    for step in range(noise.LOG_CAPACITY + 3):
+    for step in range(visits.LOG_CAPACITY + 3):
         log.append(an_update(step))
     assert [each.step for each in log.between(3, 6)] == [3, 4, 5]
-    for first, last in ((2, 5), (5, 4), (5, noise.LOG_CAPACITY + 4)):
+    for first, last in ((2, 5), (5, 4), (5, visits.LOG_CAPACITY + 4)):
         with pytest.raises(ValueError, match="not in the log"):
             log.between(first, last)
 
@@ -314,7 +315,7 @@ def kernel_device() -> torch.device:
 
 @pytest.mark.parametrize("seed", [0, 1, -3, 2**40 + 17, 2**63 + 5])
 def test_the_kernel_has_the_same_integer_stream(seed: int) -> None:
-    kernels = pytest.importorskip("engines.noise_kernels")
+    kernels = pytest.importorskip("engines.noise.weight_pass_kernels")
     key = NoiseKey(seed=seed, step=7, tensor=3)
     for first_lane in (0, 5, 2**32 - 64):
         ours = philox.philox_words(key, first_lane, 128, CPU)
@@ -342,14 +343,14 @@ def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(dtype: torch.dtype, 
 
 
 def check_kernel(dtype: torch.dtype, start: int, count: int, kind: Noise, *, perturbs: bool) -> None:
-    from engines import noise_kernels
+    from engines.noise import weight_pass_kernels
 
     device = kernel_device()
     weight = some_weights(count, dtype)
     weight[: count // 3] *= 1e-3  # below fp16's normal numbers
     segment = one(2, count, decays=True)
     results = []
-    for where, function in ((CPU, visit), (device, noise_kernels.visit)):
+    for where, function in ((CPU, visit), (device, weight_pass_kernels.visit)):
         several = an_update(1, lr=1e-5), an_update(2**31 + 5, g=-2.0)
         how = a_visit(*several, eps=1e-3, device=where, seed=-5, noise=kind)
         source = weight.to(where)
@@ -366,7 +367,7 @@ def check_kernel(dtype: torch.dtype, start: int, count: int, kind: Noise, *, per
 def test_the_kernel_of_vectors_and_rows_gives_the_same_bits(kind: Noise, offsets: tuple[int, ...]) -> None:
     """Wherever the tensors lie: of some widths a thread loads several elements at once."""
     pytest.importorskip("triton")
-    from engines import noise_kernels
+    from engines.noise import weight_pass_kernels
 
     device = kernel_device()
     flat = some_weights(5000, torch.float16)
@@ -374,7 +375,7 @@ def test_the_kernel_of_vectors_and_rows_gives_the_same_bits(kind: Noise, offsets
     results = []
     for where, vectors, gather in (
         (CPU, visit, rows),
-        (device, noise_kernels.visit, noise_kernels.rows),
+        (device, weight_pass_kernels.visit, weight_pass_kernels.rows),
     ):
         how = a_visit(an_update(), eps=-1e-3, device=where, noise=kind)
         source = flat.to(where)
@@ -391,15 +392,15 @@ def test_a_tensor_beyond_the_reach_of_the_table_has_a_launch_of_its_own(
     kind: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from engines import noise_kernels
+    from engines.noise import weight_pass_kernels
 
-    monkeypatch.setattr("engines.segments.MOST_IN_TABLE", 5000)
+    monkeypatch.setattr("engines.noise.tiles.MOST_IN_TABLE", 5000)
     device, flat = kernel_device(), some_weights(9000, torch.float16)
     segment = Segment((4, 1, 7), (0, 4000, 6000), (4000, 1500, 3000), (True, False, True))
     assert [segment.is_large(index) for index in range(3)] == [False, True, True]
     assert len(segment.tiles(device)) == 2
     results = []
-    for where, function in ((CPU, visit), (device, noise_kernels.visit)):
+    for where, function in ((CPU, visit), (device, weight_pass_kernels.visit)):
         source = flat.to(where)
         out = torch.zeros_like(source)
         how = a_visit(an_update(), eps=1e-3, device=where, noise=kind)

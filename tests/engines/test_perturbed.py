@@ -11,11 +11,13 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from engines.base import Batch, Context, UserError, Workload
-from engines.mezo import Mezo
-from engines.philox import NoiseKey, normal
-from engines.settings import MezoSettings, Zo2Settings
-from engines.zo2 import Zo2
+from engines.base import Batch, Context
+from engines.errors import UserError
+from engines.methods.mezo import Mezo
+from engines.methods.zo2 import Zo2
+from engines.noise.philox import NoiseKey, normal
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Workload
 from tiny_families import ENCODERS, FAMILIES, blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 

@@ -11,24 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engines.projector import (
+from engines.subspace.projector import (
     BlockProjector,
     Projector,
     SparseProjector,
-    bias,
-    block_pair,
     block_rows,
     compress,
     decompress,
     identity_projector,
-    learn,
-    learning_gradient,
     one_hot_projector,
     random_block_projector,
     random_projector,
-    relative_bias,
     transport_moments,
 )
+from engines.subspace.projector_search import bias, block_pair, learn, learning_gradient, relative_bias
 
 Maker = Callable[[int, int, int, int], Projector]
 """rows, d, r, seed."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engines.noise import has_triton
-from engines.projector import BlockProjector, decompress, random_block_projector
-from engines.rounding import dithered, updated
+from engines.kernels.triton_launch import has_triton
+from engines.noise.stochastic_rounding import dithered, updated
+from engines.subspace.projector import BlockProjector, decompress, random_block_projector
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,7 @@ def pair(m: int, n: int, d: int, r: int) -> tuple[BlockProjector, BlockProjector
 
 @pytest.mark.parametrize("dither", [False, True])
 def test_an_update_is_rounded_as_by_torch(dither: bool) -> None:
-    from engines import projector_kernels
+    from engines.subspace import projector_kernels
 
     weight, delta = matrix(37, 29), matrix(37, 29, seed=1)
     expected = weight * 0.99 - delta * 1e-2
@@ -40,7 +40,7 @@ def test_an_update_is_rounded_as_by_torch(dither: bool) -> None:
 @pytest.fixture(params=[2, 4])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs' sizes are those of 16 bits, then those of fp32."""
-    from engines import projector_kernels
+    from engines.subspace import projector_kernels
 
     monkeypatch.setitem(projector_kernels.SIZES, 4, projector_kernels.SIZES[request.param])
 
@@ -48,7 +48,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("m", "n", "d", "r"), [(70, 40, 24, 4), (33, 65, 16, 2), (48, 48, 48, 3)])
 def test_an_update_by_blocks_is_that_of_the_expanded_core(m: int, n: int, d: int, r: int) -> None:
-    from engines import projector_kernels
+    from engines.subspace import projector_kernels
 
     left, right = pair(m, n, d, r)
     core, weight = matrix(d, d, seed=3), matrix(m, n, seed=4)
@@ -62,7 +62,7 @@ def test_an_update_by_blocks_is_that_of_the_expanded_core(m: int, n: int, d: int
 @pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("rows", "d", "r"), [(70, 24, 4), (33, 16, 2), (48, 48, 3)])
 def test_both_maps_are_products_with_the_matrix(rows: int, d: int, r: int) -> None:
-    from engines import projector_kernels
+    from engines.subspace import projector_kernels
 
     projector, _ = pair(rows, rows, d, r)
     dense, x, y = projector.dense(), matrix(5, rows, seed=1), matrix(5, d, seed=2)
@@ -81,7 +81,7 @@ def test_both_maps_are_products_with_the_matrix(rows: int, d: int, r: int) -> No
 @pytest.mark.parametrize(("m", "n", "d", "r"), [(2048, 512, 128, 4), (1000, 333, 96, 3), (256, 256, 64, 1)])
 def test_in_16_bits_sums_are_in_fp32(dtype: torch.dtype, m: int, n: int, d: int, r: int) -> None:
     """What is stored is a rounding or two of them away."""
-    from engines import projector_kernels
+    from engines.subspace import projector_kernels
 
     left, right = (each.cast(dtype, DEVICE) for each in pair(m, n, d, r))
     x, y, core = (matrix(*of, seed=seed).to(dtype) for seed, of in enumerate(((200, m), (200, d), (d, d))))

@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from engines.base import Batch, Context, Evaluation, Workload
-from engines.blocks import evaluate_on_device
-from engines.lsp import Lsp
-from engines.mezo import Mezo
-from engines.native import Native
-from engines.philox import NoiseKey, normal
-from engines.settings import LspSettings, MezoSettings, NativeSettings, Zo2Settings
-from engines.zo2 import Zo2
+from engines.base import Batch, Context, Evaluation
+from engines.methods.lsp import Lsp
+from engines.methods.mezo import Mezo
+from engines.methods.native import Native
+from engines.methods.zo2 import Zo2
+from engines.model.evaluation import evaluate_on_device
+from engines.noise.philox import NoiseKey, normal
+from engines.settings.first_order import NativeSettings
+from engines.settings.lsp import LspSettings
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Workload
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 FAMILIES = ["opt", "llama", "gpt2", "roberta", "bert"]

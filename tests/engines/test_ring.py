@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engines import ring
-from engines.base import UserError
-from engines.base_format import BlockForm, block_forms
-from engines.layout import BlockLayout, Part
-from engines.ring import BlockStream
-from engines.segments import one
-from engines.transfer import After, ComputeClock, Event, Link
+from engines.errors import UserError
+from engines.model.flat_layout import BlockLayout, Part
+from engines.noise.tiles import one
+from engines.offload import ring
+from engines.offload.ring import BlockStream
+from engines.quantized.block_form import BlockForm, block_forms
+from engines.transfer.compute_clock import ComputeClock
+from engines.transfer.link import After, Event, Link
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from engines.schedule import learning_rate_at
-from engines.settings import MezoSettings
+from engines.first_order.lr_schedule import learning_rate_at
+from engines.settings.zeroth_order import MezoSettings
 
 
 def rates(steps: int, total_steps: int, **settings: object) -> list[float]:

@@ -9,9 +9,12 @@ import psutil
 import pytest
 
 from engines import load_engine
-from engines.base import Context, InfeasiblePlan, NotAvailable, UserError, Workload
-from engines.scripted import OutOfMemoryError, Scripted
-from engines.settings import ScriptedSettings, parse_settings
+from engines.base import Context
+from engines.errors import InfeasiblePlan, NotAvailable, UserError
+from engines.methods.scripted import OutOfMemoryError, Scripted
+from engines.settings.parse import parse_settings
+from engines.settings.scripted import ScriptedSettings
+from engines.shapes import Workload
 
 
 def make_engine(**settings: object) -> Scripted:
@@ -140,5 +143,5 @@ def test_wrong_settings_are_named(values: dict[str, object], named: str) -> None
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, engines.scripted; sys.exit('torch' in sys.modules)"
+    code = "import sys, engines.methods.scripted; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

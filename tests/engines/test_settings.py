@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engines.base import UserError
-from engines.settings import SETTINGS, parse_settings
+from engines.errors import UserError
+from engines.settings.parse import SETTINGS, parse_settings
 
 
 @pytest.mark.parametrize(

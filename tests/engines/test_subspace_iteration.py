@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.blocks import materialize
-from engines.subspace_iteration import leading_vectors
+from engines.model.blocks import materialize
+from engines.subspace.subspace_iteration import leading_vectors
 from tiny_models import tiny_batches, tiny_blueprint
 
 HEIGHTS_AND_RANKS = [(7, 4), (18, 4), (16, 8), (43, 8), (64, 16)]

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.base import LinkRates
-from engines.calibrate import measure_rates
-from engines.throttle import HOST_GAP_S, HostPace
-from engines.transfer import HostSlab, Link
+from engines.transfer.calibrate import measure_rates
+from engines.transfer.link import Link
+from engines.transfer.pinned import HostSlab
+from engines.transfer.throttle import HOST_GAP_S, HostPace
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -124,8 +125,8 @@ def test_calibration_on_the_cpu_measures_what_a_link_does() -> None:
 
 
 SHORTEST_S = 100e-6
-"""What a held copy takes at least on a GPU, with some reserve: see `engines.throttle`. Shorter ones are only
-never faster than asked."""
+"""What a held copy takes at least on a GPU, with some reserve: see `engines.transfer.throttle`. Shorter ones
+are only never faster than asked."""
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engines import timeline
-from engines.timeline import STREAMS, Timeline
+from engines.transfer import trace
+from engines.transfer.trace import STREAMS, Timeline
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The engines' clock, in seconds, set by hand."""
     now = [100.0]
-    monkeypatch.setattr(timeline, "now_s", lambda: now[0])
+    monkeypatch.setattr(trace, "now_s", lambda: now[0])
     return now
 
 

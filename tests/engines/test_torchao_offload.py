@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import torchao_offload
-from engines.base import Context, Dtype, NotAvailable, UserError, Workload
-from engines.native import Native
-from engines.settings import NativeSettings, TorchaoOffloadSettings
-from engines.torchao_offload import TorchaoOffload, flat_state, put_state
+from engines.base import Context
+from engines.errors import NotAvailable, UserError
+from engines.methods import torchao_offload
+from engines.methods.native import Native
+from engines.methods.torchao_offload import TorchaoOffload, flat_state, put_state
+from engines.settings.first_order import NativeSettings, TorchaoOffloadSettings
+from engines.shapes import Dtype, Workload
 from tiny_families import blueprint_of
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engines import transfer
-from engines.transfer import ComputeClock, HostSlab, Link, PageableMemoryWarning, host_slabs
+from engines.transfer import link, pinned
+from engines.transfer.compute_clock import ComputeClock
+from engines.transfer.link import Link
+from engines.transfer.pinned import HostSlab, PageableMemoryWarning, host_slabs
 
 CPU = torch.device("cpu")
 PAGE_BYTES = 4096
@@ -37,9 +39,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     module = SimpleNamespace(
         init=lambda: None, cudart=lambda: runtime, device=lambda device: contextlib.nullcontext()
     )
-    monkeypatch.setattr(transfer, "_cuda", module)
-    monkeypatch.setattr(transfer, "_clear_cuda_error", lambda device: None)
-    monkeypatch.setattr(transfer, "TOUCH_PIECE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(link, "_cuda", module)
+    monkeypatch.setattr(pinned, "_clear_cuda_error", lambda device: None)
+    monkeypatch.setattr(pinned, "TOUCH_PIECE_BYTES", PAGE_BYTES)
     return runtime
 
 
@@ -116,7 +118,7 @@ def test_slabs_are_shared_up_to_a_size_and_each_tensor_lies_on_one(
     fake_cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor larger than a slab has one of its own; nothing is rounded up."""
-    monkeypatch.setattr(transfer, "SLAB_BYTES", 100)
+    monkeypatch.setattr(pinned, "SLAB_BYTES", 100)
     sizes = [40, 60, 1, 250, 100, 33, 33, 33]
     slabs = host_slabs(sizes, torch.device("cuda", 0), quiet)
     assert [view.nbytes for view in slabs.views] == sizes
@@ -135,7 +137,7 @@ def test_slabs_are_shared_up_to_a_size_and_each_tensor_lies_on_one(
 def test_progress_counts_the_bytes_of_all_slabs(
     fake_cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "SLAB_BYTES", 100)
+    monkeypatch.setattr(pinned, "SLAB_BYTES", 100)
     told: list[tuple[int, int]] = []
     host_slabs([60, 70, 20], torch.device("cuda", 0), lambda what, done, of: told.append((done, of)))
     assert told == [(60, 150), (150, 150)]
@@ -144,7 +146,7 @@ def test_progress_counts_the_bytes_of_all_slabs(
 def test_slabs_that_cannot_be_pinned_give_one_warning(
     fake_cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "SLAB_BYTES", 100)
+    monkeypatch.setattr(pinned, "SLAB_BYTES", 100)
     fake_cuda.refuses = True
     with pytest.warns(PageableMemoryWarning) as caught:
         slabs = host_slabs([80, 80, 80], torch.device("cuda", 0), quiet)
@@ -205,8 +207,8 @@ def test_registered_memory_is_pinned_and_an_error_of_the_driver_does_not_stick()
     view = slab.view(0, (PAGE_BYTES,), torch.float16)
     assert slab.pinned
     assert view.is_pinned()
-    assert transfer._register(view.data_ptr(), PAGE_BYTES) is not None  # twice is an error
-    transfer._clear_cuda_error(device)
+    assert pinned._register(view.data_ptr(), PAGE_BYTES) is not None  # twice is an error
+    pinned._clear_cuda_error(device)
     assert torch.ones(4, device=device).sum().item() == 4.0
     slab.close()
     again = HostSlab(3 * PAGE_BYTES + 8, device)
@@ -257,7 +259,7 @@ def test_the_compute_clock_sees_the_gpu() -> None:
 @pytest.mark.gpu
 def test_a_slab_of_many_pieces_is_copied_in_one_go() -> None:
     device = torch.device("cuda", 0)
-    size = 3 * transfer.TOUCH_PIECE_BYTES
+    size = 3 * pinned.TOUCH_PIECE_BYTES
     slab, link = HostSlab(size, device), Link(device)
     try:
         block = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)

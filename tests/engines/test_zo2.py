@@ -24,13 +24,15 @@ from zeroth_order import (
     save,
 )
 
-from engines import zo2
-from engines.base import Batch, Dtype, InfeasiblePlan
-from engines.blocks import BlockCall, BlockDriver, Recording
+from engines.base import Batch
 from engines.costs.zo2 import resident_indices
-from engines.noise import LOG_CAPACITY
-from engines.settings import Zo2Settings
-from engines.zo2 import Zo2
+from engines.errors import InfeasiblePlan
+from engines.methods import zo2
+from engines.methods.zo2 import Zo2
+from engines.model.blocks import BlockCall, BlockDriver, Recording
+from engines.noise.visits import LOG_CAPACITY
+from engines.settings.zeroth_order import Zo2Settings
+from engines.shapes import Dtype
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 DECODERS = ["opt", "llama", "qwen2", "gpt2"]
@@ -407,9 +409,9 @@ def test_equals_mezo_on_the_gpu(
 @pytest.mark.gpu
 def test_delays_on_both_streams_change_no_bit_in_200_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large matrices, so that layers take their own scratch and blocks are cut into pieces."""
-    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
-    monkeypatch.setattr("engines.ring.PIECE_BYTES", 500)
-    monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+    monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
     where = context("cuda:0", "bf16")
     delays = random.Random(1)
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=9), where)
@@ -428,7 +430,7 @@ def test_graphs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = make_zo2(tiny_blueprint("llama"), where)
     batches = [*tiny_batches(4, "llama"), *tiny_batches(6, "llama", seq_len=9), *tiny_batches(3, "llama")]
     groups = [batches[i : i + 2] for i in range(0, len(batches), 2)]
-    monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     eager = make_mezo(tiny_blueprint("llama"), where)
     for group in groups:
         expected, stats = eager.step(group), graphs.step(group)

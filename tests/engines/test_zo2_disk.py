@@ -18,27 +18,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.base import (
-    Batch,
-    Context,
-    Dtype,
-    InfeasiblePlan,
-    StepStats,
-    StoredTensor,
-    UserError,
-    Workload,
-)
+from engines.base import Batch, Context, StepStats, StoredTensor
 from engines.costs import disk as costs
-from engines.costs.forward import PROCESS_HOST_BYTES
+from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, resident_indices
-from engines.disk import spill_folder
-from engines.mezo import Mezo
-from engines.noise import LOG_CAPACITY
-from engines.settings import MezoSettings, Zo2Settings, parse_settings
-from engines.zo2 import Zo2
+from engines.errors import InfeasiblePlan, UserError
+from engines.methods.mezo import Mezo
+from engines.methods.zo2 import Zo2
+from engines.noise.visits import LOG_CAPACITY
+from engines.offload.disk import spill_folder
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.shapes import Dtype, Workload
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
-pytestmark = pytest.mark.filterwarnings("ignore::engines.disk.PageCacheWarning")  # wherever /tmp may be
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::engines.offload.disk.PageCacheWarning"
+)  # wherever /tmp may be
 KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
 DECODERS = ["opt", "llama", "qwen2", "gpt2"]
 
@@ -223,7 +219,7 @@ def base_of(made: Zo2) -> list[bytes]:
 @pytest.fixture
 def full_after(monkeypatch: pytest.MonkeyPatch) -> int:
     """Updates after which the log counts as full: fewer than it holds, to save time."""
-    monkeypatch.setattr("engines.zo2.LOG_CAPACITY", 7)
+    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 7)
     return 7
 
 
@@ -461,9 +457,9 @@ def test_equals_mezo_on_the_gpu(
 ) -> None:
     """With a link and a disk that are late at random, in pieces smaller than a block."""
     if not graphs:
-        monkeypatch.setattr("engines.perturbed.GRAPH_SCRATCH_BYTES", 0)
-    monkeypatch.setattr("engines.ring.PIECE_BYTES", 500)
-    monkeypatch.setattr("engines.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
+        monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
+    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
     steps = LOG_CAPACITY + 26
     where = context("cuda:0", dtype, steps)
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=9), where)

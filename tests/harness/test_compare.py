@@ -17,7 +17,7 @@ import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.compare
-from engines.base import UserError
+from engines.errors import UserError
 from harness.compare import Ended, Event, Planned, Started, compare, grid, missing
 from harness.job import Job, load_job, save_job
 from harness.launch import Outcome, Stepped

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import UserError
-from engines.blocks import evaluate_on_device, materialize
+from engines.errors import UserError
+from engines.model.blocks import materialize
+from engines.model.evaluation import evaluate_on_device
 from harness.data import UNLABELLED, Data, _class_answers, _prompt_table, make_data
 from harness.examples import builtin_reviews, held_out_count, instruction_prompt
 from harness.job import DataSource, Job, ModelSource

@@ -13,7 +13,8 @@ import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 from tiny_machine import figure, make_machine
 
-from engines.base import LinkRates, UserError
+from engines.base import LinkRates
+from engines.errors import UserError
 from harness import cli
 from harness.compare import compare, grid
 from harness.emulate import Emulated, emulated, what_is_short

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from train_runs import SETTINGS, run, tiny_job
 
 from engines import load_engine
-from engines.base import Evaluation, NonFiniteLoss, UserError
+from engines.base import Evaluation
+from engines.errors import NonFiniteLoss, UserError
 from harness import worker
 from harness.find_lr import PLATEAU, Finding, Trial, find_lr, grid, recommend
 from harness.show import Progress

@@ -17,7 +17,7 @@ from tiny_tokenizer import write_tokenizer
 from train_runs import Killed, die_at, run, tiny_job
 from transformers import AutoModelForCausalLM
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness import cli
 from harness.generate import end_ids
 from harness.generation_runs import load_generation

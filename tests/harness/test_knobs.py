@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from engines.base import UserError
-from engines.settings import LSP_PRESETS, LspSettings, parse_settings
+from engines.errors import UserError
+from engines.settings.lsp import LSP_PRESETS, LspSettings
+from engines.settings.parse import parse_settings
 from harness.knobs import check_settings, left_out, parse_assignments, typed_settings
 from harness.show import engines_json
 from profiles.plan import Value

@@ -17,7 +17,7 @@ import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.launch
-from engines.base import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
+from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from harness.ends import classify
 from harness.job import DataSource, Job, Limits, ModelSource
 from harness.launch import Outcome, Progress, Stepped, launch, read_oom_kills

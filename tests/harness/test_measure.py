@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from scripted_runs import scripted_job
 
-from engines.base import Batch, Context, NonFiniteLoss, StepStats
+from engines.base import Batch, Context, StepStats
 from engines.decoding import Decoded, GenerationRequest
-from engines.scripted import Scripted
-from engines.settings import ScriptedSettings
+from engines.errors import NonFiniteLoss
+from engines.methods.scripted import Scripted
+from engines.settings.scripted import ScriptedSettings
 from harness.job import Job
 from harness.measure import Recording, gpu_peaks, measure, measure_decoding
 from harness.result import Sample

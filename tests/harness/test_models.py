@@ -18,9 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from engines.base import UserError
-from engines.blocks import find_blocks, materialize
-from engines.cores import IdleMatrixWarning
+from engines.errors import UserError
+from engines.model.blocks import find_blocks, materialize
+from engines.subspace.cores import IdleMatrixWarning
 from harness import export, models, weights
 from harness.data import make_data
 from harness.heads import auto_class

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import write_tokenizer
 
-from engines.base import UserError
-from engines.blocks import evaluate_on_device, materialize
+from engines.errors import UserError
+from engines.model.blocks import materialize
+from engines.model.evaluation import evaluate_on_device
 from harness.data import Data, make_data
 from harness.examples import builtin_questions, builtin_reviews
 from harness.job import DataSource, Job, ModelSource

@@ -28,7 +28,7 @@ from train_runs import (
 )
 
 from engines import load_engine
-from engines.base import UserError
+from engines.errors import UserError
 from harness import restore, worker
 from harness.show import Progress
 from harness.train import export_run

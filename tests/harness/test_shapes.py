@@ -10,8 +10,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig
 
-from engines.base import Head, UserError
-from engines.blocks import find_blocks
+from engines.errors import UserError
+from engines.model.blocks import find_blocks
+from engines.shapes import Head
 from harness.closed_forms import CLOSED_FORMS
 from harness.heads import auto_class
 from harness.job import DataSource, Job, ModelSource

@@ -10,7 +10,7 @@ from known_shapes import OPT_1B
 from rich.console import Console, RenderableType
 from tiny_machine import make_machine
 
-from engines.base import Workload
+from engines.shapes import Workload
 from harness import show
 from harness.compare import Cell, Ended, Planned, Started
 from harness.launch import Progress as SetUp

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import write_tokenizer
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.job import ModelSource
 from harness.shapes import NAMED_SHAPES
 from harness.tokens import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_files

@@ -29,8 +29,8 @@ from train_runs import (
 )
 
 from engines import load_engine
-from engines.base import NonFiniteLoss, UserError
-from engines.settings import parse_settings
+from engines.errors import NonFiniteLoss, UserError
+from engines.settings.parse import parse_settings
 from harness import train as module
 from harness import worker
 from harness.heads import auto_class

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.base import Update, UserError
-from engines.settings import MezoSettings, Zo2Settings
+from engines.base import Update
+from engines.errors import UserError
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from harness.job import Job, make_job
 from harness.update_log import (
     HEADER_BYTES,

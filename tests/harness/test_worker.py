@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
-from engines.base import Context, NonFiniteLoss
-from engines.scripted import Scripted
+from engines.base import Context
+from engines.errors import NonFiniteLoss
+from engines.methods.scripted import Scripted
 from harness import worker
 from harness.worker import TRACE, Request, Result
 from profiles.limits import HostMemoryLimit

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tiny_machine import make_machine
 
-from engines.base import UserError, Workload
+from engines.errors import UserError
+from engines.shapes import Workload
 from harness.shapes import named_shape
 from profiles.catalog import find_profile, machine_names
 from profiles.machine import save_machine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
 from profiles.plan import Plan, Prediction, load_plans, save_plans
 

@@ -6,9 +6,9 @@ import pytest
 from known_shapes import OPT_13B
 from tiny_machine import make_machine
 
-from engines.base import UserError
-from engines.costs.generation import Decoding, least_gpu_bytes, traffic
-from engines.settings import Zo2Settings
+from engines.costs.decoding import Decoding, least_gpu_bytes, traffic
+from engines.errors import UserError
+from engines.settings.zeroth_order import Zo2Settings
 from profiles.budget import Budget, budget_of, gpu_bytes_needed
 from profiles.generation import fitting, plan_generation
 from profiles.machine import absent

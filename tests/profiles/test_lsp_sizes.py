@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, TINY
 
-from engines.base import LayerTraffic, ModelShape, Traffic, UserError, Workload
-from engines.costs import traffic
 from engines.costs.lsp import core_size
-from engines.settings import LspSettings, parse_settings, sizes_by_shape
+from engines.costs.table import traffic
+from engines.costs.traffic import LayerTraffic, Traffic
+from engines.errors import UserError
+from engines.settings.lsp import LspSettings, sizes_by_shape
+from engines.settings.parse import parse_settings
+from engines.shapes import ModelShape, Workload
 from profiles.budget import gpu_bytes_needed
 from profiles.lsp_sizes import HIDING_SHARE, SHARES, Sides, size_of
 from profiles.plan import Plan

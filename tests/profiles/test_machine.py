@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_machine import make_machine
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.machine import Figure, absent, load_machine, save_machine
 
 VERSION_1 = {

@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_1B, OPT_13B, TINY, measured
 
-from engines.base import Dtype, LayerTraffic, ModelShape, Overlap, Traffic, Workload
-from engines.costs import forward, traffic
+from engines.costs import transformer
 from engines.costs.overlap import serial_s
-from engines.settings import parse_settings
+from engines.costs.table import traffic
+from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.settings.parse import parse_settings
+from engines.shapes import Dtype, ModelShape, Workload
 from profiles.machine import Figure, Gpu, Link, Machine, absent
 from profiles.plan import Prediction
 from profiles.predict import (
@@ -65,7 +67,7 @@ def test_steps_against_those_measured(engine: str, shape: ModelShape, seen_s: fl
 )
 def test_both_forwards_against_those_measured(shape: ModelShape, batch_size: int, seen_s: float) -> None:
     workload = Workload(batch_size=batch_size, seq_len=2048, dtype="fp16")
-    layers = tuple(forward.stacked_layers(shape, workload))
+    layers = tuple(transformer.stacked_layers(shape, workload))
     cost = Traffic(layers=layers, gpu_memory_bytes={}, host_memory_bytes={})
     assert predict(cost, H200, workload).step_s == pytest.approx(seen_s, rel=0.2)
 
@@ -187,7 +189,9 @@ def test_without_a_gpu_everything_is_host_memory_and_serial(engine: str) -> None
     cost = traffic(engine, TINY, workload, parse_settings(engine, {}))
     prediction = predict(cost, LAPTOP_CPU, workload)
     assert prediction.peak_gpu_bytes == prediction.pinned_bytes == 0
-    without_cuda = cost.peak_host_bytes - forward.PROCESS_HOST_BYTES + forward.PROCESS_HOST_BYTES_WITHOUT_GPU
+    without_cuda = (
+        cost.peak_host_bytes - transformer.PROCESS_HOST_BYTES + transformer.PROCESS_HOST_BYTES_WITHOUT_GPU
+    )
     assert prediction.peak_host_bytes == cost.peak_gpu_bytes + without_cuda
     busy = resource_s(cost, LAPTOP_CPU, workload)
     assert busy is not None

@@ -21,11 +21,12 @@ from known_shapes import (
     with_vram,
 )
 
-from engines.base import ModelShape, UserError, Workload
-from engines.costs import traffic
-from engines.costs.forward import PROCESS_HOST_BYTES, PROCESS_HOST_BYTES_WITHOUT_GPU
+from engines.costs.table import traffic
+from engines.costs.transformer import PROCESS_HOST_BYTES, PROCESS_HOST_BYTES_WITHOUT_GPU
 from engines.costs.zo2 import resident_indices
-from engines.settings import parse_settings
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.shapes import ModelShape, Workload
 from profiles.budget import CONTEXT_BYTES, gpu_bytes_needed
 from profiles.choices import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.lsp_sizes import HIDING_SHARE, lsp_ladder, told_of_quality

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import UserError
+from engines.errors import UserError
 from profiles.units import (
     NOT_MEASURED,
     format_bytes,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.base import UserError
+from engines.errors import UserError
 from reports.criteria import METRICS, default_criteria, init_text, load_criteria, parse_criteria
 
 GOOD = """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.result import EndState, Run
 from reports.criteria import (
     ANY_OFFLOAD,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from engines.base import LinkRates, UserError
+from engines.base import LinkRates
 from engines.decoding import Sampling
+from engines.errors import UserError
 from harness.cli import app
 from harness.generation_runs import GenerationRun
 from harness.result import Emulation, Run

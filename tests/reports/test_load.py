@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.result import Run, save_run
 from reports.criteria import init_text
 from reports.load import load_folder, refuse_unlike

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from markupsafe import Markup
 
-from engines.base import UserError
+from engines.errors import UserError
 from harness.result import Run, save_run
 from reports.catalogue import messages
 from reports.criteria import default_criteria, init_text

@@ -1,0 +1,34 @@
+"""Bytes of matrices that are kept as low-bit values with a scale per group: see `engines.quantized.codec`."""
+
+from __future__ import annotations
+
+from engines.costs import transformer
+from engines.settings.zeroth_order import Base
+from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape
+
+TILE_ELEMENTS = 2048
+"""Elements that share a record: those that share 512 Philox calls."""
+GROUP_ELEMENTS = 128
+"""Elements that share a scale."""
+SCALE_BYTES = 2
+
+CODE_BITS: dict[Base, int] = {"int8": 8, "fp8": 8, "int4": 4}
+
+
+def record_bytes(base: Base) -> int:
+    """Of one tile: its codes, then its scales. 2080 or 1056."""
+    return TILE_ELEMENTS * CODE_BITS[base] // 8 + TILE_ELEMENTS // GROUP_ELEMENTS * SCALE_BYTES
+
+
+def matrix_bytes(count: int, base: Base) -> int:
+    """Of a matrix of `count` elements, in whole tiles."""
+    return -(-count // TILE_ELEMENTS) * record_bytes(base)
+
+
+def block_bytes(shape: ModelShape, dtype: Dtype, base: Base) -> int:
+    """Of one block: its matrices low-bit, its vectors in `dtype`."""
+    element = BYTES_PER_ELEMENT[dtype]
+    if base == "full":
+        return element * shape.block_parameters
+    matrices = sum(matrix_bytes(matrix.parameters, base) for matrix in shape.matrices)
+    return matrices + element * transformer.vector_parameters(shape)

@@ -1,0 +1,94 @@
+"""What a method asks of a machine: by layer for one step, and in memory by kind. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    pass
+
+
+Overlap = Literal["serial", "optimizer_after_backward", "streamed", "layerwise"]
+"""How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTraffic:
+    """What one layer asks of each resource in one step. `embedding` and `head` count as layers."""
+
+    name: str
+    gpu_forward_flops: float = 0.0
+    gpu_backward_flops: float = 0.0
+    """Backward pass including the recomputation under checkpointing."""
+    gpu_bytes: float = 0.0
+    """GPU memory traffic beside the matrix products: perturbation, optimizer, projection."""
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    cpu_adam_elements: int = 0
+    """Elements that the fused Adam on the CPU updates."""
+    host_bytes: float = 0.0
+    """Host memory traffic of the copies and of the CPU update."""
+    disk_bytes: int = 0
+    """Read from disk."""
+    launches: int = 0
+    """Operations that eager PyTorch starts one by one from the CPU."""
+    gaussians: int = 0
+    """Normally distributed numbers drawn on the GPU, for perturbations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What a method asks of the machine: per step by layer, and in memory by kind (bytes)."""
+
+    layers: tuple[LayerTraffic, ...]
+    gpu_memory_bytes: Mapping[str, int]
+    """By kind: weights, gradients, optimizer, activations, logits, buffers, ..."""
+    host_memory_bytes: Mapping[str, int]
+    """By kind; what is pinned is also counted in `pinned_bytes`."""
+    pinned_bytes: int = 0
+    gpu_held_bytes: int = 0
+    """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run
+    in."""
+    overlap: Overlap = "serial"
+    cpu_adam_factor: float = 1.0
+    """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
+    forwards: float = 1.0
+    """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
+
+    @property
+    def gpu_flops(self) -> float:
+        return sum(layer.gpu_forward_flops + layer.gpu_backward_flops for layer in self.layers)
+
+    @property
+    def gpu_bytes(self) -> float:
+        return sum(layer.gpu_bytes for layer in self.layers)
+
+    @property
+    def h2d_bytes(self) -> int:
+        return sum(layer.h2d_bytes for layer in self.layers)
+
+    @property
+    def d2h_bytes(self) -> int:
+        return sum(layer.d2h_bytes for layer in self.layers)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(layer.disk_bytes for layer in self.layers)
+
+    @property
+    def cpu_adam_elements(self) -> int:
+        return sum(layer.cpu_adam_elements for layer in self.layers)
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(layer.host_bytes for layer in self.layers)
+
+    @property
+    def peak_gpu_bytes(self) -> int:
+        return sum(self.gpu_memory_bytes.values())
+
+    @property
+    def peak_host_bytes(self) -> int:
+        return sum(self.host_memory_bytes.values())

@@ -1,0 +1,275 @@
+"""What every method pays: floating-point operations, activations and logits of a transformer.
+
+Counts follow Korthikanti et al. (2205.05198) and hold for any Hugging Face model of the shape. A layer
+is the embedding, one block or the head; counts are per optimizer step, all micro-batches together,
+unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from engines.costs.traffic import LayerTraffic
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+
+PLAIN_ELEMENTWISE_BYTES = 45
+"""GPU memory traffic of norms, activations and residuals in one forward pass of a plain block (LayerNorm,
+GELU or ReLU), bytes per token and hidden element at 2 bytes each. Counted kernel by kernel: two LayerNorms
+8, two residuals 12, the activation 16, biases and copies the rest. Fits OPT-13B's two forwards, 0.184 s on
+an H200."""
+
+GATED_ELEMENTWISE_BYTES = 200
+"""The same for a gated block with RMSNorm in fp32, rotary embedding and SwiGLU, each a row of separate
+kernels in eager PyTorch. Fits forward and backward of the 6.7B LLaMA shape, 0.470 s on an H200."""
+
+BACKWARD_ELEMENTWISE = 2.6
+"""Elementwise traffic of a backward pass over that of its forward pass (input, saved value and two
+gradients instead of input and output)."""
+
+PLAIN_LAUNCHES = 14
+GATED_LAUNCHES = 40
+"""Kernels of one forward pass of a block; a backward pass starts about twice as many."""
+
+STACKED_PLAIN_LAUNCHES = 22
+STACKED_GATED_LAUNCHES = 45
+"""Kernels of both forward passes of a block in one batch, every product started once per half, without those
+that make noise. Counted from the modules, not traced."""
+
+GRAPH_SCRATCH_BYTES = 400_000_000
+"""`engines.zeroth_order.perturbed_model` runs blocks as CUDA graphs up to this size of a block's perturbed
+copies."""
+
+GRAPH_LAUNCHES = 8
+"""What it starts for a block then: copies in and out, the graph, and noise piece by piece. Counted there."""
+
+CHECKPOINT_LAUNCHES = 20
+"""What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
+Estimated; brings native at 1.3B to 0.155 s, where 0.152 to 0.178 s were measured on an H200."""
+
+HEAD_LAUNCHES = 12
+
+CHUNK_LAUNCHES = 3
+"""The head for one side, chunk of the vocabulary and piece of the tokens, in launches: the product, the
+running log-sum-exp, and the Python around them. Counted in `engines.zeroth_order.chunked_loss`."""
+
+LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
+"""GPU bytes per logit at the peak of cross-entropy's backward pass: the logits, their log-softmax in fp32,
+its gradient and the gradient of its input. Fits the torch peaks of torchao with offloaded gradients on an
+H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
+
+LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
+"""The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton only the logits
+themselves, 4 and 2 bytes; a GPU without it needs all."""
+
+HEAD_CHUNK_BYTES = 32_000_000
+"""Weights of the output head that `engines.zeroth_order.chunked_loss` perturbs at a time, on each side."""
+
+HEAD_TOKENS = 4096
+"""Tokens whose logits it computes at a time."""
+
+PROCESS_HOST_BYTES = 1_700_000_000
+"""Host memory of Python with torch and CUDA loaded: what native runs held on an H200 machine."""
+
+PROCESS_HOST_BYTES_WITHOUT_GPU = 600_000_000
+"""The same without CUDA: at 22 M to 125 M parameters, runs on a CPU held 0.45 GB (mezo, zo2) to 1.0 GB
+(native, lsp) beside what is counted by kind."""
+
+
+def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
+    """One forward pass of one block over all tokens of a step.
+
+    Two per matrix parameter and token, and 4 seq_len hidden per token for the scores and their product with
+    the values, causal or not (kernels that skip the upper triangle are not counted on).
+    """
+    tokens = workload.tokens_per_step
+    matrices = 2.0 * sum(matrix.parameters for matrix in shape.matrices) * tokens
+    return matrices + 4.0 * workload.seq_len * shape.hidden * tokens
+
+
+def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
+    """One forward pass of the head: every token, but one per sequence for classification."""
+    positions = workload.tokens_per_step
+    if shape.head == "classification":
+        positions //= workload.seq_len
+    return 2.0 * shape.head_parameters * positions
+
+
+def elementwise_bytes(shape: ModelShape, workload: Workload) -> float:
+    """GPU memory traffic of one forward pass of one block outside its matrix products."""
+    per_element = GATED_ELEMENTWISE_BYTES if shape.gated_mlp else PLAIN_ELEMENTWISE_BYTES
+    scale = BYTES_PER_ELEMENT[workload.dtype] / 2
+    return per_element * scale * workload.tokens_per_step * shape.hidden
+
+
+def block_launches(shape: ModelShape) -> int:
+    return GATED_LAUNCHES if shape.gated_mlp else PLAIN_LAUNCHES
+
+
+def largest_matrix_parameters(shape: ModelShape) -> int:
+    """Of the matrices of a block."""
+    return max((matrix.parameters for matrix in shape.matrices), default=0)
+
+
+def vector_parameters(shape: ModelShape) -> int:
+    """Biases and norms of a block."""
+    return shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
+
+
+def runs_as_graphs(shape: ModelShape, workload: Workload) -> bool:
+    """Whether forward-only methods run a block as a CUDA graph, with room for all its perturbed copies.
+
+    Counted without a GPU too, where there are no graphs: the blocks are small.
+    """
+    return 2 * BYTES_PER_ELEMENT[workload.dtype] * shape.block_parameters <= GRAPH_SCRATCH_BYTES
+
+
+def training_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
+    """Forward and backward of every layer; the optimizer comes on top."""
+    forward = block_forward_flops(shape, workload)
+    head = head_forward_flops(shape, workload)
+    recomputed = 1 if workload.checkpointing else 0
+    launches = (3 + recomputed) * block_launches(shape) + recomputed * CHECKPOINT_LAUNCHES
+    block = LayerTraffic(
+        name="block",
+        gpu_forward_flops=forward,
+        gpu_backward_flops=(2 + recomputed) * forward,
+        gpu_bytes=(1 + recomputed + BACKWARD_ELEMENTWISE) * elementwise_bytes(shape, workload),
+        launches=launches * workload.accumulation,
+    )
+    last = LayerTraffic(
+        name="head",
+        gpu_forward_flops=head,
+        gpu_backward_flops=2 * head,
+        gpu_bytes=2.0 * workload.accumulation * logits_bytes(shape, workload),
+        launches=3 * HEAD_LAUNCHES * workload.accumulation,
+    )
+    return _with_blocks(block, last, shape)
+
+
+def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
+    """Two forward passes of every layer, stacked in one batch, without a backward pass and without noise.
+
+    A micro-batch goes through the head by itself, and so does each side of it.
+    """
+    if runs_as_graphs(shape, workload):
+        launches = GRAPH_LAUNCHES
+    else:
+        launches = STACKED_GATED_LAUNCHES if shape.gated_mlp else STACKED_PLAIN_LAUNCHES
+    block = LayerTraffic(
+        name="block",
+        gpu_forward_flops=2 * block_forward_flops(shape, workload),
+        gpu_bytes=2 * elementwise_bytes(shape, workload),
+        launches=launches * workload.accumulation,
+    )
+    chunks, pieces = head_chunks(shape, workload)
+    # Logits are written by the product and read once by the loss.
+    logit_bytes = (
+        2.0 * BYTES_PER_ELEMENT[workload.dtype] * workload.accumulation * num_logits(shape, workload)
+    )
+    last = LayerTraffic(
+        name="head",
+        gpu_forward_flops=2 * head_forward_flops(shape, workload),
+        gpu_bytes=2 * logit_bytes,
+        launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * chunks * pieces) * workload.accumulation,
+    )
+    return _with_blocks(block, last, shape)
+
+
+def _with_blocks(block: LayerTraffic, head: LayerTraffic, shape: ModelShape) -> list[LayerTraffic]:
+    """An embedding, which costs next to nothing, the blocks and the head."""
+    blocks = [replace(block, name=f"block.{index}") for index in range(shape.num_blocks)]
+    return [LayerTraffic(name="embedding"), *blocks, head]
+
+
+def hidden_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Hidden states of one micro-batch between two blocks."""
+    return workload.batch_size * workload.seq_len * shape.hidden * BYTES_PER_ELEMENT[workload.dtype]
+
+
+def block_activation_bytes(shape: ModelShape, workload: Workload) -> int:
+    """What one block keeps for its backward pass, one micro-batch, attention without its score matrix.
+
+    At 2 bytes a value: 34 h per token for a plain block (2205.05198 without the 5 a s term); for a gated one
+    12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention,
+    4 bytes per head and token.
+    """
+    tokens = workload.batch_size * workload.seq_len
+    if shape.gated_mlp:
+        kv = shape.hidden * shape.num_kv_heads / max(1, shape.num_heads)
+        per_token = 20 * shape.hidden + 4 * kv + 8 * shape.intermediate
+    else:
+        per_token = 34 * shape.hidden
+    scale = BYTES_PER_ELEMENT[workload.dtype] / 2
+    return int(tokens * (per_token * scale + 4 * shape.num_heads))
+
+
+def saved_activation_bytes(shape: ModelShape, workload: Workload) -> int:
+    """What all blocks keep until the backward pass of one micro-batch."""
+    if workload.checkpointing:
+        return shape.num_blocks * hidden_bytes(shape, workload)
+    return shape.num_blocks * block_activation_bytes(shape, workload)
+
+
+def backward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Activations while the last gradients are made: those of one block, recomputed or kept."""
+    return hidden_bytes(shape, workload) + block_activation_bytes(shape, workload)
+
+
+def forward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Transient activations of one forward pass without a backward pass, beside the block's input: inside the
+    feed-forward part, where the residual and the norm's result are there with the widened states, before and
+    after the activation and, in a gated block, the gate's partner."""
+    width = 2 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
+    return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
+
+
+def num_logits(shape: ModelShape, workload: Workload) -> int:
+    """Logits of one pass of one micro-batch, were every position labelled."""
+    if shape.head == "classification":
+        return workload.batch_size * shape.num_labels
+    outputs = shape.vocabulary if shape.head == "causal_lm" else shape.num_labels
+    return workload.batch_size * workload.seq_len * outputs
+
+
+def logits_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Logits and what the loss and its backward pass make of them, one micro-batch."""
+    return num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+
+
+def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
+    """Chunks of the vocabulary and pieces of the tokens in which forward-only methods compute the logits."""
+    if shape.head != "causal_lm":
+        return 1, 1
+    rows, tokens = _logits_at_once(shape, workload)
+    return -(-shape.vocabulary // rows), -(-workload.batch_size * workload.seq_len // tokens)
+
+
+def chunked_logits_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Logits that are there at once in a forward-only method, one side's, and what the loss makes of them."""
+    per_logit = LOSS_BYTES_FORWARD[workload.dtype]
+    if shape.head != "causal_lm":
+        return num_logits(shape, workload) * per_logit
+    rows, tokens = _logits_at_once(shape, workload)
+    return rows * tokens * per_logit
+
+
+def head_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Both perturbed copies of what is perturbed of the head at a time."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    if shape.head != "causal_lm":
+        return 2 * element * shape.head_parameters
+    rows, _ = _logits_at_once(shape, workload)
+    return 2 * element * rows * (shape.head_parameters // shape.vocabulary)
+
+
+def _logits_at_once(shape: ModelShape, workload: Workload) -> tuple[int, int]:
+    """Rows of the vocabulary, and tokens. The engine takes the rows down to whole tiles of noise."""
+    row_bytes = BYTES_PER_ELEMENT[workload.dtype] * (shape.head_parameters // shape.vocabulary)
+    rows = min(shape.vocabulary, max(1, HEAD_CHUNK_BYTES // row_bytes))
+    return rows, min(HEAD_TOKENS, workload.batch_size * workload.seq_len)
+
+
+def largest(moments: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The moment of a step that holds most memory; its kinds add up to the peak."""
+    return max(moments, key=lambda kinds: sum(kinds.values()))

@@ -1,0 +1,35 @@
+"""What an engine or a command refuses or ends with. Imports nothing of this project."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class UserError(Exception):
+    """A mistake that a user can mend. Printed as one line: what, why, what to do."""
+
+    def __init__(self, what: str, why: str, remedy: str) -> None:
+        super().__init__(f"{what}: {why}; {remedy}")
+        self.what = what
+        self.why = why
+        self.remedy = remedy
+
+
+class NotAvailable(Exception):
+    """An engine cannot run here because a library or the hardware is missing. Carries the reason."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; the run ends in the state `nan_loss`."""
+
+    def __init__(self, message: str, *, sides: tuple[float, float] | None = None) -> None:
+        super().__init__(message)
+        self.sides = sides
+        """Zeroth-order methods: losses of two passes of the step, one that is not finite among them."""
+
+
+class InfeasiblePlan(Exception):
+    """The plan cannot fit the limits it was given; found before anything was allocated."""

@@ -1,0 +1,109 @@
+"""What methods with AdamW save, and how they go on from it bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engines.errors import UserError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adamw_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors: `<moment>.<parameter>` and `step.<parameter>`."""
+    return {
+        f"{key}.{names[parameter]}": value.detach()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if key in (*_MOMENTS, "step")
+    }
+
+
+def load_adamw_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `adamw_state` took; parameters without an entry start fresh.
+
+    `tensors` may hold more than this optimizer's state.
+    """
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in members:
+        name = names[parameter]
+        if f"step.{name}" not in tensors:
+            optimizer.state.pop(parameter, None)
+            continue
+        state = {"step": tensors[f"step.{name}"].to(parameter.device, copy=True)}
+        for key in _MOMENTS:
+            state[key] = torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
+        optimizer.state[parameter] = state
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """What dropout draws from: torch's generators of the CPU and of the device."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def load_rng_state(device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Each parameter once, under its first name."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def model_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter once, on the host. The caller has waited for its updates."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach().cpu()
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, state: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> None:
+    """Write `weights.safetensors`, `state.safetensors` and `engine.json`."""
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    save_file(weights, folder / "weights.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
+    (folder / "engine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, model: nn.Module, engine: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put the weights back; return the state's tensors (on the CPU) and the JSON document.
+
+    Raises `UserError` if the folder is not a checkpoint of this engine and model.
+    """
+    try:
+        about = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "weights.safetensors")
+        state = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(str(folder), f"is not a checkpoint ({error})", "check the path") from None
+    if about.get("engine") != engine:
+        raise UserError(
+            str(folder), f"was written by engine '{about.get('engine')}'", f"resume with that, not {engine}"
+        )
+    for name, parameter in model.named_parameters():
+        found = weights.get(name)
+        if found is None or found.shape != parameter.shape or found.dtype != parameter.dtype:
+            raise UserError(
+                str(folder),
+                f"does not hold '{name}' as this model has it",
+                "resume with the same model and dtype",
+            )
+        with torch.no_grad():
+            parameter.copy_(found)
+    return state, about

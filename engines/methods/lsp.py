@@ -1,0 +1,507 @@
+"""LSP-Offload: gradients compressed by sparse projectors, Adam on the CPU in the subspace.
+
+Paper: LSP-Offload, arXiv 2406.10181, Algorithm 1. One step, for every weight matrix W (m x n) inside the
+model's blocks, with its pair of (d, r)-sparse projectors P and Q (`engines.subspace.projector`):
+
+    1. GPU   S = P^T G Q = (dY P)^T (X Q), from the two factors of G, which is never formed    (line 12)
+    2. link  S to the host, on its own stream                                                  (line 13)
+    3. CPU   dS = Adam(S), with moments M and V, in a worker thread                            (line 14)
+    4. link  dS to the GPU, on its own stream                                                  (line 15)
+    5. GPU   W <- W (1 - lr wd) - lr P dS Q^T, on a stream of its own                  (lines 16 and 17)
+
+Every `check_every` steps, the first before the first update, each matrix's relative bias is tested on its
+gradient of that step; above alpha the matrix gets a new pair, found on that gradient, and its moments move to
+the new subspace (lines 18 to 21 and 6 to 9). Only then is G formed, one matrix at a time.
+
+Where things live. GPU: weights, projectors, the compressed gradients of a few blocks on their way down and
+up, and weights, gradients and moments of all that is not a matrix of a block. Host: each matrix's core,
+pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d^2).
+
+Never stale: an update of step t is applied before its block's next forward pass, and `evaluate`, `weights`
+and `save` apply what is left. A core that is not finite changes neither weights nor moments of its block, nor
+of those that backward reaches after it; blocks before it in backward may have been updated by then. It is
+found on the CPU, so nothing waits for it, and the next step raises; a loss that is not finite raises at once.
+
+Schedules. `layerwise`: a block goes through 2 to 5 on its own while backward runs on, and of the cores that
+have arrived the CPU takes those whose block is needed first (`engines.subspace.pipeline`). `sequential`:
+downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does. Clipping needs the
+norm of the whole gradient, so with `max_grad_norm` the CPU begins when backward has ended.
+
+The oracle is the twin, `offload=False`: the same cores through the same CPU routine, but in the main thread,
+one after the other, with copies that wait: no streams, no events, no worker, no pinned memory, no CUDA
+graphs. Nothing overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and
+losses are bit-equal on the same device, as long as the model's own kernels are deterministic (on the CPU that
+asks for the same number of threads) and no learning ends by the clock. On a GPU too the twin updates the core
+on the CPU, because kernels of CPU and GPU round differently; so it is no check of Adam's arithmetic, which a
+test holds against float64.
+
+Deviations from the paper, and choices where it is silent:
+
+- `projector=paper` is the text of the paper; the default, `block`, has another form of the same (d, r), with
+  values in closed form. A matrix smaller than d x d uses its own smaller side, to a multiple of r.
+- The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
+- A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
+- A matrix for which forming G costs less than two projections and their product, since its d is nearly its
+  size, has G formed and compressed (`engines.costs.lsp.forms_gradient`).
+- What is not a matrix of a block (embeddings, head, norms, biases) is trained by AdamW on the device as in
+  native, or frozen with `train_outer=False`. So is a block's matrix that has a second place in the model.
+- Micro-batches accumulate in the subspace: the core of the sum is the sum of the cores, in fp32.
+- Decay, bias correction and learning-rate schedules are AdamW's. `max_grad_norm` clips by the norm of all
+  compressed gradients and of the gradients outside the subspaces together.
+- The update is computed in fp32 and rounded once into the weight's dtype, for bf16 stochastically by default
+  (`engines.noise.stochastic_rounding`): there is no fp32 master copy. P dS is rounded to bf16 there, and so
+  is dS on the wire.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.errors import NonFiniteLoss
+from engines.first_order.adamw import accumulate_gradients, prepare_training, weights_dtype
+from engines.first_order.checkpoint import (
+    load_checkpoint,
+    load_rng_state,
+    model_weights,
+    parameter_names,
+    rng_state,
+    save_checkpoint,
+)
+from engines.first_order.lr_schedule import learning_rate_at
+from engines.model.activation_checkpointing import TrainedBlocks, draws_random_numbers
+from engines.model.blocks import materialize, no_cache
+from engines.model.evaluation import evaluate_on_device
+from engines.settings.lsp import LspSettings
+from engines.subspace.apply import apply_core, landed
+from engines.subspace.bias_check import (
+    Check,
+    Round,
+    Subspace,
+    Treatment,
+    derived_seed,
+    draw_subspaces,
+    treatments,
+)
+from engines.subspace.compressed_linear import compress_gradient, restore
+from engines.subspace.cores import (
+    CoreBlock,
+    CoreMatrix,
+    Cores,
+    load_cores,
+    move_moments,
+    save_cores,
+    warn_of_idle,
+)
+from engines.subspace.dense_parameters import OuterParameters
+from engines.subspace.pipeline import (
+    CoreNotFinite,
+    CorePipeline,
+    PieceUpdate,
+    StepShare,
+    leave_threads_to_adam,
+    update_at_once,
+)
+from engines.transfer.clock import now_s
+from engines.transfer.engine_clocks import Clocks
+from engines.transfer.link import Event
+
+
+class Lsp:
+    """LSP-Offload. Implements `engines.base.Engine`."""
+
+    name = "lsp"
+
+    def __init__(self, settings: LspSettings, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+        self.device = torch.device(context.device)
+        self._clocks = Clocks(context, self.device)
+        self.link = self._clocks.link()
+        self.steps_done = 0
+        self.calibrates = False
+        """The backward pass under way tests the bias of every matrix."""
+        self._clock = now_s
+        self._compute = self._clocks.compute
+        self._cores: Cores | None = None
+        self._blocks: list[CoreBlock] = []
+        self._pipeline: CorePipeline | None = None
+        self._trained: TrainedBlocks | None = None
+        self._share = StepShare(step=-1, learning_rate=0.0)
+        """Of the last step."""
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it runs on any device."""
+        return None
+
+    # --- set-up ---------------------------------------------------------------------------------------
+
+    def setup(self, blueprint: Blueprint) -> None:
+        """Fill the model, draw projectors, pin the cores' memory, start the CPU worker.
+
+        Raises `UserError` for fp16, for a model without matrices in blocks, and for identity projectors
+        on a matrix that is not d x d.
+        """
+        self._dtype = weights_dtype(self.context, self.name)
+        self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
+        self._names = parameter_names(self.model)
+        subspaces = draw_subspaces(
+            self.model, self.settings, self.context.seed, self._dtype, self.device, self.context.progress
+        )
+        self._cores = Cores(
+            subspaces,
+            self,
+            dtype=self._dtype,
+            device=self.device,
+            workload=self.context.workload,
+            offload=self.settings.offload,
+            progress=self.context.progress,
+        )
+        self._blocks = self._cores.blocks
+        self._outer = OuterParameters(self.model, subspaces, self.settings, self.device)
+        for matrix in self._matrices():
+            compress_gradient(matrix.subspace.module, matrix)
+        self._squared_total = torch.zeros(1, device=self.device)
+        self._loss_on_host = self._small_host_tensor()
+        self._total_on_host = self._small_host_tensor()
+        if self.settings.offload:
+            largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
+            leave_threads_to_adam()
+            self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._clocks)
+        prepare_training(self.model, self.context, recompute=False)
+        self._trained = TrainedBlocks(
+            self.model,
+            self,
+            recompute=self.context.workload.checkpointing,
+            graphs=self.settings.offload and self.settings.graphs and not draws_random_numbers(self.model),
+        )
+
+    def _small_host_tensor(self) -> Tensor:
+        return torch.zeros(1, pin_memory=self.device.type == "cuda")
+
+    def treatment(self) -> list[Treatment]:
+        """How each parameter is trained, in the model's order, each once."""
+        subspaces = [matrix.subspace for matrix in self._matrices()]
+        return treatments(self._names.values(), subspaces, self.settings)
+
+    def checks(self) -> dict[str, list[Check]]:
+        """Every bias check so far, by matrix."""
+        return {each.subspace.name: list(each.subspace.checks) for each in self._matrices()}
+
+    @property
+    def _laid_out(self) -> Cores:
+        assert self._cores is not None, "setup comes first"
+        return self._cores
+
+    def _matrices(self) -> list[CoreMatrix]:
+        return [] if self._cores is None else self._cores.matrices
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory pinned for the cores; 0 on a CPU device and for the twin."""
+        return 0 if self._cores is None or not self.settings.offload else self._cores.pinned_bytes
+
+    # --- one step -------------------------------------------------------------------------------------
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One step. Updates of the matrices may still be on their way when it returns.
+
+        Raises `NonFiniteLoss`, also for a gradient of the step before (see the module's docstring), and
+        `RuntimeError` with its cause if the CPU worker failed. Bytes are those of this step's cores, both
+        ways, and of moments moved to a new subspace; busy times are of what ended since the last step.
+        """
+        assert self._trained is not None
+        settings = self.settings
+        rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
+        self._share = StepShare(
+            step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
+        )
+        self._step_h2d_bytes = self._step_d2h_bytes = 0
+        self._begin_step()
+        total = torch.zeros(1, device=self.device)
+        forward_done = Event()
+        self._clocks.exposure.mark()
+        self._mark("forward")
+        with no_cache(self.model):
+            for index, loss in accumulate_gradients(self.model, batches, self.device):
+                total += loss
+                self._micro_batch = index
+                self._is_last_micro_batch = index == len(batches) - 1
+                if self._is_last_micro_batch:
+                    self._loss_on_host.copy_(total, non_blocking=True)
+                    forward_done = self.link.record()
+        self.calibrates = False
+        self._mark("optimizer")
+        self._finish_backward()
+        self.link.host_wait(forward_done)  # the step's only wait for the GPU
+        self._compute.stop()
+        value = float(self._loss_on_host)
+        if not math.isfinite(value):
+            self._discard()
+            raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
+        if self.steps_done == 0:  # without graphs, so that it is known what layers have collected
+            warn_of_idle(self._matrices())
+        self.steps_done += 1
+        return StepStats(
+            loss=value,
+            h2d_bytes=self._step_h2d_bytes,
+            d2h_bytes=self._step_d2h_bytes,
+            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            **self._clocks.take_s(self.link),
+        )
+
+    def _begin_step(self) -> None:
+        assert self._trained is not None
+        settings = self.settings
+        self.calibrates = self.steps_done % settings.check_every == 0
+        if self.calibrates:
+            self._round = Round(
+                step=self.steps_done,
+                settings=settings,
+                seed=self.context.seed,
+                clock=self._clock,
+                time_left_s=settings.learn_timeout_s,
+            )
+        self._trained.uses_graphs = not self.calibrates
+        self._trained.begin()
+        self._laid_out.begin_step()
+
+    def before_forward(self, index: int) -> None:
+        """A block is about to use its weights: apply what the last step left for it."""
+        place = self._laid_out.place.get(index)
+        if place is not None:
+            self._settle(self._blocks[place : place + 1])
+        if torch.is_grad_enabled():
+            self._mark(f"forward {index}")
+
+    def before_backward(self, index: int) -> None:
+        self._mark(f"backward {index}")
+        place = self._laid_out.place.get(index)
+        if place is None:
+            return
+        # HAZARD: the block that last had this slot must have left it.
+        slot_free = self._laid_out.slot_free
+        self.link.wait(slot_free[place % len(slot_free)])
+        for matrix in self._blocks[place].matrices:
+            matrix.is_collected = False
+
+    @torch.no_grad()
+    def finish(self, index: int) -> None:
+        """All gradients of a block have been collected. May be part of a CUDA graph."""
+        place = self._laid_out.place.get(index)
+        if place is not None:
+            self._blocks[place].finish()
+
+    def after_backward(self, index: int) -> None:
+        place = self._laid_out.place.get(index)
+        if place is None:
+            return
+        block = self._blocks[place]
+        block.has_gradient = True
+        if self._is_last_micro_batch:
+            self._send(place)
+
+    def _send(self, place: int) -> None:
+        """The block's cores are complete: download them and hand them to the worker."""
+        block = self._blocks[place]
+        block.has_gradient = False
+        self._step_h2d_bytes += block.core.nbytes
+        self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
+        block.pending = [
+            PieceUpdate(state=piece.state, share=self._share, apply=partial(self._apply, piece.matrices))
+            for piece in block.pieces
+        ]
+        if self._pipeline is None:
+            for piece in block.pieces:
+                piece.state.wire.copy_(piece.core)
+            block.pieces[0].state.squared_norm.copy_(block.squared_norm)
+            return
+        ready, name = self.link.record(), f"block {place}"
+        self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
+        for piece, update in zip(block.pieces, block.pending, strict=True):
+            update.downloaded = self.link.download(piece.core, piece.state.wire, after=ready, name=name)
+            if self._sends_at_once:
+                self._pipeline.submit([update])
+        slot_free = self._laid_out.slot_free
+        slot_free[place % len(slot_free)] = block.pending[-1].downloaded
+
+    @property
+    def _sends_at_once(self) -> bool:
+        return self.settings.schedule_order == "layerwise" and self.settings.max_grad_norm == 0
+
+    def _finish_backward(self) -> None:
+        """What is left of the step once backward has been enqueued."""
+        for place, block in enumerate(self._blocks):
+            if block.has_gradient:  # of an earlier micro-batch only
+                self.before_backward(block.index)
+                self.finish(block.index)
+                self._send(place)
+            elif not (block.pending and block.pending[0].share is self._share):
+                self._settle([block])  # it took no part, so that nothing has waited for its last update
+                block.squared_norm.zero_()
+        torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
+        if self.settings.max_grad_norm > 0:
+            self._clip(self.settings.max_grad_norm)
+        updates = [update for block in self._blocks for update in block.pending]
+        if self._pipeline is None:
+            update_at_once(updates, self.settings, self.device)
+        elif self.settings.schedule_order == "sequential":
+            self._pipeline.submit(updates[::-1])
+        elif not self._sends_at_once:
+            for update in updates:
+                self._pipeline.submit([update])
+        self._outer.step(self._share.learning_rate, self._squared_total)
+
+    def _clip(self, most: float) -> None:
+        """Scale the outer gradients, and let the worker know the norm of all."""
+        self._outer.clip(self._squared_total, most)
+        self._step_d2h_bytes += self._squared_total.nbytes
+        self._share.total = self._total_on_host
+        self._share.total_known = self.link.download(
+            self._squared_total, self._total_on_host, after=self.link.record(), name="norm"
+        )
+        if self._pipeline is None:
+            self.link.host_wait(self._share.total_known)
+
+    @torch.no_grad()
+    def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
+        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
+        for matrix in matrices:
+            core = matrix.of(direction)
+            self._update(matrix.subspace, matrix.subspace.weight, core, share)
+
+    def _update(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
+        key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
+        apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
+
+    def _settle(self, blocks: Iterable[CoreBlock]) -> None:
+        """Let the compute stream wait for pending updates."""
+        for block in blocks:
+            if not block.pending:
+                continue
+            pending, block.pending = block.pending, []
+            for update in pending:
+                self._wait_for(update)
+
+    def _wait_for(self, update: PieceUpdate) -> None:
+        if self._pipeline is None:
+            if update.failed:
+                raise NonFiniteLoss(str(CoreNotFinite(update.share.step)))
+            return
+        computes = self._compute.is_running
+        self._compute.stop()
+        try:
+            applied = self._pipeline.wait(update)
+        except CoreNotFinite as error:
+            self._discard()
+            raise NonFiniteLoss(str(error)) from None
+        self.link.wait(applied)
+        if computes:
+            self._compute.start()
+
+    def _discard(self) -> None:
+        """Wait for what is on its way, whatever comes of it."""
+        for block in self._blocks:
+            pending, block.pending = block.pending, []
+            if self._pipeline is not None:
+                self._pipeline.wait_out(pending, self.link.wait)
+
+    def _mark(self, what: str) -> None:
+        """Compute of another name begins, for traces."""
+        self._compute.stop()
+        self._compute.label = what
+        self._compute.start()
+
+    # --- subspaces ------------------------------------------------------------------------------------
+
+    def check(self, matrix: CoreMatrix, gradient: Tensor) -> None:
+        """Test the pair on this gradient (m, n); take a better one if it is wanting, and move the moments."""
+        if matrix.is_collected or self._micro_batch > 0:
+            return
+        found = self._round.check(matrix.subspace, gradient)
+        if found is None:
+            return
+        state = self._laid_out.piece_of(matrix).state
+        if state.updates > 0:
+            # The moments are the worker's no more: this block's forward pass has waited for its last update.
+            moved_bytes = move_moments(state, matrix, *found)
+            self._step_h2d_bytes += moved_bytes
+            self._step_d2h_bytes += moved_bytes
+        matrix.subspace.assign(*found)
+
+    @torch.no_grad()
+    def landed_share(self) -> float | None:
+        """Of the last update of the largest matrix: how much of it the stored weights would take,
+        repeated."""
+        self._settle(self._blocks)
+        if self.steps_done == 0 or self._share.failed or self._share.learning_rate == 0.0:
+            return None
+        matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
+        subspace = matrix.subspace
+        core = matrix.of(self._laid_out.piece_of(matrix).state.wire).to(self.device)
+        trial = subspace.weight.clone()
+        self._update(subspace, trial, core, self._share)
+        return landed(subspace, trial, core, self._share.learning_rate, self.settings)
+
+    # --- the rest of an engine's life -----------------------------------------------------------------
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy in evaluation mode, every update applied."""
+        self._settle(self._blocks)
+        return evaluate_on_device(self.model, batches, self.device)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, on the host, every update applied."""
+        self._settle(self._blocks)
+        return model_weights(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Weights, both kinds of moments, projectors, checks, step and random state."""
+        self._settle(self._blocks)
+        self.synchronize()
+        state = rng_state(self.device) | self._outer.state(self._names)
+        about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
+        about["matrices"] = save_cores(self._laid_out, state)
+        save_checkpoint(folder, self.model, state, about)
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
+        tensors, about = load_checkpoint(folder, self.model, self.name)
+        load_cores(self._laid_out, tensors, about["matrices"], folder)
+        self._outer.load(self._names, tensors)
+        load_rng_state(self.device, tensors)
+        self.steps_done = int(about["steps_done"])
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """See `engines.base.TellsTrace`."""
+        return self._clocks.trace_events()
+
+    def synchronize(self) -> None:
+        """Wait until no core is in flight and the device is idle."""
+        for block in self._blocks:
+            if self._pipeline is not None:
+                self._pipeline.wait_out(block.pending, self.link.host_wait)  # the next step says what failed
+        self.link.synchronize()
+
+    def close(self) -> None:
+        """Stop the worker, give the model's modules their own forward back, unpin. May be called twice."""
+        if self._trained is not None:
+            self._trained.close()
+            self._trained = None
+        for matrix in self._matrices():
+            restore(matrix.subspace.module)
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+        self.link.synchronize()
+        if self._cores is not None:
+            self._cores.close()
+            self._cores = None

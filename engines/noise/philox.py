@@ -1,0 +1,306 @@
+"""Noise by counter: z[e] is a function of (seed, step, tensor, element e).
+
+Philox 4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns the counter
+(c low, tensor, step, c high), c = 512 tile + lane, under the key (seed low, seed high) into four 32-bit
+words, and Box-Muller turns those into the normals of the elements of that lane in the tile's four rows
+(`engines.noise.tiles`). Therefore noise is never stored, does not depend on the order of calls, and a tensor
+may be processed in pieces of whole tiles.
+
+A sign takes one random bit per element instead of a normal. A Philox call has 128 of them, 16 for each of
+eight tiles in a row: for elements 8 l to 8 l + 7 of each half of the tile, l being the lane that calls. So a
+sign costs a few instructions where a normal costs about 50.
+
+Rounding takes 16 random bits per element. With normals they are the halves of the words that give the *other*
+pair's radius: they are uniform and independent of the element's own z, cost no further Philox call, and have
+zero correlation with every other z, whose sign is in another word. Words whose bits are taken as finely as
+for signs leave none for rounding, which takes calls of its own, one for 8 neighbours.
+
+Two implementations: torch operations for any device, and Triton kernels (`engines.noise.weight_pass_kernels`)
+for CUDA. Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton
+steps in single precision, written here as separate multiplications and additions in one fixed order. IEEE 754
+leaves no freedom in those, so both give the same bits on every device, whatever the vector width; library
+functions would differ in the last place, on the CPU even with the position of an element in the vector
+register.
+
+The uniforms have 24 bits, so |z| is at most 5.77; a normal exceeds that once in 1.2e8 draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.noise.tiles import CHUNK_LANES, LANES, TILE, Piece, chunks, one, scatter
+
+SIGN_LANES = 128
+"""Lanes that call Philox for the signs of a tile, or of eight tiles in a row."""
+SIGN_WIDTH = 8
+"""Neighbours in a half of the tile that are one lane's."""
+SIGN_TILES = 8
+"""Tiles whose signs one Philox call has: 2 `SIGN_WIDTH` bits of it each."""
+DITHER = 1 << 62
+"""Added to a counter: a stream apart, for the rounding of updates whose noise are signs."""
+
+ROUNDS = 7
+"""The fewest that pass all of BigCrush (Salmon et al., table 2)."""
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+# Least-squares fits on Chebyshev nodes, rounded to single precision, from the lowest power up. They are as
+# short as the noise allows, since arithmetic is what limits its rate on a GPU: a perturbation of 1e-5
+# relative error is far below what rounding the perturbed weight to 16 bits does.
+# -2 ln(1 + f) = f (-2 + f Q(f)) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative error 1e-5;
+LOG_Q = (0.999794602394104, -0.6655375361442566, 0.508656919002533, -0.4378918409347534, 0.2794889211654663)
+# sin(pi w) = w S(w^2) for |w| <= 1/2, error 1.1e-6;
+SIN_S = (3.1415903568267822, -5.1674065589904785, 2.5440104007720947, -0.5594624280929565)
+# cos(pi w) = C(w^2) for |w| <= 1/2, error 6.8e-6.
+COS_C = (0.9999932646751404, -4.933934688568115, 4.041248321533203, -1.2220317125320435)
+MINUS_2_LN_2 = -1.3862943649291992
+ROOT_BITS = 0x5F3759DF
+"""1 / sqrt(x) is about the float of bits `ROOT_BITS` - bits(x) / 2; two Newton steps make its error 5e-6."""
+SQRT_HALF_BITS = 0x3F3504F3
+"""sqrt(1/2) as a float's bits: mantissas are taken from [sqrt(1/2), sqrt(2)), where ln is smallest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseKey:
+    """Names one tensor's noise at one step."""
+
+    seed: int
+    """Any 64-bit number; a negative one counts by its two's complement. Zero is as good as any."""
+    step: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step <= _WORD and 0 <= self.tensor <= _WORD):
+            raise ValueError("step and tensor of a noise key are 32-bit numbers")
+
+    @property
+    def seed_words(self) -> tuple[int, int]:
+        """(low, high)."""
+        return self.seed & _WORD, (self.seed >> 32) & _WORD
+
+
+def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
+    """Elements `start` to `start + count` of the noise named by `key`: (count,) fp32, by torch operations."""
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    segment = one(key.tensor, count)
+    for pieces in chunks(segment, start, CHUNK_LANES[out.device.type]):
+        scatter(draw_normals(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
+    return out
+
+
+def signs(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
+    """As `normal`, of Rademacher noise: (count,) fp32, each 1 or -1."""
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    for pieces in chunks(one(key.tensor, count), start, CHUNK_LANES[out.device.type]):
+        scatter(draw_signs(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
+    return out
+
+
+def dither_bits(key: NoiseKey, count: int, device: torch.device, start: int) -> Tensor:
+    """Random bits for rounding, of a stream apart from `key`'s noise: (count,) int32 of 16 bits.
+
+    `start`, a multiple of `TILE`, is the element that the first ones are for.
+    """
+    pieces = next(chunks(one(key.tensor, count), start, count + LANES))
+    spans = [(piece, start // TILE, start // TILE + -(-count // TILE)) for piece in pieces]
+    return _dither_bits(key.seed, key.step, spans, device)
+
+
+def philox_words(key: NoiseKey, first_lane: int, num_lanes: int, device: torch.device) -> Tensor:
+    """The integer stream: (4, num_lanes) int64 of 32-bit words, of the counters from `first_lane` on."""
+    lanes = torch.arange(first_lane, first_lane + num_lanes, device=device)
+    even, odd = _words([_Counted(key.tensor, lanes)], key.step, key.seed, device)
+    return torch.stack((even[0], odd[0], even[1], odd[1]))
+
+
+def draw_normals(
+    seed: int, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Normals of all pieces, (count,) fp32; 16 random bits for rounding each, (count,) int32, if wanted."""
+    words = _words(pieces, step, seed, device)
+    bits = _other_radius(words[0]) if uniform else None  # before the words are overwritten
+    normals = _box_muller(words)
+    return _by_element(normals, pieces), None if bits is None else _by_element(bits, pieces)
+
+
+def draw_signs(
+    seed: int, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `draw_normals`, of signs."""
+    spans = []
+    for piece in pieces:
+        tile = piece.first_lane // LANES
+        spans.append((piece, tile, tile + -(-piece.count // TILE)))
+    calls = [
+        _Counted(piece.number, _counters(first // SIGN_TILES, -(-last // SIGN_TILES), device))
+        for piece, first, last in spans
+    ]
+    even, odd = _words(calls, step, seed, device)
+    found, begin = [], 0
+    shift = torch.arange(2 * SIGN_WIDTH, device=device).view(2, 1, SIGN_WIDTH)
+    for (piece, first, last), call in zip(spans, calls, strict=True):
+        here = slice(begin, begin + call.num_lanes)
+        begin += call.num_lanes
+        words = torch.stack((even[0, here], odd[0, here], even[1, here], odd[1, here]))
+        halves = torch.stack((words & 0xFFFF, words >> 16), 1).view(SIGN_TILES, -1, SIGN_LANES)
+        skipped = first % SIGN_TILES
+        of_tiles = halves.transpose(0, 1).reshape(-1, SIGN_LANES)[skipped : skipped + last - first]
+        bits = (of_tiles.to(torch.int32).view(-1, 1, SIGN_LANES, 1) >> shift) & 1
+        found.append(bits.view(-1)[: piece.count])
+    z = torch.cat(found).to(torch.float32).mul_(-2.0).add_(1.0)
+    return z, _dither_bits(seed, step, spans, device) if uniform else None
+
+
+def _dither_bits(
+    seed: int, step: int, spans: Sequence[tuple[Piece, int, int]], device: torch.device
+) -> Tensor:
+    calls = [
+        _Counted(piece.number, _counters(2 * first, 2 * last, device) + DITHER)
+        for piece, first, last in spans
+    ]
+    even, odd = _words(calls, step, seed, device)
+    words = torch.stack((even[0], odd[0], even[1], odd[1]), 1).unsqueeze(2)
+    bits = torch.cat((words & 0xFFFF, words >> 16), 2).to(torch.int32).view(-1, SIGN_WIDTH)
+    found, begin = [], 0
+    for (piece, _, _), call in zip(spans, calls, strict=True):
+        found.append(bits[begin : begin + call.num_lanes].view(-1)[: piece.count])
+        begin += call.num_lanes
+    return torch.cat(found)
+
+
+def normals_at(element: Tensor, number: int, step: int, seed: int) -> Tensor:
+    """Normals of any elements of tensor `number`, (n,) int64: (n,) fp32."""
+    tile, place = element // TILE, element % TILE
+    words = _words([_Counted(number, tile * LANES + place % LANES)], step, seed, element.device)
+    return _box_muller(words).gather(0, (place // LANES).view(1, -1)).view(-1)
+
+
+def signs_at(element: Tensor, number: int, step: int, seed: int) -> Tensor:
+    """As `normals_at`, of signs."""
+    tile, place = element // TILE, element % TILE
+    lane = place % (SIGN_LANES * SIGN_WIDTH) // SIGN_WIDTH
+    counter = tile // SIGN_TILES * SIGN_LANES + lane
+    even, odd = _words([_Counted(number, counter)], step, seed, element.device)
+    words = torch.stack((even[0], odd[0], even[1], odd[1]))
+    word = words.gather(0, (tile % SIGN_TILES // 2).view(1, -1)).view(-1)
+    half = place // (SIGN_LANES * SIGN_WIDTH)
+    shift = 2 * SIGN_WIDTH * (tile % 2) + SIGN_WIDTH * half + place % SIGN_WIDTH
+    return ((word >> shift) & 1).to(torch.float32).mul_(-2.0).add_(1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Philox calls of any counters, (n,) int64, of one tensor."""
+
+    number: int
+    counters: Tensor
+
+    @property
+    def num_lanes(self) -> int:
+        return self.counters.numel()
+
+
+def _counters(first: int, last: int, device: torch.device) -> Tensor:
+    """Of all lanes of groups `first` to `last` - 1."""
+    return torch.arange(first * SIGN_LANES, last * SIGN_LANES, device=device)
+
+
+def _by_element(values: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    first, parts = 0, []
+    for piece in pieces:
+        parts.append(piece.elements(values[:, first : first + piece.num_lanes]))
+        first += piece.num_lanes
+    return torch.cat(parts)
+
+
+def _other_radius(even: Tensor) -> Tensor:
+    """Halves of words 2 and 0, for the elements of words 0 to 3: (4, n) int32 of 16 bits."""
+    low, high = even & 0xFFFF, even >> 16
+    return torch.stack((high[1], low[1], high[0], low[0])).to(torch.int32)
+
+
+def _words(
+    pieces: Sequence[Piece | _Counted], step: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Words 0 and 2, and words 1 and 3, of the Philox calls of all pieces."""
+    total = sum(piece.num_lanes for piece in pieces)
+    even = torch.empty((2, total), dtype=torch.int64, device=device)
+    odd = torch.empty_like(even)
+    first = 0
+    for piece in pieces:
+        here = slice(first, first + piece.num_lanes)
+        if isinstance(piece, _Counted):
+            even[0, here] = piece.counters
+        else:
+            torch.arange(piece.first_lane, piece.first_lane + piece.num_lanes, out=even[0, here])
+        odd[0, here].fill_(piece.number)
+        first += piece.num_lanes
+    torch.bitwise_right_shift(even[0], 32, out=odd[1])
+    even[0].bitwise_and_(_WORD)
+    even[1].fill_(step)
+    return philox(even, odd, (seed & _WORD, (seed >> 32) & _WORD))
+
+
+def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Philox 4x32 on counters (even[0], odd[0], even[1], odd[1]); the words in the same order.
+
+    (2, n) int64 tensors of 32-bit words, overwritten. A 64-bit product may wrap to a negative number; its
+    upper and lower words are right all the same. A product is kept whole as the words that a round only
+    passes on, until the mask of the next round takes its upper half off.
+    """
+    k0, k1 = key
+    keys = torch.tensor(
+        [[(k + i * w) & _WORD for k, w in zip((k0, k1), WEYL, strict=True)] for i in range(ROUNDS)],
+        device=even.device,
+    )
+    product = torch.empty_like(even)
+    for each in keys.unsqueeze(2).unbind():
+        torch.mul(even[1], MULTIPLIERS[1], out=product[0])
+        torch.mul(even[0], MULTIPLIERS[0], out=product[1])
+        torch.bitwise_right_shift(product, 32, out=even)
+        even.bitwise_xor_(odd).bitwise_xor_(each).bitwise_and_(_WORD)
+        odd, product = product, odd
+    return even, odd.bitwise_and_(_WORD)
+
+
+def _box_muller(words: tuple[Tensor, Tensor]) -> Tensor:
+    """Normals of (2, n) words each, which are overwritten: (4, n) fp32, by word.
+
+    Of a pair of words the first gives the radius sqrt(-2 ln u), u = (upper 24 bits + 1) / 2^24; the
+    second gives the angle pi w, w in [-1/2, 1/2) from its bits 7 to 30, and a sign from bit 31.
+    """
+    even, odd = words
+    # u = 2^exponent (1 + f) by the bits of the float that holds u 2^24, which is exact.
+    bits = even.bitwise_right_shift_(8).add_(1).to(torch.float32).view(torch.int32).sub_(SQRT_HALF_BITS)
+    exponent = (bits >> 23).sub_(24).to(torch.float32)
+    f = bits.bitwise_and_(0x7FFFFF).add_(SQRT_HALF_BITS).view(torch.float32).sub_(1.0)
+    square = _horner(LOG_Q, f).mul_(f).add_(-2.0).mul_(f).add_(exponent.mul_(MINUS_2_LN_2))
+    half = square * 0.5
+    root = (ROOT_BITS - (square.view(torch.int32) >> 1)).view(torch.float32)
+    for _ in range(2):
+        root = (half * root).mul_(root).mul_(-1.0).add_(1.5).mul_(root)
+    radius = square.mul_(root)
+
+    angle = odd.to(torch.int32)
+    radius.view(torch.int32).bitwise_xor_(angle & -0x80000000)
+    w = angle.bitwise_left_shift_(1).bitwise_right_shift_(8).to(torch.float32).mul_(2.0**-24)
+    square = w * w
+    sine = _horner(SIN_S, square).mul_(w)
+    cosine = _horner(COS_C, square)
+    z = torch.empty((2, 2, even.shape[1]), dtype=torch.float32, device=even.device)
+    torch.mul(radius, cosine, out=z[:, 0])
+    torch.mul(radius, sine, out=z[:, 1])
+    return z.view(4, -1)
+
+
+def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    value = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
+        value.add_(coefficient).mul_(x)
+    return value.add_(coefficients[0])

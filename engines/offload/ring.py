@@ -1,0 +1,353 @@
+"""Blocks that stream from host memory, or from disk, through a ring of GPU memory, in pieces smaller than a
+block.
+
+A piece is some parts of a block that lie together and cross the link in one copy. It comes up as soon as
+there is room, however far ahead that is, and its room is free once its weights have been read for the last
+time (and, where they were changed and are to be kept, once they have gone down). Rooms are taken in a circle
+in the order of the copies, so a ring of little more than one block keeps the link busy: while one block
+computes, the next one comes up into the room that the first has already left.
+
+Streams and events:
+- the compute stream waits for a piece's arrival before it reads it, unless the piece is there already;
+- the upload stream waits, before it writes a room, for the last reader of what was there before;
+- the download stream waits for the kernel that wrote the piece;
+- the upload stream waits, before it reads a piece from the host, for the piece's last download.
+The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
+not been read: `engines.offload.disk`. Blocks on disk are never sent down.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engines.costs.zo2 import ring_bytes
+from engines.errors import UserError
+from engines.offload.disk import DiskBlocks
+from engines.quantized.block_form import BlockForm
+from engines.transfer.compute_clock import ComputeClock
+from engines.transfer.link import Event, Link
+from engines.transfer.pinned import Progress, host_slabs
+
+PIECE_BYTES = 32_000_000
+"""Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
+what it costs to start one is nothing beside it. A block of up to twice this size goes in one: where blocks
+are small, the time that the CPU takes for each piece counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Parts `first` to `last` - 1 of a block, and their bytes in its memory."""
+
+    block: int
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+@dataclass(slots=True)
+class _Room:
+    """Where a piece that came up lies. Positions count on and on; their remainder is the place in the
+    ring."""
+
+    ticket: int
+    begin: int
+    released: tuple[Event, ...] | None = None
+
+
+class Moved(NamedTuple):
+    """Bytes so far. Those that came up count as far as they were computed with: how much is sent ahead
+    depends on the disk's pace."""
+
+    h2d_bytes: int
+    d2h_bytes: int
+    disk_bytes: int
+
+
+class BlockStream:
+    """All blocks' weights: some on the GPU for good, the others in host memory. See
+    `engines.zeroth_order.perturbed_weights.Source`.
+
+    A pass visits every block once, in order. Memory is counted in bytes; `forms` say what they mean.
+    """
+
+    def __init__(
+        self,
+        forms: Sequence[BlockForm],
+        resident: frozenset[int],
+        link: Link,
+        clock: ComputeClock,
+        progress: Progress,
+        disk: DiskBlocks | None = None,
+    ) -> None:
+        self._link = link
+        self._disk = disk
+        self._clock = clock
+        self._forms = forms
+        self._on_gpu = {
+            i: torch.empty(forms[i].size_bytes, dtype=torch.uint8, device=link.device)
+            for i in sorted(resident)
+        }
+        streamed = [i for i, form in enumerate(forms) if i not in resident and form.size_bytes]
+        sizes_bytes = {i: forms[i].size_bytes for i in streamed}
+        on_host = [i for i in streamed if not self.is_on_disk(i)]
+        self._slabs = host_slabs([sizes_bytes[i] for i in on_host], link.device, progress)
+        self._host = dict(zip(on_host, self._slabs.views, strict=True))
+        self._pieces = [piece for i in streamed for piece in _cut(i, forms[i])]
+        self._piece_of = {
+            (piece.block, part): number
+            for number, piece in enumerate(self._pieces)
+            for part in range(piece.first, piece.last)
+        }
+        room = ring_bytes(list(sizes_bytes.values()))
+        self._ring = torch.empty(room, dtype=torch.uint8, device=link.device)
+        self._ring_bytes = room
+        self._disk_bytes = 0
+        """Bytes of the pieces from disk that were computed with, so far."""
+        if disk is not None:
+            disk.set_order([(p.block, p.start, p.stop) for p in self._pieces if self.is_on_disk(p.block)])
+        self.rewind()
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._slabs.pinned_bytes + (0 if self._disk is None else self._disk.pinned_bytes)
+
+    @property
+    def _ahead_bytes(self) -> int:
+        """Bytes on their way up, or up, that nobody has computed with yet."""
+        pieces = (self._pieces[ticket % len(self._pieces)] for ticket in self._arrivals)
+        begun_bytes = 0 if self._disk is None else self._disk.begun_bytes
+        return begun_bytes + sum(piece.stop - piece.start for piece in pieces)
+
+    def moved(self) -> Moved:
+        sent_bytes = self._link.h2d_bytes - self._ahead_bytes
+        return Moved(h2d_bytes=sent_bytes, d2h_bytes=self._link.d2h_bytes, disk_bytes=self._disk_bytes)
+
+    def moved_since(self, before: Moved) -> dict[str, Any]:
+        """By the names of `engines.base.StepStats`."""
+        now = self.moved()
+        read_bytes = now.disk_bytes - before.disk_bytes
+        rate = None if self._disk is None else self._disk.rate_bytes_per_s
+        return {
+            "h2d_bytes": now.h2d_bytes - before.h2d_bytes,
+            "d2h_bytes": now.d2h_bytes - before.d2h_bytes,
+            "disk_read_bytes": read_bytes,
+            "disk_floor_s": None if rate is None else read_bytes / rate,
+            "disk_direct": None if self._disk is None else self._disk.direct,
+        }
+
+    def is_resident(self, block: int) -> bool:
+        return block in self._on_gpu
+
+    def is_on_disk(self, block: int) -> bool:
+        """What is changed of it in a pass is not kept."""
+        return self._disk is not None and block in self._disk.blocks
+
+    def rewind(self) -> None:
+        """Wait for all copies and forget what has come up: the next pass starts from host memory."""
+        self._link.synchronize()
+        if self._disk is not None:
+            self._disk.rewind()
+        self._pass = 0
+        self._next = 0
+        """Ticket of the next copy up: its piece is the remainder by the number of pieces."""
+        self._position = 0
+        self._rooms: deque[_Room] = deque()
+        self._waits: list[Event] = []
+        """What the next copy up has to wait for, as far as it is known."""
+        self._by_ticket: dict[int, _Room] = {}
+        self._arrivals: dict[int, Event] = {}
+        self._left: dict[int, int] = {}
+        """Parts of a piece in use that are still to be read."""
+        self._home: dict[int, Event] = {}
+        """Downloads under way, by piece."""
+        self._keep = False
+        self._starved = False
+        """The next copy up waits for the disk."""
+
+    @contextmanager
+    def filling(self, block: int) -> Iterator[Tensor]:
+        """The memory of a block, to be written, in bytes: on the GPU where there is one. After `rewind`.
+
+        At the end a streamed block is sent to its place on the host.
+        """
+        if block in self._on_gpu:
+            yield self._on_gpu[block]
+        elif self._disk is not None and block in self._disk.blocks:
+            buffer = self._free_room(block)
+            yield buffer
+            self._disk.fill(block, buffer)
+        elif self._link.device.type == "cpu" or block not in self._host:
+            yield self._host.get(block, self._ring[:0])
+        else:
+            buffer = self._free_room(block)
+            yield buffer
+            self._home = {-1: self._link.download(buffer, self._host[block], after=self._link.record())}
+
+    def _free_room(self, block: int) -> Tensor:
+        """The ring's memory for a whole block, while nothing has come up."""
+        for event in self._home.values():
+            self._link.wait(event)  # HAZARD: the block before is on its way down from here
+        return self._ring[: self._forms[block].size_bytes]
+
+    @contextmanager
+    def fetched(self, block: int, *, keep: bool) -> Iterator[Tensor]:
+        """A block that is on disk, in bytes on the device, to be read or, with `keep`, changed and kept.
+
+        Between passes; what has come up is forgotten.
+        """
+        assert self._disk is not None
+        self.rewind()
+        buffer = self._free_room(block)
+        self._disk.fetch(block, buffer)
+        yield buffer
+        if keep:
+            self._disk.fold(block, buffer)
+        self.rewind()
+
+    def at_rest(self, block: int) -> Tensor:
+        """The memory of a block that is not on disk, where it lives, in bytes. Only after `Link.synchronize`;
+        not to be written."""
+        if block in self._on_gpu:
+            return self._on_gpu[block]
+        return self._host.get(block, self._ring[:0])
+
+    def begin(self, *, keep: bool) -> None:
+        """A visit of the next block begins; with `keep` its changed weights are sent down."""
+        self._keep = keep
+
+    def end_pass(self) -> None:
+        self._pass += 1
+
+    def spans(self, block: int) -> list[tuple[int, int]]:
+        """See `engines.zeroth_order.perturbed_weights.Source`."""
+        if (block, 0) in self._piece_of:
+            return [(piece.first, piece.last) for piece in self._pieces if piece.block == block]
+        own = len(self._forms[block].layout.own_parts)
+        return [(0, own)] if own else []
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        """See `engines.zeroth_order.perturbed_weights.Source`."""
+        form = self._forms[block]
+        start, stop = form.span(first, last)
+        if block in self._on_gpu:
+            return form.opened(self._on_gpu[block][start:stop], first)
+        number = self._piece_of[block, first]
+        ticket = self._pass * len(self._pieces) + number
+        self.prefetch()
+        if self._next <= ticket and self._starved and self._disk is not None:
+            self._clock.stop()
+            while self._next <= ticket and self._starved:
+                self._disk.wait()
+                self.prefetch()
+            self._clock.start()
+        room = self._by_ticket.get(ticket)
+        if room is None:
+            raise UserError(
+                "the model",
+                f"computes with the weights of block {block} twice in one pass",
+                "use engine mezo, which keeps all weights on the GPU",
+            )
+        piece = self._pieces[number]
+        if ticket in self._arrivals:
+            arrival = self._arrivals.pop(ticket)
+            if not self._link.has_happened(arrival):
+                self._clock.stop()
+                self._link.wait(arrival)
+                self._clock.start()
+            self._left[ticket] = piece.last - piece.first
+            if self.is_on_disk(block):
+                self._disk_bytes += piece.stop - piece.start
+        begin = room.begin % self._ring_bytes - piece.start
+        return form.opened(self._ring[begin + start : begin + stop], first)
+
+    def done(self, block: int, first: int, last: int) -> None:
+        """See `engines.zeroth_order.perturbed_weights.Source`."""
+        if block in self._on_gpu:
+            return
+        number = self._piece_of[block, first]
+        ticket = self._pass * len(self._pieces) + number
+        self._left[ticket] -= last - first
+        if self._left[ticket]:
+            return
+        del self._left[ticket]
+        room = self._by_ticket.pop(ticket)
+        last_use = self._link.record()
+        if self._keep:
+            piece = self._pieces[number]
+            begin = room.begin % self._ring_bytes
+            memory = self._ring[begin : begin + piece.stop - piece.start]
+            host = self._host[block][piece.start : piece.stop]
+            last_use = self._home[number] = self._link.download(
+                memory, host, after=last_use, name=f"block {block}"
+            )
+        room.released = (last_use,)
+        self.prefetch()
+
+    def prefetch(self) -> None:
+        """Send up what there is room for, also of the next pass."""
+        self._starved = False
+        while self._pieces and self._upload_next():
+            continue
+
+    def _upload_next(self) -> bool:
+        number = self._next % len(self._pieces)
+        piece = self._pieces[number]
+        if self._next - len(self._pieces) in self._by_ticket:
+            return False  # a small model: what came up in this pass is not done, and may yet go down
+        size = piece.stop - piece.start
+        begin = self._position
+        if begin % self._ring_bytes + size > self._ring_bytes:
+            begin += -begin % self._ring_bytes  # a room does not wrap around the ring's end
+        while self._rooms and self._rooms[0].begin + self._ring_bytes < begin + size:
+            events = self._rooms[0].released
+            if events is None:
+                return False
+            # HAZARD: kept until the upload is made, which may be at a later attempt.
+            self._waits += events
+            self._rooms.popleft()
+        if number in self._home:
+            # HAZARD: its download must have ended, or the old weights come up.
+            self._waits.append(self._home.pop(number))
+        place = begin % self._ring_bytes
+        out, name = self._ring[place : place + size], f"block {piece.block}"
+        if self._disk is not None and self.is_on_disk(piece.block):
+            arrival = self._disk.send(out, self._waits, name)
+            if arrival is None:
+                self._starved = True
+                return False
+        else:
+            host = self._host[piece.block][piece.start : piece.stop]
+            arrival = self._link.upload(host, out, after=self._waits, name=name)
+        self._arrivals[self._next] = arrival
+        self._waits = []
+        room = _Room(self._next, begin)
+        self._rooms.append(room)
+        self._by_ticket[self._next] = room
+        self._next += 1
+        self._position = begin + size
+        return True
+
+    def close(self) -> None:
+        """Free the pinned memory. After `Link.synchronize`."""
+        self._host.clear()
+        self._slabs.close()
+
+
+def _cut(block: int, form: BlockForm) -> Iterator[Piece]:
+    """Pieces of a block, of whole parts; a small block is one."""
+    own = len(form.layout.own_parts)
+    whole = form.size_bytes <= 2 * PIECE_BYTES
+    first = 0
+    for last in range(1, own + 1):
+        start, stop = form.span(first, last)
+        if (stop - start >= PIECE_BYTES and not whole) or last == own:
+            yield Piece(block, first, last, start, stop)
+            first = last

@@ -1,0 +1,107 @@
+"""Where the parts of a block lie in its memory, and in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engines.costs.quantized import (
+    matrix_bytes,
+    record_bytes,
+)
+from engines.model.flat_layout import BlockLayout, Part
+from engines.noise import visits, weight_pass
+from engines.noise.visits import Visit
+from engines.quantized.codec import pack
+from engines.quantized.quantized_pass import visit
+from engines.settings.zeroth_order import Base
+
+
+class BlockForm:
+    """Where the parts of a block lie in its memory, in bytes, and in which form.
+
+    With a full base as `engines.model.flat_layout` has them; else the vectors in the model's dtype, then each
+    matrix in records.
+    """
+
+    def __init__(self, layout: BlockLayout, base: Base, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.base: Base = base
+        self.dtype = dtype
+        self._ends = [0]
+        for part in layout.own_parts:
+            size = matrix_bytes(part.size, base) if self.is_low_bit(part) else dtype.itemsize * part.size
+            self._ends.append(self._ends[-1] + size)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._ends[-1]
+
+    def is_low_bit(self, part: Part) -> bool:
+        """A matrix is, unless it is shared with what lies outside the block."""
+        return self.base != "full" and part.segment.decays[0] and not part.shared
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """First byte, and the one after the last, of own parts `first` to `last` - 1."""
+        return self._ends[first], self._ends[last]
+
+    def opened(self, memory: Tensor, first: int) -> Tensor:
+        """`memory` (bytes) of parts from `first` on as it is computed with: records (bytes), where that is a
+        low-bit matrix, or of the full dtype."""
+        return memory if self.is_low_bit(self.layout.parts[first]) else memory.view(self.dtype)
+
+    def part(self, memory: Tensor, index: int) -> Tensor:
+        """One part in `memory`, the block's bytes, `opened`."""
+        start, stop = self.span(index, index + 1)
+        return self.opened(memory[start:stop], index)
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """The block's own tensors as they are kept: of their shapes, or (tiles, bytes of a record) uint8."""
+        found: dict[str, Tensor] = {}
+        for index, part in enumerate(self.layout.own_parts):
+            kept = self.part(memory, index)
+            if self.is_low_bit(part):
+                found[part.names[0]] = kept.view(-1, record_bytes(self.base))
+            else:
+                found |= part.views(kept)
+        return found
+
+    def fill(
+        self, memory: Tensor, fill: Callable[[str, Tensor], object], room: Callable[[int], Tensor]
+    ) -> None:
+        """Write the block's weights to its `memory`, matrix by matrix.
+
+        `fill` writes a tensor of the full dtype; `room` gives memory for so many elements of it, on the
+        device of `memory`, in which one matrix at a time is made.
+        """
+        for index, part in enumerate(self.layout.own_parts):
+            kept = self.part(memory, index)
+            if not self.is_low_bit(part):
+                for name, weight in part.views(kept).items():
+                    fill(name, weight)
+                continue
+            values = room(part.segment.counts[0])
+            fill(part.names[0], values.view(part.shapes[0]))
+            pack(values, self.base, kept)
+
+    def plain(self, memory: Tensor, how: Visit, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Each own tensor with the pending updates of `how`, of the full dtype, on `device`; `memory` stays
+        as it is."""
+        for index, part in enumerate(self.layout.own_parts):
+            kept = self.part(memory, index).to(device)
+            mine = how if part.trained else replace(how, first=how.last)
+            out = torch.empty(part.size, dtype=self.dtype, device=device)
+            if self.is_low_bit(part):
+                visit(kept, part.segment, mine, self.base, store=False, sides=(out,))
+            elif mine.first < mine.last:
+                weight_pass.visit(kept, part.segment, mine, visits.Outputs(theta=out))
+            else:
+                out = kept
+            yield from part.views(out).items()
+
+
+def block_forms(layouts: Iterable[BlockLayout], base: Base, dtype: torch.dtype) -> list[BlockForm]:
+    return [BlockForm(layout, base, dtype) for layout in layouts]

@@ -1,0 +1,58 @@
+"""Every knob of every engine, with its unit and its default. Imports no torch.
+
+`--set key=value` changes them, `lspzo-bench engines` lists them, a `Plan` holds the ones it chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from engines.errors import UserError
+from engines.settings.checks import Refused
+from engines.settings.first_order import AdamWSettings, NativeSettings, TorchaoOffloadSettings
+from engines.settings.lsp import LspSettings
+from engines.settings.scripted import ScriptedSettings
+from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+
+Settings = AdamWSettings | MezoSettings | ScriptedSettings
+
+SETTINGS: dict[str, type[Any]] = {
+    "native": NativeSettings,
+    "torchao-offload": TorchaoOffloadSettings,
+    "lsp": LspSettings,
+    "mezo": MezoSettings,
+    "zo2": Zo2Settings,
+    "scripted": ScriptedSettings,
+}
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each engine, since making one takes milliseconds."""
+    return TypeAdapter(kind)
+
+
+def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
+    """Typed settings of `engine` from plain values (strings are converted).
+
+    Raises `UserError` that names the key and the engine's keys.
+    """
+    kind: Any = SETTINGS[engine]
+    try:
+        return _adapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        why = first["msg"].removeprefix("Value error, ")
+        known = ", ".join(field.name for field in fields(kind))
+        refused = first.get("ctx", {}).get("error")
+        raise UserError(
+            f"--set {key}={values.get(key, '')}" if key else f"engine {engine}",
+            why,
+            (refused.remedy if isinstance(refused, Refused) else "") or f"settings of {engine} are: {known}",
+        ) from None

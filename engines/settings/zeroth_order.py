@@ -1,0 +1,224 @@
+"""Settings of the zeroth-order methods. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from engines.errors import UserError
+from engines.settings.checks import Schedule, require, require_finite
+
+Base = Literal["full", "int8", "fp8", "int4"]
+
+
+MOST_QUERIES = 32
+
+
+MOST_RANK = 64
+
+
+MOST_PENDING = 64
+"""Entries of updates that a block can be behind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MezoSettings:
+    """MeZO (2305.17333): SGD along one random direction, two forward passes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    learning_rate: float = 1e-6
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    """Applied to matrices only; biases and norms are never decayed."""
+    estimator: Literal["spsa", "fzoo", "lozo"] = "spsa"
+    """How a step finds its direction (`engines.zeroth_order.estimators`): `spsa` takes the slope along z from
+    both sides, as MeZO does (Spall, 1992); `fzoo` (2506.09034) from one side, and divides by the standard
+    deviation of the losses: its learning rates are in units of their own. `lozo` (2410.07698) is `spsa` with
+    low-rank noise on the matrices of the blocks, which are only read until its window ends
+    (`engines.zeroth_order.low_rank_noise`)."""
+    lozo_rank: int = 4
+    lozo_window: int = 50
+    """Steps for which one factor of the noise is kept. Then what they add up to is added to the weights."""
+    queries: int = 1
+    """Independent z in each step, all in one visit of each block; the update is their mean. `spsa` takes two
+    forward passes for each, `fzoo` one, and one more."""
+    layer_share: float = 1.0
+    """Share of the trained blocks that a step trains, drawn anew in each (LeZO, 2410.09823). The others are
+    neither perturbed nor updated nor downloaded."""
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
+    eps: float = 1e-3
+    """Size of the perturbation."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updates reach bf16 and fp16 weights; `nearest` loses those below half a unit in the last place."""
+    train: str = "all"
+    """What is trained: `all`, `last:N` (the last N blocks), or `lora` (adapters beside every linear layer of
+    the blocks, merged into the weights on export). What is not trained is neither perturbed nor
+    downloaded."""
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    """An adapter's product is scaled by `lora_alpha` / `lora_rank`."""
+    base: Base = "full"
+    """How the matrices of the blocks are kept: as they are, or, approximately, as 8-bit or 4-bit values with
+    a scale per 128 (`fp8` is e4m3). Vectors stay as they are. Passes compute in the full precision."""
+    fold_every: int = 1
+    """With a low-bit base, steps between two roundings of a block to its grid; until then its updates are in
+    the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(self.learning_rate >= 0, "learning_rate", "must not be negative")
+        require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
+        require(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        require(self.eps > 0, "eps", "must be positive")
+        require(1 <= self.queries <= MOST_QUERIES, "queries", f"must be between 1 and {MOST_QUERIES}")
+        require(0 < self.layer_share <= 1, "layer_share", "must be in (0, 1]")
+        require(
+            self.layer_share == 1 or self.train != "lora",
+            "layer_share",
+            "must be 1 with train=lora: a step trains all adapters",
+            "leave layer_share out, or take train=all",
+        )
+        if self.estimator == "fzoo":
+            require(
+                self.queries >= 2,
+                "queries",
+                "must be 2 or more with estimator=fzoo, which divides by the deviation of their losses",
+                "set queries=8, say",
+            )
+            require(
+                self.noise == "rademacher",
+                "noise",
+                "must be rademacher with estimator=fzoo, as it was published",
+                "set noise=rademacher",
+            )
+        if self.estimator == "lozo":
+            self._check_lozo()
+        require(self.lora_rank > 0, "lora_rank", "must be positive")
+        require(
+            self.train in ("all", "lora") or re.fullmatch(r"last:[1-9][0-9]*", self.train) is not None,
+            "train",
+            "is one of all, lora, last:N",
+        )
+        require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
+        require(
+            self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
+            "fold_every",
+            "is of use to mezo with a low-bit base only: nothing goes down",
+            "leave fold_every out, or set base=int8",
+        )
+        require(
+            self.fold_every == 1 or self.estimator != "lozo",
+            "fold_every",
+            "must be 1 with estimator=lozo: lozo_window says when matrices are written",
+            "leave fold_every out",
+        )
+        require(
+            self.fold_every * self.queries <= MOST_PENDING,
+            "fold_every",
+            f"times queries must be {MOST_PENDING} at most: the log of pending updates holds no more",
+            f"with queries={self.queries} set fold_every={MOST_PENDING // self.queries} or less",
+        )
+
+    def _check_lozo(self) -> None:
+        require(
+            self.noise == "gaussian",
+            "noise",
+            "must be gaussian with estimator=lozo: its noise is a product of normals",
+            "leave noise out, or take estimator=spsa",
+        )
+        require(
+            self.layer_share == 1,
+            "layer_share",
+            "must be 1 with estimator=lozo: a step adds to the sums of all blocks",
+            "leave layer_share out, or take estimator=spsa",
+        )
+        require(
+            self.train != "lora",
+            "train",
+            "must be all or last:N with estimator=lozo: adapters are of low rank already",
+            "leave train out, or take estimator=spsa",
+        )
+        require(
+            self.weight_decay == 0,
+            "weight_decay",
+            "must be 0 with estimator=lozo: matrices are only read until its window ends",
+            "leave weight_decay out, or take estimator=spsa",
+        )
+        require(1 <= self.lozo_rank <= MOST_RANK, "lozo_rank", f"must be between 1 and {MOST_RANK}")
+        require(self.lozo_window >= 1, "lozo_window", "must be positive")
+        require(
+            self.lozo_window * self.queries <= MOST_PENDING,
+            "lozo_window",
+            f"times queries must be {MOST_PENDING} at most: the log of pending updates holds no more",
+            f"with queries={self.queries} set lozo_window={MOST_PENDING // self.queries} or less",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zo2Settings(MezoSettings):
+    """ZO2 (2503.12668): MeZO with the blocks in host memory."""
+
+    resident_blocks: int = 0
+    """Blocks that stay on the GPU, spread evenly among the streamed ones."""
+    fold_every: int = 1
+    """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
+    visit; blocks take turns. 1: every block goes down in every step. With a low-bit base also the steps
+    between two roundings to its grid, of which rare ones lose less."""
+    disk_blocks: int | Literal["auto"] = 0
+    """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; `auto`: as many as
+    host memory has no room for."""
+    disk_folder: str = ""
+    """Where, on a local disk; the files have no name and are gone when the run ends, however it does. By
+    default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
+
+    def __post_init__(self) -> None:
+        MezoSettings.__post_init__(self)
+        require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
+        require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
+
+    @property
+    def named_disk_blocks(self) -> int:
+        """`disk_blocks`, of which `auto` counts as none."""
+        return 0 if self.disk_blocks == "auto" else self.disk_blocks
+
+
+def check_blocks(engine: str, settings: Any, model: str, num_blocks: int) -> None:
+    """Raises `UserError` if the typed `settings` name more blocks than the model has."""
+    if not isinstance(settings, MezoSettings):
+        return
+    placed: dict[str, int] = {}
+    if isinstance(settings, Zo2Settings):
+        placed = {"resident_blocks=": settings.resident_blocks, "disk_blocks=": settings.named_disk_blocks}
+    trained = (
+        {"train=last:": int(settings.train.removeprefix("last:"))}
+        if settings.train.startswith("last:")
+        else {}
+    )
+    for key, count in {**trained, **placed}.items():
+        if count > num_blocks:
+            raise UserError(
+                f"--set {engine}.{key}{count}",
+                f"{model} has {num_blocks} blocks",
+                f"use {key}{num_blocks} or less",
+            )
+    if sum(placed.values()) > num_blocks:
+        raise UserError(
+            " and ".join(f"--set {engine}.{key}{count}" for key, count in placed.items()),
+            f"a block is on the GPU or on disk, and {model} has {num_blocks}",
+            f"let them add up to {num_blocks} or less",
+        )
+
+
+def approximation(settings: Mapping[str, object]) -> str | None:
+    """What is approximate about a method with these settings (as a `Plan` holds them); `None`: nothing."""
+    base = settings.get("base", "full")
+    if base == "full":
+        return None
+    return f"approximate: {'4' if base == 'int4' else '8'}-bit base ({base})"

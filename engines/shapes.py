@@ -1,0 +1,101 @@
+"""What is to be computed: the sizes of a model in blocks, and of the work on it. Imports no torch.
+
+A model is an embedding, like blocks one after the other, and a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    pass
+
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+"""Precision of the weights and of the forward pass."""
+
+
+BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+Head = Literal["causal_lm", "classification", "question_answering"]
+"""`question_answering` is extractive: the first and the last token of the answer in a given text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixShape:
+    """One weight matrix of a block, as y = x W^T."""
+
+    name: str
+    """Its parameter name inside the block, such as `self_attn.q_proj.weight`."""
+    rows: int
+    """Output features m."""
+    columns: int
+    """Input features n."""
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The sizes of a model that costs follow from. Counts are of elements, not bytes."""
+
+    name: str
+    family: str
+    """`model_type` of its Hugging Face configuration, such as `opt` or `llama`."""
+    head: Head
+    num_blocks: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    vocabulary: int
+    max_seq_len: int
+    gated_mlp: bool
+    tied: bool
+    """Embedding and output head are one tensor."""
+    num_labels: int
+    """Outputs of a classification head, or 2 (first, last) of a question-answering head for each token; 0 for
+    a causal language model."""
+    block_parameters: int
+    """All parameters of one block, matrices, norms and biases."""
+    outer_parameters: int
+    """All parameters outside the blocks (embeddings, final norm, head), a tied tensor counted once."""
+    head_parameters: int
+    """Those of the outer parameters that multiply every token on the way out (the output matrix,
+    tied or not)."""
+    matrices: tuple[MatrixShape, ...]
+    """The weight matrices of one block."""
+    largest_tensor: int
+    """Elements of the largest single parameter of the model."""
+
+    @property
+    def parameters(self) -> int:
+        return self.num_blocks * self.block_parameters + self.outer_parameters
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters in the weight matrices of all blocks."""
+        return self.num_blocks * sum(matrix.parameters for matrix in self.matrices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The part of a job that costs follow from; the other part says where weights and data come from."""
+
+    batch_size: int
+    """Sequences per micro-batch."""
+    seq_len: int
+    """Tokens per sequence."""
+    accumulation: int = 1
+    """Micro-batches per step."""
+    dtype: Dtype = "bf16"
+    checkpointing: bool = True
+    """Recompute each block's activations in the backward pass. Without effect on forward-only methods."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len * self.accumulation

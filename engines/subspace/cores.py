@@ -1,0 +1,334 @@
+"""Compressed gradients: how they are made, and where they lie on the GPU and on the host.
+
+A core is made in its block's slot of GPU memory and travels with its neighbours, as a piece
+(`engines.subspace.pipeline`). `engines.methods.lsp` is the method.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
+from engines.errors import UserError
+from engines.shapes import Workload
+from engines.subspace.bias_check import Check, Subspace
+from engines.subspace.pipeline import PieceState, PieceUpdate
+from engines.subspace.projector import Projector, compress, transport_moments
+from engines.transfer.link import Event
+from engines.transfer.pinned import HostSlab
+
+
+class Calibrator(Protocol):
+    """Says when gradients are formed to test the projectors, and tests them."""
+
+    calibrates: bool
+    """The backward pass under way tests the bias of every matrix."""
+
+    def check(self, matrix: CoreMatrix, gradient: Tensor) -> None:
+        """Test the pair on this gradient (m, n), before its core is made."""
+
+
+@dataclass(kw_only=True, eq=False)
+class CoreMatrix:
+    """A weight matrix in its subspace, and where its core lies. An
+    `engines.subspace.compressed_linear.Collector`."""
+
+    calibrator: Calibrator
+    subspace: Subspace
+    forms_gradient: bool
+    """G is formed and compressed, which costs less than compressing its factors."""
+    core: Tensor
+    """(d, d) on the GPU, in its block's slot: the compressed gradient, of the weights' dtype."""
+    sum: Tensor | None
+    """(d, d) fp32: the sum over micro-batches, if there are several."""
+    offset: int
+    """Of its core, in elements, in its piece."""
+    is_collected: bool = False
+    """The core holds gradient of the backward pass under way."""
+
+    def of(self, piece: Tensor) -> Tensor:
+        """Its part, (d, d), of what a piece holds, (elements,)."""
+        d = self.subspace.d
+        return piece[self.offset : self.offset + d * d].view(d, d)
+
+    def keep(self, x: Tensor) -> Tensor:
+        if self.forms_gradient or self.calibrator.calibrates:
+            return x
+        subspace = self.subspace
+        return (subspace.left if subspace.inputs_are_rows else subspace.right).project(x)
+
+    @torch.no_grad()
+    def collect(self, kept: Tensor, gradient: Tensor) -> None:
+        """S = (dY P)^T (X Q), or with the sides swapped where W^T is stored."""
+        subspace = self.subspace
+        whole = self.forms_gradient or self.calibrator.calibrates
+        if not whole:
+            gradient = (subspace.right if subspace.inputs_are_rows else subspace.left).project(gradient)
+        above, across = (kept, gradient) if subspace.inputs_are_rows else (gradient, kept)
+        if whole:
+            formed = above.T @ across
+            if self.calibrator.calibrates:
+                self.calibrator.check(self, formed)
+            self._take(compress(formed, subspace.left, subspace.right))
+        elif self.sum is not None and above.is_cuda and above.dtype != torch.float32:
+            self._take(torch.ops.aten.mm.dtype(above.T, across, torch.float32))
+        elif self.sum is None and not self.is_collected:
+            torch.mm(above.T, across, out=self.core)
+            self.is_collected = True
+        else:
+            self._take(above.T @ across)
+
+    def _take(self, core: Tensor) -> None:
+        if self.sum is not None:
+            self.sum.add_(core)
+        elif self.is_collected:
+            self.core.add_(core)
+        else:
+            self.core.copy_(core)
+        self.is_collected = True
+
+    def finish(self) -> None:
+        """The backward pass of the block is over."""
+        if self.sum is not None:
+            self.core.copy_(self.sum)
+        elif not self.is_collected:
+            self.core.zero_()
+
+
+@dataclass(kw_only=True, eq=False)
+class CorePiece:
+    """Matrices whose cores travel together."""
+
+    state: PieceState
+    matrices: list[CoreMatrix]
+    core: Tensor
+    """(elements,) on the GPU, in its block's slot."""
+
+
+@dataclass(kw_only=True, eq=False)
+class CoreBlock:
+    pieces: list[CorePiece]
+    core: Tensor
+    """(elements,) on the GPU: all its cores."""
+    squared_norm: Tensor
+    """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
+    has_gradient: bool = False
+    """It has gradient of this step that has not been submitted."""
+    pending: list[PieceUpdate] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> list[CoreMatrix]:
+        return [matrix for piece in self.pieces for matrix in piece.matrices]
+
+    @property
+    def index(self) -> int:
+        """Of the model's block."""
+        return self.matrices[0].subspace.block
+
+    def finish(self) -> None:
+        """Its backward pass is over: the cores are whole, and their norm is taken."""
+        for matrix in self.matrices:
+            matrix.finish()
+        norm = torch.linalg.vector_norm(self.core, dtype=torch.float32)
+        self.squared_norm.copy_(norm.square())
+
+
+class Cores:
+    """Memory of all cores, on both sides.
+
+    Blocks take turns on a few slots of GPU memory; without `offload` each has its own.
+    """
+
+    def __init__(
+        self,
+        subspaces: Sequence[Sequence[Subspace]],
+        calibrator: Calibrator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        workload: Workload,
+        offload: bool,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """`subspaces` are those of each block that has any, in the order of the blocks."""
+        sizes = [sum(each.d**2 for each in members) for members in subspaces]
+        head_bytes = -(-4 * len(sizes) // 64) * 64
+        self._slab = HostSlab(
+            head_bytes + dtype.itemsize * sum(sizes), device if offload else torch.device("cpu"), progress
+        )
+        norms_on_host = self._slab.view(0, (len(sizes),), torch.float32)
+        self.squared_norms = torch.zeros(len(sizes), device=device)
+        """(blocks,) fp32 on the GPU: of the compressed gradients of this step.
+
+        HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
+        block's update is waited for.
+        """
+        slots = [
+            torch.empty(max(sizes), dtype=dtype, device=device)
+            for _ in range(min(len(sizes), CORE_SLOTS) if offload else len(sizes))
+        ]
+        self.slot_free = [Event() for _ in slots]
+        """When the block that last had a slot has left it; block i has slot i modulo their number."""
+        self.blocks: list[CoreBlock] = []
+        offset_bytes = head_bytes
+        for index, members in enumerate(subspaces):
+            core = slots[index % len(slots)][: sizes[index]]
+            pieces: list[CorePiece] = []
+            first = 0
+            for group in _grouped(members):
+                count = sum(each.d**2 for each in group)
+                state = PieceState(
+                    deadline=index,
+                    wire=self._slab.view(offset_bytes, (count,), dtype),
+                    moment=torch.zeros(count),
+                    variance=torch.zeros(count),
+                    squared_norm=norms_on_host[index : index + 1],
+                )
+                part = core[first : first + count]
+                matrices = _matrices(group, part, calibrator, workload)
+                pieces.append(CorePiece(state=state, matrices=matrices, core=part))
+                first += count
+                offset_bytes += dtype.itemsize * count
+            norm = self.squared_norms[index : index + 1]
+            self.blocks.append(CoreBlock(pieces=pieces, core=core, squared_norm=norm))
+        self.place = {members[0].block: place for place, members in enumerate(subspaces)}
+        """Where in `blocks` a block of the model is, by its index there."""
+
+    @property
+    def matrices(self) -> list[CoreMatrix]:
+        return [matrix for _, matrix in self.placed()]
+
+    def placed(self) -> list[tuple[CorePiece, CoreMatrix]]:
+        """Every matrix, with the piece that it is in."""
+        return [(piece, m) for block in self.blocks for piece in block.pieces for m in piece.matrices]
+
+    def piece_of(self, matrix: CoreMatrix) -> CorePiece:
+        """The piece that a matrix is in."""
+        pieces = self.blocks[self.place[matrix.subspace.block]].pieces
+        return next(piece for piece in pieces if matrix in piece.matrices)
+
+    def begin_step(self) -> None:
+        """No block has gradient."""
+        for block in self.blocks:
+            block.has_gradient = False
+            for matrix in block.matrices:
+                if matrix.sum is not None:
+                    matrix.sum.zero_()
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._slab.num_bytes if self._slab.pinned else 0
+
+    def close(self) -> None:
+        """Unpin. The caller has waited for all copies."""
+        self.blocks.clear()
+        self._slab.close()
+
+
+def _matrices(
+    subspaces: Sequence[Subspace], core: Tensor, calibrator: Calibrator, workload: Workload
+) -> list[CoreMatrix]:
+    offset, found = 0, []
+    for each in subspaces:
+        d = each.d
+        found.append(
+            CoreMatrix(
+                calibrator=calibrator,
+                subspace=each,
+                forms_gradient=forms_gradient(each.left.rows, each.right.rows, d, workload),
+                core=core[offset : offset + d * d].view(d, d),
+                sum=torch.zeros(d, d, device=core.device) if workload.accumulation > 1 else None,
+                offset=offset,
+            )
+        )
+        offset += d * d
+    return found
+
+
+def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
+    """Neighbours whose cores make up `PIECE_ELEMENTS` at most, or a single larger one."""
+    group: list[Subspace] = []
+    for each in subspaces:
+        if group and sum(member.d**2 for member in group) + each.d**2 > PIECE_ELEMENTS:
+            yield group
+            group = []
+        group.append(each)
+    yield group
+
+
+class IdleMatrixWarning(UserWarning):
+    """A matrix in a subspace took no part in a step."""
+
+
+def warn_of_idle(matrices: Iterable[CoreMatrix]) -> None:
+    """Name those of which the step that has ended collected no gradient."""
+    idle = [each.subspace.name for each in matrices if not each.is_collected]
+    if idle:
+        names = f"{idle[0]} and {len(idle) - 1} more" if len(idle) > 1 else idle[0]
+        warnings.warn(
+            f"no gradient was collected of {names}: lsp does not train a weight that the model uses without "
+            "calling its layer (an expert without tokens waits for some); use native where it matters",
+            IdleMatrixWarning,
+            stacklevel=3,
+        )
+
+
+def move_moments(state: PieceState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:
+    """Move Adam's moments to the subspace of a new pair, fp32, on the device; the bytes that go each way."""
+    subspace, dtype, device = matrix.subspace, matrix.core.dtype, matrix.core.device
+    moments = [matrix.of(state.moment), matrix.of(state.variance)]
+    on_device = [moment.to(device) for moment in moments]
+    # The new pair as it will be stored.
+    moved = transport_moments(
+        on_device[0], on_device[1], subspace.left, left.cast(dtype), subspace.right, right.cast(dtype)
+    )
+    for moment, result in zip(moments, moved, strict=True):
+        moment.copy_(result)
+    return sum(moment.nbytes for moment in moments)
+
+
+def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the tensors of all matrices to `state`; what else there is to know of them, by name."""
+    about = {}
+    for piece, matrix in cores.placed():
+        for key, tensor in checkpoint_tensors(piece, matrix).items():
+            state[f"{key}.{matrix.subspace.name}"] = tensor
+        about[matrix.subspace.name] = {
+            "updates": piece.state.updates,
+            "generation": matrix.subspace.generation,
+            "checks": [asdict(check) for check in matrix.subspace.checks],
+        }
+    return about
+
+
+def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
+    """Take back what `save_cores` gave. Raises `UserError`, naming `folder`, for other shapes or dtypes."""
+    for piece, matrix in cores.placed():
+        name = matrix.subspace.name
+        for key, tensor in checkpoint_tensors(piece, matrix).items():
+            found = tensors.get(f"{key}.{name}")
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise UserError(
+                    str(folder),
+                    f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
+                    "resume with the same d, r and projector",
+                )
+            tensor.copy_(found)
+        matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
+        entry = about[name]
+        piece.state.updates = int(entry["updates"])
+        matrix.subspace.generation = int(entry["generation"])
+        matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
+
+
+def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
+    """What a checkpoint holds of a matrix."""
+    moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
+    return moments | matrix.subspace.tensors()

@@ -1,0 +1,337 @@
+"""The way of a compressed gradient from the GPU through the CPU's Adam and back into the weights.
+
+Cores travel in pieces: those of some neighbouring matrices of one block, one after the other in flat memory.
+A piece is downloaded, Adam turns it into its direction in the same host memory, it is uploaded, and the GPU
+applies it. Four resources, each with one queue: the download stream, this file's thread, the upload stream
+and the stream that applies. The thread takes what has arrived by deadline: the block that the next forward
+pass needs first. Its dependencies only go forward, so it cannot deadlock.
+
+`engines.methods.lsp` decides what to submit and how to apply; this file decides the order, and keeps failures
+from hanging and from spreading.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.costs.lsp import UPLOAD_SLOTS
+from engines.settings.first_order import AdamWSettings
+from engines.subspace.cpu_adam import compiled, core_adam
+from engines.transfer.clock import now_s
+from engines.transfer.engine_clocks import Clocks
+from engines.transfer.link import Event, Link
+
+WAIT_LIMIT_S = 600.0
+"""Most time that one update is waited for: a hang becomes an error."""
+
+_cuda: Any = torch.cuda  # most of it is without annotations
+
+
+class CoreNotFinite(Exception):
+    """A compressed gradient was infinite or NaN. Its block keeps its weights and moments."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"a gradient of step {step} is not finite")
+        self.step = step
+
+
+@dataclass(kw_only=True, eq=False)
+class StepShare:
+    """What the pieces of one step have in common."""
+
+    step: int
+    learning_rate: float
+    max_norm: float | None = None
+    """Of the gradient, or `None`: it is not clipped."""
+    total: Tensor | None = None
+    """On the host: the gradient's squared norm, valid once `total_known` has happened. For clipping."""
+    total_known: Event = field(default_factory=Event)
+    failed: bool = False
+    """A core of the step was not finite: what has not been updated yet stays as it is."""
+
+    def is_finite(self) -> bool:
+        """Of the gradient that is clipped, also what is outside the cores. `total_known` has happened."""
+        return self.total is None or math.isfinite(float(self.total))
+
+    def scale(self) -> float:
+        """What a gradient is multiplied by. `total_known` has happened."""
+        if self.max_norm is None or self.total is None:
+            return 1.0
+        norm = math.sqrt(float(self.total))
+        return self.max_norm / norm if norm > self.max_norm else 1.0
+
+
+@dataclass(kw_only=True, eq=False)
+class PieceState:
+    """One piece's memory on the host."""
+
+    deadline: int
+    """Index of its block: its place in the next forward pass."""
+    wire: Tensor
+    """(elements,) of the weights' dtype, pinned: the gradient, then its direction."""
+    moment: Tensor
+    variance: Tensor
+    """(elements,) fp32."""
+    squared_norm: Tensor
+    """(1,) fp32, pinned: the gradient's, which arrives before it."""
+    updates: int = 0
+    """Updates so far, the one under way included, for Adam's bias correction."""
+
+
+@dataclass(kw_only=True, eq=False)
+class PieceUpdate:
+    """One piece on its way."""
+
+    state: PieceState
+    share: StepShare
+    apply: Callable[[Tensor, StepShare], None]
+    """Called with the direction (elements,) on the GPU; enqueues what applies it to the weights."""
+    downloaded: Event = field(default_factory=Event)
+    applied: Event = field(default_factory=Event)
+    """Valid once `done` is set."""
+    failed: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+SPARE_THREADS = 2
+"""CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
+
+
+def leave_threads_to_adam() -> None:
+    """Let go of the calling thread's own pool of OpenMP threads, but for one.
+
+    HAZARD: libgomp has a pool for each thread that starts parallel regions, and once their threads outnumber
+    the cores, all of them sleep at barriers instead of spinning: each of Adam's regions then costs the waking
+    of every thread. Measured at 1.3B on 16 cores: 2.2 G elements/s with the main thread's pool beside it, 4.2
+    without, which made the step 0.122 s instead of 0.172.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    torch.zeros(1 << 20).add_(1.0)  # a region of two; the others end at its beginning
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def adam_threads() -> Iterator[None]:
+    """Leave `SPARE_THREADS` out of the calling thread's parallel regions."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - SPARE_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def update_piece(state: PieceState, share: StepShare, settings: AdamWSettings) -> bool:
+    """Adam on a gradient that is on the host: the worker's and the twin's. False: it is not finite."""
+    if share.failed or not share.is_finite() or not math.isfinite(float(state.squared_norm)):
+        share.failed = True
+        return False
+    state.updates += 1
+    core_adam(
+        state.wire,
+        state.moment,
+        state.variance,
+        state.updates,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.adam_eps,
+        scale=share.scale(),
+    )
+    return True
+
+
+def update_at_once(updates: Sequence[PieceUpdate], settings: AdamWSettings, device: torch.device) -> None:
+    """The twin's way: all of it in the calling thread, then all is applied."""
+    for update in updates:
+        update.failed = not update_piece(update.state, update.share, settings)
+    for update in updates:
+        if not update.failed:
+            update.apply(update.state.wire.to(device), update.share)
+
+
+class CorePipeline:
+    """A thread that updates pieces, one that sends them back, and the stream that applies them.
+
+    Jobs are lists of pieces: a list's downloads are awaited together, then all are updated, then all are
+    uploaded. Among the jobs whose downloads have ended, the one with the earliest deadline is next; if none
+    has, the oldest.
+
+    After an exception every update, also one submitted later, is released at once, and `wait` raises.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        settings: AdamWSettings,
+        piece_elements: int,
+        dtype: torch.dtype,
+        clocks: Clocks,
+    ) -> None:
+        """`piece_elements` is the size of the largest piece."""
+        self._link = link
+        self._settings = settings
+        self._timeline, self._exposure = clocks.timeline, clocks.exposure
+        device = link.device
+        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+        # Allocated once: they cross streams, and the caching allocator knows nothing of that.
+        self._slots = [torch.empty(piece_elements, dtype=dtype, device=device) for _ in range(UPLOAD_SLOTS)]
+        self._slot_free = [Event() for _ in self._slots]
+        compiled()  # here, and not in the first step
+        self._turn = itertools.count()
+        self._changed = threading.Condition()
+        self._arriving: deque[list[PieceUpdate]] = deque()
+        self._ready: list[tuple[int, int, list[PieceUpdate]]] = []
+        self._order = itertools.count()
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._busy_s = 0.0
+        self._updated: queue.SimpleQueue[PieceUpdate | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name="lsp-core-adam", daemon=True),
+            threading.Thread(target=self._return, name="lsp-core-return", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, updates: Sequence[PieceUpdate]) -> None:
+        """Take a job whose downloads are enqueued. Does not wait."""
+        if not updates:
+            return
+        with self._changed:
+            self._arriving.append(list(updates))
+            self._changed.notify()
+
+    def wait(self, update: PieceUpdate) -> Event:
+        """Hold the calling thread until the piece's application is enqueued; the event of its end.
+
+        Raises `CoreNotFinite`, `RuntimeError` with its cause if the worker failed, and one if the update
+        does not come.
+        """
+        is_done = update.done.wait(WAIT_LIMIT_S)
+        if self._error is not None:
+            raise RuntimeError(f"the CPU update failed: {self._error!r}") from self._error
+        if not is_done:
+            raise RuntimeError(f"the CPU update did not come within {WAIT_LIMIT_S:.0f} s")
+        if update.failed:
+            raise CoreNotFinite(update.share.step)
+        return update.applied
+
+    def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
+        """As `wait` for each, finite or not; the argument `wait` is for its application's end."""
+        for update in updates:
+            with suppress(CoreNotFinite):
+                wait(self.wait(update))
+
+    def take_busy_s(self) -> float:
+        """Seconds spent in Adam since the last call."""
+        with self._changed:
+            taken, self._busy_s = self._busy_s, 0.0
+        return taken
+
+    def close(self) -> None:
+        """Finish what was submitted and end the thread. May be called twice."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        for thread in self._threads:
+            thread.join(WAIT_LIMIT_S)
+
+    def _run(self) -> None:
+        try:
+            with adam_threads():
+                while (job := self._take()) is not None:
+                    try:
+                        if self._error is None:
+                            self._process(job)
+                    except BaseException as error:  # it belongs to the thread that waits
+                        self._error = error
+                    for update in job:
+                        self._updated.put(update)
+        finally:
+            self._updated.put(None)
+
+    def _return(self) -> None:
+        """Upload and apply, in the order of the updates, while Adam goes on: starting a piece's kernels takes
+        the CPU up to a millisecond, half of what its Adam takes."""
+        while (update := self._updated.get()) is not None:
+            try:
+                if self._error is None and not update.failed:
+                    self._bring_back(update)
+            except BaseException as error:
+                self._error = error
+            finally:
+                update.done.set()
+
+    def _take(self) -> list[PieceUpdate] | None:
+        """The next job; `None` once closed and empty."""
+        with self._changed:
+            while not (self._arriving or self._ready):
+                if self._is_closed:
+                    return None
+                self._changed.wait()
+            try:
+                # Downloads end in the order of submission: they share a stream.
+                while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
+                    job = self._arriving.popleft()
+                    heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
+            except BaseException as error:  # an earlier kernel's, told by any call to the driver
+                self._error = error
+            return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
+
+    def _process(self, job: Sequence[PieceUpdate]) -> None:
+        for update in job:
+            self._link.host_wait(update.downloaded)
+        self._link.host_wait(job[0].share.total_known)
+        begin_s = now_s()
+        for update in job:
+            update.failed = not update_piece(update.state, update.share, self._settings)
+        end_s = now_s()
+        with self._changed:
+            self._busy_s += end_s - begin_s
+        self._exposure.on_host(begin_s, end_s)
+        if self._timeline is not None:
+            self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
+
+    def _bring_back(self, update: PieceUpdate) -> None:
+        slot = next(self._turn) % len(self._slots)
+        wire = update.state.wire
+        direction = self._slots[slot][: wire.numel()]
+        name = f"block {update.state.deadline}"
+        # HAZARD: the slot's last direction must have been applied before this one is written over it.
+        arrived = self._link.upload(wire, direction, after=self._slot_free[slot], name=name)
+        if self._stream is None:
+            update.apply(direction, update.share)
+            return
+        with torch.cuda.stream(self._stream):
+            self._link.wait(arrived)
+            span = self._timeline.begin("apply", name) if self._timeline is not None else None
+            start = _timed_event(self._stream)
+            update.apply(direction, update.share)
+            self._exposure.between("gpu", start, _timed_event(self._stream))
+            if span is not None and self._timeline is not None:
+                self._timeline.end(span)
+            update.applied = self._slot_free[slot] = self._link.record()
+
+
+def _timed_event(stream: torch.cuda.Stream) -> Any:
+    event = _cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def _has_happened(event: Event) -> bool:
+    cuda: Any = event.cuda  # its methods are without annotations
+    return cuda is None or bool(cuda.query())

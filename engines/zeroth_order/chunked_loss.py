@@ -1,0 +1,303 @@
+"""The end of a causal language model in pieces: logits only where labels are, and never all of them at once.
+
+Most models end in one linear layer, whose outputs are the logits, and in the mean cross-entropy of the next
+token. For those (`plain_head` finds out) the loss is computed over chunks of the vocabulary with a running
+log-sum-exp, so that neither a perturbed copy of the head nor the logits of a long batch take memory. The sum
+over tokens is in fp64: a projected gradient is a small difference of two losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from math import gcd, lcm
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch
+from engines.costs.transformer import HEAD_CHUNK_BYTES, HEAD_TOKENS
+from engines.kernels.triton_launch import has_triton
+from engines.model.blocks import BlockDriver, sent
+from engines.noise import weight_pass
+from engines.noise.tiles import TILE, one
+from engines.noise.visits import Outputs, Visit
+from engines.zeroth_order.estimators import Side
+
+TOKEN_GRID = 64
+ROW_GRID = 256
+
+IGNORED = -100
+"""Label of a position without a loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The labelled positions of a batch, on the device."""
+
+    positions: Tensor
+    """(n,) int64 into the flattened (batch, seq) positions whose next token is labelled."""
+    labels: Tensor
+    """(n,) int64."""
+
+
+def targets_of(batch: Batch, device: torch.device) -> Targets:
+    """Found on the host, where the labels are: the GPU is not waited for."""
+    labels = batch.inputs["labels"]
+    following = torch.full_like(labels, IGNORED)
+    following[:, :-1] = labels[:, 1:]
+    positions = (following.view(-1) != IGNORED).nonzero().view(-1)
+    chosen = following.view(-1)[positions]
+    return Targets(sent(positions, device), sent(chosen, device))
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the head."""
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What a forward pass brought to the head."""
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Of one batch: sum of the negative log-likelihoods, () fp64, and right predictions, () int64."""
+
+    loss_sum: Tensor
+    correct: Tensor
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module's forward is another one, on this instance, and then what it was."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+class Head:
+    """A linear output layer with weight `weight` (vocabulary, hidden), both names first names."""
+
+    def __init__(self, module: nn.Linear, weight: str, bias: str | None, numbers: Mapping[str, int]) -> None:
+        self._module = module
+        self._weight = weight
+        self._bias = bias
+        self._numbers = numbers
+
+    @contextmanager
+    def reached(self) -> Iterator[Arrival]:
+        """Within it a forward pass of the model ends at the head, quietly, and what came there is kept."""
+        arrival = Arrival(torch.empty(0))
+
+        def stop(hidden: Tensor) -> Tensor:
+            arrival.hidden = hidden
+            raise _Reached
+
+        with suppress(_Reached), _replaced(self._module, stop):
+            yield arrival
+
+    def losses(
+        self,
+        hidden: Mapping[Side, Tensor],
+        targets: Targets,
+        outer: Mapping[str, Tensor],
+        trained: Collection[str],
+        how: Visit,
+    ) -> list[Tensor]:
+        """Mean losses, () fp64, of the hidden states (batch, seq, hidden) of each side.
+
+        What is not in `trained` is not perturbed.
+        """
+        weight = outer[self._weight]
+        vocabulary, width = weight.shape
+        rows = chunk_rows(vocabulary, width, weight.element_size())
+        moved = [side for side in hidden if side is not Side.PLAIN]
+        trains = self._weight in trained and bool(moved)
+        scratch = [
+            torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+            for _ in range(trains * len(moved))
+        ]
+        biases = self._biases(outer, how, trained, moved) if moved else [self._bias_of(outer)]
+
+        def chunk(first: int, last: int) -> list[Tensor]:
+            if not trains:
+                return [weight[first:last]] * len(hidden)
+            piece = weight[first:last].view(-1)
+            rooms = [memory[: last - first] for memory in scratch]
+            segment = one(self._numbers[self._weight], piece.numel(), decays=True)
+            out = _outputs(moved, [room.view(-1) for room in rooms])
+            weight_pass.visit(piece, segment, how, out, start=first * width)
+            return rooms
+
+        scores = _scores(list(hidden.values()), targets, vocabulary, rows, chunk, biases)
+        return [each.loss_sum / targets.labels.numel() for each in scores]
+
+    def evaluate(self, hidden: Tensor, targets: Targets, outer: Mapping[str, Tensor]) -> Scores:
+        """With the weights as they are."""
+        weight = outer[self._weight]
+        vocabulary, width = weight.shape
+        rows = chunk_rows(vocabulary, width, weight.element_size())
+        biases = [self._bias_of(outer)]
+        (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], biases)
+        return scores
+
+    def _bias_of(self, outer: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._bias is None else outer[self._bias]
+
+    def _biases(
+        self, outer: Mapping[str, Tensor], how: Visit, trained: Collection[str], sides: Sequence[Side]
+    ) -> Sequence[Tensor | None]:
+        bias = self._bias_of(outer)
+        if bias is None or self._bias is None or self._bias not in trained:
+            return [bias] * len(sides)
+        moved = [torch.empty_like(bias) for _ in sides]
+        segment = one(self._numbers[self._bias], bias.numel())
+        weight_pass.visit(bias, segment, how, _outputs(sides, moved))
+        return moved
+
+
+def _outputs(sides: Sequence[Side], memory: Sequence[Tensor]) -> Outputs:
+    """The perturbed weights of each of `sides`."""
+    of = dict(zip(sides, memory, strict=True))
+    return Outputs(plus=of.get(Side.PLUS), minus=of.get(Side.MINUS))
+
+
+def chunk_rows(vocabulary: int, width: int, element_bytes: int) -> int:
+    """Vocabulary rows at a time: about `HEAD_CHUNK_BYTES` of weights, and whole tiles of noise.
+
+    Also a multiple of `ROW_GRID`: the logits of other counts lie off the grid of the fastest matrix kernels.
+    """
+    grid = lcm(TILE // gcd(width, TILE), ROW_GRID)
+    wanted = HEAD_CHUNK_BYTES // (width * element_bytes)
+    return min(vocabulary, max(1, wanted // grid) * grid)
+
+
+def _scores(
+    hidden: Sequence[Tensor],
+    targets: Targets,
+    vocabulary: int,
+    rows: int,
+    chunk: Callable[[int, int], Sequence[Tensor]],
+    biases: Sequence[Tensor | None],
+) -> list[Scores]:
+    """One `Scores` per side; `chunk(first, last)` gives each side's rows of the head.
+
+    ln sum exp over the vocabulary is gathered chunk by chunk, in fp32 as transformers' loss has it.
+    """
+    count = targets.labels.numel()
+    states = [_padded(side.reshape(-1, side.shape[-1])[targets.positions]) for side in hidden]
+    sides = [_Running(count, state.device) for state in states]
+    for first in range(0, vocabulary, rows):
+        last = min(first + rows, vocabulary)
+        weights = chunk(first, last)
+        for state, weight, bias, running in zip(states, weights, biases, sides, strict=True):
+            piece = None if bias is None else bias[first:last]
+            for begin in range(0, count, HEAD_TOKENS):
+                tokens = state[begin : begin + HEAD_TOKENS]
+                logits = torch.empty(
+                    (tokens.shape[0], last - first), dtype=weight.dtype, device=weight.device
+                )
+                multiply(tokens, weight.t(), piece, logits)
+                running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
+    return [running.scores(targets.labels) for running in sides]
+
+
+@cache
+def _zeros(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(width, dtype=dtype, device=device)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weight + bias, for (rows, inputs), (inputs, width) and (width,).
+
+    On a GPU a bias of zeros stands for none: torch takes products with a bias to cuBLASLt, whose choice of
+    kernel is much the faster (OPT-1.3B's head in chunks on an H200: 0.26 ms for 1.18, on half the rows).
+    """
+    if bias is None and x.is_cuda:
+        bias = _zeros(weight.shape[1], weight.dtype, weight.device)
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+
+
+def _padded(state: Tensor) -> Tensor:
+    """Rows of zeros at the end: matrix products of an odd number of rows take up to three times as long."""
+    missing = -state.shape[0] % TOKEN_GRID
+    return nn.functional.pad(state, (0, 0, 0, missing)) if missing else state
+
+
+class _Running:
+    """Of each token: the largest logit so far with its place, sum of exponentials, and the label's logit."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._largest = torch.full((count,), -torch.inf, device=device)
+        self._where = torch.zeros((count,), dtype=torch.int64, device=device)
+        self._sums = torch.zeros((count,), device=device)
+        self._target = torch.full((count,), -torch.inf, device=device)
+
+    def add(self, tokens: slice, logits: Tensor, labels: Tensor, first: int) -> None:
+        """Logits (at least as many as tokens, rows) of the vocabulary from `first` on."""
+        largest, where, sums, target = (
+            each[tokens] for each in (self._largest, self._where, self._sums, self._target)
+        )
+        if logits.is_cuda and has_triton():
+            from engines.zeroth_order import chunked_loss_kernels
+
+            chunked_loss_kernels.gather(logits, labels[tokens], first, largest, where, sums, target)
+            return
+        values = logits[: largest.shape[0]].float()
+        place = labels[tokens] - first
+        inside = (place >= 0) & (place < values.shape[1])
+        found = values.gather(1, place.clamp(0, values.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        target.copy_(torch.where(inside, found, target))
+        best, best_where = values.max(1)
+        where.copy_(torch.where(best > largest, best_where + first, where))
+        overall = torch.maximum(best, largest)
+        sums.mul_((largest - overall).exp()).add_((values - overall.unsqueeze(1)).exp().sum(1))
+        largest.copy_(overall)
+
+    def scores(self, labels: Tensor) -> Scores:
+        losses = self._sums.log() + self._largest - self._target
+        return Scores(loss_sum=losses.sum(dtype=torch.float64), correct=(self._where == labels).sum())
+
+
+def plain_head(
+    model: nn.Module, driver: BlockDriver, places: Mapping[str, str], numbers: Mapping[str, int]
+) -> Head | None:
+    """The model's head if it is one linear layer and a mean cross-entropy; else `None`.
+
+    Found out by trying: the layer is replaced by one that answers with known logits, which the model must
+    hand out as they are (no cap, no scale), with the loss that belongs to them. Weights may be anything.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if type(module) is not nn.Linear:
+        return None
+    path = next(name for name, each in model.named_modules() if each is module)
+    weight, bias = places.get(f"{path}.weight"), places.get(f"{path}.bias")
+    if weight is None:
+        return None
+    device = module.weight.device
+    ids = torch.arange(4, device=device).view(1, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    known = (torch.arange(4 * module.out_features, device=device) * 37 % 121 - 60).view(1, 4, -1)
+    logits = known.to(module.weight.dtype)
+    with _replaced(module, lambda hidden: logits[:, -hidden.shape[1] :]):
+        output = driver.finish(inputs, driver.record(inputs).hidden)
+    expected = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    same = torch.equal(output.logits.float(), logits.float()) and torch.allclose(
+        output.loss.float(), expected, rtol=1e-4
+    )
+    return Head(module, weight, bias, numbers) if same else None

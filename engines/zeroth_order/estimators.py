@@ -1,0 +1,115 @@
+"""What a zeroth-order step asks of the model, and the update that the answers call for. Imports no torch.
+
+All estimate a gradient from losses at perturbed weights, and all updates are sums of g_i z_i over the
+queries of a step, so the engines differ in nothing but this file:
+
+    spsa   g_i = (loss(theta + eps z_i) - loss(theta - eps z_i)) / (2 eps),   i = 1 .. q
+           Spall, IEEE Trans. Automatic Control 37(3), 1992; with q = 1 and normals it is MeZO (arXiv
+           2305.17333, algorithm 1), with q > 1 its n-SPSA (definition 1 there). 2 q forward passes.
+    fzoo   g_i = (loss(theta + eps z_i) - loss(theta)) / (eps sigma), z_i of signs, sigma being the standard
+           deviation of the q perturbed losses (with q - 1): FZOO, arXiv 2506.09034. q + 1 forward passes.
+           A normalised step: its length hardly depends on the gradient's. Learning rates are therefore in
+           units of their own, about eps times those of normalised SGD.
+
+    lozo   as spsa, z_i being of rank r on the matrices of the blocks (`engines.zeroth_order.low_rank_noise`):
+    LOZO, arXiv
+           2410.07698.
+
+    theta <- theta - lr (mean of the g_i z_i + wd theta)
+
+With `layer_share` below 1 a step draws that share of the trained blocks, by (seed, step): LeZO, arXiv
+2410.09823. The others are neither perturbed nor updated, so the estimate is that of the gradient with respect
+to the blocks drawn and to what is outside the blocks, which is trained in every step.
+
+The noise z_i of step t has the number t q + i where that of a single query has the number t.
+
+Deviations from the papers: where sigma is 0, since all perturbed losses are one number, FZOO's step is 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from engines.base import Update
+from engines.first_order.lr_schedule import learning_rate_at
+from engines.settings.zeroth_order import MezoSettings
+
+
+class Side(Enum):
+    """Which weights a forward pass computes with."""
+
+    PLUS = 1
+    MINUS = -1
+    PLAIN = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Forward passes that go through the blocks in one batch, one after the other or both at once."""
+
+    draw: int
+    """Number of the noise."""
+    sides: tuple[Side, ...]
+    """(PLUS, MINUS), (PLUS,) or (PLAIN,)."""
+
+
+def probes(settings: MezoSettings, step: int) -> tuple[Probe, ...]:
+    """What is asked in `step`, in the order in which losses are handed to `next_updates`."""
+    draws = range(step * settings.queries, (step + 1) * settings.queries)
+    if settings.estimator == "fzoo":
+        return (Probe(draws[0], (Side.PLAIN,)), *(Probe(draw, (Side.PLUS,)) for draw in draws))
+    return tuple(Probe(draw, (Side.PLUS, Side.MINUS)) for draw in draws)
+
+
+def num_drawn(settings: MezoSettings, num_trained: int) -> int:
+    """Of so many trained blocks, those that one step trains."""
+    return min(num_trained, max(1, round(settings.layer_share * num_trained)))
+
+
+def drawn_blocks(settings: MezoSettings, seed: int, step: int, trained: Sequence[int]) -> frozenset[int]:
+    """Which of the blocks `trained` are trained in `step`: any subset of that size is as likely."""
+    if settings.layer_share == 1.0:
+        return frozenset(trained)
+    tickets = {
+        block: hashlib.blake2b(struct.pack("<QII", seed % 2**64, step, block), digest_size=16).digest()
+        for block in trained
+    }
+    return frozenset(sorted(trained, key=tickets.__getitem__)[: num_drawn(settings, len(trained))])
+
+
+def forwards(settings: MezoSettings) -> int:
+    """Forward passes that each micro-batch of a step takes."""
+    return sum(len(probe.sides) for probe in probes(settings, 0))
+
+
+def next_updates(
+    step: int, settings: MezoSettings, total_steps: int, losses: Sequence[float]
+) -> tuple[Update, ...]:
+    """The update of `step`, one entry for each query.
+
+    `losses`: one for each side of each probe. Weight decay acts once, with the first entry.
+    """
+    if settings.estimator == "fzoo":
+        plain, *moved = losses
+        sigma = statistics.stdev(moved)
+        gradients = [(loss - plain) / (settings.eps * sigma) if sigma else 0.0 for loss in moved]
+    else:
+        pairs = zip(losses[::2], losses[1::2], strict=True)
+        gradients = [(plus - minus) / (2 * settings.eps) for plus, minus in pairs]
+    rate = learning_rate_at(step, settings, total_steps)
+    return tuple(
+        Update(
+            step=step,
+            learning_rate=rate,
+            projected_gradient=gradient,
+            weight_decay=settings.weight_decay if query == 0 else 0.0,
+            query=query,
+            queries=settings.queries,
+        )
+        for query, gradient in enumerate(gradients)
+    )

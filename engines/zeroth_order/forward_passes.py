@@ -1,0 +1,120 @@
+"""The hidden states of a zeroth-order step: of every probe (`engines.zeroth_order.estimators`) and every
+micro-batch.
+
+A block is visited once, for all of them: the first probe's perturbed weights are made in the same pass that
+applies the pending updates, the next one's then take their place in the scratch. So several queries share
+one trip over the link, and cost hidden states, noise and forward passes. Where the updates are not stored, as
+between two roundings of a low-bit base, each of them applies them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engines.errors import NonFiniteLoss
+from engines.model.blocks import BlockCall
+from engines.noise.visits import Visit
+from engines.zeroth_order.estimators import Probe, Side
+from engines.zeroth_order.perturbed_model import PerturbedModel, Prepared
+from engines.zeroth_order.perturbed_weights import Source, Task, without_updates
+
+
+class LossSums:
+    """Sums of the losses of all passes over micro-batches, on the device until they are read.
+
+    In fp64: g is a small difference of them, divided by a small number.
+    """
+
+    def __init__(self, device: torch.device, passes: int) -> None:
+        self._sums = torch.zeros(passes, dtype=torch.float64, device=device)
+
+    def add(self, losses: Sequence[Tensor]) -> None:
+        self._sums += torch.stack(tuple(losses))
+
+    def read(self, count: int, step: int) -> list[float]:
+        """Mean losses of `count` micro-batches. Waits for the compute stream.
+
+        Raises `NonFiniteLoss`.
+        """
+        losses: list[float] = (self._sums / count).tolist()
+        if not all(map(math.isfinite, losses)):
+            told = ", ".join(map(str, losses[:-1]))
+            bad = next(loss for loss in losses if not math.isfinite(loss))
+            good = next((loss for loss in losses if math.isfinite(loss)), bad)
+            raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", sides=(good, bad))
+        return losses
+
+
+class Streams:
+    """From the model's entrance to its losses, block by block."""
+
+    def __init__(
+        self, model: PerturbedModel, batches: Sequence[Prepared], probes: Sequence[Probe], how: Visit
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._probes = probes
+        self._how = how
+        model.begin_step(len(batches), most_sides=max(len(probe.sides) for probe in probes))
+        self._hidden: list[list[Tensor]] = []
+        self._calls: list[list[Sequence[BlockCall]]] = []
+        for probe in probes:
+            hidden, calls = model.enter_all(batches, self._of(probe), probe.sides)
+            self._hidden.append(hidden)
+            self._calls.append(calls)
+
+    def _of(self, probe: Probe) -> Visit:
+        return replace(self._how, step=probe.draw)
+
+    def visit(self, index: int, task: Task, source: Source) -> None:
+        """All streams through block `index`. `task` tells pending updates and whether they are stored."""
+        for number, probe in enumerate(self._probes):
+            last = number == len(self._probes) - 1
+            how = without_updates(task.how) if number > 0 and task.store else task.how
+            each = replace(
+                task,
+                how=replace(how, step=probe.draw),
+                store=task.store and number == 0,
+                folds=task.folds if number == 0 else None,
+                overdue=task.overdue if number == 0 else (),
+                perturb=task.perturb and probe.sides != (Side.PLAIN,),
+                one_sided=len(probe.sides) == 1,
+            )
+            hidden, calls = self._hidden[number], self._calls[number]
+            with self._model.visiting(index, each, source if last else _Held(source)):
+                for i, call in enumerate(calls):
+                    hidden[i] = self._model.run(index, call, hidden[i])
+
+    def losses(self) -> LossSums:
+        """Of every side of every probe, over the micro-batches."""
+        passes = sum(len(probe.sides) for probe in self._probes)
+        sums: LossSums | None = None
+        for i, batch in enumerate(self._batches):
+            losses: list[Tensor] = []
+            for probe, hidden in zip(self._probes, self._hidden, strict=True):
+                losses += self._model.losses(batch, hidden[i], self._of(probe), probe.sides)
+            sums = sums or LossSums(losses[0].device, passes)
+            sums.add(losses)
+        assert sums is not None
+        return sums
+
+
+class _Held:
+    """A source whose parts are read again in this visit, so they are not done yet."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def spans(self, block: int) -> Sequence[tuple[int, int]]:
+        return self._source.spans(block)
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        return self._source.take(block, first, last)
+
+    def done(self, block: int, first: int, last: int) -> None:
+        pass

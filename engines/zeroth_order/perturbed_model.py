@@ -1,0 +1,492 @@
+"""A model at theta + eps z and theta - eps z at once, without a second copy of its weights.
+
+Inside the blocks both forward passes run stacked: the first half of the batch belongs to theta + eps z, the
+second to theta - eps z. What has no weights (attention, residuals, activations) is computed once for both;
+a module with weights (a *unit*) computes its first half with one set and its second half with the other.
+Its perturbed weights are made in a scratch memory when it is called, from theta, by one pass over it
+(`engines.noise.weight_pass.visit`), and the next unit's take their place. So the GPU holds, beside theta, the
+perturbed weights of the largest unit; and theta itself is needed only for that pass, from wherever it is kept
+(`Source`).
+
+Outside the blocks (embeddings, final norm, head) a model does anything: there each pass runs by itself, by
+the model's own forward, between the same modules. Embeddings perturb the rows that are looked up and no
+others.
+
+No model code is copied: a unit is the model's own module, whose forward is replaced on the instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch
+from engines.kernels import triton_launch
+from engines.model.attention_masks import has_padding, known_padding, with_mask
+from engines.model.blocks import (
+    BlockCall,
+    BlockDriver,
+    bind,
+    find_blocks,
+    first_names,
+    move_buffers,
+    to_device,
+)
+from engines.model.cuda_graphs import BlockGraphs
+from engines.model.evaluation import EvaluationSum
+from engines.model.flat_layout import ModelLayout
+from engines.noise import weight_pass
+from engines.noise.tiles import one
+from engines.noise.visits import Outputs, Visit
+from engines.settings.zeroth_order import Base
+from engines.transfer.compute_clock import ComputeClock
+from engines.zeroth_order.chunked_loss import Targets, multiply, plain_head, targets_of
+from engines.zeroth_order.estimators import Side
+from engines.zeroth_order.lora import Adapters, columns_first, is_linear
+from engines.zeroth_order.low_rank_noise import LowRank
+from engines.zeroth_order.paired_batch import halved, join, stack
+from engines.zeroth_order.perturbed_weights import BlockScratch, Source, Task, Unit, swapped
+
+GRAPH_SCRATCH_BYTES = 400_000_000
+"""Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
+block keeps the GPU busy for longer than the CPU needs to start its kernels: 2.5 ms on an H200 machine."""
+
+LANDED_CHUNK = 1 << 20
+LANDED_SAMPLE = 1 << 24
+"""Elements of which the landed share is measured: enough for 1 % at updates of 1e-7 in bf16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A micro-batch on the device."""
+
+    inputs: Mapping[str, Tensor]
+    targets: Targets | None
+    """`None` where the model's own forward computes the loss."""
+    padded: bool
+    """Some position is left out by the attention mask."""
+
+
+class PerturbedModel:
+    """The model that mezo and zo2 compute with; weights outside the blocks included.
+
+    Raises `UserError` for a model without a row of blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: ModelLayout,
+        adapters: Adapters | LowRank,
+        clock: ComputeClock,
+        base: Base = "full",
+    ) -> None:
+        self.layout = layout
+        self.adapters = adapters
+        self.outer = {
+            name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer
+        }
+        self.num_blocks = len(layout.blocks)
+        self.device = device
+        self._clock = clock
+        self._side = Side.PLAIN
+        self._how: Visit | None = None
+        self._in_tail = False
+        places = first_names(model)
+        # Whatever reads a weight past its unit reads NaN. One element each: they take no memory.
+        bind(model, places, {name: _nothing(shape, dtype, device) for name, shape in layout.shapes.items()})
+        move_buffers(model, device)
+        model.eval()
+        self.transformer = model
+        self._driver = BlockDriver(model)
+        self._stacked = 0
+        """Rows of the batch, both sides together."""
+        block_path, _ = find_blocks(model)
+        names = {place.rpartition(".")[::2]: name for place, name in places.items()}
+        owners = {path: module for path, module in model.named_modules() if module._parameters}
+        units = _block_units(self._driver.blocks, block_path, owners, names)
+        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, base)
+        if isinstance(adapters, LowRank):
+            self.scratch.fold = adapters.fold
+        self._graphs: BlockGraphs | None = None
+        largest_bytes = dtype.itemsize * max(block.size for block in layout.blocks)
+        # Experts pick their tokens by looking at them, which a graph cannot.
+        has_experts = any(unit.mixed or unit.module in self._driver.blocks for unit in units)
+        if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES and not has_experts:
+            self._graphs = BlockGraphs(self._run_eagerly)
+            self.scratch.take_form(whole=True, sides=2)
+        for unit in units:
+            if unit.frozen and _has_no_bias(unit.module):
+                unit.module.forward = _without_bias(unit.module)
+        adapted = adapters.install(model)
+        for unit in units:
+            unit.adapted = not adapted.isdisjoint(unit.module.modules())
+            unit.module.forward = self._block_forward(unit)
+        for path, module in owners.items():
+            if not path.startswith(f"{block_path}."):
+                module.forward = self._outer_forward(path, module, names)
+        # After the units are in place: models with experts look at how their weights lie, NaN or not.
+        self._head = plain_head(model, self._driver, places, layout.numbers)
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """A micro-batch on the device, and where its labels are."""
+        targets = None if self._head is None else targets_of(batch, self.device)
+        inputs = with_mask(to_device(batch, self.device))
+        return Prepared(inputs, targets, has_padding(batch.inputs))
+
+    def begin_step(self, num_batches: int, most_sides: int) -> None:
+        """So many micro-batches are to be perturbed, so many sides of each in one batch at most."""
+        if self._graphs is None:
+            self.scratch.take_form(whole=num_batches > 1, sides=most_sides)
+        else:  # HAZARD: its graphs know the scratch by address, so it never changes its form
+            self._graphs.begin()
+
+    def enter(self, batch: Prepared, how: Visit, sides: Sequence[Side]) -> tuple[Tensor, Sequence[BlockCall]]:
+        """All of `sides`, one or both, up to the first block: the hidden state (sides x batch, seq, hidden),
+        and what each block is called with beside it."""
+        self._how = how
+        if len(sides) == 1:
+            return self._record(batch, sides[0])
+        plus, minus = (self._record(batch, side) for side in sides)
+        rows = plus[0].shape[0]
+        joined: dict[tuple[int, int], Any] = {}
+        calls = [
+            BlockCall(join(one.args, other.args, rows, joined), join(one.kwargs, other.kwargs, rows, joined))
+            for one, other in zip(plus[1], minus[1], strict=True)
+        ]
+        return torch.cat((plus[0], minus[0])), calls
+
+    def enter_all(
+        self, batches: Sequence[Prepared], how: Visit, sides: Sequence[Side]
+    ) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
+        """`enter` of every micro-batch. Apart, so that a hidden state goes once a block has made the next."""
+        entered = [self.enter(batch, how, sides) for batch in batches]
+        return [hidden for hidden, _ in entered], [calls for _, calls in entered]
+
+    @contextmanager
+    def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
+        """Block `index` may be run within."""
+        if task.folds is not None and isinstance(self.adapters, LowRank):
+            self.adapters.start_fold(index, task.folds, task.how)
+        self.scratch.begin(index, task, source)
+        self._clock.start()
+        self.adapters.begin(index, task)
+        self._clock.stop()
+        yield
+        self.scratch.end()
+
+    def enter_all_plain(self, batches: Sequence[Prepared]) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
+        """As `enter_all`, one pass each with theta itself."""
+        if self._graphs is None:
+            self.scratch.take_form(whole=len(batches) > 1, sides=1)
+        entered = [self._record(batch, Side.PLAIN) for batch in batches]
+        return [hidden for hidden, _ in entered], [calls for _, calls in entered]
+
+    def enter_cached(
+        self, inputs: Mapping[str, Tensor], cache: Any, *, padded: bool
+    ) -> tuple[Tensor, Sequence[BlockCall]]:
+        """As `enter_all_plain` of one batch that goes on from what is in the key-value `cache`. Its blocks
+        add to that."""
+        if self._graphs is None:
+            self.scratch.take_form(whole=False, sides=1)
+        self._side = Side.PLAIN
+        with known_padding(padded):
+            recording = self._driver.record(inputs, cache)
+        return recording.hidden, recording.calls
+
+    def try_cached(self, inputs: Mapping[str, Tensor], cache: Any) -> None:
+        """Every block once with whatever weights are there, for what that leaves in `cache`."""
+        hidden, calls = self.enter_cached(inputs, cache, padded=False)
+        for index, call in enumerate(calls):
+            hidden = self._run_eagerly(index, call, hidden)
+
+    def next_logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (batch, vocabulary) after the last block's `hidden` (batch, 1, hidden) of `ids` (batch, 1).
+
+        The model's own, with caps and scales."""
+        ones = torch.ones_like(ids)
+        batch = Prepared({"input_ids": ids, "attention_mask": ones}, targets=None, padded=False)
+        logits: Tensor = self._finish(batch, hidden, Side.PLAIN).logits
+        return logits[:, -1]
+
+    def _record(self, batch: Prepared, side: Side) -> tuple[Tensor, Sequence[BlockCall]]:
+        self._side = side
+        with known_padding(batch.padded):
+            recording = self._driver.record(batch.inputs)
+        return recording.hidden, recording.calls
+
+    def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
+        """The hidden state after block `index`, whose visit has begun; `calls` are those of all blocks.
+
+        The one before may be overwritten.
+        """
+        if self._graphs is not None and self.scratch.perturbs:
+            return self._graphs.run(index, calls, hidden, stacked=self.scratch.stacks)
+        return self._run_eagerly(index, calls[index], hidden)
+
+    def _run_eagerly(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
+        self._stacked = hidden.shape[0]
+        return self._driver.run(index, call, hidden)
+
+    def losses(self, batch: Prepared, hidden: Tensor, how: Visit, sides: Sequence[Side]) -> Sequence[Tensor]:
+        """Loss of a micro-batch on each of `sides`, () fp64 or fp32, from the hidden state of all of them."""
+        self._how = how
+        states = dict(zip(sides, hidden.chunk(len(sides)), strict=True))
+        if self._head is None:
+            return [self._finish(batch, state, side).loss for side, state in states.items()]
+        assert batch.targets is not None
+        reached = {side: self._reach_head(batch, state, side) for side, state in states.items()}
+        return self._head.losses(reached, batch.targets, self.outer, self.layout.trained, how)
+
+    def evaluate(self, batch: Prepared, hidden: Tensor, total: EvaluationSum) -> None:
+        """Add to `total` what a hidden state gives that theta itself has made."""
+        if self._head is not None:
+            assert batch.targets is not None
+            reached = self._reach_head(batch, hidden, Side.PLAIN)
+            scores = self._head.evaluate(reached, batch.targets, self.outer)
+            total.add_sums(float(scores.loss_sum), int(scores.correct), batch.targets.labels.numel())
+        else:
+            total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs)
+
+    def _finish(self, batch: Prepared, hidden: Tensor, side: Side) -> Any:
+        with self._tail(side), known_padding(batch.padded):
+            return self._driver.finish(batch.inputs, hidden)
+
+    def _reach_head(self, batch: Prepared, hidden: Tensor, side: Side) -> Tensor:
+        assert self._head is not None
+        with self._tail(side), known_padding(batch.padded), self._head.reached() as reached:
+            self._driver.finish(batch.inputs, hidden)
+        return reached.hidden
+
+    def update_outer(self, how: Visit) -> None:
+        """Apply pending updates to what is outside the blocks, and to adapters."""
+        for name, weight in self.outer.items():
+            if name in self.layout.trained:
+                flat = weight.view(-1)
+                weight_pass.visit(flat, self.layout.segment(name), how, Outputs(theta=flat))
+        self.adapters.update(how)
+
+    def landed_share(self, how: Visit) -> float | None:
+        """Share of the wanted change that the updates of `how` make to stored weights: its projection.
+
+        <rounded change, wanted change> / <wanted change, wanted change>, on up to `LANDED_SAMPLE` elements of
+        the largest trained tensor outside the blocks, or of an adapter. `None` without an update or a change.
+        """
+        trained = [
+            (self.outer[name], self.layout.numbers[name])
+            for name in self.outer
+            if name in self.layout.trained
+        ]
+        trained += [(tensor, self.adapters.numbers[name]) for name, tensor in self.adapters.tensors.items()]
+        if how.first == how.last or not trained:
+            return None
+        weight, number = max(trained, key=lambda each: each[0].numel())
+        sample = weight.view(-1)[:LANDED_SAMPLE]
+        landed = norm = 0.0
+        for start in range(0, sample.numel(), LANDED_CHUNK):  # in chunks: it must not be the run's peak
+            before = sample[start : start + LANDED_CHUNK]
+            exact = before.float()
+            segment = one(number, before.numel(), decays=weight.dim() >= 2)
+            stored, wanted = torch.empty_like(before), torch.empty_like(exact)
+            weight_pass.visit(before, segment, how, Outputs(theta=stored), start=start)
+            weight_pass.visit(exact, segment, how, Outputs(theta=wanted), start=start)
+            change = wanted.double() - exact.double()
+            landed += float(((stored.double() - exact.double()) * change).sum())
+            norm += float(change.square().sum())
+        return landed / norm if norm > 0.0 else None
+
+    @contextmanager
+    def _tail(self, side: Side) -> Iterator[None]:
+        self._side, self._in_tail = side, True
+        try:
+            yield
+        finally:
+            self._in_tail = False
+
+    def _block_forward(self, unit: Unit) -> Callable[..., Any]:
+        module = unit.module
+        original = module.forward
+        scratch = self.scratch
+        turned = columns_first(module)
+
+        def single(*args: Any, **kwargs: Any) -> Any:
+            with unit.with_side(0):
+                return original(*args, **kwargs)
+
+        def both(*args: Any, **kwargs: Any) -> Any:
+            results = []
+            for side in (0, 1):
+                # Frozen weights are in the scratch of the plus side only.
+                with unit.with_side(0 if unit.frozen else side), self.adapters.on_side(side):
+                    mine = halved((args, kwargs), self._stacked, side)
+                    results.append(original(*mine[0], **mine[1]))
+            return stack(results, self._stacked)
+
+        def product(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            half = flat.shape[0] // 2
+            first = unit.weights[0][0]
+            width = first.shape[1] if turned else first.shape[0]
+            out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
+            halves = ((0, slice(None, half)), (1, slice(half, None)))
+            if unit.adapted:
+                # One product for both sides, which differ in the bias and in what stands beside.
+                assert isinstance(self.adapters, LowRank)
+                multiply(flat, first if turned else first.t(), None, out)
+                for side, rows in halves:
+                    out[rows] += unit.weights[side][1]
+                self.adapters.add(module, flat, out)
+                return out.view(*x.shape[:-1], width)
+            for side, rows in halves:
+                weight = unit.weights[side][0] if turned else unit.weights[side][0].t()
+                bias = unit.weights[side][1] if len(unit.weights[side]) > 1 else None
+                multiply(flat[rows], weight, bias, out[rows])
+            return out.view(*x.shape[:-1], width)
+
+        is_product = is_linear(module) and len(unit.places) == sum(
+            leaf in ("weight", "bias") for _, leaf, _ in unit.places
+        )
+
+        def norm(x: Tensor) -> Tensor:
+            from engines.zeroth_order import layer_norm_kernels
+
+            (weight, bias), (other_weight, other_bias) = unit.weights
+            assert isinstance(module, nn.LayerNorm)
+            return layer_norm_kernels.layer_norm(x, (weight, bias), (other_weight, other_bias), module.eps)
+
+        is_norm = (
+            type(module) is nn.LayerNorm
+            and len(module.normalized_shape) == 1
+            and [leaf for _, leaf, _ in unit.places] == ["weight", "bias"]
+            and self.device.type == "cuda"
+            and triton_launch.has_triton()
+        )
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            scratch.open(unit)
+            if not scratch.stacks or (unit.frozen and not unit.adapted):
+                return single(*args, **kwargs)
+            if is_norm and args and args[0].shape[0] % self._stacked == 0:
+                return norm(args[0])
+            if is_product and args[0].shape[0] % self._stacked == 0 and args[0].dim() > 1:
+                return single(args[0]) if unit.frozen else product(args[0])
+            return both(*args, **kwargs)
+
+        return forward
+
+    def _outer_forward(
+        self, path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
+    ) -> Callable[..., Any]:
+        original = module.forward
+        places = _inside(path, module, names)
+        looks_up = type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", None) is None
+        shape: torch.Size | None = None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal shape
+            if self._in_tail and shape is not None and isinstance(module, nn.Embedding):
+                # The model's forward begins anew to get to its end; what enters the blocks is not used.
+                anything = next(iter(self.outer.values()))
+                return anything.new_zeros(()).expand(shape)
+            (_, _, name), ids = places[0], args[0] if args else None
+            if looks_up and ids is not None and self._side is not Side.PLAIN and name in self.layout.trained:
+                result: Any = weight_pass.rows(
+                    self.outer[name], self.layout.numbers[name], ids, self._signed()
+                )
+            else:
+                weights = [self._outer_weight(name) for _, _, name in places]
+                with swapped(places, weights):
+                    result = original(*args, **kwargs)
+            shape = result.shape if isinstance(result, Tensor) else None
+            return result
+
+        return forward
+
+    def _signed(self) -> Visit:
+        assert self._how is not None
+        return replace(self._how, eps=self._side.value * self._how.eps)
+
+    def _outer_weight(self, name: str) -> nn.Parameter:
+        """A tensor outside the blocks as the present side has it."""
+        weight = self.outer[name]
+        if self._side is not Side.PLAIN and name in self.layout.trained:
+            assert self._how is not None
+            moved = torch.empty_like(weight)
+            out = Outputs(plus=moved) if self._side is Side.PLUS else Outputs(minus=moved)
+            weight_pass.visit(weight.view(-1), self.layout.segment(name), self._how, out)
+            weight = moved
+        return nn.Parameter(weight, requires_grad=False)
+
+
+def _block_units(
+    blocks: nn.ModuleList,
+    block_path: str,
+    owners: Mapping[str, nn.Module],
+    names: Mapping[tuple[str, str], str],
+) -> list[Unit]:
+    """The modules of each block that have weights of their own; one that has others inside covers them.
+
+    Where modules take turns on parts of the batch (the experts of a mixture, a list inside the block), halves
+    of their inputs are no sides: there the whole block is one unit, and each side runs through it by itself.
+    """
+    units: list[Unit] = []
+    for index, block in enumerate(blocks):
+        root = f"{block_path}.{index}"
+        inside = {path: owners[path] for path in owners if path == root or path.startswith(f"{root}.")}
+        lists = [
+            path
+            for path, module in block.named_modules()
+            if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
+        ]
+        if lists:
+            units.append(Unit(index, block, _inside(root, block, names)))
+            continue
+        covered: list[str] = []
+        for path, module in inside.items():
+            if not any(path.startswith(f"{parent}.") for parent in covered):
+                covered.append(path)
+                units.append(Unit(index, module, _inside(path, module, names)))
+    return units
+
+
+def _inside(
+    path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
+) -> list[tuple[nn.Module, str, str]]:
+    """Owner, attribute and first name of every tensor in `module` and below."""
+    found = []
+    for below, owner in module.named_modules():
+        where = f"{path}.{below}" if below and path else below or path
+        found += [
+            (owner, leaf, names[where, leaf])
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+    return found
+
+
+def _has_no_bias(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module._parameters["bias"] is None
+
+
+def _without_bias(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module's product by the faster kernel of `multiply`, as trained layers have it."""
+
+    def product(x: Tensor) -> Tensor:
+        weight = module._parameters["weight"]  # the one that is swapped in
+        assert weight is not None
+        out = torch.empty((x.numel() // x.shape[-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+        multiply(x.reshape(-1, x.shape[-1]), weight.t(), None, out)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    return product
+
+
+def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)

@@ -1,0 +1,459 @@
+"""The memory in which perturbed weights are made, one layer or one block at a time, and the visits that make
+them.
+
+A *unit* is a module of a block that computes with weights of its own; `Source` is where theta is kept, and a
+`Task` says what a visit does with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engines.costs.quantized import matrix_bytes
+from engines.model.flat_layout import ModelLayout
+from engines.noise import weight_pass
+from engines.noise.tiles import Segment
+from engines.noise.visits import Outputs, Visit
+from engines.quantized import quantized_pass
+from engines.quantized.block_form import BlockForm
+from engines.settings.zeroth_order import Base
+from engines.transfer.compute_clock import ComputeClock
+
+SCRATCH_ALIGNMENT_BYTES = 512
+"""As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
+
+
+class Source(Protocol):
+    """Where the blocks' weights are."""
+
+    def spans(self, block: int) -> Sequence[tuple[int, int]]:
+        """The block's own parts in groups, from first to before last, that lie together and come together.
+
+        Of the full dtype, all of them; low-bit matrices are taken one by one.
+        """
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        """The flat memory of parts of one span, on the device, ready in the order of the compute stream; of
+        a low-bit matrix, its records (see `engines.quantized.codec`).
+
+        Raises `UserError` if they are gone already.
+        """
+
+    def done(self, block: int, first: int, last: int) -> None:
+        """All work that reads or writes the parts in this visit is enqueued."""
+
+
+class BlockMemory:
+    """A source that is one block's memory, in bytes on the device."""
+
+    def __init__(self, form: BlockForm, memory: Tensor) -> None:
+        self._form = form
+        self._memory = memory
+
+    def spans(self, block: int) -> list[tuple[int, int]]:
+        own = len(self._form.layout.own_parts)
+        return [(0, own)] if own else []
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        start, stop = self._form.span(first, last)
+        return self._form.opened(self._memory[start:stop], first)
+
+    def done(self, block: int, first: int, last: int) -> None:
+        """Its owner says when it is free."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a visit does with a block."""
+
+    how: Visit
+    """Pending updates and perturbation of the block."""
+    store: bool
+    """Write the updated weights back to the source's memory."""
+    perturb: bool
+    """Both perturbed passes, stacked; else one, with theta itself."""
+    overdue: tuple[Visit, ...] = ()
+    """With a low-bit base: what is to be stored before `how`, one after the other."""
+    one_sided: bool = False
+    """Where it is perturbed: the plus side's pass alone."""
+    folds: int | None = None
+    """Window whose low-rank sum is added to the matrices (`engines.zeroth_order.low_rank_noise`), which
+    `store` then keeps."""
+
+
+class Unit:
+    """A module of a block that computes with its own weights, and maybe those of modules inside it."""
+
+    def __init__(self, block: int, module: nn.Module, places: Sequence[tuple[nn.Module, str, str]]) -> None:
+        self.block = block
+        self.module = module
+        self.places = places
+        """(owner, its attribute, first name of the tensor)."""
+        self.mixed = any(
+            (weight := owner._parameters[leaf]) is not None and weight.dim() > 2 for owner, leaf, _ in places
+        )
+        """It has weights of three dimensions, as experts of a mixture do."""
+        self.parts: tuple[int, ...] = ()
+        self.frozen = False
+        """No part of it is trained: both sides compute with the same weights."""
+        self.adapted = False
+        """Adapters stand beside it or beside modules inside it; it is frozen then."""
+        self.weights: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        """As `places`, for the plus and the minus side: views of the scratch memory."""
+
+    def with_side(self, side: int) -> AbstractContextManager[None]:
+        """The module computes with the scratch of side 0 (plus, and theta itself) or 1 (minus)."""
+        return swapped(self.places, self.weights[side])
+
+
+class BlockScratch:
+    """The perturbed weights of the units that compute now, and the visit of a block that makes them."""
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        units: Sequence[Unit],
+        dtype: torch.dtype,
+        device: torch.device,
+        outer: Mapping[str, Tensor],
+        clock: ComputeClock,
+        base: Base = "full",
+    ) -> None:
+        self._layout = layout
+        self._base: Base = base
+        self._units = units
+        self._dtype = dtype
+        self._device = device
+        self._outer = outer
+        self._clock = clock
+        self.fold: Callable[[str, Tensor, int, int], None] | None = None
+        """Adds to a tensor, by its first name, in its flat memory or its records, what its window has
+        gathered; by the window and the seed."""
+        for unit in units:
+            used = {name for _, _, name in unit.places}
+            parts = layout.blocks[unit.block].parts
+            unit.parts = tuple(i for i, part in enumerate(parts) if used.intersection(part.names))
+            unit.frozen = not any(parts[i].trained for i in unit.parts)
+        owned = [
+            (unit.block, part) for unit in units for part in unit.parts if self._is_large(unit.block, part)
+        ]
+        self._always_whole = len(set(owned)) < len(owned)
+        """Two units of a block have a matrix in common."""
+        self._most_sides = 1 if all(unit.frozen for unit in units) else 2
+        """Frozen weights are in the plus side's memory only."""
+        self._form: tuple[bool, int] | None = None
+        self._places: dict[tuple[int, int], int] = {}
+        self._memory: list[Tensor] = []
+        self._segments: dict[tuple[int, int, int], Segment] = {}
+        self._block = -1
+        self._task: Task | None = None
+        self._source: Source | None = None
+        self._made: set[int] = set()
+        self._seen: set[int] = set()
+        self.take_form(whole=False, sides=2)
+
+    def take_form(self, *, whole: bool, sides: int) -> None:
+        """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
+        sides, or on the one that frozen weights and passes with theta itself use."""
+        whole = whole or self._always_whole
+        sides = min(sides, self._most_sides)
+        if self._form == (whole, sides):
+            return
+        self._form = (whole, sides)
+        self._places, size = self._whole_places() if whole else self._unit_places()
+        for unit in self._units:
+            unit.weights = ([], [])
+        self._memory = []  # before the new one is taken
+        self._memory = [torch.zeros(size, dtype=self._dtype, device=self._device) for _ in range(sides)]
+        for unit in self._units:
+            for side in range(sides):
+                views: dict[str, Tensor] = {}
+                for part in unit.parts:
+                    of = self._layout.blocks[unit.block].parts[part]
+                    # What is not trained is there once, for both sides.
+                    views |= of.views(self._room(unit.block, part, side if of.trained else 0))
+                unit.weights[side].extend(
+                    nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
+                )
+
+    def _whole_places(self) -> tuple[dict[tuple[int, int], int], int]:
+        """As the block's own memory has it, then what it shares; and the elements that takes."""
+        places: dict[tuple[int, int], int] = {}
+        size = 0
+        for number, block in enumerate(self._layout.blocks):
+            end = self._aligned(block.size)
+            for index, part in enumerate(block.parts):
+                places[number, index] = end if part.shared else part.start
+                end += self._aligned(part.size) if part.shared else 0
+            size = max(size, end)
+        return places, size
+
+    def _unit_places(self) -> tuple[dict[tuple[int, int], int], int]:
+        """The block's vectors, then one unit's matrices."""
+        vectors = [block.parts[0].size for block in self._layout.blocks if block.parts]
+        first = size = self._aligned(max(vectors, default=0))
+        places: dict[tuple[int, int], int] = {}
+        for unit in self._units:
+            end = first
+            for index in unit.parts:
+                if self._is_large(unit.block, index):
+                    places[unit.block, index] = end
+                    end += self._aligned(self._layout.blocks[unit.block].parts[index].size)
+                else:
+                    places[unit.block, index] = 0
+            size = max(size, end)
+        return places, size
+
+    def _aligned(self, size: int) -> int:
+        grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
+        return -(-size // grid) * grid
+
+    def room(self, size: int) -> Tensor:
+        """Memory for a matrix of `size` elements, until the next visit."""
+        if size > self._memory[0].numel():  # of a matrix that no unit computes with
+            return torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._memory[0][:size]
+
+    @property
+    def perturbs(self) -> bool:
+        return self._task is not None and self._task.perturb
+
+    @property
+    def stacks(self) -> bool:
+        """Both sides compute in one batch."""
+        return self._task is not None and self._task.perturb and not self._task.one_sided
+
+    def begin(self, block: int, task: Task, source: Source) -> None:
+        self._block, self._task, self._source = block, task, source
+        self._made, self._seen = set(), set()
+        assert self._form is not None
+        if self._form[0]:
+            self._make_whole()
+
+    def end(self) -> None:
+        """Also parts that no module asked for have their updates applied."""
+        assert self._task is not None
+        assert self._source is not None
+        for index, part in enumerate(self._layout.blocks[self._block].own_parts):
+            if index in self._seen:
+                continue
+            weight = self._source.take(self._block, index, index + 1)
+            self._take_overdue(weight, part.segment, trained=part.trained)
+            if part.trained and self._task.store and self._task.how.last > self._task.how.first:
+                if weight.dtype == torch.uint8:
+                    quantized_pass.visit(weight, part.segment, self._task.how, self._base, store=True)
+                else:
+                    weight_pass.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
+            self._fold(index, weight)
+            self._source.done(self._block, index, index + 1)
+        self._task = self._source = None
+
+    def open(self, unit: Unit) -> None:
+        """Make the unit's weights, unless they are there. Without effect outside a visit."""
+        if self._task is None or all(part in self._made for part in unit.parts):
+            return
+        assert unit.block == self._block
+        self._made = {part for part in self._made if not self._is_large(unit.block, part)}
+        for part in unit.parts:
+            if part not in self._made:
+                self._make(part)
+
+    def _make_whole(self) -> None:
+        """Everything at once, with one kernel for all that lies together."""
+        assert self._source is not None
+        layout = self._layout.blocks[self._block]
+        if self._base != "full":
+            for first, last in self._source.spans(self._block):
+                for run in layout.runs(first, last):
+                    self._make_run(*run)
+            for index, part in enumerate(layout.parts):
+                if part.shared:
+                    self._make(index)
+            return
+        for first, last in self._source.spans(self._block):
+            key = (self._block, first, last)
+            span = self._source.take(*key)
+            assert self._task is not None
+            for begin, end in layout.runs(first, last):
+                start, stop = (
+                    layout.parts[begin].start,
+                    layout.parts[end - 1].start + layout.parts[end - 1].size,
+                )
+                shift = layout.parts[first].start
+                weight = span[start - shift : stop - shift]
+                for index in range(begin, end):
+                    part = layout.parts[index]
+                    self._fold(index, span[part.start - shift :][: part.size])
+                self._write(
+                    weight, self._segment(self._block, begin, end), self._task.how,
+                    [memory[start:stop] for memory in self._memory],
+                    trained=layout.parts[begin].trained, store=self._task.store,
+                )  # fmt: skip
+            self._source.done(*key)
+            self._made.update(range(first, last))
+            self._seen.update(range(first, last))
+        for index, part in enumerate(layout.parts):
+            if part.shared:
+                self._make(index)
+
+    def _make_run(self, first: int, last: int) -> None:
+        """Own parts `first` to `last` - 1, all of them trained or none: the low-bit ones in one pass."""
+        if not self._is_large(self._block, first):
+            self._make(first)
+            first += 1
+        if first == last:
+            return
+        assert self._source is not None
+        assert self._task is not None
+        layout, task = self._layout.blocks[self._block], self._task
+        records = self._source.take(self._block, first, last)
+        begin = 0
+        for index in range(first, last):
+            size = matrix_bytes(layout.parts[index].size, self._base)
+            self._fold(index, records[begin : begin + size])
+            begin += size
+        start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
+        segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
+        self._take_overdue(records, segment, trained=trained)
+        rooms = [memory[start:stop] for memory in self._memory]
+        self._write_records(records, segment, task.how, rooms, trained=trained, store=task.store)
+        self._source.done(self._block, first, last)
+        self._made.update(range(first, last))
+        self._seen.update(range(first, last))
+
+    def _segment(self, block: int, first: int, last: int) -> Segment:
+        key = (block, first, last)
+        if key not in self._segments:
+            self._segments[key] = self._layout.blocks[block].segment(first, last)
+        return self._segments[key]
+
+    def _fold(self, index: int, weight: Tensor) -> None:
+        """On the first time that a part of the block is met in its visit."""
+        part = self._layout.blocks[self._block].parts[index]
+        if self._task is None or self._task.folds is None or self.fold is None or part.trained:
+            return
+        self._clock.start()
+        for name, offset, count in zip(part.names, part.segment.offsets, part.segment.counts, strict=True):
+            kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
+            self.fold(name, kept, self._task.folds, self._task.how.seed)
+        self._clock.stop()
+
+    def _make(self, index: int) -> None:
+        task, source = self._task, self._source
+        assert task is not None
+        assert source is not None
+        part = self._layout.blocks[self._block].parts[index]
+        rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
+        how, store = task.how, task.store
+        if part.shared:
+            weight, how, store = self._outer[part.names[0]].view(-1), without_updates(how), False
+        else:
+            weight = source.take(self._block, index, index + 1)
+            if index not in self._seen:
+                self._fold(index, weight)
+                self._take_overdue(weight, part.segment, trained=part.trained)
+            elif store:  # a module that is called twice in a visit
+                how, store = without_updates(how), False
+        if weight.dtype == torch.uint8:
+            self._write_records(weight, part.segment, how, rooms, trained=part.trained, store=store)
+        else:
+            self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
+        if not part.shared and index not in self._seen:
+            source.done(self._block, index, index + 1)
+        self._seen.add(index)
+        self._made.add(index)
+
+    def _write(
+        self,
+        weight: Tensor,
+        segment: Segment,
+        how: Visit,
+        rooms: Sequence[Tensor],
+        *,
+        trained: bool,
+        store: bool,
+    ) -> None:
+        """The one pass over theta. `rooms`: plus and, if both passes are to run, minus."""
+        plus, minus = rooms[0], rooms[-1]
+        assert self._task is not None
+        self._clock.start()
+        if not trained:
+            plus.copy_(weight)
+        elif self._task.perturb:
+            theta = weight if store else None
+            both = Outputs(theta=theta, plus=plus, minus=minus)
+            weight_pass.visit(
+                weight, segment, how, replace(both, minus=None) if self._task.one_sided else both
+            )
+        elif how.first == how.last:
+            plus.copy_(weight)
+        else:
+            weight_pass.visit(weight, segment, how, Outputs(theta=weight if store else plus))
+            if store:
+                plus.copy_(weight)
+        self._clock.stop()
+
+    def _write_records(
+        self,
+        records: Tensor,
+        segment: Segment,
+        how: Visit,
+        rooms: Sequence[Tensor],
+        *,
+        trained: bool,
+        store: bool,
+    ) -> None:
+        """As `_write`, of low-bit matrices."""
+        assert self._task is not None
+        self._clock.start()
+        if not trained:
+            how, store = without_updates(how), False
+        perturb = trained and self._task.perturb
+        sides = rooms if perturb and not self._task.one_sided else rooms[:1]
+        quantized_pass.visit(records, segment, how, self._base, store=store, sides=sides, perturb=perturb)
+        self._clock.stop()
+
+    def _take_overdue(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
+        """On the first time that parts of the block are met in its visit."""
+        assert self._task is not None
+        overdue = self._task.overdue
+        if not overdue or not trained:
+            return
+        self._clock.start()
+        if weight.dtype == torch.uint8:
+            for each in overdue:
+                quantized_pass.visit(weight, segment, each, self._base, store=True)
+        else:  # rounded after each update, whatever is stored in between
+            how = replace(overdue[0], last=overdue[-1].last)
+            weight_pass.visit(weight, segment, how, Outputs(theta=weight))
+        self._clock.stop()
+
+    def _is_large(self, block: int, part: int) -> bool:
+        """A matrix, or shared: anything but the block's packed vectors."""
+        return part > 0 or self._layout.blocks[block].parts[part].segment.decays[0]
+
+    def _room(self, block: int, part: int, side: int) -> Tensor:
+        place = self._places[block, part]
+        return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]
+
+
+def without_updates(how: Visit) -> Visit:
+    return replace(how, first=how.last)
+
+
+@contextmanager
+def swapped(places: Sequence[tuple[nn.Module, str, str]], weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [owner._parameters[leaf] for owner, leaf, _ in places]
+    for (owner, leaf, _), weight in zip(places, weights, strict=True):
+        owner._parameters[leaf] = weight
+    try:
+        yield
+    finally:
+        for (owner, leaf, _), old in zip(places, before, strict=True):
+            owner._parameters[leaf] = old
