@@ -18,12 +18,11 @@ from typing import Literal
 
 from engines.errors import UserError
 from engines.settings.zeroth_order import approximation
-from harness.emulate import what_is_short
-from harness.result import Run
+from harness.records.run import Run
+from harness.runs.emulate import what_is_short
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports import exactness
-from reports.catalogue import say
 from reports.criteria import (
     ANY_OFFLOAD,
     OFFLOAD_METHODS,
@@ -34,6 +33,8 @@ from reports.criteria import (
     Metric,
     default_criteria,
 )
+from reports.format import metric_value, span, times
+from reports.messages import say
 from reports.metrics import (
     DISTURBED_FACTOR,
     Measurements,
@@ -47,7 +48,6 @@ from reports.metrics import (
     is_emulated,
     predicted,
 )
-from reports.show import metric_value, span, times
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
 Outcome = Literal["pass", "fail", "unknown", "not applicable"]

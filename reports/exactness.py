@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
-from harness.result import Run
-from reports.catalogue import say
+from harness.records.run import Run
+from reports.format import number
+from reports.messages import say
 from reports.metrics import Measurements
-from reports.show import number
 
 ENGINE, TWIN = "zo2", "mezo"
 """The one pair whose twin is an engine of its own."""

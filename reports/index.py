@@ -10,17 +10,17 @@ from typing import Any
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
-from harness.generation_runs import GenerationRun, load_generation
-from harness.job import Job
-from harness.stats import Rounds, counted_step_s, outer_deciles, ratio
+from harness.records.job import Job
+from harness.records.stats import Rounds, counted_step_s, outer_deciles, ratio
+from harness.runs.decoding_runs import GenerationRun, load_generation
 from profiles.documents import write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts
-from reports.catalogue import say
+from reports.format import GIB, digits, loss, model_name, model_title, number, percent, span, times
 from reports.load import Broken, Loaded, engine_order, load_folder
+from reports.messages import say
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
 from reports.render import markdown_text
-from reports.show import GIB, digits, loss, model_name, model_title, number, percent, span, times
 from reports.tables import typical
 
 KINDS = ("runs", "generations")

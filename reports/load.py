@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from engines import ENGINES
 from engines.errors import UserError
-from harness.job import Job, load_job, make_job
-from harness.result import Run, load_run
+from harness.records.job import Job, load_job, make_job
+from harness.records.run import Run, load_run
 from profiles.machine import Machine, load_machine
-from profiles.plan import Plan, load_plans
+from profiles.planning.plan import Plan, load_plans
 from reports.criteria import Criteria, load_criteria
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from harness.result import EndState, Predicted, Run
-from harness.stats import (
+from harness.records.run import EndState, Predicted, Run
+from harness.records.stats import (
     Comparison,
     Rounds,
     Spread,
@@ -18,11 +18,11 @@ from harness.stats import (
     same_or_different,
     tokens_per_step,
 )
-from profiles.budget import CONTEXT_BYTES
 from profiles.machine import Machine
-from reports.catalogue import say
+from profiles.planning.budget import CONTEXT_BYTES
 from reports.criteria import Metric
-from reports.show import GIB
+from reports.format import GIB
+from reports.messages import say
 
 NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
 """Ends that say nothing about the method: it was not there, or was stopped from outside."""

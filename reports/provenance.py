@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from harness.result import Run
+from harness.records.run import Run
 from profiles.machine import Figure
 from profiles.units import (
     NOT_MEASURED,
@@ -13,11 +13,11 @@ from profiles.units import (
     format_flops,
     format_rate,
 )
-from reports.catalogue import say
 from reports.decide import Verdict
+from reports.format import counted, digits, model_title, span
 from reports.load import Loaded, engine_order
+from reports.messages import say
 from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes
-from reports.show import counted, digits, model_title, span
 from reports.tables import Table, engines_of, make_table, typical
 
 

@@ -13,16 +13,17 @@ import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.job import Job
-from harness.result import Run
-from harness.stats import outer_deciles, over_runs
+from harness.records.job import Job
+from harness.records.run import Run
+from harness.records.stats import outer_deciles, over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, exactness, provenance, tables
-from reports.catalogue import say
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
+from reports.format import loss, model_title, percent
 from reports.load import Broken, Loaded, engine_order, load_folder
+from reports.messages import say
 from reports.metrics import (
     DISTURBED_FACTOR,
     Measurements,
@@ -32,7 +33,6 @@ from reports.metrics import (
     host_limit_bytes,
     predicted,
 )
-from reports.show import loss, model_title, percent
 
 
 def write_report(

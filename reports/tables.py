@@ -8,17 +8,18 @@ from dataclasses import dataclass, fields, replace
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
 from engines.settings.parse import parse_settings
-from harness.result import Run
-from harness.stats import Rounds, over_runs, ratio
-from profiles.recommend import FIRST_ORDER
+from harness.records.run import Run
+from harness.records.stats import Rounds, over_runs, ratio
+from profiles.planning.recommend import FIRST_ORDER
 from profiles.units import (
     NOT_MEASURED,
     format_bytes,
     format_seconds,
 )
-from reports.catalogue import say
 from reports.decide import Row, Verdict
+from reports.format import counted, joules, loss, metric_value, number, percent, span, times
 from reports.load import Loaded, engine_order
+from reports.messages import say
 from reports.metrics import (
     DOES_NOT_FIT,
     NOTHING_LEARNED,
@@ -36,7 +37,6 @@ from reports.metrics import (
     predicted,
     reserves_known,
 )
-from reports.show import counted, joules, loss, metric_value, number, percent, span, times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,7 +319,7 @@ class Breakdown:
     h2d_exposed_s: float | None = None
     d2h_exposed_s: float | None = None
     cpu_exposed_s: float | None = None
-    """Of a resource's time, what hid behind no other: see `harness.result.Summary`."""
+    """Of a resource's time, what hid behind no other: see `harness.records.run.Summary`."""
     floor_share: float | None = None
     """Predicted floor over measured step."""
     disk_s: float | None = None

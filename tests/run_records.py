@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from engines.base import LinkRates
-from harness.job import Job, make_job, save_job
-from harness.result import (
+from harness.records.job import Job, make_job, save_job
+from harness.records.run import (
     CriteriaStamp,
     Emulation,
     EndState,
@@ -26,9 +26,9 @@ from harness.result import (
     Summary,
     save_run,
 )
-from harness.stats import step_statistics
+from harness.records.stats import step_statistics
 from profiles.machine import Cpu, Figure, Gpu, HostMemory, Link, Machine, absent, save_machine
-from profiles.plan import Plan, Prediction
+from profiles.planning.plan import Plan, Prediction
 
 GPU_BYTES = 24 * 10**9
 HOST_BYTES = 128 * 10**9

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from engines.shapes import ModelShape
-from harness.job import Job, Limits, ModelSource
-from profiles.plan import Plan, Prediction
+from harness.records.job import Job, Limits, ModelSource
+from profiles.planning.plan import Plan, Prediction
 
 SHAPE = ModelShape(
     name="scripted", family="opt", head="causal_lm", num_blocks=2, hidden=4, intermediate=8, num_heads=1,

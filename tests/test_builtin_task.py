@@ -13,10 +13,10 @@ import pytest
 from engines import load_engine
 from engines.base import Context, Evaluation
 from engines.settings.parse import parse_settings
-from harness.data import make_data
-from harness.job import make_job
-from harness.models import make_blueprint
-from harness.shapes import resolve_shape
+from harness.data.batches import make_data
+from harness.models.blueprint import make_blueprint
+from harness.records.job import make_job
+from harness.resolve import resolve_shape
 
 ADAM = {"learning_rate": 1e-3}
 LSP = {**ADAM, "d": 32, "r": 4, "learn_steps": 20}

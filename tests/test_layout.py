@@ -26,17 +26,17 @@ ALLOWED = {
     "reports": ("engines", "profiles", "harness"),
 }
 # The command line and the line it draws are where the four rooms meet.
-TOP = {"harness/cli.py", "harness/line.py"}
+TOP = {"harness/cli/app.py", "harness/pipeline.py"}
 
 TORCH_FREE = (
     "engines.base", "engines.settings.parse", "engines.first_order.lr_schedule", "engines.methods.scripted", "engines.costs.native",
     "engines.costs.zo2", "engines.costs.lsp", "engines.costs.mezo", "engines.costs.torchao_offload",
-    "profiles.machine", "profiles.plan", "profiles.predict", "profiles.recommend", "profiles.probe",
-    "profiles.nvml", "profiles.limits", "harness.job", "harness.result", "harness.shapes", "harness.compare",
-    "harness.launch", "harness.ends", "harness.stats", "harness.cli", "harness.line", "harness.update_log",
-    "harness.diagnose", "reports.load", "reports.decide", "reports.charts", "reports.render",
-    "reports.criteria", "engines.decoding", "engines.costs.decoding", "profiles.generation",
-    "harness.generate_commands", "harness.generation_runs",
+    "profiles.machine", "profiles.planning.plan", "profiles.planning.predict", "profiles.planning.recommend", "profiles.probe.run.run",
+    "profiles.system.unprobed.nvml", "profiles.system.unprobed.cgroup", "harness.records.job", "harness.records.run", "harness.models.meta.configs", "harness.runs.sweep",
+    "harness.runs.launch", "harness.runs.end_states", "harness.records.stats", "harness.cli.app.app", "harness.pipeline", "harness.training.update_log",
+    "harness.runs.divergence", "reports.load", "reports.decide", "reports.charts", "reports.render",
+    "reports.criteria", "engines.decoding", "engines.costs.decoding", "profiles.planning.decoding",
+    "harness.cli.app.generate", "harness.runs.decoding_runs",
 )  # fmt: skip
 
 
@@ -104,9 +104,9 @@ def code_of(path: Path) -> str:
 @pytest.mark.parametrize(
     ("call", "homes"),
     [
-        ("pynvml", {"profiles/nvml.py"}),
-        ("subprocess.Popen", {"harness/launch.py"}),
-        ("perf_counter", {"harness/measure.py", "profiles/probe/timing.py", "engines/transfer/link.py"}),
+        ("pynvml", {"profiles/system/nvml.py"}),
+        ("subprocess.Popen", {"harness/runs/launch.py"}),
+        ("perf_counter", {"harness/runs/measure.py", "profiles/probe/timing.py", "engines/transfer/link.py"}),
         ("trust_remote_code=True", set()),
         ("pickle", set()),
     ],

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
-from harness.cli import app
+from harness.cli.app import app
 from reports.index import ABOUT, published_folders, write_index
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def files_of_tree() -> list[str]:
 
 def test_the_tree_names_only_what_is_there() -> None:
     found = files_of_tree()
-    assert {"harness/", "engines/costs/", "harness/worker.py", "profiles/probe/"} <= set(found)
+    assert {"harness/", "engines/costs/", "harness/runs/worker.py", "profiles/probe/"} <= set(found)
     missing = [path for path in found if not (ROOT / path).exists()]
     assert not missing
 

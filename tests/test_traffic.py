@@ -19,10 +19,11 @@ from engines.costs.traffic import Traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, Workload
 from engines.transfer import pinned
-from harness.data import make_data
-from harness.job import make_job
-from harness.models import make_blueprint
-from harness.shapes import NAMED_SHAPES, resolve_shape
+from harness.data.batches import make_data
+from harness.models.blueprint import make_blueprint
+from harness.models.configs import NAMED_SHAPES
+from harness.records.job import make_job
+from harness.resolve import resolve_shape
 from tiny_models import SEQ_LEN, tiny_batches, tiny_blueprint
 
 pytestmark = pytest.mark.filterwarnings(

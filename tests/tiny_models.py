@@ -15,7 +15,7 @@ from transformers import (
 from engines.base import Batch
 from engines.model.blocks import find_blocks
 from engines.shapes import Head, MatrixShape, ModelShape
-from harness.heads import auto_class
+from harness.models.auto_classes import auto_class
 
 VOCABULARY = 64
 SEQ_LEN = 16

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engines import load_engine
-from harness.job import Job, make_job
-from harness.show import Progress
-from harness.train import train
+from harness.progress import Progress
+from harness.records.job import Job, make_job
+from harness.training.train import train
 
 ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {

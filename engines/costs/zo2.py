@@ -121,7 +121,8 @@ def replayed_visit(settings: MezoSettings, share: float = 1.0, kept: float = 1.0
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:
-    """`disk_blocks=auto` counts as none: how much room the host has is known to `profiles.recommend`."""
+    """`disk_blocks=auto` counts as none: how much room the host has is known to
+    `profiles.planning.recommend`."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     resident = resident_indices(shape.num_blocks, settings.resident_blocks)
     on_disk = disk_indices(shape.num_blocks, resident, settings.named_disk_blocks)

@@ -32,7 +32,7 @@ def compute_stream(device: torch.device | None = None) -> torch.cuda.Stream:
 def now_s() -> float:
     """The engines' own clock, in seconds: for busy times and time limits only.
 
-    Runs are timed by `harness.measure`.
+    Runs are timed by `harness.runs.measure`.
     """
     return time.perf_counter()
 

@@ -70,7 +70,7 @@ def num_points(memory_bytes: int, threads: tuple[int, ...]) -> int:
 
 def adam_points(meter: Meter, *, memory_bytes: int, threads: tuple[int, ...]) -> tuple[AdamPoint, ...]:
     """Every size that memory allows, one tensor each, with every count of threads."""
-    from profiles.probe.cpu import torch_threads
+    from profiles.probe.numa import torch_threads
 
     found = []
     for elements in _sizes(memory_bytes):

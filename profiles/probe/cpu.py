@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 from profiles.machine import Cpu, CpuProduct, Dtype, Figure, absent
@@ -20,19 +18,6 @@ PRODUCT_TIMES = 3
 
 NUM_MEASUREMENTS = 3
 NUM_PRODUCTS = 2 * len(PRODUCT_SIZES)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch computes with `count` threads inside, with as many as before after it."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def probe_cpu(

@@ -13,9 +13,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from engines.errors import UserError
-from profiles.limits import ROOT, read_text
 from profiles.machine import Disk, Figure, absent
 from profiles.probe.timing import Meter, clock_s, rate_figure
+from profiles.system.cgroup import ROOT, read_text
 
 BLOCK_BYTES = 8 * 2**20
 CHUNK_BLOCKS = 4

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from profiles.machine import Figure, Gpu, absent
-from profiles.nvml import NvmlDevice
 from profiles.probe.buffers import free
 from profiles.probe.timing import (
     Action,
@@ -19,6 +18,7 @@ from profiles.probe.timing import (
     once,
     rate_figure,
 )
+from profiles.system.nvml import NvmlDevice
 
 MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
 COPY_BYTES = 2**30

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.machine import CopySweep, Direction, Figure, HostKind, Link, absent
-from profiles.nvml import LinkState, NvmlDevice
 from profiles.probe.buffers import Buffers, free, largest_buffers
-from profiles.probe.sweep import absent_sweep, sweep
+from profiles.probe.copy_sweep import absent_sweep, sweep
 from profiles.probe.timing import (
     Meter,
     busy_samples,
@@ -23,6 +22,7 @@ from profiles.probe.timing import (
     overlapping_samples,
     rate_figure,
 )
+from profiles.system.nvml import LinkState, NvmlDevice
 
 BUFFER_BYTES = 256 * 2**20
 SWEEP_BUFFER_BYTES = 2**30

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from profiles.limits import HostMemoryLimit, locked_limit_bytes
 from profiles.machine import Figure, HostMemory, absent
 from profiles.probe.timing import Meter, host_samples, rate_figure
+from profiles.system.cgroup import HostMemoryLimit, locked_limit_bytes
 
 COPY_BYTES_AT_LEAST = 256 * 2**20
 """Size of the array to copy where the caches are small or unknown."""

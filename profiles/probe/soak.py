@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 from profiles.machine import Figure, absent
-from profiles.nvml import NvmlDevice
 from profiles.probe import gpu
 from profiles.probe.buffers import free
 from profiles.probe.gpu import product
 from profiles.probe.timing import Meter, clock_s, figure, rate_figure, soak_samples
+from profiles.system.nvml import NvmlDevice
 
 REST_S = 1.5
 """Longer than the second over which many sensors average."""

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from engines.noise import tiles, visits, weight_pass
-from harness.job import make_job
-from harness.result import load_run
-from harness.shapes import resolve_shape
-from profiles.recommend import recommend
+from harness.records.job import make_job
+from harness.records.run import load_run
+from harness.resolve import resolve_shape
+from profiles.planning.recommend import recommend
 from reports.load import load_folder
 from reports.render import judge, render_html
 from run_records import make_machine, make_run, make_sweep, write_folder

@@ -21,7 +21,7 @@ from lsp_quality_runs import METHODS, Budget, Method, Source, begun, decoder_on_
 from lsp_quality_tables import Row, best_rate, final, is_as_good, quality, runs, tables
 
 from engines.base import Batch
-from profiles.lsp_sizes import QUALITY
+from profiles.planning.subspace_sizes import QUALITY
 from tiny_models import tiny_batches, tiny_blueprint
 
 FOLDER = Path(__file__).parent / "quality"

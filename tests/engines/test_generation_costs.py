@@ -20,9 +20,10 @@ from engines.methods.zo2 import Zo2
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import Dtype, Workload
 from engines.zeroth_order.generation import make_cache
-from harness.job import make_job
-from harness.models import make_blueprint
-from harness.shapes import named_shape, resolve_shape
+from harness.models.blueprint import make_blueprint
+from harness.models.configs import named_shape
+from harness.records.job import make_job
+from harness.resolve import resolve_shape
 
 NAMES = ["tiny-opt", "tiny-llama", "tiny-qwen2", "tiny-gpt2"]
 DECODING = Decoding(batch_size=3, prompt_tokens=5, new_tokens=6, dtype="fp32")

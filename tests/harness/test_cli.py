@@ -16,12 +16,12 @@ import pytest
 import torch
 from tiny_machine import make_machine
 
-from harness import cli
-from harness.job import Job
-from harness.result import Run, load_run
+from harness.cli import app
+from harness.records.job import Job
+from harness.records.run import Run, load_run
 from profiles.documents import to_json
-from profiles.limits import UsableCores
 from profiles.machine import Machine, load_machine
+from profiles.system.cgroup import UsableCores
 from run_records import make_sweep, write_folder
 
 TINY = (
@@ -61,7 +61,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         monkeypatch.setattr(sys, "argv", ["lspzo-bench", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         said = capsys.readouterr()
@@ -176,7 +176,7 @@ def test_what_is_in_the_way_is_found_before_the_probe(
     def probe(**_: object) -> Machine:
         raise AssertionError("it probed")
 
-    monkeypatch.setattr("harness.line.launch_probe", probe)
+    monkeypatch.setattr("harness.pipeline.launch_probe", probe)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for command in (("poc",), ("compare", *TINY)):
@@ -231,13 +231,13 @@ def test_flags_of_the_probe_that_exclude_each_other(call, flags: tuple[str, str]
 def test_what_the_probe_is_asked_is_checked_before_it_measures(
     call, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str], words: str
 ) -> None:
-    monkeypatch.setattr("profiles.probe.probe_machine", None)
+    monkeypatch.setattr("profiles.probe.run.probe_machine", None)
     assert words in one_line(call("probe", *flags))
 
 
 def test_a_gpu_that_is_required_is_looked_for_before_the_probe(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profiles.probe.probe_machine", None)
-    monkeypatch.setattr("profiles.probe.why_no_gpu", lambda: "the driver is not loaded")
+    monkeypatch.setattr("profiles.probe.run.probe_machine", None)
+    monkeypatch.setattr("profiles.probe.run.why_no_gpu", lambda: "the driver is not loaded")
     done = call("probe", "--require-gpu")
     told = "error: no GPU: the driver is not loaded; see 'nvidia-smi', or leave out --require-gpu\n"
     assert (done.code, done.err) == (7, told)
@@ -252,7 +252,7 @@ def test_what_was_measured_is_told_though_it_can_no_longer_be_saved(
         return make_machine()
 
     (tmp_path / "saved").mkdir()
-    monkeypatch.setattr("profiles.probe.probe_machine", probe_machine)
+    monkeypatch.setattr("profiles.probe.run.probe_machine", probe_machine)
     done = call("probe", "--json", "--out", tmp_path / "saved" / "machine.json")
     assert "machine.json: cannot be written" in one_line(done)
     assert json.loads(done.out)["name"] == "Fake GPU, Fake CPU"
@@ -265,7 +265,7 @@ def test_the_probe_as_a_page(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         asked.append(arguments)
         return make_machine()
 
-    monkeypatch.setattr("profiles.probe.probe_machine", probe_machine)
+    monkeypatch.setattr("profiles.probe.run.probe_machine", probe_machine)
     done = call("probe", "--markdown", "--full", "--disk", tmp_path, "--out", tmp_path / "machine.json")
     assert done.code == 0
     assert done.out.startswith("# Fake GPU, Fake CPU\n\n|  | value |")
@@ -320,7 +320,7 @@ def test_criteria_that_are_none_are_found_before_the_probe_and_the_runs(
     def probe(**_: object) -> Machine:
         raise AssertionError("it probed")
 
-    monkeypatch.setattr("harness.line.launch_probe", probe)
+    monkeypatch.setattr("harness.pipeline.launch_probe", probe)
     criteria = tmp_path / "criteria.toml"
     criteria.write_text("schema_version = 1\n[[criterion]]\nid = 'speed'\n")
     for command in (("poc",), ("compare", *TINY)):
@@ -345,7 +345,7 @@ def test_data_that_no_run_takes_is_found_before_the_probe_and_the_runs(
     def probe(**_: object) -> Machine:
         raise AssertionError("it probed")
 
-    monkeypatch.setattr("harness.line.launch_probe", probe)
+    monkeypatch.setattr("harness.pipeline.launch_probe", probe)
     Path("text.txt").write_text("short\n")
     Path("block.txt").write_text("x" * 64)
     tiny = ("--model", "tiny-llama", "--random-weights", "--seq-len", "64")
@@ -359,8 +359,8 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
 ) -> None:
     """NVML sees it, the probe does not: the small preset runs, and runs are not said to be the GPU's."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr("profiles.nvml.open_device", lambda: object())
-    monkeypatch.setattr("harness.line.launch_probe", lambda **_: make_machine(gpu=False))
+    monkeypatch.setattr("profiles.system.nvml.open_device", lambda: object())
+    monkeypatch.setattr("harness.pipeline.launch_probe", lambda **_: make_machine(gpu=False))
     jobs: list[Job] = []
 
     def measure(job: Job, *_: object, **given: object) -> list[Run]:
@@ -368,7 +368,7 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
         assert given["trace"] is True
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harness.line._measure", measure)
+    monkeypatch.setattr("harness.pipeline._measure", measure)
     done = call("poc", "--steps", "7", "--trace", "--out", tmp_path / "out")
     assert done.code == 130
     assert f"the GPU cannot be used ({make_machine(gpu=False).gpu_absent_reason})" in done.err
@@ -594,7 +594,9 @@ def test_export_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two would wait for each other where other tests run beside these."""
-    monkeypatch.setattr("harness.worker.usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
+    monkeypatch.setattr(
+        "harness.runs.worker.usable_cores", lambda: UsableCores(count=1, basis="test", total=1)
+    )
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -671,7 +673,7 @@ def test_lists_for_people_and_programs(call) -> None:
 
 
 def test_version_and_help(call) -> None:
-    assert call("--version").out.strip() == cli.__version__
+    assert call("--version").out.strip() == app.__version__
     assert "criteria" in call("--help").out
 
 
@@ -685,7 +687,7 @@ def compare_scripted(call, profile: Path, out: Path, *more: str | Path) -> Done:
     """As if the test double were an engine for users."""
     sweep = ("--engines", "scripted", "--steps", "3", "--profile", profile, "--out", out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.knobs.TEST_DOUBLE", "")
+        patch.setattr("harness.records.settings.TEST_DOUBLE", "")
         return call("compare", *TINY, *sweep, *more)
 
 

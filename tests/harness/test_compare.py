@@ -16,14 +16,14 @@ import psutil
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
-import harness.compare
+import harness.runs.sweep
 from engines.errors import UserError
-from harness.compare import Ended, Event, Planned, Started, compare, grid, missing
-from harness.job import Job, load_job, save_job
-from harness.launch import Outcome, Stepped
-from harness.result import EndState, Run, Summary, load_run, save_run
-from harness.worker import Request
-from profiles.plan import Plan, load_plans
+from harness.records.job import Job, load_job, save_job
+from harness.records.run import EndState, Run, Summary, load_run, save_run
+from harness.runs.launch import Outcome, Stepped
+from harness.runs.sweep import Ended, Event, Planned, Started, compare, grid, missing
+from harness.runs.worker import Request
+from profiles.planning.plan import Plan, load_plans
 
 JOB = scripted_job()
 A, B = scripted_plan(step_s=0.25), scripted_plan(step_s=0.5)
@@ -42,7 +42,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ids.append(request.id)
         return Outcome(end_state="ok", end_reason=None, samples=(), summary=Summary(), by_user=False)
 
-    monkeypatch.setattr(harness.compare, "launch", pretend)
+    monkeypatch.setattr(harness.runs.sweep, "launch", pretend)
     return ids
 
 
@@ -347,7 +347,7 @@ from dataclasses import asdict
 from pathlib import Path
 from pydantic import TypeAdapter
 from engines.base import ModelShape
-from harness.compare import compare
+from harness.runs.sweep import compare
 from harness.job import load_job
 from harness.launch import Stepped
 from profiles.plan import Plan
@@ -436,7 +436,7 @@ def test_ctrl_c_keeps_what_there_is_and_exits_130(tmp_path: Path) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, harness.compare; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, harness.runs.sweep; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from engines.errors import UserError
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
-from harness.data import UNLABELLED, Data, _class_answers, _prompt_table, make_data
-from harness.examples import builtin_reviews, held_out_count, instruction_prompt
-from harness.job import DataSource, Job, ModelSource
-from harness.models import make_blueprint
-from harness.shapes import NAMED_SHAPES, resolve_shape
-from harness.tokens import ByteTokenizer
+from harness.data.batches import UNLABELLED, Data, _class_answers, _prompt_table, make_data
+from harness.data.builtin import builtin_reviews
+from harness.data.examples import held_out_count, instruction_prompt
+from harness.models.blueprint import make_blueprint
+from harness.models.configs import NAMED_SHAPES
+from harness.models.tokenizers import ByteTokenizer
+from harness.records.job import DataSource, Job, ModelSource
+from harness.resolve import resolve_shape
 
 TOKENIZER = ByteTokenizer(NAMED_SHAPES["tiny-opt"].config, 320)
 BYTE_OF = {index: value for value, index in enumerate(TOKENIZER.byte_ids)}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.base import Update
-from harness.diagnose import Point, is_flat, why_flat, why_not_finite
+from harness.runs.divergence import Point, is_flat, why_flat, why_not_finite
 
 NAN, INF = math.nan, math.inf
 

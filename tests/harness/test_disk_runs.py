@@ -17,10 +17,10 @@ import psutil
 import pytest
 from scripted_runs import scripted_plan
 
-from harness.job import DataSource, Job, ModelSource
-from harness.launch import Outcome, Stepped, launch
-from harness.shapes import resolve_shape
-from harness.worker import Request
+from harness.records.job import DataSource, Job, ModelSource
+from harness.resolve import resolve_shape
+from harness.runs.launch import Outcome, Stepped, launch
+from harness.runs.worker import Request
 from profiles.documents import to_json
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_a_worker_that_is_killed_leaves_nothing(folder: Path, tmp_path: Path) ->
         if isinstance(event, Stepped) and event.sample.step == 2:
             held.append(holders(folder))
             for process in psutil.Process().children(recursive=True):
-                if "harness.worker" in process.cmdline():
+                if "harness.runs.worker" in process.cmdline():
                     process.send_signal(signal.SIGKILL)
 
     outcome = start(folder, tmp_path / "out", steps=100_000, on_event=kill)

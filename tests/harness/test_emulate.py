@@ -15,12 +15,12 @@ from tiny_machine import figure, make_machine
 
 from engines.base import LinkRates
 from engines.errors import UserError
-from harness import cli
-from harness.compare import compare, grid
-from harness.emulate import Emulated, emulated, what_is_short
-from harness.result import Emulation, load_run
-from profiles.budget import CONTEXT_BYTES
+from harness.cli import app
+from harness.records.run import Emulation, load_run
+from harness.runs.emulate import Emulated, emulated, what_is_short
+from harness.runs.sweep import compare, grid
 from profiles.machine import Machine, absent, save_machine
+from profiles.planning.budget import CONTEXT_BYTES
 from reports.load import load_folder, refuse_unlike
 
 RATES = LinkRates(h2d_bytes_per_s=2e9, d2h_bytes_per_s=1e9)
@@ -80,11 +80,11 @@ def test_the_child_runs_on_so_many_cpus_and_says_so(tmp_path: Path) -> None:
 def test_limited_threads_are_limited_for_every_thread_of_the_process() -> None:
     """Affinity, not only torch's count: an engine's own threads are held too."""
     code = (
-        "import os, threading; from harness.emulate import limit_cpus; limit_cpus(1); seen = [];"
+        "import os, threading; from harness.runs.emulate import limit_cpus; limit_cpus(1); seen = [];"
         "t = threading.Thread(target=lambda: seen.append(len(os.sched_getaffinity(0)))); t.start(); t.join();"
         "print(seen, len(os.sched_getaffinity(0)))"
     )
-    root = Path(cli.__file__).parent.parent
+    root = Path(app.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[1]", "1"]
 
@@ -145,7 +145,7 @@ def test_compare_emulates_and_records_asked_and_measured_rates(
     )
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     shown = capsys.readouterr().out
     assert "Measured, emulating Small GPU, Small CPU" in shown
@@ -175,7 +175,7 @@ def test_emulate_and_profile_say_the_same_thing_twice(
     flags = "compare --model tiny-llama --random-weights --emulate t4 --profile l4"
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", *flags.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert stop.value.code == 2
     assert "--emulate names the machine already" in capsys.readouterr().err
 
@@ -189,7 +189,7 @@ def test_on_a_gpu_the_caps_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     runs = {run.engine: run for run in load_folder(out).runs}
     for run in runs.values():

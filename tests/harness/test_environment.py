@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import harness.environment
-from harness.environment import (
+import harness.records.environment
+from harness.records.environment import (
     capability_notes,
     describe_link,
     gpu_notes,
     read_commit,
     read_environment,
 )
-from profiles.nvml import NvmlDevice
+from profiles.system.nvml import NvmlDevice
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -42,7 +42,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_versions_come_from_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.environment, "open_device", lambda: None)
+    monkeypatch.setattr(harness.records.environment, "open_device", lambda: None)
     found = read_environment()
     assert (found.python, found.torch) == (platform.python_version(), version("torch"))
     assert found.transformers == version("transformers")
@@ -54,7 +54,7 @@ def test_versions_come_from_what_is_installed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_missing_packages_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.environment, "PACKAGES", ("no-such-distribution",))
+    monkeypatch.setattr(harness.records.environment, "PACKAGES", ("no-such-distribution",))
     assert read_environment().packages == {}
 
 
@@ -91,18 +91,18 @@ class Library:
 
 
 def test_gpu_and_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.environment, "open_device", lambda: NvmlDevice(Library(5), None))
+    monkeypatch.setattr(harness.records.environment, "open_device", lambda: NvmlDevice(Library(5), None))
     found = read_environment()
     assert (found.gpu_name, found.gpu_driver, found.gpu_total_bytes) == ("NVIDIA Test", "570.1", 80)
     assert found.link == "PCIe 5 x16"  # not the generation 1 of an idle GPU
 
 
 def test_what_is_special_of_the_gpu_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.environment, "open_device", lambda: NvmlDevice(Library(5), None))
+    monkeypatch.setattr(harness.records.environment, "open_device", lambda: NvmlDevice(Library(5), None))
     found = read_environment()
     assert found.compute_capability == "7.5"
     assert found.notes == gpu_notes() == capability_notes((7, 5))
-    monkeypatch.setattr(harness.environment, "open_device", lambda: None)
+    monkeypatch.setattr(harness.records.environment, "open_device", lambda: None)
     found = read_environment()
     assert (found.compute_capability, found.notes, gpu_notes()) == (None, (), ())
 
@@ -149,4 +149,4 @@ def test_a_copy_inside_another_checkout_has_no_commit(checkout: Path) -> None:
 def test_outside_of_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_commit(tmp_path) == (None, None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert read_commit(harness.environment.PROJECT) == (None, None)
+    assert read_commit(harness.records.environment.PROJECT) == (None, None)

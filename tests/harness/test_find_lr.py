@@ -17,10 +17,10 @@ from train_runs import SETTINGS, run, tiny_job
 from engines import load_engine
 from engines.base import Evaluation
 from engines.errors import NonFiniteLoss, UserError
-from harness import worker
-from harness.find_lr import PLATEAU, Finding, Trial, find_lr, grid, recommend
-from harness.show import Progress
-from profiles.limits import UsableCores
+from harness.progress import Progress
+from harness.runs import worker
+from harness.training.find_lr import PLATEAU, Finding, Trial, find_lr, grid, recommend
+from profiles.system.cgroup import UsableCores
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_a_candidate_is_what_a_run_at_that_rate_would_have_done(tmp_path: Path, 
 
 
 def test_no_more_than_forty_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.find_lr.FACTORS", (1, 3))
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 3))
     finding = search("mezo", job=tiny_job(steps=5000, eval_batches=1))
     assert [t.steps for t in finding.trials] == [40, 40]
 
@@ -148,7 +148,7 @@ def test_the_end_of_a_candidate(monkeypatch: pytest.MonkeyPatch, how: str) -> No
 
     monkeypatch.setattr(cls, "step", bad_step)
     monkeypatch.setattr(cls, "evaluate", bad_evaluate)
-    monkeypatch.setattr("harness.find_lr.FACTORS", (1, 30))
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 30))
     small, large = search("native").trials
     assert (small.end_state, small.steps) == ("ok", 6)
     assert (large.end_state, large.loss_after) == ("nan_loss", None)
@@ -165,7 +165,7 @@ def test_no_two_engines_are_there_at_once(monkeypatch: pytest.MonkeyPatch, engin
         setup(self, blueprint)
 
     monkeypatch.setattr(cls, "setup", counting_setup)
-    monkeypatch.setattr("harness.find_lr.FACTORS", (1, 3, 10))
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 3, 10))
     more = {"d": 16, "learn_steps": 5} if engine == "lsp" else {}
     search(engine, job=tiny_job(eval_batches=1, steps=2), **more)
     assert len(made) == 3
@@ -183,7 +183,7 @@ def test_finished_trials_are_kept_if_a_later_one_fails(
         setup(self, blueprint)
 
     monkeypatch.setattr(cls, "setup", no_room)
-    monkeypatch.setattr("harness.find_lr.FACTORS", (1, 3, 1000))
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 3, 1000))
     with pytest.raises(UserError, match="out of host memory"):
         search("native", tmp_path / "out", learning_rate=1e-5)
     kept = json.loads((tmp_path / "out" / "find_lr.json").read_text())

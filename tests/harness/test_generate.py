@@ -18,13 +18,13 @@ from train_runs import Killed, die_at, run, tiny_job
 from transformers import AutoModelForCausalLM
 
 from engines.errors import UserError
-from harness import cli
-from harness.generate import end_ids
-from harness.generation_runs import load_generation
-from harness.job import ModelSource
-from harness.shapes import NAMED_SHAPES
-from harness.stats import outer_deciles
-from harness.tokens import ByteTokenizer, load_tokenizer
+from harness.cli import app
+from harness.models.configs import NAMED_SHAPES
+from harness.models.tokenizers import ByteTokenizer, load_tokenizer
+from harness.records.job import ModelSource
+from harness.records.stats import outer_deciles
+from harness.runs.decoding_runs import load_generation
+from harness.training.generate import end_ids
 from profiles.documents import to_json
 
 PROMPTS = ("the film was", "a", "what a long prompt this is")
@@ -52,7 +52,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         said = capsys.readouterr()
@@ -252,9 +252,9 @@ def test_what_the_run_settled_is_not_set_again(call: Call, trained: Path) -> Non
 
 def test_a_prompt_without_a_token_is_refused(model: Path, tmp_path: Path) -> None:
     from engines.decoding import Sampling
-    from harness.generate import Wanted, generate_from_model
-    from harness.job import make_job
-    from harness.show import Progress
+    from harness.progress import Progress
+    from harness.records.job import make_job
+    from harness.training.generate import Wanted, generate_from_model
 
     config = json.loads((model / "config.json").read_text())
     folder = tmp_path / "gpt2"

@@ -9,9 +9,9 @@ import pytest
 from engines.errors import UserError
 from engines.settings.lsp import LSP_PRESETS, LspSettings
 from engines.settings.parse import parse_settings
-from harness.knobs import check_settings, left_out, parse_assignments, typed_settings
-from harness.show import engines_json
-from profiles.plan import Value
+from harness.cli.tables import engines_json
+from harness.records.settings import check_settings, left_out, parse_assignments, typed_settings
+from profiles.planning.plan import Value
 
 
 @pytest.mark.parametrize("name", LSP_PRESETS)

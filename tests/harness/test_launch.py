@@ -16,14 +16,14 @@ import psutil
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
-import harness.launch
+import harness.runs.launch
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
-from harness.ends import classify
-from harness.job import DataSource, Job, Limits, ModelSource
-from harness.launch import Outcome, Progress, Stepped, launch, read_oom_kills
-from harness.shapes import resolve_shape
-from harness.worker import Request
-from profiles.nvml import NvmlDevice, open_device
+from harness.records.job import DataSource, Job, Limits, ModelSource
+from harness.resolve import resolve_shape
+from harness.runs.end_states import classify
+from harness.runs.launch import Outcome, Progress, Stepped, launch, read_oom_kills
+from harness.runs.worker import Request
+from profiles.system.nvml import NvmlDevice, open_device
 
 GIB = 2**30
 
@@ -56,7 +56,7 @@ def time_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + late_s[0], sleep=time.sleep, thread_time=time.thread_time
     )
-    monkeypatch.setattr(harness.launch, "time", clock)
+    monkeypatch.setattr(harness.runs.launch, "time", clock)
 
     def jump() -> None:
         late_s[0] = 1e6
@@ -218,7 +218,7 @@ def test_a_child_killed_while_the_kernel_was_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = iter([4, 5])
-    monkeypatch.setattr(harness.launch, "read_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(harness.runs.launch, "read_oom_kills", lambda: next(counts))
     outcome = start(tmp_path, fail_at_step=1, failure="kill")
     assert (outcome.end_state, outcome.end_reason) == (
         "oom_host",
@@ -228,7 +228,7 @@ def test_a_child_killed_while_the_kernel_was_out_of_memory(
 
 def test_a_child_killed_while_memory_was_nearly_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(available_bytes=GIB, total_bytes=100 * GIB)
-    monkeypatch.setattr(harness.launch, "host_memory", lambda: memory)
+    monkeypatch.setattr(harness.runs.launch, "host_memory", lambda: memory)
     outcome = start(tmp_path, fail_at_step=1, failure="kill")
     assert outcome.end_state == "oom_host"
     assert "1.0% of host memory" in str(outcome.end_reason)
@@ -238,7 +238,7 @@ def test_other_signals_are_named(tmp_path: Path) -> None:
     def shoot(event: Progress | Stepped) -> None:
         if isinstance(event, Stepped):
             for process in psutil.Process().children():
-                if "harness.worker" in process.cmdline():
+                if "harness.runs.worker" in process.cmdline():
                     process.send_signal(signal.SIGBUS)
 
     outcome = start(tmp_path, scripted_job(timeout_s=20.0), shoot, fail_at_step=1, failure="hang")
@@ -284,7 +284,7 @@ def test_a_worker_that_cannot_start_is_a_crash_with_its_last_words(
 
 
 def test_a_system_that_starts_no_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.launch.sys, "executable", str(tmp_path / "nothing"))
+    monkeypatch.setattr(harness.runs.launch.sys, "executable", str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="cannot be started"):
         start(tmp_path)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from harness import cli
-from harness.job import Job, make_job
-from harness.line import job_arguments
+from harness.cli import app
+from harness.pipeline import job_arguments
+from harness.records.job import Job, make_job
 
 MODEL = {"name": "tiny-llama", "random_weights": True}
 
@@ -30,11 +30,11 @@ MODEL = {"name": "tiny-llama", "random_weights": True}
 )
 def test_the_flags_of_a_job_give_that_job(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
     seen: list[Job] = []
-    monkeypatch.setattr("harness.line.planned_cells", lambda job, *_, **__: seen.append(job) or [])
+    monkeypatch.setattr("harness.pipeline.planned_cells", lambda job, *_, **__: seen.append(job) or [])
     job = make_job({"model": MODEL, **fields}, "test job")
     arguments = shlex.split(job_arguments(job))
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", "compare", *arguments, "--dry-run", "--out", "unused"])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     assert seen == [job]

@@ -15,9 +15,9 @@ from engines.decoding import Decoded, GenerationRequest
 from engines.errors import NonFiniteLoss
 from engines.methods.scripted import Scripted
 from engines.settings.scripted import ScriptedSettings
-from harness.job import Job
-from harness.measure import Recording, gpu_peaks, measure, measure_decoding
-from harness.result import Sample
+from harness.records.job import Job
+from harness.records.run import Sample
+from harness.runs.measure import Recording, gpu_peaks, measure, measure_decoding
 
 
 class NumberedData:

@@ -21,14 +21,16 @@ from transformers import (
 from engines.errors import UserError
 from engines.model.blocks import find_blocks, materialize
 from engines.subspace.cores import IdleMatrixWarning
-from harness import export, models, weights
-from harness.data import make_data
-from harness.heads import auto_class
-from harness.job import DataSource, Job, ModelSource
-from harness.models import ModelBlueprint, build_on_meta, export_model, make_blueprint
-from harness.shapes import NAMED_SHAPES, resolve_shape
-from harness.stored import stored_tensors
-from harness.weights import fill_normal
+from harness.data.batches import make_data
+from harness.models import export, meta, weights
+from harness.models.auto_classes import auto_class
+from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
+from harness.models.configs import NAMED_SHAPES
+from harness.models.meta import build_on_meta
+from harness.models.safetensors_files import stored_tensors
+from harness.models.weights import fill_normal
+from harness.records.job import DataSource, Job, ModelSource
+from harness.resolve import resolve_shape
 
 DECODERS = ("tiny-opt", "tiny-llama", "tiny-qwen2", "tiny-gpt2")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
@@ -409,7 +411,7 @@ def test_a_checkpoint_that_is_the_models_own_is_read_where_it_lies(
         extra_files=[],
         shard_bytes=50_000 if shards else 10**9,
     )
-    monkeypatch.setattr(models, "checkpoint_weights", None)
+    monkeypatch.setattr(meta, "checkpoint_weights", None)
     source = config_folder(tmp_path / "model", {**random.config.to_dict()})
     stored = blueprint_of(source, random_weights=False)
     for path, value in filled(stored).items():

@@ -16,13 +16,15 @@ from tiny_tokenizer import write_tokenizer
 from engines.errors import UserError
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
-from harness.data import Data, make_data
-from harness.examples import builtin_questions, builtin_reviews
-from harness.job import DataSource, Job, ModelSource
-from harness.models import make_blueprint
-from harness.questions import QuestionExample, _pieces, windows
-from harness.shapes import NAMED_SHAPES, resolve_shape
-from harness.tokens import ByteTokenizer
+from harness.data.batches import Data, make_data
+from harness.data.builtin import builtin_questions, builtin_reviews
+from harness.data.records import QuestionExample
+from harness.data.squad_windows import _pieces, windows
+from harness.models.blueprint import make_blueprint
+from harness.models.configs import NAMED_SHAPES
+from harness.models.tokenizers import ByteTokenizer
+from harness.records.job import DataSource, Job, ModelSource
+from harness.resolve import resolve_shape
 
 TOKENIZERS = {
     name: ByteTokenizer(NAMED_SHAPES[name].config, 320) for name in ("tiny-opt", "tiny-roberta", "tiny-llama")

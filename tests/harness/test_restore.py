@@ -29,11 +29,12 @@ from train_runs import (
 
 from engines import load_engine
 from engines.errors import UserError
-from harness import restore, worker
-from harness.show import Progress
-from harness.train import export_run
-from harness.update_log import HEADER_BYTES, RECORD_BYTES, read_update_log
-from profiles.limits import UsableCores
+from harness.progress import Progress
+from harness.runs import worker
+from harness.training import restore
+from harness.training.train import export_run
+from harness.training.update_log import HEADER_BYTES, RECORD_BYTES, read_update_log
+from profiles.system.cgroup import UsableCores
 
 ZEROTH_ORDER = ("mezo", "zo2")
 OTHER = {"mezo": "zo2", "zo2": "mezo"}

@@ -13,11 +13,13 @@ from transformers import AutoConfig
 from engines.errors import UserError
 from engines.model.blocks import find_blocks
 from engines.shapes import Head
-from harness.closed_forms import CLOSED_FORMS
-from harness.heads import auto_class
-from harness.job import DataSource, Job, ModelSource
-from harness.models import make_blueprint, shape_from_meta
-from harness.shapes import NAMED_SHAPES, load_config, named_shape, resolve_shape, shape_of_config
+from harness.models.auto_classes import auto_class
+from harness.models.blueprint import make_blueprint
+from harness.models.closed_forms import CLOSED_FORMS
+from harness.models.configs import NAMED_SHAPES, load_config, named_shape, shape_of_config
+from harness.models.meta import shape_from_meta
+from harness.records.job import DataSource, Job, ModelSource
+from harness.resolve import resolve_shape
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,13 +11,15 @@ from rich.console import Console, RenderableType
 from tiny_machine import make_machine
 
 from engines.shapes import Workload
-from harness import show
-from harness.compare import Cell, Ended, Planned, Started
-from harness.launch import Progress as SetUp
-from harness.launch import Stepped
-from harness.result import Sample
-from harness.show import CompareProgress, ProbeProgress, Progress
-from profiles.recommend import recommend
+from harness import progress
+from harness.cli import tables
+from harness.cli.sweep_progress import CompareProgress
+from harness.progress import ProbeProgress, Progress
+from harness.records.run import Sample
+from harness.runs.launch import Progress as SetUp
+from harness.runs.launch import Stepped
+from harness.runs.sweep import Cell, Ended, Planned, Started
+from profiles.planning.recommend import recommend
 from run_records import make_machine as make_gpu_machine
 from run_records import make_plan, make_run, make_sweep, make_test_job
 
@@ -36,7 +38,7 @@ def drawn(table: RenderableType, width: int = 100) -> str:
 def test_method_names_are_whole_and_lines_fit(width: int, gpu: bool) -> None:
     machine = make_machine(gpu=gpu)
     plans = recommend(machine, OPT_1B, WORKLOAD, ENGINES, {})
-    said = drawn(show.plans_table(OPT_1B, make_test_job(), machine, plans), width)
+    said = drawn(tables.plans_table(OPT_1B, make_test_job(), machine, plans), width)
     assert max(map(len, said.splitlines())) <= width
     rows = {line.split()[0] for line in said.splitlines() if line.strip()}
     assert set(ENGINES) <= rows
@@ -45,12 +47,14 @@ def test_method_names_are_whole_and_lines_fit(width: int, gpu: bool) -> None:
 def test_plans_say_why_not_and_give_each_setting_once() -> None:
     machine = make_machine(gpu=False)
     plans = recommend(machine, OPT_1B, WORKLOAD, ENGINES, {"native": {"learning_rate": 1e-5}})
-    said = " ".join(drawn(show.plans_table(OPT_1B, make_test_job(), machine, plans), 200).split())
+    said = " ".join(drawn(tables.plans_table(OPT_1B, make_test_job(), machine, plans), 200).split())
     assert "torchao-offload cannot run here: needs a CUDA GPU" in said
     assert said.count("resident_blocks=0") == 1
     assert said.count("learning_rate=1e-05") == 1
     plan = make_plan("zo2", fits=False)
-    one = " ".join(drawn(show.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [plan]), 200).split())
+    one = " ".join(
+        drawn(tables.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [plan]), 200).split()
+    )
     assert "does not fit: 12.5 GB of GPU memory are missing" in one
     assert "resident_blocks=0" in one  # without a reason it is told by itself
 
@@ -63,7 +67,7 @@ def test_a_plan_without_a_step_time_says_why() -> None:
     )
     for each, times in ((unmeasured, 1), (plan, 0), (replace(unmeasured, available=False), 0)):
         said = " ".join(
-            drawn(show.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [each]), 200).split()
+            drawn(tables.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [each]), 200).split()
         )
         assert said.count("No step time: the disk was not measured") == times
 
@@ -73,23 +77,23 @@ def test_micro_batches_are_told_where_there_are_several() -> None:
     job = make_test_job(accumulation=4)
     plans = recommend(machine, OPT_1B, job.workload, ["native"], {})
     assert "batch 2 x 512 tokens, 4 micro-batches a step" in drawn(
-        show.plans_table(OPT_1B, job, machine, plans), 200
+        tables.plans_table(OPT_1B, job, machine, plans), 200
     )
 
 
 def test_runs_say_what_ended_them_once_per_reason() -> None:
-    said = drawn(show.runs_table(make_sweep()), 160)
+    said = drawn(tables.runs_table(make_sweep()), 160)
     assert said.count("torchao is not installed") == 1
     assert "skipped_infeasible: 12.5 GB of GPU memory are missing" in said
     assert "GPU memory" in said
     on_cpu = [make_run("native", peak_gpu_allocated_bytes=None)]
-    assert "GPU memory" not in drawn(show.runs_table(on_cpu), 160)
+    assert "GPU memory" not in drawn(tables.runs_table(on_cpu), 160)
 
 
 def test_traced_runs_are_marked_and_their_traces_named() -> None:
     kept = replace(make_run("zo2"), traced=True, trace_file="traces/zo2-r1.json")
     lost = replace(make_run("lsp", end_state="crash"), traced=True)
-    said = drawn(show.runs_table([kept, lost, make_run("native")]), 160)
+    said = drawn(tables.runs_table([kept, lost, make_run("native")]), 160)
     assert "traced, which costs time: traces/zo2-r1.json" in said
     assert "traced, which costs time: the trace could not be kept" in said
     assert said.count("traced") == 2
@@ -97,9 +101,9 @@ def test_traced_runs_are_marked_and_their_traces_named() -> None:
 
 def test_a_console_without_a_terminal_is_wide_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert show.console().width == show.PLAIN_WIDTH
+    assert progress.console().width == progress.PLAIN_WIDTH
     monkeypatch.setenv("COLUMNS", "72")
-    assert show.console().width == 72
+    assert progress.console().width == 72
 
 
 def test_plain_progress_is_a_line_per_kind_and_a_tenth_of_what_has_a_note(

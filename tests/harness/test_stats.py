@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.result import Sample
-from harness.stats import (
+from harness.records.run import Sample
+from harness.records.stats import (
     SAME_FACTOR,
     aggregate,
     loss_change,

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny_tokenizer import write_tokenizer
 
 from engines.errors import UserError
-from harness.job import ModelSource
-from harness.shapes import NAMED_SHAPES
-from harness.tokens import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_files
+from harness.models.configs import NAMED_SHAPES
+from harness.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_files
+from harness.records.job import ModelSource
 
 IDS = st.none() | st.integers(-1, 400)
 

@@ -31,14 +31,14 @@ from train_runs import (
 from engines import load_engine
 from engines.errors import NonFiniteLoss, UserError
 from engines.settings.parse import parse_settings
-from harness import train as module
-from harness import worker
-from harness.heads import auto_class
-from harness.line import training_settings
-from harness.show import Progress
-from harness.train import Method, carried_over, train
-from profiles.limits import UsableCores
+from harness.models.auto_classes import auto_class
+from harness.pipeline import training_settings
+from harness.progress import Progress
+from harness.runs import worker
+from harness.training import train as module
+from harness.training.train import Method, carried_over, train
 from profiles.machine import save_machine
+from profiles.system.cgroup import UsableCores
 
 
 @pytest.fixture(autouse=True)

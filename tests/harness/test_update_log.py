@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from engines.base import Update
 from engines.errors import UserError
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
-from harness.job import Job, make_job
-from harness.update_log import (
+from harness.records.job import Job, make_job
+from harness.training.update_log import (
     HEADER_BYTES,
     RECORD_BYTES,
     Contents,

@@ -13,9 +13,9 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 from engines.base import Context
 from engines.errors import NonFiniteLoss
 from engines.methods.scripted import Scripted
-from harness import worker
-from harness.worker import TRACE, Request, Result
-from profiles.limits import HostMemoryLimit
+from harness.runs import worker
+from harness.runs.worker import TRACE, Request, Result
+from profiles.system.cgroup import HostMemoryLimit
 
 
 def test_host_memory_is_what_is_available_held_to_the_jobs_limit(monkeypatch: pytest.MonkeyPatch) -> None:

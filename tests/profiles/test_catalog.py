@@ -7,10 +7,10 @@ from tiny_machine import make_machine
 
 from engines.errors import UserError
 from engines.shapes import Workload
-from harness.shapes import named_shape
+from harness.models.configs import named_shape
 from profiles.catalog import find_profile, machine_names
 from profiles.machine import save_machine
-from profiles.recommend import recommend
+from profiles.planning.recommend import recommend
 
 ASKED_FOR = {
     "rtx-4090", "rtx-a1000-laptop", "rtx-3060-12gb", "rtx-4060-ti-16gb", "rtx-3090", "rtx-5090", "l4", "t4",

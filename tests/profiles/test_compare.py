@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from tiny_machine import figure, make_machine
 
-from harness import cli
+from harness.cli import app
 from profiles.catalog import machine_names
-from profiles.compare import compare_machines
+from profiles.display.compare import compare_machines
 from profiles.machine import save_machine
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", "profiles", *arguments])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     return capsys.readouterr().out
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tiny_machine import figure, make_machine
 
-from harness import cli
-from profiles.checks_host import FULL_BYTES, NEARLY_FULL_BYTES
-from profiles.doctor import CHECKS, Diagnosis, diagnose, diagnosis_text
+from harness.cli import app
+from profiles.doctor.checks_host import FULL_BYTES, NEARLY_FULL_BYTES
+from profiles.doctor.diagnose import CHECKS, Diagnosis, diagnose, diagnosis_text
 from profiles.machine import Disk, GpuReading, Machine, absent, save_machine
-from profiles.system import System, read_system
+from profiles.system.unprobed import System, read_system
 
 GIB = 2**30
 READING = GpuReading(
@@ -235,7 +235,7 @@ def test_the_command_judges_a_saved_machine(
     flags = ["doctor", "--profile", str(tmp_path / "m.json"), *(["--json"] if as_json else [])]
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", *flags])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     out = capsys.readouterr().out
     if as_json:
@@ -251,7 +251,7 @@ def test_the_command_judges_this_machine(
     """A real probe in a process of its own."""
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", "doctor", "--json", "--quiet"])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     told = json.loads(capsys.readouterr().out)
     judged = [finding["name"] for finding in told["findings"]] + told["in_order"] + list(told["not_judged"])

@@ -12,7 +12,7 @@ import pytest
 
 from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
-from profiles.plan import Plan, Prediction, load_plans, save_plans
+from profiles.planning.plan import Plan, Prediction, load_plans, save_plans
 
 
 @dataclass(frozen=True, kw_only=True)

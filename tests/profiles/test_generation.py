@@ -9,9 +9,9 @@ from tiny_machine import make_machine
 from engines.costs.decoding import Decoding, least_gpu_bytes, traffic
 from engines.errors import UserError
 from engines.settings.zeroth_order import Zo2Settings
-from profiles.budget import Budget, budget_of, gpu_bytes_needed
-from profiles.generation import fitting, plan_generation
 from profiles.machine import absent
+from profiles.planning.budget import Budget, budget_of, gpu_bytes_needed
+from profiles.planning.decoding import fitting, plan_generation
 
 ONE = Decoding(batch_size=1, prompt_tokens=128, new_tokens=128, dtype="fp16")
 BUDGET = Budget(gpu_bytes=22 * 10**9, host_bytes=100 * 10**9, pinned_bytes=None, gpu_named=True)

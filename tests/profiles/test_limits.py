@@ -10,8 +10,8 @@ import psutil
 import pytest
 from cgroup_trees import version_2, write
 
-from profiles import limits
-from profiles.limits import cpu_name, host_memory, last_level_cache_bytes, platform_name, usable_cores
+from profiles.system import cgroup
+from profiles.system.cgroup import cpu_name, host_memory, last_level_cache_bytes, platform_name, usable_cores
 
 GIB = 2**30
 
@@ -216,7 +216,7 @@ def test_platform(tmp_path: Path, release: str, ending: str | None) -> None:
 
 def test_platform_has_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: pytest.fail("asked for the host's name"))
-    assert limits.platform_name()
+    assert cgroup.platform_name()
 
 
 def test_cpu_name(tmp_path: Path) -> None:

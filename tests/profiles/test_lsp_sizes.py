@@ -16,11 +16,11 @@ from engines.errors import UserError
 from engines.settings.lsp import LspSettings, sizes_by_shape
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
-from profiles.budget import gpu_bytes_needed
-from profiles.lsp_sizes import HIDING_SHARE, SHARES, Sides, size_of
-from profiles.plan import Plan
-from profiles.predict import resource_s
-from profiles.recommend import recommend
+from profiles.planning.budget import gpu_bytes_needed
+from profiles.planning.plan import Plan
+from profiles.planning.predict import resource_s
+from profiles.planning.recommend import recommend
+from profiles.planning.subspace_sizes import HIDING_SHARE, SHARES, Sides, size_of
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 AUTO = {"d": "auto"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from profiles.machine import GpuReading
-from profiles.nvml import DeviceSettings, LinkState, open_device, why_no_device
+from profiles.system.nvml import DeviceSettings, LinkState, open_device, why_no_device
 
 UUIDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000")
 

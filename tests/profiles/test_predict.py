@@ -5,8 +5,8 @@ Seen, s/step, batch 4 x 1024, bf16, checkpointing: predicted / measured
     native           1.3B  0.155 / 0.178  0.87      6.7B  0.494 / 0.495  1.00
     torchao-offload  1.3B  0.360 / 0.391  0.92      6.7B  1.498 / 1.515  0.99
 
-The constants of `profiles.predict` were fitted to these and to the forward passes of OPT below, so agreement
-here says that one set of constants suits them all, not that it suits another machine.
+The constants of `profiles.planning.predict` were fitted to these and to the forward passes of OPT below, so
+agreement here says that one set of constants suits them all, not that it suits another machine.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload
 from profiles.machine import Figure, Gpu, Link, Machine, absent
-from profiles.plan import Prediction
-from profiles.predict import (
+from profiles.planning.plan import Prediction
+from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
     GPU_MODEL_ERROR,
     LAUNCH_S,

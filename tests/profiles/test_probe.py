@@ -16,20 +16,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from profiles import limits, nvml, probe
-from profiles.limits import HostMemoryLimit, UsableCores
 from profiles.machine import Figure, Machine, absent, load_machine, save_machine
-from profiles.probe import (
-    adam,
-    buffers,
-    cpu,
-    gpu,
-    link,
-    memory,
-    more,
-    probe_machine,
-    several,
-)
+from profiles.probe import adam, buffers, cpu, extended, gpu, link, memory, multi_gpu, numa, run
+from profiles.probe.run import probe_machine
 from profiles.probe.timing import (
     AT_LEAST,
     AT_MOST,
@@ -41,6 +30,8 @@ from profiles.probe.timing import (
     one_line,
     rate_figure,
 )
+from profiles.system import cgroup, nvml
+from profiles.system.cgroup import HostMemoryLimit, UsableCores
 
 MIB = 2**20
 
@@ -49,18 +40,18 @@ MIB = 2**20
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cores and little memory, so that every buffer is small."""
     monkeypatch.setattr(
-        limits,
+        cgroup,
         "host_memory",
-        lambda root=limits.ROOT: HostMemoryLimit(
+        lambda root=cgroup.ROOT: HostMemoryLimit(
             total_bytes=128 * MIB, available_bytes=64 * MIB, swap_bytes=0, basis="cgroup limit"
         ),
     )
     monkeypatch.setattr(
-        limits,
+        cgroup,
         "usable_cores",
         lambda root: UsableCores(count=2, basis="affinity 2 of 4 cores", total=4),
     )
-    monkeypatch.setattr(limits, "last_level_cache_bytes", lambda root: MIB)
+    monkeypatch.setattr(cgroup, "last_level_cache_bytes", lambda root: MIB)
 
 
 def check_measured(figure: Figure) -> None:
@@ -157,7 +148,7 @@ def test_reasons_are_one_line() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "why_no_gpu", lambda: "no GPU in this test")
+    monkeypatch.setattr(run, "why_no_gpu", lambda: "no GPU in this test")
     told: list[tuple[str, int, int]] = []
     threads = torch.get_num_threads()
     machine = probe_machine(lambda *message: told.append(message), seconds=0.2, depth="brief")
@@ -215,7 +206,7 @@ def test_one_failing_probe_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*arguments: object, **keywords: object) -> Figure:
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(probe, "why_no_gpu", lambda: "none")
+    monkeypatch.setattr(run, "why_no_gpu", lambda: "none")
     monkeypatch.setattr(cpu, "matmul_flops", fail)
     machine = probe_machine(seconds=0.0, depth="brief")
     assert machine.cpu.matmul_fp32_flops == absent("MemoryError: cannot allocate")
@@ -228,7 +219,7 @@ def test_threads_are_restored_after_an_error() -> None:
     inside: list[int] = []
 
     def fail() -> None:
-        with cpu.torch_threads(before + 1):
+        with numa.torch_threads(before + 1):
             inside.append(torch.get_num_threads())
             raise RuntimeError
 
@@ -239,7 +230,8 @@ def test_threads_are_restored_after_an_error() -> None:
 
 
 def test_importing_the_probes_imports_no_torch() -> None:
-    code = "import sys, profiles.probe, profiles.show, profiles.nvml; sys.exit('torch' in sys.modules)"
+    modules = "profiles.probe.run, profiles.display.tables, profiles.system.nvml"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -255,7 +247,7 @@ def test_why_no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None, nvml_reas
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(nvml, "why_no_device", lambda: nvml_reason)
-    found = probe.why_no_gpu()
+    found = run.why_no_gpu()
     assert found is not None
     assert reason in found
 
@@ -269,7 +261,7 @@ def test_why_no_gpu_tells_what_torch_warned_of(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert probe.why_no_gpu() == "The NVIDIA driver on your system is too old"
+    assert run.why_no_gpu() == "The NVIDIA driver on your system is too old"
 
 
 # --- the GPU's path without one
@@ -367,7 +359,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
     monkeypatch.setattr(nvml, "open_device", lambda index=0, uuid=None: device)
     monkeypatch.setattr(gpu, "MATMUL_SIZES", (32, 64))
     monkeypatch.setattr(link, "MATMUL_SIZE", 32)
-    monkeypatch.setattr(more, "SOAK_S", (0.0, 0.0))
+    monkeypatch.setattr(extended, "SOAK_S", (0.0, 0.0))
     with OnTheHost(pin_limit_bytes=2**40) as mode:
         yield mode
 
@@ -517,7 +509,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         vram = {"usable_bytes": 47 * MIB, "context_bytes": 3 * MIB} if arguments["vram"] else {}
         return {**vram, **pinned}, ""
 
-    monkeypatch.setattr(more, "throw_away", child)
+    monkeypatch.setattr(extended, "throw_away", child)
     monkeypatch.setattr(nvml.NvmlDevice, "other_processes", lambda self: ())
     return calls
 
@@ -615,7 +607,7 @@ def test_beside_other_processes_memory_is_not_taken(
 
 def test_each_gpu_alone_and_together(fake_cuda: OnTheHost) -> None:
     meter = Meter(seconds_each=0.0, total=1, progress=lambda *message: None)
-    found = several.each_gpu(meter, 2, memory_bytes=16 * MIB)
+    found = multi_gpu.each_gpu(meter, 2, memory_bytes=16 * MIB)
     assert [gpu.index for gpu in found] == [0, 1]
     for gpu_link in found:
         check_measured(gpu_link.h2d_bytes_per_s)

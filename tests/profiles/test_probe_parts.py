@@ -17,14 +17,15 @@ from cgroup_trees import version_2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiles import limits, probe
-from profiles.limits import throttled_periods
 from profiles.machine import CopyPoint, Figure, GpuReading, absent, load_machine, save_machine
-from profiles.probe import adam, disk, outside, probe_machine
-from profiles.probe.outside import nvbandwidth, throw_away
-from profiles.probe.placement import near
-from profiles.probe.sweep import SIZES, fit, fit_line
+from profiles.probe import adam, disk, run, subprocesses
+from profiles.probe.copy_sweep import SIZES, fit, fit_line
+from profiles.probe.numa import near
+from profiles.probe.run import probe_machine
+from profiles.probe.subprocesses import nvbandwidth, throw_away
 from profiles.probe.timing import Meter, busy_samples, fair_turns, figure
+from profiles.system import cgroup
+from profiles.system.cgroup import throttled_periods
 
 MIB = 2**20
 
@@ -354,7 +355,7 @@ def test_a_killed_child_leaves_its_last_answer(monkeypatch: pytest.MonkeyPatch, 
         '#!/bin/sh\necho "{\\"pinned_bytes\\": 1}"\necho "{\\"pinned_bytes\\": 2}"\nkill -9 $$\n'
     )
     script.chmod(0o755)
-    monkeypatch.setattr(outside.sys, "executable", str(script))
+    monkeypatch.setattr(subprocesses.sys, "executable", str(script))
     assert throw_away(20.0) == ({"pinned_bytes": 2}, "was killed by signal 9")
 
 
@@ -466,6 +467,6 @@ def test_a_home_that_cannot_be_written_is_not_needed() -> None:
 
 def test_the_probe_reads_the_root_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     container(tmp_path)
-    monkeypatch.setattr(probe, "why_no_gpu", lambda: "none")
+    monkeypatch.setattr(run, "why_no_gpu", lambda: "none")
     assert probe_machine(seconds=0.0, depth="brief", root=tmp_path).cpu.name == "Small CPU"
-    assert limits.cpu_name() != "Small CPU"
+    assert cgroup.cpu_name() != "Small CPU"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.job import load_job
-from harness.line import plan_job
-from harness.result import Run, load_run
-from harness.shapes import resolve_shape
+from harness.pipeline import plan_job
+from harness.records.job import load_job
+from harness.records.run import Run, load_run
+from harness.resolve import resolve_shape
 from profiles.machine import load_machine
-from profiles.predict import GPU_MODEL_ERROR
+from profiles.planning.predict import GPU_MODEL_ERROR
 
 RESULTS = Path(__file__).parents[2] / "reports" / "results"
 FIRST = "20261124"

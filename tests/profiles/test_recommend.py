@@ -27,13 +27,13 @@ from engines.costs.zo2 import resident_indices
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
-from profiles.budget import CONTEXT_BYTES, gpu_bytes_needed
-from profiles.choices import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
-from profiles.lsp_sizes import HIDING_SHARE, lsp_ladder, told_of_quality
 from profiles.machine import Disk, Machine, absent
-from profiles.plan import Plan
-from profiles.predict import predict, resource_s
-from profiles.recommend import recommend, why_first
+from profiles.planning.budget import CONTEXT_BYTES, gpu_bytes_needed
+from profiles.planning.choices import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
+from profiles.planning.plan import Plan
+from profiles.planning.predict import predict, resource_s
+from profiles.planning.recommend import recommend, why_first
+from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder, told_of_quality
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_machine import figure, make_machine
 
+from profiles.display.anonymised import REMOVED, machine_page, own_names, scrub
 from profiles.machine import Disk, absent
-from profiles.share import REMOVED, machine_page, own_names, scrub
 
 UUID = "GPU-01234567-89ab-cdef-0123-456789abcdef"
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from tiny_machine import figure, make_machine
 
+from profiles.display.tables import figure_cells, link_text, machine_table
 from profiles.machine import CopySweep, Figure, GpuReading, Machine, absent
-from profiles.show import figure_cells, link_text, machine_table
 from profiles.units import format_rate
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cgroup_trees import write
 
-from profiles.topology import Port, cpus_of_node, numa_node_of, numa_nodes, port_above, processors
+from profiles.system.topology import Port, cpus_of_node, numa_node_of, numa_nodes, port_above, processors
 
 
 def test_nothing_is_known() -> None:

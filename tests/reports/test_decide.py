@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import UserError
-from harness.result import EndState, Run
+from harness.records.run import EndState, Run
 from reports.criteria import (
     ANY_OFFLOAD,
     METRICS,

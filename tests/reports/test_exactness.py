@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.result import Run
+from harness.records.run import Run
 from reports.criteria import default_criteria
 from reports.decide import decide
 from reports.exactness import compare_with_twin, exact

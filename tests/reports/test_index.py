@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from engines.base import LinkRates
 from engines.decoding import Sampling
 from engines.errors import UserError
-from harness.cli import app
-from harness.generation_runs import GenerationRun
-from harness.result import Emulation, Run
+from harness.cli.app import app
+from harness.records.run import Emulation, Run
+from harness.runs.decoding_runs import GenerationRun
 from profiles.documents import to_json
 from reports.index import ABOUT, newest, overview, published, published_folders, write_index
 from run_records import cpu_runs, make_breakdown, make_run, make_sweep, make_test_job, write_folder

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engines.errors import UserError
-from harness.result import Run, save_run
+from harness.records.run import Run, save_run
 from reports.criteria import init_text
 from reports.load import load_folder, refuse_unlike
 from run_records import (

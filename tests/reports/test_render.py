@@ -18,10 +18,11 @@ import pytest
 from markupsafe import Markup
 
 from engines.errors import UserError
-from harness.result import Run, save_run
-from reports.catalogue import messages
+from harness.records.run import Run, save_run
 from reports.criteria import default_criteria, init_text
+from reports.format import model_name
 from reports.load import Loaded, load_folder
+from reports.messages import messages
 from reports.render import (
     judge,
     markdown_text,
@@ -29,7 +30,6 @@ from reports.render import (
     render_markdown,
     write_report,
 )
-from reports.show import model_name
 from run_records import (
     cpu_runs,
     emulated_run,
@@ -495,7 +495,7 @@ def test_defaults_judge_where_there_are_no_criteria(cpu: Path) -> None:
 
 def test_reports_start_without_torch() -> None:
     code = (
-        "import sys; import reports.render, reports.charts, harness.stats;"
+        "import sys; import reports.render, reports.charts, harness.records.stats;"
         "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -1,0 +1,243 @@
+"""The flags that several commands share, those that describe a job among them. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from engines.errors import UserError
+from harness.records.job import HeadChoice, Job, job_values, make_job
+from harness.records.settings import check_settings, left_out, parse_assignments, public_engines
+from profiles.units import parse_bytes
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="A hub id, a local folder, or a named shape (see `lspzo-bench models`)."),
+]
+RandomWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--random-weights/--pretrained",
+        help="Seeded random weights instead of a checkpoint. Named shapes need it.",
+        show_default=False,
+    ),
+]
+Untied = Annotated[
+    bool | None,
+    typer.Option("--untied/--as-published", help="Give the output head its own tensor.", show_default=False),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        "--layers", min=1, help="Only the model's first so many blocks, of random weights. [default: all]"
+    ),
+]
+Head = Annotated[
+    HeadChoice | None,
+    typer.Option(
+        "--head",
+        help="What the model is trained for; auto: question_answering if the data has answers in a text, "
+        "else causal_lm for decoders, classification for encoders. [default: auto]",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="random, builtin, or a file: .txt text, .tsv/.jsonl labelled, .json/.jsonl instructions or "
+        "questions with answers in a text (SQuAD).",
+    ),
+]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out file of the same kind.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per micro-batch.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence.")]
+Accumulation = Annotated[int | None, typer.Option("--accumulation", help="Micro-batches per step.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps, warm-up not counted.")]
+WarmupSteps = Annotated[
+    int | None, typer.Option("--warmup-steps", help="First steps, kept and flagged but not counted.")
+]
+EvalBatches = Annotated[
+    int | None,
+    typer.Option("--eval-batches", help="Held-out batches evaluated before and after; 0 for none."),
+]
+DtypeFlag = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    typer.Option("--dtype", help="Weights and forward pass."),
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing", help="Recompute activations in backward.", show_default=False
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and perturbations.")]
+Vram = Annotated[str | None, typer.Option("--vram", help="Cap on GPU memory, such as 24GB or 8GiB.")]
+HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Cap on a run's host memory.")]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", help="Seconds one run may take, set-up included.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it. "
+        "`engines` lists them; which go together stands in README.md.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
+
+
+def _flags(
+    *,
+    model: Model = None,
+    random_weights: RandomWeights = None,
+    untied: Untied = None,
+    layers: Layers = None,
+    head: Head = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    accumulation: Accumulation = None,
+    steps: Steps = None,
+    warmup_steps: WarmupSteps = None,
+    eval_batches: EvalBatches = None,
+    dtype: DtypeFlag = None,
+    checkpointing: Checkpointing = None,
+    seed: Seed = None,
+    vram: Vram = None,
+    host_memory: HostMemory = None,
+    timeout: Timeout = None,
+    set_: Set = None,
+    job_file: JobFile = None,
+) -> dict[str, Any]:
+    """All job flags in their order in `--help`, and those that were given."""
+    return {name: value for name, value in locals().items() if value is not None}
+
+
+class JobFlags:
+    """What the user said of the job."""
+
+    def __init__(self, flags: Mapping[str, Any]) -> None:
+        given = _flags(**flags)
+        self._assignments: Sequence[str] = given.pop("set_", [])
+        self._file: Path | None = given.pop("job_file", None)
+        self._given = _nested(given)
+
+    def job(self, engines: Sequence[str], preset: Mapping[str, Any] | None = None) -> Job:
+        """Preset, then job file, then flags; the later wins field by field, but a preset's model as a whole.
+
+        Raises `UserError` for whatever is wrong with them.
+        """
+        values: dict[str, Any] = dict(preset or {})
+        layers = [*([] if self._file is None else [_file_values(self._file, engines)]), self._given]
+        if any(isinstance(layer.get("model"), dict) and "name" in layer["model"] for layer in layers):
+            values.pop("model", None)
+        for layer in layers:
+            values = _merged(values, layer)
+        if self._assignments:
+            values = _merged(values, {"settings": parse_assignments(self._assignments, engines)})
+            for each in left_out(self._assignments, engines):
+                typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
+        if "name" not in values.setdefault("model", {}):
+            raise UserError(
+                "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
+            )
+        return make_job(values, "job")
+
+
+def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
+    """The fields of a job file. Raises `UserError` for its settings; the other fields are not yet checked."""
+    values = job_values(path)
+    settings = values.get("settings")
+    if isinstance(settings, dict) and all(isinstance(each, dict) for each in settings.values()):
+        values["settings"] = check_settings(settings, engines, str(path))
+    return values
+
+
+def takes_job(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command all job flags but `without`; it gets them as its first argument, a `JobFlags`."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        shared = [p for p in _parameters(_flags) if p.name not in without]
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in _parameters(command)[1:]]
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            flags = JobFlags({p.name: values.pop(p.name) for p in shared})
+            command(flags, **values)
+
+        # What typer reads: the flags of both, in place of the wrapper's own.
+        called.__dict__["__signature__"] = inspect.Signature([*shared, *own])
+        called.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+        return called
+
+    return wrap
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function, eval_str=True).parameters.values())
+
+
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    """Flags as fields of `harness.records.job.Job`."""
+    nested: dict[str, Any] = {}
+    if "model" in given:
+        nested.setdefault("model", {})["name"] = given.pop("model")
+    for name in ("random_weights", "untied", "layers", "head"):
+        if name in given:
+            nested.setdefault("model", {})[name] = given.pop(name)
+    for flag, name in (("data", "train"), ("eval_data", "evaluate")):
+        if flag in given:
+            nested.setdefault("data", {})[name] = given.pop(flag)
+    for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
+        if flag in given:
+            option = f"--{flag.replace('_', '-')}"
+            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag), option)
+    if "timeout" in given:
+        nested.setdefault("limits", {})["timeout_s"] = given.pop("timeout")
+    return {**given, **nested}
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def engine_names(engines: str | None) -> list[str]:
+    public = public_engines()
+    if engines is None:
+        return public
+    names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
+    for name in names:
+        if name not in public:
+            raise UserError(
+                f"engine '{name}'", "there is no such engine", f"choose from: {', '.join(public)}"
+            )
+    if not names:
+        raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
+    return names
+
+
+def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Path:
+    """`out`, else a new folder below `out/`, so that one run's results never meet another's."""
+    if out is not None:
+        return out
+    if resume:
+        raise UserError("--resume", "does not say what to go on with", "name the folder with --out")
+    stem = f"{what}_{Path(model).name}"
+    number = 1
+    while (folder := Path("out") / f"{stem}_{number:03d}").exists():
+        number += 1
+    return folder

@@ -1,0 +1,86 @@
+"""A sweep as a person sees it while it goes on. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from harness.records.run import Run
+from harness.runs.launch import Progress as SetUp
+from harness.runs.launch import Stepped
+from harness.runs.sweep import Ended, Event, Planned, Started
+from profiles.units import NOT_MEASURED, format_seconds
+
+if TYPE_CHECKING:
+    from harness.runs.decoding_runs import GenerationRun
+from harness.progress import Progress, console
+
+
+class CompareProgress:
+    """A sweep as it happens: one bar for its runs, one for the steps of the current run, a line per end."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._notes = console(stderr=True, quiet=quiet)
+        self._progress = Progress(quiet, silent=("runs", "steps"))
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._progress.__exit__(*args)
+
+    def update(self, event: Event) -> None:
+        match event:
+            case Planned():
+                self._planned(event)
+            case Started():
+                self._progress.clear(keep="runs")
+                self._progress.update("runs", event.index, event.total, note=event.cell.id)
+                if not self._notes.is_terminal and event.cell.plan.fits:
+                    self._progress.print(f"{event.cell.id}: started, run {event.index + 1} of {event.total}")
+            case SetUp():
+                if self._notes.is_terminal:
+                    self._progress.update(event.what, event.done, event.total)
+            case Stepped():
+                loss = "not finite" if event.sample.loss is None else f"{event.sample.loss:.4g}"
+                note = f"{format_seconds(event.sample.step_s)} a step, loss {loss}"
+                self._progress.update("steps", event.sample.step + 1, event.total, note=note)
+            case Ended():
+                self._progress.update("runs", event.index + 1, event.total, note=event.run.id)
+                self._progress.print(_ended_line(event.run))
+
+    def _planned(self, event: Planned) -> None:
+        for note in event.notes:
+            self._progress.print(f"note: {note}")
+        for run_id in event.kept:
+            self._progress.print(f"kept     {run_id}")
+        for run_id, why in event.again.items():
+            self._progress.print(f"again    {run_id}: {why}")
+        if event.kept:
+            for run_id in event.to_run:
+                if run_id not in event.again:
+                    self._progress.print(f"missing  {run_id}")
+
+
+def _ended_line(run: Run) -> str:
+    if run.end_reason is not None:
+        return f"{run.id}: {run.end_state}: {run.end_reason}"
+    seen = run.summary
+    step = NOT_MEASURED if seen.step_s_median is None else f"{format_seconds(seen.step_s_median)} a step"
+    return f"{run.id}: {run.end_state}, {step}"
+
+
+class GenerationProgress(Progress):
+    """Measured generations as they happen: a bar for the steps of the current one, a line per end."""
+
+    def launched(self, event: SetUp | Stepped) -> None:
+        if isinstance(event, SetUp):
+            if self._console.is_terminal:
+                self.update(event.what, event.done, event.total)
+        else:
+            note = f"{format_seconds(event.sample.step_s)} a token"
+            self.update("generating", event.sample.step + 1, event.total, note=note)
+
+    def ended(self, run: GenerationRun) -> None:
+        told = f": {run.end_reason}" if run.end_reason is not None else ""
+        self.print(f"{run.id}: {run.end_state}{told}")

@@ -1,0 +1,287 @@
+"""What a person sees in the terminal: tables on stdout, progress on stderr. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from engines import ENGINES, load_engine
+from engines.settings.lsp import LSP_PRESETS
+from engines.settings.parse import SETTINGS
+from engines.settings.zeroth_order import approximation
+from engines.shapes import ModelShape
+from harness.models.configs import NAMED_SHAPES, named_shape
+from harness.records.job import Job
+from harness.records.run import Run
+from harness.records.settings import public_engines
+from harness.runs.emulate import what_is_short
+from profiles.machine import Machine
+from profiles.planning.plan import Plan
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from harness.runs.decoding_runs import GenerationRun
+    from harness.training.find_lr import Finding
+
+
+def format_parameters(count: int) -> str:
+    """As people say it: 125.2 M, 13.02 B."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
+
+
+def plans_table(shape: ModelShape, job: Job, machine: Machine, plans: Sequence[Plan]) -> RenderableType:
+    """Predictions per method, and below them the reasons."""
+    has_gpu = machine.gpu is not None
+    batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
+    title = (
+        f"Predicted: {shape.name} ({format_parameters(shape.parameters)} parameters) in {job.dtype}, "
+        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {machine.name}"
+    )
+    headings = ["method", "fits", "step", "low to high", "GPU memory", "host memory", "limited by"]
+    if not has_gpu:
+        headings.remove("GPU memory")
+    table = _table(headings)
+    for plan in plans:
+        table.add_row(plan.engine, *_plan_cells(plan, has_gpu))
+    return Group(Text(title, style="bold"), table, _notes({plan.engine: _plan_notes(plan) for plan in plans}))
+
+
+def _plan_cells(plan: Plan, has_gpu: bool) -> list[str]:
+    told = plan.prediction
+    if not plan.available:
+        return ["no", *["-"] * (5 if has_gpu else 4)]
+    if told.step_s is None:
+        times = ["not predicted", "-"]
+    else:
+        times = [
+            format_seconds(told.step_s),
+            f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}",
+        ]
+    return [
+        "yes" if plan.fits else "no",
+        *times,
+        *([format_bytes(told.peak_gpu_bytes)] if has_gpu else []),
+        format_bytes(told.peak_host_bytes),
+        told.bottleneck or "not known",
+    ]
+
+
+def _plan_notes(plan: Plan) -> list[str]:
+    told = " ".join(plan.reasons)
+    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
+    notes = [*([", ".join(unexplained)] if unexplained else []), *plan.reasons]
+    if plan.available and plan.prediction.step_s is None:
+        notes = [plan.prediction.basis.rstrip("."), *notes]
+    if plan.why_not is None:
+        return notes
+    verdict = "does not fit" if plan.available else "cannot run here"
+    return [f"{verdict}: {plan.why_not}", *notes]
+
+
+def _notes(notes: Mapping[str, Sequence[str]]) -> Table:
+    """Sentences by method, each on lines of its own."""
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for engine, lines in notes.items():
+        for number, line in enumerate(lines):
+            grid.add_row(engine if number == 0 else "", Text(line))
+    return grid
+
+
+def _table(headings: Sequence[str], whole: Collection[str] = ("method",)) -> Table:
+    """Columns of `whole` are never wrapped."""
+    table = Table(box=box.SIMPLE_HEAVY)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading in whole)
+    return table
+
+
+def grid_table(cells: Sequence[Any]) -> RenderableType:
+    """What a sweep would run, in order."""
+    table = _table(("id", "round", "settings"), whole=("id",))
+    for cell in cells:
+        settings = ", ".join(f"{key}={value}" for key, value in cell.plan.settings.items())
+        table.add_row(
+            cell.id,
+            str(cell.round),
+            settings if cell.plan.fits else f"will not run: {cell.plan.why_not}",
+        )
+    return Group(Text("Would run, in this order", style="bold"), table)
+
+
+def runs_table(runs: Sequence[Run]) -> RenderableType:
+    """What was measured, one row per run, and below it why runs failed."""
+    on_gpu = any(run.summary.peak_gpu_allocated_bytes is not None for run in runs)
+    headings = [
+        "method", "round", "end", "step", "predicted", "tokens/s", "GPU memory", "host memory", "loss"
+    ]  # fmt: skip
+    if not on_gpu:
+        headings.remove("GPU memory")
+    table = _table(headings, whole=("method", "end"))
+    for run in runs:
+        seen = run.summary
+        hopeless = run.end_state == "not_available"
+        told = None if run.predicted is None or hopeless else run.predicted.step_s
+        loss = (
+            f"{seen.loss_first:.4g} to {seen.loss_last:.4g}"
+            if seen.loss_first is not None and seen.loss_last is not None
+            else NOT_MEASURED
+        )
+        cells = [format_seconds(seen.step_s_median), format_seconds(told) if told is not None else "-"]
+        cells.append(f"{seen.tokens_per_s:,.0f}" if seen.tokens_per_s is not None else NOT_MEASURED)
+        if on_gpu:
+            cells.append(format_bytes(seen.peak_gpu_allocated_bytes))
+        cells += [format_bytes(seen.peak_host_bytes), loss]
+        if not seen.step_s_median:
+            cells = ["-" if cell == NOT_MEASURED else cell for cell in cells]
+        table.add_row(run.engine, str(run.round), run.end_state, *cells)
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        if run.traced:
+            trace = run.trace_file or "the trace could not be kept"
+            reasons.setdefault(run.engine, []).append(f"traced, which costs time: {trace}")
+        approximate = approximation(run.plan.settings)
+        notes = [] if approximate is None else [approximate]
+        notes += what_is_short(run.emulation) if run.emulation is not None else []
+        for line in notes:
+            if line not in reasons.setdefault(run.engine, []):
+                reasons[run.engine].append(line)
+        line = f"{run.end_state}: {run.end_reason}"
+        if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
+            reasons[run.engine].append(line)
+    likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
+    title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
+    return Group(Text(title, style="bold"), table, _notes(reasons))
+
+
+def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
+    """What was measured of generating, one row per run, and below it why runs failed."""
+    headings = (
+        "method", "prompts", "end", "tokens/s", "10 % to 90 %", "step", "floor", "floor / step",
+        "first token", "GPU memory",
+    )  # fmt: skip
+    table = _table(headings, whole=("method", "end"))
+    for run in runs:
+        seen, batch_size = run.summary, int(run.job["batch_size"])
+        rates = [
+            None if step_s is None else batch_size / step_s
+            for step_s in (seen.step_s_median, seen.step_s_p90, seen.step_s_p10)
+        ]
+        middle, low, high = (NOT_MEASURED if rate is None else f"{rate:,.4g}" for rate in rates)
+        share = NOT_MEASURED if seen.floor_share is None else f"{seen.floor_share:.1%}"
+        floor_s = run.predicted.floor_s
+        table.add_row(
+            run.engine, f"{batch_size} x {run.job['seq_len']}", run.end_state, middle,
+            "-" if seen.step_s_median is None else f"{low} to {high}", format_seconds(seen.step_s_median),
+            "not predicted" if floor_s is None else format_seconds(floor_s), share,
+            format_seconds(run.first_token_s), format_bytes(seen.peak_gpu_allocated_bytes),
+        )  # fmt: skip
+    reasons = {run.id: [f"{run.end_state}: {run.end_reason}"] for run in runs if run.end_reason is not None}
+    counts = sorted({run.tokens for run in runs if run.tokens})
+    over = f" over {', '.join(f'{count:,}' for count in counts)} tokens" if counts else ""
+    return Group(Text(f"Measured{over}; the floor is predicted", style="bold"), table, _notes(reasons))
+
+
+def rates_table(finding: Finding) -> RenderableType:
+    """What `run --find-lr` found, the recommended rate marked."""
+    steps = max(trial.steps for trial in finding.trials)
+    title = f"Learning rates of {finding.engine}: {finding.measured_on} loss before and after {steps} steps"
+    table = _table(("learning rate", "before", "after", "change", "end", ""), whole=("learning rate", "end"))
+    for trial in finding.trials:
+        after, change = "-", "-"
+        if trial.loss_after is not None:
+            after, change = f"{trial.loss_after:.6g}", f"{trial.loss_after - trial.loss_before:+.3g}"
+        table.add_row(
+            f"{trial.learning_rate:g}", f"{trial.loss_before:.6g}", after, change, trial.end_state,
+            "recommended" if trial.learning_rate == finding.recommended else "",
+        )  # fmt: skip
+    return Group(Text(title, style="bold"), table)
+
+
+def engines_rows() -> list[dict[str, Any]]:
+    """What there is, and what is not available here and why."""
+    rows = []
+    for name in public_engines():
+        entry = ENGINES[name]
+        reason = load_engine(name).why_not_available()
+        knobs = {field.name: field.default for field in fields(SETTINGS[name])}
+        rows.append(
+            {"name": name, **asdict(entry), "available": reason is None, "reason": reason, "settings": knobs}
+        )
+        if name == "lsp":
+            rows[-1]["presets"] = LSP_PRESETS
+    return rows
+
+
+def engines_json() -> str:
+    return json.dumps(engines_rows(), indent=1) + "\n"
+
+
+def engines_table() -> RenderableType:
+    rows = engines_rows()
+    table = _table(("method", "here", "what it does", "source"))
+    for row in rows:
+        table.add_row(row["name"], "yes" if row["available"] else "no", row["summary"], row["source"])
+    notes = {
+        row["name"]: [
+            *([] if row["available"] else [f"not available here: {row['reason']}"]),
+            ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
+            *(
+                f"preset={name}, as published: "
+                + ", ".join(f"{key}={value}" for key, value in values.items())
+                for name, values in row.get("presets", {}).items()
+            ),
+        ]
+        for row in rows
+    }
+    return Group(table, Text("Knobs for --set, with their defaults", style="bold"), _notes(notes))
+
+
+def models_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "family": shape.family,
+            "parameters": shape.parameters,
+            "blocks": shape.num_blocks,
+            "hidden": shape.hidden,
+            "max_seq_len": shape.max_seq_len,
+            "tied": shape.tied,
+        }
+        for name in NAMED_SHAPES
+        for shape in (named_shape(name),)
+    ]
+
+
+def models_json() -> str:
+    return json.dumps(models_rows(), indent=1) + "\n"
+
+
+def models_table() -> Table:
+    table = Table(
+        title="Named shapes for --model NAME --random-weights: real sizes, no download",
+        box=box.SIMPLE_HEAVY,
+        title_justify="left",
+        title_style="bold",
+    )
+    for heading in ("name", "family", "parameters", "blocks", "hidden", "longest sequence", "head tied"):
+        table.add_column(heading, justify="left" if heading in ("name", "family") else "right")
+    for row in models_rows():
+        table.add_row(
+            row["name"],
+            row["family"],
+            format_parameters(row["parameters"]),
+            str(row["blocks"]),
+            str(row["hidden"]),
+            str(row["max_seq_len"]),
+            "yes" if row["tied"] else "no",
+        )
+    return table

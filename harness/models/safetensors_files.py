@@ -1,0 +1,110 @@
+"""A checkpoint's tensors where they lie in its safetensors files, read one at a time.
+
+transformers reads a whole checkpoint into host memory first. Where every parameter has a tensor of its own
+name and shape in the files, that is not needed: host memory holds one tensor, and blocks on disk are read
+where they are (`engines.offload.disk`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import StoredTensor
+from engines.errors import UserError
+from engines.model.blocks import TORCH_DTYPE
+from engines.shapes import Dtype
+from harness.models.configs import local_folder
+from harness.records.job import ModelSource
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES: dict[str, Dtype] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+def stored_tensors(source: ModelSource, model: nn.Module, body: str) -> dict[str, StoredTensor] | None:
+    """Where each parameter of `model` lies, by name; `None` unless all do, whole and of one precision.
+
+    `body` is the name of the model's part without its head, which a checkpoint may have left out or added.
+    """
+    folder = local_folder(source)
+    if folder is None:
+        return None
+    try:
+        stored = {key: tensor for path in _files(folder) for key, tensor in _tensors(path)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # transformers will say what is wrong with it
+    found: dict[str, StoredTensor] = {}
+    for name, parameter in model.named_parameters():
+        keys = (name, f"{body}.{name}", name.removeprefix(f"{body}."))
+        key = next((key for key in keys if key in stored), None)
+        if key is None or stored[key].shape != tuple(parameter.shape):
+            return None
+        found[name] = stored[key]
+    return found if len({tensor.dtype for tensor in found.values()}) == 1 else None
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Raises `OSError` and `ValueError` for a file that is not whole, `KeyError` for another precision."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        end = path.stat().st_size
+        if size > end:
+            raise ValueError("the header is longer than the file")
+        header: dict[str, Any] = json.loads(file.read(size))
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        if 8 + size + last > end:
+            raise ValueError("the file is cut off")
+        yield (
+            key,
+            StoredTensor(
+                path=path,
+                offset_bytes=8 + size + first,
+                num_bytes=last - first,
+                shape=tuple(entry["shape"]),
+                dtype=_DTYPES[entry["dtype"]],
+            ),
+        )
+
+
+def read_weights(stored: Mapping[str, StoredTensor]) -> Callable[[str, Tensor], None]:
+    """Weights by parameter name, each read when it is asked for, past any mapping: what is mapped counts as
+    memory of the process. A tied parameter has its first name only."""
+
+    def fill(name: str, out: Tensor) -> None:
+        tensor = stored[name]
+        memory = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+        try:
+            with tensor.path.open("rb", buffering=0) as file:
+                file.seek(tensor.offset_bytes)
+                _read_all(file, memory.numpy().data)
+        except OSError as error:
+            raise UserError(
+                str(tensor.path), f"cannot be read ({error.strerror or error})", "download the model again"
+            ) from None
+        out.copy_(memory.view(TORCH_DTYPE[tensor.dtype]).view(tensor.shape))
+
+    return fill
+
+
+def _read_all(file: Any, memory: memoryview) -> None:
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])
+        if not count:
+            raise OSError("the file has become shorter")
+        done += count

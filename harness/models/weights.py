@@ -1,0 +1,163 @@
+"""Where a model's weights come from: a seed, or a checkpoint in safetensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from engines.errors import UserError
+from engines.shapes import Head, ModelShape
+from harness.models.auto_classes import auto_class
+from harness.models.configs import local_folder
+from harness.records.job import ModelSource
+from harness.records.seeds import derive_seed
+
+CHUNK_ELEMENTS = 1 << 22
+"""Random weights on the CPU come in chunks of this size, each with its own generator, on all threads."""
+
+
+def random_weights(model: nn.Module, seed: int) -> Callable[[str, Tensor], None]:
+    """Seeded weights by parameter name: norms 1, biases 0, all else normal as configured.
+
+    A parameter's values depend on the seed, its name, and the device and dtype they are made on; on the
+    CPU neither on the number of threads. Beside `out` itself next to no memory is used.
+    """
+    std = _deviation(model.config)
+    dims = {name: parameter.dim() for name, parameter in model.named_parameters()}
+
+    def fill(name: str, out: Tensor) -> None:
+        leaf = name.rpartition(".")[2]
+        if "bias" in leaf:
+            out.zero_()
+        elif dims[name] == 1 and leaf == "weight":
+            out.fill_(1.0)
+        else:
+            fill_normal(out, std, derive_seed(seed, name))
+
+    return fill
+
+
+def _deviation(config: Any) -> float:
+    for name in ("initializer_range", "init_std"):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value > 0:
+            return float(value)
+    return 0.02
+
+
+def fill_normal(out: Tensor, std: float, seed: int) -> None:
+    """Normal values of mean 0, made on `out`'s own device and in its dtype."""
+    if not out.is_contiguous():
+        whole = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        fill_normal(whole, std, seed)
+        out.copy_(whole)
+        return
+    flat = out.detach().view(-1)
+    if out.device.type != "cpu":
+        flat.normal_(0.0, std, generator=torch.Generator(device=out.device).manual_seed(seed))
+        return
+    chunks = torch.split(flat, CHUNK_ELEMENTS)
+
+    def fill(index: int) -> None:
+        generator = torch.Generator().manual_seed(derive_seed(seed, index))
+        chunks[index].normal_(0.0, std, generator=generator)
+
+    threads = min(len(chunks), torch.get_num_threads())
+    if threads <= 1:
+        for index in range(len(chunks)):
+            fill(index)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, range(len(chunks))))
+
+
+def checkpoint_weights(
+    source: ModelSource,
+    config: PretrainedConfig,
+    shape: ModelShape,
+    values: Mapping[str, Any],
+    random: Callable[[str, Tensor], None],
+    body: str,
+) -> Callable[[str, Tensor], None]:
+    """Published weights by parameter name; a new head for classes or answers is random.
+
+    `body` is the name of the model's part without its head. The checkpoint stays in host memory, in its
+    stored precision, as long as the blueprint lives.
+    """
+    config = copy.deepcopy(config)
+    # A head that is to be untied begins as a copy of the embedding: load it tied.
+    config.tie_word_embeddings = values.get("tie_word_embeddings", type(config)().tie_word_embeddings)
+    try:
+        with _quiet_transformers():
+            model, info = auto_class(shape.head).from_pretrained(
+                str(local_folder(source) or source.name),
+                config=config,
+                dtype="auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=shape.head == "classification",
+                key_mapping=_renamed(shape.head, body),
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model '{source.name}'",
+            f"its weights cannot be loaded ({reason})",
+            "download it again, or convert it to safetensors",
+        ) from None
+    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    lost = sorted(
+        name
+        for name in new
+        if shape.head == "causal_lm" or (name.startswith(f"{body}.") and ".pooler." not in name)
+    )
+    if lost:
+        raise UserError(
+            f"model '{source.name}'",
+            f"its checkpoint lacks {len(lost)} weights, {lost[0]} first",
+            "use a checkpoint of this architecture, or add --random-weights",
+        )
+    loaded = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in new
+    }
+
+    def fill(name: str, out: Tensor) -> None:
+        if name in loaded:
+            out.copy_(loaded[name])
+        else:
+            random(name, out)
+
+    return fill
+
+
+def _renamed(head: Head, body: str) -> dict[str, str] | None:
+    """Names in a checkpoint that transformers has otherwise: LLaMA's kin call their body `model`, but
+    `transformer` where they answer questions, and it would find no weight of theirs."""
+    return {r"^model\.": "transformer."} if head == "question_answering" and body == "transformer" else None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports from transformers: what matters of them is checked here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

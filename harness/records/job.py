@@ -1,0 +1,154 @@
+"""What to fine-tune: typed, frozen, validated, TOML in and out. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, Field, ValidationError
+
+from engines.errors import UserError
+from engines.shapes import Dtype, Workload
+from harness.records.seeds import MOST_SEED
+from profiles.documents import adapter, write_whole
+
+DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions"]
+# In a job file `true` is no number, and neither is text.
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+
+HeadChoice = Literal["auto", "causal_lm", "classification", "question_answering"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    """A hub id, a local folder, or a named shape (`lspzo-bench models`)."""
+    random_weights: Switch = False
+    """Seeded random weights instead of a checkpoint; needs only the configuration."""
+    head: HeadChoice = "auto"
+    """`auto`: question_answering for data of that kind, else causal_lm for decoders, classification for
+    encoders."""
+    untied: Switch = False
+    """Give the output head its own tensor where the model ties it to the embedding."""
+    layers: Annotated[Whole, Field(ge=1)] | None = None
+    """Only the first so many blocks, of random weights; `None`: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    train: str = "builtin"
+    """`random`, `builtin`, or a path: .txt, .tsv, .jsonl or .json."""
+    evaluate: str | None = None
+    """Path of a held-out set of the same kind; `None`: a part of the training data is held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    vram_bytes: Whole | None = None
+    """GPU memory a run may use; `None`: all that is free."""
+    host_bytes: Whole | None = None
+    """Host memory a run may use; a run above it ends as `oom_host`."""
+    timeout_s: Number = 1800.0
+    """Wall time of one run, set-up included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One fine-tuning job, the same for every engine that is compared on it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: ModelSource
+    data: DataSource = field(default_factory=DataSource)
+    batch_size: Whole = 1
+    seq_len: Whole = 512
+    accumulation: Whole = 1
+    dtype: Dtype = "bf16"
+    checkpointing: Switch = True
+    steps: Whole = 10
+    """Steps after the warm-up."""
+    warmup_steps: Whole = 3
+    """Steps at the start whose times are kept and flagged, not counted."""
+    eval_batches: Whole = 0
+    """Batches of held-out data evaluated before and after; 0: no evaluation."""
+    seed: Whole = 0
+    limits: Limits = field(default_factory=Limits)
+    settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
+    """Engine name -> settings that override its plan."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "accumulation", "steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive")
+        for name in ("warmup_steps", "eval_batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError("seed must be between 0 and 2^63 - 1")
+        if not 0 < self.limits.timeout_s < math.inf:
+            raise ValueError("limits.timeout_s must be positive and finite")
+        for name in ("vram_bytes", "host_bytes"):
+            limit = getattr(self.limits, name)
+            if limit is not None and limit <= 0:
+                raise ValueError(f"limits.{name} must be positive")
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            accumulation=self.accumulation,
+            dtype=self.dtype,
+            checkpointing=self.checkpointing,
+        )
+
+
+def make_job(values: dict[str, Any], origin: str) -> Job:
+    """A validated job. `origin` names where `values` come from, for the error.
+
+    Raises `UserError` that names the field.
+    """
+    try:
+        job: Job = adapter(Job).validate_python(values)
+        return job
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        # What a field's own check says names the field already.
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{origin}, {where}" if where else origin, why, "see 'lspzo-bench compare --help'"
+        ) from None
+
+
+def job_values(path: Path) -> dict[str, Any]:
+    """The fields of a job file, not yet validated. Raises `UserError` if it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
+
+
+def load_job(path: Path) -> Job:
+    """Raises `UserError` if `path` is not a job in TOML."""
+    return make_job(job_values(path), str(path))
+
+
+def save_job(job: Job, path: Path) -> None:
+    """Raises `UserError` if `path` cannot be written."""
+    values = adapter(Job).dump_python(job, mode="json", exclude_none=True)
+    write_whole(path, tomli_w.dumps(values))

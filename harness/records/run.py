@@ -1,0 +1,223 @@
+"""What happened: one record per run, raw samples kept. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from engines.base import LinkRates
+from profiles.documents import read_document, to_json, write_whole
+from profiles.planning.plan import Plan
+
+SCHEMA_VERSION = 1
+"""1: first version (0.1.0).
+
+A field that has a default may join without a new version: records without it load, and older programs pass
+over what they do not know."""
+
+EndState = Literal[
+    "ok",
+    "oom_gpu",
+    "oom_host",
+    "pinned_limit",
+    "timeout",
+    "crash",
+    "nan_loss",
+    "skipped_infeasible",
+    "not_available",
+    "interrupted",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One step as it was measured."""
+
+    step: int
+    warmup: bool
+    step_s: float
+    loss: float | None
+    """`None` where it was not finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """Functions of the samples (warm-ups left out) and peaks of the whole run. `None`: not measured."""
+
+    step_s_median: float | None = None
+    step_s_low: float | None = None
+    step_s_high: float | None = None
+    """Smallest and largest step."""
+    step_s_p10: float | None = None
+    step_s_p90: float | None = None
+    """10 % and 90 % quantile of the steps."""
+    tokens_per_s: float | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    eval_loss_first: float | None = None
+    eval_loss_last: float | None = None
+    eval_accuracy_first: float | None = None
+    eval_accuracy_last: float | None = None
+    eval_s: float | None = None
+    """Time of the last evaluation, all its batches."""
+    setup_s: float | None = None
+    peak_gpu_allocated_bytes: int | None = None
+    peak_gpu_reserved_bytes: int | None = None
+    peak_gpu_nvml_bytes: int | None = None
+    """The whole device, other processes and CUDA's context included."""
+    peak_host_bytes: int | None = None
+    """Resident memory of the child and its own children."""
+    pinned_bytes: int | None = None
+    energy_j: float | None = None
+    """GPU board only, per step."""
+    gpu_s: float | None = None
+    h2d_s: float | None = None
+    d2h_s: float | None = None
+    cpu_s: float | None = None
+    idle_s: float | None = None
+    """Medians per step of the time that each resource was busy; idle is the GPU's."""
+    gpu_exposed_s: float | None = None
+    h2d_exposed_s: float | None = None
+    d2h_exposed_s: float | None = None
+    cpu_exposed_s: float | None = None
+    """Medians per step of the time that each copy direction and the CPU were busy while the GPU was not, and
+    the GPU while nothing else was. The rest of a resource's busy time was overlapped."""
+    perturb_s: float | None = None
+    """Median per step of the part of `gpu_s` that made noise: perturbing weights and replaying updates."""
+    h2d_bytes: int | None = None
+    d2h_bytes: int | None = None
+    """Medians per step."""
+    forwards: float | None = None
+    """Median per step of the forward passes that each micro-batch took."""
+    disk_read_bytes: int | None = None
+    disk_s: float | None = None
+    """Medians per step: what of the disk a step computed with, and how long something was being read."""
+    disk_direct: bool | None = None
+    """Whether the disk was read past the page cache; else its rates may be memory's. `None`: no disk."""
+    disk_floor_s: float | None = None
+    """What those bytes take at the rate that reading reached alone, measured in the run's set-up."""
+    disk_floor_share: float | None = None
+    """That over the median step. 1: the step took no longer than reading alone."""
+    landed_share: float | None = None
+    """Share of the wanted update that reached the stored weights, as the engine measured it after the last
+    step. 1: all of it."""
+    floor_share: float | None = None
+    """Predicted floor over the measured median step, the one figure here that is not measured alone. 1: the
+    hardware's limit; above 1: the prediction of the floor is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """The plan's prediction, kept beside the measurement and never mixed with it."""
+
+    step_s_low: float | None
+    step_s: float | None
+    step_s_high: float | None
+    peak_gpu_bytes: int | None
+    peak_host_bytes: int | None
+    bottleneck: str | None
+    basis: str
+    floor_s: float | None = None
+    """What the step's least work needs of the resource that needs most; no engine of the method could be
+    faster."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunModel:
+    name: str
+    random_weights: bool
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """Where a run ran. `None`: could not be read."""
+
+    gpu_name: str | None
+    gpu_driver: str | None
+    gpu_total_bytes: int | None
+    link: str | None
+    """Such as `PCIe 5 x16`."""
+    cpu: str
+    cores_usable: int
+    host_memory_bytes: int
+    platform: str
+    python: str
+    torch: str | None
+    transformers: str | None
+    commit: str | None
+    dirty: bool | None
+    """Whether tracked files differed from the commit."""
+    program: str
+    """Version of lspzo-bench."""
+    emulated: str | None = None
+    """Name of the emulated machine."""
+    packages: dict[str, str] = field(default_factory=dict)
+    compute_capability: str | None = None
+    """Of the GPU, such as `9.0`."""
+    notes: tuple[str, ...] = ()
+    """What is not as on usual hardware, a sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Emulation:
+    """What of another machine a run was to be held to, and what it was held to. `None`: not measured."""
+
+    vram_bytes: int
+    """For tensors, without CUDA's context."""
+    threads: int
+    rates: LinkRates
+    link: Literal["emulated", "not emulated", "unused"]
+    """`not emulated`: the engine's copies are made by a library, at full speed. `unused`: it makes none."""
+    threads_held: int | None = None
+    vram_bytes_held: int | None = None
+    """The smaller of what was asked for, the job's own limit and what the GPU has."""
+    rates_held: LinkRates | None = None
+    """Of calibration copies in the run's process, before its set-up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CriteriaStamp:
+    sha256: str
+    time: str
+    """When the run that carries it began, ISO 8601 in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    id: str
+    end_state: EndState
+    end_reason: str | None
+    """One line; `None` for `ok`."""
+    engine: str
+    round: int
+    """Which repetition of the sweep, from 1."""
+    time: str
+    """When the run began, ISO 8601 in UTC."""
+    model: RunModel
+    job: dict[str, Any]
+    """The job as `harness.records.job.Job` dumps it."""
+    plan: Plan
+    samples: tuple[Sample, ...]
+    summary: Summary
+    predicted: Predicted | None
+    environment: Environment
+    criteria: CriteriaStamp | None = None
+    traced: bool = False
+    """The engine kept a trace: times and host memory hold what that cost, and are not to be quoted."""
+    trace_file: str | None = None
+    """Where the trace lies, relative to the folder of results; `None`: there is none."""
+    emulation: Emulation | None = None
+    """`None`: the machine was used as it is."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def load_run(path: Path) -> Run:
+    """Raises `UserError` if `path` is not a run record that this version reads."""
+    return read_document(path, Run, SCHEMA_VERSION, "run record")
+
+
+def save_run(run: Run, path: Path) -> None:
+    """Whole or not at all. Raises `UserError` if `path` cannot be written."""
+    write_whole(path, to_json(run))

@@ -1,0 +1,103 @@
+"""From a job to the shape of its model, with the head that its data asks for. Imports no torch."""
+
+from __future__ import annotations
+
+from engines import entry
+from engines.errors import UserError
+from engines.settings.parse import parse_settings
+from engines.settings.zeroth_order import check_blocks
+from engines.shapes import Head, ModelShape
+from harness.data.examples import read_examples
+from harness.data.squad import QUESTION_KEYS
+from harness.models.closed_forms import CLOSED_FORMS, shape_of_config
+from harness.models.configs import DEFAULT_LABELS, ENCODERS, load_config
+from harness.records.job import Job
+
+ENDS_OF_AN_ANSWER = 2
+"""Outputs of a question-answering head for each token: is the answer's first, is its last."""
+
+
+def resolve_shape(job: Job) -> ModelShape:
+    """The shape of a job's model, with the head and the number of labels that its data asks for.
+
+    Raises `UserError` for an unknown model, one whose weights are not there, data that does not suit it
+    or is faulty, a sequence longer than the model allows, and settings that make no sense or name
+    more blocks than it has.
+    """
+    config = load_config(job.model)
+    family = str(config["model_type"])
+    head, num_labels = _resolve_head(job, family)
+    try:
+        if family in CLOSED_FORMS:
+            shape = shape_of_config(
+                config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
+            )
+        else:
+            from harness.models.meta import shape_from_meta
+
+            shape = shape_from_meta(
+                config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
+            )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"model '{job.model.name}'", f"its configuration is malformed ({error})", "mend config.json"
+        ) from None
+    if job.seq_len > shape.max_seq_len:
+        raise UserError(
+            f"--seq-len {job.seq_len}",
+            f"{job.model.name} takes at most {shape.max_seq_len} tokens",
+            f"use --seq-len {shape.max_seq_len} or less",
+        )
+    for engine, values in job.settings.items():
+        entry(engine)
+        check_blocks(engine, parse_settings(engine, values), job.model.name, shape.num_blocks)
+    return shape
+
+
+def _resolve_head(job: Job, family: str) -> tuple[Head, int]:
+    """Head, and its outputs (0 for a causal language model)."""
+    examples = read_examples(job.data)
+    encoder = _is_encoder(family)
+    if job.model.head != "auto":
+        head: Head = job.model.head
+    elif examples.kind == "questions":
+        head = "question_answering"
+    else:
+        head = "classification" if encoder else "causal_lm"
+    if head == "question_answering":
+        if examples.kind not in ("questions", "builtin", "random"):
+            raise UserError(
+                f"data '{job.data.train}'",
+                f"holds {examples.kind} data without answers in a text, and {job.model.name} is to find them",
+                f"give records {QUESTION_KEYS}, or another --head",
+            )
+        return head, ENDS_OF_AN_ANSWER
+    if examples.kind == "questions":
+        raise UserError(
+            f"data '{job.data.train}'",
+            f"holds questions with answers in a text, which --head {head} does not learn",
+            "use --head question_answering",
+        )
+    if head == "causal_lm":
+        if encoder:
+            raise UserError(
+                f"model '{job.model.name}'",
+                "is an encoder, which has no causal language model head",
+                "use --head classification or a decoder",
+            )
+        return head, 0
+    if examples.kind in ("text", "instructions"):
+        raise UserError(
+            f"data '{job.data.train}'",
+            f"holds {examples.kind} without class labels, and {job.model.name} is to classify",
+            "give labelled data (.tsv or .jsonl), or a decoder with a causal language model head",
+        )
+    return head, examples.num_labels or DEFAULT_LABELS
+
+
+def _is_encoder(family: str) -> bool:
+    if family in CLOSED_FORMS:
+        return family in ENCODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -1,0 +1,296 @@
+"""The child: one run in one process. Started by `harness.runs.launch`, and by nothing else.
+
+`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, tells of progress and
+of each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
+FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had told is
+then all there is. PARENT is the process to live no longer than.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from pydantic import TypeAdapter
+
+from engines import entry, load_engine
+from engines.base import Batch, Context, StepStats, TellsTrace
+from engines.decoding import GenerationRequest, Sampling
+from engines.errors import NonFiniteLoss
+from engines.settings.parse import parse_settings
+from engines.shapes import ModelShape
+from harness.records.job import Job
+from harness.records.run import EndState, Sample, Summary
+from harness.runs.divergence import Diagnosis, Point, why_not_finite
+from harness.runs.emulate import Emulated, Held, limit_cpus
+from harness.runs.end_states import classify
+from harness.runs.measure import Recording, StepData, gpu_peaks, measure, measure_decoding
+from profiles.documents import to_json, write_whole
+from profiles.planning.plan import Plan
+from profiles.system.cgroup import host_memory, usable_cores
+from profiles.system.nvml import open_device
+
+TRACE = "trace.json"
+
+PR_SET_PDEATHSIG = 1
+"""prctl: the signal that the kernel sends to this process when its parent ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a child is to run."""
+
+    id: str
+    job: Job
+    shape: ModelShape
+    plan: Plan
+    trace: bool = False
+    """Keep what each stream did, where the engine can. Not part of what decides the run's id."""
+    emulated: Emulated | None = None
+    """The machine to be like."""
+    generation: Sampling | None = None
+    """Continue random prompts of the job's shape in place of training: a step of the job is one token of
+    each, the first one the prefill."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.job.workload.tokens_per_step if self.generation is None else self.job.batch_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a child that was not killed says of its run."""
+
+    end_state: EndState
+    end_reason: str | None
+    samples: tuple[Sample, ...]
+    summary: Summary
+
+
+class _NoData:
+    """For an engine that reads no batches."""
+
+    evaluation: Sequence[Batch] = ()
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        return ()
+
+
+def main(arguments: Sequence[str]) -> int:
+    folder, descriptor, parent_pid = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    _end_with_parent(parent_pid)
+    signal.signal(signal.SIGTERM, _interrupt)
+    request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    if request.emulated is not None:
+        limit_cpus(request.emulated.threads)
+    # Open to the end: the parent takes the end of the pipe for the end of this process.
+    events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+    result = execute(request, events, folder)
+    write_whole(folder / "result.json", to_json(result))
+    return 0
+
+
+def execute(request: Request, events: IO[str], folder: Path) -> Result:
+    """Run `request`. Every exception becomes an end state; its traceback goes to stderr.
+
+    A trace that was asked for lies in `folder` then, if the engine keeps one.
+    """
+    recording = Recording(tokens_per_step=request.tokens_per_step)
+    state: EndState = "ok"
+    reason: str | None = None
+    try:
+        _run(request, recording, events, folder)
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        state, reason = classify(error)
+        if isinstance(error, NonFiniteLoss):
+            reason = f"{reason}: {_why_not_finite(request, recording, error)}"
+    allocated, reserved = gpu_peaks()
+    summary = replace(
+        recording.summary(),
+        peak_gpu_allocated_bytes=allocated,
+        peak_gpu_reserved_bytes=reserved,
+        peak_host_bytes=own_peak_bytes(),
+    )
+    return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
+
+
+def _run(request: Request, recording: Recording, events: IO[str], folder: Path) -> None:
+    job, plan = request.job, request.plan
+
+    def tell(**event: object) -> None:
+        events.write(json.dumps(event) + "\n")
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        tell(what=what, done=done, total=total)
+
+    def on_sample(sample: Sample, stats: StepStats | None) -> None:
+        tell(sample=asdict(sample), stats=None if stats is None else asdict(stats))
+
+    on_progress("importing", 0, 1)
+    engine_class = load_engine(plan.engine)
+    needs_torch = getattr(engine_class, "needs_torch", True)
+    settings = parse_settings(plan.engine, {**plan.settings, **job.settings.get(plan.engine, {})})
+    emulated, own_copies = request.emulated, entry(plan.engine).copies == "own"
+    vram_bytes = job.limits.vram_bytes
+    if emulated is not None:
+        vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
+    device_name = prepare_torch(vram_bytes) if needs_torch else "cpu"
+    if emulated is not None:
+        on_progress("measuring the emulated link", 0, 1)
+        held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
+        on_progress("measuring the emulated link", 1, 1)
+        tell(held=asdict(held))
+    context = Context(
+        device=device_name,
+        workload=job.workload,
+        seed=job.seed,
+        total_steps=job.warmup_steps + job.steps,
+        vram_bytes=vram_bytes,
+        host_bytes=usable_host_bytes(job.limits.host_bytes),
+        trace=request.trace,
+        link_rates=emulated.rates if emulated is not None and own_copies else None,
+        progress=on_progress,
+    )
+    on_progress("importing", 1, 1)
+    blueprint: Any = None
+    data: StepData = _NoData()
+    energy_j: Callable[[], float | None] | None = None
+    if needs_torch:
+        from harness.data.batches import make_data
+        from harness.models.blueprint import make_blueprint
+
+        on_progress("data and model", 0, 2)
+        data = make_data(job, request.shape)
+        on_progress("data and model", 1, 2)
+        blueprint = make_blueprint(job, request.shape)
+        on_progress("data and model", 2, 2)
+        device = open_device() if context.device != "cpu" else None
+        energy_j = None if device is None else device.energy_j
+    engine = engine_class(settings, context)
+    traced = request.trace and isinstance(engine, TellsTrace)
+    if traced:
+        tell(traced=True)
+    try:
+        if request.generation is not None:
+            (batch,) = data.step_batches(0)
+            wanted = GenerationRequest(
+                prompts=batch.inputs["input_ids"].tolist(),
+                max_new_tokens=job.warmup_steps + job.steps + 1,
+                sampling=request.generation,
+            )
+            measure_decoding(
+                engine, blueprint, wanted, job.warmup_steps, recording, energy_j=energy_j, on_sample=on_sample
+            )
+            return
+        measure(
+            engine,
+            blueprint,
+            data,
+            job,
+            recording,
+            clock=getattr(engine, "now", None),
+            energy_j=energy_j,
+            on_sample=on_sample,
+        )
+    finally:
+        try:
+            if traced:
+                write_trace(engine, folder / TRACE)
+        finally:
+            engine.close()
+
+
+def write_trace(engine: TellsTrace, path: Path) -> None:
+    """What `engine` kept, for chrome://tracing and Perfetto. Says on stderr what went wrong, and no more:
+    a trace is a help, and after a failure the GPU may have nothing to say."""
+    try:
+        document = {"traceEvents": engine.trace_events(), "displayTimeUnit": "ms"}
+        write_whole(path, json.dumps(document, allow_nan=False))
+    except Exception:
+        traceback.print_exc()
+
+
+def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss) -> Diagnosis:
+    history = [
+        Point(loss=sample.loss, updates=() if stats is None else stats.updates)
+        for sample, stats in recording.steps
+        if sample.loss is not None
+    ]
+    return why_not_finite(history, request.plan.engine, request.job.dtype, error.sides)
+
+
+def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool) -> Held:
+    """What this process is held to. The link is measured where the engine's copies are ours."""
+    rates, gpu_bytes = None, None
+    if own_copies:
+        import torch
+
+        from engines.transfer.calibrate import measure_rates
+
+        rates = measure_rates(torch.device(device_name), emulated.rates)
+    if device_name != "cpu" and vram_bytes is not None:
+        import torch
+
+        gpu_bytes = min(vram_bytes, torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.reset_peak_memory_stats()  # of the measurement, not of the run
+    return Held(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
+
+
+def usable_host_bytes(limit_bytes: int | None) -> int:
+    """Host memory that this run may still take: what is available, held to the job's limit."""
+    available_bytes = host_memory().available_bytes
+    return available_bytes if limit_bytes is None else min(available_bytes, limit_bytes)
+
+
+def prepare_torch(vram_bytes: int | None) -> str:
+    """Threads and the cap on GPU memory; the device to run on. Imports torch.
+
+    The cap holds torch's allocator; CUDA's own context, some 0.5 GB, comes on top.
+    """
+    import torch
+
+    # Explicit: torch would take every core of the host inside a container, or the one of a stray
+    # OMP_NUM_THREADS.
+    torch.set_num_threads(usable_cores().count)
+    if not torch.cuda.is_available():
+        return "cpu"
+    if vram_bytes is not None:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_bytes / total_bytes), 0)
+    return "cuda:0"
+
+
+def own_peak_bytes() -> int | None:
+    """Peak resident memory of this process (VmHWM). Not `ru_maxrss`, which outlives exec: it would be
+    the parent's where that was larger."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return None if match is None else int(match[1]) * 1024
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """Be killed when the parent ends, however it ends, also while stuck in foreign code."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it ended before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

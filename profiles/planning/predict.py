@@ -1,0 +1,342 @@
+"""Time and memory of a step, from what it asks of a machine and what the machine can do. Pure; no torch.
+
+    layer time on a resource = amount / measured rate
+    step time = the layers' times combined as the method overlaps them (`engines.costs.overlap`)
+
+Rates are the machine's own figures. What no probe measures is a named constant below with its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
+from engines.costs.traffic import LayerTraffic, Traffic
+from engines.shapes import Workload
+from profiles.machine import Figure, Gpu, Machine
+from profiles.planning.budget import host_bytes_without_gpu
+from profiles.planning.plan import Prediction
+from profiles.units import format_elements, format_flops, format_rate
+
+GPU_MATMUL_EFFICIENCY = 0.93
+"""Rate of a model's matrix products over that of one large product under lasting load (626 to 650 TFLOP/s on
+H200s). With it, predictions of the steps in reports/results that the GPU decides come to 0.79 to 1.16 of what
+was measured: too little at 1.3B, where pauses between kernels count, and too much at 175B."""
+
+CPU_MATMUL_EFFICIENCY = 0.7
+"""The same on a CPU, where attention and small products weigh more. Assumed, not measured."""
+
+LAUNCH_S = 35e-6
+"""Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
+included. When the GPU is faster than this it waits: on an H200 native takes 0.178 s for the 1.3B LLaMA
+shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s without, 0.151 s with)."""
+
+FORWARD_LAUNCH_S = 12e-6
+"""The same where autograd is off, in methods with forward passes only. Assumed, not measured."""
+
+GAUSSIAN_BYTES = 6
+"""Drawing one normal number on a GPU takes as long as moving this many bytes: 0.9 ms for 629 M numbers at
+4.1 TB/s (H200, four numbers per Philox call, the memory traffic of the same kernel taken off)."""
+
+CPU_GAUSSIAN_S = 35e-9
+"""Perturbing by one normal number on a CPU, by torch operations on pieces too small for a second thread:
+33 to 39 ns on a server core."""
+
+WRITE_ALLOCATE = 1.5
+"""Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
+DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
+
+GPU_MODEL_ERROR = 1.3
+"""Factor each way. Measured over predicted lies between 0.9 and 1.15 on the rows of one H200 that the
+constants above were fitted to; another machine may be further off."""
+
+CPU_MODEL_ERROR = 2.0
+"""Without a GPU operations are small and cores are shared, so the closed form is a guide only."""
+
+WITHOUT_GPU = {"gpu": "compute", "h2d": "copies", "d2h": "copies"}
+"""What the resources of a GPU and its link are where the CPU takes their part."""
+
+Side = Literal["low", "value", "high"]
+Direction = Literal["h2d", "d2h"]
+
+
+class _Absent(Exception):
+    """A figure that the prediction needs is not there."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rates:
+    """Seconds per unit of each resource; only those that the traffic needs are looked up."""
+
+    per_flop_s: float
+    per_gpu_byte_s: float
+    per_gaussian_s: float
+    per_h2d_byte_s: float
+    per_d2h_byte_s: float
+    per_adam_element_s: float
+    per_host_byte_s: float
+    per_disk_byte_s: float
+
+
+def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Prediction:
+    """Step time with its range, memory and bottleneck of `traffic` on `machine`.
+
+    Without a GPU everything runs on the CPU's cores one after the other, and what a GPU would hold counts
+    as host memory, beside a process without CUDA. Times are `None` if the profile lacks a figure that they
+    rest on; `basis` names it.
+    """
+    on_gpu = machine.gpu is not None
+    gpu_bytes, host_bytes = traffic.peak_gpu_bytes, traffic.peak_host_bytes
+    if not on_gpu:
+        gpu_bytes, host_bytes = 0, host_bytes_without_gpu(traffic)
+    low = expected = high = None
+    bottleneck = None
+    try:
+        times = {side: _layer_times(traffic, machine, workload, side) for side in _SIDES}
+    except _Absent as error:
+        basis = f"No step time: {error}."
+    else:
+        combine = STEP_TIME[traffic.overlap] if on_gpu else serial_s
+        micro_batches = workload.accumulation
+        error_factor = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
+        expected = combine(times["value"], micro_batches)
+        low = combine(times["high"], micro_batches) / error_factor
+        high = combine(times["low"], micro_batches) * error_factor
+        bottleneck = _bottleneck(busy_s(times["value"]), expected)
+        if not on_gpu and bottleneck is not None:
+            bottleneck = WITHOUT_GPU.get(bottleneck, bottleneck)
+        basis = _basis(traffic, machine, workload)
+    return Prediction(
+        step_s_low=low,
+        step_s=expected,
+        step_s_high=high,
+        peak_gpu_bytes=gpu_bytes,
+        peak_host_bytes=host_bytes,
+        pinned_bytes=traffic.pinned_bytes if on_gpu else 0,
+        h2d_bytes=traffic.h2d_bytes,
+        d2h_bytes=traffic.d2h_bytes,
+        forwards=traffic.forwards,
+        bottleneck=bottleneck,
+        basis=basis,
+        disk_read_bytes=traffic.disk_bytes,
+        floor_s=floor_s(traffic, machine, workload),
+    )
+
+
+def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
+    """See `Prediction.floor_s`; `None` if the profile lacks a figure for it."""
+    efficiency = CPU_MATMUL_EFFICIENCY if machine.gpu is None else GPU_MATMUL_EFFICIENCY
+    least = LayerTraffic(
+        name="least",
+        gpu_forward_flops=efficiency * traffic.gpu_flops,  # at the rate of one large product
+        h2d_bytes=traffic.h2d_bytes,
+        cpu_adam_elements=traffic.cpu_adam_elements,
+        disk_bytes=traffic.disk_bytes,
+    )
+    busy = resource_s(replace(traffic, layers=(least,)), machine, workload)
+    return None if busy is None else max(busy.values())
+
+
+def resource_s(traffic: Traffic, machine: Machine, workload: Workload) -> dict[str, float] | None:
+    """Seconds each resource is busy in a step, expected; `None` if the profile lacks a figure for it."""
+    try:
+        return busy_s(_layer_times(traffic, machine, workload, "value"))
+    except _Absent:
+        return None
+
+
+def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
+    """The busiest resource. Host memory is named where it decides the step's time; otherwise it only does
+    the work of copies and CPU, which have the name then."""
+    host_s = busy["host memory"]
+    if host_s > 0 and host_s >= step_s:
+        return "host memory"
+    others = {name: time_s for name, time_s in busy.items() if name != "host memory"}
+    name = max(others, key=lambda name: others[name])
+    return name if others[name] > 0 else None
+
+
+_SIDES: tuple[Side, ...] = ("low", "value", "high")
+_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
+
+
+def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> list[LayerTimes]:
+    """Raises `_Absent`."""
+    rates = _rates(traffic, machine, workload, side)
+    hides_launches = machine.gpu is not None
+    forward_only = all(layer.gpu_backward_flops == 0 for layer in traffic.layers)
+    launch_s = FORWARD_LAUNCH_S if forward_only else LAUNCH_S
+    return [_times(layer, rates, launch_s, hides_launches) for layer in traffic.layers]
+
+
+def _times(layer: LayerTraffic, rates: _Rates, launch_s: float, hides_launches: bool) -> LayerTimes:
+    flops = layer.gpu_forward_flops + layer.gpu_backward_flops
+    work = (
+        flops * rates.per_flop_s
+        + layer.gpu_bytes * rates.per_gpu_byte_s
+        + layer.gaussians * rates.per_gaussian_s
+    )
+    launch = layer.launches * launch_s
+    # A GPU works while the CPU starts the next operation; a CPU does one after the other.
+    gpu_s = max(work, launch) if hides_launches else work + launch
+    return LayerTimes(
+        gpu_s=gpu_s,
+        backward_s=gpu_s * layer.gpu_backward_flops / flops if flops else 0.0,
+        h2d_s=layer.h2d_bytes * rates.per_h2d_byte_s,
+        d2h_s=layer.d2h_bytes * rates.per_d2h_byte_s,
+        cpu_s=layer.cpu_adam_elements * rates.per_adam_element_s,
+        host_s=layer.host_bytes * rates.per_host_byte_s,
+        disk_s=layer.disk_bytes * rates.per_disk_byte_s,
+    )
+
+
+def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> _Rates:
+    def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
+        return factor / _rate(*figure(), side) if amount > 0 else 0.0
+
+    host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / WRITE_ALLOCATE)
+    gaussians = sum(layer.gaussians for layer in traffic.layers)
+    memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
+    if machine.gpu is None:
+        efficiency, gaussian_s = CPU_MATMUL_EFFICIENCY, CPU_GAUSSIAN_S
+        # Copies that stay on the host: each byte of the link is read and written.
+        up = down = per(traffic.h2d_bytes + traffic.d2h_bytes, lambda: _host_copy(machine), 2.0)
+    else:
+        efficiency, gaussian_s = GPU_MATMUL_EFFICIENCY, GAUSSIAN_BYTES * memory_byte_s
+        up = _link_byte_s(machine, traffic, "h2d", side)
+        down = _link_byte_s(machine, traffic, "d2h", side)
+    return _Rates(
+        per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
+        per_gpu_byte_s=memory_byte_s,
+        per_gaussian_s=gaussian_s,
+        per_h2d_byte_s=up,
+        per_d2h_byte_s=down,
+        per_adam_element_s=per(
+            traffic.cpu_adam_elements,
+            lambda: ("CPU Adam", machine.cpu.adam_elements_per_s),
+            traffic.cpu_adam_factor,
+        ),
+        per_host_byte_s=host_byte_s,
+        per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
+    )
+
+
+def _rate(name: str, figure: Figure, side: Side) -> float:
+    """Raises `_Absent` for a figure that is absent or not positive."""
+    if figure.value is None or figure.value <= 0:
+        raise _Absent(f"{name} is not in the machine profile", figure.method)
+    if side == "low" and figure.low is not None and figure.low > 0:
+        return min(figure.low, figure.value)
+    if side == "high" and figure.high is not None:
+        return max(figure.high, figure.value)
+    return figure.value
+
+
+def _host_copy(machine: Machine) -> tuple[str, Figure]:
+    return "host copy bandwidth", machine.memory.copy_bytes_per_s
+
+
+def _disk(machine: Machine) -> tuple[str, Figure]:
+    if machine.disk is None:
+        why = machine.disk_absent_reason or "the profile holds no disk"
+        why += "; 'lspzo-bench probe --disk FOLDER --out FILE' does, for --profile FILE"
+        raise _Absent("disk read bandwidth is not in the machine profile", why)
+    return "disk read bandwidth", machine.disk.read_bytes_per_s
+
+
+def _memory_copy(machine: Machine) -> tuple[str, Figure]:
+    if machine.gpu is None:
+        return _host_copy(machine)
+    return "GPU copy bandwidth", machine.gpu.copy_bytes_per_s
+
+
+def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
+    if machine.gpu is None:
+        cpu = {"fp32": machine.cpu.matmul_fp32_flops, "bf16": machine.cpu.matmul_bf16_flops}
+        if workload.dtype not in cpu:
+            raise _Absent(f"CPU matrix product in {workload.dtype}", "it is not probed")
+        return f"CPU matrix product in {workload.dtype}", cpu[workload.dtype]
+    gpu = {
+        "fp32": machine.gpu.matmul_fp32_flops,
+        "bf16": _sustained(machine.gpu.matmul_bf16_flops, machine.gpu),
+        "fp16": _sustained(machine.gpu.matmul_fp16_flops, machine.gpu),
+    }
+    return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
+
+
+def _sustained(product: Figure, gpu: Gpu) -> Figure:
+    """What is left of a burst's rate under lasting load, which a training run is; as it was in bf16."""
+    sustained, burst = gpu.matmul_sustained_flops.value, gpu.matmul_bf16_flops.value
+    if product.value is None or not sustained or not burst or sustained >= burst:
+        return product
+    share = sustained / burst
+    return replace(
+        product,
+        value=product.value * share,
+        low=None if product.low is None else product.low * share,
+        high=None if product.high is None else product.high * share,
+    )
+
+
+def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Side) -> float:
+    """Seconds per byte of one direction, its two parts taken together."""
+    parts = _link(machine, traffic, direction)
+    moved = sum(count for count, _, _ in parts)
+    return sum(count / _rate(name, figure, side) for count, name, figure in parts) / moved if moved else 0.0
+
+
+def _link(machine: Machine, traffic: Traffic, direction: Direction) -> list[tuple[int, str, Figure]]:
+    """What goes in one direction, in parts: bytes, the name of their rate, the rate.
+
+    Where copies in both directions run side by side, as many bytes as the lighter one has are slowed down by
+    the other direction's; the rest of the heavier one has the link to itself.
+    """
+    link = machine.link
+    own, other = traffic.h2d_bytes, traffic.d2h_bytes
+    alone, shared = "h2d_pinned_bytes_per_s", "h2d_duplex_bytes_per_s"
+    if direction == "d2h":
+        own, other = other, own
+        alone, shared = "d2h_pinned_bytes_per_s", "d2h_duplex_bytes_per_s"
+    beside = min(own, other) if traffic.overlap in ("streamed", "layerwise") else 0
+    counts = {shared: beside, alone: own - beside}
+    names = {
+        shared: f"{direction} bandwidth with both directions busy",
+        alone: f"{direction} pinned bandwidth",
+    }
+    if own and link is None:
+        raise _Absent("link bandwidth is not in the machine profile", "the profile has a GPU but no link")
+    return [(count, names[key], getattr(link, key)) for key, count in counts.items() if count]
+
+
+def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
+    """One sentence: the figures, their origin, and the model's own error."""
+    on_gpu = machine.gpu is not None
+    parts = []
+    if traffic.gpu_flops > 0:
+        share = GPU_MATMUL_EFFICIENCY if on_gpu else CPU_MATMUL_EFFICIENCY
+        rate = _told(_matmul(machine, workload), format_flops)
+        parts.append(f"{rate}, of which a model gets {share:.0%}")
+    if traffic.gpu_bytes > 0:
+        parts.append(_told(_memory_copy(machine), format_rate))
+    if on_gpu:
+        for direction in _DIRECTIONS:
+            told = _link(machine, traffic, direction)
+            parts += [_told((name, figure), format_rate) for _, name, figure in told]
+    if traffic.cpu_adam_elements:
+        parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+    if traffic.disk_bytes:
+        parts.append(_told(_disk(machine), format_rate))
+    overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
+    error = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
+    resources = "; ".join(parts) or "no resource used"
+    return f"Closed form, {overlap}: {resources}; model error a factor of {error:g} each way."
+
+
+def _told(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
+    name, figure = named
+    return f"{name} {formatted(figure.value)} ({figure.origin})"

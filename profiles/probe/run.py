@@ -1,0 +1,238 @@
+"""Measures a machine. One file per probe: the GPU and its link, the CPU, memory, the disk.
+
+Importing this is cheap; torch is imported when something is measured.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, Link, Machine
+from profiles.probe import adam, cpu, disk, extended, gpu, link, memory, numa, soak
+from profiles.probe.timing import Meter, Progress, clock_s, now, one_line
+from profiles.system import cgroup, nvml
+from profiles.system.topology import processors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SECONDS_EACH: dict[Depth, float] = {"brief": 1.0, "default": 0.5, "full": 2.0}
+"""Time for one measurement where the caller sets none."""
+LIMIT_S: dict[Depth, float] = {"brief": 50.0, "default": 54.0, "full": 280.0}
+"""When nothing that can be done without is begun any more: the whole ends within 60 s, or five minutes."""
+
+BRIEF_SOAK_S = 1.0
+"""Predictions need the rate under lasting load; on an H200 it is reached after 0.2 s."""
+
+MEMORY_SHARE = 8
+MEMORY_BYTES_AT_MOST = 2 * 2**30
+"""A measurement allocates at most this much host memory, and at most this share of what is available."""
+
+_PACKAGES = ("torch", "triton", "transformers", "torchao", "nvidia-ml-py")
+
+
+def probe_machine(
+    progress: Progress = lambda what, done, total: None,
+    seconds: float | None = None,
+    *,
+    depth: Depth = "default",
+    folder: Path | None = None,
+    root: Path = cgroup.ROOT,
+) -> Machine:
+    """Measures this machine, with `cuda:0` if torch sees one.
+
+    `progress` is told what is measured next, how many measurements are done, and of how many. `seconds`
+    is the time for all measurements together, which torch's start and allocations come on top of. A `brief`
+    probe takes the figures that predictions need, in some 15 s. `folder` is where the disk is measured; by
+    default where the user stands. `root` is the file tree whose limits and topology hold.
+    A measurement that fails leaves an absent figure with the reason; no GPU is an answer too.
+
+    A CUDA context stays behind in this process and holds some hundred megabytes of GPU memory until the
+    process ends; a program that goes on to fill the GPU from other processes probes in one of its own.
+    """
+    started, started_s = now(), clock_s()
+    throttled_before = cgroup.throttled_periods(root)
+    gpu_reason = why_no_gpu()
+    host = _Usable(root)
+    count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
+    if gpu_reason is None:
+        count += gpu.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
+        count += soak.NUM_MEASUREMENTS if depth == "brief" else 0
+    num_gpus = 0 if gpu_reason is not None else _num_gpus()
+    if depth != "brief":
+        count += extended.count_host(host.memory_bytes, host.adam_threads(depth)) + extended.count_gpu(
+            num_gpus
+        )
+    each = SECONDS_EACH[depth] if seconds is None else seconds / count
+    meter = Meter(
+        seconds_each=each, total=count, progress=progress, limit_s=LIMIT_S[depth], started_s=started_s
+    )
+    cpu_found, memory_found = _host(meter, host, depth)
+    gpu_found: Gpu | None = None
+    link_found: Link | None = None
+    if gpu_reason is None:
+        try:
+            on_gpu: dict[str, Any] = {}
+            if depth != "brief":
+                on_gpu, on_host = extended.memory_limits(meter, full=depth == "full", root=root)
+                memory_found = replace(memory_found, **on_host)
+            gpu_found, link_found = _device(meter, root, brief=depth == "brief")
+            gpu_found = replace(gpu_found, **on_gpu)
+        except Exception as error:  # the driver lets torch see a GPU and then refuses it
+            gpu_reason = one_line(error)
+            gpu_found = link_found = None
+    disk_found: Disk | None = None
+    disk_reason: str | None = "a brief probe measures no disk"
+    if depth != "brief":
+        with numa.torch_threads(host.cores.count):
+            if gpu_found is not None and link_found is not None:
+                gpu_found, link_found, cpu_found = extended.device(
+                    meter, gpu_found, link_found, cpu_found,
+                    elements=adam.large_elements(host.memory_bytes, host.cache_bytes),
+                    memory_bytes=memory_budget(cgroup.host_memory(root)), full=depth == "full", root=root,
+                )  # fmt: skip
+            disk_found, disk_reason = disk.probe_disk(meter, folder or Path.cwd(), root)
+            cpu_found = extended.host(
+                meter, cpu_found, memory_bytes=host.memory_bytes, threads=host.adam_threads(depth)
+            )
+    if gpu_found is not None:
+        gpu_found = replace(gpu_found, readings=tuple(meter.readings))
+    throttled = cgroup.throttled_periods(root)
+    if throttled is not None and throttled_before is not None:
+        cpu_found = replace(cpu_found, throttled_periods=throttled - throttled_before)
+    progress("done", count, count)
+    return Machine(
+        name=f"{gpu_found.name if gpu_found else 'no GPU'}, {cpu_found.name}",
+        time=started,
+        gpu=gpu_found,
+        gpu_absent_reason=gpu_reason,
+        link=link_found,
+        cpu=cpu_found,
+        memory=memory_found,
+        platform=cgroup.platform_name(root),
+        versions=dict(_versions()),
+        disk=disk_found,
+        disk_absent_reason=disk_reason,
+        depth=depth,
+        duration_s=meter.elapsed_s(),
+    )
+
+
+def why_no_gpu() -> str | None:
+    """Why torch cannot use a GPU here; `None` if it can."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without GPU support"
+    if caught:
+        return " ".join(str(caught[0].message).split())
+    return nvml.why_no_device() or "torch sees no CUDA device, though the driver does"
+
+
+class _Usable:
+    """What this process may use, read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.cores = cgroup.usable_cores(root)
+        self.limit = cgroup.host_memory(root)
+        self.cache_bytes = cgroup.last_level_cache_bytes(root)
+        self.memory_bytes = memory_budget(self.limit)
+        self.processors = processors(root)
+
+    def adam_threads(self, depth: Depth) -> tuple[int, ...]:
+        counts = adam.thread_counts(self.cores.count, self.processors.cores_physical)
+        return counts if depth == "full" else counts[-1:]
+
+
+def _host(meter: Meter, host: _Usable, depth: Depth) -> tuple[Cpu, HostMemory]:
+    with numa.torch_threads(host.cores.count):
+        cpu_found = cpu.probe_cpu(
+            meter,
+            cgroup.cpu_name(host.root),
+            host.cores.count,
+            host.cores.basis,
+            host.cores.total,
+            memory_bytes=host.memory_bytes,
+            cache_bytes=host.cache_bytes,
+        )
+        memory_found = memory.probe_memory(
+            meter, host.limit, memory_bytes=host.memory_bytes, cache_bytes=host.cache_bytes
+        )
+        if depth != "brief":
+            cpu_found, memory_found = extended.bandwidth(
+                meter, cpu_found, memory_found, memory_bytes=host.memory_bytes, cache_bytes=host.cache_bytes
+            )
+    found = host.processors
+    cpu_found = replace(
+        cpu_found,
+        cores_physical=found.cores_physical,
+        sockets=found.sockets,
+        numa_nodes=found.numa_nodes,
+        cache_bytes=host.cache_bytes,
+        instruction_sets=found.instruction_sets,
+        governor=found.governor,
+    )
+    return cpu_found, memory_found
+
+
+def _device(meter: Meter, root: Path, *, brief: bool) -> tuple[Gpu, Link]:
+    import torch
+
+    with torch.cuda.device(0):
+        device = extended.open_gpu()
+        if device is not None:
+            meter.look = device.reading
+        idle = device.link() if device else link.UNKNOWN_LINK
+        replays = device.replays() if device else None
+        gpu_found = gpu.probe_gpu(meter, 0, device)
+        if brief:  # the longer probes have it at their end, when all else is measured
+            gpu_found = replace(gpu_found, **soak.soak(meter, device, BRIEF_SOAK_S))
+        # CUDA's start took some of the memory.
+        memory_bytes = memory_budget(cgroup.host_memory(root))
+        with extended.near_gpu(device, root) as (bus, placement):
+            link_found = link.probe_link(meter, device, memory_bytes=memory_bytes)
+        after = device.replays() if device else None
+        link_found = replace(
+            link_found,
+            generation_idle=idle.generation_now,
+            width_idle=idle.width_now,
+            generation_slot_max=bus.port.generation_max,
+            width_slot_max=bus.port.width_max,
+            numa_node=bus.numa_node,
+            placement=placement,
+            replays=None if after is None or replays is None else after - replays,
+        )
+        return gpu_found, link_found
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def memory_budget(limit: cgroup.HostMemoryLimit) -> int:
+    return min(limit.available_bytes // MEMORY_SHARE, MEMORY_BYTES_AT_MOST)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "python", platform.python_version()
+    for package in _PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        yield "cuda", torch.version.cuda

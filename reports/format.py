@@ -1,0 +1,88 @@
+"""Numbers as a reader sees them. What is None is shown as 'not measured'."""
+
+from __future__ import annotations
+
+from harness.records.job import ModelSource
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from reports.criteria import Metric
+from reports.messages import say
+
+GIB = 2**30
+
+
+def model_name(name: str) -> str:
+    """A named shape or a hub id as it is; of a folder the last part, as its place means nothing elsewhere."""
+    parts = name.rstrip("/").split("/")
+    is_folder = len(parts) > 2 or parts[0] in ("", ".", "..", "~")
+    return parts[-1] if is_folder else name
+
+
+def model_title(source: ModelSource) -> str:
+    """Its name, and how many of its blocks, if not all."""
+    name = model_name(source.name)
+    return name if source.layers is None else say("model.layers", model=name, count=source.layers)
+
+
+def counted(what: str, count: int) -> str:
+    """So many runs or steps: `what` is a key of the text's section `count`."""
+    return say(f"count.{what}" if count == 1 else f"count.{what}s", count=count)
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """`value` in that many significant digits, without an exponent where it can be read without."""
+    if value != 0 and not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.{significant - 1}e}"
+    text = f"{value:.{significant}g}"
+    return f"{float(text):,.0f}" if "e" in text or abs(value) >= 10**significant else text
+
+
+def number(value: float | None, significant: int = 3) -> str:
+    return NOT_MEASURED if value is None else digits(value, significant)
+
+
+def times(value: float | None) -> str:
+    """A ratio, such as `2.10x`."""
+    return NOT_MEASURED if value is None else f"{value:.2f}x" if value < 100 else f"{value:,.0f}x"
+
+
+def percent(value: float | None) -> str:
+    """A share of 1. More digits close to 0, so that little is not shown as none."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{100 * value:.0f} %" if value == 0 or abs(value) >= 0.1 else f"{100 * value:.2g} %"
+
+
+def loss(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def joules(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{digits(value)} J"
+
+
+def metric_value(metric: Metric, value: float | None) -> str:
+    """`value` of `metric` with its unit."""
+    if value is None:
+        return NOT_MEASURED
+    match metric:
+        case "runs_ok" | "accuracy" | "gpu_memory_share" | "host_memory_share":
+            return percent(value)
+        case "step_s":
+            return format_seconds(value)
+        case "step_time_ratio" | "prediction_factor":
+            return times(value)
+        case "tokens_per_s":
+            return f"{digits(value)} /s"
+        case "gpu_memory_gib" | "host_memory_gib":
+            return format_bytes(value * GIB)
+        case "loss_change":
+            return f"{value:+.4f}" if value else "0"
+
+
+def span(low: str, high: str) -> str:
+    """A range of two shown numbers; a shared unit is written once."""
+    if low == high:
+        return low
+    low_number, _, low_unit = low.partition(" ")
+    _, _, high_unit = high.partition(" ")
+    return say("show.range", low=low_number if low_unit and low_unit == high_unit else low, high=high)
