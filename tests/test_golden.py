@@ -38,10 +38,11 @@ from tiny_models import tiny_batches, tiny_blueprint
 
 # All that these tests know of the inner layout; what moves is told here.
 from engines import load_engine  # isort: skip
-from engines.base import Context, Dtype, Workload  # isort: skip
-from engines.settings import parse_settings  # isort: skip
-from harness.cli import app  # isort: skip
-from harness.generation_runs import load_generation  # isort: skip
+from engines.base import Context  # isort: skip
+from engines.settings.parse import parse_settings  # isort: skip
+from engines.shapes import Dtype, Workload  # isort: skip
+from harness.cli.app import app  # isort: skip
+from harness.runs.decoding_runs import load_generation  # isort: skip
 from reports.load import load_folder  # isort: skip
 
 
