@@ -465,7 +465,11 @@ def test_what_was_overlapped_and_what_was_exposed_has_a_table(tmp_path: Path) ->
 
 def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
     root = Path(__file__).parents[2]
-    files = [root / "harness" / "records" / "stats.py", root / "harness" / "records" / "run.py", root / "profiles" / "machine.py"]
+    files = [
+        root / "harness" / "records" / "stats.py",
+        root / "harness" / "records" / "run.py",
+        root / "profiles" / "machine.py",
+    ]
     files += [path for path in (root / "reports").rglob("*") if path.suffix in (".py", ".j2")]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     for key, text in messages().items():

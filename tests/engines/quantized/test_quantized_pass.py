@@ -14,7 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, make_zo2, save
+from zeroth_order_runs import (
+    KNOBS,
+    assert_same_steps,
+    assert_same_weights,
+    context,
+    make_mezo,
+    make_zo2,
+    save,
+)
 
 from engines.base import Update
 from engines.costs import quantized

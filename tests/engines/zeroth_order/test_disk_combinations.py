@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from zeroth_order import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, save
+from zeroth_order_runs import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, save
 
 from engines.base import Context, LocatesWeights
 from engines.costs import disk as costs

@@ -1,6 +1,6 @@
 """How much of real gradients each kind of projector keeps: Markdown tables and JSON.
 
-    python tests/benchmarks/projector_quality.py --sst2 DIR --minilm DIR --wikitext2 DIR --out DIR
+    python tests/studies/projector_quality.py --sst2 DIR --minilm DIR --wikitext2 DIR --out DIR
 
 Without sources it prints the tables of what lies in the folder `--out`.
 

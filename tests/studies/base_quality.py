@@ -1,7 +1,7 @@
 """What a low-bit base does to the loss: Markdown tables and JSON.
 
-    python tests/benchmarks/base_quality.py --wikitext2 DIR --out DIR
-    python tests/benchmarks/base_quality.py --sst2 DIR --minilm DIR --out DIR --device cuda:0 --dtype fp16
+    python tests/studies/base_quality.py --wikitext2 DIR --out DIR
+    python tests/studies/base_quality.py --sst2 DIR --minilm DIR --out DIR --device cuda:0 --dtype fp16
 
 Without sources it prints the tables of what lies in the folder `--out`.
 

@@ -23,7 +23,7 @@ from harness.runs.launch import Outcome, Stepped, launch
 from harness.runs.worker import Request
 from profiles.documents import to_json
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def request(folder: Path, steps: int = 4) -> Request:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zeroth_order import (
+from zeroth_order_runs import (
     KNOBS,
     assert_all_same_steps,
     assert_replays,

@@ -1,7 +1,7 @@
 """How much of a small update reaches weights of 16 bits, by four ways of rounding, and low-bit matrices, by
 how often they are rounded to their grid: prints two Markdown tables.
 
-    python tests/benchmarks/landed_updates.py
+    python tests/studies/landed_updates.py
 
 Weights N(0, 0.02), 16 updates of one size |lr g| with fresh noise each. *landed*: projection of the change of
 the stored weights onto the wanted change, 1 being all of it. *error*: rms distance of the stored weights from

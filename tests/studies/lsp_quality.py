@@ -1,6 +1,6 @@
 """Quality of `lsp` beside native AdamW: loss and accuracy against steps and against the clock.
 
-    PYTHONPATH=. python tests/benchmarks/lsp_quality.py --device cuda --data ../shared/data --minilm DIR
+    PYTHONPATH=. python tests/studies/lsp_quality.py --device cuda --data ../shared/data --minilm DIR
     --out DIR
 
 Two sources: MiniLM-L6 on SST-2, and a small decoder on WikiText-2 text, begun by AdamW on one text and tuned

@@ -14,7 +14,7 @@ from harness.resolve import resolve_shape
 from profiles.machine import load_machine
 from profiles.planning.predict import GPU_MODEL_ERROR
 
-RESULTS = Path(__file__).parents[2] / "reports" / "results"
+RESULTS = Path(__file__).parents[3] / "reports" / "results"
 FIRST = "20261124"
 """Date of the first records of the engines as they are now. Folders called earlier are of engines before."""
 

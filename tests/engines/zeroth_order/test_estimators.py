@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
-from zeroth_order import (
+from zeroth_order_runs import (
     assert_all_same_steps,
     assert_replays,
     assert_same_steps,

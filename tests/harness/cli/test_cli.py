@@ -187,7 +187,7 @@ def test_what_is_in_the_way_is_found_before_the_probe(
 def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "harness", "models", "--json"],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.close()
@@ -202,7 +202,7 @@ def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...], u
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "harness", *arguments],
-            cwd=Path(__file__).parents[2], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            cwd=Path(__file__).parents[3], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
     said = one_line(Done(done.returncode, "", done.stderr))
@@ -775,7 +775,7 @@ def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Pa
     sweep = ("--engines", "scripted", "--steps", "3", "--profile", str(profile), "--out", str(out))
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPTED_PROGRAM, "compare", *TINY, *sweep, *hang],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -24,7 +24,7 @@ from harness.resolve import resolve_shape
 
 TOKENIZER = ByteTokenizer(NAMED_SHAPES["tiny-opt"].config, 320)
 BYTE_OF = {index: value for value, index in enumerate(TOKENIZER.byte_ids)}
-REAL = Path(os.environ.get("LSPZO_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+REAL = Path(os.environ.get("LSPZO_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not REAL.exists(), reason=f"no data sets at {REAL}")
 
 

@@ -35,7 +35,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 @pytest.fixture(scope="module")
 def compiled() -> tuple[dict[str, list[str]], list[Compiled]]:
     """The functions of the kernel files with those that they call, and all kernels in all forms."""
-    script = Path(__file__).parents[1] / "kernel_compiler.py"
+    script = Path(__file__).parents[2] / "support" / "kernel_compiler.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     running = [
         subprocess.Popen(

@@ -19,7 +19,7 @@ from harness.progress import Progress
 from harness.records.job import Job, make_job
 from harness.training.train import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, dict[str, Any]] = {
     "native": {"learning_rate": 3e-3},
     "lsp": {"learning_rate": 3e-3, "d": 16, "learn_steps": 5},

@@ -459,7 +459,7 @@ def test_a_home_that_cannot_be_written_is_not_needed() -> None:
     flags = ["--brief", "--json", "--quiet"]
     done = subprocess.run(
         [sys.executable, "-m", "harness", "probe", *flags],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["gpu"] is None

@@ -4,8 +4,8 @@ The interpreter that other tests run kernels in checks no types of the hardware,
 memory. Here the kernels' own Python functions run on CPU tensors, in a process of its own, and each launch
 compiles for the GPU named instead of running:
 
-    python tests/kernel_compiler.py            a table, for sm_80 and sm_90
-    python tests/kernel_compiler.py --json     one line per kernel, for tests/engines/test_kernels_compile.py
+    python tests/support/kernel_compiler.py            a table, for sm_80 and sm_90
+    python tests/support/kernel_compiler.py --json     one line per kernel, for the test of them
 
 `--part 1/2` takes every second case from the second on, so that several processes can share them.
 """
@@ -30,8 +30,12 @@ from pathlib import Path
 from typing import Any
 
 ARCHES = (80, 90)
+ROOT = Path(__file__).parents[2]
 MODULES = tuple(
-    sorted(f"engines.{path.stem}" for path in (Path(__file__).parents[1] / "engines").glob("*_kernels.py"))
+    sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "engines").rglob("*_kernels.py")
+    )
 )
 
 
@@ -416,7 +420,7 @@ def _table(found: list[Compiled]) -> str:
 
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--part", default="0/1")

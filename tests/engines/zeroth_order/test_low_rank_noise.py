@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
-from zeroth_order import (
+from zeroth_order_runs import (
     Engine,
     assert_all_same_steps,
     assert_replays,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from zeroth_order import (
+from zeroth_order_runs import (
     Engine,
     assert_all_same_steps,
     assert_replays,

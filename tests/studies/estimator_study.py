@@ -1,7 +1,7 @@
 """Loss against forward passes and against time, of every estimator on one task: a Markdown table and JSON.
 
-    python tests/benchmarks/estimator_study.py --wikitext2 DIR --out FILE.json
-    python tests/benchmarks/estimator_study.py --sst2 DIR --minilm DIR --out FILE.json --device cuda:0
+    python tests/studies/estimator_study.py --wikitext2 DIR --out FILE.json
+    python tests/studies/estimator_study.py --sst2 DIR --minilm DIR --out FILE.json --device cuda:0
 
 Without a source it prints the table of what lies in `--out`.
 

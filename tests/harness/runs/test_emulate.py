@@ -84,7 +84,7 @@ def test_limited_threads_are_limited_for_every_thread_of_the_process() -> None:
         "t = threading.Thread(target=lambda: seen.append(len(os.sched_getaffinity(0)))); t.start(); t.join();"
         "print(seen, len(os.sched_getaffinity(0)))"
     )
-    root = Path(app.__file__).parent.parent
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[1]", "1"]
 
