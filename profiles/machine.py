@@ -12,8 +12,9 @@ from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
 
 SCHEMA_VERSION = 2
-"""1: first version (0.1.0). 2: sweeps, contention, usable and pinned memory, disk, conditions of the GPU; all
-of it has defaults that say 'absent', so documents of version 1 load as they are."""
+"""1: the first version. 2: pinned memory, disk, the rate under lasting load, conditions of the GPU; all of it
+has defaults that say 'absent', so documents of version 1 load as they are. Both held figures that no
+prediction, check or report read, such as copies of all sizes; a document that has them loads without them."""
 
 Origin = Literal["measured", "datasheet", "absent"]
 
@@ -58,9 +59,6 @@ class GpuReading:
     what: str
     """The measurement, such as `GPU matrix product bf16`."""
     sm_clock_hz: float | None
-    memory_clock_hz: float | None
-    temperature_c: float | None
-    power_w: float | None
     throttled: tuple[str, ...]
     """Why clocks were held down, such as `sw_power_cap`; being idle is no such reason."""
     other_processes: int | None
@@ -82,62 +80,12 @@ class Gpu:
     matmul_fp16_flops: Figure
     matmul_fp32_flops: Figure
     """Matrix product rates in FLOP/s on normally distributed data."""
-    matmul_tf32_flops: Figure = NOT_PROBED
-    matmul_fp8_flops: Figure = NOT_PROBED
-    """Both operands e4m3, result bf16."""
-    matmul_int8_ops: Figure = NOT_PROBED
-    """Operations per second, 32-bit sums."""
-    matmul_burst_flops: Figure = NOT_PROBED
     matmul_sustained_flops: Figure = NOT_PROBED
-    """The bf16 product again, from a GPU at rest and at the end of a long run of it."""
-    matmul_during_copies_flops: Figure = NOT_PROBED
-    """The bf16 product while copies run both ways."""
-    noise_elements_per_s: Figure = NOT_PROBED
-    """Normally distributed numbers written to GPU memory in bf16."""
-    launch_s: Figure = NOT_PROBED
-    """Host time to launch one small kernel, many in a row."""
-    usable_bytes: Figure = NOT_PROBED
-    """What one process could allocate besides its CUDA context."""
-    context_bytes: Figure = NOT_PROBED
-    """What a CUDA context takes."""
-    idle_power_w: Figure = NOT_PROBED
-    load_power_w: Figure = NOT_PROBED
-    """The board's sensor at rest and during the long bf16 product."""
-    load_energy_w: Figure = NOT_PROBED
-    """The board's energy counter over that product, per second."""
-    power_limit_w: float | None = None
+    """The bf16 product again, at the end of a long run of it: training loads the GPU without a rest."""
     sm_clock_max_hz: float | None = None
     ecc_enabled: bool | None = None
     mig_enabled: bool | None = None
-    persistence_enabled: bool | None = None
     readings: tuple[GpuReading, ...] = ()
-
-
-Direction = Literal["h2d", "d2h"]
-HostKind = Literal["pinned", "pageable"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CopyPoint:
-    """Copies of one size."""
-
-    num_bytes: int
-    time_s: float
-    """Median."""
-    low_s: float
-    high_s: float
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CopySweep:
-    """Copies of many sizes, and the line through them: time = latency + bytes / bandwidth."""
-
-    direction: Direction
-    host_memory: HostKind
-    latency_s: Figure
-    bytes_per_s: Figure
-    points: tuple[CopyPoint, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,45 +127,10 @@ class Link:
     """What the port above the GPU can do."""
     replays: int | None = None
     """Packets sent again during the probe: more than a few mean a bad contact."""
-    numa_node: int | None = None
-    """The GPU's."""
     placement: str = "not known"
     """Where threads and host memory of the measurements were, such as `NUMA node 0, the GPU's`."""
-    sweeps: tuple[CopySweep, ...] = ()
-    h2d_during_adam_bytes_per_s: Figure = NOT_PROBED
-    d2h_during_adam_bytes_per_s: Figure = NOT_PROBED
-    """Pinned, both directions busy, while all CPU threads run AdamW."""
-    h2d_during_matmul_bytes_per_s: Figure = NOT_PROBED
-    d2h_during_matmul_bytes_per_s: Figure = NOT_PROBED
-    """Pinned, both directions busy, while the GPU multiplies."""
-    h2d_nvbandwidth_bytes_per_s: Figure = NOT_PROBED
-    d2h_nvbandwidth_bytes_per_s: Figure = NOT_PROBED
-    """NVIDIA's own program, as a cross-check."""
     each_gpu: tuple[GpuLink, ...] = ()
-    """Every GPU, where there are several."""
-
-
-Dtype = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CpuProduct:
-    """A matrix product on the CPU: (rows x inner) by (inner x columns)."""
-
-    rows: int
-    inner: int
-    columns: int
-    dtype: Dtype
-    flops: Figure
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamPoint:
-    """AdamW of one working set with one count of threads."""
-
-    elements: int
-    threads: int
-    elements_per_s: Figure
+    """Every GPU, where there are several: links that share lanes or host memory are slower together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,20 +150,12 @@ class Cpu:
     cores_physical: int | None = None
     sockets: int | None = None
     numa_nodes: int | None = None
-    cache_bytes: int | None = None
-    """Last-level caches of all cores together."""
     instruction_sets: tuple[str, ...] = ()
     """Those that matrix products and AdamW depend on, as the kernel names them, such as `avx512_bf16`."""
     governor: str | None = None
     """Of the clock frequency, such as `performance`; `None` where the kernel shows none."""
     throttled_periods: int | None = None
     """Periods in which the cgroup's CPU quota stopped this process during the probe."""
-    products: tuple[CpuProduct, ...] = ()
-    adam_points: tuple[AdamPoint, ...] = ()
-    adam_bandwidth_share: Figure = NOT_PROBED
-    """Bytes that AdamW moves (28 per element) over those that the triad moves: near 1 where memory limits."""
-    adam_during_copies_elements_per_s: Figure = NOT_PROBED
-    """AdamW while the link copies both ways."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,8 +176,6 @@ class HostMemory:
     """What one process could pin."""
     pinned_refused: bool | None = None
     """The driver refused more than `pinned_bytes`; else the probe stopped there to spare the machine."""
-    pin_bytes_per_s: Figure = NOT_PROBED
-    """How fast memory is pinned, touching its pages included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,8 +191,9 @@ class Disk:
     direct: bool | None = None
     """The figures are without the page cache (O_DIRECT)."""
     write_bytes_per_s: Figure = NOT_PROBED
+    """Sequential, in large blocks. Set-up writes what a step then reads; so does the probe."""
     read_bytes_per_s: Figure = NOT_PROBED
-    """Sequential, in large blocks."""
+    """Sequential, several large blocks at a time."""
 
 
 Depth = Literal["brief", "default", "full"]
@@ -333,7 +237,7 @@ def load_machine(path: Path) -> Machine:
     return machine
 
 
-_POSITIVE = ("total_bytes", "cores_usable", "cores_total", "threads", "num_gpus", "_per_s", "flops", "_ops")
+_POSITIVE = ("total_bytes", "cores_usable", "cores_total", "threads", "num_gpus", "_per_s", "flops")
 """Ends of the names of counts, sizes and rates of which no machine has none."""
 
 
@@ -355,7 +259,7 @@ def _why_impossible(name: str, number: float) -> str | None:
         return "must be a finite number"
     if name.removesuffix(".value").endswith(_POSITIVE):
         return None if number > 0 else "must be positive"
-    return None if number >= 0 or name.endswith("temperature_c") else "must not be negative"
+    return None if number >= 0 else "must not be negative"
 
 
 def save_machine(machine: Machine, path: Path) -> None:

@@ -109,11 +109,11 @@ def probe(
         typer.Option("--disk", help="Folder whose disk is measured. [default: the current folder]"),
     ] = None,
     brief: Annotated[
-        bool, typer.Option("--brief", help="Only what predictions need: some 15 s, no disk, no sweeps.")
+        bool, typer.Option("--brief", help="Only what predictions need: some 15 s, no disk.")
     ] = False,
     full: Annotated[
         bool,
-        typer.Option("--full", help="Longer samples, a minute of load, thread counts: up to five minutes."),
+        typer.Option("--full", help="Longer samples, a minute of load: up to five minutes."),
     ] = False,
     markdown: Annotated[
         bool,
@@ -127,7 +127,7 @@ def probe(
 ) -> None:
     """Measure this machine: GPU, link, CPU, memory, disk. Takes up to a minute.
 
-    Beside processes that use the GPU, its memory is not taken to the limit, and figures are marked.
+    Figures that other processes on the GPU disturbed are marked.
     """
     from harness.pipeline import exit_without_gpu
     from harness.progress import ProbeProgress, console

@@ -84,23 +84,11 @@ def _gpu_rows(gpu: Gpu) -> list[Cells]:
         ("compute capability", gpu.compute_capability or "not known", "", ""),
         ("GPU memory", format_bytes(gpu.total_bytes), "", f"{format_bytes(gpu.free_bytes)} free"),
         *_figures(
-            ("GPU memory, one process", gpu.usable_bytes, format_bytes),
-            ("GPU memory, context", gpu.context_bytes, format_bytes),
             ("GPU copy, read + written", gpu.copy_bytes_per_s, format_rate),
             ("GPU matrix product bf16", gpu.matmul_bf16_flops, format_flops),
             ("GPU matrix product fp16", gpu.matmul_fp16_flops, format_flops),
             ("GPU matrix product fp32", gpu.matmul_fp32_flops, format_flops),
-            ("GPU matrix product tf32", gpu.matmul_tf32_flops, format_flops),
-            ("GPU matrix product fp8", gpu.matmul_fp8_flops, format_flops),
-            ("GPU matrix product int8", gpu.matmul_int8_ops, format_operations),
-            ("bf16 product from rest", gpu.matmul_burst_flops, format_flops),
             ("bf16 product sustained", gpu.matmul_sustained_flops, format_flops),
-            ("bf16 product, copies running", gpu.matmul_during_copies_flops, format_flops),
-            ("GPU noise, numbers", gpu.noise_elements_per_s, format_elements),
-            ("kernel launch", gpu.launch_s, format_seconds),
-            ("power at rest", gpu.idle_power_w, format_power),
-            ("power under load", gpu.load_power_w, format_power),
-            ("power by energy counter", gpu.load_energy_w, format_power),
         ),
         *_conditions(gpu),
     ]
@@ -139,20 +127,7 @@ def _link_rows(link: Link) -> list[Cells]:
         ("GPU to host, both busy", link.d2h_duplex_bytes_per_s, format_rate),
         ("host to GPU, pageable", link.h2d_pageable_bytes_per_s, format_rate),
         ("GPU to host, pageable", link.d2h_pageable_bytes_per_s, format_rate),
-        ("host to GPU, beside AdamW", link.h2d_during_adam_bytes_per_s, format_rate),
-        ("GPU to host, beside AdamW", link.d2h_during_adam_bytes_per_s, format_rate),
-        ("host to GPU, beside products", link.h2d_during_matmul_bytes_per_s, format_rate),
-        ("GPU to host, beside products", link.d2h_during_matmul_bytes_per_s, format_rate),
-        ("host to GPU, nvbandwidth", link.h2d_nvbandwidth_bytes_per_s, format_rate),
-        ("GPU to host, nvbandwidth", link.d2h_nvbandwidth_bytes_per_s, format_rate),
     )
-    ways = {"h2d": "host to GPU", "d2h": "GPU to host"}
-    for found in link.sweeps:
-        name = f"{ways[found.direction]}, {found.host_memory}"
-        rows += _figures(
-            (f"{name}, latency", found.latency_s, format_seconds),
-            (f"{name}, fitted", found.bytes_per_s, format_rate),
-        )
     for gpu in link.each_gpu:
         rows += _figures(
             (f"GPU {gpu.index}, to it", gpu.h2d_bytes_per_s, format_rate),
@@ -183,19 +158,8 @@ def _cpu_rows(cpu: Cpu) -> list[Cells]:
     rows += _figures(
         ("CPU matrix product fp32", cpu.matmul_fp32_flops, format_flops),
         ("CPU matrix product bf16", cpu.matmul_bf16_flops, format_flops),
-        *(
-            (f"CPU {found.dtype}, {found.rows} x {found.inner}", found.flops, format_flops)
-            for found in cpu.products
-        ),
         ("CPU AdamW, elements", cpu.adam_elements_per_s, format_elements),
-        ("CPU AdamW, copies running", cpu.adam_during_copies_elements_per_s, format_elements),
-        *(
-            (f"AdamW, {point.elements / 2**20:g} Mi, {point.threads} threads", point.elements_per_s,
-             format_elements)
-            for point in cpu.adam_points
-        ),
-        ("AdamW's share of bandwidth", cpu.adam_bandwidth_share, format_share),
-    )  # fmt: skip
+    )
     return rows
 
 
@@ -212,7 +176,6 @@ def _memory_rows(memory: HostMemory) -> list[Cells]:
             ("host triad, read + written", memory.triad_bytes_per_s, format_rate),
             (f"pinned by one process, {bound}" if pinned.value else "pinned by one process", pinned,
              format_bytes),
-            ("pinning", memory.pin_bytes_per_s, format_rate),
         ),
     ]  # fmt: skip
     return rows
@@ -248,19 +211,6 @@ def _figures(*named: tuple[str, Figure, Format]) -> list[Cells]:
             value, span, origin = figure_cells(figure, form)
             rows.append((what, value.plain, span.plain, origin.plain))
     return rows
-
-
-def format_operations(rate: float | None) -> str:
-    """As `format_flops`, for whole numbers: such as `1.20 POP/s`."""
-    return format_flops(rate).replace("FLOP/s", "OP/s")
-
-
-def format_power(watts: float | None) -> str:
-    return NOT_MEASURED if watts is None else f"{watts:.0f} W"
-
-
-def format_share(share: float | None) -> str:
-    return NOT_MEASURED if share is None else f"{share:.0%}"
 
 
 def machine_caption(machine: Machine) -> str:

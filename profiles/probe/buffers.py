@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 SMALLEST_BUFFER_BYTES = 2**20
+
+Direction = Literal["h2d", "d2h"]
 
 
 class Buffers:
@@ -37,28 +39,22 @@ class Buffers:
     def down(self) -> None:
         self.host_down.copy_(self.device_down, non_blocking=True)
 
-    def part(self, direction: str, num_bytes: int) -> tuple[Any, Any]:
-        """(target, source) of a copy of the first `num_bytes`: `target.copy_(source, non_blocking=True)`."""
-        pair = (self.device_up, self.host_up) if direction == "h2d" else (self.host_down, self.device_down)
-        return pair[0][:num_bytes], pair[1][:num_bytes]
-
-    def forget(self, direction: str, num_bytes: int) -> None:
-        """Overwrite the target of `part`, so that `check` sees only what is copied after this."""
+    def forget(self, direction: Direction) -> None:
+        """Overwrite what copies in `direction` write, so that `check` sees only later ones."""
         import torch
 
-        self.part(direction, num_bytes)[0].zero_()
+        (self.device_up if direction == "h2d" else self.host_down).zero_()
         torch.cuda.synchronize()
 
-    def check(self, direction: str, num_bytes: int) -> None:
-        """Raises `RuntimeError` if the target of `part` does not hold its source's bytes."""
+    def check(self, direction: Direction) -> None:
+        """Raises `RuntimeError` if what the copy in `direction` wrote is not what it read."""
         import torch
 
         torch.cuda.synchronize()
-        arrived = self.host_down[:num_bytes]
         if direction == "h2d":
-            arrived.copy_(self.device_up[:num_bytes])
-        if not torch.equal(arrived, self.host_up[:num_bytes]):
-            raise RuntimeError(f"a copy ({direction}, {num_bytes} bytes) changed the data")
+            self.host_down.copy_(self.device_up)
+        if not torch.equal(self.host_down, self.host_up):
+            raise RuntimeError(f"a copy ({direction}, {self.num_bytes} bytes) changed the data")
 
 
 def largest_buffers(num_bytes: int, memory_bytes: int, *, pinned: bool) -> Buffers:

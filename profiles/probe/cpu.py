@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from profiles.machine import Cpu, CpuProduct, Dtype, Figure, absent
+from profiles.machine import Cpu, Figure, absent
 from profiles.probe.adam import adam_elements_per_s
 from profiles.probe.timing import Meter, host_samples, largest_size, once, rate_figure
 
 MATMUL_SIZES = (128, 256, 512, 1024, 2048, 4096)
 
-PRODUCT_SIZES = (1024, 2048)
-"""Subspaces that LSP-Offload's cores have: d x d by d x d."""
-
 PRODUCT_TIMES = 3
 """The large product gets so many times the time of others: on a shared host its rate moves within seconds."""
 
 NUM_MEASUREMENTS = 3
-NUM_PRODUCTS = 2 * len(PRODUCT_SIZES)
 
 
 def probe_cpu(
@@ -52,29 +46,7 @@ def probe_cpu(
     )
 
 
-def products(meter: Meter) -> tuple[CpuProduct, ...]:
-    """Square products of the sizes that engines use, in fp32 and bf16."""
-    dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
-    found = []
-    for dtype in dtypes:
-        for size in PRODUCT_SIZES:
-            what = f"CPU matrix product {dtype}, {size} x {size}"
-            flops = meter.optional(
-                what,
-                partial(_sized, dtype, size),
-                absent,
-            )
-            found.append(CpuProduct(rows=size, inner=size, columns=size, dtype=dtype, flops=flops))
-    return tuple(found)
-
-
-def _sized(dtype: str, size: int, seconds: float) -> Figure:
-    return matmul_flops(dtype, seconds / 2, 0, sizes=(size,))
-
-
-def matmul_flops(
-    dtype: str, seconds: float, memory_bytes: int, sizes: tuple[int, ...] = MATMUL_SIZES
-) -> Figure:
+def matmul_flops(dtype: str, seconds: float, memory_bytes: int) -> Figure:
     """FLOP/s of a square product of normally distributed `fp32` or `bf16` matrices into a given output.
 
     The size follows from the time of small ones: bf16 without support in the processor can be a
@@ -94,8 +66,8 @@ def matmul_flops(
         return once(lambda: torch.mm(left, right, out=out))
 
     # Room for the operands twice: a normal matrix is drawn in fp32 before it is rounded.
-    fitting = [size for size in sizes if 2 * 3 * 4 * size**2 <= memory_bytes] or [sizes[0]]
-    size = largest_size(rough_time_s, fitting, seconds / 3) if len(fitting) > 1 else fitting[0]
+    fitting = [size for size in MATMUL_SIZES if 2 * 3 * 4 * size**2 <= memory_bytes] or [MATMUL_SIZES[0]]
+    size = largest_size(rough_time_s, fitting, seconds / 3)
     left, right, out = operands(size)
     samples = host_samples(lambda: torch.mm(left, right, out=out), seconds)
     isa = torch.backends.cpu.get_cpu_capability()

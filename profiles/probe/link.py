@@ -1,4 +1,4 @@
-"""What host and GPU exchange: copies each way, both ways at once, and beside other work."""
+"""What host and GPU exchange: copies each way, pinned and pageable, and both ways at once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from profiles.machine import CopySweep, Direction, Figure, HostKind, Link, absent
+from profiles.machine import Figure, Link, absent
 from profiles.probe.buffers import Buffers, free, largest_buffers
-from profiles.probe.copy_sweep import absent_sweep, sweep
 from profiles.probe.timing import (
     Meter,
-    busy_samples,
     cuda_samples,
     host_samples,
     once,
@@ -25,7 +22,6 @@ from profiles.probe.timing import (
 from profiles.system.nvml import LinkState, NvmlDevice
 
 BUFFER_BYTES = 256 * 2**20
-SWEEP_BUFFER_BYTES = 2**30
 DUPLEX_ROUNDS = (6, 64)
 """Fewest and most copies in each direction."""
 DUPLEX_ATTEMPTS = 4
@@ -33,11 +29,7 @@ DUPLEX_ATTEMPTS_PER_S = 4
 """Where a measurement gets more time, it is tried more often."""
 DUPLEX_REST_S = 0.7
 STEADY = 0.03
-SWEEP_S = 4.0
-"""What sweeps of both directions take, pinning a GiB twice included."""
-MATMUL_SIZE = 4096
 NUM_MEASUREMENTS = 5
-NUM_OPTIONAL = 4
 
 UNKNOWN_LINK = LinkState(generation_now=None, width_now=None, generation_max=None, width_max=None)
 
@@ -61,111 +53,6 @@ def probe_link(meter: Meter, nvml: NvmlDevice | None, *, memory_bytes: int) -> L
         h2d_pageable_bytes_per_s=pageable[0],
         d2h_pageable_bytes_per_s=pageable[1],
     )
-
-
-def sweeps(meter: Meter, *, memory_bytes: int) -> tuple[CopySweep, ...]:
-    """Both directions, pinned and pageable."""
-    kinds: tuple[HostKind, ...] = ("pinned", "pageable")
-    return tuple(found for kind in kinds for found in _sweeps(meter, kind, memory_bytes))
-
-
-def _sweeps(meter: Meter, kind: HostKind, memory_bytes: int) -> tuple[CopySweep, ...]:
-    directions: tuple[Direction, ...] = ("h2d", "d2h")
-
-    def take(seconds: float) -> tuple[CopySweep, ...]:
-        buffers = largest_buffers(SWEEP_BUFFER_BYTES, memory_bytes, pinned=kind == "pinned")
-        return tuple(sweep(buffers, direction, kind, seconds) for direction in directions)
-
-    found = meter.optional(
-        f"{kind} copies of all sizes",
-        take,
-        lambda why: tuple(absent_sweep(direction, kind, why) for direction in directions),
-        needs_s=SWEEP_S,
-    )
-    free()
-    return found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contention:
-    """Copies both ways beside other work, and that work beside them."""
-
-    h2d_bytes_per_s: Figure
-    d2h_bytes_per_s: Figure
-    work_per_s: Figure
-    """Elements of AdamW, or FLOPs."""
-
-
-def beside_adam(meter: Meter, *, elements: int, memory_bytes: int) -> Contention:
-    """Pinned copies both ways while AdamW runs on all CPU threads over `elements` fp32 elements."""
-    from profiles.probe.adam import make_optimizer
-
-    def take(seconds: float) -> tuple[Figure, Figure, Figure]:
-        optimizer, count = make_optimizer(elements)
-        optimizer.step()
-        samples: list[float] = []
-        up, down = _beside(
-            memory_bytes, seconds, None, lambda busy: samples.extend(busy_samples(optimizer.step, busy, 60.0))
-        )
-        return (
-            *_both(up, down, "CPU AdamW running"),
-            rate_figure(count, samples, "copies both ways running"),
-        )
-
-    found = meter.optional("copies beside CPU AdamW", take, lambda why: (absent(why),) * 3)
-    free()
-    return Contention(h2d_bytes_per_s=found[0], d2h_bytes_per_s=found[1], work_per_s=found[2])
-
-
-def beside_matmul(meter: Meter, *, memory_bytes: int) -> Contention:
-    """Pinned copies both ways while the GPU multiplies bf16 matrices."""
-
-    def take(seconds: float) -> tuple[Figure, Figure, Figure]:
-        import torch
-
-        left, right, out = (
-            torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-        )
-        up, down, product = _beside(memory_bytes, seconds, lambda: torch.mm(left, right, out=out))
-        method = f"torch.mm {MATMUL_SIZE} x {MATMUL_SIZE} in bf16, copies both ways running"
-        flops = rate_figure(2.0 * MATMUL_SIZE**3, product[1], method)
-        return (*_both(up, down, "GPU matrix products running"), flops)
-
-    found = meter.optional("copies beside GPU products", take, lambda why: (absent(why),) * 3)
-    free()
-    return Contention(h2d_bytes_per_s=found[0], d2h_bytes_per_s=found[1], work_per_s=found[2])
-
-
-def _beside(
-    memory_bytes: int,
-    seconds: float,
-    gpu_work: Callable[[], object] | None,
-    meanwhile: Callable[[Callable[[], bool]], None] = lambda busy: None,
-) -> list[tuple[int, list[float]]]:
-    """(bytes, samples) of copies up, down and of `gpu_work` (bytes 0), all at once."""
-    import torch
-
-    buffers = largest_buffers(BUFFER_BYTES, memory_bytes, pinned=True)
-    actions: list[Callable[[], object]] = [buffers.up, buffers.down]
-    if gpu_work is not None:
-        actions.append(gpu_work)
-    alone_s = [once(action, torch.cuda.synchronize) for action in actions]
-    fewest, _ = DUPLEX_ROUNDS
-    # Not more than the driver's queue takes: beyond it the host waits, and `meanwhile` starts late.
-    most = 400
-    rounds = [max(fewest, min(most, int(seconds / 2 / max(each, 1e-6)))) for each in alone_s]
-    samples = overlapping_samples(actions, rounds, meanwhile)
-    return [(buffers.num_bytes if place < 2 else 0, row) for place, row in enumerate(samples)]
-
-
-def _both(up: tuple[int, list[float]], down: tuple[int, list[float]], beside: str) -> tuple[Figure, Figure]:
-    found = [
-        rate_figure(num_bytes, samples, f"{num_bytes / 2**20:.0f} MiB, pinned, both ways, {beside}")
-        if samples
-        else absent("the copies did not overlap")
-        for num_bytes, samples in (up, down)
-    ]
-    return found[0], found[1]
 
 
 def _pinned(
@@ -207,10 +94,12 @@ def _pinned(
 
 def _verify(buffers: Buffers) -> None:
     """Raises `RuntimeError` if a copy of the whole buffer, either way, changes data."""
-    for direction, copy in (("h2d", buffers.up), ("d2h", buffers.down)):
-        buffers.forget(direction, buffers.num_bytes)
-        copy()
-        buffers.check(direction, buffers.num_bytes)
+    buffers.forget("h2d")
+    buffers.up()
+    buffers.check("h2d")
+    buffers.forget("d2h")
+    buffers.down()
+    buffers.check("d2h")
 
 
 def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
@@ -226,11 +115,11 @@ def _duplex(buffers: Buffers, seconds: float) -> tuple[Figure, Figure]:
     alone_s = once(buffers.up, torch.cuda.synchronize)
     rounds = max(fewest, min(most, int(seconds / max(alone_s, 1e-6))))
     actions = (buffers.up, buffers.down)
-    overlapping_samples(actions, (fewest, fewest))  # warm-up
+    overlapping_samples(actions, fewest)  # warm-up
     attempts: list[list[list[float]]] = []
     for attempt in range(max(DUPLEX_ATTEMPTS, int(DUPLEX_ATTEMPTS_PER_S * seconds))):
         time.sleep(DUPLEX_REST_S if attempt else 0.0)
-        attempts.append(overlapping_samples(actions, (rounds, rounds)))
+        attempts.append(overlapping_samples(actions, rounds))
         if all(_is_steady(samples) for samples in attempts[-1]):
             break
     up_s, down_s = min(attempts, key=_turn_s)

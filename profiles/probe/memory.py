@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from profiles.machine import Figure, HostMemory, absent
 from profiles.probe.timing import Meter, host_samples, rate_figure
 from profiles.system.cgroup import HostMemoryLimit, locked_limit_bytes
@@ -10,14 +12,14 @@ COPY_BYTES_AT_LEAST = 256 * 2**20
 """Size of the array to copy where the caches are small or unknown."""
 
 NUM_MEASUREMENTS = 1
-NUM_OPTIONAL = 1
+NUM_TRIAD = 1
 
 
 def probe_memory(
-    meter: Meter, limit: HostMemoryLimit, *, memory_bytes: int, cache_bytes: int | None
+    meter: Meter, limit: HostMemoryLimit, *, memory_bytes: int, cache_bytes: int | None, triad: bool
 ) -> HostMemory:
-    """`memory_bytes` is the most that the measurement may allocate."""
-    return HostMemory(
+    """`memory_bytes` is the most that a measurement may allocate; `triad` asks for STREAM's triad too."""
+    found = HostMemory(
         total_bytes=limit.total_bytes,
         available_bytes=limit.available_bytes,
         total_basis=limit.basis,
@@ -30,6 +32,12 @@ def probe_memory(
             absent,
         ),
     )
+    if not triad:
+        return found
+    rate = meter.optional(
+        "host memory triad", lambda seconds: triad_bytes_per_s(seconds, memory_bytes, cache_bytes), absent
+    )
+    return replace(found, triad_bytes_per_s=rate)
 
 
 def copy_bytes_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None) -> Figure:

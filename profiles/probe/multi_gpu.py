@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from profiles.machine import Direction, Figure, GpuLink, absent
+from profiles.machine import Figure, GpuLink, absent
 from profiles.probe.buffers import Buffers, free, largest_buffers
 from profiles.probe.timing import Meter, cuda_samples, rate_figure
 
@@ -41,22 +41,23 @@ def _each(count: int, seconds: float, memory_bytes: int) -> tuple[GpuLink, ...]:
                     for copy in (own.up, own.down)
                 )
             )
-    together = {way: _together(buffers, way) for way in ("h2d", "d2h")}
+    h2d_together = _together(buffers, [own.up for own in buffers])
+    d2h_together = _together(buffers, [own.down for own in buffers])
     return tuple(
         GpuLink(
             index=index,
             name=cuda.get_device_properties(index).name,
             h2d_bytes_per_s=alone[index][0],
             d2h_bytes_per_s=alone[index][1],
-            h2d_together_bytes_per_s=together["h2d"][index],
-            d2h_together_bytes_per_s=together["d2h"][index],
+            h2d_together_bytes_per_s=h2d_together[index],
+            d2h_together_bytes_per_s=d2h_together[index],
         )
         for index in range(count)
     )
 
 
-def _together(buffers: list[Buffers], direction: Direction | str) -> list[Figure]:
-    """All GPUs copy at once. Only copies count that ended before the first GPU was done.
+def _together(buffers: Sequence[Buffers], copies: Sequence[Callable[[], None]]) -> list[Figure]:
+    """All GPUs copy at once, each its own. Only copies count that ended before the first GPU was done.
 
     Events of different GPUs cannot be compared, so each GPU's times count from its own first copy, which was
     queued within microseconds of the others'.
@@ -64,7 +65,6 @@ def _together(buffers: list[Buffers], direction: Direction | str) -> list[Figure
     import torch
 
     cuda: Any = torch.cuda
-    copies: list[Callable[[], None]] = [own.up if direction == "h2d" else own.down for own in buffers]
     marks = []
     for index in range(len(buffers)):
         with cuda.device(index):

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from profiles.system.cgroup import ROOT
-from profiles.system.topology import cpus_of_node, numa_nodes
+from profiles.system.topology import cpus_of_node, numa_node_of, numa_nodes
+
+
+@contextmanager
+def near_device(bus_id: str | None, root: Path = ROOT) -> Iterator[str]:
+    """`near` the node of the PCI device `bus_id`; `None`: where that is, is not known."""
+    with near(None if bus_id is None else numa_node_of(bus_id, root), root) as placement:
+        yield placement
 
 
 @contextmanager

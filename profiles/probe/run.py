@@ -1,4 +1,4 @@
-"""Measures a machine. One file per probe: the GPU and its link, the CPU, memory, the disk.
+"""Measures a machine: one file per probe, here their order and what each depth of probe takes.
 
 Importing this is cheap; torch is imported when something is measured.
 """
@@ -10,13 +10,13 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, Link, Machine
-from profiles.probe import adam, cpu, disk, extended, gpu, link, memory, numa, soak
+from profiles.probe import cpu, disk, gpu, link, memory, multi_gpu, numa, pinned_limit
 from profiles.probe.timing import Meter, Progress, clock_s, now, one_line
 from profiles.system import cgroup, nvml
-from profiles.system.topology import processors
+from profiles.system.topology import Port, port_above, processors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +26,8 @@ SECONDS_EACH: dict[Depth, float] = {"brief": 1.0, "default": 0.5, "full": 2.0}
 LIMIT_S: dict[Depth, float] = {"brief": 50.0, "default": 54.0, "full": 280.0}
 """When nothing that can be done without is begun any more: the whole ends within 60 s, or five minutes."""
 
-BRIEF_SOAK_S = 1.0
-"""Predictions need the rate under lasting load; on an H200 it is reached after 0.2 s."""
+SUSTAINED_S: dict[Depth, float] = {"brief": 1.0, "default": 3.0, "full": 60.0}
+"""Time under load; an H200 has its lasting rate after 0.2 s, others as heat builds up."""
 
 MEMORY_SHARE = 8
 MEMORY_BYTES_AT_MOST = 2 * 2**30
@@ -59,47 +59,33 @@ def probe_machine(
     throttled_before = cgroup.throttled_periods(root)
     gpu_reason = why_no_gpu()
     host = _Usable(root)
-    count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
-    if gpu_reason is None:
-        count += gpu.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
-        count += soak.NUM_MEASUREMENTS if depth == "brief" else 0
+    brief, full = depth == "brief", depth == "full"
     num_gpus = 0 if gpu_reason is not None else _num_gpus()
-    if depth != "brief":
-        count += extended.count_host(host.memory_bytes, host.adam_threads(depth)) + extended.count_gpu(
-            num_gpus
-        )
+    count = _count(num_gpus, brief=brief)
     each = SECONDS_EACH[depth] if seconds is None else seconds / count
     meter = Meter(
         seconds_each=each, total=count, progress=progress, limit_s=LIMIT_S[depth], started_s=started_s
     )
-    cpu_found, memory_found = _host(meter, host, depth)
+    cpu_found, memory_found = _host(meter, host, triad=not brief)
     gpu_found: Gpu | None = None
     link_found: Link | None = None
     if gpu_reason is None:
         try:
-            on_gpu: dict[str, Any] = {}
-            if depth != "brief":
-                on_gpu, on_host = extended.memory_limits(meter, full=depth == "full", root=root)
-                memory_found = replace(memory_found, **on_host)
-            gpu_found, link_found = _device(meter, root, brief=depth == "brief")
-            gpu_found = replace(gpu_found, **on_gpu)
+            if not brief:  # before this process has a CUDA context
+                most, refused = pinned_limit.pinned_limit(meter, full=full, root=root)
+                memory_found = replace(memory_found, pinned_bytes=most, pinned_refused=refused)
+            gpu_found, link_found = _device(meter, root, SUSTAINED_S[depth])
+            if num_gpus > 1 and not brief:
+                budget = memory_budget(cgroup.host_memory(root))
+                each_gpu = multi_gpu.each_gpu(meter, num_gpus, memory_bytes=budget)
+                link_found = replace(link_found, each_gpu=each_gpu)
         except Exception as error:  # the driver lets torch see a GPU and then refuses it
             gpu_reason = one_line(error)
             gpu_found = link_found = None
     disk_found: Disk | None = None
     disk_reason: str | None = "a brief probe measures no disk"
-    if depth != "brief":
-        with numa.torch_threads(host.cores.count):
-            if gpu_found is not None and link_found is not None:
-                gpu_found, link_found, cpu_found = extended.device(
-                    meter, gpu_found, link_found, cpu_found,
-                    elements=adam.large_elements(host.memory_bytes, host.cache_bytes),
-                    memory_bytes=memory_budget(cgroup.host_memory(root)), full=depth == "full", root=root,
-                )  # fmt: skip
-            disk_found, disk_reason = disk.probe_disk(meter, folder or Path.cwd(), root)
-            cpu_found = extended.host(
-                meter, cpu_found, memory_bytes=host.memory_bytes, threads=host.adam_threads(depth)
-            )
+    if not brief:
+        disk_found, disk_reason = disk.probe_disk(meter, folder or Path.cwd(), root)
     if gpu_found is not None:
         gpu_found = replace(gpu_found, readings=tuple(meter.readings))
     throttled = cgroup.throttled_periods(root)
@@ -138,6 +124,19 @@ def why_no_gpu() -> str | None:
     return nvml.why_no_device() or "torch sees no CUDA device, though the driver does"
 
 
+def _count(num_gpus: int, *, brief: bool) -> int:
+    """How many measurements a probe makes."""
+    count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
+    if num_gpus > 0:
+        count += gpu.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
+    if brief:
+        return count
+    count += memory.NUM_TRIAD + disk.NUM_MEASUREMENTS
+    if num_gpus > 0:
+        count += pinned_limit.NUM_MEASUREMENTS
+    return count + (multi_gpu.NUM_MEASUREMENTS if num_gpus > 1 else 0)
+
+
 class _Usable:
     """What this process may use, read once."""
 
@@ -149,12 +148,8 @@ class _Usable:
         self.memory_bytes = memory_budget(self.limit)
         self.processors = processors(root)
 
-    def adam_threads(self, depth: Depth) -> tuple[int, ...]:
-        counts = adam.thread_counts(self.cores.count, self.processors.cores_physical)
-        return counts if depth == "full" else counts[-1:]
 
-
-def _host(meter: Meter, host: _Usable, depth: Depth) -> tuple[Cpu, HostMemory]:
+def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]:
     with numa.torch_threads(host.cores.count):
         cpu_found = cpu.probe_cpu(
             meter,
@@ -166,53 +161,53 @@ def _host(meter: Meter, host: _Usable, depth: Depth) -> tuple[Cpu, HostMemory]:
             cache_bytes=host.cache_bytes,
         )
         memory_found = memory.probe_memory(
-            meter, host.limit, memory_bytes=host.memory_bytes, cache_bytes=host.cache_bytes
+            meter,
+            host.limit,
+            memory_bytes=host.memory_bytes,
+            cache_bytes=host.cache_bytes,
+            triad=triad,
         )
-        if depth != "brief":
-            cpu_found, memory_found = extended.bandwidth(
-                meter, cpu_found, memory_found, memory_bytes=host.memory_bytes, cache_bytes=host.cache_bytes
-            )
     found = host.processors
     cpu_found = replace(
         cpu_found,
         cores_physical=found.cores_physical,
         sockets=found.sockets,
         numa_nodes=found.numa_nodes,
-        cache_bytes=host.cache_bytes,
         instruction_sets=found.instruction_sets,
         governor=found.governor,
     )
     return cpu_found, memory_found
 
 
-def _device(meter: Meter, root: Path, *, brief: bool) -> tuple[Gpu, Link]:
+def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, Link]:
+    """`cuda:0` and its link; the long load comes last, when nothing is left that its heat could slow down."""
     import torch
 
     with torch.cuda.device(0):
-        device = extended.open_gpu()
+        device = gpu.open_gpu()
         if device is not None:
             meter.look = device.reading
+        bus_id = device.settings().bus_id if device else None
+        port = Port(generation_max=None, width_max=None) if bus_id is None else port_above(bus_id, root)
         idle = device.link() if device else link.UNKNOWN_LINK
         replays = device.replays() if device else None
         gpu_found = gpu.probe_gpu(meter, 0, device)
-        if brief:  # the longer probes have it at their end, when all else is measured
-            gpu_found = replace(gpu_found, **soak.soak(meter, device, BRIEF_SOAK_S))
         # CUDA's start took some of the memory.
         memory_bytes = memory_budget(cgroup.host_memory(root))
-        with extended.near_gpu(device, root) as (bus, placement):
+        with numa.near_device(bus_id, root) as placement:
             link_found = link.probe_link(meter, device, memory_bytes=memory_bytes)
         after = device.replays() if device else None
         link_found = replace(
             link_found,
             generation_idle=idle.generation_now,
             width_idle=idle.width_now,
-            generation_slot_max=bus.port.generation_max,
-            width_slot_max=bus.port.width_max,
-            numa_node=bus.numa_node,
+            generation_slot_max=port.generation_max,
+            width_slot_max=port.width_max,
             placement=placement,
             replays=None if after is None or replays is None else after - replays,
         )
-        return gpu_found, link_found
+        sustained = gpu.sustained_flops(meter, sustained_s)
+        return replace(gpu_found, matmul_sustained_flops=sustained), link_found
 
 
 def _num_gpus() -> int:

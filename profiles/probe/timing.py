@@ -17,7 +17,6 @@ T = TypeVar("T")
 
 Action = Callable[[], object]
 Progress = Callable[[str, int, int], None]
-Busy = Callable[[], bool]
 Look = Callable[[str], GpuReading]
 """Reads the GPU's condition; the argument names the measurement."""
 
@@ -33,8 +32,6 @@ REST_PER_BURST = 4.0
 """Rest between bursts, in times of a burst: the mean power is then far below the limit."""
 WATCH_INTERVAL_S = 0.2
 """Between two readings of the GPU's condition: each takes up to some milliseconds."""
-HOLD_CYCLES = 60_000
-"""GPU cycles that one call may take to be queued, some 30 us: a spinning kernel holds the queue that long."""
 
 
 @dataclass(kw_only=True)
@@ -263,28 +260,6 @@ def burst_samples(action: Action, seconds: float, watch: Action = lambda: None) 
     return samples
 
 
-def held_samples(action: Action, calls: int, rounds: int) -> list[float]:
-    """Seconds per call on the current CUDA stream, from `rounds` runs of `calls` calls each.
-
-    A spinning kernel holds the stream until all calls are queued, so that short ones follow each other
-    without waiting for the host.
-    """
-    import torch
-
-    cuda: Any = torch.cuda
-    first, last = (cuda.Event(enable_timing=True) for _ in range(2))
-    samples = []
-    for _ in range(rounds):
-        cuda._sleep(HOLD_CYCLES * calls)
-        first.record()
-        for _ in range(calls):
-            action()
-        last.record()
-        cuda.synchronize()
-        samples.append(first.elapsed_time(last) / 1e3 / calls)
-    return samples
-
-
 def soak_samples(action: Action, seconds: float, watch: Action) -> list[tuple[float, float]]:
     """(when it ended, how long it took) of `action` over and over, in seconds.
 
@@ -311,42 +286,33 @@ def soak_samples(action: Action, seconds: float, watch: Action) -> list[tuple[fl
     return samples
 
 
-def overlapping_samples(
-    actions: Sequence[Action], rounds: Sequence[int], meanwhile: Callable[[Busy], None] = lambda busy: None
-) -> list[list[float]]:
-    """Times in seconds of CUDA actions that run on streams of their own at the same time.
+def overlapping_samples(actions: Sequence[Action], rounds: int) -> list[list[float]]:
+    """Times in seconds of CUDA actions, `rounds` calls each, on streams of their own at the same time.
 
     Only calls count that lie wholly inside the span in which all streams were busy, so that the slower
-    ones are not flattered by a rest that they run alone. Any list may be empty. Once all is queued,
-    `meanwhile` is called; its argument tells whether every stream is still at work.
+    ones are not flattered by a rest that they run alone. Any list may be empty.
     """
     import torch
 
     cuda: Any = torch.cuda
     streams = [cuda.Stream() for _ in actions]
     origin = cuda.Event(enable_timing=True)
-    marks = [[cuda.Event(enable_timing=True) for _ in range(count + 1)] for count in rounds]
+    marks = [[cuda.Event(enable_timing=True) for _ in range(rounds + 1)] for _ in actions]
     cuda.synchronize()
     origin.record()
     for stream, row in zip(streams, marks, strict=True):
         stream.wait_event(origin)
         row[0].record(stream)
-    for which, turn in fair_turns(rounds):
-        with cuda.stream(streams[which]):
-            actions[which]()
-        marks[which][turn].record(streams[which])
-    meanwhile(lambda: not any(row[-1].query() for row in marks))
+    for turn in range(1, rounds + 1):
+        for action, stream, row in zip(actions, streams, marks, strict=True):
+            with cuda.stream(stream):
+                action()
+            row[turn].record(stream)
     cuda.synchronize()
     # The longer a span, the coarser float32 milliseconds get; a second still has them to 0.1 us.
     times = [[origin.elapsed_time(event) / 1e3 for event in row] for row in marks]
     span = [max(row[0] for row in times), min(row[-1] for row in times)]
     return [inside_overlap(row, span) for row in times]
-
-
-def fair_turns(rounds: Sequence[int]) -> list[tuple[int, int]]:
-    """(which, its turn from 1 on) in an order in which all advance alike to their last."""
-    turns = [(which, turn) for which, count in enumerate(rounds) for turn in range(1, count + 1)]
-    return sorted(turns, key=lambda pair: (pair[1] / rounds[pair[0]], pair[0]))
 
 
 def inside_overlap(times_s: Sequence[float], others_s: Sequence[float]) -> list[float]:
@@ -359,20 +325,6 @@ def inside_overlap(times_s: Sequence[float], others_s: Sequence[float]) -> list[
         for start, end in itertools.pairwise(times_s[1:])
         if start >= others_s[0] and end <= others_s[-1]
     ]
-
-
-def busy_samples(action: Action, busy: Busy, seconds: float) -> list[float]:
-    """Times of `action` as long as `busy` holds at its end, for at most about `seconds`."""
-    samples: list[float] = []
-    start = time.perf_counter()
-    while len(samples) < AT_MOST and time.perf_counter() - start < seconds + 1e-3:
-        before = time.perf_counter()
-        action()
-        took_s = time.perf_counter() - before
-        if not busy():
-            break
-        samples.append(took_s)
-    return samples
 
 
 def largest_size(

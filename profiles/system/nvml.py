@@ -8,7 +8,6 @@ be `None`: not known here.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +43,9 @@ class DeviceSettings:
     """What does not change while a probe runs."""
 
     bus_id: str | None
-    power_limit_w: float | None
     sm_clock_max_hz: float | None
     ecc_enabled: bool | None
     mig_enabled: bool | None
-    persistence_enabled: bool | None
 
 
 class NvmlDevice:
@@ -86,10 +83,6 @@ class NvmlDevice:
     def total_bytes(self) -> int | None:
         return self._memory("total")
 
-    @property
-    def free_bytes(self) -> int | None:
-        return self._memory("free")
-
     def used_bytes(self) -> int | None:
         """Memory in use on the whole device: every process, their contexts and the driver's share."""
         return self._memory("used")
@@ -119,20 +112,16 @@ class NvmlDevice:
     def settings(self) -> DeviceSettings:
         pci = self._device("nvmlDeviceGetPciInfo_v3", "nvmlDeviceGetPciInfo")
         ecc, mig = (self._device(f"nvmlDeviceGet{name}Mode") for name in ("Ecc", "Mig"))
-        persistence = self._device("nvmlDeviceGetPersistenceMode")
-        limit = self._device("nvmlDeviceGetEnforcedPowerLimit")
         return DeviceSettings(
             bus_id=None if pci is None else _text(pci.busId),
-            power_limit_w=None if limit is None else limit / 1e3,
             sm_clock_max_hz=self._clock_hz("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
             # Both answer with the present and the pending mode.
             ecc_enabled=None if ecc is None else bool(ecc[0]),
             mig_enabled=None if mig is None else bool(mig[0]),
-            persistence_enabled=None if persistence is None else bool(persistence),
         )
 
     def reading(self, what: str) -> GpuReading:
-        """Clocks, temperature, power and throttling now: read it while the GPU works.
+        """Clock, throttling and other processes now: read it while the GPU works.
 
         Other processes are counted on the assumption that this one has a CUDA context and is in the list:
         in a container no process id tells them apart.
@@ -144,36 +133,13 @@ class NvmlDevice:
         return GpuReading(
             what=what,
             sm_clock_hz=self._clock_hz("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            memory_clock_hz=self._clock_hz("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
-            temperature_c=self._temperature_c(),
-            power_w=self.power_w(),
             throttled=tuple(name for bit, name in THROTTLES.items() if (reasons or 0) & bit),
             other_processes=None if processes is None else max(0, len(processes) - 1),
         )
 
-    def power_w(self) -> float | None:
-        """The board's sensor; an average over a second on many GPUs."""
-        milliwatts = self._device("nvmlDeviceGetPowerUsage")
-        return None if milliwatts is None else milliwatts / 1e3
-
     def _clock_hz(self, name: str, domain: str) -> float | None:
         megahertz = self._call(name, arguments=(self._handle, getattr(self._library, domain)))
         return None if megahertz is None else megahertz * 1e6
-
-    def _temperature_c(self) -> float | None:
-        # NVML_TEMPERATURE_GPU is 0; the call without a version in its name goes with CUDA 14.
-        celsius = self._call("nvmlDeviceGetTemperatureV", arguments=(self._handle, 0))
-        if celsius is None:
-            celsius = self._call("nvmlDeviceGetTemperature", arguments=(self._handle, 0))
-        return None if celsius is None else float(celsius)
-
-    def other_processes(self, own: Collection[int] = ()) -> tuple[int, ...] | None:
-        """Process ids that compute on the GPU, `own` and this process left out.
-
-        In a container the driver counts process ids as the host does, so they may match none of `own`.
-        """
-        processes = self._processes()
-        return None if processes is None else tuple(sorted(processes - {os.getpid(), *own}))
 
     def _processes(self) -> set[int] | None:
         processes = self._device(

@@ -52,7 +52,7 @@ def test_the_h200_is_measured_in_full() -> None:
     assert machine.gpu is not None
     assert machine.link is not None
     for figure in (
-        machine.gpu.matmul_bf16_flops, machine.gpu.matmul_sustained_flops, machine.gpu.usable_bytes,
+        machine.gpu.matmul_bf16_flops, machine.gpu.matmul_sustained_flops,
         machine.link.h2d_pinned_bytes_per_s, machine.link.d2h_duplex_bytes_per_s,
         machine.cpu.adam_elements_per_s, machine.memory.copy_bytes_per_s, machine.memory.pinned_bytes,
     ):  # fmt: skip

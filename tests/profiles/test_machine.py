@@ -69,7 +69,7 @@ def test_a_profile_of_version_1_lacks_later_figures_with_a_reason(tmp_path: Path
     assert machine.link is not None
     assert machine.gpu.matmul_bf16_flops == make_machine().gpu.matmul_bf16_flops  # type: ignore[union-attr]
     for later_figure in (
-        machine.gpu.usable_bytes, machine.link.h2d_during_adam_bytes_per_s, machine.memory.pinned_bytes,
+        machine.gpu.matmul_sustained_flops, machine.memory.triad_bytes_per_s, machine.memory.pinned_bytes,
     ):  # fmt: skip
         assert (later_figure.origin, later_figure.value) == ("absent", None)
         assert later_figure.method
@@ -153,6 +153,46 @@ def test_fields_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:
     save_machine(machine, path)
     change(path, colour="green")
     assert load_machine(path) == machine
+
+
+NO_LONGER_MEASURED = {
+    "gpu": (
+        "matmul_tf32_flops", "matmul_fp8_flops", "matmul_int8_ops", "matmul_burst_flops",
+        "matmul_during_copies_flops", "noise_elements_per_s", "launch_s", "usable_bytes", "context_bytes",
+        "idle_power_w", "load_power_w", "load_energy_w", "power_limit_w", "persistence_enabled",
+    ),
+    "link": (
+        "numa_node", "sweeps", "h2d_during_adam_bytes_per_s", "d2h_during_adam_bytes_per_s",
+        "h2d_during_matmul_bytes_per_s", "d2h_during_matmul_bytes_per_s", "h2d_nvbandwidth_bytes_per_s",
+        "d2h_nvbandwidth_bytes_per_s",
+    ),
+    "cpu": (
+        "cache_bytes", "products", "adam_points", "adam_bandwidth_share", "adam_during_copies_elements_per_s",
+    ),
+    "memory": ("pin_bytes_per_s",),
+}  # fmt: skip
+"""What nothing read, by part, in profiles of version 2."""
+
+
+def test_figures_that_are_no_longer_measured_are_passed_over(tmp_path: Path) -> None:
+    """The full probe of an H200 has them all. It loads, and is saved without them."""
+    published = Path(__file__).parents[2] / "profiles" / "machines" / "h200.json"
+    before = json.loads(published.read_text())
+    path = tmp_path / "machine.json"
+    machine = load_machine(published)
+    save_machine(machine, path)
+    assert load_machine(path) == machine
+    after = json.loads(path.read_text())
+    for part, names in NO_LONGER_MEASURED.items():
+        assert set(names) <= set(before[part])
+        assert set(before[part]) - set(after[part]) == set(names)
+        assert all(after[part][name] == before[part][name] for name in after[part] if name != "readings")
+    told = ("what", "sm_clock_hz", "throttled", "other_processes")
+    readings = [{name: reading[name] for name in told} for reading in before["gpu"]["readings"]]
+    assert after["gpu"]["readings"] == readings
+    before["gpu"]["noise_elements_per_s"] = {"value": "none of ours"}
+    path.write_text(json.dumps(before))
+    assert load_machine(path) == machine, "nor are they judged"
 
 
 def test_a_value_and_its_origin_agree() -> None:

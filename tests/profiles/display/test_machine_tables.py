@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_machine import figure, make_machine
 
 from profiles.display.tables import figure_cells, link_text, machine_table
-from profiles.machine import CopySweep, Figure, GpuReading, Machine, absent
+from profiles.machine import Figure, GpuLink, GpuReading, Machine, absent
 from profiles.units import format_rate
 
 
@@ -54,34 +54,32 @@ def test_a_machine_without_a_gpu() -> None:
 
 def test_what_a_probe_never_took_is_no_row_and_what_failed_is_one() -> None:
     plain = shown(make_machine(), 160)
-    assert "beside AdamW" not in plain
+    assert "sustained" not in plain
     assert "disk" not in plain
     machine = make_machine()
     assert machine.link is not None
     assert machine.gpu is not None
-    fitted = CopySweep(
-        direction="d2h", host_memory="pinned", latency_s=figure(8e-6), bytes_per_s=absent("changed the data")
+    second = GpuLink(
+        index=1, name="Fake GPU", h2d_bytes_per_s=figure(12e9), d2h_bytes_per_s=absent("changed the data")
     )
-    reading = GpuReading(
-        what="", sm_clock_hz=1.5e9, memory_clock_hz=None, temperature_c=None, power_w=None,
-        throttled=("sw_power_cap",), other_processes=0,
-    )  # fmt: skip
+    reading = GpuReading(what="", sm_clock_hz=1.5e9, throttled=("sw_power_cap",), other_processes=0)
     text = shown(
         replace(
             machine,
             gpu=replace(
-                machine.gpu, usable_bytes=figure(20 * 2**30), readings=(reading,), launch_s=figure(4e-6),
+                machine.gpu, readings=(reading,), matmul_sustained_flops=figure(9e13),
                 matmul_bf16_flops=replace(figure(1e14), disturbance="throttled: sw_power_cap"),
             ),
-            link=replace(machine.link, sweeps=(fitted,), replays=2, generation_idle=1, width_idle=8),
+            link=replace(machine.link, replays=2, generation_idle=1, width_idle=8, each_gpu=(second,)),
             memory=replace(machine.memory, pinned_bytes=figure(2**30), pinned_refused=True),
             disk_absent_reason="no such folder", depth="full", duration_s=200.0,
         ),
         200,
     )  # fmt: skip
-    assert "20.0 GiB" in row(text, "GPU memory, one process")
-    assert "8.00 us" in row(text, "GPU to host, pinned, latency")
-    assert "(changed the data)" in row(text, "GPU to host, pinned, fitted")
+    assert "90.0 TFLOP/s" in row(text, "bf16 product sustained")
+    assert "12.0 GB/s" in row(text, "GPU 1, to it")
+    assert "(changed the data)" in row(text, "GPU 1, from it")
+    assert "all busy" not in text
     assert "disturbed: throttled: sw_power_cap" in row(text, "GPU matrix product bf16")
     assert "held down by sw_power_cap" in row(text, "GPU clock under load")
     assert "PCIe 1 x8 at rest" in row(text, "link under load")

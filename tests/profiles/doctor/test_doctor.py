@@ -18,10 +18,7 @@ from profiles.machine import Disk, GpuReading, Machine, absent, save_machine
 from profiles.system.unprobed import System, read_system
 
 GIB = 2**30
-READING = GpuReading(
-    what="GPU matrix product bf16", sm_clock_hz=1.9e9, memory_clock_hz=9e9, temperature_c=60.0, power_w=300.0,
-    throttled=(), other_processes=0,
-)  # fmt: skip
+READING = GpuReading(what="GPU matrix product bf16", sm_clock_hz=1.9e9, throttled=(), other_processes=0)
 SYSTEM = System(
     nvidia_on_bus=True, driver_gpu="Fake GPU", driver_reason="", folder=".", disk_total_bytes=10**12,
     disk_free_bytes=10**11,

@@ -1,4 +1,4 @@
-"""Parts of the probes that need no GPU: fits, disks, other programs, repetition, containers."""
+"""Parts of the probes that need no GPU: repetition, disks, the child that pins, containers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cgroup_trees import version_2
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from profiles.machine import CopyPoint, Figure, GpuReading, absent, load_machine, save_machine
-from profiles.probe import adam, disk, run, subprocesses
-from profiles.probe.copy_sweep import SIZES, fit, fit_line
+from profiles.machine import Figure, GpuReading, absent, load_machine, save_machine
+from profiles.probe import disk, pinned_limit, run
 from profiles.probe.numa import near
+from profiles.probe.pinned_limit import throw_away
 from profiles.probe.run import probe_machine
-from profiles.probe.subprocesses import nvbandwidth, throw_away
-from profiles.probe.timing import Meter, busy_samples, fair_turns, figure
+from profiles.probe.timing import Meter, figure
 from profiles.system import cgroup
 from profiles.system.cgroup import throttled_periods
 
@@ -34,82 +30,11 @@ def make_meter(seconds: float = 0.0, limit_s: float = float("inf")) -> Meter:
     return Meter(seconds_each=seconds, total=9, progress=lambda *message: None, limit_s=limit_s)
 
 
-# --- copies of all sizes
-
-
-@given(
-    latency_s=st.floats(1e-7, 1e-3),
-    bytes_per_s=st.floats(1e8, 1e12),
-    sizes=st.sets(st.sampled_from(SIZES), min_size=2),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_line_is_found_again(latency_s: float, bytes_per_s: float, sizes: set[int]) -> None:
-    ordered = sorted(sizes)
-    times_s = [latency_s + size / bytes_per_s for size in ordered]
-    found_latency_s, found_rate = fit_line(ordered, times_s)
-    # What a line tells of: neither end may be so small that it drowns in the other's rounding.
-    for size, time_s in zip(ordered, times_s, strict=True):
-        assert found_latency_s + size / found_rate == pytest.approx(time_s, rel=1e-6)
-
-
-def test_small_copies_weigh_as_much_as_large_ones() -> None:
-    """Least squares of absolute errors would let a percent of the largest copy drown the latency."""
-    times_s = [1e-5 + size / 50e9 for size in SIZES]
-    times_s[-1] *= 1.01
-    latency_s, rate = fit_line(SIZES, times_s)
-    assert latency_s == pytest.approx(1e-5, rel=0.02)
-    assert rate == pytest.approx(50e9, rel=0.02)
-
-
-def test_a_latency_is_never_negative() -> None:
-    latency_s, rate = fit_line([10, 1000], [1.0, 200.0])
-    assert latency_s == 0.0
-    assert 5 < rate < 10
-
-
-def test_a_line_needs_larger_copies_to_take_longer() -> None:
-    with pytest.raises(ValueError, match="took no longer"):
-        fit_line([4096, 2**20], [2.0, 1.0])
-
-
-def test_a_fit_spans_its_samples() -> None:
-    points = [
-        CopyPoint(num_bytes=size, time_s=time_s, low_s=0.9 * time_s, high_s=1.2 * time_s, count=7)
-        for size, time_s in ((size, 1e-5 + size / 20e9) for size in SIZES)
-    ]
-    latency, rate = fit(points)
-    assert latency.value == pytest.approx(1e-5)
-    assert (latency.low, latency.high) == (pytest.approx(0.9e-5), pytest.approx(1.2e-5))
-    assert rate.value == pytest.approx(20e9)
-    assert (rate.low, rate.high) == (pytest.approx(20e9 / 1.2), pytest.approx(20e9 / 0.9))
-    assert rate.count == 7 * len(SIZES)
-    assert "4096 to 1073741824 bytes, data verified" in rate.method
-    with pytest.raises(ValueError, match="two sizes"):
-        fit(points[:1])
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
-def test_turns_are_fair(rounds: Sequence[int]) -> None:
-    turns = fair_turns(rounds)
-    assert sorted(turns) == sorted(
-        (which, turn) for which, n in enumerate(rounds) for turn in range(1, n + 1)
-    )
-    done = [0] * len(rounds)
-    for which, turn in turns:
-        assert turn == done[which] + 1
-        done[which] = turn
-        shares = [count / total for count, total in zip(done, rounds, strict=True)]
-        assert max(shares) - min(shares) <= 1 / min(rounds) + 1e-9
-
-
 # --- repetition and time
 
 
 def reading(*throttled: str, others: int | None = 0) -> GpuReading:
-    return GpuReading(
-        what="", sm_clock_hz=1e9, memory_clock_hz=None, temperature_c=60.0, power_w=None,
-        throttled=throttled, other_processes=others,
-    )  # fmt: skip
+    return GpuReading(what="", sm_clock_hz=1e9, throttled=throttled, other_processes=others)
 
 
 def measured(meter: Meter, readings: list[GpuReading]) -> tuple[Figure, int]:
@@ -173,19 +98,6 @@ def test_what_needs_more_time_than_is_left_is_not_begun() -> None:
     meter = make_meter(limit_s=1000.0)
     assert meter.optional("a", lambda seconds: figure([1.0], ""), absent, needs_s=900.0).value == 1.0
     assert meter.optional("b", lambda seconds: figure([1.0], ""), absent, needs_s=1001.0).value is None
-
-
-def test_only_calls_that_end_under_load_count() -> None:
-    answers = iter([True, True, False, True])
-    assert len(busy_samples(lambda: None, lambda: next(answers), 60.0)) == 2
-
-
-def test_the_share_of_bandwidth() -> None:
-    share = adam.bandwidth_share(figure([3e9], ""), figure([84e9], ""))
-    assert share.value == pytest.approx(0.75), "28 bytes an element of 4/3 of 84 GB/s"
-    assert adam.bandwidth_share(absent("no memory"), figure([1.0], "")).method.endswith("no memory")
-    assert adam.thread_counts(16, 8) == (1, 8, 16)
-    assert adam.thread_counts(1, None) == (1,)
 
 
 # --- disk
@@ -292,58 +204,13 @@ def test_the_file_system_is_the_innermost_mount(tmp_path: Path) -> None:
     assert disk.file_system(folder, folder) is None
 
 
-# --- other programs
+# --- the child that pins
 
 
-def program(folder: Path, text: str) -> None:
-    path = folder / "nvbandwidth"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path
-
-
-def test_nvbandwidth_is_read(path: Path) -> None:
-    program(
-        path,
-        'echo "memcpy CE CPU(row) -> GPU(column) bandwidth (GB/s)"\necho " 0  55.63"\n'
-        'echo "SUM host_to_device_memcpy_ce 55.63"\necho "$@" "$CUDA_VISIBLE_DEVICES" > "$0.called"\n'
-        'echo "SUM device_to_host_memcpy_ce 55.2"',
-    )
-    h2d, d2h = nvbandwidth(20.0, "GPU-1")
-    assert (h2d.value, d2h.value) == (55.63e9, 55.2e9)
-    assert (h2d.origin, h2d.count) == ("measured", 1)
-    called = (path / "nvbandwidth.called").read_text().split()
-    assert called == ["-t", "host_to_device_memcpy_ce", "device_to_host_memcpy_ce", "GPU-1"]
-
-
-def test_nvbandwidth_that_fails(path: Path) -> None:
-    program(path, 'echo "CUDA error: no device" >&2; exit 1')
-    h2d, d2h = nvbandwidth(20.0, None)
-    assert h2d == d2h == absent("nvbandwidth ended with code 1 (CUDA error: no device)")
-
-
-def test_nvbandwidth_that_hangs_leaves_what_it_told(path: Path) -> None:
-    program(path, 'echo "SUM host_to_device_memcpy_ce 20.0"; exec sleep 60')
-    h2d, d2h = nvbandwidth(1.0, None)
-    assert h2d.value == 20e9
-    assert d2h.method == "nvbandwidth took more than 1 s"
-
-
-def test_without_nvbandwidth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert nvbandwidth(1.0, None)[0] == absent("nvbandwidth is not on the PATH")
-
-
-@pytest.mark.parametrize("vram", [True, False])
-def test_a_child_without_a_gpu_says_why(vram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real child; GPUs are hidden from it, so that it fails on every machine."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    answer, end = throw_away(120.0, vram=vram, most_bytes=2.0**20, seconds=0.1)
+    answer, end = throw_away(120.0, most_bytes=2.0**20, seconds=0.1)
     assert answer == {}
     assert end.startswith("ended with code 1 (")
     assert "CUDA" in end or "NVIDIA" in end
@@ -355,7 +222,7 @@ def test_a_killed_child_leaves_its_last_answer(monkeypatch: pytest.MonkeyPatch, 
         '#!/bin/sh\necho "{\\"pinned_bytes\\": 1}"\necho "{\\"pinned_bytes\\": 2}"\nkill -9 $$\n'
     )
     script.chmod(0o755)
-    monkeypatch.setattr(subprocesses.sys, "executable", str(script))
+    monkeypatch.setattr(pinned_limit.sys, "executable", str(script))
     assert throw_away(20.0) == ({"pinned_bytes": 2}, "was killed by signal 9")
 
 
@@ -414,7 +281,6 @@ def test_a_container_without_a_gpu_and_nvml(tmp_path: Path, monkeypatch: pytest.
     assert (machine.memory.total_bytes, machine.memory.available_bytes) == (1536 * MIB, 1024 * MIB)
     assert machine.memory.total_basis.startswith("cgroup limit 1.5 of")
     assert machine.cpu.matmul_fp32_flops.origin == "measured"
-    assert [point.threads for point in machine.cpu.adam_points] == [2] * len(machine.cpu.adam_points)
     assert machine.memory.pinned_bytes.origin == "absent"
     assert machine.disk is not None
     assert "Read-only" in machine.disk.write_bytes_per_s.method

@@ -25,7 +25,6 @@ class FakeNvml(ModuleType):
 
     NVMLError = FakeError
     NVML_CLOCK_SM = 1
-    NVML_CLOCK_MEM = 2
 
     def __init__(self) -> None:
         super().__init__("pynvml")
@@ -48,15 +47,10 @@ class FakeNvml(ModuleType):
             "nvmlDeviceGetGpuMaxPcieLinkGeneration": lambda handle: 6,
             "nvmlDeviceGetPcieReplayCounter": lambda handle: 3,
             "nvmlDeviceGetPciInfo_v3": lambda handle: SimpleNamespace(busId=b"00000000:17:00.0"),
-            "nvmlDeviceGetClockInfo": lambda handle, domain: {1: 1980, 2: 3200}[domain],
-            "nvmlDeviceGetMaxClockInfo": lambda handle, domain: {1: 1980, 2: 3200}[domain],
-            "nvmlDeviceGetTemperatureV": lambda handle, sensor: 61,
-            "nvmlDeviceGetTemperature": lambda handle, sensor: 55,
-            "nvmlDeviceGetPowerUsage": lambda handle: 687_500,
-            "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+            "nvmlDeviceGetClockInfo": lambda handle, domain: {1: 1980}[domain],
+            "nvmlDeviceGetMaxClockInfo": lambda handle, domain: {1: 1980}[domain],
             "nvmlDeviceGetEccMode": lambda handle: [1, 0],
             "nvmlDeviceGetMigMode": lambda handle: [0, 1],
-            "nvmlDeviceGetPersistenceMode": lambda handle: 1,
             "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x1 | 0x2 | 0x4 | 0x40,
             "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 0x10,
             "nvmlDeviceGetComputeRunningProcesses_v3": self.processes,
@@ -100,14 +94,12 @@ def test_every_answer(library: FakeNvml) -> None:
     assert device is not None
     assert why_no_device() == ""
     assert (device.name, device.uuid, device.driver) == ("Fake 0", UUIDS[0], "570.86.15")
-    assert (device.total_bytes, device.used_bytes(), device.free_bytes) == (100, 30, 70)
+    assert (device.total_bytes, device.used_bytes()) == (100, 30)
     assert device.energy_j() == 12.5
     assert device.compute_capability == (7, 5)
     assert device.link() == LinkState(
         generation_now=1, width_now=8, generation_max=5, width_max=16, generation_gpu_max=6
     )
-    assert device.other_processes() == (7, 9)
-    assert device.other_processes([9]) == (7,)
 
 
 def test_conditions_and_settings(library: FakeNvml) -> None:
@@ -116,30 +108,23 @@ def test_conditions_and_settings(library: FakeNvml) -> None:
     assert device.reading("a copy") == GpuReading(
         what="a copy",
         sm_clock_hz=1.98e9,
-        memory_clock_hz=3.2e9,
-        temperature_c=61.0,
-        power_w=687.5,
         throttled=("sw_power_cap", "hw_thermal_slowdown"),
         other_processes=2,
     )
     assert device.replays() == 3
     assert device.settings() == DeviceSettings(
         bus_id="00000000:17:00.0",
-        power_limit_w=700.0,
         sm_clock_max_hz=1.98e9,
         ecc_enabled=True,
         mig_enabled=False,
-        persistence_enabled=True,
     )
 
 
 def test_older_names_of_conditions(library: FakeNvml) -> None:
     device = open_device()
     assert device is not None
-    library.broken = {"nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetTemperatureV"}
-    reading = device.reading("")
-    assert reading.throttled == ("sync_boost",)
-    assert reading.temperature_c == 55.0
+    library.broken = {"nvmlDeviceGetCurrentClocksEventReasons"}
+    assert device.reading("").throttled == ("sync_boost",)
 
 
 def test_idle_and_user_set_clocks_are_no_throttling(library: FakeNvml) -> None:
@@ -158,23 +143,16 @@ def test_unsupported_calls_are_not_known(library: FakeNvml) -> None:
     assert device.driver is None
     assert device.total_bytes is None
     assert device.used_bytes() is None
-    assert device.free_bytes is None
     assert device.energy_j() is None
     assert device.compute_capability is None
-    assert device.other_processes() is None
     assert device.link() == LinkState(
         generation_now=None, width_now=None, generation_max=None, width_max=None
     )
     assert device.replays() is None
-    assert device.power_w() is None
     assert device.settings() == DeviceSettings(
-        bus_id=None, power_limit_w=None, sm_clock_max_hz=None, ecc_enabled=None, mig_enabled=None,
-        persistence_enabled=None,
-    )  # fmt: skip
-    assert device.reading("x") == GpuReading(
-        what="x", sm_clock_hz=None, memory_clock_hz=None, temperature_c=None, power_w=None, throttled=(),
-        other_processes=None,
-    )  # fmt: skip
+        bus_id=None, sm_clock_max_hz=None, ecc_enabled=None, mig_enabled=None
+    )
+    assert device.reading("x") == GpuReading(what="x", sm_clock_hz=None, throttled=(), other_processes=None)
 
 
 def test_one_unsupported_call_leaves_the_rest(library: FakeNvml) -> None:
@@ -189,9 +167,9 @@ def test_an_older_name_is_used_where_the_newer_fails_or_is_missing(library: Fake
     device = open_device()
     assert device is not None
     library.broken = {"nvmlDeviceGetComputeRunningProcesses_v3"}
-    assert device.other_processes() == (7, 9)
+    assert device.reading("").other_processes == 2
     del library.nvmlDeviceGetComputeRunningProcesses_v3
-    assert device.other_processes() == (7, 9)
+    assert device.reading("").other_processes == 2
 
 
 @pytest.mark.parametrize(
