@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from harness.records.run import Run
+from profiles.figures import reported
 from profiles.machine import Figure
-from profiles.units import (
-    NOT_MEASURED,
-    format_bytes,
-    format_elements,
-    format_flops,
-    format_rate,
-)
+from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
 from reports.format import counted, digits, model_title, span
 from reports.load import Loaded, engine_order
@@ -77,11 +72,14 @@ def machine_table(loaded: Loaded) -> Table:
     def fact(key: str, text: str, origin: str = "") -> None:
         rows.append((say(f"machine.{key}"), text, origin))
 
-    def figure(key: str, found: Figure, show: Callable[[float | None], str]) -> None:
-        text = show(found.value)
-        if found.low is not None and found.high is not None and found.low < found.high:
-            text = say("table.with_range", value=text, range=span(show(found.low), show(found.high)))
-        fact(key, text, say(f"origin.{found.origin}", method=found.method, count=found.count))
+    def figures(part: str, holder: object) -> None:
+        for row in reported():
+            if row.part == part and isinstance(found := row.of(holder), Figure):
+                text = row.form(found.value)
+                if found.low is not None and found.high is not None and found.low < found.high:
+                    ends = span(row.form(found.low), row.form(found.high))
+                    text = say("table.with_range", value=text, range=ends)
+                fact(row.path, text, say(f"origin.{found.origin}", method=found.method, count=found.count))
 
     if machine is None:
         absent = say("machine.from_runs")
@@ -102,31 +100,21 @@ def machine_table(loaded: Loaded) -> Table:
             format_bytes(gpu.total_bytes),
             say("machine.free", free=format_bytes(gpu.free_bytes)),
         )
-        figure("gpu_copy", gpu.copy_bytes_per_s, format_rate)
-        figure("gpu_bf16", gpu.matmul_bf16_flops, format_flops)
-        figure("gpu_fp16", gpu.matmul_fp16_flops, format_flops)
-        figure("gpu_fp32", gpu.matmul_fp32_flops, format_flops)
+        figures("gpu", gpu)
     if machine.link is not None:
         link = machine.link
         loaded_as = _lanes(link.generation_loaded, link.width_loaded)
         fact("link", loaded_as, say("machine.link_max", link=_lanes(link.generation_max, link.width_max)))
-        figure("h2d_pinned", link.h2d_pinned_bytes_per_s, format_rate)
-        figure("d2h_pinned", link.d2h_pinned_bytes_per_s, format_rate)
-        figure("h2d_pageable", link.h2d_pageable_bytes_per_s, format_rate)
-        figure("d2h_pageable", link.d2h_pageable_bytes_per_s, format_rate)
-        figure("h2d_duplex", link.h2d_duplex_bytes_per_s, format_rate)
-        figure("d2h_duplex", link.d2h_duplex_bytes_per_s, format_rate)
+        figures("link", link)
     cpu, memory = machine.cpu, machine.memory
     fact(
         "cpu",
         cpu.name,
         say("machine.cores", usable=cpu.cores_usable, total=cpu.cores_total, basis=cpu.cores_basis),
     )
-    figure("cpu_fp32", cpu.matmul_fp32_flops, format_flops)
-    figure("cpu_bf16", cpu.matmul_bf16_flops, format_flops)
-    figure("cpu_adam", cpu.adam_elements_per_s, format_elements)
+    figures("cpu", cpu)
     fact("host_memory", format_bytes(memory.total_bytes), memory.total_basis)
-    figure("host_copy", memory.copy_bytes_per_s, format_rate)
+    figures("memory", memory)
     fact("platform", machine.platform, say("machine.probed", time=_minute(machine.time)))
     return make_table(["quantity", "value", "origin"], rows, note="machine")
 

@@ -44,7 +44,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
         ("documents", "units"),
         ("machine",),
-        ("catalog", "system"),
+        ("catalog", "figures", "system"),
         ("planning", "display", "probe"),
         ("doctor",),
     ),

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles.display.tables import Format, link_text
+from profiles.display.tables import link_text
+from profiles.figures import FigureRow, Format, reported
 from profiles.machine import Figure, Machine
-from profiles.units import NOT_MEASURED, format_bytes, format_elements, format_flops, format_rate
+from profiles.units import NOT_MEASURED, format_bytes, format_flops, format_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
+class ComparedValue:
     """One number of one machine."""
 
     value: float | None
@@ -26,56 +26,32 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class ComparedFigure:
     """One number of two machines."""
 
     field: str
     """As in the profile, such as `gpu.copy_bytes_per_s`."""
-    first: Side
-    second: Side
+    first: ComparedValue
+    second: ComparedValue
     ratio: float | None
     """Second over first; `None` where either is absent."""
 
 
-_FIELDS: tuple[tuple[str, str, Format], ...] = (
-    ("gpu.total_bytes", "GPU memory", format_bytes),
-    ("gpu.copy_bytes_per_s", "GPU copy, read + written", format_rate),
-    ("gpu.matmul_bf16_flops", "GPU matrix product bf16", format_flops),
-    ("gpu.matmul_fp16_flops", "GPU matrix product fp16", format_flops),
-    ("gpu.matmul_fp32_flops", "GPU matrix product fp32", format_flops),
-    ("link.h2d_pinned_bytes_per_s", "host to GPU, pinned", format_rate),
-    ("link.d2h_pinned_bytes_per_s", "GPU to host, pinned", format_rate),
-    ("link.h2d_duplex_bytes_per_s", "host to GPU, both busy", format_rate),
-    ("link.d2h_duplex_bytes_per_s", "GPU to host, both busy", format_rate),
-    ("link.h2d_pageable_bytes_per_s", "host to GPU, pageable", format_rate),
-    ("link.d2h_pageable_bytes_per_s", "GPU to host, pageable", format_rate),
-    ("cpu.cores_usable", "usable cores", lambda count: NOT_MEASURED if count is None else f"{count:g}"),
-    ("cpu.matmul_fp32_flops", "CPU matrix product fp32", format_flops),
-    ("cpu.matmul_bf16_flops", "CPU matrix product bf16", format_flops),
-    ("cpu.adam_elements_per_s", "CPU AdamW, elements", format_elements),
-    ("memory.total_bytes", "host memory", format_bytes),
-    ("memory.copy_bytes_per_s", "host copy, read + written", format_rate),
-)
+def compare_machines(first: Machine, second: Machine) -> list[ComparedFigure]:
+    """The numbers that a report shows, of both machines, in the order of the machine's table."""
+    return [_compared(row, first, second) for row in reported()]
 
 
-def compare_machines(first: Machine, second: Machine) -> list[Row]:
-    """Every number that predictions rest on, of both machines, in the order of the machine's table."""
-    return [_row(field, first, second) for field, _, _ in _FIELDS]
-
-
-def _row(field: str, first: Machine, second: Machine) -> Row:
-    left, right = _side(first, field), _side(second, field)
+def _compared(row: FigureRow, first: Machine, second: Machine) -> ComparedFigure:
+    left, right = _of_one(row.find(first)), _of_one(row.find(second))
     ratio = right.value / left.value if right.value is not None and left.value else None
-    return Row(field=field, first=left, second=right, ratio=ratio)
+    return ComparedFigure(field=row.path, first=left, second=right, ratio=ratio)
 
 
-def _side(machine: Machine, field: str) -> Side:
-    part, _, name = field.partition(".")
-    room: Any = getattr(machine, part)
-    found = None if room is None else getattr(room, name)
+def _of_one(found: Figure | int | None) -> ComparedValue:
     if isinstance(found, Figure):
-        return Side(value=found.value, origin=found.origin)
-    return Side(value=found, origin="absent" if found is None else "as found")
+        return ComparedValue(value=found.value, origin=found.origin)
+    return ComparedValue(value=found, origin="absent" if found is None else "as found")
 
 
 def comparison_table(first: Machine, second: Machine) -> RenderableType:
@@ -85,15 +61,15 @@ def comparison_table(first: Machine, second: Machine) -> RenderableType:
     for machine in (first, second):
         table.add_column(Text(machine.name), justify="right", overflow="fold")
     table.add_column("second / first", justify="right")
-    for row, (_, what, form) in zip(compare_machines(first, second), _FIELDS, strict=True):
-        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}x"
-        table.add_row(what, _cell(row.first, form), _cell(row.second, form), ratio)
+    for row, found in zip(reported(), compare_machines(first, second), strict=True):
+        ratio = "-" if found.ratio is None else f"{found.ratio:.2f}x"
+        table.add_row(row.label, _cell(found.first, row.form), _cell(found.second, row.form), ratio)
     return Group(table, Text("m measured, d from a datasheet. GB is 1e9 bytes, GiB is 2**30."))
 
 
-def _cell(side: Side, form: Format) -> Text:
-    mark = {"measured": " m", "datasheet": " d"}.get(side.origin, "")
-    return Text(f"{form(side.value)}{mark}")
+def _cell(value: ComparedValue, form: Format) -> Text:
+    mark = {"measured": " m", "datasheet": " d"}.get(value.origin, "")
+    return Text(f"{form(value.value)}{mark}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterable
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from profiles.figures import EACH_GPU, Format, Part, figures_of
 from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, Link, Machine
-from profiles.units import (
-    NOT_MEASURED,
-    format_bytes,
-    format_elements,
-    format_flops,
-    format_rate,
-    format_seconds,
-)
-
-Format = Callable[[float | None], str]
-
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 Cells = tuple[str, str, str, str]
 """What, value, range, origin."""
@@ -82,14 +73,8 @@ def _gpu_rows(gpu: Gpu) -> list[Cells]:
         ("GPU", gpu.name, "", f"1 of {gpu.num_gpus}"),
         ("driver", gpu.driver or "not known", "", ""),
         ("compute capability", gpu.compute_capability or "not known", "", ""),
-        ("GPU memory", format_bytes(gpu.total_bytes), "", f"{format_bytes(gpu.free_bytes)} free"),
-        *_figures(
-            ("GPU copy, read + written", gpu.copy_bytes_per_s, format_rate),
-            ("GPU matrix product bf16", gpu.matmul_bf16_flops, format_flops),
-            ("GPU matrix product fp16", gpu.matmul_fp16_flops, format_flops),
-            ("GPU matrix product fp32", gpu.matmul_fp32_flops, format_flops),
-            ("bf16 product sustained", gpu.matmul_sustained_flops, format_flops),
-        ),
+        *_counted("gpu", gpu),
+        *_measured("gpu", gpu),
         *_conditions(gpu),
     ]
 
@@ -115,26 +100,13 @@ def _link_rows(link: Link) -> list[Cells]:
         of_best += f"; the slot has {link_text(link.generation_slot_max, link.width_slot_max)}"
     rows: list[Cells] = [
         ("link under load", link_text(link.generation_loaded, link.width_loaded), "", of_best.lstrip("; ")),
+        *_counted("link", link),
     ]
-    if link.replays is not None:
-        rows.append(("packets sent again", str(link.replays), "", "during the probe"))
     if link.placement != "not known":
         rows.append(("placement", link.placement, "", ""))
-    rows += _figures(
-        ("host to GPU, pinned", link.h2d_pinned_bytes_per_s, format_rate),
-        ("GPU to host, pinned", link.d2h_pinned_bytes_per_s, format_rate),
-        ("host to GPU, both busy", link.h2d_duplex_bytes_per_s, format_rate),
-        ("GPU to host, both busy", link.d2h_duplex_bytes_per_s, format_rate),
-        ("host to GPU, pageable", link.h2d_pageable_bytes_per_s, format_rate),
-        ("GPU to host, pageable", link.d2h_pageable_bytes_per_s, format_rate),
-    )
+    rows += _measured("link", link)
     for gpu in link.each_gpu:
-        rows += _figures(
-            (f"GPU {gpu.index}, to it", gpu.h2d_bytes_per_s, format_rate),
-            (f"GPU {gpu.index}, from it", gpu.d2h_bytes_per_s, format_rate),
-            (f"GPU {gpu.index}, to it, all busy", gpu.h2d_together_bytes_per_s, format_rate),
-            (f"GPU {gpu.index}, from it, all busy", gpu.d2h_together_bytes_per_s, format_rate),
-        )
+        rows += _figures((f"GPU {gpu.index}, {row.label}", row.of(gpu), row.form) for row in EACH_GPU)
     return rows
 
 
@@ -147,38 +119,17 @@ def _cpu_rows(cpu: Cpu) -> list[Cells]:
     )
     rows: list[Cells] = [
         ("CPU", cpu.name, "", known),
-        ("usable cores", str(cpu.cores_usable), "", cpu.cores_basis),
+        *_counted("cpu", cpu),
     ]
     if cpu.instruction_sets:
         rows.append(("instruction sets", " ".join(cpu.instruction_sets), "", ""))
     if cpu.governor is not None:
         rows.append(("clock governor", cpu.governor, "", ""))
-    if cpu.throttled_periods is not None:
-        rows.append(("stopped by quota", f"{cpu.throttled_periods} periods", "", "during the probe"))
-    rows += _figures(
-        ("CPU matrix product fp32", cpu.matmul_fp32_flops, format_flops),
-        ("CPU matrix product bf16", cpu.matmul_bf16_flops, format_flops),
-        ("CPU AdamW, elements", cpu.adam_elements_per_s, format_elements),
-    )
-    return rows
+    return rows + _measured("cpu", cpu)
 
 
 def _memory_rows(memory: HostMemory) -> list[Cells]:
-    used = "" if memory.swap_used_bytes is None else f"{format_bytes(memory.swap_used_bytes)} in use"
-    bound = "the driver refused more" if memory.pinned_refused else "at least"
-    pinned = memory.pinned_bytes
-    rows: list[Cells] = [
-        ("host memory", format_bytes(memory.total_bytes), "", memory.total_basis),
-        ("available", format_bytes(memory.available_bytes), "", ""),
-        ("swap", format_bytes(memory.swap_bytes), "", used),
-        *_figures(
-            ("host copy, read + written", memory.copy_bytes_per_s, format_rate),
-            ("host triad, read + written", memory.triad_bytes_per_s, format_rate),
-            (f"pinned by one process, {bound}" if pinned.value else "pinned by one process", pinned,
-             format_bytes),
-        ),
-    ]  # fmt: skip
-    return rows
+    return _counted("memory", memory) + _measured("memory", memory)
 
 
 def _disk_rows(machine: Machine) -> list[Cells]:
@@ -190,10 +141,7 @@ def _disk_rows(machine: Machine) -> list[Cells]:
     cache = "" if disk.direct is None else ", direct" if disk.direct else ", through the page cache"
     return [
         ("disk", f"{format_bytes(disk.free_bytes)} free", "", f"{kind}{cache}"),
-        *_figures(
-            ("disk, writing", disk.write_bytes_per_s, format_rate),
-            ("disk, reading", disk.read_bytes_per_s, format_rate),
-        ),
+        *_measured("disk", disk),
     ]
 
 
@@ -204,10 +152,31 @@ def link_text(generation: int | None, width: int | None) -> str:
     return f"PCIe {'?' if generation is None else generation} x{'?' if width is None else width}"
 
 
-def _figures(*named: tuple[str, Figure, Format]) -> list[Cells]:
+def _counted(part: Part, holder: object) -> list[Cells]:
+    """The numbers of one part that are counted, with what is said beside them."""
+    return [
+        (row.label, row.form(found), "", row.detail(holder) if row.detail else "")
+        for row in figures_of(part)
+        if isinstance(found := row.of(holder), int)
+    ]
+
+
+def _measured(part: Part, holder: object) -> list[Cells]:
+    """The figures of one part; the labels of those that were had end with what is said of them."""
+    named = []
+    for row in figures_of(part):
+        found, label = row.of(holder), row.label
+        if row.detail is not None and isinstance(found, Figure) and found.value is not None:
+            label += f", {row.detail(holder)}"
+        named.append((label, found, row.form))
+    return _figures(named)
+
+
+def _figures(named: Iterable[tuple[str, Figure | int | None, Format]]) -> list[Cells]:
+    """Those that the probe took; numbers that are counted are left out."""
     rows = []
     for what, figure, form in named:
-        if figure != NOT_PROBED:
+        if isinstance(figure, Figure) and figure != NOT_PROBED:
             value, span, origin = figure_cells(figure, form)
             rows.append((what, value.plain, span.plain, origin.plain))
     return rows

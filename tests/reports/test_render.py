@@ -19,6 +19,8 @@ from markupsafe import Markup
 
 from engines.errors import UserError
 from harness.records.run import Run, save_run
+from profiles.figures import reported
+from profiles.machine import Figure
 from reports.criteria import default_criteria, init_text
 from reports.format import model_name
 from reports.load import Loaded, load_folder
@@ -469,6 +471,7 @@ def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
         root / "harness" / "records" / "stats.py",
         root / "harness" / "records" / "run.py",
         root / "profiles" / "machine.py",
+        root / "profiles" / "figures.py",
     ]
     files += [path for path in (root / "reports").rglob("*") if path.suffix in (".py", ".j2")]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
@@ -481,6 +484,12 @@ def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
         fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
         assert all(re.fullmatch(r"[a-z_]+", name) for name in fields), key
         assert text.isascii(), key
+
+
+def test_every_figure_of_a_report_has_a_label() -> None:
+    figures = {row.path for row in reported() if isinstance(row.find(make_machine()), Figure)}
+    parts = tuple(f"machine.{part}." for part in ("gpu", "link", "cpu", "memory", "disk"))
+    assert {f"machine.{path}" for path in figures} == {key for key in messages() if key.startswith(parts)}
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(sweep: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_machine import make_machine
 from torch.overrides import TorchFunctionMode
 
+from profiles.figures import FIGURES, FigureRow
 from profiles.machine import Figure, Machine, absent, load_machine, save_machine
 from profiles.probe import adam, buffers, cpu, gpu, link, memory, multi_gpu, numa, pinned_limit, run
 from profiles.probe.run import probe_machine
@@ -359,20 +361,22 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
         yield mode
 
 
-def gpu_figures(machine: Machine) -> dict[str, Figure]:
-    """The one-way figures of GPU and link by field name."""
-    assert machine.gpu is not None
-    assert machine.link is not None
-    fields = {
-        machine.gpu: ("copy_bytes_per_s", "matmul_bf16_flops", "matmul_fp16_flops", "matmul_fp32_flops"),
-        machine.link: (
-            "h2d_pinned_bytes_per_s",
-            "d2h_pinned_bytes_per_s",
-            "h2d_pageable_bytes_per_s",
-            "d2h_pageable_bytes_per_s",
-        ),
-    }
-    return {name: getattr(part, name) for part, names in fields.items() for name in names}
+def is_figure(row: FigureRow) -> bool:
+    return isinstance(row.find(make_machine()), Figure) or row.part == "disk"
+
+
+def measured(machine: Machine) -> dict[str, Figure]:
+    """The figures of `machine` that were taken, by path; each has a range, a method and a time."""
+    found = {row.path: row.find(machine) for row in FIGURES}
+    taken = {path: one for path, one in found.items() if isinstance(one, Figure) and one.value is not None}
+    for figure in taken.values():
+        check_measured(figure)
+    return taken
+
+
+GPU_FIGURES = (
+    "gpu.copy_bytes_per_s", "gpu.matmul_bf16_flops", "gpu.matmul_fp16_flops", "gpu.matmul_fp32_flops",
+)  # fmt: skip
 
 
 def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
@@ -383,11 +387,9 @@ def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     assert machine.name.startswith("Fake GPU, ")
     assert (machine.gpu.driver, machine.gpu.compute_capability) == ("570.1", "9.0")
     assert (machine.gpu.total_bytes, machine.gpu.free_bytes) == (64 * MIB, 48 * MIB)
-    for figure in gpu_figures(machine).values():
-        check_measured(figure)
+    assert set(measured(machine)) == {row.path for row in FIGURES if row.depth == "brief" and is_figure(row)}
     assert machine.link is not None
     for figure in (machine.link.h2d_duplex_bytes_per_s, machine.link.d2h_duplex_bytes_per_s):
-        check_measured(figure)
         assert "4 MiB, pinned" in figure.method, "an eighth of 64 MiB holds two buffers of 4 MiB"
     assert (machine.link.generation_loaded, machine.link.width_loaded) == (3, 8)
     assert (machine.link.generation_max, machine.link.width_max) == (4, 16)
@@ -461,18 +463,12 @@ def test_one_failing_gpu_measurement(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu, name, fail)
+    machine = probe_machine(seconds=0.0, depth="brief")
     failed = {
-        field
-        for field, figure in gpu_figures(probe_machine(seconds=0.0, depth="brief")).items()
-        if figure == absent("OutOfMemoryError: CUDA out of memory")
+        row.path for row in FIGURES if row.find(machine) == absent("OutOfMemoryError: CUDA out of memory")
     }
-    assert (
-        failed
-        == {
-            "copy_bytes_per_s": {"copy_bytes_per_s"},
-            "matmul_flops": {"matmul_bf16_flops", "matmul_fp16_flops", "matmul_fp32_flops"},
-        }[name]
-    )
+    expected = {"copy_bytes_per_s": GPU_FIGURES[:1], "matmul_flops": GPU_FIGURES[1:]}
+    assert failed == set(expected[name])
 
 
 def test_a_gpu_that_refuses_to_start(fake_cuda: OnTheHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,11 +511,7 @@ def test_a_default_probe_takes_the_rest_too(
     assert machine.gpu is not None
     assert machine.link is not None
     assert machine.disk is not None
-    for figure in (
-        machine.gpu.matmul_sustained_flops, machine.memory.triad_bytes_per_s, machine.memory.pinned_bytes,
-        machine.disk.read_bytes_per_s, machine.disk.write_bytes_per_s,
-    ):  # fmt: skip
-        check_measured(figure)
+    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)}
     assert machine.memory.pinned_refused is True
     assert machine.memory.pinned_bytes.method.endswith("steps of 10 MiB until: RuntimeError: CUDA error")
     assert children[0]["most_bytes"] == 32 * MIB, "half of what is available"
@@ -561,14 +553,6 @@ def test_both_directions_are_measured_again_while_their_samples_differ(
     assert (f"of {attempts} attempts" in up.method) == (attempts > 1)
 
 
-def test_a_brief_probe_has_the_rate_under_lasting_load(fake_cuda: OnTheHost, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    machine = probe_machine(lambda what, done, total: told.append((done, total)), seconds=0.0, depth="brief")
-    assert machine.gpu is not None
-    check_measured(machine.gpu.matmul_sustained_flops)
-    assert told[-1][0] == told[-1][1] == told[0][1], "the count is right"
-
-
 def test_each_gpu_alone_and_together(fake_cuda: OnTheHost) -> None:
     meter = Meter(seconds_each=0.0, total=1, progress=lambda *message: None)
     found = multi_gpu.each_gpu(meter, 2, memory_bytes=16 * MIB)
@@ -586,8 +570,6 @@ def test_each_gpu_alone_and_together(fake_cuda: OnTheHost) -> None:
 def test_a_real_gpu(tmp_path: Path) -> None:
     before = torch.cuda.memory_reserved()
     machine = probe_machine(folder=tmp_path)
-    for figure in gpu_figures(machine).values():
-        check_measured(figure)
     found = machine.link
     assert found is not None
     for one_way, both_ways in (
@@ -600,10 +582,7 @@ def test_a_real_gpu(tmp_path: Path) -> None:
         assert both_ways.value <= 1.1 * one_way.value
     assert found.generation_loaded is None or found.generation_loaded >= 1
     assert machine.gpu is not None
-    for figure in (
-        machine.gpu.matmul_sustained_flops, machine.memory.triad_bytes_per_s, machine.memory.pinned_bytes,
-    ):  # fmt: skip
-        check_measured(figure)
+    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)}
     assert machine.gpu.readings
     assert machine.duration_s is not None
     assert torch.cuda.memory_reserved() <= before
