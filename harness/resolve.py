@@ -40,7 +40,7 @@ def resolve_shape(job: Job) -> ModelShape:
             )
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"model '{job.model.name}'", f"its configuration is malformed ({error})", "mend config.json"
+            f"model '{job.model.name}'", f"its configuration is malformed ({error})", "correct config.json"
         ) from None
     if job.seq_len > shape.max_seq_len:
         raise UserError(

@@ -65,7 +65,7 @@ class ModelBlueprint:
             self._weights(first, out)
 
     def locate(self, name: str) -> StoredTensor | None:
-        """See `engines.base.LocatesWeights`."""
+        """Where in its file the tensor of that name is stored as it is; `None` where it is in no file."""
         return self._stored.get(self._first_names[name])
 
     def release(self) -> None:

@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
     between: tuple[int, ...]
     """What stands between two texts: special tokens, or a line break where the model has none for it."""
     marks_second: bool
-    """The model is told which tokens are of the second text (`token_type_ids`)."""
+    """The model takes which tokens are of the second text (`token_type_ids`)."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
@@ -54,8 +54,8 @@ class Tokenizer(Protocol):
         """The text of `ids`, special tokens left out."""
 
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
-        """As `encode`, with the characters that each token stands for. Raises `UserError` if the tokenizer
-        does not know them."""
+        """Ids of each text, without special tokens, with the characters that each token stands for. Raises
+        `UserError` if the tokenizer does not know these."""
 
 
 class ByteTokenizer:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from harness.models.meta import shape_from_meta
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
 
+ROOT = Path(__file__).parents[3]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama with biases and wide heads": {
@@ -105,6 +108,26 @@ def test_fallback_for_unknown_families_agrees_with_the_closed_form(name: str) ->
         for field in closed.__slots__:
             if field != "matrices":
                 assert getattr(closed, field) == getattr(counted, field), field
+
+
+def test_known_families_need_no_torch(tmp_path: Path) -> None:
+    """From the table of named shapes and from a folder, each family with every head it has."""
+    for family in CLOSED_FORMS:
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family}))
+    code = """
+import sys
+from harness.records.job import DataSource, Job, ModelSource
+from harness.resolve import resolve_shape
+for name in sys.argv[1:]:
+    for head in ("auto", "classification", "question_answering"):
+        source = ModelSource(name=name, head=head, random_weights=True)
+        resolve_shape(Job(model=source, data=DataSource(train="random"), seq_len=16))
+sys.exit(", ".join({"torch", "transformers"} & sys.modules.keys()) or None)
+"""
+    names = ["opt-13b", "roberta-base", *(str(tmp_path / family) for family in CLOSED_FORMS)]
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
