@@ -76,19 +76,7 @@ def parse_bytes(text: str, option: str = "size") -> int:
     `option` names for the user what is being read, such as `--vram`. Raises `UserError` for a missing or
     unknown unit, bits, and anything that is not a positive number of bytes that fits in 63 bits.
     """
-    return int(_parse(text, option, "write bytes with a unit, such as 24GB (1e9) or 24GiB (2**30)"))
-
-
-def parse_rate(text: str, option: str = "rate") -> float:
-    """The bytes per second in `12GB/s`. `option` and errors as for `parse_bytes`."""
-    remedy = "write bytes per second with a unit, such as 12GB/s (1e9) or 12GiB/s (2**30)"
-    amount, slash, time = text.rpartition("/")
-    if not slash or time.strip() != "s":
-        raise UserError(f"{option} '{text}'", "is not a rate", remedy)
-    return float(_parse(amount, option, remedy))
-
-
-def _parse(text: str, option: str, remedy: str) -> Decimal:
+    remedy = "write bytes with a unit, such as 24GB (1e9) or 24GiB (2**30)"
     what = f"{option} '{text}'"
     match = _QUANTITY.fullmatch(text)
     if match is None:
@@ -106,7 +94,7 @@ def _parse(text: str, option: str, remedy: str) -> Decimal:
         raise UserError(what, "is not positive", remedy)
     if count > _LARGEST_BYTES:
         raise UserError(what, "is larger than any machine", remedy)
-    return count
+    return int(count)
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:

@@ -84,11 +84,13 @@ def _conditions(gpu: Gpu) -> list[Cells]:
     clocks = [reading.sm_clock_hz for reading in gpu.readings if reading.sm_clock_hz is not None]
     if not clocks:
         return []
-    held = sorted({reason for reading in gpu.readings for reason in reading.throttled})
+    reasons = sorted({reason for reading in gpu.readings for reason in reading.throttled})
     most = "" if gpu.sm_clock_max_hz is None else f" of {gpu.sm_clock_max_hz / 1e6:.0f} MHz"
     span = f"{min(clocks) / 1e6:.0f} to {max(clocks) / 1e6:.0f} MHz"
-    told = f"{len(clocks)} readings; held down by {', '.join(held)}" if held else f"{len(clocks)} readings"
-    return [("GPU clock under load", f"{statistics.median(clocks) / 1e6:.0f} MHz{most}", span, told)]
+    readings = f"{len(clocks)} readings"
+    if reasons:
+        readings += f"; held down by {', '.join(reasons)}"
+    return [("GPU clock under load", f"{statistics.median(clocks) / 1e6:.0f} MHz{most}", span, readings)]
 
 
 def _link_rows(link: Link) -> list[Cells]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from profiles.doctor.findings import NO_GPU, Answer, Finding
-from profiles.machine import Machine
+from profiles.machine import Gpu, Machine
 from profiles.system.unprobed import System
 from profiles.units import format_bytes
 
@@ -55,7 +55,7 @@ def check_gpu_usable(machine: Machine, system: System | None) -> Answer:
     )
 
 
-def check_wsl(machine: Machine, _: System | None) -> Answer:
+def check_wsl(machine: Machine) -> Answer:
     if "WSL" not in machine.platform:
         return None
     return Finding(
@@ -68,7 +68,7 @@ def check_wsl(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_spilling(machine: Machine, _: System | None) -> Answer:
+def check_spilling(machine: Machine) -> Answer:
     if "WSL" not in machine.platform:
         return None
     if machine.gpu is None:
@@ -85,10 +85,7 @@ def check_spilling(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_mig(machine: Machine, _: System | None) -> Answer:
-    gpu = machine.gpu
-    if gpu is None:
-        return NO_GPU
+def check_mig(gpu: Gpu, _: Machine) -> Answer:
     if gpu.mig_enabled is None and "MIG" not in gpu.name:
         return "the driver does not say whether the GPU is partitioned"
     if not gpu.mig_enabled and "MIG" not in gpu.name:
@@ -103,31 +100,26 @@ def check_mig(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_shared_gpu(machine: Machine, _: System | None) -> Answer:
-    gpu = machine.gpu
-    if gpu is None:
-        return NO_GPU
+def check_shared_gpu(gpu: Gpu, _: Machine) -> Answer:
     others = max((reading.other_processes or 0 for reading in gpu.readings), default=0)
     used_bytes = gpu.total_bytes - gpu.free_bytes
     if not others and used_bytes <= SHARED_SHARE * gpu.total_bytes:
         return None
-    told = f"{others} other processes; " if others else ""
+    processes = f"{others} other processes; " if others else ""
     return Finding(
         name="shared GPU",
         severity="warning",
         title="something else uses the GPU",
-        evidence=f"{told}{format_bytes(used_bytes)} of {format_bytes(gpu.total_bytes)} in use",
+        evidence=f"{processes}{format_bytes(used_bytes)} of {format_bytes(gpu.total_bytes)} in use",
         cause="a desktop, a notebook that was left open, or another user's job",
         remedy="see 'nvidia-smi' for who it is, end it, and probe again",
     )
 
 
-def check_throttled(machine: Machine, _: System | None) -> Answer:
-    if machine.gpu is None:
-        return NO_GPU
-    if not machine.gpu.readings:
+def check_throttled(gpu: Gpu, _: Machine) -> Answer:
+    if not gpu.readings:
         return "the GPU's conditions were not read"
-    why = sorted({reason for reading in machine.gpu.readings for reason in reading.throttled})
+    why = sorted({reason for reading in gpu.readings for reason in reading.throttled})
     if not why:
         return None
     return Finding(
@@ -140,12 +132,10 @@ def check_throttled(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_ecc(machine: Machine, _: System | None) -> Answer:
-    if machine.gpu is None:
-        return NO_GPU
-    if machine.gpu.ecc_enabled is None:
+def check_ecc(gpu: Gpu, _: Machine) -> Answer:
+    if gpu.ecc_enabled is None:
         return "the driver does not say, or the card has none"
-    if machine.gpu.ecc_enabled:
+    if gpu.ecc_enabled:
         return None
     return Finding(
         name="ECC",

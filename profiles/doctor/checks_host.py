@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 
-from profiles.doctor.findings import NO_GPU, Answer, Finding
-from profiles.machine import Machine
-from profiles.planning.predict import WRITE_ALLOCATE
+from profiles.doctor.findings import Answer, Finding
+from profiles.machine import Link, Machine
+from profiles.planning.predict import COPY_WRITE_ALLOCATE
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate
 
 ONE_CHANNEL_BYTES_PER_S = 25.6e9
 """One channel of DDR4-3200, the fastest of its kind."""
+
+TRIAD_WRITE_ALLOCATE = 4 / 3
+"""Host memory traffic over what STREAM's triad counts: four arrays move for three, since a CPU reads a line
+before it writes it. Of a copy, three move for two."""
 
 ENOUGH_CORES = 4
 """With fewer, the cores and not the memory limit a copy."""
@@ -25,10 +29,8 @@ FULL_BYTES, NEARLY_FULL_BYTES = 10**9, 20 * 10**9
 FULL_PROBE = "probe with 'lspzo-bench probe --full --out m.json', then 'lspzo-bench doctor --profile m.json'"
 
 
-def check_pinned_limit(machine: Machine, _: System | None) -> Answer:
-    link, memory = machine.link, machine.memory
-    if link is None:
-        return NO_GPU
+def check_pinned_limit(link: Link, machine: Machine) -> Answer:
+    memory = machine.memory
     remedy = "raise the limit on locked memory (ulimit -l unlimited; in a container --ulimit memlock=-1)"
     if link.h2d_pinned_bytes_per_s.value is None and link.h2d_pageable_bytes_per_s.value is not None:
         return Finding(
@@ -55,7 +57,7 @@ def check_pinned_limit(machine: Machine, _: System | None) -> Answer:
     )  # fmt: skip
 
 
-def check_threads(machine: Machine, _: System | None) -> Answer:
+def check_threads(machine: Machine) -> Answer:
     cpu = machine.cpu
     if not re.search(r"quota|affinity|cpuset", cpu.cores_basis):
         return None
@@ -74,7 +76,7 @@ def check_threads(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_governor(machine: Machine, _: System | None) -> Answer:
+def check_governor(machine: Machine) -> Answer:
     if machine.cpu.governor is None:
         return "the kernel shows no governor of clock frequencies"
     if machine.cpu.governor != "powersave":
@@ -90,12 +92,11 @@ def check_governor(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_memory_channels(machine: Machine, _: System | None) -> Answer:
-    """STREAM's triad moves four arrays for three that it counts; a copy three for two."""
+def check_memory_channels(machine: Machine) -> Answer:
     triad, copy = machine.memory.triad_bytes_per_s, machine.memory.copy_bytes_per_s
     rates = [
         figure.value * factor
-        for figure, factor in ((triad, 4 / 3), (copy, WRITE_ALLOCATE))
+        for figure, factor in ((triad, TRIAD_WRITE_ALLOCATE), (copy, COPY_WRITE_ALLOCATE))
         if figure.value is not None and figure.origin == "measured"
     ]
     if not rates:
@@ -115,7 +116,7 @@ def check_memory_channels(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_swap(machine: Machine, _: System | None) -> Answer:
+def check_swap(machine: Machine) -> Answer:
     memory = machine.memory
     if memory.swap_bytes == 0:
         return None

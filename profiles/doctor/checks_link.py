@@ -1,11 +1,10 @@
-"""Checks of the way between host and GPU. Each takes a machine and the system it is, if it is this one."""
+"""Checks of the way between host and GPU."""
 
 from __future__ import annotations
 
 from profiles.display.tables import link_text
-from profiles.doctor.findings import NO_GPU, Answer, Finding
+from profiles.doctor.findings import Answer, Finding
 from profiles.machine import Link, Machine
-from profiles.system.unprobed import System
 from profiles.units import format_rate
 
 LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 15.75e9 / 16, 4: 31.5e9 / 16, 5: 63e9 / 16, 6: 126e9 / 16}
@@ -21,10 +20,7 @@ REPLAYS = 10
 """Packets sent again during a probe, above which a contact is bad."""
 
 
-def check_link_state(machine: Machine, _: System | None) -> Answer:
-    link = machine.link
-    if link is None:
-        return NO_GPU
+def check_link_state(link: Link, _: Machine) -> Answer:
     width, generation = link.width_loaded, link.generation_loaded
     if width is None or generation is None or link.width_max is None or link.generation_max is None:
         return "the link's state under load is not known"
@@ -54,10 +50,7 @@ def check_link_state(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_slot(machine: Machine, _: System | None) -> Answer:
-    link = machine.link
-    if link is None:
-        return NO_GPU
+def check_slot(link: Link, _: Machine) -> Answer:
     if link.generation_gpu_max is None or link.generation_slot_max is None:
         return "the slot's and the card's own limits are not known"
     wide = link.width_slot_max is not None and link.width_max is not None
@@ -75,10 +68,7 @@ def check_slot(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_link_rate(machine: Machine, _: System | None) -> Answer:
-    link = machine.link
-    if link is None:
-        return NO_GPU
+def check_link_rate(link: Link, _: Machine) -> Answer:
     lane = LANE_BYTES_PER_S.get(link.generation_loaded or 0)
     rates = {"to the GPU": link.h2d_pinned_bytes_per_s, "from the GPU": link.d2h_pinned_bytes_per_s}
     measured = {way: figure.value for way, figure in rates.items() if figure.origin == "measured"}
@@ -101,27 +91,22 @@ def check_link_rate(machine: Machine, _: System | None) -> Answer:
     )
 
 
-def check_replays(machine: Machine, _: System | None) -> Answer:
-    if machine.link is None:
-        return NO_GPU
-    if machine.link.replays is None:
+def check_replays(link: Link, _: Machine) -> Answer:
+    if link.replays is None:
         return "the replay counter is not known"
-    if machine.link.replays <= REPLAYS:
+    if link.replays <= REPLAYS:
         return None
     return Finding(
         name="link errors",
         severity="warning",
         title="packets on the link were sent again",
-        evidence=f"{machine.link.replays} replays during the probe",
+        evidence=f"{link.replays} replays during the probe",
         cause="a bad contact, a riser, or a generation that the board does not carry cleanly",
         remedy="seat the card again, leave out the riser, or set the slot one generation lower",
     )
 
 
-def check_pageable(machine: Machine, _: System | None) -> Answer:
-    link = machine.link
-    if link is None:
-        return NO_GPU
+def check_pageable(link: Link, _: Machine) -> Answer:
     pairs = {
         "to the GPU": (link.h2d_pageable_bytes_per_s.value, link.h2d_pinned_bytes_per_s.value),
         "from the GPU": (link.d2h_pageable_bytes_per_s.value, link.d2h_pinned_bytes_per_s.value),

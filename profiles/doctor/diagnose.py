@@ -5,7 +5,7 @@ Each check looks at one thing and says one of three: a finding, in order, or why
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from profiles.doctor.checks_gpu import (
@@ -32,29 +32,29 @@ from profiles.doctor.checks_link import (
     check_replays,
     check_slot,
 )
-from profiles.doctor.findings import Answer, Finding, Severity
+from profiles.doctor.findings import Check, Finding, Severity, of_gpu, of_link, of_machine
 from profiles.machine import Gpu, Machine
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate
 
-CHECKS: dict[str, Callable[[Machine, System | None], Answer]] = {
+CHECKS: dict[str, Check] = {
     "driver and torch": check_gpu_usable,
-    "link state": check_link_state,
-    "slot": check_slot,
-    "link rate": check_link_rate,
-    "link errors": check_replays,
-    "pageable copies": check_pageable,
-    "pinned limit": check_pinned_limit,
-    "CPU threads": check_threads,
-    "CPU governor": check_governor,
-    "memory channels": check_memory_channels,
-    "swap": check_swap,
-    "WSL": check_wsl,
-    "GPU memory spilling": check_spilling,
-    "MIG": check_mig,
-    "shared GPU": check_shared_gpu,
-    "GPU clocks": check_throttled,
-    "ECC": check_ecc,
+    "link state": of_link(check_link_state),
+    "slot": of_link(check_slot),
+    "link rate": of_link(check_link_rate),
+    "link errors": of_link(check_replays),
+    "pageable copies": of_link(check_pageable),
+    "pinned limit": of_link(check_pinned_limit),
+    "CPU threads": of_machine(check_threads),
+    "CPU governor": of_machine(check_governor),
+    "memory channels": of_machine(check_memory_channels),
+    "swap": of_machine(check_swap),
+    "WSL": of_machine(check_wsl),
+    "GPU memory spilling": of_machine(check_spilling),
+    "MIG": of_gpu(check_mig),
+    "shared GPU": of_gpu(check_shared_gpu),
+    "GPU clocks": of_gpu(check_throttled),
+    "ECC": of_gpu(check_ecc),
     "disk": check_disk,
 }
 

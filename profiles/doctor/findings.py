@@ -1,9 +1,13 @@
-"""What a check of a machine can say. Pure; no torch."""
+"""What a check of a machine can say, and what it looks at. Pure; no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from profiles.machine import Gpu, Link, Machine
+from profiles.system.unprobed import System
 
 Severity = Literal["problem", "warning", "note"]
 
@@ -23,3 +27,20 @@ Answer = Finding | str | None
 """A finding, why there can be none, or `None`: in order."""
 
 NO_GPU = "there is no GPU in the profile"
+
+Check = Callable[[Machine, System | None], Answer]
+"""Looks at one thing of a machine; the system is that of this machine, `None` for a saved one."""
+
+
+def of_machine(judge: Callable[[Machine], Answer]) -> Check:
+    return lambda machine, _: judge(machine)
+
+
+def of_gpu(judge: Callable[[Gpu, Machine], Answer]) -> Check:
+    """Not judged on a machine without a GPU."""
+    return lambda machine, _: NO_GPU if machine.gpu is None else judge(machine.gpu, machine)
+
+
+def of_link(judge: Callable[[Link, Machine], Answer]) -> Check:
+    """Not judged on a machine without a GPU, which has no link either."""
+    return lambda machine, _: NO_GPU if machine.link is None else judge(machine.link, machine)

@@ -44,7 +44,7 @@ CPU_GAUSSIAN_S = 35e-9
 """Perturbing by one normal number on a CPU, by torch operations on pieces too small for a second thread:
 33 to 39 ns on a server core."""
 
-WRITE_ALLOCATE = 1.5
+COPY_WRITE_ALLOCATE = 1.5
 """Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
 DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
 
@@ -199,7 +199,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -
     def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
         return factor / _rate(*figure(), side) if amount > 0 else 0.0
 
-    host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / WRITE_ALLOCATE)
+    host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / COPY_WRITE_ALLOCATE)
     gaussians = sum(layer.gaussians for layer in traffic.layers)
     memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
     if machine.gpu is None:

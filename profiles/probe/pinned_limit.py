@@ -56,7 +56,7 @@ def pinned_limit(meter: Meter, *, full: bool, root: Path = cgroup.ROOT) -> tuple
 def throw_away(limit_s: float, **arguments: float) -> tuple[dict[str, Any], str]:
     """The last answer of `profiles.probe.pinned_limit_child`, and how that process ended: empty if well.
 
-    The child tells after every step what it has, so one that is killed still leaves its last answer; without
+    The child prints after every step what it has, so one that is killed still leaves its last answer; without
     any, the answer is empty.
     """
     command = [sys.executable, "-P", "-m", "profiles.probe.pinned_limit_child", json.dumps(arguments)]

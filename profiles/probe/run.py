@@ -46,7 +46,7 @@ def probe_machine(
 ) -> Machine:
     """Measures this machine, with `cuda:0` if torch sees one.
 
-    `progress` is told what is measured next, how many measurements are done, and of how many. `seconds`
+    `progress` is called with what is measured next, how many measurements are done and of how many. `seconds`
     is the time for all measurements together, which torch's start and allocations come on top of. A `brief`
     probe takes the figures that predictions need, in some 15 s. `folder` is where the disk is measured; by
     default where the user stands. `root` is the file tree whose limits and topology hold.

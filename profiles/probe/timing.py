@@ -92,7 +92,10 @@ class Meter:
         needs_s: float = 0.0,
         repeats: bool = True,
     ) -> T:
-        """As `measure`, if more than `needs_s` is left."""
+        """`take(seconds)` where more than `needs_s` of the probe's time is left, else `failed(reason)`.
+
+        What raises, or is disturbed, is treated as `measure` treats it.
+        """
         if self.left_s() > needs_s:
             return self.measure(what, take, failed, repeats=repeats)
         self.done += 1
@@ -232,8 +235,9 @@ def cuda_samples(action: Action, seconds: float, watch: Action = lambda: None) -
 
 
 def burst_samples(action: Action, seconds: float, watch: Action = lambda: None) -> list[float]:
-    """As `cuda_samples`, in bursts of about `BATCH_S` with rests between them.
+    """Times in seconds that `action` took on the current CUDA stream, in bursts with rests between.
 
+    A burst lasts about `BATCH_S`; each action has its own pair of events, and `watch` is called meanwhile.
     Without rests a GPU that multiplies reaches its power limit within a tenth of a second, and what is
     measured is the limit: on an H200 790 TFLOP/s in bf16 fall to 650.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,6 @@ from profiles.units import (
     format_rate,
     format_seconds,
     parse_bytes,
-    parse_rate,
 )
 
 
@@ -65,20 +66,6 @@ def test_parse_bytes_refuses(text: str, why: str) -> None:
     assert "24GB (1e9) or 24GiB (2**30)" in error.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("text", "rate"), [("12GB/s", 12e9), ("1.5 GiB/s", 1.5 * 2**30), ("800MB / s", 8e8), ("3.2tb/s", 3.2e12)]
-)
-def test_parse_rate(text: str, rate: float) -> None:
-    assert parse_rate(text) == rate
-
-
-@pytest.mark.parametrize("text", ["12GB", "12", "12GB/h", "/s", "0GB/s", "12Gb/s", "-1GB/s", "12/s", ""])
-def test_parse_rate_refuses(text: str) -> None:
-    with pytest.raises(UserError) as error:
-        parse_rate(text)
-    assert "12GB/s (1e9)" in error.value.remedy
-
-
 @settings(deadline=None)
 @given(st.integers(min_value=1, max_value=2**62))
 def test_whole_bytes_survive(count: int) -> None:
@@ -92,20 +79,10 @@ def test_shown_bytes_are_read_back(count: int) -> None:
 
 
 @settings(deadline=None)
-@given(st.floats(min_value=1, max_value=9e14))
-def test_shown_rates_are_read_back(rate: float) -> None:
-    assert parse_rate(format_rate(rate)) == pytest.approx(rate, rel=5.1e-3)
-
-
-@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_any_text_is_a_size_or_a_users_mistake(text: str) -> None:
-    for parse in (parse_bytes, parse_rate):
-        try:
-            value = parse(text)
-        except UserError:
-            continue
-        assert value > 0
+    with suppress(UserError):
+        assert parse_bytes(text) > 0
 
 
 @pytest.mark.parametrize(
