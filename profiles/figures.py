@@ -13,7 +13,6 @@ from typing import Any, Literal
 from profiles.machine import Cpu, Depth, Figure, Gpu, HostMemory, Link, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_elements, format_flops, format_rate
 
-Part = Literal["gpu", "link", "cpu", "memory", "disk"]
 Format = Callable[[float | None], str]
 """A number for people; `None` is 'not measured'."""
 
@@ -149,7 +148,7 @@ EACH_GPU: tuple[FigureRow, ...] = (
 """Of each `profiles.machine.GpuLink`, where there are several GPUs."""
 
 
-def figures_of(part: Part) -> tuple[FigureRow, ...]:
+def figures_of(part: str) -> tuple[FigureRow, ...]:
     return tuple(row for row in FIGURES if row.part == part)
 
 

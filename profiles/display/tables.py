@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles.figures import EACH_GPU, Format, Part, figures_of
+from profiles.figures import EACH_GPU, Format, figures_of
 from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, Link, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
@@ -154,7 +154,7 @@ def link_text(generation: int | None, width: int | None) -> str:
     return f"PCIe {'?' if generation is None else generation} x{'?' if width is None else width}"
 
 
-def _counted(part: Part, holder: object) -> list[Cells]:
+def _counted(part: str, holder: object) -> list[Cells]:
     """The numbers of one part that are counted, with what is said beside them."""
     return [
         (row.label, row.form(found), "", row.detail(holder) if row.detail else "")
@@ -163,7 +163,7 @@ def _counted(part: Part, holder: object) -> list[Cells]:
     ]
 
 
-def _measured(part: Part, holder: object) -> list[Cells]:
+def _measured(part: str, holder: object) -> list[Cells]:
     """The figures of one part; the labels of those that were had end with what is said of them."""
     named = []
     for row in figures_of(part):

@@ -32,12 +32,12 @@ from profiles.doctor.checks_link import (
     check_replays,
     check_slot,
 )
-from profiles.doctor.findings import Check, Finding, Severity, of_gpu, of_link, of_machine
+from profiles.doctor.findings import Finding, MachineCheck, Severity, of_gpu, of_link, of_machine
 from profiles.machine import Gpu, Machine
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate
 
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, MachineCheck] = {
     "driver and torch": check_gpu_usable,
     "link state": of_link(check_link_state),
     "slot": of_link(check_slot),

@@ -28,19 +28,19 @@ Answer = Finding | str | None
 
 NO_GPU = "there is no GPU in the profile"
 
-Check = Callable[[Machine, System | None], Answer]
+MachineCheck = Callable[[Machine, System | None], Answer]
 """Looks at one thing of a machine; the system is that of this machine, `None` for a saved one."""
 
 
-def of_machine(judge: Callable[[Machine], Answer]) -> Check:
+def of_machine(judge: Callable[[Machine], Answer]) -> MachineCheck:
     return lambda machine, _: judge(machine)
 
 
-def of_gpu(judge: Callable[[Gpu, Machine], Answer]) -> Check:
+def of_gpu(judge: Callable[[Gpu, Machine], Answer]) -> MachineCheck:
     """Not judged on a machine without a GPU."""
     return lambda machine, _: NO_GPU if machine.gpu is None else judge(machine.gpu, machine)
 
 
-def of_link(judge: Callable[[Link, Machine], Answer]) -> Check:
+def of_link(judge: Callable[[Link, Machine], Answer]) -> MachineCheck:
     """Not judged on a machine without a GPU, which has no link either."""
     return lambda machine, _: NO_GPU if machine.link is None else judge(machine.link, machine)

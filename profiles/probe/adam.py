@@ -9,7 +9,7 @@ from profiles.probe.timing import host_samples, rate_figure
 
 TENSOR_ELEMENTS = 16 * 2**20
 """Tensors of 64 MiB: all threads have work for long, and one tensor's overhead does not show."""
-BYTES_PER_ELEMENT = 16
+STATE_BYTES_PER_ELEMENT = 16
 """Weight, gradient and two moments in fp32."""
 BYTES_AT_LEAST = 2**30
 """Working set where the caches are small or unknown."""
@@ -32,7 +32,7 @@ def large_elements(memory_bytes: int, cache_bytes: int | None) -> int:
     """Elements whose working set is four times the last-level caches, where memory allows."""
     # Room for one more tensor: the one that is drawn.
     room_bytes = memory_bytes * 3 // 4
-    return max(min(max(4 * (cache_bytes or 0), BYTES_AT_LEAST), room_bytes) // BYTES_PER_ELEMENT, 1024)
+    return max(min(max(4 * (cache_bytes or 0), BYTES_AT_LEAST), room_bytes) // STATE_BYTES_PER_ELEMENT, 1024)
 
 
 def adam_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None) -> Figure:
@@ -41,7 +41,7 @@ def adam_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: int | No
 
     optimizer, elements = make_optimizer(large_elements(memory_bytes, cache_bytes))
     samples = host_samples(optimizer.step, seconds)
-    total_bytes = elements * BYTES_PER_ELEMENT
+    total_bytes = elements * STATE_BYTES_PER_ELEMENT
     count = len(optimizer.param_groups[0]["params"])
     method = (
         f"torch.optim.AdamW fused, fp32, {count} tensors of {elements // count} elements "

@@ -6,8 +6,6 @@ from typing import Literal
 
 SMALLEST_BUFFER_BYTES = 2**20
 
-Direction = Literal["h2d", "d2h"]
-
 
 class Buffers:
     """A host and a device buffer for each direction on the current CUDA device: both can be in flight.
@@ -39,14 +37,14 @@ class Buffers:
     def down(self) -> None:
         self.host_down.copy_(self.device_down, non_blocking=True)
 
-    def forget(self, direction: Direction) -> None:
+    def forget(self, direction: Literal["h2d", "d2h"]) -> None:
         """Overwrite what copies in `direction` write, so that `check` sees only later ones."""
         import torch
 
         (self.device_up if direction == "h2d" else self.host_down).zero_()
         torch.cuda.synchronize()
 
-    def check(self, direction: Direction) -> None:
+    def check(self, direction: Literal["h2d", "d2h"]) -> None:
         """Raises `RuntimeError` if what the copy in `direction` wrote is not what it read."""
         import torch
 

@@ -21,7 +21,7 @@ BLOCK_BYTES = 8 * 2**20
 CHUNK_BLOCKS = 4
 """Blocks of one sample; they are read side by side, and written one after the other."""
 FILE_BYTES_AT_MOST = 8 * 2**30
-FREE_SHARE = 10
+FREE_DISK_SHARE = 10
 """At most this share of what is free is written."""
 NUM_MEASUREMENTS = 2
 
@@ -45,7 +45,7 @@ def probe_disk(meter: Meter, folder: Path, root: Path = ROOT) -> tuple[Disk | No
     try:
         with mmap.mmap(-1, BLOCK_BYTES) as block:  # page-aligned, as direct I/O asks for
             block.write(os.urandom(BLOCK_BYTES))  # what a file system could neither compress nor skip
-            most = min(FILE_BYTES_AT_MOST, usage.free // FREE_SHARE) // (BLOCK_BYTES * CHUNK_BLOCKS)
+            most = min(FILE_BYTES_AT_MOST, usage.free // FREE_DISK_SHARE) // (BLOCK_BYTES * CHUNK_BLOCKS)
             write = meter.optional(
                 "disk, writing", _or_raise(failure, descriptor, block, most, _write), absent
             )
@@ -119,7 +119,7 @@ def _or_raise(
         if failure:
             raise _Unusable(failure)
         if most < 1:
-            raise _Unusable(f"less than {FREE_SHARE * BLOCK_BYTES * CHUNK_BLOCKS / 1e6:.0f} MB is free")
+            raise _Unusable(f"less than {FREE_DISK_SHARE * BLOCK_BYTES * CHUNK_BLOCKS / 1e6:.0f} MB is free")
         samples = transfer(descriptor, block, most, seconds)
         size = BLOCK_BYTES * CHUNK_BLOCKS
         method = f"{len(samples)} x {size / 2**20:.0f} MiB in blocks of {BLOCK_BYTES / 2**20:.0f} MiB"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, Link, Machine
 from profiles.probe import cpu, disk, gpu, link, memory, multi_gpu, numa, pinned_limit
-from profiles.probe.timing import Meter, Progress, clock_s, now, one_line
+from profiles.probe.timing import Meter, OnMeasurement, clock_s, now, one_line
 from profiles.system import cgroup, nvml
 from profiles.system.topology import Port, port_above, processors
 
@@ -37,7 +37,7 @@ _PACKAGES = ("torch", "triton", "transformers", "torchao", "nvidia-ml-py")
 
 
 def probe_machine(
-    progress: Progress = lambda what, done, total: None,
+    progress: OnMeasurement = lambda what, done, total: None,
     seconds: float | None = None,
     *,
     depth: Depth = "default",

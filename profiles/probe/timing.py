@@ -16,7 +16,9 @@ from profiles.machine import Figure, GpuReading
 T = TypeVar("T")
 
 Action = Callable[[], object]
-Progress = Callable[[str, int, int], None]
+OnMeasurement = Callable[[str, int, int], None]
+"""Called before each measurement with what it is, how many are done, and of how many."""
+
 Look = Callable[[str], GpuReading]
 """Reads the GPU's condition; the argument names the measurement."""
 
@@ -42,7 +44,7 @@ class Meter:
     """Time for one measurement, warm-up included, as far as the fewest samples allow."""
     total: int
     """Measurements that the whole probe will make."""
-    progress: Progress
+    progress: OnMeasurement
     limit_s: float = math.inf
     """Time after which measurements that can be done without are left out."""
     look: Look | None = None

@@ -188,9 +188,9 @@ def test_adam_is_given_less_than_its_share() -> None:
 def test_adam_runs_over_tensors_larger_than_caches() -> None:
     optimizer, elements = adam.make_optimizer(5 * 2**10, tensor_elements=2**10)
     assert (len(optimizer.param_groups[0]["params"]), elements) == (5, 5 * 2**10)
-    assert adam.large_elements(2**40, 2**20) * adam.BYTES_PER_ELEMENT == 2**30
-    assert adam.large_elements(2**40, 2**30) * adam.BYTES_PER_ELEMENT == 2**32
-    assert adam.large_elements(2**30, 2**30) * adam.BYTES_PER_ELEMENT < 2**30
+    assert adam.large_elements(2**40, 2**20) * adam.STATE_BYTES_PER_ELEMENT == 2**30
+    assert adam.large_elements(2**40, 2**30) * adam.STATE_BYTES_PER_ELEMENT == 2**32
+    assert adam.large_elements(2**30, 2**30) * adam.STATE_BYTES_PER_ELEMENT < 2**30
 
 
 def test_a_matrix_product_fits_its_memory() -> None:
