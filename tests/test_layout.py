@@ -60,8 +60,8 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("provenance",),
         ("render",),
         ("index",),
-        ("poc",),
         ("commands",),
+        ("poc",),
     ),
 }
 """From the lowest: a file may import its own folder's, and what lies in a lower tier."""
