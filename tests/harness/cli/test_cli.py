@@ -197,6 +197,23 @@ def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     assert err == ""
 
 
+@pytest.mark.parametrize("program", ["python -m harness", "lspzo-bench"])
+def test_folders_named_like_ours_do_not_shadow_them(tmp_path: Path, program: str) -> None:
+    """Where the user stands, and on PYTHONPATH."""
+    for name in ("engines", "profiles", "reports"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('shadowed')\n")
+    root = Path(__file__).parents[3]
+    start = "from harness.cli.app import main; main()"
+    module = ["-m", "harness"] if program.startswith("python") else ["-c", start]
+    listed = subprocess.run(
+        [sys.executable, *module, "profiles", "--json"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}, check=False,
+    )  # fmt: skip
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert len(json.loads(listed.stdout)) > 5
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("models",), ("models", "--json"), ("--help",)])
 def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...], unbuffered: str) -> None:
