@@ -200,8 +200,6 @@ def _search_note(lsp: Rounds) -> str:
         settings: LspSettings = parse_settings("lsp", lsp.ok[0].plan.settings)
     except UserError:
         return ""  # written by a version with other settings
-    if settings.projector == "identity":
-        return ""
     spread_s = lsp.step_s.median + max(0.0, first_s - lsp.step_s.median) / settings.check_every
     return " " + say(
         "tablenote.search",

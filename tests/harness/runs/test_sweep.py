@@ -346,11 +346,11 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from pydantic import TypeAdapter
-from engines.base import ModelShape
+from engines.shapes import ModelShape
 from harness.runs.sweep import compare
-from harness.job import load_job
-from harness.launch import Stepped
-from profiles.plan import Plan
+from harness.records.job import load_job
+from harness.runs.launch import Stepped
+from profiles.planning.plan import Plan
 
 folder = Path(sys.argv[1])
 shape = TypeAdapter(ModelShape).validate_json((folder / "shape.json").read_bytes())
