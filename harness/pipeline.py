@@ -24,7 +24,8 @@ from harness.records.run import Run
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import launch_probe
-from harness.runs.sweep import Cell, check_folder, compare, missing
+from harness.runs.sweep import Cell, compare, missing
+from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
 from profiles.display.tables import machine_table
 from profiles.documents import write_whole

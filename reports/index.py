@@ -11,8 +11,8 @@ from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.job import Job
+from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, counted_step_s, outer_deciles, ratio
-from harness.runs.decoding_runs import GenerationRun, load_generation
 from profiles.documents import write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts
@@ -67,7 +67,7 @@ def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broke
     found = [each for path in folders if any(path.glob("runs/*.json")) for each in published(path, on_broken)]
     found.sort(key=lambda each: (each.parameters, each.model, each.folder))  # engines stay in order
     generated = [
-        (path.name, load_generation(file))
+        (path.name, load_run(file, "decode"))
         for path in folders
         for file in sorted(path.glob("generations/*.json"))
     ]
@@ -122,9 +122,7 @@ def abouts(folder: Path) -> dict[str, str]:
     }
 
 
-def index(
-    found: Sequence[Published], generated: Sequence[tuple[str, GenerationRun]], about: dict[str, str]
-) -> str:
+def index(found: Sequence[Published], generated: Sequence[tuple[str, Run]], about: dict[str, str]) -> str:
     """Markdown. `generated` are records with their folder."""
     columns = ("model", "job", "machine", "method", "step_s", "ratio", "floor", "gpu", "host", "loss")
     align = ["---"] * 4 + ["---:"] * 6
@@ -225,7 +223,7 @@ def _cells(each: Published) -> list[str]:
     ]
 
 
-def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterator[str]:
+def _generation_lines(generated: Sequence[tuple[str, Run]]) -> Iterator[str]:
     columns = ("model", "prompts", "machine", "method", "tokens", "range", "floor", "first", "gpu")
     yield f"| {' | '.join(say(f'index.{column}') for column in columns)} |"
     yield f"| {' | '.join(['---'] * 4 + ['---:'] * 5)} |"

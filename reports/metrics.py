@@ -16,7 +16,6 @@ from harness.records.stats import (
     over_runs,
     ratio,
     same_or_different,
-    tokens_per_step,
 )
 from profiles.machine import Machine
 from profiles.planning.budget import CONTEXT_BYTES
@@ -95,17 +94,7 @@ def predicted(rounds: Rounds) -> Predicted | None:
         if run.predicted is not None:
             return run.predicted
     for run in rounds.runs:
-        plan = run.plan.prediction
-        return Predicted(
-            step_s_low=plan.step_s_low,
-            step_s=plan.step_s,
-            step_s_high=plan.step_s_high,
-            peak_gpu_bytes=plan.peak_gpu_bytes,
-            peak_host_bytes=plan.peak_host_bytes,
-            bottleneck=plan.bottleneck,
-            basis=plan.basis,
-            floor_s=plan.floor_s,
-        )
+        return Predicted.of(run.plan.prediction)
     return None
 
 
@@ -224,7 +213,7 @@ def _step_s(rounds: Rounds, all_: Measurements) -> Finding:
 def _tokens_per_s(rounds: Rounds, all_: Measurements) -> Finding:
     expected = predicted(rounds)
     step_s = expected.step_s if expected else None
-    return _from_spread(rounds.tokens_per_s, tokens_per_step(rounds.runs[0]) / step_s if step_s else None)
+    return _from_spread(rounds.tokens_per_s, rounds.runs[0].tokens_per_step / step_s if step_s else None)
 
 
 def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:

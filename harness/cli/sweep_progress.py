@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from harness.progress import Progress, console
 from harness.records.run import Run
 from harness.runs.launch import Progress as SetUp
 from harness.runs.launch import Stepped
 from harness.runs.sweep import Ended, Event, Planned, Started
 from profiles.units import NOT_MEASURED, format_seconds
-
-if TYPE_CHECKING:
-    from harness.runs.decoding_runs import GenerationRun
-from harness.progress import Progress, console
 
 
 class CompareProgress:
@@ -81,6 +78,6 @@ class GenerationProgress(Progress):
             note = f"{format_seconds(event.sample.step_s)} a token"
             self.update("generating", event.sample.step + 1, event.total, note=note)
 
-    def ended(self, run: GenerationRun) -> None:
+    def ended(self, run: Run) -> None:
         told = f": {run.end_reason}" if run.end_reason is not None else ""
         self.print(f"{run.id}: {run.end_state}{told}")

@@ -27,7 +27,6 @@ from profiles.planning.plan import Plan
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from harness.runs.decoding_runs import GenerationRun
     from harness.training.find_lr import Finding
 
 
@@ -162,7 +161,7 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     return Group(Text(title, style="bold"), table, _notes(reasons))
 
 
-def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
+def generations_table(runs: Sequence[Run]) -> RenderableType:
     """What was measured of generating, one row per run, and below it why runs failed."""
     headings = (
         "method", "prompts", "end", "tokens/s", "10 % to 90 %", "step", "floor", "floor / step",
@@ -177,7 +176,7 @@ def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
         ]
         middle, low, high = (NOT_MEASURED if rate is None else f"{rate:,.4g}" for rate in rates)
         share = NOT_MEASURED if seen.floor_share is None else f"{seen.floor_share:.1%}"
-        floor_s = run.predicted.floor_s
+        floor_s = None if run.predicted is None else run.predicted.floor_s
         table.add_row(
             run.engine, f"{batch_size} x {run.job['seq_len']}", run.end_state, middle,
             "-" if seen.step_s_median is None else f"{low} to {high}", format_seconds(seen.step_s_median),

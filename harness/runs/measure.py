@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from engines.base import Batch, Engine, Evaluation, StepStats, TellsLanding
@@ -73,15 +73,8 @@ class Recording:
         disk_floor_s = _median([stats.disk_floor_s for _, stats in measured])
         first = self.evaluations[0] if self.evaluations else None
         last = self.evaluations[-1] if len(self.evaluations) > 1 else None
-        return Summary(
-            step_s_median=steps.step_s_median,
-            step_s_low=steps.step_s_low,
-            step_s_high=steps.step_s_high,
-            step_s_p10=steps.step_s_p10,
-            step_s_p90=steps.step_s_p90,
-            tokens_per_s=steps.tokens_per_s,
-            loss_first=steps.loss_first,
-            loss_last=steps.loss_last,
+        return replace(
+            steps,
             eval_loss_first=None if first is None else first.loss,
             eval_loss_last=None if last is None else last.loss,
             eval_accuracy_first=None if first is None else first.accuracy,

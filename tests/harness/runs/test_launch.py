@@ -17,11 +17,13 @@ import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.runs.launch
+import harness.runs.memory_sampler
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.end_states import classify
-from harness.runs.launch import Outcome, Progress, Stepped, launch, read_oom_kills
+from harness.runs.launch import Outcome, Progress, Stepped, launch
+from harness.runs.memory_sampler import read_oom_kills
 from harness.runs.worker import Request
 from profiles.system.nvml import NvmlDevice, open_device
 
@@ -228,7 +230,7 @@ def test_a_child_killed_while_the_kernel_was_out_of_memory(
 
 def test_a_child_killed_while_memory_was_nearly_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(available_bytes=GIB, total_bytes=100 * GIB)
-    monkeypatch.setattr(harness.runs.launch, "host_memory", lambda: memory)
+    monkeypatch.setattr(harness.runs.memory_sampler, "host_memory", lambda: memory)
     outcome = start(tmp_path, fail_at_step=1, failure="kill")
     assert outcome.end_state == "oom_host"
     assert "1.0% of host memory" in str(outcome.end_reason)

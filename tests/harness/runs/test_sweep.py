@@ -16,7 +16,7 @@ import psutil
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
-import harness.runs.sweep
+import harness.runs.attempt
 from engines.errors import UserError
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import EndState, Run, Summary, load_run, save_run
@@ -42,7 +42,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ids.append(request.id)
         return Outcome(end_state="ok", end_reason=None, samples=(), summary=Summary(), by_user=False)
 
-    monkeypatch.setattr(harness.runs.sweep, "launch", pretend)
+    monkeypatch.setattr(harness.runs.attempt, "launch", pretend)
     return ids
 
 
@@ -346,11 +346,11 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from pydantic import TypeAdapter
-from engines.base import ModelShape
+from engines.shapes import ModelShape
 from harness.runs.sweep import compare
-from harness.job import load_job
-from harness.launch import Stepped
-from profiles.plan import Plan
+from harness.records.job import load_job
+from harness.runs.launch import Stepped
+from profiles.planning.plan import Plan
 
 folder = Path(sys.argv[1])
 shape = TypeAdapter(ModelShape).validate_json((folder / "shape.json").read_bytes())
