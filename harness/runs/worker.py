@@ -33,7 +33,8 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import Diagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import Recording, StepData, gpu_peaks, measure, measure_decoding
+from harness.runs.measure import Recording, Scenario, gpu_peaks, measure
+from harness.runs.scenarios import Decode, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
 from profiles.system.cgroup import host_memory, usable_cores
@@ -181,22 +182,10 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
     if traced:
         tell(traced=True)
     try:
-        if request.generation is not None:
-            (batch,) = data.step_batches(0)
-            wanted = GenerationRequest(
-                prompts=batch.inputs["input_ids"].tolist(),
-                max_new_tokens=job.warmup_steps + job.steps + 1,
-                sampling=request.generation,
-            )
-            measure_decoding(
-                engine, blueprint, wanted, job.warmup_steps, recording, energy_j=energy_j, on_sample=on_sample
-            )
-            return
         measure(
             engine,
             blueprint,
-            data,
-            job,
+            _scenario(request, data),
             recording,
             clock=getattr(engine, "now", None),
             energy_j=energy_j,
@@ -208,6 +197,20 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
                 write_trace(engine, folder / TRACE)
         finally:
             engine.close()
+
+
+def _scenario(request: Request, data: StepData) -> Scenario:
+    """What the engine is to repeat. The prompts that it continues are the first batch."""
+    job = request.job
+    if request.generation is None:
+        return Train(job=job, data=data)
+    (batch,) = data.step_batches(0)
+    wanted = GenerationRequest(
+        prompts=batch.inputs["input_ids"].tolist(),
+        max_new_tokens=job.warmup_steps + job.steps + 1,
+        sampling=request.generation,
+    )
+    return Decode(request=wanted, warmup_steps=job.warmup_steps)
 
 
 def write_trace(engine: TellsTrace, path: Path) -> None:

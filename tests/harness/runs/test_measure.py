@@ -17,7 +17,8 @@ from engines.methods.scripted import Scripted
 from engines.settings.scripted import ScriptedSettings
 from harness.records.job import Job
 from harness.records.run import Sample
-from harness.runs.measure import Recording, gpu_peaks, measure, measure_decoding
+from harness.runs.measure import Recording, gpu_peaks, measure
+from harness.runs.scenarios import Decode, Train
 
 
 class NumberedData:
@@ -56,8 +57,7 @@ def run(
     measure(
         engine,
         blueprint,
-        data or NumberedData(),
-        job,
+        Train(job=job, data=data or NumberedData()),
         recording,
         clock=engine.now,
         energy_j=energy_j,
@@ -342,7 +342,8 @@ class SpeakingEngine(Scripted):
 def decode(engine: SpeakingEngine, new_tokens: int, warmup_steps: int, **more: Any) -> Recording:
     recording = Recording(tokens_per_step=2)
     request = GenerationRequest(prompts=[[1], [2]], max_new_tokens=new_tokens)
-    measure_decoding(engine, None, request, warmup_steps, recording, clock=engine.now, **more)
+    scenario = Decode(request=request, warmup_steps=warmup_steps)
+    measure(engine, None, scenario, recording, clock=engine.now, **more)
     return recording
 
 
@@ -382,5 +383,68 @@ def test_a_decoding_step_that_fails_keeps_the_samples_before_it() -> None:
     recording = Recording(tokens_per_step=2)
     request = GenerationRequest(prompts=[[1]], max_new_tokens=6)
     with pytest.raises(RuntimeError):
-        measure_decoding(engine, None, request, 1, recording, clock=engine.now)
+        measure(engine, None, Decode(request=request, warmup_steps=1), recording, clock=engine.now)
     assert [sample.step_s for sample in recording.samples] == [1.0] * 3
+
+
+class LoggingEngine(SpeakingEngine):
+    """Notes what is asked of it, and when its clock is read."""
+
+    def __init__(self, settings: ScriptedSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        self.log: list[str] = []
+
+    def setup(self, blueprint: Any) -> None:
+        self.log.append("set up")
+        super().setup(blueprint)
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        self.log.append("step")
+        return super().step(batches)
+
+    def synchronize(self) -> None:
+        self.log.append("drain")
+        super().synchronize()
+
+    def evaluate(self, batches: Sequence[Batch]) -> Any:
+        self.log.append("evaluate")
+        return super().evaluate(batches)
+
+    def clock(self) -> float:
+        self.log.append("clock")
+        return self.now()
+
+    def energy_j(self) -> float:
+        self.log.append("energy")
+        return self.now()
+
+
+SET_UP = ["clock", "set up", "drain", "clock"]
+EVALUATION = ["drain", "clock", "evaluate", "drain", "clock"]
+
+
+@pytest.mark.parametrize("scenario", ["train", "decode"])
+def test_where_the_clock_is_read(scenario: str) -> None:
+    job = scripted_job(warmup_steps=1, steps=2, eval_batches=1)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=3)
+    engine = LoggingEngine(ScriptedSettings(step_s=(1.0,), eval_loss=(1.0,), eval_accuracy=(0.5,)), context)
+    request = GenerationRequest(prompts=[[1]], max_new_tokens=4)
+    measure(
+        engine,
+        None,
+        Train(job=job, data=NumberedData())
+        if scenario == "train"
+        else Decode(request=request, warmup_steps=1),
+        Recording(tokens_per_step=8),
+        clock=engine.clock,
+        energy_j=engine.energy_j,
+    )
+    timed = ["step", "clock"]
+    if scenario == "train":
+        window = ["drain", "energy", "clock", *timed, "step", "drain", "clock", "energy"]
+        assert engine.log == [*SET_UP, *EVALUATION, "clock", *timed, *window, *EVALUATION]
+    else:
+        warm_up = ["step", "drain"]
+        assert engine.log == [
+            *SET_UP, *warm_up, "clock", *timed, "energy", *timed, *timed, "energy", "drain"
+        ]  # fmt: skip
