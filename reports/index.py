@@ -19,9 +19,8 @@ from reports import charts
 from reports.format import GIB, digits, loss, model_name, model_title, number, percent, span, times
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
+from reports.metrics import Measurements, ends, floor_share, group, most_gpu_taken_bytes, typical
 from reports.render import markdown_text
-from reports.tables import typical
 
 KINDS = ("runs", "generations")
 VARIANTS = (
@@ -210,14 +209,13 @@ def _cells(each: Published) -> list[str]:
     if rounds.step_s is None:
         return [*start, markdown_text(ends(rounds.runs)), *[NOT_MEASURED] * 5]
     beside = ratio(rounds.step_times, each.all_.of("native").step_times)
-    gpu = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
     host = [bytes_ for run in rounds.ok if (bytes_ := run.summary.peak_host_bytes) is not None]
     return [
         *start,
         digits(rounds.step_s.median),
         times(beside.value) if beside else NOT_MEASURED,
         percent(typical(rounds, floor_share)),
-        _gib(max(gpu, default=None)),
+        _gib(most_gpu_taken_bytes(rounds)),
         _gib(max(host, default=None)),
         loss(rounds.loss_last),
     ]

@@ -132,6 +132,18 @@ def gpu_taken_bytes(run: Run) -> int | None:
     return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
 
 
+def most_gpu_taken_bytes(rounds: Rounds) -> int | None:
+    """Largest over the runs that ended ok of the GPU memory that each held; `None`: of none it is known."""
+    found = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
+    return max(found, default=None)
+
+
+def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
+    """Median of `value` over the runs that ended ok and have it; `None`: none has."""
+    found = over_runs(rounds.ok, value)
+    return found.median if found else None
+
+
 def reserves_known(rounds: Rounds) -> bool:
     """Whether what was taken is, for each run, what torch reserved."""
     return all(run.summary.peak_gpu_reserved_bytes is not None for run in rounds.ok)

@@ -17,8 +17,8 @@ from reports.decide import Verdict
 from reports.format import counted, digits, model_title, span
 from reports.load import Loaded, engine_order
 from reports.messages import say
-from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes
-from reports.tables import Table, engines_of, make_table, typical
+from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes, typical
+from reports.tables import Table, engines_of, make_table
 
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:

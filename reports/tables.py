@@ -36,6 +36,7 @@ from reports.metrics import (
     over_steps,
     predicted,
     reserves_known,
+    typical,
 )
 
 
@@ -61,11 +62,6 @@ def make_table(
 
 def engines_of(all_: Measurements) -> list[str]:
     return sorted(all_.rounds, key=engine_order)
-
-
-def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
-    found = over_runs(rounds.ok, value)
-    return found.median if found else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
