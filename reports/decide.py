@@ -31,7 +31,7 @@ from reports.criteria import (
 )
 from reports.format import metric_value, times
 from reports.messages import say
-from reports.metrics import Measurements, find, group, most_gpu_taken_bytes
+from reports.metrics import Measurements, find, gpu_taken_bytes, group, largest
 from reports.warnings import warnings
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
@@ -246,8 +246,8 @@ def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) ->
     if step_s is None:
         count = sum(row.outcome == "pass" for row in rows)
         return say("verdict.go_plain", engine=engine, count=count)
-    gpu = most_gpu_taken_bytes(all_.of(engine))
-    native_gpu = most_gpu_taken_bytes(all_.of("native"))
+    gpu = largest(all_.of(engine), gpu_taken_bytes)
+    native_gpu = largest(all_.of("native"), gpu_taken_bytes)
     native = find("step_time_ratio", engine, all_)
     values = {
         "engine": engine,

@@ -19,7 +19,7 @@ from reports import charts
 from reports.format import GIB, digits, loss, model_name, model_title, number, percent, span, times
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, floor_share, group, most_gpu_taken_bytes, typical
+from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
 from reports.render import markdown_text
 
 KINDS = ("runs", "generations")
@@ -95,7 +95,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
     for broken in loaded.broken:
         on_broken(replace(broken, file=f"{folder.name}/{broken.file}"))
     all_ = group(loaded.runs, loaded.machine)
-    for engine in sorted(all_.rounds, key=engine_order):
+    for engine in all_.engines:
         rounds = all_.of(engine)
         yield Published(
             folder=folder.name,
@@ -215,7 +215,7 @@ def _cells(each: Published) -> list[str]:
         digits(rounds.step_s.median),
         times(beside.value) if beside else NOT_MEASURED,
         percent(typical(rounds, floor_share)),
-        _gib(most_gpu_taken_bytes(rounds)),
+        _gib(largest(rounds, gpu_taken_bytes)),
         _gib(max(host, default=None)),
         loss(rounds.loss_last),
     ]
@@ -251,7 +251,7 @@ def _joined(*parts: str) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _gib(bytes_: int | None) -> str:
+def _gib(bytes_: float | None) -> str:
     return NOT_MEASURED if bytes_ is None else f"{bytes_ / GIB:.2f}"
 
 

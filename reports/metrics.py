@@ -21,6 +21,7 @@ from profiles.machine import Machine
 from profiles.planning.budget import CONTEXT_BYTES
 from reports.criteria import Metric
 from reports.format import GIB
+from reports.load import engine_order
 from reports.messages import say
 
 NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
@@ -57,6 +58,11 @@ class Measurements:
 
     rounds: Mapping[str, Rounds]
     machine: Machine | None
+
+    @property
+    def engines(self) -> list[str]:
+        """Methods that were run, in the order of reports."""
+        return sorted(self.rounds, key=engine_order)
 
     def of(self, engine: str) -> Rounds:
         return self.rounds.get(engine) or aggregate(engine, ())
@@ -132,16 +138,16 @@ def gpu_taken_bytes(run: Run) -> int | None:
     return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
 
 
-def most_gpu_taken_bytes(rounds: Rounds) -> int | None:
-    """Largest over the runs that ended ok of the GPU memory that each held; `None`: of none it is known."""
-    found = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
-    return max(found, default=None)
-
-
 def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
     """Median of `value` over the runs that ended ok and have it; `None`: none has."""
     found = over_runs(rounds.ok, value)
     return found.median if found else None
+
+
+def largest(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
+    """Largest `value` of the runs that ended ok and have it; `None`: none has."""
+    found = over_runs(rounds.ok, value)
+    return found.high if found else None
 
 
 def reserves_known(rounds: Rounds) -> bool:

@@ -19,10 +19,11 @@ from harness.records.stats import outer_deciles, over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, exactness, provenance, tables
+from reports.breakdown import breakdown, busy_table, overlap_table
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
 from reports.format import loss, model_title, percent
-from reports.load import Broken, Loaded, engine_order, load_folder
+from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import (
     DISTURBED_FACTOR,
@@ -87,8 +88,8 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "speed": tables.speed_table(all_),
         "twin": exactness.exact(all_),
         "memory": tables.memory_table(all_),
-        "busy": tables.busy_table(all_),
-        "overlap": tables.overlap_table(all_),
+        "busy": busy_table(all_),
+        "overlap": overlap_table(all_),
         "prediction": tables.prediction_table(loaded, all_),
         "plan_notes": tables.plan_notes(loaded),
         "machine": provenance.machine_table(loaded),
@@ -108,7 +109,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
 def _charts(loaded: Loaded) -> dict[str, str]:
     """Name -> SVG of each chart that has something to show."""
     all_ = group(loaded.runs, loaded.machine)
-    engines = sorted(all_.rounds, key=engine_order)
+    engines = all_.engines
     drawn = {
         "step": _step_chart(engines, all_),
         "busy": _busy_chart(engines, all_),
@@ -146,7 +147,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
     groups = []
     for engine in engines:
         rounds, expected = all_.of(engine), predicted(all_.of(engine))
-        one = tables.breakdown(rounds)
+        one = breakdown(rounds)
         lanes = {
             "h2d": one.h2d_s,
             "d2h": one.d2h_s,

@@ -19,9 +19,10 @@ from reports.metrics import (
     disturbed,
     ends,
     faster_or_slower,
+    gpu_taken_bytes,
     held_card_bytes,
     is_emulated,
-    most_gpu_taken_bytes,
+    largest,
     predicted,
 )
 
@@ -105,12 +106,12 @@ def _about_reference(all_: Measurements) -> str | None:
 
 
 def _about_memory_saved(all_: Measurements) -> str | None:
-    native = most_gpu_taken_bytes(all_.of("native"))
+    native = largest(all_.of("native"), gpu_taken_bytes)
     items = [
         say("warning.item", engine=engine, value=format_bytes(taken))
         for engine in (*OFFLOAD_METHODS, "torchao-offload")
         if native is not None
-        and (taken := most_gpu_taken_bytes(all_.of(engine))) is not None
+        and (taken := largest(all_.of(engine), gpu_taken_bytes)) is not None
         and taken >= native
     ]
     return (
