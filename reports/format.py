@@ -97,6 +97,7 @@ NUMBER = Unit(show=digits)
 TIMES = Unit(show=times)
 PERCENT = Unit(show=percent)
 JOULES = Unit(show=joules)
+LOSS = Unit(show=loss)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
