@@ -24,7 +24,7 @@ from harness.records.run import Run
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import launch_probe
-from harness.runs.sweep import Cell, compare, missing
+from harness.runs.sweep import Cell, SweepOptions, compare, missing
 from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
 from profiles.display.tables import machine_table
@@ -145,7 +145,7 @@ def planned_cells(
     _, _, plans, like = _planned(
         job, engines, out, profile=profile, criteria=criteria, resume=resume, quiet=quiet, emulate=emulate
     )
-    return missing(job, plans, out, rounds=rounds, resume=resume, emulated=like)
+    return missing(job, plans, out, SweepOptions(rounds=rounds, resume=resume, emulated=like))
 
 
 def _planned(
@@ -259,10 +259,14 @@ def _measure(
     try:
         with CompareProgress(quiet) as progress:
             return compare(
-                job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria, trace=trace,
-                emulated=like, on_event=progress.update,
+                job,
+                shape,
+                plans,
+                out,
+                SweepOptions(rounds=rounds, resume=resume, criteria=criteria, trace=trace, emulated=like),
+                on_event=progress.update,
                 before_first=lambda: save_machine(machine, out / "machine.json"),
-            )  # fmt: skip
+            )
     except KeyboardInterrupt:
         sys.stderr.write(
             f"stopped: finished runs are kept; go on with the same flags, --resume and --out {out}\n"

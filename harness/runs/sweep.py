@@ -80,6 +80,24 @@ class Ended:
 Event = Planned | Started | Progress | Stepped | Ended
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepOptions:
+    """How a sweep is run."""
+
+    rounds: int = 1
+    """Runs of each plan."""
+    resume: bool = False
+    """The folder may hold a comparison. Its records are kept, and an engine that has a plan there keeps it,
+    for its runs to be alike."""
+    criteria: Path | None = None
+    """By what it will be judged; `None`: by those in the folder, if there are any."""
+    trace: bool = False
+    """Have engines keep what each stream did, where they can. It changes no id, and runs whose records are
+    kept get none."""
+    emulated: Emulated | None = None
+    """What of another machine runs are held to; `None`: the machine is used as it is."""
+
+
 def grid(job: Job, plans: Sequence[Plan], rounds: int, emulated: Emulated | None = None) -> list[Cell]:
     """Every plan once per round, each round in the reverse order of the one before (A B B A).
 
@@ -105,34 +123,26 @@ def compare(
     shape: ModelShape,
     plans: Sequence[Plan],
     out: Path,
+    options: SweepOptions = SweepOptions(),
     *,
-    rounds: int = 1,
-    resume: bool = False,
-    criteria: Path | None = None,
-    trace: bool = False,
-    emulated: Emulated | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     before_first: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Run what is missing of the grid and return all its records, in the order of the grid.
 
-    A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine
-    that has a plan in `out` keeps it, for its runs to be alike. `trace` has engines keep what each stream
-    did, where they can; it changes no id, and runs whose records are kept get none. With `emulated`, runs are
-    held to what that machine has. `before_first` is called once `out` is known to be usable.
+    A plan that does not fit or cannot run here becomes a record without a run. `before_first` is called once
+    `out` is known to be usable.
 
     Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
     cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
     """
-    if check_folder(out, resume=resume):
-        job, plans = resumed(job, plans, out)
-    check_emulation(emulated, out)
-    cells = grid(job, plans, rounds, emulated)
+    emulated = options.emulated
+    job, plans, cells = _cells(job, plans, out, options)
     kept, again = find_records((cell.id for cell in cells), out)
     environment = replace(read_environment(), emulated=None if emulated is None else emulated.machine)
     if len(kept) < len(cells):
         check_same_machine(kept.values(), environment, out)
-    criteria_sha256 = settle_criteria(criteria, out)
+    criteria_sha256 = settle_criteria(options.criteria, out)
     write_intent(job, plans, out)
     shutil.rmtree(out / WORK, ignore_errors=True)  # of a sweep that was killed
     before_first()
@@ -147,7 +157,9 @@ def compare(
             runs.append(kept[cell.id])
             continue
         on_event(Started(cell=cell, index=index, total=len(cells)))
-        request = Request(id=cell.id, job=job, shape=shape, plan=cell.plan, trace=trace, emulated=emulated)
+        request = Request(
+            id=cell.id, job=job, shape=shape, plan=cell.plan, trace=options.trace, emulated=emulated
+        )
         run, by_user = attempt(
             request,
             cell.round,
@@ -164,22 +176,22 @@ def compare(
     return runs
 
 
-def missing(
-    job: Job,
-    plans: Sequence[Plan],
-    out: Path,
-    *,
-    rounds: int,
-    resume: bool,
-    emulated: Emulated | None = None,
-) -> list[Cell]:
+def missing(job: Job, plans: Sequence[Plan], out: Path, options: SweepOptions) -> list[Cell]:
     """The cells that `compare` would run with the same arguments. Writes nothing; raises as it does."""
-    if check_folder(out, resume=resume):
-        job, plans = resumed(job, plans, out)
-    check_emulation(emulated, out)
-    cells = grid(job, plans, rounds, emulated)
+    _, _, cells = _cells(job, plans, out, options)
     kept, _ = find_records((cell.id for cell in cells), out)
     return [cell for cell in cells if cell.id not in kept]
+
+
+def _cells(
+    job: Job, plans: Sequence[Plan], out: Path, options: SweepOptions
+) -> tuple[Job, Sequence[Plan], list[Cell]]:
+    """The grid of what is compared in `out`, with its job and plans. Raises `UserError` for a folder that
+    cannot hold it."""
+    if check_folder(out, resume=options.resume):
+        job, plans = resumed(job, plans, out)
+    check_emulation(options.emulated, out)
+    return job, plans, grid(job, plans, options.rounds, options.emulated)
 
 
 def _hash(job: Job, plan: Plan, emulated: Emulated | None) -> str:
