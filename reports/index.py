@@ -48,7 +48,7 @@ class Published:
     parameters: int
     engine: str
     variant: str
-    """See `variant`."""
+    """Settings that make another method of the engine, as `--set` takes them; empty: none."""
     traced: bool
     began: str
     """Time of the first run, ISO 8601."""
@@ -64,7 +64,7 @@ class Published:
 def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> tuple[Path, Path]:
     """Write the two files into `folder`, and say where they are. The same folder gives the same bytes.
 
-    `on_broken` is told of each file that is left out, named from `folder` on.
+    `on_broken` is called with each file that is left out, named from `folder` on.
     Raises `UserError` if nothing is published there.
     """
     folders = published_folders(folder)
@@ -325,7 +325,7 @@ def _machine(loaded: Loaded, rounds: Rounds) -> str:
 
 
 def _job_in_short(job: Job) -> str:
-    told = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
+    text = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
     if job.limits.vram_bytes is None:
-        return told
-    return say("index.job_capped", job=told, vram=format_bytes(job.limits.vram_bytes))
+        return text
+    return say("index.job_capped", job=text, vram=format_bytes(job.limits.vram_bytes))

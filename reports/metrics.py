@@ -29,7 +29,7 @@ NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"
 DOES_NOT_FIT: frozenset[EndState] = frozenset({"oom_gpu", "oom_host", "pinned_limit", "skipped_infeasible"})
 
 DISTURBED_FACTOR = 1.5
-"""Medians of one method's runs that differ by more say that something beside the method set their times."""
+"""Medians of one method's runs that differ by more say that something else set their times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +121,7 @@ def disturbed(rounds: Rounds) -> bool:
 
 
 def faster_or_slower(a: Rounds, b: Rounds) -> Comparison:
-    """a beside b; disturbed runs do not tell."""
+    """Whether a step of a is faster or slower than one of b; with disturbed runs that is not known."""
     if disturbed(a) or disturbed(b):
         return "AMBIGUOUS"
     return same_or_different(a.step_times, b.step_times)

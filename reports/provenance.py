@@ -24,7 +24,7 @@ from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes, typic
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     """The question and where it was asked, by name and text."""
-    job, run = loaded.job, _told(loaded.runs)
+    job, run = loaded.job, _best_known(loaded.runs)
     environment = run.environment
     gpu = say("setting.no_gpu")
     if environment.gpu_name is not None:
@@ -87,7 +87,7 @@ MACHINE: tuple[Column[Fact], ...] = (
 
 def machine_table(loaded: Loaded) -> Table:
     """Each number of the machine with its origin; from the runs where no profile was kept."""
-    environment = _told(loaded.runs).environment
+    environment = _best_known(loaded.runs).environment
     machine = loaded.machine
     rows: list[Fact] = []
 
@@ -190,7 +190,7 @@ def failures_table(loaded: Loaded) -> Table | None:
 def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
     """What made these numbers, by name and text."""
     runs = loaded.runs
-    environment = _told(runs).environment
+    environment = _best_known(runs).environment
     missing = say("reproduce.not_known")
     versions = {
         "python": environment.python,
@@ -296,6 +296,6 @@ def _several(values: Iterable[str | None], missing: str = "reproduce.not_known")
     return ", ".join(sorted({value if value is not None else say(missing) for value in values}))
 
 
-def _told(runs: Sequence[Run]) -> Run:
+def _best_known(runs: Sequence[Run]) -> Run:
     """A run whose environment is known best: one that ended ok, else the first."""
     return next((run for run in runs if run.end_state == "ok"), runs[0])

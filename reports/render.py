@@ -42,7 +42,7 @@ def write_report(
     """Judge what lies in `folder` and write report.md, report.html and verdict.json there.
 
     `criteria_path` takes the place of the folder's own criteria.toml. Without either the built-in
-    defaults judge, and the report says so. `on_broken` is told of each file that is left out.
+    defaults judge, and the report says so. `on_broken` is called with each file that is left out.
     Raises `UserError`.
     """
     loaded = load_folder(folder)
@@ -86,7 +86,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "setting": provenance.setting(loaded),
         "criteria": tables.criteria_cells(verdict, all_),
         "speed": tables.speed_table(all_),
-        "twin": exactness.exact(all_),
+        "exact": exactness.exact(all_),
         "memory": tables.memory_table(all_),
         "busy": busy_table(all_),
         "overlap": overlap_table(all_),
@@ -170,19 +170,19 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
         if rows:
             step_s = rounds.step_s
             floor_s = expected.floor_s if expected and one.floor_share is not None else None
-            told = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
+            text = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
             if floor_s is not None:
                 share = percent(one.floor_share)
-                told.append(say("lane.floor", value=format_seconds(floor_s), share=share))
+                text.append(say("lane.floor", value=format_seconds(floor_s), share=share))
             if one.disk_floor_s is not None:
                 share = percent(one.disk_floor_share)
-                told.append(say("lane.disk_floor", value=format_seconds(one.disk_floor_s), share=share))
+                text.append(say("lane.disk_floor", value=format_seconds(one.disk_floor_s), share=share))
             if one.landed_share is not None:
-                told.append(say("lane.landed", share=percent(one.landed_share)))
+                text.append(say("lane.landed", share=percent(one.landed_share)))
             groups.append(
                 charts.BarGroup(
                     label=engine,
-                    text="; ".join(told),
+                    text="; ".join(text),
                     rows=tuple(rows),
                     whole=step_s.median if step_s else None,
                     floor=floor_s,

@@ -189,22 +189,24 @@ def _about_traces(runs: Sequence[Run]) -> str | None:
 
 
 def _about_approximations(runs: Sequence[Run]) -> str | None:
-    told = {f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None}
-    return say("warning.approximate", items="; ".join(sorted(told))) if told else None
+    items = {
+        f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None
+    }
+    return say("warning.approximate", items="; ".join(sorted(items))) if items else None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:
     names = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     if not names:
         return None
-    told = say("warning.emulated", names=", ".join(names))
+    text = say("warning.emulated", names=", ".join(names))
     short = dict.fromkeys(
         f"{run.engine}: {line}"
         for run in runs
         if run.emulation is not None
         for line in what_is_short(run.emulation)
     )
-    return f"{told} {say('warning.not_held', items='; '.join(short))}" if short else told
+    return f"{text} {say('warning.not_held', items='; '.join(short))}" if short else text
 
 
 def _about_commit(runs: Sequence[Run]) -> str | None:

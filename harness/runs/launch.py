@@ -89,7 +89,7 @@ class Outcome:
     trace_file: str | None = None
     """Relative to the folder of results."""
     held: Held | None = None
-    """What of an emulated machine the run was held to; `None`: nothing, or the child did not live to tell."""
+    """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class MemorySampler:
 def read_oom_kills() -> int | None:
     """Processes of this control group that the kernel killed for want of memory, so far.
 
-    Where the control group does not tell, those of the whole machine; `None` if nothing tells.
+    Where the control group does not count them, those of the whole machine; `None` if nothing does.
     """
     paths: list[Path] = []
     with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """The child: one run in one process. Started by `harness.runs.launch`, and by nothing else.
 
-`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, tells of progress and
-of each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
-FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had told is
+`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, reports
+progress and each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
+FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had reported is
 then all there is. PARENT is the process to live no longer than.
 """
 
@@ -128,14 +128,14 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
 def _run(request: Request, recording: Recording, events: IO[str], folder: Path) -> None:
     job, plan = request.job, request.plan
 
-    def tell(**event: object) -> None:
+    def report(**event: object) -> None:
         events.write(json.dumps(event) + "\n")
 
     def on_progress(what: str, done: int, total: int) -> None:
-        tell(what=what, done=done, total=total)
+        report(what=what, done=done, total=total)
 
     def on_sample(sample: Sample, stats: StepStats | None) -> None:
-        tell(sample=asdict(sample), stats=None if stats is None else asdict(stats))
+        report(sample=asdict(sample), stats=None if stats is None else asdict(stats))
 
     on_progress("importing", 0, 1)
     engine_class = load_engine(plan.engine)
@@ -150,7 +150,7 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
         on_progress("measuring the emulated link", 0, 1)
         held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
         on_progress("measuring the emulated link", 1, 1)
-        tell(held=asdict(held))
+        report(held=asdict(held))
     context = Context(
         device=device_name,
         workload=job.workload,
@@ -180,7 +180,7 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
     engine = engine_class(settings, context)
     traced = request.trace and isinstance(engine, TellsTrace)
     if traced:
-        tell(traced=True)
+        report(traced=True)
     try:
         measure(
             engine,
