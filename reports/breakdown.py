@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from harness.records.columns import SECONDS, Cell, Column, optional
+from harness.records.columns import SECONDS, CellValue, Column, optional
 from harness.records.run import Run
 from harness.records.stats import Rounds
 from profiles.planning.recommend import FIRST_ORDER
@@ -93,7 +93,7 @@ def breakdown(rounds: Rounds) -> Breakdown:
     )
 
 
-def _compute(one: Breakdown) -> Cell:
+def _compute(one: Breakdown) -> CellValue:
     return say("busy.with_noise", value=format_seconds(one.gpu_s)) if one.mixed else one.compute_s
 
 
@@ -120,7 +120,7 @@ def busy_table(all_: Measurements) -> Table | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Overlap:
+class ResourceOverlap:
     """One resource of one method: how long it was busy in a step, and how much of that hid behind others."""
 
     engine: str
@@ -140,7 +140,7 @@ class Overlap:
         return None if self.busy_s is None or self.alone_s is None else self.busy_s - self.alone_s
 
 
-OVERLAP: tuple[Column[Overlap], ...] = (
+OVERLAP: tuple[Column[ResourceOverlap], ...] = (
     Column("method", lambda one: one.engine),
     Column("resource", lambda one: say(f"resource.{one.resource}")),
     Column("busy", lambda one: one.busy_s, SECONDS),
@@ -162,7 +162,7 @@ def overlap_table(all_: Measurements) -> Table | None:
     )
 
 
-def _overlaps(one: Breakdown) -> list[Overlap]:
+def _overlaps(one: Breakdown) -> list[ResourceOverlap]:
     """The resources of a method, or none of them where nothing exposed was measured."""
     times_s = {
         "gpu": (one.gpu_s, one.gpu_exposed_s),
@@ -175,6 +175,6 @@ def _overlaps(one: Breakdown) -> list[Overlap]:
     if one.disk_s is not None:
         times_s["disk"] = (one.disk_s, None)
     return [
-        Overlap(engine=one.engine, resource=name, busy_s=busy_s, exposed_s=exposed_s)
+        ResourceOverlap(engine=one.engine, resource=name, busy_s=busy_s, exposed_s=exposed_s)
         for name, (busy_s, exposed_s) in times_s.items()
     ]

@@ -23,7 +23,7 @@ from profiles.units import format_bytes, format_seconds
 from reports.criteria import (
     ANY_OFFLOAD,
     OFFLOAD_METHODS,
-    Comparison,
+    Comparator,
     Criteria,
     Criterion,
     Level,
@@ -35,7 +35,7 @@ from reports.metrics import Measurements, find, gpu_taken_bytes, group, largest
 from reports.warnings import warnings
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
-Outcome = Literal["pass", "fail", "unknown", "not applicable"]
+Judgement = Literal["pass", "fail", "unknown", "not applicable"]
 
 EXIT_CODES: dict[State, int] = {"GO": 0, "NO-GO": 3, "CONDITIONAL GO": 4, "INCONCLUSIVE": 5}
 GATES: dict[str, State] = {"no-go": "NO-GO", "conditional": "CONDITIONAL GO", "inconclusive": "INCONCLUSIVE"}
@@ -44,7 +44,7 @@ _BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class JudgedCriterion:
     """One criterion, judged."""
 
     id: str
@@ -53,11 +53,11 @@ class Row:
     """The method it was judged on."""
     asked_of: str
     """As the criterion names it."""
-    comparison: Comparison
+    comparison: Comparator
     threshold: float
     level: Level
     why: str
-    outcome: Outcome
+    outcome: Judgement
     measured: float | None
     measured_low: float | None
     measured_high: float | None
@@ -86,7 +86,7 @@ class Verdict:
     """The offload method that the rows are about; `None` where no criterion asks for any."""
     methods: tuple[MethodState, ...]
     """Every offload method that was run, judged by the same criteria, the best first."""
-    rows: tuple[Row, ...]
+    rows: tuple[JudgedCriterion, ...]
     warnings: tuple[str, ...]
     criteria_sha256: str | None
     schema_version: int = 1
@@ -122,7 +122,7 @@ def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | No
     )
 
 
-def state_of(rows: Sequence[Row]) -> State:
+def state_of(rows: Sequence[JudgedCriterion]) -> State:
     """The verdict that judged criteria amount to; see the rule at the top."""
     musts = {row.outcome for row in rows if row.level == "must"}
     wants = {row.outcome for row in rows if row.level == "want"}
@@ -151,11 +151,11 @@ def exit_code(verdict: Verdict, gates: Collection[State]) -> int:
     return EXIT_CODES[verdict.state] if verdict.state in gates else 0
 
 
-def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Row:
+def _judge(criterion: Criterion, method: str, measurements: Measurements) -> JudgedCriterion:
     engine = method if criterion.engine == ANY_OFFLOAD else criterion.engine
     finding = find(criterion.metric, engine, measurements)
     note = finding.note
-    outcome: Outcome
+    outcome: Judgement
     if not finding.applies:
         outcome = "not applicable"
     elif finding.value is None:
@@ -167,7 +167,7 @@ def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Row
         outcome = "unknown" if len(holds) == 2 else "pass" if holds == {True} else "fail"
         if outcome == "unknown":
             note = say("note.too_noisy")
-    return Row(
+    return JudgedCriterion(
         id=criterion.id,
         metric=criterion.metric,
         engine=engine,
@@ -188,7 +188,9 @@ def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Row
     )
 
 
-def _rank(engine: str, rows: Sequence[Row], all_: Measurements) -> tuple[int, int, float, float, str]:
+def _rank(
+    engine: str, rows: Sequence[JudgedCriterion], all_: Measurements
+) -> tuple[int, int, float, float, str]:
     """Best first: verdict, then fewest wants missed, then what was learned, and only then speed.
 
     Quality before speed, as a quick step that learns nothing is no gain (MLPerf's order).
@@ -204,12 +206,12 @@ def _rank(engine: str, rows: Sequence[Row], all_: Measurements) -> tuple[int, in
     )
 
 
-def _asked(row: Row) -> str:
+def _asked(row: JudgedCriterion) -> str:
     return f"{row.comparison} {metric_value(row.metric, row.threshold)}"
 
 
-def _sentence(state: State, rows: Sequence[Row], method: str | None, all_: Measurements) -> str:
-    def first(level: Level, *outcomes: Outcome) -> Row | None:
+def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None, all_: Measurements) -> str:
+    def first(level: Level, *outcomes: Judgement) -> JudgedCriterion | None:
         return next((row for row in rows if row.level == level and row.outcome in outcomes), None)
 
     match state:
@@ -239,7 +241,7 @@ def _sentence(state: State, rows: Sequence[Row], method: str | None, all_: Measu
     return _go_sentence(rows, method, all_)
 
 
-def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) -> str:
+def _go_sentence(rows: Sequence[JudgedCriterion], method: str | None, all_: Measurements) -> str:
     """What offloading gives and what it costs: GPU memory and step time, beside native's."""
     engine = method or next(row.engine for row in rows if row.level == "must" and row.outcome == "pass")
     step_s = find("step_s", engine, all_).value

@@ -18,7 +18,7 @@ ENGINE, REFERENCE = "zo2", "mezo"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class LossComparison:
     steps: int
     """That both ran, warm-ups included, over all pairs of runs."""
     differ: int
@@ -27,7 +27,7 @@ class Comparison:
     """Difference of two losses."""
 
 
-def compare_with_reference(all_: Measurements) -> Comparison | None:
+def compare_with_reference(all_: Measurements) -> LossComparison | None:
     """Losses of every run of `ENGINE` and of the first run of `REFERENCE` with the same seed and the same
     settings, but for where things lie. `None`: there are no two such runs of two steps or more; the first
     loss is from before any update."""
@@ -40,7 +40,9 @@ def compare_with_reference(all_: Measurements) -> Comparison | None:
     if not pairs:
         return None
     gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-    return Comparison(steps=len(pairs), differ=sum(a != b for a, b in pairs), largest=max(gaps, default=0.0))
+    return LossComparison(
+        steps=len(pairs), differ=sum(a != b for a, b in pairs), largest=max(gaps, default=0.0)
+    )
 
 
 def exact(all_: Measurements) -> str | None:

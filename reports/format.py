@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from harness.records.columns import Column, Row, Unit, lay_out
+from harness.records.columns import Column, RowT, Unit, lay_out
 from harness.records.job import ModelSource
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.criteria import Metric
@@ -112,7 +112,7 @@ class Table:
     note: str = ""
 
     @classmethod
-    def of(cls, columns: Sequence[Column[Row]], rows: Sequence[Row], *notes: str) -> Self:
+    def of(cls, columns: Sequence[Column[RowT]], rows: Sequence[RowT], *notes: str) -> Self:
         """`columns` over `rows`; below them `notes`, which are sentences, and those of the columns."""
         here, cells = lay_out(columns, rows)
         of_columns = (say(f"tablenote.{column.note}") for column in here if column.note)

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
-from harness.records.columns import SECONDS, Cell, Column, Row, Unit, lay_out
+from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, lay_out
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
@@ -182,7 +182,7 @@ def overview(found: Sequence[Published]) -> str:
                     charts.BarRow(
                         label=each.engine,
                         engine=each.engine,
-                        parts=(charts.Part(value=100 * share),),
+                        parts=(charts.BarPart(value=100 * share),),
                         text=percent(share),
                     )
                     for each, share in mine
@@ -198,7 +198,7 @@ def overview(found: Sequence[Published]) -> str:
     return charts.standalone(drawn)
 
 
-def _markdown_lines(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> Iterator[str]:
+def _markdown_lines(columns: Sequence[Column[RowT]], rows: Sequence[RowT]) -> Iterator[str]:
     """A table; nothing where it has no row."""
     if not rows:
         return
@@ -218,12 +218,12 @@ def _method(each: Published) -> str:
     return say("index.traced", engine=method) if each.traced else method
 
 
-def _if_timed(of: Callable[[Published], Cell]) -> Callable[[Published], Cell]:
+def _if_timed(of: Callable[[Published], CellValue]) -> Callable[[Published], CellValue]:
     """Nothing where no step of the method was timed."""
     return lambda each: None if each.rounds.step_s is None else of(each)
 
 
-def _step_s(each: Published) -> Cell:
+def _step_s(each: Published) -> CellValue:
     """Its median in seconds, or how the runs ended."""
     return each.rounds.step_s.median if each.rounds.step_s else ends(each.rounds.runs)
 
@@ -271,7 +271,7 @@ class Generated:
         return seen.tokens_per_s, slow, fast
 
 
-def _tokens(each: Generated) -> Cell:
+def _tokens(each: Generated) -> CellValue:
     """Its median per second, or how the run ended."""
     return each.tokens_per_s[0] if each.run.end_state == "ok" else say(f"end.{each.run.end_state}")
 
@@ -281,7 +281,7 @@ def _range(each: Generated) -> str | None:
     return None if low is None or high is None else span(digits(low), digits(high))
 
 
-def _first_token(each: Generated) -> Cell:
+def _first_token(each: Generated) -> CellValue:
     """Records of before `tokens` was kept timed the first prefill of a process."""
     first_s = each.run.first_token_s
     return first_s if each.run.tokens else say("index.with_start_up", value=format_seconds(first_s))

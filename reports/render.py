@@ -131,7 +131,7 @@ def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             charts.BarRow(
                 label=engine,
                 engine=engine,
-                parts=(charts.Part(value=measured),) if measured is not None else (),
+                parts=(charts.BarPart(value=measured),) if measured is not None else (),
                 low=low,
                 high=high,
                 predicted=expected.step_s if expected else None,
@@ -161,7 +161,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             charts.BarRow(
                 label=say(f"lane.{key}"),
                 engine=engine,
-                parts=(charts.Part(value=seconds, pale=key == "idle"),),
+                parts=(charts.BarPart(value=seconds, pale=key == "idle"),),
                 text=format_seconds(seconds),
             )
             for key, seconds in lanes.items()
@@ -217,8 +217,8 @@ def _memory_chart(kind: Literal["gpu", "host"], engines: Sequence[str], all_: Me
             expected_bytes = expected.peak_host_bytes if expected else None
             limits = [host_limit_bytes(run) for run in rounds.ok]
         limit = limit or (limits[0] if limits else None)
-        parts = [charts.Part(value=pale.high, pale=True)] if pale else []
-        parts += [charts.Part(value=full.high)] if full else []
+        parts = [charts.BarPart(value=pale.high, pale=True)] if pale else []
+        parts += [charts.BarPart(value=full.high)] if full else []
         rows.append(
             charts.BarRow(
                 label=engine,

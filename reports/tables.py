@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
 from engines.settings.parse import parse_settings
-from harness.records.columns import BYTES, SECONDS, Cell, Column, Unit
+from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.run import Run
 from harness.records.stats import Rounds, ratio
 from profiles.planning.plan import Prediction
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports.decide import Row, Verdict
+from reports.decide import JudgedCriterion, Verdict
 from reports.format import JOULES, NUMBER, TIMES, Table, counted, loss, metric_value, span, times
 from reports.load import Loaded, engine_order
 from reports.messages import say
@@ -84,12 +84,14 @@ def _of(limit_bytes: int, held_bytes: int | None) -> str:
     return say("tile.of" if held_bytes is None else "tile.held", whole=format_bytes(limit_bytes))
 
 
-def criteria_cells(verdict: Verdict, all_: Measurements) -> tuple[tuple[Row, tuple[str, ...]], ...]:
+def criteria_cells(
+    verdict: Verdict, all_: Measurements
+) -> tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]:
     """Each criterion with its cells: name, asked, measured, predicted, outcome, runs."""
     return tuple((row, _criterion_cells(row, all_)) for row in verdict.rows)
 
 
-def _criterion_cells(row: Row, all_: Measurements) -> tuple[str, ...]:
+def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...]:
     measured = metric_value(row.metric, row.measured)
     if (
         row.measured_low is not None
@@ -122,7 +124,7 @@ def _criterion_cells(row: Row, all_: Measurements) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
+class MethodRow:
     """One method as a row: its runs, and all others to hold it against."""
 
     rounds: Rounds
@@ -133,20 +135,20 @@ class Method:
         return self.rounds.engine
 
 
-def _methods(all_: Measurements) -> list[Method]:
-    return [Method(rounds=all_.of(engine), all_=all_) for engine in all_.engines]
+def _methods(all_: Measurements) -> list[MethodRow]:
+    return [MethodRow(rounds=all_.of(engine), all_=all_) for engine in all_.engines]
 
 
-def _if_timed(of: Callable[[Method], Cell]) -> Callable[[Method], Cell]:
+def _if_timed(of: Callable[[MethodRow], CellValue]) -> Callable[[MethodRow], CellValue]:
     """Nothing where no step of the method was timed."""
     return lambda method: None if method.rounds.step_s is None else of(method)
 
 
-def _any_evaluated(methods: Sequence[Method]) -> bool:
+def _any_evaluated(methods: Sequence[MethodRow]) -> bool:
     return any(run.summary.eval_loss_last is not None for each in methods for run in each.rounds.ok)
 
 
-SPEED: tuple[Column[Method], ...] = (
+SPEED: tuple[Column[MethodRow], ...] = (
     Column("method", lambda one: one.engine),
     Column("ended", lambda one: ends(one.rounds.runs)),
     Column("step", lambda one: _step(one.rounds)),
@@ -206,15 +208,15 @@ def _search_note(lsp: Rounds) -> str:
     )
 
 
-def _largest(value: Callable[[Run], float | None]) -> Callable[[Method], Cell]:
+def _largest(value: Callable[[Run], float | None]) -> Callable[[MethodRow], CellValue]:
     return lambda method: largest(method.rounds, value)
 
 
-def _typical(value: Callable[[Run], float | None]) -> Callable[[Method], Cell]:
+def _typical(value: Callable[[Run], float | None]) -> Callable[[MethodRow], CellValue]:
     return lambda method: typical(method.rounds, value)
 
 
-MEMORY: tuple[Column[Method], ...] = (
+MEMORY: tuple[Column[MethodRow], ...] = (
     Column("method", lambda one: one.engine),
     Column("fits", lambda one: _fits(one.rounds)),
     Column("allocated", _largest(lambda run: run.summary.peak_gpu_allocated_bytes), BYTES),

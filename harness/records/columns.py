@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
-Row = TypeVar("Row")
+RowT = TypeVar("RowT")
 
-Cell = str | float | None
+CellValue = str | float | None
 """A number, shown in the column's unit; text, shown as it is; or nothing."""
 
 
@@ -32,21 +32,21 @@ BYTES = Unit(show=format_bytes)
 
 
 @dataclass(frozen=True)
-class Column(Generic[Row]):
-    """One column of a table whose rows are of type `Row`."""
+class Column(Generic[RowT]):
+    """One column of a table whose rows are of type `RowT`."""
 
     key: str
     """Names its heading: a key of the printer's texts, or the heading itself."""
-    of: Callable[[Row], Cell]
+    of: Callable[[RowT], CellValue]
     unit: Unit = TEXT
-    missing: str | Callable[[Row], str] = NOT_MEASURED
+    missing: str | Callable[[RowT], str] = NOT_MEASURED
     """What is shown for nothing."""
-    shown: Callable[[Sequence[Row]], bool] = lambda rows: True
+    shown: Callable[[Sequence[RowT]], bool] = lambda rows: True
     """Whether a table of these rows has the column."""
     note: str = ""
     """Key of a sentence that belongs below a table with this column; empty: none."""
 
-    def cell(self, row: Row) -> str:
+    def cell(self, row: RowT) -> str:
         """What is shown of `row`."""
         value = self.of(row)
         if value is None:
@@ -54,19 +54,19 @@ class Column(Generic[Row]):
         return value if isinstance(value, str) else self.unit.show(value)
 
 
-def where_known(of: Callable[[Row], Cell]) -> Callable[[Sequence[Row]], bool]:
+def where_known(of: Callable[[RowT], CellValue]) -> Callable[[Sequence[RowT]], bool]:
     """For `Column.shown`: only where some row has something."""
     return lambda rows: any(of(row) is not None for row in rows)
 
 
-def optional(key: str, of: Callable[[Row], Cell], unit: Unit, note: str = "") -> Column[Row]:
+def optional(key: str, of: Callable[[RowT], CellValue], unit: Unit, note: str = "") -> Column[RowT]:
     """A column that a table has only where some row has something to show in it."""
     return Column(key, of, unit, shown=where_known(of), note=note)
 
 
 def lay_out(
-    columns: Sequence[Column[Row]], rows: Sequence[Row]
-) -> tuple[tuple[Column[Row], ...], tuple[tuple[str, ...], ...]]:
+    columns: Sequence[Column[RowT]], rows: Sequence[RowT]
+) -> tuple[tuple[Column[RowT], ...], tuple[tuple[str, ...], ...]]:
     """The columns that a table of `rows` has, and its cells, row by row."""
     here = tuple(column for column in columns if column.shown(rows))
     return here, tuple(tuple(column.cell(row) for column in here) for row in rows)

@@ -31,7 +31,7 @@ EndState = Literal[
     "interrupted",
 ]
 
-Scenario = Literal["train", "decode"]
+ScenarioName = Literal["train", "decode"]
 """What a step of a run is. `train`: one optimizer step on the job's data. `decode`: one token of every
 sequence that the job's batch holds, the first one the prefill; nothing is learned and there is no loss."""
 
@@ -235,7 +235,7 @@ class Run:
     """Where the trace lies, relative to the folder of results; `None`: there is none."""
     emulation: Emulation | None = None
     """`None`: the machine was used as it is."""
-    scenario: Scenario = "train"
+    scenario: ScenarioName = "train"
     sampling: Sampling | None = None
     """How a decoding run chose its tokens; `None`: the run trained."""
     first_token_s: float | None = None
@@ -256,10 +256,10 @@ class Run:
         return sequences * int(self.job["seq_len"]) * int(self.job.get("accumulation", 1))
 
 
-_RECORDS: dict[Scenario, str] = {"train": "run record", "decode": "generation record"}
+_RECORDS: dict[ScenarioName, str] = {"train": "run record", "decode": "generation record"}
 
 
-def load_run(path: Path, scenario: Scenario = "train") -> Run:
+def load_run(path: Path, scenario: ScenarioName = "train") -> Run:
     """The record at `path`. Raises `UserError` if it is none of `scenario` that this version reads.
 
     The first records of decoding runs do not name their scenario; that they sampled tells it.

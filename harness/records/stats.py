@@ -18,7 +18,7 @@ SAME_FACTOR = 1.05
 """Two methods whose ratio stays within this factor of 1 are called the same, because two launches of
 one and the same process differ by about as much."""
 
-Comparison = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
+StepTimeComparison = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +191,9 @@ def ratio(a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float
     return Ratio(value=a.median / b.median, low=a.low / b.high, high=a.high / b.low)
 
 
-def same_or_different(a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float]]) -> Comparison:
+def same_or_different(
+    a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float]]
+) -> StepTimeComparison:
     """Is a faster or slower than b? Each argument holds the step times (s) of each run.
 
     The rule, on the range of the ratio a / b (see `ratio`), with the word chosen by the first line

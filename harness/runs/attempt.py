@@ -20,7 +20,7 @@ from harness.records.run import (
     Predicted,
     Run,
     RunModel,
-    Scenario,
+    ScenarioName,
     Summary,
     save_run,
 )
@@ -31,11 +31,11 @@ from profiles.documents import adapter
 from profiles.planning.plan import Plan
 from profiles.system.nvml import NvmlDevice
 
-FOLDERS: dict[Scenario, str] = {"train": "runs", "decode": "generations"}
+FOLDERS: dict[ScenarioName, str] = {"train": "runs", "decode": "generations"}
 """Of records, below a folder of results."""
 
 
-def record_path(out: Path, run_id: str, scenario: Scenario = "train") -> Path:
+def record_path(out: Path, run_id: str, scenario: ScenarioName = "train") -> Path:
     """Where the record of a run lies in the folder of results `out`."""
     return out / FOLDERS[scenario] / f"{run_id}.json"
 

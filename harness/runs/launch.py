@@ -32,7 +32,7 @@ from engines.errors import UserError
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.emulate import Held
 from harness.runs.end_states import REASON_LENGTH
-from harness.runs.measure import Recording
+from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
 from harness.runs.worker import TRACE, Request, Result
 from profiles.documents import to_json, write_whole
@@ -55,7 +55,7 @@ WORK = ".work"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class SettingUp:
     """Slow work of a run's set-up."""
 
     run_id: str
@@ -101,7 +101,7 @@ class _Stop:
     by_user: bool = False
 
 
-OnRunEvent = Callable[[Progress | Stepped], None]
+OnRunEvent = Callable[[SettingUp | Stepped], None]
 
 
 def launch(request: Request, out: Path, *, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
@@ -153,7 +153,7 @@ def launch_probe(*, quiet: bool) -> Machine:
 
 
 def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
-    recording = Recording(tokens_per_step=request.tokens_per_step)
+    recording = RunRecording(tokens_per_step=request.tokens_per_step)
     oom_kills_before = read_oom_kills()
     child = _Child(work, None if request.emulated is None else request.emulated.threads)
     sampler = MemorySampler(child.process.pid, device)
@@ -195,7 +195,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
 
 
 def _watch(
-    child: _Child, sampler: MemorySampler, request: Request, recording: Recording, on_event: OnRunEvent
+    child: _Child, sampler: MemorySampler, request: Request, recording: RunRecording, on_event: OnRunEvent
 ) -> _Stop | None:
     """Follow the child to its end, or say why it is to be stopped."""
     limits = request.job.limits
@@ -313,7 +313,7 @@ class _Child:
 def _take_lines(
     lines: list[str],
     request: Request,
-    recording: Recording,
+    recording: RunRecording,
     on_event: OnRunEvent,
 ) -> None:
     total = request.job.warmup_steps + request.job.steps
@@ -329,7 +329,7 @@ def _take_lines(
         elif "held" in event:
             recording.held = TypeAdapter(Held).validate_python(event["held"])
         else:
-            on_event(Progress(run_id=request.id, **event))
+            on_event(SettingUp(run_id=request.id, **event))
 
 
 def _read_result(path: Path) -> Result | None:

@@ -35,7 +35,7 @@ OnSample = Callable[[Sample, StepStats | None], None]
 
 
 @dataclass(kw_only=True)
-class Recording:
+class RunRecording:
     """What a run has yielded so far. Outlives the exception that ends the run."""
 
     tokens_per_step: int
@@ -126,13 +126,13 @@ class Scenario(Protocol):
     def has_loss(self) -> bool:
         """Whether a step has a loss, which then has to be finite."""
 
-    def before(self, engine: Engine, recording: Recording, clock: Clock) -> None:
+    def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         """What comes between the set-up and the first step."""
 
     def take(self, engine: Engine) -> Generator[StepStats, None, None]:
         """One step for each item; none is begun before it is asked for."""
 
-    def after(self, engine: Engine, recording: Recording, clock: Clock) -> None:
+    def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         """What comes after the last step."""
 
 
@@ -140,7 +140,7 @@ def measure(
     engine: Engine,
     blueprint: Any,
     scenario: Scenario,
-    recording: Recording,
+    recording: RunRecording,
     *,
     clock: Clock | None = None,
     energy_j: Callable[[], float | None] | None = None,
@@ -160,7 +160,7 @@ def measure(
     scenario.after(engine, recording, clock)
 
 
-def _set_up(engine: Engine, blueprint: Any, recording: Recording, clock: Clock) -> None:
+def _set_up(engine: Engine, blueprint: Any, recording: RunRecording, clock: Clock) -> None:
     started_s = clock()
     engine.setup(blueprint)
     engine.synchronize()
@@ -173,7 +173,7 @@ def _set_up(engine: Engine, blueprint: Any, recording: Recording, clock: Clock) 
 def _take_steps(
     engine: Engine,
     scenario: Scenario,
-    recording: Recording,
+    recording: RunRecording,
     clock: Clock,
     energy_j: Callable[[], float | None] | None,
     on_sample: OnSample,
@@ -213,7 +213,7 @@ def _take_steps(
 
 
 def _take_energy(
-    recording: Recording,
+    recording: RunRecording,
     energy_j: Callable[[], float | None] | None,
     start_j: float | None,
     window_s: float,

@@ -12,7 +12,7 @@ from engines.base import Batch, Engine, StepStats, TellsLanding
 from engines.decoding import GenerationRequest
 from harness.records.job import Job
 from harness.runs.end_states import OUT_OF_MEMORY, classify
-from harness.runs.measure import Clock, Recording
+from harness.runs.measure import Clock, RunRecording
 
 
 class StepData(Protocol):
@@ -41,7 +41,7 @@ class Train:
     def steps(self) -> int:
         return self.job.steps
 
-    def before(self, engine: Engine, recording: Recording, clock: Clock) -> None:
+    def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         if self.job.eval_batches > 0:
             self._evaluate(engine, recording, clock)
 
@@ -49,13 +49,13 @@ class Train:
         for step in range(self.warmup_steps + self.steps):
             yield engine.step(self.data.step_batches(step))
 
-    def after(self, engine: Engine, recording: Recording, clock: Clock) -> None:
+    def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         """The share that reached the weights is asked for last: all else is measured by then."""
         if self.job.eval_batches > 0:
             self._evaluate(engine, recording, clock)
         recording.landed_share = _realized_update_fraction(engine)
 
-    def _evaluate(self, engine: Engine, recording: Recording, clock: Clock) -> None:
+    def _evaluate(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         engine.synchronize()
         started_s = clock()
         recording.evaluations.append(engine.evaluate(self.data.evaluation))
@@ -82,7 +82,7 @@ class Decode:
     def steps(self) -> int:
         return self.request.max_new_tokens - 1 - self.warmup_steps
 
-    def before(self, engine: Any, recording: Recording, clock: Clock) -> None:
+    def before(self, engine: Any, recording: RunRecording, clock: Clock) -> None:
         """A prefill, and the step that is under way when its tokens arrive."""
         with contextlib.closing(self.take(engine)) as steps:
             next(steps)
@@ -93,7 +93,7 @@ class Decode:
             for decoded in tokens:
                 yield decoded.stats
 
-    def after(self, engine: Any, recording: Recording, clock: Clock) -> None:
+    def after(self, engine: Any, recording: RunRecording, clock: Clock) -> None:
         engine.synchronize()
 
 

@@ -21,7 +21,7 @@ from harness.records.job import Job
 from harness.records.run import Run
 from harness.runs.attempt import attempt, dumped_job
 from harness.runs.emulate import Emulated
-from harness.runs.launch import WORK, Progress, Stepped
+from harness.runs.launch import WORK, SettingUp, Stepped
 from harness.runs.sweep_folder import (
     check_emulation,
     check_folder,
@@ -77,7 +77,7 @@ class Ended:
     total: int
 
 
-Event = Planned | Started | Progress | Stepped | Ended
+SweepEvent = Planned | Started | SettingUp | Stepped | Ended
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +125,7 @@ def compare(
     out: Path,
     options: SweepOptions = SweepOptions(),
     *,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Callable[[SweepEvent], None] = lambda event: None,
     before_first: Callable[[], None] = lambda: None,
 ) -> list[Run]:
     """Run what is missing of the grid and return all its records, in the order of the grid.

@@ -33,7 +33,7 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import Diagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import Recording, Scenario, gpu_peaks, measure
+from harness.runs.measure import RunRecording, Scenario, gpu_peaks, measure
 from harness.runs.scenarios import Decode, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
@@ -105,7 +105,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
 
     A trace that was asked for lies in `folder` then, if the engine keeps one.
     """
-    recording = Recording(tokens_per_step=request.tokens_per_step)
+    recording = RunRecording(tokens_per_step=request.tokens_per_step)
     state: EndState = "ok"
     reason: str | None = None
     try:
@@ -125,7 +125,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
 
 
-def _run(request: Request, recording: Recording, events: IO[str], folder: Path) -> None:
+def _run(request: Request, recording: RunRecording, events: IO[str], folder: Path) -> None:
     job, plan = request.job, request.plan
 
     def report(**event: object) -> None:
@@ -223,7 +223,7 @@ def write_trace(engine: TellsTrace, path: Path) -> None:
         traceback.print_exc()
 
 
-def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss) -> Diagnosis:
+def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteLoss) -> Diagnosis:
     history = [
         Point(loss=sample.loss, updates=() if stats is None else stats.updates)
         for sample, stats in recording.steps

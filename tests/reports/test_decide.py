@@ -13,14 +13,14 @@ from harness.records.run import EndState, Run
 from reports.criteria import (
     ANY_OFFLOAD,
     METRICS,
-    Comparison,
+    Comparator,
     Criteria,
     Criterion,
     Level,
     Metric,
     default_criteria,
 )
-from reports.decide import Row, Verdict, decide, exit_code, parse_fail_on, state_of
+from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fail_on, state_of
 from run_records import (
     emulated_run,
     make_environment,
@@ -38,7 +38,7 @@ def criterion(
     threshold: float = 2.0,
     *,
     engine: str = "zo2",
-    comparison: Comparison = "at most",
+    comparison: Comparator = "at most",
     level: Level = "must",
 ) -> Criterion:
     return Criterion(
@@ -51,7 +51,7 @@ def criteria(*all_: Criterion) -> Criteria:
     return Criteria(criteria=all_, sha256="a" * 64)
 
 
-def one(metric: Metric, runs: list[Run], engine: str = "zo2", threshold: float = 2.0) -> Row:
+def one(metric: Metric, runs: list[Run], engine: str = "zo2", threshold: float = 2.0) -> JudgedCriterion:
     return decide(runs, criteria(criterion(metric, threshold, engine=engine)), make_machine()).rows[0]
 
 
@@ -71,7 +71,7 @@ all_criteria = st.lists(
         st.sampled_from(list(METRICS)),
         st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 30.0]),
         engine=st.sampled_from([ANY_OFFLOAD, "zo2", "lsp", "native"]),
-        comparison=st.sampled_from(get_args(Comparison)),
+        comparison=st.sampled_from(get_args(Comparator)),
         level=st.sampled_from(get_args(Level)),
     ),
     max_size=5,

@@ -10,7 +10,7 @@ import pytest
 
 from engines.decoding import Sampling
 from engines.errors import UserError
-from harness.records.run import Predicted, Run, Scenario, load_run, save_run
+from harness.records.run import Predicted, Run, ScenarioName, load_run, save_run
 from harness.records.stats import step_statistics
 from run_records import make_plan, make_run, make_test_job
 
@@ -39,7 +39,7 @@ def test_a_decoding_record_of_before_the_scenario_was_named_is_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("run", "wanted"), [(make_run(), "decode"), (decoding_run(), "train")])
-def test_a_run_of_the_other_scenario_is_refused(run: Run, wanted: Scenario, tmp_path: Path) -> None:
+def test_a_run_of_the_other_scenario_is_refused(run: Run, wanted: ScenarioName, tmp_path: Path) -> None:
     save_run(run, tmp_path / "run.json")
     with pytest.raises(UserError, match=r"run\.json: is a \w+ record, not a \w+ record"):
         load_run(tmp_path / "run.json", wanted)
@@ -58,8 +58,8 @@ def test_what_was_predicted_is_taken_from_the_plan() -> None:
         assert getattr(kept, name) == getattr(prediction, name)
 
 
-def published() -> list[tuple[Path, Scenario]]:
-    kinds: dict[Scenario, str] = {"train": "runs", "decode": "generations"}
+def published() -> list[tuple[Path, ScenarioName]]:
+    kinds: dict[ScenarioName, str] = {"train": "runs", "decode": "generations"}
     return [(path, kind) for kind, name in kinds.items() for path in sorted(RESULTS.glob(f"*/{name}/*.json"))]
 
 

@@ -21,7 +21,7 @@ from engines.errors import UserError
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import EndState, Run, Summary, load_run, save_run
 from harness.runs.launch import Outcome, Stepped
-from harness.runs.sweep import Ended, Event, Planned, Started, SweepOptions, compare, grid, missing
+from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, compare, grid, missing
 from harness.runs.worker import Request
 from profiles.planning.plan import Plan, load_plans
 
@@ -75,7 +75,7 @@ def test_a_sweep_goes_on_after_failures_and_its_records_load_back(tmp_path: Path
     killed = scripted_plan(fail_at_step=4, failure="kill")
     infeasible = scripted_plan(fits=False, why_not="2 GiB of GPU memory are missing", loss=3)
     nan = scripted_plan(loss="2,1,nan")
-    events: list[Event] = []
+    events: list[SweepEvent] = []
     runs = compare(
         JOB,
         SHAPE,
@@ -161,7 +161,7 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -
     stopped = replace(load_run(tmp_path / "runs" / f"{interrupted}.json"), end_state="interrupted")
     save_run(stopped, tmp_path / "runs" / f"{interrupted}.json")
     launched.clear()
-    events: list[Event] = []
+    events: list[SweepEvent] = []
     runs = compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True), on_event=events.append)
     assert launched == [missing, broken, interrupted]
     assert [run.id for run in runs] == ids
@@ -333,7 +333,7 @@ def file_size_limit() -> Iterator[Any]:
 def test_a_full_disk_is_one_line_and_costs_no_earlier_record(tmp_path: Path, file_size_limit: Any) -> None:
     before: dict[str, bytes] = {}
 
-    def fill(event: Event) -> None:
+    def fill(event: SweepEvent) -> None:
         if isinstance(event, Ended) and event.index == 0:
             before.update(files(tmp_path))
         if isinstance(event, Stepped) and before:
@@ -412,7 +412,7 @@ def test_a_killed_sweep_takes_its_processes_along_and_is_resumed(tmp_path: Path)
     before = files(out / "runs")
     assert set(before) == {f"{first}.json"}
 
-    events: list[Event] = []
+    events: list[SweepEvent] = []
     runs = compare(JOB, SHAPE, [A, SLOW], out, SweepOptions(resume=True), on_event=events.append)
     assert [(run.id, run.end_state) for run in runs] == [(first, "ok"), (second, "ok")]
     assert events[0] == Planned(kept=(first,), to_run=(second,), again={})
