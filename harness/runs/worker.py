@@ -30,7 +30,7 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
-from harness.runs.divergence import Diagnosis, Point, why_not_finite
+from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
 from harness.runs.measure import RunRecording, Scenario, gpu_peaks, measure
@@ -223,7 +223,7 @@ def write_trace(engine: TellsTrace, path: Path) -> None:
         traceback.print_exc()
 
 
-def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteLoss) -> Diagnosis:
+def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteLoss) -> LossDiagnosis:
     history = [
         Point(loss=sample.loss, updates=() if stats is None else stats.updates)
         for sample, stats in recording.steps

@@ -692,9 +692,10 @@ def compare_scripted(call, profile: Path, out: Path, *more: str | Path) -> Done:
 
 
 SCRIPTED_PROGRAM = """
-from harness import cli, knobs
-knobs.TEST_DOUBLE = ""
-cli.main()
+from harness.cli import app
+from harness.records import settings
+settings.TEST_DOUBLE = ""
+app.main()
 """
 
 

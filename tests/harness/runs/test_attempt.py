@@ -117,7 +117,7 @@ def test_what_was_asked_of_an_emulation_is_kept_where_the_child_did_not_say_what
     ("changes", "said"),
     [
         ({"engine": "native"}, "--engine native: does not generate"),
-        ({"shape": replace(SHAPE, head="classifier")}, "model 'scripted': generates no text"),
+        ({"shape": replace(SHAPE, head="classification")}, "model 'scripted': generates no text"),
         ({"job": scripted_job(seq_len=58)}, "--seq-len 58: leaves no room for 7 more of the 64 tokens"),
     ],
 )
