@@ -18,7 +18,8 @@ from harness.records.run import Run
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import launch_probe
-from harness.runs.sweep import Cell, Event, check_folder, compare, missing
+from harness.runs.sweep import Cell, SweepEvent, SweepOptions, compare, missing
+from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
@@ -149,17 +150,21 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> Prepared:
 
 def planned_cells(ready: Prepared, sweep: Sweep) -> list[Cell]:
     """What `measure` would run, in order. Writes nothing; raises as it does."""
-    return missing(
-        ready.job, ready.plans, sweep.out, rounds=sweep.rounds, resume=sweep.resume, emulated=ready.emulated
-    )
+    return missing(ready.job, ready.plans, sweep.out, _options(ready, sweep))
 
 
-def measure(ready: Prepared, sweep: Sweep, observe: Callable[[Event], None]) -> list[Run]:
+def measure(ready: Prepared, sweep: Sweep, observe: Callable[[SweepEvent], None]) -> list[Run]:
     """Run the plans, each in its own process. Keeps the machine beside the runs."""
     return compare(
-        ready.job, ready.shape, ready.plans, sweep.out, rounds=sweep.rounds, resume=sweep.resume,
-        criteria=sweep.criteria, trace=sweep.trace, emulated=ready.emulated, on_event=observe,
+        ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
         before_first=lambda: save_machine(ready.machine, sweep.out / "machine.json"),
+    )  # fmt: skip
+
+
+def _options(ready: Prepared, sweep: Sweep) -> SweepOptions:
+    return SweepOptions(
+        rounds=sweep.rounds, resume=sweep.resume, criteria=sweep.criteria, trace=sweep.trace,
+        emulated=ready.emulated,
     )  # fmt: skip
 
 

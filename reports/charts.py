@@ -56,7 +56,7 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class BarPart:
     """One bar of a row, from zero to `value`."""
 
     value: float
@@ -68,7 +68,7 @@ class Part:
 class BarRow:
     label: str
     engine: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[BarPart, ...] = ()
     """Largest first; later ones lie on top."""
     low: float | None = None
     high: float | None = None

@@ -62,7 +62,7 @@ METRICS: dict[Metric, str] = {
     ),
 }
 
-Comparison = Literal["at most", "less than", "at least", "more than"]
+Comparator = Literal["at most", "less than", "at least", "more than"]
 Level = Literal["must", "want"]
 
 ANY_OFFLOAD = "any offload method"
@@ -78,7 +78,7 @@ class Criterion:
     metric: Metric
     engine: str
     """An engine, or `ANY_OFFLOAD`. All criteria with the latter must be met by one and the same method."""
-    comparison: Comparison
+    comparison: Comparator
     threshold: float
     level: Level
     why: str

@@ -1,7 +1,12 @@
-"""Numbers as a reader sees them. What is None is shown as 'not measured'."""
+"""Numbers and tables as a reader sees them. What is None is shown as 'not measured'."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from harness.records.columns import Column, RowT, Unit, lay_out
 from harness.records.job import ModelSource
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.criteria import Metric
@@ -86,3 +91,34 @@ def span(low: str, high: str) -> str:
     low_number, _, low_unit = low.partition(" ")
     _, _, high_unit = high.partition(" ")
     return say("show.range", low=low_number if low_unit and low_unit == high_unit else low, high=high)
+
+
+NUMBER = Unit(show=digits)
+TIMES = Unit(show=times)
+PERCENT = Unit(show=percent)
+JOULES = Unit(show=joules)
+LOSS = Unit(show=loss)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table as Markdown and HTML print it."""
+
+    columns: tuple[str, ...]
+    """Headings."""
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[int, ...] = ()
+    """Columns that are set to the right."""
+    note: str = ""
+
+    @classmethod
+    def of(cls, columns: Sequence[Column[RowT]], rows: Sequence[RowT], *notes: str) -> Self:
+        """`columns` over `rows`; below them `notes`, which are sentences, and those of the columns."""
+        here, cells = lay_out(columns, rows)
+        of_columns = (say(f"tablenote.{column.note}") for column in here if column.note)
+        return cls(
+            columns=tuple(say(f"column.{column.key}") for column in here),
+            rows=cells,
+            numeric=tuple(index for index, column in enumerate(here) if column.unit.is_numeric),
+            note=" ".join((*notes, *of_columns)),
+        )

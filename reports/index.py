@@ -7,21 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
+from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, lay_out
 from harness.records.job import Job
-from harness.records.stats import Rounds, counted_step_s, outer_deciles, ratio
-from harness.runs.decoding_runs import GenerationRun, load_generation
+from harness.records.run import Run, load_run
+from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
-from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from profiles.units import format_bytes, format_seconds
 from reports import charts
-from reports.format import GIB, digits, loss, model_name, model_title, number, percent, span, times
+from reports.format import GIB, LOSS, NUMBER, PERCENT, TIMES, digits, model_name, model_title, percent, span
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group
+from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
 from reports.render import markdown_text
-from reports.tables import typical
 
 KINDS = ("runs", "generations")
 VARIANTS = (
@@ -29,6 +31,8 @@ VARIANTS = (
     "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
+GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
+"""Of a column whose heading names the unit."""
 ABOUT = "about.txt"
 """In a published folder: a sentence on what it is for."""
 
@@ -44,7 +48,7 @@ class Published:
     parameters: int
     engine: str
     variant: str
-    """See `variant`."""
+    """Settings that make another method of the engine, as `--set` takes them; empty: none."""
     traced: bool
     began: str
     """Time of the first run, ISO 8601."""
@@ -60,18 +64,18 @@ class Published:
 def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> tuple[Path, Path]:
     """Write the two files into `folder`, and say where they are. The same folder gives the same bytes.
 
-    `on_broken` is told of each file that is left out, named from `folder` on.
+    `on_broken` is called with each file that is left out, named from `folder` on.
     Raises `UserError` if nothing is published there.
     """
     folders = published_folders(folder)
     found = [each for path in folders if any(path.glob("runs/*.json")) for each in published(path, on_broken)]
     found.sort(key=lambda each: (each.parameters, each.model, each.folder))  # engines stay in order
     generated = [
-        (path.name, load_generation(file))
+        Generated(folder=path.name, run=load_run(file, "decode"))
         for path in folders
         for file in sorted(path.glob("generations/*.json"))
     ]
-    generated.sort(key=lambda one: (one[1].model.parameters, one[0], one[1].job["batch_size"], one[1].id))
+    generated.sort(key=lambda each: (each.run.model.parameters, each.folder, each.sequences, each.run.id))
     page, picture = folder / "README.md", folder / "overview.svg"
     write_whole(picture, overview(found))
     write_whole(page, index(found, generated, abouts(folder)))
@@ -96,7 +100,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
     for broken in loaded.broken:
         on_broken(replace(broken, file=f"{folder.name}/{broken.file}"))
     all_ = group(loaded.runs, loaded.machine)
-    for engine in sorted(all_.rounds, key=engine_order):
+    for engine in all_.engines:
         rounds = all_.of(engine)
         yield Published(
             folder=folder.name,
@@ -122,20 +126,14 @@ def abouts(folder: Path) -> dict[str, str]:
     }
 
 
-def index(
-    found: Sequence[Published], generated: Sequence[tuple[str, GenerationRun]], about: dict[str, str]
-) -> str:
-    """Markdown. `generated` are records with their folder."""
-    columns = ("model", "job", "machine", "method", "step_s", "ratio", "floor", "gpu", "host", "loss")
-    align = ["---"] * 4 + ["---:"] * 6
-    head = [[say(f"index.{column}") for column in columns], align]
-    rows = [*head, *(_cells(each) for each in found)] if found else []
+def index(found: Sequence[Published], generated: Sequence[Generated], about: dict[str, str]) -> str:
+    """Markdown: a row for each method of each folder, and for each decoding run."""
     lines = [
         f"# {say('index.title')}", "", say("index.intro"), "", f"![{say('index.picture')}](overview.svg)", "",
-        *(f"| {' | '.join(row)} |" for row in rows), "",
+        *_markdown_lines(METHODS, found), "",
     ]  # fmt: skip
     if generated:
-        lines += [f"## {say('index.generating')}", "", *_generation_lines(generated), ""]
+        lines += [f"## {say('index.generating')}", "", *_markdown_lines(GENERATIONS, generated), ""]
     reported = {each.folder for each in found}
     for name, text in about.items():
         where = f"{name}/report.md" if name in reported else name
@@ -184,7 +182,7 @@ def overview(found: Sequence[Published]) -> str:
                     charts.BarRow(
                         label=each.engine,
                         engine=each.engine,
-                        parts=(charts.Part(value=100 * share),),
+                        parts=(charts.BarPart(value=100 * share),),
                         text=percent(share),
                     )
                     for each, share in mine
@@ -200,63 +198,122 @@ def overview(found: Sequence[Published]) -> str:
     return charts.standalone(drawn)
 
 
-def _cells(each: Published) -> list[str]:
+def _markdown_lines(columns: Sequence[Column[RowT]], rows: Sequence[RowT]) -> Iterator[str]:
+    """A table; nothing where it has no row."""
+    if not rows:
+        return
+    here, cells = lay_out(columns, rows)
+    yield f"| {' | '.join(say(f'index.{column.key}') for column in here)} |"
+    yield f"| {' | '.join('---:' if column.unit.is_numeric else '---' for column in here)} |"
+    for row in cells:
+        yield f"| {' | '.join(markdown_text(cell) for cell in row)} |"
+
+
+def _link(text: str, target: str) -> Markup:
+    return Markup(f"[{markdown_text(text)}]({target})")
+
+
+def _method(each: Published) -> str:
     method = _joined(each.engine, each.variant)
-    if each.traced:
-        method = say("index.traced", engine=method)
-    start = [
-        f"[{markdown_text(each.model)}]({each.folder}/report.md)",
-        *(markdown_text(text) for text in (each.job, each.machine, method)),
-    ]
-    rounds = each.rounds
-    if rounds.step_s is None:
-        return [*start, markdown_text(ends(rounds.runs)), *[NOT_MEASURED] * 5]
-    beside = ratio(rounds.step_times, each.all_.of("native").step_times)
-    gpu = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
-    host = [bytes_ for run in rounds.ok if (bytes_ := run.summary.peak_host_bytes) is not None]
-    return [
-        *start,
-        digits(rounds.step_s.median),
-        times(beside.value) if beside else NOT_MEASURED,
-        percent(typical(rounds, floor_share)),
-        _gib(max(gpu, default=None)),
-        _gib(max(host, default=None)),
-        loss(rounds.loss_last),
-    ]
+    return say("index.traced", engine=method) if each.traced else method
 
 
-def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterator[str]:
-    columns = ("model", "prompts", "machine", "method", "tokens", "range", "floor", "first", "gpu")
-    yield f"| {' | '.join(say(f'index.{column}') for column in columns)} |"
-    yield f"| {' | '.join(['---'] * 4 + ['---:'] * 5)} |"
-    for folder, run in generated:
-        seen, batch_size = run.summary, int(run.job["batch_size"])
-        machine = run.environment.gpu_name or run.environment.cpu
-        method = _joined(run.engine, variant(run.engine, run.plan.settings, run.job))
-        cells = [
-            f"[{markdown_text(model_name(run.model.name))}]({folder}/generations/{run.id}.json)",
-            *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, method)),
-        ]
-        fast_s, slow_s = outer_deciles(counted_step_s(run.samples))
-        times_s = (seen.step_s_median, slow_s, fast_s)
-        middle, low, high = (None if step_s is None else batch_size / step_s for step_s in times_s)
-        first = format_seconds(run.first_token_s)
-        cells += [
-            number(middle) if run.end_state == "ok" else say(f"end.{run.end_state}"),
-            NOT_MEASURED if low is None or high is None else span(digits(low), digits(high)),
-            percent(seen.floor_share), first if run.tokens else say("index.with_start_up", value=first),
-            _gib(seen.peak_gpu_reserved_bytes or seen.peak_gpu_allocated_bytes),
-        ]  # fmt: skip
-        yield f"| {' | '.join(cells)} |"
+def _if_timed(of: Callable[[Published], CellValue]) -> Callable[[Published], CellValue]:
+    """Nothing where no step of the method was timed."""
+    return lambda each: None if each.rounds.step_s is None else of(each)
+
+
+def _step_s(each: Published) -> CellValue:
+    """Its median in seconds, or how the runs ended."""
+    return each.rounds.step_s.median if each.rounds.step_s else ends(each.rounds.runs)
+
+
+def _beside_native(each: Published) -> float | None:
+    found = ratio(each.rounds.step_times, each.all_.of("native").step_times)
+    return found.value if found else None
+
+
+def _host_bytes(each: Published) -> float | None:
+    return largest(each.rounds, lambda run: run.summary.peak_host_bytes)
+
+
+METHODS: tuple[Column[Published], ...] = (
+    Column("model", lambda each: _link(each.model, f"{each.folder}/report.md")),
+    Column("job", lambda each: each.job),
+    Column("machine", lambda each: each.machine),
+    Column("method", _method),
+    Column("step_s", _step_s, NUMBER),
+    Column("ratio", _if_timed(_beside_native), TIMES),
+    Column("floor", _if_timed(lambda each: typical(each.rounds, floor_share)), PERCENT),
+    Column("gpu", _if_timed(lambda each: largest(each.rounds, gpu_taken_bytes)), GIBIBYTES),
+    Column("host", _if_timed(_host_bytes), GIBIBYTES),
+    Column("loss", _if_timed(lambda each: each.rounds.loss_last), LOSS),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """A decoding run and the folder that its record is published in."""
+
+    folder: str
+    run: Run
+
+    @property
+    def sequences(self) -> int:
+        return int(self.run.job["batch_size"])
+
+    @property
+    def tokens_per_s(self) -> tuple[float | None, float | None, float | None]:
+        """Of all sequences together: in the median step, and in the outer deciles from slow to fast."""
+        seen = step_statistics(self.run.samples, self.run.tokens_per_step)
+        outer_s = (seen.step_s_p90, seen.step_s_p10)
+        slow, fast = (None if step_s is None else self.sequences / step_s for step_s in outer_s)
+        return seen.tokens_per_s, slow, fast
+
+
+def _tokens(each: Generated) -> CellValue:
+    """Its median per second, or how the run ended."""
+    return each.tokens_per_s[0] if each.run.end_state == "ok" else say(f"end.{each.run.end_state}")
+
+
+def _range(each: Generated) -> str | None:
+    _, low, high = each.tokens_per_s
+    return None if low is None or high is None else span(digits(low), digits(high))
+
+
+def _first_token(each: Generated) -> CellValue:
+    """Records of before `tokens` was kept timed the first prefill of a process."""
+    first_s = each.run.first_token_s
+    return first_s if each.run.tokens else say("index.with_start_up", value=format_seconds(first_s))
+
+
+def _gpu_bytes(each: Generated) -> int | None:
+    seen = each.run.summary
+    return seen.peak_gpu_reserved_bytes or seen.peak_gpu_allocated_bytes
+
+
+GENERATIONS: tuple[Column[Generated], ...] = (
+    Column(
+        "model",
+        lambda each: _link(model_name(each.run.model.name), f"{each.folder}/generations/{each.run.id}.json"),
+    ),
+    Column("prompts", lambda each: f"{each.sequences} x {each.run.job['seq_len']}"),
+    Column("machine", lambda each: each.run.environment.gpu_name or each.run.environment.cpu),
+    Column(
+        "method",
+        lambda each: _joined(each.run.engine, variant(each.run.engine, each.run.plan.settings, each.run.job)),
+    ),
+    Column("tokens", _tokens, NUMBER),
+    Column("range", _range, NUMBER),
+    Column("floor", lambda each: each.run.summary.floor_share, PERCENT),
+    Column("first", _first_token, SECONDS),
+    Column("gpu", _gpu_bytes, GIBIBYTES),
+)
 
 
 def _joined(*parts: str) -> str:
     """Those that say something."""
     return ", ".join(filter(None, parts))
-
-
-def _gib(bytes_: int | None) -> str:
-    return NOT_MEASURED if bytes_ is None else f"{bytes_ / GIB:.2f}"
 
 
 def _machine(loaded: Loaded, rounds: Rounds) -> str:
@@ -268,7 +325,7 @@ def _machine(loaded: Loaded, rounds: Rounds) -> str:
 
 
 def _job_in_short(job: Job) -> str:
-    told = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
+    text = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
     if job.limits.vram_bytes is None:
-        return told
-    return say("index.job_capped", job=told, vram=format_bytes(job.limits.vram_bytes))
+        return text
+    return say("index.job_capped", job=text, vram=format_bytes(job.limits.vram_bytes))

@@ -188,7 +188,7 @@ def _impossible(run: Run) -> str | None:
     for key, value in _flat(numbers, "run"):
         if isinstance(value, float) and not math.isfinite(value):
             return f"{key} is not a finite number"
-        # A landed share is a projection of what arrived on what was wanted, so rounding can turn its sign.
+        # The realized update is a projection of what arrived on what was wanted: rounding can turn its sign.
         signed = "loss" in key or key == "run.landed_share"
         if isinstance(value, int | float) and value < 0 and not signed:
             return f"{key} is negative"

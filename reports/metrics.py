@@ -8,20 +8,20 @@ from typing import get_args
 
 from harness.records.run import EndState, Predicted, Run
 from harness.records.stats import (
-    Comparison,
     Rounds,
     Spread,
+    StepTimeComparison,
     aggregate,
     loss_change,
     over_runs,
     ratio,
     same_or_different,
-    tokens_per_step,
 )
 from profiles.machine import Machine
 from profiles.planning.budget import CONTEXT_BYTES
 from reports.criteria import Metric
 from reports.format import GIB
+from reports.load import engine_order
 from reports.messages import say
 
 NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
@@ -29,11 +29,11 @@ NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"
 DOES_NOT_FIT: frozenset[EndState] = frozenset({"oom_gpu", "oom_host", "pinned_limit", "skipped_infeasible"})
 
 DISTURBED_FACTOR = 1.5
-"""Medians of one method's runs that differ by more say that something beside the method set their times."""
+"""Medians of one method's runs that differ by more say that something else set their times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class MetricFinding:
     """What the runs say of one metric. `value` is None where they do not say it; `note` is then why."""
 
     value: float | None = None
@@ -59,6 +59,11 @@ class Measurements:
     rounds: Mapping[str, Rounds]
     machine: Machine | None
 
+    @property
+    def engines(self) -> list[str]:
+        """Methods that were run, in the order of reports."""
+        return sorted(self.rounds, key=engine_order)
+
     def of(self, engine: str) -> Rounds:
         return self.rounds.get(engine) or aggregate(engine, ())
 
@@ -68,12 +73,12 @@ def group(runs: Sequence[Run], machine: Machine | None) -> Measurements:
     return Measurements(rounds={engine: aggregate(engine, runs) for engine in engines}, machine=machine)
 
 
-def find(metric: Metric, engine: str, all_: Measurements) -> Finding:
+def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
     """`metric` of `engine`."""
     rounds = all_.of(engine)
     evidence = tuple(run.id for run in rounds.runs)
     if not rounds.runs:
-        return Finding(note=say("note.no_runs", engine=engine))
+        return MetricFinding(note=say("note.no_runs", engine=engine))
     finding = _METRICS[metric](rounds, all_)
     if finding.value is None and finding.note is None:
         note = say("note.not_recorded") if rounds.ok else say("note.none_ok", ends=ends(rounds.runs))
@@ -95,17 +100,7 @@ def predicted(rounds: Rounds) -> Predicted | None:
         if run.predicted is not None:
             return run.predicted
     for run in rounds.runs:
-        plan = run.plan.prediction
-        return Predicted(
-            step_s_low=plan.step_s_low,
-            step_s=plan.step_s,
-            step_s_high=plan.step_s_high,
-            peak_gpu_bytes=plan.peak_gpu_bytes,
-            peak_host_bytes=plan.peak_host_bytes,
-            bottleneck=plan.bottleneck,
-            basis=plan.basis,
-            floor_s=plan.floor_s,
-        )
+        return Predicted.of(run.plan.prediction)
     return None
 
 
@@ -125,8 +120,8 @@ def disturbed(rounds: Rounds) -> bool:
     return rounds.step_s is not None and rounds.step_s.high > DISTURBED_FACTOR * rounds.step_s.low
 
 
-def faster_or_slower(a: Rounds, b: Rounds) -> Comparison:
-    """a beside b; disturbed runs do not tell."""
+def faster_or_slower(a: Rounds, b: Rounds) -> StepTimeComparison:
+    """Whether a step of a is faster or slower than one of b; with disturbed runs that is not known."""
     if disturbed(a) or disturbed(b):
         return "AMBIGUOUS"
     return same_or_different(a.step_times, b.step_times)
@@ -141,6 +136,18 @@ def gpu_taken_bytes(run: Run) -> int | None:
     """Peak GPU memory that the run held: what torch reserved, else what its tensors took."""
     reserved = run.summary.peak_gpu_reserved_bytes
     return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
+
+
+def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
+    """Median of `value` over the runs that ended ok and have it; `None`: none has."""
+    found = over_runs(rounds.ok, value)
+    return found.median if found else None
+
+
+def largest(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
+    """Largest `value` of the runs that ended ok and have it; `None`: none has."""
+    found = over_runs(rounds.ok, value)
+    return found.high if found else None
 
 
 def reserves_known(rounds: Rounds) -> bool:
@@ -189,45 +196,51 @@ def _job_limit(run: Run, name: str) -> int | None:
     return int(limit) if limit else None
 
 
-def _from_spread(found: Spread | None, expected: float | None = None) -> Finding:
+def _from_spread(found: Spread | None, expected: float | None = None) -> MetricFinding:
     if found is None:
-        return Finding(predicted=expected)
-    return Finding(value=found.median, low=found.low, high=found.high, runs=found.count, predicted=expected)
+        return MetricFinding(predicted=expected)
+    return MetricFinding(
+        value=found.median, low=found.low, high=found.high, runs=found.count, predicted=expected
+    )
 
 
-def _peak(found: Spread | None, expected: float | None, note: str | None) -> Finding:
+def _peak(found: Spread | None, expected: float | None, note: str | None) -> MetricFinding:
     """A peak is judged by the largest run."""
     if found is None:
-        return Finding(predicted=expected, note=note)
-    return Finding(value=found.high, low=found.high, high=found.high, runs=found.count, predicted=expected)
+        return MetricFinding(predicted=expected, note=note)
+    return MetricFinding(
+        value=found.high, low=found.high, high=found.high, runs=found.count, predicted=expected
+    )
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
 
 
-def _runs_ok(rounds: Rounds, all_: Measurements) -> Finding:
+def _runs_ok(rounds: Rounds, all_: Measurements) -> MetricFinding:
     concluded = [run for run in rounds.runs if run.end_state not in NOTHING_LEARNED]
     expected = 1.0 if rounds.runs[0].plan.fits else 0.0
     if not concluded:
-        return Finding(predicted=expected, note=say("note.none_ok", ends=ends(rounds.runs)))
+        return MetricFinding(predicted=expected, note=say("note.none_ok", ends=ends(rounds.runs)))
     value = len(rounds.ok) / len(concluded)
     note = None if value == 1 else ends(rounds.runs)
-    return Finding(value=value, low=value, high=value, runs=len(concluded), predicted=expected, note=note)
+    return MetricFinding(
+        value=value, low=value, high=value, runs=len(concluded), predicted=expected, note=note
+    )
 
 
-def _step_s(rounds: Rounds, all_: Measurements) -> Finding:
+def _step_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     return _from_spread(rounds.step_s, expected.step_s if expected else None)
 
 
-def _tokens_per_s(rounds: Rounds, all_: Measurements) -> Finding:
+def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     step_s = expected.step_s if expected else None
-    return _from_spread(rounds.tokens_per_s, tokens_per_step(rounds.runs[0]) / step_s if step_s else None)
+    return _from_spread(rounds.tokens_per_s, rounds.runs[0].tokens_per_step / step_s if step_s else None)
 
 
-def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:
+def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     native = all_.of("native")
     both = (predicted(rounds), predicted(native))
     step_s = [one.step_s if one else None for one in both]
@@ -236,7 +249,7 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:
     found = ratio(rounds.step_times, native.step_times)
     if found is not None:
         emulated = is_emulated(rounds)
-        return Finding(
+        return MetricFinding(
             value=found.value,
             low=found.low,
             high=found.high,
@@ -250,12 +263,14 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> Finding:
     concluded = {run.end_state for run in native.runs} - NOTHING_LEARNED
     if concluded and concluded <= DOES_NOT_FIT:
         key = "note.native_skipped" if concluded == {"skipped_infeasible"} else "note.native_does_not_fit"
-        return Finding(applies=False, note=say(key), evidence=evidence)
+        return MetricFinding(applies=False, note=say(key), evidence=evidence)
     note = say("note.native_missing") if rounds.ok else None
-    return Finding(predicted=expected, note=note, evidence=evidence)
+    return MetricFinding(predicted=expected, note=note, evidence=evidence)
 
 
-def _gpu_memory(rounds: Rounds, all_: Measurements, unit: Callable[[Run, float], float | None]) -> Finding:
+def _gpu_memory(
+    rounds: Rounds, all_: Measurements, unit: Callable[[Run, float], float | None]
+) -> MetricFinding:
     expected = predicted(rounds)
     run = rounds.runs[0]
     bytes_ = expected.peak_gpu_bytes if expected else None
@@ -268,56 +283,56 @@ def _apply(unit: Callable[[Run, float], float | None], run: Run, value: float | 
     return None if value is None else unit(run, value)
 
 
-def _gpu_memory_share(rounds: Rounds, all_: Measurements) -> Finding:
+def _gpu_memory_share(rounds: Rounds, all_: Measurements) -> MetricFinding:
     return _gpu_memory(rounds, all_, lambda run, value: _share(value, gpu_limit_bytes(run, all_.machine)))
 
 
-def _gpu_memory_gib(rounds: Rounds, all_: Measurements) -> Finding:
+def _gpu_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
     return _gpu_memory(rounds, all_, lambda run, value: value / GIB)
 
 
-def _host_memory_share(rounds: Rounds, all_: Measurements) -> Finding:
+def _host_memory_share(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     bytes_ = expected.peak_host_bytes if expected else None
     found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, host_limit_bytes(run)))
     return _peak(found, _share(bytes_, host_limit_bytes(rounds.runs[0])), None)
 
 
-def _host_memory_gib(rounds: Rounds, all_: Measurements) -> Finding:
+def _host_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, GIB))
     return _peak(found, _share(expected.peak_host_bytes if expected else None, GIB), None)
 
 
-def _loss_change(rounds: Rounds, all_: Measurements) -> Finding:
+def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
     """Nothing can be learned from random data: their loss changes by chance."""
     if rounds.runs[0].job.get("data", {}).get("train") == "random":
-        return Finding(applies=False, note=say("note.random_data"))
+        return MetricFinding(applies=False, note=say("note.random_data"))
     return _from_spread(over_runs(rounds.ok, lambda run: loss_change(run.samples)))
 
 
-def _accuracy(rounds: Rounds, all_: Measurements) -> Finding:
+def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
     found = over_runs(rounds.ok, lambda run: run.summary.eval_accuracy_last)
     if found is None and rounds.ok:
-        return Finding(note=say("note.no_evaluation"))
+        return MetricFinding(note=say("note.no_evaluation"))
     return _from_spread(found)
 
 
-def _prediction_factor(rounds: Rounds, all_: Measurements) -> Finding:
+def _prediction_factor(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     if rounds.step_s is None:
-        return Finding()
+        return MetricFinding()
     if expected is None or not expected.step_s:
-        return Finding(note=say("note.no_prediction"))
+        return MetricFinding(note=say("note.no_prediction"))
     step_s, predicted_s = rounds.step_s, expected.step_s
     factors = sorted(
         max(value / predicted_s, predicted_s / value) for value in (step_s.low, step_s.median, step_s.high)
     )
     value = max(step_s.median / predicted_s, predicted_s / step_s.median)
-    return Finding(value=value, low=factors[0], high=factors[-1], runs=step_s.count)
+    return MetricFinding(value=value, low=factors[0], high=factors[-1], runs=step_s.count)
 
 
-_METRICS: dict[Metric, Callable[[Rounds, Measurements], Finding]] = {
+_METRICS: dict[Metric, Callable[[Rounds, Measurements], MetricFinding]] = {
     "runs_ok": _runs_ok,
     "step_s": _step_s,
     "step_time_ratio": _step_time_ratio,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from harness.records.columns import Column
 from harness.records.run import Run
 from profiles.figures import reported
 from profiles.machine import Figure
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
-from reports.format import counted, digits, model_title, span
+from reports.format import Table, counted, digits, model_title, span
 from reports.load import Loaded, engine_order
 from reports.messages import say
-from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes
-from reports.tables import Table, engines_of, make_table, typical
+from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes, typical
 
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     """The question and where it was asked, by name and text."""
-    job, run = loaded.job, _told(loaded.runs)
+    job, run = loaded.job, _best_known(loaded.runs)
     environment = run.environment
     gpu = say("setting.no_gpu")
     if environment.gpu_name is not None:
@@ -63,14 +64,30 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """Something known of a machine, and how it is known."""
+
+    quantity: str
+    value: str
+    origin: str
+
+
+MACHINE: tuple[Column[Fact], ...] = (
+    Column("quantity", lambda fact: fact.quantity),
+    Column("value", lambda fact: fact.value),
+    Column("origin", lambda fact: fact.origin),
+)
+
+
 def machine_table(loaded: Loaded) -> Table:
     """Each number of the machine with its origin; from the runs where no profile was kept."""
-    environment = _told(loaded.runs).environment
+    environment = _best_known(loaded.runs).environment
     machine = loaded.machine
-    rows: list[tuple[str, str, str]] = []
+    rows: list[Fact] = []
 
     def fact(key: str, text: str, origin: str = "") -> None:
-        rows.append((say(f"machine.{key}"), text, origin))
+        rows.append(Fact(quantity=say(f"machine.{key}"), value=text, origin=origin))
 
     def figures(part: str, holder: object) -> None:
         for row in reported():
@@ -89,7 +106,7 @@ def machine_table(loaded: Loaded) -> Table:
         fact("cpu", environment.cpu, absent)
         fact("host_memory", format_bytes(environment.host_memory_bytes), absent)
         fact("platform", environment.platform, absent)
-        return make_table(["quantity", "value", "origin"], rows, note="machine")
+        return Table.of(MACHINE, rows, say("tablenote.machine"))
     if machine.gpu is None:
         fact("gpu", say("setting.no_gpu"), machine.gpu_absent_reason or "")
     else:
@@ -116,30 +133,52 @@ def machine_table(loaded: Loaded) -> Table:
     fact("host_memory", format_bytes(memory.total_bytes), memory.total_basis)
     figures("memory", memory)
     fact("platform", machine.platform, say("machine.probed", time=_minute(machine.time)))
-    return make_table(["quantity", "value", "origin"], rows, note="machine")
+    return Table.of(MACHINE, rows, say("tablenote.machine"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A run, file or plan that gave no result."""
+
+    what: str
+    """The run's id, the file's name, or the mark for none."""
+    engine: str = ""
+    end: str
+    """Key of its meaning in the texts; of a run its end state."""
+    is_run: bool = False
+    reason: str
+
+
+FAILURES: tuple[Column[Failure], ...] = (
+    Column("run", lambda one: one.what),
+    Column("method", lambda one: one.engine),
+    Column("end", lambda one: one.end if one.is_run else ""),
+    Column("meaning", lambda one: say(f"end.{one.end}")),
+    Column("reason", lambda one: one.reason),
+)
 
 
 def failures_table(loaded: Loaded) -> Table | None:
     """Every run that did not end ok, every file that could not be read, every plan that was not run."""
-    rows: list[tuple[str, ...]] = [
-        (run.id, run.engine, run.end_state, say(f"end.{run.end_state}"), run.end_reason or "")
+    rows = [
+        Failure(what=run.id, engine=run.engine, end=run.end_state, is_run=True, reason=run.end_reason or "")
         for run in loaded.runs
         if run.end_state != "ok"
     ]
-    rows += [(broken.file, "", "", say("end.unreadable"), broken.reason) for broken in loaded.broken]
+    rows += [Failure(what=broken.file, end="unreadable", reason=broken.reason) for broken in loaded.broken]
     ran = {run.engine for run in loaded.runs}
     rows += [
-        (say("tile.none"), plan.engine, "", say("end.not_run"), plan.why_not or "")
+        Failure(what=say("tile.none"), engine=plan.engine, end="not_run", reason=plan.why_not or "")
         for plan in loaded.plans
         if plan.engine not in ran
     ]
-    return make_table(["run", "method", "end", "meaning", "reason"], rows) if rows else None
+    return Table.of(FAILURES, rows) if rows else None
 
 
 def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
     """What made these numbers, by name and text."""
     runs = loaded.runs
-    environment = _told(runs).environment
+    environment = _best_known(runs).environment
     missing = say("reproduce.not_known")
     versions = {
         "python": environment.python,
@@ -194,10 +233,10 @@ def not_measured(loaded: Loaded, all_: Measurements) -> tuple[str, ...]:
     }
     lines = []
     for key, value in fields.items():
-        without = [e for e in engines_of(all_) if all_.of(e).ok and typical(all_.of(e), value) is None]
+        without = [e for e in all_.engines if all_.of(e).ok and typical(all_.of(e), value) is None]
         if without:
             lines.append(say("open.field", what=say(f"open.{key}"), engines=", ".join(without)))
-    nothing = [engine for engine in engines_of(all_) if not all_.of(engine).ok]
+    nothing = [engine for engine in all_.engines if not all_.of(engine).ok]
     if nothing:
         lines.append(say("open.methods", engines=", ".join(nothing)))
     return (*lines, *(say(f"open.{key}") for key in ("quality", "clocks", "cost", "scale")))
@@ -245,6 +284,6 @@ def _several(values: Iterable[str | None], missing: str = "reproduce.not_known")
     return ", ".join(sorted({value if value is not None else say(missing) for value in values}))
 
 
-def _told(runs: Sequence[Run]) -> Run:
+def _best_known(runs: Sequence[Run]) -> Run:
     """A run whose environment is known best: one that ended ok, else the first."""
     return next((run for run in runs if run.end_state == "ok"), runs[0])

@@ -19,10 +19,11 @@ from harness.records.stats import outer_deciles, over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, exactness, provenance, tables
+from reports.breakdown import breakdown, busy_table, overlap_table
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
 from reports.format import loss, model_title, percent
-from reports.load import Broken, Loaded, engine_order, load_folder
+from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import (
     DISTURBED_FACTOR,
@@ -41,7 +42,7 @@ def write_report(
     """Judge what lies in `folder` and write report.md, report.html and verdict.json there.
 
     `criteria_path` takes the place of the folder's own criteria.toml. Without either the built-in
-    defaults judge, and the report says so. `on_broken` is told of each file that is left out.
+    defaults judge, and the report says so. `on_broken` is called with each file that is left out.
     Raises `UserError`.
     """
     loaded = load_folder(folder)
@@ -85,10 +86,10 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "setting": provenance.setting(loaded),
         "criteria": tables.criteria_cells(verdict, all_),
         "speed": tables.speed_table(all_),
-        "twin": exactness.exact(all_),
+        "exact": exactness.exact(all_),
         "memory": tables.memory_table(all_),
-        "busy": tables.busy_table(all_),
-        "overlap": tables.overlap_table(all_),
+        "busy": busy_table(all_),
+        "overlap": overlap_table(all_),
         "prediction": tables.prediction_table(loaded, all_),
         "plan_notes": tables.plan_notes(loaded),
         "machine": provenance.machine_table(loaded),
@@ -108,7 +109,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
 def _charts(loaded: Loaded) -> dict[str, str]:
     """Name -> SVG of each chart that has something to show."""
     all_ = group(loaded.runs, loaded.machine)
-    engines = sorted(all_.rounds, key=engine_order)
+    engines = all_.engines
     drawn = {
         "step": _step_chart(engines, all_),
         "busy": _busy_chart(engines, all_),
@@ -130,7 +131,7 @@ def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             charts.BarRow(
                 label=engine,
                 engine=engine,
-                parts=(charts.Part(value=measured),) if measured is not None else (),
+                parts=(charts.BarPart(value=measured),) if measured is not None else (),
                 low=low,
                 high=high,
                 predicted=expected.step_s if expected else None,
@@ -146,7 +147,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
     groups = []
     for engine in engines:
         rounds, expected = all_.of(engine), predicted(all_.of(engine))
-        one = tables.breakdown(rounds)
+        one = breakdown(rounds)
         lanes = {
             "h2d": one.h2d_s,
             "d2h": one.d2h_s,
@@ -160,7 +161,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             charts.BarRow(
                 label=say(f"lane.{key}"),
                 engine=engine,
-                parts=(charts.Part(value=seconds, pale=key == "idle"),),
+                parts=(charts.BarPart(value=seconds, pale=key == "idle"),),
                 text=format_seconds(seconds),
             )
             for key, seconds in lanes.items()
@@ -169,19 +170,19 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
         if rows:
             step_s = rounds.step_s
             floor_s = expected.floor_s if expected and one.floor_share is not None else None
-            told = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
+            text = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
             if floor_s is not None:
                 share = percent(one.floor_share)
-                told.append(say("lane.floor", value=format_seconds(floor_s), share=share))
+                text.append(say("lane.floor", value=format_seconds(floor_s), share=share))
             if one.disk_floor_s is not None:
                 share = percent(one.disk_floor_share)
-                told.append(say("lane.disk_floor", value=format_seconds(one.disk_floor_s), share=share))
+                text.append(say("lane.disk_floor", value=format_seconds(one.disk_floor_s), share=share))
             if one.landed_share is not None:
-                told.append(say("lane.landed", share=percent(one.landed_share)))
+                text.append(say("lane.landed", share=percent(one.landed_share)))
             groups.append(
                 charts.BarGroup(
                     label=engine,
-                    text="; ".join(told),
+                    text="; ".join(text),
                     rows=tuple(rows),
                     whole=step_s.median if step_s else None,
                     floor=floor_s,
@@ -216,8 +217,8 @@ def _memory_chart(kind: Literal["gpu", "host"], engines: Sequence[str], all_: Me
             expected_bytes = expected.peak_host_bytes if expected else None
             limits = [host_limit_bytes(run) for run in rounds.ok]
         limit = limit or (limits[0] if limits else None)
-        parts = [charts.Part(value=pale.high, pale=True)] if pale else []
-        parts += [charts.Part(value=full.high)] if full else []
+        parts = [charts.BarPart(value=pale.high, pale=True)] if pale else []
+        parts += [charts.BarPart(value=full.high)] if full else []
         rows.append(
             charts.BarRow(
                 label=engine,

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
 from engines.settings.parse import parse_settings
+from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.run import Run
-from harness.records.stats import Rounds, over_runs, ratio
-from profiles.planning.recommend import FIRST_ORDER
-from profiles.units import (
-    NOT_MEASURED,
-    format_bytes,
-    format_seconds,
-)
-from reports.decide import Row, Verdict
-from reports.format import counted, joules, loss, metric_value, number, percent, span, times
+from harness.records.stats import Rounds, ratio
+from profiles.planning.plan import Prediction
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from reports.decide import JudgedCriterion, Verdict
+from reports.format import JOULES, NUMBER, TIMES, Table, counted, loss, metric_value, span, times
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import (
@@ -27,45 +24,17 @@ from reports.metrics import (
     ends,
     faster_or_slower,
     find,
-    floor_share,
     gpu_limit_bytes,
     gpu_taken_bytes,
     held_gpu_bytes,
     held_host_bytes,
     host_limit_bytes,
+    largest,
     over_steps,
     predicted,
     reserves_known,
+    typical,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[int, ...] = ()
-    """Columns that are set to the right."""
-    note: str = ""
-
-
-def make_table(
-    columns: Sequence[str], rows: Sequence[tuple[str, ...]], numeric: Sequence[str] = (), note: str = ""
-) -> Table:
-    return Table(
-        columns=tuple(say(f"column.{column}") for column in columns),
-        rows=tuple(rows),
-        numeric=tuple(index for index, column in enumerate(columns) if column in numeric),
-        note=say(f"tablenote.{note}") if note else "",
-    )
-
-
-def engines_of(all_: Measurements) -> list[str]:
-    return sorted(all_.rounds, key=engine_order)
-
-
-def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
-    found = over_runs(rounds.ok, value)
-    return found.median if found else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +69,12 @@ def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
         ),
         Tile(
             label=say("tile.gpu"),
-            value=_most(rounds, gpu_taken_bytes),
+            value=format_bytes(largest(rounds, gpu_taken_bytes)),
             detail=_of(gpu_limit, held_gpu_bytes(rounds.ok[0])) if gpu_limit else say("note.no_gpu"),
         ),
         Tile(
             label=say("tile.host"),
-            value=_most(rounds, lambda run: run.summary.peak_host_bytes),
+            value=format_bytes(largest(rounds, lambda run: run.summary.peak_host_bytes)),
             detail=_of(host_limit_bytes(rounds.ok[0]), held_host_bytes(rounds.ok[0])),
         ),
     )
@@ -115,12 +84,14 @@ def _of(limit_bytes: int, held_bytes: int | None) -> str:
     return say("tile.of" if held_bytes is None else "tile.held", whole=format_bytes(limit_bytes))
 
 
-def criteria_cells(verdict: Verdict, all_: Measurements) -> tuple[tuple[Row, tuple[str, ...]], ...]:
+def criteria_cells(
+    verdict: Verdict, all_: Measurements
+) -> tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]:
     """Each criterion with its cells: name, asked, measured, predicted, outcome, runs."""
     return tuple((row, _criterion_cells(row, all_)) for row in verdict.rows)
 
 
-def _criterion_cells(row: Row, all_: Measurements) -> tuple[str, ...]:
+def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...]:
     measured = metric_value(row.metric, row.measured)
     if (
         row.measured_low is not None
@@ -152,38 +123,64 @@ def _criterion_cells(row: Row, all_: Measurements) -> tuple[str, ...]:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodRow:
+    """One method as a row: its runs, and all others to hold it against."""
+
+    rounds: Rounds
+    all_: Measurements
+
+    @property
+    def engine(self) -> str:
+        return self.rounds.engine
+
+
+def _methods(all_: Measurements) -> list[MethodRow]:
+    return [MethodRow(rounds=all_.of(engine), all_=all_) for engine in all_.engines]
+
+
+def _if_timed(of: Callable[[MethodRow], CellValue]) -> Callable[[MethodRow], CellValue]:
+    """Nothing where no step of the method was timed."""
+    return lambda method: None if method.rounds.step_s is None else of(method)
+
+
+def _any_evaluated(methods: Sequence[MethodRow]) -> bool:
+    return any(run.summary.eval_loss_last is not None for each in methods for run in each.rounds.ok)
+
+
+SPEED: tuple[Column[MethodRow], ...] = (
+    Column("method", lambda one: one.engine),
+    Column("ended", lambda one: ends(one.rounds.runs)),
+    Column("step", lambda one: _step(one.rounds)),
+    Column("first_step", _if_timed(lambda one: _first_step_s(one.rounds)), SECONDS),
+    Column("tokens", lambda one: _tokens_per_s(one.rounds), NUMBER),
+    Column("beside_native", _if_timed(lambda one: _comparison(one.engine, one.all_))),
+    Column("loss", _if_timed(lambda one: _first_to_last(one.rounds.loss_first, one.rounds.loss_last, loss))),
+    Column("evaluation", _if_timed(lambda one: _evaluation(one.rounds)), shown=_any_evaluated),
+    Column("energy", _if_timed(lambda one: typical(one.rounds, lambda run: run.summary.energy_j)), JOULES),
+)
+
+
 def speed_table(all_: Measurements) -> Table:
     """Step time, tokens, how it stands beside native, loss, and accuracy where there was an evaluation. What
     lsp's first step would add to each is a note."""
-    engines = engines_of(all_)
-    evaluated = any(run.summary.eval_loss_last is not None for e in engines for run in all_.of(e).ok)
-    columns = ["method", "ended", "step", "first_step", "tokens", "beside_native", "loss"]
-    columns += ["evaluation"] if evaluated else []
-    columns += ["energy"]
-    rows = []
-    for engine in engines:
-        rounds = all_.of(engine)
-        cells = [engine, ends(rounds.runs)]
-        if rounds.step_s is None:
-            cells += [NOT_MEASURED] * (len(columns) - 2)
-        else:
-            cells += [
-                say(
-                    "table.step", median=format_seconds(rounds.step_s.median),
-                    range=span(format_seconds(rounds.step_s_low), format_seconds(rounds.step_s_high)),
-                    steps=counted("step", rounds.counted_steps), runs=counted("run", rounds.step_s.count),
-                ),
-                format_seconds(_first_step_s(rounds)),
-                number(rounds.tokens_per_s.median if rounds.tokens_per_s else None),
-                _comparison(engine, all_),
-                say("table.first_to_last", first=loss(rounds.loss_first), last=loss(rounds.loss_last)),
-            ]  # fmt: skip
-            if evaluated:
-                cells.append(_evaluation(rounds))
-            cells.append(joules(typical(rounds, lambda run: run.summary.energy_j)))
-        rows.append(tuple(cells))
-    table = make_table(columns, rows, numeric=("first_step", "tokens", "energy"), note="speed")
-    return replace(table, note=f"{table.note}{_search_note(all_.of('lsp'))}")
+    search = _search_note(all_.of("lsp"))
+    return Table.of(SPEED, _methods(all_), say("tablenote.speed"), *([search] if search else []))
+
+
+def _step(rounds: Rounds) -> str | None:
+    """`1.00 s (0.90 to 1.10 s, 8 steps, 1 run)`."""
+    if rounds.step_s is None:
+        return None
+    return say(
+        "table.step", median=format_seconds(rounds.step_s.median),
+        range=span(format_seconds(rounds.step_s_low), format_seconds(rounds.step_s_high)),
+        steps=counted("step", rounds.counted_steps), runs=counted("run", rounds.step_s.count),
+    )  # fmt: skip
+
+
+def _tokens_per_s(rounds: Rounds) -> float | None:
+    return rounds.tokens_per_s.median if rounds.tokens_per_s else None
 
 
 def _first_step_s(rounds: Rounds) -> float | None:
@@ -201,7 +198,7 @@ def _search_note(lsp: Rounds) -> str:
     except UserError:
         return ""  # written by a version with other settings
     spread_s = lsp.step_s.median + max(0.0, first_s - lsp.step_s.median) / settings.check_every
-    return " " + say(
+    return say(
         "tablenote.search",
         first=format_seconds(first_s),
         steps=counted("step", settings.check_every),
@@ -209,211 +206,94 @@ def _search_note(lsp: Rounds) -> str:
     )
 
 
+def _largest(value: Callable[[Run], float | None]) -> Callable[[MethodRow], CellValue]:
+    return lambda method: largest(method.rounds, value)
+
+
+def _typical(value: Callable[[Run], float | None]) -> Callable[[MethodRow], CellValue]:
+    return lambda method: typical(method.rounds, value)
+
+
+MEMORY: tuple[Column[MethodRow], ...] = (
+    Column("method", lambda one: one.engine),
+    Column("fits", lambda one: _fits(one.rounds)),
+    Column("allocated", _largest(lambda run: run.summary.peak_gpu_allocated_bytes), BYTES),
+    Column("reserved", _largest(lambda run: run.summary.peak_gpu_reserved_bytes), BYTES),
+    Column("nvml", _largest(lambda run: run.summary.peak_gpu_nvml_bytes), BYTES),
+    Column("host", _largest(lambda run: run.summary.peak_host_bytes), BYTES),
+    Column("pinned", _largest(lambda run: run.summary.pinned_bytes), BYTES),
+    Column("h2d", _typical(lambda run: run.summary.h2d_bytes), BYTES),
+    Column("d2h", _typical(lambda run: run.summary.d2h_bytes), BYTES),
+)
+
+
 def memory_table(all_: Measurements) -> Table:
     """Largest over the runs of each peak, and the bytes that cross the link per step."""
-    columns = ["method", "fits", "allocated", "reserved", "nvml", "host", "pinned", "h2d", "d2h"]
-    rows = []
-    for engine in engines_of(all_):
-        rounds = all_.of(engine)
-        rows.append(
-            (
-                engine,
-                _fits(rounds),
-                _most(rounds, lambda run: run.summary.peak_gpu_allocated_bytes),
-                _most(rounds, lambda run: run.summary.peak_gpu_reserved_bytes),
-                _most(rounds, lambda run: run.summary.peak_gpu_nvml_bytes),
-                _most(rounds, lambda run: run.summary.peak_host_bytes),
-                _most(rounds, lambda run: run.summary.pinned_bytes),
-                format_bytes(typical(rounds, lambda run: run.summary.h2d_bytes)),
-                format_bytes(typical(rounds, lambda run: run.summary.d2h_bytes)),
-            )
-        )
-    return make_table(columns, rows, numeric=columns[2:], note="memory")
-
-
-def busy_table(all_: Measurements) -> Table | None:
-    """How long each resource was busy per step, how near the step came to its floor, and how much of the
-    update landed; `None` where none of it is known. The disk and the shares only where they have a number."""
-    found = {engine: breakdown(all_.of(engine)) for engine in engines_of(all_)}
-    known = {engine: one for engine, one in found.items() if one.measured}
-    if not known:
-        return None
-    reads = any(one.disk_s is not None for one in known.values())
-    columns = ["method", "h2d_time", "d2h_time", "compute", "noise", "idle", "cpu"]
-    columns += ["disk_time"] if reads else []
-    shares = {
-        "floor": {engine: one.floor_share for engine, one in known.items()},
-        "disk_floor": {engine: one.disk_floor_share for engine, one in known.items()},
-        "landed": {engine: one.landed_share for engine, one in known.items()},
-    }
-    shares = {key: of for key, of in shares.items() if any(value is not None for value in of.values())}
-    rows = [
-        (
-            engine,
-            format_seconds(one.h2d_s),
-            format_seconds(one.d2h_s),
-            say("busy.with_noise", value=format_seconds(one.gpu_s))
-            if one.mixed
-            else format_seconds(one.compute_s),
-            say("busy.no_noise") if one.noiseless else format_seconds(one.noise_s),
-            format_seconds(one.idle_s),
-            format_seconds(one.cpu_s),
-            *([format_seconds(one.disk_s)] if reads else []),
-            *(percent(of[engine]) for of in shares.values()),
-        )
-        for engine, one in known.items()
-    ]
-    columns += shares
-    table = make_table(columns, rows, numeric=columns[1:], note="busy")
-    return replace(table, note=" ".join((table.note, *(say(f"tablenote.{key}") for key in shares))))
-
-
-def overlap_table(all_: Measurements) -> Table | None:
-    """Of each resource's time per step, how much hid behind the others and how much was left exposed, which
-    of the disk is not known; `None` where no method has it measured."""
-    found = {engine: breakdown(all_.of(engine)) for engine in engines_of(all_)}
-    rows = []
-    for engine, one in found.items():
-        resources = (
-            ("gpu", one.gpu_s, one.gpu_exposed_s),
-            ("d2h", one.d2h_s, one.d2h_exposed_s),
-            ("cpu", one.cpu_s, one.cpu_exposed_s),
-            ("h2d", one.h2d_s, one.h2d_exposed_s),
-            *([("disk", one.disk_s, None)] if one.disk_s is not None else []),
-        )
-        if all(exposed_s is None for _, _, exposed_s in resources):
-            continue
-        for name, busy_s, exposed_s in resources:
-            alone_s = hidden_s = None
-            if busy_s is not None and exposed_s is not None:
-                alone_s = min(exposed_s, busy_s)  # medians, and work that is not in `busy_s`, may exceed it
-                hidden_s = busy_s - alone_s
-            cells = (format_seconds(each) for each in (busy_s, hidden_s, alone_s))
-            rows.append((engine, say(f"resource.{name}"), *cells))
-    if not rows:
-        return None
-    columns = ["method", "resource", "busy", "overlapped", "exposed"]
-    table = make_table(columns, rows, numeric=columns[2:], note="overlap")
-    if all(one.disk_s is None for one in found.values()):
-        return table
-    return replace(table, note=f"{table.note} {say('tablenote.disk_overlap')}")
+    return Table.of(MEMORY, _methods(all_), say("tablenote.memory"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Breakdown:
-    """Where the time of a method's step goes: medians over runs, in seconds. `None`: not measured."""
+class Quantity:
+    """One thing of one method that was predicted and measured."""
 
-    h2d_s: float | None = None
-    d2h_s: float | None = None
-    gpu_s: float | None = None
-    """Compute and noise."""
-    compute_s: float | None = None
-    """Without noise; `None` also where noise was made and not timed."""
-    noise_s: float | None = None
-    idle_s: float | None = None
-    """Of the GPU."""
-    cpu_s: float | None = None
-    gpu_exposed_s: float | None = None
-    h2d_exposed_s: float | None = None
-    d2h_exposed_s: float | None = None
-    cpu_exposed_s: float | None = None
-    """Of a resource's time, what hid behind no other: see `harness.records.run.Summary`."""
-    floor_share: float | None = None
-    """Predicted floor over measured step."""
-    disk_s: float | None = None
-    """Something was being read."""
-    disk_floor_s: float | None = None
-    """What a step reads, at the rate of reading alone, measured."""
-    disk_floor_share: float | None = None
-    """That over the measured step."""
-    landed_share: float | None = None
-
-    noiseless: bool = False
-    """The method makes no noise: there is nothing to measure."""
-
-    @property
-    def measured(self) -> bool:
-        """There is something to show."""
-        return any(getattr(self, one.name) is not None for one in fields(self) if one.name != "noiseless")
-
-    @property
-    def mixed(self) -> bool:
-        """The GPU's time is known, but not how much of it made noise."""
-        return self.gpu_s is not None and self.compute_s is None
+    engine: str
+    name: str
+    unit: Unit
+    predicted: float | None
+    measured: float | None
+    range: str = ""
+    """That was predicted; empty: none."""
 
 
-def breakdown(rounds: Rounds) -> Breakdown:
-    """Of the runs that ended ok."""
+def _predicted(one: Quantity) -> str:
+    if not one.predicted:
+        return say("table.not_predicted")
+    shown = one.unit.show(one.predicted)
+    return say("table.with_range", value=shown, range=one.range) if one.range else shown
 
-    noise_s = typical(rounds, lambda run: run.summary.perturb_s)
-    noiseless = rounds.engine in FIRST_ORDER and noise_s is None
 
-    def compute_s(run: Run) -> float | None:
-        seen = run.summary
-        if seen.gpu_s is None or (seen.perturb_s is None and not noiseless):
-            return None
-        return max(0.0, seen.gpu_s - (seen.perturb_s or 0.0))
-
-    return Breakdown(
-        h2d_s=typical(rounds, lambda run: run.summary.h2d_s),
-        d2h_s=typical(rounds, lambda run: run.summary.d2h_s),
-        gpu_s=typical(rounds, lambda run: run.summary.gpu_s),
-        compute_s=typical(rounds, compute_s),
-        noise_s=noise_s,
-        noiseless=noiseless,
-        idle_s=typical(rounds, lambda run: run.summary.idle_s),
-        cpu_s=typical(rounds, lambda run: run.summary.cpu_s),
-        gpu_exposed_s=typical(rounds, lambda run: run.summary.gpu_exposed_s),
-        h2d_exposed_s=typical(rounds, lambda run: run.summary.h2d_exposed_s),
-        d2h_exposed_s=typical(rounds, lambda run: run.summary.d2h_exposed_s),
-        cpu_exposed_s=typical(rounds, lambda run: run.summary.cpu_exposed_s),
-        floor_share=typical(rounds, floor_share),
-        disk_s=typical(rounds, lambda run: run.summary.disk_s),
-        disk_floor_s=typical(rounds, lambda run: run.summary.disk_floor_s),
-        disk_floor_share=typical(rounds, lambda run: run.summary.disk_floor_share),
-        landed_share=typical(rounds, lambda run: run.summary.landed_share),
-    )
+PREDICTION: tuple[Column[Quantity], ...] = (
+    Column("method", lambda one: one.engine),
+    Column("quantity", lambda one: say(f"table.{one.name}")),
+    Column("predicted", _predicted),
+    Column("measured", lambda one: None if one.measured is None else one.unit.show(one.measured)),
+    Column(
+        "ratio",
+        lambda one: one.measured / one.predicted if one.measured is not None and one.predicted else None,
+        TIMES,
+    ),
+)
 
 
 def prediction_table(loaded: Loaded, all_: Measurements) -> Table:
     """Predicted beside measured, and their ratio: step time, GPU memory, host memory."""
-    rows = []
-    for engine in sorted({*all_.rounds, *(plan.engine for plan in loaded.plans)}, key=engine_order):
-        rounds = all_.of(engine)
-        plan = next((plan for plan in loaded.plans if plan.engine == engine), None)
-        expected = predicted(rounds) or (plan.prediction if plan else None)
-        if expected is None:
-            continue
-        range_ = span(format_seconds(expected.step_s_low), format_seconds(expected.step_s_high))
-        shown = (
-            say("table.with_range", value=format_seconds(expected.step_s), range=range_)
-            if expected.step_s
-            else say("table.not_predicted")
-        )
-        step_s = rounds.step_s.median if rounds.step_s else None
-        rows.append(
-            (engine, say("table.step_time"), shown, format_seconds(step_s), _over(step_s, expected.step_s))
-        )
-        for key, bytes_, value in (
-            ("gpu_memory", expected.peak_gpu_bytes, lambda run: run.summary.peak_gpu_allocated_bytes),
-            ("host_memory", expected.peak_host_bytes, lambda run: run.summary.peak_host_bytes),
-        ):
-            found = over_runs(rounds.ok, value)
-            peak = found.high if found else None
-            if peak is None and not bytes_:
-                continue
-            rows.append(
-                (
-                    engine,
-                    say(f"table.{key}"),
-                    format_bytes(bytes_) if bytes_ else say("table.not_predicted"),
-                    format_bytes(peak),
-                    _over(peak, bytes_),
-                )
-            )
-    return make_table(
-        ["method", "quantity", "predicted", "measured", "ratio"], rows, numeric=("ratio",), note="prediction"
+    plans = {plan.engine: plan.prediction for plan in reversed(loaded.plans)}  # the first of an engine's
+    engines = sorted({*all_.rounds, *plans}, key=engine_order)
+    rows = [row for engine in engines for row in _quantities(all_.of(engine), plans.get(engine))]
+    return Table.of(PREDICTION, rows, say("tablenote.prediction"))
+
+
+def _quantities(rounds: Rounds, planned: Prediction | None) -> Iterator[Quantity]:
+    """Memory only where it is predicted or measured."""
+    expected = predicted(rounds) or planned
+    if expected is None:
+        return
+    yield Quantity(
+        engine=rounds.engine,
+        name="step_time",
+        unit=SECONDS,
+        predicted=expected.step_s,
+        measured=rounds.step_s.median if rounds.step_s else None,
+        range=span(format_seconds(expected.step_s_low), format_seconds(expected.step_s_high)),
     )
+    memory: tuple[tuple[str, int | None, Callable[[Run], float | None]], ...] = (
+        ("gpu_memory", expected.peak_gpu_bytes, lambda run: run.summary.peak_gpu_allocated_bytes),
+        ("host_memory", expected.peak_host_bytes, lambda run: run.summary.peak_host_bytes),
+    )
+    for name, bytes_, value in memory:
+        peak = largest(rounds, value)
+        if peak is not None or bytes_:
+            yield Quantity(engine=rounds.engine, name=name, unit=BYTES, predicted=bytes_, measured=peak)
 
 
 def plan_notes(loaded: Loaded) -> tuple[str, ...]:
@@ -430,15 +310,6 @@ def plan_notes(loaded: Loaded) -> tuple[str, ...]:
         )
         for plan in loaded.plans
     )
-
-
-def _most(rounds: Rounds, value: Callable[[Run], int | None]) -> str:
-    found = over_runs(rounds.ok, value)
-    return format_bytes(found.high if found else None)
-
-
-def _over(measured: float | None, expected: float | None) -> str:
-    return times(measured / expected) if measured is not None and expected else NOT_MEASURED
 
 
 def _comparison(engine: str, all_: Measurements) -> str:
@@ -467,26 +338,31 @@ def _range(low: str, high: str, of_steps: bool) -> str:
     return say("compared.over_steps", range=span(low, high)) if of_steps else span(low, high)
 
 
+def _first_to_last(first: float | None, last: float | None, show: Callable[[float | None], str]) -> str:
+    return say("table.first_to_last", first=show(first), last=show(last))
+
+
 def _evaluation(rounds: Rounds) -> str:
-    accuracy = [typical(rounds, lambda run: run.summary.eval_accuracy_first),
-                typical(rounds, lambda run: run.summary.eval_accuracy_last)]  # fmt: skip
-    losses = [typical(rounds, lambda run: run.summary.eval_loss_first),
-              typical(rounds, lambda run: run.summary.eval_loss_last)]  # fmt: skip
-    found = say(
-        "table.evaluation",
-        accuracy=say(
-            "table.first_to_last", first=_percent_fine(accuracy[0]), last=_percent_fine(accuracy[1])
-        ),
-        loss=say("table.first_to_last", first=loss(losses[0]), last=loss(losses[1])),
+    """Accuracy and loss before and after, and how long the last evaluation took."""
+    accuracy = _first_to_last(
+        typical(rounds, lambda run: run.summary.eval_accuracy_first),
+        typical(rounds, lambda run: run.summary.eval_accuracy_last),
+        _percent_fine,
     )
+    losses = _first_to_last(
+        typical(rounds, lambda run: run.summary.eval_loss_first),
+        typical(rounds, lambda run: run.summary.eval_loss_last),
+        loss,
+    )
+    found = say("table.evaluation", accuracy=accuracy, loss=losses)
     time_s = typical(rounds, lambda run: run.summary.eval_s)
-    if time_s is None:
-        return found
-    return say("table.evaluation_in", evaluation=found, time=format_seconds(time_s))
+    return (
+        found if time_s is None else say("table.evaluation_in", evaluation=found, time=format_seconds(time_s))
+    )
 
 
 def _percent_fine(value: float | None) -> str:
-    return percent(value) if value is None else f"{100 * value:.1f} %"
+    return NOT_MEASURED if value is None else f"{100 * value:.1f} %"
 
 
 def _fits(rounds: Rounds) -> str:

@@ -42,7 +42,7 @@ from engines.base import Context  # isort: skip
 from engines.settings.parse import parse_settings  # isort: skip
 from engines.shapes import Dtype, Workload  # isort: skip
 from harness.cli.app import app  # isort: skip
-from harness.runs.decoding_runs import load_generation  # isort: skip
+from harness.records.run import load_run  # isort: skip
 from reports.load import load_folder  # isort: skip
 
 
@@ -57,7 +57,7 @@ def load_records(folder: Path) -> tuple[int, int]:
         loaded = load_folder(folder)
         assert loaded.broken == ()
         runs = len(loaded.runs)
-    return runs, len([load_generation(path) for path in sorted(folder.glob("generations/*.json"))])
+    return runs, len([load_run(path, "decode") for path in sorted(folder.glob("generations/*.json"))])
 
 
 WRITE = os.environ.get("LSPZO_WRITE_GOLDEN") == "1"

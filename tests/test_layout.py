@@ -53,7 +53,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("criteria",),
         ("format", "load"),
         ("metrics",),
-        ("exactness",),
+        ("exactness", "breakdown"),
         ("warnings",),
         ("decide",),
         ("tables",),

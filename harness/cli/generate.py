@@ -40,7 +40,7 @@ from harness.records.job import Job, Limits
 from harness.records.seeds import MOST_SEED
 from harness.records.settings import parse_assignments
 from harness.resolve import resolve_shape
-from harness.runs.decoding_runs import check_measurable, measure_generations
+from harness.runs.decoding_runs import DecodingJob, measure_decoding_runs
 from profiles.documents import to_json
 from profiles.machine import save_machine
 from profiles.planning.decoding import GENERATING
@@ -257,16 +257,14 @@ def _measure(
 ) -> None:
     """Print the records as a table and the folder, or as JSON; exit 8 if a run failed."""
 
-    shape = resolve_shape(job)
-    check_measurable(job, shape)
+    wanted = DecodingJob(job=job, shape=resolve_shape(job), engine=engine, sampling=sampling, rounds=rounds)
     folder = results_folder(out, "generate", job.model.name, resume=False)
     machine = find_machine(profile, quiet=quiet, known=folder / "machine.json")
     save_machine(machine, folder / "machine.json")
     with GenerationProgress(quiet) as progress:
-        runs = measure_generations(
-            job, shape, engine, sampling, machine, folder, rounds=rounds, on_event=progress.launched,
-            on_end=progress.ended,
-        )  # fmt: skip
+        runs = measure_decoding_runs(
+            wanted, machine, folder, on_event=progress.launched, on_end=progress.ended
+        )
     if as_json:
         typer.echo(to_json(tuple(runs)), nl=False)
     else:

@@ -8,10 +8,8 @@ from typing import Self
 from harness.pipeline import Prepared, Sweep, measure
 from harness.progress import Progress, console
 from harness.records.run import Run
-from harness.runs.decoding_runs import GenerationRun
-from harness.runs.launch import Progress as SetUp
-from harness.runs.launch import Stepped
-from harness.runs.sweep import Ended, Event, Planned, Started
+from harness.runs.launch import SettingUp, Stepped
+from harness.runs.sweep import Ended, Planned, Started, SweepEvent
 from profiles.units import NOT_MEASURED, format_seconds
 
 
@@ -29,7 +27,7 @@ class CompareProgress:
     def __exit__(self, *args: object) -> None:
         self._progress.__exit__(*args)
 
-    def update(self, event: Event) -> None:
+    def update(self, event: SweepEvent) -> None:
         match event:
             case Planned():
                 self._planned(event)
@@ -38,7 +36,7 @@ class CompareProgress:
                 self._progress.update("runs", event.index, event.total, note=event.cell.id)
                 if not self._notes.is_terminal and event.cell.plan.fits:
                     self._progress.print(f"{event.cell.id}: started, run {event.index + 1} of {event.total}")
-            case SetUp():
+            case SettingUp():
                 if self._notes.is_terminal:
                     self._progress.update(event.what, event.done, event.total)
             case Stepped():
@@ -85,14 +83,14 @@ def _ended_line(run: Run) -> str:
 class GenerationProgress(Progress):
     """Measured generations as they happen: a bar for the steps of the current one, a line per end."""
 
-    def launched(self, event: SetUp | Stepped) -> None:
-        if isinstance(event, SetUp):
+    def launched(self, event: SettingUp | Stepped) -> None:
+        if isinstance(event, SettingUp):
             if self._console.is_terminal:
                 self.update(event.what, event.done, event.total)
         else:
             note = f"{format_seconds(event.sample.step_s)} a token"
             self.update("generating", event.sample.step + 1, event.total, note=note)
 
-    def ended(self, run: GenerationRun) -> None:
+    def ended(self, run: Run) -> None:
         told = f": {run.end_reason}" if run.end_reason is not None else ""
         self.print(f"{run.id}: {run.end_state}{told}")

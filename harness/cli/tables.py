@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from engines.settings.parse import SETTINGS
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape
 from harness.models.configs import NAMED_SHAPES, named_shape
+from harness.records.columns import BYTES, SECONDS, Column, Unit, lay_out, where_known
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.records.settings import public_engines
@@ -27,7 +28,6 @@ from profiles.planning.plan import Plan
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from harness.runs.decoding_runs import GenerationRun
     from harness.training.find_lr import Finding
 
 
@@ -117,77 +117,110 @@ def grid_table(cells: Sequence[Any]) -> RenderableType:
     return Group(Text("Would run, in this order", style="bold"), table)
 
 
+def _no_number(run: Run) -> str:
+    """Nothing was measured, or was to be: a run that made no step has no numbers to miss."""
+    return NOT_MEASURED if run.summary.step_s_median else "-"
+
+
+def _losses(run: Run) -> str | None:
+    """Of the first and the last step."""
+    first, last = run.summary.loss_first, run.summary.loss_last
+    return None if first is None or last is None else f"{first:.4g} to {last:.4g}"
+
+
+def _predicted_s(run: Run) -> float | None:
+    """The step, where the method was there to take it."""
+    return None if run.predicted is None or run.end_state == "not_available" else run.predicted.step_s
+
+
+RUNS: tuple[Column[Run], ...] = (
+    Column("method", lambda run: run.engine),
+    Column("round", lambda run: run.round),
+    Column("end", lambda run: run.end_state),
+    Column("step", lambda run: run.summary.step_s_median, SECONDS, missing=_no_number),
+    Column("predicted", _predicted_s, SECONDS, missing="-"),
+    Column("tokens/s", lambda run: run.summary.tokens_per_s, Unit(show="{:,.0f}".format), missing=_no_number),
+    Column(
+        "GPU memory",
+        lambda run: run.summary.peak_gpu_allocated_bytes,
+        BYTES,
+        missing=_no_number,
+        shown=where_known(lambda run: run.summary.peak_gpu_allocated_bytes),
+    ),
+    Column("host memory", lambda run: run.summary.peak_host_bytes, BYTES, missing=_no_number),
+    Column("loss", _losses, missing=_no_number),
+)
+
+
+def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Table:
+    """A row for each run; its method and its end are never wrapped."""
+    here, rows = lay_out(columns, runs)
+    table = _table([column.key for column in here], whole=("method", "end"))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def runs_table(runs: Sequence[Run]) -> RenderableType:
     """What was measured, one row per run, and below it why runs failed."""
-    on_gpu = any(run.summary.peak_gpu_allocated_bytes is not None for run in runs)
-    headings = [
-        "method", "round", "end", "step", "predicted", "tokens/s", "GPU memory", "host memory", "loss"
-    ]  # fmt: skip
-    if not on_gpu:
-        headings.remove("GPU memory")
-    table = _table(headings, whole=("method", "end"))
-    for run in runs:
-        seen = run.summary
-        hopeless = run.end_state == "not_available"
-        told = None if run.predicted is None or hopeless else run.predicted.step_s
-        loss = (
-            f"{seen.loss_first:.4g} to {seen.loss_last:.4g}"
-            if seen.loss_first is not None and seen.loss_last is not None
-            else NOT_MEASURED
-        )
-        cells = [format_seconds(seen.step_s_median), format_seconds(told) if told is not None else "-"]
-        cells.append(f"{seen.tokens_per_s:,.0f}" if seen.tokens_per_s is not None else NOT_MEASURED)
-        if on_gpu:
-            cells.append(format_bytes(seen.peak_gpu_allocated_bytes))
-        cells += [format_bytes(seen.peak_host_bytes), loss]
-        if not seen.step_s_median:
-            cells = ["-" if cell == NOT_MEASURED else cell for cell in cells]
-        table.add_row(run.engine, str(run.round), run.end_state, *cells)
     reasons: dict[str, list[str]] = {}
     for run in runs:
-        if run.traced:
-            trace = run.trace_file or "the trace could not be kept"
-            reasons.setdefault(run.engine, []).append(f"traced, which costs time: {trace}")
-        approximate = approximation(run.plan.settings)
-        notes = [] if approximate is None else [approximate]
-        notes += what_is_short(run.emulation) if run.emulation is not None else []
-        for line in notes:
-            if line not in reasons.setdefault(run.engine, []):
-                reasons[run.engine].append(line)
-        line = f"{run.end_state}: {run.end_reason}"
-        if run.end_reason is not None and line not in reasons.setdefault(run.engine, []):
-            reasons[run.engine].append(line)
+        lines = reasons.setdefault(run.engine, [])
+        lines += [line for line in dict.fromkeys(_run_notes(run)) if line not in lines]
     likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
-    return Group(Text(title, style="bold"), table, _notes(reasons))
+    return Group(Text(title, style="bold"), _measured_table(RUNS, runs), _notes(reasons))
 
 
-def generations_table(runs: Sequence[GenerationRun]) -> RenderableType:
-    """What was measured of generating, one row per run, and below it why runs failed."""
-    headings = (
-        "method", "prompts", "end", "tokens/s", "10 % to 90 %", "step", "floor", "floor / step",
-        "first token", "GPU memory",
-    )  # fmt: skip
-    table = _table(headings, whole=("method", "end"))
-    for run in runs:
-        seen, batch_size = run.summary, int(run.job["batch_size"])
-        rates = [
-            None if step_s is None else batch_size / step_s
-            for step_s in (seen.step_s_median, seen.step_s_p90, seen.step_s_p10)
-        ]
-        middle, low, high = (NOT_MEASURED if rate is None else f"{rate:,.4g}" for rate in rates)
-        share = NOT_MEASURED if seen.floor_share is None else f"{seen.floor_share:.1%}"
-        floor_s = run.predicted.floor_s
-        table.add_row(
-            run.engine, f"{batch_size} x {run.job['seq_len']}", run.end_state, middle,
-            "-" if seen.step_s_median is None else f"{low} to {high}", format_seconds(seen.step_s_median),
-            "not predicted" if floor_s is None else format_seconds(floor_s), share,
-            format_seconds(run.first_token_s), format_bytes(seen.peak_gpu_allocated_bytes),
-        )  # fmt: skip
+def _run_notes(run: Run) -> Iterator[str]:
+    """What to know of a run beside its numbers."""
+    if run.traced:
+        yield f"traced, which costs time: {run.trace_file or 'the trace could not be kept'}"
+    if (approximate := approximation(run.plan.settings)) is not None:
+        yield approximate
+    if run.emulation is not None:
+        yield from what_is_short(run.emulation)
+    if run.end_reason is not None:
+        yield f"{run.end_state}: {run.end_reason}"
+
+
+def _token_rate(run: Run, step_s: float | None) -> str:
+    """Tokens per second of all sequences together, in steps of `step_s`."""
+    return NOT_MEASURED if step_s is None else f"{run.tokens_per_step / step_s:,.4g}"
+
+
+def _token_rates(run: Run) -> str | None:
+    seen = run.summary
+    if seen.step_s_median is None:
+        return None
+    return f"{_token_rate(run, seen.step_s_p90)} to {_token_rate(run, seen.step_s_p10)}"
+
+
+def _floor_s(run: Run) -> float | None:
+    return None if run.predicted is None else run.predicted.floor_s
+
+
+GENERATIONS: tuple[Column[Run], ...] = (
+    Column("method", lambda run: run.engine),
+    Column("prompts", lambda run: f"{run.job['batch_size']} x {run.job['seq_len']}"),
+    Column("end", lambda run: run.end_state),
+    Column("tokens/s", lambda run: _token_rate(run, run.summary.step_s_median)),
+    Column("10 % to 90 %", _token_rates, missing="-"),
+    Column("step", lambda run: run.summary.step_s_median, SECONDS),
+    Column("floor", _floor_s, SECONDS, missing="not predicted"),
+    Column("floor / step", lambda run: run.summary.floor_share, Unit(show="{:.1%}".format)),
+    Column("first token", lambda run: run.first_token_s, SECONDS),
+    Column("GPU memory", lambda run: run.summary.peak_gpu_allocated_bytes, BYTES),
+)
+
+
+def generations_table(runs: Sequence[Run]) -> RenderableType:
+    """What was measured of decoding, one row per run, and below it why runs failed."""
     reasons = {run.id: [f"{run.end_state}: {run.end_reason}"] for run in runs if run.end_reason is not None}
     counts = sorted({run.tokens for run in runs if run.tokens})
     over = f" over {', '.join(f'{count:,}' for count in counts)} tokens" if counts else ""
-    return Group(Text(f"Measured{over}; the floor is predicted", style="bold"), table, _notes(reasons))
+    title = Text(f"Measured{over}; the floor is predicted", style="bold")
+    return Group(title, _measured_table(GENERATIONS, runs), _notes(reasons))
 
 
 def rates_table(finding: Finding) -> RenderableType:

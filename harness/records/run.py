@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from engines.base import LinkRates
+from engines.decoding import Sampling
+from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
-from profiles.planning.plan import Plan
+from profiles.planning.plan import Plan, Prediction
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0).
@@ -29,6 +31,10 @@ EndState = Literal[
     "interrupted",
 ]
 
+ScenarioName = Literal["train", "decode"]
+"""What a step of a run is. `train`: one optimizer step on the job's data. `decode`: one token of every
+sequence that the job's batch holds, the first one the prefill; nothing is learned and there is no loss."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
@@ -38,7 +44,7 @@ class Sample:
     warmup: bool
     step_s: float
     loss: float | None
-    """`None` where it was not finite."""
+    """`None` where it was not finite, or where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +59,9 @@ class Summary:
     step_s_p90: float | None = None
     """10 % and 90 % quantile of the steps."""
     tokens_per_s: float | None = None
+    """Tokens of one step, padding and all sequences included, over the median step."""
     loss_first: float | None = None
+    """Of the first step of all, warm-up included."""
     loss_last: float | None = None
     eval_loss_first: float | None = None
     eval_loss_last: float | None = None
@@ -120,7 +128,21 @@ class Predicted:
     basis: str
     floor_s: float | None = None
     """What the step's least work needs of the resource that needs most; no engine of the method could be
-    faster."""
+    faster. Of a decoding step it also counts one read of weights and cache from GPU memory."""
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> Self:
+        """What a record keeps of a plan's prediction."""
+        return cls(
+            step_s_low=prediction.step_s_low,
+            step_s=prediction.step_s,
+            step_s_high=prediction.step_s_high,
+            peak_gpu_bytes=prediction.peak_gpu_bytes,
+            peak_host_bytes=prediction.peak_host_bytes,
+            bottleneck=prediction.bottleneck,
+            basis=prediction.basis,
+            floor_s=prediction.floor_s,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,18 +208,21 @@ class CriteriaStamp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
+    """One run of one method in a process of its own: what was asked, what was planned, what was measured."""
+
     id: str
     end_state: EndState
     end_reason: str | None
     """One line; `None` for `ok`."""
     engine: str
     round: int
-    """Which repetition of the sweep, from 1."""
+    """Which repetition in its folder, from 1."""
     time: str
     """When the run began, ISO 8601 in UTC."""
     model: RunModel
     job: dict[str, Any]
-    """The job as `harness.records.job.Job` dumps it."""
+    """The job as `harness.records.job.Job` dumps it. Of a decoding run: `batch_size` prompts of `seq_len`
+    tokens, `warmup_steps` of which the first is the prefill, and then `steps` decoding steps that count."""
     plan: Plan
     samples: tuple[Sample, ...]
     summary: Summary
@@ -210,12 +235,42 @@ class Run:
     """Where the trace lies, relative to the folder of results; `None`: there is none."""
     emulation: Emulation | None = None
     """`None`: the machine was used as it is."""
+    scenario: ScenarioName = "train"
+    sampling: Sampling | None = None
+    """How a decoding run chose its tokens; `None`: the run trained."""
+    first_token_s: float | None = None
+    """Of a decoding run, the prefill, in which the next step is already begun; `None`: not measured. In
+    records without `tokens` it was the first of its process, start-up included."""
+    tokens: int | None = None
+    """Of a decoding run, of all sequences in the steps that count. `None`: the run trained, or its record is
+    of before this was kept."""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one step computes on, padding included: those of all micro-batches, or one of each
+        sequence."""
+        sequences = int(self.job["batch_size"])
+        if self.scenario == "decode":
+            return sequences
+        return sequences * int(self.job["seq_len"]) * int(self.job.get("accumulation", 1))
 
-def load_run(path: Path) -> Run:
-    """Raises `UserError` if `path` is not a run record that this version reads."""
-    return read_document(path, Run, SCHEMA_VERSION, "run record")
+
+_RECORDS: dict[ScenarioName, str] = {"train": "run record", "decode": "generation record"}
+
+
+def load_run(path: Path, scenario: ScenarioName = "train") -> Run:
+    """The record at `path`. Raises `UserError` if it is none of `scenario` that this version reads.
+
+    The first records of decoding runs do not name their scenario; that they sampled tells it.
+    """
+    run = read_document(path, Run, SCHEMA_VERSION, _RECORDS[scenario])
+    if run.sampling is not None:
+        run = replace(run, scenario="decode")
+    if run.scenario != scenario:
+        why = f"is a {_RECORDS[run.scenario]}, not a {_RECORDS[scenario]}"
+        raise UserError(str(path), why, "move it to the folder of its kind")
+    return run
 
 
 def save_run(run: Run, path: Path) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from harness.records.run import Run, Sample
+from harness.records.run import Run, Sample, Summary
 
 SAME_FACTOR = 1.05
 """Two methods whose ratio stays within this factor of 1 are called the same, because two launches of
 one and the same process differ by about as much."""
 
-Comparison = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
+StepTimeComparison = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,23 +30,6 @@ class Spread:
     count: int
     deviation: float | None
     """Sample standard deviation (n - 1); `None` for a single value."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepStatistics:
-    """What a run's samples say. `None`: nothing was measured. Names are those of
-    `harness.records.run.Summary`."""
-
-    step_s_median: float | None
-    step_s_low: float | None
-    step_s_high: float | None
-    step_s_p10: float | None
-    step_s_p90: float | None
-    tokens_per_s: float | None
-    """Tokens of one step over the median step."""
-    loss_first: float | None
-    """Of the first step of all, warm-up included."""
-    loss_last: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,12 +96,16 @@ def counted_step_s(samples: Sequence[Sample]) -> tuple[float, ...]:
     return tuple(sample.step_s for sample in samples if not sample.warmup)
 
 
-def step_statistics(samples: Sequence[Sample], tokens_per_step: int) -> StepStatistics:
-    """`tokens_per_step` counts padding, as the GPU does."""
+def step_statistics(samples: Sequence[Sample], tokens_per_step: int) -> Summary:
+    """Times, rate and losses of the steps; all else of the summary is left `None`.
+
+    `tokens_per_step` counts padding, as the GPU does. The samples are the source: a record keeps what this
+    said of them when it was made, for readers without this program, and nothing here reads that back.
+    """
     counted = counted_step_s(samples)
     steps = spread(counted)
     p10, p90 = outer_deciles(counted)
-    return StepStatistics(
+    return Summary(
         step_s_median=steps.median if steps else None,
         step_s_low=steps.low if steps else None,
         step_s_high=steps.high if steps else None,
@@ -149,24 +136,18 @@ def loss_change(samples: Sequence[Sample]) -> float | None:
     return statistics.fmean(finite_last) - statistics.fmean(finite_first)
 
 
-def tokens_per_step(run: Run) -> int:
-    """Tokens that one optimizer step of `run` computes on."""
-    job = run.job
-    return int(job["batch_size"]) * int(job["seq_len"]) * int(job.get("accumulation", 1))
-
-
 def aggregate(engine: str, runs: Iterable[Run]) -> Rounds:
     """Take the runs of `engine` among `runs` together. Does not depend on their order."""
     mine = tuple(sorted((run for run in runs if run.engine == engine), key=lambda r: (r.round, r.time, r.id)))
     ok = tuple(run for run in mine if run.end_state == "ok")
-    each = [step_statistics(run.samples, tokens_per_step(run)) for run in ok]
+    each = [step_statistics(run.samples, run.tokens_per_step) for run in ok]
     steps = spread(step_s for run in ok for step_s in counted_step_s(run.samples))
     loss_first = spread(one.loss_first for one in each if one.loss_first is not None)
     loss_last = spread(one.loss_last for one in each if one.loss_last is not None)
     step_s = spread(one.step_s_median for one in each if one.step_s_median is not None)
     tokens = spread(one.tokens_per_s for one in each if one.tokens_per_s is not None)
     if tokens is not None and step_s is not None:
-        tokens = replace(tokens, median=tokens_per_step(ok[0]) / step_s.median)
+        tokens = replace(tokens, median=ok[0].tokens_per_step / step_s.median)
     return Rounds(
         engine=engine,
         runs=mine,
@@ -210,7 +191,9 @@ def ratio(a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float
     return Ratio(value=a.median / b.median, low=a.low / b.high, high=a.high / b.low)
 
 
-def same_or_different(a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float]]) -> Comparison:
+def same_or_different(
+    a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float]]
+) -> StepTimeComparison:
     """Is a faster or slower than b? Each argument holds the step times (s) of each run.
 
     The rule, on the range of the ratio a / b (see `ratio`), with the word chosen by the first line

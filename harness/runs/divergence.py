@@ -42,7 +42,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Diagnosis:
+class LossDiagnosis:
     cause: str
     remedy: str
 
@@ -52,10 +52,10 @@ class Diagnosis:
 
 def why_not_finite(
     history: Sequence[Point], engine: str, dtype: Dtype, sides: tuple[float, float] | None
-) -> Diagnosis:
+) -> LossDiagnosis:
     """Why the loss after `history` was NaN or infinite; `sides` are the two perturbed losses, if known."""
     if sides is not None and math.isfinite(sides[0]) != math.isfinite(sides[1]):
-        return Diagnosis(
+        return LossDiagnosis(
             cause="only one of the two perturbed losses is finite, so eps is likely too large",
             remedy=f"lower it with --set {engine}.eps=",
         )
@@ -63,40 +63,40 @@ def why_not_finite(
         cause = "no update was made yet, so it is the weights or the data"
         cause += "" if sides is None else ", or eps is far too large"
         if dtype == "fp16":
-            return Diagnosis(cause=f"{cause}, or fp16 overflows", remedy="try --dtype bf16")
-        return Diagnosis(cause=cause, remedy="check the model and its data")
+            return LossDiagnosis(cause=f"{cause}, or fp16 overflows", remedy="try --dtype bf16")
+        return LossDiagnosis(cause=cause, remedy="check the model and its data")
     losses = [point.loss for point in history]
     if losses[-1] > RISING * min(losses):
-        return Diagnosis(
+        return LossDiagnosis(
             cause=f"the loss had risen from {min(losses):.4g} to {losses[-1]:.4g}, so the learning rate is "
             "likely too large",
             remedy="find one with --find-lr, or lower learning_rate with --set",
         )
     if dtype == "fp16":
-        return Diagnosis(
+        return LossDiagnosis(
             cause="the loss had not risen before, so fp16 has likely overflowed", remedy="try --dtype bf16"
         )
     steps = "the first update" if len(history) == 1 else f"{len(history)} updates"
-    return Diagnosis(
+    return LossDiagnosis(
         cause=f"it came at once, after {steps}, so a step was likely far too large",
         remedy="find one with --find-lr, or lower learning_rate with --set",
     )
 
 
-def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis | None:
+def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> LossDiagnosis | None:
     """Why the loss did not move in a run of these steps; `None` if it moved, or if nothing can be said."""
     updates = [update for point in history for update in point.updates]
     flags = [update.projected_gradient == 0.0 for update in updates]
     zeros = _longest_run(flags)
     highest = max((point.loss for point in history), default=0.0)
     if zeros >= ZEROS and not all(flags) and highest > RISING * history[0].loss:
-        return Diagnosis(
+        return LossDiagnosis(
             cause=f"the loss rose to {highest:.4g}, and then the projected gradient was exactly 0 in {zeros} "
             "steps in a row: the learning rate is too large, and the model broke",
             remedy="find a learning rate with --find-lr, or lower learning_rate with --set",
         )
     if zeros >= ZEROS:
-        return Diagnosis(
+        return LossDiagnosis(
             cause=f"the projected gradient was exactly 0 in {zeros} steps in a row: both perturbed losses "
             f"are the same number, so eps is too small for {dtype}, or no position has a label",
             remedy=f"raise eps with --set {engine}.eps=, and check the labels",
@@ -107,21 +107,23 @@ def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> Diagnosis |
     cause = f"the loss stayed flat over {steps} steps ({first:.4g} at first, {last:.4g} at last)"
     descent = sum(u.learning_rate * u.projected_gradient**2 / u.queries for u in updates)
     if not updates:
-        return Diagnosis(
+        return LossDiagnosis(
             cause=f"{cause}: the learning rate is too small, or the steps are too few",
             remedy="find a learning rate with --find-lr, or give more --steps",
         )
     if not any(update.learning_rate for update in updates):
-        return Diagnosis(cause=f"{cause}: the learning rate is 0", remedy="raise learning_rate with --set")
+        return LossDiagnosis(
+            cause=f"{cause}: the learning rate is 0", remedy="raise learning_rate with --set"
+        )
     if descent >= NOTICEABLE * abs(first):
-        return Diagnosis(
+        return LossDiagnosis(
             cause=f"{cause}, although the updates were large enough to lower it: the learning rate is too "
             "large, or the noise of the batches hides the fall",
             remedy="find a learning rate with --find-lr, or look at a held-out loss with --eval-batches",
         )
     needed = steps * WORTHWHILE * abs(first) / descent if descent else math.inf
     more = f", or give about {_rounded(needed)} --steps for a fall of {WORTHWHILE:.0%}"
-    return Diagnosis(
+    return LossDiagnosis(
         cause=f"{cause}: all updates together could lower it by {descent:.2g} at most, so the learning rate "
         "is too small or the steps are too few",
         remedy="find a learning rate with --find-lr" + (more if needed < HOPELESS_STEPS else ""),

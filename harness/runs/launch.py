@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -33,11 +32,12 @@ from engines.errors import UserError
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.emulate import Held
 from harness.runs.end_states import REASON_LENGTH
-from harness.runs.measure import Recording
+from harness.runs.measure import RunRecording
+from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
 from harness.runs.worker import TRACE, Request, Result
 from profiles.documents import to_json, write_whole
 from profiles.machine import Machine
-from profiles.system.cgroup import host_memory, usable_cores
+from profiles.system.cgroup import usable_cores
 from profiles.system.nvml import NvmlDevice
 
 SAMPLE_INTERVAL_S = 0.05
@@ -47,9 +47,6 @@ SAMPLE_SHARE = 0.02
 ENDING_INTERVAL_S = 0.01
 """Between two looks at a child that has closed its pipe and is about to end."""
 
-NEARLY_NONE = 0.02
-"""Share of the host's memory below which a child that was killed is taken to have been out of memory."""
-
 GUARD = 'read -r group && { read -r rest; kill -s KILL -- "-$group"; }'
 """Reads the process group, then nothing until the pipe ends; then kills the group."""
 
@@ -58,7 +55,7 @@ WORK = ".work"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class SettingUp:
     """Slow work of a run's set-up."""
 
     run_id: str
@@ -92,7 +89,7 @@ class Outcome:
     trace_file: str | None = None
     """Relative to the folder of results."""
     held: Held | None = None
-    """What of an emulated machine the run was held to; `None`: nothing, or the child did not live to tell."""
+    """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +101,7 @@ class _Stop:
     by_user: bool = False
 
 
-OnRunEvent = Callable[[Progress | Stepped], None]
+OnRunEvent = Callable[[SettingUp | Stepped], None]
 
 
 def launch(request: Request, out: Path, *, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
@@ -156,10 +153,10 @@ def launch_probe(*, quiet: bool) -> Machine:
 
 
 def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
-    recording = Recording(tokens_per_step=request.tokens_per_step)
+    recording = RunRecording(tokens_per_step=request.tokens_per_step)
     oom_kills_before = read_oom_kills()
     child = _Child(work, None if request.emulated is None else request.emulated.threads)
-    sampler = _Sampler(child.process.pid, device)
+    sampler = MemorySampler(child.process.pid, device)
     stop: _Stop | None = None
     try:
         stop = _watch(child, sampler, request, recording, on_event)
@@ -198,7 +195,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
 
 
 def _watch(
-    child: _Child, sampler: _Sampler, request: Request, recording: Recording, on_event: OnRunEvent
+    child: _Child, sampler: MemorySampler, request: Request, recording: RunRecording, on_event: OnRunEvent
 ) -> _Stop | None:
     """Follow the child to its end, or say why it is to be stopped."""
     limits = request.job.limits
@@ -313,41 +310,10 @@ class _Child:
         return code
 
 
-class _Sampler:
-    """Peaks of resident host memory of the child and its descendants, and of the GPU's memory in use."""
-
-    def __init__(self, pid: int, device: NvmlDevice | None) -> None:
-        self._root = psutil.Process(pid)
-        self._device = device
-        self.family: dict[int, psutil.Process] = {}
-        """Every descendant seen, by process id."""
-        self.peak_host_bytes = 0
-        self.peak_gpu_bytes: int | None = None
-        self.least_available = 1.0
-        """Smallest share of the host's memory that was available."""
-
-    def take(self) -> int:
-        """Sample; resident bytes of child and descendants now, pages that they share counted in each."""
-        with contextlib.suppress(psutil.Error):
-            for relative in self._root.children(recursive=True):
-                self.family[relative.pid] = relative
-        host_bytes = 0
-        for process in (self._root, *self.family.values()):
-            with contextlib.suppress(psutil.Error):
-                host_bytes += process.memory_info().rss
-        self.peak_host_bytes = max(self.peak_host_bytes, host_bytes)
-        memory = host_memory()
-        self.least_available = min(self.least_available, memory.available_bytes / memory.total_bytes)
-        used_bytes = self._device.used_bytes() if self._device is not None else None
-        if used_bytes is not None:
-            self.peak_gpu_bytes = max(self.peak_gpu_bytes or 0, used_bytes)
-        return host_bytes
-
-
 def _take_lines(
     lines: list[str],
     request: Request,
-    recording: Recording,
+    recording: RunRecording,
     on_event: OnRunEvent,
 ) -> None:
     total = request.job.warmup_steps + request.job.steps
@@ -363,7 +329,7 @@ def _take_lines(
         elif "held" in event:
             recording.held = TypeAdapter(Held).validate_python(event["held"])
         else:
-            on_event(Progress(run_id=request.id, **event))
+            on_event(SettingUp(run_id=request.id, **event))
 
 
 def _read_result(path: Path) -> Result | None:
@@ -374,7 +340,7 @@ def _read_result(path: Path) -> Result | None:
 
 
 def _judge_code(
-    code: int, oom_kills_before: int | None, sampler: _Sampler, log: Path
+    code: int, oom_kills_before: int | None, sampler: MemorySampler, log: Path
 ) -> tuple[EndState, str]:
     """End state of a child that left no result."""
     if code == -signal.SIGKILL:
@@ -391,27 +357,6 @@ def _judge_code(
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = f": {lines[-1].strip()[:REASON_LENGTH]}" if lines else ""
     return "crash", f"ended with exit code {code} and no result{last}"
-
-
-def read_oom_kills() -> int | None:
-    """Processes of this control group that the kernel killed for want of memory, so far.
-
-    Where the control group does not tell, those of the whole machine; `None` if nothing tells.
-    """
-    paths: list[Path] = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers == "":
-                paths.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
-            elif "memory" in controllers.split(","):
-                paths.append(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
-    for path in (*paths, Path("/proc/vmstat")):
-        with contextlib.suppress(OSError):
-            match = re.search(r"^oom_kill (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            if match is not None:
-                return int(match[1])
-    return None
 
 
 def _child_environment(at_most: int | None = None) -> dict[str, str]:

@@ -1,48 +1,41 @@
-"""The only clock of runs: warm-up, measured steps, evaluation, peaks and energy of one engine.
+"""The only clock of runs: set-up, warm-up, measured steps and energy of one engine, whatever its steps are.
 
-A step lasts from one return of `Engine.step` to the next, so it holds everything a user waits for:
-the next batch, the step, and whatever the engine still had in flight from the step before. The engine
-is drained before the first measured step, and again after the last one, where the time of draining is
-added to the last sample: the samples then add up to the time in which exactly the measured steps were
-done, no work borrowed from the warm-up and none left over.
+A step lasts from the end of the one before to its own, so it holds everything a user waits for. Of a training
+step (`harness.runs.scenarios.Train`) that is the next batch, the step, and whatever the engine still had in
+flight from the step before. The engine is drained before the first measured step, and again after the last
+one, where the time of draining is added to the last sample: the samples then add up to the time in which
+exactly the measured steps were done, no work borrowed from the warm-up and none left over. Of a decoding step
+(`harness.runs.scenarios.Decode`) it is the time from one token of each sequence to the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from engines.base import Batch, Engine, Evaluation, StepStats, TellsLanding
-from engines.decoding import GenerationRequest
+from engines.base import Engine, Evaluation, StepStats
 from engines.errors import NonFiniteLoss
-from harness.records.job import Job
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
 from harness.runs.emulate import Held
-from harness.runs.end_states import OUT_OF_MEMORY, classify
 
 ENERGY_WINDOW_S = 1.0
 """Shortest measured window whose energy is reported: NVML's counter moves every 20 to 100 ms."""
 
+Clock = Callable[[], float]
+"""Seconds from some moment on."""
+
 OnSample = Callable[[Sample, StepStats | None], None]
 
 
-class StepData(Protocol):
-    """What `harness.data.batches.Data` offers to a run."""
-
-    @property
-    def evaluation(self) -> Sequence[Batch]: ...
-
-    def step_batches(self, step: int) -> Sequence[Batch]: ...
-
-
 @dataclass(kw_only=True)
-class Recording:
+class RunRecording:
     """What a run has yielded so far. Outlives the exception that ends the run."""
 
     tokens_per_step: int
@@ -73,15 +66,8 @@ class Recording:
         disk_floor_s = _median([stats.disk_floor_s for _, stats in measured])
         first = self.evaluations[0] if self.evaluations else None
         last = self.evaluations[-1] if len(self.evaluations) > 1 else None
-        return Summary(
-            step_s_median=steps.step_s_median,
-            step_s_low=steps.step_s_low,
-            step_s_high=steps.step_s_high,
-            step_s_p10=steps.step_s_p10,
-            step_s_p90=steps.step_s_p90,
-            tokens_per_s=steps.tokens_per_s,
-            loss_first=steps.loss_first,
-            loss_last=steps.loss_last,
+        return replace(
+            steps,
             eval_loss_first=None if first is None else first.loss,
             eval_loss_last=None if last is None else last.loss,
             eval_accuracy_first=None if first is None else first.accuracy,
@@ -120,18 +106,47 @@ class Recording:
         )
 
 
+class Scenario(Protocol):
+    """What a run does with its engine: steps that are timed, and the work before and after them."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps that come first and do not count."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that count."""
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the engine is drained before the first step that counts and after the last one. Else the
+        next step is under way wherever one ends, as much at the start of the window as at its end."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a step has a loss, which then has to be finite."""
+
+    def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        """What comes between the set-up and the first step."""
+
+    def take(self, engine: Engine) -> Generator[StepStats, None, None]:
+        """One step for each item; none is begun before it is asked for."""
+
+    def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        """What comes after the last step."""
+
+
 def measure(
     engine: Engine,
     blueprint: Any,
-    data: StepData,
-    job: Job,
-    recording: Recording,
+    scenario: Scenario,
+    recording: RunRecording,
     *,
-    clock: Callable[[], float] | None = None,
+    clock: Clock | None = None,
     energy_j: Callable[[], float | None] | None = None,
     on_sample: OnSample = lambda sample, stats: None,
 ) -> None:
-    """Set `engine` up and run the job's warm-up and steps, with an evaluation before and after if asked.
+    """Set `engine` up, take the steps of `scenario`, and time each.
 
     `blueprint` is a `Blueprint`, or `None` for an engine without a model. `recording` is filled as the
     run goes, and keeps what there is when an exception ends it.
@@ -140,71 +155,12 @@ def measure(
     """
     clock = clock or time.perf_counter
     _set_up(engine, blueprint, recording, clock)
-    if job.eval_batches > 0:
-        _evaluate(engine, data, recording, clock)
-    _run_steps(engine, data, job, recording, clock, energy_j, on_sample)
-    if job.eval_batches > 0:
-        _evaluate(engine, data, recording, clock)
-    recording.landed_share = _landed_share(engine)
+    scenario.before(engine, recording, clock)
+    _take_steps(engine, scenario, recording, clock, energy_j, on_sample)
+    scenario.after(engine, recording, clock)
 
 
-def _evaluate(engine: Engine, data: StepData, recording: Recording, clock: Callable[[], float]) -> None:
-    engine.synchronize()
-    started_s = clock()
-    recording.evaluations.append(engine.evaluate(data.evaluation))
-    engine.synchronize()
-    recording.eval_s.append(clock() - started_s)
-
-
-def measure_decoding(
-    engine: Any,
-    blueprint: Any,
-    request: GenerationRequest,
-    warmup_steps: int,
-    recording: Recording,
-    *,
-    clock: Callable[[], float] | None = None,
-    energy_j: Callable[[], float | None] | None = None,
-    on_sample: OnSample = lambda sample, stats: None,
-) -> None:
-    """Set `engine` (also an `engines.decoding.GeneratingEngine`) up and time the decoding steps of `request`.
-
-    A sample lasts from one token of each sequence to the next, on the host; the first one is the prefill. One
-    step is under way whenever tokens arrive, so the last step of `request` is started and not counted. There
-    is no loss. The same prefill comes once before, untimed, so that the timed one is not the process's first.
-    Raises all that the engine raises.
-    """
-    clock = clock or time.perf_counter
-    _set_up(engine, blueprint, recording, clock)
-    _warm_up(engine, request)
-    counted = request.max_new_tokens - 1 - warmup_steps
-    energy_start_j: float | None = None
-    window_start_s = last_s = clock()
-    tokens = engine.generate(request)
-    for step in range(warmup_steps + counted):
-        if step == warmup_steps:
-            energy_start_j = energy_j() if energy_j is not None else None
-            window_start_s = last_s
-        decoded = next(tokens)
-        now_s = clock()
-        sample = Sample(step=step, warmup=step < warmup_steps, step_s=now_s - last_s, loss=None)
-        recording.steps.append((sample, decoded.stats))
-        on_sample(sample, decoded.stats)
-        last_s = now_s
-    tokens.close()
-    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, counted)
-    engine.synchronize()
-
-
-def _warm_up(engine: Any, request: GenerationRequest) -> None:
-    """A prefill of `request`, and the step that is under way when its tokens arrive."""
-    tokens = engine.generate(request)
-    next(tokens)
-    tokens.close()
-    engine.synchronize()
-
-
-def _set_up(engine: Engine, blueprint: Any, recording: Recording, clock: Callable[[], float]) -> None:
+def _set_up(engine: Engine, blueprint: Any, recording: RunRecording, clock: Clock) -> None:
     started_s = clock()
     engine.setup(blueprint)
     engine.synchronize()
@@ -214,8 +170,50 @@ def _set_up(engine: Engine, blueprint: Any, recording: Recording, clock: Callabl
     recording.pinned_bytes = engine.pinned_bytes
 
 
+def _take_steps(
+    engine: Engine,
+    scenario: Scenario,
+    recording: RunRecording,
+    clock: Clock,
+    energy_j: Callable[[], float | None] | None,
+    on_sample: OnSample,
+) -> None:
+    total = scenario.warmup_steps + scenario.steps
+    energy_start_j: float | None = None
+    window_start_s = last_s = clock()
+
+    def record(step: int, step_s: float, stats: StepStats | None) -> None:
+        loss = stats.loss if stats is not None and math.isfinite(stats.loss) else None
+        sample = Sample(step=step, warmup=step < scenario.warmup_steps, step_s=step_s, loss=loss)
+        recording.steps.append((sample, stats))
+        on_sample(sample, stats)
+
+    with contextlib.closing(scenario.take(engine)) as steps:
+        for step in range(total):
+            if step == scenario.warmup_steps:
+                if scenario.is_drained:
+                    engine.synchronize()
+                energy_start_j = energy_j() if energy_j is not None else None
+                window_start_s = last_s = clock() if scenario.is_drained else last_s
+            try:
+                stats = next(steps)
+            except NonFiniteLoss:
+                record(step, clock() - last_s, None)
+                raise
+            try:
+                if scenario.is_drained and step == total - 1:
+                    engine.synchronize()
+            finally:  # a failure while draining does not lose the step
+                now_s = clock()
+                record(step, now_s - last_s, stats)
+            last_s = now_s
+            if scenario.has_loss and not math.isfinite(stats.loss):
+                raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")
+    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, scenario.steps)
+
+
 def _take_energy(
-    recording: Recording,
+    recording: RunRecording,
     energy_j: Callable[[], float | None] | None,
     start_j: float | None,
     window_s: float,
@@ -227,65 +225,6 @@ def _take_energy(
     end_j = energy_j()
     if end_j is not None:
         recording.energy_j = (end_j - start_j) / steps
-
-
-def _landed_share(engine: Engine) -> float | None:
-    """What the engine says of it; `None` where it says nothing, lacks the memory or says what is not finite.
-
-    Asked last: all else is measured by then, and cannot be spoiled. What else the engine raises is of the
-    last step, whose work may end only now, and ends the run.
-    """
-    if not isinstance(engine, TellsLanding):
-        return None
-    try:
-        share = engine.landed_share()
-    except (MemoryError, RuntimeError) as error:
-        # One with a cause is of a thread of the engine, and not of the asking.
-        if error.__cause__ is not None or classify(error)[0] not in OUT_OF_MEMORY:
-            raise
-        return None
-    return share if share is None or math.isfinite(share) else None
-
-
-def _run_steps(
-    engine: Engine,
-    data: StepData,
-    job: Job,
-    recording: Recording,
-    clock: Callable[[], float],
-    energy_j: Callable[[], float | None] | None,
-    on_sample: OnSample,
-) -> None:
-    total = job.warmup_steps + job.steps
-    energy_start_j: float | None = None
-    window_start_s = last_s = clock()
-
-    def record(step: int, step_s: float, stats: StepStats | None) -> None:
-        loss = stats.loss if stats is not None and math.isfinite(stats.loss) else None
-        sample = Sample(step=step, warmup=step < job.warmup_steps, step_s=step_s, loss=loss)
-        recording.steps.append((sample, stats))
-        on_sample(sample, stats)
-
-    for step in range(total):
-        if step == job.warmup_steps:
-            engine.synchronize()
-            energy_start_j = energy_j() if energy_j is not None else None
-            window_start_s = last_s = clock()
-        try:
-            stats = engine.step(data.step_batches(step))
-        except NonFiniteLoss:
-            record(step, clock() - last_s, None)
-            raise
-        try:
-            if step == total - 1:
-                engine.synchronize()
-        finally:  # a failure while draining does not lose the step
-            now_s = clock()
-            record(step, now_s - last_s, stats)
-        last_s = now_s
-        if not math.isfinite(stats.loss):
-            raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")
-    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, job.steps)
 
 
 def gpu_peaks() -> tuple[int | None, int | None]:

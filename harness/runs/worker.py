@@ -1,8 +1,8 @@
 """The child: one run in one process. Started by `harness.runs.launch`, and by nothing else.
 
-`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, tells of progress and
-of each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
-FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had told is
+`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, reports
+progress and each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
+FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had reported is
 then all there is. PARENT is the process to live no longer than.
 """
 
@@ -30,10 +30,11 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
-from harness.runs.divergence import Diagnosis, Point, why_not_finite
+from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import Recording, StepData, gpu_peaks, measure, measure_decoding
+from harness.runs.measure import RunRecording, Scenario, gpu_peaks, measure
+from harness.runs.scenarios import Decode, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
 from profiles.system.cgroup import host_memory, usable_cores
@@ -104,7 +105,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
 
     A trace that was asked for lies in `folder` then, if the engine keeps one.
     """
-    recording = Recording(tokens_per_step=request.tokens_per_step)
+    recording = RunRecording(tokens_per_step=request.tokens_per_step)
     state: EndState = "ok"
     reason: str | None = None
     try:
@@ -124,17 +125,17 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
 
 
-def _run(request: Request, recording: Recording, events: IO[str], folder: Path) -> None:
+def _run(request: Request, recording: RunRecording, events: IO[str], folder: Path) -> None:
     job, plan = request.job, request.plan
 
-    def tell(**event: object) -> None:
+    def report(**event: object) -> None:
         events.write(json.dumps(event) + "\n")
 
     def on_progress(what: str, done: int, total: int) -> None:
-        tell(what=what, done=done, total=total)
+        report(what=what, done=done, total=total)
 
     def on_sample(sample: Sample, stats: StepStats | None) -> None:
-        tell(sample=asdict(sample), stats=None if stats is None else asdict(stats))
+        report(sample=asdict(sample), stats=None if stats is None else asdict(stats))
 
     on_progress("importing", 0, 1)
     engine_class = load_engine(plan.engine)
@@ -149,7 +150,7 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
         on_progress("measuring the emulated link", 0, 1)
         held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
         on_progress("measuring the emulated link", 1, 1)
-        tell(held=asdict(held))
+        report(held=asdict(held))
     context = Context(
         device=device_name,
         workload=job.workload,
@@ -179,24 +180,12 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
     engine = engine_class(settings, context)
     traced = request.trace and isinstance(engine, TellsTrace)
     if traced:
-        tell(traced=True)
+        report(traced=True)
     try:
-        if request.generation is not None:
-            (batch,) = data.step_batches(0)
-            wanted = GenerationRequest(
-                prompts=batch.inputs["input_ids"].tolist(),
-                max_new_tokens=job.warmup_steps + job.steps + 1,
-                sampling=request.generation,
-            )
-            measure_decoding(
-                engine, blueprint, wanted, job.warmup_steps, recording, energy_j=energy_j, on_sample=on_sample
-            )
-            return
         measure(
             engine,
             blueprint,
-            data,
-            job,
+            _scenario(request, data),
             recording,
             clock=getattr(engine, "now", None),
             energy_j=energy_j,
@@ -210,6 +199,20 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
             engine.close()
 
 
+def _scenario(request: Request, data: StepData) -> Scenario:
+    """What the engine is to repeat. The prompts that it continues are the first batch."""
+    job = request.job
+    if request.generation is None:
+        return Train(job=job, data=data)
+    (batch,) = data.step_batches(0)
+    wanted = GenerationRequest(
+        prompts=batch.inputs["input_ids"].tolist(),
+        max_new_tokens=job.warmup_steps + job.steps + 1,
+        sampling=request.generation,
+    )
+    return Decode(request=wanted, warmup_steps=job.warmup_steps)
+
+
 def write_trace(engine: TellsTrace, path: Path) -> None:
     """What `engine` kept, for chrome://tracing and Perfetto. Says on stderr what went wrong, and no more:
     a trace is a help, and after a failure the GPU may have nothing to say."""
@@ -220,7 +223,7 @@ def write_trace(engine: TellsTrace, path: Path) -> None:
         traceback.print_exc()
 
 
-def _why_not_finite(request: Request, recording: Recording, error: NonFiniteLoss) -> Diagnosis:
+def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteLoss) -> LossDiagnosis:
     history = [
         Point(loss=sample.loss, updates=() if stats is None else stats.updates)
         for sample, stats in recording.steps

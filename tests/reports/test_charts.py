@@ -12,9 +12,9 @@ from reports.charts import (
     WIDTH,
     Axis,
     BarGroup,
+    BarPart,
     BarRow,
     Line,
-    Part,
     bars,
     bytes_axis,
     fitted,
@@ -31,7 +31,7 @@ amounts = st.floats(min_value=1e-9, max_value=1e15)
 rows = st.lists(
     st.builds(
         lambda label, value, factor, predicted, text: BarRow(
-            label=label, engine="lsp", parts=(Part(value=value * factor, pale=True), Part(value=value)),
+            label=label, engine="lsp", parts=(BarPart(value=value * factor, pale=True), BarPart(value=value)),
             low=value, high=value * factor, predicted=predicted, text=text, missing=label,
         ),
         st.text(min_size=1, max_size=40), amounts, st.floats(1, 3), st.none() | amounts, st.text(max_size=40),
@@ -97,7 +97,9 @@ groups = st.lists(
         lambda label, text, values, whole, floor, alone: BarGroup(
             label=label, text=text, whole=whole, floor=floor, alone=alone,
             rows=tuple(
-                BarRow(label="copies to GPU", engine="zo2", parts=(Part(value=value, pale=i == 1),), text="9")
+                BarRow(
+                    label="copies to GPU", engine="zo2", parts=(BarPart(value=value, pale=i == 1),), text="9"
+                )
                 for i, value in enumerate(values)
             ),
         ),
@@ -120,7 +122,7 @@ def test_groups_stay_inside_and_apart(groups: list[BarGroup]) -> None:
 
 def test_a_floor_is_drawn_in_its_own_group_only() -> None:
     def line_of(floor: float | None) -> list[tuple[float, float]]:
-        row = BarRow(label="compute", engine="zo2", parts=(Part(value=1.0),))
+        row = BarRow(label="compute", engine="zo2", parts=(BarPart(value=1.0),))
         groups = [
             BarGroup(label="zo2", text="", rows=(row, row), whole=2.0),
             BarGroup(label="lsp", text="", rows=(row,), floor=floor),
@@ -166,7 +168,7 @@ def test_lines_of_one_label_are_thin_and_stand_in_the_legend_once() -> None:
 
 
 def test_text_is_escaped_and_stays_text() -> None:
-    row = BarRow(label=HOSTILE, engine="x", parts=(Part(value=1.0),), text=HOSTILE)
+    row = BarRow(label=HOSTILE, engine="x", parts=(BarPart(value=1.0),), text=HOSTILE)
     svg = bars(HOSTILE, HOSTILE, [row], lambda top: seconds_axis(HOSTILE, top), (1.2, HOSTILE))
     assert "<script" not in svg
     root = ElementTree.fromstring(svg)
@@ -179,7 +181,7 @@ def test_text_is_escaped_and_stays_text() -> None:
 def test_a_row_without_a_bar_says_why_beside_its_prediction() -> None:
     def label_x(predicted: float | None) -> float:
         rows = [
-            BarRow(label="lsp", engine="lsp", parts=(Part(value=10.0),)),
+            BarRow(label="lsp", engine="lsp", parts=(BarPart(value=10.0),)),
             BarRow(label="mezo", engine="mezo", predicted=predicted, missing="1 crashed"),
         ]
         root = ElementTree.fromstring(bars("t", "d", rows, lambda top: seconds_axis("s", top)))
@@ -190,7 +192,7 @@ def test_a_row_without_a_bar_says_why_beside_its_prediction() -> None:
 
 
 def test_a_far_limit_is_left_out() -> None:
-    rows = [BarRow(label="lsp", engine="lsp", parts=(Part(value=1.0),))]
+    rows = [BarRow(label="lsp", engine="lsp", parts=(BarPart(value=1.0),))]
     assert "limit" in bars("t", "d", rows, lambda top: bytes_axis("m", top), (2.9, "limit"))
     assert "limit" not in bars("t", "d", rows, lambda top: bytes_axis("m", top), (3.1, "limit"))
 

@@ -13,20 +13,19 @@ from harness.records.run import EndState, Run
 from reports.criteria import (
     ANY_OFFLOAD,
     METRICS,
-    Comparison,
+    Comparator,
     Criteria,
     Criterion,
     Level,
     Metric,
     default_criteria,
 )
-from reports.decide import Row, Verdict, decide, exit_code, parse_fail_on, state_of
+from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fail_on, state_of
 from run_records import (
     emulated_run,
     make_environment,
     make_failures,
     make_machine,
-    make_plan,
     make_run,
     make_sweep,
     make_test_job,
@@ -39,7 +38,7 @@ def criterion(
     threshold: float = 2.0,
     *,
     engine: str = "zo2",
-    comparison: Comparison = "at most",
+    comparison: Comparator = "at most",
     level: Level = "must",
 ) -> Criterion:
     return Criterion(
@@ -52,7 +51,7 @@ def criteria(*all_: Criterion) -> Criteria:
     return Criteria(criteria=all_, sha256="a" * 64)
 
 
-def one(metric: Metric, runs: list[Run], engine: str = "zo2", threshold: float = 2.0) -> Row:
+def one(metric: Metric, runs: list[Run], engine: str = "zo2", threshold: float = 2.0) -> JudgedCriterion:
     return decide(runs, criteria(criterion(metric, threshold, engine=engine)), make_machine()).rows[0]
 
 
@@ -72,7 +71,7 @@ all_criteria = st.lists(
         st.sampled_from(list(METRICS)),
         st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 30.0]),
         engine=st.sampled_from([ANY_OFFLOAD, "zo2", "lsp", "native"]),
-        comparison=st.sampled_from(get_args(Comparison)),
+        comparison=st.sampled_from(get_args(Comparator)),
         level=st.sampled_from(get_args(Level)),
     ),
     max_size=5,
@@ -310,122 +309,6 @@ def test_runs_that_were_stopped_from_outside_say_nothing() -> None:
     assert one("runs_ok", [make_run(end_state="nan_loss")]).measured == 0.0
 
 
-def warnings_of(runs: list[Run], asked: Criteria | None) -> str:
-    return " | ".join(decide(runs, asked).warnings)
-
-
-def test_warnings() -> None:
-    asked = criteria(criterion())
-    stamped = [make_run(round=i, stamp=asked.sha256) for i in range(1, 6)]
-    assert warnings_of(stamped, asked).startswith("Random weights")
-    assert "No criteria stamped into 1 of 6" in warnings_of([*stamped, make_run(round=6)], asked)
-    assert "Criteria set after measurement: 1 of 6" in warnings_of(
-        [*stamped, make_run(round=6, stamp="b" * 64)], asked
-    )
-    assert "nothing to judge by" in warnings_of(stamped, None)
-    assert "built-in defaults" in warnings_of(stamped, default_criteria())
-    for changes, words in (
-        ({"dirty": True}, "differed from its commit"),
-        ({"commit": None}, "not known"),
-        ({"platform": "Linux 6.6 WSL2"}, "WSL2"),
-        ({"emulated": "rtx-4090"}, "emulated machine (rtx-4090)"),
-    ):
-        runs = [make_run(environment=make_environment(**changes))]  # type: ignore[arg-type]
-        assert words in warnings_of(runs, asked)
-    other = make_run(round=2, environment=make_environment(commit="d" * 40))
-    assert "2 different commits" in warnings_of([make_run(), other], asked)
-    mixed = [make_run(), make_run(round=2, end_state="crash")]
-    assert "zo2 1 ok, 1 crashed" in warnings_of(mixed, asked)
-    traced = [make_run(), replace(make_run(round=2), traced=True)]
-    assert "1 of 2 runs kept a trace" in warnings_of(traced, asked)
-    assert "trace" not in warnings_of(stamped, asked)
-    low_bit = replace(make_run(), plan=make_plan("zo2", settings={"base": "int4"}))
-    assert "zo2: approximate: 4-bit base (int4)" in warnings_of([make_run(), low_bit], asked)
-    assert "approximate" not in warnings_of(stamped, asked)
-
-
-def test_a_twin_that_fits_and_is_faster_is_said() -> None:
-    asked = criteria(criterion())
-    words = "mezo, the same method as zo2 with nothing offloaded, also fits this GPU and is faster: 500 ms"
-    zo2, mezo = make_run("zo2"), make_run("mezo", step_s=scaled(0.5))
-    assert words in warnings_of([zo2, mezo], asked)
-    assert "mezo" not in warnings_of([zo2, make_run("mezo")], asked)
-    assert "mezo" not in warnings_of([zo2, make_run("mezo", end_state="oom_gpu")], asked)
-    # Nothing of the kind is shown by the speed of another GPU, or by that of none.
-    emulated = [emulated_run("zo2"), emulated_run("mezo", step_s=scaled(0.5))]
-    assert "mezo" not in warnings_of(emulated, asked)
-    no_gpu = make_environment(gpu_name=None)
-    without = [make_run("zo2", environment=no_gpu), make_run("mezo", step_s=scaled(0.5), environment=no_gpu)]
-    assert "the same method as zo2" not in warnings_of(without, asked)
-
-
-def test_offloading_that_saves_no_gpu_memory_is_said() -> None:
-    asked = criteria(criterion())
-    native = make_run("native", peak_gpu_reserved_bytes=6 * 2**30)
-    runs = [
-        native,
-        make_run("lsp", peak_gpu_reserved_bytes=6 * 2**30),
-        make_run("zo2", peak_gpu_reserved_bytes=5 * 2**30),
-        make_run("torchao-offload", peak_gpu_reserved_bytes=7 * 2**30),
-        make_run("mezo", peak_gpu_reserved_bytes=8 * 2**30),
-    ]
-    told = "6.00 GiB of GPU memory, and these take no less: lsp 6.00 GiB, torchao-offload 7.00 GiB."
-    assert told in warnings_of(runs, asked)
-    assert "take no less" not in warnings_of([native, runs[2]], asked)
-
-
-def test_a_card_that_would_be_too_small_for_all_in_use_is_said() -> None:
-    asked = criteria(criterion())
-    small = make_test_job(limits={"vram_bytes": 4 * 2**30})
-    runs = [make_run(job=small, round=i, peak_gpu_nvml_bytes=(3 + i) * 2**30) for i in (1, 2)]
-    assert "exceeded the 4.00 GiB held to: zo2 5.00 GiB." in warnings_of(runs, asked)
-    assert "held to" not in warnings_of(runs[:1], asked)
-    # An emulated card holds CUDA's context beside what is emulated.
-    free = make_test_job(limits={})
-    for extra, warned in ((600_000_000, False), (600_000_001, True)):
-        used = 4 * 2**30 + extra
-        run = emulated_run(job=free, vram_bytes=4 * 2**30, peak_gpu_nvml_bytes=used)
-        assert ("exceeded the 4.56 GiB held to" in warnings_of([run], asked)) == warned
-    whole = make_run(job=free, peak_gpu_nvml_bytes=200 * 2**30)
-    assert "held to" not in warnings_of([whole], asked)
-
-
-def test_runs_that_were_disturbed_are_said() -> None:
-    asked = criteria(criterion())
-    runs = [make_run(round=1, step_s=scaled(1.0)), make_run(round=2, step_s=scaled(1.6))]
-    assert "more than a factor of 1.5 in their medians" in warnings_of(runs, asked)
-    assert "took their time: zo2 1.00 to 1.60 s." in warnings_of(runs, asked)
-    assert "their medians" not in warnings_of([runs[0], make_run(round=2, step_s=scaled(1.5))], asked)
-
-
-def test_a_step_outside_its_predicted_range_is_said() -> None:
-    """Not on an emulated machine, whose own GPU is predicted for."""
-    asked = criteria(criterion())
-    missed = "outside the range predicted for the step time: zo2 1.40 s, predicted 800 ms to 1.30 s."
-    assert missed in warnings_of([make_run(step_s=scaled(1.4))], asked)
-    assert "outside the range" in warnings_of([make_run(step_s=scaled(0.7))], asked)
-    assert "outside the range" not in warnings_of([make_run(step_s=scaled(1.3))], asked)
-    assert "outside the range" not in warnings_of([emulated_run(step_s=scaled(1.4))], asked)
-    unpredicted = make_run(step_s=scaled(1.4), plan=make_plan("zo2", step_s=None))
-    assert "outside the range" not in warnings_of([unpredicted], asked)
-
-
-@pytest.mark.parametrize(
-    ("changes", "warned"),
-    [
-        ({}, False),
-        ({"gpu_name": "NVIDIA RTX 4090 MIG 1g"}, False),
-        ({"gpu_name": "NVIDIA A100"}, True),
-        ({"gpu_name": None}, True),
-        ({"cpu": "another"}, True),
-    ],
-)
-def test_a_profile_of_another_machine_is_said(changes: dict[str, str | None], warned: bool) -> None:
-    runs = [make_run(environment=make_environment(**changes))]
-    told = decide(runs, criteria(criterion()), make_machine()).warnings
-    assert any("not of the machine that ran" in one for one in told) == warned
-
-
 def test_no_criteria_is_never_a_go() -> None:
     verdict = decide(make_sweep(), None)
     assert (verdict.state, verdict.rows, verdict.method) == ("INCONCLUSIVE", (), None)
@@ -445,16 +328,3 @@ def test_exit_codes() -> None:
     assert exit_code(conditional, parse_fail_on("no-go")) == 0
     with pytest.raises(UserError, match="choose from: no-go, conditional, inconclusive"):
         parse_fail_on("nogo")
-
-
-def test_what_an_emulation_did_not_hold_is_said() -> None:
-    held = emulated_run("zo2")
-    assert held.emulation is not None
-    unlike = replace(held.emulation, link="not emulated", rates_held=None)
-    foreign = replace(emulated_run("torchao-offload"), emulation=unlike)
-    few = replace(held, emulation=replace(held.emulation, threads_held=2))
-    asked = criteria(criterion())
-    assert "emulated machine (rtx-4090)" in warnings_of([held], asked)
-    assert "Not held" not in warnings_of([held], asked)
-    assert "Not held to it: torchao-offload: link not emulated" in warnings_of([held, foreign], asked)
-    assert "zo2: 2 CPU threads instead of 8" in warnings_of([few], asked)

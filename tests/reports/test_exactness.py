@@ -1,4 +1,4 @@
-"""What a report says of an offloading engine's losses beside its twin's."""
+"""What a report says of the losses of an offloading engine and of its reference engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from harness.records.run import Run
 from reports.criteria import default_criteria
 from reports.decide import decide
-from reports.exactness import compare_with_twin, exact
+from reports.exactness import compare_with_reference, exact
 from reports.metrics import group
 from run_records import make_plan, make_run, make_test_job
 
@@ -44,7 +44,7 @@ def test_one_other_bit_is_a_warning() -> None:
 
 
 def test_a_loss_that_is_not_finite_on_one_side_is_a_difference() -> None:
-    found = compare_with_twin(group([run_of("mezo"), run_of("zo2", (*LOSSES[:9], None))], None))
+    found = compare_with_reference(group([run_of("mezo"), run_of("zo2", (*LOSSES[:9], None))], None))
     assert found is not None
     assert (found.differ, found.steps) == (1, 10)
 
@@ -71,7 +71,7 @@ def test_a_base_folded_alike_is_compared() -> None:
 def test_runs_of_several_seeds_go_with_their_own() -> None:
     other = tuple(loss - 1 for loss in LOSSES)
     runs = [run_of("mezo", LOSSES), run_of("mezo", other, 1), run_of("zo2", other, 1), run_of("zo2", LOSSES)]
-    found = compare_with_twin(group(runs, None))
+    found = compare_with_reference(group(runs, None))
     assert found is not None
     assert (found.differ, found.steps) == (0, 20)
 

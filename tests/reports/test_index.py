@@ -14,7 +14,6 @@ from engines.decoding import Sampling
 from engines.errors import UserError
 from harness.cli.app import app
 from harness.records.run import Emulation, Run
-from harness.runs.decoding_runs import GenerationRun
 from profiles.documents import to_json
 from reports.index import ABOUT, newest, overview, published, published_folders, write_index
 from run_records import cpu_runs, make_breakdown, make_run, make_sweep, make_test_job, write_folder
@@ -41,13 +40,8 @@ def emulated(run: Run) -> Run:
     return replace(run, emulation=held, environment=replace(run.environment, emulated="a laptop"))
 
 
-def generation(run: Run) -> GenerationRun:
-    assert run.predicted is not None
-    return GenerationRun(
-        id=run.id, end_state=run.end_state, end_reason=run.end_reason, engine=run.engine, round=run.round,
-        time=run.time, model=run.model, job=run.job, sampling=Sampling(), plan=run.plan, samples=run.samples,
-        summary=run.summary, first_token_s=0.7, predicted=run.predicted, environment=run.environment,
-    )  # fmt: skip
+def generation(run: Run) -> Run:
+    return replace(run, scenario="decode", sampling=Sampling(), first_token_s=0.7)
 
 
 def test_every_method_of_every_folder_has_a_row(results: Path) -> None:

@@ -147,7 +147,6 @@ def make_run(
             "h2d_bytes": 2_000_000_000,
             "d2h_bytes": 1_000_000_000,
         }
-    prediction = plan.prediction
     return Run(
         id=f"{engine}-r{round}",
         end_state=end_state,
@@ -162,16 +161,7 @@ def make_run(
         plan=plan,
         samples=samples,
         summary=Summary(**(values | summary)),
-        predicted=Predicted(
-            step_s_low=prediction.step_s_low,
-            step_s=prediction.step_s,
-            step_s_high=prediction.step_s_high,
-            peak_gpu_bytes=prediction.peak_gpu_bytes,
-            peak_host_bytes=prediction.peak_host_bytes,
-            bottleneck=prediction.bottleneck,
-            basis=prediction.basis,
-            floor_s=prediction.floor_s,
-        ),
+        predicted=Predicted.of(plan.prediction),
         environment=environment or make_environment(),
         criteria=None if stamp is None else CriteriaStamp(sha256=stamp, time=time),
     )

@@ -16,8 +16,7 @@ from harness.cli import tables
 from harness.cli.sweep_progress import CompareProgress
 from harness.progress import ProbeProgress, Progress
 from harness.records.run import Sample
-from harness.runs.launch import Progress as SetUp
-from harness.runs.launch import Stepped
+from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep import Cell, Ended, Planned, Started
 from profiles.planning.recommend import recommend
 from run_records import make_machine as make_gpu_machine
@@ -149,7 +148,7 @@ def test_a_sweep_tells_what_it_keeps_repeats_and_ends(capsys: pytest.CaptureFixt
         )
         progress.update(Started(cell=hopeless, index=0, total=2))
         progress.update(Started(cell=cell, index=1, total=2))
-        progress.update(SetUp(run_id=run.id, what="importing", done=0, total=1))
+        progress.update(SettingUp(run_id=run.id, what="importing", done=0, total=1))
         sample = Sample(step=0, warmup=True, step_s=1.0, loss=None)
         progress.update(Stepped(run_id=run.id, sample=sample, total=10))
         progress.update(Ended(run=run, index=1, total=2))

@@ -17,11 +17,13 @@ import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.runs.launch
+import harness.runs.memory_sampler
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.end_states import classify
-from harness.runs.launch import Outcome, Progress, Stepped, launch, read_oom_kills
+from harness.runs.launch import Outcome, SettingUp, Stepped, launch
+from harness.runs.memory_sampler import read_oom_kills
 from harness.runs.worker import Request
 from profiles.system.nvml import NvmlDevice, open_device
 
@@ -65,7 +67,7 @@ def time_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_a_run_that_goes_well(tmp_path: Path) -> None:
-    events: list[Progress | Stepped] = []
+    events: list[SettingUp | Stepped] = []
     outcome = start(
         tmp_path,
         on_event=events.append,
@@ -84,7 +86,7 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
     assert 64 * 2**20 < outcome.summary.peak_host_bytes < GIB
     assert outcome.summary.peak_gpu_nvml_bytes is None
     assert [event.sample for event in events if isinstance(event, Stepped)] == list(outcome.samples)
-    assert Progress(run_id="scripted-r1", what="scripted set-up", done=1, total=1) in events
+    assert SettingUp(run_id="scripted-r1", what="scripted set-up", done=1, total=1) in events
     assert not (tmp_path / "logs").exists()
 
 
@@ -179,7 +181,7 @@ def test_the_likely_cause_of_a_nan_is_in_the_reason(tmp_path: Path, loss: str, c
 def test_time_limit_kills_grandchildren_too(tmp_path: Path, time_out: Callable[[], None]) -> None:
     family: list[psutil.Process] = []
 
-    def look(event: Progress | Stepped) -> None:
+    def look(event: SettingUp | Stepped) -> None:
         if isinstance(event, Stepped):
             family.extend(psutil.Process().children(recursive=True))
             time_out()
@@ -228,14 +230,14 @@ def test_a_child_killed_while_the_kernel_was_out_of_memory(
 
 def test_a_child_killed_while_memory_was_nearly_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(available_bytes=GIB, total_bytes=100 * GIB)
-    monkeypatch.setattr(harness.runs.launch, "host_memory", lambda: memory)
+    monkeypatch.setattr(harness.runs.memory_sampler, "host_memory", lambda: memory)
     outcome = start(tmp_path, fail_at_step=1, failure="kill")
     assert outcome.end_state == "oom_host"
     assert "1.0% of host memory" in str(outcome.end_reason)
 
 
 def test_other_signals_are_named(tmp_path: Path) -> None:
-    def shoot(event: Progress | Stepped) -> None:
+    def shoot(event: SettingUp | Stepped) -> None:
         if isinstance(event, Stepped):
             for process in psutil.Process().children():
                 if "harness.runs.worker" in process.cmdline():
@@ -246,7 +248,7 @@ def test_other_signals_are_named(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_an_outcome(tmp_path: Path) -> None:
-    def press(event: Progress | Stepped) -> None:
+    def press(event: SettingUp | Stepped) -> None:
         if isinstance(event, Stepped):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -256,7 +258,7 @@ def test_ctrl_c_is_an_outcome(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_caller_leaves_no_child(tmp_path: Path) -> None:
-    def fail(event: Progress | Stepped) -> None:
+    def fail(event: SettingUp | Stepped) -> None:
         raise RuntimeError("the display broke")
 
     with pytest.raises(RuntimeError, match="the display broke"):

@@ -17,7 +17,8 @@ from engines.methods.scripted import Scripted
 from engines.settings.scripted import ScriptedSettings
 from harness.records.job import Job
 from harness.records.run import Sample
-from harness.runs.measure import Recording, gpu_peaks, measure, measure_decoding
+from harness.runs.measure import RunRecording, gpu_peaks, measure
+from harness.runs.scenarios import Decode, Train
 
 
 class NumberedData:
@@ -38,8 +39,8 @@ def record(
     engine: Scripted,
     energy_j: Callable[[], float | None] | None = None,
     told: list[Sample] | None = None,
-) -> Recording:
-    recording = Recording(tokens_per_step=job.workload.tokens_per_step)
+) -> RunRecording:
+    recording = RunRecording(tokens_per_step=job.workload.tokens_per_step)
     run(job, engine, recording, energy_j, told)
     return recording
 
@@ -47,7 +48,7 @@ def record(
 def run(
     job: Job,
     engine: Any,
-    recording: Recording,
+    recording: RunRecording,
     energy_j: Callable[[], float | None] | None = None,
     told: list[Sample] | None = None,
     data: NumberedData | None = None,
@@ -56,8 +57,7 @@ def run(
     measure(
         engine,
         blueprint,
-        data or NumberedData(),
-        job,
+        Train(job=job, data=data or NumberedData()),
         recording,
         clock=engine.now,
         energy_j=energy_j,
@@ -107,7 +107,7 @@ def test_measured_steps_add_up_to_exactly_their_own_work() -> None:
 
 def test_every_step_asks_for_its_own_batches() -> None:
     job, data = scripted_job(), NumberedData()
-    run(job, make_engine(job), Recording(tokens_per_step=8), data=data)
+    run(job, make_engine(job), RunRecording(tokens_per_step=8), data=data)
     assert data.asked == [0, 1, 2, 3, 4, 5]
 
 
@@ -127,7 +127,7 @@ def test_evaluates_before_and_after_only_when_asked() -> None:
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_non_finite_loss_ends_the_run_and_keeps_the_samples(value: str) -> None:
     job = scripted_job()
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     with pytest.raises(NonFiniteLoss, match="step 3"):
         run(job, make_engine(job, loss=(2.0, 2.0, 2.0, float(value))), recording)
     assert [sample.loss for sample in recording.samples] == [2.0, 2.0, 2.0, None]
@@ -149,7 +149,7 @@ def test_a_step_whose_loss_the_engine_refuses_is_kept_too() -> None:
     engine = RaisingEngine(
         ScriptedSettings(), Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
     )
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     with pytest.raises(NonFiniteLoss, match="found by the engine"):
         run(job, engine, recording)
     assert [sample.loss for sample in recording.samples] == [1.0, 1.0, 1.0, None]
@@ -170,7 +170,7 @@ def test_a_failure_while_draining_does_not_lose_the_last_step() -> None:
         ScriptedSettings(step_s=(1.0,)),
         Context(device="cpu", workload=job.workload, seed=0, total_steps=6),
     )
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     with pytest.raises(RuntimeError, match="lost in flight"):
         run(job, engine, recording)
     assert len(recording.samples) == 6
@@ -199,7 +199,7 @@ def test_energy_counter_that_fails_is_not_measured() -> None:
 
 def test_a_run_without_measured_steps_has_an_empty_summary() -> None:
     job = scripted_job()
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     with pytest.raises(RuntimeError):
         run(job, make_engine(job, fail_at_step=-1), recording)
     summary = recording.summary()
@@ -216,7 +216,7 @@ class NoisyEngine(Scripted):
 
 def test_noise_is_a_median_of_the_measured_steps() -> None:
     job = scripted_job()
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
     run(job, NoisyEngine(ScriptedSettings(step_s=(8.0, 8.0, 1.0)), context), recording)
     assert recording.summary().perturb_s == (18 + 19) / 2 / 8
@@ -233,7 +233,7 @@ class ReadingEngine(Scripted):
 
 def test_what_was_read_from_disk_and_how_near_it_came_to_reading_alone() -> None:
     job = scripted_job()
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
     run(job, ReadingEngine(ScriptedSettings(step_s=(8.0, 8.0, 2.0)), context), recording)
     summary = recording.summary()
@@ -280,7 +280,7 @@ def test_the_share_that_landed_is_asked_last_and_too_little_memory_for_it_fails_
 ) -> None:
     job = scripted_job(eval_batches=1)
     engine = landing_engine(job, told)
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     run(job, engine, recording)
     assert recording.summary().landed_share == kept
     assert engine.asked_s == 7.0  # six steps, and draining before and after the measured ones
@@ -298,7 +298,7 @@ def failed_thread() -> RuntimeError:
 )
 def test_what_the_last_step_comes_to_when_the_share_is_asked_ends_the_run(error: Exception) -> None:
     job = scripted_job()
-    recording = Recording(tokens_per_step=8)
+    recording = RunRecording(tokens_per_step=8)
     with pytest.raises(type(error)):
         run(job, landing_engine(job, error), recording)
     assert len(recording.samples) == 6
@@ -339,10 +339,11 @@ class SpeakingEngine(Scripted):
             self.ended += 1
 
 
-def decode(engine: SpeakingEngine, new_tokens: int, warmup_steps: int, **more: Any) -> Recording:
-    recording = Recording(tokens_per_step=2)
+def decode(engine: SpeakingEngine, new_tokens: int, warmup_steps: int, **more: Any) -> RunRecording:
+    recording = RunRecording(tokens_per_step=2)
     request = GenerationRequest(prompts=[[1], [2]], max_new_tokens=new_tokens)
-    measure_decoding(engine, None, request, warmup_steps, recording, clock=engine.now, **more)
+    scenario = Decode(request=request, warmup_steps=warmup_steps)
+    measure(engine, None, scenario, recording, clock=engine.now, **more)
     return recording
 
 
@@ -379,8 +380,71 @@ def test_a_decoding_step_that_fails_keeps_the_samples_before_it() -> None:
     job = scripted_job()
     context = Context(device="cpu", workload=job.workload, seed=0, total_steps=9)
     engine = SpeakingEngine(ScriptedSettings(step_s=(1.0,), fail_at_step=4), context)
-    recording = Recording(tokens_per_step=2)
+    recording = RunRecording(tokens_per_step=2)
     request = GenerationRequest(prompts=[[1]], max_new_tokens=6)
     with pytest.raises(RuntimeError):
-        measure_decoding(engine, None, request, 1, recording, clock=engine.now)
+        measure(engine, None, Decode(request=request, warmup_steps=1), recording, clock=engine.now)
     assert [sample.step_s for sample in recording.samples] == [1.0] * 3
+
+
+class LoggingEngine(SpeakingEngine):
+    """Notes what is asked of it, and when its clock is read."""
+
+    def __init__(self, settings: ScriptedSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        self.log: list[str] = []
+
+    def setup(self, blueprint: Any) -> None:
+        self.log.append("set up")
+        super().setup(blueprint)
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        self.log.append("step")
+        return super().step(batches)
+
+    def synchronize(self) -> None:
+        self.log.append("drain")
+        super().synchronize()
+
+    def evaluate(self, batches: Sequence[Batch]) -> Any:
+        self.log.append("evaluate")
+        return super().evaluate(batches)
+
+    def clock(self) -> float:
+        self.log.append("clock")
+        return self.now()
+
+    def energy_j(self) -> float:
+        self.log.append("energy")
+        return self.now()
+
+
+SET_UP = ["clock", "set up", "drain", "clock"]
+EVALUATION = ["drain", "clock", "evaluate", "drain", "clock"]
+
+
+@pytest.mark.parametrize("scenario", ["train", "decode"])
+def test_where_the_clock_is_read(scenario: str) -> None:
+    job = scripted_job(warmup_steps=1, steps=2, eval_batches=1)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=3)
+    engine = LoggingEngine(ScriptedSettings(step_s=(1.0,), eval_loss=(1.0,), eval_accuracy=(0.5,)), context)
+    request = GenerationRequest(prompts=[[1]], max_new_tokens=4)
+    measure(
+        engine,
+        None,
+        Train(job=job, data=NumberedData())
+        if scenario == "train"
+        else Decode(request=request, warmup_steps=1),
+        RunRecording(tokens_per_step=8),
+        clock=engine.clock,
+        energy_j=engine.energy_j,
+    )
+    timed = ["step", "clock"]
+    if scenario == "train":
+        window = ["drain", "energy", "clock", *timed, "step", "drain", "clock", "energy"]
+        assert engine.log == [*SET_UP, *EVALUATION, "clock", *timed, *window, *EVALUATION]
+    else:
+        warm_up = ["step", "drain"]
+        assert engine.log == [
+            *SET_UP, *warm_up, "clock", *timed, "energy", *timed, *timed, "energy", "drain"
+        ]  # fmt: skip

@@ -16,12 +16,12 @@ import psutil
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
-import harness.runs.sweep
+import harness.runs.attempt
 from engines.errors import UserError
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import EndState, Run, Summary, load_run, save_run
 from harness.runs.launch import Outcome, Stepped
-from harness.runs.sweep import Ended, Event, Planned, Started, compare, grid, missing
+from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, compare, grid, missing
 from harness.runs.worker import Request
 from profiles.planning.plan import Plan, load_plans
 
@@ -42,7 +42,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ids.append(request.id)
         return Outcome(end_state="ok", end_reason=None, samples=(), summary=Summary(), by_user=False)
 
-    monkeypatch.setattr(harness.runs.sweep, "launch", pretend)
+    monkeypatch.setattr(harness.runs.attempt, "launch", pretend)
     return ids
 
 
@@ -75,9 +75,14 @@ def test_a_sweep_goes_on_after_failures_and_its_records_load_back(tmp_path: Path
     killed = scripted_plan(fail_at_step=4, failure="kill")
     infeasible = scripted_plan(fits=False, why_not="2 GiB of GPU memory are missing", loss=3)
     nan = scripted_plan(loss="2,1,nan")
-    events: list[Event] = []
+    events: list[SweepEvent] = []
     runs = compare(
-        JOB, SHAPE, [killed, infeasible, nan, A], tmp_path / "out", criteria=criteria, on_event=events.append
+        JOB,
+        SHAPE,
+        [killed, infeasible, nan, A],
+        tmp_path / "out",
+        SweepOptions(criteria=criteria),
+        on_event=events.append,
     )
     assert [(run.end_state, len(run.samples)) for run in runs] == [
         ("crash", 4),
@@ -137,7 +142,7 @@ def test_what_callers_put_there_first_does_not_make_a_folder_used(
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="job.toml" if resume else "--resume"):
-        compare(JOB, SHAPE, [A], tmp_path, resume=resume)
+        compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=resume))
     assert set(files(tmp_path)) == {"thesis.tex"}
 
 
@@ -148,7 +153,7 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
 
 
 def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A, B], tmp_path, rounds=2)
+    compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2))
     ids = list(launched)
     missing, broken, interrupted = ids[1], ids[2], ids[3]
     (tmp_path / "runs" / f"{missing}.json").unlink()
@@ -156,8 +161,8 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -
     stopped = replace(load_run(tmp_path / "runs" / f"{interrupted}.json"), end_state="interrupted")
     save_run(stopped, tmp_path / "runs" / f"{interrupted}.json")
     launched.clear()
-    events: list[Event] = []
-    runs = compare(JOB, SHAPE, [A, B], tmp_path, rounds=2, resume=True, on_event=events.append)
+    events: list[SweepEvent] = []
+    runs = compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True), on_event=events.append)
     assert launched == [missing, broken, interrupted]
     assert [run.id for run in runs] == ids
     planned = events[0]
@@ -167,7 +172,7 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -
     assert set(planned.again) == {broken, interrupted}
     assert "JSON" in planned.again[broken]
     launched.clear()
-    compare(JOB, SHAPE, [A, B], tmp_path, rounds=2, resume=True)
+    compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True))
     assert launched == []
 
 
@@ -177,7 +182,7 @@ def test_a_failed_run_is_a_result_and_not_repeated(
 ) -> None:
     (run,) = compare(JOB, SHAPE, [A], tmp_path)
     save_run(replace(run, end_state=state, end_reason="x"), tmp_path / "runs" / f"{run.id}.json")
-    (again,) = compare(JOB, SHAPE, [A], tmp_path, resume=True)
+    (again,) = compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))
     assert (again.end_state, len(launched)) == (state, 1)
 
 
@@ -186,7 +191,7 @@ def test_a_record_of_a_newer_version_is_not_written_over(tmp_path: Path, launche
     path = tmp_path / "runs" / f"{run.id}.json"
     path.write_text('{"schema_version": 999, "measured": "for hours"}')
     with pytest.raises(UserError, match=r"schema version 999.*update"):
-        compare(JOB, SHAPE, [A], tmp_path, resume=True)
+        compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))
     assert "for hours" in path.read_text()
     assert len(launched) == 1
 
@@ -203,13 +208,13 @@ def test_resume_elsewhere_is_refused_before_its_time_is_spent(
     before = replace(run.environment, **{field: value})
     save_run(replace(run, environment=before), tmp_path / "runs" / f"{run.id}.json")
     with pytest.raises(UserError, match=f"'{field}' \\(was {value}"):
-        compare(JOB, SHAPE, [A], tmp_path, resume=True, rounds=2)
+        compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))
     assert len(launched) == 1
-    assert [kept.id for kept in compare(JOB, SHAPE, [A], tmp_path, resume=True)] == [run.id]
+    assert [kept.id for kept in compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))] == [run.id]
 
 
 def test_resume_of_nothing_starts(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A], tmp_path / "new", resume=True)
+    compare(JOB, SHAPE, [A], tmp_path / "new", SweepOptions(resume=True))
     assert len(launched) == 1
 
 
@@ -217,7 +222,7 @@ def test_resume_keeps_the_plan_an_engine_had(tmp_path: Path, launched: list[str]
     """A machine with less free memory today may be given other plans; runs of one engine stay alike."""
     compare(JOB, SHAPE, [A], tmp_path)
     other = replace(B, engine="native")
-    runs = compare(JOB, SHAPE, [B, other], tmp_path, resume=True, rounds=2)
+    runs = compare(JOB, SHAPE, [B, other], tmp_path, SweepOptions(resume=True, rounds=2))
     assert [run.plan for run in runs] == [A, other, other, A]
     assert launched == run_ids(JOB, [A, other], 2)
 
@@ -225,11 +230,13 @@ def test_resume_keeps_the_plan_an_engine_had(tmp_path: Path, launched: list[str]
 def test_resume_refuses_another_job_and_names_the_field(tmp_path: Path, launched: list[str]) -> None:
     compare(JOB, SHAPE, [A], tmp_path)
     with pytest.raises(UserError, match=r"differs in 'batch_size' \(was 1, is now 2\)"):
-        compare(scripted_job(batch_size=2), SHAPE, [A], tmp_path, resume=True)
+        compare(scripted_job(batch_size=2), SHAPE, [A], tmp_path, SweepOptions(resume=True))
     with pytest.raises(UserError, match=r"'limits.timeout_s'"):
-        compare(scripted_job(timeout_s=5.0), SHAPE, [A], tmp_path, resume=True)
+        compare(scripted_job(timeout_s=5.0), SHAPE, [A], tmp_path, SweepOptions(resume=True))
     with pytest.raises(UserError, match=r"'settings.scripted' \(was None"):
-        compare(scripted_job(settings={"scripted": {"loss": 2}}), SHAPE, [A], tmp_path, resume=True)
+        compare(
+            scripted_job(settings={"scripted": {"loss": 2}}), SHAPE, [A], tmp_path, SweepOptions(resume=True)
+        )
     assert len(launched) == 1
 
 
@@ -239,20 +246,20 @@ def test_a_folder_with_settings_as_text_is_resumed(tmp_path: Path) -> None:
     typed = scripted_job(settings={"scripted": {"num_children": 0, "step_s": "2"}})
     (run,) = compare(as_text, SHAPE, [scripted_plan(num_children="0", step_s="2")], tmp_path)
     plans = [scripted_plan(num_children=0, step_s="2")]
-    assert missing(typed, plans, tmp_path, rounds=1, resume=True) == []
-    assert compare(typed, SHAPE, plans, tmp_path, resume=True) == [run]
+    assert missing(typed, plans, tmp_path, SweepOptions(rounds=1, resume=True)) == []
+    assert compare(typed, SHAPE, plans, tmp_path, SweepOptions(resume=True)) == [run]
 
 
 def test_resume_refuses_other_criteria_and_names_the_field(tmp_path: Path, launched: list[str]) -> None:
     criteria, out = tmp_path / "criteria.toml", tmp_path / "out"
     criteria.write_text("[must]\nspeed = 1\n")
-    compare(JOB, SHAPE, [A], out, criteria=criteria)
+    compare(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria))
     criteria.write_text("# a comment changes nothing\n[must]\nspeed = 1\n")
-    (run,) = compare(JOB, SHAPE, [A], out, criteria=criteria, resume=True)
+    (run,) = compare(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria, resume=True))
     assert run.criteria is not None
     criteria.write_text("[must]\nspeed = 2\n")
     with pytest.raises(UserError, match=r"'must.speed' \(was 1, is now 2\)"):
-        compare(JOB, SHAPE, [A], out, criteria=criteria, resume=True)
+        compare(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria, resume=True))
 
 
 def test_criteria_do_not_come_after_the_runs(tmp_path: Path, launched: list[str]) -> None:
@@ -260,7 +267,7 @@ def test_criteria_do_not_come_after_the_runs(tmp_path: Path, launched: list[str]
     criteria = tmp_path / "criteria.toml"
     criteria.write_text("speed = 1")
     with pytest.raises(UserError, match="without criteria"):
-        compare(JOB, SHAPE, [A], tmp_path / "out", criteria=criteria, resume=True)
+        compare(JOB, SHAPE, [A], tmp_path / "out", SweepOptions(criteria=criteria, resume=True))
 
 
 @pytest.mark.parametrize(("text", "why"), [(None, "cannot be read"), ("speed = ", "is not valid TOML")])
@@ -269,7 +276,7 @@ def test_criteria_that_are_none(tmp_path: Path, text: str | None, why: str) -> N
     if text is not None:
         criteria.write_text(text)
     with pytest.raises(UserError, match=why):
-        compare(JOB, SHAPE, [A], tmp_path / "out", criteria=criteria)
+        compare(JOB, SHAPE, [A], tmp_path / "out", SweepOptions(criteria=criteria))
     assert not (tmp_path / "out").exists()
 
 
@@ -285,14 +292,14 @@ def test_the_floor_is_set_beside_the_measured_step(tmp_path: Path) -> None:
 
 
 def test_a_trace_changes_no_id_and_is_named_by_the_record(tmp_path: Path) -> None:
-    (traced,) = compare(JOB, SHAPE, [A], tmp_path / "traced", trace=True)
+    (traced,) = compare(JOB, SHAPE, [A], tmp_path / "traced", SweepOptions(trace=True))
     (plain,) = compare(JOB, SHAPE, [A], tmp_path / "plain")
     assert traced.id == plain.id
     assert (traced.traced, traced.trace_file) == (True, f"traces/{traced.id}.json")
     assert (plain.traced, plain.trace_file) == (False, None)
     assert json.loads((tmp_path / "traced" / f"traces/{traced.id}.json").read_text())["traceEvents"]
     assert not (tmp_path / "plain" / "traces").exists()
-    (again,) = compare(JOB, SHAPE, [A], tmp_path / "plain", resume=True, trace=True)
+    (again,) = compare(JOB, SHAPE, [A], tmp_path / "plain", SweepOptions(resume=True, trace=True))
     assert again == plain
 
 
@@ -326,7 +333,7 @@ def file_size_limit() -> Iterator[Any]:
 def test_a_full_disk_is_one_line_and_costs_no_earlier_record(tmp_path: Path, file_size_limit: Any) -> None:
     before: dict[str, bytes] = {}
 
-    def fill(event: Event) -> None:
+    def fill(event: SweepEvent) -> None:
         if isinstance(event, Ended) and event.index == 0:
             before.update(files(tmp_path))
         if isinstance(event, Stepped) and before:
@@ -337,7 +344,7 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_record(tmp_path: Path, fil
     file_size_limit(resource.RLIM_INFINITY)
     assert files(tmp_path) == before
     assert not (tmp_path / ".work").exists()
-    runs = compare(JOB, SHAPE, [A, B], tmp_path, resume=True)
+    runs = compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(resume=True))
     assert [run.end_state for run in runs] == ["ok", "ok"]
 
 
@@ -405,8 +412,8 @@ def test_a_killed_sweep_takes_its_processes_along_and_is_resumed(tmp_path: Path)
     before = files(out / "runs")
     assert set(before) == {f"{first}.json"}
 
-    events: list[Event] = []
-    runs = compare(JOB, SHAPE, [A, SLOW], out, resume=True, on_event=events.append)
+    events: list[SweepEvent] = []
+    runs = compare(JOB, SHAPE, [A, SLOW], out, SweepOptions(resume=True), on_event=events.append)
     assert [(run.id, run.end_state) for run in runs] == [(first, "ok"), (second, "ok")]
     assert events[0] == Planned(kept=(first,), to_run=(second,), again={})
     assert files(out / "runs")[f"{first}.json"] == before[f"{first}.json"]

@@ -22,8 +22,8 @@ from harness.cli import app
 from harness.models.configs import NAMED_SHAPES
 from harness.models.tokenizers import ByteTokenizer, load_tokenizer
 from harness.records.job import ModelSource
+from harness.records.run import load_run
 from harness.records.stats import outer_deciles
-from harness.runs.decoding_runs import load_generation
 from harness.training.generate import end_ids
 from profiles.documents import to_json
 
@@ -297,7 +297,7 @@ def test_a_measurement_is_a_record_of_every_round(call: Call, profile: Path, tmp
     records = sorted((out / "generations").glob("*.json"))
     assert len(records) == 2
     assert [each["id"] for each in json.loads(done.out)] == [path.stem for path in records]
-    told = load_generation(records[0])
+    told = load_run(records[0], "decode")
     assert (told.end_state, told.round, told.engine) == ("ok", 1, "zo2")
     assert [sample.warmup for sample in told.samples] == [True] * 3 + [False] * 6
     assert all(sample.step_s > 0 and sample.loss is None for sample in told.samples)
@@ -321,7 +321,8 @@ def test_a_measurement_is_a_record_of_every_round(call: Call, profile: Path, tmp
     assert again.out.splitlines()[-1] == str(out)
     assert "Measured over 18 tokens; the floor is predicted" in again.out
     assert "10 %" in again.out
-    assert [load_generation(path).round for path in sorted((out / "generations").glob("*.json"))] == [1, 2, 3]
+    records = sorted((out / "generations").glob("*.json"))
+    assert [load_run(path, "decode").round for path in records] == [1, 2, 3]
 
 
 def test_what_does_not_fit_is_a_record_too(call: Call, profile: Path, tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_what_does_not_fit_is_a_record_too(call: Call, profile: Path, tmp_path: 
     assert done.code == 0, done
     assert "skipped_infeasible" in done.out
     (path,) = (tmp_path / "out" / "generations").glob("*.json")
-    told = load_generation(path)
+    told = load_run(path, "decode")
     assert (told.end_state, told.samples) == ("skipped_infeasible", ())
     assert "of GPU memory" in str(told.end_reason)
 
@@ -338,4 +339,4 @@ def test_a_run_that_fails_is_a_record_and_exit_code_8(call: Call, profile: Path,
     done = call(*MEASURED, "--profile", profile, "--out", tmp_path / "out", "--timeout", "0.2", "--quiet")
     assert done.code == 8, done
     (path,) = (tmp_path / "out" / "generations").glob("*.json")
-    assert load_generation(path).end_state == "timeout"
+    assert load_run(path, "decode").end_state == "timeout"

@@ -1,0 +1,115 @@
+"""What a run repeats: optimizer steps on a job's data, or decoding steps of random prompts. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from engines.base import Batch, Engine, StepStats, TellsLanding
+from engines.decoding import GenerationRequest
+from harness.records.job import Job
+from harness.runs.end_states import OUT_OF_MEMORY, classify
+from harness.runs.measure import Clock, RunRecording
+
+
+class StepData(Protocol):
+    """What `harness.data.batches.Data` offers to a run."""
+
+    @property
+    def evaluation(self) -> Sequence[Batch]: ...
+
+    def step_batches(self, step: int) -> Sequence[Batch]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """The job's optimizer steps, with an evaluation before and after them where it asks for one."""
+
+    job: Job
+    data: StepData
+    is_drained: ClassVar[bool] = True
+    has_loss: ClassVar[bool] = True
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.job.warmup_steps
+
+    @property
+    def steps(self) -> int:
+        return self.job.steps
+
+    def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        if self.job.eval_batches > 0:
+            self._evaluate(engine, recording, clock)
+
+    def take(self, engine: Engine) -> Generator[StepStats, None, None]:
+        for step in range(self.warmup_steps + self.steps):
+            yield engine.step(self.data.step_batches(step))
+
+    def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        """The share that reached the weights is asked for last: all else is measured by then."""
+        if self.job.eval_batches > 0:
+            self._evaluate(engine, recording, clock)
+        recording.landed_share = _realized_update_fraction(engine)
+
+    def _evaluate(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        engine.synchronize()
+        started_s = clock()
+        recording.evaluations.append(engine.evaluate(self.data.evaluation))
+        engine.synchronize()
+        recording.eval_s.append(clock() - started_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode:
+    """The decoding steps of `request`, with an engine that is an `engines.decoding.GeneratingEngine` too.
+
+    A step lasts from one token of each sequence to the next, on the host; the first one is the prefill. One
+    step is under way whenever tokens arrive, so the last step of `request` is started and not counted. There
+    is no loss. The same prefill comes once before, untimed, so that the timed one is not the process's first.
+    """
+
+    request: GenerationRequest
+    warmup_steps: int
+    """The prefill is the first of them."""
+    is_drained: ClassVar[bool] = False
+    has_loss: ClassVar[bool] = False
+
+    @property
+    def steps(self) -> int:
+        return self.request.max_new_tokens - 1 - self.warmup_steps
+
+    def before(self, engine: Any, recording: RunRecording, clock: Clock) -> None:
+        """A prefill, and the step that is under way when its tokens arrive."""
+        with contextlib.closing(self.take(engine)) as steps:
+            next(steps)
+        engine.synchronize()
+
+    def take(self, engine: Any) -> Generator[StepStats, None, None]:
+        with contextlib.closing(engine.generate(self.request)) as tokens:
+            for decoded in tokens:
+                yield decoded.stats
+
+    def after(self, engine: Any, recording: RunRecording, clock: Clock) -> None:
+        engine.synchronize()
+
+
+def _realized_update_fraction(engine: Engine) -> float | None:
+    """What the engine says of it; `None` where it says nothing, lacks the memory or says what is not finite.
+
+    Any other error that the engine raises now is of its last step, whose work may end only here, and ends the
+    run.
+    """
+    if not isinstance(engine, TellsLanding):
+        return None
+    try:
+        share = engine.landed_share()
+    except (MemoryError, RuntimeError) as error:
+        # One with a cause is of a thread of the engine, and not of the asking.
+        if error.__cause__ is not None or classify(error)[0] not in OUT_OF_MEMORY:
+            raise
+        return None
+    return share if share is None or math.isfinite(share) else None

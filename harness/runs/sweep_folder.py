@@ -1,0 +1,201 @@
+"""A folder of results and what it says of the sweep that was begun in it: what may go on there, and what is
+refused. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engines.errors import UserError
+from harness.records.job import Job, load_job, save_job
+from harness.records.run import Environment, Run, load_run
+from harness.records.settings import typed_settings
+from harness.runs.attempt import dumped_job, record_path
+from harness.runs.emulate import Emulated
+from profiles.documents import NewerDocument, write_whole
+from profiles.planning.plan import Plan, load_plans, save_plans
+
+WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml"})
+"""Files that may lie in a new folder for results."""
+
+
+def check_folder(out: Path, *, resume: bool) -> bool:
+    """Whether `out` holds results. Raises `UserError` if it does and `resume` is not asked for."""
+    in_use = bool(_entries(out))
+    if in_use and not resume:
+        raise UserError(
+            str(out), "is not empty", "add --resume to do what is missing there, or name another --out"
+        )
+    return in_use
+
+
+def _entries(out: Path) -> set[str]:
+    """Names in `out` that say it is in use."""
+    try:
+        return {path.name for path in out.iterdir()} - WRITTEN_BEFORE
+    except FileNotFoundError:
+        return set()
+    except NotADirectoryError:
+        raise UserError(str(out), "is a file, not a folder for results", "name another --out") from None
+    except PermissionError:
+        raise UserError(
+            str(out), "this folder may not be read", "change its permissions or name another --out"
+        ) from None
+
+
+def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]]:
+    """What to run: the job in `out`, which may have settings as text, as earlier versions wrote them; and the
+    plans there for the engines that have one, the given ones for others.
+
+    Raises `UserError` if `out` holds no comparison, or one of another job.
+    """
+    if not (out / "job.toml").exists():
+        raise UserError(str(out), "holds no comparison to resume (no job.toml)", "name another --out")
+    begun = load_job(out / "job.toml")
+    before, now = (dumped_job(replace(each, settings=typed_settings(each.settings))) for each in (begun, job))
+    changed = _first_difference(before, now)
+    if changed is not None:
+        field, was, is_now = changed
+        raise UserError(
+            f"--resume {out}",
+            f"the job differs in '{field}' (was {was}, is now {is_now})",
+            "give the earlier value, or name another --out",
+        )
+    earlier = _earlier_plans(out)
+    chosen: list[Plan] = []
+    for plan in plans:
+        same_engine = [one for one in earlier if one.engine == plan.engine]
+        chosen += [one for one in same_engine or [plan] if one not in chosen]
+    return begun, chosen
+
+
+def _earlier_plans(out: Path) -> tuple[Plan, ...]:
+    path = out / "plans.json"
+    if not path.exists():  # killed before it was written, so before the first run
+        return ()
+    return load_plans(path)
+
+
+def write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
+    """Say in `out` what is compared. job.toml first: its presence says that the folder holds a comparison."""
+    if not (out / "job.toml").exists():
+        save_job(job, out / "job.toml")
+    engines = {plan.engine for plan in plans}
+    others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
+    save_plans([*others, *plans], out / "plans.json")
+
+
+def settle_criteria(criteria: Path | None, out: Path) -> str | None:
+    """Keep a copy of the criteria in `out`; its hash, or `None` where there are none.
+
+    Raises `UserError` for criteria that differ from those of runs that began: they do not change then.
+    """
+    kept = out / "criteria.toml"
+    if criteria is not None:
+        text = _read_criteria(criteria)
+        if kept.exists():
+            earlier = _read_criteria(kept)
+            changed = _first_difference(tomllib.loads(earlier), tomllib.loads(text))
+            if changed is not None:
+                field, before, now = changed
+                raise UserError(
+                    str(criteria),
+                    f"differs from {kept} in '{field}' (was {before}, is now {now})",
+                    "criteria are written down before measuring: name another --out to start anew",
+                )
+        elif (out / "job.toml").exists():
+            raise UserError(
+                str(criteria),
+                "the earlier runs were made without criteria",
+                "criteria are written down before measuring: name another --out to start anew",
+            )
+        else:
+            write_whole(kept, text)
+    if not kept.exists():
+        return None
+    return hashlib.sha256(kept.read_bytes()).hexdigest()
+
+
+def _read_criteria(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tomllib.loads(text)
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
+    return text
+
+
+def find_records(run_ids: Iterable[str], out: Path) -> tuple[dict[str, Run], dict[str, str]]:
+    """Records that count, by id, and for those that do not, why.
+
+    Raises `UserError` for one that a newer version wrote: it is a result, and to repeat it would lose it.
+    """
+    found: dict[str, Run] = {}
+    again: dict[str, str] = {}
+    for run_id in run_ids:
+        path = record_path(out, run_id)
+        if not path.exists():
+            continue
+        try:
+            run = load_run(path)
+        except NewerDocument:
+            raise
+        except UserError as error:
+            again[run_id] = error.why
+            continue
+        if run.end_state == "interrupted":
+            again[run_id] = "was interrupted"
+        else:
+            found[run_id] = run
+    return found, again
+
+
+def check_same_machine(found: Iterable[Run], now: Environment, out: Path) -> None:
+    """Raises `UserError` on another machine or torch than that of the runs `found`: new ones could not be
+    reported beside them, and their time would be spent for nothing."""
+    for run in found:
+        for field in ("gpu_name", "gpu_driver", "cpu", "cores_usable", "torch"):
+            before, here = getattr(run.environment, field), getattr(now, field)
+            if run.end_state == "ok" and before != here:
+                raise UserError(
+                    f"--resume {out}",
+                    f"its runs differ from here in '{field}' (was {before}, is now {here})",
+                    "go on where it was begun, or name another --out",
+                )
+
+
+def check_emulation(emulated: Emulated | None, out: Path) -> None:
+    """Raises `UserError` if runs in `out` are of another machine, real or emulated, than is asked for now."""
+    wanted = None if emulated is None else [emulated.vram_bytes, emulated.threads, emulated.rates]
+    for path in sorted((out / "runs").glob("*.json")):
+        try:
+            run = load_run(path)
+        except UserError:
+            continue  # spoken of where the records are read
+        was = run.emulation
+        if wanted != (None if was is None else [was.vram_bytes, was.threads, was.rates]):
+            before = run.environment.emulated or "the machine as it is"
+            now = "the machine as it is" if emulated is None else emulated.machine
+            raise UserError(
+                f"--resume {out}",
+                f"its runs are of another machine (was {before}, is now {now})",
+                "go on with the same --emulate, or name another --out",
+            )
+
+
+def _first_difference(before: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name, old and new value of the first field in which two documents differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            found = _first_difference(before.get(key), now.get(key), f"{field}.{key}" if field else key)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (field, before, now)

@@ -1,0 +1,227 @@
+"""What a reader has to know before trusting a verdict, a sentence each. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engines.settings.zeroth_order import approximation
+from harness.records.run import Run
+from harness.runs.emulate import what_is_short
+from profiles.machine import Machine
+from profiles.units import format_bytes, format_seconds
+from reports import exactness
+from reports.criteria import OFFLOAD_METHODS, Criteria, default_criteria
+from reports.format import span
+from reports.messages import say
+from reports.metrics import (
+    DISTURBED_FACTOR,
+    Measurements,
+    disturbed,
+    ends,
+    faster_or_slower,
+    gpu_taken_bytes,
+    held_card_bytes,
+    is_emulated,
+    largest,
+    predicted,
+)
+
+FEW_RUNS = 5
+"""Below this many runs per method, ranges are shown and called indicative."""
+
+
+def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements) -> tuple[str, ...]:
+    """The warnings that apply, the weightiest first. `all_` holds `runs` by their methods."""
+    texts = (
+        _about_criteria(runs, criteria),
+        _about_failures(all_),
+        _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
+        _if_any(runs, lambda run: run.engine == "native" and _is_ok(run) and _had_gpu(run), "native_fits"),
+        _about_reference(all_),
+        _about_memory_saved(all_),
+        _about_the_card(runs),
+        _about_disturbed(all_),
+        _about_predictions(all_),
+        _about_traces(runs),
+        _about_machine(runs, all_.machine),
+        exactness.inexact(all_),
+        _about_approximations(runs),
+        _about_emulation(runs),
+        _about_commit(runs),
+        _if_any(runs, lambda run: "wsl" in run.environment.platform.lower(), "wsl"),
+        _if_any(runs, lambda run: run.model.random_weights, "random_weights"),
+        _about_replication(all_),
+    )
+    return tuple(text for text in texts if text is not None)
+
+
+def _is_ok(run: Run) -> bool:
+    return run.end_state == "ok"
+
+
+def _had_gpu(run: Run) -> bool:
+    return run.environment.gpu_name is not None
+
+
+def _if_any(runs: Sequence[Run], holds: Callable[[Run], bool], key: str) -> str | None:
+    return say(f"warning.{key}") if any(holds(run) for run in runs) else None
+
+
+def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | None:
+    if criteria is None:
+        return say("warning.no_criteria")
+    if not criteria.written_down:
+        return say("warning.default_criteria")
+    stamps = [run.criteria.sha256 if run.criteria is not None else None for run in runs]
+    other = sum(stamp is not None and stamp != criteria.sha256 for stamp in stamps)
+    missing = stamps.count(None)
+    if other:
+        return say("warning.criteria_after_measurement", count=other, total=len(stamps))
+    if missing:
+        return say("warning.no_criteria_stamped", count=missing, total=len(stamps))
+    if criteria.sha256 == default_criteria().sha256:
+        return say("warning.chosen_by_nobody")
+    return None
+
+
+def _about_failures(all_: Measurements) -> str | None:
+    mixed = [
+        say("warning.item", engine=engine, value=ends(rounds.runs))
+        for engine, rounds in sorted(all_.rounds.items())
+        if rounds.ok and len(rounds.ok) < len(rounds.runs)
+    ]
+    return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
+
+
+def _about_reference(all_: Measurements) -> str | None:
+    """zo2's reference engine was there and faster, on a GPU whose speed is its own."""
+    mezo, zo2 = all_.of("mezo"), all_.of("zo2")
+    if mezo.step_s is None or zo2.step_s is None or is_emulated(mezo) or is_emulated(zo2):
+        return None
+    if mezo.ok[0].environment.gpu_name is None or faster_or_slower(mezo, zo2) != "FAST":
+        return None
+    return say(
+        "warning.mezo_fits", twin=format_seconds(mezo.step_s.median), step=format_seconds(zo2.step_s.median)
+    )
+
+
+def _about_memory_saved(all_: Measurements) -> str | None:
+    native = largest(all_.of("native"), gpu_taken_bytes)
+    items = [
+        say("warning.item", engine=engine, value=format_bytes(taken))
+        for engine in (*OFFLOAD_METHODS, "torchao-offload")
+        if native is not None
+        and (taken := largest(all_.of(engine), gpu_taken_bytes)) is not None
+        and taken >= native
+    ]
+    return (
+        say("warning.no_memory_saved", native=format_bytes(native), items=", ".join(items)) if items else None
+    )
+
+
+def _about_the_card(runs: Sequence[Run]) -> str | None:
+    """The whole GPU's memory in use beside the size of the card that the runs were to do with."""
+    beyond: dict[str, int] = {}
+    cards: set[int] = set()
+    for run in runs:
+        card, used = held_card_bytes(run), run.summary.peak_gpu_nvml_bytes
+        if run.end_state == "ok" and card is not None and used is not None and used > card:
+            beyond[run.engine] = max(used, beyond.get(run.engine, 0))
+            cards.add(card)
+    if not beyond:
+        return None
+    items = [
+        say("warning.item", engine=engine, value=format_bytes(used))
+        for engine, used in sorted(beyond.items())
+    ]
+    return say("warning.beyond_card", card=format_bytes(min(cards)), items=", ".join(items))
+
+
+def _about_disturbed(all_: Measurements) -> str | None:
+    items = [
+        say(
+            "warning.item",
+            engine=engine,
+            value=span(format_seconds(rounds.step_s.low), format_seconds(rounds.step_s.high)),
+        )
+        for engine, rounds in sorted(all_.rounds.items())
+        if rounds.step_s is not None and disturbed(rounds)
+    ]
+    if not items:
+        return None
+    return say("warning.disturbed", factor=DISTURBED_FACTOR, items=", ".join(items))
+
+
+def _about_predictions(all_: Measurements) -> str | None:
+    """Median steps outside the range predicted, which on an emulated machine is for the emulated GPU."""
+    items = []
+    for engine, rounds in sorted(all_.rounds.items()):
+        expected, step_s = predicted(rounds), rounds.step_s
+        if expected is None or step_s is None or is_emulated(rounds):
+            continue
+        low, high = expected.step_s_low, expected.step_s_high
+        if low is not None and high is not None and not low <= step_s.median <= high:
+            range_ = span(format_seconds(low), format_seconds(high))
+            measured = format_seconds(step_s.median)
+            items.append(say("warning.mispredicted_item", engine=engine, measured=measured, range=range_))
+    return say("warning.mispredicted", items="; ".join(items)) if items else None
+
+
+def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
+    """A profile from elsewhere: what it says and what was predicted from it is not of where the runs ran."""
+    if machine is None:
+        return None
+    gpu = machine.gpu.name if machine.gpu is not None else ""
+    for run in runs:
+        # NVML and torch name one GPU alike, but torch may add its slice.
+        here = run.environment.gpu_name or ""
+        same_gpu = bool(gpu) == bool(here) and (gpu.startswith(here) or here.startswith(gpu))
+        if run.environment.emulated == machine.name:
+            continue
+        if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
+            return say("warning.other_machine", machine=machine.name)
+    return None
+
+
+def _about_traces(runs: Sequence[Run]) -> str | None:
+    traced = sum(run.traced for run in runs)
+    return say("warning.traced", count=traced, total=len(runs)) if traced else None
+
+
+def _about_approximations(runs: Sequence[Run]) -> str | None:
+    items = {
+        f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None
+    }
+    return say("warning.approximate", items="; ".join(sorted(items))) if items else None
+
+
+def _about_emulation(runs: Sequence[Run]) -> str | None:
+    names = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
+    if not names:
+        return None
+    text = say("warning.emulated", names=", ".join(names))
+    short = dict.fromkeys(
+        f"{run.engine}: {line}"
+        for run in runs
+        if run.emulation is not None
+        for line in what_is_short(run.emulation)
+    )
+    return f"{text} {say('warning.not_held', items='; '.join(short))}" if short else text
+
+
+def _about_commit(runs: Sequence[Run]) -> str | None:
+    commits = {run.environment.commit for run in runs}
+    if len(commits) > 1:
+        return say("warning.several_commits", count=len(commits))
+    if any(run.environment.dirty for run in runs):
+        return say("warning.dirty")
+    if runs and commits == {None}:
+        return say("warning.commit_unknown")
+    return None
+
+
+def _about_replication(all_: Measurements) -> str | None:
+    counts = [len(rounds.ok) for rounds in all_.rounds.values() if rounds.ok]
+    if not counts or min(counts) >= FEW_RUNS:
+        return None
+    return say("warning.few_runs", count=min(counts), enough=FEW_RUNS)
