@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.parse import parse_recorded
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.run import Run
 from reports.format import number
@@ -76,7 +76,7 @@ def _of(all_: Measurements, engine: str) -> tuple[Run, ...]:
 def _computes(run: Run) -> tuple[object, ...] | None:
     """What decides the losses of a run, beside the job; `None` where its settings are not known here."""
     try:
-        settings = parse_settings(run.engine, run.plan.settings)
+        settings = parse_recorded(run.engine, run.plan.settings)
     except UserError:
         return None
     values = {field.name: getattr(settings, field.name) for field in fields(MezoSettings)}

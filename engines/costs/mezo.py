@@ -18,7 +18,7 @@ from engines.costs.quantized import block_bytes
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
-from engines.zeroth_order.estimators import forwards, num_drawn
+from engines.zeroth_order.estimators import forwards
 
 LORA_LAUNCHES = 4
 """Per matrix: its adapter's two products, the second of which adds, for each half of the batch."""
@@ -42,8 +42,8 @@ class Visit:
     def __add__(self, other: Visit) -> Visit:
         return Visit(gaussians=self.gaussians + other.gaussians, moves=self.moves + other.moves)
 
-    def __mul__(self, share: float) -> Visit:
-        return Visit(gaussians=self.gaussians * share, moves=self.moves * share)
+    def __mul__(self, times: float) -> Visit:
+        return Visit(gaussians=self.gaussians * times, moves=self.moves * times)
 
 
 UPDATE = Visit(gaussians=1, moves=2)
@@ -59,10 +59,9 @@ FROZEN = Visit(gaussians=0, moves=2)
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     block = block_bytes(shape, workload.dtype, settings.base)
-    share = drawn_share(settings, shape.num_blocks)
-    visit = update(settings) * share + perturb(settings, share)
+    visit = update(settings) + perturb(settings)
     if settings.base != "full":
-        visit = fused_visit(settings, settings.fold_every, share, block / (element * shape.block_parameters))
+        visit = fused_visit(settings, settings.fold_every, block / (element * shape.block_parameters))
     visits = [visit] * shape.num_blocks
     weights = element * shape.outer_parameters + shape.num_blocks * block
     return Traffic(
@@ -78,13 +77,11 @@ def update(settings: MezoSettings) -> Visit:
     return Visit(gaussians=settings.queries, moves=UPDATE.moves)
 
 
-def perturb(settings: MezoSettings, share: float = 1.0) -> Visit:
-    """For all probes of a step, by a block that is drawn with probability `share`; FZOO has a copy of theta
-    itself among them."""
-    one_sided = settings.estimator == "fzoo"
-    drawn = (ONE_SIDED if one_sided else PERTURB) * settings.queries
-    drawn += FROZEN * float(one_sided)
-    return drawn * share + FROZEN * (1 - share)
+def perturb(settings: MezoSettings) -> Visit:
+    """For all probes of a step; FZOO has a copy of theta itself among them."""
+    if settings.estimator == "fzoo":
+        return ONE_SIDED * settings.queries + FROZEN
+    return PERTURB * settings.queries
 
 
 def num_probes(settings: MezoSettings) -> int:
@@ -92,12 +89,7 @@ def num_probes(settings: MezoSettings) -> int:
     return settings.queries + (settings.estimator == "fzoo")
 
 
-def goes_down(fold_every: int, share: float) -> float:
-    """How often a block is written in a step: when its turn comes, if it was drawn since the last one."""
-    return (1 - (1 - share) ** fold_every) / fold_every
-
-
-def fused_visit(settings: MezoSettings, fold_every: int, share: float = 1.0, kept: float = 1.0) -> Visit:
+def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> Visit:
     """Pending updates, storing and the perturbed copies of the first probe in one pass over theta; those of
     the others in one pass each.
 
@@ -106,20 +98,14 @@ def fused_visit(settings: MezoSettings, fold_every: int, share: float = 1.0, kep
     is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over that of a
     copy.
     """
-    moved, queries = perturb(settings, share), settings.queries
-    written, steps = goes_down(fold_every, share), (fold_every + 1) / 2
+    moved, queries = perturb(settings), settings.queries
+    written, steps = 1 / fold_every, (fold_every + 1) / 2
     if settings.base != "full":
         steps = num_probes(settings) * (fold_every - 1) / 2 + 1
     elif forwards(settings) > 2:
-        written = share
+        written = 1
     moves = moved.moves - (1 - kept) * num_probes(settings) + kept * written
-    return Visit(gaussians=queries * share * steps + moved.gaussians, moves=moves)
-
-
-def drawn_share(settings: MezoSettings, num_blocks: int) -> float:
-    """Of the trained blocks, on average."""
-    trained = sum(trains_block(settings, index, num_blocks) for index in range(num_blocks))
-    return num_drawn(settings, trained) / trained if trained else 1.0
+    return Visit(gaussians=queries * steps + moved.gaussians, moves=moves)
 
 
 def trains_block(settings: MezoSettings, index: int, num_blocks: int) -> bool:

@@ -50,7 +50,7 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
 from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
 from engines.zeroth_order.deferred_updates import PendingUpdates
-from engines.zeroth_order.estimators import drawn_blocks, forwards, next_updates, probes
+from engines.zeroth_order.estimators import forwards, next_updates, probes
 from engines.zeroth_order.forward_passes import Streams
 from engines.zeroth_order.generation import generate
 from engines.zeroth_order.low_rank_noise import beside, window_due
@@ -99,9 +99,7 @@ class Mezo:
             torch.empty(form.size_bytes, dtype=torch.uint8, device=self.device) for form in self._forms
         ]
         """In bytes."""
-        self._pending = PendingUpdates(
-            self._forms, self.device, apart=self.settings.layer_share < 1, every=self.settings.fold_every
-        )
+        self._pending = PendingUpdates(self._forms, self.device, every=self.settings.fold_every)
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
         )
@@ -141,13 +139,13 @@ class Mezo:
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
-        drawn, folds = self._drawn(self._step), window_due(self.settings, self._step)
+        folds = window_due(self.settings, self._step)
         for index in range(self._model.num_blocks):
             self._noise_clock.label = f"block {index}"
             # The block takes the update of the step before in the same pass that perturbs it.
             pends = self._pending.pends(index)
             store = pends and (not self._pending.on_grid or self._pending.is_due(index, self._step))
-            task = Task(how=self._visit(index), store=store, perturb=index in drawn, folds=folds)
+            task = Task(how=self._visit(index), store=store, perturb=True, folds=folds)
             streams.visit(index, task, self)
             if store or not pends:
                 self._pending.stored(index)
@@ -167,13 +165,10 @@ class Mezo:
             updates=updates,
         )
 
-    def _drawn(self, step: int) -> frozenset[int]:
-        return drawn_blocks(self.settings, self._seed, step, self._pending.drawable)
-
     def _visit(self, block: int | None = None, *, latest: int | None = None) -> Visit:
         """With the updates that `block` has not taken, or none without a block; or with so many of the latest
-        ones, of the block or of all."""
-        log = self._pending.everything if block is None else self._pending.logs[block]
+        ones."""
+        log = self._pending.log
         first = log.length if block is None else self._pending.first(block)
         return Visit(
             seed=self._seed, log=log, first=first if latest is None else max(0, log.length - latest),
@@ -186,7 +181,7 @@ class Mezo:
         self._label("update")
         self._clock.start()
         self._noise_clock.start()
-        self._pending.append(update, self._drawn(update.step))
+        self._pending.append(update)
         self._model.update_outer(self._visit(latest=1))
         self._noise_clock.stop()
         self._clock.stop()
@@ -310,7 +305,7 @@ class Mezo:
         for name, weight in self._saved.items():
             weight.copy_(checkpoint.tensor(name))
         self._step, self._seed = checkpoint.step, checkpoint.seed
-        self._pending.restore(*checkpoint.pending, self._drawn)
+        self._pending.restore(*checkpoint.pending)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -42,7 +42,7 @@ Deviations from the paper and its code, beside those of `engines.methods.mezo`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
 from engines.zeroth_order.deferred_updates import PendingUpdates
-from engines.zeroth_order.estimators import drawn_blocks, forwards, next_updates, probes
+from engines.zeroth_order.estimators import forwards, next_updates, probes
 from engines.zeroth_order.forward_passes import Streams
 from engines.zeroth_order.generation import generate
 from engines.zeroth_order.low_rank_noise import LowRank, beside, window_due
@@ -127,7 +127,6 @@ class Zo2:
         self._pending = PendingUpdates(
             self._forms,
             self.device,
-            apart=self.settings.layer_share < 1,
             every=self.settings.fold_every,
             apart_from_flushes=self._on_disk,
         )
@@ -211,7 +210,7 @@ class Zo2:
         self._clock.start()
         prepared = [self._model.prepare(batch) for batch in batches]
         streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
-        for index, task in self._pass(self._goes_down, perturbed=self._drawn(self._step), folds=window):
+        for index, task in self._pass(self._goes_down, perturb=True, folds=window):
             streams.visit(index, task, self._stream)
         self._label("loss")
         sums = streams.losses()
@@ -243,14 +242,14 @@ class Zo2:
         self,
         stores: Callable[[int], bool],
         *,
-        perturbed: Collection[int] | None = None,
+        perturb: bool = False,
         folds: int | None = None,
     ) -> Iterator[tuple[int, Task]]:
         """Every block in order, and what its visit is to do, which the caller makes. One that `stores` names
         keeps its updates, and so does every resident one unless they are rounded to a grid, but none on disk
-        does. `perturbed`: the blocks that are, in a step."""
+        does. `perturb`: it is that of a step."""
         on_grid = self._pending.on_grid
-        again = perturbed is not None and len(probes(self.settings, self._step)) > 1
+        again = perturb and len(probes(self.settings, self._step)) > 1
         for index in range(len(self._layout.blocks)):
             pending = self._pending.pends(index)
             resident = self._stream.is_resident(index)
@@ -263,10 +262,9 @@ class Zo2:
             overdue: tuple[Visit, ...] = ()
             how = self._visit(index)
             if index in self._on_disk:
-                overdue, how = self._pending.split(index, how, self._step - (perturbed is None))
+                overdue, how = self._pending.split(index, how, self._step - (not perturb))
             # With several probes the ring's copy takes the updates, whether it goes down or not.
             store = keep or (pending and again and not on_grid)
-            perturb = perturbed is not None and index in perturbed
             yield index, Task(how=how, store=store, perturb=perturb, overdue=overdue, folds=folded)
             if keep or not pending:
                 self._pending.stored(index)
@@ -278,13 +276,10 @@ class Zo2:
             with self._model.visiting(index, task, self._stream):
                 yield index
 
-    def _drawn(self, step: int) -> frozenset[int]:
-        return drawn_blocks(self.settings, self._seed, step, self._pending.drawable)
-
     def _visit(self, block: int | None = None, *, latest: int | None = None) -> Visit:
         """With the updates that `block` has not taken, or none without a block; or with so many of the latest
-        ones, of the block or of all."""
-        log = self._pending.everything if block is None else self._pending.logs[block]
+        ones."""
+        log = self._pending.log
         first = log.length if block is None else self._pending.first(block)
         return Visit(
             seed=self._seed, log=log, first=first if latest is None else max(0, log.length - latest),
@@ -297,7 +292,7 @@ class Zo2:
         self._label("update")
         self._clock.start()
         self._noise_clock.start()
-        self._pending.append(update, self._drawn(update.step))
+        self._pending.append(update)
         self._model.update_outer(self._visit(latest=1))
         self._noise_clock.stop()
         self._clock.stop()
@@ -423,7 +418,7 @@ class Zo2:
 
         self._fill(read, read_block)
         self._step, self._seed = checkpoint.step, checkpoint.seed
-        self._pending.restore(*checkpoint.pending, self._drawn)
+        self._pending.restore(*checkpoint.pending)
         for name, tensor in self._model.adapters.tensors.items():
             tensor.copy_(checkpoint.tensor(name))
         self._stream.prefetch()

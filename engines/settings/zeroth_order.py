@@ -48,9 +48,6 @@ class MezoSettings:
     queries: int = 1
     """Independent z in each step, all in one visit of each block; the update is their mean. `spsa` takes two
     forward passes for each, `fzoo` one, and one more."""
-    layer_share: float = 1.0
-    """Share of the trained blocks that a step trains, drawn anew in each (LeZO, 2410.09823). The others are
-    neither perturbed nor updated nor downloaded."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
     eps: float = 1e-3
@@ -78,13 +75,6 @@ class MezoSettings:
         require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         require(self.eps > 0, "eps", "must be positive")
         require(1 <= self.queries <= MOST_QUERIES, "queries", f"must be between 1 and {MOST_QUERIES}")
-        require(0 < self.layer_share <= 1, "layer_share", "must be in (0, 1]")
-        require(
-            self.layer_share == 1 or self.train != "lora",
-            "layer_share",
-            "must be 1 with train=lora: a step trains all adapters",
-            "leave layer_share out, or take train=all",
-        )
         if self.estimator == "fzoo":
             require(
                 self.queries >= 2,
@@ -132,12 +122,6 @@ class MezoSettings:
             "noise",
             "must be gaussian with estimator=lozo: its noise is a product of normals",
             "leave noise out, or take estimator=spsa",
-        )
-        require(
-            self.layer_share == 1,
-            "layer_share",
-            "must be 1 with estimator=lozo: a step adds to the sums of all blocks",
-            "leave layer_share out, or take estimator=spsa",
         )
         require(
             self.train != "lora",

@@ -1,8 +1,5 @@
 """Which updates each block has yet to take, and when it takes them.
 
-Blocks share one log, unless a step trains some of them only: then each has one of its own, with the updates
-of the steps that drew it.
-
 A full base may take its updates at any time: each is rounded as it was when it was new. The matrices of a
 low-bit base are rounded to their grid at the times of the schedule and at no other, wherever they are kept:
 before step t those of the blocks that `engines.costs.zo2.folds` names, after all updates of steps before t.
@@ -14,56 +11,49 @@ trained is full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
 
 from engines.base import Update
 from engines.costs.zo2 import folds
-from engines.noise.visits import LOG_CAPACITY, UpdateLog, Visit
+from engines.noise.visits import UpdateLog, Visit
 from engines.quantized.block_form import BlockForm
 from engines.zeroth_order.perturbed_weights import Task, without_updates
 
 
 class PendingUpdates:
-    """Updates of the blocks of `forms`, by position in the log of each."""
+    """Updates of the blocks of `forms`, by position in their log."""
 
     def __init__(
         self,
         forms: Sequence[BlockForm],
         device: torch.device,
         *,
-        apart: bool,
         every: int,
         apart_from_flushes: Collection[int] = (),
     ) -> None:
         """`every`: steps between two roundings of a block to its grid."""
-        self.everything = UpdateLog(device)
+        self.log = UpdateLog(device)
         """Every update: what is outside the blocks takes it at once."""
         blocks = [form.layout for form in forms]
         self.trained = tuple(i for i, block in enumerate(blocks) if any(part.trained for part in block.parts))
-        self.drawable = self.trained if apart else tuple(range(len(blocks)))
-        """Blocks that a step may perturb; one without trained weights may have adapters."""
-        self.logs = tuple(UpdateLog(device) if apart else self.everything for _ in blocks)
         self.on_grid = any(
             part.trained and form.is_low_bit(part) for form in forms for part in form.layout.parts
         )
         """Whether trained matrices are low-bit, so that blocks take their updates at the schedule's times."""
         self._every = every
         self._stored = [0] * len(blocks)
-        self._apart = apart
         self._flushed = tuple(i for i in self.trained if i not in apart_from_flushes)
 
-    def append(self, update: Update, drawn: Collection[int]) -> None:
-        """An update that the blocks `drawn` have to take."""
-        self.everything.append(update)
-        for index in drawn if self._apart else ():
-            self.logs[index].append(update)
+    def append(self, update: Update) -> None:
+        """An update that the trained blocks have to take."""
+        self.log.append(update)
 
     def first(self, index: int) -> int:
-        """Position in the block's log of the first update that its stored weights lack."""
-        return self.logs[index].length - self.behind(index)
+        """Position in the log of the first update that the block's stored weights lack."""
+        return self.log.length - self.behind(index)
 
     def pends(self, index: int) -> bool:
         return self.behind(index) > 0
@@ -74,15 +64,15 @@ class PendingUpdates:
 
     def stored(self, index: int) -> None:
         """The block's weights as they are kept have all of its updates now."""
-        self._stored[index] = self.logs[index].length
+        self._stored[index] = self.log.length
 
     def all_stored(self) -> None:
-        for index in range(len(self.logs)):
+        for index in range(len(self._stored)):
             self.stored(index)
 
     def behind(self, index: int) -> int:
         """Updates that the block has yet to take."""
-        return self.logs[index].length - self._stored[index] if index in self.trained else 0
+        return self.log.length - self._stored[index] if index in self.trained else 0
 
     @property
     def most(self) -> int:
@@ -114,11 +104,11 @@ class PendingUpdates:
             self._stored[index] = task.how.last
 
     def _roundings(self, index: int, last_step: int) -> list[int]:
-        """Positions in the block's log before which a step up to `last_step` rounds it: its turn comes after
+        """Positions in the log before which a step up to `last_step` rounds the block: its turn comes after
         one update of the log and not after the next."""
         if not self.pends(index):
             return []
-        updates = self.logs[index].between(self._stored[index], self.logs[index].length)
+        updates = self.log.between(self._stored[index], self.log.length)
         steps = [update.step for update in updates]
         return [
             self._stored[index] + number
@@ -136,32 +126,16 @@ class PendingUpdates:
         if not self.on_grid:
             return [], []
         behind = [
-            self.logs[index].length - ends[-1]
-            if (ends := self._roundings(index, last_step))
-            else self.behind(index)
-            for index in range(len(self.logs))
+            self.log.length - ends[-1] if (ends := self._roundings(index, last_step)) else self.behind(index)
+            for index in range(len(self._stored))
         ]
-        oldest = min(
-            (
-                log.between(log.length - count, log.length)[0].draw
-                for log, count in zip(self.logs, behind, strict=True)
-                if count
-            ),
-            default=None,
-        )
-        if oldest is None:
-            return [], []
-        log, first = self.everything, max(0, self.everything.length - LOG_CAPACITY)
-        kept = log.between(first, log.length)
-        return [update for update in kept if update.draw >= oldest], behind
+        length, most = self.log.length, max(behind, default=0)
+        return (self.log.between(length - most, length), behind) if most else ([], [])
 
-    def restore(
-        self, updates: Sequence[Update], behind: Sequence[int], drawn: Callable[[int], Collection[int]]
-    ) -> None:
-        """As `pending` told; the weights that are kept have been written anew. `drawn` tells the blocks of a
-        step."""
+    def restore(self, updates: Sequence[Update], behind: Sequence[int]) -> None:
+        """As `pending` told; the weights that are kept have been written anew."""
         for update in updates:
-            self.append(update, drawn(update.step))
+            self.append(update)
         self.all_stored()
         for index, count in enumerate(behind):
             self._stored[index] -= count

@@ -188,7 +188,8 @@ def run_digest(job: Job, settings: MezoSettings) -> bytes:
     names = {field.name for field in fields(MezoSettings)}
     if settings.base == "full":
         names -= {"base", "fold_every"}
-    parts["knobs"] = {name: getattr(settings, name) for name in names}
+    # A setting that is gone stays in the digest, or logs of earlier versions would be those of other runs.
+    parts["knobs"] = {name: getattr(settings, name) for name in names} | {"layer_share": 1.0}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).digest()
 
 

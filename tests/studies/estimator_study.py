@@ -48,7 +48,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "spsa, signs": {"noise": "rademacher"},
     "n-spsa, 4": {"queries": 4},
     "fzoo, 8": {"estimator": "fzoo", "noise": "rademacher", "queries": 8},
-    "lezo, half": {"layer_share": 0.5},
     "lozo, rank 4": {"estimator": "lozo"},
 }
 PARTS = (0.25, 0.5, 1.0)

@@ -34,7 +34,8 @@ def test_the_table_in_the_log_is_that_of_the_stored_trials() -> None:
 
 def test_stored_trials_had_the_same_budget_and_start() -> None:
     trials = load_trials(STORED)
-    assert {each.estimator for each in trials} == set(ESTIMATORS)
+    dropped = {"lezo, half"}  # no better for the same passes, so that the engines have it no more
+    assert {each.estimator for each in trials} == set(ESTIMATORS) | dropped
     assert len({each.start_loss for each in trials}) == 1
     for each in trials:
         assert 2000 - each.forwards_per_step < each.steps * each.forwards_per_step <= 2000

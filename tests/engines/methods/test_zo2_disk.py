@@ -509,13 +509,10 @@ def test_a_disk_that_fails_on_the_gpu_ends_the_step(tmp_path: Path, monkeypatch:
     assert torch.zeros(1, device="cuda:0").item() == 0.0
 
 
-@pytest.mark.parametrize(("share", "steps"), [(1.0, 16), (0.5, 30)])
-def test_several_queries_and_a_share_of_the_layers_fold_in_time(
-    share: float, steps: int, tmp_path: Path
-) -> None:
-    """Five entries a step: a log of 64 holds those of 12 steps, and the 13th waits for a fold. With half of
-    the layers a block is in half of the steps."""
-    where, knobs = context(steps=steps), {"queries": 5, "layer_share": share}
+def test_several_queries_are_written_back_in_time(tmp_path: Path) -> None:
+    """Five entries a step: a log of 64 holds those of 12 steps, and the 13th waits for a write-back."""
+    steps = 16
+    where, knobs = context(steps=steps), {"queries": 5}
     mezo = make_mezo(tiny_blueprint("opt"), where, **knobs)
     streamed = make(tiny_blueprint("opt"), tmp_path, where, **knobs, disk_blocks=2)
     assert_same_steps(mezo, streamed, tiny_batches(steps, "opt"))

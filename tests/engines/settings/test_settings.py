@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engines.errors import UserError
-from engines.settings.parse import SETTINGS, parse_settings
+from engines.settings.parse import SETTINGS, parse_recorded, parse_settings, without_retired
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,20 @@ def test_an_unknown_key_is_the_users_error(engine: str) -> None:
 def test_text_becomes_typed_values(engine: str, text: dict[str, str], typed: dict[str, Any]) -> None:
     settings = parse_settings(engine, text)
     assert {key: getattr(settings, key) for key in typed} == typed
+
+
+@pytest.mark.parametrize("given", [1, 1.0, "1", "1.0"])
+def test_a_record_of_an_earlier_version_may_name_a_setting_that_is_gone(given: object) -> None:
+    assert parse_recorded("zo2", {"layer_share": given, "eps": 2e-3}) == parse_settings("zo2", {"eps": 2e-3})
+    assert without_retired({"layer_share": given, "eps": 2e-3}) == ({"eps": 2e-3}, {})
+
+
+def test_what_such_a_setting_made_of_a_run_is_told_and_not_repeated() -> None:
+    assert without_retired({"layer_share": 0.5, "eps": 2e-3}) == ({"eps": 2e-3}, {"layer_share": 0.5})
+    with pytest.raises(UserError, match=r"has no layer_share=0\.5: this version dropped it"):
+        parse_recorded("mezo", {"layer_share": 0.5})
+
+
+def test_a_setting_that_is_gone_is_no_setting() -> None:
+    with pytest.raises(UserError, match=r"--set layer_share=1: .*settings of zo2 are: learning_rate"):
+        parse_settings("zo2", {"layer_share": "1"})

@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8": {"base": "int8"},
     "int8, rounded rarely": {"base": "int8", "fold_every": 4},
     "int4, queries": {"base": "int4", "fold_every": 3, "queries": 2},
-    "fp8, layer_share": {"base": "fp8", "fold_every": 3, "layer_share": 0.5},
+    "fp8": {"base": "fp8", "fold_every": 3},
     "int8, signs": {"base": "int8", "fold_every": 4, "noise": "rademacher"},
     "int4, fzoo": {"base": "int4", "estimator": "fzoo", "noise": "rademacher", "queries": 2, "fold_every": 3},
     "int8, last:1": {"base": "int8", "fold_every": 2, "train": "last:1"},

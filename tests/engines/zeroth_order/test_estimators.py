@@ -11,8 +11,6 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
 from zeroth_order_runs import (
@@ -35,7 +33,7 @@ from engines.noise.visits import Outputs, UpdateLog, Visit
 from engines.noise.weight_pass import visit
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
-from engines.zeroth_order.estimators import Side, drawn_blocks, forwards, next_updates, num_drawn, probes
+from engines.zeroth_order.estimators import Side, forwards, next_updates, probes
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 BASE = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
@@ -46,8 +44,6 @@ CASES = {
     "n-spsa, signs": replace(THREE, noise="rademacher"),
     "fzoo": FZOO,
     "fzoo, decay": replace(FZOO, weight_decay=100.0, queries=2),
-    "lezo": replace(BASE, layer_share=0.34),
-    "lezo, n-spsa": replace(THREE, layer_share=0.67),
 }
 each_case = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 
@@ -156,70 +152,13 @@ def test_forward_passes_are_told(settings: MezoSettings, passes: int) -> None:
         ({"queries": 33}, "queries must be between"),
         ({"estimator": "fzoo", "noise": "rademacher"}, "queries must be 2 or more"),
         ({"estimator": "fzoo", "queries": 2}, "noise must be rademacher"),
-        ({"layer_share": 0.0}, "layer_share must be in"),
-        ({"layer_share": 0.5, "train": "lora"}, "layer_share must be 1 with train=lora"),
+        ({"layer_share": 0.5}, "layer_share"),
         ({"fold_every": 9, "queries": 8}, "times queries must be 64 at most"),
     ],
 )
 def test_what_does_not_go_together_is_refused(values: dict[str, object], why: str) -> None:
     with pytest.raises(UserError, match=why):
         parse_settings("zo2", values)
-
-
-@given(
-    share=st.floats(0.01, 1.0),
-    count=st.integers(1, 60),
-    seed=st.integers(-3, 2**64),
-    step=st.integers(0, 10**9),
-)
-def test_a_draw_of_layers_is_that_share_of_the_trained_ones(
-    share: float, count: int, seed: int, step: int
-) -> None:
-    settings = replace(BASE, layer_share=share)
-    trained = range(7, 7 + count)
-    drawn = drawn_blocks(settings, seed, step, trained)
-    assert drawn <= set(trained)
-    assert len(drawn) == num_drawn(settings, count)
-    assert abs(len(drawn) - share * count) <= 0.5 or len(drawn) == 1
-    assert drawn_blocks(settings, seed, step, trained) == drawn
-
-
-def test_every_layer_is_drawn_as_often() -> None:
-    """And with every other as often as chance has it: 4 standard errors of 4000 draws of 3 in 10. So a sum
-    over steps is the gradient in each block times the share of the steps."""
-    settings, count = replace(BASE, layer_share=0.3), 4000
-    draws = [drawn_blocks(settings, 5, step, range(10)) for step in range(count)]
-    for block in range(10):
-        often = sum(block in drawn for drawn in draws) / count
-        assert abs(often - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
-    pairs = sum({0, 1} <= drawn for drawn in draws) / count
-    assert abs(pairs - 3 * 2 / (10 * 9)) < 4 * math.sqrt(0.067 * 0.933 / count)
-
-
-@pytest.mark.parametrize("fold_every", [1, 4])
-@pytest.mark.parametrize("train", ["all", "last:4"])
-def test_layers_that_are_not_drawn_stay_where_they_are(train: str, fold_every: int) -> None:
-    """Neither moved in mezo nor sent down in zo2, in the step after which they would have been."""
-    settings = replace(BASE, layer_share=0.4, train=train)
-    mezo = make_mezo(tiny_blueprint("opt", num_blocks=5), like=settings)
-    streamed = make_zo2(tiny_blueprint("opt", num_blocks=5), like=settings, fold_every=fold_every)
-    block_bytes = 4 * tiny_blueprint("opt").shape.block_parameters
-    trained = range(5) if train == "all" else range(1, 5)
-    waiting: set[int] = set()
-    for step, batch in enumerate(tiny_batches(12, "opt")):
-        before = {name: weight.clone() for name, weight in mezo.weights()}
-        (stats,) = assert_same_steps(mezo, streamed, [batch])
-        turn = {i for i in waiting if (i + step) % fold_every == 0}
-        assert stats.d2h_bytes == len(turn) * block_bytes
-        drawn = drawn_blocks(settings, 7, step, trained)
-        waiting = (waiting - turn) | drawn
-        moved = {
-            int(name.split(".")[3])
-            for name, weight in mezo.weights()
-            if "layers" in name and not torch.equal(weight, before[name])
-        }
-        assert moved == drawn
-    assert_same_weights(mezo, streamed)
 
 
 # --- steps ----------------------------------------------------------------------------------------------
@@ -247,11 +186,9 @@ def plain_steps(
         return {name: theta[name] + by * z[name] for name in theta}
 
     for step, group in enumerate(groups):
-        idle = {f".{i}." for i in range(3)} - {f".{i}." for i in drawn_blocks(settings, 7, step, range(3))}
         noise = [
             {
                 name: draw(NoiseKey(seed=7, step=step * q + i, tensor=n), w.numel()).view(w.shape)
-                * (not any(place in name for place in idle))
                 for n, (name, w) in enumerate(theta.items())
             }
             for i in range(q)
@@ -274,8 +211,6 @@ def plain_steps(
         for i, (update, slope) in enumerate(zip(stats.updates, slopes, strict=True)):
             assert update.projected_gradient == pytest.approx(slope, abs=tolerance)
             for name, weight in theta.items():
-                if any(place in name for place in idle):
-                    continue
                 z = noise[i][name] * torch.tensor(update.projected_gradient / q, dtype=torch.float32)
                 if i == 0 and weight.dim() >= 2:
                     z = z + weight * settings.weight_decay

@@ -285,7 +285,6 @@ def test_a_fold_does_not_depend_on_its_pieces(chunk: int) -> None:
     ("values", "why"),
     [
         ({"noise": "rademacher"}, "noise must be gaussian"),
-        ({"layer_share": 0.5}, "layer_share must be 1"),
         ({"train": "lora"}, "train must be all or last:N"),
         ({"weight_decay": 0.1}, "weight_decay must be 0"),
         ({"lozo_rank": 0}, "lozo_rank must be between"),

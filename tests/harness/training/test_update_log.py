@@ -246,6 +246,25 @@ def test_the_digest_does_not_tell_where_things_lie() -> None:
     assert ours == run_digest(a_job(eval_batches=3, limits={"timeout_s": 5.0}), MezoSettings())
 
 
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [
+        (MezoSettings(), "83e12d4bd0a0190c"),
+        (Zo2Settings(fold_every=4, resident_blocks=1), "83e12d4bd0a0190c"),
+        (MezoSettings(base="int8"), "367ddd62b25b6e7d"),
+        (MezoSettings(base="int8", fold_every=4), "8d9afebdc62a2c34"),
+        (MezoSettings(base="int8", fold_every=4, train="lora"), "57acac1c7eee5f07"),
+        (MezoSettings(base="int4", estimator="lozo"), "4bfaec6d476988a4"),
+        (MezoSettings(estimator="fzoo", queries=4, noise="rademacher"), "6f74ad159ee930f2"),
+        (MezoSettings(train="last:2", base="fp8", fold_every=2), "23b00a7ecf4c0f4f"),
+    ],
+    ids=str,
+)
+def test_logs_of_earlier_versions_are_still_those_of_their_runs(settings: MezoSettings, begins: str) -> None:
+    """Digests as the version wrote them that had `layer_share`, and asked the base alone for `fold_every`."""
+    assert run_digest(a_job(), settings).hex().startswith(begins)
+
+
 def test_a_log_of_another_run_is_one_line(tmp_path: Path) -> None:
     job = a_job()
     origin = replace(ORIGIN, seed=job.seed, run_sha256=run_digest(job, MezoSettings()))
