@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from engines.errors import UserError
 from engines.settings.parse import parse_recorded
-from engines.settings.zeroth_order import MezoSettings
 from harness.records.run import Run
 from reports.format import number
 from reports.messages import say
@@ -79,7 +78,4 @@ def _computes(run: Run) -> tuple[object, ...] | None:
         settings = parse_recorded(run.engine, run.plan.settings)
     except UserError:
         return None
-    values = {field.name: getattr(settings, field.name) for field in fields(MezoSettings)}
-    if settings.base == "full":
-        del values["fold_every"]  # when updates join the weights: with a full base of no consequence
-    return run.job.get("seed"), *values.items()
+    return run.job.get("seed"), *settings.decides_updates.items()

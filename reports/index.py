@@ -149,7 +149,7 @@ def variant(engine: str, planned: Mapping[str, Any], job: Mapping[str, Any]) -> 
     settings = parse_settings(engine, given)
     usual = parse_settings(engine, {})
     names = [name for name in VARIANTS if getattr(settings, name, None) != getattr(usual, name, None)]
-    if isinstance(settings, MezoSettings) and settings.base != "full" and settings.train != "lora":
+    if isinstance(settings, MezoSettings) and settings.trains_quantized:
         names.append("fold_every")
     told = {name: getattr(settings, name) for name in names} | other
     return ", ".join(f"{name}={value}" for name, value in told.items())

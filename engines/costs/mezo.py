@@ -18,7 +18,6 @@ from engines.costs.quantized import block_bytes
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
-from engines.zeroth_order.estimators import forwards
 
 LORA_LAUNCHES = 4
 """Per matrix: its adapter's two products, the second of which adds, for each half of the batch."""
@@ -68,7 +67,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Tr
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
-        forwards=float(forwards(settings)),
+        forwards=float(settings.forward_passes),
     )
 
 
@@ -102,7 +101,7 @@ def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> V
     written, steps = 1 / fold_every, (fold_every + 1) / 2
     if settings.base != "full":
         steps = num_probes(settings) * (fold_every - 1) / 2 + 1
-    elif forwards(settings) > 2:
+    elif settings.forward_passes > 2:
         written = 1
     moves = moved.moves - (1 - kept) * num_probes(settings) + kept * written
     return Visit(gaussians=queries * steps + moved.gaussians, moves=moves)
@@ -146,7 +145,7 @@ def perturbed_layers(
     updated once, and perturbed for each micro-batch.
     """
     updated, head = trained_outer_parameters(shape, settings)
-    passes = forwards(settings)
+    passes = settings.forward_passes
     drawn = passes - (settings.estimator == "fzoo")
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = transformer.head_chunks(shape, workload)
@@ -205,7 +204,7 @@ def _with_low_rank(
     """LOZO: matrices are copied to scratch as they are; their noise is that of its factors, V and each U, and
     its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
     matrices = sum(matrix.parameters for matrix in shape.matrices)
-    passes, rank, q = forwards(settings), settings.lozo_rank, settings.queries
+    passes, rank, q = settings.forward_passes, settings.lozo_rank, settings.queries
     rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
@@ -235,7 +234,7 @@ def _with_adapters(
     """Low-rank products beside every matrix, whose result is added to that of the matrix."""
     adapters = adapter_parameters(shape, settings)
     rows = sum(matrix.rows for matrix in shape.matrices)
-    passes = forwards(settings)
+    passes = settings.forward_passes
     products = LORA_LAUNCHES * len(shape.matrices) * workload.accumulation * passes // 2
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
@@ -282,7 +281,7 @@ def gpu_memory_bytes(
     _, trained_head = trained_outer_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
-    kept_states = forwards(settings) * workload.accumulation + 2 * as_graphs
+    kept_states = settings.forward_passes * workload.accumulation + 2 * as_graphs
     hidden = kept_states * transformer.hidden_bytes(shape, workload)
     kept = {**held}
     if adapters:

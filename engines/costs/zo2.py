@@ -30,7 +30,6 @@ from engines.costs.traffic import Traffic
 from engines.errors import InfeasiblePlan
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
-from engines.zeroth_order.estimators import forwards
 
 RING_BYTES = 950_000_000
 """Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
@@ -109,7 +108,7 @@ def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> Visit:
     """
     moved, replayed = perturb(settings), (disk.REPLAYED_UPDATES + 1) / 2
     if settings.base == "full":
-        written = 0 if forwards(settings) == 2 else 1
+        written = 0 if settings.forward_passes == 2 else 1
         return Visit(gaussians=replayed + moved.gaussians, moves=moved.moves + written)
     probes, queries = num_probes(settings), settings.queries
     again = (probes - 1) * queries * (settings.fold_every - 1) / 2
@@ -164,5 +163,5 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         },
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
         overlap="streamed",
-        forwards=float(forwards(settings)),
+        forwards=float(settings.forward_passes),
     )

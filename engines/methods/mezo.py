@@ -50,7 +50,7 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
 from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
 from engines.zeroth_order.deferred_updates import PendingUpdates
-from engines.zeroth_order.estimators import forwards, next_updates, probes
+from engines.zeroth_order.estimators import next_updates, probes
 from engines.zeroth_order.forward_passes import Streams
 from engines.zeroth_order.generation import generate
 from engines.zeroth_order.low_rank_noise import beside, window_due
@@ -99,7 +99,10 @@ class Mezo:
             torch.empty(form.size_bytes, dtype=torch.uint8, device=self.device) for form in self._forms
         ]
         """In bytes."""
-        self._pending = PendingUpdates(self._forms, self.device, every=self.settings.fold_every)
+        self._pending = PendingUpdates(
+            self._forms, self.device, every=self.settings.fold_every,
+            trains_quantized=self.settings.trains_quantized,
+        )  # fmt: skip
         self._model = PerturbedModel(
             blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
         )
@@ -107,7 +110,7 @@ class Mezo:
             [
                 (self.take(i, *run), block.segment(*run))
                 for run in block.runs(0, len(block.own_parts))
-                if block.parts[run[0]].trained and not self._pending.on_grid
+                if block.parts[run[0]].trained and not self._pending.trains_quantized
             ]
             for i, block in enumerate(self._layout.blocks)
         ]
@@ -144,7 +147,7 @@ class Mezo:
             self._noise_clock.label = f"block {index}"
             # The block takes the update of the step before in the same pass that perturbs it.
             pends = self._pending.pends(index)
-            store = pends and (not self._pending.on_grid or self._pending.is_due(index, self._step))
+            store = pends and (not self._pending.trains_quantized or self._pending.is_due(index, self._step))
             task = Task(how=self._visit(index), store=store, perturb=True, folds=folds)
             streams.visit(index, task, self)
             if store or not pends:
@@ -159,7 +162,7 @@ class Mezo:
             self._append(update)
         return StepStats(
             loss=sum(losses) / len(losses),
-            forwards=float(forwards(self.settings)),
+            forwards=float(self.settings.forward_passes),
             gpu_s=gpu_s(),
             perturb_s=perturb_s(),
             updates=updates,
@@ -191,7 +194,7 @@ class Mezo:
     def _flush(self) -> None:
         """The blocks take the updates that are pending, now; those of a low-bit base take what the steps so
         far have rounded to the grid."""
-        if self._pending.on_grid:
+        if self._pending.trains_quantized:
             for index in range(self._model.num_blocks):
                 task = self._pending.overdue(index, self._visit(index), self._step - 1)
                 if task.store:
@@ -262,7 +265,7 @@ class Mezo:
         """See `engines.zeroth_order.perturbed_model.PerturbedModel.landed_share`; with a low-bit base, of its
         matrices."""
         share = None
-        if self._pending.on_grid:
+        if self._pending.trains_quantized:
             entries = self.settings.fold_every * self.settings.queries
             share = landed_on_grid(
                 self._forms, lambda index: self._blocks[index],

@@ -68,7 +68,7 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
 from engines.zeroth_order.deferred_updates import PendingUpdates
-from engines.zeroth_order.estimators import forwards, next_updates, probes
+from engines.zeroth_order.estimators import next_updates, probes
 from engines.zeroth_order.forward_passes import Streams
 from engines.zeroth_order.generation import generate
 from engines.zeroth_order.low_rank_noise import LowRank, beside, window_due
@@ -128,6 +128,7 @@ class Zo2:
             self._forms,
             self.device,
             every=self.settings.fold_every,
+            trains_quantized=self.settings.trains_quantized,
             apart_from_flushes=self._on_disk,
         )
         self._model = PerturbedModel(
@@ -222,7 +223,7 @@ class Zo2:
             self._append(update)
         return StepStats(
             loss=sum(losses) / len(losses),
-            forwards=float(forwards(self.settings)),
+            forwards=float(self.settings.forward_passes),
             updates=updates,
             **self._stream.moved_since(before),
             **told,
@@ -248,13 +249,13 @@ class Zo2:
         """Every block in order, and what its visit is to do, which the caller makes. One that `stores` names
         keeps its updates, and so does every resident one unless they are rounded to a grid, but none on disk
         does. `perturb`: it is that of a step."""
-        on_grid = self._pending.on_grid
+        quantized = self._pending.trains_quantized
         again = perturb and len(probes(self.settings, self._step)) > 1
         for index in range(len(self._layout.blocks)):
             pending = self._pending.pends(index)
             resident = self._stream.is_resident(index)
             self._label(f"block {index}")
-            kept = resident and not on_grid
+            kept = resident and not quantized
             keep = pending and (kept or (stores(index) and index not in self._on_disk))
             folded = None if index in self._on_disk else folds
             keep = keep or folded is not None
@@ -264,7 +265,7 @@ class Zo2:
             if index in self._on_disk:
                 overdue, how = self._pending.split(index, how, self._step - (not perturb))
             # With several probes the ring's copy takes the updates, whether it goes down or not.
-            store = keep or (pending and again and not on_grid)
+            store = keep or (pending and again and not quantized)
             yield index, Task(how=how, store=store, perturb=perturb, overdue=overdue, folds=folded)
             if keep or not pending:
                 self._pending.stored(index)
@@ -367,7 +368,7 @@ class Zo2:
         """See `engines.zeroth_order.perturbed_model.PerturbedModel.landed_share`; with a low-bit base, of its
         matrices."""
         share = None
-        if self._pending.on_grid:
+        if self._pending.trains_quantized:
             self.synchronize()
             entries = self.settings.fold_every * self.settings.queries
             share = landed_on_grid(
@@ -439,7 +440,7 @@ class Zo2:
         window `folds` has gathered; to trained matrices of a low-bit base, those updates that steps up to
         `last_step` have rounded to the grid."""
         moved = False
-        if self._pending.on_grid:
+        if self._pending.trains_quantized:
             moved = self._kept.catch_up(last_step)
         elif self._pending.most or folds is not None:
             for _ in self._pass_without_noise(lambda i: True, folds):

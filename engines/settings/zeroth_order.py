@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -19,6 +19,9 @@ MOST_QUERIES = 32
 
 
 MOST_RANK = 64
+
+
+MOST_FOLD_EVERY = 64
 
 
 MOST_PENDING = 64
@@ -68,6 +71,27 @@ class MezoSettings:
     """With a low-bit base, steps between two roundings of a block to its grid; until then its updates are in
     the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
 
+    @property
+    def forward_passes(self) -> int:
+        """That each micro-batch of a step takes."""
+        return self.queries + 1 if self.estimator == "fzoo" else 2 * self.queries
+
+    @property
+    def trains_quantized(self) -> bool:
+        """Whether trained matrices are kept as low-bit values, so that a block takes its updates at the times
+        that `fold_every` sets, and at no other. With adapters, or with low-rank noise, such matrices are
+        only read until a window ends."""
+        return self.base != "full" and self.train != "lora" and self.estimator != "lozo"
+
+    @property
+    def decides_updates(self) -> dict[str, Any]:
+        """The settings, by name, that decide the bits of a run: all of MeZO's, but `fold_every` only where it
+        says when trained matrices are rounded. Those of `Zo2Settings` alone say where things lie."""
+        values = {field.name: getattr(self, field.name) for field in fields(MezoSettings)}
+        if not self.trains_quantized:
+            del values["fold_every"]
+        return values
+
     def __post_init__(self) -> None:
         require_finite(self)
         require(self.learning_rate >= 0, "learning_rate", "must not be negative")
@@ -96,7 +120,9 @@ class MezoSettings:
             "train",
             "is one of all, lora, last:N",
         )
-        require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
+        require(
+            1 <= self.fold_every <= MOST_FOLD_EVERY, "fold_every", f"must be between 1 and {MOST_FOLD_EVERY}"
+        )
         require(
             self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
             "fold_every",

@@ -32,17 +32,16 @@ class PendingUpdates:
         device: torch.device,
         *,
         every: int,
+        trains_quantized: bool,
         apart_from_flushes: Collection[int] = (),
     ) -> None:
-        """`every`: steps between two roundings of a block to its grid."""
+        """`every`: steps between two roundings of a block to its grid; `trains_quantized` is that of
+        `engines.settings.zeroth_order.MezoSettings`."""
         self.log = UpdateLog(device)
         """Every update: what is outside the blocks takes it at once."""
         blocks = [form.layout for form in forms]
         self.trained = tuple(i for i, block in enumerate(blocks) if any(part.trained for part in block.parts))
-        self.on_grid = any(
-            part.trained and form.is_low_bit(part) for form in forms for part in form.layout.parts
-        )
-        """Whether trained matrices are low-bit, so that blocks take their updates at the schedule's times."""
+        self.trains_quantized = trains_quantized
         self._every = every
         self._stored = [0] * len(blocks)
         self._flushed = tuple(i for i in self.trained if i not in apart_from_flushes)
@@ -90,7 +89,7 @@ class PendingUpdates:
     def split(self, index: int, how: Visit, last_step: int) -> tuple[tuple[Visit, ...], Visit]:
         """`how`, which has all pending updates of the block, in the visits that store up to `last_step`, and
         what pends after them."""
-        if not self.on_grid:
+        if not self.trains_quantized:
             return (), how
         ends = self._roundings(index, last_step)
         starts = [how.first, *ends]
@@ -123,7 +122,7 @@ class PendingUpdates:
         """The updates that some block lacks, and how many each block does: for a checkpoint. None unless
         matrices are rounded to a grid; other weights are saved with all updates, and these with what steps
         up to `last_step` have rounded."""
-        if not self.on_grid:
+        if not self.trains_quantized:
             return [], []
         behind = [
             self.log.length - ends[-1] if (ends := self._roundings(index, last_step)) else self.behind(index)

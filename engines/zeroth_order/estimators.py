@@ -59,11 +59,6 @@ def probes(settings: MezoSettings, step: int) -> tuple[Probe, ...]:
     return tuple(Probe(draw, (Side.PLUS, Side.MINUS)) for draw in draws)
 
 
-def forwards(settings: MezoSettings) -> int:
-    """Forward passes that each micro-batch of a step takes."""
-    return sum(len(probe.sides) for probe in probes(settings, 0))
-
-
 def next_updates(
     step: int, settings: MezoSettings, total_steps: int, losses: Sequence[float]
 ) -> tuple[Update, ...]:

@@ -75,7 +75,7 @@ class KeptBlocks:
         if index not in self._on_disk:
             return how
         left = self._pending.split(index, how, last_step)[1]
-        return left if self._pending.on_grid else without_updates(how)
+        return left if self._pending.trains_quantized else without_updates(how)
 
     def fold(self, index: int, last_step: int, window: int | None) -> None:
         """Write a block on disk to its second file, with its updates and what the `window` of
@@ -112,7 +112,7 @@ class KeptBlocks:
         """Store in `memory`, the bytes of a block on disk, what its place on the host would have after
         `last_step`."""
         task = Task(how=self._visit(index), store=True, perturb=False, folds=window)
-        if self._pending.on_grid:
+        if self._pending.trains_quantized:
             task = self._pending.overdue(index, task.how, last_step)
         self._clock.start()
         with self._model.visiting(index, task, BlockMemory(self._forms[index], memory)):

@@ -417,10 +417,7 @@ def carried_over(earlier: Any, method: Method) -> Any:
     new = parse_settings(method.engine, method.settings)
     if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
         return None
-    names = {field.name for field in fields(MezoSettings)}
-    if earlier.base == "full":  # when blocks go down changes no bits then
-        names.remove("fold_every")
-    return replace(new, **{name: getattr(earlier, name) for name in names})
+    return replace(new, **earlier.decides_updates)
 
 
 def _method_of(out: Path) -> Method:

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from estimator_study import ESTIMATORS, Trial, best_rate, load_trials, settings_of, table, trial
 from projector_gradients import Source
 
-from engines.zeroth_order.estimators import forwards
 from tiny_models import tiny_batches, tiny_blueprint
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +43,9 @@ def test_stored_trials_had_the_same_budget_and_start() -> None:
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_trial_spends_its_budget(name: str) -> None:
     settings = settings_of(name, 1e-4, "all")
-    found = trial(tiny_source(), name, settings, 0, 2 * forwards(settings) + 1, "cpu", "fp32")
+    found = trial(tiny_source(), name, settings, 0, 2 * settings.forward_passes + 1, "cpu", "fp32")
     assert found.steps == 2
-    assert found.forwards_per_step == forwards(settings)
+    assert found.forwards_per_step == settings.forward_passes
     assert found.losses[-1] is not None
     assert found.losses[-1] != found.start_loss
 

@@ -94,3 +94,23 @@ def test_what_such_a_setting_made_of_a_run_is_told_and_not_repeated() -> None:
 def test_a_setting_that_is_gone_is_no_setting() -> None:
     with pytest.raises(UserError, match=r"--set layer_share=1: .*settings of zo2 are: learning_rate"):
         parse_settings("zo2", {"layer_share": "1"})
+
+
+@pytest.mark.parametrize(
+    ("values", "quantized"),
+    [
+        ({}, False),
+        ({"base": "int8"}, True),
+        ({"base": "int8", "train": "last:1"}, True),
+        ({"base": "int8", "train": "lora"}, False),
+        ({"base": "int8", "estimator": "lozo"}, False),
+    ],
+)
+def test_fold_every_decides_the_bits_where_trained_matrices_are_low_bit(
+    values: dict[str, Any], quantized: bool
+) -> None:
+    settings = parse_settings("zo2", {**values, "resident_blocks": 1})
+    assert settings.trains_quantized == quantized
+    assert ("fold_every" in settings.decides_updates) == quantized
+    assert "resident_blocks" not in settings.decides_updates
+    assert settings.decides_updates["eps"] == settings.eps

@@ -33,12 +33,13 @@ from engines.noise.visits import Outputs, UpdateLog, Visit
 from engines.noise.weight_pass import visit
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
-from engines.zeroth_order.estimators import Side, forwards, next_updates, probes
+from engines.zeroth_order.estimators import Side, next_updates, probes
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 BASE = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
 THREE = replace(BASE, queries=3)
 FZOO = replace(BASE, estimator="fzoo", queries=4, noise="rademacher", learning_rate=1e-6)
+LOZO = replace(BASE, estimator="lozo", queries=2, weight_decay=0.0)
 CASES = {
     "n-spsa": THREE,
     "n-spsa, signs": replace(THREE, noise="rademacher"),
@@ -138,9 +139,16 @@ def test_fzoo_does_not_move_where_all_losses_are_one_number() -> None:
     assert [update.draw for update in updates] == [12, 13, 14, 15]
 
 
-@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (THREE, 6), (FZOO, 5)])
+@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (THREE, 6), (LOZO, 4), (FZOO, 5)])
+def test_the_forward_passes_of_the_costs_are_those_that_are_asked_for(
+    settings: MezoSettings, passes: int
+) -> None:
+    asked = probes(settings, 3)
+    assert settings.forward_passes == sum(len(probe.sides) for probe in asked) == passes
+
+
+@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (FZOO, 5)])
 def test_forward_passes_are_told(settings: MezoSettings, passes: int) -> None:
-    assert forwards(settings) == passes
     made = make_mezo(tiny_blueprint("opt"), like=settings)
     assert made.step(tiny_batches(1, "opt")).forwards == passes
 
@@ -250,7 +258,7 @@ def test_zo2_equals_mezo(settings: MezoSettings, family: str, tied: bool, knobs:
     streamed_blocks = 3 - knobs.get("resident_blocks", 0)
     block_bytes = 2 * tiny_blueprint(family).shape.block_parameters
     assert {each.h2d_bytes for each in told} == {streamed_blocks * block_bytes}  # once, however many queries
-    assert {each.forwards for each in told} == {forwards(settings)}
+    assert {each.forwards for each in told} == {settings.forward_passes}
 
 
 @each_case
