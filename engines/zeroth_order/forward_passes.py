@@ -80,10 +80,10 @@ class Streams:
                 task,
                 how=replace(how, step=probe.draw),
                 store=task.store and number == 0,
-                folds=task.folds if number == 0 else None,
-                overdue=task.overdue if number == 0 else (),
+                ends_window=task.ends_window if number == 0 else None,
+                roundings=task.roundings if number == 0 else (),
                 perturb=task.perturb and probe.sides != (Side.PLAIN,),
-                one_sided=len(probe.sides) == 1,
+                plus_only=len(probe.sides) == 1,
             )
             hidden, calls = self._hidden[number], self._calls[number]
             with self._model.visiting(index, each, source if last else _Held(source)):

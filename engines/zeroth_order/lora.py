@@ -213,11 +213,11 @@ class Adapters:
 
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self._now = PLAIN if not task.perturb else PLUS if task.one_sided else None
+        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
         if task.perturb and self._memory:
             flat = self._memory[block]
             plus, minus = (memory[: flat.numel()] for memory in self._sides)
-            out = Outputs(plus=plus) if task.one_sided else Outputs(plus=plus, minus=minus)
+            out = Outputs(plus=plus) if task.plus_only else Outputs(plus=plus, minus=minus)
             weight_pass.visit(flat, self._segments[block], without_updates(task.how), out)
 
     @contextmanager

@@ -226,7 +226,7 @@ class LowRank:
 
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self._now = PLAIN if not task.perturb else PLUS if task.one_sided else None
+        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
         if not self._blocks[block]:
             return
         how = without_updates(task.how)

@@ -173,8 +173,8 @@ class PerturbedModel:
     @contextmanager
     def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
         """Block `index` may be run within."""
-        if task.folds is not None and isinstance(self.adapters, LowRank):
-            self.adapters.start_fold(index, task.folds, task.how)
+        if task.ends_window is not None and isinstance(self.adapters, LowRank):
+            self.adapters.start_fold(index, task.ends_window, task.how)
         self.scratch.begin(index, task, source)
         self._clock.start()
         self.adapters.begin(index, task)

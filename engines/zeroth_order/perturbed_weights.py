@@ -78,11 +78,11 @@ class Task:
     """Write the updated weights back to the source's memory."""
     perturb: bool
     """Both perturbed passes, stacked; else one, with theta itself."""
-    overdue: tuple[Visit, ...] = ()
+    roundings: tuple[Visit, ...] = ()
     """With a low-bit base: what is to be stored before `how`, one after the other."""
-    one_sided: bool = False
+    plus_only: bool = False
     """Where it is perturbed: the plus side's pass alone."""
-    folds: int | None = None
+    ends_window: int | None = None
     """Window whose low-rank sum is added to the matrices (`engines.zeroth_order.low_rank_noise`), which
     `store` then keeps."""
 
@@ -227,7 +227,7 @@ class BlockScratch:
     @property
     def stacks(self) -> bool:
         """Both sides compute in one batch."""
-        return self._task is not None and self._task.perturb and not self._task.one_sided
+        return self._task is not None and self._task.perturb and not self._task.plus_only
 
     def begin(self, block: int, task: Task, source: Source) -> None:
         self._block, self._task, self._source = block, task, source
@@ -244,7 +244,7 @@ class BlockScratch:
             if index in self._seen:
                 continue
             weight = self._source.take(self._block, index, index + 1)
-            self._take_overdue(weight, part.segment, trained=part.trained)
+            self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8:
                     quantized_pass.visit(weight, part.segment, self._task.how, self._base, store=True)
@@ -320,7 +320,7 @@ class BlockScratch:
             begin += size
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
         segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
-        self._take_overdue(records, segment, trained=trained)
+        self._store_roundings(records, segment, trained=trained)
         rooms = [memory[start:stop] for memory in self._memory]
         self._write_records(records, segment, task.how, rooms, trained=trained, store=task.store)
         self._source.done(self._block, first, last)
@@ -336,12 +336,12 @@ class BlockScratch:
     def _fold(self, index: int, weight: Tensor) -> None:
         """On the first time that a part of the block is met in its visit."""
         part = self._layout.blocks[self._block].parts[index]
-        if self._task is None or self._task.folds is None or self.fold is None or part.trained:
+        if self._task is None or self._task.ends_window is None or self.fold is None or part.trained:
             return
         self._clock.start()
         for name, offset, count in zip(part.names, part.segment.offsets, part.segment.counts, strict=True):
             kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
-            self.fold(name, kept, self._task.folds, self._task.how.seed)
+            self.fold(name, kept, self._task.ends_window, self._task.how.seed)
         self._clock.stop()
 
     def _make(self, index: int) -> None:
@@ -357,7 +357,7 @@ class BlockScratch:
             weight = source.take(self._block, index, index + 1)
             if index not in self._seen:
                 self._fold(index, weight)
-                self._take_overdue(weight, part.segment, trained=part.trained)
+                self._store_roundings(weight, part.segment, trained=part.trained)
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
@@ -389,7 +389,7 @@ class BlockScratch:
             theta = weight if store else None
             both = Outputs(theta=theta, plus=plus, minus=minus)
             weight_pass.visit(
-                weight, segment, how, replace(both, minus=None) if self._task.one_sided else both
+                weight, segment, how, replace(both, minus=None) if self._task.plus_only else both
             )
         elif how.first == how.last:
             plus.copy_(weight)
@@ -415,22 +415,22 @@ class BlockScratch:
         if not trained:
             how, store = without_updates(how), False
         perturb = trained and self._task.perturb
-        sides = rooms if perturb and not self._task.one_sided else rooms[:1]
+        sides = rooms if perturb and not self._task.plus_only else rooms[:1]
         quantized_pass.visit(records, segment, how, self._base, store=store, sides=sides, perturb=perturb)
         self._clock.stop()
 
-    def _take_overdue(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
+    def _store_roundings(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
         """On the first time that parts of the block are met in its visit."""
         assert self._task is not None
-        overdue = self._task.overdue
-        if not overdue or not trained:
+        roundings = self._task.roundings
+        if not roundings or not trained:
             return
         self._clock.start()
         if weight.dtype == torch.uint8:
-            for each in overdue:
+            for each in roundings:
                 quantized_pass.visit(weight, segment, each, self._base, store=True)
         else:  # rounded after each update, whatever is stored in between
-            how = replace(overdue[0], last=overdue[-1].last)
+            how = replace(roundings[0], last=roundings[-1].last)
             weight_pass.visit(weight, segment, how, Outputs(theta=weight))
         self._clock.stop()
 

@@ -70,7 +70,7 @@ def test_zo2_equals_mezo(case: str, resident_blocks: int) -> None:
 @pytest.fixture
 def log_holds(monkeypatch: pytest.MonkeyPatch) -> int:
     """Updates in a log: fewer than usual, to save time."""
-    for module in ("noise.visits", "methods.zo2"):
+    for module in ("noise.visits", "zeroth_order.deferred_updates"):
         monkeypatch.setattr(f"engines.{module}.LOG_CAPACITY", 12)
     return 12
 
