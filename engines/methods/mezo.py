@@ -40,9 +40,9 @@ from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import MezoSettings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
+from engines.zeroth_order.block_visit import Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.perturbed_weights import Task
 from engines.zeroth_order.step import FillBlock, StepClocks, ZerothOrder
 
 
@@ -100,7 +100,7 @@ class GpuBlocks:
         for form, memory in zip(self._forms, self._memory, strict=True):
             fill_block(form, memory)
 
-    # --- what a visit asks for: `engines.zeroth_order.perturbed_weights.Source` -------------------------
+    # --- what a visit asks for: `engines.zeroth_order.block_visit.Source` -------------------------
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         own = len(self._forms[block].layout.own_parts)

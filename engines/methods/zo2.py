@@ -57,10 +57,10 @@ from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
+from engines.zeroth_order.block_visit import BlockMemory, Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.low_rank_noise import LowRank
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.perturbed_weights import BlockMemory, Task
 from engines.zeroth_order.step import FillBlock, StepClocks, ZerothOrder
 
 
@@ -182,7 +182,7 @@ class StreamedBlocks:
             self.disk.choose_depth()
         self._ring.prefetch()
 
-    # --- what a visit asks for: `engines.zeroth_order.perturbed_weights.Source` -------------------------
+    # --- what a visit asks for: `engines.zeroth_order.block_visit.Source` -------------------------
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         return self._ring.spans(block)

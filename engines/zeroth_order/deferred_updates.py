@@ -23,7 +23,7 @@ from engines.base import Update
 from engines.costs.zo2 import folds
 from engines.noise.visits import LOG_CAPACITY, UpdateLog, Visit
 from engines.settings.zeroth_order import MezoSettings
-from engines.zeroth_order.perturbed_weights import Task
+from engines.zeroth_order.block_visit import Task
 
 
 class DeferredUpdates:

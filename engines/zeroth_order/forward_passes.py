@@ -19,9 +19,9 @@ from torch import Tensor
 from engines.errors import NonFiniteLoss
 from engines.model.blocks import BlockCall
 from engines.noise.visits import Visit
+from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.estimators import Probe, Side
 from engines.zeroth_order.perturbed_model import PerturbedModel, Prepared
-from engines.zeroth_order.perturbed_weights import Source, Task, without_updates
 
 
 class LossSums:

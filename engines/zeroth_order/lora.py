@@ -28,8 +28,8 @@ from engines.noise.philox import NoiseKey
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.settings.zeroth_order import MezoSettings
+from engines.zeroth_order.block_visit import Task, without_updates
 from engines.zeroth_order.checkpoint import LoraForm
-from engines.zeroth_order.perturbed_weights import Task, without_updates
 
 START_STEP = 2**32 - 1
 """Step of the noise that A begins as: the last there is, so that no perturbation repeats it."""

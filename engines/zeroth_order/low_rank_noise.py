@@ -48,8 +48,8 @@ from engines.noise.tiles import TILE, Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
 from engines.settings.zeroth_order import MezoSettings
+from engines.zeroth_order.block_visit import Task, without_updates
 from engines.zeroth_order.lora import MINUS, PLAIN, PLUS, Adapters, linear_matrices
-from engines.zeroth_order.perturbed_weights import Task, without_updates
 
 FOLD_CHUNK = 512 * TILE
 """Elements that are folded at a time by torch operations."""

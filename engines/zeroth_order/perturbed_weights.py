@@ -1,16 +1,10 @@
-"""The memory in which perturbed weights are made, one layer or one block at a time, and the visits that make
-them.
-
-A *unit* is a module of a block that computes with weights of its own; `Source` is where theta is kept, and a
-`Task` says what a visit does with it.
-"""
+"""The memory in which perturbed weights are made, one unit or one block at a time, and the passes over theta
+that make them (`engines.zeroth_order.block_visit`, `engines.zeroth_order.units`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,95 +15,13 @@ from engines.noise import weight_pass
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
-from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Base
 from engines.transfer.compute_clock import ComputeClock
+from engines.zeroth_order.block_visit import Source, Task, without_updates
+from engines.zeroth_order.units import Unit
 
 SCRATCH_ALIGNMENT_BYTES = 512
 """As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
-
-
-class Source(Protocol):
-    """Where the blocks' weights are."""
-
-    def spans(self, block: int) -> Sequence[tuple[int, int]]:
-        """The block's own parts in groups, from first to before last, that lie together and come together.
-
-        Of the full dtype, all of them; low-bit matrices are taken one by one.
-        """
-
-    def take(self, block: int, first: int, last: int) -> Tensor:
-        """The flat memory of parts of one span, on the device, ready in the order of the compute stream; of
-        a low-bit matrix, its records (see `engines.quantized.codec`).
-
-        Raises `UserError` if they are gone already.
-        """
-
-    def done(self, block: int, first: int, last: int) -> None:
-        """All work that reads or writes the parts in this visit is enqueued."""
-
-
-class BlockMemory:
-    """A source that is one block's memory, in bytes on the device."""
-
-    def __init__(self, form: BlockForm, memory: Tensor) -> None:
-        self._form = form
-        self._memory = memory
-
-    def spans(self, block: int) -> list[tuple[int, int]]:
-        own = len(self._form.layout.own_parts)
-        return [(0, own)] if own else []
-
-    def take(self, block: int, first: int, last: int) -> Tensor:
-        start, stop = self._form.span(first, last)
-        return self._form.opened(self._memory[start:stop], first)
-
-    def done(self, block: int, first: int, last: int) -> None:
-        """Its owner says when it is free."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What a visit does with a block."""
-
-    how: Visit
-    """Pending updates and perturbation of the block."""
-    store: bool
-    """Write the updated weights back to the source's memory."""
-    perturb: bool
-    """Both perturbed passes, stacked; else one, with theta itself."""
-    roundings: tuple[Visit, ...] = ()
-    """With a low-bit base: what is to be stored before `how`, one after the other."""
-    plus_only: bool = False
-    """Where it is perturbed: the plus side's pass alone."""
-    ends_window: int | None = None
-    """Window whose low-rank sum is added to the matrices (`engines.zeroth_order.low_rank_noise`), which
-    `store` then keeps."""
-
-
-class Unit:
-    """A module of a block that computes with its own weights, and maybe those of modules inside it."""
-
-    def __init__(self, block: int, module: nn.Module, places: Sequence[tuple[nn.Module, str, str]]) -> None:
-        self.block = block
-        self.module = module
-        self.places = places
-        """(owner, its attribute, first name of the tensor)."""
-        self.mixed = any(
-            (weight := owner._parameters[leaf]) is not None and weight.dim() > 2 for owner, leaf, _ in places
-        )
-        """It has weights of three dimensions, as experts of a mixture do."""
-        self.parts: tuple[int, ...] = ()
-        self.frozen = False
-        """No part of it is trained: both sides compute with the same weights."""
-        self.adapted = False
-        """Adapters stand beside it or beside modules inside it; it is frozen then."""
-        self.weights: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-        """As `places`, for the plus and the minus side: views of the scratch memory."""
-
-    def with_side(self, side: int) -> AbstractContextManager[None]:
-        """The module computes with the scratch of side 0 (plus, and theta itself) or 1 (minus)."""
-        return swapped(self.places, self.weights[side])
 
 
 class BlockScratch:
@@ -441,19 +353,3 @@ class BlockScratch:
     def _room(self, block: int, part: int, side: int) -> Tensor:
         place = self._places[block, part]
         return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]
-
-
-def without_updates(how: Visit) -> Visit:
-    return replace(how, first=how.last)
-
-
-@contextmanager
-def swapped(places: Sequence[tuple[nn.Module, str, str]], weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [owner._parameters[leaf] for owner, leaf, _ in places]
-    for (owner, leaf, _), weight in zip(places, weights, strict=True):
-        owner._parameters[leaf] = weight
-    try:
-        yield
-    finally:
-        for (owner, leaf, _), old in zip(places, before, strict=True):
-            owner._parameters[leaf] = old

@@ -33,6 +33,7 @@ from engines.quantized.export import landed_on_grid, plain_weights
 from engines.settings.zeroth_order import MezoSettings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
+from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.estimators import next_updates, probes
@@ -40,7 +41,6 @@ from engines.zeroth_order.forward_passes import Streams
 from engines.zeroth_order.generation import generate
 from engines.zeroth_order.low_rank_noise import beside, window_due
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.perturbed_weights import Source, Task
 
 EVALUATION_GROUP = 8
 """Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
@@ -299,7 +299,7 @@ class ZerothOrder:
                 lambda index: self._updates.latest(entries),
                 self.device,
             )
-        return self._model.landed_share(self._updates.latest()) if share is None else share
+        return self._model.realized_update_fraction(self._updates.latest()) if share is None else share
 
     @torch.no_grad()
     def replay(self, updates: Iterable[Update]) -> None:

@@ -218,7 +218,7 @@ def test_a_folder_that_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layer_norm_of_two_halves(dtype: torch.dtype) -> None:
-    kernels = pytest.importorskip("engines.zeroth_order.layer_norm_kernels")
+    kernels = pytest.importorskip("engines.kernels.paired_layer_norm")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((4, 3, 80), generator=generator).to(device, dtype) * 3 + 1
