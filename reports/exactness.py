@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
-from engines.settings.zeroth_order import MezoSettings
+from engines.settings.parse import parse_recorded
 from harness.records.run import Run
 from reports.format import number
 from reports.messages import say
@@ -79,10 +78,7 @@ def _of(all_: Measurements, engine: str) -> tuple[Run, ...]:
 def _computes(run: Run) -> tuple[object, ...] | None:
     """What decides the losses of a run, apart from the job; `None` where its settings are not known here."""
     try:
-        settings = parse_settings(run.engine, run.plan.settings)
+        settings = parse_recorded(run.engine, run.plan.settings)
     except UserError:
         return None
-    values = {field.name: getattr(settings, field.name) for field in fields(MezoSettings)}
-    if settings.base == "full":
-        del values["fold_every"]  # when updates join the weights: with a full base of no consequence
-    return run.job.get("seed"), *values.items()
+    return run.job.get("seed"), *settings.decides_updates.items()

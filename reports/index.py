@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.parse import parse_settings, without_retired
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, lay_out
 from harness.records.job import Job
@@ -27,8 +27,7 @@ from reports.render import markdown_text
 
 KINDS = ("runs", "generations")
 VARIANTS = (
-    "base", "train", "estimator", "noise", "queries", "layer_share", "disk_blocks", "projector", "offload",
-    "schedule_order",
+    "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
@@ -144,12 +143,14 @@ def index(found: Sequence[Published], generated: Sequence[Generated], about: dic
 def variant(engine: str, planned: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them: of its plan and of
     its job, which wins."""
-    settings = parse_settings(engine, {**planned, **job["settings"].get(engine, {})})
+    given, other = without_retired({**planned, **job["settings"].get(engine, {})})
+    settings = parse_settings(engine, given)
     usual = parse_settings(engine, {})
     names = [name for name in VARIANTS if getattr(settings, name, None) != getattr(usual, name, None)]
-    if isinstance(settings, MezoSettings) and settings.base != "full" and settings.train != "lora":
+    if isinstance(settings, MezoSettings) and settings.trains_quantized:
         names.append("fold_every")
-    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+    told = {name: getattr(settings, name) for name in names} | other
+    return ", ".join(f"{name}={value}" for name, value in told.items())
 
 
 def newest(found: Sequence[Published]) -> list[Published]:

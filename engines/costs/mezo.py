@@ -18,7 +18,6 @@ from engines.costs.quantized import block_bytes
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
-from engines.zeroth_order.estimators import forwards, num_drawn
 
 LORA_LAUNCHES = 4
 """Per matrix: its adapter's two products, the second of which adds, for each half of the batch."""
@@ -42,8 +41,8 @@ class Visit:
     def __add__(self, other: Visit) -> Visit:
         return Visit(gaussians=self.gaussians + other.gaussians, moves=self.moves + other.moves)
 
-    def __mul__(self, share: float) -> Visit:
-        return Visit(gaussians=self.gaussians * share, moves=self.moves * share)
+    def __mul__(self, times: float) -> Visit:
+        return Visit(gaussians=self.gaussians * times, moves=self.moves * times)
 
 
 UPDATE = Visit(gaussians=1, moves=2)
@@ -59,17 +58,16 @@ FROZEN = Visit(gaussians=0, moves=2)
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     block = block_bytes(shape, workload.dtype, settings.base)
-    share = drawn_share(settings, shape.num_blocks)
-    visit = update(settings) * share + perturb(settings, share)
+    visit = update(settings) + perturb(settings)
     if settings.base != "full":
-        visit = fused_visit(settings, settings.fold_every, share, block / (element * shape.block_parameters))
+        visit = fused_visit(settings, settings.fold_every, block / (element * shape.block_parameters))
     visits = [visit] * shape.num_blocks
     weights = element * shape.outer_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
-        forwards=float(forwards(settings)),
+        forwards=float(settings.forward_passes),
     )
 
 
@@ -78,13 +76,11 @@ def update(settings: MezoSettings) -> Visit:
     return Visit(gaussians=settings.queries, moves=UPDATE.moves)
 
 
-def perturb(settings: MezoSettings, share: float = 1.0) -> Visit:
-    """For all probes of a step, by a block that is drawn with probability `share`; FZOO has a copy of theta
-    itself among them."""
-    one_sided = settings.estimator == "fzoo"
-    drawn = (ONE_SIDED if one_sided else PERTURB) * settings.queries
-    drawn += FROZEN * float(one_sided)
-    return drawn * share + FROZEN * (1 - share)
+def perturb(settings: MezoSettings) -> Visit:
+    """For all probes of a step; FZOO has a copy of theta itself among them."""
+    if settings.estimator == "fzoo":
+        return ONE_SIDED * settings.queries + FROZEN
+    return PERTURB * settings.queries
 
 
 def num_probes(settings: MezoSettings) -> int:
@@ -92,12 +88,7 @@ def num_probes(settings: MezoSettings) -> int:
     return settings.queries + (settings.estimator == "fzoo")
 
 
-def goes_down(fold_every: int, share: float) -> float:
-    """How often a block is written in a step: when its turn comes, if it was drawn since the last one."""
-    return (1 - (1 - share) ** fold_every) / fold_every
-
-
-def fused_visit(settings: MezoSettings, fold_every: int, share: float = 1.0, kept: float = 1.0) -> Visit:
+def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> Visit:
     """Pending updates, storing and the perturbed copies of the first probe in one pass over theta; those of
     the others in one pass each.
 
@@ -106,20 +97,14 @@ def fused_visit(settings: MezoSettings, fold_every: int, share: float = 1.0, kep
     is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over that of a
     copy.
     """
-    moved, queries = perturb(settings, share), settings.queries
-    written, steps = goes_down(fold_every, share), (fold_every + 1) / 2
+    moved, queries = perturb(settings), settings.queries
+    written, steps = 1 / fold_every, (fold_every + 1) / 2
     if settings.base != "full":
         steps = num_probes(settings) * (fold_every - 1) / 2 + 1
-    elif forwards(settings) > 2:
-        written = share
+    elif settings.forward_passes > 2:
+        written = 1
     moves = moved.moves - (1 - kept) * num_probes(settings) + kept * written
-    return Visit(gaussians=queries * share * steps + moved.gaussians, moves=moves)
-
-
-def drawn_share(settings: MezoSettings, num_blocks: int) -> float:
-    """Of the trained blocks, on average."""
-    trained = sum(trains_block(settings, index, num_blocks) for index in range(num_blocks))
-    return num_drawn(settings, trained) / trained if trained else 1.0
+    return Visit(gaussians=queries * steps + moved.gaussians, moves=moves)
 
 
 def trains_block(settings: MezoSettings, index: int, num_blocks: int) -> bool:
@@ -160,7 +145,7 @@ def perturbed_layers(
     updated once, and perturbed for each micro-batch.
     """
     updated, head = trained_outer_parameters(shape, settings)
-    passes = forwards(settings)
+    passes = settings.forward_passes
     drawn = passes - (settings.estimator == "fzoo")
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = transformer.head_chunks(shape, workload)
@@ -219,7 +204,7 @@ def _with_low_rank(
     """LOZO: matrices are copied to scratch as they are; their noise is that of its factors, V and each U, and
     its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
     matrices = sum(matrix.parameters for matrix in shape.matrices)
-    passes, rank, q = forwards(settings), settings.lozo_rank, settings.queries
+    passes, rank, q = settings.forward_passes, settings.lozo_rank, settings.queries
     rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
@@ -249,7 +234,7 @@ def _with_adapters(
     """Low-rank products beside every matrix, whose result is added to that of the matrix."""
     adapters = adapter_parameters(shape, settings)
     rows = sum(matrix.rows for matrix in shape.matrices)
-    passes = forwards(settings)
+    passes = settings.forward_passes
     products = LORA_LAUNCHES * len(shape.matrices) * workload.accumulation * passes // 2
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
@@ -296,7 +281,7 @@ def gpu_memory_bytes(
     _, trained_head = trained_outer_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
-    kept_states = forwards(settings) * workload.accumulation + 2 * as_graphs
+    kept_states = settings.forward_passes * workload.accumulation + 2 * as_graphs
     hidden = kept_states * transformer.hidden_bytes(shape, workload)
     kept = {**held}
     if adapters:

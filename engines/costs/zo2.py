@@ -1,9 +1,9 @@
 """What ZO2 costs: MeZO whose blocks come up once per step and go down once per `fold_every` steps.
 
 A block that is not resident crosses the link as it is kept (`engines.costs.quantized`) and exactly; blocks
-take turns in going down, so every step downloads the same share, and one that no step has drawn since its
-last turn stays. One that is on disk is read in every step and never goes down. (What a full log or the end of
-a window of LOZO writes anew on disk, once in 50 steps or so, is not counted.)
+take turns in going down, so every step downloads the same share. One that is on disk is read in every step
+and never goes down. (What a full log or the end of a window of LOZO writes anew on disk, once in 50 steps or
+so, is not counted.)
 
 On the GPU: the outer parameters, the resident blocks, a ring through which the streamed ones pass in pieces,
 and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
@@ -18,9 +18,7 @@ from typing import Literal
 from engines.costs import disk, transformer
 from engines.costs.mezo import (
     Visit,
-    drawn_share,
     fused_visit,
-    goes_down,
     gpu_memory_bytes,
     num_probes,
     perturb,
@@ -32,7 +30,6 @@ from engines.costs.traffic import Traffic
 from engines.errors import InfeasiblePlan
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
-from engines.zeroth_order.estimators import forwards
 
 RING_BYTES = 950_000_000
 """Uploads this far ahead go on over what holds up the blocks: the head, and the losses that are read."""
@@ -103,18 +100,18 @@ def folds_disk(settings: MezoSettings, total_steps: int) -> bool:
     return total_steps * settings.queries > disk.REPLAYED_UPDATES
 
 
-def replayed_visit(settings: MezoSettings, share: float = 1.0, kept: float = 1.0) -> Visit:
+def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> Visit:
     """Of a block on disk in a long run: from 1 update to as many as the log holds are replayed.
 
     On a low-bit base rounding by rounding, each a pass over theta as it is `kept` (its size over that of a
     copy); what no rounding has taken is replayed by every probe.
     """
-    moved, replayed = perturb(settings, share), (disk.REPLAYED_UPDATES + 1) / 2
+    moved, replayed = perturb(settings), (disk.REPLAYED_UPDATES + 1) / 2
     if settings.base == "full":
-        written = 0 if forwards(settings) == 2 else 1
+        written = 0 if settings.forward_passes == 2 else 1
         return Visit(gaussians=replayed + moved.gaussians, moves=moved.moves + written)
     probes, queries = num_probes(settings), settings.queries
-    again = share * (probes - 1) * queries * (settings.fold_every - 1) / 2
+    again = (probes - 1) * queries * (settings.fold_every - 1) / 2
     roundings = replayed / (queries * settings.fold_every)
     moves = moved.moves - (1 - kept) * probes + 2 * kept * roundings
     return Visit(gaussians=replayed + again + moved.gaussians, moves=moves)
@@ -131,24 +128,23 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     outer = element * shape.outer_parameters
     disk_bytes = len(on_disk) * block
     host_bytes = (streamed - len(on_disk)) * block
-    share = drawn_share(settings, shape.num_blocks)
     turn = settings.lozo_window if settings.estimator == "lozo" else settings.fold_every
     kept = block / (element * shape.block_parameters)
     # Where resident blocks are low-bit, they keep the schedule of the others.
     keeps_turns = settings.base != "full"
     visits = [
-        fused_visit(settings, 1 if i in resident and not keeps_turns else turn, share, kept)
+        fused_visit(settings, 1 if i in resident and not keeps_turns else turn, kept)
         for i in range(shape.num_blocks)
     ]
     if settings.estimator != "lozo":  # whose windows end the log of all blocks alike
-        replayed = replayed_visit(settings, share, kept)
+        replayed = replayed_visit(settings, kept)
         visits = [replayed if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)
     for index in range(shape.num_blocks):
         if index not in resident:
             trained = trains_block(settings, index, shape.num_blocks)
             read = block if index in on_disk else 0
-            down = int(block * goes_down(turn, share)) if trained and not read else 0
+            down = int(block * (1 / turn)) if trained and not read else 0
             layers[1 + index] = replace(
                 layers[1 + index],
                 h2d_bytes=block,
@@ -167,5 +163,5 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         },
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
         overlap="streamed",
-        forwards=float(forwards(settings)),
+        forwards=float(settings.forward_passes),
     )

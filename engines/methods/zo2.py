@@ -41,421 +41,340 @@ Deviations from the paper and its code, beside those of `engines.methods.mezo`:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
+from engines.base import Blueprint, Context
 from engines.costs.zo2 import choose_on_disk, folds_disk, resident_indices
-from engines.decoding import Decoded, GenerationRequest
-from engines.methods.mezo import EVALUATION_GROUP
-from engines.model.blocks import TORCH_DTYPE
-from engines.model.evaluation import EvaluationSum
-from engines.model.flat_layout import BlockLayout, lay_out
-from engines.noise.visits import LOG_CAPACITY, Visit
+from engines.noise.visits import Visit
 from engines.offload.disk import DiskBlocks, spill_folder
-from engines.offload.disk_tensors import in_place
+from engines.offload.disk_tensors import FetchedTensors, in_place
 from engines.offload.ring import BlockStream
-from engines.quantized.block_form import BlockForm, block_forms
-from engines.quantized.export import landed_on_grid, plain_weights
+from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
-from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
-from engines.zeroth_order.deferred_updates import PendingUpdates
-from engines.zeroth_order.estimators import drawn_blocks, forwards, next_updates, probes
-from engines.zeroth_order.forward_passes import Streams
-from engines.zeroth_order.generation import generate
-from engines.zeroth_order.low_rank_noise import LowRank, beside, window_due
+from engines.zeroth_order.block_visit import BlockMemory, Task
+from engines.zeroth_order.deferred_updates import DeferredUpdates
+from engines.zeroth_order.low_rank_noise import LowRank
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.perturbed_weights import Task
-from engines.zeroth_order.stored_blocks import KeptBlocks
+from engines.zeroth_order.step import FillBlock, StepClocks, ZerothOrder
 
 
-class Zo2:
-    """MeZO, blocks streamed from host memory."""
+class Zo2(ZerothOrder):
+    """MeZO, blocks streamed from host memory: the step of `engines.zeroth_order.step` over `StreamedBlocks`.
+
+    The times of a step, unlike its loss and bytes, are those of the step before.
+    """
 
     name = "zo2"
+    settings: Zo2Settings
     link_delay: Callable[[], int] | None = None
     """For stress tests, set before `setup`: see `engines.transfer.link.Link`."""
     disk_delay_s: Callable[[], float] | None = None
     """Likewise: see `engines.offload.disk.DiskBlocks`."""
 
     def __init__(self, settings: Zo2Settings, context: Context) -> None:
-        self.settings = settings
-        self.context = context
-        self.device = torch.device(context.device)
-        self._dtype = TORCH_DTYPE[context.workload.dtype]
-        self._seed = context.seed
-        self._step = 0
-        self._clocks = Clocks(context, self.device)
-        self._clock = self._clocks.compute
-        self._noise_clock = ComputeClock(self.device, self._clocks.timeline, "perturb")
-        self._disk: DiskBlocks | None = None
+        device = torch.device(context.device)
+        self._copies = Clocks(context, device)
+        timeline = self._copies.timeline
+        noise = ComputeClock(device, timeline, "perturb")
+        super().__init__(settings, context, StepClocks(self._copies.compute, noise, timeline))
 
-    @staticmethod
-    def why_not_available() -> str | None:
-        """`None`: it runs on any device."""
-        return None
+    def _make_blocks(self, forms: Sequence[BlockForm], updates: DeferredUpdates) -> StreamedBlocks:
+        return StreamedBlocks(
+            forms, updates, self.settings, self.context, self._clocks, self._copies,
+            link_delay=self.link_delay, disk_delay_s=self.disk_delay_s,
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def setup(self, blueprint: Blueprint) -> None:
-        """Raises `InfeasiblePlan` before anything is filled if host memory or the disk is too small for its
-        blocks."""
-        adapters, self._layout = beside(
-            blueprint.model,
-            lay_out(blueprint.model, self._dtype, self.settings.train),
-            self.settings,
-            self._dtype,
-            self.device,
-            self._seed,
-        )
-        blocks, base = self._layout.blocks, self.settings.base
-        self._forms = block_forms(blocks, base, self._dtype)
-        resident = resident_indices(len(blocks), self.settings.resident_blocks)
-        self._on_disk = choose_on_disk(
-            [form.size_bytes for form in self._forms],
-            resident,
-            self.settings.disk_blocks,
-            self.context.host_bytes,
-        )
-        self._pending = PendingUpdates(
-            self._forms,
-            self.device,
-            apart=self.settings.layer_share < 1,
-            every=self.settings.fold_every,
-            apart_from_flushes=self._on_disk,
-        )
-        self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, adapters, self._noise_clock, base
-        )
-        self._link = self._clocks.link(self.link_delay)
-        self._disk = self._make_disk(blocks, blueprint)
-        self._stream = BlockStream(
-            self._forms, resident, self._link, self._clock, self.context.progress, self._disk
-        )
-        self._kept = KeptBlocks(
-            self._model, self._stream, self._forms, self._on_disk, self._pending, self._visit, self._clock
-        )
-        held = frozenset(i for i in self._on_disk if self._disk is not None and self._disk.holds(i))
-        self._fill(
-            blueprint.fill,
-            lambda form, memory: form.fill(memory, blueprint.fill, self._model.scratch.room),
-            held,
-        )
-        if self._disk is not None:
-            self._disk.choose_depth()
-        self._stream.prefetch()
 
-    def _make_disk(self, blocks: Sequence[BlockLayout], blueprint: Blueprint) -> DiskBlocks | None:
-        if not self._on_disk:
-            return None
-        size, dtype = self._dtype.itemsize, self.context.workload.dtype
-        as_stored = {i: blocks[i] for i in self._on_disk} if self.settings.base == "full" else {}
+class StreamedBlocks:
+    """The blocks of ZO2: some on the GPU for good, the others in pinned host memory or on disk.
+
+    What each place holds differs. A block on disk has the base or, once it was written anew, what the second
+    file has; the others have what visits stored in them.
+    """
+
+    def __init__(
+        self,
+        forms: Sequence[BlockForm],
+        updates: DeferredUpdates,
+        settings: Zo2Settings,
+        context: Context,
+        clocks: StepClocks,
+        copies: Clocks,
+        *,
+        link_delay: Callable[[], int] | None,
+        disk_delay_s: Callable[[], float] | None,
+    ) -> None:
+        """Raises `InfeasiblePlan` if host memory is too small."""
+        self._forms = forms
+        self._updates = updates
+        self._settings = settings
+        self._context = context
+        self._clocks = clocks
+        self._copies = copies
+        self._delays = link_delay, disk_delay_s
+        self._resident = resident_indices(len(forms), settings.resident_blocks)
+        self.on_disk = choose_on_disk(
+            [form.size_bytes for form in forms], self._resident, settings.disk_blocks, context.host_bytes
+        )
+        self.disk: DiskBlocks | None = None
+        self.stream: BlockStream | None = None
+
+    def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
+        """Raises `InfeasiblePlan` if the disk is too small."""
+        self._model = model
+        self.link = self._copies.link(self._delays[0])
+        if self.on_disk:
+            self.disk = self._make_disk(blueprint)
+        self.stream = BlockStream(
+            self._forms, self._resident, self.link, self._clocks.compute, self._context.progress, self.disk
+        )
+
+    def _make_disk(self, blueprint: Blueprint) -> DiskBlocks:
+        context, settings = self._context, self._settings
+        as_stored = {i: self._forms[i].layout for i in self.on_disk} if settings.base == "full" else {}
         return DiskBlocks(
-            {i: self._forms[i].size_bytes for i in sorted(self._on_disk)},
-            spill_folder(self.settings.disk_folder),
-            self._link,
-            self.context.progress,
-            folds=self._folded_on_disk() if folds_disk(self.settings, self.context.total_steps) else (),
-            in_place=in_place(as_stored, blueprint, dtype, size),
-            delay_s=self.disk_delay_s,
+            {i: self._forms[i].size_bytes for i in sorted(self.on_disk)},
+            spill_folder(settings.disk_folder),
+            self.link,
+            context.progress,
+            folds=self._changed_on_disk() if folds_disk(settings, context.total_steps) else (),
+            in_place=in_place(as_stored, blueprint, context.workload.dtype, self._forms[0].dtype.itemsize),
+            delay_s=self._delays[1],
             timeline=self._clocks.timeline,
         )
 
-    def _folded_on_disk(self) -> list[int]:
+    def _changed_on_disk(self) -> list[int]:
         """Blocks on disk that training changes."""
-        trained = {*self._pending.trained}
+        changed = {*self._updates.trained}
         if isinstance(self._model.adapters, LowRank):
-            trained.update(self._model.adapters.blocks)
-        return sorted(self._on_disk & trained)
+            changed.update(self._model.adapters.blocks)
+        return sorted(self.on_disk & changed)
 
-    def _fill(
-        self,
-        fill: Callable[[str, Tensor], object],
-        fill_block: Callable[[BlockForm, Tensor], object],
-        held: frozenset[int] = frozenset(),
-    ) -> None:
-        """Write every weight to where it lives, but those of blocks that are `held` there; with a GPU through
-        the ring, so never twice on the host. A low-bit base is made there in its final form, one matrix at a
-        time.
-        """
-        for name, weight in self._model.outer.items():
-            fill(name, weight)
-        for index, form in enumerate(self._forms):
-            if index not in held:
-                with self._stream.filling(index) as memory:
-                    fill_block(form, memory)
-            self.context.progress("filling blocks", index + 1, len(self._forms))
-        self._stream.rewind()
-        self._forget_times()
+    @property
+    def _ring(self) -> BlockStream:
+        assert self.stream is not None
+        return self.stream
 
     @property
     def pinned_bytes(self) -> int:
-        return self._stream.pinned_bytes
+        return self._ring.pinned_bytes
 
-    @torch.no_grad()
-    def step(self, batches: Sequence[Batch]) -> StepStats:
-        """Its times, unlike its loss and bytes, are those of the step before."""
+    def fill(self, fill_block: FillBlock, *, anew: bool) -> None:
+        """Write every block to where it lives, but those that a file of the model's own holds; with a GPU
+        through the ring, so never twice on the host. A low-bit base is made there in its final form, one
+        matrix at a time."""
+        if anew:
+            self._ring.rewind()  # what has come up already is about to be replaced
+        for index, form in enumerate(self._forms):
+            if anew or self.disk is None or index not in self.on_disk or not self.disk.holds(index):
+                with self._ring.filling(index) as memory:
+                    fill_block(form, memory)
+            self._context.progress("filling blocks", index + 1, len(self._forms))
+        self._ring.rewind()
+        self.forget_times()
+        if self.disk is not None and not anew:
+            self.disk.choose_depth()
+        self._ring.prefetch()
+
+    # --- what a visit asks for: `engines.zeroth_order.block_visit.Source` -------------------------
+
+    def spans(self, block: int) -> list[tuple[int, int]]:
+        return self._ring.spans(block)
+
+    def take(self, block: int, first: int, last: int) -> Tensor:
+        return self._ring.take(block, first, last)
+
+    def done(self, block: int, first: int, last: int) -> None:
+        """The parts go down if the block is written, and what comes next goes up into their place: the ring's
+        `done` ends with `prefetch`."""
+        self._ring.done(block, first, last)
+
+    # --- a step -----------------------------------------------------------------------------------------
+
+    def make_room_in_log(self, window: int | None) -> None:
+        for index in self._changed_on_disk():
+            if window is not None or self._updates.leave_no_room_for_a_step(index):
+                with self._ring.fetched(index, keep=True) as memory:
+                    task = self._bring_up_to_date(index, memory, self._updates.step, window)
+                    self._updates.mark_stored(index, task)
+
+    def begin_step(self, window: int | None) -> Callable[[], dict[str, Any]]:
         times = self._cut_times()
-        window = window_due(self.settings, self._step)
-        self._fold_on_disk(window)
-        before = self._stream.moved()
-        self._label("before the blocks")
-        self._clocks.exposure.mark()
-        self._clock.start()
-        prepared = [self._model.prepare(batch) for batch in batches]
-        streams = Streams(self._model, prepared, probes(self.settings, self._step), self._visit())
-        for index, task in self._pass(self._goes_down, perturbed=self._drawn(self._step), folds=window):
-            streams.visit(index, task, self._stream)
-        self._label("loss")
-        sums = streams.losses()
-        self._clock.stop()
-        told = times()  # the GPU has much to do still, so that this costs nothing
-        losses = sums.read(len(prepared), self._step)  # the one place where the host waits
-        updates = next_updates(self._step, self.settings, self.context.total_steps, losses)
-        for update in updates:
-            self._append(update)
-        return StepStats(
-            loss=sum(losses) / len(losses),
-            forwards=float(forwards(self.settings)),
-            updates=updates,
-            **self._stream.moved_since(before),
-            **told,
-        )
+        self.make_room_in_log(window)
+        self._moved_before = self._ring.moved()
+        self._copies.exposure.mark()
+        return times
 
-    def _goes_down(self, block: int) -> bool:
-        """Whether it is the block's turn to keep its updates in this step. LOZO's windows have their own."""
-        return self.settings.estimator != "lozo" and self._pending.is_due(block, self._step)
+    def in_order(self, window: int | None) -> Iterator[tuple[int, Task]]:
+        """A block goes down when it is its turn. With low-rank noise windows have their own."""
+        lozo = self._settings.estimator == "lozo"
+        return self._pass(lambda index: not lozo and self._updates.is_due(index), perturb=True, window=window)
+
+    def end_step(self) -> dict[str, Any]:
+        return self._ring.moved_since(self._moved_before)
 
     def _cut_times(self) -> Callable[[], dict[str, Any]]:
-        """See `engines.transfer.compute_clock.ComputeClock.cut`."""
-        disk_s = None if self._disk is None else self._disk.take_busy_s()
-        clocks, perturb = self._clocks.cut(self._link), self._noise_clock.cut()
-        return lambda: clocks() | {"perturb_s": perturb(), "disk_s": disk_s}
+        """The times so far, to be asked for later: `engines.transfer.compute_clock.ComputeClock.cut`."""
+        disk_s = None if self.disk is None else self.disk.take_busy_s()
+        copies, perturb = self._copies.cut(self.link), self._clocks.noise.cut()
+        return lambda: copies() | {"perturb_s": perturb(), "disk_s": disk_s}
 
     def _pass(
-        self,
-        stores: Callable[[int], bool],
-        *,
-        perturbed: Collection[int] | None = None,
-        folds: int | None = None,
+        self, goes_down: Callable[[int], bool], *, perturb: bool = False, window: int | None = None
     ) -> Iterator[tuple[int, Task]]:
-        """Every block in order, and what its visit is to do, which the caller makes. One that `stores` names
-        keeps its updates, and so does every resident one unless they are rounded to a grid, but none on disk
-        does. `perturbed`: the blocks that are, in a step."""
-        on_grid = self._pending.on_grid
-        again = perturbed is not None and len(probes(self.settings, self._step)) > 1
-        for index in range(len(self._layout.blocks)):
-            pending = self._pending.pends(index)
-            resident = self._stream.is_resident(index)
-            self._label(f"block {index}")
-            kept = resident and not on_grid
-            keep = pending and (kept or (stores(index) and index not in self._on_disk))
-            folded = None if index in self._on_disk else folds
-            keep = keep or folded is not None
-            self._stream.begin(keep=keep and not resident)
-            overdue: tuple[Visit, ...] = ()
-            how = self._visit(index)
-            if index in self._on_disk:
-                overdue, how = self._pending.split(index, how, self._step - (perturbed is None))
-            # With several probes the ring's copy takes the updates, whether it goes down or not.
-            store = keep or (pending and again and not on_grid)
-            perturb = perturbed is not None and index in perturbed
-            yield index, Task(how=how, store=store, perturb=perturb, overdue=overdue, folds=folded)
-            if keep or not pending:
-                self._pending.stored(index)
-        self._stream.end_pass()
+        """Every block in order, and what its visit is to do, which the caller makes.
 
-    def _pass_without_noise(self, stores: Callable[[int], bool], folds: int | None = None) -> Iterator[int]:
-        """As `_pass`; each block may be run while its index is held."""
-        for index, task in self._pass(stores, folds=folds):
-            with self._model.visiting(index, task, self._stream):
+        One that `goes_down` names is stored with its updates, and so is every resident one unless trained
+        matrices are low-bit, but none on disk is.
+        """
+        updates = self._updates
+        again = perturb and self._settings.forward_passes > 2
+        for index in range(len(self._forms)):
+            deferred = updates.num_deferred(index) > 0
+            resident, on_disk = index in self._resident, index in self.on_disk
+            self._clocks.label(f"block {index}")
+            ends_window = None if on_disk else window
+            keep = deferred and ((resident and not updates.quantized) or (goes_down(index) and not on_disk))
+            keep = keep or ends_window is not None
+            self._ring.begin(keep=keep and not resident)
+            roundings: tuple[Visit, ...] = ()
+            how = updates.lacking(index)
+            if on_disk:
+                roundings, how = updates.split(index, updates.step - (not perturb))
+            # With several probes the ring's copy takes the updates, whether it goes down or not.
+            store = keep or (deferred and again and not updates.quantized)
+            yield (
+                index,
+                Task(how=how, store=store, perturb=perturb, roundings=roundings, ends_window=ends_window),
+            )
+            if keep or not deferred:
+                updates.mark_applied(index)
+        self._ring.end_pass()
+
+    def _pass_with_theta(self, goes_down: Callable[[int], bool], window: int | None = None) -> Iterator[int]:
+        for index, task in self._pass(goes_down, window=window):
+            with self._model.visiting(index, task, self):
                 yield index
 
-    def _drawn(self, step: int) -> frozenset[int]:
-        return drawn_blocks(self.settings, self._seed, step, self._pending.drawable)
+    # --- the weights themselves -------------------------------------------------------------------------
 
-    def _visit(self, block: int | None = None, *, latest: int | None = None) -> Visit:
-        """With the updates that `block` has not taken, or none without a block; or with so many of the latest
-        ones, of the block or of all."""
-        log = self._pending.everything if block is None else self._pending.logs[block]
-        first = log.length if block is None else self._pending.first(block)
-        return Visit(
-            seed=self._seed, log=log, first=first if latest is None else max(0, log.length - latest),
-            last=log.length, rounding=self.settings.rounding, step=self._step, eps=self.settings.eps,
-            noise=self.settings.noise,
-        )  # fmt: skip
+    def in_order_with_theta(self) -> Iterator[int]:
+        return self._pass_with_theta(lambda index: False)
 
-    def _append(self, update: Update) -> None:
-        """The outer weights take it at once; its time counts with the next step's."""
-        self._label("update")
-        self._clock.start()
-        self._noise_clock.start()
-        self._pending.append(update, self._drawn(update.step))
-        self._model.update_outer(self._visit(latest=1))
-        self._noise_clock.stop()
-        self._clock.stop()
-        self._step = update.step + 1
+    def begin_tokens(self) -> None:
+        self._moved_before = self._ring.moved()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        total = EvaluationSum()
-        remaining = iter(batches)
-        while group := [self._model.prepare(batch) for batch in islice(remaining, EVALUATION_GROUP)]:
-            hidden, calls = self._model.enter_all_plain(group)
-            for index in self._pass_without_noise(lambda i: False):
-                for i, each_calls in enumerate(calls):
-                    hidden[i] = self._model.run(index, each_calls, hidden[i])
-            for each, last in zip(group, hidden, strict=True):
-                self._model.evaluate(each, last, total)
-        self._forget_times()
-        return total.result()
+    def begin_token(self) -> None:
+        self._copies.exposure.mark()
 
-    @torch.no_grad()
-    def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
-        """See `engines.decoding.GeneratingEngine`."""
-        self._flush(self._step - 1)
+    def end_token(self) -> dict[str, Any]:
+        moved = self._ring.moved_since(self._moved_before)
+        self._moved_before = self._ring.moved()
+        return moved | self._cut_times()()
 
-        def blocks() -> Iterator[int]:
-            self._clocks.exposure.mark()
-            return self._pass_without_noise(lambda i: False)
+    def forget_times(self) -> None:
+        self.link.take_busy_s()
+        self._clocks.compute.take_s()
+        self._clocks.noise.take_s()
+        if self.disk is not None:
+            self.disk.take_busy_s()
 
-        before = self._stream.moved()
-        for tokens in generate(self._model, request, blocks, self._clock, self.context.vram_bytes):
-            moved = self._stream.moved_since(before)
-            before = self._stream.moved()
-            yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **moved, **self._cut_times()()))
-        self._forget_times()
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        if self.settings.base != "full":
-            self.synchronize()
-            plain = plain_weights(
-                self._layout,
-                self._forms,
-                self._model.outer,
-                lambda index: self._kept.block(index, self._step - 1),
-                lambda index: self._kept.lacking(index, self._step - 1),
-                self.device,
-            )
-            for name, weight in plain:
-                yield name, self._model.adapters.merged(name, weight, self._visit())
-            return
-        self._flush(self._step - 1)
-        self.synchronize()
-        where = self._kept.tensors(self._step - 1)
-        for name in self._layout.shapes:
-            yield name, self._model.adapters.merged(name, where[name].cpu(), self._visit())
-
-    def _fold_on_disk(self, window: int | None) -> None:
-        """Blocks on disk whose updates fill the log, or whose `window` ends, are written to their second
-        files."""
-        for index in self._folded_on_disk():
-            if window is not None or self._pending.behind(index) + self.settings.queries > LOG_CAPACITY:
-                self._kept.fold(index, self._step, window)
-
-    def trace_events(self) -> list[dict[str, Any]]:
-        """See `engines.base.TellsTrace`."""
-        return self._clocks.trace_events()
-
-    def _label(self, name: str) -> None:
-        self._clock.label = self._noise_clock.label = name
-
-    @torch.no_grad()
-    def landed_share(self) -> float | None:
-        """See `engines.zeroth_order.perturbed_model.PerturbedModel.landed_share`; with a low-bit base, of its
-        matrices."""
-        share = None
-        if self._pending.on_grid:
-            self.synchronize()
-            entries = self.settings.fold_every * self.settings.queries
-            share = landed_on_grid(
-                self._forms,
-                lambda index: self._kept.block(index, self._step - 1),
-                lambda index: self._visit(index, latest=entries),
-                self.device,
-            )
-        return self._model.landed_share(self._visit(latest=1)) if share is None else share
-
-    @torch.no_grad()
-    def replay(self, updates: Iterable[Update]) -> None:
-        """Apply updates of an earlier run, in its order, and go on after the last."""
-        for update in updates:
-            window = window_due(self.settings, update.step) if update.query == 0 else None
-            if update.query == 0:
-                self._fold_on_disk(window)
-            if self._pending.most == LOG_CAPACITY or window is not None:
-                self._flush(update.step, window)
-            self._append(update)
-        self._flush(self._step - 1)
-
-    def save(self, folder: Path) -> None:
-        self._flush(self._step - 1)
-        self.synchronize()
-        weights = ((name, weight.cpu()) for name, weight in self._kept.tensors(self._step - 1).items())
-        save_checkpoint(
-            folder, weights, step=self._step, seed=self._seed, lora=self._model.adapters.form,
-            base=self.settings.base, pending=self._pending.pending(self._step - 1),
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        form = self._model.adapters.form
-        expected = self._kept.in_memory()
-        for index in self._on_disk:
-            block = self._forms[index]
-            expected |= block.views(torch.empty(block.size_bytes, dtype=torch.uint8, device="meta"))
-        checkpoint = open_checkpoint(folder, expected, form, self.settings.base)
-        self._stream.rewind()  # what has come up already is about to be replaced
-
-        def read(name: str, out: Tensor) -> None:
-            out.copy_(checkpoint.tensor(name))
-
-        def read_block(form: BlockForm, memory: Tensor) -> None:
-            for name, out in form.views(memory).items():
-                read(name, out)
-
-        self._fill(read, read_block)
-        self._step, self._seed = checkpoint.step, checkpoint.seed
-        self._pending.restore(*checkpoint.pending, self._drawn)
-        for name, tensor in self._model.adapters.tensors.items():
-            tensor.copy_(checkpoint.tensor(name))
-        self._stream.prefetch()
-
-    def synchronize(self) -> None:
-        self._link.synchronize()
-
-    def close(self) -> None:
-        if hasattr(self, "_stream"):
-            self.synchronize()
-            self._stream.close()
-        if self._disk is not None:
-            self._disk.close()
-
-    @torch.no_grad()
-    def _flush(self, last_step: int, folds: int | None = None) -> None:
-        """Apply the pending updates now, but those of blocks on disk, which stay in the log, and what the
-        window `folds` has gathered; to trained matrices of a low-bit base, those updates that steps up to
-        `last_step` have rounded to the grid."""
+    def apply_deferred(self, last_step: int, window: int | None = None) -> None:
         moved = False
-        if self._pending.on_grid:
-            moved = self._kept.catch_up(last_step)
-        elif self._pending.most or folds is not None:
-            for _ in self._pass_without_noise(lambda i: True, folds):
+        if self._updates.quantized:
+            moved = self._apply_roundings(last_step)
+        elif window is not None or self._updates.most_deferred(self._updates.trained - self.on_disk):
+            for _ in self._pass_with_theta(lambda index: True, window):
                 moved = True
         if moved:
-            self._forget_times()
+            self.forget_times()
 
-    def _forget_times(self) -> None:
-        """Copies and kernels so far belong to no step."""
-        self._link.take_busy_s()
-        self._clock.take_s()
-        self._noise_clock.take_s()
-        if self._disk is not None:
-            self._disk.take_busy_s()
+    def _apply_roundings(self, last_step: int) -> bool:
+        """With trained low-bit matrices: store what was to be rounded up to `last_step` in blocks that are
+        not on disk. Whether anything was."""
+        nothing = Task(how=self._updates.none(), store=False, perturb=False)
+        tasks = [
+            nothing if index in self.on_disk else self._updates.task_of_roundings(index, last_step)
+            for index in range(len(self._forms))
+        ]
+        if not any(task.store for task in tasks):
+            return False
+        for index, task in enumerate(tasks):
+            self._ring.begin(keep=task.store and index not in self._resident)
+            with self._model.visiting(index, task, self):
+                pass
+            self._updates.mark_stored(index, task)
+        self._ring.end_pass()
+        return True
+
+    def stored(self, block: int, last_step: int) -> Tensor:
+        if block in self.on_disk:
+            return self._up_to_date(block, last_step)
+        return self._ring.at_rest(block)
+
+    def lacking(self, block: int, last_step: int) -> Visit:
+        if block not in self.on_disk:
+            return self._updates.lacking(block)
+        if self._updates.quantized:
+            return self._updates.split(block, last_step)[1]
+        return self._updates.none()
+
+    def tensors(self, last_step: int) -> Mapping[str, Tensor]:
+        """A block on disk comes to pageable host memory when one of its tensors is asked for, with its
+        updates, and goes when one of another block is."""
+        where = self._in_memory()
+        if not self.on_disk:
+            return where
+        on_disk = {i: self._forms[i] for i in self.on_disk}
+        return FetchedTensors(where, on_disk, lambda index: self._up_to_date(index, last_step))
+
+    def like_tensors(self) -> Mapping[str, Tensor]:
+        like = self._in_memory()
+        for index in self.on_disk:
+            form = self._forms[index]
+            like |= form.views(torch.empty(form.size_bytes, dtype=torch.uint8, device="meta"))
+        return like
+
+    def _in_memory(self) -> dict[str, Tensor]:
+        where = dict(self._model.outer)
+        for index, form in enumerate(self._forms):
+            if index not in self.on_disk:
+                where |= form.views(self._ring.at_rest(index))
+        return where | self._model.adapters.tensors
+
+    @torch.no_grad()
+    def _up_to_date(self, index: int, last_step: int) -> Tensor:
+        """The bytes of a block on disk, copied to the host, with the updates that it takes."""
+        with self._ring.fetched(index, keep=False) as memory:
+            self._bring_up_to_date(index, memory, last_step)
+            return memory.to("cpu", copy=True)
+
+    def _bring_up_to_date(
+        self, index: int, memory: Tensor, last_step: int, window: int | None = None
+    ) -> Task:
+        """Store in `memory`, the bytes of a block on disk, what its place on the host would have after
+        `last_step`, and what the `window` of low-rank noise has gathered."""
+        task = Task(how=self._updates.lacking(index), store=True, perturb=False, ends_window=window)
+        if self._updates.quantized:
+            task = self._updates.task_of_roundings(index, last_step)
+        self._clocks.compute.start()
+        with self._model.visiting(index, task, BlockMemory(self._forms[index], memory)):
+            pass
+        self._clocks.compute.stop()
+        return task
+
+    def synchronize(self) -> None:
+        self.link.synchronize()
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.synchronize()
+            self.stream.close()
+        if self.disk is not None:
+            self.disk.close()

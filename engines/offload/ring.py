@@ -73,7 +73,7 @@ class Moved(NamedTuple):
 
 class BlockStream:
     """All blocks' weights: some on the GPU for good, the others in host memory. See
-    `engines.zeroth_order.perturbed_weights.Source`.
+    `engines.zeroth_order.block_visit.Source`.
 
     A pass visits every block once, in order. Memory is counted in bytes; `forms` say what they mean.
     """

@@ -37,6 +37,36 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
+_RETIRED = {"layer_share": ("1", "1.0")}
+"""Settings that earlier versions had, and the values, as text, with which they did what this one does."""
+
+
+def without_retired(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """Settings that a record holds, without those that are gone since; and of the gone ones those that made
+    the method another than the one of today."""
+    kept = {key: value for key, value in values.items() if key not in _RETIRED}
+    other = {
+        key: value for key, value in values.items() if key in _RETIRED and str(value) not in _RETIRED[key]
+    }
+    return kept, other
+
+
+def parse_recorded(engine: str, values: Mapping[str, object]) -> Any:
+    """Like `parse_settings`, of what an earlier version may have written.
+
+    Raises `UserError` also for a run that a setting made what this version cannot repeat.
+    """
+    kept, other = without_retired(values)
+    if other:
+        named = " and ".join(f"{key}={value}" for key, value in other.items())
+        raise UserError(
+            f"engine {engine}",
+            f"has no {named}: this version dropped it",
+            "use the version that began the run, or start anew with another --out",
+        )
+    return parse_settings(engine, kept)
+
+
 def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
     """Typed settings of `engine` from plain values (strings are converted).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -19,6 +19,9 @@ MOST_QUERIES = 32
 
 
 MOST_RANK = 64
+
+
+MOST_FOLD_EVERY = 64
 
 
 MOST_PENDING = 64
@@ -48,9 +51,6 @@ class MezoSettings:
     queries: int = 1
     """Independent z in each step, all in one visit of each block; the update is their mean. `spsa` takes two
     forward passes for each, `fzoo` one, and one more."""
-    layer_share: float = 1.0
-    """Share of the trained blocks that a step trains, drawn anew in each (LeZO, 2410.09823). The others are
-    neither perturbed nor updated nor downloaded."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
     eps: float = 1e-3
@@ -71,6 +71,27 @@ class MezoSettings:
     """With a low-bit base, steps between two roundings of a block to its grid; until then its updates are in
     the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
 
+    @property
+    def forward_passes(self) -> int:
+        """That each micro-batch of a step takes."""
+        return self.queries + 1 if self.estimator == "fzoo" else 2 * self.queries
+
+    @property
+    def trains_quantized(self) -> bool:
+        """Whether trained matrices are kept as low-bit values, so that a block takes its updates at the times
+        that `fold_every` sets, and at no other. With adapters, or with low-rank noise, such matrices are
+        only read until a window ends."""
+        return self.base != "full" and self.train != "lora" and self.estimator != "lozo"
+
+    @property
+    def decides_updates(self) -> dict[str, Any]:
+        """The settings, by name, that decide the bits of a run: all of MeZO's, but `fold_every` only where it
+        says when trained matrices are rounded. Those of `Zo2Settings` alone say where things lie."""
+        values = {field.name: getattr(self, field.name) for field in fields(MezoSettings)}
+        if not self.trains_quantized:
+            del values["fold_every"]
+        return values
+
     def __post_init__(self) -> None:
         require_finite(self)
         require(self.learning_rate >= 0, "learning_rate", "must not be negative")
@@ -78,13 +99,6 @@ class MezoSettings:
         require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         require(self.eps > 0, "eps", "must be positive")
         require(1 <= self.queries <= MOST_QUERIES, "queries", f"must be between 1 and {MOST_QUERIES}")
-        require(0 < self.layer_share <= 1, "layer_share", "must be in (0, 1]")
-        require(
-            self.layer_share == 1 or self.train != "lora",
-            "layer_share",
-            "must be 1 with train=lora: a step trains all adapters",
-            "leave layer_share out, or take train=all",
-        )
         if self.estimator == "fzoo":
             require(
                 self.queries >= 2,
@@ -106,7 +120,9 @@ class MezoSettings:
             "train",
             "is one of all, lora, last:N",
         )
-        require(1 <= self.fold_every <= 64, "fold_every", "must be between 1 and 64")
+        require(
+            1 <= self.fold_every <= MOST_FOLD_EVERY, "fold_every", f"must be between 1 and {MOST_FOLD_EVERY}"
+        )
         require(
             self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
             "fold_every",
@@ -132,12 +148,6 @@ class MezoSettings:
             "noise",
             "must be gaussian with estimator=lozo: its noise is a product of normals",
             "leave noise out, or take estimator=spsa",
-        )
-        require(
-            self.layer_share == 1,
-            "layer_share",
-            "must be 1 with estimator=lozo: a step adds to the sums of all blocks",
-            "leave layer_share out, or take estimator=spsa",
         )
         require(
             self.train != "lora",

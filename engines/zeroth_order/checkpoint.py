@@ -1,7 +1,7 @@
 """Checkpoints of the zeroth-order engines: weights in safetensors, adapters beside them, the step and the
 seed. Both read each other's.
 
-With a full base every update so far is in the weights, so that none is pending. The matrices of a low-bit
+With a full base every update so far is in the weights, so that none is deferred. The matrices of a low-bit
 base are kept as they are in memory (`engines.quantized.codec`), with the updates that they have not taken.
 """
 
@@ -47,11 +47,10 @@ def save_checkpoint(
     seed: int,
     lora: LoraForm | None,
     base: Base = "full",
-    pending: tuple[Sequence[Update], Sequence[int]] = ((), ()),
+    deferred: tuple[Sequence[Update], Sequence[int]] = ((), ()),
 ) -> None:
     """Weights in safetensors files, and what else determines the next step: its number, the seed, what
-    adapters are scaled with, and what is pending
-    (`engines.zeroth_order.deferred_updates.PendingUpdates.pending`)."""
+    adapters are scaled with, and the updates that some block lacks, with how many each block does."""
     shard: dict[str, Tensor] = {}
     count = shard_bytes = 0
     for name, weight in weights:
@@ -65,7 +64,7 @@ def save_checkpoint(
     state = {
         "schema_version": CHECKPOINT_VERSION, "method": "mezo", "step": step, "seed": seed,
         "lora": None if lora is None else {"rank": lora.rank, "alpha": lora.alpha},
-        "base": base, "pending": [asdict(update) for update in pending[0]], "behind": list(pending[1]),
+        "base": base, "pending": [asdict(update) for update in deferred[0]], "behind": list(deferred[1]),
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -76,8 +75,8 @@ class Checkpoint:
 
     step: int
     seed: int
-    pending: tuple[Sequence[Update], Sequence[int]]
-    """See `engines.zeroth_order.deferred_updates.PendingUpdates.pending`."""
+    deferred: tuple[Sequence[Update], Sequence[int]]
+    """Updates that some block lacks, and how many of them each block does."""
     _shards: Mapping[str, Any]
 
     def tensor(self, name: str) -> Tensor:
@@ -99,8 +98,8 @@ def open_checkpoint(
         told = state.get("lora")  # checkpoints from before it was written lack it
         saved_form = told and LoraForm(rank=int(told["rank"]), alpha=float(told["alpha"]))
         saved_base = str(state.get("base", "full"))  # these, too
-        pending = [Update(**values) for values in state.get("pending", ())]
-        behind = [int(count) for count in state["behind"]] if pending else []
+        deferred = [Update(**values) for values in state.get("pending", ())]
+        behind = [int(count) for count in state["behind"]] if deferred else []
         files: list[Any] = [
             safe_open(path, framework="pt") for path in sorted(folder.glob("weights-*.safetensors"))
         ]
@@ -132,4 +131,4 @@ def open_checkpoint(
                 f"'{name}' is {saved.get_shape()} {saved.get_dtype()}, not {list(like.shape)} {here}",
                 remedy,
             )
-    return Checkpoint(step=step, seed=seed, pending=(pending, behind), _shards=shards)
+    return Checkpoint(step=step, seed=seed, deferred=(deferred, behind), _shards=shards)

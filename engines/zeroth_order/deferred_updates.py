@@ -1,20 +1,20 @@
-"""Which updates each block has yet to take, and when it takes them.
+"""Which updates each stored block lacks, and when it takes them.
 
-Blocks share one log, unless a step trains some of them only: then each has one of its own, with the updates
-of the steps that drew it.
+A block that is not written in a step falls behind: its updates are deferred. They stay in the log, and every
+visit applies them to what it computes with (`engines.noise.weight_pass`).
 
 A full base may take its updates at any time: each is rounded as it was when it was new. The matrices of a
-low-bit base are rounded to their grid at the times of the schedule and at no other, wherever they are kept:
-before step t those of the blocks that `engines.costs.zo2.folds` names, after all updates of steps before t.
-In between their updates pend, and a visit applies them in fp32. So a run has the same bits on the GPU and on
-the host, whether it is evaluated or not, and when its log is replayed. Where matrices are low-bit and not
-trained themselves (adapters, `engines.zeroth_order.low_rank_noise`) there is no such schedule: what is
-trained is full.
+low-bit base are rounded to their values at the times of the schedule and at no other, wherever they are
+stored: before step t those of the blocks that `engines.costs.zo2.folds` names, after all updates of steps
+before t. In between a visit applies their updates in fp32. So a run has the same bits on the GPU and on the
+host, whether it is evaluated or not, and when its log is replayed. Where matrices are low-bit and not trained
+themselves (adapters, `engines.zeroth_order.low_rank_noise`) there is no such schedule: what is trained is
+full (`engines.settings.zeroth_order.MezoSettings.trains_quantized`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,146 +22,156 @@ import torch
 from engines.base import Update
 from engines.costs.zo2 import folds
 from engines.noise.visits import LOG_CAPACITY, UpdateLog, Visit
-from engines.quantized.block_form import BlockForm
-from engines.zeroth_order.perturbed_weights import Task, without_updates
+from engines.settings.zeroth_order import MezoSettings
+from engines.zeroth_order.block_visit import Task
 
 
-class PendingUpdates:
-    """Updates of the blocks of `forms`, by position in the log of each."""
+class DeferredUpdates:
+    """All updates so far, and how many of them each of the blocks 0 to `num_blocks` - 1 lacks where it is
+    stored. Only the blocks in `trained` take any.
+
+    Positions count the updates from 0, an entry for each query of each step; the log holds the latest
+    `LOG_CAPACITY` of them, and no block may lack more.
+    """
 
     def __init__(
         self,
-        forms: Sequence[BlockForm],
+        settings: MezoSettings,
+        seed: int,
+        num_blocks: int,
+        trained: Collection[int],
         device: torch.device,
-        *,
-        apart: bool,
-        every: int,
-        apart_from_flushes: Collection[int] = (),
     ) -> None:
-        """`every`: steps between two roundings of a block to its grid."""
-        self.everything = UpdateLog(device)
-        """Every update: what is outside the blocks takes it at once."""
-        blocks = [form.layout for form in forms]
-        self.trained = tuple(i for i, block in enumerate(blocks) if any(part.trained for part in block.parts))
-        self.drawable = self.trained if apart else tuple(range(len(blocks)))
-        """Blocks that a step may perturb; one without trained weights may have adapters."""
-        self.logs = tuple(UpdateLog(device) if apart else self.everything for _ in blocks)
-        self.on_grid = any(
-            part.trained and form.is_low_bit(part) for form in forms for part in form.layout.parts
-        )
-        """Whether trained matrices are low-bit, so that blocks take their updates at the schedule's times."""
-        self._every = every
-        self._stored = [0] * len(blocks)
-        self._apart = apart
-        self._flushed = tuple(i for i in self.trained if i not in apart_from_flushes)
+        self.seed = seed
+        self.step = 0
+        """Number of the next step."""
+        self.trained = frozenset(trained)
+        self.log = UpdateLog(device)
+        self.quantized = settings.trains_quantized
+        """Whether blocks take their updates at the times of the schedule only."""
+        self._settings = settings
+        self._applied = [0] * num_blocks
+        """Of each block the position of the first update that it lacks, if it is trained."""
 
-    def append(self, update: Update, drawn: Collection[int]) -> None:
-        """An update that the blocks `drawn` have to take."""
-        self.everything.append(update)
-        for index in drawn if self._apart else ():
-            self.logs[index].append(update)
+    def append(self, update: Update) -> None:
+        """The update of a query of step `self.step`, or of one before it: the next step follows."""
+        self.log.append(update)
+        self.step = update.step + 1
 
-    def first(self, index: int) -> int:
-        """Position in the block's log of the first update that its stored weights lack."""
-        return self.logs[index].length - self.behind(index)
+    # --- what a visit applies ---------------------------------------------------------------------------
 
-    def pends(self, index: int) -> bool:
-        return self.behind(index) > 0
+    def none(self) -> Visit:
+        return self._visit(self.log.length)
 
-    def is_due(self, index: int, step: int) -> bool:
-        """Whether it is the block's turn in `step`."""
-        return folds(index, step, self._every)
+    def latest(self, count: int = 1) -> Visit:
+        """So many of the latest updates, or as many as there are."""
+        return self._visit(max(0, self.log.length - count))
 
-    def stored(self, index: int) -> None:
-        """The block's weights as they are kept have all of its updates now."""
-        self._stored[index] = self.logs[index].length
+    def lacking(self, block: int) -> Visit:
+        """All deferred updates of `block`."""
+        return self._visit(self.log.length - self.num_deferred(block))
 
-    def all_stored(self) -> None:
-        for index in range(len(self.logs)):
-            self.stored(index)
+    def _visit(self, first: int) -> Visit:
+        settings = self._settings
+        return Visit(
+            seed=self.seed, log=self.log, first=first, last=self.log.length, rounding=settings.rounding,
+            step=self.step, eps=settings.eps, noise=settings.noise,
+        )  # fmt: skip
 
-    def behind(self, index: int) -> int:
-        """Updates that the block has yet to take."""
-        return self.logs[index].length - self._stored[index] if index in self.trained else 0
+    # --- how far a block is behind ----------------------------------------------------------------------
 
-    @property
-    def most(self) -> int:
-        """Updates that the block furthest behind has yet to take, of those that a flush brings up to date."""
-        return max((self.behind(i) for i in self._flushed), default=0)
+    def num_deferred(self, block: int) -> int:
+        return self.log.length - self._applied[block] if block in self.trained else 0
 
-    def overdue(self, index: int, how: Visit, last_step: int) -> Task:
-        """What visits in the steps up to `last_step` would have stored, rounding by rounding. `how` has all
-        pending updates of the block. `took` follows."""
-        visits, _ = self.split(index, how, last_step)
-        if not visits:
-            return Task(how=without_updates(how), store=False, perturb=False)
-        return Task(how=visits[-1], store=True, perturb=False, overdue=visits[:-1])
+    def most_deferred(self, blocks: Iterable[int]) -> int:
+        return max((self.num_deferred(block) for block in blocks), default=0)
 
-    def split(self, index: int, how: Visit, last_step: int) -> tuple[tuple[Visit, ...], Visit]:
-        """`how`, which has all pending updates of the block, in the visits that store up to `last_step`, and
-        what pends after them."""
-        if not self.on_grid:
+    def fill_the_log(self, blocks: Iterable[int]) -> bool:
+        """Whether one of `blocks` must be written before the next update is appended."""
+        return self.most_deferred(blocks) == LOG_CAPACITY
+
+    def leave_no_room_for_a_step(self, block: int) -> bool:
+        """Whether the updates of one more step would be more than the log holds."""
+        return self.num_deferred(block) + self._settings.queries > LOG_CAPACITY
+
+    def is_due(self, block: int) -> bool:
+        """Whether it is the block's turn to be written in the next step."""
+        return folds(block, self.step, self._settings.fold_every)
+
+    def mark_applied(self, block: int) -> None:
+        """The block has been stored with all updates."""
+        self._applied[block] = self.log.length
+
+    def mark_all_applied(self) -> None:
+        self._applied = [self.log.length] * len(self._applied)
+
+    def mark_stored(self, block: int, task: Task) -> None:
+        """The block has been stored with what `task` says, if it stores at all."""
+        if task.store:
+            self._applied[block] = task.how.last
+
+    # --- the schedule of a low-bit base -----------------------------------------------------------------
+
+    def split(self, block: int, last_step: int) -> tuple[tuple[Visit, ...], Visit]:
+        """The deferred updates of `block`: a visit for each rounding that a step up to `last_step` makes, and
+        what stays deferred after those."""
+        how = self.lacking(block)
+        if not self.quantized:
             return (), how
-        ends = self._roundings(index, last_step)
+        ends = self._roundings(block, last_step)
         starts = [how.first, *ends]
         visits = tuple(
             replace(how, first=first, last=last) for first, last in zip(starts, ends, strict=False)
         )
         return visits, replace(how, first=starts[-1])
 
-    def took(self, index: int, task: Task) -> None:
-        if task.store:
-            self._stored[index] = task.how.last
+    def task_of_roundings(self, block: int, last_step: int) -> Task:
+        """To store what visits in the steps up to `last_step` would have stored, rounding by rounding.
+        `mark_stored` follows."""
+        visits, _ = self.split(block, last_step)
+        if not visits:
+            return Task(how=self.none(), store=False, perturb=False)
+        return Task(how=visits[-1], store=True, perturb=False, roundings=visits[:-1])
 
-    def _roundings(self, index: int, last_step: int) -> list[int]:
-        """Positions in the block's log before which a step up to `last_step` rounds it: its turn comes after
-        one update of the log and not after the next."""
-        if not self.pends(index):
+    def _roundings(self, block: int, last_step: int) -> list[int]:
+        """Positions before which a step up to `last_step` rounds the block: its turn comes after one update
+        of the log and not after the next."""
+        if not self.num_deferred(block):
             return []
-        updates = self.logs[index].between(self._stored[index], self.logs[index].length)
-        steps = [update.step for update in updates]
+        every = self._settings.fold_every
+        steps = [update.step for update in self.log.between(self._applied[block], self.log.length)]
         return [
-            self._stored[index] + number
+            self._applied[block] + number
             for number, (step, following) in enumerate(zip(steps, [*steps[1:], last_step], strict=True), 1)
             if any(
-                self.is_due(index, turn)
-                for turn in range(step + 1, min(following, last_step, step + self._every) + 1)
+                folds(block, turn, every)
+                for turn in range(step + 1, min(following, last_step, step + every) + 1)
             )
         ]
 
-    def pending(self, last_step: int) -> tuple[list[Update], list[int]]:
-        """The updates that some block lacks, and how many each block does: for a checkpoint. None unless
-        matrices are rounded to a grid; other weights are saved with all updates, and these with what steps
-        up to `last_step` have rounded."""
-        if not self.on_grid:
-            return [], []
-        behind = [
-            self.logs[index].length - ends[-1]
-            if (ends := self._roundings(index, last_step))
-            else self.behind(index)
-            for index in range(len(self.logs))
-        ]
-        oldest = min(
-            (
-                log.between(log.length - count, log.length)[0].draw
-                for log, count in zip(self.logs, behind, strict=True)
-                if count
-            ),
-            default=None,
-        )
-        if oldest is None:
-            return [], []
-        log, first = self.everything, max(0, self.everything.length - LOG_CAPACITY)
-        kept = log.between(first, log.length)
-        return [update for update in kept if update.draw >= oldest], behind
+    # --- checkpoints ------------------------------------------------------------------------------------
 
-    def restore(
-        self, updates: Sequence[Update], behind: Sequence[int], drawn: Callable[[int], Collection[int]]
-    ) -> None:
-        """As `pending` told; the weights that are kept have been written anew. `drawn` tells the blocks of a
-        step."""
+    def to_save(self, last_step: int) -> tuple[list[Update], list[int]]:
+        """The updates that some block lacks, and how many each block does.
+
+        None unless trained matrices are low-bit: other weights are saved with all updates, and these with
+        what steps up to `last_step` have rounded.
+        """
+        if not self.quantized:
+            return [], []
+        behind = []
+        for block in range(len(self._applied)):
+            ends = self._roundings(block, last_step)
+            behind.append(self.log.length - ends[-1] if ends else self.num_deferred(block))
+        most = max(behind, default=0)
+        return (self.log.between(self.log.length - most, self.log.length), behind) if most else ([], [])
+
+    def restore(self, step: int, seed: int, deferred: tuple[Sequence[Update], Sequence[int]]) -> None:
+        """Go on at `step`, from stored blocks that lack what `to_save` gave."""
+        updates, behind = deferred
         for update in updates:
-            self.append(update, drawn(update.step))
-        self.all_stored()
-        for index, count in enumerate(behind):
-            self._stored[index] -= count
+            self.append(update)
+        self.step, self.seed = step, seed
+        self.mark_all_applied()
+        for block, count in enumerate(behind):
+            self._applied[block] -= count

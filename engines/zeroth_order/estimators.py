@@ -11,15 +11,10 @@ queries of a step, so the engines differ in nothing but this file:
            A normalised step: its length hardly depends on the gradient's. Learning rates are therefore in
            units of their own, about eps times those of normalised SGD.
 
-    lozo   as spsa, z_i being of rank r on the matrices of the blocks (`engines.zeroth_order.low_rank_noise`):
-    LOZO, arXiv
-           2410.07698.
+    lozo   as spsa, z_i being of rank r on the matrices of the blocks
+           (`engines.zeroth_order.low_rank_noise`): LOZO, arXiv 2410.07698.
 
     theta <- theta - lr (mean of the g_i z_i + wd theta)
-
-With `layer_share` below 1 a step draws that share of the trained blocks, by (seed, step): LeZO, arXiv
-2410.09823. The others are neither perturbed nor updated, so the estimate is that of the gradient with respect
-to the blocks drawn and to what is outside the blocks, which is trained in every step.
 
 The noise z_i of step t has the number t q + i where that of a single query has the number t.
 
@@ -28,9 +23,7 @@ Deviations from the papers: where sigma is 0, since all perturbed losses are one
 
 from __future__ import annotations
 
-import hashlib
 import statistics
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -64,27 +57,6 @@ def probes(settings: MezoSettings, step: int) -> tuple[Probe, ...]:
     if settings.estimator == "fzoo":
         return (Probe(draws[0], (Side.PLAIN,)), *(Probe(draw, (Side.PLUS,)) for draw in draws))
     return tuple(Probe(draw, (Side.PLUS, Side.MINUS)) for draw in draws)
-
-
-def num_drawn(settings: MezoSettings, num_trained: int) -> int:
-    """Of so many trained blocks, those that one step trains."""
-    return min(num_trained, max(1, round(settings.layer_share * num_trained)))
-
-
-def drawn_blocks(settings: MezoSettings, seed: int, step: int, trained: Sequence[int]) -> frozenset[int]:
-    """Which of the blocks `trained` are trained in `step`: any subset of that size is as likely."""
-    if settings.layer_share == 1.0:
-        return frozenset(trained)
-    tickets = {
-        block: hashlib.blake2b(struct.pack("<QII", seed % 2**64, step, block), digest_size=16).digest()
-        for block in trained
-    }
-    return frozenset(sorted(trained, key=tickets.__getitem__)[: num_drawn(settings, len(trained))])
-
-
-def forwards(settings: MezoSettings) -> int:
-    """Forward passes that each micro-batch of a step takes."""
-    return sum(len(probe.sides) for probe in probes(settings, 0))
 
 
 def next_updates(

@@ -19,9 +19,9 @@ from torch import Tensor
 from engines.errors import NonFiniteLoss
 from engines.model.blocks import BlockCall
 from engines.noise.visits import Visit
+from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.estimators import Probe, Side
 from engines.zeroth_order.perturbed_model import PerturbedModel, Prepared
-from engines.zeroth_order.perturbed_weights import Source, Task, without_updates
 
 
 class LossSums:
@@ -80,10 +80,10 @@ class Streams:
                 task,
                 how=replace(how, step=probe.draw),
                 store=task.store and number == 0,
-                folds=task.folds if number == 0 else None,
-                overdue=task.overdue if number == 0 else (),
+                ends_window=task.ends_window if number == 0 else None,
+                roundings=task.roundings if number == 0 else (),
                 perturb=task.perturb and probe.sides != (Side.PLAIN,),
-                one_sided=len(probe.sides) == 1,
+                plus_only=len(probe.sides) == 1,
             )
             hidden, calls = self._hidden[number], self._calls[number]
             with self._model.visiting(index, each, source if last else _Held(source)):

@@ -28,8 +28,8 @@ from engines.noise.philox import NoiseKey
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.settings.zeroth_order import MezoSettings
+from engines.zeroth_order.block_visit import Task, without_updates
 from engines.zeroth_order.checkpoint import LoraForm
-from engines.zeroth_order.perturbed_weights import Task, without_updates
 
 START_STEP = 2**32 - 1
 """Step of the noise that A begins as: the last there is, so that no perturbation repeats it."""
@@ -213,11 +213,11 @@ class Adapters:
 
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self._now = PLAIN if not task.perturb else PLUS if task.one_sided else None
+        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
         if task.perturb and self._memory:
             flat = self._memory[block]
             plus, minus = (memory[: flat.numel()] for memory in self._sides)
-            out = Outputs(plus=plus) if task.one_sided else Outputs(plus=plus, minus=minus)
+            out = Outputs(plus=plus) if task.plus_only else Outputs(plus=plus, minus=minus)
             weight_pass.visit(flat, self._segments[block], without_updates(task.how), out)
 
     @contextmanager

@@ -48,8 +48,8 @@ from engines.noise.tiles import TILE, Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
 from engines.settings.zeroth_order import MezoSettings
+from engines.zeroth_order.block_visit import Task, without_updates
 from engines.zeroth_order.lora import MINUS, PLAIN, PLUS, Adapters, linear_matrices
-from engines.zeroth_order.perturbed_weights import Task, without_updates
 
 FOLD_CHUNK = 512 * TILE
 """Elements that are folded at a time by torch operations."""
@@ -226,7 +226,7 @@ class LowRank:
 
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self._now = PLAIN if not task.perturb else PLUS if task.one_sided else None
+        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
         if not self._blocks[block]:
             return
         how = without_updates(task.how)

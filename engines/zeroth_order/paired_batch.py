@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.model.blocks import BlockCall
+
 
 def halved(value: Any, stacked: int, side: int) -> Any:
     """One side's half of every stacked tensor in `value`; what is not stacked is for both."""
@@ -31,6 +33,15 @@ def stack(results: Sequence[Any], stacked: int) -> Any:
     if isinstance(plus, tuple | list):
         return type(plus)(stack(pair, stacked) for pair in zip(plus, minus, strict=True))
     return plus
+
+
+def join_calls(plus: Sequence[BlockCall], minus: Sequence[BlockCall], rows: int) -> list[BlockCall]:
+    """What each block is called with beside the stacked hidden state, whose halves have `rows` sequences."""
+    joined: dict[tuple[int, int], Any] = {}
+    return [
+        BlockCall(join(one.args, other.args, rows, joined), join(one.kwargs, other.kwargs, rows, joined))
+        for one, other in zip(plus, minus, strict=True)
+    ]
 
 
 def join(plus: Any, minus: Any, rows: int, joined: dict[tuple[int, int], Any]) -> Any:

@@ -41,24 +41,22 @@ from engines.model.cuda_graphs import BlockGraphs
 from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import ModelLayout
 from engines.noise import weight_pass
-from engines.noise.tiles import one
+from engines.noise.realized_updates import realized_fraction
 from engines.noise.visits import Outputs, Visit
 from engines.settings.zeroth_order import Base
 from engines.transfer.compute_clock import ComputeClock
+from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.chunked_loss import Targets, multiply, plain_head, targets_of
 from engines.zeroth_order.estimators import Side
 from engines.zeroth_order.lora import Adapters, columns_first, is_linear
 from engines.zeroth_order.low_rank_noise import LowRank
-from engines.zeroth_order.paired_batch import halved, join, stack
-from engines.zeroth_order.perturbed_weights import BlockScratch, Source, Task, Unit, swapped
+from engines.zeroth_order.paired_batch import halved, join_calls, stack
+from engines.zeroth_order.perturbed_weights import BlockScratch
+from engines.zeroth_order.units import Unit, block_units, has_no_bias, places_in, swapped, without_bias
 
 GRAPH_SCRATCH_BYTES = 400_000_000
 """Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
 block keeps the GPU busy for longer than the CPU needs to start its kernels: 2.5 ms on an H200 machine."""
-
-LANDED_CHUNK = 1 << 20
-LANDED_SAMPLE = 1 << 24
-"""Elements of which the landed share is measured: enough for 1 % at updates of 1e-7 in bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ class PerturbedModel:
         block_path, _ = find_blocks(model)
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}
         owners = {path: module for path, module in model.named_modules() if module._parameters}
-        units = _block_units(self._driver.blocks, block_path, owners, names)
+        units = block_units(self._driver.blocks, block_path, owners, names)
         self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, base)
         if isinstance(adapters, LowRank):
             self.scratch.fold = adapters.fold
@@ -123,8 +121,8 @@ class PerturbedModel:
             self._graphs = BlockGraphs(self._run_eagerly)
             self.scratch.take_form(whole=True, sides=2)
         for unit in units:
-            if unit.frozen and _has_no_bias(unit.module):
-                unit.module.forward = _without_bias(unit.module)
+            if unit.frozen and has_no_bias(unit.module):
+                unit.module.forward = without_bias(unit.module)
         adapted = adapters.install(model)
         for unit in units:
             unit.adapted = not adapted.isdisjoint(unit.module.modules())
@@ -156,12 +154,7 @@ class PerturbedModel:
             return self._record(batch, sides[0])
         plus, minus = (self._record(batch, side) for side in sides)
         rows = plus[0].shape[0]
-        joined: dict[tuple[int, int], Any] = {}
-        calls = [
-            BlockCall(join(one.args, other.args, rows, joined), join(one.kwargs, other.kwargs, rows, joined))
-            for one, other in zip(plus[1], minus[1], strict=True)
-        ]
-        return torch.cat((plus[0], minus[0])), calls
+        return torch.cat((plus[0], minus[0])), join_calls(plus[1], minus[1], rows)
 
     def enter_all(
         self, batches: Sequence[Prepared], how: Visit, sides: Sequence[Side]
@@ -173,8 +166,8 @@ class PerturbedModel:
     @contextmanager
     def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
         """Block `index` may be run within."""
-        if task.folds is not None and isinstance(self.adapters, LowRank):
-            self.adapters.start_fold(index, task.folds, task.how)
+        if task.ends_window is not None and isinstance(self.adapters, LowRank):
+            self.adapters.start_fold(index, task.ends_window, task.how)
         self.scratch.begin(index, task, source)
         self._clock.start()
         self.adapters.begin(index, task)
@@ -273,34 +266,19 @@ class PerturbedModel:
                 weight_pass.visit(flat, self.layout.segment(name), how, Outputs(theta=flat))
         self.adapters.update(how)
 
-    def landed_share(self, how: Visit) -> float | None:
-        """Share of the wanted change that the updates of `how` make to stored weights: its projection.
-
-        <rounded change, wanted change> / <wanted change, wanted change>, on up to `LANDED_SAMPLE` elements of
-        the largest trained tensor outside the blocks, or of an adapter. `None` without an update or a change.
-        """
+    def realized_update_fraction(self, how: Visit) -> float | None:
+        """Of the updates of `how` to the largest trained tensor outside the blocks, or of an adapter:
+        `engines.noise.realized_updates.realized_fraction`. `None` without any."""
         trained = [
             (self.outer[name], self.layout.numbers[name])
             for name in self.outer
             if name in self.layout.trained
         ]
         trained += [(tensor, self.adapters.numbers[name]) for name, tensor in self.adapters.tensors.items()]
-        if how.first == how.last or not trained:
+        if not trained:
             return None
         weight, number = max(trained, key=lambda each: each[0].numel())
-        sample = weight.view(-1)[:LANDED_SAMPLE]
-        landed = norm = 0.0
-        for start in range(0, sample.numel(), LANDED_CHUNK):  # in chunks: it must not be the run's peak
-            before = sample[start : start + LANDED_CHUNK]
-            exact = before.float()
-            segment = one(number, before.numel(), decays=weight.dim() >= 2)
-            stored, wanted = torch.empty_like(before), torch.empty_like(exact)
-            weight_pass.visit(before, segment, how, Outputs(theta=stored), start=start)
-            weight_pass.visit(exact, segment, how, Outputs(theta=wanted), start=start)
-            change = wanted.double() - exact.double()
-            landed += float(((stored.double() - exact.double()) * change).sum())
-            norm += float(change.square().sum())
-        return landed / norm if norm > 0.0 else None
+        return realized_fraction(weight, number, how)
 
     @contextmanager
     def _tail(self, side: Side) -> Iterator[None]:
@@ -350,24 +328,16 @@ class PerturbedModel:
                 multiply(flat[rows], weight, bias, out[rows])
             return out.view(*x.shape[:-1], width)
 
-        is_product = is_linear(module) and len(unit.places) == sum(
-            leaf in ("weight", "bias") for _, leaf, _ in unit.places
-        )
+        is_product = is_linear(module) and unit.has_weight_and_bias_only
 
         def norm(x: Tensor) -> Tensor:
-            from engines.zeroth_order import layer_norm_kernels
+            from engines.kernels import paired_layer_norm
 
             (weight, bias), (other_weight, other_bias) = unit.weights
             assert isinstance(module, nn.LayerNorm)
-            return layer_norm_kernels.layer_norm(x, (weight, bias), (other_weight, other_bias), module.eps)
+            return paired_layer_norm.layer_norm(x, (weight, bias), (other_weight, other_bias), module.eps)
 
-        is_norm = (
-            type(module) is nn.LayerNorm
-            and len(module.normalized_shape) == 1
-            and [leaf for _, leaf, _ in unit.places] == ["weight", "bias"]
-            and self.device.type == "cuda"
-            and triton_launch.has_triton()
-        )
+        is_norm = unit.is_layer_norm and self.device.type == "cuda" and triton_launch.has_triton()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             scratch.open(unit)
@@ -385,7 +355,7 @@ class PerturbedModel:
         self, path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
     ) -> Callable[..., Any]:
         original = module.forward
-        places = _inside(path, module, names)
+        places = places_in(path, module, names)
         looks_up = type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", None) is None
         shape: torch.Size | None = None
 
@@ -423,69 +393,6 @@ class PerturbedModel:
             weight_pass.visit(weight.view(-1), self.layout.segment(name), self._how, out)
             weight = moved
         return nn.Parameter(weight, requires_grad=False)
-
-
-def _block_units(
-    blocks: nn.ModuleList,
-    block_path: str,
-    owners: Mapping[str, nn.Module],
-    names: Mapping[tuple[str, str], str],
-) -> list[Unit]:
-    """The modules of each block that have weights of their own; one that has others inside covers them.
-
-    Where modules take turns on parts of the batch (the experts of a mixture, a list inside the block), halves
-    of their inputs are no sides: there the whole block is one unit, and each side runs through it by itself.
-    """
-    units: list[Unit] = []
-    for index, block in enumerate(blocks):
-        root = f"{block_path}.{index}"
-        inside = {path: owners[path] for path in owners if path == root or path.startswith(f"{root}.")}
-        lists = [
-            path
-            for path, module in block.named_modules()
-            if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
-        ]
-        if lists:
-            units.append(Unit(index, block, _inside(root, block, names)))
-            continue
-        covered: list[str] = []
-        for path, module in inside.items():
-            if not any(path.startswith(f"{parent}.") for parent in covered):
-                covered.append(path)
-                units.append(Unit(index, module, _inside(path, module, names)))
-    return units
-
-
-def _inside(
-    path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
-) -> list[tuple[nn.Module, str, str]]:
-    """Owner, attribute and first name of every tensor in `module` and below."""
-    found = []
-    for below, owner in module.named_modules():
-        where = f"{path}.{below}" if below and path else below or path
-        found += [
-            (owner, leaf, names[where, leaf])
-            for leaf, parameter in owner._parameters.items()
-            if parameter is not None
-        ]
-    return found
-
-
-def _has_no_bias(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module._parameters["bias"] is None
-
-
-def _without_bias(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module's product by the faster kernel of `multiply`, as trained layers have it."""
-
-    def product(x: Tensor) -> Tensor:
-        weight = module._parameters["weight"]  # the one that is swapped in
-        assert weight is not None
-        out = torch.empty((x.numel() // x.shape[-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-        multiply(x.reshape(-1, x.shape[-1]), weight.t(), None, out)
-        return out.view(*x.shape[:-1], weight.shape[0])
-
-    return product
 
 
 def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,16 +1,10 @@
-"""The memory in which perturbed weights are made, one layer or one block at a time, and the visits that make
-them.
-
-A *unit* is a module of a block that computes with weights of its own; `Source` is where theta is kept, and a
-`Task` says what a visit does with it.
-"""
+"""The memory in which perturbed weights are made, one unit or one block at a time, and the passes over theta
+that make them (`engines.zeroth_order.block_visit`, `engines.zeroth_order.units`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,95 +15,13 @@ from engines.noise import weight_pass
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
-from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Base
 from engines.transfer.compute_clock import ComputeClock
+from engines.zeroth_order.block_visit import Source, Task, without_updates
+from engines.zeroth_order.units import Unit
 
 SCRATCH_ALIGNMENT_BYTES = 512
 """As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
-
-
-class Source(Protocol):
-    """Where the blocks' weights are."""
-
-    def spans(self, block: int) -> Sequence[tuple[int, int]]:
-        """The block's own parts in groups, from first to before last, that lie together and come together.
-
-        Of the full dtype, all of them; low-bit matrices are taken one by one.
-        """
-
-    def take(self, block: int, first: int, last: int) -> Tensor:
-        """The flat memory of parts of one span, on the device, ready in the order of the compute stream; of
-        a low-bit matrix, its records (see `engines.quantized.codec`).
-
-        Raises `UserError` if they are gone already.
-        """
-
-    def done(self, block: int, first: int, last: int) -> None:
-        """All work that reads or writes the parts in this visit is enqueued."""
-
-
-class BlockMemory:
-    """A source that is one block's memory, in bytes on the device."""
-
-    def __init__(self, form: BlockForm, memory: Tensor) -> None:
-        self._form = form
-        self._memory = memory
-
-    def spans(self, block: int) -> list[tuple[int, int]]:
-        own = len(self._form.layout.own_parts)
-        return [(0, own)] if own else []
-
-    def take(self, block: int, first: int, last: int) -> Tensor:
-        start, stop = self._form.span(first, last)
-        return self._form.opened(self._memory[start:stop], first)
-
-    def done(self, block: int, first: int, last: int) -> None:
-        """Its owner says when it is free."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What a visit does with a block."""
-
-    how: Visit
-    """Pending updates and perturbation of the block."""
-    store: bool
-    """Write the updated weights back to the source's memory."""
-    perturb: bool
-    """Both perturbed passes, stacked; else one, with theta itself."""
-    overdue: tuple[Visit, ...] = ()
-    """With a low-bit base: what is to be stored before `how`, one after the other."""
-    one_sided: bool = False
-    """Where it is perturbed: the plus side's pass alone."""
-    folds: int | None = None
-    """Window whose low-rank sum is added to the matrices (`engines.zeroth_order.low_rank_noise`), which
-    `store` then keeps."""
-
-
-class Unit:
-    """A module of a block that computes with its own weights, and maybe those of modules inside it."""
-
-    def __init__(self, block: int, module: nn.Module, places: Sequence[tuple[nn.Module, str, str]]) -> None:
-        self.block = block
-        self.module = module
-        self.places = places
-        """(owner, its attribute, first name of the tensor)."""
-        self.mixed = any(
-            (weight := owner._parameters[leaf]) is not None and weight.dim() > 2 for owner, leaf, _ in places
-        )
-        """It has weights of three dimensions, as experts of a mixture do."""
-        self.parts: tuple[int, ...] = ()
-        self.frozen = False
-        """No part of it is trained: both sides compute with the same weights."""
-        self.adapted = False
-        """Adapters stand beside it or beside modules inside it; it is frozen then."""
-        self.weights: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-        """As `places`, for the plus and the minus side: views of the scratch memory."""
-
-    def with_side(self, side: int) -> AbstractContextManager[None]:
-        """The module computes with the scratch of side 0 (plus, and theta itself) or 1 (minus)."""
-        return swapped(self.places, self.weights[side])
 
 
 class BlockScratch:
@@ -227,7 +139,7 @@ class BlockScratch:
     @property
     def stacks(self) -> bool:
         """Both sides compute in one batch."""
-        return self._task is not None and self._task.perturb and not self._task.one_sided
+        return self._task is not None and self._task.perturb and not self._task.plus_only
 
     def begin(self, block: int, task: Task, source: Source) -> None:
         self._block, self._task, self._source = block, task, source
@@ -244,7 +156,7 @@ class BlockScratch:
             if index in self._seen:
                 continue
             weight = self._source.take(self._block, index, index + 1)
-            self._take_overdue(weight, part.segment, trained=part.trained)
+            self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8:
                     quantized_pass.visit(weight, part.segment, self._task.how, self._base, store=True)
@@ -320,7 +232,7 @@ class BlockScratch:
             begin += size
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
         segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
-        self._take_overdue(records, segment, trained=trained)
+        self._store_roundings(records, segment, trained=trained)
         rooms = [memory[start:stop] for memory in self._memory]
         self._write_records(records, segment, task.how, rooms, trained=trained, store=task.store)
         self._source.done(self._block, first, last)
@@ -336,12 +248,12 @@ class BlockScratch:
     def _fold(self, index: int, weight: Tensor) -> None:
         """On the first time that a part of the block is met in its visit."""
         part = self._layout.blocks[self._block].parts[index]
-        if self._task is None or self._task.folds is None or self.fold is None or part.trained:
+        if self._task is None or self._task.ends_window is None or self.fold is None or part.trained:
             return
         self._clock.start()
         for name, offset, count in zip(part.names, part.segment.offsets, part.segment.counts, strict=True):
             kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
-            self.fold(name, kept, self._task.folds, self._task.how.seed)
+            self.fold(name, kept, self._task.ends_window, self._task.how.seed)
         self._clock.stop()
 
     def _make(self, index: int) -> None:
@@ -357,7 +269,7 @@ class BlockScratch:
             weight = source.take(self._block, index, index + 1)
             if index not in self._seen:
                 self._fold(index, weight)
-                self._take_overdue(weight, part.segment, trained=part.trained)
+                self._store_roundings(weight, part.segment, trained=part.trained)
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
@@ -389,7 +301,7 @@ class BlockScratch:
             theta = weight if store else None
             both = Outputs(theta=theta, plus=plus, minus=minus)
             weight_pass.visit(
-                weight, segment, how, replace(both, minus=None) if self._task.one_sided else both
+                weight, segment, how, replace(both, minus=None) if self._task.plus_only else both
             )
         elif how.first == how.last:
             plus.copy_(weight)
@@ -415,22 +327,22 @@ class BlockScratch:
         if not trained:
             how, store = without_updates(how), False
         perturb = trained and self._task.perturb
-        sides = rooms if perturb and not self._task.one_sided else rooms[:1]
+        sides = rooms if perturb and not self._task.plus_only else rooms[:1]
         quantized_pass.visit(records, segment, how, self._base, store=store, sides=sides, perturb=perturb)
         self._clock.stop()
 
-    def _take_overdue(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
+    def _store_roundings(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
         """On the first time that parts of the block are met in its visit."""
         assert self._task is not None
-        overdue = self._task.overdue
-        if not overdue or not trained:
+        roundings = self._task.roundings
+        if not roundings or not trained:
             return
         self._clock.start()
         if weight.dtype == torch.uint8:
-            for each in overdue:
+            for each in roundings:
                 quantized_pass.visit(weight, segment, each, self._base, store=True)
         else:  # rounded after each update, whatever is stored in between
-            how = replace(overdue[0], last=overdue[-1].last)
+            how = replace(roundings[0], last=roundings[-1].last)
             weight_pass.visit(weight, segment, how, Outputs(theta=weight))
         self._clock.stop()
 
@@ -441,19 +353,3 @@ class BlockScratch:
     def _room(self, block: int, part: int, side: int) -> Tensor:
         place = self._places[block, part]
         return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]
-
-
-def without_updates(how: Visit) -> Visit:
-    return replace(how, first=how.last)
-
-
-@contextmanager
-def swapped(places: Sequence[tuple[nn.Module, str, str]], weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [owner._parameters[leaf] for owner, leaf, _ in places]
-    for (owner, leaf, _), weight in zip(places, weights, strict=True):
-        owner._parameters[leaf] = weight
-    try:
-        yield
-    finally:
-        for (owner, leaf, _), old in zip(places, before, strict=True):
-            owner._parameters[leaf] = old

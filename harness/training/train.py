@@ -25,7 +25,7 @@ from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.model.blocks import TORCH_DTYPE
 from engines.settings.lsp import LspSettings
-from engines.settings.parse import parse_settings
+from engines.settings.parse import parse_recorded, parse_settings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
@@ -145,7 +145,7 @@ def read_run(out: Path) -> TrainingRun:
         raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
     job = load_job(out / "job.toml")
     method = _method_of(out)
-    typed = parse_settings(method.engine, method.settings)
+    typed = parse_recorded(method.engine, method.settings)
     has_log = isinstance(typed, MezoSettings) and (out / restore.UPDATE_LOG).exists()
     step = restore.step_of(restore.newest_checkpoint(out))
     if has_log:
@@ -367,7 +367,7 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     if not (out / "job.toml").exists():
         raise UserError(str(out), "holds no run to resume", "leave out --resume, or name its --out")
     earlier = _method_of(out)
-    settings = parse_settings(earlier.engine, earlier.settings)
+    settings = parse_recorded(earlier.engine, earlier.settings)
     before = load_job(out / "job.toml")
     before = replace(before, limits=job.limits, settings=typed_settings(before.settings))
     switched = earlier.engine != method.engine
@@ -417,10 +417,7 @@ def carried_over(earlier: Any, method: Method) -> Any:
     new = parse_settings(method.engine, method.settings)
     if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
         return None
-    names = {field.name for field in fields(MezoSettings)}
-    if earlier.base == "full":  # when blocks go down changes no bits then
-        names.remove("fold_every")
-    return replace(new, **{name: getattr(earlier, name) for name in names})
+    return replace(new, **earlier.decides_updates)
 
 
 def _method_of(out: Path) -> Method:

@@ -28,14 +28,14 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Self
 
 from engines.base import Update
 from engines.errors import UserError
-from engines.settings.zeroth_order import MezoSettings
+from engines.settings.zeroth_order import MOST_FOLD_EVERY, MezoSettings
 from harness.records.job import Job
 from profiles.documents import adapter
 
@@ -180,16 +180,32 @@ class UpdateLog:
 def run_digest(job: Job, settings: MezoSettings) -> bytes:
     """SHA-256 of all that decides the updates of a run, beside the weights it starts from.
 
-    Settings that only say where things lie, such as `resident_blocks`, are not in it; with a full base nor is
-    `fold_every`.
+    Settings that only say where things lie, such as `resident_blocks`, are not in it.
+    """
+    return _digest(job, settings, fold_every=1)
+
+
+def _digest(job: Job, settings: MezoSettings, *, fold_every: int) -> bytes:
+    """`fold_every` is that of a low-bit base for which it decides nothing.
+
+    That it is named there at all, that a full base is not, and that a setting is named which is gone, keeps
+    the bytes of earlier versions: their logs would else be those of other runs.
     """
     values = adapter(Job).dump_python(job, mode="json")
     parts = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
-    names = {field.name for field in fields(MezoSettings)}
+    decides = {"fold_every": fold_every, **settings.decides_updates, "layer_share": 1.0}
     if settings.base == "full":
-        names -= {"base", "fold_every"}
-    parts["knobs"] = {name: getattr(settings, name) for name in names}
+        del decides["base"], decides["fold_every"]
+    parts["knobs"] = decides
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).digest()
+
+
+def _digests(job: Job, settings: MezoSettings) -> Iterator[bytes]:
+    """What logs of the run may have: earlier versions named the `fold_every` of every low-bit base."""
+    yield run_digest(job, settings)
+    if settings.base != "full" and not settings.trains_quantized:
+        for fold_every in range(2, MOST_FOLD_EVERY + 1):
+            yield _digest(job, settings, fold_every=fold_every)
 
 
 def encode_header(origin: Origin) -> bytes:
@@ -248,7 +264,7 @@ def decode(content: bytes, name: str) -> Contents:
 def check_belongs(contents: Contents, job: Job, settings: MezoSettings, path: Path) -> None:
     """Raises `UserError` if the log is that of another run."""
     origin = contents.origin
-    if (origin.seed, origin.run_sha256) != (job.seed % 2**64, run_digest(job, settings)):
+    if origin.seed != job.seed % 2**64 or origin.run_sha256 not in _digests(job, settings):
         raise UserError(
             str(path),
             "belongs to another job or to other settings",

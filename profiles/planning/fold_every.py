@@ -15,7 +15,7 @@ learned; fp8 is the coarser grid. No number is enough for int4."""
 
 def fold_for_loss(settings: MezoSettings) -> tuple[int, str] | None:
     """`fold_every` and why, or `None` where no trained matrix is rounded to a grid."""
-    if settings.base == "full" or settings.train == "lora" or settings.estimator == "lozo":
+    if not settings.trains_quantized:
         return None
     wanted, most = WANTED[settings.base], MOST_PENDING // settings.queries
     if settings.base == "int4":

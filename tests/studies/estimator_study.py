@@ -41,14 +41,12 @@ from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import Dtype, Workload
 from engines.transfer.clock import now_s
-from engines.zeroth_order.estimators import forwards
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "mezo": {},
     "spsa, signs": {"noise": "rademacher"},
     "n-spsa, 4": {"queries": 4},
     "fzoo, 8": {"estimator": "fzoo", "noise": "rademacher", "queries": 8},
-    "lezo, half": {"layer_share": 0.5},
     "lozo, rank 4": {"estimator": "lozo"},
 }
 PARTS = (0.25, 0.5, 1.0)
@@ -73,7 +71,7 @@ class Trial:
 def trial(
     source: Source, name: str, settings: MezoSettings, seed: int, budget: int, device: str, dtype: Dtype
 ) -> Trial:
-    passes = forwards(settings)
+    passes = settings.forward_passes
     steps = budget // passes
     stops = {max(1, round(part * steps)): i for i, part in enumerate(PARTS)}
     losses: list[float | None] = [None] * len(PARTS)

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from estimator_study import ESTIMATORS, Trial, best_rate, load_trials, settings_of, table, trial
 from projector_gradients import Source
 
-from engines.zeroth_order.estimators import forwards
 from tiny_models import tiny_batches, tiny_blueprint
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +33,8 @@ def test_the_table_in_the_log_is_that_of_the_stored_trials() -> None:
 
 def test_stored_trials_had_the_same_budget_and_start() -> None:
     trials = load_trials(STORED)
-    assert {each.estimator for each in trials} == set(ESTIMATORS)
+    dropped = {"lezo, half"}  # no better for the same passes, so that the engines have it no more
+    assert {each.estimator for each in trials} == set(ESTIMATORS) | dropped
     assert len({each.start_loss for each in trials}) == 1
     for each in trials:
         assert 2000 - each.forwards_per_step < each.steps * each.forwards_per_step <= 2000
@@ -43,9 +43,9 @@ def test_stored_trials_had_the_same_budget_and_start() -> None:
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_trial_spends_its_budget(name: str) -> None:
     settings = settings_of(name, 1e-4, "all")
-    found = trial(tiny_source(), name, settings, 0, 2 * forwards(settings) + 1, "cpu", "fp32")
+    found = trial(tiny_source(), name, settings, 0, 2 * settings.forward_passes + 1, "cpu", "fp32")
     assert found.steps == 2
-    assert found.forwards_per_step == forwards(settings)
+    assert found.forwards_per_step == settings.forward_passes
     assert found.losses[-1] is not None
     assert found.losses[-1] != found.start_loss
 

@@ -365,8 +365,9 @@ def projector_cases() -> Iterator[Case]:
 def other_cases() -> Iterator[Case]:
     import torch
 
+    from engines.kernels import paired_layer_norm
     from engines.transfer import throttle_kernels
-    from engines.zeroth_order import chunked_loss_kernels, layer_norm_kernels
+    from engines.zeroth_order import chunked_loss_kernels
 
     for dtype in ("bfloat16", "float16", "float32"):
         widths = (768, 2048, 12288) if dtype == "bfloat16" else (2048,)
@@ -384,7 +385,7 @@ def other_cases() -> Iterator[Case]:
             x, weights = _flat(64 * width, dtype).view(64, width), [_flat(width, dtype) for _ in range(4)]
             yield (
                 f"layer norm {dtype} {width}",
-                lambda x=x, w=weights: layer_norm_kernels.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
+                lambda x=x, w=weights: paired_layer_norm.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
                 dtype == "bfloat16",
             )
     up, down = (throttle_kernels.new_state(torch.device("cpu")) for _ in range(2))

@@ -150,17 +150,6 @@ def test_queries_share_the_link_and_nothing_else() -> None:
     assert three.gpu_memory_bytes["activations"] > once.gpu_memory_bytes["activations"]
 
 
-def test_a_share_of_the_layers_takes_that_share_of_downloads_and_noise() -> None:
-    once, half = (cost("zo2", OPT_13B, FORWARD_ONLY, layer_share=share) for share in (1.0, 0.5))
-    assert half.h2d_bytes == once.h2d_bytes
-    assert half.d2h_bytes == pytest.approx(0.5 * once.d2h_bytes, rel=1e-6)
-    blocks = [[layer.gaussians for layer in each.layers[1:-1]] for each in (once, half)]
-    assert sum(blocks[1]) == pytest.approx(0.5 * sum(blocks[0]), rel=1e-6)
-    assert half.layers[-1] == once.layers[-1]
-    folded = cost("zo2", OPT_13B, FORWARD_ONLY, layer_share=0.5, fold_every=2)
-    assert folded.d2h_bytes == pytest.approx(0.375 * once.d2h_bytes, rel=1e-6)
-
-
 def test_low_rank_noise_takes_no_downloads_and_hardly_any_noise() -> None:
     """Within a window of 50 a block goes down once; the factors of OPT-13B are 0.3 % of its matrices."""
     spsa, lozo = (cost("zo2", OPT_13B, FORWARD_ONLY, estimator=name) for name in ("spsa", "lozo"))

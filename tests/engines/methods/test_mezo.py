@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -8,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.func import functional_call
+from plain_loop import PlainLoop
+from zeroth_order_runs import in_groups
 
 from engines.base import Batch, Context, StepStats
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.mezo import Mezo
-from engines.noise.philox import NoiseKey, normal, signs
-from engines.noise.visits import Noise
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import Dtype, Workload
 from engines.zeroth_order import checkpoint
@@ -43,44 +41,38 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+PAPERS = {
+    "mezo": SETTINGS,
+    "signs": replace(SETTINGS, noise="rademacher"),
+    "n-spsa": replace(SETTINGS, queries=3),
+    "fzoo": replace(SETTINGS, estimator="fzoo", queries=4, noise="rademacher", learning_rate=1e-6),
+    "lozo": replace(SETTINGS, estimator="lozo", queries=2, lozo_rank=2, lozo_window=2, weight_decay=0.0),
+}
+REFUSED = ("lozo", "lora")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
     ("family", "tied"), [("opt", True), ("opt", False), ("gpt2", True), ("llama", False), ("roberta", False)]
 )
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
-def test_equals_a_plain_loop_over_the_paper(family: str, tied: bool, kind: Noise) -> None:
-    """Algorithm 1 on copies of the parameters, with a noise tensor kept for the whole step.
-
-    The model's own loss sums in another order, so losses agree to rounding; given the engine's projected
-    gradient, weights agree bit for bit.
-    """
+@pytest.mark.parametrize(
+    ("paper", "train"),
+    [(paper, train) for paper in PAPERS for train in ("all", "last:2", "lora") if (paper, train) != REFUSED],
+)
+def test_equals_a_plain_loop_over_the_paper(
+    paper: str, family: str, tied: bool, train: str, accumulation: int
+) -> None:
+    """The model's own loss sums in another order, so losses agree to rounding; given the engine's projected
+    gradient, weights agree bit for bit."""
+    settings = replace(PAPERS[paper], train=train, lora_rank=3)
     blueprint = tiny_blueprint(family, tied)
-    model = copy.deepcopy(blueprint.reference).eval()
-    made = engine(blueprint, replace(SETTINGS, noise=kind))
-    draw = normal if kind == "gaussian" else signs
-    theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    batches = tiny_batches(8, family)
-    lr, eps, decay = SETTINGS.learning_rate, SETTINGS.eps, SETTINGS.weight_decay
-    for step in range(4):
-        micro = batches[2 * step : 2 * step + 2]
-        z = {
-            name: draw(NoiseKey(seed=7, step=step, tensor=number), weight.numel()).view(weight.shape)
-            for number, (name, weight) in enumerate(theta.items())
-        }
-        losses = []
-        for sign in (1, -1):
-            moved = {name: theta[name] + sign * eps * z[name] for name in theta}
-            with torch.no_grad():
-                each = [functional_call(model, moved, kwargs=dict(b.inputs)).loss.item() for b in micro]
-            losses.append(sum(each) / 2)
-        stats = made.step(micro)
-        assert stats.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
-        g = stats.projected_gradient
-        assert g is not None
-        assert g == pytest.approx((losses[0] - losses[1]) / (2 * eps), abs=1e-3)
-        for name, weight in theta.items():
-            own_decay = decay if weight.dim() >= 2 else 0.0
-            theta[name] = weight - lr * (g * z[name] + own_decay * weight)
-    assert equal(snapshot(made), theta)
+    loop = PlainLoop(settings, blueprint)
+    made = engine(blueprint, settings)
+    groups = in_groups(tiny_batches(5 * accumulation, family), accumulation)
+    start = snapshot(made)
+    loop.steps_beside(made, groups)
+    loop.assert_same_weights(made)
+    assert not equal(snapshot(made), start)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -226,7 +218,7 @@ def test_a_folder_that_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layer_norm_of_two_halves(dtype: torch.dtype) -> None:
-    kernels = pytest.importorskip("engines.zeroth_order.layer_norm_kernels")
+    kernels = pytest.importorskip("engines.kernels.paired_layer_norm")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((4, 3, 80), generator=generator).to(device, dtype) * 3 + 1

@@ -27,12 +27,12 @@ from zeroth_order_runs import (
 from engines.base import Batch
 from engines.costs.zo2 import resident_indices
 from engines.errors import InfeasiblePlan
-from engines.methods import zo2
 from engines.methods.zo2 import Zo2
 from engines.model.blocks import BlockCall, BlockDriver, Recording
 from engines.noise.visits import LOG_CAPACITY
 from engines.settings.zeroth_order import Zo2Settings
 from engines.shapes import Dtype
+from engines.zeroth_order.step import EVALUATION_GROUP
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 DECODERS = ["opt", "llama", "qwen2", "gpt2"]
@@ -48,7 +48,7 @@ def test_equals_mezo_over_twenty_steps_an_evaluation_and_a_resume(
     """Evaluated after step 5, saved and resumed by a fresh engine after step 10."""
     mezo, streamed = make_mezo(tiny_blueprint(family, tied)), make_zo2(tiny_blueprint(family, tied))
     batches = tiny_batches(20, family)
-    held_out = tiny_batches(zo2.EVALUATION_GROUP + 1, family, seed=1)
+    held_out = tiny_batches(EVALUATION_GROUP + 1, family, seed=1)
     assert_same_steps(mezo, streamed, batches[:5])
     assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
     assert_same_steps(mezo, streamed, batches[5:10])
@@ -108,7 +108,7 @@ def test_blocks_of_unequal_shape() -> None:
 def test_each_block_crosses_the_link_once_each_way_and_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = make_zo2(unequal_blueprint(), resident_blocks=0)
     crossed: Counter[tuple[str, int, int]] = Counter()
-    link = streamed._link
+    link = streamed.blocks.link
     upload, download = link.upload, link.download
 
     def counted_upload(host: torch.Tensor, out: torch.Tensor, after: object = None, name: str = "") -> object:

@@ -207,10 +207,10 @@ def test_what_is_not_trained_is_read_all_the_same(train: str, tmp_path: Path) ->
 
 def base_of(made: Zo2) -> list[bytes]:
     """What the first files hold."""
-    assert made._disk is not None
+    assert made.blocks.disk is not None
     found = []
-    for index in sorted(made._on_disk):
-        span = made._disk._own[index]
+    for index in sorted(made.blocks.on_disk):
+        span = made.blocks.disk._own[index]
         with open(f"/proc/self/fd/{span.file._descriptor}", "rb") as file:
             found.append(file.read())
     return found
@@ -219,7 +219,7 @@ def base_of(made: Zo2) -> list[bytes]:
 @pytest.fixture
 def full_after(monkeypatch: pytest.MonkeyPatch) -> int:
     """Updates after which the log counts as full: fewer than it holds, to save time."""
-    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 7)
+    monkeypatch.setattr("engines.zeroth_order.deferred_updates.LOG_CAPACITY", 7)
     return 7
 
 
@@ -246,11 +246,11 @@ def test_the_base_is_never_written_and_a_full_log_goes_to_a_second_file(
 
 def test_a_run_that_the_log_holds_takes_no_second_file(tmp_path: Path) -> None:
     short = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY))
-    assert short._disk is not None
-    assert short._disk._second == {}
+    assert short.blocks.disk is not None
+    assert short.blocks.disk._second == {}
     long = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY + 1))
-    assert long._disk is not None
-    assert sorted(long._disk._second) == sorted(long._on_disk)
+    assert long.blocks.disk is not None
+    assert sorted(long.blocks.disk._second) == sorted(long.blocks.on_disk)
     short.close()
     long.close()
 
@@ -283,11 +283,11 @@ def test_as_many_blocks_as_host_memory_has_no_room_for(tmp_path: Path) -> None:
         replace(context(), host_bytes=host_bytes),
         disk_blocks="auto",
     )
-    assert len(streamed._on_disk) == 3
+    assert len(streamed.blocks.on_disk) == 3
     assert_same_steps(mezo, streamed, tiny_batches(2, "opt"))
     streamed.close()
     roomy = make(tiny_blueprint("opt"), tmp_path, disk_blocks="auto")
-    assert not roomy._on_disk
+    assert not roomy.blocks.on_disk
     assert roomy.step(tiny_batches(1, "opt")).disk_direct is None
 
 
@@ -351,7 +351,7 @@ def test_a_trace_shows_each_reader_and_what_it_read(tmp_path: Path) -> None:
     streamed.close()
     lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     reads = [e for e in events if e["ph"] == "X" and lanes[e["tid"]].startswith("disk ")]
-    assert {e["name"] for e in reads} == {f"block {i}" for i in streamed._on_disk}
+    assert {e["name"] for e in reads} == {f"block {i}" for i in streamed.blocks.on_disk}
     for tid in {e["tid"] for e in reads}:  # a thread reads one thing at a time
         mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in reads if e["tid"] == tid)
         assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(mine))
@@ -418,9 +418,9 @@ def test_blocks_are_read_where_the_models_own_file_has_them(tmp_path: Path, full
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=4), context(steps=steps))
     streamed = make(blueprint, spill, context(steps=full_after), late())
     assert not spill.exists()
-    assert streamed._disk is not None
-    assert all(streamed._disk.holds(i) for i in streamed._on_disk)
-    read = {f".layers.{i}." for i in streamed._on_disk}
+    assert streamed.blocks.disk is not None
+    assert all(streamed.blocks.disk.holds(i) for i in streamed.blocks.on_disk)
+    read = {f".layers.{i}." for i in streamed.blocks.on_disk}
     assert len(read) == 2
     assert not any(where in name for name in filled for where in read)
     batches = tiny_batches(steps, "opt")
@@ -441,8 +441,8 @@ def test_a_file_in_another_precision_is_copied(tmp_path: Path) -> None:
     where = context(dtype="bf16")
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=4), where)
     streamed = make(stored_blueprint(tmp_path / "model.safetensors"), tmp_path / "spill", where)
-    assert streamed._disk is not None
-    assert not any(streamed._disk.holds(i) for i in streamed._on_disk)
+    assert streamed.blocks.disk is not None
+    assert not any(streamed.blocks.disk.holds(i) for i in streamed.blocks.on_disk)
     assert_same_steps(mezo, streamed, tiny_batches(3, "opt"))
     assert_same_weights(mezo, streamed)
     streamed.close()
@@ -509,13 +509,10 @@ def test_a_disk_that_fails_on_the_gpu_ends_the_step(tmp_path: Path, monkeypatch:
     assert torch.zeros(1, device="cuda:0").item() == 0.0
 
 
-@pytest.mark.parametrize(("share", "steps"), [(1.0, 16), (0.5, 30)])
-def test_several_queries_and_a_share_of_the_layers_fold_in_time(
-    share: float, steps: int, tmp_path: Path
-) -> None:
-    """Five entries a step: a log of 64 holds those of 12 steps, and the 13th waits for a fold. With half of
-    the layers a block is in half of the steps."""
-    where, knobs = context(steps=steps), {"queries": 5, "layer_share": share}
+def test_several_queries_are_written_back_in_time(tmp_path: Path) -> None:
+    """Five entries a step: a log of 64 holds those of 12 steps, and the 13th waits for a write-back."""
+    steps = 16
+    where, knobs = context(steps=steps), {"queries": 5}
     mezo = make_mezo(tiny_blueprint("opt"), where, **knobs)
     streamed = make(tiny_blueprint("opt"), tmp_path, where, **knobs, disk_blocks=2)
     assert_same_steps(mezo, streamed, tiny_batches(steps, "opt"))

@@ -394,7 +394,7 @@ def test_a_log_is_replayed_to_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, fold_every: int, train: str
 ) -> None:
     """More updates than pend at once: a replay rounds at several steps in one visit."""
-    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 5)
+    monkeypatch.setattr("engines.zeroth_order.deferred_updates.LOG_CAPACITY", 5)
     where, knobs = context(), {"base": "int8", "fold_every": fold_every, "train": train}
     live = make_zo2(tiny_blueprint("opt", num_blocks=2), where, **knobs)
     batches = tiny_batches(3, "opt")
@@ -429,7 +429,9 @@ def test_a_checkpoint_holds_the_low_bit_form_and_what_is_pending(
     full = make_zo2(tiny_blueprint("llama"), where)
     with pytest.raises(UserError, match=f"its base is {base}.*--set base={base}"):
         full.load(folder)
-    kept = sum(each.numel() * each.itemsize for each in streamed._kept.tensors(streamed._step - 1).values())
+    kept = sum(
+        each.numel() * each.itemsize for each in streamed.blocks.tensors(streamed._updates.step - 1).values()
+    )
     assert kept <= shards < kept + 8000  # and the names
 
 
@@ -448,11 +450,11 @@ def test_adapters_leave_the_base_untouched() -> None:
     """`train=lora` on a low-bit base: it is read-only, and nothing goes down."""
     where, knobs = context(dtype="bf16"), {"base": "int4", "train": "lora", "lora_rank": 2}
     mezo, streamed = (make(tiny_blueprint("opt"), where, **knobs) for make in (make_mezo, make_zo2))
-    before = [streamed._stream.at_rest(index).clone() for index in range(3)]  # type: ignore[union-attr]
+    before = [streamed.blocks.stream.at_rest(index).clone() for index in range(3)]  # type: ignore[union-attr]
     stats = assert_same_steps(mezo, streamed, tiny_batches(4, "opt"))  # type: ignore[arg-type]
     assert all(each.d2h_bytes == 0 for each in stats)
     streamed.synchronize()
-    after = [streamed._stream.at_rest(index) for index in range(3)]  # type: ignore[union-attr]
+    after = [streamed.blocks.stream.at_rest(index) for index in range(3)]  # type: ignore[union-attr]
     assert all(map(torch.equal, before, after))
     assert_same_weights(mezo, streamed)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engines.errors import UserError
-from engines.settings.parse import SETTINGS, parse_settings
+from engines.settings.parse import SETTINGS, parse_recorded, parse_settings, without_retired
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,40 @@ def test_an_unknown_key_is_the_users_error(engine: str) -> None:
 def test_text_becomes_typed_values(engine: str, text: dict[str, str], typed: dict[str, Any]) -> None:
     settings = parse_settings(engine, text)
     assert {key: getattr(settings, key) for key in typed} == typed
+
+
+@pytest.mark.parametrize("given", [1, 1.0, "1", "1.0"])
+def test_a_record_of_an_earlier_version_may_name_a_setting_that_is_gone(given: object) -> None:
+    assert parse_recorded("zo2", {"layer_share": given, "eps": 2e-3}) == parse_settings("zo2", {"eps": 2e-3})
+    assert without_retired({"layer_share": given, "eps": 2e-3}) == ({"eps": 2e-3}, {})
+
+
+def test_what_such_a_setting_made_of_a_run_is_told_and_not_repeated() -> None:
+    assert without_retired({"layer_share": 0.5, "eps": 2e-3}) == ({"eps": 2e-3}, {"layer_share": 0.5})
+    with pytest.raises(UserError, match=r"has no layer_share=0\.5: this version dropped it"):
+        parse_recorded("mezo", {"layer_share": 0.5})
+
+
+def test_a_setting_that_is_gone_is_no_setting() -> None:
+    with pytest.raises(UserError, match=r"--set layer_share=1: .*settings of zo2 are: learning_rate"):
+        parse_settings("zo2", {"layer_share": "1"})
+
+
+@pytest.mark.parametrize(
+    ("values", "quantized"),
+    [
+        ({}, False),
+        ({"base": "int8"}, True),
+        ({"base": "int8", "train": "last:1"}, True),
+        ({"base": "int8", "train": "lora"}, False),
+        ({"base": "int8", "estimator": "lozo"}, False),
+    ],
+)
+def test_fold_every_decides_the_bits_where_trained_matrices_are_low_bit(
+    values: dict[str, Any], quantized: bool
+) -> None:
+    settings = parse_settings("zo2", {**values, "resident_blocks": 1})
+    assert settings.trains_quantized == quantized
+    assert ("fold_every" in settings.decides_updates) == quantized
+    assert "resident_blocks" not in settings.decides_updates
+    assert settings.decides_updates["eps"] == settings.eps

@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8": {"base": "int8"},
     "int8, rounded rarely": {"base": "int8", "fold_every": 4},
     "int4, queries": {"base": "int4", "fold_every": 3, "queries": 2},
-    "fp8, layer_share": {"base": "fp8", "fold_every": 3, "layer_share": 0.5},
+    "fp8": {"base": "fp8", "fold_every": 3},
     "int8, signs": {"base": "int8", "fold_every": 4, "noise": "rademacher"},
     "int4, fzoo": {"base": "int4", "estimator": "fzoo", "noise": "rademacher", "queries": 2, "fold_every": 3},
     "int8, last:1": {"base": "int8", "fold_every": 2, "train": "last:1"},
@@ -58,7 +58,7 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a log that is full every few steps."""
-    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 9)
+    monkeypatch.setattr("engines.zeroth_order.deferred_updates.LOG_CAPACITY", 9)
     where, knobs = context(dtype="bf16"), CASES[case]
     mezo = make_mezo(tiny_blueprint("opt"), where, **knobs)
     streamed, undisturbed = (make(tiny_blueprint("opt"), tmp_path, where, **knobs) for _ in range(2))
@@ -66,7 +66,7 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
     stats = assert_same_steps(mezo, streamed, batches[:7])
     sizes = {i: form.size_bytes for i, form in enumerate(streamed._forms)}
     assert {each.h2d_bytes for each in stats} == {sum(sizes.values())}
-    assert {each.disk_read_bytes for each in stats} == {sum(sizes[i] for i in streamed._on_disk)}
+    assert {each.disk_read_bytes for each in stats} == {sum(sizes[i] for i in streamed.blocks.on_disk)}
     assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
     assert_same_weights(mezo, streamed)
     assert streamed.landed_share() == mezo.landed_share()
@@ -106,9 +106,9 @@ def test_a_low_bit_base_on_disk_is_never_written(tmp_path: Path) -> None:
     """Until the log is full it is as it was filled; where it is only read there is no second file at all."""
     for knobs, second in ((CASES["int8"], True), (READ_ONLY, False)):
         made = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY + 1), **knobs)
-        assert made._disk is not None
-        assert set(made._disk._second) == (set(made._on_disk) if second else set())
-        files = [made._disk._own[index].file for index in sorted(made._on_disk)]
+        assert made.blocks.disk is not None
+        assert set(made.blocks.disk._second) == (set(made.blocks.on_disk) if second else set())
+        files = [made.blocks.disk._own[index].file for index in sorted(made.blocks.on_disk)]
 
         def contents(of: list[Any] = files) -> list[bytes]:
             return [Path(f"/proc/self/fd/{file._descriptor}").read_bytes() for file in of]
@@ -128,16 +128,16 @@ def test_a_models_file_is_asked_for_no_low_bit_block(tmp_path: Path) -> None:
     blueprint.locate = lambda name: pytest.fail(name)  # type: ignore[attr-defined]
     assert isinstance(blueprint, LocatesWeights)
     made = make(blueprint, tmp_path, context(), base="int8")
-    assert made._disk is not None
-    assert set(made._disk._own) == set(made._on_disk)
+    assert made.blocks.disk is not None
+    assert set(made.blocks.disk._own) == set(made.blocks.on_disk)
     made.close()
 
 
 def test_several_queries_fill_the_log_sooner_and_room_is_taken_beforehand(tmp_path: Path) -> None:
     for queries, second in ((1, False), (2, True)):
         made = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY), queries=queries)
-        assert made._disk is not None
-        assert bool(made._disk._second) == second
+        assert made.blocks.disk is not None
+        assert bool(made.blocks.disk._second) == second
         made.close()
 
 
@@ -147,7 +147,7 @@ def test_as_many_low_bit_blocks_as_host_memory_has_no_room_for(tmp_path: Path) -
     host_bytes = PROCESS_HOST_BYTES + 3 * block_bytes + costs.host_ring_bytes(2 * block_bytes)
     where = replace(context(), host_bytes=host_bytes)
     tight = make(tiny_blueprint("opt", num_blocks=5), tmp_path, where, base="int4", disk_blocks="auto")
-    assert len(tight._on_disk) == 2
+    assert len(tight.blocks.on_disk) == 2
     tight.close()
 
 
@@ -160,7 +160,7 @@ def test_equals_mezo_on_the_gpu(
     """With a link and a disk that are late at random, and a log that is full every few steps."""
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
-    monkeypatch.setattr("engines.methods.zo2.LOG_CAPACITY", 9)
+    monkeypatch.setattr("engines.zeroth_order.deferred_updates.LOG_CAPACITY", 9)
     monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 3000)
     monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
     where, knobs = context("cuda:0", "bf16"), CASES[case]

@@ -224,7 +224,7 @@ def test_every_step_uploads_every_streamed_block_once() -> None:
         {}, {"fold_every": 3}, {"train": "last:1"}, {"train": "lora"},
         {"base": "int8", "fold_every": 3}, {"base": "int4", "fold_every": 3, "resident_blocks": 1},
         {"estimator": "lozo", "lozo_window": 3}, {"base": "int8", "estimator": "lozo", "lozo_window": 3},
-        {"base": "int8", "queries": 2, "layer_share": 0.4, "fold_every": 3},
+        {"base": "int8", "queries": 2, "fold_every": 3},
     ],
 )  # fmt: skip
 def test_pending_updates_are_in_what_generates_and_training_goes_on_as_if_it_had_not(knobs: Any) -> None:

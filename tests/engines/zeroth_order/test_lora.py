@@ -14,13 +14,13 @@ from engines.base import Batch, Context, StepStats
 from engines.costs.mezo import gpu_memory_bytes
 from engines.costs.zo2 import resident_indices
 from engines.errors import UserError
-from engines.methods import zo2
 from engines.methods.mezo import Mezo
 from engines.methods.zo2 import Zo2
 from engines.noise.philox import NoiseKey, normal
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import Dtype, Workload
 from engines.zeroth_order.lora import columns_first
+from engines.zeroth_order.step import EVALUATION_GROUP
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 KNOBS = {"train": "lora", "lora_rank": 3, "learning_rate": 1e-2, "weight_decay": 0.1}
@@ -74,11 +74,11 @@ def save(made: Mezo | Zo2, folder: Path) -> Path:
     return folder
 
 
-def stored(made: Zo2) -> dict[str, Tensor]:
+def stored(made: Mezo | Zo2) -> dict[str, Tensor]:
     made.synchronize()
     return {
         name: tensor.cpu().clone()
-        for name, tensor in made._kept.tensors(made._step - 1).items()
+        for name, tensor in made.blocks.tensors(made._updates.step - 1).items()
         if "lora_" not in name
     }
 
@@ -158,7 +158,7 @@ def test_zo2_equals_mezo_with_an_evaluation_and_a_resume(family: str, dtype: Dty
     where = context(dtype=dtype)
     mezo, streamed = make_mezo(tiny_blueprint(family), where), make_zo2(tiny_blueprint(family), where)
     batches = tiny_batches(9, family)
-    held_out = tiny_batches(zo2.EVALUATION_GROUP + 1, family, seed=1)
+    held_out = tiny_batches(EVALUATION_GROUP + 1, family, seed=1)
     assert_same_steps(mezo, streamed, batches[:3])
     assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
     assert_same_steps(mezo, streamed, batches[3:6])
@@ -183,17 +183,17 @@ def test_base_weights_stay_and_never_come_down(fold_every: int, resident_blocks:
     mezo = make_mezo(tiny_blueprint("llama"))
     streamed = make_zo2(tiny_blueprint("llama"), fold_every=fold_every, resident_blocks=resident_blocks)
     before = stored(streamed)
-    mezo_before = {name: weight.clone() for name, weight in mezo._weights.items()}
+    mezo_before = stored(mezo)
     batches = tiny_batches(5, "llama")
     stats = assert_same_steps(mezo, streamed, batches)
     assert streamed.evaluate(batches) == mezo.evaluate(batches)
     assert_same(mezo, streamed)
     assert_equal(stored(streamed), before)
-    assert_equal(mezo._weights, mezo_before)
+    assert_equal(stored(mezo), mezo_before)
     block_bytes = 4 * tiny_blueprint("llama").shape.block_parameters
     count = 3 - len(resident_indices(3, resident_blocks))
     assert {(each.h2d_bytes, each.d2h_bytes) for each in stats} == {(count * block_bytes, 0)}
-    assert streamed._link.d2h_bytes == 0
+    assert streamed.blocks.link.d2h_bytes == 0
     assert all(each.projected_gradient for each in stats)
 
 
@@ -346,7 +346,7 @@ def test_a_block_with_a_mixture_runs_each_side_by_itself() -> None:
     mezo, streamed = make_mezo(blueprint), make_zo2(mixture())
     batches = tiny_batches(3, "opt")
     for batch in batches:
-        before, step = adapters(mezo), mezo._step
+        before, step = adapters(mezo), mezo._updates.step
         numbers = mezo._model.adapters.numbers
         (stats,) = assert_same_steps(mezo, streamed, [batch])
         losses = []

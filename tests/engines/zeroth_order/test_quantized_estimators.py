@@ -35,10 +35,9 @@ FZOO = {"estimator": "fzoo", "noise": "rademacher", "queries": 3}
 CASES: dict[str, dict[str, Any]] = {
     "queries": {"base": "int8", "queries": 3, "fold_every": 2},
     "queries, on turns of every step": {"base": "fp8", "queries": 2},
-    "layer_share": {"base": "int8", "layer_share": 0.4, "fold_every": 3},
-    "both": {"base": "int4", "layer_share": 0.4, "queries": 2, "fold_every": 3},
+    "int4, queries": {"base": "int4", "queries": 2, "fold_every": 3},
     "signs": {"base": "int8", "noise": "rademacher", "fold_every": 2},
-    "signs, queries": {"base": "int4", "noise": "rademacher", "queries": 2, "layer_share": 0.4},
+    "signs, queries": {"base": "int4", "noise": "rademacher", "queries": 2},
     "fzoo": {"base": "int8", **FZOO, "fold_every": 3},
     "fzoo, on turns of every step": {"base": "fp8", **FZOO},
     "lozo": {"base": "int8", **LOZO},
@@ -71,7 +70,7 @@ def test_zo2_equals_mezo(case: str, resident_blocks: int) -> None:
 @pytest.fixture
 def log_holds(monkeypatch: pytest.MonkeyPatch) -> int:
     """Updates in a log: fewer than usual, to save time."""
-    for module in ("noise", "pending", "zo2"):
+    for module in ("noise.visits", "zeroth_order.deferred_updates"):
         monkeypatch.setattr(f"engines.{module}.LOG_CAPACITY", 12)
     return 12
 
@@ -109,7 +108,7 @@ def test_resumes_bit_for_bit(case: str, tmp_path: Path) -> None:
     assert_all_same_steps(straight, followers, batches[first:])
 
 
-@pytest.mark.parametrize("case", ["queries", "layer_share", "both", "signs", "fzoo"])
+@pytest.mark.parametrize("case", ["queries", "int4, queries", "signs", "fzoo"])
 def test_each_query_sees_the_updates_that_pend(case: str, tmp_path: Path) -> None:
     """The next step is that of a full model in fp32 that has them in its weights: no block's turn is near."""
     knobs = {**CASES[case], "fold_every": 8}

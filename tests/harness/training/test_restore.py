@@ -124,6 +124,17 @@ def test_each_goes_on_from_the_others_log(
     assert updates_log(out).read_bytes() == updates_log(tmp_path / "whole").read_bytes()
 
 
+def test_a_run_of_an_earlier_version_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its record names a setting that is gone, with the value of today's method."""
+    whole = run(tmp_path / "whole", "zo2")
+    out = tmp_path / "parts"
+    killed(monkeypatch, out, "zo2", 2)
+    record = json.loads((out / "engine.json").read_text())
+    record["settings"]["layer_share"] = 1.0
+    (out / "engine.json").write_text(json.dumps(record))
+    assert_same_weights(whole, run(out, "zo2", resume=True))
+
+
 @pytest.mark.parametrize("engine", ZEROTH_ORDER)
 def test_a_checkpoint_and_the_records_after_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str

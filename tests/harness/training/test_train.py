@@ -401,4 +401,6 @@ def test_a_run_goes_on_with_its_own_steps_and_the_new_engines_places() -> None:
     # Where it says when weights are rounded, it is part of the steps.
     low_bit = parse_settings("zo2", {"fold_every": 3, "base": "int8"})
     assert carried_over(low_bit, Method(engine="mezo", settings={})).fold_every == 3
+    adapters = parse_settings("zo2", {"fold_every": 3, "base": "int8", "train": "lora"})
+    assert carried_over(adapters, Method(engine="mezo", settings={})).fold_every == 1
     assert carried_over(parse_settings("lsp", {}), Method(engine="mezo", settings={})) is None

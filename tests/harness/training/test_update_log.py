@@ -246,6 +246,57 @@ def test_the_digest_does_not_tell_where_things_lie() -> None:
     assert ours == run_digest(a_job(eval_batches=3, limits={"timeout_s": 5.0}), MezoSettings())
 
 
+@pytest.mark.parametrize(
+    ("settings", "begun_with"),
+    [
+        (MezoSettings(), "83e12d4bd0a0190c6365ef47a034b2a000dc354a20b1382b2940134d81ec3ab3"),
+        (
+            Zo2Settings(fold_every=4, resident_blocks=1),
+            "83e12d4bd0a0190c6365ef47a034b2a000dc354a20b1382b2940134d81ec3ab3",
+        ),
+        (MezoSettings(base="int8"), "367ddd62b25b6e7de075f99c4aabb84741cf8c1ef5d488f45044a3d296d28265"),
+        (
+            MezoSettings(base="int8", fold_every=4),
+            "8d9afebdc62a2c344dd3efca96e627ade02426fa612e91e5d4d00e1269544dc5",
+        ),
+        (
+            MezoSettings(base="int8", fold_every=4, train="lora"),
+            "57acac1c7eee5f07110cc6a29c635cc081c8981578db40a3f617524896745a60",
+        ),
+        (
+            MezoSettings(base="int4", estimator="lozo"),
+            "4bfaec6d476988a468e7d87c6ec6725bcb07d7354ffa4116f7c4be363cc1c0a7",
+        ),
+        (
+            MezoSettings(estimator="fzoo", queries=4, noise="rademacher"),
+            "6f74ad159ee930f2066390f4fea06e752cb9b0eac27bd9de3b20826ca36b57da",
+        ),
+        (
+            MezoSettings(train="last:2", base="fp8", fold_every=2),
+            "23b00a7ecf4c0f4f3e00d24c42e90ddd10d50d8269c61b42b7237366fe7159d6",
+        ),
+    ],
+    ids=str,
+)
+def test_logs_of_earlier_versions_are_still_those_of_their_runs(
+    settings: MezoSettings, begun_with: str, tmp_path: Path
+) -> None:
+    """Digests as the version wrote them that had `layer_share`, and asked the base alone for `fold_every`."""
+    job, path = a_job(), tmp_path / "updates.log"
+    written(path, replace(ORIGIN, seed=job.seed, run_sha256=bytes.fromhex(begun_with)), some(2))
+    check_belongs(read_update_log(path), job, settings, path)
+    if settings.train != "lora":
+        assert run_digest(job, settings).hex() == begun_with
+
+
+def test_where_fold_every_decides_nothing_it_tells_no_runs_apart() -> None:
+    def digest(**values: Any) -> bytes:
+        return run_digest(a_job(), Zo2Settings(base="int8", **values))
+
+    assert digest(train="lora", fold_every=4) == digest(train="lora")
+    assert digest(fold_every=4) != digest()
+
+
 def test_a_log_of_another_run_is_one_line(tmp_path: Path) -> None:
     job = a_job()
     origin = replace(ORIGIN, seed=job.seed, run_sha256=run_digest(job, MezoSettings()))

@@ -1,0 +1,360 @@
+"""One step of MeZO over blocks that lie anywhere, and what else is done with the weights that it trains.
+
+`ZerothOrder` is the algorithm of `engines.methods.mezo`; a `BlockStore` is where the blocks' weights are
+between steps. The two methods are this one step over two stores, so they cannot differ in what they compute:
+only in which visit stores which updates, and when bytes are copied.
+
+A step makes one pass over the blocks. A *visit* of a block applies the updates that it lacks, perturbs it,
+and runs all forward passes through it (`engines.zeroth_order.forward_passes`). The losses give the next
+update, which is appended to the log (`engines.zeroth_order.deferred_updates`); what lies outside the blocks
+takes it at once, the blocks in their next visits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
+from engines.decoding import Decoded, GenerationRequest
+from engines.model.blocks import TORCH_DTYPE
+from engines.model.evaluation import EvaluationSum
+from engines.model.flat_layout import lay_out
+from engines.noise.visits import Visit
+from engines.quantized.block_form import BlockForm, block_forms
+from engines.quantized.export import landed_on_grid, plain_weights
+from engines.settings.zeroth_order import MezoSettings
+from engines.transfer.compute_clock import ComputeClock
+from engines.transfer.trace import Timeline
+from engines.zeroth_order.block_visit import Source, Task
+from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
+from engines.zeroth_order.deferred_updates import DeferredUpdates
+from engines.zeroth_order.estimators import next_updates, probes
+from engines.zeroth_order.forward_passes import Streams
+from engines.zeroth_order.generation import generate
+from engines.zeroth_order.low_rank_noise import beside, window_due
+from engines.zeroth_order.perturbed_model import PerturbedModel
+
+EVALUATION_GROUP = 8
+"""Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
+
+FillBlock = Callable[[BlockForm, Tensor], object]
+"""Writes a block, laid out as its form says, to its memory: (bytes,) uint8 on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepClocks:
+    """What times the compute stream of a step."""
+
+    compute: ComputeClock
+    noise: ComputeClock
+    """The part of it that perturbs weights and applies updates."""
+    timeline: Timeline | None
+    """`None`: no trace is asked for."""
+
+    def label(self, name: str) -> None:
+        """What is timed from here on."""
+        self.compute.label = self.noise.label = name
+
+
+class BlockStore(Source, Protocol):
+    """The blocks' weights between steps: where they lie, and how many updates they have there.
+
+    `last_step`, wherever it is asked for: trained low-bit matrices have what the steps up to this one have
+    rounded, and nothing else; other weights have all updates.
+    """
+
+    on_disk: frozenset[int]
+    """Blocks that keep their updates in the log, not in their weights."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked host memory."""
+
+    def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
+        """Allocate what the constructor has not. `fill` follows."""
+
+    def fill(self, fill_block: FillBlock, *, anew: bool) -> None:
+        """Write every block, for the first time or `anew`. Visits may then begin."""
+
+    def make_room_in_log(self, window: int | None) -> None:
+        """Before a step, which may be one that is replayed: write the blocks on disk that would fall behind
+        by more than the log holds, or all if a `window` of low-rank noise ends there."""
+
+    def begin_step(self, window: int | None) -> Callable[[], dict[str, Any]]:
+        """Make room in the log. What is returned tells, once the step is enqueued, the times of the step
+        before it, by the names of `engines.base.StepStats`."""
+
+    def in_order(self, window: int | None) -> Iterator[tuple[int, Task]]:
+        """The pass of a step: every block in order, and what its visit is to do, which the caller makes
+        before it asks for the next."""
+
+    def end_step(self) -> dict[str, Any]:
+        """After the host has waited for the losses: what the step moved, and its times where they are not
+        told a step later."""
+
+    def in_order_with_theta(self) -> Iterator[int]:
+        """A pass with the weights themselves, all updates applied: each block may be run while its index is
+        held."""
+
+    def begin_tokens(self) -> None:
+        """Before the first token of several."""
+
+    def begin_token(self) -> None:
+        """Before the pass that makes a token; that of the one before may not have been told yet."""
+
+    def end_token(self) -> dict[str, Any]:
+        """What making a token took and moved, by the names of `engines.base.StepStats`."""
+
+    def forget_times(self) -> None:
+        """Copies and kernels so far belong to no step."""
+
+    def apply_deferred(self, last_step: int, window: int | None = None) -> None:
+        """Store deferred updates now, but in blocks on disk, and what the `window` has gathered."""
+
+    def stored(self, block: int, last_step: int) -> Tensor:
+        """A block as a visit would find it, (bytes,) uint8; not to be written. After `synchronize`."""
+
+    def lacking(self, block: int, last_step: int) -> Visit:
+        """The updates that `stored` lacks."""
+
+    def tensors(self, last_step: int) -> Mapping[str, Tensor]:
+        """Every tensor of the model by first name, where it lies, the adapters' too. After `synchronize`."""
+
+    def like_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors of the names, shapes and dtypes of `tensors`; their values mean nothing."""
+
+    def synchronize(self) -> None:
+        """Wait until nothing is in flight."""
+
+    def close(self) -> None:
+        """Stop threads and free pinned memory. May be called twice."""
+
+
+class ZerothOrder:
+    """MeZO (Malladi et al., arXiv 2305.17333, algorithm 1) over the blocks of a `BlockStore`.
+
+    An engine gives its store in `_make_blocks`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, settings: MezoSettings, context: Context, clocks: StepClocks) -> None:
+        self.settings = settings
+        self.context = context
+        self.device = torch.device(context.device)
+        self._dtype = TORCH_DTYPE[context.workload.dtype]
+        self._clocks = clocks
+        self._blocks: BlockStore | None = None
+
+    def _make_blocks(self, forms: Sequence[BlockForm], updates: DeferredUpdates) -> BlockStore:
+        """Raises `InfeasiblePlan` if there is too little memory for blocks of these `forms`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it runs on any device."""
+        return None
+
+    @property
+    def blocks(self) -> BlockStore:
+        """After `setup`."""
+        assert self._blocks is not None
+        return self._blocks
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self.blocks.pinned_bytes
+
+    @torch.no_grad()
+    def setup(self, blueprint: Blueprint) -> None:
+        """Raises `InfeasiblePlan`, before anything is filled, if memory or disk is too small."""
+        adapters, self._layout = beside(
+            blueprint.model,
+            lay_out(blueprint.model, self._dtype, self.settings.train),
+            self.settings,
+            self._dtype,
+            self.device,
+            self.context.seed,
+        )
+        blocks, base = self._layout.blocks, self.settings.base
+        self._forms = block_forms(blocks, base, self._dtype)
+        trained = [i for i, block in enumerate(blocks) if any(part.trained for part in block.parts)]
+        self._updates = DeferredUpdates(self.settings, self.context.seed, len(blocks), trained, self.device)
+        made = self._make_blocks(self._forms, self._updates)
+        self._model = PerturbedModel(
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._clocks.noise, base
+        )
+        self._blocks = made
+        made.set_up(self._model, blueprint)
+        for name, weight in self._model.outer.items():
+            blueprint.fill(name, weight)
+        made.fill(
+            lambda form, memory: form.fill(memory, blueprint.fill, self._model.scratch.room), anew=False
+        )
+
+    @torch.no_grad()
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        settings, clocks, step = self.settings, self._clocks, self._updates.step
+        window = window_due(settings, step)
+        earlier = self.blocks.begin_step(window)
+        clocks.label("before the blocks")
+        clocks.compute.start()
+        prepared = [self._model.prepare(batch) for batch in batches]
+        streams = Streams(self._model, prepared, probes(settings, step), self._updates.none())
+        for index, task in self.blocks.in_order(window):
+            streams.visit(index, task, self.blocks)
+        clocks.label("loss")
+        sums = streams.losses()
+        clocks.compute.stop()
+        told = earlier()  # the GPU has much to do still, so that this costs nothing
+        losses = sums.read(len(prepared), step)  # the one place where the host waits
+        told |= self.blocks.end_step()
+        updates = next_updates(step, settings, self.context.total_steps, losses)
+        for update in updates:
+            self._append(update)
+        return StepStats(
+            loss=sum(losses) / len(losses), forwards=float(settings.forward_passes), updates=updates, **told
+        )
+
+    def _append(self, update: Update) -> None:
+        """What is outside the blocks takes the update at once; its time counts with the next step's."""
+        self._clocks.label("update")
+        self._clocks.compute.start()
+        self._clocks.noise.start()
+        self._updates.append(update)
+        self._model.update_outer(self._updates.latest())
+        self._clocks.noise.stop()
+        self._clocks.compute.stop()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        total = EvaluationSum()
+        remaining = iter(batches)
+        while group := [self._model.prepare(batch) for batch in islice(remaining, EVALUATION_GROUP)]:
+            hidden, calls = self._model.enter_all_plain(group)
+            for index in self.blocks.in_order_with_theta():
+                for i, each_calls in enumerate(calls):
+                    hidden[i] = self._model.run(index, each_calls, hidden[i])
+            for each, last in zip(group, hidden, strict=True):
+                self._model.evaluate(each, last, total)
+        self.blocks.forget_times()
+        return total.result()
+
+    @torch.no_grad()
+    def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
+        """Text from `request`, a token of every prompt at a time: `engines.zeroth_order.generation`."""
+        self.blocks.apply_deferred(self._updates.step - 1)
+
+        def blocks() -> Iterator[int]:
+            self.blocks.begin_token()
+            return self.blocks.in_order_with_theta()
+
+        compute = self._clocks.compute
+        self.blocks.begin_tokens()
+        for tokens in generate(self._model, request, blocks, compute, self.context.vram_bytes):
+            yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
+        self.blocks.forget_times()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter by its first name, on the host, with every update and its adapter."""
+        last_step, merged = self._updates.step - 1, self._model.adapters.merged
+        if self.settings.base != "full":
+            self.synchronize()
+            plain = plain_weights(
+                self._layout,
+                self._forms,
+                self._model.outer,
+                lambda index: self.blocks.stored(index, last_step),
+                lambda index: self.blocks.lacking(index, last_step),
+                self.device,
+            )
+            for name, weight in plain:
+                yield name, merged(name, weight, self._updates.none())
+            return
+        self.blocks.apply_deferred(last_step)
+        self.synchronize()
+        where = self.blocks.tensors(last_step)
+        for name in self._layout.shapes:
+            yield name, merged(name, where[name].cpu(), self._updates.none())
+
+    @torch.no_grad()
+    def landed_share(self) -> float | None:
+        """Share of the wanted change that the last updates made to the weights as they are stored; of a
+        low-bit base that is trained, of its matrices. `None`: not known."""
+        share = None
+        if self._updates.quantized:
+            self.synchronize()
+            last_step, entries = self._updates.step - 1, self.settings.fold_every * self.settings.queries
+            share = landed_on_grid(
+                self._forms,
+                lambda index: self.blocks.stored(index, last_step),
+                lambda index: self._updates.latest(entries),
+                self.device,
+            )
+        return self._model.realized_update_fraction(self._updates.latest()) if share is None else share
+
+    @torch.no_grad()
+    def replay(self, updates: Iterable[Update]) -> None:
+        """Apply updates of an earlier run, in its order, and go on after the last."""
+        in_memory = self._updates.trained - self.blocks.on_disk
+        for update in updates:
+            window = None
+            if update.query == 0:
+                window = window_due(self.settings, update.step)
+                self.blocks.make_room_in_log(window)
+            if self._updates.fill_the_log(in_memory) or window is not None:
+                self.blocks.apply_deferred(update.step, window)
+            self._append(update)
+        self.blocks.apply_deferred(self._updates.step - 1)
+
+    def save(self, folder: Path) -> None:
+        last_step = self._updates.step - 1
+        self.blocks.apply_deferred(last_step)
+        self.synchronize()
+        weights = ((name, weight.cpu()) for name, weight in self.blocks.tensors(last_step).items())
+        save_checkpoint(
+            folder,
+            weights,
+            step=self._updates.step,
+            seed=self._updates.seed,
+            lora=self._model.adapters.form,
+            base=self.settings.base,
+            deferred=self._updates.to_save(last_step),
+        )
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        form, base = self._model.adapters.form, self.settings.base
+        checkpoint = open_checkpoint(folder, self.blocks.like_tensors(), form, base)
+
+        def read(name: str, out: Tensor) -> None:
+            out.copy_(checkpoint.tensor(name))
+
+        def read_block(form: BlockForm, memory: Tensor) -> None:
+            for name, out in form.views(memory).items():
+                read(name, out)
+
+        for name, weight in (self._model.outer | self._model.adapters.tensors).items():
+            read(name, weight)
+        self._updates.restore(checkpoint.step, checkpoint.seed, checkpoint.deferred)
+        self.blocks.fill(read_block, anew=True)
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Chrome trace events so far, if `Context.trace` asked for them."""
+        timeline = self._clocks.timeline
+        return [] if timeline is None else timeline.events()
+
+    def synchronize(self) -> None:
+        self.blocks.synchronize()
+
+    def close(self) -> None:
+        if self._blocks is not None:
+            self._blocks.close()
