@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.cli.sweep_progress import CompareProgress
@@ -81,18 +81,17 @@ def plan_job(
     )
 
 
-def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, Any]:
-    """The knobs to train with: those set, over the ones recommended for the machine of `profile`, if any. How
-    often a low-bit base is rounded is the loss's matter on every machine.
+def training_settings(job: Job, engine: str, profile: Path | None) -> GivenSettings:
+    """The settings to train with: those set, over the ones recommended for the machine of `profile`, if any.
+    How often a low-bit base is rounded is the loss's matter on every machine.
 
     Raises `UserError` if the plan does not fit that machine.
     """
     if profile is None:
-        given = dict(job.settings.get(engine, {}))
-        typed = parse_settings(engine, given)
-        if isinstance(typed, MezoSettings) and "fold_every" not in given:
-            best = fold_for_loss(typed)
-            return given if best is None else given | {"fold_every": best[0]}
+        given = job.settings_of(engine)
+        if isinstance(given.typed, MezoSettings) and "fold_every" not in given:
+            best = fold_for_loss(given.typed)
+            return given if best is None else given.replaced(fold_every=best[0])
         return given
     (plan,) = plan_job(job, resolve_shape(job), find_profile(profile), [engine])
     if not plan.fits:
@@ -101,7 +100,7 @@ def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, 
             f"does not fit the machine of {profile}: it {plan.why_not}",
             "see 'lspzo-bench recommend' for what fits, or leave out --profile",
         )
-    return dict(plan.settings)
+    return plan.settings
 
 
 def compare_job(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.errors import UserError
 from engines.settings.zeroth_order import approximation
 from harness.records.run import Run
@@ -25,7 +26,6 @@ from profiles.units import format_bytes, format_seconds
 from reports import exactness
 from reports.criteria import (
     ANY_OFFLOAD,
-    OFFLOAD_METHODS,
     Comparison,
     Criteria,
     Criterion,
@@ -115,7 +115,7 @@ def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | No
     asked = criteria.criteria if criteria is not None else ()
     judged = {
         engine: tuple(_judge(criterion, engine, measurements) for criterion in asked)
-        for engine in OFFLOAD_METHODS
+        for engine in engines_of_role("offload")
         if engine in measurements.rounds
     }
     ranked = sorted(judged, key=lambda engine: _rank(engine, judged[engine], measurements))
@@ -264,7 +264,7 @@ def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) ->
         count = sum(row.outcome == "pass" for row in rows)
         return say("verdict.go_plain", engine=engine, count=count)
     gpu = _largest(all_, engine)
-    native_gpu = _largest(all_, "native")
+    native_gpu = _largest(all_, YARDSTICK)
     native = find("step_time_ratio", engine, all_)
     values = {
         "engine": engine,
@@ -274,9 +274,9 @@ def _go_sentence(rows: Sequence[Row], method: str | None, all_: Measurements) ->
     if native.value is None and not native.applies:
         return say("verdict.go_native_does_not_fit", **values)
     than = ""
-    if engine != "native" and native_gpu is not None:
+    if engine != YARDSTICK and native_gpu is not None:
         than = say("verdict.memory_of_native", memory=format_bytes(native_gpu))
-    if engine == "native" or native.value is None or not native.applies:
+    if engine == YARDSTICK or native.value is None or not native.applies:
         return say("verdict.go_alone", **values, than=than)
     return say("verdict.go_beside_native", **values, ratio=times(native.value), than=than)
 
@@ -297,11 +297,11 @@ def _warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements
         lambda: _if_any(
             runs,
             lambda run: (
-                run.engine == "native" and run.end_state == "ok" and run.environment.gpu_name is not None
+                run.engine == YARDSTICK and run.end_state == "ok" and run.environment.gpu_name is not None
             ),
             "native_fits",
         ),
-        lambda: _about_mezo(all_),
+        lambda: _about_references(all_),
         lambda: _about_memory_saved(all_),
         lambda: _about_the_card(runs),
         lambda: _about_disturbed(all_),
@@ -349,23 +349,33 @@ def _about_failures(all_: Measurements) -> str | None:
     return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
 
 
-def _about_mezo(all_: Measurements) -> str | None:
-    """zo2's twin was there and faster, on a GPU whose speed is its own."""
-    mezo, zo2 = all_.of("mezo"), all_.of("zo2")
-    if mezo.step_s is None or zo2.step_s is None or is_emulated(mezo) or is_emulated(zo2):
-        return None
-    if mezo.ok[0].environment.gpu_name is None or faster_or_slower(mezo, zo2) != "FAST":
-        return None
-    return say(
-        "warning.mezo_fits", twin=format_seconds(mezo.step_s.median), step=format_seconds(zo2.step_s.median)
-    )
+def _about_references(all_: Measurements) -> str | None:
+    """A method's reference engine was there and faster, on a GPU whose speed is its own."""
+    found = [
+        say(
+            "warning.reference_fits",
+            engine=engine,
+            reference=row.reference,
+            reference_step=format_seconds(reference.step_s.median),
+            step=format_seconds(offloaded.step_s.median),
+        )
+        for engine, row in ENGINES.items()
+        if row.reference is not None
+        for reference, offloaded in ((all_.of(row.reference), all_.of(engine)),)
+        if reference.step_s is not None and offloaded.step_s is not None
+        if not is_emulated(reference) and not is_emulated(offloaded)
+        if reference.ok[0].environment.gpu_name is not None
+        if faster_or_slower(reference, offloaded) == "FAST"
+    ]
+    return " ".join(found) or None
 
 
 def _about_memory_saved(all_: Measurements) -> str | None:
-    native = _largest(all_, "native")
+    native = _largest(all_, YARDSTICK)
     items = [
         say("warning.item", engine=engine, value=format_bytes(taken))
-        for engine in (*OFFLOAD_METHODS, "torchao-offload")
+        for engine in (*engines_of_role("offload"), *engines_of_role("baseline"))
+        if entry(engine).copies != "none"
         if native is not None and (taken := _largest(all_, engine)) is not None and taken >= native
     ]
     return (

@@ -1,20 +1,18 @@
-"""Whether an offloading engine computed what its in-memory twin did, as far as recorded losses tell."""
+"""Whether an offloading engine computed what its reference engine did, as far as recorded losses tell."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from engines import ENGINES
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.run import Run
 from reports.format import number
 from reports.messages import say
 from reports.metrics import Measurements
-
-ENGINE, TWIN = "zo2", "mezo"
-"""The one pair whose twin is an engine of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +25,14 @@ class Comparison:
     """Difference of two losses."""
 
 
-def compare_with_twin(all_: Measurements) -> Comparison | None:
-    """Every run of `ENGINE` beside the first of `TWIN` with the same seed and the same settings, but for
+def compare_with_reference(engine: str, reference: str, all_: Measurements) -> Comparison | None:
+    """Every run of `engine` beside the first of `reference` with the same seed and the same settings, but for
     where things lie. `None`: no two such runs of two steps; the first loss is from before any update."""
     pairs = [
         (mine.loss, other.loss)
-        for run, twin in _pairs(all_)
-        for mine, other in zip(run.samples, twin.samples, strict=False)
-        if min(len(run.samples), len(twin.samples)) > 1
+        for run, beside in _pairs(engine, reference, all_)
+        for mine, other in zip(run.samples, beside.samples, strict=False)
+        if min(len(run.samples), len(beside.samples)) > 1
     ]
     if not pairs:
         return None
@@ -43,43 +41,59 @@ def compare_with_twin(all_: Measurements) -> Comparison | None:
 
 
 def exact(all_: Measurements) -> str | None:
-    """A sentence, where all losses are the same."""
-    found = compare_with_twin(all_)
-    if found is None or found.differ:
-        return None
-    return say("twin.exact", engine=ENGINE, twin=TWIN, steps=found.steps)
+    """A sentence for each method whose losses are all the same as its reference engine's."""
+    told = [
+        say("twin.exact", engine=engine, twin=reference, steps=found.steps)
+        for engine, reference, found in _compared(all_)
+        if not found.differ
+    ]
+    return " ".join(told) or None
 
 
 def inexact(all_: Measurements) -> str | None:
-    """A warning, where some are not."""
-    found = compare_with_twin(all_)
-    if found is None or not found.differ:
-        return None
-    return say(
-        "warning.inexact", engine=ENGINE, twin=TWIN, steps=found.steps, differ=found.differ,
-        largest=number(found.largest),
-    )  # fmt: skip
+    """A warning for each method of which some are not."""
+    told = [
+        say(
+            "warning.inexact", engine=engine, twin=reference, steps=found.steps, differ=found.differ,
+            largest=number(found.largest),
+        )
+        for engine, reference, found in _compared(all_)
+        if found.differ
+    ]  # fmt: skip
+    return " ".join(told) or None
 
 
-def _pairs(all_: Measurements) -> Iterator[tuple[Run, Run]]:
-    twins = [run for run in _of(all_, TWIN) if run.samples]
-    for run in _of(all_, ENGINE):
-        same = (twin for twin in twins if _computes(twin) == _computes(run) is not None)
-        if run.samples and (twin := next(same, None)) is not None:
-            yield run, twin
+def _compared(all_: Measurements) -> Iterator[tuple[str, str, Comparison]]:
+    """Each engine with its reference engine, where both ran alike."""
+    for engine, row in ENGINES.items():
+        if row.reference is not None:
+            found = compare_with_reference(engine, row.reference, all_)
+            if found is not None:
+                yield engine, row.reference, found
+
+
+def _pairs(engine: str, reference: str, all_: Measurements) -> Iterator[tuple[Run, Run]]:
+    names = tuple(field.name for field in fields(settings_class(reference)))
+    candidates = [run for run in _of(all_, reference) if run.samples]
+    for run in _of(all_, engine):
+        mine = _computes(run, names)
+        same = (other for other in candidates if _computes(other, names) == mine is not None)
+        if run.samples and (beside := next(same, None)) is not None:
+            yield run, beside
 
 
 def _of(all_: Measurements, engine: str) -> tuple[Run, ...]:
     return all_.of(engine).runs if engine in all_.rounds else ()
 
 
-def _computes(run: Run) -> tuple[object, ...] | None:
-    """What decides the losses of a run, beside the job; `None` where its settings are not known here."""
+def _computes(run: Run, names: tuple[str, ...]) -> tuple[object, ...] | None:
+    """What decides the losses of a run, beside the job: settings of these names, which the reference engine
+    has too. `None` where they are not known here."""
     try:
-        settings = parse_settings(run.engine, run.plan.settings)
+        settings = run.plan.settings.typed
     except UserError:
         return None
-    values = {field.name: getattr(settings, field.name) for field in fields(MezoSettings)}
-    if settings.base == "full":
+    values = {name: getattr(settings, name) for name in names}
+    if isinstance(settings, MezoSettings) and settings.base == "full":
         del values["fold_every"]  # when updates join the weights: with a full base of no consequence
     return run.job.get("seed"), *values.items()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from engines import YARDSTICK
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.job import Job
 from harness.records.stats import Rounds, counted_step_s, outer_deciles, ratio
 from harness.runs.decoding_runs import GenerationRun, load_generation
 from profiles.documents import write_whole
+from profiles.planning.plan import Plan
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts
 from reports.format import GIB, digits, loss, model_name, model_title, number, percent, span, times
@@ -105,7 +106,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,
             engine=engine,
-            variant=variant(engine, rounds.runs[0].plan.settings, rounds.runs[0].job),
+            variant=variant(rounds.runs[0].plan),
             traced=any(run.traced for run in rounds.runs),
             began=min(run.time for run in rounds.runs),
             rounds=rounds,
@@ -143,11 +144,9 @@ def index(
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def variant(engine: str, planned: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them: of its plan and of
-    its job, which wins."""
-    settings = parse_settings(engine, {**planned, **job["settings"].get(engine, {})})
-    usual = parse_settings(engine, {})
+def variant(plan: Plan) -> str:
+    """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them."""
+    settings, usual = plan.settings.typed, defaults(plan.engine).typed
     names = [name for name in VARIANTS if getattr(settings, name, None) != getattr(usual, name, None)]
     if isinstance(settings, MezoSettings) and settings.base != "full" and settings.train != "lora":
         names.append("fold_every")
@@ -211,7 +210,7 @@ def _cells(each: Published) -> list[str]:
     rounds = each.rounds
     if rounds.step_s is None:
         return [*start, markdown_text(ends(rounds.runs)), *[NOT_MEASURED] * 5]
-    beside = ratio(rounds.step_times, each.all_.of("native").step_times)
+    beside = ratio(rounds.step_times, each.all_.of(YARDSTICK).step_times)
     gpu = [bytes_ for run in rounds.ok if (bytes_ := gpu_taken_bytes(run)) is not None]
     host = [bytes_ for run in rounds.ok if (bytes_ := run.summary.peak_host_bytes) is not None]
     return [
@@ -232,7 +231,7 @@ def _generation_lines(generated: Sequence[tuple[str, GenerationRun]]) -> Iterato
     for folder, run in generated:
         seen, batch_size = run.summary, int(run.job["batch_size"])
         machine = run.environment.gpu_name or run.environment.cpu
-        method = _joined(run.engine, variant(run.engine, run.plan.settings, run.job))
+        method = _joined(run.engine, variant(run.plan))
         cells = [
             f"[{markdown_text(model_name(run.model.name))}]({folder}/generations/{run.id}.json)",
             *(markdown_text(text) for text in (f"{batch_size} x {run.job['seq_len']}", machine, method)),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
+from engines import YARDSTICK, entry
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
-from engines.settings.parse import parse_settings
 from harness.records.run import Run
 from harness.records.stats import Rounds, over_runs, ratio
-from profiles.planning.recommend import FIRST_ORDER
 from profiles.units import (
     NOT_MEASURED,
     format_bytes,
@@ -183,26 +182,27 @@ def speed_table(all_: Measurements) -> Table:
             cells.append(joules(typical(rounds, lambda run: run.summary.energy_j)))
         rows.append(tuple(cells))
     table = make_table(columns, rows, numeric=("first_step", "tokens", "energy"), note="speed")
-    return replace(table, note=f"{table.note}{_search_note(all_.of('lsp'))}")
+    searches = "".join(_search_note(all_.of(engine)) for engine in engines)
+    return replace(table, note=f"{table.note}{searches}")
 
 
 def _first_step_s(rounds: Rounds) -> float | None:
     return typical(rounds, lambda run: run.samples[0].step_s if run.samples else None)
 
 
-def _search_note(lsp: Rounds) -> str:
-    """Step time of `lsp` with the search for projectors spread over the steps that they serve at least; empty
-    where there was none, or in a step that was counted."""
-    first_s = _first_step_s(lsp)
-    if first_s is None or lsp.step_s is None or not lsp.ok[0].samples[0].warmup:
+def _search_note(rounds: Rounds) -> str:
+    """Step time of a method that searches for projectors, with the search spread over the steps that they
+    serve at least; empty where there was none, or in a step that was counted."""
+    first_s = _first_step_s(rounds)
+    if first_s is None or rounds.step_s is None or not rounds.ok[0].samples[0].warmup:
         return ""
     try:
-        settings: LspSettings = parse_settings("lsp", lsp.ok[0].plan.settings)
+        settings = rounds.ok[0].plan.settings.typed
     except UserError:
         return ""  # written by a version with other settings
-    if settings.projector == "identity":
+    if not isinstance(settings, LspSettings) or settings.projector == "identity":
         return ""
-    spread_s = lsp.step_s.median + max(0.0, first_s - lsp.step_s.median) / settings.check_every
+    spread_s = rounds.step_s.median + max(0.0, first_s - rounds.step_s.median) / settings.check_every
     return " " + say(
         "tablenote.search",
         first=format_seconds(first_s),
@@ -348,7 +348,7 @@ def breakdown(rounds: Rounds) -> Breakdown:
     """Of the runs that ended ok."""
 
     noise_s = typical(rounds, lambda run: run.summary.perturb_s)
-    noiseless = rounds.engine in FIRST_ORDER and noise_s is None
+    noiseless = entry(rounds.engine).order == "first" and noise_s is None
 
     def compute_s(run: Run) -> float | None:
         seen = run.summary
@@ -445,7 +445,7 @@ def _over(measured: float | None, expected: float | None) -> str:
 
 def _comparison(engine: str, all_: Measurements) -> str:
     """`1.80x (1.78x to 1.82x, slower)`: the ratio to native and whether it is real, or why it is not told."""
-    if engine == "native":
+    if engine == YARDSTICK:
         return say("compared.baseline")
     found = find("step_time_ratio", engine, all_)
     if found.value is None:
@@ -455,12 +455,12 @@ def _comparison(engine: str, all_: Measurements) -> str:
 
 def _beside(engine: str, all_: Measurements) -> str:
     """`1.78x to 1.82x, slower`, and whether that is over steps; empty where there is nothing to compare."""
-    native, mine = all_.of("native").step_times, all_.of(engine).step_times
+    native, mine = all_.of(YARDSTICK).step_times, all_.of(engine).step_times
     found = ratio(mine, native)
     if found is None:
         return ""
-    word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of('native'))}")
-    range_ = _range(times(found.low), times(found.high), over_steps(all_.of(engine), all_.of("native")))
+    word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of(YARDSTICK))}")
+    range_ = _range(times(found.low), times(found.high), over_steps(all_.of(engine), all_.of(YARDSTICK)))
     return say("compared.range", range=range_, word=word)
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engines import generating_engines
 from engines.costs.decoding import Decoding
 from engines.decoding import Sampling
 from engines.errors import UserError
@@ -28,7 +29,7 @@ from harness.runs.worker import Request
 from profiles.documents import adapter, read_document, to_json, write_whole
 from profiles.machine import Machine
 from profiles.planning.budget import budget_of
-from profiles.planning.decoding import GENERATING, plan_generation
+from profiles.planning.decoding import plan_generation
 from profiles.planning.plan import Plan
 from profiles.system.nvml import open_device
 
@@ -104,8 +105,8 @@ def measure_generations(
     A plan that does not fit becomes a record without a run. Raises `UserError` if the engine does not
     generate or `out` cannot be written, `KeyboardInterrupt` after the record of a run that was stopped.
     """
-    if engine not in GENERATING:
-        raise UserError(f"--engine {engine}", "does not generate", f"use {' or '.join(GENERATING)}")
+    if engine not in generating_engines():
+        raise UserError(f"--engine {engine}", "does not generate", f"use {' or '.join(generating_engines())}")
     decoding = Decoding(
         batch_size=job.batch_size,
         prompt_tokens=job.seq_len,
@@ -114,7 +115,7 @@ def measure_generations(
         sampled=sampling.temperature > 0,
     )
     budget = budget_of(machine, job.limits.vram_bytes, job.limits.host_bytes, None)
-    plan = plan_generation(engine, machine, shape, decoding, job.settings.get(engine, {}), budget)
+    plan = plan_generation(engine, machine, shape, decoding, job.settings_of(engine), budget)
     environment, device = read_environment(), open_device()
     runs: list[GenerationRun] = []
     for _ in range(rounds):
@@ -142,7 +143,7 @@ def _next_id(out: Path, job: Job, plan: Plan, sampling: Sampling) -> tuple[str, 
     what = [
         adapter(each).dump_python(value, mode="json") for each, value in ((Job, job), (Sampling, sampling))
     ]
-    told = json.dumps([*what, plan.engine, plan.settings], sort_keys=True)
+    told = json.dumps([*what, plan.engine, dict(plan.settings)], sort_keys=True)
     digest = hashlib.sha256(told.encode("utf-8")).hexdigest()[:8]
     round_ = 1
     while _path(out, run_id := f"{plan.engine}-b{job.batch_size}-{digest}-r{round_}").exists():

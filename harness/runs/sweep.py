@@ -212,7 +212,7 @@ def check_folder(out: Path, *, resume: bool) -> bool:
 
 def _hash(job: Job, plan: Plan, emulated: Emulated | None) -> str:
     """Of what decides a run: the job, the engine and its settings, the emulated machine if there is one."""
-    what = [_dump(job), plan.engine, plan.settings]
+    what = [_dump(job), plan.engine, dict(plan.settings)]
     if emulated is not None:
         what.append(adapter(Emulated).dump_python(emulated, mode="json"))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode("utf-8")).hexdigest()[:8]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings_given import given_settings
 from tiny_machine import make_machine
 from torch import Tensor
 from train_runs import (
@@ -36,7 +37,7 @@ from harness.pipeline import training_settings
 from harness.progress import Progress
 from harness.runs import worker
 from harness.training import train as module
-from harness.training.train import Method, carried_over, train
+from harness.training.train import carried_over, train
 from profiles.machine import save_machine
 from profiles.system.cgroup import UsableCores
 
@@ -288,7 +289,7 @@ def test_the_note_is_about_the_whole_run_also_after_it_was_resumed(
         die_at(patch, "mezo", 9)
         with pytest.raises(Killed):
             run(out, "mezo", job, learning_rate=1e-12)
-    train(job, "mezo", {}, out, save_every=0, resume=True, progress=Progress(False))
+    train(job, "mezo", given_settings("mezo"), out, save_every=0, resume=True, progress=Progress(False))
     assert "the loss stayed flat over 12 steps" in capsys.readouterr().err
 
 
@@ -394,11 +395,11 @@ def test_ctrl_c_is_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_its_own_steps_and_the_new_engines_places() -> None:
     earlier = parse_settings("zo2", {"fold_every": 3, "resident_blocks": 2, "eps": 0.01})
-    on_gpu = carried_over(earlier, Method(engine="mezo", settings={}))
+    on_gpu = carried_over(earlier, parse_settings("mezo", {}))
     assert (on_gpu.eps, on_gpu.fold_every) == (0.01, 1)
-    streamed = carried_over(earlier, Method(engine="zo2", settings={"fold_every": 5}))
+    streamed = carried_over(earlier, parse_settings("zo2", {"fold_every": 5}))
     assert (streamed.eps, streamed.fold_every, streamed.resident_blocks) == (0.01, 5, 0)
     # Where it says when weights are rounded, it is part of the steps.
     low_bit = parse_settings("zo2", {"fold_every": 3, "base": "int8"})
-    assert carried_over(low_bit, Method(engine="mezo", settings={})).fold_every == 3
-    assert carried_over(parse_settings("lsp", {}), Method(engine="mezo", settings={})) is None
+    assert carried_over(low_bit, parse_settings("mezo", {})).fold_every == 3
+    assert carried_over(parse_settings("lsp", {}), parse_settings("mezo", {})) is None
