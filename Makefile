@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint format types check benchmark clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.runs
 	$(BIN)/lspzo-bench poc
 
 test: $(VENV)/.installed
@@ -28,11 +28,18 @@ format: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
 
-# torch comes first and alone: a machine with a CPU build at hand then keeps it.
-$(VENV)/.installed: pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# What the program needs. torch comes first and alone: a machine with a CPU build at hand then keeps it.
+$(VENV)/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(PIP) torch -c constraints.txt
+	$(PIP) -e . -c constraints.txt
+	touch $@
+
+# What its tests need beside that.
+$(VENV)/.installed: $(VENV)/.runs
+	$(PIP) -e '.[dev]' -c constraints.txt
 	touch $@
 
 clean:

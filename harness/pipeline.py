@@ -1,41 +1,62 @@
-"""The line itself: Machine + Job -> Plans -> Runs -> Verdict. Imports no torch."""
+"""The line itself: Machine + Job -> Plans -> Runs. It prints nothing. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
-
-import typer
 
 from engines.errors import UserError
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
-from harness.cli.sweep_progress import CompareProgress
-from harness.cli.tables import plans_table
-from harness.progress import console
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import launch_probe
-from harness.runs.sweep import Cell, check_folder, compare, missing
+from harness.runs.sweep import Cell, Event, check_folder, compare, missing
 from profiles.catalog import find_profile
-from profiles.display.tables import machine_table
-from profiles.documents import write_whole
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
-from profiles.planning.recommend import recommend, why_first
-from reports.criteria import init_text, load_criteria
-from reports.decide import Verdict
-from reports.load import Broken
-from reports.render import write_report
+from profiles.planning.recommend import recommend
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """How methods are compared on a job: which, where, on which machine, and how often."""
+
+    engines: Sequence[str]
+    out: Path
+    profile: Path | None = None
+    """The machine to predict for, by name or file; `None`: the one saved in `out`, or this one, measured."""
+    emulate: Path | None = None
+    """The smaller machine that runs are held to and predicted for."""
+    rounds: int = 2
+    criteria: Path | None = None
+    check_criteria: Callable[[Path], object]
+    """Raises `UserError` for a file of criteria that are none: before the runs, not after their hours."""
+    resume: bool = False
+    trace: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A job with its shape, its machine and a plan for each method, the recommended first."""
+
+    job: Job
+    shape: ModelShape
+    machine: Machine
+    """The emulated one where there is one, since that is what plans and predictions are for."""
+    plans: tuple[Plan, ...]
+    emulated: Emulated | None
+    """What runs are to be held to."""
+    in_use: bool
+    """The folder holds runs already."""
 
 
 def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None) -> Machine:
@@ -103,68 +124,41 @@ def training_settings(job: Job, engine: str, profile: Path | None) -> GivenSetti
     return plan.settings
 
 
-def compare_job(
-    job: Job,
-    engines: Sequence[str],
-    out: Path,
-    *,
-    profile: Path | None,
-    rounds: int,
-    criteria: Path | None,
-    resume: bool,
-    quiet: bool,
-    trace: bool = False,
-    emulate: Path | None = None,
-) -> list[Run]:
-    """Plan and run. Keeps the machine beside the runs: the emulated one where there is one, since that is
-    what plans and predictions are for."""
-    shape, machine, plans, like = _planned(
-        job, engines, out, profile=profile, criteria=criteria, resume=resume, quiet=quiet, emulate=emulate
-    )
-    return _measure(
-        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        trace=trace, like=like,
-    )  # fmt: skip
+def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> Prepared:
+    """Everything up to the first run. Writes nothing.
 
-
-def planned_cells(
-    job: Job,
-    engines: Sequence[str],
-    out: Path,
-    *,
-    profile: Path | None,
-    rounds: int,
-    criteria: Path | None,
-    resume: bool,
-    quiet: bool,
-    emulate: Path | None = None,
-) -> list[Cell]:
-    """What `compare_job` would run with the same arguments, in order. Writes nothing; raises as it does."""
-    _, _, plans, like = _planned(
-        job, engines, out, profile=profile, criteria=criteria, resume=resume, quiet=quiet, emulate=emulate
-    )
-    return missing(job, plans, out, rounds=rounds, resume=resume, emulated=like)
-
-
-def _planned(
-    job: Job,
-    engines: Sequence[str],
-    out: Path,
-    *,
-    profile: Path | None,
-    criteria: Path | None,
-    resume: bool,
-    quiet: bool,
-    emulate: Path | None,
-) -> tuple[ModelShape, Machine, list[Plan], Emulated | None]:
-    """The job's shape, the machine, a plan per engine, and what runs are to be held to. Raises `UserError`
-    for what is wrong with the arguments before it measures the machine."""
-    check_folder(out, resume=resume)
-    _check_criteria(criteria, out)
-    like = _like(emulate, profile)
+    `without_gpu` takes the place of `job` where the probe finds no GPU that torch can use. Raises `UserError`
+    for what is wrong with the arguments before it measures the machine.
+    """
+    in_use = check_folder(sweep.out, resume=sweep.resume)
+    for path in (sweep.criteria, sweep.out / "criteria.toml"):
+        if path is not None and (path == sweep.criteria or path.exists()):
+            sweep.check_criteria(path)
+    like = _like(sweep.emulate, sweep.profile)
     shape = _checked_shape(job)
-    machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
-    return shape, machine, plan_job(job, shape, machine, engines, emulate), like
+    named = sweep.emulate or sweep.profile
+    machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / "machine.json")
+    if machine.gpu is None and sweep.profile is None and without_gpu is not None and job != without_gpu:
+        job = without_gpu
+        shape = _checked_shape(job)
+    plans = plan_job(job, shape, machine, sweep.engines, sweep.emulate)
+    return Prepared(job=job, shape=shape, machine=machine, plans=tuple(plans), emulated=like, in_use=in_use)
+
+
+def planned_cells(ready: Prepared, sweep: Sweep) -> list[Cell]:
+    """What `measure` would run, in order. Writes nothing; raises as it does."""
+    return missing(
+        ready.job, ready.plans, sweep.out, rounds=sweep.rounds, resume=sweep.resume, emulated=ready.emulated
+    )
+
+
+def measure(ready: Prepared, sweep: Sweep, observe: Callable[[Event], None]) -> list[Run]:
+    """Run the plans, each in its own process. Keeps the machine beside the runs."""
+    return compare(
+        ready.job, ready.shape, ready.plans, sweep.out, rounds=sweep.rounds, resume=sweep.resume,
+        criteria=sweep.criteria, trace=sweep.trace, emulated=ready.emulated, on_event=observe,
+        before_first=lambda: save_machine(ready.machine, sweep.out / "machine.json"),
+    )  # fmt: skip
 
 
 def _checked_shape(job: Job) -> ModelShape:
@@ -185,101 +179,6 @@ def _like(emulate: Path | None, profile: Path | None) -> Emulated | None:
     if profile is not None:
         raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
     return emulated(find_profile(emulate))
-
-
-def proof_of_concept(
-    job: Job,
-    engines: Sequence[str],
-    out: Path,
-    *,
-    profile: Path | None,
-    rounds: int,
-    criteria: Path | None,
-    resume: bool,
-    quiet: bool,
-    require_gpu: bool,
-    without_gpu: Job,
-    trace: bool = False,
-    emulate: Path | None = None,
-) -> tuple[Verdict, list[Run]]:
-    """Probe, recommend, compare, report; by the default criteria if none are given.
-
-    `without_gpu` takes the place of `job` where the probe finds no GPU that torch can use. Exits 7 without a
-    GPU if one is required.
-    """
-    notes = console(stderr=True, quiet=quiet)
-    in_use = check_folder(out, resume=resume)
-    _check_criteria(criteria, out)
-    like = _like(emulate, profile)
-    shape = _checked_shape(job)
-    machine = find_machine(emulate or profile, quiet=quiet, known=out / "machine.json")
-    if require_gpu and machine.gpu is None:
-        exit_without_gpu(machine.gpu_absent_reason)
-    if machine.gpu is None and profile is None and job != without_gpu:
-        notes.print(f"the GPU cannot be used ({machine.gpu_absent_reason}): on the CPU", markup=False)
-        job = without_gpu
-        shape = _checked_shape(job)
-    notes.print(machine_table(machine))
-    plans = plan_job(job, shape, machine, engines, emulate)
-    notes.print(plans_table(shape, job, machine, plans))
-    notes.print(why_first(plans), markup=False)
-    if criteria is None and not in_use and not (out / "criteria.toml").exists():
-        write_whole(out / "criteria.toml", init_text())
-    runs = _measure(
-        job, shape, plans, machine, out, rounds=rounds, criteria=criteria, resume=resume, quiet=quiet,
-        trace=trace,
-        like=like,
-    )  # fmt: skip
-    return write_report(out, on_broken=note_left_out), runs
-
-
-def _check_criteria(given: Path | None, out: Path) -> None:
-    """Raises `UserError` if the criteria to judge by are none: before the runs, not after their hours."""
-    for path in (given, out / "criteria.toml"):
-        if path is not None and (path == given or path.exists()):
-            load_criteria(path)
-
-
-def _measure(
-    job: Job,
-    shape: ModelShape,
-    plans: Sequence[Plan],
-    machine: Machine,
-    out: Path,
-    *,
-    rounds: int,
-    criteria: Path | None,
-    resume: bool,
-    quiet: bool,
-    trace: bool = False,
-    like: Emulated | None = None,
-) -> list[Run]:
-    try:
-        with CompareProgress(quiet) as progress:
-            return compare(
-                job, shape, plans, out, rounds=rounds, resume=resume, criteria=criteria, trace=trace,
-                emulated=like, on_event=progress.update,
-                before_first=lambda: save_machine(machine, out / "machine.json"),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            f"stopped: finished runs are kept; go on with the same flags, --resume and --out {out}\n"
-        )
-        raise
-
-
-def exit_without_gpu(reason: str | None) -> NoReturn:
-    """One line on stderr, exit code 7."""
-    error = UserError(
-        "no GPU", reason or "the profile has none", "see 'nvidia-smi', or leave out --require-gpu"
-    )
-    sys.stderr.write(f"error: {error}\n")
-    raise typer.Exit(7)
-
-
-def note_left_out(broken: Broken) -> None:
-    """A line on stderr for a file that a report leaves out."""
-    typer.echo(f"note: {broken.file} left out: {broken.reason}", err=True)
 
 
 def job_arguments(job: Job) -> str:

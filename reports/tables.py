@@ -200,7 +200,7 @@ def _search_note(rounds: Rounds) -> str:
         settings = rounds.ok[0].plan.settings.typed
     except UserError:
         return ""  # written by a version with other settings
-    if not isinstance(settings, LspSettings) or settings.projector == "identity":
+    if not isinstance(settings, LspSettings):
         return ""
     spread_s = rounds.step_s.median + max(0.0, first_s - rounds.step_s.median) / settings.check_every
     return " " + say(

@@ -340,7 +340,7 @@ def assert_close(found: Any, expected: Any, where: str = "plans") -> None:
 def all_commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     yield path
     for name, each in getattr(command, "commands", {}).items():
-        yield from all_commands(each, (*path, name))
+        yield from all_commands(getattr(each, "real", each), (*path, name))
 
 
 def test_help_is_as_recorded(tmp_path: Path) -> None:

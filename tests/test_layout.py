@@ -22,7 +22,8 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("settings", "base", "__init__"),
+        ("__init__",),
+        ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
         ("quantized", "first_order"),
@@ -60,8 +61,8 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("provenance",),
         ("render",),
         ("index",),
-        ("poc",),
         ("commands",),
+        ("poc",),
     ),
 }
 """From the lowest: a file may import its own folder's, and what lies in a lower tier."""
@@ -88,7 +89,28 @@ TORCH_FREE = (
 )  # fmt: skip
 """Modules and whole folders that import no torch when they are imported, nor transformers."""
 
-INSIDE_FUNCTIONS: dict[str, str] = {}
+_TRITON = "Triton is not there on every machine"
+_TRAINS = "imports torch; what is wrong with the arguments is said without it"
+_CHILD = "imports torch; engines without it (the test double) do not wait for it"
+INSIDE_FUNCTIONS = {
+    "engines.noise.weight_pass -> engines.noise.weight_pass_kernels": _TRITON,
+    "engines.quantized.quantized_pass -> engines.quantized.quantized_pass_kernels": _TRITON,
+    "engines.subspace.apply -> engines.subspace.projector_kernels": _TRITON,
+    "engines.subspace.projector -> engines.subspace.projector_kernels": _TRITON,
+    "engines.transfer.throttle -> engines.transfer.throttle_kernels": _TRITON,
+    "engines.zeroth_order.chunked_loss -> engines.zeroth_order.chunked_loss_kernels": _TRITON,
+    "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
+    "engines.zeroth_order.perturbed_model -> engines.zeroth_order.layer_norm_kernels": _TRITON,
+    "harness.cli.generate -> harness.training.generate": _TRAINS,
+    "harness.cli.generate -> harness.training.train": _TRAINS,
+    "harness.cli.train -> harness.training.find_lr": _TRAINS,
+    "harness.cli.train -> harness.training.train": _TRAINS,
+    "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
+    "harness.resolve -> harness.models.meta": "imports torch, only for families without a closed form",
+    "harness.runs.worker -> harness.data.batches": _CHILD,
+    "harness.runs.worker -> harness.models.blueprint": _CHILD,
+    "harness.runs.worker -> engines.transfer.calibrate": _CHILD,
+}
 """`importing module -> imported module` inside a function, and why."""
 
 

@@ -1,4 +1,4 @@
-"""README.md says what is true: its commands parse, its files are there, results are made from the runs."""
+"""The READMEs say what is true: commands parse, files are there, results are made from the runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from harness.cli.app import app
 from reports.index import ABOUT, published_folders, write_index
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = ("engines", "harness", "profiles", "reports", "tests")
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS), ROOT / "CONTRIBUTING.md")
+}
+README = "\n".join(PAGES.values())
 FENCED = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```\w*\n.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
 LINES = [line.partition("#")[0].strip() for block in FENCED for line in block.splitlines()]
 COMMANDS = sorted({text for text in (*LINES, *INLINE) if re.match(r"(\.venv/bin/)?lspzo-bench\b", text)})
 TARGETS = sorted({text.split()[1] for text in (*LINES, *INLINE) if re.match(r"make \w", text)})
-TREE = next(block for block in FENCED if block.startswith("harness/"))
+TREES = [block for block in FENCED if re.match(r"\w+/\n", block)]
+MOST_LINES = 150
 
 
 def usage_error(arguments: list[str]) -> str | None:
@@ -40,7 +46,7 @@ def test_there_is_something_to_check() -> None:
 
 
 @pytest.mark.parametrize("text", COMMANDS)
-def test_a_command_of_the_readme_parses(text: str) -> None:
+def test_a_command_of_a_readme_parses(text: str) -> None:
     _, *arguments = shlex.split(text.split(",")[0].replace("DIR", "out"))
     assert usage_error(arguments) is None
 
@@ -50,10 +56,12 @@ def test_a_wrong_flag_would_be_found() -> None:
     assert "probes" in str(usage_error(["probes"]))
 
 
-def test_every_flag_that_the_readme_names_exists() -> None:
+def test_every_flag_that_a_readme_names_exists() -> None:
     command: Any = typer.main.get_command(app)
-    commands = [command, *command.commands.values(), *command.commands["criteria"].commands.values()]
+    commands = [command, *(each.real for each in command.commands.values())]
+    commands += [sub for each in commands[1:] for sub in getattr(each, "commands", {}).values()]
     known = {flag for one in commands for parameter in one.params for flag in parameter.opts}
+    known.add("--help")
     named = {flag for text in INLINE for flag in re.findall(r"(?<!\S)--[a-z-]+", text) if "pip" not in text}
     assert named
     assert named <= known, named - known
@@ -94,35 +102,44 @@ def test_the_table_of_what_goes_together_is_true(one: str, other: str, told: str
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_make_target_of_the_readme_exists(target: str) -> None:
+def test_a_make_target_of_a_readme_exists(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def files_of_tree() -> list[str]:
-    """Paths in the annotated tree: a file belongs to the folder that its line, or one above, begins with."""
-    found: list[str] = []
-    folder = ""
-    for line in TREE.splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0]
-            found.append(folder)
-        for word in re.findall(r"(?<![\w./<])[\w/]+(?:\.py|/)(?=\s|$)", line):
-            if word != folder:
-                found.append(folder + word)
-    return found
+def files_of_tree(tree: str) -> list[str]:
+    """Paths in an annotated tree: its first line is the folder, the others begin with what lies in it."""
+    folder, *lines = tree.splitlines()
+    named = [re.split(r"\s{2,}", line.strip())[0] for line in lines if re.match(r"  \S", line)]
+    return [folder + name for names in named for name in names.split()]
 
 
-def test_the_tree_names_only_what_is_there() -> None:
-    found = files_of_tree()
-    assert {"harness/", "engines/costs/", "harness/runs/worker.py", "profiles/probe/"} <= set(found)
-    missing = [path for path in found if not (ROOT / path).exists()]
-    assert not missing
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.partition("/")[0])
+def test_a_tree_names_only_what_is_there(tree: str) -> None:
+    found = files_of_tree(tree)
+    assert len(found) > 4
+    assert [path for path in found if not (ROOT / path).exists()] == []
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.partition("/")[0])
+def test_a_tree_names_every_folder(tree: str) -> None:
+    folder = tree.partition("/")[0]
+    code = {path.parent for path in (ROOT / folder).rglob("*.py") if path.parent.parent == ROOT / folder}
+    assert {path.name for path in code} <= {Path(each).name for each in files_of_tree(tree)}
+
+
+def test_every_room_has_its_tree() -> None:
+    assert sorted(tree.partition("/")[0] for tree in TREES) == sorted(ROOMS)
+
+
+def test_the_front_door_is_short() -> None:
+    assert len(PAGES[ROOT / "README.md"].splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+        assert (page.parent / target).exists(), target
 
 
 def test_the_page_and_the_picture_of_results_are_made_from_the_published_runs(tmp_path: Path) -> None:

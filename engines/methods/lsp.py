@@ -85,10 +85,8 @@ from engines.subspace.bias_check import (
     Check,
     Round,
     Subspace,
-    Treatment,
     derived_seed,
     draw_subspaces,
-    treatments,
 )
 from engines.subspace.compressed_linear import compress_gradient, restore
 from engines.subspace.cores import (
@@ -100,7 +98,7 @@ from engines.subspace.cores import (
     save_cores,
     warn_of_idle,
 )
-from engines.subspace.dense_parameters import OuterParameters
+from engines.subspace.dense_parameters import DenseParameters
 from engines.subspace.pipeline import (
     CoreNotFinite,
     CorePipeline,
@@ -147,8 +145,7 @@ class Lsp:
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model, draw projectors, pin the cores' memory, start the CPU worker.
 
-        Raises `UserError` for fp16, for a model without matrices in blocks, and for identity projectors
-        on a matrix that is not d x d.
+        Raises `UserError` for fp16 and for a model without matrices in its blocks.
         """
         self._dtype = weights_dtype(self.context, self.name)
         self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
@@ -166,7 +163,7 @@ class Lsp:
             progress=self.context.progress,
         )
         self._blocks = self._cores.blocks
-        self._outer = OuterParameters(self.model, subspaces, self.settings, self.device)
+        self._dense = DenseParameters(self.model, subspaces, self.settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix)
         self._squared_total = torch.zeros(1, device=self.device)
@@ -186,11 +183,6 @@ class Lsp:
 
     def _small_host_tensor(self) -> Tensor:
         return torch.zeros(1, pin_memory=self.device.type == "cuda")
-
-    def treatment(self) -> list[Treatment]:
-        """How each parameter is trained, in the model's order, each once."""
-        subspaces = [matrix.subspace for matrix in self._matrices()]
-        return treatments(self._names.values(), subspaces, self.settings)
 
     def checks(self) -> dict[str, list[Check]]:
         """Every bias check so far, by matrix."""
@@ -358,11 +350,11 @@ class Lsp:
         elif not self._sends_at_once:
             for update in updates:
                 self._pipeline.submit([update])
-        self._outer.step(self._share.learning_rate, self._squared_total)
+        self._dense.step(self._share.learning_rate, self._squared_total)
 
     def _clip(self, most: float) -> None:
         """Scale the outer gradients, and let the worker know the norm of all."""
-        self._outer.clip(self._squared_total, most)
+        self._dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
         self._share.total_known = self.link.download(
@@ -467,7 +459,7 @@ class Lsp:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
         self._settle(self._blocks)
         self.synchronize()
-        state = rng_state(self.device) | self._outer.state(self._names)
+        state = rng_state(self.device) | self._dense.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         about["matrices"] = save_cores(self._laid_out, state)
         save_checkpoint(folder, self.model, state, about)
@@ -476,7 +468,7 @@ class Lsp:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
         tensors, about = load_checkpoint(folder, self.model, self.name)
         load_cores(self._laid_out, tensors, about["matrices"], folder)
-        self._outer.load(self._names, tensors)
+        self._dense.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
 

@@ -229,7 +229,7 @@ class Mezo:
 
     @torch.no_grad()
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
-        """See `engines.zeroth_order.generation.GeneratingEngine`."""
+        """See `engines.decoding.GeneratingEngine`."""
         self._flush()
 
         def blocks() -> Iterator[int]:

@@ -319,7 +319,7 @@ class Zo2:
 
     @torch.no_grad()
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
-        """See `engines.zeroth_order.generation.GeneratingEngine`."""
+        """See `engines.decoding.GeneratingEngine`."""
         self._flush(self._step - 1)
 
         def blocks() -> Iterator[int]:

@@ -23,10 +23,9 @@ class LspSettings(AdamWSettings):
     """For d=auto: such as `2048x2048:1024,5504x2048:1664`, the larger side of a weight first."""
     r: int = 4
     """Nonzeros per projector row."""
-    projector: Literal["block", "one_hot", "paper", "identity"] = "block"
+    projector: Literal["block", "one_hot", "paper"] = "block"
     """Form of the projectors (`engines.subspace.projector`): `block` is block-diagonal, orthonormal, in
-    closed form; `one_hot` a random count sketch with r = 1; `paper` has random places and learned values.
-    `identity` needs d = m = n and is for checks against AdamW."""
+    closed form; `one_hot` a random count sketch with r = 1; `paper` has random places and learned values."""
     alpha: float = 0.3
     """Relative bias above which a matrix gets a new subspace."""
     check_every: int = 1000

@@ -6,9 +6,9 @@ LSP-Offload (2406.10181), Algorithm 1, lines 18 to 21 and 1 to 9. `engines.metho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from engines.settings.lsp import LspSettings
 from engines.subspace.projector import (
     Projector,
     SparseProjector,
-    identity_projector,
     one_hot_projector,
     random_block_projector,
     random_projector,
@@ -105,20 +104,9 @@ def derived_seed(seed: int, *parts: object) -> int:
 def draw_pair(
     name: str, shape: torch.Size, d: int, settings: LspSettings, seed: int, generation: int
 ) -> tuple[Projector, Projector]:
-    """A fresh pair, fp32 on the CPU, the same for the same arguments.
-
-    Raises `UserError` for identity projectors on a matrix that is not d x d.
-    """
+    """A fresh pair for a matrix of `shape` (m, n), fp32 on the CPU, the same for the same arguments."""
     rows, columns = shape
     kind = settings.projector
-    if kind == "identity":
-        if not rows == columns == d:
-            raise UserError(
-                "--set projector=identity",
-                f"'{name}' is {rows} x {columns} with d = {d}, and identity needs d = m = n",
-                "use another projector, or a model of square matrices with d at least their size",
-            )
-        return identity_projector(rows), identity_projector(columns)
     r = min(settings.r, d)
     seeds = [derived_seed(seed, name, side, generation) for side in ("left", "right")]
     if kind == "one_hot":
@@ -153,28 +141,6 @@ def draw_subspaces(
         )
         progress("drawing projectors", done + 1, len(chosen))
     return list(by_block.values())
-
-
-class Treatment(NamedTuple):
-    """How one parameter is trained."""
-
-    name: str
-    how: Literal["subspace", "adamw", "frozen"]
-    d: int | None
-    """Size of its subspace and nonzeros per projector row; `None` outside a subspace."""
-    r: int | None
-
-
-def treatments(names: Iterable[str], subspaces: Iterable[Subspace], settings: LspSettings) -> list[Treatment]:
-    """How each parameter of `names` is trained, in that order."""
-    own = {each.name: each for each in subspaces}
-    other: Literal["adamw", "frozen"] = "adamw" if settings.train_outer else "frozen"
-    return [
-        Treatment(name, "subspace", own[name].d, own[name].left.r)
-        if name in own
-        else Treatment(name, other, None, None)
-        for name in names
-    ]
 
 
 @dataclass(kw_only=True)

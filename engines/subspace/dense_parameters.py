@@ -14,7 +14,7 @@ from engines.settings.lsp import LspSettings
 from engines.subspace.bias_check import Subspace
 
 
-class OuterParameters:
+class DenseParameters:
     def __init__(
         self,
         model: nn.Module,

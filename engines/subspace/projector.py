@@ -288,11 +288,6 @@ def random_block_projector(rows: int, d: int, r: int, seed: int) -> BlockProject
     return BlockProjector(torch.linalg.qr(factors).Q[places >= 0], d)
 
 
-def identity_projector(rows: int) -> SparseProjector:
-    """The identity as a (rows, 1)-sparse projector, fp32 on the CPU: compression changes nothing."""
-    return SparseProjector(torch.arange(rows, dtype=torch.int32)[:, None], torch.ones(rows, 1), rows)
-
-
 def compress(gradient: Tensor, left: Projector, right: Projector) -> Tensor:
     """P^T G Q (d, d), of `gradient` (m, n), all of one dtype. Sums are in fp32, each product is rounded."""
     if left.rows >= right.rows:  # the larger side goes first: the second product is then the smaller one

@@ -1,6 +1,6 @@
 """How well a pair of projectors keeps a gradient, and finding a pair that keeps it better.
 
-LSP-Offload (2406.10181), Algorithm 1; `engines.subspace.bias_check.projector` has the notation."""
+LSP-Offload (2406.10181), Algorithm 1; `engines.subspace.projector` has the notation."""
 
 from __future__ import annotations
 

@@ -34,9 +34,17 @@ from harness.cli.options import (
     engine_names,
     results_folder,
 )
+from harness.cli.sweep_progress import GenerationProgress
+from harness.cli.tables import generations_table
+from harness.pipeline import find_machine
+from harness.progress import Progress, console
 from harness.records.job import Job, Limits
 from harness.records.seeds import MOST_SEED
 from harness.records.settings import parse_assignments
+from harness.resolve import resolve_shape
+from harness.runs.decoding_runs import check_measurable, measure_generations
+from profiles.documents import to_json
+from profiles.machine import save_machine
 from profiles.units import parse_bytes
 
 MEASURED_PROMPT = 128
@@ -137,10 +145,8 @@ def generate(
     _refuse(only_measured, "is for --measure", "add --measure, or leave it out")
     texts = read_prompts(prompts or [], prompts_file)
 
-    from harness.progress import Progress
     from harness.training.generate import Wanted, generate_from_model, generate_from_run
     from harness.training.train import read_run
-    from profiles.documents import to_json
 
     wanted = Wanted(prompts=texts, max_new_tokens=max_new_tokens, sampling=sampling)
     with Progress(quiet) as progress:
@@ -253,14 +259,6 @@ def _measure(
     quiet: bool,
 ) -> None:
     """Print the records as a table and the folder, or as JSON; exit 8 if a run failed."""
-    from harness.cli.sweep_progress import GenerationProgress
-    from harness.cli.tables import generations_table
-    from harness.pipeline import find_machine
-    from harness.progress import console
-    from harness.resolve import resolve_shape
-    from harness.runs.decoding_runs import check_measurable, measure_generations
-    from profiles.documents import to_json
-    from profiles.machine import save_machine
 
     shape = resolve_shape(job)
     check_measurable(job, shape)

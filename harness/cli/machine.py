@@ -1,4 +1,4 @@
-"""Commands about machines: `profiles`, `doctor`. Nothing here measures or lays out a table."""
+"""Commands about machines: `probe`, `doctor`, `profiles`. Nothing here measures or lays out a table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ from typing import Annotated
 
 import typer
 
+from engines.errors import UserError
 from harness import __version__
-from harness.cli.options import Json, Quiet
+from harness.cli.options import Json, Quiet, RequireGpu, exit_without_gpu
+from harness.progress import ProbeProgress, console
+from harness.runs.launch import launch_probe
+from profiles.catalog import find_profile, machine_names
+from profiles.display.anonymised import machine_page
+from profiles.display.compare import compare_machines, comparison_table, list_machine, list_table
+from profiles.display.tables import machine_table
+from profiles.doctor.diagnose import diagnose, diagnosis_text
+from profiles.documents import check_writable, to_json
+from profiles.machine import save_machine
+from profiles.probe.disk import check_disk
+from profiles.probe.run import probe_machine, why_no_gpu
+from profiles.system.unprobed import read_system
 
-profiles_app = typer.Typer(help="List, show and compare machines.", invoke_without_command=True)
+profiles_app = typer.Typer(
+    help="List, show and compare machines.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
 
 MachineName = Annotated[Path, typer.Argument(help="A name from `lspzo-bench profiles`, or a file.")]
 
@@ -23,10 +41,6 @@ def profiles_list(context: typer.Context, as_json: Json = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from harness.progress import console
-    from profiles.catalog import find_profile, machine_names
-    from profiles.display.compare import list_machine, list_table
-    from profiles.documents import to_json
 
     machines = tuple(list_machine(name, find_profile(Path(name))) for name in machine_names())
     if as_json:
@@ -38,11 +52,6 @@ def profiles_list(context: typer.Context, as_json: Json = False) -> None:
 @profiles_app.command("show")
 def profiles_show(name: MachineName, as_json: Json = False) -> None:
     """Show one machine, each figure with its origin."""
-    from harness.progress import console
-    from profiles.catalog import find_profile
-    from profiles.display.tables import machine_table
-    from profiles.documents import to_json
-
     machine = find_profile(name)
     if as_json:
         typer.echo(to_json(machine), nl=False)
@@ -53,11 +62,6 @@ def profiles_show(name: MachineName, as_json: Json = False) -> None:
 @profiles_app.command("compare")
 def profiles_compare(first: MachineName, second: MachineName, as_json: Json = False) -> None:
     """Show two machines side by side."""
-    from harness.progress import console
-    from profiles.catalog import find_profile
-    from profiles.display.compare import compare_machines, comparison_table
-    from profiles.documents import to_json
-
     machines = find_profile(first), find_profile(second)
     if as_json:
         typer.echo(to_json(tuple(compare_machines(*machines))), nl=False)
@@ -78,12 +82,6 @@ def doctor(
     Probes briefly, unless a saved machine is named; what a brief probe cannot tell is listed as not judged.
     One plain text, without host names, to paste into a question.
     """
-    from harness.runs.launch import launch_probe
-    from profiles.catalog import find_profile
-    from profiles.doctor.diagnose import diagnose, diagnosis_text
-    from profiles.documents import to_json
-    from profiles.system.unprobed import read_system
-
     if profile is not None:
         machine, system = find_profile(profile), None
     else:
@@ -91,3 +89,60 @@ def doctor(
     diagnosis = diagnose(machine, system)
     text = to_json(diagnosis) if as_json else diagnosis_text(diagnosis, machine, __version__)
     typer.echo(text, nl=False)
+
+
+def probe(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also save the profile to this JSON file.")
+    ] = None,
+    disk: Annotated[
+        Path | None,
+        typer.Option("--disk", help="Folder whose disk is measured. [default: the current folder]"),
+    ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only what predictions need: some 15 s, no disk, no sweeps.")
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Longer samples, a minute of load, thread counts: up to five minutes."),
+    ] = False,
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown", help="Print a page to share, without host names, serial numbers and paths."
+        ),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    require_gpu: RequireGpu = False,
+) -> None:
+    """Measure this machine: GPU, link, CPU, memory, disk. Takes up to a minute.
+
+    Beside processes that use the GPU, its memory is not taken to the limit, and figures are marked.
+    """
+    if brief and full:
+        raise UserError("--brief and --full", "exclude each other", "give one of them")
+    if as_json and markdown:
+        raise UserError("--json and --markdown", "both go to stdout", "give one of them")
+    if brief and disk is not None:
+        raise UserError("--brief and --disk", "a brief probe measures no disk", "give one of them")
+    if out is not None:
+        check_writable(out)
+    if disk is not None:
+        check_disk(disk)
+    if require_gpu and (reason := why_no_gpu()) is not None:
+        exit_without_gpu(reason)
+    with ProbeProgress(quiet) as progress:
+        machine = probe_machine(
+            progress.measurement, depth="brief" if brief else "full" if full else "default", folder=disk
+        )
+    if as_json:
+        typer.echo(to_json(machine), nl=False)
+    elif markdown:
+        typer.echo(machine_page(machine), nl=False)
+    else:
+        console().print(machine_table(machine))
+    if out is not None:  # after what was measured has been told: the disk may be full
+        save_machine(machine, out)
+    if require_gpu and machine.gpu is None:
+        exit_without_gpu(machine.gpu_absent_reason)  # one that torch sees may still fail

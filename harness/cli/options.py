@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -93,6 +94,47 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Engines = Annotated[
+    str | None,
+    typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="A machine: a name from `lspzo-bench profiles`, or a file from `probe`. [default: probe now]",
+    ),
+]
+Emulate = Annotated[
+    Path | None,
+    typer.Option(
+        "--emulate",
+        help="Hold the runs to the GPU memory, link and CPU threads of a machine that is smaller than this "
+        "one, and predict for it: a name from `lspzo-bench profiles`, or a file from `probe`.",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")]
+Criteria = Annotated[
+    Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
+]
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace",
+        help="Also write what each stream did, where the engine keeps it, to OUT/traces/ID.json for "
+        "chrome://tracing or Perfetto. Costs time: records say that they were traced.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")]
+RequireGpu = Annotated[bool, typer.Option("--require-gpu", help="Exit 7 if there is no GPU.")]
+FailOn = Annotated[
+    str | None,
+    typer.Option(
+        "--fail-on",
+        help="Exit 3, 4 or 5 on these verdicts: no-go, conditional, inconclusive (comma-separated).",
+    ),
+]
 JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
 
 
@@ -244,3 +286,18 @@ def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Pat
     while (folder := Path("out") / f"{stem}_{number:03d}").exists():
         number += 1
     return folder
+
+
+def exit_without_gpu(reason: str | None) -> NoReturn:
+    """One line on stderr, exit code 7."""
+    error = UserError(
+        "no GPU", reason or "the profile has none", "see 'nvidia-smi', or leave out --require-gpu"
+    )
+    sys.stderr.write(f"error: {error}\n")
+    raise typer.Exit(7)
+
+
+def exit_for(end_states: Iterable[str]) -> None:
+    """Exits 8 if a run failed; what cannot run here was not a failure."""
+    if any(state not in ("ok", "not_available", "skipped_infeasible") for state in end_states):
+        raise typer.Exit(8)

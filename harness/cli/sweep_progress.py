@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+import sys
+from typing import Self
 
+from harness.pipeline import Prepared, Sweep, measure
+from harness.progress import Progress, console
 from harness.records.run import Run
+from harness.runs.decoding_runs import GenerationRun
 from harness.runs.launch import Progress as SetUp
 from harness.runs.launch import Stepped
 from harness.runs.sweep import Ended, Event, Planned, Started
 from profiles.units import NOT_MEASURED, format_seconds
-
-if TYPE_CHECKING:
-    from harness.runs.decoding_runs import GenerationRun
-from harness.progress import Progress, console
 
 
 class CompareProgress:
@@ -60,6 +60,18 @@ class CompareProgress:
             for run_id in event.to_run:
                 if run_id not in event.again:
                     self._progress.print(f"missing  {run_id}")
+
+
+def measure_seen(ready: Prepared, sweep: Sweep) -> list[Run]:
+    """`harness.pipeline.measure` with its progress on stderr, and a line on how to go on if it is stopped."""
+    try:
+        with CompareProgress(sweep.quiet) as progress:
+            return measure(ready, sweep, progress.update)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"stopped: finished runs are kept; go on with the same flags, --resume and --out {sweep.out}\n"
+        )
+        raise
 
 
 def _ended_line(run: Run) -> str:

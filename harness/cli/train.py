@@ -13,6 +13,11 @@ import typer
 
 from engines.errors import UserError
 from harness.cli.options import JobFlags, Out, Quiet, engine_names, results_folder, takes_job
+from harness.cli.tables import rates_table
+from harness.pipeline import training_settings
+from harness.progress import Progress, console
+from harness.records.presets import LR_SEARCH
+from profiles.documents import to_json
 
 
 @takes_job(without=("warmup_steps", "host_memory", "timeout"))
@@ -74,8 +79,6 @@ def run(
     on the built-in data. What --set says goes before what --profile recommends, and that before the engine's
     defaults. The folder keeps the knobs of its first start, also when it is resumed.
     """
-    from harness.pipeline import training_settings
-    from harness.progress import Progress
 
     names = engine_names(engine)
     if len(names) > 1:
@@ -105,11 +108,6 @@ def _find_lr(
     flags: JobFlags, names: list[str], profile: Path | None, out: Path | None, as_json: bool, quiet: bool
 ) -> None:
     """Print what each learning rate did and, as the last line, the flag to use; or all of it as JSON."""
-    from harness.cli.tables import rates_table
-    from harness.pipeline import training_settings
-    from harness.progress import Progress, console
-    from harness.records.presets import LR_SEARCH
-    from profiles.documents import to_json
 
     job = replace(flags.job(names, LR_SEARCH), warmup_steps=0)
     settings = training_settings(job, names[0], profile)
@@ -148,7 +146,6 @@ def export(
     The run may be finished, stopped, killed or still going on. With `mezo` and `zo2` the weights are those
     after the last step in its update log; with the others those of its newest checkpoint.
     """
-    from harness.progress import Progress
     from harness.training.train import export_run
 
     with Progress(quiet) as progress:

@@ -343,7 +343,7 @@ class _StopAfterStep(AbstractContextManager["_StopAfterStep"]):
 
 def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progress) -> None:
     """Say so where every core is as large as its matrix allows: little is gained then."""
-    if not isinstance(settings, LspSettings) or settings.projector == "identity" or not shape.matrices:
+    if not isinstance(settings, LspSettings) or not shape.matrices:
         return
     sides = [min(matrix.rows, matrix.columns) for matrix in shape.matrices]
     if all(

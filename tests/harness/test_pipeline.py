@@ -30,7 +30,8 @@ MODEL = {"name": "tiny-llama", "random_weights": True}
 )
 def test_the_flags_of_a_job_give_that_job(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
     seen: list[Job] = []
-    monkeypatch.setattr("harness.pipeline.planned_cells", lambda job, *_, **__: seen.append(job) or [])
+    monkeypatch.setattr("harness.cli.compare.prepare", lambda job, *_, **__: seen.append(job))
+    monkeypatch.setattr("harness.cli.compare.planned_cells", lambda *_: [])
     job = make_job({"model": MODEL, **fields}, "test job")
     arguments = shlex.split(job_arguments(job))
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", "compare", *arguments, "--dry-run", "--out", "unused"])

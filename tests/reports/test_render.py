@@ -395,7 +395,6 @@ def test_the_first_step_is_shown_and_the_search_for_projectors_spread(tmp_path: 
 
     assert not note(make_run("zo2"))
     assert not note(make_run("lsp", end_state="crash"))
-    assert not note(make_run("lsp", plan=make_plan("lsp", settings={"projector": "identity"})))
     assert not note(make_run("lsp", plan=make_plan("lsp", settings={"of another version": 1})))
     counted = make_run("lsp")
     counted = replace(counted, samples=tuple(replace(sample, warmup=False) for sample in counted.samples))

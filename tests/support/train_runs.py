@@ -99,7 +99,7 @@ LONG = (
 ON_ONE_CORE = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from harness.cli import main
+from harness.cli.app import main
 main()
 """
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from identity_projector import identity_projector
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +34,7 @@ from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
 from engines.subspace.cores import IdleMatrixWarning
 from engines.subspace.cpu_adam import core_adam
 from engines.subspace.pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
-from engines.subspace.projector import Projector, compress, decompress, transport_moments
+from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
@@ -378,27 +379,25 @@ class TestTwin:
 
 
 class TestAgainstAdamW:
-    def test_identity_projectors_are_adamw(self) -> None:
+    def test_identity_projectors_are_adamw(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """d = m = n and P = Q = I: weight decay, schedule, bias correction and accumulation included."""
+
+        def identities(*_: Any, **__: Any) -> tuple[SparseProjector, SparseProjector]:
+            return identity_projector(16), identity_projector(16)
+
+        monkeypatch.setattr("engines.subspace.bias_check.draw_pair", identities)
         batches, ctx = tiny_batches(20, "llama"), context(accumulation=2)
         native = Native(
             NativeSettings(learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2), ctx
         )
         native.setup(square_blueprint())
         losses = [native.step(batches[i : i + 2]).loss for i in range(0, 20, 2)]
-        with running(square_blueprint(), ctx=ctx, d=512, projector="identity") as engine:
+        with running(square_blueprint(), ctx=ctx, d=512, projector="one_hot") as engine:
             found = train(engine, batches, per_step=2)
             assert all(check.bias == 0.0 for checks in engine.checks().values() for check in checks)
         assert found.losses == pytest.approx(losses, rel=1e-5)
         for name, tensor in native.weights():
             torch.testing.assert_close(found.weights[name], tensor, rtol=1e-4, atol=1e-5)
-
-    def test_identity_needs_square_matrices(self) -> None:
-        with (
-            pytest.raises(UserError, match="identity needs d = m = n"),
-            running("llama", projector="identity"),
-        ):
-            pass
 
     def test_accumulation_equals_the_union(self) -> None:
         batches = tiny_batches(2, "opt")
@@ -626,26 +625,20 @@ class TestSubspaces:
         assert sum(check.learn_steps for check in checks) > 0
 
 
-class TestTreatment:
+class TestWhatIsTrained:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_names_every_parameter_exactly_once(self, family: str) -> None:
+    def test_every_matrix_of_the_blocks_has_a_subspace_and_nothing_else(self, family: str) -> None:
         with running(family, tied=family in ("opt", "gpt2"), d=12) as engine:
-            listed = engine.treatment()
-            assert [entry.name for entry in listed] == [name for name, _ in engine.model.named_parameters()]
-            assert len({entry.name for entry in listed}) == len(listed)
+            found = {each.name: (each.d, each.left.r) for each in subspaces(engine)}
             shapes = {name: tuple(p.shape) for name, p in engine.model.named_parameters()}
-        subspace = {entry.name for entry in listed if entry.how == "subspace"}
         path = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "roberta": "roberta.encoder.layer"}
         inside = path.get(family, "model.layers") + "."
         # In these families the matrices of the blocks are their only parameters of two dimensions.
-        assert subspace == {
+        assert set(found) == {
             name for name, shape in shapes.items() if name.startswith(inside) and len(shape) == 2
         }
-        for entry in listed:
-            if entry.how == "subspace":
-                assert (entry.d, entry.r) == (min(12, *shapes[entry.name]), 2)
-            else:
-                assert (entry.how, entry.d, entry.r) == ("adamw", None, None)
+        for name, sizes in found.items():
+            assert sizes == (min(12, *shapes[name]), 2)
 
     def test_every_trained_parameter_moves_and_frozen_ones_do_not(self) -> None:
         for train_outer in (True, False):
@@ -653,11 +646,11 @@ class TestTreatment:
             with running(blueprint, train_outer=train_outer) as engine:
                 engine.step(tiny_batches(1, "opt"))
                 found = weights(engine)
-                how = {entry.name: entry.how for entry in engine.treatment()}
-            assert set(how.values()) == {"subspace", "adamw" if train_outer else "frozen"}
+                own = {each.name for each in subspaces(engine)}
+            assert own < set(found)
             for name, tensor in found.items():
                 moved = not torch.equal(tensor, blueprint.reference.get_parameter(name))
-                assert moved is (how[name] != "frozen"), name
+                assert moved is (train_outer or name in own), name
 
     def test_a_weight_that_is_used_without_its_layer_is_told(self) -> None:
         with running("opt", train_outer=False) as engine:
@@ -669,7 +662,7 @@ class TestTreatment:
 
     def test_r_is_at_most_d(self) -> None:
         with running("opt", d=2, r=4) as engine:
-            assert {(entry.d, entry.r) for entry in engine.treatment() if entry.how == "subspace"} == {(2, 2)}
+            assert {(each.d, each.left.r) for each in subspaces(engine)} == {(2, 2)}
 
 
 class TestFaults:

@@ -98,8 +98,8 @@ def test_children_wait_and_end_with_the_engine() -> None:
 MEASURES_ITSELF = """
 import psutil
 from engines.base import Context, Workload
-from engines.scripted import Scripted
-from engines.settings import parse_settings
+from engines.methods.scripted import Scripted
+from engines.settings.parse import parse_settings
 
 settings = parse_settings("scripted", {"host_allocation_bytes": 64 * 2**20, "pinned_bytes": 9})
 workload = Workload(batch_size=1, seq_len=4, dtype="fp32")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from identity_projector import identity_projector
 from torch import Tensor
 
 from engines.subspace.projector import (
@@ -18,7 +19,6 @@ from engines.subspace.projector import (
     block_rows,
     compress,
     decompress,
-    identity_projector,
     one_hot_projector,
     random_block_projector,
     random_projector,

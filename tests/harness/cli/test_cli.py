@@ -18,6 +18,7 @@ from tiny_machine import make_machine
 
 from engines import ENGINES
 from harness.cli import app
+from harness.pipeline import Prepared, Sweep
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from profiles.documents import to_json
@@ -197,6 +198,23 @@ def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     assert err == ""
 
 
+@pytest.mark.parametrize("program", ["python -m harness", "lspzo-bench"])
+def test_folders_named_like_ours_do_not_shadow_them(tmp_path: Path, program: str) -> None:
+    """Where the user stands, and on PYTHONPATH."""
+    for name in ("engines", "profiles", "reports"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('shadowed')\n")
+    root = Path(__file__).parents[3]
+    start = "from harness.cli.app import main; main()"
+    module = ["-m", "harness"] if program.startswith("python") else ["-c", start]
+    listed = subprocess.run(
+        [sys.executable, *module, "profiles", "--json"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}, check=False,
+    )  # fmt: skip
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert len(json.loads(listed.stdout)) > 5
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("models",), ("models", "--json"), ("--help",)])
 def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...], unbuffered: str) -> None:
@@ -232,13 +250,13 @@ def test_flags_of_the_probe_that_exclude_each_other(call, flags: tuple[str, str]
 def test_what_the_probe_is_asked_is_checked_before_it_measures(
     call, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str], words: str
 ) -> None:
-    monkeypatch.setattr("profiles.probe.run.probe_machine", None)
+    monkeypatch.setattr("harness.cli.machine.probe_machine", None)
     assert words in one_line(call("probe", *flags))
 
 
 def test_a_gpu_that_is_required_is_looked_for_before_the_probe(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profiles.probe.run.probe_machine", None)
-    monkeypatch.setattr("profiles.probe.run.why_no_gpu", lambda: "the driver is not loaded")
+    monkeypatch.setattr("harness.cli.machine.probe_machine", None)
+    monkeypatch.setattr("harness.cli.machine.why_no_gpu", lambda: "the driver is not loaded")
     done = call("probe", "--require-gpu")
     told = "error: no GPU: the driver is not loaded; see 'nvidia-smi', or leave out --require-gpu\n"
     assert (done.code, done.err) == (7, told)
@@ -253,7 +271,7 @@ def test_what_was_measured_is_told_though_it_can_no_longer_be_saved(
         return make_machine()
 
     (tmp_path / "saved").mkdir()
-    monkeypatch.setattr("profiles.probe.run.probe_machine", probe_machine)
+    monkeypatch.setattr("harness.cli.machine.probe_machine", probe_machine)
     done = call("probe", "--json", "--out", tmp_path / "saved" / "machine.json")
     assert "machine.json: cannot be written" in one_line(done)
     assert json.loads(done.out)["name"] == "Fake GPU, Fake CPU"
@@ -266,7 +284,7 @@ def test_the_probe_as_a_page(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         asked.append(arguments)
         return make_machine()
 
-    monkeypatch.setattr("profiles.probe.run.probe_machine", probe_machine)
+    monkeypatch.setattr("harness.cli.machine.probe_machine", probe_machine)
     done = call("probe", "--markdown", "--full", "--disk", tmp_path, "--out", tmp_path / "machine.json")
     assert done.code == 0
     assert done.out.startswith("# Fake GPU, Fake CPU\n\n|  | value |")
@@ -360,16 +378,16 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
 ) -> None:
     """NVML sees it, the probe does not: the small preset runs, and runs are not said to be the GPU's."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr("profiles.system.nvml.open_device", lambda: object())
+    monkeypatch.setattr("reports.poc.open_device", lambda: object())
     monkeypatch.setattr("harness.pipeline.launch_probe", lambda **_: make_machine(gpu=False))
     jobs: list[Job] = []
 
-    def measure(job: Job, *_: object, **given: object) -> list[Run]:
-        jobs.append(job)
-        assert given["trace"] is True
+    def measure(ready: Prepared, sweep: Sweep) -> list[Run]:
+        jobs.append(ready.job)
+        assert sweep.trace is True
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harness.pipeline._measure", measure)
+    monkeypatch.setattr("reports.poc.measure_seen", measure)
     done = call("poc", "--steps", "7", "--trace", "--out", tmp_path / "out")
     assert done.code == 130
     assert f"the GPU cannot be used ({make_machine(gpu=False).gpu_absent_reason})" in done.err

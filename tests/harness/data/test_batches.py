@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from engines.errors import UserError
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
-from harness.data.batches import UNLABELLED, Data, _class_answers, _prompt_table, make_data
+from harness.data.batches import Data, make_data
 from harness.data.builtin import builtin_reviews
 from harness.data.examples import held_out_count, instruction_prompt
+from harness.data.token_tables import UNLABELLED, _class_answers, _prompt_table
 from harness.models.blueprint import make_blueprint
 from harness.models.configs import NAMED_SHAPES
 from harness.models.tokenizers import ByteTokenizer

@@ -97,8 +97,8 @@ PARENT = """
 import sys
 from pathlib import Path
 from pydantic import TypeAdapter
-from harness.launch import Stepped, launch
-from harness.worker import Request
+from harness.runs.launch import Stepped, launch
+from harness.runs.worker import Request
 
 def told(event):
     if isinstance(event, Stepped):

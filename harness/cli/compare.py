@@ -1,0 +1,103 @@
+"""Commands that plan every method and run the plans: `recommend`, `compare`.
+
+Nothing here plans, measures or lays out a table.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from harness.cli.by_name import by_name
+from harness.cli.options import (
+    Criteria,
+    DryRun,
+    Emulate,
+    Engines,
+    JobFlags,
+    Json,
+    Out,
+    Profile,
+    Quiet,
+    Resume,
+    Rounds,
+    Trace,
+    engine_names,
+    exit_for,
+    results_folder,
+    takes_job,
+)
+from harness.cli.sweep_progress import measure_seen
+from harness.cli.tables import grid_table, plans_table, runs_table
+from harness.pipeline import Sweep, find_machine, plan_job, planned_cells, prepare
+from harness.progress import console
+from harness.resolve import resolve_shape
+from profiles.documents import to_json
+from profiles.planning.recommend import why_first
+
+
+@takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout"))
+def recommend(
+    flags: JobFlags,
+    engines: Engines = None,
+    profile: Profile = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Plan every method for a job on a machine: does it fit, how slow, what limits it, which settings.
+
+    A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing.
+    """
+    names = engine_names(engines)
+    job = flags.job(names)
+    shape = resolve_shape(job)
+    machine = find_machine(profile, quiet=quiet)
+    plans = plan_job(job, shape, machine, names)
+    if as_json:
+        typer.echo(to_json(tuple(plans)), nl=False)
+    else:
+        console().print(plans_table(shape, job, machine, plans))
+        console().print(why_first(plans), markup=False)
+
+
+@takes_job()
+def compare(
+    flags: JobFlags,
+    engines: Engines = None,
+    profile: Profile = None,
+    emulate: Emulate = None,
+    rounds: Rounds = 2,
+    criteria: Criteria = None,
+    out: Out = None,
+    resume: Resume = False,
+    trace: Trace = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every plan, each in its own process, interleaved; one record per run, kept whatever happens.
+
+    A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing, 10 steps after 3 of
+    warm-up, on the built-in data.
+    """
+    names = engine_names(engines)
+    job = flags.job(names)
+    folder = results_folder(out, "compare", job.model.name, resume)
+    sweep = Sweep(
+        engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
+        check_criteria=by_name("reports.criteria:load_criteria"), resume=resume, trace=trace, quiet=quiet,
+    )  # fmt: skip
+    ready = prepare(job, sweep)
+    if dry_run:
+        cells = planned_cells(ready, sweep)
+        if as_json:
+            typer.echo(to_json(tuple(cells)), nl=False)
+        else:
+            console().print(grid_table(cells))
+        return
+    runs = measure_seen(ready, sweep)
+    if as_json:
+        typer.echo(to_json(tuple(runs)), nl=False)
+    else:
+        console().print(runs_table(runs))
+        typer.echo(str(folder))
+    exit_for(run.end_state for run in runs)

@@ -1,0 +1,270 @@
+"""Examples as token sequences of differing length, one table for each kind of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engines.base import Batch
+from engines.errors import UserError
+from harness.data.builtin import builtin_questions
+from harness.data.examples import held_out_count
+from harness.data.records import Examples, InstructionExample, LabelledExample, QuestionExample
+from harness.data.squad_windows import windows
+from harness.models.tokenizers import Tokenizer
+from harness.records.job import Job
+
+UNLABELLED = -100
+"""Label of a position that takes no part in the loss."""
+
+
+_CHUNK_CHARACTERS = 1 << 20
+"""Text goes to the tokenizer in pieces of about this length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """Token sequences of differing length, end to end in one tensor."""
+
+    tokens: Tensor
+    """int32, all sequences one after the other."""
+    starts: Tensor
+    """int64, (rows + 1,): where each begins, and the end of the last."""
+    first_labelled: Tensor | None
+    """int64, (rows,): causal language model, the position in the row where labels begin."""
+    unlabelled: Tensor | None = None
+    """bool, as `tokens`: positions after `first_labelled` that have no label all the same."""
+    classes: Tensor | None
+    """int64, (rows,): classification, the label of each row."""
+    answers: Tensor | None = None
+    """int64, (rows, 2): question answering, positions of the answer's first and last token."""
+    second: Tensor | None = None
+    """int64, (rows,): position where the second of two texts begins, if the model is told."""
+    packed: bool = False
+    """All rows fill the sequence length: no padding, no mask."""
+    cut: int = 0
+    """Examples that were longer than the sequence length."""
+
+    def __len__(self) -> int:
+        return int(self.starts.numel()) - 1
+
+    def batch(self, rows: Sequence[int], seq_len: int, pad_id: int) -> Batch:
+        """Rows padded on the right to `seq_len`."""
+        input_ids = torch.full((len(rows), seq_len), pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(rows), seq_len), dtype=torch.int64)
+        labels = torch.full((len(rows), seq_len), UNLABELLED, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            ids = self.tokens[int(self.starts[row]) : int(self.starts[row + 1])].to(torch.int64)
+            input_ids[place, : len(ids)] = ids
+            mask[place, : len(ids)] = 1
+            if self.first_labelled is not None:
+                first = int(self.first_labelled[row])
+                labels[place, first : len(ids)] = ids[first:]
+            if self.unlabelled is not None:
+                apart = self.unlabelled[int(self.starts[row]) : int(self.starts[row + 1])]
+                labels[place, : len(ids)][apart] = UNLABELLED
+        chosen = torch.tensor(rows)
+        if self.answers is not None:
+            starts, ends = self.answers[chosen].unbind(1)
+            inputs = {"input_ids": input_ids, "start_positions": starts, "end_positions": ends}
+        else:
+            labels = labels if self.classes is None else self.classes[chosen]
+            inputs = {"input_ids": input_ids, "labels": labels}
+        if self.second is not None:
+            places = torch.arange(seq_len).expand(len(rows), seq_len)
+            inputs["token_type_ids"] = (places >= self.second[chosen].unsqueeze(1)).long() * mask
+        return Batch(inputs=inputs if self.packed else {**inputs, "attention_mask": mask})
+
+
+def _table(
+    sequences: Sequence[Sequence[int]],
+    *,
+    first_labelled: Sequence[int] | None = None,
+    classes: Sequence[int] | None = None,
+    cut: int,
+) -> TokenTable:
+    lengths = torch.tensor([0, *(len(ids) for ids in sequences)], dtype=torch.int64)
+    return TokenTable(
+        tokens=torch.tensor([index for ids in sequences for index in ids], dtype=torch.int32),
+        starts=lengths.cumsum(0),
+        first_labelled=None if first_labelled is None else torch.tensor(first_labelled, dtype=torch.int64),
+        classes=None if classes is None else torch.tensor(classes, dtype=torch.int64),
+        cut=cut,
+    )
+
+
+def text_tables(examples: Examples, tokenizer: Tokenizer, job: Job) -> tuple[TokenTable, TokenTable]:
+    """Blocks of `seq_len` tokens, all labelled; the end of the text is held out if no file is given."""
+    train = blocks_of(_text_tokens(examples.text, tokenizer), job.seq_len, job.data.train)
+    if examples.text_held_out is not None:
+        return train, blocks_of(
+            _text_tokens(examples.text_held_out, tokenizer), job.seq_len, str(job.data.evaluate)
+        )
+    kept = len(train) - held_out_count(len(train))
+    return (
+        slice_blocks(train, 0, kept, job.seq_len),
+        slice_blocks(train, kept, len(train), job.seq_len),
+    )
+
+
+def _text_tokens(text: str, tokenizer: Tokenizer) -> Tensor:
+    chunks: list[Tensor] = []
+    lines: list[str] = []
+    length = 0
+    for line in (*text.splitlines(keepends=True), None):
+        if line is not None:
+            lines.append(line)
+            length += len(line)
+        if line is None or length >= _CHUNK_CHARACTERS:
+            ids = [index for encoded in tokenizer.encode(lines) for index in encoded]
+            chunks.append(torch.tensor(ids, dtype=torch.int32))
+            lines, length = [], 0
+    return torch.cat(chunks)
+
+
+def blocks_of(tokens: Tensor, seq_len: int, path: str) -> TokenTable:
+    rows = tokens.numel() // seq_len
+    if rows == 0:
+        raise UserError(
+            f"data '{path}'",
+            f"holds {tokens.numel()} tokens, fewer than one sequence of {seq_len}",
+            "give more text or a smaller --seq-len",
+        )
+    return packed_table(tokens[: rows * seq_len], rows, seq_len)
+
+
+def slice_blocks(table: TokenTable, first: int, last: int, seq_len: int) -> TokenTable:
+    return packed_table(table.tokens[first * seq_len : last * seq_len], last - first, seq_len)
+
+
+def end_to_end(table: TokenTable, seq_len: int) -> TokenTable:
+    """Rows one after the other in blocks of `seq_len`, so that a long sequence is not mostly padding.
+
+    A row that is cut by the end of a block has no label. Where a block would hold fewer than four of the
+    longest rows, they stay apart.
+    """
+    assert table.first_labelled is not None
+    lengths = table.starts.diff()
+    blocks = table.tokens.numel() // seq_len
+    if blocks == 0 or seq_len < 4 * int(lengths.max()):
+        return table
+    position = torch.arange(table.tokens.numel())
+    start = table.starts[:-1].repeat_interleave(lengths)
+    last = (table.starts[1:] - 1).repeat_interleave(lengths)
+    labelled = position >= start + table.first_labelled.repeat_interleave(lengths)
+    whole = start // seq_len == last // seq_len
+    kept = blocks * seq_len
+    packed = packed_table(table.tokens[:kept], blocks, seq_len)
+    return replace(packed, unlabelled=~(labelled & whole)[:kept], cut=table.cut)
+
+
+def packed_table(tokens: Tensor, rows: int, seq_len: int) -> TokenTable:
+    return TokenTable(
+        tokens=tokens,
+        starts=torch.arange(rows + 1, dtype=torch.int64) * seq_len,
+        first_labelled=torch.zeros(rows, dtype=torch.int64),
+        classes=None,
+        packed=True,
+    )
+
+
+def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
+    """The text between the model's special tokens, cut at its end where it is too long."""
+    room = seq_len - len(tokenizer.prefix) - len(tokenizer.suffix)
+    if room < 1:
+        raise UserError(
+            f"--seq-len {seq_len}",
+            "leaves no room for text beside the special tokens",
+            f"use --seq-len {seq_len - room + 1} or more",
+        )
+    encoded = tokenizer.encode([row.text for row in rows])
+    return _table(
+        [[*tokenizer.prefix, *ids[:room], *tokenizer.suffix] for ids in encoded],
+        classes=[row.label for row in rows],
+        cut=sum(len(ids) > room for ids in encoded),
+    )
+
+
+def questions_of(examples: Examples) -> tuple[Sequence[QuestionExample], Sequence[QuestionExample]]:
+    if examples.kind == "builtin":
+        return builtin_questions(examples.labelled), builtin_questions(examples.labelled_held_out)
+    return examples.questions, examples.questions_held_out
+
+
+def question_table(rows: Sequence[QuestionExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
+    """See `harness.data.squad_windows.windows`."""
+    found, cut = windows(rows, tokenizer, seq_len)
+    table = _table([window.tokens for window in found], cut=cut)
+    return replace(
+        table,
+        answers=torch.tensor([(window.start, window.end) for window in found], dtype=torch.int64),
+        second=torch.tensor([window.second for window in found]) if tokenizer.marks_second else None,
+    )
+
+
+def answer_table(
+    rows: Sequence[LabelledExample], num_labels: int, tokenizer: Tokenizer, seq_len: int
+) -> TokenTable:
+    """Classification as a causal language model does it: the text, then a word for its class."""
+    shared, answers = _class_answers(num_labels, tokenizer)
+    encoded = tokenizer.encode([f"{row.text}\nThis is" for row in rows])
+    return _prompt_table(
+        [[*ids, *shared] for ids in encoded], [answers[row.label] for row in rows], tokenizer, seq_len
+    )
+
+
+def _class_answers(num_labels: int, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
+    """(tokens that all class words begin with, the tokens of each that follow and are labelled).
+
+    Two classes are called bad and good, more go by their number. Where the first differing token tells
+    the classes apart it is the only labelled one, so that accuracy is that of the classification.
+    """
+    words = [" bad", " good"] if num_labels == 2 else [f" {label}" for label in range(num_labels)]
+    encoded = tokenizer.encode(words)
+    same = 0
+    while all(len(ids) > same + 1 and ids[same] == encoded[0][same] for ids in encoded):
+        same += 1
+    firsts = {ids[same] for ids in encoded}
+    if len(firsts) == num_labels:
+        return encoded[0][:same], [[ids[same]] for ids in encoded]
+    return encoded[0][:same], [ids[same:] for ids in encoded]
+
+
+def instruction_table(rows: Sequence[InstructionExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
+    """Prompt without loss, then the answer and the end token with it."""
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    prompts = tokenizer.encode([row.prompt for row in rows])
+    answers = tokenizer.encode([row.answer for row in rows])
+    return _prompt_table(prompts, [[*ids, *end] for ids in answers], tokenizer, seq_len)
+
+
+def _prompt_table(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: Tokenizer, seq_len: int
+) -> TokenTable:
+    """Rows of begin token, prompt and answer, labelled on the answer.
+
+    What is too long loses the beginning of its prompt first, down to a quarter of the room, then the
+    end of its answer: the tokens next to the answer's beginning say most about it.
+    """
+    prefix = list(tokenizer.prefix)
+    room = seq_len - len(prefix)
+    # The model predicts a label from the tokens before it, so at least one must stand there.
+    least = 0 if prefix else 1
+    if room < least + 1:
+        raise UserError(
+            f"--seq-len {seq_len}",
+            "leaves no room for a prompt and an answer",
+            f"use --seq-len {len(prefix) + least + 1} or more",
+        )
+    sequences, first_labelled, cut = [], [], 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        kept = min(len(prompt), max(room - len(answer), room // 4, least))
+        shown = prompt[len(prompt) - kept :]
+        labelled = answer[: room - kept]
+        cut += len(shown) < len(prompt) or len(labelled) < len(answer)
+        sequences.append([*prefix, *shown, *labelled])
+        first_labelled.append(len(prefix) + kept)
+    return _table(sequences, first_labelled=first_labelled, cut=cut)

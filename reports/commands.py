@@ -1,0 +1,70 @@
+"""Commands on saved runs and on what to judge them by: `report`, `criteria init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engines.errors import UserError
+from harness.cli.options import Criteria, FailOn, Json
+from profiles.documents import to_json, write_whole
+from reports.criteria import init_text
+from reports.decide import exit_code, parse_fail_on
+from reports.index import write_index
+from reports.load import Broken
+from reports.render import write_report
+
+criteria_app = typer.Typer(
+    help="Write down what would count as success, before measuring.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+
+@criteria_app.callback()
+def _criteria() -> None:
+    pass
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
+    criteria: Criteria = None,
+    fail_on: FailOn = None,
+    index: Annotated[
+        bool,
+        typer.Option("--index", help="Write README.md and overview.svg on all published folders in FOLDER."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
+    if index:
+        for path in write_index(folder, note_left_out):
+            typer.echo(str(path))
+        return
+    gates = parse_fail_on(fail_on)
+    verdict = write_report(folder, criteria, note_left_out)
+    typer.echo(to_json(verdict) if as_json else f"{verdict.state}: {verdict.sentence}", nl=not as_json)
+    if not as_json:
+        typer.echo(str(folder / "report.html"))
+    raise typer.Exit(exit_code(verdict, gates))
+
+
+@criteria_app.command("init")
+def criteria_init(
+    path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
+) -> None:
+    """Write a criteria file to edit before the first measurement."""
+    if path.exists():
+        raise UserError(str(path), "exists already", "name another path, or delete it first")
+    if not path.parent.is_dir():
+        raise UserError(str(path), f"there is no folder {path.parent}", "make it, or name another path")
+    write_whole(path, init_text())
+    typer.echo(str(path))
+
+
+def note_left_out(broken: Broken) -> None:
+    """A line on stderr for a file that a report leaves out."""
+    typer.echo(f"note: {broken.file} left out: {broken.reason}", err=True)

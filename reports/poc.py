@@ -1,0 +1,93 @@
+"""`poc`: the whole line in one go, from the probe to the verdict."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from harness.cli.options import (
+    Criteria,
+    Emulate,
+    Engines,
+    FailOn,
+    JobFlags,
+    Out,
+    Profile,
+    Quiet,
+    RequireGpu,
+    Resume,
+    Rounds,
+    Trace,
+    engine_names,
+    exit_for,
+    exit_without_gpu,
+    results_folder,
+    takes_job,
+)
+from harness.cli.sweep_progress import measure_seen
+from harness.cli.tables import plans_table
+from harness.pipeline import Sweep, prepare
+from harness.progress import console
+from harness.records.presets import preset_values
+from profiles.display.tables import machine_table
+from profiles.documents import write_whole
+from profiles.planning.recommend import why_first
+from profiles.system.nvml import open_device
+from reports.commands import note_left_out
+from reports.criteria import init_text, load_criteria
+from reports.decide import exit_code, parse_fail_on
+from reports.render import write_report
+
+Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
+
+
+@takes_job()
+def poc(
+    flags: JobFlags,
+    preset: Preset = "quick",
+    engines: Engines = None,
+    profile: Profile = None,
+    emulate: Emulate = None,
+    rounds: Rounds = 2,
+    criteria: Criteria = None,
+    fail_on: FailOn = None,
+    out: Out = None,
+    resume: Resume = False,
+    trace: Trace = False,
+    quiet: Quiet = False,
+    require_gpu: RequireGpu = False,
+) -> None:
+    """The whole line in one go: probe, recommend, compare, report. Its last line is the report's path."""
+    gates = parse_fail_on(fail_on)
+    names = engine_names(engines)
+    # The driver's word; whether torch can use the GPU shows when it is probed.
+    on_gpu, on_cpu = (
+        flags.job(names, preset_values(preset, has_gpu=has_gpu) if preset else {})
+        for has_gpu in (True, False)
+    )
+    job = on_gpu if open_device() is not None else on_cpu
+    folder = results_folder(out, "poc", job.model.name, resume)
+    sweep = Sweep(
+        engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
+        check_criteria=load_criteria, resume=resume, trace=trace, quiet=quiet,
+    )  # fmt: skip
+    notes = console(stderr=True, quiet=quiet)
+    ready = prepare(job, sweep, without_gpu=on_cpu)
+    if require_gpu and ready.machine.gpu is None:
+        exit_without_gpu(ready.machine.gpu_absent_reason)
+    if ready.job != job:
+        reason = ready.machine.gpu_absent_reason
+        notes.print(f"the GPU cannot be used ({reason}): on the CPU", markup=False)
+    notes.print(machine_table(ready.machine))
+    notes.print(plans_table(ready.shape, ready.job, ready.machine, ready.plans))
+    notes.print(why_first(ready.plans), markup=False)
+    if criteria is None and not ready.in_use and not (folder / "criteria.toml").exists():
+        write_whole(folder / "criteria.toml", init_text())
+    runs = measure_seen(ready, sweep)
+    verdict = write_report(folder, on_broken=note_left_out)
+    typer.echo(f"{verdict.state}: {verdict.sentence}")
+    typer.echo(str(folder / "report.html"))
+    if code := exit_code(verdict, gates):
+        raise typer.Exit(code)
+    exit_for(run.end_state for run in runs)
