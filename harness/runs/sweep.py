@@ -121,13 +121,15 @@ def compare(
     emulated: Emulated | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     before_first: Callable[[], None] = lambda: None,
+    data_file: Path | None = None,
 ) -> list[Run]:
     """Run what is missing of the grid and return all its records, in the order of the grid.
 
     A plan that does not fit or cannot run here becomes a record without a run. With `resume`, an engine
     that has a plan in `out` keeps it, for its runs to be alike. `trace` has engines keep what each stream
     did, where they can; it changes no id, and runs whose records are kept get none. With `emulated`, runs are
-    held to what that machine has. `before_first` is called once `out` is known to be usable.
+    held to what that machine has. `before_first` is called once `out` is known to be usable. `data_file`
+    holds from then on what all runs train on, in tokens; without it each reads the job's data by itself.
 
     Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
     cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
@@ -158,8 +160,9 @@ def compare(
         began = datetime.now(UTC).isoformat(timespec="seconds")
         if cell.plan.fits:
             request = Request(
-                id=cell.id, job=job, shape=shape, plan=cell.plan, trace=trace, emulated=emulated
-            )
+                id=cell.id, job=job, shape=shape, plan=cell.plan, trace=trace, emulated=emulated,
+                data_file=data_file,
+            )  # fmt: skip
             outcome = launch(request, out, device=device, on_event=on_event)
         else:
             outcome = Outcome(

@@ -60,6 +60,9 @@ class Request:
     """Continue random prompts of the job's shape in place of training: a step of the job is one token of
     each, the first one the prefill."""
 
+    data_file: Path | None = None
+    """The job's data in tokens (`harness.data.tokenized`), made once for all; `None`: the run reads it."""
+
     @property
     def tokens_per_step(self) -> int:
         return self.job.workload.tokens_per_step if self.generation is None else self.job.batch_size
@@ -163,11 +166,15 @@ def _run(request: Request, recording: Recording, events: IO[str], folder: Path) 
     data: StepData = _NoData()
     energy_j: Callable[[], float | None] | None = None
     if row.needs_torch:
-        from harness.data.batches import make_data
+        from harness.data.batches import batches_of, make_data
+        from harness.data.tokenized import load_tokenized
         from harness.models.blueprint import make_blueprint
 
         on_progress("data and model", 0, 2)
-        data = make_data(job, request.shape)
+        if request.data_file is None:
+            data = make_data(job, request.shape)
+        else:
+            data = batches_of(load_tokenized(request.data_file), job)
         on_progress("data and model", 1, 2)
         blueprint = make_blueprint(job, request.shape)
         on_progress("data and model", 2, 2)
