@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -57,7 +58,7 @@ def load_tokenized(path: Path) -> Tokenized:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def table(part: str) -> TokenTable:
-        own = {field.name: tensors.get(f"{part}.{field.name}") for field in fields(TokenTable)}
+        own: dict[str, Any] = {field.name: tensors.get(f"{part}.{field.name}") for field in fields(TokenTable)}
         own |= {"packed": told[f"{part}.packed"] == "1", "cut": int(told[f"{part}.cut"])}
         return TokenTable(**own)
 
