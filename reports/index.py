@@ -45,7 +45,7 @@ class Published:
     parameters: int
     engine: str
     variant: str
-    """See `variant`."""
+    """Settings that make another method of the engine, as `--set` takes them; empty for none."""
     traced: bool
     began: str
     """Time of the first run, ISO 8601."""
