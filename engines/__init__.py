@@ -18,6 +18,9 @@ from engines.errors import UserError
 _NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss scaling; use bf16 or fp32"
 
 
+Role = Literal["reference", "baseline", "offload", "test_double"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
     """A package that a method needs, and that not everybody has installed."""
@@ -46,7 +49,7 @@ class EngineEntry:
     """Paper or library."""
     order: Literal["first", "zeroth"]
     """What a step learns from: gradients, or losses alone. A step of one is not worth one of the other."""
-    role: Literal["reference", "baseline", "offload", "test_double"]
+    role: Role
     """`reference`: an algorithm with everything on the GPU. `baseline`: what others stand beside. `offload`:
     a method that this project is about. `test_double`: for the harness's own tests, not for users."""
     reference: str | None = None
@@ -158,7 +161,7 @@ def public_engines() -> tuple[str, ...]:
     return tuple(name for name, row in ENGINES.items() if row.role != "test_double")
 
 
-def engines_of_role(role: str) -> tuple[str, ...]:
+def engines_of_role(role: Role) -> tuple[str, ...]:
     """Engines with that `EngineEntry.role`, in the order of the table."""
     return tuple(name for name, row in ENGINES.items() if row.role == role)
 
