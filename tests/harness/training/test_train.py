@@ -270,7 +270,7 @@ def test_a_perturbed_loss_on_one_side_only_is_put_down_to_eps(
 
 def test_a_flat_loss_is_noted_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(name: str, **fields: Any) -> str:
-        settings = {"learning_rate": 1e-12}
+        settings = given_settings("mezo", learning_rate=1e-12)
         train(
             tiny_job(steps=12, **fields), "mezo", settings, tmp_path / name, save_every=0, resume=False,
             progress=Progress(False),
@@ -345,7 +345,7 @@ def test_a_subspace_as_large_as_the_matrices_is_pointed_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for d, noted in ((512, True), (16, False)):
-        settings = SETTINGS["lsp"] | {"d": d}
+        settings = given_settings("lsp", SETTINGS["lsp"], d=d)
         out = tmp_path / str(d)
         train(tiny_job(steps=1), "lsp", settings, out, save_every=0, resume=False, progress=Progress(False))
         assert ("hardly compresses" in capsys.readouterr().err) == noted
