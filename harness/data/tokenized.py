@@ -58,7 +58,8 @@ def load_tokenized(path: Path) -> Tokenized:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def table(part: str) -> TokenTable:
-        own: dict[str, Any] = {field.name: tensors.get(f"{part}.{field.name}") for field in fields(TokenTable)}
+        names = [field.name for field in fields(TokenTable)]
+        own: dict[str, Any] = {name: tensors.get(f"{part}.{name}") for name in names}
         own |= {"packed": told[f"{part}.packed"] == "1", "cut": int(told[f"{part}.cut"])}
         return TokenTable(**own)
 
