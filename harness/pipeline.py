@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
-from harness.runs.launch import launch_probe
+from harness.runs.launch import WORK, launch_probe
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, compare, missing
 from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
@@ -46,6 +48,10 @@ class Sweep:
     quiet: bool = False
 
 
+SaveData = Callable[[Path], None]
+"""Writes a job's data, in tokens, to a file for its runs; `None` in its place: they draw it at random."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """A job with its shape, its machine and a plan for each method, the recommended first."""
@@ -59,6 +65,7 @@ class Prepared:
     """What runs are to be held to."""
     in_use: bool
     """The folder holds runs already."""
+    save_data: SaveData | None
 
 
 def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None) -> Machine:
@@ -104,18 +111,17 @@ def plan_job(
     )
 
 
-def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, Any]:
-    """The knobs to train with: those set, over the ones recommended for the machine of `profile`, if any. How
-    often a low-bit base is rounded is the loss's matter on every machine.
+def training_settings(job: Job, engine: str, profile: Path | None) -> GivenSettings:
+    """The settings to train with: those set, over the ones recommended for the machine of `profile`, if any.
+    How often a low-bit base is rounded is the loss's matter on every machine.
 
     Raises `UserError` if the plan does not fit that machine.
     """
     if profile is None:
-        given = dict(job.settings.get(engine, {}))
-        typed = parse_settings(engine, given)
-        if isinstance(typed, MezoSettings) and "fold_every" not in given:
-            best = fold_for_loss(typed)
-            return given if best is None else given | {"fold_every": best[0]}
+        given = job.settings_of(engine)
+        if isinstance(given.typed, MezoSettings) and "fold_every" not in given:
+            best = fold_for_loss(given.typed)
+            return given if best is None else given.replaced(fold_every=best[0])
         return given
     (plan,) = plan_job(job, resolve_shape(job), find_profile(profile), [engine])
     if not plan.fits:
@@ -124,7 +130,7 @@ def training_settings(job: Job, engine: str, profile: Path | None) -> dict[str, 
             f"does not fit the machine of {profile}: it {plan.why_not}",
             "see 'lspzo-bench recommend' for what fits, or leave out --profile",
         )
-    return dict(plan.settings)
+    return plan.settings
 
 
 def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> Prepared:
@@ -138,14 +144,17 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> Prepared:
         if path is not None and (path == sweep.criteria or path.exists()):
             sweep.check_criteria(path)
     like = _like(sweep.emulate, sweep.profile)
-    shape = _checked_shape(job)
+    shape, save_data = _check_job(job)
     named = sweep.emulate or sweep.profile
     machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / "machine.json")
     if machine.gpu is None and sweep.profile is None and without_gpu is not None and job != without_gpu:
         job = without_gpu
-        shape = _checked_shape(job)
+        shape, save_data = _check_job(job)
     plans = plan_job(job, shape, machine, sweep.engines, sweep.emulate)
-    return Prepared(job=job, shape=shape, machine=machine, plans=tuple(plans), emulated=like, in_use=in_use)
+    return Prepared(
+        job=job, shape=shape, machine=machine, plans=tuple(plans), emulated=like, in_use=in_use,
+        save_data=save_data,
+    )  # fmt: skip
 
 
 def planned_cells(ready: Prepared, sweep: Sweep) -> list[Cell]:
@@ -155,10 +164,20 @@ def planned_cells(ready: Prepared, sweep: Sweep) -> list[Cell]:
 
 def measure(ready: Prepared, sweep: Sweep, observe: Callable[[SweepEvent], None]) -> list[Run]:
     """Run the plans, each in its own process. Keeps the machine beside the runs."""
-    return compare(
-        ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
-        before_first=lambda: save_machine(ready.machine, sweep.out / "machine.json"),
-    )  # fmt: skip
+    data_file = None if ready.save_data is None else (sweep.out / WORK / "data.safetensors").resolve()
+    at_end = contextlib.ExitStack()
+
+    def before_first() -> None:
+        save_machine(ready.machine, sweep.out / "machine.json")
+        if ready.save_data is not None and data_file is not None:
+            at_end.callback(shutil.rmtree, data_file.parent, ignore_errors=True)
+            ready.save_data(data_file)
+
+    with at_end:
+        return compare(
+            ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
+            before_first=before_first, data_file=data_file,
+        )  # fmt: skip
 
 
 def _options(ready: Prepared, sweep: Sweep) -> SweepOptions:
@@ -168,15 +187,17 @@ def _options(ready: Prepared, sweep: Sweep) -> SweepOptions:
     )  # fmt: skip
 
 
-def _checked_shape(job: Job) -> ModelShape:
-    """The shape of the job's model. Raises `UserError` for data that the runs would refuse: each would end as
-    a crash, and the verdict would be on the methods."""
+def _check_job(job: Job) -> tuple[ModelShape, SaveData | None]:
+    """The shape of the job's model; its data is read, once for all runs. Raises `UserError` for data that a
+    run would refuse: each would end as a crash, and the verdict would be on the methods."""
     shape = resolve_shape(job)
-    if job.data.train != "random":
-        from harness.data.batches import make_data
+    if job.data.train == "random":
+        return shape, None
+    from harness.data.batches import tokenize
+    from harness.data.tokenized import save_tokenized
 
-        make_data(job, shape)
-    return shape
+    tokenized = tokenize(job, shape)
+    return shape, None if tokenized is None else functools.partial(save_tokenized, tokenized)
 
 
 def _like(emulate: Path | None, profile: Path | None) -> Emulated | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from engines import entry
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import check_blocks
 from engines.shapes import Head, ModelShape
 from harness.data.examples import read_examples
@@ -48,9 +46,8 @@ def resolve_shape(job: Job) -> ModelShape:
             f"{job.model.name} takes at most {shape.max_seq_len} tokens",
             f"use --seq-len {shape.max_seq_len} or less",
         )
-    for engine, values in job.settings.items():
-        entry(engine)
-        check_blocks(engine, parse_settings(engine, values), job.model.name, shape.num_blocks)
+    for engine, given in job.settings.items():
+        check_blocks(engine, given.typed, job.model.name, shape.num_blocks)
     return shape
 
 

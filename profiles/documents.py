@@ -74,8 +74,11 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
 
 
 def to_json(document: Any) -> str:
-    """Readable JSON of a dataclass or a tuple of them; NaN and infinity become null."""
-    return adapter(type(document)).dump_json(document, indent=1).decode("utf-8") + "\n"
+    """Readable JSON of a dataclass or a tuple of them, all of one class; NaN and infinity become null."""
+    kind: Any = type(document)
+    if isinstance(document, tuple) and document:
+        kind = tuple[type(document[0]), ...]  # type: ignore[misc]
+    return adapter(kind).dump_json(document, indent=1).decode("utf-8") + "\n"
 
 
 def check_writable(path: Path, *, is_folder: bool = False, remedy: str = ELSEWHERE) -> None:

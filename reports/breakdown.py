@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from engines import entry
 from harness.records.columns import SECONDS, CellValue, Column, optional
 from harness.records.run import Run
 from harness.records.stats import Rounds
-from profiles.planning.recommend import FIRST_ORDER
 from profiles.units import format_seconds
 from reports.format import PERCENT, Table
 from reports.messages import say
@@ -63,7 +63,7 @@ class Breakdown:
 def breakdown(rounds: Rounds) -> Breakdown:
     """Of the runs that ended ok."""
     noise_s = typical(rounds, lambda run: run.summary.perturb_s)
-    noiseless = rounds.engine in FIRST_ORDER and noise_s is None
+    noiseless = entry(rounds.engine).order == "first" and noise_s is None
 
     def compute_s(run: Run) -> float | None:
         seen = run.summary

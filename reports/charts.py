@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from engines import public_engines
+
 WIDTH = 720
 """Units across; the page scales it."""
 FONT = 13
@@ -28,15 +30,11 @@ _LANE = 19
 _LANE_BAR = 11
 
 # Okabe & Ito's palette, told apart by the colour-blind, and darkened where thin lines on white need it.
-COLOURS = {
-    "native": "#000000",
-    "torchao-offload": "#B36B00",
-    "lsp": "#0072B2",
-    "mezo": "#9A4C7F",
-    "zo2": "#007A5A",
-}
+COLOURS = ("#000000", "#B36B00", "#0072B2", "#9A4C7F", "#007A5A")
 _OTHER_COLOUR = "#5A5A5A"
-_DASHES = {"native": "", "torchao-offload": "7 3", "lsp": "2 3", "mezo": "10 3 2 3", "zo2": "12 4"}
+_DASHES = ("", "7 3", "2 3", "10 3 2 3", "12 4")
+"""Of lines; as the colours, in the order of the table of engines."""
+_OTHER_DASHES = "4 4"
 _INK, _FAINT, _PREDICTED = "#1a1a1a", "#d9d9d9", "#D55E00"
 
 
@@ -279,8 +277,11 @@ def fitted(text: str, room: float, size: float = FONT) -> str:
 
 
 def _stroke(engine: str) -> tuple[str, str]:
-    """Colour and dashes of its lines."""
-    return COLOURS.get(engine, _OTHER_COLOUR), _DASHES.get(engine, "4 4")
+    """Colour and dashes of its lines, by the engine's row; those behind the palette share one of each."""
+    known = public_engines()[: len(COLOURS)]
+    if engine not in known:
+        return _OTHER_COLOUR, _OTHER_DASHES
+    return COLOURS[known.index(engine)], _DASHES[known.index(engine)]
 
 
 def _nice_step(extent: float, count: int) -> float:
@@ -290,7 +291,7 @@ def _nice_step(extent: float, count: int) -> float:
 
 
 def _bar_row(row: BarRow, middle: float, scale: float, thickness: float = _BAR) -> list[str]:
-    colour = COLOURS.get(row.engine, _OTHER_COLOUR)
+    colour, _ = _stroke(row.engine)
     body = [_text(_LABELS - 10, middle + 4, row.label, anchor="end", room=_LABELS - 12)]
     for part in row.parts:
         width = max(part.value * scale, 1.0)

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engines import ENGINES
+from engines import ENGINES, engines_of_role, public_engines
 from engines.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -66,8 +66,6 @@ Comparator = Literal["at most", "less than", "at least", "more than"]
 Level = Literal["must", "want"]
 
 ANY_OFFLOAD = "any offload method"
-OFFLOAD_METHODS = ("lsp", "zo2")
-"""The methods that this project is about; torchao-offload is the baseline they stand beside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ class Criterion:
         if not math.isfinite(self.threshold):
             raise ValueError("threshold must be a finite number")
         if self.engine != ANY_OFFLOAD and self.engine not in ENGINES:
-            known = ", ".join(name for name in ENGINES if name != "scripted")
+            known = ", ".join(public_engines())
             raise ValueError(f"engine must be '{ANY_OFFLOAD}' or one of {known}")
 
     def holds(self, value: float) -> bool:
@@ -129,7 +127,7 @@ _HEAD = """\
 # Each [[criterion]] below is one line of the table in the report:
 #   id          a short name of your own
 #   metric      what is compared; the list is below
-#   engine      "any offload method" (lsp or zo2; all such criteria must be met by the same method), or one of
+#   engine      "any offload method" ({offload}; all such criteria must be met by the same method), or one of
 #               {engines}
 #   comparison  "at most", "less than", "at least" or "more than"
 #   threshold   a number, in the unit of the metric
@@ -204,9 +202,12 @@ def _wrapped(name: str, meaning: str, width: int = 110) -> str:
 
 def init_text() -> str:
     """The default criteria as a TOML file that explains itself."""
-    engines = ", ".join(f'"{name}"' for name in ENGINES if name != "scripted")
+    engines = ", ".join(f'"{name}"' for name in public_engines())
+    offload = " or ".join(engines_of_role("offload"))
     return (
-        _HEAD.format(engines=engines) + "".join(_wrapped(name, METRICS[name]) for name in METRICS) + _DEFAULTS
+        _HEAD.format(engines=engines, offload=offload)
+        + "".join(_wrapped(name, METRICS[name]) for name in METRICS)
+        + _DEFAULTS
     )
 
 

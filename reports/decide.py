@@ -16,13 +16,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from engines import YARDSTICK, engines_of_role
 from engines.errors import UserError
 from harness.records.run import Run
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import (
     ANY_OFFLOAD,
-    OFFLOAD_METHODS,
     Comparator,
     Criteria,
     Criterion,
@@ -98,7 +98,7 @@ def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | No
     asked = criteria.criteria if criteria is not None else ()
     judged = {
         engine: tuple(_judge(criterion, engine, measurements) for criterion in asked)
-        for engine in OFFLOAD_METHODS
+        for engine in engines_of_role("offload")
         if engine in measurements.rounds
     }
     ranked = sorted(judged, key=lambda engine: _rank(engine, judged[engine], measurements))
@@ -249,7 +249,7 @@ def _go_sentence(rows: Sequence[JudgedCriterion], method: str | None, all_: Meas
         count = sum(row.outcome == "pass" for row in rows)
         return say("verdict.go_plain", engine=engine, count=count)
     gpu = largest(all_.of(engine), gpu_taken_bytes)
-    native_gpu = largest(all_.of("native"), gpu_taken_bytes)
+    native_gpu = largest(all_.of(YARDSTICK), gpu_taken_bytes)
     native = find("step_time_ratio", engine, all_)
     values = {
         "engine": engine,
@@ -259,8 +259,8 @@ def _go_sentence(rows: Sequence[JudgedCriterion], method: str | None, all_: Meas
     if native.value is None and not native.applies:
         return say("verdict.go_native_does_not_fit", **values)
     than = ""
-    if engine != "native" and native_gpu is not None:
+    if engine != YARDSTICK and native_gpu is not None:
         than = say("verdict.memory_of_native", memory=format_bytes(native_gpu))
-    if engine == "native" or native.value is None or not native.applies:
+    if engine == YARDSTICK or native.value is None or not native.applies:
         return say("verdict.go_alone", **values, than=than)
     return say("verdict.go_beside_native", **values, ratio=times(native.value), than=than)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engines import ENGINES
 from engines.errors import UserError
-from engines.settings.parse import parse_recorded
+from engines.settings.zeroth_order import MezoSettings
 from harness.records.run import Run
 from reports.format import number
 from reports.messages import say
 from reports.metrics import Measurements
-
-ENGINE, REFERENCE = "zo2", "mezo"
-"""The one pair whose reference, the same method with nothing offloaded, is an engine of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,15 +24,15 @@ class LossComparison:
     """Difference of two losses."""
 
 
-def compare_with_reference(all_: Measurements) -> LossComparison | None:
-    """Losses of every run of `ENGINE` and of the first run of `REFERENCE` with the same seed and the same
+def compare_with_reference(engine: str, reference: str, all_: Measurements) -> LossComparison | None:
+    """Losses of every run of `engine` and of the first run of `reference` with the same seed and the same
     settings, but for where things lie. `None`: there are no two such runs of two steps or more; the first
     loss is from before any update."""
     pairs = [
         (mine.loss, other.loss)
-        for run, reference in _pairs(all_)
-        for mine, other in zip(run.samples, reference.samples, strict=False)
-        if min(len(run.samples), len(reference.samples)) > 1
+        for run, beside in _pairs(engine, reference, all_)
+        for mine, other in zip(run.samples, beside.samples, strict=False)
+        if min(len(run.samples), len(beside.samples)) > 1
     ]
     if not pairs:
         return None
@@ -45,30 +43,44 @@ def compare_with_reference(all_: Measurements) -> LossComparison | None:
 
 
 def exact(all_: Measurements) -> str | None:
-    """A sentence, where all losses are the same."""
-    found = compare_with_reference(all_)
-    if found is None or found.differ:
-        return None
-    return say("twin.exact", engine=ENGINE, twin=REFERENCE, steps=found.steps)
+    """A sentence for each method whose losses are all the same as its reference engine's."""
+    told = [
+        say("twin.exact", engine=engine, twin=reference, steps=found.steps)
+        for engine, reference, found in _compared(all_)
+        if not found.differ
+    ]
+    return " ".join(told) or None
 
 
 def inexact(all_: Measurements) -> str | None:
-    """A warning, where some are not."""
-    found = compare_with_reference(all_)
-    if found is None or not found.differ:
-        return None
-    return say(
-        "warning.inexact", engine=ENGINE, twin=REFERENCE, steps=found.steps, differ=found.differ,
-        largest=number(found.largest),
-    )  # fmt: skip
+    """A warning for each method of which some are not."""
+    told = [
+        say(
+            "warning.inexact", engine=engine, twin=reference, steps=found.steps, differ=found.differ,
+            largest=number(found.largest),
+        )
+        for engine, reference, found in _compared(all_)
+        if found.differ
+    ]  # fmt: skip
+    return " ".join(told) or None
 
 
-def _pairs(all_: Measurements) -> Iterator[tuple[Run, Run]]:
-    references = [run for run in _of(all_, REFERENCE) if run.samples]
-    for run in _of(all_, ENGINE):
-        same = (each for each in references if _computes(each) == _computes(run) is not None)
-        if run.samples and (reference := next(same, None)) is not None:
-            yield run, reference
+def _compared(all_: Measurements) -> Iterator[tuple[str, str, LossComparison]]:
+    """Each engine with its reference engine, where both ran alike."""
+    for engine, row in ENGINES.items():
+        if row.reference is not None:
+            found = compare_with_reference(engine, row.reference, all_)
+            if found is not None:
+                yield engine, row.reference, found
+
+
+def _pairs(engine: str, reference: str, all_: Measurements) -> Iterator[tuple[Run, Run]]:
+    candidates = [run for run in _of(all_, reference) if run.samples]
+    for run in _of(all_, engine):
+        mine = _computes(run)
+        same = (other for other in candidates if _computes(other) == mine is not None)
+        if run.samples and (beside := next(same, None)) is not None:
+            yield run, beside
 
 
 def _of(all_: Measurements, engine: str) -> tuple[Run, ...]:
@@ -78,7 +90,9 @@ def _of(all_: Measurements, engine: str) -> tuple[Run, ...]:
 def _computes(run: Run) -> tuple[object, ...] | None:
     """What decides the losses of a run, apart from the job; `None` where its settings are not known here."""
     try:
-        settings = parse_recorded(run.engine, run.plan.settings)
+        settings = run.plan.settings.typed
     except UserError:
+        return None
+    if not isinstance(settings, MezoSettings):
         return None
     return run.job.get("seed"), *settings.decides_updates.items()

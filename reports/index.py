@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
+from engines import YARDSTICK
 from engines.errors import UserError
-from engines.settings.parse import parse_settings, without_retired
+from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, lay_out
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
+from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
 from reports import charts
 from reports.format import GIB, LOSS, NUMBER, PERCENT, TIMES, digits, model_name, model_title, percent, span
@@ -108,7 +109,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,
             engine=engine,
-            variant=variant(engine, rounds.runs[0].plan.settings, rounds.runs[0].job),
+            variant=variant(rounds.runs[0].plan),
             traced=any(run.traced for run in rounds.runs),
             began=min(run.time for run in rounds.runs),
             rounds=rounds,
@@ -140,17 +141,17 @@ def index(found: Sequence[Published], generated: Sequence[Generated], about: dic
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def variant(engine: str, planned: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them: of its plan and of
-    its job, which wins."""
-    given, other = without_retired({**planned, **job["settings"].get(engine, {})})
-    settings = parse_settings(engine, given)
-    usual = parse_settings(engine, {})
+def variant(plan: Plan) -> str:
+    """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them; all that was set,
+    where a version that has dropped a setting wrote it."""
+    try:
+        settings, usual = plan.settings.typed, defaults(plan.engine).typed
+    except UserError:
+        return ", ".join(f"{name}={value}" for name, value in plan.settings.items())
     names = [name for name in VARIANTS if getattr(settings, name, None) != getattr(usual, name, None)]
     if isinstance(settings, MezoSettings) and settings.trains_quantized:
         names.append("fold_every")
-    told = {name: getattr(settings, name) for name in names} | other
-    return ", ".join(f"{name}={value}" for name, value in told.items())
+    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
 def newest(found: Sequence[Published]) -> list[Published]:
@@ -230,7 +231,7 @@ def _step_s(each: Published) -> CellValue:
 
 
 def _beside_native(each: Published) -> float | None:
-    found = ratio(each.rounds.step_times, each.all_.of("native").step_times)
+    found = ratio(each.rounds.step_times, each.all_.of(YARDSTICK).step_times)
     return found.value if found else None
 
 
@@ -302,7 +303,7 @@ GENERATIONS: tuple[Column[Generated], ...] = (
     Column("machine", lambda each: each.run.environment.gpu_name or each.run.environment.cpu),
     Column(
         "method",
-        lambda each: _joined(each.run.engine, variant(each.run.engine, each.run.plan.settings, each.run.job)),
+        lambda each: _joined(each.run.engine, variant(each.run.plan)),
     ),
     Column("tokens", _tokens, NUMBER),
     Column("range", _range, NUMBER),

@@ -43,7 +43,7 @@ class Loaded:
 
 
 def engine_order(engine: str) -> tuple[int, str]:
-    """Engines in the order of `engines.ENGINES`, which puts native first; unknown ones last."""
+    """Engines in the order of `engines.ENGINES`; unknown ones last."""
     known = list(ENGINES)
     return (known.index(engine) if engine in known else len(known), engine)
 

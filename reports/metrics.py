@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from engines import YARDSTICK
 from harness.records.run import EndState, Predicted, Run
 from harness.records.stats import (
     Rounds,
@@ -241,7 +242,7 @@ def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    native = all_.of("native")
+    native = all_.of(YARDSTICK)
     both = (predicted(rounds), predicted(native))
     step_s = [one.step_s if one else None for one in both]
     expected = _share(step_s[0], step_s[1])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from engines import YARDSTICK
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
-from engines.settings.parse import parse_settings
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.run import Run
 from harness.records.stats import Rounds, ratio
@@ -164,8 +164,8 @@ SPEED: tuple[Column[MethodRow], ...] = (
 def speed_table(all_: Measurements) -> Table:
     """Step time, tokens, how it stands beside native, loss, and accuracy where there was an evaluation. What
     lsp's first step would add to each is a note."""
-    search = _search_note(all_.of("lsp"))
-    return Table.of(SPEED, _methods(all_), say("tablenote.speed"), *([search] if search else []))
+    searches = [note for engine in all_.rounds if (note := _search_note(all_.of(engine)))]
+    return Table.of(SPEED, _methods(all_), say("tablenote.speed"), *searches)
 
 
 def _step(rounds: Rounds) -> str | None:
@@ -187,17 +187,19 @@ def _first_step_s(rounds: Rounds) -> float | None:
     return typical(rounds, lambda run: run.samples[0].step_s if run.samples else None)
 
 
-def _search_note(lsp: Rounds) -> str:
-    """Step time of `lsp` with the search for projectors spread over the steps that they serve at least; empty
-    where there was none, or in a step that was counted."""
-    first_s = _first_step_s(lsp)
-    if first_s is None or lsp.step_s is None or not lsp.ok[0].samples[0].warmup:
+def _search_note(rounds: Rounds) -> str:
+    """Step time of a method that searches for projectors, with the search spread over the steps that they
+    serve at least; empty where there was none, or in a step that was counted."""
+    first_s = _first_step_s(rounds)
+    if first_s is None or rounds.step_s is None or not rounds.ok[0].samples[0].warmup:
         return ""
     try:
-        settings: LspSettings = parse_settings("lsp", lsp.ok[0].plan.settings)
+        settings = rounds.ok[0].plan.settings.typed
     except UserError:
         return ""  # written by a version with other settings
-    spread_s = lsp.step_s.median + max(0.0, first_s - lsp.step_s.median) / settings.check_every
+    if not isinstance(settings, LspSettings):
+        return ""
+    spread_s = rounds.step_s.median + max(0.0, first_s - rounds.step_s.median) / settings.check_every
     return say(
         "tablenote.search",
         first=format_seconds(first_s),
@@ -314,7 +316,7 @@ def plan_notes(loaded: Loaded) -> tuple[str, ...]:
 
 def _comparison(engine: str, all_: Measurements) -> str:
     """`1.80x (1.78x to 1.82x, slower)`: the ratio to native and whether it is real, or why it is not told."""
-    if engine == "native":
+    if engine == YARDSTICK:
         return say("compared.baseline")
     found = find("step_time_ratio", engine, all_)
     if found.value is None:
@@ -324,12 +326,12 @@ def _comparison(engine: str, all_: Measurements) -> str:
 
 def _beside(engine: str, all_: Measurements) -> str:
     """`1.78x to 1.82x, slower`, and whether that is over steps; empty where there is nothing to compare."""
-    native, mine = all_.of("native").step_times, all_.of(engine).step_times
+    native, mine = all_.of(YARDSTICK).step_times, all_.of(engine).step_times
     found = ratio(mine, native)
     if found is None:
         return ""
-    word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of('native'))}")
-    range_ = _range(times(found.low), times(found.high), over_steps(all_.of(engine), all_.of("native")))
+    word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of(YARDSTICK))}")
+    range_ = _range(times(found.low), times(found.high), over_steps(all_.of(engine), all_.of(YARDSTICK)))
     return say("compared.range", range=range_, word=word)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.settings.zeroth_order import approximation
 from harness.records.run import Run
 from harness.runs.emulate import what_is_short
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports import exactness
-from reports.criteria import OFFLOAD_METHODS, Criteria, default_criteria
+from reports.criteria import Criteria, default_criteria
 from reports.format import span
 from reports.messages import say
 from reports.metrics import (
@@ -36,8 +37,8 @@ def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements)
         _about_criteria(runs, criteria),
         _about_failures(all_),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
-        _if_any(runs, lambda run: run.engine == "native" and _is_ok(run) and _had_gpu(run), "native_fits"),
-        _about_reference(all_),
+        _if_any(runs, lambda run: run.engine == YARDSTICK and _is_ok(run) and _had_gpu(run), "native_fits"),
+        _about_references(all_),
         _about_memory_saved(all_),
         _about_the_card(runs),
         _about_disturbed(all_),
@@ -93,24 +94,34 @@ def _about_failures(all_: Measurements) -> str | None:
     return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
 
 
-def _about_reference(all_: Measurements) -> str | None:
-    """zo2's reference engine was there and faster, on a GPU whose speed is its own."""
-    mezo, zo2 = all_.of("mezo"), all_.of("zo2")
-    if mezo.step_s is None or zo2.step_s is None or is_emulated(mezo) or is_emulated(zo2):
-        return None
-    if mezo.ok[0].environment.gpu_name is None or faster_or_slower(mezo, zo2) != "FAST":
-        return None
-    return say(
-        "warning.mezo_fits", twin=format_seconds(mezo.step_s.median), step=format_seconds(zo2.step_s.median)
-    )
+def _about_references(all_: Measurements) -> str | None:
+    """A method's reference engine was there and faster, on a GPU whose speed is its own."""
+    found = [
+        say(
+            "warning.reference_fits",
+            engine=engine,
+            reference=row.reference,
+            reference_step=format_seconds(reference.step_s.median),
+            step=format_seconds(offloaded.step_s.median),
+        )
+        for engine, row in ENGINES.items()
+        if row.reference is not None
+        for reference, offloaded in ((all_.of(row.reference), all_.of(engine)),)
+        if reference.step_s is not None and offloaded.step_s is not None
+        if not is_emulated(reference) and not is_emulated(offloaded)
+        if reference.ok[0].environment.gpu_name is not None
+        if faster_or_slower(reference, offloaded) == "FAST"
+    ]
+    return " ".join(found) or None
 
 
 def _about_memory_saved(all_: Measurements) -> str | None:
-    native = largest(all_.of("native"), gpu_taken_bytes)
+    native = largest(all_.of(YARDSTICK), gpu_taken_bytes)
     items = [
         say("warning.item", engine=engine, value=format_bytes(taken))
-        for engine in (*OFFLOAD_METHODS, "torchao-offload")
-        if native is not None
+        for engine in (*engines_of_role("offload"), *engines_of_role("baseline"))
+        if entry(engine).copies != "none"
+        and native is not None
         and (taken := largest(all_.of(engine), gpu_taken_bytes)) is not None
         and taken >= native
     ]

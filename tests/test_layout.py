@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from engines import ENGINES
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engines", "harness", "profiles", "reports")
 
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("settings", "base", "__init__"),
+        ("__init__",),
+        ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
         ("quantized", "first_order"),
@@ -105,8 +108,10 @@ INSIDE_FUNCTIONS = {
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
     "harness.cli.train -> harness.training.train": _TRAINS,
     "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
+    "harness.pipeline -> harness.data.tokenized": "imports torch, which only data of files needs here",
     "harness.resolve -> harness.models.meta": "imports torch, only for families without a closed form",
     "harness.runs.worker -> harness.data.batches": _CHILD,
+    "harness.runs.worker -> harness.data.tokenized": _CHILD,
     "harness.runs.worker -> harness.models.blueprint": _CHILD,
     "harness.runs.worker -> engines.transfer.calibrate": _CHILD,
 }
@@ -334,3 +339,48 @@ def test_one_place_for_each_hazard(call: str, homes: set[str]) -> None:
         for path in (ROOT / package).rglob("*.py"):
             if call in code_of(path):
                 assert str(path.relative_to(ROOT)) in homes, f"{path.relative_to(ROOT)} uses {call}"
+
+
+def test_settings_are_parsed_where_they_come_in() -> None:
+    """From the command line, a job file and a plan or record; from there on they are typed."""
+    boundaries = {"harness.records.settings", "harness.records.job", "profiles.planning.plan"}
+    found = {
+        module
+        for module, path in modules().items()
+        if re.search(r"\b(parse_settings|settings_of_document)\b", code_of(path))
+    }
+    assert found == {"engines.settings.parse", *boundaries}
+
+
+OWN_FILES = {"engines.methods", "engines.settings", "engines.costs", "profiles.planning"}
+"""Rooms where a module of its own may name its method."""
+NAMED = {
+    "engines.zeroth_order.checkpoint -> mezo": "the algorithm, in the format of checkpoints",
+}
+"""`module -> engine` that is none of the above, and why."""
+
+
+def _names_of_engines(path: Path) -> set[str]:
+    """Engines whose name a file holds as a whole string."""
+    return {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in ENGINES
+    }
+
+
+def test_a_name_of_an_engine_stands_in_the_table_and_its_own_files() -> None:
+    found = {
+        f"{module} -> {engine}"
+        for module, path in modules().items()
+        for engine in _names_of_engines(path)
+        if module != "engines"
+        and not (
+            module.rpartition(".")[0] in OWN_FILES and module.rpartition(".")[2] == engine.replace("-", "_")
+        )
+    }
+    assert found == set(NAMED)
+
+
+def test_the_table_of_engines_imports_errors_alone() -> None:
+    assert {taken for taken, _ in imports(modules()["engines"])} == {"engines.errors"}

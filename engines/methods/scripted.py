@@ -33,8 +33,6 @@ class Scripted:
     """Plays its settings back."""
 
     name = "scripted"
-    needs_torch = False
-    """Runs without a model, data and torch."""
 
     def __init__(self, settings: ScriptedSettings, context: Context) -> None:
         self._settings = settings

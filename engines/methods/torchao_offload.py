@@ -19,7 +19,6 @@ the host copy of the weights is made when the optimizer is, after they are fille
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines import why_not_installed
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NonFiniteLoss, NotAvailable, UserError
 from engines.first_order.adamw import (
@@ -56,8 +56,8 @@ _ON_DEVICE = "on-device"
 
 def why_not_available() -> str | None:
     """Why this engine cannot run here; `None` if it can."""
-    if importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed (pip install 'lspzo-bench[torchao]')"
+    if (missing := why_not_installed(TorchaoOffload.name)) is not None:
+        return missing
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return "torchao's CPUOffloadOptimizer needs a CUDA or XPU device, and there is none"
     return None

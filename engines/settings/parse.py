@@ -1,6 +1,7 @@
-"""Every knob of every engine, with its unit and its default. Imports no torch.
+"""Plain values to the typed settings of a method. Imports no torch.
 
-`--set key=value` changes them, `lspzo-bench engines` lists them, a `Plan` holds the ones it chose.
+`--set key=value` gives them, `lspzo-bench engines` lists them, a `Plan` holds those that it chose. They are
+parsed where they come in, from the command line, a job file or a record, and are typed from there on.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from engines import entry, load_target
 from engines.errors import UserError
 from engines.settings.checks import Refused
-from engines.settings.first_order import AdamWSettings, NativeSettings, TorchaoOffloadSettings
-from engines.settings.lsp import LspSettings
-from engines.settings.scripted import ScriptedSettings
-from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.settings.given import GivenSettings, Value
 
-Settings = AdamWSettings | MezoSettings | ScriptedSettings
 
-SETTINGS: dict[str, type[Any]] = {
-    "native": NativeSettings,
-    "torchao-offload": TorchaoOffloadSettings,
-    "lsp": LspSettings,
-    "mezo": MezoSettings,
-    "zo2": Zo2Settings,
-    "scripted": ScriptedSettings,
-}
+def settings_class(engine: str) -> type[Any]:
+    """The settings dataclass of `engine`. Raises `UserError` for an unknown engine."""
+    found: type[Any] = load_target(entry(engine).settings)
+    return found
+
+
+def setting_names(engine: str) -> tuple[str, ...]:
+    """Raises `UserError` for an unknown engine."""
+    return tuple(field.name for field in fields(settings_class(engine)))
+
+
+def defaults(engine: str) -> GivenSettings:
+    """Nothing set. Raises `UserError` for an unknown engine."""
+    return GivenSettings({}, settings_class(engine)())
 
 
 @cache
@@ -70,19 +74,28 @@ def parse_recorded(engine: str, values: Mapping[str, object]) -> Any:
 def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
     """Typed settings of `engine` from plain values (strings are converted).
 
-    Raises `UserError` that names the key and the engine's keys.
+    Raises `UserError` that names the key and the engine's keys, and for an unknown engine.
     """
-    kind: Any = SETTINGS[engine]
+    kind: Any = settings_class(engine)
     try:
         return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         why = first["msg"].removeprefix("Value error, ")
-        known = ", ".join(field.name for field in fields(kind))
+        known = ", ".join(setting_names(engine))
         refused = first.get("ctx", {}).get("error")
         raise UserError(
             f"--set {key}={values.get(key, '')}" if key else f"engine {engine}",
             why,
             (refused.remedy if isinstance(refused, Refused) else "") or f"settings of {engine} are: {known}",
         ) from None
+
+
+def settings_of_document(engine: str, values: Mapping[str, Value]) -> GivenSettings:
+    """Settings that a document holds. What is wrong with them is raised where they are asked for: a record of
+    another version still loads."""
+    try:
+        return GivenSettings(values, parse_recorded(engine, values))
+    except UserError as error:
+        return GivenSettings(values, error)

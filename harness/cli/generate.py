@@ -12,8 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from engines import generating_engines
 from engines.decoding import Sampling
 from engines.errors import UserError
+from engines.settings.parse import defaults
 from harness.cli.options import (
     BatchSize,
     DtypeFlag,
@@ -43,7 +45,6 @@ from harness.resolve import resolve_shape
 from harness.runs.decoding_runs import DecodingJob, measure_decoding_runs
 from profiles.documents import to_json
 from profiles.machine import save_machine
-from profiles.planning.decoding import GENERATING
 from profiles.units import parse_bytes
 
 MEASURED_PROMPT = 128
@@ -137,8 +138,9 @@ def generate(
             raise UserError(
                 "--measure", "continues random prompts of --model", "leave out --run, --prompts and prompts"
             )
-        job = _measured_job(flags, engine or "zo2", max_new_tokens, batch_size, seq_len, warmup_steps)
-        _measure(job, engine or "zo2", sampling, rounds or 1, profile, out, as_json, quiet)
+        name = engine or generating_engines()[0]
+        job = _measured_job(flags, name, max_new_tokens, batch_size, seq_len, warmup_steps)
+        _measure(job, name, sampling, rounds or 1, profile, out, as_json, quiet)
         return
     _refuse(only_measured, "is for --measure", "add --measure, or leave it out")
     texts = read_prompts(prompts or [], prompts_file)
@@ -149,8 +151,9 @@ def generate(
     wanted = Wanted(prompts=texts, max_new_tokens=max_new_tokens, sampling=sampling)
     with Progress(quiet) as progress:
         if run is None:
-            job = _job(flags, engine or "zo2", seq_len=1)
-            made = generate_from_model(job, engine or "zo2", wanted, progress)
+            name = engine or generating_engines()[0]
+            job = _job(flags, name, seq_len=1)
+            made = generate_from_model(job, name, wanted, progress)
         else:
             settled = {"random-weights": random_weights, "dtype": dtype}
             _refuse(settled, "is settled by the run", "leave it out")
@@ -158,8 +161,8 @@ def generate(
             if engine is not None:
                 _check_generates(engine)
             name = engine or found.method.engine
-            override = parse_assignments(set_ or [], [name]).get(name, {})
-            made = generate_from_run(found, name, override, _limits(vram, host_memory), wanted, progress)
+            given = parse_assignments(set_ or [], [name]).get(name, defaults(name))
+            made = generate_from_run(found, name, given, _limits(vram, host_memory), wanted, progress)
     if as_json:
         typer.echo(to_json(made), nl=False)
     else:
@@ -213,8 +216,8 @@ def _limits(vram: str | None, host_memory: str | None) -> Limits:
 
 
 def _check_generates(engine: str) -> None:
-    if engine_names(engine) != [engine] or engine not in GENERATING:
-        raise UserError(f"--engine {engine}", "does not generate", f"use {' or '.join(GENERATING)}")
+    if engine_names(engine) != [engine] or engine not in generating_engines():
+        raise UserError(f"--engine {engine}", "does not generate", f"use {' or '.join(generating_engines())}")
 
 
 def _job(flags: Mapping[str, Any], engine: str, **fields: int) -> Job:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from engines import public_engines
 from engines.errors import UserError
 from harness.records.job import HeadChoice, Job, job_values, make_job
-from harness.records.settings import check_settings, left_out, parse_assignments, public_engines
+from harness.records.settings import check_settings, left_out, parse_assignments
 from profiles.units import parse_bytes
 
 Model = Annotated[
@@ -186,7 +187,8 @@ class JobFlags:
         for layer in layers:
             values = _merged(values, layer)
         if self._assignments:
-            values = _merged(values, {"settings": parse_assignments(self._assignments, engines)})
+            assigned = parse_assignments(self._assignments, engines)
+            values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
             for each in left_out(self._assignments, engines):
                 typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
         if "name" not in values.setdefault("model", {}):
@@ -201,7 +203,8 @@ def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
     values = job_values(path)
     settings = values.get("settings")
     if isinstance(settings, dict) and all(isinstance(each, dict) for each in settings.values()):
-        values["settings"] = check_settings(settings, engines, str(path))
+        checked = check_settings(settings, engines, str(path))
+        values["settings"] = {name: dict(given) for name, given in checked.items()}
     return values
 
 
@@ -260,7 +263,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def engine_names(engines: str | None) -> list[str]:
     public = public_engines()
     if engines is None:
-        return public
+        return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:
         if name not in public:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,16 +12,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from engines import ENGINES, load_engine
-from engines.settings.lsp import LSP_PRESETS
-from engines.settings.parse import SETTINGS
+from engines import entry, load_engine, public_engines
+from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape
 from harness.models.configs import NAMED_SHAPES, named_shape
 from harness.records.columns import BYTES, SECONDS, Column, Unit, lay_out, where_known
 from harness.records.job import Job
 from harness.records.run import Run
-from harness.records.settings import public_engines
+from harness.records.settings import published_presets
 from harness.runs.emulate import what_is_short
 from profiles.machine import Machine
 from profiles.planning.plan import Plan
@@ -243,14 +242,16 @@ def engines_rows() -> list[dict[str, Any]]:
     """What there is, and what is not available here and why."""
     rows = []
     for name in public_engines():
-        entry = ENGINES[name]
-        reason = load_engine(name).why_not_available()
-        knobs = {field.name: field.default for field in fields(SETTINGS[name])}
-        rows.append(
-            {"name": name, **asdict(entry), "available": reason is None, "reason": reason, "settings": knobs}
-        )
-        if name == "lsp":
-            rows[-1]["presets"] = LSP_PRESETS
+        row, reason = entry(name), load_engine(name).why_not_available()
+        shown: dict[str, Any] = {
+            "name": name,
+            **{key: getattr(row, key) for key in ("target", "summary", "source", "copies")},
+            "available": reason is None,
+            "reason": reason,
+            "settings": {field.name: field.default for field in fields(settings_class(name))},
+        }
+        presets = published_presets(name)
+        rows.append(shown | {"presets": presets} if presets else shown)
     return rows
 
 

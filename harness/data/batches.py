@@ -27,6 +27,7 @@ from harness.data.token_tables import (
     questions_of,
     text_tables,
 )
+from harness.data.tokenized import Tokenized
 from harness.models.tokenizers import Tokenizer, load_tokenizer
 from harness.records.job import Job
 from harness.records.seeds import derive_seed
@@ -60,14 +61,20 @@ class Data:
 
 
 def make_data(job: Job, shape: ModelShape) -> Data:
-    """The data of `job` for a model of `shape`.
+    """The data of `job` for a model of `shape`. Raises `UserError` as `tokenize` does."""
+    tokenized = tokenize(job, shape)
+    return _random_data(job, shape) if tokenized is None else batches_of(tokenized, job)
+
+
+def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
+    """The data of `job` in tokens, for a model of `shape`; `None` where tokens are drawn at random.
 
     Raises `UserError` for files that are missing or malformed, that hold too little, or that do not suit
     the model's head.
     """
     examples = read_examples(job.data)
     if examples.kind == "random":
-        return _random_data(job, shape)
+        return None
     tokenizer = load_tokenizer(job.model, shape.vocabulary)
     if examples.kind == "text":
         train, held_out = text_tables(examples, tokenizer, job)
@@ -96,12 +103,12 @@ def make_data(job: Job, shape: ModelShape) -> Data:
         )
         if examples.kind == "builtin":
             train, held_out = end_to_end(train, job.seq_len), end_to_end(held_out, job.seq_len)
-    return _table_data(job, examples, train, held_out, tokenizer)
+    return _tokenized(job, examples, train, held_out, tokenizer)
 
 
-def _table_data(
+def _tokenized(
     job: Job, examples: Examples, train: TokenTable, held_out: TokenTable, tokenizer: Tokenizer
-) -> Data:
+) -> Tokenized:
     if len(train) == 0:
         raise UserError(f"data '{job.data.train}'", "holds no training example", "give a file with more")
     if job.eval_batches and len(held_out) == 0:
@@ -110,23 +117,6 @@ def _table_data(
             "is too small to hold a part out for the evaluation",
             "give an evaluation set, or evaluate no batches",
         )
-
-    @lru_cache(maxsize=2)
-    def order(epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(job.seed, "epoch", epoch))
-        return [int(row) for row in torch.randperm(len(train), generator=generator)]
-
-    def micro_batch(index: int) -> Batch:
-        """Batches follow one another through an endless row of shuffled epochs."""
-        places = range(index * job.batch_size, (index + 1) * job.batch_size)
-        rows = [order(place // len(train))[place % len(train)] for place in places]
-        return train.batch(rows, job.seq_len, tokenizer.pad_id)
-
-    evaluated = min(len(held_out), job.eval_batches * job.batch_size)
-    evaluation = [
-        held_out.batch(range(first, min(first + job.batch_size, evaluated)), job.seq_len, tokenizer.pad_id)
-        for first in range(0, evaluated, job.batch_size)
-    ]
     what = (
         "built-in reviews" if examples.kind == "builtin" else f"{examples.kind} {Path(job.data.train).name}"
     )
@@ -138,11 +128,34 @@ def _table_data(
         f"{train.tokens.numel():,} training tokens ({tokenizer.name})"
         + (f", {cut:,} {what_was_cut} {job.seq_len} tokens" if cut else "")
     )
+    return Tokenized(train=train, held_out=held_out, pad_id=tokenizer.pad_id, description=description)
+
+
+def batches_of(tokenized: Tokenized, job: Job) -> Data:
+    """The batches that `job` takes of its data."""
+    train, held_out, pad_id = tokenized.train, tokenized.held_out, tokenized.pad_id
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(job.seed, "epoch", epoch))
+        return [int(row) for row in torch.randperm(len(train), generator=generator)]
+
+    def micro_batch(index: int) -> Batch:
+        """Batches follow one another through an endless row of shuffled epochs."""
+        places = range(index * job.batch_size, (index + 1) * job.batch_size)
+        rows = [order(place // len(train))[place % len(train)] for place in places]
+        return train.batch(rows, job.seq_len, pad_id)
+
+    evaluated = min(len(held_out), job.eval_batches * job.batch_size)
+    evaluation = [
+        held_out.batch(range(first, min(first + job.batch_size, evaluated)), job.seq_len, pad_id)
+        for first in range(0, evaluated, job.batch_size)
+    ]
     return Data(
         micro_batch=micro_batch,
         accumulation=job.accumulation,
         evaluation=evaluation,
-        description=description,
+        description=tokenized.description,
     )
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo
 
 from engines.errors import UserError
+from engines.settings.given import Documented, GivenSettings, Value
+from engines.settings.parse import defaults, settings_of_document
 from engines.shapes import Dtype, Workload
 from harness.records.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
@@ -64,6 +66,10 @@ class Limits:
     """Wall time of one run, set-up included."""
 
 
+def _read_settings(values: dict[str, dict[str, Value]], _: ValidationInfo) -> dict[str, GivenSettings]:
+    return {engine: settings_of_document(engine, each) for engine, each in values.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One fine-tuning job, the same for every engine that is compared on it."""
@@ -85,7 +91,9 @@ class Job:
     """Batches of held-out data evaluated before and after; 0: no evaluation."""
     seed: Whole = 0
     limits: Limits = field(default_factory=Limits)
-    settings: dict[str, dict[str, str | int | float | bool]] = field(default_factory=dict)
+    settings: Annotated[dict[str, GivenSettings], Documented(dict[str, dict[str, Value]], _read_settings)] = (
+        field(default_factory=dict)
+    )
     """Engine name -> settings that override its plan."""
 
     def __post_init__(self) -> None:
@@ -103,6 +111,10 @@ class Job:
             limit = getattr(self.limits, name)
             if limit is not None and limit <= 0:
                 raise ValueError(f"limits.{name} must be positive")
+
+    def settings_of(self, engine: str) -> GivenSettings:
+        """What is set for `engine`. Raises `UserError` for an unknown engine."""
+        return self.settings[engine] if engine in self.settings else defaults(engine)
 
     @property
     def workload(self) -> Workload:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
-from engines import ENGINES
+from engines import ENGINES, entry, load_target, public_engines
 from engines.errors import UserError
-from engines.settings.lsp import LSP_PRESETS
-from engines.settings.parse import SETTINGS, parse_settings
-from profiles.planning.plan import Value
+from engines.settings.given import GivenSettings, Value, plain
+from engines.settings.parse import parse_settings, setting_names
 
 PRESET = "preset"
 
-TEST_DOUBLE = "scripted"
-"""The engine that is not for users."""
+
+def published_presets(engine: str) -> Mapping[str, Mapping[str, Value]]:
+    """Settings that the method's authors published, by model; of most methods there are none."""
+    where = entry(engine).presets
+    found: Mapping[str, Mapping[str, Value]] = {} if where is None else load_target(where)
+    return found
 
 
-def public_engines() -> list[str]:
-    return [name for name in ENGINES if name != TEST_DOUBLE]
-
-
-def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dict[str, dict[str, Value]]:
-    """Engine -> {key: value} from `key=value` and `engine.key=value`, checked and typed.
+def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dict[str, GivenSettings]:
+    """Settings by engine from `key=value` and `engine.key=value`, checked and typed.
 
     A key without an engine goes to each of `engines`, those that run, that has it. `lsp.preset=NAME` stands
     for the values that the method's authors published for a model; other assignments win over it. What is for
@@ -58,7 +56,7 @@ def left_out(assignments: Sequence[str], engines: Sequence[str]) -> list[str]:
 
 def check_settings(
     settings: Mapping[str, Mapping[str, Value]], engines: Sequence[str], origin: str
-) -> dict[str, dict[str, Value]]:
+) -> dict[str, GivenSettings]:
     """The settings of a job file, checked and typed as those of `--set` are, for the engines that run: a file
     may be of several methods. `origin` names the file, for the error. Raises `UserError`."""
     for engine in settings:
@@ -69,13 +67,10 @@ def check_settings(
     return {engine: values for engine, values in typed.items() if engine in engines}
 
 
-def typed_settings(settings: Mapping[str, Mapping[str, Value]]) -> dict[str, dict[str, Value]]:
+def typed_settings(settings: Mapping[str, GivenSettings]) -> dict[str, GivenSettings]:
     """The same settings, each value of its own type: earlier versions kept those of `--set` as text. Those of
     an unknown engine stay as they are. Raises `UserError`."""
-    return {
-        engine: _typed(engine, values, f"settings.{engine}.") if engine in SETTINGS else dict(values)
-        for engine, values in settings.items()
-    }
+    return {engine: given.normalized() if engine in ENGINES else given for engine, given in settings.items()}
 
 
 def _check_known(engine: str, engines: Sequence[str], what: str) -> None:
@@ -85,15 +80,15 @@ def _check_known(engine: str, engines: Sequence[str], what: str) -> None:
         raise UserError(what, f"there is no engine '{engine}'", f"engines are: {', '.join(public)}")
 
 
-def _typed(engine: str, values: Mapping[str, Value], where: str) -> dict[str, Value]:
+def _typed(engine: str, values: Mapping[str, Value], where: str) -> GivenSettings:
     """`values` as the engine takes them, its preset spelt out. A list stays text.
 
     Raises `UserError`, in which `where` stands before the key.
     """
     given = dict(values)
-    if engine == "lsp" and PRESET in given:
+    if PRESET in given and (presets := published_presets(engine)):
         name = str(given.pop(PRESET))
-        given = {**_preset(name, where), **given}
+        given = {**_preset(presets, name, where), **given}
     try:
         typed = parse_settings(engine, given)
     except UserError as error:
@@ -105,23 +100,18 @@ def _typed(engine: str, values: Mapping[str, Value], where: str) -> dict[str, Va
             raise UserError(
                 f"{where}{key}", "must be a number, not true or false", "see 'lspzo-bench engines'"
             )
-    return {key: _plain(getattr(typed, key), value) for key, value in given.items()}
-
-
-def _plain(typed: object, given: Value) -> Value:
-    """`typed` if it is a plain value, else `given` as text, such as a list."""
-    return typed if isinstance(typed, bool | int | float | str) else str(given)
+    return GivenSettings({key: plain(getattr(typed, key), value) for key, value in given.items()}, typed)
 
 
 def _has(engine: str, key: str) -> bool:
-    return key in {field.name for field in fields(SETTINGS[engine])} or (engine == "lsp" and key == PRESET)
+    return key in setting_names(engine) or (key == PRESET and entry(engine).presets is not None)
 
 
-def _preset(name: str, where: str) -> dict[str, Value]:
-    if name not in LSP_PRESETS:
+def _preset(presets: Mapping[str, Mapping[str, Value]], name: str, where: str) -> dict[str, Value]:
+    if name not in presets:
         raise UserError(
             f"{where}{PRESET}={name}",
             "there is no such preset",
-            f"choose from: {', '.join(LSP_PRESETS)}",
+            f"choose from: {', '.join(presets)}",
         )
-    return dict(LSP_PRESETS[name])
+    return dict(presets[name])

@@ -24,7 +24,7 @@ from harness.runs.worker import Request
 from profiles.documents import adapter
 from profiles.machine import Machine
 from profiles.planning.budget import budget_of
-from profiles.planning.decoding import GENERATING, plan_generation
+from profiles.planning.decoding import plan_generation
 from profiles.planning.plan import Plan
 from profiles.system.nvml import open_device
 
@@ -47,8 +47,10 @@ class DecodingJob:
     def __post_init__(self) -> None:
         """Raises `UserError` for an engine or a model that generates no text, and for more tokens than the
         model takes."""
-        if self.engine not in GENERATING:
-            raise UserError(f"--engine {self.engine}", "does not generate", f"use {' or '.join(GENERATING)}")
+        if self.engine not in generating_engines():
+            raise UserError(
+                f"--engine {self.engine}", "does not generate", f"use {' or '.join(generating_engines())}"
+            )
         if self.shape.head != "causal_lm":
             raise UserError(f"model '{self.job.model.name}'", "generates no text", "use a decoder")
         if self.job.seq_len + self.new_tokens > self.shape.max_seq_len:
@@ -91,8 +93,7 @@ def measure_decoding_runs(
     """
     job, engine = wanted.job, wanted.engine
     budget = budget_of(machine, job.limits.vram_bytes, job.limits.host_bytes, None)
-    override = job.settings.get(engine, {})
-    plan = plan_generation(engine, machine, wanted.shape, wanted.decoding, override, budget)
+    plan = plan_generation(engine, machine, wanted.shape, wanted.decoding, job.settings_of(engine), budget)
     environment, device = read_environment(), open_device()
     runs: list[Run] = []
     for _ in range(wanted.rounds):
@@ -111,7 +112,7 @@ def measure_decoding_runs(
 def _next_id(out: Path, wanted: DecodingJob, plan: Plan) -> tuple[str, int]:
     """The id of the first repetition that `out` has no record of, and its number."""
     sampling = adapter(Sampling).dump_python(wanted.sampling, mode="json")
-    decides = json.dumps([dumped_job(wanted.job), sampling, plan.engine, plan.settings], sort_keys=True)
+    decides = json.dumps([dumped_job(wanted.job), sampling, plan.engine, dict(plan.settings)], sort_keys=True)
     digest = hashlib.sha256(decides.encode("utf-8")).hexdigest()[:8]
     name = f"{plan.engine}-b{wanted.job.batch_size}-{digest}"
     round_ = 1

@@ -127,11 +127,13 @@ def compare(
     *,
     on_event: Callable[[SweepEvent], None] = lambda event: None,
     before_first: Callable[[], None] = lambda: None,
+    data_file: Path | None = None,
 ) -> list[Run]:
     """Run what is missing of the grid and return all its records, in the order of the grid.
 
     A plan that does not fit or cannot run here becomes a record without a run. `before_first` is called once
-    `out` is known to be usable.
+    `out` is known to be usable. `data_file` holds from then on what all runs train on, in tokens; without it
+    each reads the job's data by itself.
 
     Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
     cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
@@ -158,8 +160,9 @@ def compare(
             continue
         on_event(Started(cell=cell, index=index, total=len(cells)))
         request = Request(
-            id=cell.id, job=job, shape=shape, plan=cell.plan, trace=options.trace, emulated=emulated
-        )
+            id=cell.id, job=job, shape=shape, plan=cell.plan, trace=options.trace, emulated=emulated,
+            data_file=data_file,
+        )  # fmt: skip
         run, by_user = attempt(
             request,
             cell.round,
@@ -196,7 +199,7 @@ def _cells(
 
 def _hash(job: Job, plan: Plan, emulated: Emulated | None) -> str:
     """Of what decides a run: the job, the engine and its settings, the emulated machine if there is one."""
-    what = [dumped_job(job), plan.engine, plan.settings]
+    what = [dumped_job(job), plan.engine, dict(plan.settings)]
     if emulated is not None:
         what.append(adapter(Emulated).dump_python(emulated, mode="json"))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode("utf-8")).hexdigest()[:8]

@@ -26,7 +26,6 @@ from engines import entry, load_engine
 from engines.base import Batch, Context, StepStats, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss
-from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
@@ -61,6 +60,9 @@ class Request:
     generation: Sampling | None = None
     """Continue random prompts of the job's shape in place of training: a step of the job is one token of
     each, the first one the prefill."""
+
+    data_file: Path | None = None
+    """The job's data in tokens (`harness.data.tokenized`), made once for all; `None`: the run reads it."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -138,14 +140,12 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         report(sample=asdict(sample), stats=None if stats is None else asdict(stats))
 
     on_progress("importing", 0, 1)
-    engine_class = load_engine(plan.engine)
-    needs_torch = getattr(engine_class, "needs_torch", True)
-    settings = parse_settings(plan.engine, {**plan.settings, **job.settings.get(plan.engine, {})})
-    emulated, own_copies = request.emulated, entry(plan.engine).copies == "own"
+    row, engine_class = entry(plan.engine), load_engine(plan.engine)
+    emulated, own_copies = request.emulated, row.copies == "own"
     vram_bytes = job.limits.vram_bytes
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
-    device_name = prepare_torch(vram_bytes) if needs_torch else "cpu"
+    device_name = prepare_torch(vram_bytes) if row.needs_torch else "cpu"
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
         held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
@@ -166,18 +166,22 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
     blueprint: Any = None
     data: StepData = _NoData()
     energy_j: Callable[[], float | None] | None = None
-    if needs_torch:
-        from harness.data.batches import make_data
+    if row.needs_torch:
+        from harness.data.batches import batches_of, make_data
+        from harness.data.tokenized import load_tokenized
         from harness.models.blueprint import make_blueprint
 
         on_progress("data and model", 0, 2)
-        data = make_data(job, request.shape)
+        if request.data_file is None:
+            data = make_data(job, request.shape)
+        else:
+            data = batches_of(load_tokenized(request.data_file), job)
         on_progress("data and model", 1, 2)
         blueprint = make_blueprint(job, request.shape)
         on_progress("data and model", 2, 2)
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j
-    engine = engine_class(settings, context)
+    engine = engine_class(plan.settings.typed, context)
     traced = request.trace and isinstance(engine, TellsTrace)
     if traced:
         report(traced=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ import torch
 
 from engines.base import Batch
 from engines.errors import NonFiniteLoss, UserError
-from engines.settings.parse import parse_settings
+from engines.settings.given import GivenSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
 from harness.progress import Progress
@@ -100,16 +100,14 @@ def recommend(trials: Sequence[Trial]) -> float | None:
     return min(rate for rate, fall in falls.items() if fall >= PLATEAU * greatest)
 
 
-def find_lr(
-    job: Job, engine: str, settings: Mapping[str, object], out: Path | None, progress: Progress
-) -> Finding:
+def find_lr(job: Job, engine: str, settings: GivenSettings, out: Path | None, progress: Progress) -> Finding:
     """Try the rates around the one in `settings`, or the engine's default. Writes `find_lr.json` into `out`,
     after each rate anew: what was tried is kept if a later one fails.
 
     Raises `UserError` if the loss is not finite before the first step, and for what keeps the engine from
     running at all.
     """
-    typed = parse_settings(engine, settings)
+    typed = settings.typed
     if typed.learning_rate <= 0:
         raise UserError(
             "--find-lr", "the learning rate in the middle of the grid is 0", "leave it out of --set"

@@ -6,16 +6,17 @@ without tokens, a sequence that is too long, memory that is too small.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from engines import generating_engines
 from engines.costs.decoding import Decoding
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import UserError
-from engines.settings.parse import parse_settings
+from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.models.configs import load_config
@@ -24,10 +25,10 @@ from harness.progress import Progress
 from harness.records.job import Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.worker import usable_host_bytes
-from harness.training.train import Method, TrainingRun, carried_over, rebuilt, set_up, user_errors
+from harness.training.train import TrainingRun, carried_over, rebuilt, set_up, user_errors
 from profiles.planning.budget import Budget
-from profiles.planning.decoding import GENERATING, fitting
-from profiles.planning.plan import Value
+from profiles.planning.decoding import fitting
+from profiles.planning.plan import EngineSettings
 
 SMALLER = "give fewer or shorter prompts, or less --max-new-tokens"
 CHOSEN = ("resident_blocks", "disk_blocks")
@@ -63,8 +64,8 @@ class Generation:
     step: int | None
     """Training steps in the weights; `None`: not of a training run."""
     engine: str
-    settings: dict[str, Value]
-    """The knobs that differ from the engine's defaults or were chosen to fit."""
+    settings: EngineSettings
+    """What differs from the engine's defaults or was chosen to fit."""
     max_new_tokens: int
     sampling: Sampling
     continuations: tuple[Continuation, ...]
@@ -74,37 +75,36 @@ def generate_from_model(job: Job, engine_name: str, wanted: Wanted, progress: Pr
     """Continue prompts with the weights that `job.model` names. Raises `UserError`."""
     shape = check_decoder(job)
     texts = _Texts(job.model, shape, wanted)
-    settings = _fitting(engine_name, shape, texts, job.settings.get(engine_name, {}), job)
-    typed = parse_settings(engine_name, settings)
+    settings = _fitting(engine_name, shape, texts, job.settings_of(engine_name), job)
     with (
         user_errors(engine_name, job, None),
-        set_up(job, shape, engine_name, typed, progress) as (engine, _),
+        set_up(job, shape, engine_name, settings.typed, progress) as (engine, _),
     ):
         made = texts.continued_by(engine, progress)
     return _generation(job, None, engine_name, settings, wanted, made)
 
 
 def generate_from_run(
-    run: TrainingRun, engine_name: str, override: Mapping[str, Any], limits: Limits, wanted: Wanted,
+    run: TrainingRun, engine_name: str, given: GivenSettings, limits: Limits, wanted: Wanted,
     progress: Progress,
 ) -> Generation:  # fmt: skip
     """Continue prompts with the weights of a training run, which may be going on.
 
-    `override` are settings that say where weights lie. Raises `UserError`.
+    `given` are settings that say where weights lie. Raises `UserError`.
     """
     job = replace(run.job, limits=limits)
-    typed = _settings_of_run(run, engine_name, override)
+    typed = _settings_of_run(run, engine_name, given)
     shape = check_decoder(job)
     texts = _Texts(job.model, shape, wanted)
     known = {key: value for key, value in asdict(typed).items() if key not in CHOSEN}
-    settings = _fitting(engine_name, shape, texts, {**known, **override}, job)
-    with rebuilt(run, job, engine_name, parse_settings(engine_name, settings), progress) as (engine, _, step):
+    settings = _fitting(engine_name, shape, texts, GivenSettings({**known, **given}, typed), job)
+    with rebuilt(run, job, engine_name, settings.typed, progress) as (engine, _, step):
         made = texts.continued_by(engine, progress)
     return _generation(job, step, engine_name, settings, wanted, made)
 
 
 def _generation(
-    job: Job, step: int | None, engine_name: str, settings: dict[str, Value], wanted: Wanted,
+    job: Job, step: int | None, engine_name: str, settings: GivenSettings, wanted: Wanted,
     made: tuple[Continuation, ...],
 ) -> Generation:  # fmt: skip
     return Generation(
@@ -198,31 +198,31 @@ def end_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(index for index in (tokenizer.end_id, *several) if isinstance(index, int)))
 
 
-def _settings_of_run(run: TrainingRun, engine_name: str, override: Mapping[str, Any]) -> Any:
+def _settings_of_run(run: TrainingRun, engine_name: str, given: GivenSettings) -> Any:
     """Typed settings with which the engine takes the steps of `run`. Raises `UserError`."""
     for name in {run.method.engine, engine_name}:
-        if name not in GENERATING:
+        if name not in generating_engines():
             raise UserError(
                 str(run.out) if name == run.method.engine else f"--engine {name}",
                 f"{name} does not generate",
-                f"use {' or '.join(GENERATING)}; a model of another method can be exported, and named with "
-                "--model",
+                f"use {' or '.join(generating_engines())}; a model of another method can be exported, and "
+                "named with --model",
             )
-    fixed = {field.name for field in fields(MezoSettings)} & set(override)
+    fixed = {field.name for field in fields(MezoSettings)} & set(given)
     if fixed:
         raise UserError(
             f"--set {min(fixed)}",
             "is settled by the run",
             f"set only where weights lie ({', '.join(CHOSEN)})",
         )
-    return carried_over(run.settings, Method(engine=engine_name, settings=dict(override)))
+    return carried_over(run.settings, given.typed)
 
 
 def _fitting(
-    engine_name: str, shape: ModelShape, texts: _Texts, override: Mapping[str, object], job: Job
-) -> dict[str, Value]:
+    engine_name: str, shape: ModelShape, texts: _Texts, given: GivenSettings, job: Job
+) -> GivenSettings:
     """Raises `UserError` if it does not fit into the memory that is free."""
-    settings, why_not = fitting(engine_name, shape, texts.decoding(job), override, _budget(job))
+    settings, why_not = fitting(engine_name, shape, texts.decoding(job), given, _budget(job))
     if why_not is not None:
         raise UserError(engine_name, why_not, FREE)
     return settings

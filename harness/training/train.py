@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,8 +24,8 @@ from engines.base import Batch, Context, Engine, TellsTrace
 from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.model.blocks import TORCH_DTYPE
+from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
-from engines.settings.parse import parse_recorded, parse_settings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
@@ -42,6 +42,7 @@ from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_t
 from harness.training import restore
 from harness.training.update_log import UpdateLog, cannot_write, check_belongs, read_update_log
 from profiles.documents import check_writable, read_document, to_json, write_whole
+from profiles.planning.plan import EngineSettings
 
 SCHEMA_VERSION = 1
 """Of engine.json. 1: first version (0.1.0)."""
@@ -55,14 +56,14 @@ class Method:
     """Which engine trains, with all of its settings."""
 
     engine: str
-    settings: dict[str, str | int | float | bool]
+    settings: EngineSettings
     schema_version: int = SCHEMA_VERSION
 
 
 def train(
     job: Job,
     engine_name: str,
-    settings: Mapping[str, object],
+    settings: GivenSettings,
     out: Path,
     *,
     save_every: int,
@@ -72,7 +73,7 @@ def train(
 ) -> Path:
     """Train `job.steps` steps and return the exported folder.
 
-    `settings` are those of the engine that differ from its defaults. A run that is resumed takes the same
+    A run that is resumed takes the same
     job and engine, keeps its settings, and ends with the same weights as one that was never stopped. The
     first Ctrl-C ends the step, sees to it that the run can be resumed and raises `KeyboardInterrupt`; a
     second one does not wait.
@@ -81,9 +82,8 @@ def train(
     here, memory runs out, or the loss is not finite. Checkpoints are kept; a new run that has logged nothing
     leaves nothing.
     """
-    typed = parse_settings(engine_name, settings)
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
-    typed = _claim(job, Method(engine=engine_name, settings=asdict(typed)), out, resume)
+    typed = _claim(job, _method(engine_name, settings.typed), out, resume)
     with _given_back_if_refused(out, resume):
         _warn_of_no_compression(typed, shape, progress)
         for note in gpu_notes():
@@ -145,7 +145,7 @@ def read_run(out: Path) -> TrainingRun:
         raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
     job = load_job(out / "job.toml")
     method = _method_of(out)
-    typed = parse_recorded(method.engine, method.settings)
+    typed = method.settings.typed
     has_log = isinstance(typed, MezoSettings) and (out / restore.UPDATE_LOG).exists()
     step = restore.step_of(restore.newest_checkpoint(out))
     if has_log:
@@ -363,16 +363,16 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
             raise UserError(str(out), "is not an empty folder", "name another --out, or add --resume")
         write_whole(out / "engine.json", to_json(method))
         save_job(job, out / "job.toml")
-        return parse_settings(method.engine, method.settings)
+        return method.settings.typed
     if not (out / "job.toml").exists():
         raise UserError(str(out), "holds no run to resume", "leave out --resume, or name its --out")
     earlier = _method_of(out)
-    settings = parse_recorded(earlier.engine, earlier.settings)
+    settings = earlier.settings.typed
     before = load_job(out / "job.toml")
     before = replace(before, limits=job.limits, settings=typed_settings(before.settings))
     switched = earlier.engine != method.engine
     if switched:
-        settings = carried_over(settings, method)
+        settings = carried_over(settings, method.settings.typed)
         if settings is None:
             raise UserError(
                 "--resume",
@@ -392,7 +392,7 @@ def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
         check_belongs(read_update_log(path), job, settings, path)
     if switched:
         save_job(job, out / "job.toml")
-        write_whole(out / "engine.json", to_json(replace(method, settings=asdict(settings))))
+        write_whole(out / "engine.json", to_json(_method(method.engine, settings)))
     return settings
 
 
@@ -410,11 +410,16 @@ def _given_back_if_refused(out: Path, resume: bool) -> Iterator[None]:
         raise
 
 
-def carried_over(earlier: Any, method: Method) -> Any:
-    """Settings with which `method` takes the same steps as an engine with the settings `earlier` did: those
-    of MeZO are kept, those that only say where things lie are its own. `None` if it is another algorithm.
+def _method(engine: str, settings: Any) -> Method:
+    """With the typed `settings` as all that there are."""
+    return Method(engine=engine, settings=GivenSettings(asdict(settings), settings))
+
+
+def carried_over(earlier: Any, new: Any) -> Any:
+    """Settings with which the engine of `new` takes the same steps as one with the settings `earlier` did:
+    those of MeZO are kept, those that only say where things lie are its own. `None` if it is another
+    algorithm.
     """
-    new = parse_settings(method.engine, method.settings)
     if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
         return None
     return replace(new, **earlier.decides_updates)

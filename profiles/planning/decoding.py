@@ -3,92 +3,66 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
 
 from engines.costs.decoding import Decoding, least_gpu_bytes, traffic
-from engines.costs.disk import fewest_on_disk
-from engines.costs.traffic import Traffic
-from engines.settings.parse import parse_settings
-from engines.settings.zeroth_order import Base, check_blocks
+from engines.settings.given import GivenSettings
+from engines.settings.zeroth_order import Base, Zo2Settings, check_blocks
 from engines.shapes import ModelShape
 from profiles.machine import Machine
-from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
-from profiles.planning.plan import Plan, Value
+from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, why_missing
+from profiles.planning.plan import Plan
 from profiles.planning.predict import predict
-
-GENERATING = ("zo2", "mezo")
-"""Engines that generate."""
+from profiles.planning.zo2 import num_on_disk
 
 
 def fitting(
-    engine: str, shape: ModelShape, decoding: Decoding, override: Mapping[str, object], budget: Budget
-) -> tuple[dict[str, Value], str | None]:
+    engine: str, shape: ModelShape, decoding: Decoding, given: GivenSettings, budget: Budget
+) -> tuple[GivenSettings, str | None]:
     """The settings to generate with, and why they do not fit or `None`.
 
-    Unless it is set, `zo2` keeps as many blocks on the GPU as fit: every one that does makes each step
-    faster. Where the user named no limit a share of the GPU stays free. Blocks that host memory has no room
-    for are on disk. Raises `UserError` for a setting that the engine does not have, and for more blocks than
-    the model has.
+    Unless it is set, an engine that streams blocks keeps as many on the GPU as fit: every one that does makes
+    each step faster. Where the user named no limit a share of the GPU stays free. Blocks that host memory has
+    no room for are on disk. Raises `UserError` for more blocks than the model has.
     """
-    given = parse_settings(engine, override)
-    check_blocks(engine, given, shape.name, shape.num_blocks)
-    chosen = cast(dict[str, Value], dict(override))
-    if engine != "zo2":
-        return chosen, why_missing(_cost(engine, shape, decoding, chosen), budget)
-    if "resident_blocks" not in override and budget.gpu_bytes is not None:
-        usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
-        most = shape.num_blocks - given.named_disk_blocks
-        chosen["resident_blocks"] = next(
-            (
-                count
-                for count in range(most, 0, -1)
-                if gpu_bytes_needed(_cost(engine, shape, decoding, {**chosen, "resident_blocks": count}))
-                <= usable
-            ),
-            0,
-        )
-    if chosen.get("disk_blocks", "auto") == "auto":
-        on_disk = _fewest_on_disk(_cost(engine, shape, decoding, {**chosen, "disk_blocks": 0}), budget)
-        if on_disk:
-            chosen["disk_blocks"] = on_disk
-    return chosen, why_missing(_cost(engine, shape, decoding, chosen), budget)
-
-
-def _fewest_on_disk(cost: Traffic, budget: Budget) -> int:
-    """Blocks that host memory has no room for; `cost` is that of none on disk."""
-    block_bytes = max(layer.h2d_bytes for layer in cost.layers)
-    if not block_bytes:
-        return 0
-    others_bytes = host_bytes_needed(cost, budget) - cost.pinned_bytes
-    streamed = cost.pinned_bytes // block_bytes
-    return fewest_on_disk([block_bytes] * streamed, budget.host_bytes - others_bytes)
+    check_blocks(engine, given.typed, shape.name, shape.num_blocks)
+    settings = given
+    if isinstance(given.typed, Zo2Settings):
+        typed: Zo2Settings = given.typed
+        if "resident_blocks" not in given and budget.gpu_bytes is not None:
+            usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+            resident = next(
+                (
+                    count
+                    for count in range(shape.num_blocks - typed.named_disk_blocks, 0, -1)
+                    if gpu_bytes_needed(traffic(shape, decoding, replace(typed, resident_blocks=count)))
+                    <= usable
+                ),
+                0,
+            )
+            settings = settings.replaced(resident_blocks=resident)
+        if "disk_blocks" not in given or typed.disk_blocks == "auto":
+            without = replace(settings.typed, disk_blocks=0)
+            if on_disk := num_on_disk(traffic(shape, decoding, without), budget):
+                settings = settings.replaced(disk_blocks=on_disk)
+    return settings, why_missing(traffic(shape, decoding, settings.typed), budget)
 
 
 def plan_generation(
-    engine: str,
-    machine: Machine,
-    shape: ModelShape,
-    decoding: Decoding,
-    override: Mapping[str, object],
-    budget: Budget,
+    engine: str, machine: Machine, shape: ModelShape, decoding: Decoding, given: GivenSettings, budget: Budget
 ) -> Plan:
     """The plan of a measured generation; a step is one token of every sequence. Raises as `fitting` does."""
-    settings, why_not = fitting(engine, shape, decoding, override, budget)
-    told = predict(_cost(engine, shape, decoding, settings), machine, decoding.step)
-    base = parse_settings(engine, settings).base
+    settings, why_not = fitting(engine, shape, decoding, given, budget)
+    told = predict(traffic(shape, decoding, settings.typed), machine, decoding.step)
     return Plan(
         engine=engine,
         settings=settings,
         fits=why_not is None,
         why_not=why_not,
-        prediction=replace(told, floor_s=_floor_s(told.floor_s, shape, decoding, base, machine)),
+        prediction=replace(
+            told, floor_s=_floor_s(told.floor_s, shape, decoding, settings.typed.base, machine)
+        ),
     )
-
-
-def _cost(engine: str, shape: ModelShape, decoding: Decoding, settings: Mapping[str, Any]) -> Traffic:
-    return traffic(shape, decoding, parse_settings(engine, settings))
 
 
 def _floor_s(

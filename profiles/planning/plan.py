@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import ValidationInfo
+
+from engines.settings.given import Documented, GivenSettings, Value
+from engines.settings.parse import settings_of_document
 from profiles.documents import read_document, to_json, write_whole
 
 PLANS_VERSION = 1
 """Schema version of plans.json. 1: first version (0.1.0)."""
 
-Value = str | int | float | bool
-"""Of a setting."""
+
+def _read_settings(values: dict[str, Value], info: ValidationInfo) -> GivenSettings:
+    return settings_of_document(info.data.get("engine", ""), values)
+
+
+EngineSettings = Annotated[GivenSettings, Documented(dict[str, Value], _read_settings)]
+"""A field of a document, after one that names the `engine`: its settings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +56,8 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     engine: str
-    settings: dict[str, Value]
-    """The knobs this plan sets; the rest are the engine's defaults (`engines.settings.parse`)."""
+    settings: EngineSettings
+    """What this plan sets; the rest are the engine's defaults."""
     fits: bool
     why_not: str | None
     """Why it does not fit, with the bytes that are missing."""

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engines import entry
+from engines import entry, load_target
+from engines.settings.given import GivenSettings
+from engines.settings.parse import defaults
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
-from profiles.planning.budget import Budget, budget_of, why_missing
-from profiles.planning.choices import Choice
+from profiles.planning.budget import budget_of, why_missing
+from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict
 from profiles.units import format_bytes, format_seconds
-
-FIRST_ORDER = ("native", "torchao-offload", "lsp")
-ZEROTH_ORDER = ("mezo", "zo2")
 
 
 def recommend(
@@ -28,7 +27,7 @@ def recommend(
     shape: ModelShape,
     workload: Workload,
     engines: Sequence[str],
-    overrides: Mapping[str, Mapping[str, object]],
+    overrides: Mapping[str, GivenSettings],
     *,
     vram_bytes: int | None = None,
     host_bytes: int | None = None,
@@ -43,12 +42,14 @@ def recommend(
 
     Raises `UserError` for an unknown engine or setting.
     """
-    for engine in engines:
-        entry(engine)
     budget = budget_of(machine, vram_bytes, host_bytes, pinned_limit_bytes)
     told = job_arguments or {}
     plans = [
-        _plan(engine, machine, shape, workload, overrides.get(engine, {}), budget, told.get(engine, ""))
+        _plan(
+            PlanningContext(engine=engine, machine=machine, shape=shape, workload=workload, budget=budget),
+            overrides[engine] if engine in overrides else defaults(engine),
+            told.get(engine, ""),
+        )
         for engine in engines
     ]
     return sorted(plans, key=_rank)
@@ -77,8 +78,8 @@ def why_first(plans: Sequence[Plan]) -> str:
         f"{first.engine} comes first with {format_seconds(first.prediction.step_s)} predicted per step, "
         f"before {second.engine} with {format_seconds(second.prediction.step_s)}"
     )
-    rival = next((plan for plan in fitting if plan.engine in FIRST_ORDER), None)
-    if first.engine in ZEROTH_ORDER and rival is not None:
+    rival = next((plan for plan in fitting if entry(plan.engine).order == "first"), None)
+    if entry(first.engine).order == "zeroth" and rival is not None:
         told += f"; a zeroth-order step learns less than one of {rival.engine}, so compare losses too"
     return f"{told}."
 
@@ -112,45 +113,46 @@ def _rank(plan: Plan) -> tuple[bool, bool, float]:
     return (not plan.fits, step_s is None, step_s or 0.0)
 
 
-def _plan(
-    engine: str,
-    machine: Machine,
-    shape: ModelShape,
-    workload: Workload,
-    override: Mapping[str, object],
-    budget: Budget,
-    job_arguments: str,
-) -> Plan:
-    choice = Choice(engine, machine, shape, workload, override, budget)
-    settings, reasons = choice.settings()
-    cost = choice.cost(settings)
-    why_not = _unsuitable(engine, machine, workload) or why_missing(cost, budget)
-    if engine in ZEROTH_ORDER:
+def _plan(context: PlanningContext, given: GivenSettings, job_arguments: str) -> Plan:
+    engine = context.engine
+    settings, reasons = _choose(context, given)
+    cost = context.cost(settings.typed)
+    unsuitable = _unsuitable(engine, context.machine, context.workload)
+    why_not = unsuitable or why_missing(cost, context.budget)
+    if entry(engine).order == "zeroth":
         reasons = (*reasons, "two forward passes a step and no gradient: cheap steps, but many are needed")
     if (approximate := approximation(settings)) is not None:
         reasons = (*reasons, approximate)
-    if override:
-        given = ", ".join(f"{key}={value}" for key, value in override.items())
-        reasons = (*reasons, f"as set: {given}")
+    if given:
+        told = ", ".join(f"{key}={value}" for key, value in given.items())
+        reasons = (*reasons, f"as set: {told}")
     return Plan(
         engine=engine,
         settings=settings,
         fits=why_not is None,
         why_not=why_not,
-        available=_unsuitable(engine, machine, workload) is None,
-        prediction=predict(cost, machine, workload),
+        available=unsuitable is None,
+        prediction=predict(cost, context.machine, context.workload),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
     )
 
 
+def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """By the method's own planner, if it has one."""
+    planner = entry(context.engine).planner
+    if planner is None:
+        return Choice(given)
+    choice: Choice = load_target(planner)(context, given)
+    return choice
+
+
 def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None:
     """Why the engine cannot run the job at all, whatever the memory."""
-    if engine == "torchao-offload" and machine.gpu is None:
+    row = entry(engine)
+    if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
-    if engine in FIRST_ORDER and workload.dtype == "fp16":
-        return "cannot train in fp16, where gradients underflow without loss scaling; use bf16 or fp32"
-    return None
+    return row.refuses.get(workload.dtype)
 
 
 def _memory(plan: Plan) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
 import pytest
 
-from engines import ENGINES, entry, load_engine
+from engines import (
+    ENGINES,
+    engines_of_role,
+    entry,
+    generating_engines,
+    load_engine,
+    load_target,
+    public_engines,
+    why_not_installed,
+)
 from engines.base import Context, Engine
 from engines.errors import UserError
-from engines.settings.parse import SETTINGS, parse_settings
+from engines.settings.parse import parse_settings, settings_class
 from engines.shapes import Workload
 
 CONTEXT = Context(device="cpu", workload=Workload(batch_size=1, seq_len=8), seed=0, total_steps=1)
@@ -21,8 +31,37 @@ def parameter_names(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_every_engine_has_settings() -> None:
-    assert set(SETTINGS) == set(ENGINES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_a_row_names_is_there(name: str) -> None:
+    row = ENGINES[name]
+    for target in (row.target, row.settings, row.costs, row.planner, row.presets):
+        assert target is None or load_target(target) is not None
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_reference_engine_is_one_with_nothing_offloaded(name: str) -> None:
+    row = ENGINES[name]
+    if row.reference is not None:
+        assert entry(row.reference).copies == "none"
+        assert entry(row.reference).order == row.order
+        ours, theirs = settings_class(name), settings_class(row.reference)
+        assert issubclass(ours, theirs)
+
+
+def test_the_test_double_is_not_for_users() -> None:
+    assert public_engines() == ("native", "torchao-offload", "lsp", "mezo", "zo2")
+    assert engines_of_role("offload") == ("lsp", "zo2")
+    assert generating_engines() == ("zo2", "mezo")
+
+
+def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert why_not_installed("torchao-offload") == (
+        "torchao is not installed (pip install 'lspzo-bench[torchao]')"
+    )
+    assert why_not_installed("native") is None
 
 
 def test_an_unknown_engine_is_the_users_error() -> None:

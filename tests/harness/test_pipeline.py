@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_machine import make_machine
 
 from harness.cli import app
-from harness.pipeline import job_arguments
-from harness.records.job import Job, make_job
+from harness.data.tokenized import load_tokenized
+from harness.pipeline import Sweep, job_arguments, measure, prepare
+from harness.records.job import DataSource, Job, make_job
+from profiles.machine import save_machine
 
 MODEL = {"name": "tiny-llama", "random_weights": True}
 
@@ -39,3 +44,31 @@ def test_the_flags_of_a_job_give_that_job(monkeypatch: pytest.MonkeyPatch, field
         app.main()
     assert not stop.value.code
     assert seen == [job]
+
+
+def test_the_runs_of_a_sweep_read_its_data_from_one_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_machine(make_machine(gpu=False), tmp_path / "machine.json")
+    seen: list[Path] = []
+
+    def compare(*_: Any, before_first: Any, data_file: Path, **__: Any) -> list[Any]:
+        before_first()
+        assert data_file.is_absolute()
+        seen.append(data_file)
+        assert load_tokenized(data_file).description.startswith("built-in reviews")
+        return []
+
+    monkeypatch.setattr("harness.pipeline.compare", compare)
+    job = make_job({"model": MODEL, "seq_len": 32, "batch_size": 2, "dtype": "fp32"}, "test job")
+    sweep = Sweep(
+        engines=["native"], out=tmp_path / "out", profile=tmp_path / "machine.json",
+        check_criteria=lambda path: None,
+    )  # fmt: skip
+    ready = prepare(job, sweep)
+    assert not sweep.out.exists()
+    measure(ready, sweep, lambda event: None)
+    assert len(seen) == 1
+    assert not seen[0].parent.exists()
+    drawn = prepare(replace(job, data=DataSource(train="random")), sweep)
+    assert drawn.save_data is None

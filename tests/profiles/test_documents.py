@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from settings_given import given_settings
 
 from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
@@ -137,7 +138,7 @@ def test_plans_of_before_there_was_a_floor(tmp_path: Path) -> None:
         step_s_low=0.5, step_s=1.0, step_s_high=2.0, peak_gpu_bytes=10, peak_host_bytes=20, pinned_bytes=5,
         h2d_bytes=3, d2h_bytes=4, bottleneck="h2d", basis="made up", floor_s=0.75,
     )  # fmt: skip
-    plan = Plan(engine="zo2", settings={}, fits=True, why_not=None, prediction=prediction)
+    plan = Plan(engine="zo2", settings=given_settings("zo2"), fits=True, why_not=None, prediction=prediction)
     path = tmp_path / "plans.json"
     save_plans([plan], path)
     assert load_plans(path) == (plan,)

@@ -16,7 +16,7 @@ from harness.cli.app import app
 from harness.records.run import Emulation, Run
 from profiles.documents import to_json
 from reports.index import ABOUT, newest, overview, published, published_folders, write_index
-from run_records import cpu_runs, make_breakdown, make_run, make_sweep, make_test_job, write_folder
+from run_records import cpu_runs, make_breakdown, make_plan, make_run, make_sweep, make_test_job, write_folder
 
 JOB = "2 x 512 bf16, 22.4 GiB of GPU memory"
 START = f"| [opt-1.3b](opt_4090/report.md) | {JOB} | NVIDIA RTX 4090 |"
@@ -133,10 +133,10 @@ def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
 
 
 def test_settings_that_make_another_method_are_told_and_drawn_apart(tmp_path: Path) -> None:
-    usual = make_test_job(settings={"zo2": {"resident_blocks": "3"}})
-    other = make_test_job(settings={"zo2": {"base": "int8", "noise": "rademacher", "fold_every": 4}})
-    for name, job in (("a", usual), ("b", other)):
-        write_folder(tmp_path / name, [make_run("zo2", job=job, floor_share=0.5)], job=job)
+    usual = make_plan("zo2", settings={"resident_blocks": "3"})
+    other = make_plan("zo2", settings={"base": "int8", "noise": "rademacher", "fold_every": 4})
+    for name, plan in (("a", usual), ("b", other)):
+        write_folder(tmp_path / name, [make_run("zo2", plan=plan, floor_share=0.5)])
     page, picture = write_index(tmp_path)
     text = page.read_text()
     assert "| NVIDIA RTX 4090 | zo2 | " in text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from settings_given import given_settings
 
 from engines.base import LinkRates
 from harness.records.job import Job, make_job, save_job
@@ -81,7 +82,7 @@ def make_plan(engine: str, *, fits: bool = True, step_s: float | None = 1.0, **c
     settings: dict[str, dict[str, Any]] = {"lsp": {"d": 512, "r": 4}, "zo2": {"resident_blocks": 0}}
     plan = Plan(
         engine=engine,
-        settings=settings.get(engine, {}),
+        settings=given_settings(engine, changes.pop("settings", settings.get(engine, {}))),
         fits=fits,
         why_not=None if fits else "12.5 GB of GPU memory are missing",
         prediction=Prediction(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from settings_given import given_for_each, given_settings
+
 from engines.shapes import ModelShape
 from harness.records.job import Job, Limits, ModelSource
 from profiles.planning.plan import Plan, Prediction
@@ -18,6 +20,7 @@ SHAPE = ModelShape(
 def scripted_job(timeout_s: float = 60.0, host_bytes: int | None = None, **fields: Any) -> Job:
     """Two warm-up steps and four measured ones of 1 x 8 tokens."""
     values: dict[str, Any] = {"batch_size": 1, "seq_len": 8, "steps": 4, "warmup_steps": 2, **fields}
+    values["settings"] = given_for_each(values.get("settings", {}))
     return Job(
         model=ModelSource(name="scripted", random_weights=True),
         limits=Limits(timeout_s=timeout_s, host_bytes=host_bytes),
@@ -28,7 +31,7 @@ def scripted_job(timeout_s: float = 60.0, host_bytes: int | None = None, **field
 def scripted_plan(fits: bool = True, why_not: str | None = None, **settings: Any) -> Plan:
     return Plan(
         engine="scripted",
-        settings=settings,
+        settings=given_settings("scripted", settings),
         fits=fits,
         why_not=why_not,
         prediction=Prediction(

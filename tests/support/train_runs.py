@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from settings_given import given_settings
 from torch import Tensor
 
 from engines import load_engine
@@ -48,7 +49,7 @@ def run(
     resume: bool = False,
     **more: Any,
 ) -> Path:
-    settings = SETTINGS[engine] | more
+    settings = given_settings(engine, SETTINGS[engine] | more)
     progress = Progress(quiet=True)
     return train(
         job or tiny_job(), engine, settings, out, save_every=save_every, resume=resume, progress=progress

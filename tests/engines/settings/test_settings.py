@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from engines import ENGINES
 from engines.errors import UserError
-from engines.settings.parse import SETTINGS, parse_recorded, parse_settings, without_retired
+from engines.settings.parse import parse_recorded, parse_settings, without_retired
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_number_is_finite(engine: str, key: str, value: str) -> None:
     assert math.isnan(parse_settings("scripted", {"loss": "nan"}).loss[0])  # a script may hold any
 
 
-@pytest.mark.parametrize("engine", SETTINGS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_unknown_key_is_the_users_error(engine: str) -> None:
     with pytest.raises(UserError, match=f"--set blocks=1.*settings of {engine} are: "):
         parse_settings(engine, {"blocks": 1})

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_machine import make_machine
 
+from engines import ENGINES
 from harness.cli import app
 from harness.pipeline import Prepared, Sweep
 from harness.records.job import Job
@@ -705,15 +706,16 @@ def compare_scripted(call, profile: Path, out: Path, *more: str | Path) -> Done:
     """As if the test double were an engine for users."""
     sweep = ("--engines", "scripted", "--steps", "3", "--profile", profile, "--out", out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.records.settings.TEST_DOUBLE", "")
+        patch.setitem(ENGINES, "scripted", replace(ENGINES["scripted"], role="baseline"))
         return call("compare", *TINY, *sweep, *more)
 
 
 SCRIPTED_PROGRAM = """
-from harness.cli import app
-from harness.records import settings
-settings.TEST_DOUBLE = ""
-app.main()
+from dataclasses import replace
+from engines import ENGINES
+from harness.cli.app import main
+ENGINES["scripted"] = replace(ENGINES["scripted"], role="baseline")
+main()
 """
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from known_shapes import OPT_1B
 from rich.console import Console, RenderableType
+from settings_given import given_for_each
 from tiny_machine import make_machine
 
 from engines.shapes import Workload
@@ -45,7 +46,7 @@ def test_method_names_are_whole_and_lines_fit(width: int, gpu: bool) -> None:
 
 def test_plans_say_why_not_and_give_each_setting_once() -> None:
     machine = make_machine(gpu=False)
-    plans = recommend(machine, OPT_1B, WORKLOAD, ENGINES, {"native": {"learning_rate": 1e-5}})
+    plans = recommend(machine, OPT_1B, WORKLOAD, ENGINES, given_for_each({"native": {"learning_rate": 1e-5}}))
     said = " ".join(drawn(tables.plans_table(OPT_1B, make_test_job(), machine, plans), 200).split())
     assert "torchao-offload cannot run here: needs a CUDA GPU" in said
     assert said.count("resident_blocks=0") == 1

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from engines.errors import UserError
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
-from harness.data.batches import Data, make_data
+from harness.data.batches import Data, batches_of, make_data, tokenize
 from harness.data.builtin import builtin_reviews
 from harness.data.examples import held_out_count, instruction_prompt
 from harness.data.token_tables import UNLABELLED, _class_answers, _prompt_table
+from harness.data.tokenized import load_tokenized, save_tokenized
 from harness.models.blueprint import make_blueprint
 from harness.models.configs import NAMED_SHAPES
 from harness.models.tokenizers import ByteTokenizer
@@ -415,3 +416,23 @@ def test_built_in_reviews_stand_end_to_end_in_a_long_sequence() -> None:
 
 def test_built_in_reviews_stay_apart_in_a_short_sequence() -> None:
     assert "attention_mask" in data_of("builtin", seq_len=64).step_batches(0)[0].inputs
+
+
+@pytest.mark.parametrize(
+    ("model", "head"),
+    [("tiny-llama", "auto"), ("tiny-roberta", "auto"), ("tiny-llama", "question_answering")],
+)
+def test_data_in_a_file_gives_the_batches_of_the_job(tmp_path: Path, model: str, head: Any) -> None:
+    source = ModelSource(name=model, random_weights=True, head=head)
+    job = Job(model=source, batch_size=2, seq_len=64, dtype="fp32", eval_batches=2)
+    shape = resolve_shape(job)
+    tokenized = tokenize(job, shape)
+    assert tokenized is not None
+    save_tokenized(tokenized, tmp_path / "data.safetensors")
+    kept, made = batches_of(load_tokenized(tmp_path / "data.safetensors"), job), make_data(job, shape)
+    assert kept.describe() == made.describe()
+    pairs = [*zip(kept.evaluation, made.evaluation, strict=True)]
+    pairs += [(kept.step_batches(step)[0], made.step_batches(step)[0]) for step in range(3)]
+    for ours, theirs in pairs:
+        assert ours.inputs.keys() == theirs.inputs.keys()
+        assert all(torch.equal(ours.inputs[name], theirs.inputs[name]) for name in ours.inputs)

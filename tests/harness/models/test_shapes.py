@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from settings_given import given_for_each
 from transformers import AutoConfig
 
 from engines.errors import UserError
@@ -329,9 +330,13 @@ def test_settings_name_no_more_blocks_than_there_are(
     settings: dict[str, dict[str, str | int | float | bool]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        resolve_shape(replace(job("tiny-opt"), settings=settings))
-    resolve_shape(replace(job("tiny-opt"), settings={"zo2": {"resident_blocks": 1, "disk_blocks": 2}}))
-    resolve_shape(replace(job("tiny-opt"), settings={"zo2": {"disk_blocks": "auto", "train": "last:3"}}))
+        resolve_shape(replace(job("tiny-opt"), settings=given_for_each(settings)))
+    resolve_shape(
+        replace(job("tiny-opt"), settings=given_for_each({"zo2": {"resident_blocks": 1, "disk_blocks": 2}}))
+    )
+    resolve_shape(
+        replace(job("tiny-opt"), settings=given_for_each({"zo2": {"disk_blocks": "auto", "train": "last:3"}}))
+    )
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from settings_given import given_for_each
 
 from engines.errors import UserError
+from engines.settings.given import Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings
 from engines.settings.parse import parse_settings
 from harness.cli.tables import engines_json
 from harness.records.settings import check_settings, left_out, parse_assignments, typed_settings
-from profiles.planning.plan import Value
 
 
 @pytest.mark.parametrize("name", LSP_PRESETS)
@@ -55,7 +56,7 @@ def test_values_get_the_types_that_the_engine_gives_them() -> None:
         "lsp": {"d": 64, "learning_rate": 0.001, "graphs": False, "projector": "paper", "alpha": 1.0},
     }
     assert parse_assignments(["d=auto"], ["lsp"]) == {"lsp": {"d": "auto"}}
-    as_text: dict[str, dict[str, Value]] = {"lsp": {"d": "64"}, "gone": {"x": "1"}}
+    as_text = given_for_each({"lsp": {"d": "64"}, "gone": {"x": "1"}})
     assert typed_settings(as_text) == {"lsp": {"d": 64}, "gone": {"x": "1"}}
 
 

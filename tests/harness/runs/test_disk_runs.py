@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from scripted_runs import scripted_plan
+from settings_given import given_settings
 
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
@@ -36,7 +37,7 @@ def request(folder: Path, steps: int = 4) -> Request:
         steps=steps,
         warmup_steps=1,
     )
-    settings: dict[str, Any] = {"disk_blocks": 2, "disk_folder": str(folder)}
+    settings = given_settings("zo2", disk_blocks=2, disk_folder=str(folder))
     plan = replace(scripted_plan(), engine="zo2", settings=settings)
     return Request(id="zo2-r1", job=job, shape=resolve_shape(job), plan=plan)
 

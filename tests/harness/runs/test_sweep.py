@@ -316,12 +316,6 @@ def test_records_from_before_the_breakdown_still_load(tmp_path: Path, launched: 
     assert load_run(path) == run
 
 
-def test_settings_of_the_job_override_the_plan(tmp_path: Path) -> None:
-    job = scripted_job(settings={"scripted": {"step_s": "2"}})
-    (run,) = compare(job, SHAPE, [A], tmp_path)
-    assert run.summary.step_s_median == 2.0
-
-
 @pytest.fixture
 def file_size_limit() -> Iterator[Any]:
     """Writing beyond so many bytes fails, as on a full disk, for this process and what it starts."""

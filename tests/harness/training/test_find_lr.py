@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from settings_given import given_settings
 from train_runs import SETTINGS, run, tiny_job
 
 from engines import load_engine
@@ -32,7 +33,9 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def search(engine: str, out: Path | None = None, job: Any = None, **settings: Any) -> Finding:
-    return find_lr(job or tiny_job(eval_batches=2), engine, settings, out, Progress(quiet=True))
+    return find_lr(
+        job or tiny_job(eval_batches=2), engine, given_settings(engine, settings), out, Progress(quiet=True)
+    )
 
 
 def trial(rate: float, after: float | None, before: float = 6.0) -> Trial:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings_given import given_settings
 from tiny_machine import make_machine
 from torch import Tensor
 from train_runs import (
@@ -36,7 +37,7 @@ from harness.pipeline import training_settings
 from harness.progress import Progress
 from harness.runs import worker
 from harness.training import train as module
-from harness.training.train import Method, carried_over, train
+from harness.training.train import carried_over, train
 from profiles.machine import save_machine
 from profiles.system.cgroup import UsableCores
 
@@ -269,7 +270,7 @@ def test_a_perturbed_loss_on_one_side_only_is_put_down_to_eps(
 
 def test_a_flat_loss_is_noted_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(name: str, **fields: Any) -> str:
-        settings = {"learning_rate": 1e-12}
+        settings = given_settings("mezo", learning_rate=1e-12)
         train(
             tiny_job(steps=12, **fields), "mezo", settings, tmp_path / name, save_every=0, resume=False,
             progress=Progress(False),
@@ -288,7 +289,7 @@ def test_the_note_is_about_the_whole_run_also_after_it_was_resumed(
         die_at(patch, "mezo", 9)
         with pytest.raises(Killed):
             run(out, "mezo", job, learning_rate=1e-12)
-    train(job, "mezo", {}, out, save_every=0, resume=True, progress=Progress(False))
+    train(job, "mezo", given_settings("mezo"), out, save_every=0, resume=True, progress=Progress(False))
     assert "the loss stayed flat over 12 steps" in capsys.readouterr().err
 
 
@@ -344,7 +345,7 @@ def test_a_subspace_as_large_as_the_matrices_is_pointed_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for d, noted in ((512, True), (16, False)):
-        settings = SETTINGS["lsp"] | {"d": d}
+        settings = given_settings("lsp", SETTINGS["lsp"], d=d)
         out = tmp_path / str(d)
         train(tiny_job(steps=1), "lsp", settings, out, save_every=0, resume=False, progress=Progress(False))
         assert ("hardly compresses" in capsys.readouterr().err) == noted
@@ -394,13 +395,13 @@ def test_ctrl_c_is_left_alone_outside_the_main_thread(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_its_own_steps_and_the_new_engines_places() -> None:
     earlier = parse_settings("zo2", {"fold_every": 3, "resident_blocks": 2, "eps": 0.01})
-    on_gpu = carried_over(earlier, Method(engine="mezo", settings={}))
+    on_gpu = carried_over(earlier, parse_settings("mezo", {}))
     assert (on_gpu.eps, on_gpu.fold_every) == (0.01, 1)
-    streamed = carried_over(earlier, Method(engine="zo2", settings={"fold_every": 5}))
+    streamed = carried_over(earlier, parse_settings("zo2", {"fold_every": 5}))
     assert (streamed.eps, streamed.fold_every, streamed.resident_blocks) == (0.01, 5, 0)
     # Where it says when weights are rounded, it is part of the steps.
     low_bit = parse_settings("zo2", {"fold_every": 3, "base": "int8"})
-    assert carried_over(low_bit, Method(engine="mezo", settings={})).fold_every == 3
+    assert carried_over(low_bit, parse_settings("mezo", {})).fold_every == 3
     adapters = parse_settings("zo2", {"fold_every": 3, "base": "int8", "train": "lora"})
-    assert carried_over(adapters, Method(engine="mezo", settings={})).fold_every == 1
-    assert carried_over(parse_settings("lsp", {}), Method(engine="mezo", settings={})) is None
+    assert carried_over(adapters, parse_settings("mezo", {})).fold_every == 1
+    assert carried_over(parse_settings("lsp", {}), parse_settings("mezo", {})) is None

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from known_shapes import OPT_13B
+from settings_given import given_settings
 from tiny_machine import make_machine
 
 from engines.costs.decoding import Decoding, least_gpu_bytes, traffic
@@ -18,7 +19,7 @@ BUDGET = Budget(gpu_bytes=22 * 10**9, host_bytes=100 * 10**9, pinned_bytes=None,
 
 
 def test_as_many_blocks_stay_as_fit() -> None:
-    settings, why_not = fitting("zo2", OPT_13B, ONE, {}, BUDGET)
+    settings, why_not = fitting("zo2", OPT_13B, ONE, given_settings("zo2"), BUDGET)
     assert why_not is None
     kept = settings["resident_blocks"]
     assert isinstance(kept, int)
@@ -32,7 +33,9 @@ def test_as_many_blocks_stay_as_fit() -> None:
 
 def test_a_share_stays_free_where_no_limit_is_named_and_a_larger_cache_leaves_less_room() -> None:
     def kept(decoding: Decoding, *, named: bool) -> int:
-        settings, _ = fitting("zo2", OPT_13B, decoding, {}, replace(BUDGET, gpu_named=named))
+        settings, _ = fitting(
+            "zo2", OPT_13B, decoding, given_settings("zo2"), replace(BUDGET, gpu_named=named)
+        )
         return int(settings["resident_blocks"])
 
     assert kept(ONE, named=False) < kept(ONE, named=True)
@@ -40,32 +43,40 @@ def test_a_share_stays_free_where_no_limit_is_named_and_a_larger_cache_leaves_le
 
 
 def test_what_is_set_is_kept_and_without_a_gpu_nothing_is_chosen() -> None:
-    assert fitting("zo2", OPT_13B, ONE, {"resident_blocks": 3}, BUDGET) == ({"resident_blocks": 3}, None)
-    assert fitting("zo2", OPT_13B, ONE, {}, replace(BUDGET, gpu_bytes=None)) == ({}, None)
+    assert fitting("zo2", OPT_13B, ONE, given_settings("zo2", {"resident_blocks": 3}), BUDGET) == (
+        {"resident_blocks": 3},
+        None,
+    )
+    assert fitting("zo2", OPT_13B, ONE, given_settings("zo2"), replace(BUDGET, gpu_bytes=None)) == (
+        {},
+        None,
+    )
 
 
 def test_blocks_that_are_to_be_on_disk_do_not_stay_on_the_gpu() -> None:
-    settings, _ = fitting("zo2", OPT_13B, ONE, {"disk_blocks": 38}, BUDGET)
+    settings, _ = fitting("zo2", OPT_13B, ONE, given_settings("zo2", {"disk_blocks": 38}), BUDGET)
     assert settings == {"disk_blocks": 38, "resident_blocks": 2}
     with pytest.raises(UserError, match=r"zo2\.disk_blocks=41: .* has 40 blocks"):
-        fitting("zo2", OPT_13B, ONE, {"disk_blocks": 41}, BUDGET)
+        fitting("zo2", OPT_13B, ONE, given_settings("zo2", {"disk_blocks": 41}), BUDGET)
 
 
 def test_what_does_not_fit_says_how_much_is_missing() -> None:
-    _, why_not = fitting("zo2", OPT_13B, replace(ONE, batch_size=256), {}, BUDGET)
+    _, why_not = fitting("zo2", OPT_13B, replace(ONE, batch_size=256), given_settings("zo2"), BUDGET)
     assert why_not is not None
     assert "GPU memory, CUDA and fragmentation included" in why_not
     set_ = {"resident_blocks": 0, "disk_blocks": 0}
-    _, why_not = fitting("zo2", OPT_13B, ONE, set_, replace(BUDGET, host_bytes=20 * 10**9))
+    _, why_not = fitting(
+        "zo2", OPT_13B, ONE, given_settings("zo2", set_), replace(BUDGET, host_bytes=20 * 10**9)
+    )
     assert why_not is not None
     assert "host memory" in why_not
-    _, why_not = fitting("mezo", OPT_13B, ONE, {}, BUDGET)
+    _, why_not = fitting("mezo", OPT_13B, ONE, given_settings("mezo"), BUDGET)
     assert why_not is not None
 
 
 def test_what_host_memory_has_no_room_for_is_on_disk() -> None:
     little = replace(BUDGET, host_bytes=20 * 10**9)
-    settings, why_not = fitting("zo2", OPT_13B, ONE, {"resident_blocks": 0}, little)
+    settings, why_not = fitting("zo2", OPT_13B, ONE, given_settings("zo2", {"resident_blocks": 0}), little)
     assert why_not is None
     count = settings["disk_blocks"]
     assert isinstance(count, int)
@@ -78,14 +89,16 @@ def test_what_host_memory_has_no_room_for_is_on_disk() -> None:
 
 def test_a_setting_that_is_none_is_the_users_error() -> None:
     with pytest.raises(UserError, match="residents"):
-        fitting("zo2", OPT_13B, ONE, {"residents": 3}, BUDGET)
+        fitting("zo2", OPT_13B, ONE, given_settings("zo2", {"residents": 3}), BUDGET)
 
 
 @pytest.mark.parametrize("resident_blocks", [0, 20])
 def test_the_floor_is_the_upload_as_long_as_it_is_the_largest(resident_blocks: int) -> None:
     machine = make_machine()
     budget = budget_of(machine, None, None, None)
-    plan = plan_generation("zo2", machine, OPT_13B, ONE, {"resident_blocks": resident_blocks}, budget)
+    plan = plan_generation(
+        "zo2", machine, OPT_13B, ONE, given_settings("zo2", {"resident_blocks": resident_blocks}), budget
+    )
     up = 2 * OPT_13B.block_parameters * (40 - resident_blocks)
     assert plan.prediction.h2d_bytes == up
     assert plan.prediction.floor_s == pytest.approx(up / 13e9)
@@ -96,7 +109,9 @@ def test_the_floor_is_the_upload_as_long_as_it_is_the_largest(resident_blocks: i
 
 def test_with_everything_on_the_gpu_the_floor_is_one_read_of_weights_and_cache() -> None:
     machine = make_machine()
-    plan = plan_generation("mezo", machine, OPT_13B, ONE, {}, budget_of(machine, None, None, None))
+    plan = plan_generation(
+        "mezo", machine, OPT_13B, ONE, given_settings("mezo"), budget_of(machine, None, None, None)
+    )
     assert not plan.fits
     assert plan.prediction.floor_s == pytest.approx(least_gpu_bytes(OPT_13B, ONE) / 900e9)
 
@@ -106,5 +121,7 @@ def test_without_a_figure_there_is_no_floor() -> None:
     assert machine.link is not None
     link = replace(machine.link, h2d_pinned_bytes_per_s=absent("not probed"))
     machine = replace(machine, link=link)
-    plan = plan_generation("zo2", machine, OPT_13B, ONE, {}, budget_of(machine, None, None, None))
+    plan = plan_generation(
+        "zo2", machine, OPT_13B, ONE, given_settings("zo2"), budget_of(machine, None, None, None)
+    )
     assert plan.prediction.floor_s is None

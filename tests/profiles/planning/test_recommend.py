@@ -20,6 +20,7 @@ from known_shapes import (
     opt,
     with_vram,
 )
+from settings_given import given_for_each
 
 from engines.costs.table import traffic
 from engines.costs.transformer import PROCESS_HOST_BYTES, PROCESS_HOST_BYTES_WITHOUT_GPU
@@ -29,11 +30,11 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, gpu_bytes_needed
-from profiles.planning.choices import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import recommend, why_first
 from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder, told_of_quality
+from profiles.planning.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
@@ -103,7 +104,7 @@ def test_unknown_engine_and_setting_are_the_users_errors() -> None:
     with pytest.raises(UserError, match="there is no such engine"):
         recommend(H200, TINY, TRAINING, ["lspp"], {})
     with pytest.raises(UserError, match="settings of lsp are"):
-        recommend(H200, TINY, TRAINING, ["lsp"], {"lsp": {"rank": 3}})
+        recommend(H200, TINY, TRAINING, ["lsp"], given_for_each({"lsp": {"rank": 3}}))
 
 
 def test_overrides_win_and_are_kept_as_given() -> None:
@@ -113,7 +114,7 @@ def test_overrides_win_and_are_kept_as_given() -> None:
         "torchao-offload": {"offload_gradients": True},
         "native": {"weight_decay": 0.1},
     }
-    plans = {p.engine: p for p in recommend(H200, DEEPSEEK_1B, TRAINING, ENGINES, overrides)}
+    plans = {p.engine: p for p in recommend(H200, DEEPSEEK_1B, TRAINING, ENGINES, given_for_each(overrides))}
     for engine, values in overrides.items():
         assert {key: plans[engine].settings[key] for key in values} == values
         assert any(reason.startswith("as set: ") for reason in plans[engine].reasons)
@@ -160,7 +161,7 @@ def test_d_is_the_largest_that_hides() -> None:
 
 
 def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
-    (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], {"lsp": {"d": 1280}})
+    (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": {"d": 1280}}))
     (told,) = (reason for reason in chosen.reasons if reason.startswith("quality"))
     assert told.startswith("quality: d is 0.62 of n; measured on small models, d = 0.5 n ended 5 % above")
     assert "d = 0.75 n ended 2.6 %" in told_of_quality(1.0)
@@ -193,7 +194,7 @@ def test_r_is_four_but_for_small_models() -> None:
     assert plan("lsp", shape=DEEPSEEK_1B).settings["r"] == 4
     small = plan("lsp", machine=LAPTOP_CPU, shape=TINY, workload=ON_CPU)
     assert small.settings["r"] == 8
-    (tiny_d,) = recommend(LAPTOP_CPU, TINY, ON_CPU, ["lsp"], {"lsp": {"d": 2}})
+    (tiny_d,) = recommend(LAPTOP_CPU, TINY, ON_CPU, ["lsp"], given_for_each({"lsp": {"d": 2}}))
     assert tiny_d.settings["r"] == 2  # never more nonzeros than places
 
 
@@ -249,7 +250,7 @@ OPT_SIZES = {
 def zo2_plan(
     shape: ModelShape, workload: Workload = FORWARD_ONLY, machine: Machine = H200, **values: object
 ) -> Plan:
-    (only,) = recommend(machine, shape, workload, ["zo2"], {"zo2": values})
+    (only,) = recommend(machine, shape, workload, ["zo2"], given_for_each({"zo2": values}))
     return only
 
 
@@ -507,13 +508,15 @@ def test_a_number_of_blocks_on_disk_that_is_given_is_kept_and_auto_is_counted() 
     chosen = plan("zo2", machine, OPT_13B, FORWARD_ONLY, **limits)
     for asked, expected in (("auto", chosen.settings["disk_blocks"]), ("39", "39"), (0, 0)):
         (only,) = recommend(
-            machine, OPT_13B, FORWARD_ONLY, ["zo2"], {"zo2": {"disk_blocks": asked}}, **limits
+            machine, OPT_13B, FORWARD_ONLY, ["zo2"], given_for_each({"zo2": {"disk_blocks": asked}}), **limits
         )  # type: ignore[arg-type]
         assert only.settings["disk_blocks"] == expected
         assert only.fits == (asked != 0)
         on_disk, resident = int(only.settings["disk_blocks"]), int(only.settings["resident_blocks"])
         assert on_disk + resident <= OPT_13B.num_blocks
-    (roomy,) = recommend(machine, OPT_13B, FORWARD_ONLY, ["zo2"], {"zo2": {"disk_blocks": "auto"}})
+    (roomy,) = recommend(
+        machine, OPT_13B, FORWARD_ONLY, ["zo2"], given_for_each({"zo2": {"disk_blocks": "auto"}})
+    )
     assert roomy.settings["disk_blocks"] == 0
 
 
@@ -542,7 +545,7 @@ def test_how_rarely_a_low_bit_base_is_rounded_is_decided_by_the_loss(
 ) -> None:
     """The same for both engines and on every machine: one is the other's twin."""
     for machine, workload in ((H200, FORWARD_ONLY), (LAPTOP_CPU, ON_CPU)):
-        (only,) = recommend(machine, OPT_13B, workload, [engine], {engine: values})
+        (only,) = recommend(machine, OPT_13B, workload, [engine], given_for_each({engine: values}))
         assert only.settings["fold_every"] == fold_every
         assert why in told(only, "fold_every")
         parse_settings(engine, only.settings)
@@ -551,7 +554,7 @@ def test_how_rarely_a_low_bit_base_is_rounded_is_decided_by_the_loss(
 @pytest.mark.parametrize("engine", ["mezo", "zo2"])
 def test_where_nothing_is_rounded_speed_decides_as_before(engine: str) -> None:
     for values in ({"base": "int4", "train": "lora"}, {"base": "int8", "estimator": "lozo"}, {}):
-        (only,) = recommend(H200, OPT_13B, FORWARD_ONLY, [engine], {engine: values})
+        (only,) = recommend(H200, OPT_13B, FORWARD_ONLY, [engine], given_for_each({engine: values}))
         assert not any("rounding" in reason for reason in only.reasons)
 
 
@@ -563,7 +566,7 @@ def test_a_fold_every_that_costs_loss_is_kept_and_said(
     engine: str, base: str, fold_every: int, warns: bool
 ) -> None:
     values: dict[str, object] = {"base": base, "fold_every": fold_every}
-    (only,) = recommend(H200, OPT_13B, FORWARD_ONLY, [engine], {engine: values})
+    (only,) = recommend(H200, OPT_13B, FORWARD_ONLY, [engine], given_for_each({engine: values}))
     assert only.settings["fold_every"] == fold_every
     assert any(each.startswith("as set, it may lose what is learned") for each in only.reasons) == warns
 
@@ -573,7 +576,9 @@ def test_175b_is_planned_on_a_host_of_64_gib_with_every_base(base: str, read_gb:
     shape = opt("opt-175b", 12288, 96, 96)
     machine = with_disk(with_vram(H200, 24 * GB), 2e9)
     asked: dict[str, dict[str, object]] = {"zo2": {"base": base, "resident_blocks": 0}}
-    (planned,) = recommend(machine, shape, FORWARD_ONLY, ["zo2"], asked, host_bytes=60 * 2**30)
+    (planned,) = recommend(
+        machine, shape, FORWARD_ONLY, ["zo2"], given_for_each(asked), host_bytes=60 * 2**30
+    )
     assert planned.fits
     assert planned.prediction.bottleneck == "disk"
     cost = traffic("zo2", shape, FORWARD_ONLY, parse_settings("zo2", planned.settings))
@@ -592,7 +597,7 @@ def test_a_low_bit_base_is_an_explicit_choice_and_said() -> None:
         assert told.engine != "mezo" or not told.fits
         assert told.engine != "zo2" or told.settings["disk_blocks"] != 0
     asked: dict[str, dict[str, object]] = {"zo2": {"base": "int8"}}
-    first, *_ = recommend(machine, shape, FORWARD_ONLY, ["mezo", "zo2"], asked)
+    first, *_ = recommend(machine, shape, FORWARD_ONLY, ["mezo", "zo2"], given_for_each(asked))
     assert (first.engine, first.fits, first.settings["base"]) == ("zo2", True, "int8")
     assert "disk_blocks" not in first.settings
     assert "approximate: 8-bit base (int8)" in first.reasons

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, TINY
+from settings_given import given_for_each
 
 from engines.costs.lsp import core_size
 from engines.costs.table import traffic
@@ -30,7 +31,7 @@ GB = 10**9
 def plan(shape: ModelShape = DEEPSEEK_1B, **changes: object) -> Plan:
     arguments = {"machine": H200, "workload": TRAINING, "values": AUTO, **changes}
     machine, workload, values = (arguments.pop(name) for name in ("machine", "workload", "values"))
-    (only,) = recommend(machine, shape, workload, ["lsp"], {"lsp": values}, **arguments)  # type: ignore[arg-type]
+    (only,) = recommend(machine, shape, workload, ["lsp"], given_for_each({"lsp": values}), **arguments)  # type: ignore[arg-type]
     return only
 
 

@@ -1,0 +1,71 @@
+"""A job's data in tokens, and the file by which a sweep hands it to its runs.
+
+The data of a sweep is read and tokenized once, before anything is measured, and kept in one file that every
+run reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engines.errors import UserError
+from harness.data.token_tables import TokenTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenized:
+    """The data of a job in tokens."""
+
+    train: TokenTable
+    held_out: TokenTable
+    pad_id: int
+    """Token that fills what is shorter than the sequence length."""
+    description: str
+    """One line: what it is, how many examples and tokens, and what had to be cut."""
+
+
+def save_tokenized(tokenized: Tokenized, path: Path) -> None:
+    """Write a safetensors file. Raises `UserError` if it cannot be written."""
+    tensors: dict[str, Tensor] = {}
+    told = {"pad_id": str(tokenized.pad_id), "description": tokenized.description}
+    for part in ("train", "held_out"):
+        table: TokenTable = getattr(tokenized, part)
+        for field in fields(TokenTable):
+            value = getattr(table, field.name)
+            if isinstance(value, Tensor):
+                tensors[f"{part}.{field.name}"] = value.contiguous()
+        told |= {f"{part}.packed": str(int(table.packed)), f"{part}.cut": str(table.cut)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata=told)
+    except OSError as error:
+        raise UserError(
+            str(path), f"cannot be written ({error.strerror or error})", "free space or name another place"
+        ) from None
+
+
+def load_tokenized(path: Path) -> Tokenized:
+    """What `save_tokenized` wrote."""
+    with safe_open(path, framework="pt") as file:
+        told: Mapping[str, str] = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def table(part: str) -> TokenTable:
+        names = [field.name for field in fields(TokenTable)]
+        own: dict[str, Any] = {name: tensors.get(f"{part}.{name}") for name in names}
+        own |= {"packed": told[f"{part}.packed"] == "1", "cut": int(told[f"{part}.cut"])}
+        return TokenTable(**own)
+
+    return Tokenized(
+        train=table("train"),
+        held_out=table("held_out"),
+        pad_id=int(told["pad_id"]),
+        description=told["description"],
+    )

@@ -1,0 +1,125 @@
+"""Settings of LSP-Offload: the size of the subspaces, nonzeros per row, CUDA graphs or not. No torch.
+
+Closed forms throughout: `profiles.planning.predict`. Sizes that are considered: `subspace_sizes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engines.costs.lsp import core_elements, core_size
+from engines.costs.traffic import Traffic
+from engines.settings.given import GivenSettings, Value
+from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
+from profiles.planning.budget import why_missing
+from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.predict import resource_s
+from profiles.planning.subspace_sizes import HIDING_SHARE, largest_hidden, lsp_ladder, told_of_quality
+from profiles.units import format_seconds
+
+
+def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """The largest d that fits in memory and whose copies and CPU update hide behind the GPU; then r."""
+    planner = _Planner(context=context, given=given)
+    shape = context.shape
+    reasons: list[str] = []
+    chosen: dict[str, Value] = {}
+    settings: LspSettings = given.typed
+    if "d" not in given:
+        d, reason = planner.size()
+        chosen["d"] = d
+        reasons.append(reason)
+    elif settings.d == "auto" and not settings.d_by_shape:
+        sizes = largest_hidden(
+            shape, context.machine, context.workload, planner.cost_by_shape, planner.fits_without_graphs
+        )
+        chosen["d_by_shape"] = sizes.text
+        d = min(sizes.d.values())
+        reasons.append(f"d_by_shape={sizes.text}: {sizes.reason}")
+    else:
+        d = min(core_size(each.rows, each.columns, settings) for each in shape.matrices)
+    if "r" not in given:
+        smallest = min(d, *(min(each.rows, each.columns) for each in shape.matrices))
+        wanted = 4 if shape.hidden >= 1024 else 8
+        chosen["r"] = min(wanted, smallest)
+        reasons.append(
+            f"r={chosen['r']}: nonzeros per projector row, as published for this size ({shape.hidden} hidden)"
+        )
+    reasons.append(told_of_quality(planner.smallest_share(given.completed(**chosen).typed)))
+    if "schedule_order" not in given:
+        chosen["schedule_order"] = "layerwise"
+        reasons.append(
+            f"schedule_order=layerwise: of {shape.num_blocks} blocks' updates only the last one's tail shows"
+        )
+    if "graphs" not in given:
+        settings = given.completed(**chosen).typed
+        missing = context.why_missing(settings)
+        if missing is not None and context.why_missing(replace(settings, graphs=False)) is None:
+            chosen["graphs"] = False
+            reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
+    published = LSP_PRESETS.get(shape.name)
+    if published is not None:
+        reasons.append(
+            f"not used here unless set: what is published for this model, d={published['d']}, "
+            f"r={published['r']} and learned projectors (--set {context.engine}.preset={shape.name})"
+        )
+    return Choice(given.completed(**chosen), tuple(reasons))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Planner:
+    context: PlanningContext
+    given: GivenSettings
+
+    def size(self) -> tuple[int, str]:
+        """One d for all weights, and why."""
+        context, ladder = self.context, lsp_ladder(self.context.shape.hidden)
+        fitting = [d for d in ladder if self.fits_without_graphs(context.cost(self._of_size(d)))]
+        smallest, largest = ladder[0], (fitting or ladder[:1])[-1]
+        if not fitting:
+            return smallest, f"d={smallest}: the smallest considered, and it does not fit"
+        if context.machine.gpu is None:
+            return (
+                largest,
+                f"d={largest}: the largest considered that fits; without a GPU copies have nowhere to hide",
+            )
+        for d in reversed(fitting):
+            settings = self._of_size(d)
+            times = resource_s(context.cost(settings), context.machine, context.workload)
+            if times is None:
+                return smallest, f"d={smallest}: the machine profile lacks figures, so the smallest is safe"
+            slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
+            # Only the last micro-batch has anything to update, so only its compute can hide that.
+            micro_batches = context.workload.accumulation
+            gpu_s = times["gpu"] / micro_batches
+            told = f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
+            if micro_batches > 1:
+                told += " in one micro-batch"
+            elements = context.shape.num_blocks * core_elements(context.shape, settings)
+            if times[slowest] <= HIDING_SHARE * gpu_s:
+                return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
+        return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
+
+    def _of_size(self, d: int) -> LspSettings:
+        smallest = min(d, *(min(each.rows, each.columns) for each in self.context.shape.matrices))
+        return replace(self._with_r(smallest), d=d)
+
+    def _with_r(self, smallest: int) -> LspSettings:
+        """Unless `r` is given, the published one or what the `smallest` side allows."""
+        settings: LspSettings = self.given.completed(r=min(4, smallest)).typed
+        return settings
+
+    def cost_by_shape(self, d_by_shape: str) -> Traffic:
+        settings = self._with_r(min(sizes_by_shape(d_by_shape).values()))
+        return self.context.cost(replace(settings, d="auto", d_by_shape=d_by_shape))
+
+    def fits_without_graphs(self, cost: Traffic) -> bool:
+        """CUDA graphs, which only save launches, give way to a larger d."""
+        held = cost.gpu_held_bytes if "graphs" not in self.given else 0
+        without = replace(cost, gpu_held_bytes=cost.gpu_held_bytes - held)
+        return why_missing(without, self.context.budget) is None
+
+    def smallest_share(self, settings: LspSettings) -> float:
+        """The smallest d over a weight's smaller side."""
+        sides = [(each.rows, each.columns) for each in self.context.shape.matrices]
+        return min(core_size(*each, settings) / min(each) for each in sides)

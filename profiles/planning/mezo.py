@@ -1,0 +1,16 @@
+"""Settings of MeZO in memory: all that is chosen is how rarely a low-bit base is rounded. No torch."""
+
+from __future__ import annotations
+
+from engines.settings.given import GivenSettings
+from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.fold_every import fold_for_loss, told_of_given
+
+
+def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """`fold_every`, for the loss's sake; of one that is given, what it may cost the loss."""
+    if "fold_every" in given:
+        warning = told_of_given(given.typed)
+        return Choice(given, () if warning is None else (warning,))
+    best = fold_for_loss(given.typed)
+    return Choice(given) if best is None else Choice(given.completed(fold_every=best[0]), (best[1],))

@@ -1,0 +1,226 @@
+"""Settings of ZO2: which blocks stay on the GPU, which lie on disk, how often the others go down. No torch.
+
+Closed forms throughout: `profiles.planning.predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from engines.costs.disk import fewest_on_disk
+from engines.costs.traffic import Traffic
+from engines.costs.zo2 import resident_indices
+from engines.settings.given import GivenSettings, Value
+from engines.settings.zeroth_order import MOST_PENDING, Zo2Settings
+from engines.shapes import Workload
+from profiles.machine import Machine
+from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
+from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.fold_every import fold_for_loss, told_of_given
+from profiles.planning.predict import predict, resource_s
+from profiles.units import format_bytes, format_seconds
+
+AS_FAST = 1.10
+"""A step within this factor of the fastest counts as equally fast."""
+
+FOLDS = (1, 2, 4, 8, 16)
+"""What `fold_every` is chosen from."""
+
+FOLD_AS_FAST = 1.01
+"""A step within this factor of the fastest `fold_every` counts as equally fast."""
+
+FOLD_GPU_SHARE = 0.85
+"""GPU time over link time up to which updates are replayed instead of downloaded: both are predicted, and
+downloads that hide behind the GPU cost nothing, while replaying that does not hide costs its whole time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Times:
+    """Predicted seconds of a step, and of the resources that downloads are weighed by."""
+
+    step_s: float
+    gpu_s: float
+    h2d_s: float
+    link_s: float
+    """Of the slowest thing that copies need."""
+
+    @staticmethod
+    def of(cost: Traffic, machine: Machine, workload: Workload) -> _Times | None:
+        """`None` if the profile lacks a figure."""
+        step_s, busy = predict(cost, machine, workload).step_s, resource_s(cost, machine, workload)
+        if step_s is None or busy is None:
+            return None
+        link_s = max(busy["h2d"], busy["d2h"], busy["host memory"])
+        return _Times(step_s=step_s, gpu_s=busy["gpu"], h2d_s=busy["h2d"], link_s=link_s)
+
+
+def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """Resident blocks, which take their copies off the link, then how often the others go down."""
+    planner = _Planner(context=context, given=given)
+    chosen: dict[str, Value] = {}
+    reasons: list[str] = []
+    if "resident_blocks" not in given:
+        chosen["resident_blocks"], reason = planner.resident_blocks()
+        reasons.append(reason)
+    elif context.machine.gpu is not None:
+        where = planner.where(given.typed.resident_blocks)
+        reasons += [f"{where} on the GPU"] if where else []
+    if "fold_every" not in given:
+        chosen["fold_every"], reason = planner.fold_every(given.completed(**chosen).typed)
+        reasons.append(reason)
+    elif (warning := told_of_given(given.typed)) is not None:
+        reasons.append(warning)
+    settings = given.completed(**chosen)
+    if planner.disk_is_open:
+        on_disk = planner.placed(settings.typed).named_disk_blocks
+        if on_disk or "disk_blocks" in given:
+            settings = settings.replaced(disk_blocks=on_disk)
+        if on_disk:
+            read_bytes = context.cost(settings.typed).disk_bytes
+            reasons.append(
+                f"disk_blocks={on_disk}: host memory has no room for them; "
+                f"{format_bytes(read_bytes)} are read per step from where disk_folder says"
+            )
+    return Choice(settings, tuple(reasons))
+
+
+def num_on_disk(cost: Traffic, budget: Budget) -> int:
+    """Blocks that host memory has no room for; `cost` is that of a step with none on disk."""
+    block_bytes = max(layer.h2d_bytes for layer in cost.layers)
+    if not (cost.pinned_bytes and block_bytes):
+        return 0
+    others_bytes = host_bytes_needed(cost, budget) - cost.pinned_bytes
+    streamed = cost.pinned_bytes // block_bytes
+    return fewest_on_disk([block_bytes] * streamed, budget.host_bytes - others_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Planner:
+    context: PlanningContext
+    given: GivenSettings
+
+    @property
+    def disk_is_open(self) -> bool:
+        """The user did not say how many blocks lie on disk."""
+        return "disk_blocks" not in self.given or self.given.typed.disk_blocks == "auto"
+
+    def placed(self, settings: Zo2Settings) -> Zo2Settings:
+        """`settings` with the blocks on disk that host memory has no room for, if that is open."""
+        if not self.disk_is_open:
+            return settings
+        cost = self.context.cost(replace(settings, disk_blocks=0))
+        return replace(settings, disk_blocks=num_on_disk(cost, self.context.budget))
+
+    def cost(self, settings: Zo2Settings) -> Traffic:
+        return self.context.cost(self.placed(settings))
+
+    def resident_blocks(self) -> tuple[int, str]:
+        """Of a limit that the user named, all is used. Otherwise a tenth of the GPU stays free, since what is
+        free now may be taken later, and of the rest no more is used than makes the step faster: streaming
+        that hides behind compute costs nothing, and little memory is what the method is for.
+        """
+        budget, settings = self.context.budget, self.given.typed
+        blocks = self.context.shape.num_blocks
+        if budget.gpu_bytes is None:
+            return 0, "resident_blocks=0: there is no GPU to keep them on; all go the way they would to one"
+        usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+        # How often blocks go down does not change memory.
+        costs = {
+            count: self.cost(replace(settings, resident_blocks=count))
+            for count in range(blocks - settings.named_disk_blocks + 1)
+        }
+        fitting = [count for count in costs if why_missing(costs[count], budget) is None]
+        if not fitting:
+            return 0, "resident_blocks=0: the least memory; it does not fit"
+        fitting = [count for count in fitting if gpu_bytes_needed(costs[count]) <= usable] or fitting[:1]
+        most = fitting[-1]
+        resident = most if budget.gpu_named else self._fewest_as_fast(fitting)
+        why = f"as many as {format_bytes(usable)} of GPU memory hold"
+        if resident < most:
+            why = f"{most} would fit, but are no faster: the copies hide behind the GPU's work"
+        moved = f"the other {blocks - resident} take {format_bytes(costs[resident].h2d_bytes)} up per step"
+        if resident == blocks:
+            moved = "nothing moves"
+        where = f" ({self.where(resident)})" if resident else ""
+        return resident, f"resident_blocks={resident}{where}: {why}; {moved}"
+
+    def where(self, resident: int) -> str:
+        """Which blocks stay on the GPU, counted from 0; empty for none."""
+        blocks = self.context.shape.num_blocks
+        indices = sorted(resident_indices(blocks, resident))
+        if len(indices) == blocks:
+            return "all blocks stay"
+        named = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in _ranges(indices))
+        return f"block {named} stays" if len(indices) == 1 else f"blocks {named} stay" if indices else ""
+
+    def _fewest_as_fast(self, fitting: Sequence[int]) -> int:
+        """The fewest resident blocks whose predicted step is as fast as that of the most that fit."""
+        best = self._step_s(fitting[-1])
+        if best is None:
+            return fitting[-1]
+        return next(
+            k for k in fitting if (time_s := self._step_s(k)) is not None and time_s <= AS_FAST * best
+        )
+
+    def _step_s(self, resident: int) -> float | None:
+        """Predicted with so many resident blocks and the `fold_every` that suits them."""
+        settings: Zo2Settings = replace(self.given.typed, resident_blocks=resident)
+        if "fold_every" not in self.given:
+            settings = replace(settings, fold_every=self.fold_every(settings)[0])
+        return predict(self.cost(settings), self.context.machine, self.context.workload).step_s
+
+    def fold_every(self, settings: Zo2Settings) -> tuple[int, str]:
+        """The fewest steps between downloads of a block that are as fast as any, the GPU having time to
+        replay what the host does not have. `settings` are the others. With a low-bit base the loss decides.
+        """
+        machine = self.context.machine
+        if (best := fold_for_loss(settings)) is not None:
+            return best
+        if settings.estimator == "lozo":
+            return 1, f"fold_every=1: every {settings.lozo_window} steps, when the noise's window ends"
+        costs = {
+            k: self.cost(replace(settings, fold_every=k))
+            for k in FOLDS
+            if k * settings.queries <= MOST_PENDING
+        }
+        every = costs[1]
+        if machine.gpu is None:
+            return 1, "fold_every=1: there is no link to relieve"
+        if not every.d2h_bytes:
+            return 1, "fold_every=1: nothing goes down"
+        times = {k: _Times.of(cost, machine, self.context.workload) for k, cost in costs.items()}
+        first = times[1]
+        if first is None:
+            return 1, "fold_every=1: the machine profile lacks figures, so the published schedule is kept"
+        fitting = {
+            k: time
+            for k, time in times.items()
+            if time and (k == 1 or time.gpu_s <= FOLD_GPU_SHARE * time.link_s)
+        }
+        best_s = min(time.step_s for time in fitting.values())
+        k = next(k for k, time in fitting.items() if time.step_s <= FOLD_AS_FAST * best_s)
+        told = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
+        down = format_bytes(costs[k].d2h_bytes)
+        if k > 1:
+            return k, (
+                f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {told}, "
+                f"{down} down per step instead of {format_bytes(every.d2h_bytes)}"
+            )
+        why = "fewer downloads are no faster"
+        if first.gpu_s >= first.link_s:
+            why = "downloads hide behind the GPU's work"
+        elif len(fitting) == 1:
+            why = "the GPU has no time to replay updates instead"
+        return 1, f"fold_every=1: {why} ({told}, {down} down per step)"
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of successive numbers; `numbers` ascend."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
