@@ -102,7 +102,7 @@ INSIDE_FUNCTIONS = {
     "engines.transfer.throttle -> engines.transfer.throttle_kernels": _TRITON,
     "engines.zeroth_order.chunked_loss -> engines.zeroth_order.chunked_loss_kernels": _TRITON,
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
-    "engines.zeroth_order.perturbed_model -> engines.zeroth_order.layer_norm_kernels": _TRITON,
+    "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
     "harness.cli.generate -> harness.training.generate": _TRAINS,
     "harness.cli.generate -> harness.training.train": _TRAINS,
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
@@ -289,7 +289,7 @@ def test_every_package_folder_is_a_package() -> None:
             assert (folder / "__init__.py").exists(), folder
 
 
-MOST_MODULES = 15
+MOST_MODULES = 16
 MOST_LINES = 400
 LONGER = re.compile(r"Longer than \d+ lines: ")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines import generating_engines
 from engines.costs.decoding import Decoding
 from engines.decoding import Sampling
 from engines.errors import UserError
