@@ -143,7 +143,7 @@ class StreamedBlocks:
             spill_folder(settings.disk_folder),
             self.link,
             context.progress,
-            folds=self._changed_on_disk() if folds_disk(settings, context.total_steps) else (),
+            written_back=self._changed_on_disk() if folds_disk(settings, context.total_steps) else (),
             in_place=in_place(as_stored, blueprint, context.workload.dtype, self._forms[0].dtype.itemsize),
             delay_s=self._delays[1],
             timeline=self._clocks.timeline,
@@ -200,7 +200,7 @@ class StreamedBlocks:
     def make_room_in_log(self, window: int | None) -> None:
         for index in self._changed_on_disk():
             if window is not None or self._updates.leave_no_room_for_a_step(index):
-                with self._ring.fetched(index, keep=True) as memory:
+                with self._ring.fetched(index, write_back=True) as memory:
                     task = self._bring_up_to_date(index, memory, self._updates.step, window)
                     self._updates.mark_stored(index, task)
 
@@ -242,7 +242,7 @@ class StreamedBlocks:
             ends_window = None if on_disk else window
             keep = deferred and ((resident and not updates.quantized) or (goes_down(index) and not on_disk))
             keep = keep or ends_window is not None
-            self._ring.begin(keep=keep and not resident)
+            self._ring.begin(write_back=keep and not resident)
             roundings: tuple[Visit, ...] = ()
             how = updates.lacking(index)
             if on_disk:
@@ -306,7 +306,7 @@ class StreamedBlocks:
         if not any(task.store for task in tasks):
             return False
         for index, task in enumerate(tasks):
-            self._ring.begin(keep=task.store and index not in self._resident)
+            self._ring.begin(write_back=task.store and index not in self._resident)
             with self._model.visiting(index, task, self):
                 pass
             self._updates.mark_stored(index, task)
@@ -351,7 +351,7 @@ class StreamedBlocks:
     @torch.no_grad()
     def _up_to_date(self, index: int, last_step: int) -> Tensor:
         """The bytes of a block on disk, copied to the host, with the updates that it takes."""
-        with self._ring.fetched(index, keep=False) as memory:
+        with self._ring.fetched(index, write_back=False) as memory:
             self._bring_up_to_date(index, memory, last_step)
             return memory.to("cpu", copy=True)
 

@@ -25,7 +25,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import sleep
@@ -34,7 +33,9 @@ from torch import Tensor, uint8
 
 from engines.costs import disk as costs
 from engines.errors import InfeasiblePlan, UserError
-from engines.offload.direct_io import ALIGNMENT_BYTES, RawFile, Span, in_memory, make_file
+from engines.offload.direct_io import Span, in_memory, make_file
+from engines.offload.disk_chunks import ByteRange, DiskChunk, cut
+from engines.transfer.busy_clock import BusyClock
 from engines.transfer.clock import now_s
 from engines.transfer.link import Event, Link
 from engines.transfer.pinned import HostSlab, Progress
@@ -77,36 +78,12 @@ class PageCacheWarning(UserWarning):
     """Reads do not reach past the page cache: their rate may be that of memory, and they take some of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Bytes that are read in one go and go up in one copy."""
-
-    block: int
-    file: RawFile
-    offset_bytes: int
-    """Where reading begins, aligned."""
-    skip: int
-    """Bytes at the front that are somebody else's."""
-    num_bytes: int
-    place: int
-    """In what `send` fills."""
-    last: bool
-    """Of what `send` fills."""
-
-    @property
-    def read_bytes(self) -> int:
-        return -(-(self.skip + self.num_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-Piece = tuple[int, int, int]
-"""Block, first byte in it, and the byte after the last."""
-
-
 class DiskBlocks:
     """The weights of some blocks, as bytes in files.
 
     `sizes_bytes` are the blocks' by index; `in_place` says where those are that a file holds already, which
-    need no file of ours. There is room for a second file of each that `folds` names.
+    need no file of ours. Space is taken for a second file of each that
+    `written_back` names.
 
     `delay_s` is for stress tests: asked before each read for seconds to wait.
 
@@ -121,7 +98,7 @@ class DiskBlocks:
         link: Link,
         progress: Progress,
         *,
-        folds: Collection[int] = (),
+        written_back: Collection[int] = (),
         in_place: Mapping[int, Sequence[Span]] | None = None,
         delay_s: Callable[[], float] | None = None,
         timeline: Timeline | None = None,
@@ -139,7 +116,7 @@ class DiskBlocks:
         self._own: dict[int, Span] = {}
         """Files that `fill` writes."""
         self._second: dict[int, Span] = {}
-        self._make_files(folds)
+        self._make_files(written_back)
         self.direct = self._is_direct()
         total_bytes = sum(self._sizes_bytes.values())
         self._num_slots = costs.num_slots(total_bytes)
@@ -148,21 +125,21 @@ class DiskBlocks:
         self._slots = [self._slab.view(i * size, (size,), uint8) for i in range(self._num_slots)]
         self._memory = [slot.numpy().data for slot in self._slots]
         self._pool = ThreadPoolExecutor(USUAL_DEPTH, "disk")
-        self._pieces: list[Piece] = []
-        self._chunks: list[_Chunk] = []
+        self._ranges: list[ByteRange] = []
+        self._chunks: list[DiskChunk] = []
         self._reads: deque[Future[int]] = deque()
         """Reads under way or done whose chunks have not gone up, in order; each gives its slot."""
         self._asked = 0
         """How many reads were asked for since the start."""
         self._sent = 0
         self.begun_bytes = 0
-        """Bytes on their way up of a piece of which more is to be read."""
+        """Bytes on their way up of a range of which more is to be read."""
         self._once = False
-        self._clock = _BusyClock()
+        self._clock = BusyClock()
 
-    def _make_files(self, folds: Collection[int]) -> None:
+    def _make_files(self, written_back: Collection[int]) -> None:
         own = [i for i in self._sizes_bytes if i not in self._spans]
-        missing = [(i, self._own) for i in own] + [(i, self._second) for i in sorted(folds)]
+        missing = [(i, self._own) for i in own] + [(i, self._second) for i in sorted(written_back)]
         needed_bytes = sum(self._sizes_bytes[i] for i, _ in missing)
         if not missing:
             return
@@ -170,13 +147,13 @@ class DiskBlocks:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             free_bytes = shutil.disk_usage(self.folder).free
             if needed_bytes > free_bytes:
-                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes, folds))
+                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes, written_back))
             for index, files in missing:
                 files[index] = self._make_file(index)
         except OSError as error:
             self._close_files()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InfeasiblePlan(self._too_small(needed_bytes, None, folds)) from None
+                raise InfeasiblePlan(self._too_small(needed_bytes, None, written_back)) from None
             raise self._unusable("cannot be used", error) from None
         except BaseException:
             self._close_files()
@@ -195,20 +172,20 @@ class DiskBlocks:
         elif self._own and in_memory(self.folder):
             why = "it is in host memory, which it is to spare"
         if why is not None:
-            told = f"{self.folder}: {why}, and their rate may be that of memory"
+            warning = f"{self.folder}: {why}, and their rate may be that of memory"
             remedy = "name a folder on a local disk with --set zo2.disk_folder=FOLDER"
-            warnings.warn(f"{told}; {remedy}", PageCacheWarning, stacklevel=3)
+            warnings.warn(f"{warning}; {remedy}", PageCacheWarning, stacklevel=3)
         return why is None
 
-    def _too_small(self, needed_bytes: int, free_bytes: int | None, folds: Collection[int]) -> str:
-        twice = ", second files for folded updates included" if folds else ""
-        told = (
+    def _too_small(self, needed_bytes: int, free_bytes: int | None, written_back: Collection[int]) -> str:
+        twice = ", second files for folded updates included" if written_back else ""
+        missing = (
             f"{(needed_bytes - free_bytes) / 1e9:.3g} GB of disk are missing"
             if free_bytes is not None
             else "the disk is too small, or a quota is"
         )
         return (
-            f"{told} in {self.folder}: {len(self.blocks)} blocks take {needed_bytes / 1e9:.3g} GB{twice}; "
+            f"{missing} in {self.folder}: {len(self.blocks)} blocks take {needed_bytes / 1e9:.3g} GB{twice}; "
             "free disk space, or name another folder with --set zo2.disk_folder=FOLDER"
         )
 
@@ -227,27 +204,27 @@ class DiskBlocks:
         """A file that is not ours has its weights: it need not be filled."""
         return block not in self._own
 
-    def set_order(self, pieces: Sequence[Piece]) -> None:
+    def set_order(self, ranges: Sequence[ByteRange]) -> None:
         """What goes up in one pass, in order; then the next pass does."""
-        self._pieces = list(pieces)
+        self._ranges = list(ranges)
         self.rewind()
 
     def rewind(self) -> None:
-        """Wait for reads and copies, and begin anew with the first piece. Nothing is read before `send`."""
-        self._restart(self._pieces, once=False)
+        """Wait for reads and copies, and begin anew with the first range. Nothing is read before `send`."""
+        self._restart(self._ranges, once=False)
 
-    def _restart(self, pieces: Iterable[Piece], *, once: bool) -> None:
+    def _restart(self, ranges: Iterable[ByteRange], *, once: bool) -> None:
         for read in self._reads:
             read.cancel()
         wait_for(self._reads)
         self._link.synchronize()
         self._reads.clear()
-        self._chunks = [chunk for piece in pieces for chunk in _cut(self._spans[piece[0]], piece)]
+        self._chunks = [chunk for each in ranges for chunk in cut(self._spans[each[0]], each)]
         self._asked = self._sent = self.begun_bytes = 0
         self._once = once
 
     def send(self, out: Tensor, after: Sequence[Event], name: str) -> Event | None:
-        """Enqueue the upload of the next piece to `out`, bytes on the device, as far as it has been read.
+        """Enqueue the upload of the next range to `out`, bytes on the device, as far as it has been read.
 
         The event of its end, or `None` while some of it is still to be read: call again, with the same
         arguments. `after` and `name` are `Link.upload`'s. Raises `UserError` if the disk fails.
@@ -285,7 +262,7 @@ class DiskBlocks:
         self._reads.append(self._pool.submit(self._read, chunk, slot, sent))
         self._asked += 1
 
-    def _read(self, chunk: _Chunk, slot: int, sent: Event) -> int:
+    def _read(self, chunk: DiskChunk, slot: int, sent: Event) -> int:
         self._link.host_wait(sent)
         if self._delay_s is not None:
             sleep(self._delay_s())
@@ -311,11 +288,11 @@ class DiskBlocks:
         somebody else holds goes to a second file.
         """
         if block not in self._own:
-            self.fold(block, memory)
+            self.write_back(block, memory)
             return
         self._write(block, self._own[block], memory)
 
-    def fold(self, block: int, memory: Tensor) -> None:
+    def write_back(self, block: int, memory: Tensor) -> None:
         """Keep a block, updated, in its second file, and read it from there from now on. As `fill`."""
         if block not in self._second:
             try:
@@ -328,7 +305,7 @@ class DiskBlocks:
         writes: list[Future[None]] = []
         after = self._link.record()
         try:
-            for number, chunk in enumerate(_cut([span], (block, 0, span.num_bytes))):
+            for number, chunk in enumerate(cut([span], (block, 0, span.num_bytes))):
                 slot = number % self._num_slots
                 if number >= self._num_slots:
                     writes[number - self._num_slots].result()
@@ -344,7 +321,7 @@ class DiskBlocks:
             wait_for(writes)
         self._spans[block] = [span]
 
-    def _write_chunk(self, chunk: _Chunk, slot: int, down: Event) -> None:
+    def _write_chunk(self, chunk: DiskChunk, slot: int, down: Event) -> None:
         self._link.host_wait(down)
         chunk.file.write(self._memory[slot][: chunk.read_bytes], chunk.offset_bytes)
 
@@ -369,7 +346,7 @@ class DiskBlocks:
         self._pool = ThreadPoolExecutor(depth, "disk")
         self._clock.take_s()
 
-    def _rate(self, depth: int, chunks: Sequence[_Chunk], order: Iterator[int]) -> float:
+    def _rate(self, depth: int, chunks: Sequence[DiskChunk], order: Iterator[int]) -> float:
         """Bytes per second with `depth` reads in flight."""
         start_s = now_s()
         read_bytes = [0] * depth
@@ -401,50 +378,3 @@ class DiskBlocks:
         spans = [span for spans in self._spans.values() for span in spans]
         for span in (*spans, *self._own.values(), *self._second.values()):
             span.file.close()
-
-
-class _BusyClock:
-    """Adds up the time in which at least one thread is inside."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._since_s = self._sum_s = 0.0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._since_s = now_s()
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._sum_s += now_s() - self._since_s
-
-    def take_s(self) -> float:
-        with self._lock:
-            if self._inside:
-                now = now_s()
-                self._sum_s, self._since_s = self._sum_s + now - self._since_s, now
-            total_s, self._sum_s = self._sum_s, 0.0
-            return total_s
-
-
-def _cut(spans: Iterable[Span], piece: Piece) -> list[_Chunk]:
-    """The chunks of a piece whose block lies in `spans`: none crosses a multiple of `CHUNK_BYTES` in its
-    file, so each fits a slot, and all but the ends are aligned."""
-    block, start, stop = piece
-    chunks: list[_Chunk] = []
-    for span in spans:
-        at, end = max(start, span.start), min(stop, span.start + span.num_bytes)
-        while at < end:
-            offset = span.offset_bytes + at - span.start
-            most = costs.CHUNK_BYTES - offset % costs.CHUNK_BYTES
-            skip = offset % ALIGNMENT_BYTES
-            size = min(most, end - at)
-            chunks.append(_Chunk(block, span.file, offset - skip, skip, size, at - start, last=False))
-            at += size
-    chunks[-1] = replace(chunks[-1], last=True)
-    return chunks

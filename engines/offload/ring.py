@@ -1,17 +1,17 @@
-"""Blocks that stream from host memory, or from disk, through a ring of GPU memory, in pieces smaller than a
+"""Blocks that stream from host memory, or from disk, through a ring of GPU memory, in chunks smaller than a
 block.
 
-A piece is some parts of a block that lie together and cross the link in one copy. It comes up as soon as
-there is room, however far ahead that is, and its room is free once its weights have been read for the last
-time (and, where they were changed and are to be kept, once they have gone down). Rooms are taken in a circle
+A chunk is some parts of a block that lie together and cross the link in one copy. It comes up as soon as
+there is room, however far ahead that is, and its slot is free once its weights have been read for the last
+time (and, where they are written back, once they have gone down). Slots are taken in a circle
 in the order of the copies, so a ring of little more than one block keeps the link busy: while one block
-computes, the next one comes up into the room that the first has already left.
+computes, the next one comes up into the slot that the first has already left.
 
 Streams and events:
-- the compute stream waits for a piece's arrival before it reads it, unless the piece is there already;
-- the upload stream waits, before it writes a room, for the last reader of what was there before;
-- the download stream waits for the kernel that wrote the piece;
-- the upload stream waits, before it reads a piece from the host, for the piece's last download.
+- the compute stream waits for a chunk's arrival before it reads it, unless the chunk is there already;
+- the upload stream waits, before it writes a slot, for the last reader of what was there before;
+- the download stream waits for the kernel that wrote the chunk;
+- the upload stream waits, before it reads a chunk from the host, for the chunk's last download.
 The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
 not been read: `engines.offload.disk`. Blocks on disk are never sent down.
 """
@@ -35,14 +35,14 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
 from engines.transfer.pinned import Progress, host_slabs
 
-PIECE_BYTES = 32_000_000
+UPLOAD_BYTES = 32_000_000
 """Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
 what it costs to start one is nothing beside it. A block of up to twice this size goes in one: where blocks
-are small, the time that the CPU takes for each piece counts."""
+are small, the time that the CPU takes for each chunk counts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Parts `first` to `last` - 1 of a block, and their bytes in its memory."""
 
     block: int
@@ -53,8 +53,8 @@ class Piece:
 
 
 @dataclass(slots=True)
-class _Room:
-    """Where a piece that came up lies. Positions count on and on; their remainder is the place in the
+class _Slot:
+    """Where a chunk that came up lies. Positions count on and on; their remainder is the place in the
     ring."""
 
     ticket: int
@@ -100,19 +100,18 @@ class BlockStream:
         on_host = [i for i in streamed if not self.is_on_disk(i)]
         self._slabs = host_slabs([sizes_bytes[i] for i in on_host], link.device, progress)
         self._host = dict(zip(on_host, self._slabs.views, strict=True))
-        self._pieces = [piece for i in streamed for piece in _cut(i, forms[i])]
-        self._piece_of = {
-            (piece.block, part): number
-            for number, piece in enumerate(self._pieces)
-            for part in range(piece.first, piece.last)
+        self._chunks = [chunk for i in streamed for chunk in _cut(i, forms[i])]
+        self._chunk_of = {
+            (chunk.block, part): number
+            for number, chunk in enumerate(self._chunks)
+            for part in range(chunk.first, chunk.last)
         }
-        room = ring_bytes(list(sizes_bytes.values()))
-        self._ring = torch.empty(room, dtype=torch.uint8, device=link.device)
-        self._ring_bytes = room
+        self._ring_bytes = ring_bytes(list(sizes_bytes.values()))
+        self._ring = torch.empty(self._ring_bytes, dtype=torch.uint8, device=link.device)
         self._disk_bytes = 0
-        """Bytes of the pieces from disk that were computed with, so far."""
+        """Bytes of the chunks from disk that were computed with, so far."""
         if disk is not None:
-            disk.set_order([(p.block, p.start, p.stop) for p in self._pieces if self.is_on_disk(p.block)])
+            disk.set_order([(p.block, p.start, p.stop) for p in self._chunks if self.is_on_disk(p.block)])
         self.rewind()
 
     @property
@@ -122,9 +121,9 @@ class BlockStream:
     @property
     def _ahead_bytes(self) -> int:
         """Bytes on their way up, or up, that nobody has computed with yet."""
-        pieces = (self._pieces[ticket % len(self._pieces)] for ticket in self._arrivals)
+        chunks = (self._chunks[ticket % len(self._chunks)] for ticket in self._arrivals)
         begun_bytes = 0 if self._disk is None else self._disk.begun_bytes
-        return begun_bytes + sum(piece.stop - piece.start for piece in pieces)
+        return begun_bytes + sum(chunk.stop - chunk.start for chunk in chunks)
 
     def moved(self) -> Moved:
         sent_bytes = self._link.h2d_bytes - self._ahead_bytes
@@ -147,7 +146,7 @@ class BlockStream:
         return block in self._on_gpu
 
     def is_on_disk(self, block: int) -> bool:
-        """What is changed of it in a pass is not kept."""
+        """It is never written back in a pass."""
         return self._disk is not None and block in self._disk.blocks
 
     def rewind(self) -> None:
@@ -157,18 +156,18 @@ class BlockStream:
             self._disk.rewind()
         self._pass = 0
         self._next = 0
-        """Ticket of the next copy up: its piece is the remainder by the number of pieces."""
+        """Ticket of the next copy up: its chunk is the remainder by the number of chunks."""
         self._position = 0
-        self._rooms: deque[_Room] = deque()
+        self._slots: deque[_Slot] = deque()
         self._waits: list[Event] = []
         """What the next copy up has to wait for, as far as it is known."""
-        self._by_ticket: dict[int, _Room] = {}
+        self._by_ticket: dict[int, _Slot] = {}
         self._arrivals: dict[int, Event] = {}
         self._left: dict[int, int] = {}
-        """Parts of a piece in use that are still to be read."""
+        """Parts of a chunk in use that are still to be read."""
         self._home: dict[int, Event] = {}
-        """Downloads under way, by piece."""
-        self._keep = False
+        """Downloads under way, by chunk."""
+        self._write_back = False
         self._starved = False
         """The next copy up waits for the disk."""
 
@@ -181,35 +180,36 @@ class BlockStream:
         if block in self._on_gpu:
             yield self._on_gpu[block]
         elif self._disk is not None and block in self._disk.blocks:
-            buffer = self._free_room(block)
+            buffer = self._free_buffer(block)
             yield buffer
             self._disk.fill(block, buffer)
         elif self._link.device.type == "cpu" or block not in self._host:
             yield self._host.get(block, self._ring[:0])
         else:
-            buffer = self._free_room(block)
+            buffer = self._free_buffer(block)
             yield buffer
             self._home = {-1: self._link.download(buffer, self._host[block], after=self._link.record())}
 
-    def _free_room(self, block: int) -> Tensor:
+    def _free_buffer(self, block: int) -> Tensor:
         """The ring's memory for a whole block, while nothing has come up."""
         for event in self._home.values():
             self._link.wait(event)  # HAZARD: the block before is on its way down from here
         return self._ring[: self._forms[block].size_bytes]
 
     @contextmanager
-    def fetched(self, block: int, *, keep: bool) -> Iterator[Tensor]:
-        """A block that is on disk, in bytes on the device, to be read or, with `keep`, changed and kept.
+    def fetched(self, block: int, *, write_back: bool) -> Iterator[Tensor]:
+        """A block that is on disk, in bytes on the device, to be read or, with `write_back`, changed and
+        written to its second file.
 
         Between passes; what has come up is forgotten.
         """
         assert self._disk is not None
         self.rewind()
-        buffer = self._free_room(block)
+        buffer = self._free_buffer(block)
         self._disk.fetch(block, buffer)
         yield buffer
-        if keep:
-            self._disk.fold(block, buffer)
+        if write_back:
+            self._disk.write_back(block, buffer)
         self.rewind()
 
     def at_rest(self, block: int) -> Tensor:
@@ -219,17 +219,17 @@ class BlockStream:
             return self._on_gpu[block]
         return self._host.get(block, self._ring[:0])
 
-    def begin(self, *, keep: bool) -> None:
-        """A visit of the next block begins; with `keep` its changed weights are sent down."""
-        self._keep = keep
+    def begin(self, *, write_back: bool) -> None:
+        """A visit of the next block begins; with `write_back` its changed weights are sent down."""
+        self._write_back = write_back
 
     def end_pass(self) -> None:
         self._pass += 1
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         """See `engines.zeroth_order.perturbed_weights.Source`."""
-        if (block, 0) in self._piece_of:
-            return [(piece.first, piece.last) for piece in self._pieces if piece.block == block]
+        if (block, 0) in self._chunk_of:
+            return [(chunk.first, chunk.last) for chunk in self._chunks if chunk.block == block]
         own = len(self._forms[block].layout.own_parts)
         return [(0, own)] if own else []
 
@@ -239,8 +239,8 @@ class BlockStream:
         start, stop = form.span(first, last)
         if block in self._on_gpu:
             return form.opened(self._on_gpu[block][start:stop], first)
-        number = self._piece_of[block, first]
-        ticket = self._pass * len(self._pieces) + number
+        number = self._chunk_of[block, first]
+        ticket = self._pass * len(self._chunks) + number
         self.prefetch()
         if self._next <= ticket and self._starved and self._disk is not None:
             self._clock.stop()
@@ -248,89 +248,89 @@ class BlockStream:
                 self._disk.wait()
                 self.prefetch()
             self._clock.start()
-        room = self._by_ticket.get(ticket)
-        if room is None:
+        slot = self._by_ticket.get(ticket)
+        if slot is None:
             raise UserError(
                 "the model",
                 f"computes with the weights of block {block} twice in one pass",
                 "use engine mezo, which keeps all weights on the GPU",
             )
-        piece = self._pieces[number]
+        chunk = self._chunks[number]
         if ticket in self._arrivals:
             arrival = self._arrivals.pop(ticket)
             if not self._link.has_happened(arrival):
                 self._clock.stop()
                 self._link.wait(arrival)
                 self._clock.start()
-            self._left[ticket] = piece.last - piece.first
+            self._left[ticket] = chunk.last - chunk.first
             if self.is_on_disk(block):
-                self._disk_bytes += piece.stop - piece.start
-        begin = room.begin % self._ring_bytes - piece.start
+                self._disk_bytes += chunk.stop - chunk.start
+        begin = slot.begin % self._ring_bytes - chunk.start
         return form.opened(self._ring[begin + start : begin + stop], first)
 
     def done(self, block: int, first: int, last: int) -> None:
         """See `engines.zeroth_order.perturbed_weights.Source`."""
         if block in self._on_gpu:
             return
-        number = self._piece_of[block, first]
-        ticket = self._pass * len(self._pieces) + number
+        number = self._chunk_of[block, first]
+        ticket = self._pass * len(self._chunks) + number
         self._left[ticket] -= last - first
         if self._left[ticket]:
             return
         del self._left[ticket]
-        room = self._by_ticket.pop(ticket)
+        slot = self._by_ticket.pop(ticket)
         last_use = self._link.record()
-        if self._keep:
-            piece = self._pieces[number]
-            begin = room.begin % self._ring_bytes
-            memory = self._ring[begin : begin + piece.stop - piece.start]
-            host = self._host[block][piece.start : piece.stop]
+        if self._write_back:
+            chunk = self._chunks[number]
+            begin = slot.begin % self._ring_bytes
+            memory = self._ring[begin : begin + chunk.stop - chunk.start]
+            host = self._host[block][chunk.start : chunk.stop]
             last_use = self._home[number] = self._link.download(
                 memory, host, after=last_use, name=f"block {block}"
             )
-        room.released = (last_use,)
+        slot.released = (last_use,)
         self.prefetch()
 
     def prefetch(self) -> None:
         """Send up what there is room for, also of the next pass."""
         self._starved = False
-        while self._pieces and self._upload_next():
+        while self._chunks and self._upload_next():
             continue
 
     def _upload_next(self) -> bool:
-        number = self._next % len(self._pieces)
-        piece = self._pieces[number]
-        if self._next - len(self._pieces) in self._by_ticket:
+        number = self._next % len(self._chunks)
+        chunk = self._chunks[number]
+        if self._next - len(self._chunks) in self._by_ticket:
             return False  # a small model: what came up in this pass is not done, and may yet go down
-        size = piece.stop - piece.start
+        size = chunk.stop - chunk.start
         begin = self._position
         if begin % self._ring_bytes + size > self._ring_bytes:
-            begin += -begin % self._ring_bytes  # a room does not wrap around the ring's end
-        while self._rooms and self._rooms[0].begin + self._ring_bytes < begin + size:
-            events = self._rooms[0].released
+            begin += -begin % self._ring_bytes  # a slot does not wrap around the ring's end
+        while self._slots and self._slots[0].begin + self._ring_bytes < begin + size:
+            events = self._slots[0].released
             if events is None:
                 return False
             # HAZARD: kept until the upload is made, which may be at a later attempt.
             self._waits += events
-            self._rooms.popleft()
+            self._slots.popleft()
         if number in self._home:
             # HAZARD: its download must have ended, or the old weights come up.
             self._waits.append(self._home.pop(number))
         place = begin % self._ring_bytes
-        out, name = self._ring[place : place + size], f"block {piece.block}"
-        if self._disk is not None and self.is_on_disk(piece.block):
+        out, name = self._ring[place : place + size], f"block {chunk.block}"
+        if self._disk is not None and self.is_on_disk(chunk.block):
             arrival = self._disk.send(out, self._waits, name)
             if arrival is None:
                 self._starved = True
                 return False
         else:
-            host = self._host[piece.block][piece.start : piece.stop]
+            host = self._host[chunk.block][chunk.start : chunk.stop]
             arrival = self._link.upload(host, out, after=self._waits, name=name)
         self._arrivals[self._next] = arrival
         self._waits = []
-        room = _Room(self._next, begin)
-        self._rooms.append(room)
-        self._by_ticket[self._next] = room
+        slot = _Slot(self._next, begin)
+        self._slots.append(slot)
+        self._by_ticket[self._next] = slot
         self._next += 1
         self._position = begin + size
         return True
@@ -341,13 +341,13 @@ class BlockStream:
         self._slabs.close()
 
 
-def _cut(block: int, form: BlockForm) -> Iterator[Piece]:
-    """Pieces of a block, of whole parts; a small block is one."""
+def _cut(block: int, form: BlockForm) -> Iterator[Chunk]:
+    """Chunks of a block, of whole parts; a small block is one."""
     own = len(form.layout.own_parts)
-    whole = form.size_bytes <= 2 * PIECE_BYTES
+    whole = form.size_bytes <= 2 * UPLOAD_BYTES
     first = 0
     for last in range(1, own + 1):
         start, stop = form.span(first, last)
-        if (stop - start >= PIECE_BYTES and not whole) or last == own:
-            yield Piece(block, first, last, start, stop)
+        if (stop - start >= UPLOAD_BYTES and not whole) or last == own:
+            yield Chunk(block, first, last, start, stop)
             first = last

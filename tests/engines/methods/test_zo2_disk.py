@@ -458,7 +458,7 @@ def test_equals_mezo_on_the_gpu(
     """With a link and a disk that are late at random, in pieces smaller than a block."""
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
-    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)
     monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
     steps = LOG_CAPACITY + 26
     where = context("cuda:0", dtype, steps)

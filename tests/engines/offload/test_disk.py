@@ -52,7 +52,7 @@ def blocks_on(folder: Path, sizes: dict[int, int], **how: Any) -> DiskBlocks:
     return DiskBlocks(sizes, folder, Link(CPU), lambda *_: None, **how)
 
 
-def whole(sizes: dict[int, int]) -> list[disk.Piece]:
+def whole(sizes: dict[int, int]) -> list[disk.ByteRange]:
     return [(index, 0, size) for index, size in sizes.items()]
 
 
@@ -93,7 +93,7 @@ def test_pieces_of_any_size_come_up_in_order_pass_after_pass(
     sizes = {3 * number: sum(pieces) for number, pieces in enumerate(cuts)}
     delays = random.Random(seed)
     blocks, contents = filled(tmp_path, sizes, delay_s=lambda: delays.choice((0.0, 0.0, 0.001)))
-    order: list[disk.Piece] = []
+    order: list[disk.ByteRange] = []
     for index, pieces in zip(sizes, cuts, strict=True):
         start = 0
         for size in pieces:
@@ -171,11 +171,11 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
 
 def test_a_second_file_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     sizes = {0: 20_000, 1: 9_000}
-    blocks, contents = filled(tmp_path, sizes, folds=sizes)
+    blocks, contents = filled(tmp_path, sizes, written_back=sizes)
     base = blocks._own[0]
     changed = values(sizes[0], seed=77)
     blocks.rewind()
-    blocks.fold(0, changed)
+    blocks.write_back(0, changed)
     blocks.rewind()
     assert torch.equal(next_piece(blocks, sizes[0]), changed)
     assert torch.equal(next_piece(blocks, sizes[1]), contents[1])
@@ -227,7 +227,7 @@ def test_a_block_in_a_file_of_somebody_else_is_read_there(tmp_path: Path) -> Non
     for _ in range(2):
         assert torch.equal(next_piece(blocks, start), expected)
     blocks.rewind()
-    blocks.fold(0, expected.flip(0))
+    blocks.write_back(0, expected.flip(0))
     blocks.rewind()
     assert torch.equal(next_piece(blocks, start), expected.flip(0))
     blocks.close()
@@ -319,7 +319,7 @@ def test_a_disk_that_is_full_while_it_is_written_is_told(
 def test_a_disk_that_is_too_small_is_refused_with_what_is_missing(tmp_path: Path, folds: bool) -> None:
     size = 10**15
     with pytest.raises(InfeasiblePlan) as refused:
-        blocks_on(tmp_path, {0: size, 1: size}, folds=range(2) if folds else ())
+        blocks_on(tmp_path, {0: size, 1: size}, written_back=range(2) if folds else ())
     told = str(refused.value)
     needed = (4 if folds else 2) * size
     assert f"2 blocks take {needed / 1e9:.3g} GB" in told

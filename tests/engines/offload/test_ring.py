@@ -112,7 +112,7 @@ def test_every_visit_finds_what_the_last_one_stored(
     layouts = [layout_of(sizes) for sizes in blocks]
     resident = {index for index in resident if index < len(blocks)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring, "PIECE_BYTES", 4 * piece_elements)
+        patch.setattr(ring, "UPLOAD_BYTES", 4 * piece_elements)
         patch.setattr(ring, "ring_bytes", lambda sizes: 4 * int(ring_share * max(sizes, default=0) / 4))
         link = LazyLink()
         stream = BlockStream(forms_of(layouts), frozenset(resident), link, ComputeClock(CPU), lambda *_: None)
@@ -127,7 +127,7 @@ def test_every_visit_finds_what_the_last_one_stored(
             link.crossed.clear()
             for index, layout in enumerate(layouts):
                 stores = turn[index]
-                stream.begin(keep=stores and not stream.is_resident(index))
+                stream.begin(write_back=stores and not stream.is_resident(index))
                 for part, own in enumerate(layout.parts):
                     weight = stream.take(index, part, part + 1)
                     assert torch.equal(weight, expected[index][own.start : own.start + own.size])
@@ -147,7 +147,7 @@ def test_every_visit_finds_what_the_last_one_stored(
 def test_every_byte_comes_up_once_in_a_pass() -> None:
     layouts = [layout_of([8, 16, 12]) for _ in range(4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring, "PIECE_BYTES", 64)
+        patch.setattr(ring, "UPLOAD_BYTES", 64)
         patch.setattr(ring, "ring_bytes", lambda sizes: max(sizes) * 5 // 4 // 4 * 4)
         link = LazyLink()
         stream = BlockStream(forms_of(layouts), frozenset(), link, ComputeClock(CPU), lambda *_: None)
@@ -155,7 +155,7 @@ def test_every_byte_comes_up_once_in_a_pass() -> None:
             before = link.crossed["up"]
             stream.prefetch()
             for index in range(4):
-                stream.begin(keep=False)
+                stream.begin(write_back=False)
                 for first, last in stream.spans(index):
                     stream.take(index, first, last)
                     stream.done(index, first, last)
@@ -167,7 +167,7 @@ def test_weights_that_are_gone_are_refused_in_one_line() -> None:
     layouts = [layout_of([64]), layout_of([64])]
     stream = BlockStream(forms_of(layouts), frozenset(), Link(CPU), ComputeClock(CPU), lambda *_: None)
     stream.prefetch()
-    stream.begin(keep=False)
+    stream.begin(write_back=False)
     stream.take(0, 0, 1)
     stream.done(0, 0, 1)
     with pytest.raises(UserError, match="weights of block 0 twice"):

@@ -502,7 +502,7 @@ def test_equals_mezo_on_the_gpu(
     """As for a full base: small pieces, a small ring, and a link that is held up at random."""
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
-        monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 3000)
+        monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 3000)
         monkeypatch.setattr(
             "engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512
         )

@@ -161,7 +161,7 @@ def test_equals_mezo_on_the_gpu(
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     monkeypatch.setattr("engines.zeroth_order.deferred_updates.LOG_CAPACITY", 9)
-    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 3000)
+    monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 3000)
     monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
     where, knobs = context("cuda:0", "bf16"), CASES[case]
     delays = random.Random(3)

@@ -348,7 +348,7 @@ def test_zo2_and_mezo_agree_on_the_gpu(
     family: str, graphs: bool, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link held up at random, blocks in small pieces, between training steps."""
-    monkeypatch.setattr("engines.offload.ring.PIECE_BYTES", 500)
+    monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     where = context("cuda:0", dtype)
