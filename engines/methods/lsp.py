@@ -51,6 +51,8 @@ Deviations from the paper, and choices where it is silent:
 - The update is computed in fp32 and rounded once into the weight's dtype, for bf16 stochastically by default
   (`engines.noise.stochastic_rounding`): there is no fp32 master copy. P dS is rounded to bf16 there, and so
   is dS on the wire.
+
+Longer than 400 lines: a step and the life around it are read beside Algorithm 1 in one piece.
 """
 
 from __future__ import annotations
