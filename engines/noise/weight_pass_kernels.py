@@ -10,7 +10,7 @@ One program takes one tile: a lane's four normals belong to the four rows of the
 and store is of consecutive elements and nothing is moved between threads. Of signs a thread has those of 8
 neighbours in each half of the tile, which it loads and stores in one go.
 
-Longer than 400 lines: both kinds of noise, with and without updates, are one arithmetic, compared line by line.
+Longer than 400 lines: both kinds of noise, with and without updates, are one arithmetic.
 """
 
 from __future__ import annotations
