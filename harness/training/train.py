@@ -4,6 +4,8 @@ What lies in `<out>`: `job.toml` and `engine.json` (what is trained, and how), `
 step, `step` being the number of steps done, and a line per evaluation), `updates.log` of a zeroth-order
 method (`harness.training.update_log`), `checkpoints/` (the newest full one), `model/` (the export), and
 `trace.json` where that was asked for (what each stream did).
+
+Longer than 400 lines: claiming a folder, training in it and reading it back are one promise.
 """
 
 from __future__ import annotations

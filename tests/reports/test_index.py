@@ -147,10 +147,10 @@ def test_settings_that_make_another_method_are_told_and_drawn_apart(tmp_path: Pa
 
 
 def test_a_setting_that_is_gone_still_makes_another_method(tmp_path: Path) -> None:
-    job = make_test_job(settings={"zo2": {"layer_share": 0.5, "queries": 2}})
-    write_folder(tmp_path / "old", [make_run("zo2", job=job)], job=job)
+    plan = make_plan("zo2", settings={"layer_share": 0.5, "queries": 2})
+    write_folder(tmp_path / "old", [make_run("zo2", plan=plan)])
     page, _ = write_index(tmp_path)
-    assert "| zo2, queries=2, layer_share=0.5 | " in page.read_text()
+    assert "| zo2, layer_share=0.5, queries=2 | " in page.read_text()
 
 
 def test_a_folder_without_a_report_is_linked_itself(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from projector_gradients import Source
 from tiny_models import tiny_batches, tiny_blueprint
 
 ROOT = Path(__file__).parents[2]
-STORED = ROOT / "tests" / "benchmarks" / "estimators" / "estimators.json"
+STORED = ROOT / "tests" / "studies" / "estimators" / "estimators.json"
 
 
 def tiny_source() -> Source:

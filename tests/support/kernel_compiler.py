@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[2]
 MODULES = tuple(
     sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (ROOT / "engines").rglob("*_kernels.py")
+        for path in (ROOT / "engines").rglob("*.py")
+        if "import triton.language" in path.read_text(encoding="utf-8")
     )
 )
 

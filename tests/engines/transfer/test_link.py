@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engines.transfer import link, pinned
+from engines.transfer import pinned
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Link
 from engines.transfer.pinned import HostSlab, PageableMemoryWarning, host_slabs
@@ -39,7 +39,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     module = SimpleNamespace(
         init=lambda: None, cudart=lambda: runtime, device=lambda device: contextlib.nullcontext()
     )
-    monkeypatch.setattr(link, "_cuda", module)
+    monkeypatch.setattr(pinned, "torch_cuda", module)
     monkeypatch.setattr(pinned, "_clear_cuda_error", lambda device: None)
     monkeypatch.setattr(pinned, "TOUCH_PIECE_BYTES", PAGE_BYTES)
     return runtime

@@ -22,7 +22,7 @@ from engines.errors import UserError
 from engines.model.blocks import find_blocks, materialize
 from engines.subspace.cores import IdleMatrixWarning
 from harness.data.batches import make_data
-from harness.models import export, meta, weights
+from harness.models import export, weights
 from harness.models.auto_classes import auto_class
 from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
 from harness.models.configs import NAMED_SHAPES
@@ -411,7 +411,7 @@ def test_a_checkpoint_that_is_the_models_own_is_read_where_it_lies(
         extra_files=[],
         shard_bytes=50_000 if shards else 10**9,
     )
-    monkeypatch.setattr(meta, "checkpoint_weights", None)
+    monkeypatch.setattr("harness.models.blueprint.checkpoint_weights", None)
     source = config_folder(tmp_path / "model", {**random.config.to_dict()})
     stored = blueprint_of(source, random_weights=False)
     for path, value in filled(stored).items():
