@@ -13,6 +13,7 @@ takes it at once, the blocks in their next visits.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -138,7 +139,7 @@ class BlockStore(Source, Protocol):
         """Stop threads and free pinned memory. May be called twice."""
 
 
-class ZerothOrder:
+class ZerothOrder(ABC):
     """MeZO (Malladi et al., arXiv 2305.17333, algorithm 1) over the blocks of a `BlockStore`.
 
     An engine gives its store in `_make_blocks`.
@@ -154,9 +155,10 @@ class ZerothOrder:
         self._clocks = clocks
         self._blocks: BlockStore | None = None
 
+    @abstractmethod
     def _make_blocks(self, forms: Sequence[BlockForm], updates: DeferredUpdates) -> BlockStore:
-        """Raises `InfeasiblePlan` if there is too little memory for blocks of these `forms`."""
-        raise NotImplementedError
+        """The store of this engine. Raises `InfeasiblePlan` if there is too little memory for blocks of these
+        `forms`."""
 
     @staticmethod
     def why_not_available() -> str | None:
