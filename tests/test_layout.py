@@ -356,6 +356,19 @@ OWN_FILES = {"engines.methods", "engines.settings", "engines.costs", "profiles.p
 """Rooms where a module of its own may name its method."""
 NAMED = {
     "engines.zeroth_order.checkpoint -> mezo": "the algorithm, in the format of checkpoints",
+    **dict.fromkeys(
+        (
+            f"engines.{module} -> lora"
+            for module in (
+                "costs.mezo",
+                "model.flat_layout",
+                "settings.zeroth_order",
+                "zeroth_order.checkpoint",
+                "zeroth_order.lora",
+            )
+        ),
+        "a value of `train`: the same adapters, learnt without gradients",
+    ),
 }
 """`module -> engine` that is none of the above, and why."""
 
