@@ -12,7 +12,7 @@ from engines import YARDSTICK
 from engines.errors import UserError
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
-from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, lay_out
+from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
@@ -204,7 +204,7 @@ def _markdown_lines(columns: Sequence[Column[RowT]], rows: Sequence[RowT]) -> It
     """A table; nothing where it has no row."""
     if not rows:
         return
-    here, cells = lay_out(columns, rows)
+    here, cells = table_cells(columns, rows)
     yield f"| {' | '.join(say(f'index.{column.key}') for column in here)} |"
     yield f"| {' | '.join('---:' if column.unit.is_numeric else '---' for column in here)} |"
     for row in cells:

@@ -384,3 +384,44 @@ def test_a_name_of_an_engine_stands_in_the_table_and_its_own_files() -> None:
 
 def test_the_table_of_engines_imports_errors_alone() -> None:
     assert {taken for taken, _ in imports(modules()["engines"])} == {"engines.errors"}
+
+
+TWICE = {
+    "choose": "one planner per method, called through its row",
+    "traffic": "one per method, called through its row",
+    "philox_words": "the integers that the tests compare: by torch and by the kernel",
+    "main": "entry points, of the program and of its child",
+    "recommend": "the command and what it calls",
+    "add_low_rank": "on the host and as a kernel",
+    "copy_bytes_per_s": "the same figure of the GPU and of the host's memory",
+    "matmul_flops": "the same figure of the GPU and of the CPU",
+}
+"""Public names that are right in more than one module, and why."""
+
+
+def _public(tree: ast.Module) -> Iterator[str]:
+    """Classes, functions and aliases of types that a module defines at its top."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            name = node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if not name[0].isupper() or name.isupper():
+                continue
+        else:
+            continue
+        if not name.startswith("_"):
+            yield name
+
+
+def defined_twice(sources: dict[str, Path]) -> dict[str, list[str]]:
+    """Public names of more than one module. A module and its kernels (`x`, `x_kernels`) count as one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for module, path in sources.items():
+        for name in _public(ast.parse(path.read_text(encoding="utf-8"))):
+            found[name].add(module.removesuffix("_kernels"))
+    return {name: sorted(where) for name, where in found.items() if len(where) > 1}
+
+
+def test_a_public_name_means_one_thing() -> None:
+    assert set(defined_twice(modules())) == set(TWICE)

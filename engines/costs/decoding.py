@@ -189,4 +189,4 @@ def _gpu_memory_bytes(
     }
     at_head = {**kept, "activations": 3 * hidden, "logits": _logits_bytes(shape, decoding)}
     decoding_step = {**kept, "activations": repeated, "logits": 0}
-    return transformer.largest([in_block, at_head, decoding_step])
+    return transformer.peak_moment([in_block, at_head, decoding_step])

@@ -87,7 +87,7 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
     return moved[places].view(*indices.shape, width)
 
 
-def tiles(
+def tile_noise(
     how: Visit, number: int, step: int, first: int, last: int, device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Noise of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)

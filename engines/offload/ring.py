@@ -33,7 +33,7 @@ from engines.offload.disk import DiskBlocks
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import Progress, host_slabs
+from engines.transfer.pinned import ReportProgress, host_slabs
 
 UPLOAD_BYTES = 32_000_000
 """Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
@@ -84,7 +84,7 @@ class BlockStream:
         resident: frozenset[int],
         link: Link,
         clock: ComputeClock,
-        progress: Progress,
+        progress: ReportProgress,
         disk: DiskBlocks | None = None,
     ) -> None:
         self._link = link

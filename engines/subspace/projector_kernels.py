@@ -37,7 +37,7 @@ COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ProgramSizes:
     """Of a program."""
 
     edge: int
@@ -45,7 +45,7 @@ class Sizes:
     warps: int
 
 
-SIZES = {2: Sizes(edge=64, warps=4), 4: Sizes(edge=32, warps=8)}
+SIZES = {2: ProgramSizes(edge=64, warps=4), 4: ProgramSizes(edge=32, warps=8)}
 """By bytes of an element. In fp32 no tensor core multiplies exactly: values are in registers then, and with
 64 x 64 of them the compiler ran out (up to 6 kB of a thread's 255 registers were spilled)."""
 

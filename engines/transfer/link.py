@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engines.shapes import Direction
 from engines.transfer.clock import compute_stream, now_s, take_ended_s, torch_cuda
-from engines.transfer.throttle import Direction, GpuPace, HostPace
+from engines.transfer.throttle import GpuPace, HostPace
 
 if TYPE_CHECKING:
     from engines.base import LinkRates

@@ -278,7 +278,9 @@ class LowRank:
         key = NoiseKey(seed=seed, step=window, tensor=matrix.number)
         stochastic = self._rounding == "stochastic"
         if weight.dtype == torch.uint8:
-            quantized_pass.add_low_rank(weight, self._base, rows, columns, key, stochastic=stochastic)
+            quantized_pass.add_low_rank_to_tiles(
+                weight, self._base, rows, columns, key, stochastic=stochastic
+            )
         else:
             add_low_rank(weight, rows, columns, key, stochastic=stochastic)
 

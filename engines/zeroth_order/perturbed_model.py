@@ -52,7 +52,7 @@ from engines.zeroth_order.lora import Adapters, columns_first, is_linear
 from engines.zeroth_order.low_rank_noise import LowRank
 from engines.zeroth_order.paired_batch import halved, join_calls, stack
 from engines.zeroth_order.perturbed_weights import BlockScratch
-from engines.zeroth_order.units import Unit, block_units, has_no_bias, places_in, swapped, without_bias
+from engines.zeroth_order.units import ModuleUnit, block_units, has_no_bias, places_in, swapped, without_bias
 
 GRAPH_SCRATCH_BYTES = 400_000_000
 """Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
@@ -288,7 +288,7 @@ class PerturbedModel:
         finally:
             self._in_tail = False
 
-    def _block_forward(self, unit: Unit) -> Callable[..., Any]:
+    def _block_forward(self, unit: ModuleUnit) -> Callable[..., Any]:
         module = unit.module
         original = module.forward
         scratch = self.scratch

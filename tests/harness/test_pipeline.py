@@ -13,7 +13,7 @@ from tiny_machine import make_machine
 
 from harness.cli import app
 from harness.data.tokenized import load_tokenized
-from harness.pipeline import Sweep, job_arguments, measure, prepare
+from harness.pipeline import Sweep, job_arguments, measure_plans, prepare
 from harness.records.job import DataSource, Job, make_job
 from profiles.machine import save_machine
 
@@ -67,7 +67,7 @@ def test_the_runs_of_a_sweep_read_its_data_from_one_file(
     )  # fmt: skip
     ready = prepare(job, sweep)
     assert not sweep.out.exists()
-    measure(ready, sweep, lambda event: None)
+    measure_plans(ready, sweep, lambda event: None)
     assert len(seen) == 1
     assert not seen[0].parent.exists()
     drawn = prepare(replace(job, data=DataSource(train="random")), sweep)
