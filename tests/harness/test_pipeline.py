@@ -52,14 +52,14 @@ def test_the_runs_of_a_sweep_read_its_data_from_one_file(
     save_machine(make_machine(gpu=False), tmp_path / "machine.json")
     seen: list[Path] = []
 
-    def compare(*_: Any, before_first: Any, data_file: Path, **__: Any) -> list[Any]:
+    def pretend(*_: Any, before_first: Any, data_file: Path, **__: Any) -> list[Any]:
         before_first()
         assert data_file.is_absolute()
         seen.append(data_file)
         assert load_tokenized(data_file).description.startswith("built-in reviews")
         return []
 
-    monkeypatch.setattr("harness.pipeline.compare", compare)
+    monkeypatch.setattr("harness.pipeline.run_sweep", pretend)
     job = make_job({"model": MODEL, "seq_len": 32, "batch_size": 2, "dtype": "fp32"}, "test job")
     sweep = Sweep(
         engines=["native"], out=tmp_path / "out", profile=tmp_path / "machine.json",
