@@ -39,7 +39,7 @@ ABOUT = "about.txt"
 """In a published folder: a sentence on what it is for."""
 
 
-class Entry(Protocol):
+class IndexRow(Protocol):
     """A row of the page."""
 
     @property
@@ -50,7 +50,7 @@ class Entry(Protocol):
     def began(self) -> str: ...
 
 
-EntryT = TypeVar("EntryT", bound=Entry)
+IndexRowT = TypeVar("IndexRowT", bound=IndexRow)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,9 +171,9 @@ def variant(run: Run) -> str:
     return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
-def newest(found: Sequence[EntryT]) -> list[EntryT]:
+def newest(found: Sequence[IndexRowT]) -> list[IndexRowT]:
     """Of those that measure the same, the latest. In the order of `found`."""
-    latest: dict[tuple[object, ...], EntryT] = {}
+    latest: dict[tuple[object, ...], IndexRowT] = {}
     for each in found:
         if (before := latest.get(each.subject)) is None or before.began <= each.began:
             latest[each.subject] = each
@@ -218,7 +218,7 @@ def overview(found: Sequence[Published]) -> str:
     return charts.standalone(drawn)
 
 
-def _newest_first(columns: Sequence[Column[EntryT]], found: Sequence[EntryT]) -> Iterator[str]:
+def _newest_first(columns: Sequence[Column[IndexRowT]], found: Sequence[IndexRowT]) -> Iterator[str]:
     """A table of the newest, then one of what they took the place of, folded away."""
     latest = newest(found)
     yield from _markdown_lines(columns, latest)
