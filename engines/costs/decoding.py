@@ -47,7 +47,7 @@ class Decoding:
 
     @property
     def cache_tokens(self) -> int:
-        """As `engines.zeroth_order.generation.GenerationRequest.cache_tokens`."""
+        """Positions of each sequence whose keys and values are kept: all but that of the last token."""
         return self.prompt_tokens + self.new_tokens - 1
 
     @property

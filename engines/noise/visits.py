@@ -68,7 +68,7 @@ class DeviceUpdateLog:
         return [found for i in range(first, last) if (found := self._updates[i % LOG_CAPACITY]) is not None]
 
     def in_fp32(self, first: int, last: int) -> list[Entry]:
-        """As `between`, with rates as the table has them."""
+        """Those updates with rates rounded to fp32. Raises `ValueError` for one that is gone."""
         return [_in_fp32(update) for update in self.between(first, last)]
 
 

@@ -99,7 +99,7 @@ def tile_noise(
 def _draw(
     how: Visit, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `engines.noise.philox.draw_normals`, of the noise that is wanted."""
+    """Normals or signs of all pieces, (count,) fp32; 16 random bits each, (count,) int32, if wanted."""
     draw = draw_signs if how.noise == "rademacher" else draw_normals
     return draw(how.seed, step, pieces, device, uniform=uniform)
 

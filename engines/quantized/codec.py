@@ -150,8 +150,7 @@ def encode(w: Tensor, scales: Tensor, base: Base, uniform: Tensor | None) -> Ten
 
 
 def _encode_fp8(w: Tensor, scales: Tensor, uniform: Tensor | None) -> Tensor:
-    """As `engines.noise.weight_pass.dither`: random bits below the last place that stays, then the rest cut
-    off."""
+    """Codes of fp8: random bits (or a half) added below the last place, and what is below cut off."""
     size = (w * (0x7F000000 - scales.view(torch.int32)).view(torch.float32)).abs()
     lift = torch.where(size < FP8_NORMAL, FP8_NORMAL, 0.0)
     added = 1 << 19 if uniform is None else (uniform << 4) + 8

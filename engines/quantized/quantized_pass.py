@@ -100,8 +100,8 @@ def _visit_one(
 def add_low_rank_to_tiles(
     records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
 ) -> None:
-    """As `engines.zeroth_order.low_rank_noise.add_low_rank`, for a matrix in records, with the bits of
-    `key`'s rounding stream.
+    """Add the sum over k of rows[k] x columns[k], (rank, m) and (rank, n) fp32, to an (m, n) matrix in
+    records, in place, with the bits of `key`'s rounding stream where `stochastic`.
 
     The sum is rounded to the grid once.
     """

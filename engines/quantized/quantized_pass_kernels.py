@@ -48,7 +48,7 @@ _FORMS: dict[Base, int] = {"int4": 0, "int8": 1, "fp8": 2}
 
 @triton.jit
 def _decoded(code, scale, FORM: tl.constexpr):
-    """As `codec.decode_codes`; `code` has its unsigned bits in an int32."""
+    """What codes stand for, in fp32: `codec.decode_codes`. `code` has its unsigned bits in an int32."""
     if FORM == _FP8:
         half = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
         return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * scale
@@ -59,7 +59,7 @@ def _decoded(code, scale, FORM: tl.constexpr):
 
 @triton.jit
 def _encoded(w, scale, uniform, STOCHASTIC: tl.constexpr, FORM: tl.constexpr):
-    """As `base_format.encode`, line by line."""
+    """Codes of fp32 `w` at their `scale`: what `codec.encode` does, line by line."""
     if FORM == _FP8:
         inverse = (-scale.to(tl.int32, bitcast=True) + 0x7F000000).to(tl.float32, bitcast=True)
         size = tl.abs(w * inverse)

@@ -180,7 +180,7 @@ class Link:
         return self.cut_busy()()
 
     def cut_busy(self) -> Callable[[], tuple[float | None, float | None]]:
-        """As `take_busy_s` of the copies that were begun so far, when called: see `ComputeClock.cut`."""
+        """What tells, asked later, the busy seconds (up, down) of the copies that were begun so far."""
         if not self._is_cuda:
             return lambda: (None, None)
         with self._lock:

@@ -248,7 +248,7 @@ class LowRank:
 
     @contextmanager
     def on_side(self, side: int) -> Iterator[None]:
-        """As `engines.zeroth_order.lora.Adapters.on_side`."""
+        """Within it a perturbed pass is that of side 0 (plus) or 1 (minus) alone, not both stacked."""
         before, self._now = self._now, (PLUS, MINUS)[side]
         try:
             yield

@@ -176,7 +176,7 @@ class PerturbedModel:
         self.scratch.end()
 
     def enter_all_plain(self, batches: Sequence[Prepared]) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
-        """As `enter_all`, one pass each with theta itself."""
+        """Every micro-batch's hidden state before the first block and its blocks' calls, at theta."""
         if self._graphs is None:
             self.scratch.take_form(whole=len(batches) > 1, sides=1)
         entered = [self._record(batch, Side.PLAIN) for batch in batches]
@@ -185,8 +185,7 @@ class PerturbedModel:
     def enter_cached(
         self, inputs: Mapping[str, Tensor], cache: Any, *, padded: bool
     ) -> tuple[Tensor, Sequence[BlockCall]]:
-        """As `enter_all_plain` of one batch that goes on from what is in the key-value `cache`. Its blocks
-        add to that."""
+        """Likewise of a batch that goes on from the key-value `cache`, to which its blocks add."""
         if self._graphs is None:
             self.scratch.take_form(whole=False, sides=1)
         self._side = Side.PLAIN

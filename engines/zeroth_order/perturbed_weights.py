@@ -45,8 +45,8 @@ class BlockScratch:
         self._outer = outer
         self._clock = clock
         self.fold: Callable[[str, Tensor, int, int], None] | None = None
-        """Adds to a tensor, by its first name, in its flat memory or its records, what its window has
-        gathered; by the window and the seed."""
+        """(name, memory, window, seed): adds what the window has gathered to the tensor of that first name,
+        in its flat memory or its records."""
         for unit in units:
             used = {name for _, _, name in unit.places}
             parts = layout.blocks[unit.block].parts
@@ -95,7 +95,7 @@ class BlockScratch:
                 )
 
     def _whole_places(self) -> tuple[dict[tuple[int, int], int], int]:
-        """As the block's own memory has it, then what it shares; and the elements that takes."""
+        """Places of each block's parts, its own as in its memory, then those it shares; elements in all."""
         places: dict[tuple[int, int], int] = {}
         size = 0
         for number, block in enumerate(self._layout.blocks):
@@ -321,7 +321,7 @@ class BlockScratch:
         trained: bool,
         store: bool,
     ) -> None:
-        """As `_write`, of low-bit matrices."""
+        """Make the perturbed weights of matrices in 8 or 4 bits, and store their update if `store`."""
         assert self._task is not None
         self._clock.start()
         if not trained:

@@ -87,7 +87,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it. "
+        help="A setting of an engine: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it. "
         "`engines` lists them; which go together stands in README.md.",
     ),
 ]

@@ -128,7 +128,7 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
 
 
 def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
-    """See `Prediction.floor_s`; `None` if the profile lacks a figure for it."""
+    """Seconds of a step whose slowest resource never waited; `None` if the profile lacks a figure for it."""
     efficiency = CPU_MATMUL_EFFICIENCY if machine.gpu is None else GPU_MATMUL_EFFICIENCY
     least = LayerTraffic(
         name="least",
