@@ -215,4 +215,4 @@ def _gpu_memory(
             "scratch": largest,
         },
     )
-    return transformer.largest([{**held, **moment} for moment in moments])
+    return transformer.peak_moment([{**held, **moment} for moment in moments])

@@ -86,4 +86,4 @@ def training_memory(
         "activations": transformer.backward_activation_bytes(shape, workload, compiled=compiled),
         "logits": 0,
     }
-    return transformer.largest([at_loss, at_end])
+    return transformer.peak_moment([at_loss, at_end])

@@ -316,6 +316,6 @@ def _logits_at_once(shape: ModelShape, workload: Workload) -> tuple[int, int]:
     return rows, min(HEAD_TOKENS, workload.batch_size * workload.seq_len)
 
 
-def largest(moments: Sequence[dict[str, int]]) -> dict[str, int]:
+def peak_moment(moments: Sequence[dict[str, int]]) -> dict[str, int]:
     """The moment of a step that holds most memory; its kinds add up to the peak."""
     return max(moments, key=lambda kinds: sum(kinds.values()))

@@ -90,6 +90,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, stored_transposed:
 
 
 class _Linear(torch.autograd.Function):
+    """y = x W^T + b for x (..., in): hands dY (tokens, out) to the collector in place of forming dW."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -24,7 +24,7 @@ from engines.costs.table import traffic
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload
-from profiles.machine import Figure, Gpu, Link, Machine, absent
+from profiles.machine import Figure, Gpu, LinkFigures, Machine, absent
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
@@ -287,7 +287,7 @@ def _with_spread(gpu: Gpu, spread: float) -> Gpu:
     return replace(gpu, **rates)
 
 
-def _figures(part: Gpu | Link) -> list[str]:
+def _figures(part: Gpu | LinkFigures) -> list[str]:
     """The names of its figures that are there."""
     found = {field.name: getattr(part, field.name) for field in fields(part)}
     return [name for name, value in found.items() if isinstance(value, Figure) and value.value is not None]
