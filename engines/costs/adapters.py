@@ -29,7 +29,7 @@ DEQUANTIZE_BYTES = 2 + 0.5
 """Memory traffic of making one weight wide, beside reading it in the product."""
 
 
-def adapter_parameters(shape: ModelShape, settings: LoraSettings) -> int:
+def _trained_of_block(shape: ModelShape, settings: LoraSettings) -> int:
     """Of one block."""
     adapted = (m for m in shape.matrices if settings.adapts(m.name.removesuffix(".weight")))
     return sum(settings.r * (m.rows + m.columns) for m in adapted)
@@ -53,7 +53,7 @@ def _traffic(
     shape: ModelShape, workload: Workload, settings: LoraSettings, matrix_bytes: float, wide: int
 ) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
-    adapters = adapter_parameters(shape, settings)
+    adapters = _trained_of_block(shape, settings)
     adapted = [m for m in shape.matrices if settings.adapts(m.name.removesuffix(".weight"))]
     passes = 4 if workload.checkpointing else 3  # forward, again, and two of the backward pass
     own = transformer.block_forward_flops(shape, workload)

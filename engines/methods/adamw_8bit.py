@@ -32,7 +32,7 @@ class AdamW8bit:
     def __init__(self, settings: AdamW8bitSettings, context: Context) -> None:
         self.settings = settings
         self.context = context
-        self._loop = TrainingLoop(self.name, settings, context)
+        self.loop = TrainingLoop(self.name, settings, context)
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -44,13 +44,13 @@ class AdamW8bit:
         checkpointing that the model lacks and for paging without a GPU."""
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
-        if self.settings.paged and self._loop.device.type != "cuda":
+        if self.settings.paged and self.loop.device.type != "cuda":
             raise UserError("--set paged=true", "needs CUDA's managed memory", "use paged=false")
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
         from bitsandbytes import optim
 
-        model = materialize(blueprint, self._loop.device, dtype)
+        model = materialize(blueprint, self.loop.device, dtype)
         kind = optim.PagedAdamW8bit if self.settings.paged else optim.AdamW8bit
         optimizer = kind(
             parameter_groups(model.parameters(), self.settings.weight_decay),
@@ -58,31 +58,31 @@ class AdamW8bit:
             betas=(self.settings.beta1, self.settings.beta2),
             eps=self.settings.adam_eps,
         )
-        self._loop.begin(model, optimizer)
+        self.loop.begin(model, optimizer)
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One AdamW step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
-        return self._loop.step(batches)
+        return self.loop.step(batches)
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode."""
-        return self._loop.evaluate(batches)
+        return self.loop.evaluate(batches)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host."""
-        return self._loop.weights()
+        return self.loop.weights()
 
     def save(self, folder: Path) -> None:
         """Weights, moments as they are, step and random state."""
-        self._loop.save(folder)
+        self.loop.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self._loop.load(folder)
+        self.loop.load(folder)
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        self._loop.synchronize()
+        self.loop.synchronize()
 
     def close(self) -> None:
         """Nothing to stop."""

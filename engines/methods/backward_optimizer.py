@@ -37,7 +37,7 @@ class BackwardOptimizer:
     def __init__(self, settings: BackwardOptimizerSettings, context: Context) -> None:
         self.settings = settings
         self.context = context
-        self._loop = TrainingLoop(self.name, settings, context)
+        self.loop = TrainingLoop(self.name, settings, context)
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -55,32 +55,32 @@ class BackwardOptimizer:
                 "use a larger --batch-size with --accumulation 1, or native",
             )
         check_checkpointing(blueprint.model, self.context)
-        model = materialize(blueprint, self._loop.device, dtype)
-        self._loop.begin(model, AdamWInBackward(model.parameters(), self.settings))
+        model = materialize(blueprint, self.loop.device, dtype)
+        self.loop.begin(model, AdamWInBackward(model.parameters(), self.settings))
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One AdamW step on the loss of the one batch. Raises `NonFiniteLoss`, the update made."""
-        return self._loop.step(batches)
+        return self.loop.step(batches)
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode."""
-        return self._loop.evaluate(batches)
+        return self.loop.evaluate(batches)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host."""
-        return self._loop.weights()
+        return self.loop.weights()
 
     def save(self, folder: Path) -> None:
         """Weights, moments, step and random state."""
-        self._loop.save(folder)
+        self.loop.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self._loop.load(folder)
+        self.loop.load(folder)
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        self._loop.synchronize()
+        self.loop.synchronize()
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -41,7 +41,7 @@ class Galore:
     def __init__(self, settings: GaloreSettings, context: Context) -> None:
         self.settings = settings
         self.context = context
-        self._loop = TrainingLoop(self.name, settings, context)
+        self.loop = TrainingLoop(self.name, settings, context)
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -57,7 +57,7 @@ class Galore:
         check_checkpointing(blueprint.model, self.context)
         from galore_torch import GaLoreAdamW
 
-        model = materialize(blueprint, self._loop.device, dtype)
+        model = materialize(blueprint, self.loop.device, dtype)
         _, blocks = find_blocks(model)
         projected = [each for each in blocks.parameters() if each.dim() == 2]
         taken = {id(each) for each in projected}
@@ -74,19 +74,19 @@ class Galore:
             eps=settings.adam_eps,
             no_deprecation_warning=True,
         )
-        self._loop.begin(model, self._optimizer)
+        self.loop.begin(model, self._optimizer)
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
-        return self._loop.step(batches)
+        return self.loop.step(batches)
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode."""
-        return self._loop.evaluate(batches)
+        return self.loop.evaluate(batches)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host."""
-        return self._loop.weights()
+        return self.loop.weights()
 
     def save(self, folder: Path) -> None:
         """Weights, moments, projections, step and random state."""
@@ -96,7 +96,7 @@ class Galore:
                 projectors[parameter] = state.pop("projector")
                 state[_PROJECTION] = projectors[parameter].ortho_matrix
         try:
-            self._loop.save(folder)
+            self.loop.save(folder)
         finally:
             for parameter, projector in projectors.items():
                 del self._optimizer.state[parameter][_PROJECTION]
@@ -106,7 +106,7 @@ class Galore:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
         from galore_torch.galore_projector import GaLoreProjector
 
-        self._loop.load(folder)
+        self.loop.load(folder)
         for state in self._optimizer.state.values():
             if _PROJECTION in state:
                 projector = GaLoreProjector(
@@ -118,7 +118,7 @@ class Galore:
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        self._loop.synchronize()
+        self.loop.synchronize()
 
     def close(self) -> None:
         """Nothing to stop."""

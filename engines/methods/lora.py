@@ -39,7 +39,7 @@ class Lora:
     def __init__(self, settings: LoraSettings, context: Context) -> None:
         self.settings = settings
         self.context = context
-        self._loop = TrainingLoop(self.name, settings, context)
+        self.loop = TrainingLoop(self.name, settings, context)
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -57,37 +57,37 @@ class Lora:
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
         layers = adapted_layers(blueprint.model, self.settings)
-        model = materialize(blueprint, self._loop.device, dtype)
+        model = materialize(blueprint, self.loop.device, dtype)
         add_adapters(model, self.settings, layers, self.context.seed)
         if self.context.workload.dtype != "fp32":
-            run_in_bf16(model, self._loop.device)
+            run_in_bf16(model, self.loop.device)
         trained = [each for each in model.parameters() if each.requires_grad]
-        self._loop.begin(model, make_adamw(trained, self.settings), only_trained=True)
+        self.loop.begin(model, make_adamw(trained, self.settings), only_trained=True)
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One AdamW step of the adapters on the mean loss of `batches`. Raises `NonFiniteLoss`."""
-        return self._loop.step(batches)
+        return self.loop.step(batches)
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, with the adapters beside the weights."""
-        return self._loop.evaluate(batches)
+        return self.loop.evaluate(batches)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter of the model without adapters, with them merged, on the host."""
         dtype = TORCH_DTYPE[self.context.workload.dtype]
-        return merged_weights(self._loop.model, dtype, _weight)
+        return merged_weights(self.loop.model, dtype, _weight)
 
     def save(self, folder: Path) -> None:
         """Adapters, moments, step and random state."""
-        self._loop.save(folder)
+        self.loop.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self._loop.load(folder)
+        self.loop.load(folder)
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        self._loop.synchronize()
+        self.loop.synchronize()
 
     def close(self) -> None:
         """Nothing to stop."""

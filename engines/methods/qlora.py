@@ -36,7 +36,7 @@ class Qlora:
     def __init__(self, settings: QloraSettings, context: Context) -> None:
         self.settings = settings
         self.context = context
-        self._loop = TrainingLoop(self.name, settings, context)
+        self.loop = TrainingLoop(self.name, settings, context)
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -65,20 +65,20 @@ class Qlora:
         model: Any = blueprint.model
         for name in linear:
             self._quantize(blueprint, name, dtype)
-        model = materialize(blueprint, self._loop.device, dtype)
+        model = materialize(blueprint, self.loop.device, dtype)
         model.is_loaded_in_4bit = True  # PEFT looks here for how to wrap
         add_adapters(model, self.settings, layers, self.context.seed)
         if self.context.workload.dtype != "fp32":
-            run_in_bf16(model, self._loop.device)
+            run_in_bf16(model, self.loop.device)
         trained = [each for each in model.parameters() if each.requires_grad]
-        self._loop.begin(model, make_adamw(trained, self.settings), only_trained=True)
+        self.loop.begin(model, make_adamw(trained, self.settings), only_trained=True)
 
     def _quantize(self, blueprint: Blueprint, name: str, dtype: torch.dtype) -> None:
         """Put a layer of four bits in the place of the linear layer `name`."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         layer: Any = blueprint.model.get_submodule(name)
-        wide = torch.empty(layer.weight.shape, dtype=dtype, device=self._loop.device)
+        wide = torch.empty(layer.weight.shape, dtype=dtype, device=self.loop.device)
         blueprint.fill(f"{name}.weight", wide)
         made = Linear4bit(
             layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
@@ -87,7 +87,7 @@ class Qlora:
         made.weight = Params4bit(
             wide, requires_grad=False, quant_type="nf4", compress_statistics=self.settings.double_quant
         )
-        made.weight = made.weight.to(self._loop.device)  # which quantizes
+        made.weight = made.weight.to(self.loop.device)  # which quantizes
         made.bias = layer.bias
         # HAZARD: on a CPU bitsandbytes would lay weights out anew in evaluation, under the feet of `weights`.
         made.support_avx512bf16_for_cpu = False
@@ -96,28 +96,28 @@ class Qlora:
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One AdamW step of the adapters on the mean loss of `batches`. Raises `NonFiniteLoss`."""
-        return self._loop.step(batches)
+        return self.loop.step(batches)
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, with the adapters beside the weights."""
-        return self._loop.evaluate(batches)
+        return self.loop.evaluate(batches)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter of the model without adapters, made wide, with them merged, on the host."""
         dtype = TORCH_DTYPE[self.context.workload.dtype]
-        return merged_weights(self._loop.model, dtype, _weight)
+        return merged_weights(self.loop.model, dtype, _weight)
 
     def save(self, folder: Path) -> None:
         """Adapters, moments, step and random state."""
-        self._loop.save(folder)
+        self.loop.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self._loop.load(folder)
+        self.loop.load(folder)
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        self._loop.synchronize()
+        self.loop.synchronize()
 
     def close(self) -> None:
         """Nothing to stop."""

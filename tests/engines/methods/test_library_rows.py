@@ -75,7 +75,7 @@ def test_an_optimizer_inside_the_backward_pass_has_the_bits_of_native(family: st
 def test_an_optimizer_inside_the_backward_pass_keeps_no_gradient() -> None:
     made = engine("backward-optimizer", tiny_blueprint("llama"))
     made.step(tiny_batches(1, "llama"))
-    assert all(parameter.grad is None for parameter in made._loop.model.parameters())
+    assert all(parameter.grad is None for parameter in made.loop.model.parameters())
 
 
 def test_an_optimizer_inside_the_backward_pass_refuses_to_accumulate() -> None:
@@ -102,7 +102,7 @@ def test_eight_bit_adamw_equals_a_plain_loop_with_bitsandbytes() -> None:
     blueprint = wide_blueprint()
     made = engine("adamw-8bit", blueprint)
     losses = [made.step([batch]).loss for batch in tiny_batches(3, "llama")]
-    kept = {state["state1"].dtype for state in made._loop.optimizer.state.values()}
+    kept = {state["state1"].dtype for state in made.loop.optimizer.state.values()}
     assert kept == {torch.uint8, torch.float32}  # small tensors stay wide
     import bitsandbytes
 
@@ -132,7 +132,7 @@ def wide_blueprint() -> TinyBlueprint:
     model = copy.deepcopy(reference).to("meta")
     for name, buffer in reference.named_buffers():
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = buffer.clone()
+        model.get_submodule(path).register_buffer(leaf, buffer.clone(), persistent=False)
     return TinyBlueprint(tiny_blueprint("llama").shape, model, reference)
 
 
@@ -199,9 +199,9 @@ def test_merged_weights_give_the_loss_of_the_adapted_model(name: str) -> None:
 
 def test_lora_trains_adapters_alone_in_fp32() -> None:
     made = engine("lora", tiny_blueprint("llama"), "bf16", target_modules="q_proj,v_proj", weight_decay=0)
-    before = {name: each.detach().clone() for name, each in made._loop.model.named_parameters()}
+    before = {name: each.detach().clone() for name, each in made.loop.model.named_parameters()}
     made.step(tiny_batches(1, "llama"))
-    changed = {n for n, each in made._loop.model.named_parameters() if not torch.equal(each, before[n])}
+    changed = {n for n, each in made.loop.model.named_parameters() if not torch.equal(each, before[n])}
     assert changed == {name for name in before if "lora_B" in name}  # A moves once B is not zero
     assert len(changed) == 3 * 2
     assert {before[name].dtype for name in changed} == {torch.float32}
@@ -209,7 +209,7 @@ def test_lora_trains_adapters_alone_in_fp32() -> None:
 
 def test_a_head_that_is_new_is_trained_with_the_adapters() -> None:
     made = engine("lora", tiny_blueprint("roberta"))
-    trained = {name for name, each in made._loop.model.named_parameters() if each.requires_grad}
+    trained = {name for name, each in made.loop.model.named_parameters() if each.requires_grad}
     assert {name.partition(".")[0] for name in trained} == {"roberta", "classifier"}
     assert all("lora_" in name for name in trained if name.startswith("roberta"))
 
