@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.native import ADAM_PASSES, training_memory
+from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
 from engines.costs.traffic import Traffic
 from engines.settings.libraries import LoraSettings, QloraSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -18,6 +18,9 @@ layers, and 0.178 s without."""
 ADAPTER_BYTES_PER_VALUE = 20
 """GPU memory traffic of an adapted layer for each value that enters or leaves it, forward: the input cast up
 and down, the sum cast."""
+
+ADAPTER_BYTES_COMPILED = 8
+"""The same in compiled blocks, which fuse the casts. Estimated."""
 
 NF4_BYTES = 0.516
 """Of a weight, scales of eight bits included."""
@@ -55,13 +58,14 @@ def _traffic(
     element = BYTES_PER_ELEMENT[workload.dtype]
     adapters = _trained_of_block(shape, settings)
     adapted = [m for m in shape.matrices if settings.adapts(m.name.removesuffix(".weight"))]
-    passes = 4 if workload.checkpointing else 3  # forward, again, and two of the backward pass
+    how = block_passes(shape, workload, settings)
+    passes = 3 + how.recomputed / shape.num_blocks  # forward, two of the backward pass, and again
     own = transformer.block_forward_flops(shape, workload)
     values = sum(m.rows + m.columns for m in adapted) * workload.tokens_per_step
     matrices = sum(m.parameters for m in shape.matrices)
     widened = 0.0 if wide == 0 else DEQUANTIZE_BYTES * (passes - 1) * workload.accumulation * matrices
     layers = []
-    for layer in transformer.training_layers(shape, workload):
+    for layer in transformer.training_layers(shape, workload, how):
         if layer.name.startswith("block."):
             flops = 2.0 * adapters * workload.tokens_per_step
             layer = replace(
@@ -70,11 +74,12 @@ def _traffic(
                 # A frozen matrix has no gradient of its own: one product of the backward pass less.
                 gpu_backward_flops=layer.gpu_backward_flops - own + (passes - 1) * flops,
                 gpu_bytes=layer.gpu_bytes
-                + ADAPTER_BYTES_PER_VALUE * passes / 2 * values
+                + (ADAPTER_BYTES_COMPILED if how.compiled else ADAPTER_BYTES_PER_VALUE) * passes / 2 * values
                 + ADAM_PASSES * 4 * adapters
                 + widened,
                 launches=layer.launches
-                + (passes - 1) * ADAPTER_LAUNCHES * len(adapted) * workload.accumulation,
+                + (0 if how.captured else int((passes - 1) * ADAPTER_LAUNCHES) * len(adapted))
+                * workload.accumulation,
             )
         elif layer.name == "head" and shape.head == "causal_lm":
             layer = replace(layer, gpu_backward_flops=layer.gpu_backward_flops / 2)
@@ -93,6 +98,8 @@ def _traffic(
                 "buffers": wide,
             },
             gradients=4 * total,
+            passes=how,
         ),
+        gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if how.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
     )

@@ -9,6 +9,8 @@ batches.
 A checkpoint holds the adapters; `weights` gives the merged model, which an ordinary `from_pretrained` loads.
 Where a head is new (classification, question answering) it is trained as well, in the workload's precision.
 
+Blocks run as those of `native` do: compiled, captured, as few recomputed as fit.
+
 Deviation from PEFT's usual way: target layers are all linear ones of the blocks, `all-linear` in PEFT.
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from engines import why_not_installed
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NotAvailable
-from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import TORCH_DTYPE, materialize
@@ -49,13 +51,11 @@ class Lora:
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the device and put adapters into it.
 
-        Raises `NotAvailable` without PEFT; `UserError` for fp16, for layers that the model does not have and
-        for checkpointing that it lacks.
+        Raises `NotAvailable` without PEFT; `UserError` for fp16 and for layers that the model does not have.
         """
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
         dtype = weights_dtype(self.context, self.name)
-        check_checkpointing(blueprint.model, self.context)
         layers = adapted_layers(blueprint.model, self.settings)
         model = materialize(blueprint, self.loop.device, dtype)
         add_adapters(model, self.settings, layers, self.context.seed)
@@ -90,7 +90,8 @@ class Lora:
         self.loop.synchronize()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Let go of the graphs, and give the blocks their own forward back."""
+        self.loop.close()
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from engines import why_not_installed
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NotAvailable, UserError
-from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import TORCH_DTYPE, find_blocks, materialize
@@ -52,7 +52,6 @@ class Qlora:
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
         dtype = weights_dtype(self.context, self.name)
-        check_checkpointing(blueprint.model, self.context)
         layers = adapted_layers(blueprint.model, self.settings)
         path, blocks = find_blocks(blueprint.model)
         linear = [f"{path}.{name}" for name, each in blocks.named_modules() if type(each) is nn.Linear]
@@ -120,7 +119,8 @@ class Qlora:
         self.loop.synchronize()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Let go of the graphs, and give the blocks their own forward back."""
+        self.loop.close()
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engines.settings.checks import require
-from engines.settings.first_order import AdamWSettings
+from engines.settings.first_order import AdamWSettings, BlockPassSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings(AdamWSettings):
+class LoraSettings(BlockPassSettings):
     """Adapters of rank r beside matrices of the blocks; the matrices themselves stay as they are."""
 
     r: int = 16
@@ -23,7 +24,7 @@ class LoraSettings(AdamWSettings):
     one."""
 
     def __post_init__(self) -> None:
-        AdamWSettings.__post_init__(self)
+        BlockPassSettings.__post_init__(self)
         require(self.r > 0, "r", "must be positive")
         require(self.alpha > 0, "alpha", "must be positive")
         require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
@@ -43,6 +44,9 @@ class LoraSettings(AdamWSettings):
 class QloraSettings(LoraSettings):
     """Adapters over matrices of four bits (NF4)."""
 
+    # Not tried on a GPU: bitsandbytes' kernels in compiled code and in graphs.
+    compile: bool | Literal["auto"] = False
+    graphs: bool = False
     double_quant: bool = True
     """The scales of 64 weights each are themselves of eight bits."""
 
