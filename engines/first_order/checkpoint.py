@@ -59,7 +59,9 @@ def load_adamw_state(
 def optimizer_state(optimizer: HoldsState, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """What an optimizer holds for each parameter, flat: `<key>.<parameter>`; whole numbers as () int64."""
     return {
-        f"{key}.{names[parameter]}": value.detach() if isinstance(value, Tensor) else torch.tensor(int(value))
+        f"{key}.{names[parameter]}": _local(value.detach())
+        if isinstance(value, Tensor)
+        else torch.tensor(int(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -77,6 +79,12 @@ def load_optimizer_state(
             is_count = tensor.dtype == torch.int64 and tensor.dim() == 0
             kept = int(tensor) if is_count else tensor.to(members[name].device, copy=True)
             optimizer.state.setdefault(members[name], {})[key] = kept
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A tensor that torch.distributed holds, as the one process here has it: whole."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return own
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -101,7 +109,7 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 def model_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, on the host. The caller has waited for its updates."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach().cpu()
+        yield name, _local(parameter.detach()).cpu()
 
 
 def _kept(model: nn.Module, only_trained: bool) -> dict[str, nn.Parameter]:
@@ -120,7 +128,7 @@ def save_checkpoint(
     """Write `weights.safetensors`, `state.safetensors` and `engine.json`. With `only_trained` weights without
     a gradient are left out: they are what they were when the model was filled."""
     kept = _kept(model, only_trained)
-    weights = {name: parameter.detach().contiguous() for name, parameter in kept.items()}
+    weights = {name: _local(parameter.detach()).contiguous() for name, parameter in kept.items()}
     save_file(weights, folder / "weights.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
     (folder / "engine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -152,5 +160,5 @@ def load_checkpoint(
                 "resume with the same model and dtype",
             )
         with torch.no_grad():
-            parameter.copy_(found)
+            _local(parameter).copy_(found)
     return state, about
