@@ -28,7 +28,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
-        ("quantized", "first_order"),
+        ("quantized", "first_order", "cpu_updates"),
         ("offload", "subspace"),
         ("zeroth_order",),
         ("methods",),

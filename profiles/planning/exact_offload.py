@@ -1,0 +1,88 @@
+"""Settings of exact AdamW on the CPU: how moments are kept, and T*, above which the CPU hides. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engines.costs.exact_offload import gradient_places, state_bytes
+from engines.settings.exact_offload import ExactOffloadSettings, Moments
+from engines.settings.given import GivenSettings, Value
+from engines.shapes import BYTES_PER_ELEMENT
+from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.predict import resource_s
+from profiles.units import format_seconds
+
+_COMPACT: tuple[Moments, ...] = ("bf16", "int8")
+
+
+def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """Exact moments where they fit, else the least approximate that do; how gradients are clipped, where they
+    are, by whether waiting for their norm hides."""
+    chosen: dict[str, Value] = {}
+    reasons: list[str] = []
+    settings: ExactOffloadSettings = given.typed
+    if "moments" not in given and context.why_missing(settings) is not None:
+        fitting = [each for each in _COMPACT if context.why_missing(replace(settings, moments=each)) is None]
+        if fitting:
+            chosen["moments"] = fitting[0]
+            settings = replace(settings, moments=fitting[0])
+            reasons.append(f"moments={fitting[0]}: with fp32 moments it {context.why_missing(given.typed)}")
+    if settings.moments != "fp32":
+        reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
+    if settings.max_grad_norm > 0 and "clip_by" not in given:
+        clip_by, reason = _clip_by(context, settings)
+        chosen["clip_by"] = clip_by
+        settings = given.completed(**chosen).typed
+        reasons.append(reason)
+    element = BYTES_PER_ELEMENT[context.workload.dtype]
+    places = gradient_places(context.shape.num_blocks, settings)
+    on_host = element + state_bytes(element, settings.moments)
+    reasons.append(
+        f"per parameter of the blocks: {element} bytes on the GPU, {on_host:.3g} on the host, and room for "
+        f"the gradients of {places} of {context.shape.num_blocks} blocks"
+    )
+    if (told := _crossover(context, settings)) is not None:
+        reasons.append(told)
+    return Choice(given.completed(**chosen), tuple(reasons))
+
+
+def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings) -> float | None:
+    """T*: tokens per step from which CPU and link hide behind the GPU; `None`: there is no GPU, or the
+    profile lacks a figure."""
+    if context.machine.gpu is None:
+        return None
+    times = resource_s(context.cost(settings), context.machine, context.workload)
+    if times is None or not times["gpu"]:
+        return None
+    slowest_s = max(times[name] for name in ("h2d", "d2h", "cpu", "host memory"))
+    window = 1.0
+    if settings.waits_for_norm:  # the next forward pass alone
+        window = 0.25 if context.workload.checkpointing else 1 / 3
+    return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
+
+
+def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:
+    exact = replace(settings, clip_by="exact")
+    crossover = hidden_above_tokens(context, exact)
+    fits = (
+        context.why_missing(exact) is None
+        or context.why_missing(replace(exact, clip_by="previous")) is not None
+    )
+    if crossover is None or (fits and context.workload.tokens_per_step >= crossover):
+        return "exact", "clip_by=exact: gradients are clipped by their own norm; to wait for it hides"
+    return "previous", (
+        "clip_by=previous: gradients are clipped by the norm of the step before, a method of its own; to "
+        f"wait for their own hides from {crossover:,.0f} tokens per step"
+    )
+
+
+def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str | None:
+    tokens, crossover = context.workload.tokens_per_step, hidden_above_tokens(context, settings)
+    times = resource_s(context.cost(settings), context.machine, context.workload)
+    if crossover is None or times is None:
+        return None
+    slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
+    return (
+        f"T*: {slowest} ({format_seconds(times[slowest])}) hides behind the GPU from {crossover:,.0f} tokens "
+        f"per step on; this job has {tokens:,}"
+    )
