@@ -81,7 +81,7 @@ from engines.first_order.master_weights import MasterWeights
 from engines.model.block_major import BlockMajor
 from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
-from engines.model.flat_layout import ModelLayout, lay_out
+from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
@@ -142,7 +142,8 @@ class ExactOffload:
         self._place_weights(blueprint, layout)
         self._names = parameter_names(self.model)
         self._pending = [[] for _ in sizes]
-        # Gaps between tensors are zero for good: no gradient is written there.
+        # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
+        self._alike = len({_extents(block) for block in layout.blocks}) == 1
         self._slots = [
             torch.zeros(max(sizes), dtype=self._dtype, device=self.device)
             for _ in range(min(GRADIENT_SLOTS, len(sizes)))
@@ -160,9 +161,15 @@ class ExactOffload:
         block's update is waited for.
         """
         pins = self.device.type == "cuda"
+        self._loss_known = Event()
         self._loss_on_host = torch.zeros(1, pin_memory=pins)
         self._totals_on_host = [torch.zeros(1, pin_memory=pins) for _ in range(2)]
         """Squared norms of the whole gradient, of even and of odd steps."""
+        self._totals = [torch.zeros(1, device=self.device) for _ in range(2)]
+        """The same on the GPU, from where they go down.
+
+        HAZARD: one must not change before it has arrived, which is known in the step after.
+        """
         self._total_known = Event()
         if self.settings.offload:
             leave_threads_to_adam()
@@ -241,17 +248,14 @@ class ExactOffload:
             self._share.total = self._totals_on_host[(self.steps_done - 1) % 2]
             self._share.total_known = self._total_known
         self._step_h2d_bytes = self._step_d2h_bytes = 0
-        total = torch.zeros(1, device=self.device)
         self._clocks.exposure.mark()
         self._mark("forward")
         with no_cache(self.model):
-            self._passes.run(batches, self.device, lambda loss: self._add_loss(total, loss))
+            self._passes.run(batches, self.device, self._take_loss)
         self._mark("optimizer")
         self._finish()
-        self._loss_on_host.copy_(total, non_blocking=True)
-        forward_done = self.link.record()
         self._compute.stop()
-        self.link.host_wait(forward_done)  # the step's only wait for the GPU
+        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
         value = float(self._loss_on_host)
         if not math.isfinite(value):
             self._discard()
@@ -265,8 +269,10 @@ class ExactOffload:
             **self._clocks.take_s(self.link),
         )
 
-    def _add_loss(self, total: Tensor, loss: Tensor) -> None:
-        total += loss
+    def _take_loss(self, loss: Tensor) -> None:
+        """Bring it to the host: known long before the step's end, so that the next one can be started."""
+        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
+        self._loss_known = self.link.record()
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -282,7 +288,9 @@ class ExactOffload:
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
         """Sum a micro-batch's gradients in the block's slot."""
         pairs = [(place, its) for place, its in zip(self._sums[index], found, strict=True) if its is not None]
-        if first:
+        if first and not self._alike:
+            self._slots[index % len(self._slots)].zero_()
+        elif first:
             for place, its in zip(self._sums[index], found, strict=True):
                 if its is None:
                     place.zero_()
@@ -359,10 +367,10 @@ class ExactOffload:
     def _know_total(self, squared: Tensor, most: float) -> Tensor | None:
         """Bring the squared norm of the whole gradient to the host, for this step or the next; what this
         step's gradient is multiplied by, (1,) on the device."""
-        on_host = self._totals_on_host[self.steps_done % 2]
-        self._step_d2h_bytes += squared.nbytes
-        self._total = squared  # keeps the memory until the copy has ended
-        known = self.link.download(squared, on_host, after=self.link.record(), name="norm")
+        total, on_host = (each[self.steps_done % 2] for each in (self._totals, self._totals_on_host))
+        self._step_d2h_bytes += total.nbytes
+        total.copy_(squared)
+        known = self.link.download(total, on_host, after=self.link.record(), name="norm")
         scale = None
         if self.settings.clip_by == "exact":
             self._share.total, self._share.total_known = on_host, known
@@ -468,6 +476,10 @@ class ExactOffload:
             if each is not None:
                 each.close()
         self._room = self._states = None
+
+
+def _extents(block: BlockLayout) -> tuple[object, ...]:
+    return tuple((part.start, *part.segment.offsets, *part.segment.counts) for part in block.own_parts)
 
 
 def _arriving(piece: BlockPiece) -> Tensor:

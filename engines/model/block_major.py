@@ -91,19 +91,18 @@ class BlockMajor:
         self._draws = draws_random_numbers(model)
         self._knows_form = False
 
-    def run(self, batches: Sequence[Batch], device: torch.device, left: Callable[[Tensor], None]) -> None:
-        """Forward and backward of the mean loss of `batches`.
+    def run(self, batches: Sequence[Batch], device: torch.device, told: Callable[[Tensor], None]) -> None:
+        """Forward and backward of the mean loss of `batches`; nothing here waits for the GPU.
 
-        `left` is called with each micro-batch's share of it, fp32 on the device, when its loss is known.
-        Nothing here waits for the GPU.
+        `told` is called with that loss, fp32 on the device, before the backward passes of the blocks.
         """
         passing = [self._begin(batch, device) for batch in batches]
         for index in range(len(self._own)):
             self._watcher.before_forward(index)
             for each in passing:
                 self._forward(index, each)
-        for each in passing:
-            left(self._turn(each, len(passing)))
+        losses = [self._turn(each, len(passing)) for each in passing]
+        told(torch.stack(losses).sum())
         for index in reversed(range(len(self._own))):
             self._watcher.before_backward(index)
             for number, each in enumerate(passing):
