@@ -94,8 +94,13 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     blocks = [shape.block_parameters] * shape.num_blocks
     host = host_bytes(blocks, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
+    recomputed = settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing)
+    again, kept = (
+        transformer.training_layers(shape, replace(workload, checkpointing=each)) for each in (True, False)
+    )
     layers = [
-        _layer(layer, shape, element, settings) for layer in transformer.training_layers(shape, workload)
+        _layer(layer, shape, element, settings)
+        for layer in [*again[: recomputed + 1], *kept[recomputed + 1 :]]
     ]
     offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
     slowdown = CORE_ADAM_SLOWDOWN if element < 4 else 1.0
@@ -140,10 +145,14 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         "optimizer": masters,
         "gradients": slots * element * shape.block_parameters,
     }
-    saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload)
+    recomputed = settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing)
+    saved = workload.accumulation * (
+        recomputed * transformer.hidden_bytes(shape, workload)
+        + (shape.num_blocks - recomputed) * transformer.block_activation_bytes(shape, workload)
+    )
     between = workload.accumulation * transformer.hidden_bytes(shape, workload)
     made = element * shape.block_parameters  # before they are added to the slot
-    in_backward = 0 if not workload.checkpointing else transformer.block_activation_bytes(shape, workload)
+    in_backward = transformer.block_activation_bytes(shape, workload) if recomputed else 0
     moments = (
         {
             "gradients": held["gradients"] + outer,

@@ -30,6 +30,9 @@ Clipping by the norm of the whole gradient: `clip_by=exact` waits for it, so tha
 has ended; `clip_by=previous` scales by the norm of the step before, which is a method of its own, in which
 nothing waits. The first step has none before it, and is not clipped.
 
+Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed where activation
+checkpointing asks for it (`engines.model.training_regions`).
+
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
 copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
 deterministic. In fp32 it is `native`'s arithmetic, in another order of rounding.
@@ -78,10 +81,12 @@ from engines.first_order.checkpoint import (
 )
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.first_order.master_weights import MasterWeights
+from engines.model.activation_checkpointing import draws_random_numbers
 from engines.model.block_major import BlockMajor
 from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
+from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
@@ -102,6 +107,9 @@ class ExactOffload:
         self.link = self._clocks.link()
         self.steps_done = 0
         self._compute = self._clocks.compute
+        self.notes: list[str] = []
+        """What of the settings could not be had, and why."""
+        self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
         self._room: GradientRoom | None = None
         self._pipeline: UpdatePipeline | None = None
@@ -175,8 +183,20 @@ class ExactOffload:
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
         prepare_training(self.model, self.context, recompute=False)
-        recomputed = len(sizes) if self.context.workload.checkpointing else 0
-        self._passes = BlockMajor(self.model, self._own, self, recomputed=recomputed)
+        draws = draws_random_numbers(self.model)
+        self._passes = BlockMajor(self.model, self._own, self, draws=draws)
+        why_not = why_not_compiled(self.device)
+        if self.settings.compile and why_not is not None:
+            self.notes.append(f"not compiled: {why_not}")
+        self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
+
+    def _install(self, *, compiled: bool) -> None:
+        """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
+        recomputed = self.settings.recomputed(
+            len(self._pending), checkpointing=self.context.workload.checkpointing
+        )
+        self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
+        self._is_compiled = compiled
 
     def _check_host(self, sizes: list[int]) -> None:
         """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters."""
@@ -251,7 +271,7 @@ class ExactOffload:
         self._clocks.exposure.mark()
         self._mark("forward")
         with no_cache(self.model):
-            self._passes.run(batches, self.device, self._take_loss)
+            self._run(batches)
         self._mark("optimizer")
         self._finish()
         self._compute.stop()
@@ -268,6 +288,20 @@ class ExactOffload:
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
             **self._clocks.take_s(self.link),
         )
+
+    def _run(self, batches: Sequence[Batch]) -> None:
+        try:
+            self._passes.run(batches, self.device, self._take_loss)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Found before the first block has passed anything on.
+            if not self._is_compiled or self.steps_done > 0 or any(self._pending):
+                raise
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.notes.append(f"not compiled: {first_line}")
+            assert self._regions is not None
+            self._regions.remove()
+            self._install(compiled=False)
+            self._passes.run(batches, self.device, self._take_loss)
 
     def _take_loss(self, loss: Tensor) -> None:
         """Bring it to the host: known long before the step's end, so that the next one can be started."""
@@ -466,7 +500,9 @@ class ExactOffload:
         self.link.synchronize()
 
     def close(self) -> None:
-        """Stop the worker and unpin. May be called twice."""
+        """Stop the worker, give the model its own forward back, unpin. May be called twice."""
+        if self._regions is not None:
+            self._regions.remove()
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None

@@ -6,23 +6,22 @@ the step's end, and what is done with them has the rest of the step to itself. (
 it the vertical order. With micro-batches one after the other only the last backward pass would be left.) The
 gradients of one block at a time are there, however many micro-batches there are.
 
-Between two blocks the hidden states of all micro-batches are kept, as activation checkpointing does; a block
-is run again in its backward pass (1604.06174), or keeps its activations. Outside the blocks the model's own
-forward runs, one micro-batch at a time, so that one micro-batch's logits are there at once.
+Between two blocks the hidden states of all micro-batches are kept, each with the graph of its block: what
+that holds, the block's activations or its input alone, is the block's own matter
+(`engines.model.training_regions`). Outside the blocks the model's own forward runs, one micro-batch at a
+time, so that one micro-batch's logits are there at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engines.base import Batch
-from engines.model.activation_checkpointing import draws_random_numbers
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import BlockCall, BlockDriver, to_device
 from engines.model.cuda_graphs import replaced, tensors_of
@@ -49,37 +48,28 @@ class Watcher(Protocol):
 class _MicroBatch:
     inputs: dict[str, Tensor]
     padded: bool
-    entering: Tensor
-    """The hidden state before the first block, with the graph of what made it."""
     calls: Sequence[BlockCall]
     shared: list[tuple[Tensor, Tensor]]
     """Tensors that need gradients, and that blocks are called with, each with its place in `calls`."""
-    hidden: list[Tensor]
-    """Before each block so far, then after the last one."""
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    """After each block that keeps its activations, with their graph."""
-    states: dict[int, list[Tensor]] = field(default_factory=dict)
-    """What dropout drew from in each block that is run again."""
+    before: Tensor
+    """The hidden state before the first block, with the graph of what made it."""
+    last: Tensor
+    """The hidden state where the forward pass is."""
+    passed: list[tuple[Tensor, Tensor]]
+    """What entered each block so far and what left it, with the block's graph between them."""
+    of_shared: list[Tensor | None]
     gradient: Tensor | None = None
     """Of the hidden state where the backward pass is."""
-    of_shared: list[Tensor | None] = field(default_factory=list)
 
 
 class BlockMajor:
     """A model's training passes. Raises `UserError` for a model without a row of blocks."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        own: Sequence[Sequence[nn.Parameter]],
-        watcher: Watcher,
-        *,
-        recomputed: int,
+        self, model: nn.Module, own: Sequence[Sequence[nn.Parameter]], watcher: Watcher, *, draws: bool
     ) -> None:
         """`own` are the parameters of each block that `watcher` gets the gradients of; those of other
-        parameters are added to their `grad`. The first `recomputed` blocks are run again, the others keep
-        activations."""
-        self._model = model
+        parameters are added to their `grad`. `draws`: blocks draw random numbers."""
         self._driver = BlockDriver(model)
         self._watcher = watcher
         self._own = [list(parameters) for parameters in own]
@@ -87,8 +77,7 @@ class BlockMajor:
             [p for p in block.parameters() if p.requires_grad and not _holds(mine, p)]
             for block, mine in zip(self._driver.blocks, self._own, strict=True)
         ]
-        self._recomputed = recomputed
-        self._draws = draws_random_numbers(model)
+        self._draws = draws
         self._knows_form = False
 
     def run(self, batches: Sequence[Batch], device: torch.device, told: Callable[[Tensor], None]) -> None:
@@ -116,10 +105,7 @@ class BlockMajor:
         padded = has_padding(batch.inputs)
         with known_padding(padded):
             if not self._knows_form:
-                self._watcher.before_forward(0)
-                with torch.no_grad(), _random_state_kept(device if self._draws else None):
-                    self._driver.learn_form(inputs)
-                self._knows_form = True
+                self._learn_form(inputs, device)
             with torch.enable_grad():
                 recording = self._driver.record(inputs)
         shared = [tensor for tensor in tensors_of(recording.calls) if tensor.requires_grad]
@@ -130,30 +116,33 @@ class BlockMajor:
         return _MicroBatch(
             inputs=inputs,
             padded=padded,
-            entering=recording.hidden,
             calls=calls,
             shared=list(zip(shared, places, strict=True)),
-            hidden=[recording.hidden.detach()],
+            before=recording.hidden,
+            last=recording.hidden.detach(),
+            passed=[],
             of_shared=[None] * len(shared),
         )
 
+    def _learn_form(self, inputs: dict[str, Tensor], device: torch.device) -> None:
+        """Run the first block once, which leaves no trace: a run that goes on from a checkpoint does it
+        too."""
+        self._watcher.before_forward(0)
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices, enabled=self._draws):
+            self._driver.learn_form(inputs)
+        self._knows_form = True
+
     def _forward(self, index: int, each: _MicroBatch) -> None:
-        hidden = each.hidden[-1]
-        if index < self._recomputed:
-            if self._draws:
-                each.states[index] = _random_state(hidden.device)
-            with torch.no_grad():
-                each.hidden.append(self._driver.run(index, each.calls[index], hidden))
-            return
-        hidden.requires_grad_()
+        entering = each.last.requires_grad_()
         with torch.enable_grad():
-            result = self._driver.run(index, each.calls[index], hidden)
-        each.kept[index] = result
-        each.hidden.append(result.detach())
+            result = self._driver.run(index, each.calls[index], entering)
+        each.passed.append((entering, result))
+        each.last = result.detach()
 
     def _turn(self, each: _MicroBatch, count: int) -> Tensor:
         """The loss, and the gradient of the hidden state after the last block."""
-        hidden = each.hidden.pop().requires_grad_()
+        hidden = each.last.requires_grad_()
         with torch.enable_grad(), known_padding(each.padded):
             loss = self._driver.finish(each.inputs, hidden).loss / count
         loss.backward()
@@ -163,19 +152,7 @@ class BlockMajor:
         return share
 
     def _backward(self, index: int, each: _MicroBatch, *, first: bool) -> None:
-        entering = each.hidden.pop()
-        if index in each.kept:
-            result = each.kept.pop(index)
-        else:
-            entering.requires_grad_()
-            after = None
-            if self._draws:
-                after = _random_state(entering.device)
-                _set_random_state(entering.device, each.states.pop(index))
-            with torch.enable_grad():
-                result = self._driver.run(index, each.calls[index], entering)
-            if after is not None:
-                _set_random_state(entering.device, after)
+        entering, result = each.passed.pop()
         own, others = self._own[index], self._others[index]
         places = [place for _, place in each.shared]
         assert each.gradient is not None
@@ -191,7 +168,7 @@ class BlockMajor:
 
     def _end(self, each: _MicroBatch) -> None:
         """The backward pass of what comes before the blocks."""
-        ends = [(each.entering, each.gradient)]
+        ends = [(each.before, each.gradient)]
         ends += [(tensor, its) for (tensor, _), its in zip(each.shared, each.of_shared, strict=True)]
         known = [(end, its) for end, its in ends if its is not None and end.requires_grad]
         if known:
@@ -206,30 +183,3 @@ def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
     if before is None or more is None:
         return more if before is None else before
     return before.add_(more)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """What dropout draws from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-@contextmanager
-def _random_state_kept(device: torch.device | None) -> Iterator[None]:
-    """Whatever is drawn within; `None`: nothing is."""
-    if device is None:
-        yield
-        return
-    states = _random_state(device)
-    try:
-        yield
-    finally:
-        _set_random_state(device, states)

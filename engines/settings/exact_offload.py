@@ -30,6 +30,12 @@ class ExactOffloadSettings(AdamWSettings):
     gradient_blocks: int | Literal["auto"] = "auto"
     """Blocks whose gradients have room in pinned host memory at once; backward waits for the CPU when they
     are all taken. `auto`: a third of them; with clip_by=exact there is room for all."""
+    compile: bool | Literal["auto"] = "auto"
+    """Blocks and loss through torch's compiler; `auto`: on a GPU, where it can be. The first steps take some
+    seconds longer, up to a minute."""
+    checkpointed_blocks: int | Literal["all"] = "all"
+    """With --checkpointing: how many blocks are run again in the backward pass, from the first on. Plans
+    choose as few as fit."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
 
@@ -39,6 +45,15 @@ class ExactOffloadSettings(AdamWSettings):
         require(
             self.gradient_blocks == "auto" or self.gradient_blocks > 0, "gradient_blocks", "must be positive"
         )
+        count = self.checkpointed_blocks
+        require(count == "all" or count >= 0, "checkpointed_blocks", "must not be negative")
+
+    def recomputed(self, num_blocks: int, *, checkpointing: bool) -> int:
+        """How many of a model's blocks are run again, with or without --checkpointing."""
+        if not checkpointing:
+            return 0
+        count = self.checkpointed_blocks
+        return num_blocks if count == "all" else min(count, num_blocks)
 
     @property
     def waits_for_norm(self) -> bool:

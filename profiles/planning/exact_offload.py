@@ -8,9 +8,13 @@ from engines.costs.exact_offload import gradient_places, state_bytes
 from engines.settings.exact_offload import ExactOffloadSettings, Moments
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
+from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
 from profiles.planning.context import Choice, PlanningContext
-from profiles.planning.predict import resource_s
+from profiles.planning.predict import predict, resource_s
 from profiles.units import format_seconds
+
+AS_FAST = 1.01
+"""A step within this factor of the fastest counts as equally fast."""
 
 _COMPACT: tuple[Moments, ...] = ("bf16", "int8")
 
@@ -29,6 +33,15 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
             reasons.append(f"moments={fitting[0]}: with fp32 moments it {context.why_missing(given.typed)}")
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
+    if context.workload.checkpointing and "checkpointed_blocks" not in given:
+        count = _recomputed(context, settings)
+        if count < context.shape.num_blocks:
+            chosen["checkpointed_blocks"] = count
+            settings = replace(settings, checkpointed_blocks=count)
+            reasons.append(
+                f"checkpointed_blocks={count}: the other {context.shape.num_blocks - count} blocks keep "
+                "their activations, for which there is room"
+            )
     if settings.max_grad_norm > 0 and "clip_by" not in given:
         clip_by, reason = _clip_by(context, settings)
         chosen["clip_by"] = clip_by
@@ -57,8 +70,25 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
     slowest_s = max(times[name] for name in ("h2d", "d2h", "cpu", "host memory"))
     window = 1.0
     if settings.waits_for_norm:  # the next forward pass alone
-        window = 0.25 if context.workload.checkpointing else 1 / 3
+        window = 1 / 3
     return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
+
+
+def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:
+    """Blocks to run again in the backward pass: the most with which a step is as fast as with the fewest that
+    fit, since the memory of those that keep activations may as well stay free where the CPU decides. Without
+    a limit that the user has named a tenth of the GPU stays free."""
+    budget, blocks = context.budget, context.shape.num_blocks
+    if budget.gpu_bytes is None:
+        return blocks
+    usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+    times: dict[int, float] = {}
+    for count in range(blocks + 1):
+        cost = context.cost(replace(settings, checkpointed_blocks=count))
+        step_s = predict(cost, context.machine, context.workload).step_s
+        if step_s is not None and gpu_bytes_needed(cost) <= usable:
+            times[count] = step_s
+    return max((k for k in times if times[k] <= AS_FAST * min(times.values())), default=blocks)
 
 
 def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:

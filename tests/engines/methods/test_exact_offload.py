@@ -165,6 +165,36 @@ class TestTwin:
             engine.close()
         assert_same(outcomes[1], outcomes[0])
 
+    @pytest.mark.slow
+    # Both from within torch's compiler.
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_compiled_equals_its_compiled_twin(self) -> None:
+        batches, ctx = tiny_batches(8, "llama"), context("bf16", 2)
+        outcomes = []
+        for changes in ({"offload": False}, {}, {"checkpointed_blocks": 1}):
+            with running("llama", ctx, compile=True, **changes) as engine:
+                outcomes.append(train(engine, batches, 2))
+                assert engine.notes == []
+        assert_same(outcomes[1], outcomes[0])
+        assert_same(outcomes[2], outcomes[0])
+
+    def test_what_cannot_be_compiled_runs_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(run: Any, **_: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                raise torch._dynamo.exc.Unsupported("not this block")
+
+            return call
+
+        batches = tiny_batches(4, "llama")
+        with running("llama") as engine:
+            expected = train(engine, batches)
+        monkeypatch.setattr(torch, "compile", refuse)
+        with running("llama", compile=True) as engine:
+            found = train(engine, batches)
+            assert engine.notes[0].startswith("not compiled: not this block")
+        assert_same(found, expected)
+
     def test_the_twin_counts_the_same_bytes_and_pins_nothing(self) -> None:
         batches = tiny_batches(3, "llama")
         with running("llama") as engine:
