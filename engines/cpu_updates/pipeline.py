@@ -104,9 +104,9 @@ class PieceUpdate:
 
     state: Piece
     share: StepShare
-    landing: Landing | Callable[[Tensor, StepShare], None]
+    landing: Landing | Callable[[Tensor, StepShare], None] | None
     """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
-    applies it to the weights."""
+    applies it to the weights; `None`: it stays on the host."""
     consumed: Callable[[], None] = lambda: None
     """Called when the downloaded gradient is needed no more, whatever came of it; from any thread."""
     downloaded: Event = field(default_factory=Event)
@@ -164,7 +164,7 @@ def update_at_once(updates: Sequence[PieceUpdate], device: torch.device) -> None
             continue
         if isinstance(update.landing, Landing):
             update.landing.memory.copy_(update.state.outgoing)
-        else:
+        elif update.landing is not None:
             update.landing(update.state.outgoing.to(device), update.share)
 
 
@@ -317,6 +317,8 @@ class UpdatePipeline:
     def _bring_back(self, update: PieceUpdate) -> None:
         name = f"block {update.state.deadline}"
         outgoing, landing = update.state.outgoing, update.landing
+        if landing is None:
+            return
         if isinstance(landing, Landing):
             update.applied = self._link.upload(outgoing, landing.memory, after=landing.free, name=name)
             return

@@ -15,6 +15,11 @@ Since micro-batches pass a block together (`engines.model.block_major`), a block
 in a step however many there are, and 3 to 5 have a whole step's compute to hide behind: above T* tokens per
 step they do (`engines.costs.exact_offload`).
 
+With `weights=streamed` (ZeRO-Infinity, 2104.07857, and the vertical order of GreedySnake, 2512.17570) the
+blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' room on the GPU
+(`engines.offload.block_slots`); 5 is left out. GPU memory is then that of a few blocks, hidden states and
+what is outside the blocks, whatever the model's size.
+
 Where things live. GPU: the bf16 weights of the model, gradients of three blocks, hidden states between
 blocks; of what lies outside the blocks (embeddings, final norm, head) also gradients, fp32 masters and
 moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinned) and the 16 bits that make
@@ -48,7 +53,8 @@ Longer than 400 lines: a step and the life around it are read in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +63,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
+from engines.costs.exact_offload import GRADIENT_SLOTS, WEIGHT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
 from engines.cpu_updates.pipeline import (
@@ -83,10 +89,11 @@ from engines.first_order.lr_schedule import learning_rate_at
 from engines.first_order.master_weights import MasterWeights
 from engines.model.activation_checkpointing import draws_random_numbers
 from engines.model.block_major import BlockMajor
-from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
+from engines.model.blocks import find_blocks, first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.offload.block_slots import BlockSlots
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
@@ -115,6 +122,10 @@ class ExactOffload:
         self._pipeline: UpdatePipeline | None = None
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
+        self._on_gpu: list[Tensor] = []
+        """Of each block, (elements,): where its weights are, or are when they have come up."""
+        self._slots_of_weights: BlockSlots | None = None
+        """Of streamed blocks."""
         self._pending: list[list[PieceUpdate]] = []
         """Of each block."""
 
@@ -133,7 +144,7 @@ class ExactOffload:
         """
         self._dtype = weights_dtype(self.context, self.name)
         self.model: nn.Module = blueprint.model
-        layout = lay_out(self.model, self._dtype)
+        self._layout = layout = lay_out(self.model, self._dtype)
         self._check_host([block.size for block in layout.blocks])
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
@@ -147,9 +158,9 @@ class ExactOffload:
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
+        self._pending = [[] for _ in sizes]
         self._place_weights(blueprint, layout)
         self._names = parameter_names(self.model)
-        self._pending = [[] for _ in sizes]
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
         self._slots = [
@@ -217,13 +228,21 @@ class ExactOffload:
             name: torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             for name in layout.outer
         }
-        self._on_gpu = [
-            torch.zeros(block.size, dtype=self._dtype, device=self.device) for block in layout.blocks
-        ]
-        for block, memory in zip(layout.blocks, self._on_gpu, strict=True):
-            tensors |= block.views(memory)
         for name, tensor in tensors.items():
             blueprint.fill(name, tensor)
+        self._slots_of_weights = self._weight_slots()
+        for index, block in enumerate(layout.blocks):
+            if self._slots_of_weights is None:
+                memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
+            else:
+                memory = self._slots_of_weights.memory(index)
+                memory.zero_()
+            its = block.views(memory)
+            for name, tensor in its.items():
+                blueprint.fill(name, tensor)
+            self._host.weights[index].copy_(memory)
+            self._on_gpu.append(memory)
+            tensors |= its
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
         for place, name in first_names(self.model).items():
             set_parameter(self.model, place, parameters[name])
@@ -232,12 +251,24 @@ class ExactOffload:
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
         self._outer = MasterWeights([parameters[name] for name in layout.outer], self.settings)
-        self._copy_to_host()
+
+    def _weight_slots(self) -> BlockSlots | None:
+        if not self.settings.streams:
+            return None
+        return BlockSlots(self._host.weights, WEIGHT_SLOTS, self.link, self._compute, self._is_on_host)
+
+    def _is_on_host(self, index: int, wait: bool) -> bool:
+        """Whether the block's last update is on the host; with `wait`, when it is."""
+        if wait or all(update.done.is_set() for update in self._pending[index]):
+            self._settle(index)
+            return True
+        return False
 
     def _copy_to_host(self) -> None:
         """The host's weights become the GPU's."""
-        for host, memory in zip(self._host.weights, self._on_gpu, strict=True):
-            host.copy_(memory.detach())
+        if self._slots_of_weights is None:
+            for host, memory in zip(self._host.weights, self._on_gpu, strict=True):
+                host.copy_(memory.detach())
 
     @property
     def _host(self) -> BlockStates:
@@ -310,13 +341,28 @@ class ExactOffload:
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
-        self._settle(index)
+        self._enter(index, range(index + 1, len(self._pending)))
         self._mark(f"forward {index}")
 
+    def after_forward(self, index: int) -> None:
+        if self._slots_of_weights is not None:
+            self._slots_of_weights.leave(index)
+
     def before_backward(self, index: int) -> None:
+        if self._slots_of_weights is not None:
+            self._enter(index, range(index - 1, -1, -1))
         self._mark(f"backward {index}")
         # HAZARD: the block that last had this slot must have left it.
         self.link.wait(self._slot_free[index % len(self._slots)])
+
+    def _enter(self, index: int, ahead: Sequence[int]) -> None:
+        slots = self._slots_of_weights
+        if slots is None:
+            self._settle(index)
+            return
+        before = slots.h2d_bytes
+        slots.enter(index, ahead[: slots.count - 1])
+        self._step_h2d_bytes += slots.h2d_bytes - before
 
     @torch.no_grad()
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
@@ -343,9 +389,13 @@ class ExactOffload:
         gradient = self._slots[slot][: weights.numel()]
         norm = self._norms[index : index + 1]
         norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-        self._step_h2d_bytes += weights.nbytes
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
+        if self._slots_of_weights is None:
+            self._step_h2d_bytes += weights.nbytes
+        else:
+            self._slots_of_weights.leave(index)
+            self._slots_of_weights.forget(index)
         assert self._room is not None
         place = self._waiting(self._room.take)
         give = _once_all(len(pieces), partial(self._room.give, place))
@@ -353,7 +403,9 @@ class ExactOffload:
             PieceUpdate(
                 state=piece,
                 share=self._share,
-                landing=Landing(memory=weights[piece.begin : piece.end], free=ready),
+                landing=None
+                if self._slots_of_weights is not None
+                else Landing(memory=weights[piece.begin : piece.end], free=ready),
                 consumed=give,
             )
             for piece in pieces
@@ -458,12 +510,44 @@ class ExactOffload:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
         self._settle_all()
-        return evaluate_on_device(self.model, batches, self.device)
+        with self._streaming():
+            return evaluate_on_device(self.model, batches, self.device)
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Streamed blocks come up for the model's own forward passes."""
+        slots = self._slots_of_weights
+        if slots is None:
+            yield
+            return
+        count = len(self._pending)
+        hooks = []
+        for index, block in enumerate(find_blocks(self.model)[1]):
+            ahead = [(index + further) % count for further in range(1, slots.count)]
+            hooks += [
+                block.register_forward_pre_hook(lambda *_, i=index, a=ahead: slots.enter(i, a)),
+                block.register_forward_hook(lambda *_, i=index: slots.leave(i)),
+            ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
         self._settle_all()
-        return model_weights(self.model)
+        return model_weights(self._stored())
+
+    def _stored(self) -> nn.Module:
+        """The model, or what has its names and weights where those are streamed."""
+        if self._slots_of_weights is None:
+            return self.model
+        on_host: dict[str, Tensor] = {}
+        for block, memory in zip(self._layout.blocks, self._host.weights, strict=True):
+            on_host |= block.views(memory)
+        named = {name: on_host.get(name, each) for name, each in self.model.named_parameters()}
+        return _Named(named)
 
     def save(self, folder: Path) -> None:
         """Weights, low halves of masters, moments, step and random state."""
@@ -475,11 +559,11 @@ class ExactOffload:
         if self.settings.max_grad_norm > 0:
             self.link.host_wait(self._total_known)
             state["total"] = self._totals_on_host[(self.steps_done - 1) % 2].clone()
-        save_checkpoint(folder, self.model, state, about)
+        save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
-        tensors, about = load_checkpoint(folder, self.model, self.name)
+        tensors, about = load_checkpoint(folder, self._stored(), self.name)
         self._host.load(tensors, about["updates"], str(folder))
         self._copy_to_host()
         self._outer.load(self._names, tensors)
@@ -512,6 +596,17 @@ class ExactOffload:
             if each is not None:
                 each.close()
         self._room = self._states = None
+
+
+class _Named(nn.Module):
+    """Parameters by name, wherever they are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+        return iter(self._tensors.items())
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

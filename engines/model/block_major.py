@@ -33,8 +33,11 @@ class Watcher(Protocol):
     def before_forward(self, index: int) -> None:
         """The block's weights are about to be used."""
 
+    def after_forward(self, index: int) -> None:
+        """All micro-batches have passed it."""
+
     def before_backward(self, index: int) -> None:
-        """They are again, and its gradients are about to be made."""
+        """Its weights are again, and its gradients are about to be made."""
 
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
         """One micro-batch's, of the block's own parameters in their order; `None`: it did not use one.
@@ -90,6 +93,7 @@ class BlockMajor:
             self._watcher.before_forward(index)
             for each in passing:
                 self._forward(index, each)
+            self._watcher.after_forward(index)
         losses = [self._turn(each, len(passing)) for each in passing]
         told(torch.stack(losses).sum())
         for index in reversed(range(len(self._own))):

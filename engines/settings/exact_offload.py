@@ -12,6 +12,8 @@ Moments = Literal["fp32", "bf16", "int8"]
 """How Adam's two moments are kept on the host: exact, or approximate in 2 bytes or in 1 for each of the
 two."""
 
+Weights = Literal["resident", "streamed"]
+
 MOMENT_GROUP = 128
 """Neighbours that share a scale in `int8` moments. As in `cpu_adam.c`."""
 
@@ -36,6 +38,9 @@ class ExactOffloadSettings(AdamWSettings):
     checkpointed_blocks: int | Literal["all"] = "all"
     """With --checkpointing: how many blocks are run again in the backward pass, from the first on. Plans
     choose as few as fit."""
+    weights: Weights = "resident"
+    """Where the blocks' weights are: on the GPU, or on the host, from where they come up for the forward and
+    again for the backward pass. Of no effect without `offload`."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
 
@@ -54,6 +59,11 @@ class ExactOffloadSettings(AdamWSettings):
             return 0
         count = self.checkpointed_blocks
         return num_blocks if count == "all" else min(count, num_blocks)
+
+    @property
+    def streams(self) -> bool:
+        """Blocks come up from the host."""
+        return self.offload and self.weights == "streamed"
 
     @property
     def waits_for_norm(self) -> bool:

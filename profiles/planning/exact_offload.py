@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engines.costs.exact_offload import gradient_places, state_bytes
-from engines.settings.exact_offload import ExactOffloadSettings, Moments
+from engines.costs.exact_offload import WEIGHT_SLOTS, gradient_places, state_bytes
+from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
@@ -16,7 +16,9 @@ from profiles.units import format_seconds
 AS_FAST = 1.01
 """A step within this factor of the fastest counts as equally fast."""
 
-_COMPACT: tuple[Moments, ...] = ("bf16", "int8")
+MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
+WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
+"""In the order in which they are tried."""
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -25,12 +27,13 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
     settings: ExactOffloadSettings = given.typed
-    if "moments" not in given and context.why_missing(settings) is not None:
-        fitting = [each for each in _COMPACT if context.why_missing(replace(settings, moments=each)) is None]
-        if fitting:
-            chosen["moments"] = fitting[0]
-            settings = replace(settings, moments=fitting[0])
-            reasons.append(f"moments={fitting[0]}: with fp32 moments it {context.why_missing(given.typed)}")
+    if (found := _fitting(context, given)) is not None:
+        missing = context.why_missing(settings)
+        for key in ("moments", "weights"):
+            if key not in given and getattr(found, key) != getattr(settings, key):
+                chosen[key] = getattr(found, key)
+                reasons.append(f"{key}={chosen[key]}: without it the job {missing}")
+        settings = found
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
@@ -49,9 +52,12 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         reasons.append(reason)
     element = BYTES_PER_ELEMENT[context.workload.dtype]
     places = gradient_places(context.shape.num_blocks, settings)
+    on_gpu = f"{element} bytes on the GPU"
+    if settings.streams:
+        on_gpu = f"{element} bytes on the GPU for {WEIGHT_SLOTS} blocks at a time"
     on_host = element + state_bytes(element, settings.moments)
     reasons.append(
-        f"per parameter of the blocks: {element} bytes on the GPU, {on_host:.3g} on the host, and room for "
+        f"per parameter of the blocks: {on_gpu}, {on_host:.3g} bytes on the host, and room for "
         f"the gradients of {places} of {context.shape.num_blocks} blocks"
     )
     if (told := _crossover(context, settings)) is not None:
@@ -72,6 +78,16 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
     if settings.waits_for_norm:  # the next forward pass alone
         window = 1 / 3
     return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
+
+
+def _fitting(context: PlanningContext, given: GivenSettings) -> ExactOffloadSettings | None:
+    """What fits: the least approximate moments, then weights on the GPU rather than streamed. `None`: nothing
+    does."""
+    settings: ExactOffloadSettings = given.typed
+    moments = (settings.moments,) if "moments" in given else MOMENTS
+    weights = (settings.weights,) if "weights" in given else WEIGHTS
+    tried = (replace(settings, moments=m, weights=w) for m in moments for w in weights)
+    return next((each for each in tried if context.why_missing(each) is None), None)
 
 
 def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:

@@ -265,6 +265,18 @@ def test_exact_offload_holds_two_bytes_a_parameter_and_three_blocks_of_gradients
     assert kept["activations"] - kinds["activations"] == pytest.approx(2 * (activation - hidden), abs=1)
 
 
+def test_exact_offload_streamed_holds_three_blocks_and_sends_the_others_up_twice() -> None:
+    resident = cost("exact-offload", DEEPSEEK_7B, TRAINING)
+    streamed = cost("exact-offload", DEEPSEEK_7B, TRAINING, weights="streamed")
+    block = 2 * DEEPSEEK_7B.block_parameters
+    assert resident.gpu_memory_bytes["weights"] - streamed.gpu_memory_bytes["weights"] == (32 - 3) * block
+    assert streamed.h2d_bytes - resident.h2d_bytes == (32 - 3) * block
+    assert streamed.d2h_bytes == resident.d2h_bytes
+    assert streamed.host_memory_bytes == resident.host_memory_bytes
+    twin = cost("exact-offload", DEEPSEEK_7B, TRAINING, weights="streamed", offload=False)
+    assert twin.h2d_bytes == resident.h2d_bytes
+
+
 def test_exact_offload_keeps_activations_for_fewer_operations() -> None:
     kept, again = (cost("exact-offload", TINY, TRAINING, checkpointed_blocks=n) for n in (0, "all"))
     assert kept.gpu_flops == cost("native", TINY, replace(TRAINING, checkpointing=False)).gpu_flops

@@ -37,6 +37,7 @@ SETTINGS = ExactOffloadSettings(
 STEPS = 12
 FAMILIES = ["opt", "llama", "gpt2", "qwen2", "roberta", "deberta-v2"]
 BLOCKS = 5
+CLIPS: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
 
 
 def context(
@@ -108,10 +109,26 @@ class TestTwin:
         with running(family, ctx) as engine:
             assert_same(train(engine, batches, accumulation), expected)
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.5}, {"checkpointed_blocks": 1}])
+    def test_streamed_equals_in_memory(self, family: str, changes: dict[str, Any]) -> None:
+        batches, ctx = tiny_batches(12, family), context("bf16", 2)
+        with running(family, ctx, offload=False, **changes) as twin:
+            expected = train(twin, batches, 2)
+            evaluated = twin.evaluate(batches)
+        with running(family, ctx, weights="streamed", **changes) as engine:
+            found = train(engine, batches, 2)
+            assert_same(found, expected)
+            assert engine.evaluate(batches) == evaluated
+            block = engine._on_gpu[0].nbytes
+            assert engine._slots_of_weights is not None
+            assert sum(each.nbytes for each in engine._slots_of_weights._memory) == 3 * block
+        uploads = costs.uploads_per_step(BLOCKS, engine.settings)
+        assert uploads == [2, 2, 1, 1, 1]
+        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block}
+
     @pytest.mark.parametrize("moments", ["bf16", "int8"])
-    @pytest.mark.parametrize(
-        "clip", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
-    )
+    @pytest.mark.parametrize("clip", CLIPS)
     def test_equal_with_other_states_and_clipped(self, moments: str, clip: dict[str, Any]) -> None:
         batches, ctx = tiny_batches(STEPS, "llama"), context("bf16")
         with running("llama", ctx, offload=False, moments=moments, **clip) as twin:
@@ -119,9 +136,7 @@ class TestTwin:
         with running("llama", ctx, moments=moments, **clip) as engine:
             assert_same(train(engine, batches), expected)
 
-    @pytest.mark.parametrize(
-        "clip", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
-    )
+    @pytest.mark.parametrize("clip", CLIPS)
     def test_equal_when_worker_and_link_are_late(
         self, clip: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -210,12 +225,10 @@ class TestTwin:
             assert (mine.h2d_bytes, mine.d2h_bytes, mine.cpu_s) == (its.h2d_bytes, its.d2h_bytes, None)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize(
-        "clip", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
-    )
+    @pytest.mark.parametrize("clip", [*CLIPS, {"weights": "streamed"}, {"weights": "streamed", **CLIPS[2]}])
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     def test_equal_on_the_gpu_with_delayed_streams(self, dtype: Dtype, clip: dict[str, Any]) -> None:
-        """1,000 steps in all; each copy is held up by up to a millisecond."""
+        """1,700 steps in all; each copy is held up by up to a millisecond."""
         steps = 170
         batches = tiny_batches(2 * steps, "llama")
         ctx = context(dtype, accumulation=2, device="cuda:0")
@@ -336,6 +349,7 @@ class TestLife:
             ("fp32", {}),
             ("bf16", {}),
             ("bf16", {"moments": "int8"}),
+            ("bf16", {"weights": "streamed"}),
             ("bf16", {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"}),
         ],
     )
@@ -472,9 +486,7 @@ class TestFaults:
             engine.close()
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    @pytest.mark.parametrize(
-        "clip", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
-    )
+    @pytest.mark.parametrize("clip", CLIPS)
     def test_a_gradient_that_is_not_finite_is_told_a_step_late(
         self, value: float, clip: dict[str, Any]
     ) -> None:

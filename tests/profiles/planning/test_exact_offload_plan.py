@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B
 from settings_given import given_for_each
 
 from engines.shapes import ModelShape, Workload
@@ -40,6 +40,17 @@ def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> No
         assert (found.fits, found.settings["moments"]) == (True, moments)
         assert any(each.startswith("approximate") for each in found.reasons)
     assert not plan(4096, host_bytes=30 * GB).fits
+
+
+def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
+    assert "weights" not in plan(4096).settings
+    found = plan(4096, vram_bytes=16 * GB)
+    assert (found.fits, found.settings["weights"]) == (True, "streamed")
+    assert "moments" not in found.settings
+    both = plan(4096, OPT_13B, vram_bytes=24 * GB, host_bytes=125 * GB)
+    assert (both.fits, both.settings["weights"], both.settings["moments"]) == (True, "streamed", "bf16")
+    given: dict[str, object] = {"weights": "resident"}
+    assert not plan(4096, given=given, vram_bytes=16 * GB).fits
 
 
 def test_moments_as_set_are_kept() -> None:
