@@ -78,9 +78,11 @@ from engines.first_order.checkpoint import (
     save_checkpoint,
 )
 from engines.first_order.lr_schedule import learning_rate_at
-from engines.model.activation_checkpointing import TrainedBlocks, draws_random_numbers
+from engines.model.activation_checkpointing import TrainedBlocks
 from engines.model.blocks import materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
+from engines.model.model_check import check_watched
+from engines.model.randomness import draws_random_numbers
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -150,6 +152,7 @@ class Lsp:
         Raises `UserError` for fp16 and for a model without matrices in its blocks.
         """
         self._dtype = weights_dtype(self.context, self.name)
+        check_watched(blueprint, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
         self._names = parameter_names(self.model)
         subspaces = draw_subspaces(
@@ -175,7 +178,7 @@ class Lsp:
             largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
             leave_threads_to_adam()
             self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._clocks)
-        prepare_training(self.model, self.context, recompute=False)
+        prepare_training(self.model, self.context, self.settings, recompute=False)
         self._trained = TrainedBlocks(
             self.model,
             self,

@@ -40,6 +40,7 @@ from engines.first_order.checkpoint import (
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
+from engines.model.model_check import check_repeats
 from engines.settings.first_order import NativeSettings
 
 
@@ -64,9 +65,10 @@ class Native:
         """Fill the model on the device. Raises `UserError` for fp16 and for checkpointing it lacks."""
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, dtype)
         self.optimizer = make_adamw(self.model.parameters(), self.settings)
-        prepare_training(self.model, self.context)
+        prepare_training(self.model, self.context, self.settings)
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One AdamW step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""

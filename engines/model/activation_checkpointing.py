@@ -10,7 +10,7 @@ after the first in which inputs of its form are seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engines.model.blocks import BlockCall, find_blocks, split_call
 from engines.model.cuda_graphs import MOST_FORMS, form_key, replaced, tensors_of
+from engines.model.randomness import draws_random_numbers
 
 _cuda: Any = torch.cuda  # most of it is without annotations
 
@@ -372,16 +373,3 @@ class _Graphs:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
-
-
-def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether the model's configuration or modules have any dropout."""
-    config: Any = getattr(model, "config", None)
-    known: Mapping[str, Any] = {} if config is None else config.to_dict()
-    if any(
-        isinstance(value, float) and value > 0
-        for name, value in known.items()
-        if "drop" in name  # attention_dropout, resid_pdrop, hidden_dropout_prob, layerdrop, ...
-    ):
-        return True
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

@@ -1,4 +1,4 @@
-"""A Hugging Face model seen as an embedding, a row of like blocks, and a head.
+"""A Hugging Face model seen as an embedding, a row of blocks, and a head.
 
 No model code is copied: blocks are found on the model, and its own forward does the rest.
 """
@@ -21,9 +21,10 @@ TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and module of the model's row of blocks: its longest `ModuleList` of one class.
+    """Path and module of the model's row of blocks: of its `ModuleList`s the one that holds most parameters.
 
-    Lists inside a block, such as the experts of a mixture, do not count, however long they are.
+    Lists inside another, such as the experts of a mixture, do not count, however large they are. Blocks may
+    differ in class and size (attention and state-space layers taking turns).
 
     Raises `UserError` for a model without one, and for an encoder-decoder, which has two.
     """
@@ -33,18 +34,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "is an encoder-decoder, which has two rows of blocks",
             "use a decoder or an encoder",
         )
-    best: tuple[str, nn.ModuleList] | None = None
+    rows: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if best is not None and path.startswith(f"{best[0]}."):
-            continue
-        if len({type(block) for block in module}) == 1 and (best is None or len(module) > len(best[1])):
-            best = (path, module)
-    if best is None:
-        raise UserError(
-            type(model).__name__, "has no row of like blocks", "use a transformer decoder or encoder"
-        )
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in rows):
+            rows.append((path, module))
+    best = max(rows, key=lambda row: sum(each.numel() for each in row[1].parameters()), default=None)
+    if best is None or next(best[1].parameters(), None) is None:
+        raise UserError(type(model).__name__, "has no row of blocks", "use a transformer decoder or encoder")
     return best
 
 

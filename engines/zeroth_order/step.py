@@ -28,6 +28,7 @@ from engines.decoding import Decoded, GenerationRequest
 from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import lay_out
+from engines.model.model_check import check_driven
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import landed_on_grid, plain_weights
@@ -177,7 +178,9 @@ class ZerothOrder(ABC):
 
     @torch.no_grad()
     def setup(self, blueprint: Blueprint) -> None:
-        """Raises `InfeasiblePlan`, before anything is filled, if memory or disk is too small."""
+        """Raises `InfeasiblePlan`, before anything is filled, if memory or disk is too small, and `UserError`
+        for a model whose blocks cannot be driven."""
+        check_driven(blueprint, self.context)
         adapters, self._layout = beside(
             blueprint.model,
             lay_out(blueprint.model, self._dtype, self.settings.train),
