@@ -54,7 +54,7 @@ _PERIOD = 1_000_003
 _STEP = 8
 """Elements between the beginnings of two stand-ins: 16 bytes in the shortest precision."""
 
-_FAILURES = (
+FAILURES = (
     TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError,
     RuntimeError,
 )  # fmt: skip
@@ -68,9 +68,12 @@ def check_driven(blueprint: Blueprint, context: Context) -> None:
     """
     model = blueprint.model
     find_blocks(model)  # or it is refused, without being run
-    with _on_stand_ins(blueprint, context) as inputs, torch.no_grad():
+    with on_stand_ins(blueprint, context) as inputs, torch.no_grad():
         model.eval()
+        versions = [parameter._version for parameter in model.parameters()]
         own = _outputs_with_each_block_once(model, inputs)
+        if versions != [parameter._version for parameter in model.parameters()]:
+            raise _refusal(model, "changes its own weights in a forward pass")
         with _refused(model, "its blocks cannot be run one by one"):
             driver = BlockDriver(model)
             recording = driver.record(inputs)
@@ -90,11 +93,15 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
     model = blueprint.model
     find_blocks(model)  # or it is refused, without being run
     turn_off_randomness(model)
-    with _on_stand_ins(blueprint, context) as inputs:
+    with on_stand_ins(blueprint, context) as inputs:
         model.train()
         _outputs_with_each_block_once(model, inputs)
         _check_repeats(model, inputs)
         vectors = {name: p for name, p in model.named_parameters() if p.dim() < 2 and p.is_floating_point()}
+        if not vectors:  # the gradient of the first block's goes through all others
+            first = min(find_blocks(model)[1][0].parameters(), key=lambda each: each.numel())
+            first.requires_grad_()
+            vectors = {"the smallest of the first block": first}
         own = _gradients(model, inputs, vectors)
         with _refused(model, "its blocks cannot be watched"), no_cache(model):
             watched = TrainedBlocks(model, _Nobody(), recompute=True, graphs=False)
@@ -110,7 +117,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
 def check_repeats(blueprint: Blueprint, context: Context) -> None:
     """Two forward passes in training mode are equal, once dropout is off. Raises `UserError` if not."""
     turn_off_randomness(blueprint.model)
-    with _on_stand_ins(blueprint, context) as inputs:
+    with on_stand_ins(blueprint, context) as inputs:
         blueprint.model.train()
         _check_repeats(blueprint.model, inputs)
 
@@ -147,7 +154,7 @@ class _Nobody:
 
 
 @contextmanager
-def _on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, Tensor]]:
+def on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, Tensor]]:
     """The model computes with stand-ins within; gives inputs. Afterwards it has the parameters it had."""
     model, device = blueprint.model, torch.device(context.device)
     dtype = TORCH_DTYPE[context.workload.dtype]
@@ -263,7 +270,7 @@ def _outputs_with_each_block_once(model: nn.Module, inputs: Mapping[str, Tensor]
     if called == list(range(len(blocks))):
         return found
     if len(called) > len(set(called)):
-        raise _refusal(model, f"its {len(blocks)} layers share weights, being called {len(called)} times")
+        raise _refusal(model, f"its layers share weights: {len(called)} calls of {len(blocks)}")
     raise _refusal(model, "does not call its blocks one after the other")
 
 
@@ -285,7 +292,7 @@ def _refused(model: nn.Module, why: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _refusal(model, why) from error
 
 
@@ -314,6 +321,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _both_nan(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def close_to(known: Tensor, other: Tensor) -> bool:
+    """Equal but for kernels that differ by shape."""
+    return _close(known, other, TOLERANCE[known.dtype])
 
 
 def _close(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,44 +31,73 @@ from harness.records.job import ModelSource
 def build_on_meta(config: PretrainedConfig, head: Head) -> Any:
     """A model whose parameters are on the meta device, in fp32, and whose buffers are real, on the CPU.
 
-    Raises what transformers raises for a configuration that makes no model, and `RuntimeError` for a
-    model that does not say what its buffers hold.
+    Raises what transformers raises for a configuration that makes no model.
     """
+
+    def build() -> Any:
+        return auto_class(head).from_config(config, dtype=torch.float32, trust_remote_code=False)
+
     with torch.device("meta"):
-        model = auto_class(head).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = build()
     turn_off_randomness(model)
-    _materialize_buffers(model)
+    _materialize_buffers(model, build)
     if head == "causal_lm" and model.loss_type is None:
         # Class names such as GPT2LMHeadModel do not tell transformers the loss: it warns, then takes this.
         model.loss_type = "ForCausalLM"
     return model
 
 
-def _materialize_buffers(model: Any) -> None:
+def _materialize_buffers(model: Any, rebuild: Callable[[], Any]) -> None:
     """Give every buffer its values: transformers' own initialisation of one module writes its buffers.
 
     Each by the innermost model that it belongs to, as transformers does it. The module's parameters are
-    initialised too, which costs nothing while they are on the meta device.
+    initialised too, which costs nothing while they are on the meta device. What that leaves unknown comes
+    from the model built a second time, by `rebuild`, with its buffers in memory.
     """
     innermost: dict[str, Any] = {}
+    unknown: list[tuple[nn.Module, str, str]] = []
     for path, module in model.named_modules():
         is_model = isinstance(module, PreTrainedModel)
         innermost[path] = module if is_model else innermost[path.rpartition(".")[0]]
         names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         if not names:
             continue
-        for name in names:
+        told = [name for name in names if module.get_buffer(name).dtype != torch.bool]
+        for name in told:
             module._buffers[name] = _marked(module.get_buffer(name))
         innermost[path]._init_weights(module)
-        for name in names:
-            if _is_marked(module.get_buffer(name)):
-                raise RuntimeError(f"the contents of buffer {path}.{name} are not known")
+        unknown += [
+            (module, path, name) for name in names if name not in told or _is_marked(module.get_buffer(name))
+        ]
+    if not unknown:
+        return
+    with _parameters_on_meta():
+        other = rebuild()
+    for module, path, name in unknown:
+        module._buffers[name] = other.get_submodule(path).get_buffer(name)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it every parameter goes to the meta device as soon as a module has it; one is in memory at a
+    time, and none is initialised there. Buffers stay."""
+    usual = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            meta = parameter.data.to("meta")
+            parameter = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+        usual(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = usual  # type: ignore[method-assign]
 
 
 def _marked(like: Tensor) -> Tensor:
     """A tensor on the CPU whose contents no initialisation would leave: NaN, or the smallest integer."""
-    if like.dtype == torch.bool:
-        raise RuntimeError("a boolean buffer cannot be told from an unset one")
     mark = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).min
     return torch.full(like.shape, mark, dtype=like.dtype, device="cpu")
 

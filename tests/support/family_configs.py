@@ -164,14 +164,6 @@ OWN: dict[str, dict[str, Any]] = {
         "pronunciation_embed_dim": 8,
         "shape_embed_dim": 8,
     },
-    "xlstm": {
-        "head_dim": 8,
-        "qk_dim_factor": 1.0,
-        "num_heads": 4,
-        "mode": "train",
-        "return_last_states": False,
-        "chunk_size": 8,
-    },
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "youtu": {"head_dim": 8, "num_key_value_heads": 4},
     "zamba": {
@@ -294,7 +286,6 @@ DECODERS = (
     "vaultgemma",
     "xglm",
     "xlnet",
-    "xlstm",
     "youtu",
     "zamba",
     "zamba2",
