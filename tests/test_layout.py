@@ -24,7 +24,7 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("__init__",),
+        ("__init__", "files"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
@@ -72,7 +72,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
 MAY_TAKE = {
     "engines": (),
     "profiles": (
-        "engines", "engines.errors", "engines.shapes", "engines.settings", "engines.costs",
+        "engines", "engines.errors", "engines.files", "engines.shapes", "engines.settings", "engines.costs",
         "engines.decoding",
     ),
     "harness": ("engines.*", "profiles.*"),
@@ -81,8 +81,8 @@ MAY_TAKE = {
 """Of other packages: a module, a folder, or with a star all of it."""
 
 TORCH_FREE = (
-    "engines", "engines.errors", "engines.shapes", "engines.base", "engines.settings", "engines.costs",
-    "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
+    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.base", "engines.settings",
+    "engines.costs", "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
     "profiles",
     "harness", "harness.progress", "harness.records", "harness.models.configs", "harness.resolve",
     "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
