@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import UserError
-from engines.files.reading import read_json
+from engines.files.reading import read_json, without_controls
 from engines.files.writing import ELSEWHERE as ELSEWHERE
 from engines.files.writing import TEMPORARY, unwritable
 from engines.files.writing import write_whole as write_whole
@@ -41,7 +41,7 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
     is missing, is not JSON, was written by a newer version (`NewerDocument`) or does not have the fields of
     `kind`.
     """
-    data = read_json(path, what)
+    data = without_controls(read_json(path, what))
     found = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(found, int) or isinstance(found, bool):
         raise UserError(str(path), f"has no schema_version, so it is not a {what}", "check the path")

@@ -35,6 +35,8 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Also marks that turn the direction of writing."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -163,6 +165,18 @@ def _is_whole_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def without_controls(value: Any) -> Any:
+    """A parsed document whose texts hold no control characters but tabs and line breaks: they are printed,
+    and an escape sequence in the name of a machine would reach the terminal."""
+    if isinstance(value, str):
+        return _CONTROL.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [without_controls(each) for each in value]
+    if isinstance(value, dict):
+        return {without_controls(key): without_controls(each) for key, each in value.items()}
+    return value
 
 
 def exists(path: Path) -> bool:
