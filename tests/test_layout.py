@@ -35,7 +35,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "harness": (
         ("__init__",),
-        ("progress", "records"),
+        ("progress", "records", "signals"),
         ("models",),
         ("data",),
         ("resolve", "runs"),
@@ -84,7 +84,8 @@ TORCH_FREE = (
     "engines", "engines.errors", "engines.files", "engines.shapes", "engines.base", "engines.settings",
     "engines.costs", "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
     "profiles",
-    "harness", "harness.progress", "harness.records", "harness.models.configs", "harness.resolve",
+    "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
+    "harness.resolve",
     "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
     "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
     "reports",

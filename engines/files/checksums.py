@@ -44,7 +44,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
     if not exists(folder / SUMS):
         return None
     found = {}
-    for line in read_text(folder / SUMS, "list of checksums").splitlines():
+    for line in read_text(folder / SUMS, "list of checksums").removesuffix("\n").split("\n"):
         match = _LINE.fullmatch(line)
         if match is None or "/" in match[2] or match[2] in found:
             raise UserError(

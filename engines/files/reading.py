@@ -197,6 +197,17 @@ def is_file(path: Path) -> bool:
     return mode is not None and stat.S_ISREG(mode)
 
 
+def names_in(folder: Path) -> set[str]:
+    """What lies in `folder`. Raises `UserError` if that cannot be read."""
+    try:
+        return set(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            str(folder), f"cannot be read ({reason})", "check the path and its permissions"
+        ) from None
+
+
 def expanded(name: str) -> Path:
     """`name` as a path, `~` being a home. Raises `UserError` for the home of a user that there is not."""
     try:
