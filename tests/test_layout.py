@@ -25,18 +25,18 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("__init__",),
+        ("__init__", "files"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
-        ("quantized", "first_order"),
+        ("quantized", "first_order", "cpu_updates"),
         ("offload", "subspace"),
         ("zeroth_order",),
         ("methods",),
     ),
     "harness": (
         ("__init__",),
-        ("progress", "records"),
+        ("progress", "records", "signals"),
         ("models",),
         ("data",),
         ("resolve", "runs"),
@@ -73,7 +73,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
 MAY_TAKE = {
     "engines": (),
     "profiles": (
-        "engines", "engines.errors", "engines.shapes", "engines.settings", "engines.costs",
+        "engines", "engines.errors", "engines.files", "engines.shapes", "engines.settings", "engines.costs",
         "engines.decoding",
     ),
     "harness": ("engines.*", "profiles.*"),
@@ -82,10 +82,11 @@ MAY_TAKE = {
 """Of other packages: a module, a folder, or with a star all of it."""
 
 TORCH_FREE = (
-    "engines", "engines.errors", "engines.shapes", "engines.base", "engines.settings", "engines.costs",
-    "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
+    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.base", "engines.settings",
+    "engines.costs", "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
     "profiles",
-    "harness", "harness.progress", "harness.records", "harness.models.configs", "harness.resolve",
+    "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
+    "harness.resolve",
     "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
     "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
     "reports",
@@ -329,7 +330,8 @@ def test_every_package_folder_is_a_package() -> None:
     assert folders_that_are_no_package(ROOT) == []
 
 
-MOST_MODULES = 16
+MOST_MODULES = 20
+"""Rooms that have a file for each method (methods, costs, planning) have some more than the others."""
 MOST_LINES = 400
 LONGER = re.compile(r"Longer than \d+ lines: ")
 
@@ -516,10 +518,23 @@ def private_uses(folder: Path) -> dict[str, set[str]]:
 
 PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "engines/costs/test_decoding_costs.py": {"_model"},
+    "engines/cpu_updates/test_adamw.py": {"_opened"},
+    "engines/methods/test_exact_offload.py": {
+        "_clocks",
+        "_dynamo",
+        "_host",
+        "_memory",
+        "_on_gpu",
+        "_own",
+        "_slots_of_weights",
+        "_states",
+        "_totals_on_host",
+    },
     "engines/methods/test_lsp.py": {
         "_blocks",
         "_buffers",
         "_clock",
+        "_compiled",
         "_compute",
         "_forwards",
         "_laid_out",

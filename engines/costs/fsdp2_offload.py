@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.native import training_memory
+from engines.costs.torchao_offload import pinned_copy_bytes
 from engines.costs.traffic import Traffic
 from engines.settings.libraries import Fsdp2OffloadSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
-BLOCKS_UP = 3
-"""Blocks whose weights are on the GPU at once: the one at work, the one ahead, and the one that goes."""
+BLOCKS_UP = 2
+"""Blocks whose weights are on the GPU at once: the one at work and the one ahead."""
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSettings) -> Traffic:
@@ -35,6 +36,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
             )
         )
     weights = element * shape.parameters
+    pinned = 2 * pinned_copy_bytes(shape, element)
     up_at_once = element * (outer + BLOCKS_UP * block)
     return Traffic(
         layers=tuple(layers),
@@ -43,10 +45,10 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
         ),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
-            "weights and gradients, pinned": 2 * weights,
+            "weights and gradients, pinned": pinned,
             "optimizer": 2 * weights,
         },
-        pinned_bytes=2 * weights,
+        pinned_bytes=pinned,
         overlap="optimizer_after_backward",
         cpu_adam_factor=element / 4,
     )

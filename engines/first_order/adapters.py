@@ -47,8 +47,8 @@ def add_adapters(model: nn.Module, settings: LoraSettings, layers: list[str], se
 
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a factor, which need not be whole
-        lora_dropout=settings.dropout,
+        lora_alpha=settings.alpha,  # a factor, which need not be whole
+        lora_dropout=settings.lora_dropout,
         target_modules=layers,
         bias="none",
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),

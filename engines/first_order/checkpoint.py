@@ -83,7 +83,7 @@ def load_optimizer_state(
 
 def _local(tensor: Tensor) -> Tensor:
     """A tensor that torch.distributed holds, as the one process here has it: whole."""
-    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
 
 

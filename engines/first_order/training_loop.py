@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Context, Evaluation, StepStats
-from engines.errors import NonFiniteLoss
+from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import prepare_training, run_passes, set_learning_rate
 from engines.first_order.captured_passes import CapturedPasses
 from engines.first_order.checkpoint import (
@@ -32,7 +32,8 @@ from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.attention_masks import has_padding
 from engines.model.blocks import find_blocks, to_device
 from engines.model.evaluation import evaluate_on_device
-from engines.model.training_regions import TrainingRegions, draws_random_numbers, why_not_compiled
+from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import TrainingRegions, why_not_compiled
 from engines.settings.first_order import AdamWSettings, BlockPassSettings
 
 
@@ -75,9 +76,9 @@ class TrainingLoop:
         self._only_trained = only_trained
         settings = self.settings
         if not isinstance(settings, BlockPassSettings):
-            prepare_training(model, self.context)
+            prepare_training(model, self.context, settings)
             return
-        prepare_training(model, self.context, recompute=False)
+        prepare_training(model, self.context, settings, recompute=False)
         self._install(settings, compiled=self._compiles(settings))
         if self.device.type == "cuda" and settings.graphs and not draws_random_numbers(model):
             self._captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
@@ -90,9 +91,13 @@ class TrainingLoop:
         return self.device.type == "cuda" if settings.compile == "auto" else settings.compile
 
     def _install(self, settings: BlockPassSettings, *, compiled: bool) -> None:
-        recomputed = settings.recomputed(
-            len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
-        )
+        self._is_compiled = False
+        try:
+            _, blocks = find_blocks(self.model)
+        except UserError as error:
+            self.notes.append(f"neither compiled nor recomputed: {error.what} {error.why}")
+            return
+        recomputed = settings.recomputed(len(blocks), checkpointing=self.context.workload.checkpointing)
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 

@@ -20,6 +20,7 @@ from engines.errors import NotAvailable, UserError
 from engines.first_order.adamw import check_checkpointing, parameter_groups, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import materialize
+from engines.model.model_check import check_repeats
 from engines.settings.libraries import AdamW8bitSettings
 
 
@@ -48,6 +49,7 @@ class AdamW8bit:
             raise UserError("--set paged=true", "needs CUDA's managed memory", "use paged=false")
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
         from bitsandbytes import optim
 
         model = materialize(blueprint, self.loop.device, dtype)

@@ -24,6 +24,7 @@ from engines.errors import UserError
 from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import materialize
+from engines.model.model_check import check_repeats
 from engines.settings.first_order import AdamWSettings
 from engines.settings.libraries import BackwardOptimizerSettings
 
@@ -55,6 +56,7 @@ class BackwardOptimizer:
                 "use a larger --batch-size with --accumulation 1, or native",
             )
         check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
         model = materialize(blueprint, self.loop.device, dtype)
         self.loop.begin(model, AdamWInBackward(model.parameters(), self.settings))
 
@@ -97,7 +99,8 @@ class AdamWInBackward:
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         for parameter, optimizer in self._each.items():
             optimizer.state = self.state  # one for all: each finds its own parameter in it
-            parameter.register_post_accumulate_grad_hook(self._update)
+            hooked: Any = parameter
+            hooked.register_post_accumulate_grad_hook(self._update)
 
     def _update(self, parameter: Any) -> None:
         self._each[parameter].step()

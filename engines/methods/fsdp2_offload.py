@@ -27,6 +27,7 @@ from engines.errors import NotAvailable
 from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import find_blocks, materialize
+from engines.model.model_check import check_repeats
 from engines.settings.libraries import Fsdp2OffloadSettings
 
 
@@ -60,14 +61,16 @@ class Fsdp2Offload:
             raise NotAvailable(reason)
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
         device = self.loop.device
         model = materialize(blueprint, "cpu", dtype)
         if not dist.is_initialized():  # alone: nothing listens on any port
+            store = dist.HashStore()  # type: ignore[attr-defined]
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
             self._owns_group = True
         mesh = init_device_mesh(device.type, (1,))
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")

@@ -27,6 +27,7 @@ from engines.errors import NotAvailable
 from engines.first_order.adamw import check_checkpointing, parameter_groups, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import find_blocks, materialize
+from engines.model.model_check import check_repeats
 from engines.settings.libraries import GaloreSettings
 
 _PROJECTION = "projection"
@@ -55,6 +56,7 @@ class Galore:
             raise NotAvailable(missing)
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
         from galore_torch import GaLoreAdamW
 
         model = materialize(blueprint, self.loop.device, dtype)

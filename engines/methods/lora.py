@@ -29,6 +29,7 @@ from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import TORCH_DTYPE, materialize
+from engines.model.model_check import check_repeats
 from engines.settings.libraries import LoraSettings
 
 
@@ -56,6 +57,7 @@ class Lora:
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
         dtype = weights_dtype(self.context, self.name)
+        check_repeats(blueprint, self.context)
         layers = adapted_layers(blueprint.model, self.settings)
         model = materialize(blueprint, self.loop.device, dtype)
         add_adapters(model, self.settings, layers, self.context.seed)

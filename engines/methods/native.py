@@ -24,6 +24,7 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import materialize
+from engines.model.model_check import check_repeats
 from engines.settings.first_order import NativeSettings
 
 
@@ -54,8 +55,9 @@ class Native:
         return self.loop.notes
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16 and for a model without blocks."""
+        """Fill the model on the device. Raises `UserError` for fp16."""
         dtype = weights_dtype(self.context, self.name)
+        check_repeats(blueprint, self.context)
         model = materialize(blueprint, self.loop.device, dtype)
         self.loop.begin(model, make_adamw(model.parameters(), self.settings))
 

@@ -24,6 +24,7 @@ from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import TORCH_DTYPE, find_blocks, materialize
+from engines.model.model_check import check_repeats
 from engines.settings.libraries import QloraSettings
 
 
@@ -52,6 +53,7 @@ class Qlora:
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
         dtype = weights_dtype(self.context, self.name)
+        check_repeats(blueprint, self.context)
         layers = adapted_layers(blueprint.model, self.settings)
         path, blocks = find_blocks(blueprint.model)
         linear = [f"{path}.{name}" for name, each in blocks.named_modules() if type(each) is nn.Linear]

@@ -17,7 +17,7 @@ class LoraSettings(BlockPassSettings):
     """Rank: a matrix of m x n gets r (m + n) trained weights."""
     alpha: float = 32.0
     """What the adapter adds is scaled by alpha / r."""
-    dropout: float = 0.0
+    lora_dropout: float = 0.0
     """Of the adapters' input."""
     target_modules: str = "all"
     """Which linear layers of the blocks, by the last part of their name, separated by commas; all: every
@@ -27,7 +27,7 @@ class LoraSettings(BlockPassSettings):
         BlockPassSettings.__post_init__(self)
         require(self.r > 0, "r", "must be positive")
         require(self.alpha > 0, "alpha", "must be positive")
-        require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)")
         require(bool(self.targets), "target_modules", "names no layer", "give 'all', or names such as q_proj")
 
     @property
