@@ -58,6 +58,11 @@ class CoreMatrix:
         d = self.subspace.d
         return piece[self.offset : self.offset + d * d].view(d, d)
 
+    @property
+    def kept_width(self) -> int | None:
+        """Columns of what `keep` gives in a step that tests no projector; `None`: its input."""
+        return None if self.forms_gradient else self.subspace.d
+
     def keep(self, x: Tensor) -> Tensor:
         """What the forward pass keeps of its input (tokens, in): it, or its compression (tokens, d)."""
         if self.forms_gradient or self.calibrator.calibrates:
