@@ -185,7 +185,8 @@ class BlockDriver:
         self._parent = model.get_submodule(parent)
         self._arguments = without_cache(model)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
-        self._returns_tuple: bool | None = None
+        self._beside: int | None = None
+        """How much a block returns beside the hidden state; -1: not even a tuple; `None`: not known."""
 
     def record(self, inputs: Mapping[str, Any], cache: Any = None) -> Recording:
         """Run the model up to its first block, and take down what each block would be called with.
@@ -193,8 +194,7 @@ class BlockDriver:
         With a key-value `cache` (transformers') they go on from what is in it, and add to it when they run.
         Raises `UserError` for a hidden state of more than three dimensions, whose rows are no sequences.
         """
-        if self._returns_tuple is None:
-            self._returns_tuple = self._learn_form(inputs)
+        self.learn_form(inputs)
         hidden: list[Tensor] = []
         calls: list[BlockCall] = []
 
@@ -227,19 +227,25 @@ class BlockDriver:
         stub = _StandIn(self.blocks[-1], lambda args, kwargs: self._in_form(hidden))
         return self._forward(inputs, [stub])
 
-    def _learn_form(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a block returns a tuple, by running the first one. Its weights may be anything."""
-        forms: list[bool] = []
+    def learn_form(self, inputs: Mapping[str, Any]) -> None:
+        """Find out what blocks return, by running the first one, if that is not known. Its weights may be
+        anything."""
+        if self._beside is not None:
+            return
+        forms: list[int] = []
 
         def run_once(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            forms.append(isinstance(self.blocks[0](*args, **kwargs), tuple))
+            output = self.blocks[0](*args, **kwargs)
+            forms.append(len(output) - 1 if isinstance(output, tuple) else -1)
             raise _AtTheHead
 
         self._forward(inputs, [_StandIn(block, run_once) for block in self.blocks])
-        return forms[0]
+        self._beside = forms[0]
 
     def _in_form(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+        if self._beside is None or self._beside < 0:
+            return hidden
+        return (hidden, *(None for _ in range(self._beside)))
 
     def _forward(self, inputs: Mapping[str, Any], row: Sequence[nn.Module], cache: Any = None) -> Any:
         arguments = self._arguments
