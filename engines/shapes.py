@@ -75,6 +75,8 @@ class ModelShape:
     """The weight matrices of one block."""
     largest_tensor: int
     """Elements of the largest single parameter of the model."""
+    label_names: tuple[str, ...] = ()
+    """Of a classification head's outputs, as the data names them; empty where it numbers them from 0."""
 
     @property
     def parameters(self) -> int:

@@ -18,7 +18,7 @@ from engines.shapes import Dtype, Workload
 from harness.records.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
 
-DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions"]
+DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions", "chats"]
 # In a job file `true` is no number, and neither is text.
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
