@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import UserError
+from engines.files.reading import exists
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
@@ -76,7 +77,7 @@ def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None
     """
     if profile is not None:
         return find_profile(profile)
-    machine = load_machine(known) if known is not None and known.exists() else launch_probe(quiet=quiet)
+    machine = load_machine(known) if known is not None and exists(known) else launch_probe(quiet=quiet)
     if machine.gpu is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return machine
@@ -141,7 +142,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
     """
     in_use = check_folder(sweep.out, resume=sweep.resume)
     for path in (sweep.criteria, sweep.out / "criteria.toml"):
-        if path is not None and (path == sweep.criteria or path.exists()):
+        if path is not None and (path == sweep.criteria or exists(path)):
             sweep.check_criteria(path)
     like = _like(sweep.emulate, sweep.profile)
     shape, save_data = _check_job(job)

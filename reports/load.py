@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from engines import ENGINES
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.records.job import Job, load_job, make_job
 from harness.records.run import Run, load_run
 from profiles.machine import Machine, load_machine
@@ -76,7 +77,7 @@ def load_folder(folder: Path) -> Loaded:
         ),
         runs=runs,
         broken=tuple(broken),
-        criteria=load_criteria(criteria) if criteria.exists() else None,
+        criteria=load_criteria(criteria) if exists(criteria) else None,
     )
 
 
@@ -204,9 +205,9 @@ def _short(error: UserError, path: Path) -> str:
 
 
 def _optional(path: Path, load: Callable[[Path], T], broken: list[Broken]) -> T | None:
-    if not path.exists():
-        return None
     try:
+        if not exists(path):
+            return None
         return load(path)
     except UserError as error:
         broken.append(Broken(file=path.name, reason=_short(error, path)))

@@ -56,7 +56,7 @@ def attempt(
     on_event: OnRunEvent,
     criteria_sha256: str | None = None,
 ) -> tuple[Run, bool]:
-    """Launch `request`, keep its record in `out`, and say whether it was stopped from the keyboard.
+    """Launch `request`, keep its record in `out`, and say whether the sweep is to stop with it.
 
     A plan that does not fit or cannot run here becomes a record without a run. Raises `UserError` if the
     child cannot be started or the record cannot be written.

@@ -83,7 +83,7 @@ class Outcome:
     samples: tuple[Sample, ...]
     summary: Summary
     by_user: bool
-    """Stopped from the keyboard: the sweep is to stop too."""
+    """Stopped by a signal to the sweep, such as Ctrl-C: it is to stop too."""
     traced: bool = False
     """The engine kept a trace, which costs time, whether or not it could be written."""
     trace_file: str | None = None
@@ -161,7 +161,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
     try:
         stop = _watch(child, sampler, request, recording, on_event)
     except KeyboardInterrupt:
-        stop = _Stop("interrupted", "stopped from the keyboard", by_user=True)
+        stop = _Stop("interrupted", "stopped by a signal", by_user=True)
     finally:
         code = child.finish(sampler.family)
     _take_lines(child.read_rest(), request, recording, lambda event: None)

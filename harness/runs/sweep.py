@@ -136,7 +136,7 @@ def run_sweep(
     each reads the job's data by itself.
 
     Raises `UserError` if `out` is in use, was made for another job, other criteria or on another machine, or
-    cannot be written; `KeyboardInterrupt` after the record of a run that was stopped from the keyboard.
+    cannot be written; `KeyboardInterrupt` after the record of a run that a signal stopped.
     """
     emulated = options.emulated
     job, plans, cells = _cells(job, plans, out, options)
