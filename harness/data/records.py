@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from harness.records.job import DataKind
-
-RECORD_KEYS = (
-    'with "instruction" and "output", or "text" (or "sentence") and "label", or "question", "context" and'
-    ' "answers"'
-)
-
-
-def listed(record: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(record)) or "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
