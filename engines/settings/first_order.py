@@ -24,6 +24,8 @@ class AdamWSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     adam_eps: float = 1e-8
+    max_grad_norm: float = 0.0
+    """Clip the gradient of each step to this norm, of all parameters together; 0: not at all."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -33,6 +35,7 @@ class AdamWSettings:
         require(0 <= self.beta1 < 1, "beta1", "must be in [0, 1)")
         require(0 <= self.beta2 < 1, "beta2", "must be in [0, 1)")
         require(self.adam_eps > 0, "adam_eps", "must be positive")
+        require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
