@@ -87,7 +87,7 @@ def test_equals_a_plain_loop_bit_for_bit(family: str, tied: bool, dtype: Dtype) 
 
 
 def test_clips_the_gradient_of_all_micro_batches_together() -> None:
-    """As a plain loop does, bit for bit; Adam is blind to one scale for all steps, so steps must differ in it."""
+    """As a plain loop does, bit for bit. Adam is blind to one scale for all steps, so theirs must differ."""
     batches = tiny_batches(12, "llama")
     steps = [batches[i : i + 2] for i in range(0, 12, 2)]
     clipped = replace(SETTINGS, max_grad_norm=0.05)
