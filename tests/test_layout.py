@@ -87,7 +87,7 @@ TORCH_FREE = (
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
     "harness.resolve",
-    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
+    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.reading",
     "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
@@ -106,7 +106,7 @@ INSIDE_FUNCTIONS = {
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
     "harness.cli.generate -> harness.training.generate": _TRAINS,
-    "harness.cli.generate -> harness.training.train": _TRAINS,
+    "harness.cli.generate -> harness.training.run_folder": _TRAINS,
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
     "harness.cli.train -> harness.training.train": _TRAINS,
     "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
@@ -504,6 +504,21 @@ def test_a_public_name_means_one_thing() -> None:
     assert set(defined_twice(modules())) == set(TWICE)
 
 
+def references_only(sources: Sources) -> list[str]:
+    """Functions and classes of whose docstring a reader learns nothing but where another one is."""
+    return [
+        f"{module}.{node.name}"
+        for module, path in sources.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and re.fullmatch(r"(See|As|Like) `[^`]+`[.,]?", ast.get_docstring(node) or "")
+    ]
+
+
+def test_docstrings_stand_on_their_own() -> None:
+    assert references_only(modules()) == []
+
+
 def private_uses(folder: Path) -> dict[str, set[str]]:
     """`_name`s of other objects that the files below `folder` use, by file."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -652,6 +667,7 @@ def test_tests_use_no_more_private_names() -> None:
         ("reports.box", "YARDSTICK = 'native'", engines_named, "reports.box -> native"),
         ("engines.__init__", "import engines.costs.disk", table_imports, "engines.costs.disk"),
         ("engines.costs.box", "class Run: ...", defined_twice, "Run"),
+        ("engines.costs.box", "def f():\n    'See `g`.'", references_only, "engines.costs.box.f"),
         ("engines.costs.box", "Machine = dict[str, int]", defined_twice, "Machine"),
     ],
 )

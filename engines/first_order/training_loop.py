@@ -108,6 +108,9 @@ class TrainingLoop:
         total = torch.zeros((), device=self.device)
         for loss in self._losses(batches):
             total += loss
+        if self.settings.max_grad_norm > 0:
+            # On the device and in place: the norm is not waited for, and graphs find their gradients again.
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         if not self._has_replayed:  # graphs write gradients anew, where they lie
             self.optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,9 @@ nearest (8 bytes per parameter with the gradient); there is no fp32 master copy.
 loss scaling.
 
 On the device: everything. On the host: nothing but the batches. A step reads the loss once, at its end;
-that is its only wait for the GPU. What cannot be compiled or captured runs without, and `notes` say so.
+that is its only wait for the GPU. With `max_grad_norm` the gradient of all micro-batches together is scaled
+to that norm before the update (Pascanu et al., arXiv 1211.5063). What cannot be compiled or captured runs
+without, and `notes` say so.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ class AdamWSettings:
     dropout: float = 0.0
     """Probability of every dropout of activations and attention weights that the model has; 0: none, whatever
     its configuration says. Whole layers and routers are never touched."""
+    max_grad_norm: float = 0.0
+    """Clip the gradient of each step to this norm, of all parameters together; 0: not at all."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -37,6 +39,7 @@ class AdamWSettings:
         require(0 <= self.beta2 < 1, "beta2", "must be in [0, 1)")
         require(self.adam_eps > 0, "adam_eps", "must be positive")
         require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

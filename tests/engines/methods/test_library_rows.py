@@ -84,6 +84,21 @@ def test_an_exact_method_has_the_bits_of_native(family: str, dtype: Dtype, name:
     assert_equal(runs[1][1], runs[0][1])
 
 
+def test_clipped_gradients_of_fsdp2_are_those_of_native() -> None:
+    runs = []
+    for name in ("native", "fsdp2-offload"):
+        made = engine(name, tiny_blueprint("llama"), max_grad_norm=0.1)
+        runs.append([made.step([batch]).loss for batch in tiny_batches(4, "llama")])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    unclipped = engine("native", tiny_blueprint("llama"))
+    assert runs[0] != [unclipped.step([batch]).loss for batch in tiny_batches(4, "llama")]
+
+
+def test_an_optimizer_inside_the_backward_pass_cannot_clip() -> None:
+    with pytest.raises(UserError, match=r"max_grad_norm needs all gradients at once"):
+        parse_settings("backward-optimizer", {"max_grad_norm": 1.0})
+
+
 def test_an_optimizer_inside_the_backward_pass_keeps_no_gradient() -> None:
     made = engine("backward-optimizer", tiny_blueprint("llama"))
     made.step(tiny_batches(1, "llama"))
