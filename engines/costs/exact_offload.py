@@ -29,6 +29,7 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES
+from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -108,14 +109,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     blocks = [shape.block_parameters] * shape.num_blocks
     host = host_bytes(blocks, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
-    recomputed = settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing)
-    again, kept = (
-        transformer.training_layers(shape, replace(workload, checkpointing=each)) for each in (True, False)
-    )
+    passes = block_passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
     layers = [
         _layer(layer, shape, element, settings, uploads)
-        for layer in [*again[: recomputed + 1], *kept[recomputed + 1 :]]
+        for layer in transformer.training_layers(shape, workload, passes)
     ]
     offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
     slowdown = CORE_ADAM_SLOWDOWN if element < 4 else 1.0
@@ -162,14 +160,13 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         "optimizer": masters,
         "gradients": slots * element * shape.block_parameters,
     }
-    recomputed = settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing)
-    saved = workload.accumulation * (
-        recomputed * transformer.hidden_bytes(shape, workload)
-        + (shape.num_blocks - recomputed) * transformer.block_activation_bytes(shape, workload)
-    )
+    passes = block_passes(shape, workload, settings)
+    saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
     between = workload.accumulation * transformer.hidden_bytes(shape, workload)
     made = element * shape.block_parameters  # before they are added to the slot
-    in_backward = transformer.block_activation_bytes(shape, workload) if recomputed else 0
+    in_backward = 0
+    if passes.recomputed:
+        in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     moments = (
         {
             "gradients": held["gradients"] + outer,
@@ -183,4 +180,4 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         },
         {"gradients": held["gradients"] + outer, "scratch": 4 * shape.largest_tensor * (element < 4)},
     )
-    return transformer.largest([{**held, **moment} for moment in moments])
+    return transformer.peak_moment([{**held, **moment} for moment in moments])

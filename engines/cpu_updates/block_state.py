@@ -23,14 +23,14 @@ from engines.cpu_updates.pipeline import WAIT_LIMIT_S, StepShare
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
 from engines.settings.exact_offload import ExactOffloadSettings
-from engines.transfer.pinned import HostSlab, Progress, host_slabs
+from engines.transfer.pinned import HostSlab, ReportProgress, host_slabs
 
 _ALIGNMENT_BYTES = 64
 
 
 @dataclass(kw_only=True, eq=False)
 class BlockPiece:
-    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.Piece`."""
+    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.HostPiece`."""
 
     deadline: int
     squared_norm: Tensor
@@ -90,7 +90,7 @@ class BlockStates:
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
-        progress: Progress,
+        progress: ReportProgress,
     ) -> None:
         """Nothing is pinned for a `device` that is the CPU. Weights are what the memory happens to hold; the
         rest is zero. All of it is written to once, so that what the host cannot hold is missed here."""
@@ -160,6 +160,11 @@ class BlockStates:
         norms = self._norms.num_bytes if self._norms.pinned else 0
         return self._weights.pinned_bytes + norms
 
+    @property
+    def pageable_bytes(self) -> int:
+        """Of what stays on the host: moments and low halves of masters."""
+        return sum(slab.num_bytes for slab in self._states)
+
     def save(self, state: dict[str, Tensor]) -> list[int]:
         """Add what belongs to the blocks' weights to `state`; how often each block was updated."""
         for index, pieces in enumerate(self.pieces):
@@ -197,7 +202,7 @@ class GradientRoom:
     """Host memory for the gradients of some blocks, pinned for a CUDA `device`. Used from several threads."""
 
     def __init__(
-        self, places: int, elements: int, dtype: torch.dtype, device: torch.device, progress: Progress
+        self, places: int, elements: int, dtype: torch.dtype, device: torch.device, progress: ReportProgress
     ):
         self._slabs = host_slabs([dtype.itemsize * elements] * places, device, progress)
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()

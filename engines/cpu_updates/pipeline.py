@@ -72,7 +72,7 @@ class StepShare:
         return self.max_norm / norm if norm > self.max_norm else 1.0
 
 
-class Piece(Protocol):
+class HostPiece(Protocol):
     """Neighbouring elements of a block, on the host, and their optimizer's state."""
 
     deadline: int
@@ -102,7 +102,7 @@ class Landing:
 class PieceUpdate:
     """One piece on its way."""
 
-    state: Piece
+    state: HostPiece
     share: StepShare
     landing: Landing | Callable[[Tensor, StepShare], None] | None
     """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
@@ -145,7 +145,7 @@ def adam_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def update_piece(state: Piece, share: StepShare) -> bool:
+def update_piece(state: HostPiece, share: StepShare) -> bool:
     """Adam on a gradient that is on the host: the worker's and the twin's. False: it is not finite."""
     if share.failed or not share.is_finite() or not math.isfinite(float(state.squared_norm)):
         share.failed = True
@@ -238,7 +238,7 @@ class UpdatePipeline:
         return update.applied
 
     def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
-        """As `wait` for each, finite or not; the argument `wait` is for its application's end."""
+        """Wait until all `updates` are applied, finite or not; the argument `wait` waits for an event."""
         for update in updates:
             with suppress(GradientNotFinite):
                 wait(self.wait(update))

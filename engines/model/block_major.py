@@ -27,7 +27,7 @@ from engines.model.blocks import BlockCall, BlockDriver, to_device
 from engines.model.cuda_graphs import replaced, tensors_of
 
 
-class Watcher(Protocol):
+class BlockMajorWatcher(Protocol):
     """Told of the blocks' passes, by index."""
 
     def before_forward(self, index: int) -> None:
@@ -69,7 +69,12 @@ class BlockMajor:
     """A model's training passes. Raises `UserError` for a model without a row of blocks."""
 
     def __init__(
-        self, model: nn.Module, own: Sequence[Sequence[nn.Parameter]], watcher: Watcher, *, draws: bool
+        self,
+        model: nn.Module,
+        own: Sequence[Sequence[nn.Parameter]],
+        watcher: BlockMajorWatcher,
+        *,
+        draws: bool,
     ) -> None:
         """`own` are the parameters of each block that `watcher` gets the gradients of; those of other
         parameters are added to their `grad`. `draws`: blocks draw random numbers."""

@@ -17,7 +17,8 @@ own forward and backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -26,7 +27,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from engines.model.activation_checkpointing import draws_random_numbers
 from engines.model.blocks import find_blocks
 
 MOST_FORMS = 64
@@ -56,9 +56,9 @@ class TrainingRegions:
                 continue
             vars(block)["forward"] = run
         if compiled and getattr(model, "loss_type", None) == "ForCausalLM":
-            own: Callable[..., Any] = self._model.loss_function
-            self._model.loss_function = torch.compile(own, dynamic=False)
-            self._loss = own
+            own: Any = self._model
+            self._loss = own.loss_function
+            own.loss_function = torch.compile(own.loss_function, dynamic=False)
 
     def remove(self) -> None:
         """The model's own forward runs again. May be called twice."""
@@ -72,6 +72,8 @@ def compiled_block(forward: Callable[..., Any], *, is_recomputed: bool, draws: b
     """A block's `forward` through torch's compiler; `draws`: it draws random numbers."""
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_FORMS)
+    # fp32 is fp32 here: what is faster and less precise is the user's to choose, as bf16.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", module="torch._inductor")
     run = partial(recomputed_run, forward, draws) if is_recomputed else forward
     return torch.compile(run, dynamic=False)
 
@@ -96,3 +98,16 @@ def why_not_compiled(device: torch.device) -> str | None:
     if device.type == "cuda" and find_spec("triton") is None:
         return "Triton is not installed, which torch.compile needs on a GPU"
     return None
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether the model's configuration or modules have any dropout."""
+    config: Any = getattr(model, "config", None)
+    known: Mapping[str, Any] = {} if config is None else config.to_dict()
+    if any(
+        isinstance(value, float) and value > 0
+        for name, value in known.items()
+        if "drop" in name  # attention_dropout, resid_pdrop, hidden_dropout_prob, layerdrop, ...
+    ):
+        return True
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

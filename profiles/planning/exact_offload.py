@@ -26,8 +26,10 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     are, by whether waiting for their norm hides."""
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
-    settings: ExactOffloadSettings = given.typed
-    if (found := _fitting(context, given)) is not None:
+    if context.machine.gpu is None and "compile" not in given:
+        chosen["compile"] = False
+    settings: ExactOffloadSettings = given.completed(**chosen).typed
+    if (found := _fitting(context, given, settings)) is not None:
         missing = context.why_missing(settings)
         for key in ("moments", "weights"):
             if key not in given and getattr(found, key) != getattr(settings, key):
@@ -80,10 +82,11 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
     return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
 
 
-def _fitting(context: PlanningContext, given: GivenSettings) -> ExactOffloadSettings | None:
+def _fitting(
+    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
+) -> ExactOffloadSettings | None:
     """What fits: the least approximate moments, then weights on the GPU rather than streamed. `None`: nothing
     does."""
-    settings: ExactOffloadSettings = given.typed
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
     tried = (replace(settings, moments=m, weights=w) for m in moments for w in weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import queue
 import random
@@ -28,6 +29,7 @@ from engines.methods.native import Native
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
 from engines.shapes import Dtype, Workload
+from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Link
 from tiny_models import tiny_batches, tiny_blueprint
 
@@ -55,7 +57,7 @@ def running(
 ) -> Iterator[ExactOffload]:
     engine = ExactOffload(replace(SETTINGS, **changes), ctx or context())
     if delay is not None:
-        engine.link = engine._clocks.link(delay)
+        engine.link = Link(engine.device, delay)
     try:
         engine.setup(tiny_blueprint(family, family == "opt", num_blocks=BLOCKS))
         yield engine
@@ -120,9 +122,9 @@ class TestTwin:
             found = train(engine, batches, 2)
             assert_same(found, expected)
             assert engine.evaluate(batches) == evaluated
-            block = engine._on_gpu[0].nbytes
-            assert engine._slots_of_weights is not None
-            assert sum(each.nbytes for each in engine._slots_of_weights._memory) == 3 * block
+            block = engine.on_gpu[0].nbytes
+            assert engine.weight_slots is not None
+            assert engine.weight_slots.gpu_bytes == 3 * block
         uploads = costs.uploads_per_step(BLOCKS, engine.settings)
         assert uploads == [2, 2, 1, 1, 1]
         assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block}
@@ -197,10 +199,11 @@ class TestTwin:
     def test_what_cannot_be_compiled_runs_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(run: Any, **_: Any) -> Any:
             def call(*args: Any, **kwargs: Any) -> Any:
-                raise torch._dynamo.exc.Unsupported("not this block")
+                raise unsupported("not this block")
 
             return call
 
+        unsupported = importlib.import_module("torch._dynamo.exc").Unsupported
         batches = tiny_batches(4, "llama")
         with running("llama") as engine:
             expected = train(engine, batches)
@@ -287,7 +290,7 @@ class TestNative:
             found = train(engine, batches)
             flat = {
                 index: torch.cat([master(piece.memory.weight, piece.memory.rest) for piece in pieces])
-                for index, pieces in enumerate(engine._host.pieces)
+                for index, pieces in enumerate(engine.host.pieces)
             }
         assert found.losses == pytest.approx(losses, rel=2e-3)
         for (name, parameter), each in zip(model.named_parameters(), masters, strict=True):
@@ -329,11 +332,11 @@ class TestNative:
         monkeypatch.setattr(block_state, "adamw", spy)
         norms = []
         with running("llama", max_grad_norm=0.5, clip_by="previous") as engine:
-            pieces = sum(len(each) for each in engine._host.pieces)
+            pieces = sum(len(each) for each in engine.host.pieces)
             for batch in tiny_batches(3, "llama"):
                 engine.step([batch])
                 engine.synchronize()
-                norms.append(math.sqrt(float(engine._totals_on_host[(engine.steps_done - 1) % 2])))
+                norms.append(math.sqrt(engine.squared_norm()))
         by_step = [set(scales[i * pieces : (i + 1) * pieces]) for i in range(3)]
         assert by_step[0] == {1.0}
         assert min(norms) > 0.5
@@ -402,10 +405,10 @@ class TestLife:
     def test_the_host_holds_what_the_costs_say(self) -> None:
         for dtype, moments in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("bf16", "int8")):
             with running("llama", context(dtype), moments=moments) as engine:  # type: ignore[arg-type]
-                sizes = [each.numel() for each in engine._on_gpu]
+                sizes = [each.numel() for each in engine.on_gpu]
                 told = costs.host_bytes(sizes, 4 if dtype == "fp32" else 2, engine.settings)
-                state = sum(slab.num_bytes for slab in engine._host._states)
-                wire = sum(each.nbytes for each in engine._host.weights)
+                state = engine.host.pageable_bytes
+                wire = sum(each.nbytes for each in engine.host.weights)
             assert wire == told["weights, pinned"]
             # Each of a tiny block's small tensors begins at a multiple of 64 bytes.
             assert told["optimizer"] <= state <= 1.3 * told["optimizer"]
@@ -495,20 +498,20 @@ class TestFaults:
             batches = tiny_batches(3, "opt")
             engine.step(batches[:1])
             before = weights(engine)
-            moments = [piece.memory.moment.clone() for piece in engine._host.pieces[0]]
+            moments = [piece.memory.moment.clone() for piece in engine.host.pieces[0]]
             embedding = engine.model.get_input_embeddings().weight
-            first = engine._own[0][0]
+            first = engine.own[0][0]
             hook = first.register_hook(lambda gradient: gradient * value)
             assert math.isfinite(engine.step(batches[1:2]).loss)
             hook.remove()
             with pytest.raises(NonFiniteLoss, match="gradient of step 1"):
                 engine.step(batches[2:])
-            own = {id(parameter) for parameter in engine._own[0]} | {id(embedding)}
+            own = {id(parameter) for parameter in engine.own[0]} | {id(embedding)}
             for name, parameter in engine.model.named_parameters():
                 if id(parameter) in own:
                     assert torch.equal(parameter.detach(), before[name]), name
             assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
-            for piece, moment in zip(engine._host.pieces[0], moments, strict=True):
+            for piece, moment in zip(engine.host.pieces[0], moments, strict=True):
                 assert torch.equal(piece.memory.moment, moment)
 
     def test_a_loss_that_is_not_finite_is_told_at_once(self) -> None:
@@ -530,8 +533,8 @@ def test_the_pipeline_gives_room_back_whatever_comes_of_an_update() -> None:
     given: queue.SimpleQueue[int] = queue.SimpleQueue()
     link = Link(torch.device("cpu"))
     with running("opt") as engine:
-        own = pipeline.UpdatePipeline(link, engine._clocks, name="exact-offload-test")
-        piece = engine._host.pieces[0][0]
+        own = pipeline.UpdatePipeline(link, Clocks(context(), link.device), name="exact-offload-test")
+        piece = engine.host.pieces[0][0]
         piece.gradient = None  # an update without one fails
         memory = torch.zeros(piece.end - piece.begin)
         for number in range(2):
