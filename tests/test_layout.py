@@ -507,6 +507,7 @@ PRIVATE_IN_TESTS: dict[str, set[str]] = {
         "_blocks",
         "_buffers",
         "_clock",
+        "_compiled",
         "_compute",
         "_forwards",
         "_laid_out",

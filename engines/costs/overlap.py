@@ -97,8 +97,11 @@ def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1)
     """
     busy = busy_s(layers)
     backward = sum(layer.backward_s for layer in layers)
-    piece = PIECE * max((layer.cpu_s + layer.h2d_s for layer in layers), default=0.0)
-    after = max(busy["gpu"] - backward, max(busy["cpu"], busy["h2d"]) + piece)
+    of_cpu, of_link = (
+        PIECE * max(times, default=0.0)
+        for times in ([layer.cpu_s for layer in layers], [layer.h2d_s for layer in layers])
+    )
+    after = max(busy["gpu"] - backward, busy["cpu"] + of_link, busy["h2d"] + of_cpu)
     return max(max(backward, busy["d2h"]) + after, busy["host memory"], busy["disk"])
 
 

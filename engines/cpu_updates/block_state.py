@@ -30,7 +30,7 @@ _ALIGNMENT_BYTES = 64
 
 @dataclass(kw_only=True, eq=False)
 class BlockPiece:
-    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.HostPiece`."""
+    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.TravellingPiece`."""
 
     deadline: int
     squared_norm: Tensor

@@ -133,7 +133,7 @@ def core_adam(
     factors = factors_of(updates, beta1, beta2, eps, scale)
     library = compiled()
     if library is None:
-        without_compiler(core, moment, variance, factors)
+        core_adam_without_compiler(core, moment, variance, factors)
         return
     library.core_adam(
         core.data_ptr(),
@@ -185,7 +185,7 @@ def _compiled_by(compiler: list[str]) -> Any:
     return library
 
 
-def without_compiler(core: Tensor, moment: Tensor, variance: Tensor, factors: Factors) -> None:
+def core_adam_without_compiler(core: Tensor, moment: Tensor, variance: Tensor, factors: Factors) -> None:
     """What `cpu_adam.c` does, by torch operations: all of (elements,), `core` fp32 or bf16, moments fp32."""
     f: Any = factors  # ctypes adds the attributes
     for begin in range(0, core.numel(), CHUNK):

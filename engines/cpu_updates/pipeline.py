@@ -72,7 +72,7 @@ class StepShare:
         return self.max_norm / norm if norm > self.max_norm else 1.0
 
 
-class HostPiece(Protocol):
+class TravellingPiece(Protocol):
     """Neighbouring elements of a block, on the host, and their optimizer's state."""
 
     deadline: int
@@ -102,7 +102,7 @@ class Landing:
 class PieceUpdate:
     """One piece on its way."""
 
-    state: HostPiece
+    state: TravellingPiece
     share: StepShare
     landing: Landing | Callable[[Tensor, StepShare], None] | None
     """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
@@ -145,7 +145,7 @@ def adam_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def update_piece(state: HostPiece, share: StepShare) -> bool:
+def update_piece(state: TravellingPiece, share: StepShare) -> bool:
     """Adam on a gradient that is on the host: the worker's and the twin's. False: it is not finite."""
     if share.failed or not share.is_finite() or not math.isfinite(float(state.squared_norm)):
         share.failed = True

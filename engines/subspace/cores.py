@@ -112,7 +112,7 @@ class CoreMatrix:
 
 @dataclass(kw_only=True, eq=False)
 class CoreState:
-    """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.HostPiece`."""
+    """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingPiece`."""
 
     deadline: int
     outgoing: Tensor
