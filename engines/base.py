@@ -149,6 +149,8 @@ class Blueprint(Protocol):
     shape: ModelShape
     model: torch.nn.Module
     """On the meta device except for its buffers, which are real and on the CPU. The engine owns it."""
+    sample: Batch | None
+    """A batch of the job, to try the model on before it is filled; `None`: there is no data."""
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the weights of parameter `name` into `out`, of any device and float dtype.

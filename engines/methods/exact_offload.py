@@ -91,10 +91,11 @@ from engines.model.block_major import BlockMajor
 from engines.model.blocks import find_blocks, first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
+from engines.model.model_check import check_driven, check_repeats
+from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import (
     TrainingRegions,
     compiles,
-    draws_random_numbers,
     why_not_compiled,
 )
 from engines.offload.block_slots import BlockSlots
@@ -147,6 +148,8 @@ class ExactOffload:
         lacks the memory.
         """
         self._dtype = weights_dtype(self.context, self.name)
+        check_repeats(blueprint, self.context)
+        check_driven(blueprint, self.context)
         self.model: nn.Module = blueprint.model
         self._layout = layout = lay_out(self.model, self._dtype)
         self._check_host([block.size for block in layout.blocks])
@@ -197,7 +200,7 @@ class ExactOffload:
         if self.settings.offload:
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
-        prepare_training(self.model, self.context, recompute=False)
+        prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
         self._passes = BlockMajor(self.model, self.own, self, draws=draws)
         why_not = why_not_compiled(self.device)

@@ -90,7 +90,9 @@ from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.activation_checkpointing import TrainedBlocks
 from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
-from engines.model.training_regions import compiles, draws_random_numbers
+from engines.model.model_check import check_watched
+from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import compiles
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -152,6 +154,7 @@ class Lsp:
         Raises `UserError` for fp16 and for a model without matrices in its blocks.
         """
         self._dtype = weights_dtype(self.context, self.name)
+        check_watched(blueprint, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
         self._names = parameter_names(self.model)
         subspaces = draw_subspaces(
@@ -185,7 +188,7 @@ class Lsp:
                 dtype=self._dtype,
                 name="lsp-core",
             )
-        prepare_training(self.model, self.context, recompute=False)
+        prepare_training(self.model, self.context, self.settings, recompute=False)
         self._trained = TrainedBlocks(
             self.model,
             self,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.errors import NonFiniteLoss
+from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import (
     make_adamw,
     prepare_training,
@@ -46,11 +46,9 @@ from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.attention_masks import has_padding
 from engines.model.blocks import find_blocks, materialize, to_device
 from engines.model.evaluation import evaluate_on_device
-from engines.model.training_regions import (
-    TrainingRegions,
-    draws_random_numbers,
-    why_not_compiled,
-)
+from engines.model.model_check import check_repeats
+from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import TrainingRegions, why_not_compiled
 from engines.settings.first_order import NativeSettings
 
 
@@ -76,11 +74,12 @@ class Native:
         return None
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16 and for a model without blocks."""
+        """Fill the model on the device. Raises `UserError` for fp16."""
         dtype = weights_dtype(self.context, self.name)
+        check_repeats(blueprint, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, dtype)
         self.optimizer = make_adamw(self.model.parameters(), self.settings)
-        prepare_training(self.model, self.context, recompute=False)
+        prepare_training(self.model, self.context, self.settings, recompute=False)
         self._install(compiled=self._compiles())
         if self.device.type == "cuda" and self.settings.graphs and not draws_random_numbers(self.model):
             self._captured = CapturedPasses(list(self.model.parameters()), self._passes, self.device)
@@ -94,9 +93,13 @@ class Native:
         return self.device.type == "cuda" if wanted == "auto" else wanted
 
     def _install(self, *, compiled: bool) -> None:
-        recomputed = self.settings.recomputed(
-            len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
-        )
+        self._is_compiled = False
+        try:
+            _, blocks = find_blocks(self.model)
+        except UserError as error:
+            self.notes.append(f"neither compiled nor recomputed: {error.what} {error.why}")
+            return
+        recomputed = self.settings.recomputed(len(blocks), checkpointing=self.context.workload.checkpointing)
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 

@@ -18,8 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engines.model.blocks import BlockCall, find_blocks, split_call
 from engines.model.cuda_graphs import replaced, tensors_of
+from engines.model.randomness import draws_random_numbers
 from engines.model.training_graphs import Ran, TrainingGraphs
-from engines.model.training_regions import compiled_block, draws_random_numbers
+from engines.model.training_regions import compiled_block
 
 _TENSOR = object()
 

@@ -24,6 +24,9 @@ class AdamWSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     adam_eps: float = 1e-8
+    dropout: float = 0.0
+    """Probability of every dropout of activations and attention weights that the model has; 0: none, whatever
+    its configuration says. Whole layers and routers are never touched."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -33,6 +36,7 @@ class AdamWSettings:
         require(0 <= self.beta1 < 1, "beta1", "must be in [0, 1)")
         require(0 <= self.beta2 < 1, "beta2", "must be in [0, 1)")
         require(self.adam_eps > 0, "adam_eps", "must be positive")
+        require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from engines.base import StoredTensor
+from engines.base import Batch, StoredTensor
+from engines.model.randomness import is_random_setting
 from engines.shapes import ModelShape
 from harness.models.configs import load_config, local_folder
 from harness.models.export import write_model
 from harness.models.meta import (
-    DROPOUTS,
     build_on_meta,
     configuration,
     first_names_of,
@@ -40,8 +40,10 @@ class ModelBlueprint:
         source: ModelSource,
         weights: Callable[[str, Tensor], None],
         stored: Mapping[str, StoredTensor] | None = None,
+        sample: Batch | None = None,
     ) -> None:
         self.shape = shape
+        self.sample = sample
         self.model: Any = model
         self.source = source
         self.config: PretrainedConfig = self.model.config
@@ -77,7 +79,7 @@ def _released(name: str, out: Tensor) -> None:
     raise RuntimeError(f"the weights of {name} were released")
 
 
-def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
+def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> ModelBlueprint:
     """The job's model without its weights.
 
     Dropout is off, whatever the configuration says: zeroth-order methods compare two passes through one
@@ -103,7 +105,9 @@ def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
         weights = read_weights(stored)
     else:
         weights = checkpoint_weights(source, config, shape, values, random, body)
-    return ModelBlueprint(shape=shape, model=model, source=source, weights=weights, stored=stored)
+    return ModelBlueprint(
+        shape=shape, model=model, source=source, weights=weights, stored=stored, sample=sample
+    )
 
 
 def export_model(
@@ -116,9 +120,7 @@ def export_model(
     """
     config = copy.deepcopy(blueprint.config)
     original = load_config(blueprint.source)
-    for name in DROPOUTS:
-        if hasattr(config, name) and name in original:
-            setattr(config, name, original[name])
+    _restore_randomness(config, original)
     config.use_cache = original.get("use_cache", True)
     config.architectures = [blueprint.architecture]
     config.dtype = dtype
@@ -136,3 +138,13 @@ def export_model(
             *([generation] if generation is not None and generation.is_file() else []),
         ],
     )
+
+
+def _restore_randomness(config: PretrainedConfig, original: Mapping[str, Any]) -> None:
+    """Dropout and its like as the configuration `original` has them, in the ones inside it too."""
+    for name, value in original.items():
+        inner = getattr(config, name, None)
+        if isinstance(value, Mapping) and isinstance(inner, PretrainedConfig):
+            _restore_randomness(inner, value)
+        elif is_random_setting(name, value) and inner is not None:
+            setattr(config, name, value)

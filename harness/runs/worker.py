@@ -177,7 +177,7 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         else:
             data = batches_of(load_tokenized(request.data_file), job)
         on_progress("data and model", 1, 2)
-        blueprint = make_blueprint(job, request.shape)
+        blueprint = make_blueprint(job, request.shape, data.step_batches(0)[0])
         on_progress("data and model", 2, 2)
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j

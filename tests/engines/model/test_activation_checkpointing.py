@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.model.activation_checkpointing import TrainedBlocks, draws_random_numbers
+from engines.model.activation_checkpointing import TrainedBlocks
 from engines.model.blocks import find_blocks, without_cache
+from engines.model.randomness import draws_random_numbers
 from tiny_models import tiny_batches, tiny_blueprint
 
 FAMILIES = ["opt", "llama", "qwen2", "gpt2", "roberta", "bert"]
@@ -41,7 +42,7 @@ class Diary:
 @contextmanager
 def watched(model: nn.Module, *, recompute: bool) -> Iterator[Diary]:
     diary = Diary()
-    blocks = TrainedBlocks(model, diary, recompute=recompute, graphs=True)
+    blocks = TrainedBlocks(model, diary, recomputed=99 if recompute else 0, graphs=True)
     blocks.begin()
     yield diary
     blocks.close()
