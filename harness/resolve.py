@@ -36,7 +36,7 @@ def resolve_shape(job: Job) -> ModelShape:
             shape = shape_from_meta(
                 config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
             )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"model '{job.model.name}'", f"its configuration is malformed ({error})", "correct config.json"
         ) from None

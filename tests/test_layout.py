@@ -25,7 +25,7 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("__init__",),
+        ("__init__", "files"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
@@ -36,7 +36,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "harness": (
         ("__init__",),
-        ("progress", "records"),
+        ("progress", "records", "signals"),
         ("models",),
         ("data",),
         ("resolve", "runs"),
@@ -73,7 +73,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
 MAY_TAKE = {
     "engines": (),
     "profiles": (
-        "engines", "engines.errors", "engines.shapes", "engines.settings", "engines.costs",
+        "engines", "engines.errors", "engines.files", "engines.shapes", "engines.settings", "engines.costs",
         "engines.decoding",
     ),
     "harness": ("engines.*", "profiles.*"),
@@ -82,10 +82,11 @@ MAY_TAKE = {
 """Of other packages: a module, a folder, or with a star all of it."""
 
 TORCH_FREE = (
-    "engines", "engines.errors", "engines.shapes", "engines.base", "engines.settings", "engines.costs",
-    "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
+    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.base", "engines.settings",
+    "engines.costs", "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
     "profiles",
-    "harness", "harness.progress", "harness.records", "harness.models.configs", "harness.resolve",
+    "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
+    "harness.resolve",
     "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
     "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
     "reports",
