@@ -13,7 +13,7 @@ from engines import ENGINES
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import Job, load_job, make_job
-from harness.records.manifest import MANIFEST, Finding, check_manifest
+from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
@@ -42,7 +42,7 @@ class Loaded:
     broken: tuple[Broken, ...]
     criteria: Criteria | None
     """`None`: the folder holds none."""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[ManifestFinding, ...] = ()
     """What is not as the folder's manifest says."""
 
 
@@ -85,12 +85,12 @@ def load_folder(folder: Path) -> Loaded:
     )
 
 
-def _findings(folder: Path, broken: list[Broken]) -> tuple[Finding, ...]:
+def _findings(folder: Path, broken: list[Broken]) -> tuple[ManifestFinding, ...]:
     try:
         return check_manifest(folder)
     except UserError as error:
         broken.append(Broken(file=MANIFEST, reason=_short(error, folder / MANIFEST)))
-        return (Finding(kind="no_manifest", file=MANIFEST),)
+        return (ManifestFinding(kind="no_manifest", file=MANIFEST),)
 
 
 def refuse_unlike(runs: Sequence[Run]) -> None:

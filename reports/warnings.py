@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.settings.zeroth_order import approximation
-from harness.records.manifest import Finding, FindingKind
+from harness.records.manifest import FindingKind, ManifestFinding
 from harness.records.run import Run
 from harness.records.stats import differing_field
 from harness.runs.emulate import what_is_short
@@ -245,7 +245,7 @@ KINDS: tuple[FindingKind, ...] = ("missing", "changed", "added", "not_run", "no_
 MOST_NAMED = 4
 
 
-def about_integrity(findings: Sequence[Finding], runs: Sequence[Run]) -> tuple[str, ...]:
+def about_integrity(findings: Sequence[ManifestFinding], runs: Sequence[Run]) -> tuple[str, ...]:
     """A sentence for each kind of thing that does not hold together."""
     differing = [
         f"{run.id} ({field})"

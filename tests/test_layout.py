@@ -490,6 +490,21 @@ def test_a_public_name_means_one_thing() -> None:
     assert set(defined_twice(modules())) == set(TWICE)
 
 
+def references_only(sources: Sources) -> list[str]:
+    """Functions and classes of whose docstring a reader learns nothing but where another one is."""
+    return [
+        f"{module}.{node.name}"
+        for module, path in sources.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and re.fullmatch(r"(See|As|Like) `[^`]+`[.,]?", ast.get_docstring(node) or "")
+    ]
+
+
+def test_docstrings_stand_on_their_own() -> None:
+    assert references_only(modules()) == []
+
+
 def private_uses(folder: Path) -> dict[str, set[str]]:
     """`_name`s of other objects that the files below `folder` use, by file."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -626,6 +641,7 @@ def test_tests_use_no_more_private_names() -> None:
         ("reports.box", "YARDSTICK = 'native'", engines_named, "reports.box -> native"),
         ("engines.__init__", "import engines.costs.disk", table_imports, "engines.costs.disk"),
         ("engines.costs.box", "class Run: ...", defined_twice, "Run"),
+        ("engines.costs.box", "def f():\n    'See `g`.'", references_only, "engines.costs.box.f"),
         ("engines.costs.box", "Machine = dict[str, int]", defined_twice, "Machine"),
     ],
 )

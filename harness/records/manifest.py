@@ -43,7 +43,7 @@ FindingKind = Literal["no_manifest", "missing", "not_run", "added", "changed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class ManifestFinding:
     """Something in a folder of results that is not as its manifest says."""
 
     kind: FindingKind
@@ -88,24 +88,24 @@ def note_record(out: Path, path: Path, content: bytes) -> None:
     write_whole(out / MANIFEST, to_json(replace(manifest, records=records)))
 
 
-def check_manifest(out: Path) -> tuple[Finding, ...]:
+def check_manifest(out: Path) -> tuple[ManifestFinding, ...]:
     """What in `out` is not as its manifest says. Raises `UserError` if that cannot be read."""
     manifest = load_manifest(out)
     if manifest is None:
-        return (Finding(kind="no_manifest", file=MANIFEST),)
+        return (ManifestFinding(kind="no_manifest", file=MANIFEST),)
     noted: Mapping[str, str] = manifest.documents | manifest.records
     found = [
-        Finding(kind="changed" if there else "missing", file=name)
+        ManifestFinding(kind="changed" if there else "missing", file=name)
         for name, digest in noted.items()
         for there in (_is_below(name) and is_file(out / name),)
         if not there or sha256_of(out / name) != digest
     ]
     expected = [f"{RECORDS}/{run_id}.json" for run_id in manifest.planned]
-    found += [Finding(kind="not_run", file=name) for name in expected if name not in manifest.records]
+    found += [ManifestFinding(kind="not_run", file=name) for name in expected if name not in manifest.records]
     names = names_in(out / RECORDS) if exists(out / RECORDS) else set()
     listed = {name for name in names if name.endswith(".json") and not name.startswith(".")}
     added = sorted(f"{RECORDS}/{name}" for name in listed)
-    found += [Finding(kind="added", file=name) for name in added if name not in manifest.records]
+    found += [ManifestFinding(kind="added", file=name) for name in added if name not in manifest.records]
     return tuple(found)
 
 
