@@ -87,7 +87,7 @@ TORCH_FREE = (
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
     "harness.resolve",
-    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
+    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.reading",
     "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip

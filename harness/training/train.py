@@ -131,7 +131,8 @@ def _train(
         for note in gpu_notes():
             progress.print(f"note: {note}")
         data = make_data(job, shape)
-        progress.print(data.describe())
+        for line in (*data.readings, data.describe()):
+            progress.print(line)
         kept = out / TRACE if trace else None
         with (
             user_errors(engine_name, job, out),
