@@ -75,6 +75,7 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.native:Native",
         settings="engines.settings.first_order:NativeSettings",
         costs="engines.costs.native:traffic",
+        planner="profiles.planning.native:choose",
         summary="AdamW, everything on the GPU",
         source="torch.optim.AdamW",
         order="first",

@@ -19,6 +19,10 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 BYTES_PER_ELEMENT: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+Direction = Literal["h2d", "d2h"]
+"""Over the link: from host to device, or back."""
+
+
 Head = Literal["causal_lm", "classification", "question_answering"]
 """`question_answering` is extractive: the first and the last token of the answer in a given text."""
 

@@ -20,7 +20,7 @@ from harness.records.run import Run
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import WORK, launch_probe
-from harness.runs.sweep import Cell, SweepEvent, SweepOptions, compare, missing
+from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep
 from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
@@ -53,7 +53,7 @@ SaveData = Callable[[Path], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class PreparedJob:
     """A job with its shape, its machine and a plan for each method, the recommended first."""
 
     job: Job
@@ -133,7 +133,7 @@ def training_settings(job: Job, engine: str, profile: Path | None) -> GivenSetti
     return plan.settings
 
 
-def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> Prepared:
+def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJob:
     """Everything up to the first run. Writes nothing.
 
     `without_gpu` takes the place of `job` where the probe finds no GPU that torch can use. Raises `UserError`
@@ -151,18 +151,18 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> Prepared:
         job = without_gpu
         shape, save_data = _check_job(job)
     plans = plan_job(job, shape, machine, sweep.engines, sweep.emulate)
-    return Prepared(
+    return PreparedJob(
         job=job, shape=shape, machine=machine, plans=tuple(plans), emulated=like, in_use=in_use,
         save_data=save_data,
     )  # fmt: skip
 
 
-def planned_cells(ready: Prepared, sweep: Sweep) -> list[Cell]:
-    """What `measure` would run, in order. Writes nothing; raises as it does."""
+def planned_cells(ready: PreparedJob, sweep: Sweep) -> list[Cell]:
+    """What `measure_plans` would run, in order. Writes nothing; raises as it does."""
     return missing(ready.job, ready.plans, sweep.out, _options(ready, sweep))
 
 
-def measure(ready: Prepared, sweep: Sweep, observe: Callable[[SweepEvent], None]) -> list[Run]:
+def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEvent], None]) -> list[Run]:
     """Run the plans, each in its own process. Keeps the machine beside the runs."""
     data_file = None if ready.save_data is None else (sweep.out / WORK / "data.safetensors").resolve()
     at_end = contextlib.ExitStack()
@@ -174,13 +174,13 @@ def measure(ready: Prepared, sweep: Sweep, observe: Callable[[SweepEvent], None]
             ready.save_data(data_file)
 
     with at_end:
-        return compare(
+        return run_sweep(
             ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
             before_first=before_first, data_file=data_file,
         )  # fmt: skip
 
 
-def _options(ready: Prepared, sweep: Sweep) -> SweepOptions:
+def _options(ready: PreparedJob, sweep: Sweep) -> SweepOptions:
     return SweepOptions(
         rounds=sweep.rounds, resume=sweep.resume, criteria=sweep.criteria, trace=sweep.trace,
         emulated=ready.emulated,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from profiles.machine import Cpu, Depth, Figure, Gpu, HostMemory, Link, Machine
+from profiles.machine import Cpu, Depth, Figure, Gpu, HostMemory, LinkFigures, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_elements, format_flops, format_rate
 
 Format = Callable[[float | None], str]
@@ -94,7 +94,7 @@ def _bound(memory: HostMemory) -> str:
     return "the driver refused more" if memory.pinned_refused else "at least"
 
 
-def _during(_: Cpu | Link) -> str:
+def _during(_: Cpu | LinkFigures) -> str:
     return "during the probe"
 
 

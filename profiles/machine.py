@@ -102,7 +102,7 @@ class GpuLink:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
+class LinkFigures:
     """Between host and GPU. Rates in bytes per second."""
 
     generation_max: int | None
@@ -207,7 +207,7 @@ class Machine:
     """When the probe ran, ISO 8601 in UTC."""
     gpu: Gpu | None
     gpu_absent_reason: str | None
-    link: Link | None
+    link: LinkFigures | None
     cpu: Cpu
     memory: HostMemory
     platform: str

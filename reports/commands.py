@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from engines.errors import UserError
-from harness.cli.options import Criteria, FailOn, Json
+from harness.cli.options import CriteriaFlag, FailOn, Json
 from profiles.documents import to_json, write_whole
 from reports.criteria import init_text
 from reports.decide import exit_code, parse_fail_on
@@ -31,7 +31,7 @@ def _criteria() -> None:
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
-    criteria: Criteria = None,
+    criteria: CriteriaFlag = None,
     fail_on: FailOn = None,
     index: Annotated[
         bool,

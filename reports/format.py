@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from harness.records.columns import Column, RowT, Unit, lay_out
+from harness.records.columns import Column, RowT, Unit, table_cells
 from harness.records.job import ModelSource
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.criteria import Metric
@@ -114,7 +114,7 @@ class Table:
     @classmethod
     def of(cls, columns: Sequence[Column[RowT]], rows: Sequence[RowT], *notes: str) -> Self:
         """`columns` over `rows`; below them `notes`, which are sentences, and those of the columns."""
-        here, cells = lay_out(columns, rows)
+        here, cells = table_cells(columns, rows)
         of_columns = (say(f"tablenote.{column.note}") for column in here if column.note)
         return cls(
             columns=tuple(say(f"column.{column.key}") for column in here),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from markupsafe import Markup
 
@@ -12,12 +13,11 @@ from engines import YARDSTICK
 from engines.errors import UserError
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
-from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, lay_out
+from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
-from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
 from reports import charts
 from reports.format import GIB, LOSS, NUMBER, PERCENT, TIMES, digits, model_name, model_title, percent, span
@@ -31,10 +31,26 @@ VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
+CHOSEN = ("d",)
+"""Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""
 ABOUT = "about.txt"
 """In a published folder: a sentence on what it is for."""
+
+
+class IndexRow(Protocol):
+    """A row of the page."""
+
+    @property
+    def subject(self) -> tuple[object, ...]:
+        """What it measures: a later one of the same takes its place."""
+
+    @property
+    def began(self) -> str: ...
+
+
+IndexRowT = TypeVar("IndexRowT", bound=IndexRow)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +67,12 @@ class Published:
     """Settings that make another method of the engine, as `--set` takes them; empty: none."""
     traced: bool
     began: str
-    """Time of the first run, ISO 8601."""
+    """Time of the first run, ISO 8601 in UTC."""
     rounds: Rounds
     all_: Measurements
 
     @property
-    def subject(self) -> tuple[str, str, str, str, str, bool]:
-        """What it measures: a later one of the same takes its place in the picture."""
+    def subject(self) -> tuple[object, ...]:
         return self.model, self.job, self.machine, self.variant, self.engine, self.traced
 
 
@@ -109,7 +124,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,
             engine=engine,
-            variant=variant(rounds.runs[0].plan),
+            variant=variant(rounds.runs[0]),
             traced=any(run.traced for run in rounds.runs),
             began=min(run.time for run in rounds.runs),
             rounds=rounds,
@@ -127,13 +142,13 @@ def abouts(folder: Path) -> dict[str, str]:
 
 
 def index(found: Sequence[Published], generated: Sequence[Generated], about: dict[str, str]) -> str:
-    """Markdown: a row for each method of each folder, and for each decoding run."""
+    """Markdown: the newest record of each job and method, trained and decoded; earlier ones folded away."""
     lines = [
         f"# {say('index.title')}", "", say("index.intro"), "", f"![{say('index.picture')}](overview.svg)", "",
-        *_markdown_lines(METHODS, found), "",
+        *_newest_first(METHODS, found),
     ]  # fmt: skip
     if generated:
-        lines += [f"## {say('index.generating')}", "", *_markdown_lines(GENERATIONS, generated), ""]
+        lines += [f"## {say('index.generating')}", "", *_newest_first(GENERATIONS, generated)]
     reported = {each.folder for each in found}
     for name, text in about.items():
         where = f"{name}/report.md" if name in reported else name
@@ -141,9 +156,10 @@ def index(found: Sequence[Published], generated: Sequence[Generated], about: dic
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def variant(plan: Plan) -> str:
-    """Those of `VARIANTS` that a run had otherwise than by default, as `--set` takes them; all that was set,
-    where a version that has dropped a setting wrote it."""
+def variant(run: Run) -> str:
+    """Those of `VARIANTS` that a run had otherwise than by default, and of `CHOSEN` that its job had set, as
+    `--set` takes them; all that was set, where a version that has dropped a setting wrote it."""
+    plan, asked = run.plan, run.job.get("settings", {}).get(run.engine, {})
     try:
         settings, usual = plan.settings.typed, defaults(plan.engine).typed
     except UserError:
@@ -151,12 +167,13 @@ def variant(plan: Plan) -> str:
     names = [name for name in VARIANTS if getattr(settings, name, None) != getattr(usual, name, None)]
     if isinstance(settings, MezoSettings) and settings.trains_quantized:
         names.append("fold_every")
+    names += [name for name in CHOSEN if name in asked and name not in names]
     return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
-def newest(found: Sequence[Published]) -> list[Published]:
+def newest(found: Sequence[IndexRowT]) -> list[IndexRowT]:
     """Of those that measure the same, the latest. In the order of `found`."""
-    latest: dict[tuple[str, str, str, str, str, bool], Published] = {}
+    latest: dict[tuple[object, ...], IndexRowT] = {}
     for each in found:
         if (before := latest.get(each.subject)) is None or before.began <= each.began:
             latest[each.subject] = each
@@ -171,6 +188,7 @@ def overview(found: Sequence[Published]) -> str:
         if each.rounds.step_s is not None
         and not each.traced
         and (share := typical(each.rounds, floor_share)) is not None
+        and share <= 1  # above, the floor was predicted wrong: no result to show
     ]
     groups = []
     for head in dict.fromkeys((each.model, each.job, each.machine, each.variant) for each, _ in shown):
@@ -200,11 +218,22 @@ def overview(found: Sequence[Published]) -> str:
     return charts.standalone(drawn)
 
 
+def _newest_first(columns: Sequence[Column[IndexRowT]], found: Sequence[IndexRowT]) -> Iterator[str]:
+    """A table of the newest, then one of what they took the place of, folded away."""
+    latest = newest(found)
+    yield from _markdown_lines(columns, latest)
+    yield ""
+    if earlier := [each for each in found if not any(each is kept for kept in latest)]:
+        yield from ("<details>", f"<summary>{say('index.earlier', count=len(earlier))}</summary>", "")
+        yield from _markdown_lines(columns, earlier)
+        yield from ("", "</details>", "")
+
+
 def _markdown_lines(columns: Sequence[Column[RowT]], rows: Sequence[RowT]) -> Iterator[str]:
     """A table; nothing where it has no row."""
     if not rows:
         return
-    here, cells = lay_out(columns, rows)
+    here, cells = table_cells(columns, rows)
     yield f"| {' | '.join(say(f'index.{column.key}') for column in here)} |"
     yield f"| {' | '.join('---:' if column.unit.is_numeric else '---' for column in here)} |"
     for row in cells:
@@ -218,6 +247,11 @@ def _link(text: str, target: str) -> Markup:
 def _method(each: Published) -> str:
     method = _joined(each.engine, each.variant)
     return say("index.traced", engine=method) if each.traced else method
+
+
+def _share(share: float | None) -> CellValue:
+    """Above 100 % it is not a share but a floor that was predicted wrong."""
+    return share if share is None or share <= 1 else say("index.floor_wrong", share=percent(share))
 
 
 def _if_timed(of: Callable[[Published], CellValue]) -> Callable[[Published], CellValue]:
@@ -246,7 +280,7 @@ METHODS: tuple[Column[Published], ...] = (
     Column("method", _method),
     Column("step_s", _step_s, NUMBER),
     Column("ratio", _if_timed(_beside_native), TIMES),
-    Column("floor", _if_timed(lambda each: typical(each.rounds, floor_share)), PERCENT),
+    Column("floor", _if_timed(lambda each: _share(typical(each.rounds, floor_share))), PERCENT),
     Column("gpu", _if_timed(lambda each: largest(each.rounds, gpu_taken_bytes)), GIBIBYTES),
     Column("host", _if_timed(_host_bytes), GIBIBYTES),
     Column("loss", _if_timed(lambda each: each.rounds.loss_last), LOSS),
@@ -259,6 +293,16 @@ class Generated:
 
     folder: str
     run: Run
+
+    @property
+    def subject(self) -> tuple[object, ...]:
+        run = self.run
+        length = run.job["seq_len"]
+        return run.model.name, self.sequences, length, _gpu_or_cpu(run), run.engine, variant(run)
+
+    @property
+    def began(self) -> str:
+        return self.run.time
 
     @property
     def sequences(self) -> int:
@@ -300,14 +344,11 @@ GENERATIONS: tuple[Column[Generated], ...] = (
         lambda each: _link(model_name(each.run.model.name), f"{each.folder}/generations/{each.run.id}.json"),
     ),
     Column("prompts", lambda each: f"{each.sequences} x {each.run.job['seq_len']}"),
-    Column("machine", lambda each: each.run.environment.gpu_name or each.run.environment.cpu),
-    Column(
-        "method",
-        lambda each: _joined(each.run.engine, variant(each.run.plan)),
-    ),
+    Column("machine", lambda each: _gpu_or_cpu(each.run)),
+    Column("method", lambda each: _joined(each.run.engine, variant(each.run))),
     Column("tokens", _tokens, NUMBER),
     Column("range", _range, NUMBER),
-    Column("floor", lambda each: each.run.summary.floor_share, PERCENT),
+    Column("floor", lambda each: _share(each.run.summary.floor_share), PERCENT),
     Column("first", _first_token, SECONDS),
     Column("gpu", _gpu_bytes, GIBIBYTES),
 )
@@ -316,6 +357,10 @@ GENERATIONS: tuple[Column[Generated], ...] = (
 def _joined(*parts: str) -> str:
     """Those that say something."""
     return ", ".join(filter(None, parts))
+
+
+def _gpu_or_cpu(run: Run) -> str:
+    return run.environment.gpu_name or run.environment.cpu
 
 
 def _machine(loaded: Loaded, rounds: Rounds) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from harness.cli.options import (
-    Criteria,
+    CriteriaFlag,
     Emulate,
     Engines,
     FailOn,
@@ -17,7 +17,7 @@ from harness.cli.options import (
     Quiet,
     RequireGpu,
     Resume,
-    Rounds,
+    RoundsFlag,
     Trace,
     engine_names,
     exit_for,
@@ -49,8 +49,8 @@ def poc(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
-    rounds: Rounds = 2,
-    criteria: Criteria = None,
+    rounds: RoundsFlag = 2,
+    criteria: CriteriaFlag = None,
     fail_on: FailOn = None,
     out: Out = None,
     resume: Resume = False,

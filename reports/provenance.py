@@ -80,7 +80,7 @@ MACHINE: tuple[Column[Fact], ...] = (
 )
 
 
-def machine_table(loaded: Loaded) -> Table:
+def machine_facts(loaded: Loaded) -> Table:
     """Each number of the machine with its origin; from the runs where no profile was kept."""
     environment = _best_known(loaded.runs).environment
     machine = loaded.machine

@@ -92,7 +92,7 @@ def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
         "overlap": overlap_table(all_),
         "prediction": tables.prediction_table(loaded, all_),
         "plan_notes": tables.plan_notes(loaded),
-        "machine": provenance.machine_table(loaded),
+        "machine": provenance.machine_facts(loaded),
         "failures": provenance.failures_table(loaded),
         "provenance": provenance.provenance(loaded, verdict),
         "commands": provenance.commands(loaded),

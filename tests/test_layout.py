@@ -1,6 +1,7 @@
 """The rooms do not blur: what may import what, what stays free of torch, and one home for each hazard.
 
 Everything is read from the source by its syntax; imports inside functions and for type checkers count too.
+Each rule is a function of the modules, so that the second half of this file can show it one that breaks it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import ast
 import re
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,10 @@ INSIDE_FUNCTIONS = {
 """`importing module -> imported module` inside a function, and why."""
 
 
+Sources = Mapping[str, Path]
+"""Modules by name, and the file of each."""
+
+
 @cache
 def modules() -> dict[str, Path]:
     found = {}
@@ -128,15 +133,22 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Modules of ours that a file imports, and whether it does so inside a function."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     inside = {
         id(node)
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
     }
+    found: list[tuple[str, bool]] = []
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -146,9 +158,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             ]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        for name in names:
-            if name.split(".")[0] in PACKAGES:
-                yield name, id(node) in inside
+        found += [(name, id(node) in inside) for name in names if name.split(".")[0] in PACKAGES]
+    return tuple(found)
 
 
 def room(module: str) -> str:
@@ -162,10 +173,16 @@ def tier(module: str) -> int:
     return next(i for i, rooms in enumerate(TIERS[package]) if room(module) in rooms)
 
 
+def without_tier(sources: Sources) -> list[str]:
+    return [
+        module
+        for module in sources
+        if not any(room(module) in rooms for rooms in TIERS[module.split(".")[0]])
+    ]
+
+
 def test_every_room_has_its_tier() -> None:
-    for module in modules():
-        package = module.split(".")[0]
-        assert any(room(module) in rooms for rooms in TIERS[package]), module
+    assert without_tier(modules()) == []
 
 
 def _goes_up(module: str, taken: str) -> bool:
@@ -181,16 +198,17 @@ def _goes_up(module: str, taken: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_point_one_way(package: str) -> None:
-    up = [
+def upward(sources: Sources) -> list[str]:
+    return [
         f"{module} -> {taken}"
-        for module, path in modules().items()
-        if module.split(".")[0] == package
+        for module, path in sources.items()
         for taken, _ in imports(path)
         if _goes_up(module, taken)
     ]
-    assert up == []
+
+
+def test_imports_point_one_way() -> None:
+    assert upward(modules()) == []
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
@@ -221,31 +239,43 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def circles_of_files(sources: Sources) -> list[list[str]]:
+    return circles(
+        {module: {taken for taken, _ in imports(path) if taken != module} for module, path in sources.items()}
+    )
+
+
 def test_there_is_no_circle_of_files() -> None:
-    arrows: dict[str, set[str]] = defaultdict(set)
-    for module, path in modules().items():
-        arrows[module] |= {taken for taken, _ in imports(path) if taken != module}
-    assert circles(arrows) == []
+    assert circles_of_files(modules()) == []
 
 
 def test_a_circle_would_be_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
+def folders_with_code(sources: Sources) -> list[str]:
+    return [
+        module
+        for module, path in sources.items()
+        if path.name == "__init__.py" and "." in module and path.read_text(encoding="utf-8").strip()
+    ]
+
+
 def test_folders_have_no_code_of_their_own() -> None:
-    for module, path in modules().items():
-        if path.name == "__init__.py" and "." in module:
-            assert path.read_text(encoding="utf-8").strip() == "", path
+    assert folders_with_code(modules()) == []
 
 
-def test_imports_inside_functions_are_on_the_list() -> None:
-    found = {
+def inside_functions(sources: Sources) -> set[str]:
+    return {
         f"{module} -> {taken}"
-        for module, path in modules().items()
+        for module, path in sources.items()
         for taken, inside in imports(path)
         if inside
     }
-    assert found == set(INSIDE_FUNCTIONS)
+
+
+def test_imports_inside_functions_are_on_the_list() -> None:
+    assert inside_functions(modules()) == set(INSIDE_FUNCTIONS)
 
 
 IMPORT_EACH = """
@@ -271,22 +301,32 @@ def _below(names: Iterable[str]) -> list[str]:
     return [module for module in modules() if any(_is_of(module, name) for name in chosen)]
 
 
+def importing_torch(root: Path, packages: Iterable[str], names: Iterable[str]) -> str:
+    """What is said of the first of the modules `names` below `root` that imports torch; empty: none does.
+    Each is imported as the first of its packages."""
+    command = [sys.executable, "-c", IMPORT_EACH, ",".join(packages), *names]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stderr
+
+
 def test_modules_import_no_torch() -> None:
-    """Each as the first of ours."""
-    command = [sys.executable, "-c", IMPORT_EACH, ",".join(PACKAGES), *_below(TORCH_FREE)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert importing_torch(ROOT, PACKAGES, _below(TORCH_FREE)) == ""
+
+
+def packages_at_top(root: Path) -> set[str]:
+    return {path.parent.name for path in root.glob("*/__init__.py")}
 
 
 def test_top_level_holds_the_agreed_packages() -> None:
-    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert found == set(PACKAGES)
+    assert packages_at_top(ROOT) == set(PACKAGES)
+
+
+def folders_that_are_no_package(root: Path) -> list[Path]:
+    folders = {path.parent for package in PACKAGES for path in (root / package).rglob("*.py")}
+    return [folder for folder in folders if not (folder / "__init__.py").exists()]
 
 
 def test_every_package_folder_is_a_package() -> None:
-    for package in PACKAGES:
-        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
-            assert (folder / "__init__.py").exists(), folder
+    assert folders_that_are_no_package(ROOT) == []
 
 
 MOST_MODULES = 16
@@ -294,21 +334,28 @@ MOST_LINES = 400
 LONGER = re.compile(r"Longer than \d+ lines: ")
 
 
+def heaps(sources: Sources) -> list[str]:
+    sizes = Counter(
+        module.rpartition(".")[0] for module, path in sources.items() if path.name != "__init__.py"
+    )
+    return [folder for folder, size in sizes.items() if size > MOST_MODULES]
+
+
 def test_no_folder_is_a_heap() -> None:
-    for package in PACKAGES:
-        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
-            found = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
-            assert len(found) <= MOST_MODULES, folder
+    assert heaps(modules()) == []
+
+
+def long_without_reason(sources: Sources) -> list[str]:
+    return [
+        module
+        for module, path in sources.items()
+        if len((text := path.read_text(encoding="utf-8")).splitlines()) > MOST_LINES
+        and not LONGER.search(text)
+    ]
 
 
 def test_long_modules_say_why() -> None:
-    long = [
-        f"{path.relative_to(ROOT)}: {lines}"
-        for path in modules().values()
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES
-        and not LONGER.search(path.read_text(encoding="utf-8"))
-    ]
-    assert long == []
+    assert long_without_reason(modules()) == []
 
 
 @cache
@@ -321,35 +368,43 @@ def code_of(path: Path) -> str:
     return ast.unparse(tree)
 
 
-@pytest.mark.parametrize(
-    ("call", "homes"),
-    [
-        ("pynvml", {"profiles/system/nvml.py"}),
-        ("subprocess.Popen", {"harness/runs/launch.py"}),
-        (
-            "perf_counter",
-            {"harness/runs/measure.py", "profiles/probe/timing.py", "engines/transfer/clock.py"},
-        ),
-        ("trust_remote_code=True", set()),
-        ("pickle", set()),
-    ],
-)
-def test_one_place_for_each_hazard(call: str, homes: set[str]) -> None:
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            if call in code_of(path):
-                assert str(path.relative_to(ROOT)) in homes, f"{path.relative_to(ROOT)} uses {call}"
+HAZARDS: dict[str, set[str]] = {
+    "pynvml": {"profiles.system.nvml"},
+    "subprocess.Popen": {"harness.runs.launch"},
+    "perf_counter": {"harness.runs.measure", "profiles.probe.timing", "engines.transfer.clock"},
+    "trust_remote_code=True": set(),
+    "pickle": set(),
+}
+"""What only these modules may use."""
+
+
+def uses_elsewhere(sources: Sources, call: str) -> list[str]:
+    return [
+        module for module, path in sources.items() if module not in HAZARDS[call] and call in code_of(path)
+    ]
+
+
+@pytest.mark.parametrize("call", HAZARDS)
+def test_one_place_for_each_hazard(call: str) -> None:
+    assert uses_elsewhere(modules(), call) == []
+
+
+PARSES = {
+    "engines.settings.parse", "harness.records.settings", "harness.records.job", "profiles.planning.plan",
+}  # fmt: skip
+"""From the command line, a job file and a plan or record; from there on settings are typed."""
+
+
+def parsing(sources: Sources) -> set[str]:
+    return {
+        module
+        for module, path in sources.items()
+        if re.search(r"\b(parse_settings|settings_of_document)\b", code_of(path))
+    }
 
 
 def test_settings_are_parsed_where_they_come_in() -> None:
-    """From the command line, a job file and a plan or record; from there on they are typed."""
-    boundaries = {"harness.records.settings", "harness.records.job", "profiles.planning.plan"}
-    found = {
-        module
-        for module, path in modules().items()
-        if re.search(r"\b(parse_settings|settings_of_document)\b", code_of(path))
-    }
-    assert found == {"engines.settings.parse", *boundaries}
+    assert parsing(modules()) == PARSES
 
 
 OWN_FILES = {"engines.methods", "engines.settings", "engines.costs", "profiles.planning"}
@@ -364,23 +419,248 @@ def _names_of_engines(path: Path) -> set[str]:
     """Engines whose name a file holds as a whole string."""
     return {
         node.value
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in ENGINES
     }
 
 
-def test_a_name_of_an_engine_stands_in_the_table_and_its_own_files() -> None:
-    found = {
+def engines_named(sources: Sources) -> set[str]:
+    return {
         f"{module} -> {engine}"
-        for module, path in modules().items()
+        for module, path in sources.items()
         for engine in _names_of_engines(path)
         if module != "engines"
         and not (
             module.rpartition(".")[0] in OWN_FILES and module.rpartition(".")[2] == engine.replace("-", "_")
         )
     }
-    assert found == set(NAMED)
+
+
+def test_a_name_of_an_engine_stands_in_the_table_and_its_own_files() -> None:
+    assert engines_named(modules()) == set(NAMED)
+
+
+def table_imports(sources: Sources) -> set[str]:
+    return {taken for taken, _ in imports(sources["engines"])}
 
 
 def test_the_table_of_engines_imports_errors_alone() -> None:
-    assert {taken for taken, _ in imports(modules()["engines"])} == {"engines.errors"}
+    assert table_imports(modules()) == {"engines.errors"}
+
+
+TWICE = {
+    "choose": "one planner per method, called through its row",
+    "traffic": "one per method, called through its row",
+    "philox_words": "the integers that the tests compare: by torch and by the kernel",
+    "main": "entry points, of the program and of its child",
+    "recommend": "the command and what it calls",
+    "add_low_rank": "on the host and as a kernel",
+    "copy_bytes_per_s": "the same figure of the GPU and of the host's memory",
+    "matmul_flops": "the same figure of the GPU and of the CPU",
+}
+"""Public names that are right in more than one module, and why."""
+
+
+def _public(tree: ast.Module) -> Iterator[str]:
+    """Classes, functions and aliases of types that a module defines at its top."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            name = node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if not name[0].isupper() or name.isupper():
+                continue
+        else:
+            continue
+        if not name.startswith("_"):
+            yield name
+
+
+def defined_twice(sources: Sources) -> dict[str, list[str]]:
+    """Public names of more than one module. A module and its kernels (`x`, `x_kernels`) count as one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for module, path in sources.items():
+        for name in _public(tree_of(path)):
+            found[name].add(module.removesuffix("_kernels"))
+    return {name: sorted(where) for name, where in found.items() if len(where) > 1}
+
+
+def test_a_public_name_means_one_thing() -> None:
+    assert set(defined_twice(modules())) == set(TWICE)
+
+
+def private_uses(folder: Path) -> dict[str, set[str]]:
+    """`_name`s of other objects that the files below `folder` use, by file."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
+                continue
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                found[str(path.relative_to(folder))].add(node.attr)
+    return found
+
+
+PRIVATE_IN_TESTS: dict[str, set[str]] = {
+    "engines/costs/test_decoding_costs.py": {"_model"},
+    "engines/methods/test_lsp.py": {
+        "_blocks",
+        "_buffers",
+        "_clock",
+        "_compute",
+        "_forwards",
+        "_laid_out",
+        "_matrices",
+        "_pipeline",
+        "_trained",
+    },
+    "engines/methods/test_torchao_offload.py": {"_build"},
+    "engines/methods/test_zo2_disk.py": {"_descriptor", "_own", "_second"},
+    "engines/model/test_attention_masks.py": {"_local_scalar_dense", "_unique2"},
+    "engines/noise/test_weight_pass.py": {"_sleep"},
+    "engines/offload/test_disk.py": {"_descriptor", "_own"},
+    "engines/quantized/test_quantized_pass.py": {"_CHUNK_TILES", "_updates"},
+    "engines/transfer/test_exposure.py": {"_host", "_marks", "_pairs", "_sleep"},
+    "engines/transfer/test_link.py": {"_clear_cuda_error", "_register", "_sleep"},
+    "engines/transfer/test_throttle.py": {"_sleep"},
+    "engines/transfer/test_trace.py": {"_sleep"},
+    "engines/zeroth_order/test_chunked_loss.py": {
+        "_Running",
+        "_head",
+        "_largest",
+        "_model",
+        "_sums",
+        "_target",
+        "_where",
+    },
+    "engines/zeroth_order/test_disk_combinations.py": {"_descriptor", "_forms", "_own", "_second"},
+    "engines/zeroth_order/test_estimators.py": {"_model"},
+    "engines/zeroth_order/test_generation.py": {"_model"},
+    "engines/zeroth_order/test_lora.py": {"_layout", "_memory", "_model", "_sides", "_updates"},
+    "engines/zeroth_order/test_quantized_estimators.py": {"_forms"},
+    "harness/models/test_models.py": {"_attn_implementation"},
+    "profiles/probe/test_probe.py": {"_duplex"},
+    "profiles/probe/test_probe_parts.py": {"_replace"},
+    "studies/base_quality.py": {"_layout"},
+    "studies/lsp_quality_runs.py": {"_buffers"},
+    "studies/trained_models.py": {"_buffers"},
+    "support/tiny_families.py": {"_buffers"},
+    "support/tiny_models.py": {"_buffers"},
+}
+"""What tests look at inside of objects. Take out of it what is no longer used; put nothing in."""
+
+
+def test_tests_use_no_more_private_names() -> None:
+    found = private_uses(ROOT / "tests")
+    more = {file: names - PRIVATE_IN_TESTS.get(file, set()) for file, names in found.items()}
+    assert not any(more.values()), {file: names for file, names in more.items() if names}
+    gone = {file: names - found.get(file, set()) for file, names in PRIVATE_IN_TESTS.items()}
+    assert not any(gone.values()), f"take out of the list: {gone}"
+
+
+# Each rule, broken once: the modules as they are, and one more.
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "rule", "found"),
+    [
+        ("engines.attic.box", "", without_tier, "engines.attic.box"),
+        (
+            "engines.transfer.box",
+            "import engines.zeroth_order.step",
+            upward,
+            "engines.transfer.box -> engines.zeroth_order.step",
+        ),
+        (
+            "engines.transfer.box",
+            "from harness.records import job",
+            upward,
+            "engines.transfer.box -> harness.records.job",
+        ),
+        (
+            "profiles.planning.box",
+            "from engines.zeroth_order.step import x",
+            upward,
+            "profiles.planning.box -> engines.zeroth_order.step",
+        ),
+        (
+            "harness.runs.box",
+            "def f():\n    from reports import decide",
+            upward,
+            "harness.runs.box -> reports.decide",
+        ),
+        ("engines.costs.__init__", "BOX = 1", folders_with_code, "engines.costs"),
+        (
+            "harness.runs.box",
+            "def f():\n    import engines.shapes",
+            inside_functions,
+            "harness.runs.box -> engines.shapes",
+        ),
+        ("engines.costs.box", "\n" * 401, long_without_reason, "engines.costs.box"),
+        (
+            "harness.runs.box",
+            "import subprocess\nsubprocess.Popen([])",
+            partial(uses_elsewhere, call="subprocess.Popen"),
+            "harness.runs.box",
+        ),
+        (
+            "harness.runs.box",
+            "from time import perf_counter",
+            partial(uses_elsewhere, call="perf_counter"),
+            "harness.runs.box",
+        ),
+        (
+            "reports.box",
+            "load(trust_remote_code=True)",
+            partial(uses_elsewhere, call="trust_remote_code=True"),
+            "reports.box",
+        ),
+        (
+            "harness.runs.box",
+            "from engines.settings.parse import parse_settings",
+            parsing,
+            "harness.runs.box",
+        ),
+        ("reports.box", "YARDSTICK = 'native'", engines_named, "reports.box -> native"),
+        ("engines.__init__", "import engines.costs.disk", table_imports, "engines.costs.disk"),
+        ("engines.costs.box", "class Run: ...", defined_twice, "Run"),
+        ("engines.costs.box", "Machine = dict[str, int]", defined_twice, "Machine"),
+    ],
+)
+def test_a_module_that_breaks_a_rule_is_found(
+    tmp_path: Path, module: str, source: str, rule: Callable[[Sources], Iterable[str]], found: str
+) -> None:
+    path = tmp_path / f"{module.rpartition('.')[2]}.py"
+    path.write_text(source)
+    with_it = {**modules(), module.removesuffix(".__init__"): path}
+    assert set(rule(with_it)) - set(rule(modules())) == {found}
+
+
+def test_two_files_that_import_each_other_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.py"
+    path.write_text("if TYPE_CHECKING:\n    from engines.base import Batch")
+    (found,) = circles_of_files({**modules(), "engines.shapes": path})
+    assert {"engines.base", "engines.shapes"} <= set(found)
+
+
+def test_a_module_too_many_in_a_folder_is_found(tmp_path: Path) -> None:
+    more = {f"reports.box{number}": tmp_path / "box.py" for number in range(MOST_MODULES)}
+    assert heaps({**modules(), **more}) == ["reports"]
+
+
+def test_a_module_that_imports_torch_is_found(tmp_path: Path) -> None:
+    (tmp_path / "box.py").write_text("import transformers")
+    assert importing_torch(tmp_path, ["box"], ["box"]).strip() == "box imports torch"
+
+
+def test_folders_that_are_more_or_less_than_packages_are_found(tmp_path: Path) -> None:
+    for name in ("engines/methods/zo2.py", "attic/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert packages_at_top(tmp_path) == {"attic"}
+    assert folders_that_are_no_package(tmp_path) == [tmp_path / "engines" / "methods"]
+
+
+def test_a_private_name_in_a_test_is_found(tmp_path: Path) -> None:
+    (tmp_path / "test_box.py").write_text("box._lid.open()\nself._own\nbox.__dict__")
+    assert private_uses(tmp_path) == {"test_box.py": {"_lid"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -66,6 +67,52 @@ def test_every_flag_that_a_readme_names_exists() -> None:
     named = {flag for text in INLINE for flag in re.findall(r"(?<!\S)--[a-z-]+", text) if "pip" not in text}
     assert named
     assert named <= known, named - known
+
+
+PLACES = sorted({text for text in INLINE if "::" in text})
+
+
+def names_in(source: str) -> set[str]:
+    """What a module defines at its top, and `Class.name` of its classes."""
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            found |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_a_readme_names_exists(place: str) -> None:
+    path, _, name = place.partition("::")
+    assert name in names_in((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_the_ways_through_are_the_ways_of_the_code() -> None:
+    """Where the page says that something happens, it does."""
+    ring, measure, engine = (
+        (ROOT / path).read_text(encoding="utf-8")
+        for path in ("engines/offload/ring.py", "harness/runs/measure.py", "harness/runs/worker.py")
+    )
+    assert len(PLACES) > 12
+    assert ".upload(" in function_of(ring, "_upload_next")
+    assert "self.prefetch()" in function_of(ring, "done")
+    assert "self._upload_next()" in function_of(ring, "prefetch")
+    assert "record(step, now_s - last_s" in function_of(measure, "_take_steps")
+    assert "load_engine" in function_of(engine, "_run")
+
+
+def function_of(source: str, name: str) -> str:
+    """The source of a function."""
+    (node,) = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    )
+    return ast.unparse(node)
 
 
 def _goes_together() -> list[tuple[str, str, str]]:

@@ -47,7 +47,7 @@ class Decoding:
 
     @property
     def cache_tokens(self) -> int:
-        """As `engines.zeroth_order.generation.GenerationRequest.cache_tokens`."""
+        """Positions of each sequence whose keys and values are kept: all but that of the last token."""
         return self.prompt_tokens + self.new_tokens - 1
 
     @property
@@ -189,4 +189,4 @@ def _gpu_memory_bytes(
     }
     at_head = {**kept, "activations": 3 * hidden, "logits": _logits_bytes(shape, decoding)}
     decoding_step = {**kept, "activations": repeated, "logits": 0}
-    return transformer.largest([in_block, at_head, decoding_step])
+    return transformer.peak_moment([in_block, at_head, decoding_step])

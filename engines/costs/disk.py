@@ -12,10 +12,10 @@ SLOTS = 64
 host waits for a loss and sends nothing up."""
 
 REPLAYED_UPDATES = 64
-"""Updates that a block on disk may be behind: the capacity of `engines.noise.visits.UpdateLog`."""
+"""Updates that a block on disk may be behind: the capacity of `engines.noise.visits.DeviceUpdateLog`."""
 
 
-def spread(candidates: Sequence[int], count: int) -> frozenset[int]:
+def evenly_spread(candidates: Sequence[int], count: int) -> frozenset[int]:
     """`count` of `candidates`, or all, as evenly spread as can be."""
     taken = min(count, len(candidates))
     return frozenset(candidates[(2 * i + 1) * len(candidates) // (2 * taken)] for i in range(taken))
@@ -44,6 +44,6 @@ def fewest_on_disk(streamed_bytes: Sequence[int], host_bytes: int) -> int:
 
 def host_needed_bytes(streamed_bytes: Sequence[int], on_disk: int) -> int:
     """Host memory of streamed blocks of which `on_disk` are on disk: the others and the ring."""
-    chosen = spread(range(len(streamed_bytes)), on_disk)
+    chosen = evenly_spread(range(len(streamed_bytes)), on_disk)
     disk_bytes = sum(streamed_bytes[i] for i in chosen)
     return sum(streamed_bytes) - disk_bytes + host_ring_bytes(disk_bytes)

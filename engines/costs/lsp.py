@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.native import ADAM_PASSES
+from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
 
@@ -53,16 +54,6 @@ GRAPH_LAUNCHES = 24
 CHECK_BYTES = 12
 """GPU memory of a check for each element of the gradient."""
 
-GRAPH_BYTES = 4_000_000
-"""GPU memory of one block's two CUDA graphs outside torch's allocator: on an H200 `lsp` with 32 blocks took
-0.2 GB more than `native`, in use by NVML less what torch reserved, of which a part may be the graphs'. At
-1.3B it took as much with graphs as without. Records: reports/results/deepseek-coder-*_h200_20261124."""
-
-
-def uses_graphs(shape: ModelShape, workload: Workload, settings: LspSettings) -> bool:
-    """Whether blocks run as CUDA graphs, as far as it can be told: what has no gated MLP may have dropout."""
-    return settings.graphs and settings.offload and workload.checkpointing and shape.gated_mlp
-
 
 def nonzeros_per_row(settings: LspSettings) -> int:
     return settings.r if settings.projector in ("block", "paper") else 1
@@ -98,8 +89,10 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     wire_bytes = element * cores + norms
     host = {"process": transformer.PROCESS_HOST_BYTES, "optimizer": 2 * MOMENT_BYTES * cores}
     host["cores, pinned" if settings.offload else "cores"] = wire_bytes
+    passes = lsp_passes(shape, workload, settings)
     layers = [
-        _layer(layer, shape, workload, settings) for layer in transformer.training_layers(shape, workload)
+        _layer(layer, shape, workload, settings)
+        for layer in transformer.training_layers(shape, workload, passes)
     ]
     trained_on_gpu = 0
     if settings.train_outer:
@@ -117,11 +110,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     )
 
 
+def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> BlockPasses:
+    """How blocks run; the twin has no graphs."""
+    passes = block_passes(shape, workload, settings)
+    return replace(passes, captured=passes.captured and settings.offload)
+
+
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
     """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie
     there, and nothing else may use it between blocks or in the steps that test projectors, which run without
     graphs."""
-    if not uses_graphs(shape, workload, settings):
+    if not lsp_passes(shape, workload, settings).captured:
         return 0
     return shape.num_blocks * GRAPH_BYTES + transformer.backward_activation_bytes(shape, workload)
 
@@ -135,7 +134,7 @@ def core_adam_bytes(element: int) -> int:
 def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings) -> LayerTraffic:
     """`layer` with what the method adds to it, and without what it saves."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    adam_bytes = ADAM_PASSES * element if settings.train_outer else 0
+    adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
         return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.outer_parameters)
     if not layer.name.startswith("block."):
@@ -144,7 +143,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     plain = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
     saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
     moved = sum(projection_bytes(matrix, settings, workload) for matrix in shape.matrices)
-    as_graphs = uses_graphs(shape, workload, settings)
+    as_graphs = lsp_passes(shape, workload, settings).captured
     launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
     wire = element * core
     return replace(
@@ -201,7 +200,9 @@ def _gpu_memory(
     }
     if workload.accumulation > 1:
         held["cores"] += 4 * shape.num_blocks * core
-    saved = transformer.saved_activation_bytes(shape, workload)
+    # Steps that test projectors are not compiled, and keep more.
+    passes = replace(block_passes(shape, workload, settings), compiled=False)
+    saved = transformer.saved_activation_bytes(shape, workload, passes)
     # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
         workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
@@ -214,4 +215,4 @@ def _gpu_memory(
             "scratch": largest,
         },
     )
-    return transformer.largest([{**held, **moment} for moment in moments])
+    return transformer.peak_moment([{**held, **moment} for moment in moments])

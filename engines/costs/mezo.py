@@ -31,27 +31,27 @@ LOOKUPS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Visit:
+class ParameterWork:
     """What a step does to each parameter of a tensor besides multiplying with it."""
 
     gaussians: float
     moves: float
     """Times that it is read or written."""
 
-    def __add__(self, other: Visit) -> Visit:
-        return Visit(gaussians=self.gaussians + other.gaussians, moves=self.moves + other.moves)
+    def __add__(self, other: ParameterWork) -> ParameterWork:
+        return ParameterWork(gaussians=self.gaussians + other.gaussians, moves=self.moves + other.moves)
 
-    def __mul__(self, times: float) -> Visit:
-        return Visit(gaussians=self.gaussians * times, moves=self.moves * times)
+    def __mul__(self, times: float) -> ParameterWork:
+        return ParameterWork(gaussians=self.gaussians * times, moves=self.moves * times)
 
 
-UPDATE = Visit(gaussians=1, moves=2)
-PERTURB = Visit(gaussians=1, moves=3)
+UPDATE = ParameterWork(gaussians=1, moves=2)
+PERTURB = ParameterWork(gaussians=1, moves=3)
 """One draw serves both sides: theta read, both copies written."""
 
-ONE_SIDED = Visit(gaussians=1, moves=2)
+ONE_SIDED = ParameterWork(gaussians=1, moves=2)
 
-FROZEN = Visit(gaussians=0, moves=2)
+FROZEN = ParameterWork(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
 
@@ -71,12 +71,12 @@ def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Tr
     )
 
 
-def update(settings: MezoSettings) -> Visit:
+def update(settings: MezoSettings) -> ParameterWork:
     """The entries of a step, in one pass."""
-    return Visit(gaussians=settings.queries, moves=UPDATE.moves)
+    return ParameterWork(gaussians=settings.queries, moves=UPDATE.moves)
 
 
-def perturb(settings: MezoSettings) -> Visit:
+def perturb(settings: MezoSettings) -> ParameterWork:
     """For all probes of a step; FZOO has a copy of theta itself among them."""
     if settings.estimator == "fzoo":
         return ONE_SIDED * settings.queries + FROZEN
@@ -88,7 +88,7 @@ def num_probes(settings: MezoSettings) -> int:
     return settings.queries + (settings.estimator == "fzoo")
 
 
-def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> Visit:
+def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> ParameterWork:
     """Pending updates, storing and the perturbed copies of the first probe in one pass over theta; those of
     the others in one pass each.
 
@@ -104,7 +104,7 @@ def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> V
     elif settings.forward_passes > 2:
         written = 1
     moves = moved.moves - (1 - kept) * num_probes(settings) + kept * written
-    return Visit(gaussians=queries * steps + moved.gaussians, moves=moves)
+    return ParameterWork(gaussians=queries * steps + moved.gaussians, moves=moves)
 
 
 def trains_block(settings: MezoSettings, index: int, num_blocks: int) -> bool:
@@ -137,7 +137,7 @@ def trained_outer_parameters(shape: ModelShape, settings: MezoSettings) -> tuple
 
 
 def perturbed_layers(
-    shape: ModelShape, workload: Workload, settings: MezoSettings, visits: Sequence[Visit]
+    shape: ModelShape, workload: Workload, settings: MezoSettings, visits: Sequence[ParameterWork]
 ) -> list[LayerTraffic]:
     """Both forward passes with the noise and the update of every layer.
 
@@ -184,7 +184,7 @@ def _block(
     shape: ModelShape,
     workload: Workload,
     settings: MezoSettings,
-    visit: Visit,
+    visit: ParameterWork,
 ) -> LayerTraffic:
     trained = trains_block(settings, index, shape.num_blocks)
     # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in pieces,
@@ -199,7 +199,7 @@ def _block(
 
 
 def _with_low_rank(
-    layer: LayerTraffic, visit: Visit, shape: ModelShape, workload: Workload, settings: MezoSettings
+    layer: LayerTraffic, visit: ParameterWork, shape: ModelShape, workload: Workload, settings: MezoSettings
 ) -> LayerTraffic:
     """LOZO: matrices are copied to scratch as they are; their noise is that of its factors, V and each U, and
     its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
@@ -247,7 +247,7 @@ def _with_adapters(
 
 
 def _visited(
-    layer: LayerTraffic, visit: Visit, parameters: int, launches: int, workload: Workload
+    layer: LayerTraffic, visit: ParameterWork, parameters: int, launches: int, workload: Workload
 ) -> LayerTraffic:
     if parameters == 0:
         return layer
@@ -300,4 +300,4 @@ def gpu_memory_bytes(
         "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
         "logits": transformer.chunked_logits_bytes(shape, workload),
     }
-    return transformer.largest([in_block, at_head])
+    return transformer.peak_moment([in_block, at_head])

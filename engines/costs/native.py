@@ -6,19 +6,41 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.traffic import Traffic
-from engines.settings.first_order import NativeSettings
+from engines.costs.transformer import BlockPasses
+from engines.settings.first_order import BlockPassSettings, NativeSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 ADAM_PASSES = 7
 """Fused AdamW reads weight, gradient and two moments and writes all but the gradient."""
 
+ADAM_SLOWDOWN = 1.5
+"""Time of torch's fused AdamW on a GPU over that of a copy of as many bytes: 2.7 TB/s where copies reach 4.1,
+at 1.3B in bf16 on an H200."""
+
+
+GRAPH_BYTES = 4_000_000
+"""GPU memory of one block's two passes as CUDA graphs outside torch's allocator: on an H200 `lsp` with 32
+blocks took 0.2 GB more than `native` did without, in use by NVML less what torch reserved; a part may be the
+graphs'. Records: reports/results/deepseek-coder-*_20261124."""
+
+
+def block_passes(shape: ModelShape, workload: Workload, settings: BlockPassSettings) -> BlockPasses:
+    """How a model's blocks run with these settings. `compile=auto` counts as compiled: planners say `false`
+    where nothing is compiled for."""
+    return BlockPasses(
+        recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
+        compiled=settings.compile is not False,
+        captured=settings.graphs,
+    )
+
 
 def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> Traffic:
     """8 bytes per parameter in bf16, 16 in fp32, and activations."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    layers = transformer.training_layers(shape, workload)
-    outer = ADAM_PASSES * element * shape.outer_parameters
-    block = ADAM_PASSES * element * shape.block_parameters
+    passes = block_passes(shape, workload, settings)
+    layers = transformer.training_layers(shape, workload, passes)
+    outer = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.outer_parameters
+    block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
     updated = [
         replace(layer, gpu_bytes=layer.gpu_bytes + (block if layer.name.startswith("block.") else 0))
         for layer in layers
@@ -31,29 +53,37 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
             workload,
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
             gradients=element * shape.parameters,
+            passes=passes,
         ),
+        gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if passes.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
     )
 
 
 def training_memory(
-    shape: ModelShape, workload: Workload, held: dict[str, int], gradients: int
+    shape: ModelShape,
+    workload: Workload,
+    held: dict[str, int],
+    gradients: int,
+    passes: BlockPasses | None = None,
 ) -> dict[str, int]:
     """GPU memory at the worse of two moments: the loss, when no gradient is there yet and every block's
     saved activations are, and the end of the backward pass, when it is the other way round.
 
-    `held` is there throughout; `gradients` are freed between steps, but not between micro-batches.
+    `held` is there throughout; `gradients` are freed between steps, but not between micro-batches: a CUDA
+    graph writes them anew in each step, where activations lay before. `passes`: eager ones unless given.
     """
+    compiled = passes is not None and passes.compiled
     at_loss = {
         **held,
         "gradients": gradients if workload.accumulation > 1 else 0,
-        "activations": transformer.saved_activation_bytes(shape, workload),
+        "activations": transformer.saved_activation_bytes(shape, workload, passes),
         "logits": transformer.logits_bytes(shape, workload),
     }
     at_end = {
         **held,
         "gradients": gradients,
-        "activations": transformer.backward_activation_bytes(shape, workload),
+        "activations": transformer.backward_activation_bytes(shape, workload, compiled=compiled),
         "logits": 0,
     }
-    return transformer.largest([at_loss, at_end])
+    return transformer.peak_moment([at_loss, at_end])

@@ -17,7 +17,7 @@ from typing import Literal
 
 from engines.costs import disk, transformer
 from engines.costs.mezo import (
-    Visit,
+    ParameterWork,
     fused_visit,
     gpu_memory_bytes,
     num_probes,
@@ -48,7 +48,7 @@ def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
 
 def disk_indices(num_blocks: int, resident: frozenset[int], disk_blocks: int) -> frozenset[int]:
     """Which of the streamed blocks are on disk: as evenly spread among them as can be."""
-    return disk.spread([i for i in range(num_blocks) if i not in resident], disk_blocks)
+    return disk.evenly_spread([i for i in range(num_blocks) if i not in resident], disk_blocks)
 
 
 def choose_on_disk(
@@ -100,7 +100,7 @@ def folds_disk(settings: MezoSettings, total_steps: int) -> bool:
     return total_steps * settings.queries > disk.REPLAYED_UPDATES
 
 
-def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> Visit:
+def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> ParameterWork:
     """Of a block on disk in a long run: from 1 update to as many as the log holds are replayed.
 
     On a low-bit base rounding by rounding, each a pass over theta as it is `kept` (its size over that of a
@@ -109,12 +109,12 @@ def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> Visit:
     moved, replayed = perturb(settings), (disk.REPLAYED_UPDATES + 1) / 2
     if settings.base == "full":
         written = 0 if settings.forward_passes == 2 else 1
-        return Visit(gaussians=replayed + moved.gaussians, moves=moved.moves + written)
+        return ParameterWork(gaussians=replayed + moved.gaussians, moves=moved.moves + written)
     probes, queries = num_probes(settings), settings.queries
     again = (probes - 1) * queries * (settings.fold_every - 1) / 2
     roundings = replayed / (queries * settings.fold_every)
     moves = moved.moves - (1 - kept) * probes + 2 * kept * roundings
-    return Visit(gaussians=replayed + again + moved.gaussians, moves=moves)
+    return ParameterWork(gaussians=replayed + again + moved.gaussians, moves=moves)
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:

@@ -5,7 +5,7 @@ Checkpoints are safetensors and JSON, no pickle.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,18 @@ def prepare_training(
         set_dropout(model, settings.dropout)
     model.train()
     torch.manual_seed(context.seed)
+
+
+def run_passes(model: nn.Module, inputs: Mapping[str, Tensor], padded: bool, share: int) -> Tensor:
+    """Forward and backward of one of `share` micro-batches, whose `inputs` are on the device.
+
+    Its share of the mean loss, () fp32. Gradients are added to those of the parameters. Nothing waits for the
+    GPU.
+    """
+    with known_padding(padded):
+        loss: Tensor = model(**with_mask(inputs), **without_cache(model)).loss / share
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach().float()
 
 
 def accumulate_gradients(

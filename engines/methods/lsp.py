@@ -79,10 +79,11 @@ from engines.first_order.checkpoint import (
 )
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.activation_checkpointing import TrainedBlocks
-from engines.model.blocks import materialize, no_cache
+from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
 from engines.model.model_check import check_watched
 from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import compiles
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -170,7 +171,7 @@ class Lsp:
         self._blocks = self._cores.blocks
         self._dense = DenseParameters(self.model, subspaces, self.settings, self.device)
         for matrix in self._matrices():
-            compress_gradient(matrix.subspace.module, matrix)
+            compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
         self._squared_total = torch.zeros(1, device=self.device)
         self._loss_on_host = self._small_host_tensor()
         self._total_on_host = self._small_host_tensor()
@@ -182,8 +183,11 @@ class Lsp:
         self._trained = TrainedBlocks(
             self.model,
             self,
-            recompute=self.context.workload.checkpointing,
+            recomputed=self.settings.recomputed(
+                len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
+            ),
             graphs=self.settings.offload and self.settings.graphs and not draws_random_numbers(self.model),
+            compiled=compiles(self.settings.compile, self.device),
         )
 
     def _small_host_tensor(self) -> Tensor:
@@ -267,7 +271,7 @@ class Lsp:
                 clock=self._clock,
                 time_left_s=settings.learn_timeout_s,
             )
-        self._trained.uses_graphs = not self.calibrates
+        self._trained.is_usual = not self.calibrates
         self._trained.begin()
         self._laid_out.begin_step()
 

@@ -1,29 +1,26 @@
 """A model's blocks in training: what runs before and after each, and recomputation in the backward pass.
 
-The model's own forward drives everything; only the blocks' `forward` is replaced. With `recompute` a block
-keeps nothing but its input until the backward pass, which runs it again (activation checkpointing,
-1604.06174), and may do both as CUDA graphs: one launch in place of some fifty in the forward pass and some
-hundred and fifty in the backward pass, each of which costs the CPU 10 to 50 microseconds. A graph computes
-what the block's own kernels compute, on copies of its inputs at fixed places. A block is captured in the step
-after the first in which inputs of its form are seen.
+The model's own forward drives everything; only the blocks' `forward` is replaced. A recomputed block keeps
+nothing but its input until the backward pass, which runs it again (activation checkpointing, 1604.06174);
+where it is compiled, the compiler leaves out of the second run what no gradient needs. Both passes of a block
+may run as CUDA graphs (`engines.model.training_graphs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engines.model.blocks import BlockCall, find_blocks, split_call
-from engines.model.cuda_graphs import MOST_FORMS, form_key, replaced, tensors_of
+from engines.model.cuda_graphs import replaced, tensors_of
 from engines.model.randomness import draws_random_numbers
-
-_cuda: Any = torch.cuda  # most of it is without annotations
-
+from engines.model.training_graphs import Ran, TrainingGraphs
+from engines.model.training_regions import compiled_block
 
 _TENSOR = object()
 
@@ -44,26 +41,48 @@ class Watcher(Protocol):
 class TrainedBlocks:
     """The blocks of a model, watched."""
 
-    def __init__(self, model: nn.Module, watcher: Watcher, *, recompute: bool, graphs: bool) -> None:
-        """`graphs` are for CUDA, recomputation, and blocks that draw no random numbers."""
+    def __init__(
+        self, model: nn.Module, watcher: Watcher, *, recomputed: int, graphs: bool, compiled: bool = False
+    ) -> None:
+        """The first `recomputed` blocks are run again in the backward pass, the others keep what it needs.
+        `graphs` are for CUDA and for blocks that draw no random numbers. `compiled`: blocks run through
+        torch's compiler."""
         _, self.blocks = find_blocks(model)
         self._watcher = watcher
-        self._recompute = recompute
+        self._recomputed = min(recomputed, len(self.blocks))
         self._keeps_random_state = draws_random_numbers(model)
         self._inner = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
         self._forwards: list[Callable[..., Any]] = [block.forward for block in self.blocks]
+        self._compiled: list[Callable[..., Any]] | None = None
+        if compiled:
+            self._compiled = [
+                compiled_block(own, is_recomputed=self.is_recomputed(index), draws=self._keeps_random_state)
+                for index, own in enumerate(self._forwards)
+            ]
         parameter = next(model.parameters())
         # Passed through every block: its output then has a gradient even if its input has none.
         self._anchor = torch.zeros((), device=parameter.device, requires_grad=True)
-        self._graphs = _Graphs(self) if graphs and recompute and parameter.is_cuda else None
-        self.uses_graphs = True
-        """False: as without graphs, for a step that does something else than usual."""
+        self._graphs = TrainingGraphs(self) if graphs and parameter.is_cuda else None
+        self.is_usual = True
+        """False: neither compiled nor as graphs, for a step that does something else than usual."""
         for index, block in enumerate(self.blocks):
             vars(block)["forward"] = partial(self._call, index)
 
+    def is_recomputed(self, index: int) -> bool:
+        """Whether that block is run again in the backward pass."""
+        return index < self._recomputed
+
+    def keeps_edge(self, index: int) -> bool:
+        """Whether that block's forward pass is run for its gradients at once: what is kept is kept then, and
+        what is compiled keeps its input alone."""
+        return not self.is_recomputed(index) or (self._compiled is not None and self.is_usual)
+
     def begin(self) -> None:
-        """A new step."""
+        """A new step. Memory of graphs that hold activations is let go of for an unusual one, which needs as
+        much outside them."""
         if self._graphs is not None:
+            if not self.is_usual and self._recomputed < len(self.blocks):
+                self._graphs.forget()
             self._graphs.begin()
 
     def close(self) -> None:
@@ -75,17 +94,19 @@ class TrainedBlocks:
     def _call(self, index: int, *args: Any, **kwargs: Any) -> Any:
         self._watcher.before_forward(index)
         if not torch.is_grad_enabled():
-            return self._forwards[index](*args, **kwargs)
+            return self._own(index)(*args, **kwargs)
         hidden, call = split_call(args, kwargs)
-        if self._recompute:
-            others = [each for each in tensors_of([call]) if each.requires_grad]
-            results: Any = _recomputed(self._anchor, hidden, self, index, call, *others)
-            return self._in_form(results)
+        others = [each for each in tensors_of([call]) if each.requires_grad]
+        if self.is_recomputed(index) or self._graphs_for(call, hidden, others) is not None:
+            return self._in_form(_driven(self._anchor, hidden, self, index, call, *others))
         entered = _passing(self._anchor, hidden, partial(self._left, index))
-        found = self._forwards[index](entered, *call.args, **call.kwargs)
-        first = found[0] if isinstance(found, tuple) else found
+        first, *rest = self.run(index, call, entered)
         first = _passing(self._anchor, first, partial(self._watcher.before_backward, index))
-        return (first, *found[1:]) if isinstance(found, tuple) else first
+        return self._in_form((first, *rest))
+
+    def _own(self, index: int) -> Callable[..., Any]:
+        """The block's own forward."""
+        return self._forwards[index] if self._compiled is None or not self.is_usual else self._compiled[index]
 
     def _left(self, index: int) -> None:
         self._watcher.finish(index)
@@ -99,7 +120,7 @@ class TrainedBlocks:
     def run(self, index: int, call: BlockCall, hidden: Tensor) -> tuple[Tensor, ...]:
         """The block itself: the tensors that it returns, the hidden state first."""
         self._has_run = True
-        found = self._forwards[index](hidden, *call.args, **call.kwargs)
+        found = self._own(index)(hidden, *call.args, **call.kwargs)
         if not isinstance(found, tuple):
             self._form = None
             return (found,)
@@ -113,32 +134,37 @@ class TrainedBlocks:
         left = iter(results)
         return tuple(next(left) if each is _TENSOR else each for each in self._form)
 
-    def run_back(
-        self,
-        index: int,
-        call: BlockCall,
-        hidden: Tensor,
-        gradients: Sequence[Tensor | None],
-        others: Sequence[Tensor] = (),
-    ) -> list[Tensor | None]:
-        """Run the block again and its backward pass, from the gradients of what `run` gives: the gradients of
-        `hidden` and of `others`, which are tensors of `call`. Adds to those of parameters."""
+    def run_apart(self, index: int, call: BlockCall, hidden: Tensor, others: Sequence[Tensor] = ()) -> Ran:
+        """Run the block with a graph of autograd of its own. `others` are tensors of `call` whose gradients
+        are wanted beside that of `hidden`."""
         with torch.enable_grad():
             entering = hidden.detach().requires_grad_()
             apart = {id(each): each.detach().requires_grad_() for each in others}
             if others:
                 (call,) = replaced([call], [apart.get(id(each), each) for each in tensors_of([call])])
             results = self.run(index, call, entering)
+        edges = [get_gradient_edge(each) if each.requires_grad else None for each in results]
+        return Ran([each.detach() for each in results], edges, [entering, *apart.values()])
+
+    def gradients(
+        self,
+        index: int,
+        edges: Sequence[GradientEdge | None],
+        gradients: Sequence[Tensor | None],
+        entering: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Backward pass of a block that has run: gradients of `entering` from those of its results. Adds to
+        those of parameters."""
         known = [
-            (result, gradient)
-            for result, gradient in zip(results, gradients, strict=True)
-            if gradient is not None and result.requires_grad
+            (edge, gradient)
+            for edge, gradient in zip(edges, gradients, strict=True)
+            if edge is not None and gradient is not None
         ]
-        inputs = [entering, *apart.values(), *self._inner[index]]
+        inputs = [*entering, *self._inner[index]]
         found: Any = torch.autograd.grad(
-            [result for result, _ in known], inputs, [gradient for _, gradient in known], allow_unused=True
+            [edge for edge, _ in known], inputs, [gradient for _, gradient in known], allow_unused=True
         )
-        of_inputs = 1 + len(apart)
+        of_inputs = len(entering)
         for parameter, its in zip(self._inner[index], found[of_inputs:], strict=True):
             if its is None:
                 continue
@@ -150,9 +176,16 @@ class TrainedBlocks:
 
     def forward(
         self, index: int, call: BlockCall, hidden: Tensor, others: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        graphs = self._graphs_for(others)
-        return self.run(index, call, hidden) if graphs is None else (graphs.forward(index, call, hidden),)
+    ) -> tuple[tuple[Tensor, ...], Ran | None]:
+        """The tensors that a driven block returns, without a graph of autograd, and what its backward pass
+        goes on from, unless that begins anew or is a CUDA graph."""
+        graphs = self._graphs_for(call, hidden, others)
+        if graphs is not None:
+            return (graphs.forward(index, call, hidden),), None
+        if not self.keeps_edge(index):
+            return self.run(index, call, hidden), None
+        ran = self.run_apart(index, call, hidden, others)
+        return tuple(ran.results), ran
 
     def backward(
         self,
@@ -161,22 +194,25 @@ class TrainedBlocks:
         hidden: Tensor,
         gradients: Sequence[Tensor | None],
         others: Sequence[Tensor],
+        ran: Ran | None,
     ) -> list[Tensor | None]:
-        """As `run_back`."""
+        """Gradients of `hidden` and `others` from those of what `forward` gave, the watcher told."""
         self._watcher.before_backward(index)
-        graphs, gradient = self._graphs_for(others), gradients[0]
-        if graphs is None or gradient is None:
-            found = self.run_back(index, call, hidden, gradients, others)
+        graphs, gradient = self._graphs_for(call, hidden, others), gradients[0]
+        if graphs is not None and gradient is not None and ran is None:
+            found: list[Tensor | None] = [graphs.backward(index, call, hidden, gradient)]
         else:
-            found = [graphs.backward(index, call, hidden, gradient)]
+            from_here = ran or self.run_apart(index, call, hidden, others)
+            found = self.gradients(index, from_here.edges, gradients, from_here.entering)
         self._watcher.after_backward(index)
         return found
 
-    def _graphs_for(self, others: Sequence[Tensor]) -> _Graphs | None:
+    def _graphs_for(self, call: BlockCall, hidden: Tensor, others: Sequence[Tensor]) -> TrainingGraphs | None:
         """A graph takes and gives the hidden state and its gradient, and no other tensor's. Until a block has
         run it is not known what blocks return."""
         alone = self._has_run and not others and (self._form is None or self._form.count(_TENSOR) == 1)
-        return self._graphs if self.uses_graphs and alone else None
+        graphs = self._graphs if self.is_usual and alone else None
+        return graphs if graphs is not None and graphs.knows(call, hidden) else None
 
     def random_state(self) -> list[Tensor] | None:
         """What dropout draws from; `None` if nothing draws."""
@@ -193,8 +229,8 @@ class TrainedBlocks:
             torch.cuda.set_rng_state(states[1], self._anchor.device)
 
 
-class _Recomputed(torch.autograd.Function):
-    """A block that keeps its input only."""
+class _Driven(torch.autograd.Function):
+    """A block whose passes `TrainedBlocks` runs, and which keeps its input only."""
 
     @staticmethod
     def forward(
@@ -211,7 +247,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.blocks, ctx.index, ctx.call, ctx.others = blocks, index, call, others
         ctx.state = blocks.random_state()
         ctx.save_for_backward(hidden)
-        return blocks.forward(index, call, hidden, others)
+        results, ctx.ran = blocks.forward(index, call, hidden, others)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,7 +258,10 @@ class _Recomputed(torch.autograd.Function):
         if ctx.state is not None:
             after = blocks.random_state()
             blocks.set_random_state(ctx.state)
-        of_hidden, *of_others = blocks.backward(ctx.index, ctx.call, hidden, gradients, ctx.others)
+        # HAZARD: a graph must not be captured while one of an earlier step, made on another stream, still
+        # holds the parameters' places in autograd.
+        ran, ctx.ran = ctx.ran, None
+        of_hidden, *of_others = blocks.backward(ctx.index, ctx.call, hidden, gradients, ctx.others, ran)
         if after is not None:
             blocks.set_random_state(after)
         return None, of_hidden if ctx.needs_input_grad[1] else None, None, None, None, *of_others
@@ -242,134 +282,5 @@ class _Passing(torch.autograd.Function):
 
 
 # torch's method is without annotations.
-_recomputed: Callable[..., tuple[Tensor, ...]] = _Recomputed.apply
+_driven: Callable[..., tuple[Tensor, ...]] = _Driven.apply
 _passing: Callable[..., Tensor] = _Passing.apply
-
-
-@dataclass(slots=True)
-class _Place:
-    """A fixed place for an input of blocks."""
-
-    tensor: Tensor
-    source: Tensor | None = None
-    """What lies there now."""
-
-    def load(self, source: Tensor) -> None:
-        if self.source is not source:
-            self.tensor.copy_(source)
-            self.source = source
-
-
-@dataclass(slots=True)
-class _Captured:
-    graph: Any
-    places: list[_Place]
-
-
-@dataclass(slots=True)
-class _Form:
-    """Graphs for inputs of one form, and the places where those are."""
-
-    since: int
-    """The step in which it was first seen."""
-    hidden: Tensor
-    gradient: Tensor
-    shared: list[_Place] = field(default_factory=list)
-    forward: dict[int, _Captured] = field(default_factory=dict)
-    backward: dict[int, _Captured] = field(default_factory=dict)
-
-
-class _Graphs:
-    """HAZARD: weights, gradients, cores and projectors must lie at the same places each time."""
-
-    def __init__(self, blocks: TrainedBlocks) -> None:
-        self._blocks = blocks
-        self._forms: dict[Any, _Form] = {}
-        self._step = 0
-        self._pool = _cuda.graph_pool_handle()
-        self._stream = _cuda.Stream()
-
-    def begin(self) -> None:
-        self._step += 1
-        for form in self._forms.values():
-            for place in form.shared:
-                place.source = None
-
-    def forward(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
-        form = self._form(call, hidden)
-        if form is None:
-            return self._blocks.run(index, call, hidden)[0]
-        form.hidden.copy_(hidden)
-
-        def work(placed: BlockCall) -> None:
-            form.hidden.copy_(self._blocks.run(index, placed, form.hidden)[0])
-
-        self._replay(form, form.forward, index, call, work)
-        return form.hidden.clone()
-
-    def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
-        form = self._form(call, hidden)
-        if form is None:
-            (found,) = self._blocks.run_back(index, call, hidden, [gradient])
-            return cast(Tensor, found)
-        form.hidden.copy_(hidden)
-        form.gradient.copy_(gradient)
-
-        def work(placed: BlockCall) -> None:
-            (found,) = self._blocks.run_back(index, placed, form.hidden, [form.gradient])
-            form.gradient.copy_(cast(Tensor, found))
-
-        self._replay(form, form.backward, index, call, work)
-        return form.gradient.clone()
-
-    def _form(self, call: BlockCall, hidden: Tensor) -> _Form | None:
-        """`None`: too early, or a form too many."""
-        key = (tuple(hidden.shape), hidden.dtype, form_key(call))
-        if key not in self._forms:
-            if len(self._forms) == MOST_FORMS:
-                return None
-            self._forms[key] = _Form(self._step, torch.empty_like(hidden), torch.empty_like(hidden))
-        form = self._forms[key]
-        return form if form.since < self._step else None
-
-    def _replay(
-        self,
-        form: _Form,
-        captured: dict[int, _Captured],
-        index: int,
-        call: BlockCall,
-        work: Callable[[BlockCall], None],
-    ) -> None:
-        sources = tensors_of([call])
-        if index not in captured:
-            if not (form.forward or form.backward):
-                # Graphs have a pool of their own: what earlier steps left in the ordinary one is room for it.
-                _cuda.empty_cache()
-            places = [self._place(form, source) for source in sources]
-            (placed,) = replaced([call], [place.tensor for place in places])
-            captured[index] = _Captured(self._capture(lambda: work(placed)), places)
-        for place, source in zip(captured[index].places, sources, strict=True):
-            place.load(source)
-        captured[index].graph.replay()
-
-    def _place(self, form: _Form, source: Tensor) -> _Place:
-        """Where `source` lies now, or a new place for it: blocks share masks and positions."""
-        for place in form.shared:
-            if place.source is source:
-                return place
-        form.shared.append(_Place(torch.empty_like(source)))
-        form.shared[-1].load(source)
-        return form.shared[-1]
-
-    def _capture(self, work: Callable[[], None]) -> Any:
-        graph = _cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph

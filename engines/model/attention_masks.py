@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.utils import import_utils
 
 _FORMS = ("sdpa", "eager")
 """Names of the attention that models here run with; `eager` where a family knows no other."""
@@ -41,13 +42,20 @@ def has_padding(inputs: Mapping[str, Tensor]) -> bool:
 
 @contextmanager
 def known_padding(padded: bool) -> Iterator[None]:
-    """Within it models build their masks for a batch of which it is known whether any position is padded."""
+    """Within it models build their masks for a batch of which it is known whether any position is padded.
+
+    While a CUDA graph is captured too: transformers would build a mask then that it leaves out otherwise, and
+    the graph would run other attention kernels than the steps before it.
+    """
     usual = {form: ALL_MASK_ATTENTION_FUNCTIONS[form] for form in _FORMS}
+    is_capturing = import_utils.is_cuda_stream_capturing
     for form, build in usual.items():
         ALL_MASK_ATTENTION_FUNCTIONS[form] = _told(build, padded)
+    import_utils.is_cuda_stream_capturing = lambda: False
     try:
         yield
     finally:
+        import_utils.is_cuda_stream_capturing = is_capturing
         for form, build in usual.items():
             ALL_MASK_ATTENTION_FUNCTIONS[form] = build
 

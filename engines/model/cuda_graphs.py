@@ -20,7 +20,7 @@ from engines.model.blocks import BlockCall
 MOST_FORMS = 4
 """Forms of inputs (shapes, dtypes, and what is no tensor) that are captured; a form has a graph per block."""
 
-Run = Callable[[int, BlockCall, Tensor], Tensor]
+RunBlock = Callable[[int, BlockCall, Tensor], Tensor]
 
 _cuda: Any = torch.cuda  # most of it is without annotations
 
@@ -44,7 +44,7 @@ class BlockGraphs:
     HAZARD: the weights that a block computes with must lie at the same places each time it is run.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunBlock) -> None:
         self._run = run
         self._forms: dict[Any, _Form] = {}
         self._met: set[Any] = set()

@@ -91,7 +91,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
     Raises `UserError` if not. Calls `check_repeats` too.
     """
     model = blueprint.model
-    find_blocks(model)  # or it is refused, without being run
+    _, blocks = find_blocks(model)
     turn_off_randomness(model)
     with on_stand_ins(blueprint, context) as inputs:
         model.train()
@@ -104,7 +104,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
             vectors = {"the smallest of the first block": first}
         own = _gradients(model, inputs, vectors)
         with _refused(model, "its blocks cannot be watched"), no_cache(model):
-            watched = TrainedBlocks(model, _Nobody(), recompute=True, graphs=False)
+            watched = TrainedBlocks(model, _Nobody(), recomputed=len(blocks), graphs=False)
             try:
                 found = _gradients(model, inputs, vectors)
             finally:

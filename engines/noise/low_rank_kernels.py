@@ -54,7 +54,7 @@ def _add_kernel(
 
 
 def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool) -> None:
-    """As `engines.zeroth_order.low_rank_noise.add_low_rank`."""
+    """weight (m n,) += the sum over k of rows[k] (m,) x columns[k] (n,), in place, rounded once."""
     mode = {torch.bfloat16: 1, torch.float16: 2}[weight.dtype] if stochastic else 0
     launch(
         _add_kernel, (triton.cdiv(weight.numel(), TILE),),

@@ -95,7 +95,7 @@ def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start:
 
 
 def signs(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
-    """As `normal`, of Rademacher noise: (count,) fp32, each 1 or -1."""
+    """Elements `start` to `start + count` of `key`'s Rademacher noise: (count,) fp32, each 1 or -1."""
     out = torch.empty(count, dtype=torch.float32, device=device)
     for pieces in chunks(one(key.tensor, count), start, CHUNK_LANES[out.device.type]):
         scatter(draw_signs(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
@@ -132,7 +132,7 @@ def draw_normals(
 def draw_signs(
     seed: int, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `draw_normals`, of signs."""
+    """Signs of all pieces, (count,) fp32; 16 random bits for rounding each, (count,) int32, if wanted."""
     spans = []
     for piece in pieces:
         tile = piece.first_lane // LANES
@@ -182,7 +182,7 @@ def normals_at(element: Tensor, number: int, step: int, seed: int) -> Tensor:
 
 
 def signs_at(element: Tensor, number: int, step: int, seed: int) -> Tensor:
-    """As `normals_at`, of signs."""
+    """Signs, 1 or -1, of any elements of tensor `number`, (n,) int64: (n,) fp32."""
     tile, place = element // TILE, element % TILE
     lane = place % (SIGN_LANES * SIGN_WIDTH) // SIGN_WIDTH
     counter = tile // SIGN_TILES * SIGN_LANES + lane

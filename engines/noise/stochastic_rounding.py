@@ -27,7 +27,7 @@ _WORD = 0xFFFFFFFF
 def updated(weight: Tensor, delta: Tensor, rate: float, decay: float, rounding: Rounding, key: int) -> None:
     """weight <- round(weight decay - rate delta), in fp32 up to the rounding, by torch operations.
 
-    `weight` and `delta` have one shape; `key` (32 bits) names the tensor and the step.
+    `weight` (bf16 or fp32) and `delta` have one shape, any; `key` (32 bits) names the tensor and the step.
     """
     value = (weight.float() * decay).sub_(delta.float() * rate)
     if rounding == "stochastic" and weight.dtype == torch.bfloat16:
@@ -36,14 +36,14 @@ def updated(weight: Tensor, delta: Tensor, rate: float, decay: float, rounding: 
 
 
 def dithered(value: Tensor, key: int) -> Tensor:
-    """fp32 `value` rounded stochastically to what bf16 can hold, as fp32."""
+    """fp32 `value`, of any shape, rounded stochastically to what bf16 can hold, as fp32 of that shape."""
     element = torch.arange(value.numel(), device=value.device).view(value.shape)
     uniform = (random_words(element, key) >> 16).to(torch.int32)
     return dither(value.contiguous(), uniform, torch.bfloat16)
 
 
 def random_words(element: Tensor, key: int) -> Tensor:
-    """32 random bits for each `element` (int64), as int64."""
+    """32 random bits for each `element` (int64, any shape), as int64 of that shape."""
     word = (element * GOLDEN + key) & _WORD
     word = ((word ^ (word >> 16)) * MIX_1) & _WORD
     word = ((word ^ (word >> 13)) * MIX_2) & _WORD

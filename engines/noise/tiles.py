@@ -108,6 +108,7 @@ class Piece:
         return self.count  # one row of a short tile
 
     def of(self, flat: Tensor) -> Tensor:
+        """Its elements, a view (count,), of the whole flat memory."""
         return flat.view(-1)[self.place : self.place + self.count]
 
     def elements(self, values: Tensor) -> Tensor:
@@ -137,6 +138,7 @@ def chunks(segment: Segment, start: int, most_lanes: int) -> Iterator[list[Piece
 
 
 def scatter(values: Tensor, out: Tensor, pieces: Sequence[Piece]) -> None:
+    """Write `values`, (elements of all pieces,) one piece after the other, to their places in `out`."""
     first = 0
     for piece in pieces:
         piece.of(out).copy_(values[first : first + piece.count])

@@ -26,7 +26,7 @@ FP16_NORMAL = 2.0**-14
 """Smallest normal number of fp16."""
 
 
-class UpdateLog:
+class DeviceUpdateLog:
     """The latest updates, by position from 0, where the kernels can read them: on the device.
 
     Rates are kept in fp32, in which the arithmetic is done.
@@ -68,7 +68,7 @@ class UpdateLog:
         return [found for i in range(first, last) if (found := self._updates[i % LOG_CAPACITY]) is not None]
 
     def in_fp32(self, first: int, last: int) -> list[Entry]:
-        """As `between`, with rates as the table has them."""
+        """Those updates with rates rounded to fp32. Raises `ValueError` for one that is gone."""
         return [_in_fp32(update) for update in self.between(first, last)]
 
 
@@ -92,7 +92,7 @@ class Visit:
     """What is to be done to weights, for `visit`."""
 
     seed: int
-    log: UpdateLog
+    log: DeviceUpdateLog
     first: int
     last: int
     """Positions of the pending updates in the log, the last one excluded."""

@@ -87,7 +87,7 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
     return moved[places].view(*indices.shape, width)
 
 
-def tiles(
+def tile_noise(
     how: Visit, number: int, step: int, first: int, last: int, device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Noise of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
@@ -99,7 +99,7 @@ def tiles(
 def _draw(
     how: Visit, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `engines.noise.philox.draw_normals`, of the noise that is wanted."""
+    """Normals or signs of all pieces, (count,) fp32; 16 random bits each, (count,) int32, if wanted."""
     draw = draw_signs if how.noise == "rademacher" else draw_normals
     return draw(how.seed, step, pieces, device, uniform=uniform)
 

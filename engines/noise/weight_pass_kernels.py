@@ -380,7 +380,7 @@ def _words_kernel(out, first_lane, tensor, step, seed, COUNT: tl.constexpr):
 
 
 def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int) -> None:
-    """As `noise.visit`."""
+    """The kernel of `weight_pass.visit`, with the same arguments: `weight` is flat, (elements,)."""
     flat = weight.view(-1)
     mode = 0
     if how.rounding == "stochastic":
@@ -418,7 +418,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
 
 
 def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
-    """As `noise.rows`."""
+    """weight[indices] + eps z for `weight` (n, width): (*indices.shape, width), noise of these rows alone."""
     width = weight.shape[1]
     out = torch.empty((*indices.shape, width), dtype=weight.dtype, device=weight.device)
     if out.numel():

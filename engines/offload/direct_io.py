@@ -27,7 +27,7 @@ _NAMELESS = getattr(os, "O_TMPFILE", 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class FileSpan:
     """Bytes of a block that lie together in a file."""
 
     file: RawFile
@@ -98,7 +98,7 @@ class RawFile:
             self._descriptor = -1
 
 
-def make_file(folder: Path, name: str, num_bytes: int) -> Span:
+def make_file(folder: Path, name: str, num_bytes: int) -> FileSpan:
     """A new nameless file in `folder` with room for `num_bytes` under `name`, and where they lie.
 
     Raises `OSError` where no file can be made or the disk is too full.
@@ -116,7 +116,7 @@ def make_file(folder: Path, name: str, num_bytes: int) -> Span:
     except BaseException:
         file.close()
         raise
-    return Span(file, ALIGNMENT_BYTES, 0, num_bytes)
+    return FileSpan(file, ALIGNMENT_BYTES, 0, num_bytes)
 
 
 def open_existing(path: Path) -> RawFile:

@@ -33,12 +33,12 @@ from torch import Tensor, uint8
 
 from engines.costs import disk as costs
 from engines.errors import InfeasiblePlan, UserError
-from engines.offload.direct_io import Span, in_memory, make_file
+from engines.offload.direct_io import FileSpan, in_memory, make_file
 from engines.offload.disk_chunks import ByteRange, DiskChunk, cut
 from engines.transfer.busy_clock import BusyClock
 from engines.transfer.clock import now_s
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import HostSlab, Progress
+from engines.transfer.pinned import HostSlab, ReportProgress
 from engines.transfer.trace import Timeline
 
 DEPTHS = (2, 4, 8, 16)
@@ -96,10 +96,10 @@ class DiskBlocks:
         sizes_bytes: Mapping[int, int],
         folder: Path,
         link: Link,
-        progress: Progress,
+        progress: ReportProgress,
         *,
         written_back: Collection[int] = (),
-        in_place: Mapping[int, Sequence[Span]] | None = None,
+        in_place: Mapping[int, Sequence[FileSpan]] | None = None,
         delay_s: Callable[[], float] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
@@ -111,11 +111,11 @@ class DiskBlocks:
         self._link = link
         self._delay_s = delay_s
         self._timeline = timeline
-        self._spans: dict[int, list[Span]] = {i: list(spans) for i, spans in (in_place or {}).items()}
+        self._spans: dict[int, list[FileSpan]] = {i: list(spans) for i, spans in (in_place or {}).items()}
         """Where each block is read from."""
-        self._own: dict[int, Span] = {}
+        self._own: dict[int, FileSpan] = {}
         """Files that `fill` writes."""
-        self._second: dict[int, Span] = {}
+        self._second: dict[int, FileSpan] = {}
         self._make_files(written_back)
         self.direct = self._is_direct()
         total_bytes = sum(self._sizes_bytes.values())
@@ -160,7 +160,7 @@ class DiskBlocks:
             raise
         self._spans |= {index: [span] for index, span in self._own.items()}
 
-    def _make_file(self, block: int) -> Span:
+    def _make_file(self, block: int) -> FileSpan:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return make_file(self.folder, f"block.{block}", self._sizes_bytes[block])
 
@@ -301,7 +301,7 @@ class DiskBlocks:
                 raise self._unusable("cannot hold a second file of a block", error) from error
         self._write(block, self._second[block], memory)
 
-    def _write(self, block: int, span: Span, memory: Tensor) -> None:
+    def _write(self, block: int, span: FileSpan, memory: Tensor) -> None:
         writes: list[Future[None]] = []
         after = self._link.record()
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from engines.costs import disk as costs
-from engines.offload.direct_io import ALIGNMENT_BYTES, RawFile, Span
+from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, RawFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ ByteRange = tuple[int, int, int]
 """Block, first byte in it, and the byte after the last."""
 
 
-def cut(spans: Iterable[Span], wanted: ByteRange) -> list[DiskChunk]:
+def cut(spans: Iterable[FileSpan], wanted: ByteRange) -> list[DiskChunk]:
     """The chunks of a range whose block lies in `spans`: none crosses a multiple of `CHUNK_BYTES` in its
     file, so each fits a slot, and all but the ends are aligned."""
     block, start, stop = wanted

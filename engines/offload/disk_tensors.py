@@ -10,14 +10,14 @@ from torch import Tensor
 from engines.base import Blueprint, LocatesWeights
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
-from engines.offload.direct_io import RawFile, Span, open_existing
+from engines.offload.direct_io import FileSpan, RawFile, open_existing
 from engines.quantized.block_form import BlockForm
 from engines.shapes import Dtype
 
 
 def in_place(
     blocks: Mapping[int, BlockLayout], blueprint: Blueprint, dtype: Dtype, element_bytes: int
-) -> dict[int, list[Span]]:
+) -> dict[int, list[FileSpan]]:
     """Where those of `blocks` lie whose tensors are all in files, in the precision that is computed with.
 
     Raises `UserError` for a file that cannot be opened.
@@ -25,7 +25,7 @@ def in_place(
     if not isinstance(blueprint, LocatesWeights):
         return {}
     files: dict[Path, RawFile] = {}
-    found: dict[int, list[Span]] = {}
+    found: dict[int, list[FileSpan]] = {}
     for index, block in blocks.items():
         spans = []
         for part in block.own_parts:
@@ -36,7 +36,7 @@ def in_place(
                 if stored.path not in files:
                     files[stored.path] = _opened(stored.path)
                 start = element_bytes * (part.start + offset)
-                spans.append(Span(files[stored.path], stored.offset_bytes, start, stored.num_bytes))
+                spans.append(FileSpan(files[stored.path], stored.offset_bytes, start, stored.num_bytes))
         if len(spans) == sum(len(part.names) for part in block.own_parts):
             found[index] = spans
     return found

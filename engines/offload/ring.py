@@ -33,7 +33,7 @@ from engines.offload.disk import DiskBlocks
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import Progress, host_slabs
+from engines.transfer.pinned import ReportProgress, host_slabs
 
 UPLOAD_BYTES = 32_000_000
 """Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
@@ -84,7 +84,7 @@ class BlockStream:
         resident: frozenset[int],
         link: Link,
         clock: ComputeClock,
-        progress: Progress,
+        progress: ReportProgress,
         disk: DiskBlocks | None = None,
     ) -> None:
         self._link = link
@@ -227,14 +227,14 @@ class BlockStream:
         self._pass += 1
 
     def spans(self, block: int) -> list[tuple[int, int]]:
-        """See `engines.zeroth_order.perturbed_weights.Source`."""
+        """(first, last) of the parts that lie together, in the order in which they come up."""
         if (block, 0) in self._chunk_of:
             return [(chunk.first, chunk.last) for chunk in self._chunks if chunk.block == block]
         own = len(self._forms[block].layout.own_parts)
         return [(0, own)] if own else []
 
     def take(self, block: int, first: int, last: int) -> Tensor:
-        """See `engines.zeroth_order.perturbed_weights.Source`."""
+        """Parts `first` to `last` - 1 on the GPU, flat or in records; the compute stream waits for them."""
         form = self._forms[block]
         start, stop = form.span(first, last)
         if block in self._on_gpu:
@@ -269,7 +269,7 @@ class BlockStream:
         return form.opened(self._ring[begin + start : begin + stop], first)
 
     def done(self, block: int, first: int, last: int) -> None:
-        """See `engines.zeroth_order.perturbed_weights.Source`."""
+        """Parts `first` to `last` - 1 were read for the last time: their slot goes down or is free."""
         if block in self._on_gpu:
             return
         number = self._chunk_of[block, first]

@@ -16,7 +16,7 @@ from engines.model.flat_layout import BlockLayout, Part
 from engines.noise import visits, weight_pass
 from engines.noise.visits import Visit
 from engines.quantized.codec import pack
-from engines.quantized.quantized_pass import visit
+from engines.quantized.quantized_pass import visit_tiles
 from engines.settings.zeroth_order import Base
 
 
@@ -95,7 +95,7 @@ class BlockForm:
             mine = how if part.trained else replace(how, first=how.last)
             out = torch.empty(part.size, dtype=self.dtype, device=device)
             if self.is_low_bit(part):
-                visit(kept, part.segment, mine, self.base, store=False, sides=(out,))
+                visit_tiles(kept, part.segment, mine, self.base, store=False, sides=(out,))
             elif mine.first < mine.last:
                 weight_pass.visit(kept, part.segment, mine, visits.Outputs(theta=out))
             else:

@@ -13,7 +13,7 @@ Scales are made once, from the largest of each group, and stay. They leave room 
 factor of 1.75 or more with fp8, none with int4), since an update that would lead out of the grid is cut off.
 A group that is all zero stays zero.
 
-`visit` is one pass over a matrix, as `engines.noise.weight_pass.visit` is for one in 16 bits:
+`visit_tiles` is one pass over a matrix, as `engines.noise.weight_pass.visit` is for one in 16 bits:
 
     w = code scale - sum of lr (g z + wd w) over the pending updates, in fp32, not rounded in between
     if it is to be stored: w <- round(w) to the grid, stochastically; the codes are written back
@@ -79,7 +79,7 @@ def pack(values: Tensor, base: Base, records: Tensor) -> None:
 def unpack(records: Tensor, base: Base, count: int) -> Tensor:
     """The `count` elements that `records` (bytes) hold: (count,) fp32."""
     tables = records.view(-1, record_bytes(base))
-    return decode(codes_of(tables, base), expanded_scales(tables), base).reshape(-1)[:count]
+    return decode_codes(codes_of(tables, base), expanded_scales(tables), base).reshape(-1)[:count]
 
 
 def tile_ranges(tables: Tensor) -> Iterator[tuple[int, int]]:
@@ -122,7 +122,7 @@ def put_codes(codes: Tensor, base: Base, tables: Tensor) -> None:
     tables[:, : TILE_ELEMENTS * CODE_BITS[base] // 8] = lanes.reshape(len(codes), -1).to(torch.uint8)
 
 
-def decode(codes: Tensor, scales: Tensor, base: Base) -> Tensor:
+def decode_codes(codes: Tensor, scales: Tensor, base: Base) -> Tensor:
     """What codes (unsigned bits) stand for, in fp32, exactly: 7 bits times the 8 of a scale."""
     if base == "fp8":
         # The same bits are an fp16 of 2^-8 the size, smallest numbers included.
@@ -150,8 +150,7 @@ def encode(w: Tensor, scales: Tensor, base: Base, uniform: Tensor | None) -> Ten
 
 
 def _encode_fp8(w: Tensor, scales: Tensor, uniform: Tensor | None) -> Tensor:
-    """As `engines.noise.weight_pass.dither`: random bits below the last place that stays, then the rest cut
-    off."""
+    """Codes of fp8: random bits (or a half) added below the last place, and what is below cut off."""
     size = (w * (0x7F000000 - scales.view(torch.int32)).view(torch.float32)).abs()
     lift = torch.where(size < FP8_NORMAL, FP8_NORMAL, 0.0)
     added = 1 << 19 if uniform is None else (uniform << 4) + 8

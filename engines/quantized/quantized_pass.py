@@ -18,11 +18,11 @@ from engines.noise import philox, weight_pass
 from engines.noise.philox import NoiseKey
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import Visit
-from engines.quantized.codec import codes_of, decode, encode, expanded_scales, put_codes, tile_ranges
+from engines.quantized.codec import codes_of, decode_codes, encode, expanded_scales, put_codes, tile_ranges
 from engines.settings.zeroth_order import Base
 
 
-def visit(
+def visit_tiles(
     records: Tensor,
     segment: Segment,
     how: Visit,
@@ -41,7 +41,9 @@ def visit(
     if records.is_cuda and triton_launch.has_triton():
         from engines.quantized import quantized_pass_kernels
 
-        quantized_pass_kernels.visit(records, segment, how, base, store=store, sides=sides, perturb=perturb)
+        quantized_pass_kernels.visit_tiles(
+            records, segment, how, base, store=store, sides=sides, perturb=perturb
+        )
         return
     start = 0
     for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
@@ -68,10 +70,12 @@ def _visit_one(
     for first, last in tile_ranges(tables):
         here = tables[first:last]
         scales = expanded_scales(here)
-        w = decode(codes_of(here, base), scales, base).reshape(-1)
+        w = decode_codes(codes_of(here, base), scales, base).reshape(-1)
         uniform: Tensor | None = None
         for update in updates:
-            z, uniform = weight_pass.tiles(how, number, update.draw, first, last, w.device, uniform=store)
+            z, uniform = weight_pass.tile_noise(
+                how, number, update.draw, first, last, w.device, uniform=store
+            )
             z.mul_(update.coefficient)
             if update.weight_decay != 0.0:
                 z.add_(w * update.weight_decay)
@@ -81,30 +85,30 @@ def _visit_one(
             bits = uniform if how.rounding == "stochastic" else None
             codes = encode(w, scales.reshape(-1), base, bits).view(-1, 4, LANES)
             put_codes(codes, base, here)
-            w = decode(codes, scales, base).reshape(-1)
+            w = decode_codes(codes, scales, base).reshape(-1)
         place = slice(first * TILE_ELEMENTS, min(last * TILE_ELEMENTS, count))
         inside = place.stop - place.start
         if sides and not perturb:
             sides[0][place].copy_(w[:inside])
         elif sides:
-            z, _ = weight_pass.tiles(how, number, how.step, first, last, w.device, uniform=False)
+            z, _ = weight_pass.tile_noise(how, number, how.step, first, last, w.device, uniform=False)
             z.mul_(how.eps)
             for side, moved in zip(sides, (w + z, w - z), strict=False):
                 side[place].copy_(moved[:inside])
 
 
-def add_low_rank(
+def add_low_rank_to_tiles(
     records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
 ) -> None:
-    """As `engines.zeroth_order.low_rank_noise.add_low_rank`, for a matrix in records, with the bits of
-    `key`'s rounding stream.
+    """Add the sum over k of rows[k] x columns[k], (rank, m) and (rank, n) fp32, to an (m, n) matrix in
+    records, in place, with the bits of `key`'s rounding stream where `stochastic`.
 
     The sum is rounded to the grid once.
     """
     if records.is_cuda and triton_launch.has_triton():
         from engines.quantized import quantized_pass_kernels
 
-        quantized_pass_kernels.add_low_rank(records, base, rows, columns, key, stochastic=stochastic)
+        quantized_pass_kernels.add_low_rank_to_tiles(records, base, rows, columns, key, stochastic=stochastic)
         return
     width = columns.shape[1]
     count = rows.shape[1] * width
@@ -112,7 +116,7 @@ def add_low_rank(
     for first, last in tile_ranges(tables):
         here = tables[first:last]
         scales = expanded_scales(here)
-        w = decode(codes_of(here, base), scales, base).reshape(-1)
+        w = decode_codes(codes_of(here, base), scales, base).reshape(-1)
         start = first * TILE_ELEMENTS
         element = torch.arange(start, min(last * TILE_ELEMENTS, count), device=w.device)
         row, column = element // width, element % width

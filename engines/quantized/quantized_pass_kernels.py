@@ -48,7 +48,7 @@ _FORMS: dict[Base, int] = {"int4": 0, "int8": 1, "fp8": 2}
 
 @triton.jit
 def _decoded(code, scale, FORM: tl.constexpr):
-    """As `base_format.decode`; `code` has its unsigned bits in an int32."""
+    """What codes stand for, in fp32: `codec.decode_codes`. `code` has its unsigned bits in an int32."""
     if FORM == _FP8:
         half = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
         return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * scale
@@ -59,7 +59,7 @@ def _decoded(code, scale, FORM: tl.constexpr):
 
 @triton.jit
 def _encoded(w, scale, uniform, STOCHASTIC: tl.constexpr, FORM: tl.constexpr):
-    """As `base_format.encode`, line by line."""
+    """Codes of fp32 `w` at their `scale`: what `codec.encode` does, line by line."""
     if FORM == _FP8:
         inverse = (-scale.to(tl.int32, bitcast=True) + 0x7F000000).to(tl.float32, bitcast=True)
         size = tl.abs(w * inverse)
@@ -302,7 +302,7 @@ def _add_kernel(
         tl.store(words + lane, _word(c0, c1, c2, c3, FORM).to(codes.dtype.element_ty))
 
 
-def visit(
+def visit_tiles(
     records: Tensor,
     segment: Segment,
     how: Visit,
@@ -312,7 +312,7 @@ def visit(
     sides: Sequence[Tensor] = (),
     perturb: bool = False,
 ) -> None:
-    """As `base_format.visit`."""
+    """The kernel of `quantized_pass.visit_tiles`, with the same arguments."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
     scales = records.view(torch.bfloat16)
     side, other = (sides[0], sides[-1]) if sides else (scales, scales)
@@ -334,10 +334,10 @@ def visit(
     launch(_visit_kernel, grid, *arguments, STORE=store, STOCHASTIC=stochastic, SIGNS=signs, **flags)
 
 
-def add_low_rank(
+def add_low_rank_to_tiles(
     records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
 ) -> None:
-    """As `base_format.add_low_rank`."""
+    """The kernel of `quantized_pass.add_low_rank_to_tiles`, with the same arguments."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
     (rank, height), width = rows.shape, columns.shape[1]
     launch(

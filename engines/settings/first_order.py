@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ConfigDict
 
@@ -39,7 +40,33 @@ class AdamWSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeSettings(AdamWSettings):
+class BlockPassSettings(AdamWSettings):
+    """How forward and backward pass of a model's blocks run."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """Blocks through torch's compiler (native: the loss too); `auto`: on a GPU, where it can be. The first
+    steps take some seconds longer, up to a minute."""
+    graphs: bool = True
+    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout."""
+    checkpointed_blocks: int | Literal["all"] = "all"
+    """With --checkpointing: how many blocks are run again in the backward pass, from the first on. Plans
+    choose as few as fit."""
+
+    def __post_init__(self) -> None:
+        AdamWSettings.__post_init__(self)
+        count = self.checkpointed_blocks
+        require(count == "all" or count >= 0, "checkpointed_blocks", "must not be negative")
+
+    def recomputed(self, num_blocks: int, *, checkpointing: bool) -> int:
+        """How many of a model's blocks are run again, with or without --checkpointing."""
+        if not checkpointing:
+            return 0
+        count = self.checkpointed_blocks
+        return num_blocks if count == "all" else min(count, num_blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeSettings(BlockPassSettings):
     """Everything on the GPU: the line that all methods are measured against."""
 
 

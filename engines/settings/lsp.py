@@ -9,11 +9,11 @@ from typing import Literal
 
 from engines.errors import UserError
 from engines.settings.checks import require
-from engines.settings.first_order import AdamWSettings
+from engines.settings.first_order import BlockPassSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class LspSettings(AdamWSettings):
+class LspSettings(BlockPassSettings):
     """LSP-Offload (2406.10181). Symbols d, r and alpha are the paper's."""
 
     d: int | Literal["auto"] = 512
@@ -43,8 +43,6 @@ class LspSettings(AdamWSettings):
     the subspaces together. The CPU's updates then begin when backward has ended."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How updates reach bf16 weights; `nearest` loses those below half a unit in the last place."""
-    graphs: bool = True
-    """Run blocks as CUDA graphs where they can be: with checkpointing, without dropout."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
     train_outer: bool = True
@@ -53,7 +51,7 @@ class LspSettings(AdamWSettings):
     """`sequential`: all downloads, then all CPU updates, then all uploads, as ZeRO-Offload does."""
 
     def __post_init__(self) -> None:
-        AdamWSettings.__post_init__(self)
+        BlockPassSettings.__post_init__(self)
         require(self.d == "auto" or self.d > 0, "d", "must be positive, or auto")
         form = r"(?:(?:[1-9]\d*x[1-9]\d*:[1-9]\d*)(?:,(?!$)|$))*"
         require(re.fullmatch(form, self.d_by_shape) is not None, "d_by_shape", "is of ROWSxCOLUMNS:D,...")

@@ -56,7 +56,7 @@ def without_retired(values: Mapping[str, object]) -> tuple[dict[str, object], di
 
 
 def parse_recorded(engine: str, values: Mapping[str, object]) -> Any:
-    """Like `parse_settings`, of what an earlier version may have written.
+    """Settings from what an earlier version may have written, checked and typed.
 
     Raises `UserError` also for a run that a setting made what this version cannot repeat.
     """

@@ -65,7 +65,7 @@ class Subspace:
         return isinstance(self.module, Conv1D)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What makes both projectors, by side and name."""
+        """What makes both projectors, as `left.values` (m, r) and `right.values` (n, r); indices likewise."""
         return {
             f"{side}.{key}": tensor
             for side, projector in (("left", self.left), ("right", self.right))

@@ -58,7 +58,13 @@ class CoreMatrix:
         d = self.subspace.d
         return piece[self.offset : self.offset + d * d].view(d, d)
 
+    @property
+    def kept_width(self) -> int | None:
+        """Columns of what `keep` gives in a step that tests no projector; `None`: its input."""
+        return None if self.forms_gradient else self.subspace.d
+
     def keep(self, x: Tensor) -> Tensor:
+        """What the forward pass keeps of its input (tokens, in): it, or its compression (tokens, d)."""
         if self.forms_gradient or self.calibrator.calibrates:
             return x
         subspace = self.subspace
@@ -66,7 +72,7 @@ class CoreMatrix:
 
     @torch.no_grad()
     def collect(self, kept: Tensor, gradient: Tensor) -> None:
-        """S = (dY P)^T (X Q), or with the sides swapped where W^T is stored."""
+        """S = (dY P)^T (X Q), (d, d), of dY (tokens, out); with the sides swapped where W^T is stored."""
         subspace = self.subspace
         whole = self.forms_gradient or self.calibrator.calibrates
         if not whole:
@@ -295,7 +301,7 @@ def move_moments(state: PieceState, matrix: CoreMatrix, left: Projector, right: 
 
 
 def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Add the tensors of all matrices to `state`; what else there is to know of them, by name."""
+    """Add all matrices' moments (d, d) and projectors to `state`; returns their counts and checks."""
     about = {}
     for piece, matrix in cores.placed():
         for key, tensor in checkpoint_tensors(piece, matrix).items():
@@ -329,6 +335,6 @@ def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
-    """What a checkpoint holds of a matrix."""
+    """What a checkpoint holds of a matrix: moments (d, d) fp32, and what makes its projectors."""
     moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
     return moments | matrix.subspace.tensors()

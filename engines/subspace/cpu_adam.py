@@ -151,7 +151,7 @@ def _compiled_by(compiler: list[str]) -> Any:
 
 
 def without_compiler(core: Tensor, moment: Tensor, variance: Tensor, factors: Factors) -> None:
-    """What `core_adam.c` does, operation by operation."""
+    """What `core_adam.c` does, by torch operations: all of (elements,), `core` fp32 or bf16, moments fp32."""
     f: Any = factors  # ctypes adds the attributes
     for begin in range(0, core.numel(), CHUNK):
         part, m, v = (tensor[begin : begin + CHUNK] for tensor in (core, moment, variance))

@@ -57,7 +57,7 @@ class DenseParameters:
             torch._foreach_zero_(gradients)
 
     def state(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-        """Moments by name, for a checkpoint."""
+        """Moments by name, each of its parameter's shape, for a checkpoint."""
         return {} if self._adam is None else adamw_state(self._adam, names)
 
     def load(self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:

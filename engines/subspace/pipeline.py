@@ -230,7 +230,7 @@ class CorePipeline:
         return update.applied
 
     def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
-        """As `wait` for each, finite or not; the argument `wait` is for its application's end."""
+        """Wait until all `updates` are applied, finite or not; the argument `wait` waits for an event."""
         for update in updates:
             with suppress(CoreNotFinite):
                 wait(self.wait(update))

@@ -77,7 +77,7 @@ class Projector(Protocol):
         """The same with values of another dtype, on `device`."""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What makes it, by name, for checkpoints: written over in place by `assign`."""
+        """What makes it: `values` (rows, r) and, if sparse, `indices` (rows, r). `assign` writes them."""
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
         """Become the projector that has these `tensors`, of the same shapes; values are rounded."""
@@ -141,6 +141,7 @@ class SparseProjector:
         return dense.gather(1, self.indices.long())
 
     def with_values(self, values: Tensor) -> SparseProjector:
+        """The same places with other `values` (rows, r)."""
         return SparseProjector(self.indices, values, self.d)
 
     def cast(self, dtype: torch.dtype, device: torch.device | str | None = None) -> SparseProjector:

@@ -37,7 +37,7 @@ COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ProgramSizes:
     """Of a program."""
 
     edge: int
@@ -45,7 +45,7 @@ class Sizes:
     warps: int
 
 
-SIZES = {2: Sizes(edge=64, warps=4), 4: Sizes(edge=32, warps=8)}
+SIZES = {2: ProgramSizes(edge=64, warps=4), 4: ProgramSizes(edge=32, warps=8)}
 """By bytes of an element. In fp32 no tensor core multiplies exactly: values are in registers then, and with
 64 x 64 of them the compiler ran out (up to 6 kB of a thread's 255 registers were spilled)."""
 
@@ -175,7 +175,7 @@ def _plain_update_kernel(weight, delta, count, rate, decay, key, SIZE: tl.conste
 
 
 def block_project(x: Tensor, values: Tensor, d: int) -> Tensor:
-    """x P: see `engines.subspace.projector.BlockProjector`. `x` may have any strides."""
+    """x P, (t, d), of `x` (t, rows), with any strides, and a block-diagonal P's `values` (rows, r)."""
     rows, r = values.shape
     blocks, width = d // r, triton.next_power_of_2(r)
     out = torch.empty(x.shape[0], d, dtype=x.dtype, device=x.device)
@@ -194,7 +194,7 @@ def block_project(x: Tensor, values: Tensor, d: int) -> Tensor:
 
 
 def block_lift(x: Tensor, values: Tensor, d: int) -> Tensor:
-    """x P^T: see `engines.subspace.projector.BlockProjector`. `x` may have any strides."""
+    """x P^T, (t, rows), of `x` (t, d), with any strides, and a block-diagonal P's `values` (rows, r)."""
     rows, r = values.shape
     blocks, width = d // r, triton.next_power_of_2(r)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
@@ -235,7 +235,7 @@ def block_update(
 
 
 def plain_update(weight: Tensor, delta: Tensor, rate: float, decay: float, dither: bool, key: int) -> None:
-    """weight <- round(weight decay - rate delta), both contiguous: as `rounding.updated`."""
+    """weight <- round(weight decay - rate delta), contiguous, of one shape; by bits of `key` if `dither`."""
     launch(
         _plain_update_kernel, (triton.cdiv(weight.numel(), 1024),),
         weight, delta, weight.numel(), rate, decay, key, SIZE=1024, DITHER=dither, enable_fp_fusion=False,

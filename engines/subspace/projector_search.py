@@ -34,7 +34,7 @@ def bias(gradient: Tensor, left: Projector, right: Projector) -> Tensor:
 
 
 def relative_bias(gradient: Tensor, left: Projector, right: Projector) -> float:
-    """||b(G)||_F / ||G||_F; 0 for a gradient that is zero, NaN for one that is not finite.
+    """||b(G)||_F / ||G||_F of `gradient` (m, n); 0 for one that is zero, NaN for one that is not finite.
 
     Waits for the GPU.
     """
@@ -84,7 +84,7 @@ class LearningGradient:
 def learning_gradient(
     gradient: Tensor, left: SparseProjector, right: SparseProjector, beta: float
 ) -> LearningGradient:
-    """Loss of the learning problem and its derivatives with respect to the projectors' values.
+    """Loss of the learning problem for G (m, n), its derivatives by the values of P (m, r) and Q (n, r).
 
     With E = b / ||b||_F, C = P^T G Q and F = P^T E Q:
 
@@ -143,7 +143,7 @@ def learn(
 
     Stops when the relative bias is at most `alpha`, after `steps` steps of learning rate `rate`, or when
     `clock` (seconds) has gone on by `time_limit_s`. The pair returned is the one of smallest bias seen, the
-    first pair included. `gradient` must be finite and not zero. Waits for the GPU once a step.
+    first pair included. `gradient` (m, n) must be finite and not zero. Waits for the GPU once a step.
     """
     end_s = clock() + time_limit_s
     target = gradient.float()

@@ -20,7 +20,7 @@ from engines.transfer.clock import compute_stream
 
 Resource = Literal["gpu", "d2h", "cpu", "h2d"]
 
-Span = tuple[float, float]
+Interval = tuple[float, float]
 """Begin and end, in seconds of one clock."""
 
 STEPS_BEHIND = 2
@@ -38,7 +38,7 @@ class Exposed:
     h2d_s: float | None = None
 
 
-def exposed(spans: Mapping[Resource, Iterable[Span]], window: Span) -> Exposed:
+def exposed(spans: Mapping[Resource, Iterable[Interval]], window: Interval) -> Exposed:
     """What of the window each resource was exposed. Spans of one may overlap and reach beyond the window.
 
     `None` for a resource that is not in `spans`, and for all if the GPU is not.
@@ -56,9 +56,9 @@ def exposed(spans: Mapping[Resource, Iterable[Span]], window: Span) -> Exposed:
     )
 
 
-def union(spans: Iterable[Span]) -> list[Span]:
+def union(spans: Iterable[Interval]) -> list[Interval]:
     """The same time as spans that do not touch, ascending."""
-    found: list[Span] = []
+    found: list[Interval] = []
     for begin, end in sorted(spans):
         if found and begin <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], end))
@@ -67,11 +67,11 @@ def union(spans: Iterable[Span]) -> list[Span]:
     return found
 
 
-def length(spans: Sequence[Span]) -> float:
+def length(spans: Sequence[Interval]) -> float:
     return sum(end - begin for begin, end in spans)
 
 
-def shared(left: Sequence[Span], right: Sequence[Span]) -> float:
+def shared(left: Sequence[Interval], right: Sequence[Interval]) -> float:
     """The time that is in both. Each as `union` gives it."""
     total, i, j = 0.0, 0, 0
     while i < len(left) and j < len(right):
@@ -83,7 +83,7 @@ def shared(left: Sequence[Span], right: Sequence[Span]) -> float:
     return total
 
 
-def _clipped(spans: Iterable[Span], window: Span) -> list[Span]:
+def _clipped(spans: Iterable[Interval], window: Interval) -> list[Interval]:
     clipped = ((max(begin, window[0]), min(end, window[1])) for begin, end in spans)
     return [span for span in clipped if span[0] < span[1]]
 
@@ -110,7 +110,7 @@ class ExposureClock:
         self._is_cuda = device.type == "cuda"
         self._lock = threading.Lock()
         self._pairs: list[_Pair] = []
-        self._host: list[Span] = []
+        self._host: list[Interval] = []
         self._marks: list[Any] = []
 
     def mark(self) -> None:
@@ -144,7 +144,7 @@ class ExposureClock:
         origin = self._marks.pop(0)
         window = (0.0, _seconds(origin, self._marks[0]))
         with self._lock:
-            spans: dict[Resource, list[Span]] = {}
+            spans: dict[Resource, list[Interval]] = {}
             later: list[_Pair] = []
             lags_s: list[float] = []
             for pair in self._pairs:

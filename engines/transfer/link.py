@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engines.shapes import Direction
 from engines.transfer.clock import compute_stream, now_s, take_ended_s, torch_cuda
-from engines.transfer.throttle import Direction, GpuPace, HostPace
+from engines.transfer.throttle import GpuPace, HostPace
 
 if TYPE_CHECKING:
     from engines.base import LinkRates
@@ -179,7 +180,7 @@ class Link:
         return self.cut_busy()()
 
     def cut_busy(self) -> Callable[[], tuple[float | None, float | None]]:
-        """As `take_busy_s` of the copies that were begun so far, when called: see `ComputeClock.cut`."""
+        """What tells, asked later, the busy seconds (up, down) of the copies that were begun so far."""
         if not self._is_cuda:
             return lambda: (None, None)
         with self._lock:

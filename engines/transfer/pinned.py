@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 from engines.transfer.clock import torch_cuda
 
-Progress = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 """Told of slow work: what, units done, units in total."""
 
 
@@ -39,7 +39,12 @@ class HostSlab:
     """
 
     def __init__(
-        self, num_bytes: int, device: torch.device, progress: Progress | None = None, *, pin: bool = True
+        self,
+        num_bytes: int,
+        device: torch.device,
+        progress: ReportProgress | None = None,
+        *,
+        pin: bool = True,
     ) -> None:
         if num_bytes <= 0:
             raise ValueError("a slab needs a positive number of bytes")
@@ -56,7 +61,7 @@ class HostSlab:
         if device.type == "cuda" and pin:
             self._pin(device, progress)
 
-    def _pin(self, device: torch.device, progress: Progress | None) -> None:
+    def _pin(self, device: torch.device, progress: ReportProgress | None) -> None:
         assert self._memory is not None
         torch_cuda.init()
         what = "touching host memory to pin (bytes)"
@@ -126,7 +131,7 @@ class HostSlabs:
             slab.close()
 
 
-def host_slabs(sizes_bytes: Sequence[int], device: torch.device, progress: Progress) -> HostSlabs:
+def host_slabs(sizes_bytes: Sequence[int], device: torch.device, progress: ReportProgress) -> HostSlabs:
     """Memory for tensors of these sizes, each on one slab: a copy may not cross from one to another.
 
     Once the driver has refused to pin, the rest stays pageable without another warning.

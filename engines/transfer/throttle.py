@@ -17,16 +17,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from engines.errors import NotAvailable
+from engines.shapes import Direction
 
 if TYPE_CHECKING:
     from engines.base import LinkRates
 
-Direction = Literal["h2d", "d2h"]
 
 HOST_GAP_S = 500e-6
 """Copies that follow each other within this time count as back to back: a sleep ends some 0.1 ms late."""

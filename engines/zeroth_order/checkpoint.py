@@ -39,7 +39,7 @@ class LoraForm:
         return f"lora_rank={self.rank} and lora_alpha={self.alpha:g}"
 
 
-def save_checkpoint(
+def save_weights(
     folder: Path,
     weights: Iterable[tuple[str, Tensor]],
     *,
@@ -71,7 +71,7 @@ def save_checkpoint(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What `save_checkpoint` wrote; tensors are read when they are asked for."""
+    """What `save_weights` wrote; tensors are read when they are asked for."""
 
     step: int
     seed: int

@@ -86,7 +86,7 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = before
 
 
-class Head:
+class LossHead:
     """A linear output layer with weight `weight` (vocabulary, hidden), both names first names."""
 
     def __init__(self, module: nn.Linear, weight: str, bias: str | None, numbers: Mapping[str, int]) -> None:
@@ -275,7 +275,7 @@ class _Running:
 
 def plain_head(
     model: nn.Module, driver: BlockDriver, places: Mapping[str, str], numbers: Mapping[str, int]
-) -> Head | None:
+) -> LossHead | None:
     """The model's head if it is one linear layer and a mean cross-entropy; else `None`.
 
     Found out by trying: the layer is replaced by one that answers with known logits, which the model must
@@ -300,4 +300,4 @@ def plain_head(
     same = torch.equal(output.logits.float(), logits.float()) and torch.allclose(
         output.loss.float(), expected, rtol=1e-4
     )
-    return Head(module, weight, bias, numbers) if same else None
+    return LossHead(module, weight, bias, numbers) if same else None

@@ -21,7 +21,7 @@ import torch
 
 from engines.base import Update
 from engines.costs.zo2 import folds
-from engines.noise.visits import LOG_CAPACITY, UpdateLog, Visit
+from engines.noise.visits import LOG_CAPACITY, DeviceUpdateLog, Visit
 from engines.settings.zeroth_order import MezoSettings
 from engines.zeroth_order.block_visit import Task
 
@@ -46,7 +46,7 @@ class DeferredUpdates:
         self.step = 0
         """Number of the next step."""
         self.trained = frozenset(trained)
-        self.log = UpdateLog(device)
+        self.log = DeviceUpdateLog(device)
         self.quantized = settings.trains_quantized
         """Whether blocks take their updates at the times of the schedule only."""
         self._settings = settings

@@ -55,7 +55,7 @@ NO_TOKEN = -1
 _cuda: Any = torch.cuda  # most of it is without annotations
 
 
-def generate(
+def generate_tokens(
     model: PerturbedModel,
     request: GenerationRequest,
     blocks: Callable[[], Iterator[int]],

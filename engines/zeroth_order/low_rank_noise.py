@@ -248,7 +248,7 @@ class LowRank:
 
     @contextmanager
     def on_side(self, side: int) -> Iterator[None]:
-        """As `engines.zeroth_order.lora.Adapters.on_side`."""
+        """Within it a perturbed pass is that of side 0 (plus) or 1 (minus) alone, not both stacked."""
         before, self._now = self._now, (PLUS, MINUS)[side]
         try:
             yield
@@ -278,7 +278,9 @@ class LowRank:
         key = NoiseKey(seed=seed, step=window, tensor=matrix.number)
         stochastic = self._rounding == "stochastic"
         if weight.dtype == torch.uint8:
-            quantized_pass.add_low_rank(weight, self._base, rows, columns, key, stochastic=stochastic)
+            quantized_pass.add_low_rank_to_tiles(
+                weight, self._base, rows, columns, key, stochastic=stochastic
+            )
         else:
             add_low_rank(weight, rows, columns, key, stochastic=stochastic)
 

@@ -55,7 +55,7 @@ from engines.zeroth_order.lora import Adapters, columns_first, is_linear
 from engines.zeroth_order.low_rank_noise import LowRank
 from engines.zeroth_order.paired_batch import Apart, halved, join_calls, stack
 from engines.zeroth_order.perturbed_weights import BlockScratch
-from engines.zeroth_order.units import Unit, block_units, has_no_bias, places_in, swapped, without_bias
+from engines.zeroth_order.units import ModuleUnit, block_units, has_no_bias, places_in, swapped, without_bias
 
 GRAPH_SCRATCH_BYTES = 400_000_000
 """Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
@@ -184,7 +184,7 @@ class PerturbedModel:
         self.scratch.end()
 
     def enter_all_plain(self, batches: Sequence[Prepared]) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
-        """As `enter_all`, one pass each with theta itself."""
+        """Every micro-batch's hidden state before the first block and its blocks' calls, at theta."""
         if self._graphs is None:
             self.scratch.take_form(whole=len(batches) > 1, sides=1)
         entered = [self._record(batch, Side.PLAIN) for batch in batches]
@@ -193,8 +193,8 @@ class PerturbedModel:
     def enter_cached(
         self, inputs: Mapping[str, Tensor], cache: Any, *, padded: bool
     ) -> tuple[Tensor, Sequence[BlockCall]]:
-        """As `enter_all_plain` of one batch that goes on from what is in the key-value `cache`. Its blocks
-        add to that; without one they begin anew."""
+        """Likewise of a batch that goes on from the key-value `cache`, to which its blocks add; without one
+        they begin anew."""
         if self._graphs is None:
             self.scratch.take_form(whole=False, sides=1)
         self._side = Side.PLAIN
@@ -300,7 +300,7 @@ class PerturbedModel:
         finally:
             self._in_tail = False
 
-    def _block_forward(self, unit: Unit) -> Callable[..., Any]:
+    def _block_forward(self, unit: ModuleUnit) -> Callable[..., Any]:
         module = unit.module
         original = module.forward
         scratch = self.scratch

@@ -18,7 +18,7 @@ from engines.quantized import quantized_pass
 from engines.settings.zeroth_order import Base
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task, without_updates
-from engines.zeroth_order.units import Unit
+from engines.zeroth_order.units import ModuleUnit
 
 SCRATCH_ALIGNMENT_BYTES = 512
 """As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
@@ -30,7 +30,7 @@ class BlockScratch:
     def __init__(
         self,
         layout: ModelLayout,
-        units: Sequence[Unit],
+        units: Sequence[ModuleUnit],
         dtype: torch.dtype,
         device: torch.device,
         outer: Mapping[str, Tensor],
@@ -45,8 +45,8 @@ class BlockScratch:
         self._outer = outer
         self._clock = clock
         self.fold: Callable[[str, Tensor, int, int], None] | None = None
-        """Adds to a tensor, by its first name, in its flat memory or its records, what its window has
-        gathered; by the window and the seed."""
+        """(name, memory, window, seed): adds what the window has gathered to the tensor of that first name,
+        in its flat memory or its records."""
         for unit in units:
             used = {name for _, _, name in unit.places}
             parts = layout.blocks[unit.block].parts
@@ -95,7 +95,7 @@ class BlockScratch:
                 )
 
     def _whole_places(self) -> tuple[dict[tuple[int, int], int], int]:
-        """As the block's own memory has it, then what it shares; and the elements that takes."""
+        """Places of each block's parts, its own as in its memory, then those it shares; elements in all."""
         places: dict[tuple[int, int], int] = {}
         size = 0
         for number, block in enumerate(self._layout.blocks):
@@ -159,14 +159,14 @@ class BlockScratch:
             self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8:
-                    quantized_pass.visit(weight, part.segment, self._task.how, self._base, store=True)
+                    quantized_pass.visit_tiles(weight, part.segment, self._task.how, self._base, store=True)
                 else:
                     weight_pass.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
             self._fold(index, weight)
             self._source.done(self._block, index, index + 1)
         self._task = self._source = None
 
-    def open(self, unit: Unit) -> None:
+    def open(self, unit: ModuleUnit) -> None:
         """Make the unit's weights, unless they are there. Without effect outside a visit."""
         if self._task is None or all(part in self._made for part in unit.parts):
             return
@@ -321,14 +321,16 @@ class BlockScratch:
         trained: bool,
         store: bool,
     ) -> None:
-        """As `_write`, of low-bit matrices."""
+        """Make the perturbed weights of matrices in 8 or 4 bits, and store their update if `store`."""
         assert self._task is not None
         self._clock.start()
         if not trained:
             how, store = without_updates(how), False
         perturb = trained and self._task.perturb
         sides = rooms if perturb and not self._task.plus_only else rooms[:1]
-        quantized_pass.visit(records, segment, how, self._base, store=store, sides=sides, perturb=perturb)
+        quantized_pass.visit_tiles(
+            records, segment, how, self._base, store=store, sides=sides, perturb=perturb
+        )
         self._clock.stop()
 
     def _store_roundings(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
@@ -340,7 +342,7 @@ class BlockScratch:
         self._clock.start()
         if weight.dtype == torch.uint8:
             for each in roundings:
-                quantized_pass.visit(weight, segment, each, self._base, store=True)
+                quantized_pass.visit_tiles(weight, segment, each, self._base, store=True)
         else:  # rounded after each update, whatever is stored in between
             how = replace(roundings[0], last=roundings[-1].last)
             weight_pass.visit(weight, segment, how, Outputs(theta=weight))

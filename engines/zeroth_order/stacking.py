@@ -19,7 +19,7 @@ from engines.base import Blueprint, Context
 from engines.model.blocks import BlockCall, BlockDriver, find_blocks, first_names
 from engines.model.model_check import FAILURES, close_to, on_stand_ins
 from engines.zeroth_order.paired_batch import halved, join_calls, stack
-from engines.zeroth_order.units import Unit, block_units, swapped
+from engines.zeroth_order.units import ModuleUnit, block_units, swapped
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def blocks_apart(blueprint: Blueprint, context: Context) -> frozenset[int]:
         places = first_names(model)
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}
         owners = {place: module for place, module in model.named_modules() if module._parameters}
-        units: dict[int, list[Unit]] = {}
+        units: dict[int, list[ModuleUnit]] = {}
         for unit in block_units(blocks, path, owners, names, apart=()):
             units.setdefault(unit.block, []).append(unit)
         driver = BlockDriver(model)
@@ -70,11 +70,11 @@ def _other_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _stacking(block: nn.Module, units: Sequence[Unit], stacked: int) -> Iterator[None]:
+def _stacking(block: nn.Module, units: Sequence[ModuleUnit], stacked: int) -> Iterator[None]:
     """Within it `units` run for both halves of their inputs, and nothing else of `block` has weights."""
     own = [[owner._parameters[leaf] for owner, leaf, _ in unit.places] for unit in units]
 
-    def both(unit: Unit, weights: Sequence[Any]) -> Callable[..., Any]:
+    def both(unit: ModuleUnit, weights: Sequence[Any]) -> Callable[..., Any]:
         original = unit.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:

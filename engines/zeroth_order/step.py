@@ -36,11 +36,11 @@ from engines.settings.zeroth_order import MezoSettings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
 from engines.zeroth_order.block_visit import Source, Task
-from engines.zeroth_order.checkpoint import open_checkpoint, save_checkpoint
+from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.estimators import next_updates, probes
 from engines.zeroth_order.forward_passes import Streams
-from engines.zeroth_order.generation import generate
+from engines.zeroth_order.generation import generate_tokens
 from engines.zeroth_order.low_rank_noise import beside, window_due
 from engines.zeroth_order.perturbed_model import PerturbedModel
 from engines.zeroth_order.stacking import blocks_apart
@@ -266,7 +266,7 @@ class ZerothOrder(ABC):
 
         compute = self._clocks.compute
         self.blocks.begin_tokens()
-        for tokens in generate(self._model, request, blocks, compute, self.context.vram_bytes):
+        for tokens in generate_tokens(self._model, request, blocks, compute, self.context.vram_bytes):
             yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
         self.blocks.forget_times()
 
@@ -327,7 +327,7 @@ class ZerothOrder(ABC):
         self.blocks.apply_deferred(last_step)
         self.synchronize()
         weights = ((name, weight.cpu()) for name, weight in self.blocks.tensors(last_step).items())
-        save_checkpoint(
+        save_weights(
             folder,
             weights,
             step=self._updates.step,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engines.zeroth_order.chunked_loss import multiply
 
 
-class Unit:
+class ModuleUnit:
     """A module of a block that computes with its own weights, and maybe those of modules inside it."""
 
     def __init__(self, block: int, module: nn.Module, places: Sequence[tuple[nn.Module, str, str]]) -> None:
@@ -56,14 +56,14 @@ def block_units(
     owners: Mapping[str, nn.Module],
     names: Mapping[tuple[str, str], str],
     apart: Collection[int],
-) -> list[Unit]:
+) -> list[ModuleUnit]:
     """The modules of each block that have weights of their own; one that has others inside covers them.
 
     Where modules take turns on parts of the batch (the experts of a mixture, a list inside the block), halves
     of their inputs are no sides: there, and in blocks of `apart`, the whole block is one unit, and each side
     runs through it by itself.
     """
-    units: list[Unit] = []
+    units: list[ModuleUnit] = []
     for index, block in enumerate(blocks):
         root = f"{block_path}.{index}"
         inside = {path: owners[path] for path in owners if path == root or path.startswith(f"{root}.")}
@@ -73,13 +73,13 @@ def block_units(
             if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
         ]
         if lists or index in apart:
-            units.append(Unit(index, block, places_in(root, block, names)))
+            units.append(ModuleUnit(index, block, places_in(root, block, names)))
             continue
         covered: list[str] = []
         for path, module in inside.items():
             if not any(path.startswith(f"{parent}.") for parent in covered):
                 covered.append(path)
-                units.append(Unit(index, module, places_in(path, module, names)))
+                units.append(ModuleUnit(index, module, places_in(path, module, names)))
     return units
 
 

@@ -9,7 +9,7 @@ import typer
 
 from harness.cli.by_name import by_name
 from harness.cli.options import (
-    Criteria,
+    CriteriaFlag,
     DryRun,
     Emulate,
     Engines,
@@ -19,7 +19,7 @@ from harness.cli.options import (
     Profile,
     Quiet,
     Resume,
-    Rounds,
+    RoundsFlag,
     Trace,
     engine_names,
     exit_for,
@@ -65,8 +65,8 @@ def compare(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
-    rounds: Rounds = 2,
-    criteria: Criteria = None,
+    rounds: RoundsFlag = 2,
+    criteria: CriteriaFlag = None,
     out: Out = None,
     resume: Resume = False,
     trace: Trace = False,

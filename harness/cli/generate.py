@@ -19,7 +19,7 @@ from engines.settings.parse import defaults
 from harness.cli.options import (
     BatchSize,
     DtypeFlag,
-    HostMemory,
+    HostMemoryFlag,
     JobFlags,
     Json,
     Model,
@@ -87,7 +87,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Of the draws, and of random weights.")] = 0,
     dtype: DtypeFlag = None,
     vram: Vram = None,
-    host_memory: HostMemory = None,
+    host_memory: HostMemoryFlag = None,
     set_: Set = None,
     measure: Annotated[
         bool,

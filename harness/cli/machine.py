@@ -19,7 +19,7 @@ from profiles.display.tables import machine_table
 from profiles.doctor.diagnose import diagnose, diagnosis_text
 from profiles.documents import check_writable, to_json
 from profiles.machine import save_machine
-from profiles.probe.disk import check_disk
+from profiles.probe.disk import require_measurable_disk
 from profiles.probe.run import probe_machine, why_no_gpu
 from profiles.system.unprobed import read_system
 
@@ -129,7 +129,7 @@ def probe(
     if out is not None:
         check_writable(out)
     if disk is not None:
-        check_disk(disk)
+        require_measurable_disk(disk)
     if require_gpu and (reason := why_no_gpu()) is not None:
         exit_without_gpu(reason)
     with ProbeProgress(quiet) as progress:

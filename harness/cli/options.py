@@ -39,7 +39,7 @@ Layers = Annotated[
         "--layers", min=1, help="Only the model's first so many blocks, of random weights. [default: all]"
     ),
 ]
-Head = Annotated[
+HeadFlag = Annotated[
     HeadChoice | None,
     typer.Option(
         "--head",
@@ -47,7 +47,7 @@ Head = Annotated[
         "else causal_lm for decoders, classification for encoders. [default: auto]",
     ),
 ]
-Data = Annotated[
+DataFlag = Annotated[
     str | None,
     typer.Option(
         "--data",
@@ -79,7 +79,7 @@ Checkpointing = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and perturbations.")]
 Vram = Annotated[str | None, typer.Option("--vram", help="Cap on GPU memory, such as 24GB or 8GiB.")]
-HostMemory = Annotated[str | None, typer.Option("--host-memory", help="Cap on a run's host memory.")]
+HostMemoryFlag = Annotated[str | None, typer.Option("--host-memory", help="Cap on a run's host memory.")]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", help="Seconds one run may take, set-up included.")
 ]
@@ -87,7 +87,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="An engine's knob: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it. "
+        help="A setting of an engine: `lsp.d=1024`, or `learning_rate=1e-5` for every engine that has it. "
         "`engines` lists them; which go together stands in README.md.",
     ),
 ]
@@ -114,8 +114,10 @@ Emulate = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")]
-Criteria = Annotated[
+RoundsFlag = Annotated[
+    int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")
+]
+CriteriaFlag = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
 ]
 Trace = Annotated[
@@ -144,8 +146,8 @@ def _flags(
     random_weights: RandomWeights = None,
     untied: Untied = None,
     layers: Layers = None,
-    head: Head = None,
-    data: Data = None,
+    head: HeadFlag = None,
+    data: DataFlag = None,
     eval_data: EvalData = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
@@ -157,7 +159,7 @@ def _flags(
     checkpointing: Checkpointing = None,
     seed: Seed = None,
     vram: Vram = None,
-    host_memory: HostMemory = None,
+    host_memory: HostMemoryFlag = None,
     timeout: Timeout = None,
     set_: Set = None,
     job_file: JobFile = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Self
 
-from harness.pipeline import Prepared, Sweep, measure
+from harness.pipeline import PreparedJob, Sweep, measure_plans
 from harness.progress import Progress, console
 from harness.records.run import Run
 from harness.runs.launch import SettingUp, Stepped
@@ -60,11 +60,11 @@ class CompareProgress:
                     self._progress.print(f"missing  {run_id}")
 
 
-def measure_seen(ready: Prepared, sweep: Sweep) -> list[Run]:
-    """`harness.pipeline.measure` with its progress on stderr, and a line on how to go on if it is stopped."""
+def measure_seen(ready: PreparedJob, sweep: Sweep) -> list[Run]:
+    """`measure_plans` with its progress on stderr, and a line on how to go on if it is stopped."""
     try:
         with CompareProgress(sweep.quiet) as progress:
-            return measure(ready, sweep, progress.update)
+            return measure_plans(ready, sweep, progress.update)
     except KeyboardInterrupt:
         sys.stderr.write(
             f"stopped: finished runs are kept; go on with the same flags, --resume and --out {sweep.out}\n"

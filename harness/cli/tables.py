@@ -17,7 +17,7 @@ from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape
 from harness.models.configs import NAMED_SHAPES, named_shape
-from harness.records.columns import BYTES, SECONDS, Column, Unit, lay_out, where_known
+from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, where_known
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.records.settings import published_presets
@@ -27,7 +27,7 @@ from profiles.planning.plan import Plan
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from harness.training.find_lr import Finding
+    from harness.training.find_lr import LrSearchResult
 
 
 def format_parameters(count: int) -> str:
@@ -153,7 +153,7 @@ RUNS: tuple[Column[Run], ...] = (
 
 def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Table:
     """A row for each run; its method and its end are never wrapped."""
-    here, rows = lay_out(columns, runs)
+    here, rows = table_cells(columns, runs)
     table = _table([column.key for column in here], whole=("method", "end"))
     for row in rows:
         table.add_row(*row)
@@ -222,7 +222,7 @@ def generations_table(runs: Sequence[Run]) -> RenderableType:
     return Group(title, _measured_table(GENERATIONS, runs), _notes(reasons))
 
 
-def rates_table(finding: Finding) -> RenderableType:
+def rates_table(finding: LrSearchResult) -> RenderableType:
     """What `run --find-lr` found, the recommended rate marked."""
     steps = max(trial.steps for trial in finding.trials)
     title = f"Learning rates of {finding.engine}: {finding.measured_on} loss before and after {steps} steps"

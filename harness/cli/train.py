@@ -28,7 +28,7 @@ def run(
         Path | None,
         typer.Option(
             "--profile",
-            help="A machine, by name or as JSON from `probe`: use the knobs that `recommend` gives for it. "
+            help="A machine, by name or as JSON from `probe`: use the settings of `recommend` for it. "
             "[default: the engine's own defaults]",
         ),
     ] = None,
@@ -77,7 +77,7 @@ def run(
 
     A job without flags or --job is 10 steps of batch 1 x 512 tokens in bf16, with checkpointing, seed 0,
     on the built-in data. What --set says goes before what --profile recommends, and that before the engine's
-    defaults. The folder keeps the knobs of its first start, also when it is resumed.
+    defaults. The folder keeps the settings of its first start, also when it is resumed.
     """
 
     names = engine_names(engine)

@@ -64,7 +64,7 @@ def optional(key: str, of: Callable[[RowT], CellValue], unit: Unit, note: str = 
     return Column(key, of, unit, shown=where_known(of), note=note)
 
 
-def lay_out(
+def table_cells(
     columns: Sequence[Column[RowT]], rows: Sequence[RowT]
 ) -> tuple[tuple[Column[RowT], ...], tuple[tuple[str, ...], ...]]:
     """The columns that a table of `rows` has, and its cells, row by row."""

@@ -25,7 +25,7 @@ from harness.records.run import (
     save_run,
 )
 from harness.records.stats import counted_step_s
-from harness.runs.launch import OnRunEvent, Outcome, launch
+from harness.runs.launch import OnRunEvent, Outcome, launch_child
 from harness.runs.worker import Request
 from profiles.documents import adapter
 from profiles.planning.plan import Plan
@@ -63,7 +63,7 @@ def attempt(
     """
     began = datetime.now(UTC).isoformat(timespec="seconds")
     if request.plan.fits:
-        outcome = launch(request, out, device=device, on_event=on_event)
+        outcome = launch_child(request, out, device=device, on_event=on_event)
     else:
         outcome = _not_run(request.plan)
     run = record_of(request, round_, began, environment, outcome)
@@ -93,7 +93,7 @@ def record_of(request: Request, round_: int, began: str, environment: Environmen
         samples=outcome.samples,
         summary=replace(
             outcome.summary,
-            floor_share=floor_share(plan.prediction.floor_s, outcome.summary.step_s_median),
+            floor_share=floor_over_step(plan.prediction.floor_s, outcome.summary.step_s_median),
         ),
         predicted=Predicted.of(plan.prediction),
         environment=environment,
@@ -112,7 +112,7 @@ def record_of(request: Request, round_: int, began: str, environment: Environmen
     )
 
 
-def floor_share(floor_s: float | None, step_s: float | None) -> float | None:
+def floor_over_step(floor_s: float | None, step_s: float | None) -> float | None:
     """Predicted floor over measured step; `None` where either is not there."""
     return floor_s / step_s if floor_s is not None and step_s else None
 

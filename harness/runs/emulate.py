@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engines.base import LinkRates
 from engines.errors import UserError
 from harness.records.run import Emulation
-from profiles.machine import Figure, Link, Machine
+from profiles.machine import Figure, LinkFigures, Machine
 from profiles.planning.budget import CONTEXT_BYTES
 from profiles.units import format_bytes, format_rate
 
@@ -61,7 +61,7 @@ def emulated(machine: Machine) -> Emulated:
     )
 
 
-def _rates(name: str, link: Link) -> LinkRates:
+def _rates(name: str, link: LinkFigures) -> LinkRates:
     def needed(direction: str, figure: Figure) -> float:
         if figure.value is None or figure.value <= 0:
             raise UserError(

@@ -104,7 +104,7 @@ class _Stop:
 OnRunEvent = Callable[[SettingUp | Stepped], None]
 
 
-def launch(request: Request, out: Path, *, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
+def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
     """Run `request` in a child process and wait for its end.
 
     Every end of the child is an outcome, Ctrl-C included. Where the run failed, `<out>/logs/<id>.log`

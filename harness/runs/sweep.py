@@ -118,7 +118,7 @@ def grid(job: Job, plans: Sequence[Plan], rounds: int, emulated: Emulated | None
     ]
 
 
-def compare(
+def run_sweep(
     job: Job,
     shape: ModelShape,
     plans: Sequence[Plan],
@@ -180,7 +180,7 @@ def compare(
 
 
 def missing(job: Job, plans: Sequence[Plan], out: Path, options: SweepOptions) -> list[Cell]:
-    """The cells that `compare` would run with the same arguments. Writes nothing; raises as it does."""
+    """The cells that `run_sweep` would run with the same arguments. Writes nothing; raises as it does."""
     _, _, cells = _cells(job, plans, out, options)
     kept, _ = find_records((cell.id for cell in cells), out)
     return [cell for cell in cells if cell.id not in kept]

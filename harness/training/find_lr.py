@@ -57,7 +57,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class LrSearchResult:
     """What `find_lr.json` holds."""
 
     engine: str
@@ -82,12 +82,12 @@ class Finding:
         return self.recommended in (min(rates), max(rates))
 
 
-def grid(middle: float) -> tuple[float, ...]:
+def rates_around(middle: float) -> tuple[float, ...]:
     """The rates to try, ascending, as short decimals: what is printed is what was tried."""
     return tuple(float(f"{middle * factor:.2g}") for factor in FACTORS)
 
 
-def recommend(trials: Sequence[Trial]) -> float | None:
+def recommended_rate(trials: Sequence[Trial]) -> float | None:
     """The rule of the module's docstring; `None` if no trial lowered the loss."""
     falls = {
         trial.learning_rate: trial.loss_before - trial.loss_after
@@ -100,7 +100,9 @@ def recommend(trials: Sequence[Trial]) -> float | None:
     return min(rate for rate, fall in falls.items() if fall >= PLATEAU * greatest)
 
 
-def find_lr(job: Job, engine: str, settings: GivenSettings, out: Path | None, progress: Progress) -> Finding:
+def find_lr(
+    job: Job, engine: str, settings: GivenSettings, out: Path | None, progress: Progress
+) -> LrSearchResult:
     """Try the rates around the one in `settings`, or the engine's default. Writes `find_lr.json` into `out`,
     after each rate anew: what was tried is kept if a later one fails.
 
@@ -121,7 +123,7 @@ def find_lr(job: Job, engine: str, settings: GivenSettings, out: Path | None, pr
     progress.print(data.describe())
     evaluated = data.evaluation or _first_batches(data, job)
     trials: list[Trial] = []
-    rates = grid(typed.learning_rate)
+    rates = rates_around(typed.learning_rate)
     for number, rate in enumerate(rates):
         progress.update("learning rates", number, len(rates), note=f"{rate:g}")
         # Warm-up and decay belong to the whole run; a few dozen steps would see little but the warm-up.
@@ -131,11 +133,11 @@ def find_lr(job: Job, engine: str, settings: GivenSettings, out: Path | None, pr
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        finding = Finding(
+        finding = LrSearchResult(
             engine=engine,
             measured_on="held-out" if data.evaluation else "training",
             trials=tuple(trials),
-            recommended=recommend(trials) if len(trials) == len(rates) else None,
+            recommended=recommended_rate(trials) if len(trials) == len(rates) else None,
         )
         if out is not None:
             write_whole(out / LR_FILE, to_json(finding))

@@ -26,7 +26,7 @@ from harness.records.job import Job
 from harness.runs.divergence import Point
 from harness.training.update_log import (
     Contents,
-    Origin,
+    LogOrigin,
     UpdateLog,
     cannot_write,
     check_belongs,
@@ -60,7 +60,7 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-").removesuffix(REPLACED))
 
 
-def save_checkpoint(engine: Engine, out: Path, step: int) -> None:
+def write_checkpoint(engine: Engine, out: Path, step: int) -> None:
     """Write beside the old checkpoint, then let the old one go: a kill at any moment leaves one.
 
     Raises `UserError` if it cannot be written; the old one stays.
@@ -109,7 +109,7 @@ def start(
     """
     if not isinstance(settings, MezoSettings):
         return None
-    origin = Origin(
+    origin = LogOrigin(
         seed=job.seed % 2**64,
         start_step=step,
         run_sha256=run_digest(job, settings),

@@ -288,7 +288,7 @@ def _run_steps(
         if updates is not None:
             updates.sync()  # or a power cut could leave a log that ends before the checkpoint
         if save_every or updates is None:
-            restore.save_checkpoint(engine, out, step)
+            restore.write_checkpoint(engine, out, step)
 
     path = out / restore.LOSS_LOG
     with _open_log(path) as log, _StopAfterStep() as stop:

@@ -51,7 +51,7 @@ WITHOUT_EFFECT = frozenset({"limits", "settings", "eval_batches", "checkpointing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class LogOrigin:
     """What a log belongs to: its updates mean nothing elsewhere."""
 
     seed: int
@@ -74,7 +74,7 @@ class Origin:
 class Contents:
     """What could be read of a log."""
 
-    origin: Origin
+    origin: LogOrigin
     records: bytes
     """Whole and sound ones of whole steps, end to end."""
     torn_bytes: int
@@ -107,7 +107,7 @@ class UpdateLog:
         self._next_step = next_step
 
     @classmethod
-    def create(cls, path: Path, origin: Origin) -> Self:
+    def create(cls, path: Path, origin: LogOrigin) -> Self:
         """A new log in place of whatever is at `path`; its header is on the disk when this returns.
 
         Raises `UserError` if it cannot be written.
@@ -208,7 +208,7 @@ def _digests(job: Job, settings: MezoSettings) -> Iterator[bytes]:
             yield _digest(job, settings, fold_every=fold_every)
 
 
-def encode_header(origin: Origin) -> bytes:
+def encode_header(origin: LogOrigin) -> bytes:
     packed = _HEADER.pack(
         MAGIC,
         1 if origin.queries == 1 else VERSION,
@@ -250,7 +250,7 @@ def decode(content: bytes, name: str) -> Contents:
     if len(header) < HEADER_BYTES or zlib.crc32(header[: _HEADER.size]) != _crc_of(header):
         raise UserError(name, "its header is damaged", "restore it, or start anew with another --out")
     _, _, start_step, seed, run, weights, queries = _HEADER.unpack_from(header)
-    origin = Origin(
+    origin = LogOrigin(
         seed=seed, start_step=start_step, run_sha256=run, weights_sha256=weights, queries=max(1, queries)
     )
     end = HEADER_BYTES

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from profiles.figures import EACH_GPU, Format, figures_of
-from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, Link, Machine
+from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 Cells = tuple[str, str, str, str]
@@ -93,7 +93,7 @@ def _conditions(gpu: Gpu) -> list[Cells]:
     return [("GPU clock under load", f"{statistics.median(clocks) / 1e6:.0f} MHz{most}", span, readings)]
 
 
-def _link_rows(link: Link) -> list[Cells]:
+def _link_rows(link: LinkFigures) -> list[Cells]:
     best = link_text(link.generation_max, link.width_max)
     of_best = "" if best == NOT_MEASURED else f"of {best}"
     if link.generation_idle is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from profiles.doctor.findings import Answer, Finding
-from profiles.machine import Link, Machine
+from profiles.machine import LinkFigures, Machine
 from profiles.planning.predict import COPY_WRITE_ALLOCATE
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate
@@ -29,7 +29,7 @@ FULL_BYTES, NEARLY_FULL_BYTES = 10**9, 20 * 10**9
 FULL_PROBE = "probe with 'lspzo-bench probe --full --out m.json', then 'lspzo-bench doctor --profile m.json'"
 
 
-def check_pinned_limit(link: Link, machine: Machine) -> Answer:
+def check_pinned_limit(link: LinkFigures, machine: Machine) -> Answer:
     memory = machine.memory
     remedy = "raise the limit on locked memory (ulimit -l unlimited; in a container --ulimit memlock=-1)"
     if link.h2d_pinned_bytes_per_s.value is None and link.h2d_pageable_bytes_per_s.value is not None:

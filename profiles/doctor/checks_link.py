@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from profiles.display.tables import link_text
 from profiles.doctor.findings import Answer, Finding
-from profiles.machine import Link, Machine
+from profiles.machine import LinkFigures, Machine
 from profiles.units import format_rate
 
 LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 15.75e9 / 16, 4: 31.5e9 / 16, 5: 63e9 / 16, 6: 126e9 / 16}
@@ -20,7 +20,7 @@ REPLAYS = 10
 """Packets sent again during a probe, above which a contact is bad."""
 
 
-def check_link_state(link: Link, _: Machine) -> Answer:
+def check_link_state(link: LinkFigures, _: Machine) -> Answer:
     width, generation = link.width_loaded, link.generation_loaded
     if width is None or generation is None or link.width_max is None or link.generation_max is None:
         return "the link's state under load is not known"
@@ -50,7 +50,7 @@ def check_link_state(link: Link, _: Machine) -> Answer:
     )
 
 
-def check_slot(link: Link, _: Machine) -> Answer:
+def check_slot(link: LinkFigures, _: Machine) -> Answer:
     if link.generation_gpu_max is None or link.generation_slot_max is None:
         return "the slot's and the card's own limits are not known"
     wide = link.width_slot_max is not None and link.width_max is not None
@@ -68,7 +68,7 @@ def check_slot(link: Link, _: Machine) -> Answer:
     )
 
 
-def check_link_rate(link: Link, _: Machine) -> Answer:
+def check_link_rate(link: LinkFigures, _: Machine) -> Answer:
     lane = LANE_BYTES_PER_S.get(link.generation_loaded or 0)
     rates = {"to the GPU": link.h2d_pinned_bytes_per_s, "from the GPU": link.d2h_pinned_bytes_per_s}
     measured = {way: figure.value for way, figure in rates.items() if figure.origin == "measured"}
@@ -91,7 +91,7 @@ def check_link_rate(link: Link, _: Machine) -> Answer:
     )
 
 
-def check_replays(link: Link, _: Machine) -> Answer:
+def check_replays(link: LinkFigures, _: Machine) -> Answer:
     if link.replays is None:
         return "the replay counter is not known"
     if link.replays <= REPLAYS:
@@ -106,7 +106,7 @@ def check_replays(link: Link, _: Machine) -> Answer:
     )
 
 
-def check_pageable(link: Link, _: Machine) -> Answer:
+def check_pageable(link: LinkFigures, _: Machine) -> Answer:
     pairs = {
         "to the GPU": (link.h2d_pageable_bytes_per_s.value, link.h2d_pinned_bytes_per_s.value),
         "from the GPU": (link.d2h_pageable_bytes_per_s.value, link.d2h_pinned_bytes_per_s.value),
@@ -127,5 +127,5 @@ def check_pageable(link: Link, _: Machine) -> Answer:
     )
 
 
-def _best(link: Link) -> str:
+def _best(link: LinkFigures) -> str:
     return link_text(link.generation_max, link.width_max)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from profiles.machine import Gpu, Link, Machine
+from profiles.machine import Gpu, LinkFigures, Machine
 from profiles.system.unprobed import System
 
 Severity = Literal["problem", "warning", "note"]
@@ -41,6 +41,6 @@ def of_gpu(judge: Callable[[Gpu, Machine], Answer]) -> MachineCheck:
     return lambda machine, _: NO_GPU if machine.gpu is None else judge(machine.gpu, machine)
 
 
-def of_link(judge: Callable[[Link, Machine], Answer]) -> MachineCheck:
+def of_link(judge: Callable[[LinkFigures, Machine], Answer]) -> MachineCheck:
     """Not judged on a machine without a GPU, which has no link either."""
     return lambda machine, _: NO_GPU if machine.link is None else judge(machine.link, machine)

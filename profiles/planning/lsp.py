@@ -14,15 +14,22 @@ from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.predict import resource_s
+from profiles.planning.recomputation import fewest_recomputed
 from profiles.planning.subspace_sizes import HIDING_SHARE, largest_hidden, lsp_ladder, told_of_quality
 from profiles.units import format_seconds
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """The largest d that fits in memory and whose copies and CPU update hide behind the GPU; then r."""
-    planner = _Planner(context=context, given=given)
+    """As few recomputed blocks as fit beside the smallest subspaces; the largest d that fits then and whose
+    copies and CPU update hide behind the GPU; then r."""
     shape = context.shape
-    reasons: list[str] = []
+    with_d = given if "d" in given else given.completed(d=lsp_ladder(shape.hidden)[0])
+    recomputation = fewest_recomputed(context, with_d) if with_d.typed.d != "auto" else Choice(given)
+    given = given.completed(
+        **{name: value for name, value in recomputation.settings.items() if name not in with_d}
+    )
+    planner = _Planner(context=context, given=given)
+    reasons = list(recomputation.reasons)
     chosen: dict[str, Value] = {}
     settings: LspSettings = given.typed
     if "d" not in given:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
-from engines.shapes import Workload
+from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Gpu, Machine
 from profiles.planning.budget import host_bytes_without_gpu
 from profiles.planning.plan import Prediction
@@ -58,8 +58,7 @@ CPU_MODEL_ERROR = 2.0
 WITHOUT_GPU = {"gpu": "compute", "h2d": "copies", "d2h": "copies"}
 """What the resources of a GPU and its link are where the CPU takes their part."""
 
-Side = Literal["low", "value", "high"]
-Direction = Literal["h2d", "d2h"]
+Bound = Literal["low", "value", "high"]
 
 
 class _Absent(Exception):
@@ -129,7 +128,7 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
 
 
 def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
-    """See `Prediction.floor_s`; `None` if the profile lacks a figure for it."""
+    """Seconds of a step whose slowest resource never waited; `None` if the profile lacks a figure for it."""
     efficiency = CPU_MATMUL_EFFICIENCY if machine.gpu is None else GPU_MATMUL_EFFICIENCY
     least = LayerTraffic(
         name="least",
@@ -161,11 +160,11 @@ def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
     return name if others[name] > 0 else None
 
 
-_SIDES: tuple[Side, ...] = ("low", "value", "high")
+_SIDES: tuple[Bound, ...] = ("low", "value", "high")
 _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 
 
-def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> list[LayerTimes]:
+def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> list[LayerTimes]:
     """Raises `_Absent`."""
     rates = _rates(traffic, machine, workload, side)
     hides_launches = machine.gpu is not None
@@ -195,7 +194,7 @@ def _times(layer: LayerTraffic, rates: _Rates, launch_s: float, hides_launches: 
     )
 
 
-def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -> _Rates:
+def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> _Rates:
     def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
         return factor / _rate(*figure(), side) if amount > 0 else 0.0
 
@@ -226,7 +225,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Side) -
     )
 
 
-def _rate(name: str, figure: Figure, side: Side) -> float:
+def _rate(name: str, figure: Figure, side: Bound) -> float:
     """Raises `_Absent` for a figure that is absent or not positive."""
     if figure.value is None or figure.value <= 0:
         raise _Absent(f"{name} is not in the machine profile", figure.method)
@@ -283,7 +282,7 @@ def _sustained(product: Figure, gpu: Gpu) -> Figure:
     )
 
 
-def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Side) -> float:
+def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Bound) -> float:
     """Seconds per byte of one direction, its two parts taken together."""
     parts = _link(machine, traffic, direction)
     moved = sum(count for count, _, _ in parts)

@@ -50,7 +50,7 @@ Sides = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
+class SubspaceSizes:
     d: Mapping[Sides, int]
     reason: str
 
@@ -66,16 +66,16 @@ def largest_hidden(
     workload: Workload,
     cost: Callable[[str], Traffic],
     fits: Callable[[Traffic], bool],
-) -> Sizes:
+) -> SubspaceSizes:
     """`cost` counts a step for a `d_by_shape`; `fits` says whether there is memory for it."""
     sides = sorted({(max(m.rows, m.columns), min(m.rows, m.columns)) for m in shape.matrices})
     most = MOST_WITHOUT_GPU if machine.gpu is None else SHARES
-    tried: list[Sizes] = []
+    tried: list[SubspaceSizes] = []
     for k in range(most, 0, -1):
         d = {each: size_of(each, k) for each in sides}
         if tried and d == tried[-1].d:
             continue
-        sizes = Sizes(d=d, reason="")
+        sizes = SubspaceSizes(d=d, reason="")
         tried.append(sizes)
         told = cost(sizes.text)
         if not fits(told):
@@ -110,8 +110,8 @@ def size_of(sides: Sides, k: int) -> int:
     return max(1, wanted // step * step)
 
 
-def _smallest(sides: Iterable[Sides]) -> Sizes:
-    return Sizes(d={each: size_of(each, 1) for each in sides}, reason="")
+def _smallest(sides: Iterable[Sides]) -> SubspaceSizes:
+    return SubspaceSizes(d={each: size_of(each, 1) for each in sides}, reason="")
 
 
 def lsp_ladder(hidden: int) -> list[int]:

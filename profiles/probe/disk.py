@@ -68,7 +68,7 @@ def probe_disk(meter: Meter, folder: Path, root: Path = ROOT) -> tuple[Disk | No
     ), None
 
 
-def check_disk(folder: Path) -> None:
+def require_measurable_disk(folder: Path) -> None:
     """Raises `UserError` if no disk can be measured in `folder`."""
     try:
         descriptor, _ = open_nameless(folder)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from profiles.machine import Figure, Link, absent
+from profiles.machine import Figure, LinkFigures, absent
 from profiles.probe.buffers import Buffers, free, largest_buffers
 from profiles.probe.timing import (
     Meter,
@@ -34,13 +34,13 @@ NUM_MEASUREMENTS = 5
 UNKNOWN_LINK = LinkState(generation_now=None, width_now=None, generation_max=None, width_max=None)
 
 
-def probe_link(meter: Meter, nvml: NvmlDevice | None, *, memory_bytes: int) -> Link:
+def probe_link(meter: Meter, nvml: NvmlDevice | None, *, memory_bytes: int) -> LinkFigures:
     """Measures the current CUDA device. `memory_bytes` is the most host memory it may allocate."""
     pinned, loaded = _pinned(meter, nvml, memory_bytes)
     free()
     pageable = _pageable(meter, memory_bytes)
     free()
-    return Link(
+    return LinkFigures(
         generation_max=loaded.generation_max,
         generation_loaded=loaded.generation_now,
         width_max=loaded.width_max,

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, Link, Machine
+from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, LinkFigures, Machine
 from profiles.probe import cpu, disk, gpu, link, memory, multi_gpu, numa, pinned_limit
 from profiles.probe.timing import Meter, OnMeasurement, clock_s, now, one_line
 from profiles.system import cgroup, nvml
@@ -68,7 +68,7 @@ def probe_machine(
     )
     cpu_found, memory_found = _host(meter, host, triad=not brief)
     gpu_found: Gpu | None = None
-    link_found: Link | None = None
+    link_found: LinkFigures | None = None
     if gpu_reason is None:
         try:
             if not brief:  # before this process has a CUDA context
@@ -179,7 +179,7 @@ def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]
     return cpu_found, memory_found
 
 
-def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, Link]:
+def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigures]:
     """`cuda:0` and its link; the long load comes last, when nothing is left that its heat could slow down."""
     import torch
 

@@ -62,7 +62,7 @@ def test_recommending_for_a_large_model(benchmark: Any) -> None:
 def test_perturbing_on_the_cpu(benchmark: Any) -> None:
     weight = torch.zeros(1 << 18)
     out = torch.empty_like(weight)
-    how = visits.Visit(seed=1, log=visits.UpdateLog(weight.device), first=0, last=0, step=2, eps=1.0)
+    how = visits.Visit(seed=1, log=visits.DeviceUpdateLog(weight.device), first=0, last=0, step=2, eps=1.0)
     benchmark(weight_pass.visit, weight, tiles.one(3, weight.numel()), how, visits.Outputs(plus=out))
     assert abs(float(out.mean())) < 0.02
     assert abs(float(out.std()) - 1) < 0.02

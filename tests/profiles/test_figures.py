@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from profiles.figures import EACH_GPU, FIGURES, Reader, figures_of, reported
-from profiles.machine import Cpu, Disk, Gpu, GpuLink, HostMemory, Link
+from profiles.machine import Cpu, Disk, Gpu, GpuLink, HostMemory, LinkFigures
 
-PARTS = {"gpu": Gpu, "link": Link, "cpu": Cpu, "memory": HostMemory, "disk": Disk, "each_gpu": GpuLink}
+PARTS = {"gpu": Gpu, "link": LinkFigures, "cpu": Cpu, "memory": HostMemory, "disk": Disk, "each_gpu": GpuLink}
 ROOT = Path(__file__).parents[2]
 
 

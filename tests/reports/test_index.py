@@ -99,6 +99,44 @@ def test_the_newest_of_the_same_is_drawn(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_was_measured_again_is_folded_away(tmp_path: Path) -> None:
+    late, early = "2026-12-01T00:00:00+00:00", "2026-11-01T00:00:00+00:00"
+    write_folder(tmp_path / "a", [replace(make_run(engine), time=early) for engine in ("native", "zo2")])
+    write_folder(tmp_path / "b", [replace(make_run("zo2"), time=late)])
+    for name, time in (("a", early), ("b", late)):
+        kept = tmp_path / name / "generations"
+        kept.mkdir()
+        (kept / "one.json").write_text(to_json(generation(replace(make_run("zo2"), time=time))))
+    page, _ = write_index(tmp_path)
+    tables, *folded = page.read_text().split("<details>")
+    assert len(folded) == 2
+    assert tables.count("(a/report.md)") == 1, "native alone"
+    assert tables.count("(b/report.md)") == 1
+    for part, row in zip(folded, ("(a/report.md)", "(a/generations/"), strict=True):
+        assert part.startswith("\n<summary>Earlier records of the same jobs and methods: 1<")
+        inside, after = part.split("</details>")
+        assert inside.count(row) == 1
+        assert row not in after.split("\n- ")[0]
+
+
+def test_a_later_day_in_another_subspace_takes_no_place(tmp_path: Path) -> None:
+    for name, d in (("a", "1280"), ("b", "1536")):
+        job = make_test_job(settings={"lsp": {"d": d}})
+        run = make_run("lsp", job=job, plan=make_plan("lsp", settings={"d": d}))
+        write_folder(tmp_path / name, [run], job=job)
+    found = [each for name in ("a", "b") for each in published(tmp_path / name)]
+    assert [each.variant for each in newest(found)] == ["d=1280", "d=1536"]
+
+
+def test_a_step_below_its_floor_is_no_bar(tmp_path: Path) -> None:
+    runs = [make_run("zo2", floor_share=1.22), make_run("mezo", floor_share=0.8)]
+    write_folder(tmp_path / "one", runs)
+    page, picture = write_index(tmp_path)
+    assert "| 122 %: floor predicted wrong |" in page.read_text()
+    assert "zo2" not in picture.read_text()
+    assert "mezo" in picture.read_text()
+
+
 def test_generations_have_a_table_of_their_own(tmp_path: Path) -> None:
     folder = tmp_path / "opt_gen" / "generations"
     folder.mkdir(parents=True)

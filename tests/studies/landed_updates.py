@@ -23,7 +23,7 @@ from engines.base import Update
 from engines.costs.quantized import matrix_bytes
 from engines.noise.philox import NoiseKey, normal
 from engines.noise.tiles import one
-from engines.noise.visits import Outputs, Rounding, UpdateLog, Visit
+from engines.noise.visits import DeviceUpdateLog, Outputs, Rounding, Visit
 from engines.noise.weight_pass import visit
 from engines.quantized import quantized_pass
 from engines.quantized.codec import pack, unpack
@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def replayed(start: Tensor, size: float, rounding: Rounding) -> Tensor:
     """As the engines do it: each update rounded by itself."""
-    log = UpdateLog(start.device)
+    log = DeviceUpdateLog(start.device)
     for step in range(UPDATES):
         log.append(Update(step=step, learning_rate=size, projected_gradient=1.0, weight_decay=0.0))
     out = torch.empty_like(start)
@@ -78,7 +78,7 @@ def compensated(start: Tensor, size: float) -> Tensor:
 
 def on_grid(start: Tensor, base: Base, size: float, fold_every: int) -> Tensor:
     """Packed, and folded every so many updates: the change of the values that the codes stand for."""
-    log = UpdateLog(start.device)
+    log = DeviceUpdateLog(start.device)
     for step in range(UPDATES):
         log.append(Update(step=step, learning_rate=size, projected_gradient=1.0, weight_decay=0.0))
     records = torch.empty(matrix_bytes(start.numel(), base), dtype=torch.uint8)
@@ -86,7 +86,7 @@ def on_grid(start: Tensor, base: Base, size: float, fold_every: int) -> Tensor:
     before = unpack(records, base, start.numel())
     for first in range(0, UPDATES, fold_every):
         how = Visit(seed=0, log=log, first=first, last=first + fold_every)
-        quantized_pass.visit(records, one(0, start.numel()), how, base, store=True, sides=())
+        quantized_pass.visit_tiles(records, one(0, start.numel()), how, base, store=True, sides=())
     return unpack(records, base, start.numel()) - before
 
 

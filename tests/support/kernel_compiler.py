@@ -259,7 +259,7 @@ def base_cases() -> Iterator[Case]:
         rooms = [_flat(count, dtype) for _ in range(sides)]
         how = _how(rounding=rounding, noise="rademacher" if signs else "gaussian")
         of, perturb = one(3, count, decays=True), sides == 2 or signs
-        quantized_pass_kernels.visit(records, of, how, base, store=store, sides=rooms, perturb=perturb)
+        quantized_pass_kernels.visit_tiles(records, of, how, base, store=store, sides=rooms, perturb=perturb)
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     bases: tuple[Base, ...] = ("int8", "int4", "fp8")
@@ -270,7 +270,9 @@ def base_cases() -> Iterator[Case]:
             yield (
                 f"add_low_rank {base} rank {rank}{' stochastic' if stochastic else ''}",
                 lambda records=records, base=base, factors=factors, stochastic=stochastic: (
-                    quantized_pass_kernels.add_low_rank(records, base, *factors, key, stochastic=stochastic)
+                    quantized_pass_kernels.add_low_rank_to_tiles(
+                        records, base, *factors, key, stochastic=stochastic
+                    )
                 ),
                 stochastic,
             )
@@ -404,9 +406,9 @@ def _flat(count: int, dtype: str) -> Any:
 def _how(**changes: Any) -> Any:
     import torch
 
-    from engines.noise.visits import UpdateLog, Visit
+    from engines.noise.visits import DeviceUpdateLog, Visit
 
-    log = UpdateLog(torch.device("cpu"))
+    log = DeviceUpdateLog(torch.device("cpu"))
     return Visit(**{"seed": -5, "log": log, "first": 0, "last": 1, "step": 3, "eps": 1e-3, **changes})
 
 

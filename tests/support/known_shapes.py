@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.shapes import MatrixShape, ModelShape
-from profiles.machine import Cpu, Figure, Gpu, HostMemory, Link, Machine, absent
+from profiles.machine import Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine, absent
 
 
 def opt(name: str, hidden: int, blocks: int, heads: int, *, tied: bool = True) -> ModelShape:
@@ -113,7 +113,7 @@ H200 = Machine(
         matmul_fp32_flops=measured(50e12),
     ),
     gpu_absent_reason=None,
-    link=Link(
+    link=LinkFigures(
         generation_max=5,
         generation_loaded=5,
         width_max=16,

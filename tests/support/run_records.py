@@ -28,7 +28,7 @@ from harness.records.run import (
     save_run,
 )
 from harness.records.stats import step_statistics
-from profiles.machine import Cpu, Figure, Gpu, HostMemory, Link, Machine, absent, save_machine
+from profiles.machine import Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine, absent, save_machine
 from profiles.planning.plan import Plan, Prediction
 
 GPU_BYTES = 24 * 10**9
@@ -298,7 +298,7 @@ def make_machine() -> Machine:
             matmul_fp32_flops=measured(5.2e13),
         ),
         gpu_absent_reason=None,
-        link=Link(
+        link=LinkFigures(
             generation_max=4, generation_loaded=4, width_max=16, width_loaded=16,
             h2d_pinned_bytes_per_s=measured(2.53e10), d2h_pinned_bytes_per_s=measured(2.61e10),
             h2d_pageable_bytes_per_s=measured(9.0e9), d2h_pageable_bytes_per_s=measured(8.0e9),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from profiles.machine import Cpu, Figure, Gpu, HostMemory, Link, Machine, absent
+from profiles.machine import Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine, absent
 
 TIME = "2026-01-02T03:04:05+00:00"
 
@@ -39,7 +39,7 @@ def make_machine(*, gpu: bool = True) -> Machine:
         if gpu
         else None,
         gpu_absent_reason=None if gpu else "NVML does not start (Driver Not Loaded)",
-        link=Link(
+        link=LinkFigures(
             generation_max=4,
             generation_loaded=4,
             width_max=16,

@@ -54,8 +54,30 @@ def test_training_flops_are_6nt_and_8nt_with_checkpointing() -> None:
     attention = 32 * 4 * (4 * 1024 * 1024) * 4096
     head = 2 * 32256 * 4096 * 4096
     for checkpointing, passes in ((False, 3), (True, 4)):
-        counted = cost("native", DEEPSEEK_7B, replace(TRAINING, checkpointing=checkpointing)).gpu_flops
+        workload = replace(TRAINING, checkpointing=checkpointing)
+        counted = cost("native", DEEPSEEK_7B, workload, compile=False).gpu_flops
         assert counted == pytest.approx(passes * (matrices + attention) + 3 * head, rel=1e-12)
+
+
+def test_a_compiled_second_run_lacks_its_last_product() -> None:
+    eager, compiled = (
+        cost("native", DEEPSEEK_7B, TRAINING, compile=each).gpu_flops for each in (False, True)
+    )
+    assert eager - compiled == pytest.approx(32 * 2.0 * 4096 * 11008 * 4096)
+
+
+@pytest.mark.parametrize("recomputed", [0, 5, 32])
+def test_blocks_that_are_recomputed_keep_their_input_alone(recomputed: int) -> None:
+    found = cost("native", DEEPSEEK_7B, TRAINING, checkpointed_blocks=recomputed)
+    for index in (0, 4, 5, 31):
+        layer = found.layers[1 + index]
+        assert layer.name == f"block.{index}"
+        passes = layer.gpu_backward_flops / layer.gpu_forward_flops
+        assert passes == pytest.approx(2.0) if index >= recomputed else passes > 2.7
+    kept = transformer.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
+    at_loss = recomputed * 4096 * 4096 * 2 + (32 - recomputed) * kept
+    passes_of_blocks = transformer.BlockPasses(recomputed=recomputed, compiled=True)
+    assert transformer.saved_activation_bytes(DEEPSEEK_7B, TRAINING, passes_of_blocks) == at_loss
 
 
 def test_a_classification_head_sees_one_position_per_sequence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import queue
 import random
@@ -67,6 +68,22 @@ def running(
         yield engine
     finally:
         engine.close()
+
+
+def kept_by_block(engine: Lsp, trained: TrainedBlocks) -> set[tuple[int, ...]]:
+    """Shapes of what the first block's compiled forward keeps for its backward pass."""
+    assert trained._compiled is not None
+    kept: set[tuple[int, ...]] = set()
+    hidden = torch.randn(3, 16, engine.model.config.hidden_size, requires_grad=True)
+    positions = engine.model.model.rotary_emb(hidden, torch.arange(16)[None])
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trained._compiled[0](hidden, position_embeddings=positions)
+    return kept
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
@@ -233,6 +250,42 @@ class TestTwin:
         with running("gpt2", projector=projector) as engine:
             assert_same(train(engine, batches), expected)
 
+    def test_equal_with_compiled_blocks(self) -> None:
+        """Of which the recomputed ones, through the compiler too, keep their input and no product."""
+        batches = tiny_batches(6, "llama")
+        for blocks in ("all", 1):
+            with running("llama", offload=False, compile=True, checkpointed_blocks=blocks) as twin:
+                expected = train(twin, batches)
+            with running("llama", compile=True, checkpointed_blocks=blocks) as engine:
+                trained = engine._trained
+                assert trained is not None
+                assert_same(train(engine, batches), expected)
+                if blocks == "all":
+                    kept = kept_by_block(engine, trained)
+                    hidden = engine.model.config.hidden_size
+                    assert {each for each in kept if each[:1] in ((3,), (48,))} == {(3, 16, hidden)}
+                with running("llama", checkpointed_blocks=blocks) as eager:
+                    assert train(eager, batches).losses == pytest.approx(expected.losses, rel=1e-5)
+
+    def test_no_graph_of_autograd_outlives_its_step(self) -> None:
+        """A CUDA graph could not be captured beside it."""
+        with running("llama", compile=True) as engine:
+            trained = engine._trained
+            assert trained is not None
+            places = [each for each in trained.blocks[0].parameters() if each.requires_grad]
+            gc.disable()
+            try:
+                for index in range(3):
+                    engine.step(tiny_batches(1, "llama"))
+                    # Autograd makes a new node for a parameter once all graphs with the old one are gone.
+                    nodes = [each.view_as(each).grad_fn.next_functions[0][0] for each in places]
+                    assert all("step" not in node.metadata for node in nodes)
+                    for node in nodes:
+                        node.metadata["step"] = index
+                    del nodes, node
+            finally:
+                gc.enable()
+
     @pytest.mark.parametrize("used", [True, False])
     def test_all_that_a_block_returns_has_its_gradient(self, used: bool) -> None:
         """As without recomputation: of a tensor beside the hidden state too, whether it is used or not."""
@@ -240,7 +293,7 @@ class TestTwin:
         hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
         found = []
         for recompute in (False, True):
-            trained = TrainedBlocks(model, Unwatched(), recompute=recompute, graphs=False)
+            trained = TrainedBlocks(model, Unwatched(), recomputed=99 if recompute else 0, graphs=False)
             block, own = trained.blocks[0], trained._forwards[0]
 
             def pair(state: Tensor, own: Any = own, **call: Any) -> tuple[Tensor, None, Tensor]:

@@ -162,16 +162,44 @@ def test_fp16_is_refused() -> None:
         native(tiny_blueprint("opt"), context("fp16"))
 
 
-def test_checkpointing_that_a_model_lacks_is_refused_before_its_weights_are_filled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    blueprint = blueprint_of("mpnet")
-    filled: list[str] = []
-    monkeypatch.setattr(blueprint, "fill", lambda name, out: filled.append(name))
-    with pytest.raises(UserError, match=r"MPNetForSequenceClassification.*; use --no-checkpointing"):
-        native(blueprint, context(checkpointing=True))
-    assert not filled
-    native(blueprint_of("mpnet"), context()).step(tiny_batches(1, "roberta"))
+def test_blocks_are_recomputed_in_a_model_for_which_transformers_cannot() -> None:
+    """MPNet's blocks take a tensor beside the hidden state that needs a gradient."""
+    found = []
+    for checkpointing in (False, True):
+        engine = native(blueprint_of("mpnet"), context(checkpointing=checkpointing))
+        losses = [engine.step(tiny_batches(1, "roberta")).loss for _ in range(3)]
+        found.append((losses, weights(engine)))
+    assert found[0][0] == found[1][0]
+    for name, tensor in found[0][1].items():
+        assert torch.equal(tensor, found[1][1][name]), name
+
+
+@pytest.mark.parametrize("count", [0, 1, "all"])
+def test_as_many_blocks_are_recomputed_as_the_setting_says(count: int | str) -> None:
+    settings = replace(SETTINGS, checkpointed_blocks=count)
+    engine = native(tiny_blueprint("llama"), context(checkpointing=True), settings)
+    runs = [0] * len(find_blocks(engine.model)[1])
+    for index, block in enumerate(find_blocks(engine.model)[1]):
+        block.input_layernorm.register_forward_hook(
+            lambda *_, index=index: runs.__setitem__(index, runs[index] + 1)
+        )
+    engine.step(tiny_batches(1, "llama"))
+    recomputed = len(runs) if count == "all" else int(count)
+    assert runs == [2] * recomputed + [1] * (len(runs) - recomputed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_compiled_steps_are_those_of_the_plain_loop_within_a_few_roundings(family: str) -> None:
+    batches = [tiny_batches(1, family) for _ in range(3)]
+    losses, expected = plain_loop(family, True, torch.float32, batches, replace(SETTINGS, compile=True))
+    for checkpointing in (False, True):
+        settings = replace(SETTINGS, compile=True)
+        engine = native(tiny_blueprint(family, True), context(checkpointing=checkpointing), settings)
+        assert [engine.step(each).loss for each in batches] == pytest.approx(losses, rel=1e-5)
+        assert not engine.notes
+        for name, tensor in weights(engine).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:

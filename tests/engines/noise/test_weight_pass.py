@@ -13,7 +13,7 @@ from engines.base import Update
 from engines.noise import philox, tiles, visits
 from engines.noise.philox import NoiseKey, normal, signs
 from engines.noise.tiles import LANES, TILE, Segment, one
-from engines.noise.visits import LOG_CAPACITY, Noise, Outputs, Rounding, UpdateLog, Visit
+from engines.noise.visits import LOG_CAPACITY, DeviceUpdateLog, Noise, Outputs, Rounding, Visit
 from engines.noise.weight_pass import rows, visit
 
 KEY = NoiseKey(seed=11, step=3, tensor=2)
@@ -37,7 +37,7 @@ def a_visit(
     seed: int = 11,
     noise: Noise = "gaussian",
 ) -> Visit:
-    log = UpdateLog(device)
+    log = DeviceUpdateLog(device)
     for each in updates:
         log.append(each)
     return Visit(
@@ -299,7 +299,7 @@ def test_rows_are_those_of_the_whole_tensor(width: int, kind: Noise) -> None:
 
 
 def test_the_log_forgets_what_is_too_old() -> None:
-    log = UpdateLog(CPU)
+    log = DeviceUpdateLog(CPU)
     for step in range(visits.LOG_CAPACITY + 3):
         log.append(an_update(step))
     assert [each.step for each in log.between(3, 6)] == [3, 4, 5]
@@ -413,7 +413,7 @@ def test_a_tensor_beyond_the_reach_of_the_table_has_a_launch_of_its_own(
 def test_a_row_of_the_log_is_not_written_again_before_it_is_copied() -> None:
     """A replay makes updates faster than the GPU takes them."""
     device = torch.device("cuda", 0)
-    log = UpdateLog(device)
+    log = DeviceUpdateLog(device)
     torch.cuda._sleep(500_000_000)
     seen = []
     for step in range(3 * LOG_CAPACITY):

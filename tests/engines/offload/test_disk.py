@@ -24,7 +24,7 @@ from engines.costs import disk as costs
 from engines.errors import InfeasiblePlan, UserError
 from engines.noise.visits import LOG_CAPACITY
 from engines.offload import disk
-from engines.offload.direct_io import ALIGNMENT_BYTES, RawFile, Span, make_file, open_existing
+from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, RawFile, make_file, open_existing
 from engines.offload.disk import DiskBlocks, PageCacheWarning
 from engines.transfer.link import Event, Link
 
@@ -217,7 +217,7 @@ def test_a_block_in_a_file_of_somebody_else_is_read_there(tmp_path: Path) -> Non
     for name in ("a", "b"):
         at = before.index(tensors[name].numpy().tobytes())
         assert at >= header_bytes
-        spans.append(Span(file, at, start, tensors[name].numel()))
+        spans.append(FileSpan(file, at, start, tensors[name].numel()))
         start += tensors[name].numel()
     folder = tmp_path / "spill"
     blocks = blocks_on(folder, {0: start}, in_place={0: spans})
@@ -417,9 +417,9 @@ def test_closing_while_reads_wait_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_blocks_on_disk_are_spread_and_as_few_as_need_be() -> None:
-    assert costs.spread(range(8), 2) == {2, 6}
-    assert costs.spread([1, 5, 9], 99) == {1, 5, 9}
-    assert costs.spread([], 3) == frozenset()
+    assert costs.evenly_spread(range(8), 2) == {2, 6}
+    assert costs.evenly_spread([1, 5, 9], 99) == {1, 5, 9}
+    assert costs.evenly_spread([], 3) == frozenset()
     ring = costs.SLOTS * costs.CHUNK_BYTES
     block = 10 * ring
     assert costs.fewest_on_disk([block] * 8, 8 * block) == 0

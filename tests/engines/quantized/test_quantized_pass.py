@@ -32,10 +32,10 @@ from engines.methods.zo2 import Zo2
 from engines.noise import visits, weight_pass
 from engines.noise.philox import NoiseKey, normal, signs
 from engines.noise.tiles import Segment, one
-from engines.noise.visits import UpdateLog, Visit
+from engines.noise.visits import DeviceUpdateLog, Visit
 from engines.quantized import codec
 from engines.quantized.codec import pack, unpack
-from engines.quantized.quantized_pass import add_low_rank, visit
+from engines.quantized.quantized_pass import add_low_rank_to_tiles, visit_tiles
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import Base, MezoSettings, Zo2Settings
 from engines.shapes import Dtype
@@ -63,7 +63,7 @@ def a_visit(
     kind: visits.Noise = "gaussian",
 ) -> Visit:
     """Of updates by (learning rate, projected gradient), with some decay."""
-    log = UpdateLog(device)
+    log = DeviceUpdateLog(device)
     for step, (lr, g) in enumerate(updates):
         log.append(Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=0.1))
     steps = len(updates)
@@ -121,7 +121,7 @@ def test_what_is_on_the_grid_stays_there(base: Base) -> None:
     once = packed(some_weights(5000), base)
     values = unpack(once, base, 5000)
     visited = once.clone()
-    visit(visited, one(3, 5000, decays=True), a_visit((0.0, 1.0)), base, store=True)
+    visit_tiles(visited, one(3, 5000, decays=True), a_visit((0.0, 1.0)), base, store=True)
     assert torch.equal(visited, once)
     if base == "fp8":  # elsewhere the largest, rounded, may get another scale
         assert torch.equal(unpack(packed(values, base), base, 5000), values)
@@ -130,7 +130,7 @@ def test_what_is_on_the_grid_stays_there(base: Base) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_zeros_stay_zeros_and_are_finite(base: Base) -> None:
     records = packed(torch.zeros(300), base)
-    visit(records, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True)
+    visit_tiles(records, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True)
     assert unpack(records, base, 300).abs().max() < 1e-20
 
 
@@ -146,7 +146,7 @@ def test_pieces_make_up_the_whole(
         records = packed(some_weights(count), base)
         sides = [torch.zeros(count, dtype=torch.float16) for _ in range(2)]
         how = a_visit((1e-3, 0.5), (1e-4, -3.0), kind=kind)
-        visit(records, one(3, count), how, base, store=True, sides=sides, perturb=True)
+        visit_tiles(records, one(3, count), how, base, store=True, sides=sides, perturb=True)
         results.append([records, *sides])
     assert all(
         torch.equal(each, whole)
@@ -171,9 +171,9 @@ def test_formulas_in_fp32_between_the_grid_and_one_rounding(
     how = a_visit(*updates, kind=kind)
     plain, plus, minus, one_side = (torch.empty(count) for _ in range(4))
     of = one(3, count, decays=True)
-    visit(records.clone(), of, how, base, store=store, sides=(plain,))
-    visit(records.clone(), of, how, base, store=store, sides=(one_side,), perturb=True)
-    visit(records, of, how, base, store=store, sides=(plus, minus), perturb=True)
+    visit_tiles(records.clone(), of, how, base, store=store, sides=(plain,))
+    visit_tiles(records.clone(), of, how, base, store=store, sides=(one_side,), perturb=True)
+    visit_tiles(records, of, how, base, store=store, sides=(plus, minus), perturb=True)
     assert torch.equal(one_side, plus)
     if store:
         rounded = unpack(records, base, count).double()
@@ -199,8 +199,8 @@ def test_a_store_is_unbiased(base: Base, kind: visits.Noise, size: float) -> Non
     inside = is_inside(before, base)
     how = a_visit((size, 1.0), (size, 1.0), kind=kind)
     wanted = torch.empty(count)
-    visit(records.clone(), one(3, count), how, base, store=False, sides=(wanted,))
-    visit(records, one(3, count), how, base, store=True)
+    visit_tiles(records.clone(), one(3, count), how, base, store=False, sides=(wanted,))
+    visit_tiles(records, one(3, count), how, base, store=True)
     added = (unpack(records, base, count) - wanted).double()[inside]
     assert added.abs().max() > 0
     assert added.mean().abs() < 5 * added.std() / math.sqrt(len(added))
@@ -213,7 +213,7 @@ def test_rounding_to_nearest_loses_small_updates() -> None:
     records = packed(some_weights(5000), "int8")
     before = records.clone()
     how = a_visit((1e-6, 1.0), rounding="nearest")
-    visit(records, one(3, 5000), how, "int8", store=True)
+    visit_tiles(records, one(3, 5000), how, "int8", store=True)
     assert torch.equal(records, before)
 
 
@@ -240,7 +240,7 @@ def check_kernel(
     from engines.quantized import quantized_pass_kernels
 
     results = []
-    for where, function in ((CPU, visit), (kernel_device(), quantized_pass_kernels.visit)):
+    for where, function in ((CPU, visit_tiles), (kernel_device(), quantized_pass_kernels.visit_tiles)):
         how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding, kind=kind)
         records = packed(some_weights(count), base).to(where)
         outs = [torch.zeros(count, dtype=dtype, device=where) for _ in range(sides)]
@@ -306,7 +306,7 @@ def test_matrices_that_lie_together_are_visited_as_one_by_one(
     segment = Segment(numbers, offsets, counts, (True, True, True))
     each = [packed(some_weights(count, seed), base) for seed, count in enumerate(counts)]
     results = []
-    for where, function in ((CPU, visit), (kernel_device(), quantized_pass_kernels.visit)):
+    for where, function in ((CPU, visit_tiles), (kernel_device(), quantized_pass_kernels.visit_tiles)):
         how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, kind=kind)
         perturb = sides == 2
         for together in (True, False):
@@ -338,7 +338,10 @@ def test_the_kernel_of_a_low_rank_sum_gives_the_same_bits(
     rows, columns = torch.randn(rank, height, generator=made) * 1e-2, torch.randn(rank, width, generator=made)
     before = packed(some_weights(height * width), base)
     results = []
-    for where, function in ((CPU, add_low_rank), (kernel_device(), quantized_pass_kernels.add_low_rank)):
+    for where, function in (
+        (CPU, add_low_rank_to_tiles),
+        (kernel_device(), quantized_pass_kernels.add_low_rank_to_tiles),
+    ):
         records = before.clone().to(where)
         key = NoiseKey(seed=-5, step=3, tensor=2)
         function(records, base, rows.to(where), columns.to(where), key, stochastic=stochastic)

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.transfer import exposure
-from engines.transfer.exposure import Exposed, ExposureClock, Resource, Span, exposed, length, shared, union
+from engines.transfer.exposure import (
+    Exposed,
+    ExposureClock,
+    Interval,
+    Resource,
+    exposed,
+    length,
+    shared,
+    union,
+)
 
 GRID = 40
 
@@ -19,14 +28,14 @@ grid_span = st.tuples(st.integers(-5, GRID + 5), st.integers(0, 12)).map(lambda 
 grid_spans = st.lists(grid_span, max_size=8)
 
 
-def cells(spans: list[Span]) -> set[int]:
+def cells(spans: list[Interval]) -> set[int]:
     """Unit cells of the line that any span covers."""
     return {cell for begin, end in spans for cell in range(int(begin), int(end))}
 
 
 @settings(max_examples=200, deadline=None)
 @given(grid_spans, grid_spans)
-def test_union_and_shared_time_are_those_of_cells(left: list[Span], right: list[Span]) -> None:
+def test_union_and_shared_time_are_those_of_cells(left: list[Interval], right: list[Interval]) -> None:
     one, other = union(left), union(right)
     assert length(one) == len(cells(left))
     assert shared(one, other) == shared(other, one) == len(cells(left) & cells(right))
@@ -36,7 +45,7 @@ def test_union_and_shared_time_are_those_of_cells(left: list[Span], right: list[
 @settings(max_examples=200, deadline=None)
 @given(grid_spans, grid_spans, grid_spans, grid_spans)
 def test_exposed_is_busy_while_the_gpu_is_not(
-    gpu: list[Span], d2h: list[Span], cpu: list[Span], h2d: list[Span]
+    gpu: list[Interval], d2h: list[Interval], cpu: list[Interval], h2d: list[Interval]
 ) -> None:
     found = exposed({"gpu": gpu, "d2h": d2h, "cpu": cpu, "h2d": h2d}, (0, GRID))
     inside = set(range(GRID))

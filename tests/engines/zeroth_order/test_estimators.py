@@ -26,7 +26,7 @@ from zeroth_order_runs import (
 from engines.base import Update
 from engines.errors import UserError
 from engines.noise.tiles import one
-from engines.noise.visits import Outputs, UpdateLog, Visit
+from engines.noise.visits import DeviceUpdateLog, Outputs, Visit
 from engines.noise.weight_pass import visit
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
@@ -69,7 +69,7 @@ class Bowl:
 
 def directions(settings: MezoSettings, bowl: Bowl, count: int) -> Iterator[tuple[Tensor, list[float]]]:
     """What steps 0 to `count` - 1 would do to the start, over -lr, as the engines make it; and losses."""
-    weight, segment, log = bowl.start, one(5, 24), UpdateLog(torch.device("cpu"))
+    weight, segment, log = bowl.start, one(5, 24), DeviceUpdateLog(torch.device("cpu"))
     for step in range(count):
         losses = []
         how = Visit(seed=11, log=log, first=log.length, last=log.length, eps=settings.eps,

@@ -24,7 +24,7 @@ from engines.costs.quantized import matrix_bytes
 from engines.errors import UserError
 from engines.noise.philox import NoiseKey
 from engines.quantized.codec import pack, unpack
-from engines.quantized.quantized_pass import add_low_rank
+from engines.quantized.quantized_pass import add_low_rank_to_tiles
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import Base
 from tiny_families import blueprint_of
@@ -142,7 +142,9 @@ def test_a_low_rank_sum_is_rounded_to_the_grid_without_bias(base: Base) -> None:
     mean = torch.zeros_like(before)
     for step in range(400):
         moved = records.clone()
-        add_low_rank(moved, base, left, right, NoiseKey(seed=1, step=step, tensor=4), stochastic=True)
+        add_low_rank_to_tiles(
+            moved, base, left, right, NoiseKey(seed=1, step=step, tensor=4), stochastic=True
+        )
         mean += unpack(moved, base, weight.numel()) / 400
     inside = (before + change).abs() < before.abs().max() * 0.3
     error = (mean - before - change)[inside]
@@ -150,9 +152,9 @@ def test_a_low_rank_sum_is_rounded_to_the_grid_without_bias(base: Base) -> None:
     assert error.abs().mean() < 0.05 * unit
     assert abs(float(error.mean())) < 1e-3 * unit
     nearest = records.clone()
-    add_low_rank(nearest, base, left, right, NoiseKey(seed=1, step=0, tensor=4), stochastic=False)
+    add_low_rank_to_tiles(nearest, base, left, right, NoiseKey(seed=1, step=0, tensor=4), stochastic=False)
     again = torch.empty_like(records)
-    add_low_rank(
+    add_low_rank_to_tiles(
         again.copy_(nearest), base, 0 * left, right, NoiseKey(seed=1, step=0, tensor=4), stochastic=True
     )
     assert torch.equal(again, nearest)  # what is on the grid stays there
@@ -164,9 +166,9 @@ def test_pieces_of_a_low_rank_sum_make_up_the_whole(monkeypatch: pytest.MonkeyPa
     pack(torch.randn(90 * 111) * 0.02, "int8", records)
     whole, pieces = records.clone(), records.clone()
     key = NoiseKey(seed=3, step=2, tensor=1)
-    add_low_rank(whole, "int8", rows, columns, key, stochastic=True)
+    add_low_rank_to_tiles(whole, "int8", rows, columns, key, stochastic=True)
     monkeypatch.setattr("engines.quantized.codec._CHUNK_TILES", {"cpu": 1})
-    add_low_rank(pieces, "int8", rows, columns, key, stochastic=True)
+    add_low_rank_to_tiles(pieces, "int8", rows, columns, key, stochastic=True)
     assert torch.equal(whole, pieces)
     assert not torch.equal(whole, records)
 

@@ -18,7 +18,7 @@ from tiny_machine import make_machine
 
 from engines import ENGINES
 from harness.cli import app
-from harness.pipeline import Prepared, Sweep
+from harness.pipeline import PreparedJob, Sweep
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from profiles.documents import to_json
@@ -382,7 +382,7 @@ def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
     monkeypatch.setattr("harness.pipeline.launch_probe", lambda **_: make_machine(gpu=False))
     jobs: list[Job] = []
 
-    def measure(ready: Prepared, sweep: Sweep) -> list[Run]:
+    def measure(ready: PreparedJob, sweep: Sweep) -> list[Run]:
         jobs.append(ready.job)
         assert sweep.trace is True
         raise KeyboardInterrupt

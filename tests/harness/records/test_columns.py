@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from harness.records.columns import BYTES, SECONDS, TEXT, Column, lay_out, optional
+from harness.records.columns import BYTES, SECONDS, TEXT, Column, optional, table_cells
 
 Row = tuple[str, float | None]
 
@@ -14,7 +14,7 @@ COLUMNS: tuple[Column[Row], ...] = (
 
 
 def test_numbers_have_their_unit_text_is_as_it_is_and_nothing_is_said() -> None:
-    columns, cells = lay_out(COLUMNS, [("a", 2.0), ("b", None)])
+    columns, cells = table_cells(COLUMNS, [("a", 2.0), ("b", None)])
     assert cells == (
         ("a", "2.00 s", "2.00 s", "2.00 GiB", "1.00 s"),
         ("b", "not measured", "b has none", "shared", "not measured"),
@@ -24,7 +24,7 @@ def test_numbers_have_their_unit_text_is_as_it_is_and_nothing_is_said() -> None:
 
 
 def test_an_optional_column_is_left_out_where_no_row_has_anything() -> None:
-    columns, cells = lay_out(COLUMNS, [("b", None)])
+    columns, cells = table_cells(COLUMNS, [("b", None)])
     assert [column.key for column in columns] == ["name", "time", "why", "memory"]
     assert len(cells[0]) == 4
 

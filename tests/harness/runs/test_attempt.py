@@ -45,7 +45,7 @@ def recorded(
     def pretend(*_: Any, **__: Any) -> Outcome:
         return outcome
 
-    monkeypatch.setattr(harness.runs.attempt, "launch", pretend)
+    monkeypatch.setattr(harness.runs.attempt, "launch_child", pretend)
     environment = make_environment()
     return attempt(asked, 2, out, environment=environment, device=None, on_event=lambda event: None, **more)
 

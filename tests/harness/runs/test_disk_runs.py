@@ -20,7 +20,7 @@ from settings_given import given_settings
 
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
-from harness.runs.launch import Outcome, Stepped, launch
+from harness.runs.launch import Outcome, Stepped, launch_child
 from harness.runs.worker import Request
 from profiles.documents import to_json
 
@@ -43,7 +43,7 @@ def request(folder: Path, steps: int = 4) -> Request:
 
 
 def start(folder: Path, out: Path, steps: int = 4, on_event: Any = lambda event: None) -> Outcome:
-    return launch(request(folder, steps), out, device=None, on_event=on_event)
+    return launch_child(request(folder, steps), out, device=None, on_event=on_event)
 
 
 def holders(folder: Path) -> set[int]:
@@ -97,7 +97,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from pydantic import TypeAdapter
-from harness.runs.launch import Stepped, launch
+from harness.runs.launch import Stepped, launch_child
 from harness.runs.worker import Request
 
 def told(event):
@@ -105,7 +105,7 @@ def told(event):
         print(event.sample.step, flush=True)
 
 request = TypeAdapter(Request).validate_json(Path(sys.argv[1]).read_bytes())
-launch(request, Path(sys.argv[2]), device=None, on_event=told)
+launch_child(request, Path(sys.argv[2]), device=None, on_event=told)
 """
 
 

@@ -18,7 +18,7 @@ from engines.errors import UserError
 from harness.cli import app
 from harness.records.run import Emulation, load_run
 from harness.runs.emulate import Emulated, emulated, what_is_short
-from harness.runs.sweep import SweepOptions, compare, grid
+from harness.runs.sweep import SweepOptions, grid, run_sweep
 from profiles.machine import Machine, absent, save_machine
 from profiles.planning.budget import CONTEXT_BYTES
 from reports.load import load_folder, refuse_unlike
@@ -70,7 +70,7 @@ def test_emulated_runs_have_ids_of_their_own_and_the_others_keep_theirs() -> Non
 
 def test_the_child_runs_on_so_many_cpus_and_says_so(tmp_path: Path) -> None:
     before = os.sched_getaffinity(0)
-    (run,) = compare(scripted_job(), SHAPE, [scripted_plan()], tmp_path, SweepOptions(emulated=LIKE))
+    (run,) = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path, SweepOptions(emulated=LIKE))
     assert run.environment.emulated == "Small, Small CPU"
     assert run.emulation == Emulation(vram_bytes=10**9, threads=1, rates=RATES, link="unused", threads_held=1)
     assert load_run(tmp_path / "runs" / f"{run.id}.json") == run
@@ -91,22 +91,22 @@ def test_limited_threads_are_limited_for_every_thread_of_the_process() -> None:
 
 def test_a_folder_holds_one_machine(tmp_path: Path) -> None:
     job, plans = scripted_job(), [scripted_plan()]
-    compare(job, SHAPE, plans, tmp_path, SweepOptions(emulated=LIKE))
+    run_sweep(job, SHAPE, plans, tmp_path, SweepOptions(emulated=LIKE))
     for other in (None, replace(LIKE, rates=LinkRates(h2d_bytes_per_s=3e9, d2h_bytes_per_s=1e9))):
         with pytest.raises(UserError, match="its runs are of another machine"):
-            compare(job, SHAPE, plans, tmp_path, SweepOptions(resume=True, emulated=other))
-    runs = compare(job, SHAPE, plans, tmp_path, SweepOptions(rounds=2, resume=True, emulated=LIKE))
+            run_sweep(job, SHAPE, plans, tmp_path, SweepOptions(resume=True, emulated=other))
+    runs = run_sweep(job, SHAPE, plans, tmp_path, SweepOptions(rounds=2, resume=True, emulated=LIKE))
     assert len(runs) == 2
     assert len(load_folder(tmp_path).runs) == 2
 
 
 def test_emulated_and_real_runs_are_not_compared(tmp_path: Path) -> None:
-    real = compare(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "a")
-    like = compare(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "b", SweepOptions(emulated=LIKE))
+    real = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "a")
+    like = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "b", SweepOptions(emulated=LIKE))
     with pytest.raises(UserError, match="emulated machine"):
         refuse_unlike([*real, *like])
     faster = replace(LIKE, rates=replace(RATES, h2d_bytes_per_s=3e9))
-    other = compare(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "c", SweepOptions(emulated=faster))
+    other = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "c", SweepOptions(emulated=faster))
     with pytest.raises(UserError, match="emulated link"):
         refuse_unlike([*like, *other])
 

@@ -22,7 +22,7 @@ from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserErro
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.end_states import classify
-from harness.runs.launch import Outcome, SettingUp, Stepped, launch
+from harness.runs.launch import Outcome, SettingUp, Stepped, launch_child
 from harness.runs.memory_sampler import read_oom_kills
 from harness.runs.worker import Request
 from profiles.system.nvml import NvmlDevice, open_device
@@ -41,7 +41,7 @@ def start(
     request = Request(
         id="scripted-r1", job=job or scripted_job(), shape=SHAPE, plan=scripted_plan(**settings), trace=trace
     )
-    return launch(request, out, device=device, on_event=on_event)
+    return launch_child(request, out, device=device, on_event=on_event)
 
 
 @pytest.fixture(autouse=True)
@@ -388,7 +388,7 @@ def test_a_cap_on_gpu_memory_is_an_end_state_and_peaks_are_measured(tmp_path: Pa
     ends = {}
     for name, one in (("free", job), ("capped", capped)):
         request = Request(id=name, job=one, shape=shape, plan=plan)
-        ends[name] = launch(request, tmp_path, device=open_device(), on_event=lambda event: None)
+        ends[name] = launch_child(request, tmp_path, device=open_device(), on_event=lambda event: None)
     assert (ends["free"].end_state, ends["capped"].end_state) == ("ok", "oom_gpu")
     summary = ends["free"].summary
     weights_bytes = shape.parameters * 2

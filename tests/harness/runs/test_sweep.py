@@ -21,7 +21,7 @@ from engines.errors import UserError
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import EndState, Run, Summary, load_run, save_run
 from harness.runs.launch import Outcome, Stepped
-from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, compare, grid, missing
+from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, grid, missing, run_sweep
 from harness.runs.worker import Request
 from profiles.planning.plan import Plan, load_plans
 
@@ -42,7 +42,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ids.append(request.id)
         return Outcome(end_state="ok", end_reason=None, samples=(), summary=Summary(), by_user=False)
 
-    monkeypatch.setattr(harness.runs.attempt, "launch", pretend)
+    monkeypatch.setattr(harness.runs.attempt, "launch_child", pretend)
     return ids
 
 
@@ -76,7 +76,7 @@ def test_a_sweep_goes_on_after_failures_and_its_records_load_back(tmp_path: Path
     infeasible = scripted_plan(fits=False, why_not="2 GiB of GPU memory are missing", loss=3)
     nan = scripted_plan(loss="2,1,nan")
     events: list[SweepEvent] = []
-    runs = compare(
+    runs = run_sweep(
         JOB,
         SHAPE,
         [killed, infeasible, nan, A],
@@ -113,7 +113,7 @@ def test_a_sweep_goes_on_after_failures_and_its_records_load_back(tmp_path: Path
 
 def test_the_folder_is_set_up_before_the_first_run(tmp_path: Path, launched: list[str]) -> None:
     seen: list[list[str]] = []
-    compare(
+    run_sweep(
         JOB, SHAPE, [A], tmp_path / "out",
         before_first=lambda: seen.append([*launched, *sorted(p.name for p in (tmp_path / "out").iterdir())]),
     )  # fmt: skip
@@ -121,10 +121,10 @@ def test_the_folder_is_set_up_before_the_first_run(tmp_path: Path, launched: lis
 
 
 def test_a_folder_in_use_is_refused_with_the_remedy(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A], tmp_path)
+    run_sweep(JOB, SHAPE, [A], tmp_path)
     before = files(tmp_path)
     with pytest.raises(UserError, match="is not empty; add --resume"):
-        compare(JOB, SHAPE, [A], tmp_path)
+        run_sweep(JOB, SHAPE, [A], tmp_path)
     assert files(tmp_path) == before
     assert len(launched) == 1
 
@@ -134,7 +134,7 @@ def test_what_callers_put_there_first_does_not_make_a_folder_used(
 ) -> None:
     (tmp_path / "machine.json").write_text("{}")
     (tmp_path / "criteria.toml").write_text("speed = 1")
-    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    (run,) = run_sweep(JOB, SHAPE, [A], tmp_path)
     assert run.criteria is not None
 
 
@@ -142,18 +142,18 @@ def test_what_callers_put_there_first_does_not_make_a_folder_used(
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="job.toml" if resume else "--resume"):
-        compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=resume))
+        run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=resume))
     assert set(files(tmp_path)) == {"thesis.tex"}
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        compare(JOB, SHAPE, [A], tmp_path / "out")
+        run_sweep(JOB, SHAPE, [A], tmp_path / "out")
 
 
 def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2))
+    run_sweep(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2))
     ids = list(launched)
     missing, broken, interrupted = ids[1], ids[2], ids[3]
     (tmp_path / "runs" / f"{missing}.json").unlink()
@@ -162,7 +162,9 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -
     save_run(stopped, tmp_path / "runs" / f"{interrupted}.json")
     launched.clear()
     events: list[SweepEvent] = []
-    runs = compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True), on_event=events.append)
+    runs = run_sweep(
+        JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True), on_event=events.append
+    )
     assert launched == [missing, broken, interrupted]
     assert [run.id for run in runs] == ids
     planned = events[0]
@@ -172,7 +174,7 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -
     assert set(planned.again) == {broken, interrupted}
     assert "JSON" in planned.again[broken]
     launched.clear()
-    compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True))
+    run_sweep(JOB, SHAPE, [A, B], tmp_path, SweepOptions(rounds=2, resume=True))
     assert launched == []
 
 
@@ -180,18 +182,18 @@ def test_resume_runs_only_what_is_missing(tmp_path: Path, launched: list[str]) -
 def test_a_failed_run_is_a_result_and_not_repeated(
     tmp_path: Path, launched: list[str], state: EndState
 ) -> None:
-    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    (run,) = run_sweep(JOB, SHAPE, [A], tmp_path)
     save_run(replace(run, end_state=state, end_reason="x"), tmp_path / "runs" / f"{run.id}.json")
-    (again,) = compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))
+    (again,) = run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))
     assert (again.end_state, len(launched)) == (state, 1)
 
 
 def test_a_record_of_a_newer_version_is_not_written_over(tmp_path: Path, launched: list[str]) -> None:
-    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    (run,) = run_sweep(JOB, SHAPE, [A], tmp_path)
     path = tmp_path / "runs" / f"{run.id}.json"
     path.write_text('{"schema_version": 999, "measured": "for hours"}')
     with pytest.raises(UserError, match=r"schema version 999.*update"):
-        compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))
+        run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))
     assert "for hours" in path.read_text()
     assert len(launched) == 1
 
@@ -204,37 +206,37 @@ def test_resume_elsewhere_is_refused_before_its_time_is_spent(
     tmp_path: Path, launched: list[str], field: str, value: Any
 ) -> None:
     """The report would refuse to put such runs side by side."""
-    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    (run,) = run_sweep(JOB, SHAPE, [A], tmp_path)
     before = replace(run.environment, **{field: value})
     save_run(replace(run, environment=before), tmp_path / "runs" / f"{run.id}.json")
     with pytest.raises(UserError, match=f"'{field}' \\(was {value}"):
-        compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))
+        run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))
     assert len(launched) == 1
-    assert [kept.id for kept in compare(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))] == [run.id]
+    assert [kept.id for kept in run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))] == [run.id]
 
 
 def test_resume_of_nothing_starts(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A], tmp_path / "new", SweepOptions(resume=True))
+    run_sweep(JOB, SHAPE, [A], tmp_path / "new", SweepOptions(resume=True))
     assert len(launched) == 1
 
 
 def test_resume_keeps_the_plan_an_engine_had(tmp_path: Path, launched: list[str]) -> None:
     """A machine with less free memory today may be given other plans; runs of one engine stay alike."""
-    compare(JOB, SHAPE, [A], tmp_path)
+    run_sweep(JOB, SHAPE, [A], tmp_path)
     other = replace(B, engine="native")
-    runs = compare(JOB, SHAPE, [B, other], tmp_path, SweepOptions(resume=True, rounds=2))
+    runs = run_sweep(JOB, SHAPE, [B, other], tmp_path, SweepOptions(resume=True, rounds=2))
     assert [run.plan for run in runs] == [A, other, other, A]
     assert launched == run_ids(JOB, [A, other], 2)
 
 
 def test_resume_refuses_another_job_and_names_the_field(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A], tmp_path)
+    run_sweep(JOB, SHAPE, [A], tmp_path)
     with pytest.raises(UserError, match=r"differs in 'batch_size' \(was 1, is now 2\)"):
-        compare(scripted_job(batch_size=2), SHAPE, [A], tmp_path, SweepOptions(resume=True))
+        run_sweep(scripted_job(batch_size=2), SHAPE, [A], tmp_path, SweepOptions(resume=True))
     with pytest.raises(UserError, match=r"'limits.timeout_s'"):
-        compare(scripted_job(timeout_s=5.0), SHAPE, [A], tmp_path, SweepOptions(resume=True))
+        run_sweep(scripted_job(timeout_s=5.0), SHAPE, [A], tmp_path, SweepOptions(resume=True))
     with pytest.raises(UserError, match=r"'settings.scripted' \(was None"):
-        compare(
+        run_sweep(
             scripted_job(settings={"scripted": {"loss": 2}}), SHAPE, [A], tmp_path, SweepOptions(resume=True)
         )
     assert len(launched) == 1
@@ -244,30 +246,30 @@ def test_a_folder_with_settings_as_text_is_resumed(tmp_path: Path) -> None:
     """As earlier versions wrote those of `--set`."""
     as_text = scripted_job(settings={"scripted": {"num_children": "0", "step_s": "2"}})
     typed = scripted_job(settings={"scripted": {"num_children": 0, "step_s": "2"}})
-    (run,) = compare(as_text, SHAPE, [scripted_plan(num_children="0", step_s="2")], tmp_path)
+    (run,) = run_sweep(as_text, SHAPE, [scripted_plan(num_children="0", step_s="2")], tmp_path)
     plans = [scripted_plan(num_children=0, step_s="2")]
     assert missing(typed, plans, tmp_path, SweepOptions(rounds=1, resume=True)) == []
-    assert compare(typed, SHAPE, plans, tmp_path, SweepOptions(resume=True)) == [run]
+    assert run_sweep(typed, SHAPE, plans, tmp_path, SweepOptions(resume=True)) == [run]
 
 
 def test_resume_refuses_other_criteria_and_names_the_field(tmp_path: Path, launched: list[str]) -> None:
     criteria, out = tmp_path / "criteria.toml", tmp_path / "out"
     criteria.write_text("[must]\nspeed = 1\n")
-    compare(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria))
+    run_sweep(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria))
     criteria.write_text("# a comment changes nothing\n[must]\nspeed = 1\n")
-    (run,) = compare(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria, resume=True))
+    (run,) = run_sweep(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria, resume=True))
     assert run.criteria is not None
     criteria.write_text("[must]\nspeed = 2\n")
     with pytest.raises(UserError, match=r"'must.speed' \(was 1, is now 2\)"):
-        compare(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria, resume=True))
+        run_sweep(JOB, SHAPE, [A], out, SweepOptions(criteria=criteria, resume=True))
 
 
 def test_criteria_do_not_come_after_the_runs(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A], tmp_path / "out")
+    run_sweep(JOB, SHAPE, [A], tmp_path / "out")
     criteria = tmp_path / "criteria.toml"
     criteria.write_text("speed = 1")
     with pytest.raises(UserError, match="without criteria"):
-        compare(JOB, SHAPE, [A], tmp_path / "out", SweepOptions(criteria=criteria, resume=True))
+        run_sweep(JOB, SHAPE, [A], tmp_path / "out", SweepOptions(criteria=criteria, resume=True))
 
 
 @pytest.mark.parametrize(("text", "why"), [(None, "cannot be read"), ("speed = ", "is not valid TOML")])
@@ -276,7 +278,7 @@ def test_criteria_that_are_none(tmp_path: Path, text: str | None, why: str) -> N
     if text is not None:
         criteria.write_text(text)
     with pytest.raises(UserError, match=why):
-        compare(JOB, SHAPE, [A], tmp_path / "out", SweepOptions(criteria=criteria))
+        run_sweep(JOB, SHAPE, [A], tmp_path / "out", SweepOptions(criteria=criteria))
     assert not (tmp_path / "out").exists()
 
 
@@ -284,7 +286,7 @@ def test_the_floor_is_set_beside_the_measured_step(tmp_path: Path) -> None:
     known = replace(A, prediction=replace(A.prediction, floor_s=0.1))
     killed = scripted_plan(fail_at_step=0, failure="kill")
     killed = replace(killed, prediction=replace(killed.prediction, floor_s=0.1))
-    runs = compare(JOB, SHAPE, [known, B, killed], tmp_path)
+    runs = run_sweep(JOB, SHAPE, [known, B, killed], tmp_path)
     assert [run.predicted and run.predicted.floor_s for run in runs] == [0.1, None, 0.1]
     assert [run.summary.floor_share for run in runs] == [0.1 / 0.25, None, None]
     assert load_run(tmp_path / "runs" / f"{runs[0].id}.json") == runs[0]
@@ -292,19 +294,19 @@ def test_the_floor_is_set_beside_the_measured_step(tmp_path: Path) -> None:
 
 
 def test_a_trace_changes_no_id_and_is_named_by_the_record(tmp_path: Path) -> None:
-    (traced,) = compare(JOB, SHAPE, [A], tmp_path / "traced", SweepOptions(trace=True))
-    (plain,) = compare(JOB, SHAPE, [A], tmp_path / "plain")
+    (traced,) = run_sweep(JOB, SHAPE, [A], tmp_path / "traced", SweepOptions(trace=True))
+    (plain,) = run_sweep(JOB, SHAPE, [A], tmp_path / "plain")
     assert traced.id == plain.id
     assert (traced.traced, traced.trace_file) == (True, f"traces/{traced.id}.json")
     assert (plain.traced, plain.trace_file) == (False, None)
     assert json.loads((tmp_path / "traced" / f"traces/{traced.id}.json").read_text())["traceEvents"]
     assert not (tmp_path / "plain" / "traces").exists()
-    (again,) = compare(JOB, SHAPE, [A], tmp_path / "plain", SweepOptions(resume=True, trace=True))
+    (again,) = run_sweep(JOB, SHAPE, [A], tmp_path / "plain", SweepOptions(resume=True, trace=True))
     assert again == plain
 
 
 def test_records_from_before_the_breakdown_still_load(tmp_path: Path, launched: list[str]) -> None:
-    (run,) = compare(JOB, SHAPE, [A], tmp_path)
+    (run,) = run_sweep(JOB, SHAPE, [A], tmp_path)
     path = tmp_path / "runs" / f"{run.id}.json"
     document = json.loads(path.read_text())
     assert document["schema_version"] == 1
@@ -334,11 +336,11 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_record(tmp_path: Path, fil
             file_size_limit(1000)
 
     with pytest.raises(UserError, match=r"runs/scripted-.*-r1.json: cannot be written \(File too large\)"):
-        compare(JOB, SHAPE, [A, B], tmp_path, on_event=fill)
+        run_sweep(JOB, SHAPE, [A, B], tmp_path, on_event=fill)
     file_size_limit(resource.RLIM_INFINITY)
     assert files(tmp_path) == before
     assert not (tmp_path / ".work").exists()
-    runs = compare(JOB, SHAPE, [A, B], tmp_path, SweepOptions(resume=True))
+    runs = run_sweep(JOB, SHAPE, [A, B], tmp_path, SweepOptions(resume=True))
     assert [run.end_state for run in runs] == ["ok", "ok"]
 
 
@@ -348,7 +350,7 @@ from dataclasses import asdict
 from pathlib import Path
 from pydantic import TypeAdapter
 from engines.shapes import ModelShape
-from harness.runs.sweep import compare
+from harness.runs.sweep import run_sweep
 from harness.records.job import load_job
 from harness.runs.launch import Stepped
 from profiles.planning.plan import Plan
@@ -362,7 +364,7 @@ def tell(event):
         print(event.run_id, event.sample.step, flush=True)
 
 try:
-    compare(load_job(folder / "job.toml"), shape, plans, folder / "out", on_event=tell)
+    run_sweep(load_job(folder / "job.toml"), shape, plans, folder / "out", on_event=tell)
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -407,7 +409,7 @@ def test_a_killed_sweep_takes_its_processes_along_and_is_resumed(tmp_path: Path)
     assert set(before) == {f"{first}.json"}
 
     events: list[SweepEvent] = []
-    runs = compare(JOB, SHAPE, [A, SLOW], out, SweepOptions(resume=True), on_event=events.append)
+    runs = run_sweep(JOB, SHAPE, [A, SLOW], out, SweepOptions(resume=True), on_event=events.append)
     assert [(run.id, run.end_state) for run in runs] == [(first, "ok"), (second, "ok")]
     assert events[0] == Planned(kept=(first,), to_run=(second,), again={})
     assert files(out / "runs")[f"{first}.json"] == before[f"{first}.json"]
@@ -445,16 +447,16 @@ def test_needs_no_torch() -> None:
 def test_no_permission_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
-        compare(JOB, SHAPE, [A], tmp_path / "out")
+        run_sweep(JOB, SHAPE, [A], tmp_path / "out")
 
 
 def test_plans_are_kept_as_json(tmp_path: Path, launched: list[str]) -> None:
-    compare(JOB, SHAPE, [A, B], tmp_path)
+    run_sweep(JOB, SHAPE, [A, B], tmp_path)
     document = json.loads((tmp_path / "plans.json").read_text())
     assert [plan["settings"] for plan in document["plans"]] == [{"step_s": 0.25}, {"step_s": 0.5}]
 
 
 def test_what_cannot_run_here_is_not_available_rather_than_too_big(tmp_path: Path) -> None:
     plan = replace(scripted_plan(fits=False, why_not="needs a GPU"), available=False)
-    (run,) = compare(JOB, SHAPE, [plan], tmp_path / "out")
+    (run,) = run_sweep(JOB, SHAPE, [plan], tmp_path / "out")
     assert (run.end_state, run.end_reason) == ("not_available", "needs a GPU")

@@ -20,7 +20,7 @@ from engines.base import Evaluation
 from engines.errors import NonFiniteLoss, UserError
 from harness.progress import Progress
 from harness.runs import worker
-from harness.training.find_lr import PLATEAU, Finding, Trial, find_lr, grid, recommend
+from harness.training.find_lr import PLATEAU, LrSearchResult, Trial, find_lr, rates_around, recommended_rate
 from profiles.system.cgroup import UsableCores
 
 
@@ -32,7 +32,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def search(engine: str, out: Path | None = None, job: Any = None, **settings: Any) -> Finding:
+def search(engine: str, out: Path | None = None, job: Any = None, **settings: Any) -> LrSearchResult:
     return find_lr(
         job or tiny_job(eval_batches=2), engine, given_settings(engine, settings), out, Progress(quiet=True)
     )
@@ -48,23 +48,23 @@ def trial(rate: float, after: float | None, before: float = 6.0) -> Trial:
 
 def test_the_smallest_rate_on_the_plateau_is_recommended() -> None:
     trials = [trial(1e-6, 5.9), trial(3e-6, 5.7), trial(1e-5, 5.1), trial(3e-5, 5.0), trial(1e-4, 5.4)]
-    assert recommend(trials) == 1e-5
+    assert recommended_rate(trials) == 1e-5
 
 
 def test_a_rate_that_diverged_is_left_out_and_the_others_count() -> None:
-    assert recommend([trial(1e-6, 5.9), trial(1e-5, 5.5), trial(1e-4, 8.0), trial(1e-3, None)]) == 1e-5
+    assert recommended_rate([trial(1e-6, 5.9), trial(1e-5, 5.5), trial(1e-4, 8.0), trial(1e-3, None)]) == 1e-5
 
 
 @pytest.mark.parametrize("trials", [[], [trial(1e-6, 6.0), trial(1e-5, 6.1)], [trial(1e-6, None)]])
 def test_there_is_no_recommendation_where_nothing_lowered_the_loss(trials: list[Trial]) -> None:
-    assert recommend(trials) is None
+    assert recommended_rate(trials) is None
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 20)), min_size=1, max_size=9))
 def test_the_recommendation_follows_the_rule(losses: list[float | None]) -> None:
     trials = [trial(10.0**number, after) for number, after in enumerate(losses)]
     falls = {t.learning_rate: 6.0 - t.loss_after for t in trials if t.loss_after is not None}
-    chosen = recommend(trials)
+    chosen = recommended_rate(trials)
     if chosen is None:
         assert all(fall <= 0 for fall in falls.values())
         return
@@ -74,13 +74,13 @@ def test_the_recommendation_follows_the_rule(losses: list[float | None]) -> None
 
 
 def test_the_grid_is_of_short_decimals_around_its_middle() -> None:
-    assert grid(1e-6) == (3.3e-08, 1e-07, 3.3e-07, 1e-06, 3e-06, 1e-05, 3e-05)
-    assert [float(f"{rate:g}") for rate in grid(0.7321)] == list(grid(0.7321))
+    assert rates_around(1e-6) == (3.3e-08, 1e-07, 3.3e-07, 1e-06, 3e-06, 1e-05, 3e-05)
+    assert [float(f"{rate:g}") for rate in rates_around(0.7321)] == list(rates_around(0.7321))
 
 
 def test_the_flag_is_what_was_tried() -> None:
     trials = (trial(1e-6, 5.9), trial(3e-6, 5.0), trial(1e-5, 5.5))
-    finding = Finding(engine="zo2", measured_on="held-out", trials=trials, recommended=3e-6)
+    finding = LrSearchResult(engine="zo2", measured_on="held-out", trials=trials, recommended=3e-6)
     assert finding.flag == "--set zo2.learning_rate=3e-06"
     assert not finding.at_the_edge
 
@@ -94,7 +94,7 @@ def test_every_engine_is_searched_and_the_same_each_time(tmp_path: Path, engine:
     finding = search(engine, tmp_path / "out", **more)
     assert len({t.loss_before for t in finding.trials}) == 1  # from the same weights
     assert all(t.steps == 6 and t.end_state == "ok" for t in finding.trials)
-    assert finding.recommended == recommend(finding.trials)
+    assert finding.recommended == recommended_rate(finding.trials)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["find_lr.json"]
     kept = json.loads((tmp_path / "out" / "find_lr.json").read_text())
     assert kept["recommended"] == finding.recommended

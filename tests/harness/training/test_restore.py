@@ -394,7 +394,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint(
 ) -> None:
     """Killed before each change of the folder in turn: renames and removals of the second save."""
     first: Any = Noting("first")
-    restore.save_checkpoint(first, tmp_path, 3)
+    restore.write_checkpoint(first, tmp_path, 3)
     calls = [0]
 
     def dying(change: Any) -> Any:
@@ -411,13 +411,13 @@ def test_a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint(
         patch.setattr(Path, "rename", dying(Path.rename))
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
         with pytest.raises(Killed) if at < 5 else nullcontext():
-            restore.save_checkpoint(second, tmp_path, 3)
+            restore.write_checkpoint(second, tmp_path, 3)
     read: Any = Noting()
     assert restore.step_of(restore.load_newest(read, tmp_path)) == 3
     assert read.line == ("first" if at < 4 else "second")
 
     third: Any = Noting("third")
-    restore.save_checkpoint(third, tmp_path, 3)
+    restore.write_checkpoint(third, tmp_path, 3)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     restore.load_newest(read, tmp_path)
     assert read.line == "third"

@@ -21,7 +21,7 @@ from harness.training.update_log import (
     HEADER_BYTES,
     RECORD_BYTES,
     Contents,
-    Origin,
+    LogOrigin,
     UpdateLog,
     check_belongs,
     decode,
@@ -30,12 +30,12 @@ from harness.training.update_log import (
     run_digest,
 )
 
-ORIGIN = Origin(seed=7, start_step=0, run_sha256=b"r" * 32, weights_sha256=b"w" * 32)
+ORIGIN = LogOrigin(seed=7, start_step=0, run_sha256=b"r" * 32, weights_sha256=b"w" * 32)
 NUMBERS = st.floats(allow_nan=False, width=64)
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[Origin, list[Update]]:
+def runs(draw: st.DrawFn) -> tuple[LogOrigin, list[Update]]:
     start = draw(st.integers(0, 2**31))
     values = draw(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=12))
     updates = [
@@ -45,7 +45,7 @@ def runs(draw: st.DrawFn) -> tuple[Origin, list[Update]]:
     return replace(ORIGIN, start_step=start, seed=draw(st.integers(0, 2**64 - 1))), updates
 
 
-def written(path: Path, origin: Origin, updates: Sequence[Update]) -> bytes:
+def written(path: Path, origin: LogOrigin, updates: Sequence[Update]) -> bytes:
     log = UpdateLog.create(path, origin)
     for update in updates:
         log.append(update)
@@ -72,7 +72,7 @@ def some(count: int, start: int = 0) -> list[Update]:
 
 
 @given(runs())
-def test_what_is_read_is_what_was_written_bit_for_bit(run: tuple[Origin, list[Update]]) -> None:
+def test_what_is_read_is_what_was_written_bit_for_bit(run: tuple[LogOrigin, list[Update]]) -> None:
     origin, updates = run
     with tempfile.TemporaryDirectory() as folder:
         content = written(Path(folder) / "updates.log", origin, updates)
@@ -120,7 +120,7 @@ def test_of_a_step_that_is_not_there_whole_no_query_is_read(cut: int, tmp_path: 
 
 @given(runs(), st.data())
 def test_a_torn_or_damaged_tail_is_cut_off_and_the_log_goes_on(
-    run: tuple[Origin, list[Update]], data: st.DataObject
+    run: tuple[LogOrigin, list[Update]], data: st.DataObject
 ) -> None:
     """Cut anywhere behind the header, with anything behind the cut or one byte changed there: the records
     before it are all there, and the log that goes on from them is one that was never torn."""

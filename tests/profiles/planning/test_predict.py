@@ -24,7 +24,7 @@ from engines.costs.table import traffic
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload
-from profiles.machine import Figure, Gpu, Link, Machine, absent
+from profiles.machine import Figure, Gpu, LinkFigures, Machine, absent
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
@@ -38,6 +38,7 @@ from profiles.planning.predict import (
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
 SMALL = Workload(batch_size=2, seq_len=64, dtype="bf16")
+EAGER: dict[str, object] = {"compile": False, "graphs": False}
 ENGINES = ("native", "torchao-offload", "lsp", "mezo", "zo2")
 
 
@@ -48,14 +49,20 @@ def of(engine: str, shape: ModelShape, machine: Machine, workload: Workload, **v
 @pytest.mark.parametrize(
     ("engine", "shape", "seen_s"),
     [
-        ("native", DEEPSEEK_1B, 0.178),
-        ("native", DEEPSEEK_7B, 0.495),
-        ("torchao-offload", DEEPSEEK_1B, 0.391),
-        ("torchao-offload", DEEPSEEK_7B, 1.515),
+        (("native", EAGER), DEEPSEEK_1B, 0.178),
+        (("native", EAGER), DEEPSEEK_7B, 0.495),
+        (("native", {}), DEEPSEEK_1B, 0.081),
+        (("native", {}), DEEPSEEK_7B, 0.381),
+        (("native", {"checkpointed_blocks": 0}), DEEPSEEK_1B, 0.066),
+        (("native", {"checkpointed_blocks": 0}), DEEPSEEK_7B, 0.315),
+        (("torchao-offload", {}), DEEPSEEK_1B, 0.391),
+        (("torchao-offload", {}), DEEPSEEK_7B, 1.515),
     ],
 )
-def test_steps_against_those_measured(engine: str, shape: ModelShape, seen_s: float) -> None:
-    prediction = of(engine, shape, H200, TRAINING)
+def test_steps_against_those_measured(
+    engine: tuple[str, dict[str, object]], shape: ModelShape, seen_s: float
+) -> None:
+    prediction = of(engine[0], shape, H200, TRAINING, **engine[1])
     assert prediction.step_s == pytest.approx(seen_s, rel=0.3)
     assert prediction.step_s_low is not None
     assert prediction.step_s_high is not None
@@ -280,7 +287,7 @@ def _with_spread(gpu: Gpu, spread: float) -> Gpu:
     return replace(gpu, **rates)
 
 
-def _figures(part: Gpu | Link) -> list[str]:
+def _figures(part: Gpu | LinkFigures) -> list[str]:
     """The names of its figures that are there."""
     found = {field.name: getattr(part, field.name) for field in fields(part)}
     return [name for name, value in found.items() if isinstance(value, Figure) and value.value is not None]

@@ -146,13 +146,14 @@ def test_ladder_of_d() -> None:
 
 def test_d_is_the_largest_that_hides() -> None:
     fast = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e11)))
-    assert plan("lsp", machine=fast, shape=DEEPSEEK_1B).settings["d"] == 1536
-    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(4e8)))
+    assert plan("lsp", machine=fast, shape=DEEPSEEK_1B).settings["d"] == 1024
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e9)))
     chosen = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
     d = int(chosen.settings["d"])
     assert 256 < d < 1024
     for size, hides in ((d, True), (d + 128, False)):
-        cost = traffic("lsp", DEEPSEEK_1B, TRAINING, parse_settings("lsp", {"d": size, "r": 4}))
+        values = {"d": size, "r": 4, "checkpointed_blocks": 0}
+        cost = traffic("lsp", DEEPSEEK_1B, TRAINING, parse_settings("lsp", values))
         busy = resource_s(cost, slow, TRAINING)
         assert busy is not None
         slowest_s = max(time_s for name, time_s in busy.items() if name != "gpu")
@@ -180,7 +181,7 @@ def test_d_has_a_floor() -> None:
     slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e7)))
     chosen = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
     assert chosen.settings["d"] == 256
-    assert "do not hide" in chosen.reasons[0]
+    assert "do not hide" in chosen.reasons[1]
 
 
 def test_d_shrinks_until_host_memory_holds_the_cores() -> None:
@@ -409,7 +410,7 @@ def test_scripted_fits_everywhere() -> None:
 def test_why_first() -> None:
     first, second = recommend(H200, DEEPSEEK_7B, TRAINING, ["native", "torchao-offload"], {})
     told = why_first([first, second])
-    assert told == ("native comes first with 464 ms predicted per step, before torchao-offload with 1.47 s.")
+    assert told == ("native comes first with 297 ms predicted per step, before torchao-offload with 1.47 s.")
 
     zeroth = why_first(recommend(H200, DEEPSEEK_1B, TRAINING, ["native", "mezo"], {}))
     assert "mezo comes first" in zeroth
@@ -424,7 +425,7 @@ def test_why_first() -> None:
 
     in_fp16 = replace(TRAINING, dtype="fp16")
     unable = why_first(recommend(H200, TINY, in_fp16, ["native", "lsp"], {}))
-    assert unable.startswith("No engine can run this job. lsp, native: it cannot train in fp16, ")
+    assert unable.startswith("No engine can run this job. native, lsp: it cannot train in fp16, ")
     some = why_first(recommend(H200, OPT_13B, in_fp16, ENGINES, {}, vram_bytes=GB))
     assert some.startswith("No engine fits; the smallest is zo2: it needs ")
     small = why_first(recommend(H200, OPT_13B, in_fp16, ["lsp", "mezo"], {}, vram_bytes=GB))

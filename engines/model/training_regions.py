@@ -1,0 +1,101 @@
+"""A model's blocks and loss as a training step runs them: compiled or eager, recomputed or kept.
+
+What a compiler adds to a transformer block is elementwise work in fewer kernels: in eager PyTorch a block of
+Llama's kind reads and writes its hidden states some forty times beside its products. Blocks are compiled one
+by one and share their code, so that one graph serves all blocks of a kind; the loss over the vocabulary is a
+region of its own, and the rest of the model stays as it is.
+
+A recomputed block keeps its input alone and runs again in the backward pass (activation checkpointing, arXiv
+1604.06174). The first blocks are: their activations would be kept longest. Where it is compiled, the compiler
+sees that nobody needs the result of the second run, and leaves out its last product: 22 % of a forward pass
+of Llama's kind.
+
+A compiled region rounds fewer intermediate results to the weights' precision than eager kernels do, so its
+results are close to eager ones and not equal; eager regions, recomputed or kept, have the bits of the model's
+own forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from engines.model.blocks import find_blocks
+from engines.model.randomness import draws_random_numbers
+
+MOST_FORMS = 64
+"""Forms of one block's code that are compiled before the compiler gives up: kinds of layers, padded or not,
+with and without gradients."""
+
+
+class TrainingRegions:
+    """Stands in the place of a model's blocks and loss until `remove`."""
+
+    def __init__(self, model: nn.Module, *, compiled: bool, recomputed: int) -> None:
+        """The first `recomputed` blocks are run again in the backward pass. Nothing is compiled yet: that
+        happens when a block first meets inputs of a form.
+
+        Raises `UserError` for a model without a row of blocks.
+        """
+        self._model: Any = model
+        _, self._blocks = find_blocks(model)
+        self._loss: Callable[..., Any] | None = None
+        draws = draws_random_numbers(model)
+        for index, block in enumerate(self._blocks):
+            if compiled:
+                run = compiled_block(block.forward, is_recomputed=index < recomputed, draws=draws)
+            elif index < recomputed:
+                run = partial(recomputed_run, block.forward, draws)
+            else:
+                continue
+            vars(block)["forward"] = run
+        if compiled and getattr(model, "loss_type", None) == "ForCausalLM":
+            own: Any = self._model
+            self._loss = own.loss_function
+            own.loss_function = torch.compile(own.loss_function, dynamic=False)
+
+    def remove(self) -> None:
+        """The model's own forward runs again. May be called twice."""
+        for block in self._blocks:
+            vars(block).pop("forward", None)
+        if self._loss is not None:
+            self._model.loss_function, self._loss = self._loss, None
+
+
+def compiled_block(forward: Callable[..., Any], *, is_recomputed: bool, draws: bool) -> Callable[..., Any]:
+    """A block's `forward` through torch's compiler; `draws`: it draws random numbers."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_FORMS)
+    # fp32 is fp32 here: what is faster and less precise is the user's to choose, as bf16.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", module="torch._inductor")
+    run = partial(recomputed_run, forward, draws) if is_recomputed else forward
+    return torch.compile(run, dynamic=False)
+
+
+def recomputed_run(run: Callable[..., Any], draws: bool, *args: Any, **kwargs: Any) -> Any:
+    """What `run` gives for these arguments, keeping them alone until it runs again in the backward pass.
+
+    `draws`: it draws random numbers, and has to draw the same ones again.
+    """
+    if not torch.is_grad_enabled():
+        return run(*args, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+
+
+def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether regions are compiled: `auto` where it pays and can be done."""
+    return (device.type == "cuda" and why_not_compiled(device) is None) if wanted == "auto" else wanted
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why nothing can be compiled for `device` here; `None` if it can."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "Triton is not installed, which torch.compile needs on a GPU"
+    return None
