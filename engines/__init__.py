@@ -133,6 +133,18 @@ ENGINES: dict[str, EngineEntry] = {
         copies="own",
         generates=True,
     ),
+    "exact-offload": EngineEntry(
+        target="engines.methods.exact_offload:ExactOffload",
+        settings="engines.settings.exact_offload:ExactOffloadSettings",
+        costs="engines.costs.exact_offload:traffic",
+        planner="profiles.planning.exact_offload:choose",
+        summary="AdamW with fp32 masters on the CPU, block by block behind the backward pass",
+        source="ZeRO-Offload, arXiv 2101.06840; block by block as SlideFormer, 2603.16428",
+        order="first",
+        role="offload",
+        copies="own",
+        refuses={"fp16": _NO_LOSS_SCALING},
+    ),
     "scripted": EngineEntry(
         target="engines.methods.scripted:Scripted",
         settings="engines.settings.scripted:ScriptedSettings",

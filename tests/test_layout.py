@@ -29,7 +29,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
-        ("quantized", "first_order"),
+        ("quantized", "first_order", "cpu_updates"),
         ("offload", "subspace"),
         ("zeroth_order",),
         ("methods",),
@@ -503,10 +503,23 @@ def private_uses(folder: Path) -> dict[str, set[str]]:
 
 PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "engines/costs/test_decoding_costs.py": {"_model"},
+    "engines/cpu_updates/test_adamw.py": {"_opened"},
+    "engines/methods/test_exact_offload.py": {
+        "_clocks",
+        "_dynamo",
+        "_host",
+        "_memory",
+        "_on_gpu",
+        "_own",
+        "_slots_of_weights",
+        "_states",
+        "_totals_on_host",
+    },
     "engines/methods/test_lsp.py": {
         "_blocks",
         "_buffers",
         "_clock",
+        "_compiled",
         "_compute",
         "_forwards",
         "_laid_out",

@@ -17,6 +17,7 @@ from engines.shapes import ModelShape
 from harness.models.configs import load_config, local_folder
 from harness.models.export import write_model
 from harness.models.meta import (
+    CONFIGURATION_FAILURES,
     build_on_meta,
     configuration,
     first_names_of,
@@ -91,7 +92,7 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     config = configuration(values, source, shape.head, shape.num_labels, source.untied)
     try:
         model = build_on_meta(config, shape.head)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except CONFIGURATION_FAILURES as error:
         raise malformed(source.name, error) from None
     if shape.head == "classification" and model.config.pad_token_id is None:
         # A classifying decoder finds the last token of a sequence by the padding after it. Set after

@@ -18,6 +18,7 @@ from typing import Any
 from engines.errors import UserError
 from engines.shapes import ModelShape
 from harness.models.closed_forms import shape_of_config
+from harness.models.refusals import no_config, refuse_what_is_not_trained
 from harness.records.job import ModelSource
 
 ENCODERS = ("bert", "roberta")
@@ -240,18 +241,16 @@ def local_folder(source: ModelSource) -> Path | None:
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_plain)
     except FileNotFoundError:
-        raise UserError(
-            f"model '{name}'", "the folder is not a model: it holds no config.json", "check the path"
-        ) from None
+        raise no_config(name, path.parent) from None
     except OSError as error:
         raise UserError(
             f"model '{name}'", f"config.json cannot be read ({error.strerror})", "check its permissions"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"model '{name}'", f"config.json is not valid JSON ({error})", "restore the file"
+            f"model '{name}'", f"config.json is not valid JSON ({_where(error)})", "restore the file"
         ) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
@@ -259,7 +258,17 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             "config.json names no model_type, so it is not a transformers model",
             "check the path",
         )
+    refuse_what_is_not_trained(config, name, path.parent)
     return config
+
+
+def _where(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+    return f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    """Infinity as transformers writes it is a number."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _hub_config(hub_id: str) -> Path:

@@ -49,8 +49,8 @@ def test_a_reference_engine_is_one_with_nothing_offloaded(name: str) -> None:
 
 
 def test_the_test_double_is_not_for_users() -> None:
-    assert public_engines() == ("native", "torchao-offload", "lsp", "mezo", "zo2")
-    assert engines_of_role("offload") == ("lsp", "zo2")
+    assert public_engines() == ("native", "torchao-offload", "lsp", "mezo", "zo2", "exact-offload")
+    assert engines_of_role("offload") == ("lsp", "zo2", "exact-offload")
     assert generating_engines() == ("zo2", "mezo")
 
 
