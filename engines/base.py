@@ -34,11 +34,6 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the batch, padding included (what the GPU computes on)."""
-        return int(self.inputs["input_ids"].numel())
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:

@@ -36,7 +36,7 @@ def resolve_shape(job: Job) -> ModelShape:
             shape = shape_from_meta(
                 config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
             )
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
         raise UserError(
             f"model '{job.model.name}'",
             "its configuration is malformed: a size is no number, or sizes do not fit together",

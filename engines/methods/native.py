@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.errors import NonFiniteLoss
+from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import (
     make_adamw,
     prepare_training,
@@ -74,7 +74,7 @@ class Native:
         return None
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16 and for a model without blocks."""
+        """Fill the model on the device. Raises `UserError` for fp16."""
         dtype = weights_dtype(self.context, self.name)
         check_repeats(blueprint, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, dtype)
@@ -93,9 +93,13 @@ class Native:
         return self.device.type == "cuda" if wanted == "auto" else wanted
 
     def _install(self, *, compiled: bool) -> None:
-        recomputed = self.settings.recomputed(
-            len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
-        )
+        self._is_compiled = False
+        try:
+            _, blocks = find_blocks(self.model)
+        except UserError as error:
+            self.notes.append(f"neither compiled nor recomputed: {error.what} {error.why}")
+            return
+        recomputed = self.settings.recomputed(len(blocks), checkpointing=self.context.workload.checkpointing)
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 

@@ -128,7 +128,7 @@ class TrainedBlocks:
         return tuple(each for each in found if isinstance(each, Tensor))
 
     def _in_form(self, results: Sequence[Tensor]) -> Any:
-        """As the model expects what a block returns."""
+        """The tensors of `run` in the form in which the block returned them to its model."""
         if self._form is None:
             return results[0]
         left = iter(results)

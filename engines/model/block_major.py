@@ -139,7 +139,7 @@ class BlockMajor:
         self._watcher.before_forward(0)
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=self._draws):
-            self._driver.learn_form(inputs)
+            self._driver.learn_forms(inputs)
         self._knows_form = True
 
     def _forward(self, index: int, each: _MicroBatch) -> None:

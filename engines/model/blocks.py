@@ -190,7 +190,7 @@ class BlockDriver:
         With a key-value `cache` (transformers') they go on from what is in it, and add to it when they run.
         Raises `UserError` for a hidden state of more than three dimensions, whose rows are no sequences.
         """
-        self.learn_form(inputs)
+        self.learn_forms(inputs)
         hidden: list[Tensor] = []
         calls: list[BlockCall] = []
 
@@ -221,9 +221,9 @@ class BlockDriver:
         stub = _StandIn(self.blocks[-1], lambda args, kwargs: self._in_form(-1, hidden))
         return self._forward(inputs, [stub])
 
-    def learn_form(self, inputs: Mapping[str, Any]) -> None:
-        """Find out what blocks return, by running the first one of each class, if that is not known. Their
-        weights may be anything."""
+    def learn_forms(self, inputs: Mapping[str, Any]) -> None:
+        """What blocks return, by running the first one of each class, if that is not known. Weights may be
+        anything."""
         if self._forms:
             return
         kinds = {type(block) for block in self.blocks}

@@ -13,6 +13,7 @@ import typer
 
 from engines import public_engines
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.records.job import HeadChoice, Job, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
 from profiles.units import parse_bytes
@@ -193,7 +194,8 @@ class JobFlags:
             values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
             for each in left_out(self._assignments, engines):
                 typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
-        if "name" not in values.setdefault("model", {}):
+        model = values.setdefault("model", {})
+        if isinstance(model, dict) and "name" not in model:
             raise UserError(
                 "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
             )
@@ -285,7 +287,7 @@ def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Pat
         raise UserError("--resume", "does not say what to go on with", "name the folder with --out")
     stem = f"{what}_{Path(model).name}"
     number = 1
-    while (folder := Path("out") / f"{stem}_{number:03d}").exists():
+    while exists(folder := Path("out") / f"{stem}_{number:03d}"):
         number += 1
     return folder
 

@@ -6,13 +6,13 @@ fault in a file is a `UserError` that names the line or the record.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engines.errors import UserError
+from engines.files.reading import parse_json
 from harness.data.builtin import builtin_reviews
 from harness.data.records import (
     RECORD_KEYS,
@@ -191,10 +191,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parse(path: Path, place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: {place}", f"is not valid JSON ({error})", "mend it") from None
+    return parse_json(text, f"{path}: {place}", "record")
 
 
 def _examples_of_records(path: Path, records: Sequence[tuple[str, Mapping[str, Any]]]) -> Examples:

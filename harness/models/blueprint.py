@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from engines.base import Batch, StoredTensor
+from engines.files.checksums import SUMS, check_sums
 from engines.model.randomness import is_random_setting
 from engines.shapes import ModelShape
 from harness.models.configs import load_config, local_folder
@@ -25,7 +26,7 @@ from harness.models.meta import (
     persistent_buffers_of,
 )
 from harness.models.safetensors_files import read_weights, stored_tensors
-from harness.models.tokenizers import load_tokenizer, tokenizer_files
+from harness.models.tokenizers import TOKENIZER_FILES, load_tokenizer, tokenizer_files
 from harness.models.weights import checkpoint_weights, random_weights
 from harness.records.job import Job, ModelSource
 
@@ -89,6 +90,7 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     """
     source = job.model
     values = load_config(source)
+    _check_sums(source)
     config = configuration(values, source, shape.head, shape.num_labels, source.untied)
     try:
         model = build_on_meta(config, shape.head)
@@ -109,6 +111,20 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     return ModelBlueprint(
         shape=shape, model=model, source=source, weights=weights, stored=stored, sample=sample
     )
+
+
+def _check_sums(source: ModelSource) -> None:
+    """Raises `UserError` if weights, configuration or tokenizer are not what the folder's checksums say.
+
+    Our exports have some; other folders need not."""
+    folder = None if source.random_weights else local_folder(source)
+    if folder is not None:
+        wanted = {*TOKENIZER_FILES, "config.json"}
+        check_sums(
+            folder,
+            f"copy the model again, or delete {SUMS} there if it was changed on purpose",
+            lambda name: name.endswith((".safetensors", ".safetensors.index.json")) or name in wanted,
+        )
 
 
 def export_model(

@@ -25,6 +25,7 @@ import torch
 
 from engines.base import Batch
 from engines.errors import NonFiniteLoss, UserError
+from engines.files.reading import exists, is_folder
 from engines.settings.given import GivenSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
@@ -114,7 +115,7 @@ def find_lr(
         raise UserError(
             "--find-lr", "the learning rate in the middle of the grid is 0", "leave it out of --set"
         )
-    if out is not None and out.exists() and not out.is_dir():
+    if out is not None and exists(out) and not is_folder(out):
         raise UserError(str(out), "is not a folder", "name another --out")
     shape = resolve_shape(job)
     for note in gpu_notes():

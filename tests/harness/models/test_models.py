@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from engines.errors import UserError
+from engines.files.checksums import SUMS
 from engines.model.blocks import find_blocks, materialize
 from engines.subspace.cores import IdleMatrixWarning
 from harness.data.batches import make_data
@@ -57,6 +58,7 @@ def filled(blueprint: ModelBlueprint, names: list[str] | None = None) -> dict[st
 def config_folder(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / SUMS).unlink(missing_ok=True)
     return str(folder)
 
 
@@ -391,6 +393,9 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     source = Path(exported(tmp_path / "two", "tiny-roberta"))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(UserError, match=r"config.json: is damaged.*delete SHA256SUMS"):
+        blueprint_of(str(source), random_weights=False)
+    (source / SUMS).unlink()
     with pytest.raises(UserError, match=r"lacks \d+ weights, roberta.encoder.layer.3"):
         blueprint_of(str(source), random_weights=False)
     (source / "model.safetensors").write_bytes(b"torn")
