@@ -91,13 +91,9 @@ from engines.model.block_major import BlockMajor
 from engines.model.blocks import find_blocks, first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
-from engines.model.model_check import check_driven, check_repeats
+from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
-from engines.model.training_regions import (
-    TrainingRegions,
-    compiles,
-    why_not_compiled,
-)
+from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.offload.block_slots import BlockSlots
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
@@ -144,12 +140,11 @@ class ExactOffload:
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model, make room on the host, start the CPU worker.
 
-        Raises `UserError` for fp16 and for a model without a row of blocks, `InfeasiblePlan` where the host
+        Raises `UserError` for fp16 and a model whose blocks cannot be driven, `InfeasiblePlan` where the host
         lacks the memory.
         """
         self._dtype = weights_dtype(self.context, self.name)
-        check_repeats(blueprint, self.context)
-        check_driven(blueprint, self.context)
+        check_block_major(blueprint, self.context)
         self.model: nn.Module = blueprint.model
         self._layout = layout = lay_out(self.model, self._dtype)
         self._check_host([block.size for block in layout.blocks])

@@ -35,14 +35,14 @@ from tiny_models import TinyBlueprint
 
 README = Path(__file__).parents[2] / "engines" / "README.md"
 BEGIN, END = "<!-- families: written by tests/support/family_sweep.py -->", "<!-- end of families -->"
-YES, NO_RECOMPUTING, NO_TEXT = "yes", "with `--no-checkpointing`", "-"
+YES, NO_TEXT = "yes", "-"
 EVEN = ((5, 9, 23, 7), (8, 3, 40, 11), (30, 31, 5, 60))
 UNEVEN = ((5, 9, 23, 7, 11, 13), (8,), (30, 31, 5))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`YES`, how it works, or why the family is refused."""
+    """`YES`, `NO_TEXT`, or why the family is refused."""
 
     native: str
     lsp: str
@@ -60,7 +60,7 @@ def outcome(family: str) -> Outcome:
     reference = made.reference()
     _assert_repeats(reference, batches(made.shape, 1)[0])
     return Outcome(
-        native=_unless_refused(lambda: _native(made, recompute=True), lambda: _native(made, recompute=False)),
+        native=_unless_refused(lambda: _native(made)),
         lsp=_unless_refused(lambda: _lsp(made, reference)),
         zeroth_order=_unless_refused(lambda: _zeroth_order(made, reference)),
         generate=_unless_refused(lambda: _generate(made, reference))
@@ -69,17 +69,15 @@ def outcome(family: str) -> Outcome:
     )
 
 
-def _unless_refused(work: Callable[[], None], *others: Callable[[], None]) -> str:
+def _unless_refused(work: Callable[[], None]) -> str:
     try:
         work()
     except UserError as error:
-        assert len(str(error)) < 200, error  # noqa: PT017
-        if others:
-            assert "--no-checkpointing" in error.remedy, error  # noqa: PT017
-            others[0]()
-            return NO_RECOMPUTING
-        return error.why
-    return YES
+        refusal = error
+    else:
+        return YES
+    assert len(str(refusal)) < 200, refusal
+    return refusal.why
 
 
 def _assert_repeats(reference: nn.Module, batch: Batch) -> None:
@@ -94,9 +92,9 @@ def _close(one: float, other: float, relative: float = 1e-4) -> bool:
     return abs(one - other) <= relative * max(abs(one), abs(other), 1e-6)
 
 
-def _native(made: FamilyModel, *, recompute: bool) -> None:
-    """Losses of three steps are those of a plain loop with torch's AdamW."""
-    engine = Native(NativeSettings(learning_rate=1e-3), context(checkpointing=recompute))
+def _native(made: FamilyModel) -> None:
+    """Losses of three steps are those of a plain loop with torch's AdamW; activations are recomputed."""
+    engine = Native(NativeSettings(learning_rate=1e-3), context())
     engine.setup(made.blueprint())
     plain = made.reference().train()
     decayed = [p for p in plain.parameters() if p.dim() >= 2]
