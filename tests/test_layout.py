@@ -533,18 +533,6 @@ def private_uses(folder: Path) -> dict[str, set[str]]:
 
 PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "engines/costs/test_decoding_costs.py": {"_model"},
-    "engines/cpu_updates/test_adamw.py": {"_opened"},
-    "engines/methods/test_exact_offload.py": {
-        "_clocks",
-        "_dynamo",
-        "_host",
-        "_memory",
-        "_on_gpu",
-        "_own",
-        "_slots_of_weights",
-        "_states",
-        "_totals_on_host",
-    },
     "engines/methods/test_lsp.py": {
         "_blocks",
         "_buffers",

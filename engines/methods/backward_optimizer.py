@@ -46,7 +46,8 @@ class BackwardOptimizer:
         return None
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16, for several micro-batches a step and for
+        """Fill the model on the device. Raises `UserError` for fp16, for several micro-batches a step, for
+        clipping and for
         checkpointing that the model lacks."""
         dtype = weights_dtype(self.context, self.name)
         if self.context.workload.accumulation > 1:
@@ -54,6 +55,12 @@ class BackwardOptimizer:
                 f"--accumulation {self.context.workload.accumulation} with {self.name}",
                 "a gradient is gone before the next micro-batch could be added to it",
                 "use a larger --batch-size with --accumulation 1, or native",
+            )
+        if self.settings.max_grad_norm > 0:
+            raise UserError(
+                f"max_grad_norm with {self.name}",
+                "the norm of a whole gradient is known when its first parts are gone",
+                "leave it out, or use native",
             )
         check_checkpointing(blueprint.model, self.context)
         check_repeats(blueprint, self.context)

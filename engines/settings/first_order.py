@@ -43,14 +43,12 @@ class AdamWSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPassSettings(AdamWSettings):
-    """How forward and backward pass of a model's blocks run."""
+class CompiledBlockSettings(AdamWSettings):
+    """How the blocks of a model that is trained run."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Blocks through torch's compiler (native: the loss too); `auto`: on a GPU, where it can be. The first
+    """Blocks through torch's compiler (lsp: without the loss); `auto`: on a GPU, where it can be. The first
     steps take some seconds longer, up to a minute."""
-    graphs: bool = True
-    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout."""
     checkpointed_blocks: int | Literal["all"] = "all"
     """With --checkpointing: how many blocks are run again in the backward pass, from the first on. Plans
     choose as few as fit."""
@@ -66,6 +64,14 @@ class BlockPassSettings(AdamWSettings):
             return 0
         count = self.checkpointed_blocks
         return num_blocks if count == "all" else min(count, num_blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPassSettings(CompiledBlockSettings):
+    """The same, and captured."""
+
+    graphs: bool = True
+    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
