@@ -9,50 +9,42 @@ checked does not depend on the values of weights: which modules are called, in w
 Where the model's own forward does not repeat itself by the bit (kernels that add up in any order), the two
 may differ by `TOLERANCE`.
 
-Three checks:
+Four checks:
 - `check_driven`, for engines that run embedding, blocks and head by themselves;
 - `check_watched`, for engines that run the model's own forward with its blocks watched: the same loss, and
   the same gradients of all vectors (norms and biases; those of matrices would take the model's memory);
+- `check_block_major`, for engines that run all micro-batches through a block at a time: likewise;
 - `check_repeats`, for all that train by gradients: two forward passes in training mode are equal, so that
   nothing is dropped or shaken at random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engines.base import Batch, Blueprint, Context
+from engines.base import Blueprint, Context
 from engines.errors import UserError
 from engines.model.activation_checkpointing import TrainedBlocks
-from engines.model.attention_masks import has_padding, known_padding, with_mask
+from engines.model.block_major import BlockMajor
 from engines.model.blocks import (
     TORCH_DTYPE,
     BlockDriver,
     find_blocks,
-    move_buffers,
     no_cache,
-    to_device,
     without_cache,
 )
 from engines.model.randomness import turn_off_randomness
-
-SEQUENCES = 2
-MOST_TOKENS = 128
-"""Of each sequence that is tried."""
+from engines.model.stand_ins import on_stand_ins, tried_batch
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """Of a difference's norm, relative to the norm: of gradients, and where a forward differs from itself."""
 
 ANY_MODEL = "use native, which trains any model"
-
-_PERIOD = 1_000_003
-_STEP = 8
-"""Elements between the beginnings of two stand-ins: 16 bytes in the shortest precision."""
 
 FAILURES = (
     TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError,
@@ -91,27 +83,83 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
     Raises `UserError` if not. Calls `check_repeats` too.
     """
     model = blueprint.model
-    find_blocks(model)  # or it is refused, without being run
+    _, blocks = find_blocks(model)
     turn_off_randomness(model)
     with on_stand_ins(blueprint, context) as inputs:
         model.train()
         _outputs_with_each_block_once(model, inputs)
         _check_repeats(model, inputs)
-        vectors = {name: p for name, p in model.named_parameters() if p.dim() < 2 and p.is_floating_point()}
-        if not vectors:  # the gradient of the first block's goes through all others
-            first = min(find_blocks(model)[1][0].parameters(), key=lambda each: each.numel())
-            first.requires_grad_()
-            vectors = {"the smallest of the first block": first}
-        own = _gradients(model, inputs, vectors)
+        known = _known_gradients(model)
+        own = _gradients(model, inputs, known)
         with _refused(model, "its blocks cannot be watched"), no_cache(model):
-            watched = TrainedBlocks(model, _Nobody(), recomputed=len(find_blocks(model)[1]), graphs=False)
+            watched = TrainedBlocks(model, _Nobody(), recomputed=len(blocks), graphs=False)
             try:
-                found = _gradients(model, inputs, vectors)
+                found = _gradients(model, inputs, known)
             finally:
                 watched.close()
-        tolerance = TOLERANCE[TORCH_DTYPE[context.workload.dtype]]
-        if any(not _close(own[name], found[name], tolerance) for name in own):
-            raise _refusal(model, "recomputing its blocks one by one gives other gradients than the model's")
+        _compare(model, own, found, context)
+
+
+def _known_gradients(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters whose gradients are compared: all vectors."""
+    vectors = {name: p for name, p in model.named_parameters() if p.dim() < 2 and p.is_floating_point()}
+    if vectors:
+        return vectors
+    # The gradient of the first block's goes through all others.
+    first = min(find_blocks(model)[1][0].parameters(), key=lambda each: each.numel())
+    first.requires_grad_()
+    return {"the smallest of the first block": first}
+
+
+def _compare(
+    model: nn.Module,
+    own: Mapping[str, Tensor | None],
+    found: Mapping[str, Tensor | None],
+    context: Context,
+) -> None:
+    tolerance = TOLERANCE[TORCH_DTYPE[context.workload.dtype]]
+    if any(not _close(own[name], found[name], tolerance) for name in own):
+        raise _refusal(model, "running its blocks one by one gives other gradients than the model's")
+
+
+def check_block_major(blueprint: Blueprint, context: Context) -> None:
+    """As `check_watched`, of the passes of `engines.model.block_major`. Raises `UserError`."""
+    model = blueprint.model
+    _, blocks = find_blocks(model)
+    turn_off_randomness(model)
+    with on_stand_ins(blueprint, context) as inputs:
+        model.train()
+        _outputs_with_each_block_once(model, inputs)
+        _check_repeats(model, inputs)
+        known = _known_gradients(model)
+        own = _gradients(model, inputs, known)
+        with _refused(model, "its blocks cannot be run one by one"), no_cache(model):
+            of_blocks = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+            losses: list[Tensor] = []
+            passes = BlockMajor(model, of_blocks, _Adds(of_blocks), draws=False)
+            passes.run([tried_batch(blueprint)], inputs["input_ids"].device, losses.append)
+            found = {"the loss": losses[0], **_taken(known)}
+        _compare(model, own, found, context)
+
+
+class _Adds:
+    """Adds a block's gradients up where its parameters have them."""
+
+    def __init__(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._parameters = parameters
+
+    def before_forward(self, index: int) -> None: ...
+
+    def after_forward(self, index: int) -> None: ...
+
+    def before_backward(self, index: int) -> None: ...
+
+    def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
+        for parameter, its in zip(self._parameters[index], found, strict=True):
+            if its is not None:
+                parameter.grad = its if parameter.grad is None else parameter.grad + its
+
+    def after_backward(self, index: int) -> None: ...
 
 
 def check_repeats(blueprint: Blueprint, context: Context) -> None:
@@ -153,95 +201,6 @@ class _Nobody:
     def after_backward(self, index: int) -> None: ...
 
 
-@contextmanager
-def on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, Tensor]]:
-    """The model computes with stand-ins within; gives inputs. Afterwards it has the parameters it had."""
-    model, device = blueprint.model, torch.device(context.device)
-    dtype = TORCH_DTYPE[context.workload.dtype]
-    was_training = model.training
-    before = [
-        (module, leaf, parameter)
-        for module in model.modules()
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    move_buffers(model, device)
-    stand_ins = _stand_ins([parameter for _, _, parameter in before], dtype, device)
-    for module, leaf, parameter in before:
-        module._parameters[leaf] = stand_ins[id(parameter)]
-    try:
-        sample = blueprint.sample or _made_up(blueprint)
-        inputs = with_mask(to_device(_cut(sample), device))
-        with known_padding(has_padding(sample.inputs)):
-            yield inputs
-    finally:
-        for module, leaf, parameter in before:
-            module._parameters[leaf] = parameter
-        model.train(was_training)
-
-
-def _stand_ins(
-    parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device
-) -> dict[int, nn.Parameter]:
-    """By identity of the parameter that it stands for. Vectors are about one half, all else normal."""
-    distinct = list({id(each): each for each in parameters}.values())
-    generator = torch.Generator().manual_seed(0)
-    pattern = torch.randn(_PERIOD, generator=generator).to(device)
-    room = _STEP * len(distinct)
-    largest = {False: 0, True: 0}
-    for each in distinct:
-        is_vector = each.dim() < 2
-        largest[is_vector] = max(largest[is_vector], each.numel())
-
-    def memory(numel: int, values: Tensor) -> Tensor:
-        return values.to(dtype).repeat(-(-(numel + room) // _PERIOD))
-
-    normal = memory(largest[False], 0.02 * pattern)
-    vectors = memory(largest[True], 0.5 + 0.1 * pattern)
-    found: dict[int, nn.Parameter] = {}
-    for number, each in enumerate(distinct):
-        source = vectors if each.dim() < 2 else normal
-        start = _STEP * number
-        view = source[start : start + each.numel()].view(each.shape)
-        found[id(each)] = nn.Parameter(view, requires_grad=each.dim() < 2)
-    return found
-
-
-def _made_up(blueprint: Blueprint) -> Batch:
-    """A batch for a model that comes without data."""
-    shape = blueprint.shape
-    length = min(16, shape.max_seq_len)
-    ids = (torch.arange(SEQUENCES * length) * 7 + 3).view(SEQUENCES, length) % shape.vocabulary
-    if shape.head == "question_answering":
-        ends = torch.arange(SEQUENCES)
-        return Batch(inputs={"input_ids": ids, "start_positions": ends, "end_positions": ends + 1})
-    labels = ids if shape.head == "causal_lm" else torch.zeros(SEQUENCES, dtype=torch.int64)
-    return Batch(inputs={"input_ids": ids, "labels": labels})
-
-
-def _cut(batch: Batch) -> Batch:
-    """The first sequence and the most padded one, to `MOST_TOKENS`, with a label among them."""
-    ids = batch.inputs["input_ids"]
-    rows = [0]
-    mask = batch.inputs.get("attention_mask")
-    if ids.shape[0] > 1:
-        rows.append(1 if mask is None else max(1, int(mask.sum(1).argmin())))
-    cut = {name: each[rows] for name, each in batch.inputs.items()}
-    length = ids.shape[1]
-    if length > MOST_TOKENS:
-        cut = {
-            name: each[:, :MOST_TOKENS] if each.dim() == 2 and each.shape[1] == length else each
-            for name, each in cut.items()
-        }
-        for name in ("start_positions", "end_positions"):
-            if name in cut:
-                cut[name] = cut[name].clamp(max=MOST_TOKENS - 1)
-    labels = cut.get("labels")
-    if labels is not None and labels.dim() == 2 and not bool((labels[:, 1:] != -100).any()):
-        cut["labels"] = cut["input_ids"]
-    return Batch(inputs=cut)
-
-
 def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _tensors(model(**inputs, **without_cache(model)))
 
@@ -280,10 +239,15 @@ def _gradients(
     """The loss, and the gradients of `parameters`."""
     loss = model(**inputs, **without_cache(model)).loss
     loss.backward()
+    return {"the loss": loss.detach(), **_taken(parameters)}
+
+
+def _taken(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """Their gradients, which they have no more."""
     found = {name: parameter.grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
-    return {"the loss": loss.detach(), **found}
+    return found
 
 
 @contextmanager

@@ -193,8 +193,8 @@ class PerturbedModel:
     def enter_cached(
         self, inputs: Mapping[str, Tensor], cache: Any, *, padded: bool
     ) -> tuple[Tensor, Sequence[BlockCall]]:
-        """As `enter_all_plain` of one batch that goes on from what is in the key-value `cache`. Its blocks
-        add to that; without one they begin anew."""
+        """Likewise of a batch that goes on from the key-value `cache`, to which its blocks add; without one
+        they begin anew."""
         if self._graphs is None:
             self.scratch.take_form(whole=False, sides=1)
         self._side = Side.PLAIN

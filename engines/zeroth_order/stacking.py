@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from engines.base import Blueprint, Context
 from engines.model.blocks import BlockCall, BlockDriver, find_blocks, first_names
-from engines.model.model_check import FAILURES, close_to, on_stand_ins
+from engines.model.model_check import FAILURES, close_to
+from engines.model.stand_ins import on_stand_ins
 from engines.zeroth_order.paired_batch import halved, join_calls, stack
 from engines.zeroth_order.units import ModuleUnit, block_units, swapped
 

@@ -18,6 +18,7 @@ from engines.shapes import ModelShape
 from harness.models.configs import load_config, local_folder
 from harness.models.export import write_model
 from harness.models.meta import (
+    CONFIGURATION_FAILURES,
     build_on_meta,
     configuration,
     first_names_of,
@@ -91,9 +92,12 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     values = load_config(source)
     _check_sums(source)
     config = configuration(values, source, shape.head, shape.num_labels, source.untied)
+    if shape.label_names:
+        config.id2label = dict(enumerate(shape.label_names))
+        config.label2id = {name: index for index, name in enumerate(shape.label_names)}
     try:
         model = build_on_meta(config, shape.head)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except CONFIGURATION_FAILURES as error:
         raise malformed(source.name, error) from None
     if shape.head == "classification" and model.config.pad_token_id is None:
         # A classifying decoder finds the last token of a sequence by the padding after it. Set after

@@ -15,10 +15,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from engines.errors import UserError
 from engines.model.blocks import find_blocks
@@ -26,6 +31,12 @@ from engines.model.randomness import turn_off_randomness
 from engines.shapes import Head, MatrixShape, ModelShape
 from harness.models.auto_classes import auto_class
 from harness.records.job import ModelSource
+
+CONFIGURATION_FAILURES = (
+    TypeError, ValueError, LookupError, RuntimeError, AttributeError, ImportError, AssertionError,
+    ZeroDivisionError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises for a configuration that makes no model."""
 
 
 def build_on_meta(config: PretrainedConfig, head: Head) -> Any:
@@ -121,7 +132,7 @@ def shape_from_meta(
     refuse_more_than_text(config, name)
     try:
         model = build_on_meta(config, head)
-    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except CONFIGURATION_FAILURES as error:
         raise malformed(name, error) from None
     return _counted(model, name, str(values["model_type"]), head, num_labels)
 
@@ -253,24 +264,51 @@ def configuration(
             f"its type '{family}' is not one that transformers knows, and code from outside is not run",
             "use a model of a known type",
         )
-    if head == "question_answering" and family not in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES:
-        raise UserError(
-            f"model '{source.name}'",
-            f"transformers has no question-answering head for its type '{family}'",
-            "use another model, or --head causal_lm with instruction records",
-        )
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family].from_dict(copy.deepcopy(dict(values)))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except CONFIGURATION_FAILURES as error:
         raise malformed(source.name, error) from None
     config.use_cache = False
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model '{source.name}'", f"{family} is an encoder-decoder", "use a decoder or an encoder"
+        )
+    if family not in _TYPES_WITH[head]:
+        raise _no_head(source.name, family, head)
     if untied:
         config.tie_word_embeddings = False
     if head != "causal_lm" and config.num_labels != num_labels:
         config.num_labels = num_labels
     if head == "classification":
-        config.problem_type = "single_label_classification"
+        config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
     return config
+
+
+_TYPES_WITH: Mapping[Head, Mapping[str, Any]] = {
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "question_answering": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+
+def _no_head(name: str, family: str, head: Head) -> UserError:
+    if not any(family in types for types in _TYPES_WITH.values()):
+        return UserError(
+            f"model '{name}'",
+            f"'{family}' is no language model to train",
+            "use a decoder or an encoder",
+        )
+    if head == "question_answering":
+        return UserError(
+            f"model '{name}'",
+            f"transformers has no question-answering head for its type '{family}'",
+            "use another model, or --head causal_lm with instruction records",
+        )
+    return UserError(
+        f"model '{name}'",
+        f"transformers has no head for {head.replace('_', ' ')} for its type '{family}'",
+        "use another --head, or another model",
+    )
 
 
 _SENSES = re.compile(r"vision|image|audio|speech|video|visual|qformer|codec")
@@ -287,8 +325,20 @@ def refuse_more_than_text(config: PretrainedConfig, name: str) -> None:
 
 
 def malformed(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"model '{name}'", f"its configuration makes no model ({reason})", "correct config.json")
+    """Of what transformers raises, the names of fields and packages are told, not its text."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        package = re.search(r"pip install ([\w.-]+)", text)
+        needed = f" {package[1]}," if package else " a package"
+        return UserError(
+            f"model '{name}'",
+            f"transformers needs{needed} which is not installed",
+            "install it",
+        )
+    fields = re.findall(r"field [\"'`](\w+)[\"'`]|[`'](\w+)[`']", text)
+    named = next((each for pair in fields for each in pair if each), None)
+    about = f" ('{named}' is wrong or does not suit the rest)" if named else ""
+    return UserError(f"model '{name}'", f"its configuration makes no model{about}", "correct config.json")
 
 
 def first_names_of(model: nn.Module) -> dict[str, str]:

@@ -24,10 +24,12 @@ from torch import nn
 from engines.base import Batch
 from engines.decoding import GenerationRequest
 from engines.errors import UserError
+from engines.methods.exact_offload import ExactOffload
 from engines.methods.lsp import Lsp
 from engines.methods.mezo import Mezo
 from engines.methods.native import Native
 from engines.methods.zo2 import Zo2
+from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
 from engines.settings.lsp import LspSettings
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
@@ -35,23 +37,24 @@ from tiny_models import TinyBlueprint
 
 README = Path(__file__).parents[2] / "engines" / "README.md"
 BEGIN, END = "<!-- families: written by tests/support/family_sweep.py -->", "<!-- end of families -->"
-YES, NO_RECOMPUTING, NO_TEXT = "yes", "with `--no-checkpointing`", "-"
+YES, NO_TEXT = "yes", "-"
 EVEN = ((5, 9, 23, 7), (8, 3, 40, 11), (30, 31, 5, 60))
 UNEVEN = ((5, 9, 23, 7, 11, 13), (8,), (30, 31, 5))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`YES`, how it works, or why the family is refused."""
+    """`YES`, `NO_TEXT`, or why the family is refused."""
 
     native: str
     lsp: str
+    exact_offload: str
     zeroth_order: str
     """Of mezo and zo2, which are equal."""
     generate: str
 
 
-HEADINGS = ("`native`", "`lsp`", "`mezo`, `zo2`", "`generate`")
+HEADINGS = ("`native`", "`lsp`", "`exact-offload`", "`mezo`, `zo2`", "`generate`")
 
 
 def outcome(family: str) -> Outcome:
@@ -60,8 +63,9 @@ def outcome(family: str) -> Outcome:
     reference = made.reference()
     _assert_repeats(reference, batches(made.shape, 1)[0])
     return Outcome(
-        native=_unless_refused(lambda: _native(made, recompute=True), lambda: _native(made, recompute=False)),
+        native=_unless_refused(lambda: _native(made)),
         lsp=_unless_refused(lambda: _lsp(made, reference)),
+        exact_offload=_unless_refused(lambda: _exact_offload(made)),
         zeroth_order=_unless_refused(lambda: _zeroth_order(made, reference)),
         generate=_unless_refused(lambda: _generate(made, reference))
         if made.shape.head == "causal_lm"
@@ -69,17 +73,15 @@ def outcome(family: str) -> Outcome:
     )
 
 
-def _unless_refused(work: Callable[[], None], *others: Callable[[], None]) -> str:
+def _unless_refused(work: Callable[[], None]) -> str:
     try:
         work()
     except UserError as error:
-        assert len(str(error)) < 200, error  # noqa: PT017
-        if others:
-            assert "--no-checkpointing" in error.remedy, error  # noqa: PT017
-            others[0]()
-            return NO_RECOMPUTING
-        return error.why
-    return YES
+        refusal = error
+    else:
+        return YES
+    assert len(str(refusal)) < 200, refusal
+    return refusal.why
 
 
 def _assert_repeats(reference: nn.Module, batch: Batch) -> None:
@@ -94,10 +96,25 @@ def _close(one: float, other: float, relative: float = 1e-4) -> bool:
     return abs(one - other) <= relative * max(abs(one), abs(other), 1e-6)
 
 
-def _native(made: FamilyModel, *, recompute: bool) -> None:
-    """Losses of three steps are those of a plain loop with torch's AdamW."""
-    engine = Native(NativeSettings(learning_rate=1e-3), context(checkpointing=recompute))
+def _native(made: FamilyModel) -> None:
+    """Activations are recomputed."""
+    engine = Native(NativeSettings(learning_rate=1e-3), context())
     engine.setup(made.blueprint())
+    _assert_steps_of_adamw(engine, made)
+
+
+def _exact_offload(made: FamilyModel) -> None:
+    """Weights come up for both passes, and activations are recomputed."""
+    engine = ExactOffload(ExactOffloadSettings(learning_rate=1e-3, weights="streamed"), context())
+    try:
+        engine.setup(made.blueprint())
+        _assert_steps_of_adamw(engine, made)
+    finally:
+        engine.close()
+
+
+def _assert_steps_of_adamw(engine: Native | ExactOffload, made: FamilyModel) -> None:
+    """Losses of three steps are those of a plain loop with torch's AdamW."""
     plain = made.reference().train()
     decayed = [p for p in plain.parameters() if p.dim() >= 2]
     others = [p for p in plain.parameters() if p.dim() < 2]
