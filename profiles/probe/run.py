@@ -10,7 +10,7 @@ import warnings
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from profiles.machine import Cpu, Depth, Disk, Figure, Gpu, HostMemory, LinkFigures, Machine
 from profiles.probe import cpu, disk, gpu, link, memory, multi_gpu, numa, pinned_limit
@@ -154,15 +154,13 @@ PartT = TypeVar("PartT", Cpu, HostMemory)
 
 def _marked(part: PartT, why: str | None) -> PartT:
     """With its measured figures marked as disturbed, where `why` says by what."""
-    figures = {field.name: getattr(part, field.name) for field in fields(part)} if why else {}
-    return replace(
-        part,
-        **{
-            name: replace(figure, disturbance=figure.disturbance or why)
-            for name, figure in figures.items()
-            if isinstance(figure, Figure) and figure.value is not None
-        },
-    )
+    values = {field.name: getattr(part, field.name) for field in fields(part)} if why else {}
+    marked: dict[str, Any] = {
+        name: replace(value, disturbance=value.disturbance or why)
+        for name, value in values.items()
+        if isinstance(value, Figure) and value.value is not None
+    }
+    return replace(part, **marked)
 
 
 def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]:

@@ -30,8 +30,6 @@ def main(tools: tuple[str, ...]) -> int:
         "pytest",
         "-q",
         "-n0",
-        "-m",
-        "gpu",
         "-p",
         "no:cacheprovider",
         "--timeout=0",
