@@ -156,6 +156,10 @@ class Cpu:
     """Of the clock frequency, such as `performance`; `None` where the kernel shows none."""
     throttled_periods: int | None = None
     """Periods in which the cgroup's CPU quota stopped this process during the probe."""
+    others_cores: float | None = None
+    """Cores that other processes kept busy while CPU and memory were measured; `None`: not known."""
+    pressure: str | None = None
+    """The kernel's line on waiting for cores (PSI, /proc/pressure/cpu) before the measurement."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -575,6 +575,7 @@ PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "studies/base_quality.py": {"_layout"},
     "studies/lsp_quality_runs.py": {"_buffers"},
     "studies/trained_models.py": {"_buffers"},
+    "support/kill_points.py": {"_exit"},
     "support/tiny_families.py": {"_buffers"},
     "support/tiny_models.py": {"_buffers"},
 }

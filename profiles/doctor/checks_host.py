@@ -7,6 +7,7 @@ import re
 from profiles.doctor.findings import Answer, Finding
 from profiles.machine import LinkFigures, Machine
 from profiles.planning.predict import COPY_WRITE_ALLOCATE
+from profiles.system.busy import disturbance
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate
 
@@ -53,6 +54,22 @@ def check_pinned_limit(link: LinkFigures, machine: Machine) -> Answer:
         else f"a limit on locked memory ({_limit(memory.locked_limit_bytes)})",
         remedy="run on Linux itself" if "WSL" in machine.platform else remedy,
     )  # fmt: skip
+
+
+def check_busy(machine: Machine) -> Answer:
+    cpu = machine.cpu
+    if cpu.others_cores is None:
+        return "what other processes took of the CPU was not measured"
+    why = disturbance(cpu.others_cores, cpu.threads, cpu.cores_total)
+    if why is None:
+        return None
+    return Finding(
+        severity="warning",
+        title="the machine was busy while it was measured",
+        evidence=why + (f"; {cpu.pressure}" if cpu.pressure else ""),
+        cause="other processes, or another tenant of this machine",
+        remedy="stop them and probe again: figures of CPU and memory, and plans on them, are too slow",
+    )
 
 
 def check_threads(machine: Machine) -> Answer:

@@ -18,6 +18,7 @@ from profiles.doctor.checks_gpu import (
     check_wsl,
 )
 from profiles.doctor.checks_host import (
+    check_busy,
     check_disk,
     check_governor,
     check_memory_channels,
@@ -46,6 +47,7 @@ CHECKS: dict[str, MachineCheck] = {
     "pageable copies": of_link(check_pageable),
     "pinned limit": of_link(check_pinned_limit),
     "CPU threads": of_machine(check_threads),
+    "busy machine": of_machine(check_busy),
     "CPU governor": of_machine(check_governor),
     "memory channels": of_machine(check_memory_channels),
     "swap": of_machine(check_swap),

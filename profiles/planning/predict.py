@@ -338,4 +338,5 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
 
 def _told(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
     name, figure = named
-    return f"{name} {formatted(figure.value)} ({figure.origin})"
+    disturbed = f", disturbed: {figure.disturbance}" if figure.disturbance else ""
+    return f"{name} {formatted(figure.value)} ({figure.origin}{disturbed})"

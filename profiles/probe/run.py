@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import platform
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from profiles.machine import Cpu, Depth, Disk, Gpu, HostMemory, LinkFigures, Machine
+from profiles.machine import Cpu, Depth, Disk, Figure, Gpu, HostMemory, LinkFigures, Machine
 from profiles.probe import cpu, disk, gpu, link, memory, multi_gpu, numa, pinned_limit
 from profiles.probe.timing import Meter, OnMeasurement, clock_s, now, one_line
-from profiles.system import cgroup, nvml
+from profiles.system import busy, cgroup, nvml
 from profiles.system.topology import Port, port_above, processors
 
 if TYPE_CHECKING:
@@ -149,7 +149,22 @@ class _Usable:
         self.processors = processors(root)
 
 
+PartT = TypeVar("PartT", Cpu, HostMemory)
+
+
+def _marked(part: PartT, why: str | None) -> PartT:
+    """With its measured figures marked as disturbed, where `why` says by what."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)} if why else {}
+    marked: dict[str, Any] = {
+        name: replace(value, disturbance=value.disturbance or why)
+        for name, value in values.items()
+        if isinstance(value, Figure) and value.value is not None
+    }
+    return replace(part, **marked)
+
+
 def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]:
+    waiting, before = busy.pressure(host.root), busy.cpu_times(host.root)
     with numa.torch_threads(host.cores.count):
         cpu_found = cpu.probe_cpu(
             meter,
@@ -167,6 +182,10 @@ def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]
             cache_bytes=host.cache_bytes,
             triad=triad,
         )
+    others = busy.cores_of_others(before, busy.cpu_times(host.root))
+    why = busy.disturbance(others, cpu_found.threads, host.cores.total)
+    cpu_found = replace(_marked(cpu_found, why), others_cores=others, pressure=waiting)
+    memory_found = _marked(memory_found, why)
     found = host.processors
     cpu_found = replace(
         cpu_found,

@@ -186,7 +186,11 @@ def test_figures_that_are_no_longer_measured_are_passed_over(tmp_path: Path) -> 
     for part, names in NO_LONGER_MEASURED.items():
         assert set(names) <= set(before[part])
         assert set(before[part]) - set(after[part]) == set(names)
-        assert all(after[part][name] == before[part][name] for name in after[part] if name != "readings")
+        assert all(
+            after[part][name] == before[part][name]
+            for name in after[part]
+            if name in before[part] and name != "readings"
+        )
     told = ("what", "sm_clock_hz", "throttled", "other_processes")
     readings = [{name: reading[name] for name in told} for reading in before["gpu"]["readings"]]
     assert after["gpu"]["readings"] == readings
