@@ -39,6 +39,12 @@ class Batch:
         """Tokens in the batch, padding included (what the GPU computes on)."""
         return int(self.inputs["input_ids"].numel())
 
+    @property
+    def real_tokens(self) -> int:
+        """Tokens in the batch without padding."""
+        mask = self.inputs.get("attention_mask")
+        return self.num_tokens if mask is None else int(mask.sum())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:

@@ -229,7 +229,16 @@ def job_arguments(job: Job) -> str:
     parts += [
         flag for flag, given in (("--strict", job.data.strict), ("--skip-bad", job.data.skip_bad)) if given
     ]
-    for name in ("batch_size", "seq_len", "dtype", "accumulation", "steps", "warmup_steps", "eval_batches"):
+    for name in (
+        "batch_size",
+        "seq_len",
+        "padding",
+        "dtype",
+        "accumulation",
+        "steps",
+        "warmup_steps",
+        "eval_batches",
+    ):
         if name in _ALWAYS or getattr(job, name) != getattr(default, name):
             parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]
     parts += ["--checkpointing" if job.checkpointing else "--no-checkpointing", "--seed", str(job.seed)]

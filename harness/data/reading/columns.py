@@ -280,9 +280,11 @@ def _as_said(name: str, records: Records, said: Mapping[str, str]) -> Meaning:
         if wanted not in records.columns and wanted.isdecimal() and 0 < int(wanted) <= len(records.columns):
             column = records.columns[int(wanted) - 1]
         if column not in records.columns:
+            first = records.records[0].values.values() if records.records else ()
+            has = "the columns" if records.has_names else "no such column in its first line"
             raise UserError(
                 f"--columns {role}={shortened(wanted)}",
-                f"{name} has the columns {listed(records.columns)}",
+                f"{name} has {has} {listed(records.columns if records.has_names else first)}",
                 "name one of them, or give its number from 1",
             )
         column_of[role] = column

@@ -12,7 +12,7 @@ from harness.data.reading import columns
 from harness.data.reading.chats import chat_example
 from harness.data.reading.delimited import is_table, read_delimited
 from harness.data.reading.extras import JSON_SUFFIXES, SUFFIXES, is_hub_id, read_hub, read_parquet
-from harness.data.reading.files import BadRecord, Record, Records, UnusableError, listed, read_text
+from harness.data.reading.files import BadRecord, Record, Records, UnusableError, decoded_text, listed
 from harness.data.reading.json_files import read_json
 from harness.data.reading.labels import FEW, Classes, Label, number_classes, read_label
 from harness.data.reading.layouts import instruction_example, text_of
@@ -65,7 +65,7 @@ def read_file(
         numbered = "a number to be predicted" if classes.is_regression else classes.listed()
         told = f"{str(meaning).removesuffix(meaning.passed_over_too)} ({numbered}){meaning.passed_over_too}"
     reading = Reading(
-        name=name, form=records.form, meaning=told, records=total, left_out=left_out(bad),
+        name=name, form=records.form, meaning=told, records=total, left_out=summary_of(bad),
         replaced_characters=records.replaced_characters,
     )  # fmt: skip
     return FileExamples(examples=replace(made, readings=(reading,)), classes=classes)
@@ -82,7 +82,7 @@ def _records_of(source: str, said: DataSource) -> Records | str:
         raise UserError(f"data '{source}'", f"the suffix '{suffix}' is not known", f"use one of {known}")
     if suffix == ".parquet":
         return read_parquet(path)
-    text = read_text(path)
+    text = decoded_text(path)
     if suffix in JSON_SUFFIXES:
         return read_json(source, text, lines=JSON_SUFFIXES[suffix])
 
@@ -231,7 +231,7 @@ def _check_columns(
         )
 
 
-def left_out(bad: Sequence[BadRecord]) -> LeftOut:
+def summary_of(bad: Sequence[BadRecord]) -> LeftOut:
     if not bad:
         return LeftOut()
     first = min(bad, key=lambda each: each.position)
