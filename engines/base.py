@@ -34,17 +34,6 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the batch, padding included (what the GPU computes on)."""
-        return int(self.inputs["input_ids"].numel())
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens in the batch without padding."""
-        mask = self.inputs.get("attention_mask")
-        return self.num_tokens if mask is None else int(mask.sum())
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
@@ -155,6 +144,8 @@ class Blueprint(Protocol):
     shape: ModelShape
     model: torch.nn.Module
     """On the meta device except for its buffers, which are real and on the CPU. The engine owns it."""
+    sample: Batch | None
+    """A batch of the job, to try the model on before it is filled; `None`: there is no data."""
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the weights of parameter `name` into `out`, of any device and float dtype.

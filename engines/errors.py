@@ -8,14 +8,23 @@ if TYPE_CHECKING:
     pass
 
 
+def printable(text: str) -> str:
+    """`text` in one line that does nothing to a terminal: names come from files and folders, and may hold
+    escape sequences, line breaks, marks that turn the direction of writing, or bytes that are no text."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for each in text
+    )
+
+
 class UserError(Exception):
     """A mistake that a user can mend. Printed as one line: what, why, what to do."""
 
     def __init__(self, what: str, why: str, remedy: str) -> None:
-        super().__init__(f"{what}: {why}; {remedy}")
-        self.what = what
-        self.why = why
-        self.remedy = remedy
+        self.what = printable(what)
+        self.why = printable(why)
+        self.remedy = printable(remedy)
+        super().__init__(f"{self.what}: {self.why}; {self.remedy}")
 
 
 class NotAvailable(Exception):

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import UserError
+from engines.files.locks import locked_folder
+from engines.files.reading import exists
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
@@ -76,7 +77,7 @@ def find_machine(profile: Path | None, *, quiet: bool, known: Path | None = None
     """
     if profile is not None:
         return find_profile(profile)
-    machine = load_machine(known) if known is not None and known.exists() else launch_probe(quiet=quiet)
+    machine = load_machine(known) if known is not None and exists(known) else launch_probe(quiet=quiet)
     if machine.gpu is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return machine
@@ -141,7 +142,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
     """
     in_use = check_folder(sweep.out, resume=sweep.resume)
     for path in (sweep.criteria, sweep.out / "criteria.toml"):
-        if path is not None and (path == sweep.criteria or path.exists()):
+        if path is not None and (path == sweep.criteria or exists(path)):
             sweep.check_criteria(path)
     like = _like(sweep.emulate, sweep.profile)
     shape, save_data = _check_job(job)
@@ -170,14 +171,21 @@ def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEven
     def before_first() -> None:
         save_machine(ready.machine, sweep.out / "machine.json")
         if ready.save_data is not None and data_file is not None:
-            at_end.callback(shutil.rmtree, data_file.parent, ignore_errors=True)
+            at_end.callback(_clear, data_file)
             ready.save_data(data_file)
 
-    with at_end:
+    with at_end, locked_folder(sweep.out):
         return run_sweep(
             ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
             before_first=before_first, data_file=data_file,
         )  # fmt: skip
+
+
+def _clear(data_file: Path) -> None:
+    """Not with its folder: what an ended run left there may still have to become a record."""
+    with contextlib.suppress(OSError):
+        data_file.unlink(missing_ok=True)
+        data_file.parent.rmdir()
 
 
 def _options(ready: PreparedJob, sweep: Sweep) -> SweepOptions:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from engines.errors import UserError
+from engines.files.reading import exists
 from profiles.machine import Machine, load_machine
 
 FOLDER = Path(__file__).parent / "machines"
@@ -25,7 +26,7 @@ def find_profile(profile: Path) -> Machine:
     """
     if str(profile) in machine_names() and profile.name == str(profile):
         return load_machine(FOLDER / f"{profile}.json")
-    if profile.suffix == ".json" or len(profile.parts) > 1 or profile.exists():
+    if profile.suffix == ".json" or len(profile.parts) > 1 or exists(profile):
         return load_machine(profile)
     near = difflib.get_close_matches(str(profile), machine_names(), n=1)
     remedy = f"did you mean '{near[0]}'?" if near else "name a file, or one that 'lspzo-bench profiles' lists"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from functools import cache
@@ -13,11 +12,12 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import UserError
+from engines.files.reading import read_json, without_controls
+from engines.files.writing import ELSEWHERE as ELSEWHERE
+from engines.files.writing import TEMPORARY, unwritable
+from engines.files.writing import write_whole as write_whole
 
 T = TypeVar("T")
-
-ELSEWHERE = "free space or name another place"
-"""What to do where a file cannot be written."""
 
 
 class NewerDocument(UserError):
@@ -41,20 +41,9 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
     is missing, is not JSON, was written by a newer version (`NewerDocument`) or does not have the fields of
     `kind`.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(str(path), f"there is no such {what}", "check the path") from None
-    except IsADirectoryError:
-        raise UserError(str(path), f"is a folder, not a {what}", "name the file") from None
-    except PermissionError:
-        raise UserError(str(path), f"this {what} may not be read", "change its permissions") from None
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(str(path), f"is not valid JSON ({error})", f"restore or delete this {what}") from None
+    data = without_controls(read_json(path, what))
     found = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(found, int):
+    if not isinstance(found, int) or isinstance(found, bool):
         raise UserError(str(path), f"has no schema_version, so it is not a {what}", "check the path")
     if found > version:
         raise NewerDocument(
@@ -65,7 +54,9 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
     try:
         document: T = adapter(kind).validate_python(data)
         return document
-    except ValidationError as error:
+    except (ValidationError, UserError, OverflowError) as error:
+        if not isinstance(error, ValidationError):
+            raise UserError(str(path), str(error), f"restore or delete this {what}") from None
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
@@ -88,34 +79,10 @@ def check_writable(path: Path, *, is_folder: bool = False, remedy: str = ELSEWHE
         if path.is_dir() and not is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=path.parent):
             pass
+        os.stat(path)  # a name may be too long where the folder is sound
+    except FileNotFoundError:
+        pass
     except OSError as error:
-        raise _unwritable(path, error, remedy) from None
-
-
-def _unwritable(path: Path, error: OSError, remedy: str) -> UserError:
-    return UserError(str(path), f"cannot be written ({error.strerror or error})", remedy)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new one.
-
-    Raises `UserError` if the disk is full or the folder may not be written.
-    """
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise _unwritable(path, error, ELSEWHERE) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        raise unwritable(path, error, remedy) from None

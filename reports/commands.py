@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from engines.errors import UserError
+from engines.files.reading import exists, is_folder
 from harness.cli.options import CriteriaFlag, FailOn, Json
 from profiles.documents import to_json, write_whole
 from reports.criteria import init_text
@@ -57,9 +58,9 @@ def criteria_init(
     path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
 ) -> None:
     """Write a criteria file to edit before the first measurement."""
-    if path.exists():
+    if exists(path):
         raise UserError(str(path), "exists already", "name another path, or delete it first")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise UserError(str(path), f"there is no folder {path.parent}", "make it, or name another path")
     write_whole(path, init_text())
     typer.echo(str(path))

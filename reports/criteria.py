@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engines import ENGINES, engines_of_role, public_engines
+from engines import ENGINES, default_engines, engines_of_role, public_engines
 from engines.errors import UserError
+from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0)."""
@@ -202,7 +202,7 @@ def _wrapped(name: str, meaning: str, width: int = 110) -> str:
 
 def init_text() -> str:
     """The default criteria as a TOML file that explains itself."""
-    engines = ", ".join(f'"{name}"' for name in public_engines())
+    engines = ", ".join(f'"{name}"' for name in default_engines())
     offload = " or ".join(engines_of_role("offload"))
     return (
         _HEAD.format(engines=engines, offload=offload)
@@ -220,23 +220,16 @@ def default_criteria() -> Criteria:
 
 def load_criteria(path: Path) -> Criteria:
     """Raises `UserError`, one line, if `path` is not a criteria file."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not exists(path):
         raise UserError(
             str(path), "there is no such criteria file", "write one with 'lspzo-bench criteria init'"
-        ) from None
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "name a criteria file") from None
-    return parse_criteria(content, str(path))
+        )
+    return parse_criteria(read_bytes(path, "criteria file", MOST_SETTINGS_BYTES), str(path))
 
 
 def parse_criteria(content: bytes, origin: str) -> Criteria:
     """Criteria from the bytes of a file; `origin` names it in errors. Raises `UserError`."""
-    try:
-        values = tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(origin, f"is not valid TOML ({error})", "mend the file") from None
+    values = parse_toml(content, origin)
     version = values.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise UserError(

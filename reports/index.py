@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from engines import YARDSTICK
 from engines.errors import UserError
+from engines.files.reading import exists, read_text
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
@@ -135,9 +136,9 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
 def abouts(folder: Path) -> dict[str, str]:
     """What each published folder says of itself, by its name."""
     return {
-        path.name: (path / ABOUT).read_text(encoding="utf-8").strip()
+        path.name: read_text(path / ABOUT, "text on published results").strip()
         for path in published_folders(folder)
-        if (path / ABOUT).exists()
+        if exists(path / ABOUT)
     }
 
 

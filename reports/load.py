@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from engines import ENGINES
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.records.job import Job, load_job, make_job
+from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
@@ -40,6 +42,8 @@ class Loaded:
     broken: tuple[Broken, ...]
     criteria: Criteria | None
     """`None`: the folder holds none."""
+    findings: tuple[ManifestFinding, ...] = ()
+    """What is not as the folder's manifest says."""
 
 
 def engine_order(engine: str) -> tuple[int, str]:
@@ -75,9 +79,18 @@ def load_folder(folder: Path) -> Loaded:
             )
         ),
         runs=runs,
+        findings=_findings(folder, broken),
+        criteria=load_criteria(criteria) if exists(criteria) else None,
         broken=tuple(broken),
-        criteria=load_criteria(criteria) if criteria.exists() else None,
     )
+
+
+def _findings(folder: Path, broken: list[Broken]) -> tuple[ManifestFinding, ...]:
+    try:
+        return check_manifest(folder)
+    except UserError as error:
+        broken.append(Broken(file=MANIFEST, reason=_short(error, folder / MANIFEST)))
+        return (ManifestFinding(kind="no_manifest", file=MANIFEST),)
 
 
 def refuse_unlike(runs: Sequence[Run]) -> None:
@@ -204,9 +217,9 @@ def _short(error: UserError, path: Path) -> str:
 
 
 def _optional(path: Path, load: Callable[[Path], T], broken: list[Broken]) -> T | None:
-    if not path.exists():
-        return None
     try:
+        if not exists(path):
+            return None
         return load(path)
     except UserError as error:
         broken.append(Broken(file=path.name, reason=_short(error, path)))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from engines.files.reading import exists
 from harness.cli.options import (
     CriteriaFlag,
     Emulate,
@@ -82,7 +83,7 @@ def poc(
     notes.print(machine_table(ready.machine))
     notes.print(plans_table(ready.shape, ready.job, ready.machine, ready.plans))
     notes.print(why_first(ready.plans), markup=False)
-    if criteria is None and not ready.in_use and not (folder / "criteria.toml").exists():
+    if criteria is None and not ready.in_use and not exists(folder / "criteria.toml"):
         write_whole(folder / "criteria.toml", init_text())
     runs = measure_seen(ready, sweep)
     verdict = write_report(folder, on_broken=note_left_out)

@@ -5,11 +5,12 @@ Nothing here measures, plans or lays out a table.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cached_property
 from typing import Annotated, Any, TextIO, cast
 
@@ -20,6 +21,7 @@ import typer.main
 from engines.errors import UserError
 from harness import __version__
 from harness.cli.by_name import by_name
+from harness.signals import INTERRUPTED, interrupt, no_core_dumps, on_first_signal
 
 PROGRAM = "lspzo-bench"
 
@@ -142,15 +144,25 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    """Entry point: a user's mistake is one line on stderr and exit code 2; a signal is exit code 130."""
+    _open_standard_streams()
+    no_core_dumps()
+    stdout, stderr = sys.stdout, sys.stderr
     try:
-        with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+        with (
+            redirect_stdout(cast(TextIO, _Stdout(stdout))),
+            redirect_stderr(cast(TextIO, _Stderr(stderr))),
+            on_first_signal(interrupt),
+        ):
             code = app(prog_name=PROGRAM, standalone_mode=False)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        if isinstance(error, _CannotPrint):  # nor could Python, at its end, what is left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _Stderr(stderr).write(f"error: {error}\n")
+        if isinstance(error, _CannotPrint) and stdout is not None:
+            # Nor could Python, at its end, what is left.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except _USAGE_ERROR as error:
         if told := _told(error):  # else there were no arguments, and the help has been printed
             sys.stderr.write(f"error: {told}\n")
@@ -169,6 +181,38 @@ def _told(error: Any) -> str:
     return str(UserError(command, message[0].lower() + message[1:], f"see '{command} --help'"))
 
 
+def _open_standard_streams() -> None:
+    """Gives the numbers of standard streams that were closed to nothing: else the next file to be opened
+    would get one, and what is printed would go there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+class _Stderr:
+    """Standard error that is written to as long as it goes: after a lost connection there is nobody to tell,
+    and what is being saved then must be."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if self._stream is not None:
+                self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream or io.StringIO(), name)
+
+
 class _CannotPrint(UserError):
     """Standard output cannot be written."""
 
@@ -177,19 +221,26 @@ class _Stdout:
     """Standard output whose failure is a `UserError`, but for a reader that has gone: typer ends the program
     then, without a word."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        if self._stream is None:
+            raise _CannotPrint("standard output", "is closed", "leave it open, or send it to a file")
         with self._failures_told():
-            return self._stream.write(text)
+            try:
+                return self._stream.write(text)
+            except UnicodeEncodeError:  # of a terminal that knows few letters, or a name that is no text
+                encoding = self._stream.encoding
+                return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
         with self._failures_told():
-            self._stream.flush()
+            if self._stream is not None:
+                self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self._stream or io.StringIO(), name)
 
     @contextmanager
     def _failures_told(self) -> Iterator[None]:

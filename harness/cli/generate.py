@@ -15,6 +15,7 @@ import typer
 from engines import generating_engines
 from engines.decoding import Sampling
 from engines.errors import UserError
+from engines.files.reading import read_text
 from engines.settings.parse import defaults
 from harness.cli.options import (
     BatchSize,
@@ -146,7 +147,7 @@ def generate(
     texts = read_prompts(prompts or [], prompts_file)
 
     from harness.training.generate import Wanted, generate_from_model, generate_from_run
-    from harness.training.train import read_run
+    from harness.training.run_folder import read_run
 
     wanted = Wanted(prompts=texts, max_new_tokens=max_new_tokens, sampling=sampling)
     with Progress(quiet) as progress:
@@ -181,10 +182,10 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     if given:
         raise UserError("--prompts", "there are prompts as arguments too", "give one or the other")
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(file) == "-" else read_text(file, "file of prompts")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(str(file), f"cannot be read ({reason})", "name a text file") from None
+        raise UserError("stdin", f"cannot be read ({reason})", "give text in UTF-8") from None
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(str(file), "holds no prompt", "write one in each line")

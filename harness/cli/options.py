@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from engines import public_engines
+from engines import default_engines, public_engines
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.data.reading.columns import parse_columns
 from harness.records.job import HeadChoice, Job, Padding, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
@@ -134,7 +135,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Engines = Annotated[
     str | None,
-    typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
+    typer.Option(
+        "--engines",
+        "--engine",
+        help=f"Comma-separated, or all; see `lspzo-bench engines`. [default: {','.join(default_engines())}]",
+    ),
 ]
 Profile = Annotated[
     Path | None,
@@ -235,7 +240,8 @@ class JobFlags:
             values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
             for each in left_out(self._assignments, engines):
                 typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
-        if "name" not in values.setdefault("model", {}):
+        model = values.setdefault("model", {})
+        if isinstance(model, dict) and "name" not in model:
             raise UserError(
                 "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
             )
@@ -312,6 +318,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def engine_names(engines: str | None) -> list[str]:
     public = public_engines()
     if engines is None:
+        return list(default_engines())
+    if engines.strip() == "all":
         return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:
@@ -332,7 +340,7 @@ def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Pat
         raise UserError("--resume", "does not say what to go on with", "name the folder with --out")
     stem = f"{what}_{Path(model).name}"
     number = 1
-    while (folder := Path("out") / f"{stem}_{number:03d}").exists():
+    while exists(folder := Path("out") / f"{stem}_{number:03d}"):
         number += 1
     return folder
 

@@ -19,7 +19,7 @@ from harness.data.chat_tokens import chat_table
 from harness.data.examples import examples_of
 from harness.data.lengths import epoch_order, padded_length
 from harness.data.reading.files import BadRecord
-from harness.data.reading.read import check_bad, summary_of
+from harness.data.reading.read import check_bad, told_bad
 from harness.data.records import Examples
 from harness.data.token_tables import (
     TokenTable,
@@ -71,8 +71,9 @@ class Data:
         real = computed = 0
         for step in range(steps):
             for batch in self.step_batches(step):
-                computed += batch.num_tokens
-                real += batch.real_tokens
+                ids = batch.inputs["input_ids"]
+                computed += ids.numel()
+                real += int(batch.inputs.get("attention_mask", torch.ones_like(ids)).sum())
         return 1 - real / computed if computed else 0.0
 
     def describe(self) -> str:
@@ -144,7 +145,7 @@ def _left_out(
     for source, records, rows in parts:
         check_bad(source, records, len(rows), job.data)
         if records:
-            told = summary_of(records)
+            told = told_bad(records)
             yield f"{Path(source).name}: {told.count:,} left out, the first in {told.first}"
 
 

@@ -7,7 +7,6 @@ forms turn it into a `ModelShape`, so that a 175B model can be planned for on a 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import UserError
+from engines.files.reading import exists, expanded, is_folder, read_json
 from engines.shapes import ModelShape
 from harness.models.closed_forms import shape_of_config
+from harness.models.refusals import no_config, refuse_what_is_not_trained
 from harness.records.job import ModelSource
+
+MOST_CONFIG_BYTES = 16 * 2**20
 
 ENCODERS = ("bert", "roberta")
 """Families with a closed form that classify; the others generate."""
@@ -230,36 +233,51 @@ def local_folder(source: ModelSource) -> Path | None:
 
     Raises `UserError` if it names a file.
     """
-    path = Path(source.name).expanduser()
-    if source.name in NAMED_SHAPES or not path.exists():
+    if source.name in NAMED_SHAPES:
         return None
-    if not path.is_dir():
+    path = expanded(source.name)
+    if not exists(path):
+        return None
+    if not is_folder(path):
         raise UserError(f"model '{source.name}'", "is a file", "name the folder that holds config.json")
     return path
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model '{name}'", "the folder is not a model: it holds no config.json", "check the path"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"model '{name}'", f"config.json cannot be read ({error.strerror})", "check its permissions"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"model '{name}'", f"config.json is not valid JSON ({error})", "restore the file"
-        ) from None
+    if not exists(path):
+        raise no_config(name, path.parent)
+    config = _plain(read_json(path, "configuration", MOST_CONFIG_BYTES))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
             f"model '{name}'",
             "config.json names no model_type, so it is not a transformers model",
             "check the path",
         )
+    for key, most in _MOST.items():
+        if isinstance(config.get(key), int) and not -1 <= config[key] <= most:
+            raise UserError(
+                f"model '{name}'",
+                f"config.json has {key} = {config[key]}, above {most}",
+                "correct config.json",
+            )
+    refuse_what_is_not_trained(config, name, path.parent)
     return config
+
+
+def _plain(value: Any) -> Any:
+    """Infinity as transformers writes it is a number."""
+    if isinstance(value, dict):
+        infinite = value.keys() == {"__float__"}
+        return float(value["__float__"]) if infinite else {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+_MOST = {
+    "num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000, "vocab_size": 10**8,
+    "max_position_embeddings": 10**9, "n_positions": 10**9, "hidden_size": 10**7, "n_embd": 10**7,
+    "num_experts": 10**5, "num_local_experts": 10**5, "num_labels": 10**6,
+}  # fmt: skip
+"""Many times what any model has. One of more parts would be built for hours, even without its weights."""
 
 
 def _hub_config(hub_id: str) -> Path:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from engines.errors import UserError
-from profiles.documents import ELSEWHERE
+from engines.files.checksums import write_sums
+from engines.files.reading import exists, is_folder, names_in
+from engines.files.writing import ELSEWHERE, whole_folder
 
 SHARD_BYTES = 2 * 10**9
 
@@ -38,31 +38,28 @@ def write_model(
     `RuntimeError` if the weights are not those `expected` (a defect of an engine).
     """
     refuse_in_use(folder, "name another place")
-    temporary: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        config.save_pretrained(temporary)
-        if config.architectures and not config.architectures[0].endswith("ForSequenceClassification"):
-            GenerationConfig.from_model_config(config).save_pretrained(temporary)
-        _write_shards(temporary, _checked(weights, expected), buffers, dtype, shard_bytes)
-        for path in extra_files:
-            shutil.copyfile(path, temporary / path.name)
-        temporary.chmod(0o755)
-        # On POSIX this takes the place of an empty folder.
-        os.replace(temporary, folder)
-        temporary = None
+        with whole_folder(folder) as writing:
+            config.save_pretrained(writing)
+            if config.architectures and not config.architectures[0].endswith("ForSequenceClassification"):
+                GenerationConfig.from_model_config(config).save_pretrained(writing)
+            _write_shards(writing, _checked(weights, expected), buffers, dtype, shard_bytes)
+            for path in extra_files:
+                shutil.copyfile(path, writing / path.name)
+            write_sums(writing)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(str(folder), f"the model cannot be written ({reason})", ELSEWHERE) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether `folder` is a file, or holds one. Raises `UserError` if that cannot be read."""
+    return exists(folder) and (not is_folder(folder) or bool(names_in(folder)))
 
 
 def refuse_in_use(folder: Path, remedy: str) -> None:
     """Raises `UserError` if `folder` is a file or holds something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if holds_something(folder):
         raise UserError(str(folder), "exists and is not an empty folder", remedy)
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.base import StoredTensor
 from engines.errors import UserError
+from engines.files.reading import exists, open_file, read_json
 from engines.model.blocks import TORCH_DTYPE
 from engines.shapes import Dtype
 from harness.models.configs import local_folder
@@ -36,7 +38,7 @@ def stored_tensors(source: ModelSource, model: nn.Module, body: str) -> dict[str
         return None
     try:
         stored = {key: tensor for path in _files(folder) for key, tensor in _tensors(path)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None  # transformers will say what is wrong with it
     found: dict[str, StoredTensor] = {}
     for name, parameter in model.named_parameters():
@@ -48,27 +50,52 @@ def stored_tensors(source: ModelSource, model: nn.Module, body: str) -> dict[str
     return found if len({tensor.dtype for tensor in found.values()}) == 1 else None
 
 
+def what_is_wrong(source: ModelSource) -> str:
+    """Of weights that transformers could not load: the first file that is missing or broken."""
+    folder = local_folder(source)
+    if folder is None:
+        return "its files in the hub cache are not whole, or not safetensors"
+    try:
+        files = _files(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{INDEX} cannot be read"
+    for path in files:
+        try:
+            for _ in _tensors(path):
+                pass
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except KeyError:
+            continue  # of another precision
+        except (OSError, ValueError, TypeError, AttributeError, UnicodeDecodeError):
+            return f"{path.name} is damaged or not whole"
+    return "they are not those of config.json"
+
+
 def _files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).exists():
+    if exists(folder / SINGLE):
         return [folder / SINGLE]
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    if not exists(folder / INDEX):
+        raise ValueError("the folder holds neither")
+    index = read_json(folder / INDEX, "list of weights")
+    names = sorted(set(index["weight_map"].values()))
+    if any("/" in name for name in names):
+        raise ValueError("a file of weights is elsewhere")
+    return [folder / name for name in names]
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Raises `OSError` and `ValueError` for a file that is not whole, `KeyError` for another precision."""
-    with path.open("rb") as file:
+    """Raises `UserError` for what is no regular file, `SafetensorError` for one that the library refuses (cut
+    off, or with tensors that overlap, are short or leave gaps), `KeyError` for another precision."""
+    with open_file(path, "file of weights") as file:
+        with safe_open(path, framework="pt"):
+            pass  # it has read the header, as nothing else would
         size = int.from_bytes(file.read(8), "little")
-        end = path.stat().st_size
-        if size > end:
-            raise ValueError("the header is longer than the file")
         header: dict[str, Any] = json.loads(file.read(size))
     for key, entry in header.items():
         if key == "__metadata__":
             continue
         first, last = entry["data_offsets"]
-        if 8 + size + last > end:
-            raise ValueError("the file is cut off")
         yield (
             key,
             StoredTensor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.models.configs import NAMED_SHAPES, load_config, local_folder
 from harness.records.job import ModelSource
 
@@ -221,21 +223,24 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Tokenizer:
     """
     config = load_config(source)
     folder = local_folder(source)
-    has_none = folder is not None and not any((folder / name).exists() for name in _VOCABULARY_FILES)
+    has_none = folder is not None and not any(exists(folder / name) for name in _VOCABULARY_FILES)
     if source.name in NAMED_SHAPES or has_none:
         return ByteTokenizer(config, vocabulary)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder or source.name), trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    # Whatever a file makes of the libraries, among it panics of their Rust, which are no `Exception`.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if folder is None and source.random_weights:
             return ByteTokenizer(config, vocabulary)
-        reason = str(error).strip().splitlines()[0]
+        package = re.search(r"\b(sentencepiece|tiktoken|protobuf)\b", str(error))
         raise UserError(
             f"model '{source.name}'",
-            f"its tokenizer cannot be loaded ({reason})",
-            "restore its files, or download the model again",
+            f"its tokenizer cannot be loaded ({f'it needs {package[1]}' if package else 'broken files'})",
+            f"pip install {package[1]}" if package else "restore its files, or download the model again",
         ) from None
     return HubTokenizer(tokenizer, config, vocabulary)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo
 
 from engines.errors import UserError
+from engines.files.reading import read_toml
 from engines.settings.given import Documented, GivenSettings, Value
 from engines.settings.parse import defaults, settings_of_document
 from engines.shapes import Dtype, Workload
@@ -162,13 +162,8 @@ def make_job(values: dict[str, Any], origin: str) -> Job:
 
 
 def job_values(path: Path) -> dict[str, Any]:
-    """The fields of a job file, not yet validated. Raises `UserError` if it is not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
+    """The fields of a job file, not yet validated. Raises `UserError` if it cannot be read or is not TOML."""
+    return read_toml(path, "job file")
 
 
 def load_job(path: Path) -> Job:

@@ -15,6 +15,7 @@ from engines import generating_engines
 from engines.costs.decoding import Decoding
 from engines.decoding import Sampling
 from engines.errors import UserError
+from engines.files.reading import exists
 from engines.shapes import ModelShape
 from harness.records.environment import read_environment
 from harness.records.job import Job
@@ -117,6 +118,6 @@ def _next_id(out: Path, wanted: DecodingJob, plan: Plan) -> tuple[str, int]:
     digest = hashlib.sha256(decides.encode("utf-8")).hexdigest()[:8]
     name = f"{plan.engine}-b{wanted.job.batch_size}-{digest}"
     round_ = 1
-    while record_path(out, f"{name}-r{round_}", "decode").exists():
+    while exists(record_path(out, f"{name}-r{round_}", "decode")):
         round_ += 1
     return f"{name}-r{round_}", round_

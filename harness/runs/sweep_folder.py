@@ -5,22 +5,25 @@ refused. Imports no torch.
 from __future__ import annotations
 
 import hashlib
-import tomllib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engines.errors import UserError
+from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes, read_text
+from engines.files.writing import is_leftover
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
+from harness.runs.launch import WORK
 from profiles.documents import NewerDocument, write_whole
 from profiles.planning.plan import Plan, load_plans, save_plans
 
-WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml"})
+WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml", WORK})
 """Files that may lie in a new folder for results."""
 
 
@@ -37,7 +40,7 @@ def check_folder(out: Path, *, resume: bool) -> bool:
 def _entries(out: Path) -> set[str]:
     """Names in `out` that say it is in use."""
     try:
-        return {path.name for path in out.iterdir()} - WRITTEN_BEFORE
+        return {name for name in os.listdir(out) if not is_leftover(name)} - WRITTEN_BEFORE
     except FileNotFoundError:
         return set()
     except NotADirectoryError:
@@ -46,6 +49,9 @@ def _entries(out: Path) -> set[str]:
         raise UserError(
             str(out), "this folder may not be read", "change its permissions or name another --out"
         ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(str(out), f"cannot be read ({reason})", "name another --out") from None
 
 
 def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]]:
@@ -54,7 +60,7 @@ def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]
 
     Raises `UserError` if `out` holds no comparison, or one of another job.
     """
-    if not (out / "job.toml").exists():
+    if not exists(out / "job.toml"):
         raise UserError(str(out), "holds no comparison to resume (no job.toml)", "name another --out")
     begun = load_job(out / "job.toml")
     before, now = (dumped_job(replace(each, settings=typed_settings(each.settings))) for each in (begun, job))
@@ -76,14 +82,14 @@ def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]
 
 def _earlier_plans(out: Path) -> tuple[Plan, ...]:
     path = out / "plans.json"
-    if not path.exists():  # killed before it was written, so before the first run
+    if not exists(path):  # killed before it was written, so before the first run
         return ()
     return load_plans(path)
 
 
 def write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
     """Say in `out` what is compared. job.toml first: its presence says that the folder holds a comparison."""
-    if not (out / "job.toml").exists():
+    if not exists(out / "job.toml"):
         save_job(job, out / "job.toml")
     engines = {plan.engine for plan in plans}
     others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
@@ -98,9 +104,9 @@ def settle_criteria(criteria: Path | None, out: Path) -> str | None:
     kept = out / "criteria.toml"
     if criteria is not None:
         text = _read_criteria(criteria)
-        if kept.exists():
+        if exists(kept):
             earlier = _read_criteria(kept)
-            changed = _first_difference(tomllib.loads(earlier), tomllib.loads(text))
+            changed = _first_difference(parse_toml(earlier, str(kept)), parse_toml(text, str(criteria)))
             if changed is not None:
                 field, before, now = changed
                 raise UserError(
@@ -108,7 +114,7 @@ def settle_criteria(criteria: Path | None, out: Path) -> str | None:
                     f"differs from {kept} in '{field}' (was {before}, is now {now})",
                     "criteria are written down before measuring: name another --out to start anew",
                 )
-        elif (out / "job.toml").exists():
+        elif exists(out / "job.toml"):
             raise UserError(
                 str(criteria),
                 "the earlier runs were made without criteria",
@@ -116,19 +122,14 @@ def settle_criteria(criteria: Path | None, out: Path) -> str | None:
             )
         else:
             write_whole(kept, text)
-    if not kept.exists():
+    if not exists(kept):
         return None
-    return hashlib.sha256(kept.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(kept, "criteria file", MOST_SETTINGS_BYTES)).hexdigest()
 
 
 def _read_criteria(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-        tomllib.loads(text)
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"is not valid TOML ({error})", "mend the file") from None
+    text = read_text(path, "criteria file", MOST_SETTINGS_BYTES)
+    parse_toml(text, str(path))
     return text
 
 
@@ -141,7 +142,7 @@ def find_records(run_ids: Iterable[str], out: Path) -> tuple[dict[str, Run], dic
     again: dict[str, str] = {}
     for run_id in run_ids:
         path = record_path(out, run_id)
-        if not path.exists():
+        if not exists(path):
             continue
         try:
             run = load_run(path)

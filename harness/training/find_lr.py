@@ -25,6 +25,7 @@ import torch
 
 from engines.base import Batch
 from engines.errors import NonFiniteLoss, UserError
+from engines.files.reading import exists, is_folder
 from engines.settings.given import GivenSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
@@ -33,7 +34,8 @@ from harness.records.environment import gpu_notes
 from harness.records.job import Job
 from harness.records.presets import LR_SEARCH, LR_SEARCH_STEPS
 from harness.resolve import resolve_shape
-from harness.training.train import LR_FILE, set_up, user_errors
+from harness.training.run_folder import LR_FILE
+from harness.training.train import set_up, user_errors
 from profiles.documents import to_json, write_whole
 
 FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)
@@ -114,7 +116,7 @@ def find_lr(
         raise UserError(
             "--find-lr", "the learning rate in the middle of the grid is 0", "leave it out of --set"
         )
-    if out is not None and out.exists() and not out.is_dir():
+    if out is not None and exists(out) and not is_folder(out):
         raise UserError(str(out), "is not a folder", "name another --out")
     shape = resolve_shape(job)
     for note in gpu_notes():
@@ -163,7 +165,7 @@ def _try(
     steps, rate = min(job.steps, LR_SEARCH_STEPS), settings.learning_rate
     with (
         user_errors(engine_name, job, None),
-        set_up(job, shape, engine_name, settings, progress) as (engine, _),
+        set_up(job, shape, engine_name, settings, progress, sample=data.step_batches(0)[0]) as (engine, _),
     ):
         before = engine.evaluate(evaluated).loss
         if not math.isfinite(before):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 
 from engines.base import Engine, Update
 from engines.errors import UserError
+from engines.files.checksums import check_sums, write_sums
+from engines.files.reading import exists, read_bytes
+from engines.files.writing import settle, sync
 from engines.settings.zeroth_order import MezoSettings
 from harness.progress import Progress
 from harness.records.job import Job
@@ -30,14 +33,18 @@ from harness.training.update_log import (
     UpdateLog,
     cannot_write,
     check_belongs,
+    damaged_copy,
     read_update_log,
     run_digest,
 )
 from profiles.documents import write_whole
 
 LOSS_LOG, UPDATE_LOG, CHECKPOINTS = "log.jsonl", "updates.log", "checkpoints"
+WRITING = "writing"
+"""Below the checkpoints: the one that is not yet whole."""
 REPLACED = "-replaced"
 """Ends the name of a checkpoint whose place another of the same step is about to take."""
+_NAME = re.compile(rf"step-\d{{8,19}}({REPLACED})?")
 SAMPLES = 1024
 """About as many elements of each tensor go into the fingerprint of the weights."""
 
@@ -51,7 +58,7 @@ class ReplayingEngine(Engine, Protocol):
 
 def newest_checkpoint(out: Path) -> Path | None:
     """That of the greatest step, and one that is being replaced only if nothing has taken its place."""
-    found = (out / CHECKPOINTS).glob("step-*")
+    found = (path for path in (out / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(path.name))
     return max(found, key=lambda path: (step_of(path), not path.name.endswith(REPLACED)), default=None)
 
 
@@ -66,18 +73,19 @@ def write_checkpoint(engine: Engine, out: Path, step: int) -> None:
     Raises `UserError` if it cannot be written; the old one stays.
     """
     folder = out / CHECKPOINTS
-    temporary, final = folder / "writing", folder / f"step-{step:08d}"
+    temporary, final = folder / WRITING, folder / f"step-{step:08d}"
     replaced = final.with_name(final.name + REPLACED)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         engine.save(temporary)
-        for path in temporary.iterdir():
-            _sync(path)
+        write_sums(temporary)
+        settle(temporary)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)  # what a kill in the loop below left of it
             final.rename(replaced)
         temporary.rename(final)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise cannot_write(final, error) from None
@@ -87,17 +95,33 @@ def write_checkpoint(engine: Engine, out: Path, step: int) -> None:
 
 
 def load_newest(engine: Engine, out: Path) -> Path | None:
-    """Load the newest checkpoint of a run, which may be going on; `None` without one."""
+    """Load the newest checkpoint of a run, which may be going on; `None` without one.
+
+    Raises `UserError` if it is damaged, before `engine` holds any of it, or not one of this engine.
+    """
     while True:
         checkpoint = newest_checkpoint(out)
         if checkpoint is None:
             return None
         try:
+            check_sums(checkpoint, "restore it, or delete it to go on from what else there is")
             engine.load(checkpoint)
             return checkpoint
-        except (OSError, UserError, SafetensorError):
-            if newest_checkpoint(out) == checkpoint:
-                raise  # else the run has put a newer one in its place
+        except (
+            OSError,
+            UserError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            if newest_checkpoint(out) != checkpoint:
+                continue  # the run has put a newer one in its place
+            if isinstance(error, UserError):
+                raise
+            why = f"cannot be read ({type(error).__name__}: {error})"
+            raise UserError(str(checkpoint), why, "restore it, or delete it") from None
 
 
 def start(
@@ -128,7 +152,7 @@ def resume(
     Raises `UserError` if the log belongs to another run, is in use, or does not reach what is there.
     """
     log = contents = None
-    if isinstance(settings, MezoSettings) and (out / UPDATE_LOG).exists():
+    if isinstance(settings, MezoSettings) and exists(out / UPDATE_LOG):
         log, contents = UpdateLog.reopen(out / UPDATE_LOG)
         check_belongs(contents, job, settings, log.path)
     try:
@@ -136,7 +160,12 @@ def resume(
         step = step_of(checkpoint)
         if contents is not None and log is not None:
             step = catch_up(engine, num_tensors, contents, checkpoint, out, progress)
-            if contents.torn_bytes:
+            if contents.damaged:
+                progress.print(
+                    f"{log.path} is damaged behind step {contents.end_step}: the steps after it are taken "
+                    f"again; the file as it was is {damaged_copy(log.path).name}"
+                )
+            elif contents.torn_bytes:
                 progress.print(f"cut off {contents.torn_bytes} bytes at the end of {log.path}: not whole")
         if contents is None or contents.end_step < step:
             # A run of before there were logs, or a log that was lost: all of it is in the checkpoint.
@@ -206,7 +235,7 @@ def fingerprint(engine: Engine, num_tensors: int, progress: Progress) -> bytes:
 def history_of(out: Path) -> list[Point]:
     """Loss and update of each step in a run's logs, as far as they go."""
     updates: dict[int, tuple[Update, ...]] = {}
-    if (out / UPDATE_LOG).exists():
+    if exists(out / UPDATE_LOG):
         contents = read_update_log(out / UPDATE_LOG)
         for update in contents.updates(contents.origin.start_step):
             updates[update.step] = (*updates.get(update.step, ()), update)
@@ -230,25 +259,19 @@ def _cut_loss_log(path: Path, step: int) -> None:
         for line, values in _lines(path)
         if step and (values["step"] < step or (values["step"] == step and "eval_loss" not in values))
     ]
-    if path.exists():
+    if exists(path):
         write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of `log.jsonl` and their values, to the end or to one that a killed run left unfinished."""
-    if not path.exists():
+    """Lines of `log.jsonl` and their values, without those that a kill cut off or that are damaged."""
+    if not exists(path):
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path, "log").decode("utf-8", "replace").splitlines():
         try:
-            yield line, json.loads(line)
-        except ValueError:
-            return
-
-
-def _sync(path: Path) -> None:
-    """To the disk, or a power cut after the rename would leave an empty file under a final name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        sound = isinstance(values, dict) and type(values.get("step")) is int
+        if sound and type(values.get("loss", 0.0)) in (int, float):
+            yield line, values

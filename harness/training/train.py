@@ -1,11 +1,6 @@
 """Fine-tune for real with one engine, and export a Hugging Face folder.
 
-What lies in `<out>`: `job.toml` and `engine.json` (what is trained, and how), `log.jsonl` (a line per
-step, `step` being the number of steps done, and a line per evaluation), `updates.log` of a zeroth-order
-method (`harness.training.update_log`), `checkpoints/` (the newest full one), `model/` (the export), and
-`trace.json` where that was asked for (what each stream did).
-
-Longer than 400 lines: claiming a folder, training in it and reading it back are one promise.
+What lies in `<out>` stands in `harness.training.run_folder`.
 """
 
 from __future__ import annotations
@@ -13,53 +8,46 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from engines import load_engine
 from engines.base import Batch, Context, Engine, TellsTrace
 from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
+from engines.files.checksums import check_sums
+from engines.files.locks import locked_folder
+from engines.files.writing import clear_leftovers
 from engines.model.blocks import TORCH_DTYPE
 from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
-from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
 from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
-from harness.models.export import refuse_in_use
+from harness.models.export import holds_something, refuse_in_use
 from harness.progress import Progress
 from harness.records.environment import gpu_notes
-from harness.records.job import Job, load_job, save_job
-from harness.records.settings import typed_settings
+from harness.records.job import Job
 from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
+from harness.signals import on_first_signal
 from harness.training import restore
-from harness.training.update_log import UpdateLog, cannot_write, check_belongs, read_update_log
-from profiles.documents import check_writable, read_document, to_json, write_whole
-from profiles.planning.plan import EngineSettings
-
-SCHEMA_VERSION = 1
-"""Of engine.json. 1: first version (0.1.0)."""
-
-LR_FILE = "find_lr.json"
-"""What `--find-lr` leaves in a folder, which may then be trained into."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """Which engine trains, with all of its settings."""
-
-    engine: str
-    settings: EngineSettings
-    schema_version: int = SCHEMA_VERSION
+from harness.training.room import check_room
+from harness.training.run_folder import (
+    MODEL,
+    TrainingRun,
+    claim,
+    given_back_if_refused,
+    method_of,
+    read_run,
+    refuse_folder_in_use,
+)
+from harness.training.update_log import UpdateLog, cannot_write, read_update_log, refuse_damaged
+from profiles.documents import check_writable
 
 
 def train(
@@ -75,18 +63,46 @@ def train(
 ) -> Path:
     """Train `job.steps` steps and return the exported folder.
 
-    A run that is resumed takes the same
-    job and engine, keeps its settings, and ends with the same weights as one that was never stopped. The
-    first Ctrl-C ends the step, sees to it that the run can be resumed and raises `KeyboardInterrupt`; a
-    second one does not wait.
+    A run that is resumed takes the same job and engine, keeps its settings, and ends with the same weights as
+    one that was never stopped; one that is finished stays as it is. The first of `harness.signals.ENDING`
+    ends the step, sees to it that the run can be resumed and raises `KeyboardInterrupt`; a second does not
+    wait.
 
-    Raises `UserError` if `out` is in use or cannot be written, the job differs, the engine cannot run
-    here, memory runs out, or the loss is not finite. Checkpoints are kept; a new run that has logged nothing
-    leaves nothing.
+    Raises `UserError` if `out` is in use or cannot be written or has no room for what the run writes, the job
+    differs, the engine cannot run here, memory runs out, or the loss is not finite. Checkpoints are kept; a
+    new run that has logged nothing leaves nothing.
     """
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
-    typed = _claim(job, _method(engine_name, settings.typed), out, resume)
-    with _given_back_if_refused(out, resume):
+    method = method_of(engine_name, settings.typed)
+    refuse_folder_in_use(out, resume)
+    folder = out / MODEL
+    with locked_folder(out):
+        clear_leftovers(out)
+        shutil.rmtree(out / restore.CHECKPOINTS / restore.WRITING, ignore_errors=True)
+        typed = claim(job, method, out, resume)
+        if resume and holds_something(folder):
+            check_sums(folder, f"delete {MODEL}/ there to have it written again")
+            progress.print(f"the run is finished, and its model written; {job.steps} steps were asked for")
+            return folder
+        _train(job, engine_name, shape, typed, out, save_every, resume, progress, trace)
+    _note_if_flat(job, engine_name, out, progress)
+    return folder
+
+
+def _train(
+    job: Job,
+    engine_name: str,
+    shape: ModelShape,
+    typed: Any,
+    out: Path,
+    save_every: int,
+    resume: bool,
+    progress: Progress,
+    trace: bool,
+) -> None:
+    """The steps that are left, and the export, in a folder that is claimed."""
+    with given_back_if_refused(out, resume):
+        check_room(out, shape, job, engine_name, typed, save_every)
         _warn_of_no_compression(typed, shape, progress)
         for note in gpu_notes():
             progress.print(f"note: {note}")
@@ -96,7 +112,10 @@ def train(
         kept = out / TRACE if trace else None
         with (
             user_errors(engine_name, job, out),
-            set_up(job, shape, engine_name, typed, progress, kept) as (engine, blueprint),
+            set_up(job, shape, engine_name, typed, progress, kept, data.step_batches(0)[0]) as (
+                engine,
+                blueprint,
+            ),
         ):
             num_tensors = len(blueprint.parameter_shapes)
             if resume:
@@ -105,12 +124,13 @@ def train(
                 done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
             with closing(updates) if updates is not None else nullcontext():
                 _run_steps(engine, data, job, out, done, save_every, updates, progress)
-            folder = out / "model"
-            if folder.exists():
-                shutil.rmtree(folder)
-            export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
-    _note_if_flat(job, engine_name, out, progress)
-    return folder
+            try:
+                export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], out / MODEL)
+            except UserError:
+                if updates is None and restore.step_of(restore.newest_checkpoint(out)) < job.steps:
+                    # Else the trained weights would end with this process.
+                    restore.write_checkpoint(engine, out, job.steps)
+                raise
 
 
 def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
@@ -126,43 +146,6 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
         export_model(blueprint, engine.weights(), TORCH_DTYPE[run.job.dtype], folder)
     progress.print(f"exported the weights after {step} of {run.job.steps} steps")
     return folder
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingRun:
-    """What the folder of a run holds, so far."""
-
-    out: Path
-    job: Job
-    method: Method
-    settings: Any
-    """Of the engine, typed."""
-    has_log: bool
-    step: int
-    """Steps done."""
-
-
-def read_run(out: Path) -> TrainingRun:
-    """Raises `UserError` if `out` holds no run, or none whose weights can be rebuilt."""
-    if not (out / "job.toml").exists() or not (out / "engine.json").exists():
-        raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
-    job = load_job(out / "job.toml")
-    method = _method_of(out)
-    typed = method.settings.typed
-    has_log = isinstance(typed, MezoSettings) and (out / restore.UPDATE_LOG).exists()
-    step = restore.step_of(restore.newest_checkpoint(out))
-    if has_log:
-        contents = read_update_log(out / restore.UPDATE_LOG)
-        check_belongs(contents, job, typed, out / restore.UPDATE_LOG)
-        step = max(step, contents.end_step)
-    elif restore.newest_checkpoint(out) is None:
-        done = (out / "model").exists()
-        raise UserError(
-            str(out),
-            "holds no checkpoint",
-            f"its finished model is {out / 'model'}" if done else "train with --save-every",
-        )
-    return TrainingRun(out=out, job=job, method=method, settings=typed, has_log=has_log, step=step)
 
 
 @contextmanager
@@ -184,6 +167,7 @@ def rebuilt(
         if run.has_log:
             # Read after the checkpoint was: a run that is going on may have taken both further meanwhile.
             contents = read_update_log(run.out / restore.UPDATE_LOG)
+            refuse_damaged(contents, run.out / restore.UPDATE_LOG)
             num_tensors = len(blueprint.parameter_shapes)
             step = restore.catch_up(engine, num_tensors, contents, checkpoint, run.out, progress)
         yield engine, blueprint, step
@@ -208,10 +192,11 @@ def set_up(
     settings: Any,
     progress: Progress,
     trace: Path | None = None,
+    sample: Batch | None = None,
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
-    """The engine with the weights that the run starts from; at the end its trace is written to `trace`,
-    unless the set-up failed, and it is closed."""
-    blueprint = make_blueprint(job, shape)
+    """The engine with the weights that the run starts from, tried on `sample` beforehand; at the end its
+    trace is written to `trace`, unless the set-up failed, and it is closed."""
+    blueprint = make_blueprint(job, shape, sample)
     engine = load_engine(engine_name)(settings, context_of(job, progress, trace=trace is not None))
     if trace is not None and not isinstance(engine, TellsTrace):
         progress.print(f"note: {engine_name} keeps no trace")
@@ -288,7 +273,8 @@ def _run_steps(
             restore.write_checkpoint(engine, out, step)
 
     path = out / restore.LOSS_LOG
-    with _open_log(path) as log, _StopAfterStep() as stop:
+    stop = _StopAfterStep()
+    with _open_log(path) as log, on_first_signal(stop.ask):
         if done == 0:
             _evaluate(engine, data.evaluation, log, 0, progress)
         for step in range(done, job.steps):
@@ -319,28 +305,13 @@ def _stop(out: Path, step: int, total: int, progress: Progress) -> None:
     raise KeyboardInterrupt
 
 
-class _StopAfterStep(AbstractContextManager["_StopAfterStep"]):
-    """Turns the first Ctrl-C into a question to be asked between steps; the second one interrupts at once.
-
-    Signals come to the main thread only, so in another one it does nothing.
-    """
+class _StopAfterStep:
+    """Whether the run was asked to stop: looked at between steps."""
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> Self:
-        self._before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
+    def ask(self) -> None:
         self.asked = True
 
 
@@ -357,79 +328,6 @@ def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progr
             f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {max(sides)} at most "
             "on their smaller side; set a smaller one with --set d=..., or give --profile"
         )
-
-
-def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
-    """Take `out` for this run, or check that it is its own; the settings to train with."""
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(path.name != LR_FILE for path in out.iterdir())):
-            raise UserError(str(out), "is not an empty folder", "name another --out, or add --resume")
-        write_whole(out / "engine.json", to_json(method))
-        save_job(job, out / "job.toml")
-        return method.settings.typed
-    if not (out / "job.toml").exists():
-        raise UserError(str(out), "holds no run to resume", "leave out --resume, or name its --out")
-    earlier = _method_of(out)
-    settings = earlier.settings.typed
-    before = load_job(out / "job.toml")
-    before = replace(before, limits=job.limits, settings=typed_settings(before.settings))
-    switched = earlier.engine != method.engine
-    if switched:
-        settings = carried_over(settings, method.settings.typed)
-        if settings is None:
-            raise UserError(
-                "--resume",
-                f"the earlier engine was {earlier.engine}, not {method.engine}",
-                "give the same flags",
-            )
-        before = replace(before, settings=job.settings)
-    changed = [field.name for field in fields(Job) if getattr(before, field.name) != getattr(job, field.name)]
-    if changed:
-        raise UserError(
-            "--resume",
-            f"the job differs from the earlier one in {', '.join(changed)}",
-            "give the same flags, or name another --out",
-        )
-    path = out / restore.UPDATE_LOG
-    if isinstance(settings, MezoSettings) and path.exists():
-        check_belongs(read_update_log(path), job, settings, path)
-    if switched:
-        save_job(job, out / "job.toml")
-        write_whole(out / "engine.json", to_json(_method(method.engine, settings)))
-    return settings
-
-
-@contextmanager
-def _given_back_if_refused(out: Path, resume: bool) -> Iterator[None]:
-    """Takes back what a new run has written if a `UserError` ends it before there is a line in its log: the
-    corrected command may then name the same folder."""
-    try:
-        yield
-    except UserError:
-        log = out / restore.LOSS_LOG
-        if not resume and not (log.exists() and log.stat().st_size):
-            for name in ("engine.json", "job.toml", restore.LOSS_LOG, restore.UPDATE_LOG, TRACE):
-                (out / name).unlink(missing_ok=True)
-        raise
-
-
-def _method(engine: str, settings: Any) -> Method:
-    """With the typed `settings` as all that there are."""
-    return Method(engine=engine, settings=GivenSettings(asdict(settings), settings))
-
-
-def carried_over(earlier: Any, new: Any) -> Any:
-    """Settings with which the engine of `new` takes the same steps as one with the settings `earlier` did:
-    those of MeZO are kept, those that only say where things lie are its own. `None` if it is another
-    algorithm.
-    """
-    if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
-        return None
-    return replace(new, **earlier.decides_updates)
-
-
-def _method_of(out: Path) -> Method:
-    return read_document(out / "engine.json", Method, SCHEMA_VERSION, "record of a training run")
 
 
 def _note_if_flat(job: Job, engine_name: str, out: Path, progress: Progress) -> None:

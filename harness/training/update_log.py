@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ from typing import Self
 
 from engines.base import Update
 from engines.errors import UserError
+from engines.files.reading import read_bytes
+from engines.files.writing import unwritable, write_whole
 from engines.settings.zeroth_order import MOST_FOLD_EVERY, MezoSettings
 from harness.records.job import Job
 from profiles.documents import adapter
@@ -44,6 +45,9 @@ VERSION = 2
 _HEADER = struct.Struct("<8sIIQ32s32sI")
 _RECORD = struct.Struct("<Iddd")
 _CRC = struct.Struct("<I")
+GO_ON = "free space, then go on with --resume"
+MOST_LOG_BYTES = 2**34
+"""Half a billion records."""
 HEADER_BYTES = _HEADER.size + _CRC.size
 RECORD_BYTES = _RECORD.size + _CRC.size
 WITHOUT_EFFECT = frozenset({"limits", "settings", "eval_batches", "checkpointing"})
@@ -79,6 +83,8 @@ class Contents:
     """Whole and sound ones of whole steps, end to end."""
     torn_bytes: int
     """Behind the last sound step: a write that was cut off, or damage."""
+    damaged: bool = False
+    """They are no write that was cut off: there is a whole step among them, and it is not sound."""
 
     @property
     def end_step(self) -> int:
@@ -113,32 +119,21 @@ class UpdateLog:
         Raises `UserError` if it cannot be written.
         """
         header = encode_header(origin)
-        temporary: str | None = None
-        try:
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(header)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            temporary = None
-        except OSError as error:
-            raise cannot_write(path, error) from None
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        write_whole(path, header, GO_ON)
         return cls(path, _open_locked(path), _crc_of(header), origin.queries, origin.start_step)
 
     @classmethod
     def reopen(cls, path: Path) -> tuple[Self, Contents]:
-        """The log at `path` with its torn end cut off, and what it holds.
+        """The log at `path` with its torn end cut off, and what it holds. Of a damaged one a copy is kept
+        (`damaged_copy`).
 
         Raises `UserError` if it is no log, cannot be read or written, or another process appends to it.
         """
         file = _open_locked(path)
         try:
             contents = read_update_log(path)
+            if contents.damaged:
+                write_whole(damaged_copy(path), read_bytes(path, "update log", MOST_LOG_BYTES))
             if contents.torn_bytes:
                 file.truncate(HEADER_BYTES + len(contents.records))
         except OSError as error:
@@ -231,10 +226,7 @@ def read_update_log(path: Path) -> Contents:
 
     Raises `UserError` if it cannot be read or is no log of a version known here.
     """
-    try:
-        return decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    return decode(read_bytes(path, "update log", MOST_LOG_BYTES), str(path))
 
 
 def decode(content: bytes, name: str) -> Contents:
@@ -258,7 +250,31 @@ def decode(content: bytes, name: str) -> Contents:
     while _is_sound(content[end : end + RECORD_BYTES], crc, draw):
         end, draw = end + RECORD_BYTES, draw + 1
     end -= (end - HEADER_BYTES) % origin.step_bytes
-    return Contents(origin=origin, records=content[HEADER_BYTES:end], torn_bytes=len(content) - end)
+    rest = content[end:]
+    return Contents(
+        origin=origin,
+        records=content[HEADER_BYTES:end],
+        torn_bytes=len(rest),
+        # A kill cuts off less than a step, and after a power cut there may be zeros for what was not yet on
+        # the disk.
+        damaged=len(rest) >= origin.step_bytes and any(rest),
+    )
+
+
+def refuse_damaged(contents: Contents, path: Path) -> None:
+    """Raises `UserError` if steps that were done cannot be read: what is made of the others would pass for
+    the run's last weights."""
+    if contents.damaged:
+        raise UserError(
+            str(path),
+            f"is damaged behind step {contents.end_step}",
+            "restore it, or take those steps again with 'lspzo-bench run --resume'",
+        )
+
+
+def damaged_copy(path: Path) -> Path:
+    """Where `UpdateLog.reopen` keeps a damaged log as it was."""
+    return path.with_name(f"{path.name}.damaged")
 
 
 def check_belongs(contents: Contents, job: Job, settings: MezoSettings, path: Path) -> None:
@@ -273,8 +289,7 @@ def check_belongs(contents: Contents, job: Job, settings: MezoSettings, path: Pa
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return UserError(str(path), f"cannot be written ({reason})", "free space, then go on with --resume")
+    return unwritable(path, error, GO_ON)
 
 
 def _is_sound(record: bytes, header_crc: int, draw: int) -> bool:

@@ -89,7 +89,7 @@ def test_repeated_ids_missing_file_and_folder(tmp_path: Path) -> None:
         parse_criteria((GOOD + GOOD.replace("schema_version = 1", "")).encode(), "x")
     with pytest.raises(UserError, match="criteria init"):
         load_criteria(tmp_path / "none.toml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         load_criteria(tmp_path)
     with pytest.raises(UserError, match="not valid TOML"):
         parse_criteria(b"\xff\xfe", "x")

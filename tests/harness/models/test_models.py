@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from engines.errors import UserError
+from engines.files.checksums import SUMS
 from engines.model.blocks import find_blocks, materialize
 from engines.subspace.cores import IdleMatrixWarning
 from harness.data.batches import make_data
@@ -57,6 +58,7 @@ def filled(blueprint: ModelBlueprint, names: list[str] | None = None) -> dict[st
 def config_folder(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / SUMS).unlink(missing_ok=True)
     return str(folder)
 
 
@@ -230,12 +232,17 @@ def test_a_huge_shape_is_built_without_memory() -> None:
     assert len(find_blocks(blueprint.model)[1]) == 96
 
 
-def test_unset_buffers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_that_no_initialisation_sets_come_from_a_second_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = AutoConfig.for_model(**NAMED_SHAPES["tiny-llama"].config)
-    model = type(build_on_meta(config, "causal_lm").base_model)
-    monkeypatch.setattr(model, "_init_weights", lambda self, module: None)
-    with pytest.raises(RuntimeError, match="inv_freq are not known"):
-        build_on_meta(config, "causal_lm")
+    usual = build_on_meta(config, "causal_lm")
+    monkeypatch.setattr(type(usual.base_model), "_init_weights", lambda self, module: None)
+    made = build_on_meta(config, "causal_lm")
+    assert all(parameter.is_meta for parameter in made.parameters())
+    assert dict(usual.named_buffers()).keys() == dict(made.named_buffers()).keys()
+    for (name, one), (_, other) in zip(usual.named_buffers(), made.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -386,6 +393,9 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     source = Path(exported(tmp_path / "two", "tiny-roberta"))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(UserError, match=r"config.json: is damaged.*delete SHA256SUMS"):
+        blueprint_of(str(source), random_weights=False)
+    (source / SUMS).unlink()
     with pytest.raises(UserError, match=r"lacks \d+ weights, roberta.encoder.layer.3"):
         blueprint_of(str(source), random_weights=False)
     (source / "model.safetensors").write_bytes(b"torn")
@@ -447,6 +457,7 @@ def test_other_checkpoints_go_the_way_of_transformers(change: str, tmp_path: Pat
     else:  # as the body alone is published: this is understood
         body = {key.removeprefix("model."): value for key, value in tensors.items()}
         save_file(body, file, {"format": "pt"})
+        (source / SUMS).unlink()  # it says what the export was
         assert stored() is not None
         for path, value in filled(blueprint_of(str(source), random_weights=False)).items():
             assert torch.equal(value, tensors[path])

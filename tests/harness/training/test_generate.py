@@ -18,6 +18,7 @@ from train_runs import Killed, die_at, run, tiny_job
 from transformers import AutoModelForCausalLM
 
 from engines.errors import UserError
+from engines.files.checksums import SUMS
 from harness.cli import app
 from harness.models.configs import NAMED_SHAPES
 from harness.models.tokenizers import ByteTokenizer, load_tokenizer
@@ -171,6 +172,7 @@ def test_a_text_ends_where_the_model_ends_it(call: Call, model: Path, tmp_path: 
         (folder / path.name).symlink_to(path)
     config = json.loads((model / "config.json").read_text())
     (folder / "config.json").unlink()
+    (folder / SUMS).unlink()
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, whole[3]]}))
     done = call(PROMPTS[0], "--model", folder, *FP32, "--json")
     (told,) = json.loads(done.out)["continuations"]
@@ -211,7 +213,7 @@ RANDOM = ("--random-weights", "--dtype", "fp32")
         (("x", "--model", "tiny-opt", "--run", "there"), "give either --model or --run"),
         (("--model", "tiny-opt", *RANDOM), "there is no prompt"),
         (("x", "--prompts", "file", "--model", "tiny-opt"), "there are prompts as arguments too"),
-        (("--prompts", "none.txt", "--model", "tiny-opt"), "none.txt: cannot be read (No such file"),
+        (("--prompts", "none.txt", "--model", "tiny-opt"), "none.txt: there is no such file of prompts"),
         (("--prompts", "-", "--model", "tiny-opt"), "-: holds no prompt; write one in each line"),
         (("x", "--model", "tiny-roberta", *RANDOM), "has a head for classification, and generates no text"),
         (("x", "--model", "tiny-opt", *RANDOM, "--engine", "native"), "does not generate; use zo2 or mezo"),

@@ -210,9 +210,10 @@ def test_steps_are_consecutive(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        UpdateLog.create(tmp_path / "none" / "updates.log", ORIGIN)
-    with pytest.raises(UserError, match="cannot be read"):
+        UpdateLog.create(tmp_path / "file" / "updates.log", ORIGIN)
+    with pytest.raises(UserError, match="there is no such update log"):
         read_update_log(tmp_path / "updates.log")
 
 

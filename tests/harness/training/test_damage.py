@@ -1,0 +1,280 @@
+"""Damage is found before anything is made of it, and no failure or kill costs what was finished."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_runs import Killed, assert_same_weights, die_at, log_of, run, tiny_job, weights_of
+
+from engines.errors import UserError
+from engines.files.checksums import SUMS
+from engines.files.writing import TEMPORARY
+from harness.progress import Progress
+from harness.runs import worker
+from harness.training import room
+from harness.training import train as module
+from harness.training.run_folder import read_run
+from harness.training.train import export_run
+from harness.training.update_log import HEADER_BYTES, RECORD_BYTES, damaged_copy, read_update_log
+from profiles.system.cgroup import UsableCores
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+def export(out: Path) -> Path:
+    return export_run(out, out / "exported", Progress(quiet=True))
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, out: Path, engine: str, steps: int, **more: Any) -> None:
+    with monkeypatch.context() as patch:
+        die_at(patch, engine, steps)
+        with pytest.raises(Killed):
+            run(out, engine, **more)
+
+
+# --- a finished run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_a_finished_run_says_so_and_keeps_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: int
+) -> None:
+    out = tmp_path / "out"
+    model = run(out, save_every=save_every)
+    before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
+    monkeypatch.setattr(module, "export_model", None)  # nothing may be written
+    monkeypatch.setattr(module, "make_data", None)
+    assert run(out, save_every=save_every, resume=True) == model
+    assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
+
+
+def test_a_finished_model_that_is_damaged_is_no_finished_model(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = run(out, save_every=2)
+    weights = {name: tensor.clone() for name, tensor in weights_of(model).items()}
+    flip(model / "model.safetensors", 5000)
+    with pytest.raises(UserError, match=r"is damaged.*delete model/ there"):
+        run(out, resume=True)
+    shutil.rmtree(model)
+    again = weights_of(run(out, resume=True))
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_model_whose_export_was_killed_is_exported_on_resume(tmp_path: Path) -> None:
+    """What the kill left is cleared."""
+    whole = run(tmp_path / "whole", "mezo")
+    out = tmp_path / "out"
+    run(out, "mezo")
+    (out / "model").rename(out / f"{TEMPORARY}0123")
+    (out / ".model.ab12cd34").mkdir()  # as earlier versions called it
+    assert_same_weights(whole, run(out, "mezo", resume=True))
+    assert {path.name for path in out.iterdir()} == {
+        "engine.json",
+        "job.toml",
+        "log.jsonl",
+        "model",
+        "updates.log",
+    }
+
+
+# --- bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["native", "lsp", "zo2"])
+def test_a_bit_flipped_in_a_checkpoint_is_found_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    """In every file of it, at its ends and in twenty places between."""
+    out = tmp_path / "out"
+    killed(monkeypatch, out, engine, 5, save_every=4)
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    for path in sorted(checkpoint.iterdir()):
+        size, sound = path.stat().st_size, path.read_bytes()
+        for position in {0, size - 1, *range(0, size, max(1, size // 20))}:
+            flip(path, position)
+            with pytest.raises(
+                UserError, match=r"is damaged|is missing|is not a list of checksums|is not UTF-8"
+            ):
+                module.restore.load_newest(None, out)  # type: ignore[arg-type]  # what is loaded has no say
+            path.write_bytes(sound)
+    before = log_of(out)
+    flip(next(checkpoint.glob("*.safetensors")), 3000)
+    for call in (lambda: run(out, engine, resume=True), lambda: export(out)):
+        with pytest.raises(UserError, match="is damaged"):
+            call()
+    assert log_of(out) == before
+
+
+@pytest.mark.parametrize("engine", ["native", "mezo"])
+def test_a_bit_flipped_in_an_export_is_found_before_it_is_trained_on(tmp_path: Path, engine: str) -> None:
+    base = run(tmp_path / "base", "native", tiny_job(steps=1))
+    for path in sorted(base.iterdir()):
+        if path.name in ("generation_config.json", SUMS):  # of the sums only lines of what is read matter
+            continue
+        sound = path.read_bytes()
+        for position in (0, len(sound) // 2, len(sound) - 1):
+            flip(path, position)
+            with pytest.raises(UserError) as caught:
+                run(tmp_path / "out", engine, tiny_job(steps=1, model={"name": str(base)}))
+            assert "\n" not in str(caught.value)
+            path.write_bytes(sound)
+    run(tmp_path / "out", engine, tiny_job(steps=1, model={"name": str(base)}))
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_bit_flipped_in_the_update_log_is_damage_and_no_torn_end(tmp_path: Path, step: int) -> None:
+    """The last record's too: a kill does not leave a whole record that is not sound."""
+    whole = run(tmp_path / "whole", "mezo")
+    out = tmp_path / "out"
+    run(out, "mezo")
+    shutil.rmtree(out / "model")
+    path = out / "updates.log"
+    flip(path, HEADER_BYTES + step * RECORD_BYTES + step)
+    damaged = path.read_bytes()
+    for call in (lambda: export(out), lambda: read_run(out)):
+        with pytest.raises(UserError, match=f"is damaged behind step {step}; .*run --resume"):
+            call()
+    assert path.read_bytes() == damaged
+    assert_same_weights(whole, run(out, "mezo", resume=True))
+    assert damaged_copy(path).read_bytes() == damaged
+    assert path.read_bytes() == (tmp_path / "whole" / "updates.log").read_bytes()
+
+
+def test_zeros_that_a_power_cut_left_are_a_torn_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(out, "mezo")
+    path = out / "updates.log"
+    path.write_bytes(path.read_bytes()[:-RECORD_BYTES] + bytes(3 * RECORD_BYTES))
+    contents = read_update_log(path)
+    assert (contents.end_step, contents.torn_bytes, contents.damaged) == (5, 3 * RECORD_BYTES, False)
+
+
+def test_a_line_of_the_log_that_is_damaged_costs_that_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    killed(monkeypatch, out, "mezo", 4)
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    for bad in (
+        '{"step": 2, "lo',
+        "[" * 10**5,
+        '{"loss": 1}',
+        '{"step": "2", "loss": 1}',
+        '{"step": 2, "loss": []}',
+    ):
+        (out / "log.jsonl").write_text("\n".join([lines[0], bad, *lines[2:]]) + "\n")
+        assert len(module.restore.history_of(out)) == 3
+
+
+# --- writes that fail ---------------------------------------------------------------------------------
+
+
+def limited(bytes_: int) -> Callable[[], None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_that_cannot_save_says_so_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_step(self: Any, batches: Any) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(module.load_engine("native"), "step", no_step)
+    lift = limited(100_000)
+    try:
+        with pytest.raises(UserError, match=r"files may have .* here.*ulimit -f"):
+            run(tmp_path / "out")
+    finally:
+        lift()
+    full = os.statvfs(tmp_path)
+    for field, value in (("f_bavail", 100), ("f_favail", 3)):
+        values = {name: getattr(full, name) for name in ("f_bavail", "f_frsize", "f_files", "f_favail")} | {
+            field: value
+        }
+        monkeypatch.setattr(room.os, "statvfs", lambda path, values=values: type("Full", (), values))
+        with pytest.raises(UserError, match=r"free, the run writes|more files"):
+            run(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["native", "lsp", "mezo"])
+def test_an_export_that_fails_leaves_the_trained_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    whole = run(tmp_path / "whole", engine)
+    out = tmp_path / "out"
+    original = module.export_model
+
+    def cramped(*arguments: Any) -> None:
+        lift = limited(20_000)
+        try:
+            original(*arguments)
+        finally:
+            lift()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "export_model", cramped)
+        with pytest.raises(UserError, match="the model cannot be written"):
+            run(out, engine)
+    assert not [path for path in out.iterdir() if path.name.startswith(TEMPORARY)]
+    with monkeypatch.context() as patch:
+        die_at(patch, engine, 0)  # no step is taken again
+        assert_same_weights(whole, run(out, engine, resume=True))
+
+
+# --- leftovers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "left", [("engine.json",), (f"{TEMPORARY}ab", "engine.json"), (".job.toml.x1y2z3w4", "engine.json")]
+)
+def test_what_a_kill_in_the_first_writes_leaves_is_begun_anew(
+    tmp_path: Path, resume: bool, left: tuple[str, ...]
+) -> None:
+    whole = run(tmp_path / "whole", "mezo")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).write_text("{")
+    assert_same_weights(whole, run(out, "mezo", resume=resume))
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_the_umask_holds_for_all_that_a_run_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        run(tmp_path / "out", "mezo", save_every=2)
+    finally:
+        os.umask(before)
+    found = list((tmp_path / "out").rglob("*"))
+    assert {path.stat().st_mode & 0o077 for path in found} == {0}
+    os.umask(0o027)
+    try:
+        model = run(tmp_path / "shared", "native", tiny_job(steps=1))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in model.iterdir()} == {0o640}
+    assert (model / SUMS).exists()
