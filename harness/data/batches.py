@@ -71,9 +71,8 @@ class Data:
         real = computed = 0
         for step in range(steps):
             for batch in self.step_batches(step):
-                ids = batch.inputs["input_ids"]
-                computed += ids.numel()
-                real += int(batch.inputs.get("attention_mask", torch.ones_like(ids)).sum())
+                computed += batch.inputs["input_ids"].numel()
+                real += batch.real_tokens
         return 1 - real / computed if computed else 0.0
 
     def describe(self) -> str:
