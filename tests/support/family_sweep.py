@@ -24,10 +24,12 @@ from torch import nn
 from engines.base import Batch
 from engines.decoding import GenerationRequest
 from engines.errors import UserError
+from engines.methods.exact_offload import ExactOffload
 from engines.methods.lsp import Lsp
 from engines.methods.mezo import Mezo
 from engines.methods.native import Native
 from engines.methods.zo2 import Zo2
+from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
 from engines.settings.lsp import LspSettings
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
@@ -46,12 +48,13 @@ class Outcome:
 
     native: str
     lsp: str
+    exact_offload: str
     zeroth_order: str
     """Of mezo and zo2, which are equal."""
     generate: str
 
 
-HEADINGS = ("`native`", "`lsp`", "`mezo`, `zo2`", "`generate`")
+HEADINGS = ("`native`", "`lsp`", "`exact-offload`", "`mezo`, `zo2`", "`generate`")
 
 
 def outcome(family: str) -> Outcome:
@@ -62,6 +65,7 @@ def outcome(family: str) -> Outcome:
     return Outcome(
         native=_unless_refused(lambda: _native(made)),
         lsp=_unless_refused(lambda: _lsp(made, reference)),
+        exact_offload=_unless_refused(lambda: _exact_offload(made)),
         zeroth_order=_unless_refused(lambda: _zeroth_order(made, reference)),
         generate=_unless_refused(lambda: _generate(made, reference))
         if made.shape.head == "causal_lm"
@@ -93,9 +97,24 @@ def _close(one: float, other: float, relative: float = 1e-4) -> bool:
 
 
 def _native(made: FamilyModel) -> None:
-    """Losses of three steps are those of a plain loop with torch's AdamW; activations are recomputed."""
+    """Activations are recomputed."""
     engine = Native(NativeSettings(learning_rate=1e-3), context())
     engine.setup(made.blueprint())
+    _assert_steps_of_adamw(engine, made)
+
+
+def _exact_offload(made: FamilyModel) -> None:
+    """Weights come up for both passes, and activations are recomputed."""
+    engine = ExactOffload(ExactOffloadSettings(learning_rate=1e-3, weights="streamed"), context())
+    try:
+        engine.setup(made.blueprint())
+        _assert_steps_of_adamw(engine, made)
+    finally:
+        engine.close()
+
+
+def _assert_steps_of_adamw(engine: Native | ExactOffload, made: FamilyModel) -> None:
+    """Losses of three steps are those of a plain loop with torch's AdamW."""
     plain = made.reference().train()
     decayed = [p for p in plain.parameters() if p.dim() >= 2]
     others = [p for p in plain.parameters() if p.dim() < 2]
