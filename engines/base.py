@@ -34,6 +34,12 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
 
+    @property
+    def real_tokens(self) -> int:
+        """Tokens in the batch without padding."""
+        mask = self.inputs.get("attention_mask")
+        return self.inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:

@@ -16,6 +16,7 @@ from engines.files.reading import exists
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
+from harness.progress import console
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.resolve import resolve_shape
@@ -145,12 +146,12 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
         if path is not None and (path == sweep.criteria or exists(path)):
             sweep.check_criteria(path)
     like = _like(sweep.emulate, sweep.profile)
-    shape, save_data = _check_job(job)
+    shape, save_data = _check_job(job, quiet=sweep.quiet)
     named = sweep.emulate or sweep.profile
     machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / "machine.json")
     if machine.gpu is None and sweep.profile is None and without_gpu is not None and job != without_gpu:
         job = without_gpu
-        shape, save_data = _check_job(job)
+        shape, save_data = _check_job(job, quiet=sweep.quiet)
     plans = plan_job(job, shape, machine, sweep.engines, sweep.emulate)
     return PreparedJob(
         job=job, shape=shape, machine=machine, plans=tuple(plans), emulated=like, in_use=in_use,
@@ -195,7 +196,7 @@ def _options(ready: PreparedJob, sweep: Sweep) -> SweepOptions:
     )  # fmt: skip
 
 
-def _check_job(job: Job) -> tuple[ModelShape, SaveData | None]:
+def _check_job(job: Job, *, quiet: bool) -> tuple[ModelShape, SaveData | None]:
     """The shape of the job's model; its data is read, once for all runs. Raises `UserError` for data that a
     run would refuse: each would end as a crash, and the verdict would be on the methods."""
     shape = resolve_shape(job)
@@ -205,6 +206,9 @@ def _check_job(job: Job) -> tuple[ModelShape, SaveData | None]:
     from harness.data.tokenized import save_tokenized
 
     tokenized = tokenize(job, shape)
+    if tokenized is not None:
+        for line in tokenized.readings:
+            console(stderr=True, quiet=quiet).print(line, markup=False, soft_wrap=True)
     return shape, None if tokenized is None else functools.partial(save_tokenized, tokenized)
 
 
@@ -237,7 +241,16 @@ def job_arguments(job: Job) -> str:
     parts += [
         flag for flag, given in (("--strict", job.data.strict), ("--skip-bad", job.data.skip_bad)) if given
     ]
-    for name in ("batch_size", "seq_len", "dtype", "accumulation", "steps", "warmup_steps", "eval_batches"):
+    for name in (
+        "batch_size",
+        "seq_len",
+        "padding",
+        "dtype",
+        "accumulation",
+        "steps",
+        "warmup_steps",
+        "eval_batches",
+    ):
         if name in _ALWAYS or getattr(job, name) != getattr(default, name):
             parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]
     parts += ["--checkpointing" if job.checkpointing else "--no-checkpointing", "--seed", str(job.seed)]

@@ -58,6 +58,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "reports.poc:poc",
         "The whole line in one go: probe, recommend, compare, report. Its last line is the report's path.",
     ),
+    "data": (
+        "harness.cli.data:data",
+        "Show a file as a model will see it: examples in tokens, what the loss counts, labels, lengths.",
+    ),
     "run": (
         "harness.cli.train:run",
         "Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder.",

@@ -15,7 +15,7 @@ from engines import default_engines, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.data.reading.columns import parse_columns
-from harness.records.job import HeadChoice, Job, job_values, make_job
+from harness.records.job import HeadChoice, Job, Padding, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
 from profiles.units import parse_bytes
 
@@ -85,6 +85,14 @@ SkipBad = Annotated[
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per micro-batch.")]
+PaddingFlag = Annotated[
+    Padding | None,
+    typer.Option(
+        "--padding",
+        help="Of batches from a file: all to --seq-len, or sequences of like length together, to the longest "
+        "of them. [default: longest in run, else seq_len, as predictions have it]",
+    ),
+]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence.")]
 Accumulation = Annotated[int | None, typer.Option("--accumulation", help="Micro-batches per step.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps, warm-up not counted.")]
@@ -93,7 +101,10 @@ WarmupSteps = Annotated[
 ]
 EvalBatches = Annotated[
     int | None,
-    typer.Option("--eval-batches", help="Held-out batches evaluated before and after; 0 for none."),
+    typer.Option(
+        "--eval-batches",
+        help="Held-out batches evaluated before and after, drawn by --seed where there are more; 0 for none.",
+    ),
 ]
 DtypeFlag = Annotated[
     Literal["fp32", "bf16", "fp16"] | None,
@@ -186,6 +197,7 @@ def _flags(
     skip_bad: SkipBad = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
+    padding: PaddingFlag = None,
     accumulation: Accumulation = None,
     steps: Steps = None,
     warmup_steps: WarmupSteps = None,

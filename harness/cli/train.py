@@ -90,7 +90,7 @@ def run(
         return
     if as_json:
         raise UserError("--json", "is for --find-lr", "leave it out; 'run' prints the folder that it exports")
-    job = replace(flags.job(names), warmup_steps=0)
+    job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
     folder = results_folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
 
@@ -109,7 +109,7 @@ def _find_lr(
 ) -> None:
     """Print what each learning rate did and, as the last line, the flag to use; or all of it as JSON."""
 
-    job = replace(flags.job(names, LR_SEARCH), warmup_steps=0)
+    job = replace(flags.job(names, {**LR_SEARCH, "padding": "longest"}), warmup_steps=0)
     settings = training_settings(job, names[0], profile)
 
     from harness.training.find_lr import find_lr

@@ -17,6 +17,7 @@ from engines.errors import UserError
 from engines.shapes import ModelShape
 from harness.data.chat_tokens import chat_table
 from harness.data.examples import examples_of
+from harness.data.lengths import epoch_order, padded_length
 from harness.data.reading.files import BadRecord
 from harness.data.reading.read import check_bad, told_bad
 from harness.data.records import Examples
@@ -64,6 +65,15 @@ class Data:
         """The micro-batches of `step`, counted from 0."""
         first = step * self._accumulation
         return [self._micro_batch(index) for index in range(first, first + self._accumulation)]
+
+    def padded_share(self, steps: int) -> float:
+        """Of the tokens that the first `steps` steps compute on, the share that is padding."""
+        real = computed = 0
+        for step in range(steps):
+            for batch in self.step_batches(step):
+                computed += batch.inputs["input_ids"].numel()
+                real += batch.real_tokens
+        return 1 - real / computed if computed else 0.0
 
     def describe(self) -> str:
         """One line: what it is, how many examples and tokens, and what had to be cut."""
@@ -172,23 +182,38 @@ def _tokenized(
 
 
 def batches_of(tokenized: Tokenized, job: Job) -> Data:
-    """The batches that `job` takes of its data."""
+    """The batches that `job` takes of its data.
+
+    The built-in task keeps its batches, whatever `job.padding` says: published runs are on them.
+    """
     train, held_out, pad_id = tokenized.train, tokenized.held_out, tokenized.pad_id
+    by_length = job.padding == "longest" and job.data.train != "builtin" and not train.packed
+    lengths = train.starts.diff().numpy()
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(job.seed, "epoch", epoch))
+        if by_length:
+            begins_within = -epoch * len(train) % job.batch_size
+            return epoch_order(lengths, job.seq_len, job.batch_size, begins_within, generator)
         return [int(row) for row in torch.randperm(len(train), generator=generator)]
+
+    def batch_of(table: TokenTable, rows: Sequence[int]) -> Batch:
+        seq_len = job.seq_len
+        if by_length:
+            longest = max(int(table.starts[row + 1] - table.starts[row]) for row in rows)
+            seq_len = padded_length(longest, job.seq_len)
+        return table.batch(rows, seq_len, pad_id)
 
     def micro_batch(index: int) -> Batch:
         """Batches follow one another through an endless row of shuffled epochs."""
         places = range(index * job.batch_size, (index + 1) * job.batch_size)
-        rows = [order(place // len(train))[place % len(train)] for place in places]
-        return train.batch(rows, job.seq_len, pad_id)
+        return batch_of(train, [order(place // len(train))[place % len(train)] for place in places])
 
     evaluated = min(len(held_out), job.eval_batches * job.batch_size)
+    chosen = _evaluated_rows(held_out, evaluated, job, by_length=by_length)
     evaluation = [
-        held_out.batch(range(first, min(first + job.batch_size, evaluated)), job.seq_len, pad_id)
+        batch_of(held_out, chosen[first : first + job.batch_size])
         for first in range(0, evaluated, job.batch_size)
     ]
     return Data(
@@ -199,6 +224,20 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
         readings=tokenized.readings,
         label_names=tokenized.label_names,
     )
+
+
+def _evaluated_rows(held_out: TokenTable, count: int, job: Job, *, by_length: bool) -> list[int]:
+    """All held-out rows, or `count` of them drawn by the seed: the first ones of a file may be of one class.
+
+    Those of the built-in task were drawn when they were made.
+    """
+    rows = list(range(len(held_out)))
+    if count < len(rows) and job.data.train != "builtin":
+        generator = torch.Generator().manual_seed(derive_seed(job.seed, "evaluation"))
+        rows = torch.randperm(len(rows), generator=generator)[:count].sort().values.tolist()
+    if by_length:
+        rows.sort(key=lambda row: int(held_out.starts[row + 1] - held_out.starts[row]))
+    return rows[:count]
 
 
 def _random_data(job: Job, shape: ModelShape) -> Data:

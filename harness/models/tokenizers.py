@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
 
+    def show(self, ids: Sequence[int]) -> list[str]:
+        """Each token by itself as a person would read it, special ones by their name."""
+
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids of each text, without special tokens, with the characters that each token stands for. Raises
         `UserError` if the tokenizer does not know these."""
@@ -106,6 +109,14 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         values = {index: value for value, index in enumerate(self.byte_ids)}
         return bytes(values[index] for index in ids if index in values).decode("utf-8", errors="replace")
+
+    def show(self, ids: Sequence[int]) -> list[str]:
+        values = {index: value for value, index in enumerate(self.byte_ids)}
+        return [
+            f"<{index}>" if index not in values
+            else chr(values[index]) if values[index] < 128 else f"\\x{values[index]:02x}"
+            for index in ids
+        ]  # fmt: skip
 
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         sizes = [[len(character.encode("utf-8")) for character in text] for text in texts]
@@ -160,6 +171,9 @@ class HubTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def show(self, ids: Sequence[int]) -> list[str]:
+        return [str(self._tokenizer.decode([index], skip_special_tokens=False)) for index in ids]
 
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         if not texts:

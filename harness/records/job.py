@@ -28,6 +28,8 @@ NotWhereEmpty = Field(exclude_if=lambda value: not value)
 """Of a field that joined later: left out of what is written where it says nothing, so that a job keeps the
 bytes, and with them the id and the digest, that it had before."""
 
+Padding = Literal["seq_len", "longest"]
+
 HeadChoice = Literal["auto", "causal_lm", "classification", "question_answering"]
 
 
@@ -91,6 +93,9 @@ class Job:
     data: DataSource = field(default_factory=DataSource)
     batch_size: Whole = 1
     seq_len: Whole = 512
+    padding: Annotated[Padding, Field(exclude_if=lambda value: value == "seq_len")] = "seq_len"
+    """`seq_len`: every batch of a file is as long as that, as predictions take it. `longest`: sequences of
+    like length come together, padded to one of a few lengths (`harness.data.lengths`)."""
     accumulation: Whole = 1
     dtype: Dtype = "bf16"
     checkpointing: Switch = True

@@ -59,7 +59,12 @@ class Summary:
     step_s_p90: float | None = None
     """10 % and 90 % quantile of the steps."""
     tokens_per_s: float | None = None
-    """Tokens of one step, padding and all sequences included, over the median step."""
+    """Tokens of one step, all sequences included, over the median step: without padding where
+    `real_tokens_per_step` is known, else with it."""
+    real_tokens_per_step: float | None = None
+    """Mean over the counted steps, without padding."""
+    padded_share: float | None = None
+    """Of the tokens that those steps computed on, the share that was padding."""
     loss_first: float | None = None
     """Of the first step of all, warm-up included."""
     loss_last: float | None = None
@@ -247,9 +252,11 @@ class Run:
     schema_version: int = SCHEMA_VERSION
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one step computes on, padding included: those of all micro-batches, or one of each
-        sequence."""
+    def tokens_per_step(self) -> float:
+        """Tokens of one step: those of all micro-batches, or one of each sequence. Without padding where the
+        run counted it; records of before did not."""
+        if self.summary.real_tokens_per_step is not None:
+            return self.summary.real_tokens_per_step
         sequences = int(self.job["batch_size"])
         if self.scenario == "decode":
             return sequences

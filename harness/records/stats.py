@@ -97,10 +97,10 @@ def counted_step_s(samples: Sequence[Sample]) -> tuple[float, ...]:
     return tuple(sample.step_s for sample in samples if not sample.warmup)
 
 
-def step_statistics(samples: Sequence[Sample], tokens_per_step: int) -> Summary:
+def step_statistics(samples: Sequence[Sample], tokens_per_step: float) -> Summary:
     """Times, rate and losses of the steps; all else of the summary is left `None`.
 
-    `tokens_per_step` counts padding, as the GPU does. The samples are the source: a record keeps what this
+    The samples are the source: a record keeps what this
     said of them when it was made, for readers without this program, and nothing here reads that back.
     """
     counted = counted_step_s(samples)
@@ -126,7 +126,7 @@ _TOLERANCE = 1e-6
 """Relative: earlier versions may have added in another order."""
 
 
-def differing_field(told: Summary, samples: Sequence[Sample], tokens_per_step: int) -> str | None:
+def differing_field(told: Summary, samples: Sequence[Sample], tokens_per_step: float) -> str | None:
     """The first field of a summary that does not follow from its samples; `None` where all that can do."""
     expected = step_statistics(samples, tokens_per_step)
     for name in _FROM_SAMPLES:

@@ -39,6 +39,9 @@ class RunRecording:
     """What a run has yielded so far. Outlives the exception that ends the run."""
 
     tokens_per_step: int
+    """Padding included."""
+    real_tokens_per_step: float | None = None
+    padded_share: float | None = None
     steps: list[tuple[Sample, StepStats | None]] = field(default_factory=list)
     setup_s: float | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -61,7 +64,8 @@ class RunRecording:
 
     def summary(self) -> Summary:
         """Statistics of what there is; `None` where nothing was measured."""
-        steps = step_statistics(self.samples, self.tokens_per_step)
+        real = self.real_tokens_per_step
+        steps = step_statistics(self.samples, self.tokens_per_step if real is None else real)
         measured = [
             (sample, stats) for sample, stats in self.steps if stats is not None and not sample.warmup
         ]
@@ -105,6 +109,8 @@ class RunRecording:
             else None,
             forwards=_median([stats.forwards for _, stats in measured]),
             landed_share=self.landed_share,
+            real_tokens_per_step=real,
+            padded_share=self.padded_share,
         )
 
 

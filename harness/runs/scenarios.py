@@ -51,6 +51,13 @@ class Train:
 
     def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         """The share that reached the weights is asked for last: all else is measured by then."""
+        counted = range(self.warmup_steps, self.warmup_steps + self.steps)
+        batches = [batch for step in counted for batch in self.data.step_batches(step)]
+        if batches:
+            computed = sum(batch.inputs["input_ids"].numel() for batch in batches)
+            real = sum(batch.real_tokens for batch in batches)
+            recording.real_tokens_per_step = real / self.steps
+            recording.padded_share = 1 - real / computed
         if self.job.eval_batches > 0:
             self._evaluate(engine, recording, clock)
         recording.landed_share = _realized_update_fraction(engine)

@@ -122,7 +122,8 @@ def find_lr(
     for note in gpu_notes():
         progress.print(f"note: {note}")
     data = make_data(job, shape)
-    progress.print(data.describe())
+    for line in (*data.readings, data.describe()):
+        progress.print(line)
     evaluated = data.evaluation or _first_batches(data, job)
     trials: list[Trial] = []
     rates = rates_around(typed.learning_rate)

@@ -49,7 +49,7 @@ class Layout:
 
     kind: DataKind
     needs: Mapping[str, Names]
-    """ChatRole -> names by which it goes, the first of them the usual one."""
+    """Role -> names by which it goes, the first of them the usual one."""
     may_have: Mapping[str, Names] = field(default_factory=dict)
     passes_over: Names = ()
     """Names that mean nothing here, beside those that mean nothing anywhere."""
@@ -114,7 +114,7 @@ class Meaning:
 
     kind: DataKind
     column_of: Mapping[str, str]
-    """ChatRole -> column."""
+    """Role -> column."""
     needed: Names
     """The roles without which there is no example."""
     passed_over: Names
@@ -280,9 +280,11 @@ def _as_said(name: str, records: Records, said: Mapping[str, str]) -> Meaning:
         if wanted not in records.columns and wanted.isdecimal() and 0 < int(wanted) <= len(records.columns):
             column = records.columns[int(wanted) - 1]
         if column not in records.columns:
+            first = records.records[0].values.values() if records.records else ()
+            has = "the columns" if records.has_names else "no such column in its first line"
             raise UserError(
                 f"--columns {role}={shortened(wanted)}",
-                f"{name} has the columns {listed(records.columns)}",
+                f"{name} has {has} {listed(records.columns if records.has_names else first)}",
                 "name one of them, or give its number from 1",
             )
         column_of[role] = column

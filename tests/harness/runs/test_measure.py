@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from scripted_runs import scripted_job
 
 from engines.base import Batch, Context, StepStats
@@ -108,7 +109,25 @@ def test_measured_steps_add_up_to_exactly_their_own_work() -> None:
 def test_every_step_asks_for_its_own_batches() -> None:
     job, data = scripted_job(), NumberedData()
     run(job, make_engine(job), RunRecording(tokens_per_step=8), data=data)
-    assert data.asked == [0, 1, 2, 3, 4, 5]
+    asked, counted = data.asked[:6], data.asked[6:]
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert counted == asked[job.warmup_steps :]  # once more, for their padding, when all is measured
+
+
+def test_tokens_per_second_leave_padding_out() -> None:
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    mask = torch.tensor([[1] * 6 + [0] * 2, [1] * 4 + [0] * 4])
+
+    class Padded(NumberedData):
+        def step_batches(self, step: int) -> Any:
+            return [Batch(inputs={"input_ids": ids, "attention_mask": mask})]
+
+    job = scripted_job()
+    recording = RunRecording(tokens_per_step=16)
+    run(job, make_engine(job, step_s=(0.5,)), recording, data=Padded())
+    summary = recording.summary()
+    assert (summary.real_tokens_per_step, summary.padded_share) == (10.0, 1 - 10 / 16)
+    assert summary.tokens_per_s == 20.0
 
 
 def test_evaluates_before_and_after_only_when_asked() -> None:
