@@ -53,9 +53,8 @@ def engine_on(job: Job, name: str) -> Any:
 def plain_losses(job: Job) -> torch.Tensor:
     """Mean cross-entropy over the two words at each row's last prompt token, by the model's own logits."""
     shape = resolve_shape(job)
-    blueprint = make_blueprint(
-        make_job({"model": {"name": "tiny-llama", "random_weights": True}}, "j"), shape
-    )
+    plain = make_job({"model": {"name": "tiny-llama", "random_weights": True}}, "plain job")
+    blueprint = make_blueprint(plain, shape)
     model = blueprint.model.to_empty(device="cpu").float()
     for name, parameter in model.named_parameters():
         blueprint.fill(name, parameter.data)
