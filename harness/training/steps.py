@@ -122,7 +122,7 @@ class Course:
             step_s=statistics.median(self.times_s) if self.times_s else None,
             real_tokens_per_s=sum(self.tokens) / sum(self.times_s) if self.times_s else None,
             metrics=self.last,
-            best=self.best,
+            best=self.best if self.job.eval_every else None,
         )
 
 
