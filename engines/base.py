@@ -34,11 +34,6 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the batch, padding included (what the GPU computes on)."""
-        return int(self.inputs["input_ids"].numel())
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
@@ -154,6 +149,8 @@ class Blueprint(Protocol):
     shape: ModelShape
     model: torch.nn.Module
     """On the meta device except for its buffers, which are real and on the CPU. The engine owns it."""
+    sample: Batch | None
+    """A batch of the job, to try the model on before it is filled; `None`: there is no data."""
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the weights of parameter `name` into `out`, of any device and float dtype.

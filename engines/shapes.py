@@ -65,7 +65,7 @@ class ModelShape:
     """Outputs of a classification head, or 2 (first, last) of a question-answering head for each token; 0 for
     a causal language model."""
     block_parameters: int
-    """All parameters of one block, matrices, norms and biases."""
+    """All parameters of one block, matrices, norms and biases; of the largest where they differ in size."""
     outer_parameters: int
     """All parameters outside the blocks (embeddings, final norm, head), a tied tensor counted once."""
     head_parameters: int
@@ -75,12 +75,16 @@ class ModelShape:
     """The weight matrices of one block."""
     largest_tensor: int
     """Elements of the largest single parameter of the model."""
+    block_sizes: tuple[int, ...] = ()
+    """Parameters of each block where they differ in size; empty where all have `block_parameters`. Costs take
+    every block for the largest."""
     label_names: tuple[str, ...] = ()
     """Of a classification head's outputs, as the data names them; empty where it numbers them from 0."""
 
     @property
     def parameters(self) -> int:
-        return self.num_blocks * self.block_parameters + self.outer_parameters
+        in_blocks = sum(self.block_sizes) or self.num_blocks * self.block_parameters
+        return in_blocks + self.outer_parameters
 
     @property
     def matrix_parameters(self) -> int:

@@ -6,12 +6,12 @@ import contextlib
 import functools
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import UserError
+from engines.files.locks import locked_folder
 from engines.files.reading import exists
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
@@ -171,14 +171,21 @@ def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEven
     def before_first() -> None:
         save_machine(ready.machine, sweep.out / "machine.json")
         if ready.save_data is not None and data_file is not None:
-            at_end.callback(shutil.rmtree, data_file.parent, ignore_errors=True)
+            at_end.callback(_clear, data_file)
             ready.save_data(data_file)
 
-    with at_end:
+    with at_end, locked_folder(sweep.out):
         return run_sweep(
             ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
             before_first=before_first, data_file=data_file,
         )  # fmt: skip
+
+
+def _clear(data_file: Path) -> None:
+    """Not with its folder: what an ended run left there may still have to become a record."""
+    with contextlib.suppress(OSError):
+        data_file.unlink(missing_ok=True)
+        data_file.parent.rmdir()
 
 
 def _options(ready: PreparedJob, sweep: Sweep) -> SweepOptions:

@@ -40,9 +40,11 @@ def resolve_shape(job: Job) -> ModelShape:
             shape = shape_from_meta(
                 config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
             )
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
         raise UserError(
-            f"model '{job.model.name}'", f"its configuration is malformed ({error})", "correct config.json"
+            f"model '{job.model.name}'",
+            "its configuration is malformed: a size is no number, or sizes do not fit together",
+            "correct config.json",
         ) from None
     if job.seq_len > shape.max_seq_len:
         raise UserError(

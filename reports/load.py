@@ -13,6 +13,7 @@ from engines import ENGINES
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import Job, load_job, make_job
+from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
@@ -41,6 +42,8 @@ class Loaded:
     broken: tuple[Broken, ...]
     criteria: Criteria | None
     """`None`: the folder holds none."""
+    findings: tuple[ManifestFinding, ...] = ()
+    """What is not as the folder's manifest says."""
 
 
 def engine_order(engine: str) -> tuple[int, str]:
@@ -76,9 +79,18 @@ def load_folder(folder: Path) -> Loaded:
             )
         ),
         runs=runs,
-        broken=tuple(broken),
+        findings=_findings(folder, broken),
         criteria=load_criteria(criteria) if exists(criteria) else None,
+        broken=tuple(broken),
     )
+
+
+def _findings(folder: Path, broken: list[Broken]) -> tuple[ManifestFinding, ...]:
+    try:
+        return check_manifest(folder)
+    except UserError as error:
+        broken.append(Broken(file=MANIFEST, reason=_short(error, folder / MANIFEST)))
+        return (ManifestFinding(kind="no_manifest", file=MANIFEST),)
 
 
 def refuse_unlike(runs: Sequence[Run]) -> None:

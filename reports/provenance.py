@@ -206,7 +206,17 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
             runs=counted("run", len(runs)),
         ),
     }
-    return tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
+    told = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
+    return (*told, (say("integrity.label"), _about_manifest(loaded)))
+
+
+def _about_manifest(loaded: Loaded) -> str:
+    """What the manifest shows, and what no manifest can."""
+    if any(one.kind == "no_manifest" for one in loaded.findings):
+        return say("integrity.absent")
+    count = len(loaded.findings)
+    found = say("integrity.not_sound", count=count) if count else say("integrity.sound")
+    return f"{found}. {say('integrity.means')}"
 
 
 def commands(loaded: Loaded) -> tuple[str, ...]:

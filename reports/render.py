@@ -34,6 +34,7 @@ from reports.metrics import (
     host_limit_bytes,
     predicted,
 )
+from reports.warnings import about_integrity
 
 
 def write_report(
@@ -57,11 +58,11 @@ def write_report(
 
 
 def judge(loaded: Loaded, criteria: Criteria | None) -> Verdict:
-    """The verdict on a folder, with a warning where some of its files could not be read."""
+    """The verdict on a folder, with warnings where its files cannot be read or do not hold together."""
     verdict = decide(loaded.runs, criteria or default_criteria(), loaded.machine)
-    if not loaded.broken:
-        return verdict
-    return replace(verdict, warnings=(*verdict.warnings, say("warning.unreadable", count=len(loaded.broken))))
+    unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
+    unsound = about_integrity(loaded.findings, loaded.runs)
+    return replace(verdict, warnings=(*unsound, *verdict.warnings, *unreadable))
 
 
 def render_markdown(loaded: Loaded, verdict: Verdict) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.settings.zeroth_order import approximation
+from harness.records.manifest import FindingKind, ManifestFinding
 from harness.records.run import Run
+from harness.records.stats import differing_field
 from harness.runs.emulate import what_is_short
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
@@ -236,3 +238,29 @@ def _about_replication(all_: Measurements) -> str | None:
     if not counts or min(counts) >= FEW_RUNS:
         return None
     return say("warning.few_runs", count=min(counts), enough=FEW_RUNS)
+
+
+KINDS: tuple[FindingKind, ...] = ("missing", "changed", "added", "not_run", "no_manifest")
+"""The weightiest first."""
+MOST_NAMED = 4
+
+
+def about_integrity(findings: Sequence[ManifestFinding], runs: Sequence[Run]) -> tuple[str, ...]:
+    """A sentence for each kind of thing that does not hold together."""
+    differing = [
+        f"{run.id} ({field})"
+        for run in runs
+        if (field := differing_field(run.summary, run.samples, run.tokens_per_step)) is not None
+    ]
+    texts = [say("integrity.summary", items=_items(differing))] if differing else []
+    for kind in KINDS:
+        files = [one.file for one in findings if one.kind == kind]
+        if files:
+            texts.append(say(f"integrity.{kind}", count=len(files), items=_items(files)))
+    return tuple(texts)
+
+
+def _items(names: Sequence[str]) -> str:
+    rest = len(names) - MOST_NAMED
+    named = ", ".join(names[:MOST_NAMED])
+    return say("integrity.and_more", items=named, count=rest) if rest > 0 else named

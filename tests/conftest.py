@@ -31,11 +31,13 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             # In one process, one after the other: they measure the GPU's memory.
             item.add_marker(pytest.mark.xdist_group("gpu"))
+    if "families" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("families")]
     if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -61,7 +61,8 @@ def test_every_flag_that_a_readme_names_exists() -> None:
     command: Any = typer.main.get_command(app)
     commands = [command, *(each.real for each in command.commands.values())]
     commands += [sub for each in commands[1:] for sub in getattr(each, "commands", {}).values()]
-    known = {flag for one in commands for parameter in one.params for flag in parameter.opts}
+    parameters = [parameter for one in commands for parameter in one.params]
+    known = {flag for each in parameters for flag in (*each.opts, *each.secondary_opts)}
     known.add("--help")
     named = {flag for text in INLINE for flag in re.findall(r"(?<!\S)--[a-z-]+", text) if "pip" not in text}
     assert named

@@ -81,6 +81,30 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     return _pipelined_s(layers, micro_batches, piece=1.0)
 
 
+def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """All micro-batches pass a block together, so that its gradients have the rest of the step to go down,
+    through the CPU and up again, into the next forward pass, in pieces.
+
+    max over resources R of (total of R + `PIECE` of the largest layer's share of every other resource)
+    """
+    return _pipelined_s(layers, micro_batches=1, piece=PIECE)
+
+
+def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """The same where the CPU begins when backward has ended: only the next forward pass hides it.
+
+    backward + max(forward, CPU or uploads, whichever takes longer, and a piece of the other)
+    """
+    busy = busy_s(layers)
+    backward = sum(layer.backward_s for layer in layers)
+    of_cpu, of_link = (
+        PIECE * max(times, default=0.0)
+        for times in ([layer.cpu_s for layer in layers], [layer.h2d_s for layer in layers])
+    )
+    after = max(busy["gpu"] - backward, busy["cpu"] + of_link, busy["h2d"] + of_cpu)
+    return max(max(backward, busy["d2h"]) + after, busy["host memory"], busy["disk"])
+
+
 def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float) -> float:
     """Only the last of `micro_batches` gives the others work. Layers move on in shares of `piece`."""
     busy = busy_s(layers)
@@ -104,4 +128,6 @@ STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {
     "optimizer_after_backward": optimizer_after_backward_s,
     "streamed": streamed_s,
     "layerwise": layerwise_s,
+    "blockwise": blockwise_s,
+    "blockwise_after_norm": blockwise_after_norm_s,
 }

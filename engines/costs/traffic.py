@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     pass
 
 
-Overlap = Literal["serial", "optimizer_after_backward", "streamed", "layerwise"]
+Overlap = Literal[
+    "serial", "optimizer_after_backward", "streamed", "layerwise", "blockwise", "blockwise_after_norm"
+]
 """How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
 
 

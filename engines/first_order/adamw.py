@@ -15,6 +15,7 @@ from engines.base import Batch, Context
 from engines.errors import UserError
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import TORCH_DTYPE, to_device, without_cache
+from engines.model.randomness import set_dropout
 from engines.settings.first_order import AdamWSettings
 
 
@@ -65,8 +66,11 @@ def check_checkpointing(model: nn.Module, context: Context) -> None:
         )
 
 
-def prepare_training(model: nn.Module, context: Context, *, recompute: bool = True) -> None:
-    """Training mode, checkpointing as the workload says, and the seed that dropout draws from.
+def prepare_training(
+    model: nn.Module, context: Context, settings: AdamWSettings, *, recompute: bool = True
+) -> None:
+    """Training mode, checkpointing as the workload says, dropout as the settings do, and the seed that it
+    draws from.
 
     Without `recompute` the checkpointing is the caller's; with it, `check_checkpointing` has passed.
     """
@@ -77,6 +81,8 @@ def prepare_training(model: nn.Module, context: Context, *, recompute: bool = Tr
             getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
+    if settings.dropout > 0:
+        set_dropout(model, settings.dropout)
     model.train()
     torch.manual_seed(context.seed)
 

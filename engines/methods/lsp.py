@@ -23,7 +23,7 @@ of those that backward reaches after it; blocks before it in backward may have b
 found on the CPU, so nothing waits for it, and the next step raises; a loss that is not finite raises at once.
 
 Schedules. `layerwise`: a block goes through 2 to 5 on its own while backward runs on, and of the cores that
-have arrived the CPU takes those whose block is needed first (`engines.subspace.pipeline`). `sequential`:
+have arrived the CPU takes those whose block is needed first (`engines.cpu_updates.pipeline`). `sequential`:
 downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does. Clipping needs the
 norm of the whole gradient, so with `max_grad_norm` the CPU begins when backward has ended.
 
@@ -67,6 +67,15 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.costs.lsp import UPLOAD_SLOTS
+from engines.cpu_updates.pipeline import (
+    GradientNotFinite,
+    PieceUpdate,
+    StepShare,
+    UpdatePipeline,
+    leave_threads_to_adam,
+    update_at_once,
+)
 from engines.errors import NonFiniteLoss
 from engines.first_order.adamw import accumulate_gradients, prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -81,7 +90,9 @@ from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.activation_checkpointing import TrainedBlocks
 from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
-from engines.model.training_regions import compiles, draws_random_numbers
+from engines.model.model_check import check_watched
+from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import compiles
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -102,14 +113,6 @@ from engines.subspace.cores import (
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
-from engines.subspace.pipeline import (
-    CoreNotFinite,
-    CorePipeline,
-    PieceUpdate,
-    StepShare,
-    leave_threads_to_adam,
-    update_at_once,
-)
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
@@ -133,7 +136,7 @@ class Lsp:
         self._compute = self._clocks.compute
         self._cores: Cores | None = None
         self._blocks: list[CoreBlock] = []
-        self._pipeline: CorePipeline | None = None
+        self._pipeline: UpdatePipeline | None = None
         self._trained: TrainedBlocks | None = None
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
@@ -151,6 +154,7 @@ class Lsp:
         Raises `UserError` for fp16 and for a model without matrices in its blocks.
         """
         self._dtype = weights_dtype(self.context, self.name)
+        check_watched(blueprint, self.context)
         self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
         self._names = parameter_names(self.model)
         subspaces = draw_subspaces(
@@ -159,6 +163,7 @@ class Lsp:
         self._cores = Cores(
             subspaces,
             self,
+            self.settings,
             dtype=self._dtype,
             device=self.device,
             workload=self.context.workload,
@@ -175,8 +180,15 @@ class Lsp:
         if self.settings.offload:
             largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
             leave_threads_to_adam()
-            self._pipeline = CorePipeline(self.link, self.settings, largest, self._dtype, self._clocks)
-        prepare_training(self.model, self.context, recompute=False)
+            self._pipeline = UpdatePipeline(
+                self.link,
+                self._clocks,
+                slots=UPLOAD_SLOTS,
+                slot_elements=largest,
+                dtype=self._dtype,
+                name="lsp-core",
+            )
+        prepare_training(self.model, self.context, self.settings, recompute=False)
         self._trained = TrainedBlocks(
             self.model,
             self,
@@ -314,18 +326,18 @@ class Lsp:
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
         block.pending = [
-            PieceUpdate(state=piece.state, share=self._share, apply=partial(self._apply, piece.matrices))
+            PieceUpdate(state=piece.state, share=self._share, landing=partial(self._apply, piece.matrices))
             for piece in block.pieces
         ]
         if self._pipeline is None:
             for piece in block.pieces:
-                piece.state.wire.copy_(piece.core)
+                piece.state.outgoing.copy_(piece.core)
             block.pieces[0].state.squared_norm.copy_(block.squared_norm)
             return
         ready, name = self.link.record(), f"block {place}"
         self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
         for piece, update in zip(block.pieces, block.pending, strict=True):
-            update.downloaded = self.link.download(piece.core, piece.state.wire, after=ready, name=name)
+            update.downloaded = self.link.download(piece.core, piece.state.outgoing, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
@@ -350,7 +362,7 @@ class Lsp:
             self._clip(self.settings.max_grad_norm)
         updates = [update for block in self._blocks for update in block.pending]
         if self._pipeline is None:
-            update_at_once(updates, self.settings, self.device)
+            update_at_once(updates, self.device)
         elif self.settings.schedule_order == "sequential":
             self._pipeline.submit(updates[::-1])
         elif not self._sends_at_once:
@@ -392,13 +404,13 @@ class Lsp:
     def _wait_for(self, update: PieceUpdate) -> None:
         if self._pipeline is None:
             if update.failed:
-                raise NonFiniteLoss(str(CoreNotFinite(update.share.step)))
+                raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
             return
         computes = self._compute.is_running
         self._compute.stop()
         try:
             applied = self._pipeline.wait(update)
-        except CoreNotFinite as error:
+        except GradientNotFinite as error:
             self._discard()
             raise NonFiniteLoss(str(error)) from None
         self.link.wait(applied)
@@ -444,7 +456,7 @@ class Lsp:
             return None
         matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
         subspace = matrix.subspace
-        core = matrix.of(self._laid_out.piece_of(matrix).state.wire).to(self.device)
+        core = matrix.of(self._laid_out.piece_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
         return landed(subspace, trial, core, self._share.learning_rate, self.settings)
@@ -479,7 +491,7 @@ class Lsp:
         self.steps_done = int(about["steps_done"])
 
     def trace_events(self) -> list[dict[str, Any]]:
-        """See `engines.base.TellsTrace`."""
+        """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""
         return self._clocks.trace_events()
 
     def synchronize(self) -> None:

@@ -50,6 +50,7 @@ from engines.first_order.checkpoint import (
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
+from engines.model.model_check import check_repeats
 from engines.settings.first_order import TorchaoOffloadSettings
 
 _ON_DEVICE = "on-device"
@@ -104,6 +105,7 @@ class TorchaoOffload:
     def _build(self, blueprint: Blueprint) -> None:
         dtype = weights_dtype(self.context, self.name)
         check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
         from torchao.optim import CPUOffloadOptimizer
 
         self.model: nn.Module = materialize(blueprint, self.device, dtype)
@@ -117,7 +119,7 @@ class TorchaoOffload:
             fused=True,
         )
         self._offloaded_bytes = sum(parameter.nbytes for parameter in self.optimizer.param_d2h_map)
-        prepare_training(self.model, self.context)
+        prepare_training(self.model, self.context, self.settings)
 
     @property
     def pinned_bytes(self) -> int:

@@ -18,8 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engines.model.blocks import BlockCall, find_blocks, split_call
 from engines.model.cuda_graphs import replaced, tensors_of
+from engines.model.randomness import draws_random_numbers
 from engines.model.training_graphs import Ran, TrainingGraphs
-from engines.model.training_regions import compiled_block, draws_random_numbers
+from engines.model.training_regions import compiled_block
 
 _TENSOR = object()
 
@@ -127,7 +128,7 @@ class TrainedBlocks:
         return tuple(each for each in found if isinstance(each, Tensor))
 
     def _in_form(self, results: Sequence[Tensor]) -> Any:
-        """As the model expects what a block returns."""
+        """The tensors of `run` in the form in which the block returned them to its model."""
         if self._form is None:
             return results[0]
         left = iter(results)

@@ -1,4 +1,4 @@
-"""A Hugging Face model seen as an embedding, a row of like blocks, and a head.
+"""A Hugging Face model seen as an embedding, a row of blocks, and a head.
 
 No model code is copied: blocks are found on the model, and its own forward does the rest.
 """
@@ -21,9 +21,10 @@ TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and module of the model's row of blocks: its longest `ModuleList` of one class.
+    """Path and module of the model's row of blocks: of its `ModuleList`s the one that holds most parameters.
 
-    Lists inside a block, such as the experts of a mixture, do not count, however long they are.
+    Lists inside another, such as the experts of a mixture, do not count, however large they are. Blocks may
+    differ in class and size (attention and state-space layers taking turns).
 
     Raises `UserError` for a model without one, and for an encoder-decoder, which has two.
     """
@@ -33,18 +34,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "is an encoder-decoder, which has two rows of blocks",
             "use a decoder or an encoder",
         )
-    best: tuple[str, nn.ModuleList] | None = None
+    rows: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if best is not None and path.startswith(f"{best[0]}."):
-            continue
-        if len({type(block) for block in module}) == 1 and (best is None or len(module) > len(best[1])):
-            best = (path, module)
-    if best is None:
-        raise UserError(
-            type(model).__name__, "has no row of like blocks", "use a transformer decoder or encoder"
-        )
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in rows):
+            rows.append((path, module))
+    best = max(rows, key=lambda row: sum(each.numel() for each in row[1].parameters()), default=None)
+    if best is None or next(best[1].parameters(), None) is None:
+        raise UserError(type(model).__name__, "has no row of blocks", "use a transformer decoder or encoder")
     return best
 
 
@@ -96,11 +92,14 @@ def no_cache(model: nn.Module) -> Iterator[None]:
 
 
 def materialize(blueprint: Blueprint, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The blueprint's model with every weight on `device`; a tied tensor stays one tensor."""
+    """The blueprint's model with every weight on `device`; a tied tensor stays one tensor. What is no longer
+    on the meta device was put there by the caller, and stays."""
     model = blueprint.model
     made: dict[int, nn.Parameter] = {}
     places = list(model.named_parameters(remove_duplicate=False))
     for name, old in places:
+        if not old.is_meta:
+            continue
         if id(old) not in made:
             out = torch.empty(old.shape, device=device, dtype=dtype)
             blueprint.fill(name, out)
@@ -184,8 +183,9 @@ class BlockDriver:
         parent, _, self._leaf = path.rpartition(".")
         self._parent = model.get_submodule(parent)
         self._arguments = without_cache(model)
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
-        self._returns_tuple: bool | None = None
+        self.takes = frozenset(inspect.signature(model.forward).parameters)
+        self._forms: dict[type[nn.Module], tuple[Any, ...] | None] = {}
+        """What a block of each class returns beside the hidden state, if it returns several values."""
 
     def record(self, inputs: Mapping[str, Any], cache: Any = None) -> Recording:
         """Run the model up to its first block, and take down what each block would be called with.
@@ -193,8 +193,7 @@ class BlockDriver:
         With a key-value `cache` (transformers') they go on from what is in it, and add to it when they run.
         Raises `UserError` for a hidden state of more than three dimensions, whose rows are no sequences.
         """
-        if self._returns_tuple is None:
-            self._returns_tuple = self._learn_form(inputs)
+        self.learn_forms(inputs)
         hidden: list[Tensor] = []
         calls: list[BlockCall] = []
 
@@ -204,7 +203,7 @@ class BlockDriver:
             calls.append(call)
             if len(calls) == len(self.blocks):
                 raise _AtTheHead
-            return self._in_form(entering)
+            return self._in_form(len(calls) - 1, entering)
 
         self._forward(inputs, [_StandIn(block, note) for block in self.blocks], cache)
         if hidden[0].dim() > 3:  # such as Gemma 3n's: several streams, and the batch second
@@ -218,34 +217,46 @@ class BlockDriver:
     def run(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
         """The hidden state after block `index`."""
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        result = output[0] if isinstance(output, tuple) else output
-        assert isinstance(result, Tensor)
-        return result
+        return hidden_state_of(output)
 
     def finish(self, inputs: Mapping[str, Any], hidden: Tensor) -> Any:
         """The model's own output, its blocks replaced by one that returns `hidden`."""
-        stub = _StandIn(self.blocks[-1], lambda args, kwargs: self._in_form(hidden))
+        stub = _StandIn(self.blocks[-1], lambda args, kwargs: self._in_form(-1, hidden))
         return self._forward(inputs, [stub])
 
-    def _learn_form(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a block returns a tuple, by running the first one. Its weights may be anything."""
-        forms: list[bool] = []
+    def learn_forms(self, inputs: Mapping[str, Any]) -> None:
+        """What blocks return, by running the first one of each class, if that is not known. Weights may be
+        anything."""
+        if self._forms:
+            return
+        kinds = {type(block) for block in self.blocks}
+        blocks = iter(self.blocks)
 
         def run_once(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            forms.append(isinstance(self.blocks[0](*args, **kwargs), tuple))
-            raise _AtTheHead
+            block = next(blocks)
+            if type(block) not in self._forms:
+                output = block(*args, **kwargs)
+                several = isinstance(output, tuple | list)
+                others = (
+                    (None if isinstance(each, Tensor) else each for each in output[1:]) if several else ()
+                )
+                self._forms[type(block)] = tuple(others) if several else None
+            if kinds == self._forms.keys():
+                raise _AtTheHead
+            return self._in_form(list(self.blocks).index(block), split_call(args, kwargs)[0])
 
         self._forward(inputs, [_StandIn(block, run_once) for block in self.blocks])
-        return forms[0]
 
-    def _in_form(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+    def _in_form(self, index: int, hidden: Tensor) -> Any:
+        """As the model expects what block `index` returns. Tensors but the hidden state are left out."""
+        others = self._forms[type(self.blocks[index])]
+        return hidden if others is None else (hidden, *others)
 
     def _forward(self, inputs: Mapping[str, Any], row: Sequence[nn.Module], cache: Any = None) -> Any:
         arguments = self._arguments
         if cache is not None:
             arguments = {"past_key_values": cache, "use_cache": True}
-            inputs = {name: value for name, value in inputs.items() if name in self._takes}
+            inputs = {name: value for name, value in inputs.items() if name in self.takes}
         setattr(self._parent, self._leaf, nn.ModuleList(row))
         try:
             return self._model(**inputs, **arguments)
@@ -253,6 +264,13 @@ class BlockDriver:
             return None
         finally:
             setattr(self._parent, self._leaf, self.blocks)
+
+
+def hidden_state_of(output: Any) -> Tensor:
+    """What a block passes on: all that it returns, or the first of several values."""
+    result = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(result, Tensor)
+    return result
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

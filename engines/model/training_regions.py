@@ -18,7 +18,7 @@ own forward and backward pass.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from engines.model.blocks import find_blocks
+from engines.model.randomness import draws_random_numbers
 
 MOST_FORMS = 64
 """Forms of one block's code that are compiled before the compiler gives up: kinds of layers, padded or not,
@@ -98,16 +99,3 @@ def why_not_compiled(device: torch.device) -> str | None:
     if device.type == "cuda" and find_spec("triton") is None:
         return "Triton is not installed, which torch.compile needs on a GPU"
     return None
-
-
-def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether the model's configuration or modules have any dropout."""
-    config: Any = getattr(model, "config", None)
-    known: Mapping[str, Any] = {} if config is None else config.to_dict()
-    if any(
-        isinstance(value, float) and value > 0
-        for name, value in known.items()
-        if "drop" in name  # attention_dropout, resid_pdrop, hidden_dropout_prob, layerdrop, ...
-    ):
-        return True
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

@@ -79,11 +79,6 @@ class NoiseKey:
         if not (0 <= self.step <= _WORD and 0 <= self.tensor <= _WORD):
             raise ValueError("step and tensor of a noise key are 32-bit numbers")
 
-    @property
-    def seed_words(self) -> tuple[int, int]:
-        """(low, high)."""
-        return self.seed & _WORD, (self.seed >> 32) & _WORD
-
 
 def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
     """Elements `start` to `start + count` of the noise named by `key`: (count,) fp32, by torch operations."""

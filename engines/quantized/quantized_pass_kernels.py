@@ -279,7 +279,7 @@ def _add_kernel(
     codes, scales, rows, columns, count, height, width, tensor, step, seed,
     FORM: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """As `_visit_kernel` has them."""
+    """Add a product of low rank to an (height, width) matrix in records, laid out as for a visit."""
     tile = tl.program_id(0).to(tl.int64)
     words, kept = _places(codes, scales, tile, FORM, WORDS)
     for group in range(_GROUPS):

@@ -78,6 +78,28 @@ class Subspace:
         self.right.assign(right.tensors())
 
 
+@torch.no_grad()
+def _is_product(module: nn.Linear | Conv1D) -> bool:
+    """Whether a layer is its product and no more; a class of its own, as routers have, is tried on two."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight: Any = module.weight
+    if weight.is_meta:
+        return False
+    turned = isinstance(module, Conv1D)
+    width = weight.shape[0] if turned else weight.shape[1]
+    x = torch.linspace(-1, 1, 2 * width, device=weight.device).view(2, width).to(weight.dtype)
+    expected = nn.functional.linear(x, weight.T if turned else weight, module.bias)
+    found: Any = module(x)
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(
+            found.float(), expected.float(), rtol=2e-2, atol=2e-2 * float(expected.float().abs().max())
+        )
+    )
+
+
 def block_matrices(model: nn.Module) -> list[tuple[int, str, nn.Linear | Conv1D]]:
     """(block, name of the weight, module) of every `nn.Linear` and GPT-2 `Conv1D` inside the model's blocks.
 
@@ -91,7 +113,7 @@ def block_matrices(model: nn.Module) -> list[tuple[int, str, nn.Linear | Conv1D]
         (index, f"{path}.{index}.{name}.weight", module)
         for index, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and places[id(module.weight)] == 1
+        if isinstance(module, nn.Linear | Conv1D) and places[id(module.weight)] == 1 and _is_product(module)
     ]
 
 

@@ -104,7 +104,10 @@ class _Linear(torch.autograd.Function):
         ctx.collector = collector
         ctx.stored_transposed = stored_transposed
         ctx.save_for_backward(collector.keep(x.reshape(-1, x.shape[-1])), weight)
-        return _multiply(x, weight, bias, stored_transposed)
+        out = _multiply(x, weight, bias, stored_transposed)
+        # The same memory, but no view of it to autograd: a model may write to it (Longformer scales it).
+        plain: Tensor = torch.ops.aten._unsafe_view.default(out, list(out.shape))
+        return plain
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """Compressed gradients: how they are made, and where they lie on the GPU and on the host.
 
 A core is made in its block's slot of GPU memory and travels with its neighbours, as a piece
-(`engines.subspace.pipeline`). `engines.methods.lsp` is the method.
+(`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
+from engines.cpu_updates.cpu_adam import core_adam
+from engines.cpu_updates.pipeline import PieceUpdate, StepShare
 from engines.errors import UserError
+from engines.settings.first_order import AdamWSettings
 from engines.shapes import Workload
 from engines.subspace.bias_check import Check, Subspace
-from engines.subspace.pipeline import PieceState, PieceUpdate
 from engines.subspace.projector import Projector, compress, transport_moments
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab
@@ -109,10 +111,39 @@ class CoreMatrix:
 
 
 @dataclass(kw_only=True, eq=False)
+class CoreState:
+    """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingPiece`."""
+
+    deadline: int
+    outgoing: Tensor
+    """(elements,) of the weights' dtype, pinned: the gradient, then its direction."""
+    moment: Tensor
+    variance: Tensor
+    """(elements,) fp32."""
+    squared_norm: Tensor
+    settings: AdamWSettings
+    updates: int = 0
+    """Updates so far, the one under way included, for Adam's bias correction."""
+
+    def update(self, share: StepShare) -> None:
+        self.updates += 1
+        core_adam(
+            self.outgoing,
+            self.moment,
+            self.variance,
+            self.updates,
+            beta1=self.settings.beta1,
+            beta2=self.settings.beta2,
+            eps=self.settings.adam_eps,
+            scale=share.scale(),
+        )
+
+
+@dataclass(kw_only=True, eq=False)
 class CorePiece:
     """Matrices whose cores travel together."""
 
-    state: PieceState
+    state: CoreState
     matrices: list[CoreMatrix]
     core: Tensor
     """(elements,) on the GPU, in its block's slot."""
@@ -156,6 +187,7 @@ class Cores:
         self,
         subspaces: Sequence[Sequence[Subspace]],
         calibrator: Calibrator,
+        settings: AdamWSettings,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -190,12 +222,13 @@ class Cores:
             first = 0
             for group in _grouped(members):
                 count = sum(each.d**2 for each in group)
-                state = PieceState(
+                state = CoreState(
                     deadline=index,
-                    wire=self._slab.view(offset_bytes, (count,), dtype),
+                    outgoing=self._slab.view(offset_bytes, (count,), dtype),
                     moment=torch.zeros(count),
                     variance=torch.zeros(count),
                     squared_norm=norms_on_host[index : index + 1],
+                    settings=settings,
                 )
                 part = core[first : first + count]
                 matrices = _matrices(group, part, calibrator, workload)
@@ -286,7 +319,7 @@ def warn_of_idle(matrices: Iterable[CoreMatrix]) -> None:
         )
 
 
-def move_moments(state: PieceState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:
+def move_moments(state: CoreState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:
     """Move Adam's moments to the subspace of a new pair, fp32, on the device; the bytes that go each way."""
     subspace, dtype, device = matrix.subspace, matrix.core.dtype, matrix.core.device
     moments = [matrix.of(state.moment), matrix.of(state.variance)]

@@ -61,7 +61,7 @@ class ComputeClock:
         return self.cut()()
 
     def cut(self) -> Callable[[], float | None]:
-        """As `take_s` of the pairs so far, when it is called.
+        """What tells, asked later, the seconds of the pairs of events so far.
 
         Asking some hundred events for their times takes the CPU milliseconds. An engine cuts where a step's
         work begins, and asks where it would wait for the GPU anyway.

@@ -34,8 +34,7 @@ class Clocks:
         return self.cut(link)()
 
     def cut(self, link: Link) -> Callable[[], dict[str, Any]]:
-        """As `take_s` of what was begun so far, when called: see
-        `engines.transfer.compute_clock.ComputeClock.cut`."""
+        """What tells, asked later, the seconds of all that was begun so far."""
         busy, compute = link.cut_busy(), self.compute.cut()
 
         def read() -> dict[str, Any]:
@@ -50,5 +49,5 @@ class Clocks:
         return read
 
     def trace_events(self) -> list[dict[str, Any]]:
-        """See `engines.base.TellsTrace`."""
+        """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""
         return [] if self.timeline is None else self.timeline.events()

@@ -9,6 +9,10 @@ transformers' static cache, of the size that the longest sequence will have: not
 is known and refused before it starts. Prompts of unequal length are padded on the left, so that all
 sequences are at the same place.
 
+A model that keeps something else of the past than keys and values in every block (a state-space layer, a
+cache of its own) runs its whole text again for every token: the weights come up as often, the products grow
+with the text.
+
 The token stays on the GPU, where the next step begins with it. A copy goes to the host behind the step; it is
 read when the next step is under way, so the host never waits for the step that it has just started, and an
 end of all sequences is seen one step late. Blocks of the next step come up over the head and the choice of
@@ -31,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationMixin,
     LogitsProcessorList,
     StaticCache,
     TemperatureLogitsWarper,
@@ -40,7 +45,8 @@ from transformers import (
 
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import InfeasiblePlan, UserError
-from engines.model.blocks import sent
+from engines.model.blocks import find_blocks, sent
+from engines.model.model_check import FAILURES
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.perturbed_model import PerturbedModel
 
@@ -63,7 +69,9 @@ def generate_tokens(
     """
     refuse_what_generates_nothing(model.transformer)
     device = model.device
-    cache = make_cache(model, len(request.prompts), request.cache_tokens, vram_bytes)
+    cache = None
+    if keeps_keys_and_values(model):
+        cache = make_cache(model, len(request.prompts), request.cache_tokens, vram_bytes)
     batch = _Padded(request, device)
     choose = _Choice(request.sampling, device)
     ends = sent(torch.tensor(request.end_ids or (NO_TOKEN,), dtype=torch.int64), device)
@@ -73,15 +81,18 @@ def generate_tokens(
     open_rows = set(range(len(request.prompts)))
     for step in range(request.max_new_tokens):
         clock.start()
-        hidden, calls = model.enter_cached(batch.inputs(ids, step), cache, padded=batch.padded)
+        inputs = batch.inputs(ids, step) if cache is not None else batch.whole(model, step)
+        hidden, calls = model.enter_cached(inputs, cache, padded=batch.padded)
         for index in blocks():
             hidden = model.run(index, calls, hidden)
-        token = choose(model.next_logits(ids[:, -1:], hidden[:, -1:]))
+        token = choose(_next_logits(model, ids[:, -1:], hidden[:, -1:]))
         token = token.masked_fill(ended, request.pad_id)
         ended |= (token.unsqueeze(1) == ends).any(1)
         echoes[step % 2].send(token)
         clock.stop()
         ids = token.unsqueeze(1)
+        if cache is None:
+            batch.ids = torch.cat((batch.ids, ids), 1)
         if step > 0:
             tokens = echoes[(step - 1) % 2].read()
             yield tokens
@@ -91,13 +102,43 @@ def generate_tokens(
     yield echoes[(request.max_new_tokens - 1) % 2].read()
 
 
+def _next_logits(model: PerturbedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Raises `UserError` for a model whose end takes more than the last token."""
+    try:
+        return model.next_logits(ids, hidden)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        name = type(model.transformer).__name__
+        raise UserError(name, "cannot be continued token by token", "use another decoder") from error
+
+
 def refuse_what_generates_nothing(model: Any) -> None:
     """Raises `UserError` for an encoder, and for a head that has no vocabulary."""
     name = type(model).__name__
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not model.can_generate() and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UserError(name, "is an encoder, which generates no text", "use a decoder")
     if model.get_output_embeddings() is None:
         raise UserError(name, "has no head over a vocabulary", "use a causal language model")
+    if _own_inputs(model):
+        raise UserError(name, "needs inputs of its own when it generates", "use another decoder")
+
+
+_KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "cache_position"}
+
+
+def _own_inputs(model: Any) -> bool:
+    """Whether the model prepares tensors for each token that are not given here, as XLNet's permutations."""
+    kind = type(model)
+    if kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        return False
+    try:
+        prepared = model.prepare_inputs_for_generation(
+            torch.zeros((1, 2), dtype=torch.int64), use_cache=False
+        )
+    except FAILURES:
+        return False  # it asks for more than is here, such as a cache; the tokens will tell
+    return any(isinstance(each, Tensor) and name not in _KNOWN_INPUTS for name, each in prepared.items())
 
 
 class _Padded:
@@ -128,12 +169,51 @@ class _Padded:
             "position_ids": self._positions[:, first:last],
         }
 
+    def whole(self, model: PerturbedModel, step: int) -> Mapping[str, Tensor]:
+        """The texts so far, for a model without a cache."""
+        last = self._length + step
+        named = {
+            "input_ids": self.ids,
+            "attention_mask": self._mask[:, :last],
+            "position_ids": self._positions[:, :last],
+        }
+        return {name: each for name, each in named.items() if model.takes(name)}
+
+
+def keeps_keys_and_values(model: PerturbedModel) -> bool:
+    """Whether every block keeps keys and values in transformers' static cache, and nothing else is kept.
+
+    Found out by running the blocks on one token twice, with whatever weights are there.
+    """
+    config = model.transformer.config
+    one = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    ones = one.new_ones((1, 2))
+    if not model.takes("past_key_values") or _masks_by_length(model.transformer):
+        return False
+    try:
+        tried = StaticCache(config=config, max_cache_len=2)
+        for place in (0, 1):
+            inputs = {"input_ids": one, "attention_mask": ones, "position_ids": one + place}
+            model.try_cached(inputs, tried)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES:
+        return False
+    return all(isinstance(getattr(layer, "keys", None), Tensor) for layer in tried.layers)
+
+
+def _masks_by_length(model: Any) -> bool:
+    """Whether blocks cut their own causal mask out of a square one, by the length of the keys so far. A
+    static cache has its final length from the start."""
+    _, blocks = find_blocks(model)
+    return any(buffer.dim() >= 3 and buffer.shape[-1] == buffer.shape[-2] for buffer in blocks.buffers())
+
 
 def make_cache(model: PerturbedModel, batch_size: int, tokens: int, vram_bytes: int | None) -> StaticCache:
     """An empty cache of `tokens` positions for each sequence, in memory.
 
-    What a layer keeps of a token is found out by running it on one, with whatever weights are there. Raises
-    `UserError` for a layer that keeps something else, `InfeasiblePlan` if the cache does not fit.
+    What a layer keeps of a token is found out by running it on one, with whatever weights are there; the
+    model `keeps_keys_and_values`. Raises `InfeasiblePlan` if the cache does not fit.
     """
     config = model.transformer.config
     tried = StaticCache(config=config, max_cache_len=1)
@@ -141,12 +221,6 @@ def make_cache(model: PerturbedModel, batch_size: int, tokens: int, vram_bytes: 
     model.try_cached({"input_ids": one, "attention_mask": one + 1, "position_ids": one}, tried)
     cache = StaticCache(config=config, max_cache_len=tokens)
     pairs = list(zip(cache.layers, tried.layers, strict=True))
-    if not all(isinstance(getattr(like, "keys", None), Tensor) for _, like in pairs):
-        raise UserError(
-            type(model.transformer).__name__,
-            "keeps something else of the past than keys and values in every block",
-            "use a decoder with attention in every block",
-        )
     element = pairs[0][1].keys.element_size()
     needed_bytes = sum(
         batch_size * layer.max_cache_len * element * _numel_per_token(like) for layer, like in pairs

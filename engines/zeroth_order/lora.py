@@ -83,7 +83,32 @@ def linear_matrices(model: nn.Module, block: BlockLayout) -> dict[str, LinearMat
     return found
 
 
-class Adapters:
+class TwoSided:
+    """Which values a pass computes with, of matrices that have them for theta and for both sides."""
+
+    _now: int | None = PLAIN
+    """`None`: plus for the first half of a batch, minus for the rest."""
+
+    def take_side(self, task: Task) -> None:
+        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
+
+    def spans(self, rows: int) -> list[tuple[int, slice]]:
+        """The sides of a batch of so many rows, and the rows of each."""
+        if self._now is not None:
+            return [(self._now, slice(None))]
+        return [(PLUS, slice(None, rows // 2)), (MINUS, slice(rows // 2, None))]
+
+    @contextmanager
+    def on_side(self, side: int) -> Iterator[None]:
+        """Within it a perturbed pass is that of side 0 (plus) or 1 (minus) alone, not both stacked."""
+        before, self._now = self._now, (PLUS, MINUS)[side]
+        try:
+            yield
+        finally:
+            self._now = before
+
+
+class Adapters(TwoSided):
     """All adapters of a model; there are none unless `settings.train` is `lora`.
 
     `model` is read and not changed, and its weights need not be there. Raises `UserError` if nothing in its
@@ -120,8 +145,6 @@ class Adapters:
         """Perturbed adapters of the block that is visited, plus and minus.
 
         HAZARD: graphs of the blocks know them by address, so they are filled and never replaced."""
-        self._now: int | None = PLAIN
-        """Which values are computed with; `None`: plus for the first half of a batch, minus for the rest."""
         if settings.train == "lora":
             shapes = [self._find(model, block, settings.lora_rank) for block in layout.blocks]
             if not any(shapes):
@@ -199,12 +222,7 @@ class Adapters:
         def forward(x: Tensor) -> Tensor:
             y = product(x)  # newly made, so it may be added to
             flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-            if self._now is None:
-                half = flat.shape[0] // 2
-                spans = [(PLUS, slice(None, half)), (MINUS, slice(half, None))]
-            else:
-                spans = [(self._now, slice(None))]
-            for side, rows in spans:
+            for side, rows in self.spans(flat.shape[0]):
                 a, b = values[side]
                 out[rows].addmm_(flat[rows] @ a.t(), b.t(), alpha=self._scale)
             return out.view(y.shape)
@@ -213,21 +231,12 @@ class Adapters:
 
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
+        self.take_side(task)
         if task.perturb and self._memory:
             flat = self._memory[block]
             plus, minus = (memory[: flat.numel()] for memory in self._sides)
             out = Outputs(plus=plus) if task.plus_only else Outputs(plus=plus, minus=minus)
             weight_pass.visit(flat, self._segments[block], without_updates(task.how), out)
-
-    @contextmanager
-    def on_side(self, side: int) -> Iterator[None]:
-        """Within it a perturbed pass is that of side 0 (plus) or 1 (minus) alone, not both stacked."""
-        before, self._now = self._now, (PLUS, MINUS)[side]
-        try:
-            yield
-        finally:
-            self._now = before
 
     def update(self, how: Visit) -> None:
         """Apply pending updates in place."""

@@ -32,8 +32,7 @@ grid, once in so many steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +48,7 @@ from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
 from engines.settings.zeroth_order import MezoSettings
 from engines.zeroth_order.block_visit import Task, without_updates
-from engines.zeroth_order.lora import MINUS, PLAIN, PLUS, Adapters, linear_matrices
+from engines.zeroth_order.lora import MINUS, PLAIN, Adapters, TwoSided, linear_matrices
 
 FOLD_CHUNK = 512 * TILE
 """Elements that are folded at a time by torch operations."""
@@ -78,7 +77,7 @@ class _Matrix:
     """A^T / rank and V^T of the window that is being folded, (rank, outputs) and (rank, inputs) fp32."""
 
 
-class LowRank:
+class LowRank(TwoSided):
     """The low-rank noise of a model, in the place of `engines.zeroth_order.lora.Adapters`.
 
     `model` is read and not changed, and its weights need not be there. Raises `UserError` if nothing in its
@@ -100,7 +99,6 @@ class LowRank:
         )  # fmt: skip
         self._rounding = settings.rounding
         self._base = settings.base
-        self._now: int | None = PLAIN
         shapes = [
             {name: places for name, places in linear_matrices(model, block).items() if name in layout.trained}
             for block in layout.blocks
@@ -217,16 +215,12 @@ class LowRank:
         matrix = self._by_module[module]
         inner = x @ matrix.v.t()
         inner = torch.cat((inner, inner), 1)
-        half = x.shape[0] // 2
-        spans = [(self._now, slice(None))]
-        if self._now is None:
-            spans = [(PLUS, slice(None, half)), (MINUS, slice(half, None))]
-        for side, rows in spans:
+        for side, rows in self.spans(x.shape[0]):
             out[rows].addmm_(inner[rows], matrix.sides[side == MINUS])
 
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
+        self.take_side(task)
         if not self._blocks[block]:
             return
         how = without_updates(task.how)
@@ -245,15 +239,6 @@ class LowRank:
     def _make_v(self, block: int, window: int, how: Visit) -> None:
         of = replace(how, step=max(0, window), eps=1.0)
         weight_pass.visit(self._v, self._v_segments[block], of, Outputs(plus=self._v))
-
-    @contextmanager
-    def on_side(self, side: int) -> Iterator[None]:
-        """Within it a perturbed pass is that of side 0 (plus) or 1 (minus) alone, not both stacked."""
-        before, self._now = self._now, (PLUS, MINUS)[side]
-        try:
-            yield
-        finally:
-            self._now = before
 
     def update(self, how: Visit) -> None:
         """Apply pending updates to all accumulators."""

@@ -5,7 +5,8 @@ For whatever a module is called with and gives back: tensors, and tuples, lists 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,21 @@ from torch import Tensor
 from engines.model.blocks import BlockCall
 
 
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What each side's block is called with, where blocks run for one side after the other."""
+
+    plus: Any
+    minus: Any
+
+    def side(self, side: int) -> Any:
+        return self.minus if side else self.plus
+
+
 def halved(value: Any, stacked: int, side: int) -> Any:
     """One side's half of every stacked tensor in `value`; what is not stacked is for both."""
+    if isinstance(value, Apart):
+        return value.side(side)
     if isinstance(value, Tensor):
         if value.dim() < 2 or value.shape[0] % stacked != 0 or value.shape[0] == 0:
             return value
@@ -35,13 +49,25 @@ def stack(results: Sequence[Any], stacked: int) -> Any:
     return plus
 
 
-def join_calls(plus: Sequence[BlockCall], minus: Sequence[BlockCall], rows: int) -> list[BlockCall]:
-    """What each block is called with beside the stacked hidden state, whose halves have `rows` sequences."""
+def join_calls(
+    plus: Sequence[BlockCall], minus: Sequence[BlockCall], rows: int, apart: Collection[int] = ()
+) -> list[BlockCall]:
+    """What each block is called with beside the stacked hidden state, whose halves have `rows` sequences.
+    Blocks `apart` run for one side after the other."""
     joined: dict[tuple[int, int], Any] = {}
     return [
-        BlockCall(join(one.args, other.args, rows, joined), join(one.kwargs, other.kwargs, rows, joined))
-        for one, other in zip(plus, minus, strict=True)
+        _kept_apart(one, other)
+        if index in apart
+        else BlockCall(join(one.args, other.args, rows, joined), join(one.kwargs, other.kwargs, rows, joined))
+        for index, (one, other) in enumerate(zip(plus, minus, strict=True))
     ]
+
+
+def _kept_apart(plus: BlockCall, minus: BlockCall) -> BlockCall:
+    return BlockCall(
+        tuple(Apart(one, other) for one, other in zip(plus.args, minus.args, strict=True)),
+        {name: Apart(plus.kwargs[name], minus.kwargs[name]) for name in plus.kwargs},
+    )
 
 
 def join(plus: Any, minus: Any, rows: int, joined: dict[tuple[int, int], Any]) -> Any:

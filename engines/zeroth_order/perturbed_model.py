@@ -13,11 +13,13 @@ the model's own forward, between the same modules. Embeddings perturb the rows t
 others.
 
 No model code is copied: a unit is the model's own module, whose forward is replaced on the instance.
+
+Longer than 400 lines: the model's entrance, its blocks and its end share which side is being computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +36,7 @@ from engines.model.blocks import (
     bind,
     find_blocks,
     first_names,
+    hidden_state_of,
     move_buffers,
     to_device,
 )
@@ -50,7 +53,7 @@ from engines.zeroth_order.chunked_loss import Targets, multiply, plain_head, tar
 from engines.zeroth_order.estimators import Side
 from engines.zeroth_order.lora import Adapters, columns_first, is_linear
 from engines.zeroth_order.low_rank_noise import LowRank
-from engines.zeroth_order.paired_batch import halved, join_calls, stack
+from engines.zeroth_order.paired_batch import Apart, halved, join_calls, stack
 from engines.zeroth_order.perturbed_weights import BlockScratch
 from engines.zeroth_order.units import ModuleUnit, block_units, has_no_bias, places_in, swapped, without_bias
 
@@ -85,7 +88,9 @@ class PerturbedModel:
         adapters: Adapters | LowRank,
         clock: ComputeClock,
         base: Base = "full",
+        apart: Collection[int] = (),
     ) -> None:
+        """`apart`: blocks that cannot be run for both sides at once (`engines.zeroth_order.stacking`)."""
         self.layout = layout
         self.adapters = adapters
         self.outer = {
@@ -109,7 +114,10 @@ class PerturbedModel:
         block_path, _ = find_blocks(model)
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}
         owners = {path: module for path, module in model.named_modules() if module._parameters}
-        units = block_units(self._driver.blocks, block_path, owners, names)
+        units = block_units(self._driver.blocks, block_path, owners, names, apart)
+        self._apart = frozenset(
+            unit.block for unit in units if unit.module is self._driver.blocks[unit.block]
+        )
         self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, base)
         if isinstance(adapters, LowRank):
             self.scratch.fold = adapters.fold
@@ -154,7 +162,7 @@ class PerturbedModel:
             return self._record(batch, sides[0])
         plus, minus = (self._record(batch, side) for side in sides)
         rows = plus[0].shape[0]
-        return torch.cat((plus[0], minus[0])), join_calls(plus[1], minus[1], rows)
+        return torch.cat((plus[0], minus[0])), join_calls(plus[1], minus[1], rows, self._apart)
 
     def enter_all(
         self, batches: Sequence[Prepared], how: Visit, sides: Sequence[Side]
@@ -185,7 +193,8 @@ class PerturbedModel:
     def enter_cached(
         self, inputs: Mapping[str, Tensor], cache: Any, *, padded: bool
     ) -> tuple[Tensor, Sequence[BlockCall]]:
-        """Likewise of a batch that goes on from the key-value `cache`, to which its blocks add."""
+        """Likewise of a batch that goes on from the key-value `cache`, to which its blocks add; without one
+        they begin anew."""
         if self._graphs is None:
             self.scratch.take_form(whole=False, sides=1)
         self._side = Side.PLAIN
@@ -198,6 +207,10 @@ class PerturbedModel:
         hidden, calls = self.enter_cached(inputs, cache, padded=False)
         for index, call in enumerate(calls):
             hidden = self._run_eagerly(index, call, hidden)
+
+    def takes(self, name: str) -> bool:
+        """Whether the model's own forward has an argument of that name."""
+        return name in self._driver.takes
 
     def next_logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits (batch, vocabulary) after the last block's `hidden` (batch, 1, hidden) of `ids` (batch, 1).
@@ -292,6 +305,7 @@ class PerturbedModel:
         original = module.forward
         scratch = self.scratch
         turned = columns_first(module)
+        is_block = unit.block in self._apart
 
         def single(*args: Any, **kwargs: Any) -> Any:
             with unit.with_side(0):
@@ -301,9 +315,11 @@ class PerturbedModel:
             results = []
             for side in (0, 1):
                 # Frozen weights are in the scratch of the plus side only.
-                with unit.with_side(0 if unit.frozen else side), self.adapters.on_side(side):
+                alike = unit.frozen or not scratch.stacks
+                with unit.with_side(0 if alike else side), self.adapters.on_side(side):
                     mine = halved((args, kwargs), self._stacked, side)
-                    results.append(original(*mine[0], **mine[1]))
+                    result = original(*mine[0], **mine[1])
+                    results.append(hidden_state_of(result) if is_block else result)
             return stack(results, self._stacked)
 
         def product(x: Tensor) -> Tensor:
@@ -340,6 +356,8 @@ class PerturbedModel:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             scratch.open(unit)
+            if is_block and any(isinstance(each, Apart) for each in (*args, *kwargs.values())):
+                return both(*args, **kwargs)
             if not scratch.stacks or (unit.frozen and not unit.adapted):
                 return single(*args, **kwargs)
             if is_norm and args and args[0].shape[0] % self._stacked == 0:
@@ -354,7 +372,10 @@ class PerturbedModel:
         self, path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
     ) -> Callable[..., Any]:
         original = module.forward
-        places = places_in(path, module, names)
+        # Where the blocks are inside it, only what it has itself.
+        places = [
+            place for place in places_in(path, module, names) if place[0] is module or place[2] in self.outer
+        ]
         looks_up = type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", None) is None
         shape: torch.Size | None = None
 
@@ -362,8 +383,8 @@ class PerturbedModel:
             nonlocal shape
             if self._in_tail and shape is not None and isinstance(module, nn.Embedding):
                 # The model's forward begins anew to get to its end; what enters the blocks is not used.
-                anything = next(iter(self.outer.values()))
-                return anything.new_zeros(()).expand(shape)
+                anything, ids = next(iter(self.outer.values())), args[0] if args else None
+                return anything.new_zeros((*ids.shape, shape[-1]) if isinstance(ids, Tensor) else shape)
             (_, _, name), ids = places[0], args[0] if args else None
             if looks_up and ids is not None and self._side is not Side.PLAIN and name in self.layout.trained:
                 result: Any = weight_pass.rows(

@@ -28,6 +28,7 @@ from engines.decoding import Decoded, GenerationRequest
 from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import lay_out
+from engines.model.model_check import check_driven
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import landed_on_grid, plain_weights
@@ -42,6 +43,7 @@ from engines.zeroth_order.forward_passes import Streams
 from engines.zeroth_order.generation import generate_tokens
 from engines.zeroth_order.low_rank_noise import beside, window_due
 from engines.zeroth_order.perturbed_model import PerturbedModel
+from engines.zeroth_order.stacking import blocks_apart
 
 EVALUATION_GROUP = 8
 """Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
@@ -177,7 +179,10 @@ class ZerothOrder(ABC):
 
     @torch.no_grad()
     def setup(self, blueprint: Blueprint) -> None:
-        """Raises `InfeasiblePlan`, before anything is filled, if memory or disk is too small."""
+        """Raises `InfeasiblePlan`, before anything is filled, if memory or disk is too small, and `UserError`
+        for a model whose blocks cannot be driven."""
+        check_driven(blueprint, self.context)
+        apart = blocks_apart(blueprint, self.context)
         adapters, self._layout = beside(
             blueprint.model,
             lay_out(blueprint.model, self._dtype, self.settings.train),
@@ -192,7 +197,7 @@ class ZerothOrder(ABC):
         self._updates = DeferredUpdates(self.settings, self.context.seed, len(blocks), trained, self.device)
         made = self._make_blocks(self._forms, self._updates)
         self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, adapters, self._clocks.noise, base
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._clocks.noise, base, apart
         )
         self._blocks = made
         made.set_up(self._model, blueprint)

@@ -3,7 +3,7 @@ place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -55,11 +55,13 @@ def block_units(
     block_path: str,
     owners: Mapping[str, nn.Module],
     names: Mapping[tuple[str, str], str],
+    apart: Collection[int],
 ) -> list[ModuleUnit]:
     """The modules of each block that have weights of their own; one that has others inside covers them.
 
     Where modules take turns on parts of the batch (the experts of a mixture, a list inside the block), halves
-    of their inputs are no sides: there the whole block is one unit, and each side runs through it by itself.
+    of their inputs are no sides: there, and in blocks of `apart`, the whole block is one unit, and each side
+    runs through it by itself.
     """
     units: list[ModuleUnit] = []
     for index, block in enumerate(blocks):
@@ -70,7 +72,7 @@ def block_units(
             for path, module in block.named_modules()
             if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
         ]
-        if lists:
+        if lists or index in apart:
             units.append(ModuleUnit(index, block, places_in(root, block, names)))
             continue
         covered: list[str] = []

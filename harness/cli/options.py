@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from engines import public_engines
+from engines import default_engines, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.data.reading.columns import parse_columns
@@ -158,7 +158,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Engines = Annotated[
     str | None,
-    typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
+    typer.Option(
+        "--engines",
+        "--engine",
+        help=f"Comma-separated, or all; see `lspzo-bench engines`. [default: {','.join(default_engines())}]",
+    ),
 ]
 Profile = Annotated[
     Path | None,
@@ -354,6 +358,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def engine_names(engines: str | None) -> list[str]:
     public = public_engines()
     if engines is None:
+        return list(default_engines())
+    if engines.strip() == "all":
         return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:

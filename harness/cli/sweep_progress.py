@@ -51,7 +51,8 @@ class CompareProgress:
         for note in event.notes:
             self._progress.print(f"note: {note}")
         for run_id in event.kept:
-            self._progress.print(f"kept     {run_id}")
+            how = ", made of what its ended run had left" if run_id in event.taken_up else ""
+            self._progress.print(f"kept     {run_id}{how}")
         for run_id, why in event.again.items():
             self._progress.print(f"again    {run_id}: {why}")
         if event.kept:

@@ -18,7 +18,7 @@ from engines.shapes import ModelShape
 from harness.data.chat_tokens import chat_table
 from harness.data.examples import examples_of
 from harness.data.reading.files import BadRecord
-from harness.data.reading.read import check_bad, left_out
+from harness.data.reading.read import check_bad, told_bad
 from harness.data.records import Examples
 from harness.data.templates import check_template, template_table
 from harness.data.token_tables import (
@@ -163,7 +163,7 @@ def _left_out(
     for source, records, rows in parts:
         check_bad(source, records, len(rows), job.data)
         if records:
-            told = left_out(records)
+            told = told_bad(records)
             yield f"{Path(source).name}: {told.count:,} left out, the first in {told.first}"
 
 

@@ -9,7 +9,7 @@ from harness.data.records import ChatExample, Turn
 from harness.data.token_tables import TokenTable, table_of
 from harness.models.tokenizers import Tokenizer
 
-Span = tuple[int, int]
+TokenRange = tuple[int, int]
 """From first to before last."""
 
 
@@ -60,7 +60,7 @@ def chat_tokens(row: ChatExample, tokenizer: Tokenizer) -> tuple[list[int], list
     return encoded.ids, learnt
 
 
-def _written(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, list[Span]] | None:
+def _written(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, list[TokenRange]] | None:
     """The text of a conversation and the characters of it that are learnt; `None` without a template.
 
     An answer is what the template adds to the turns before it and its own opening. Raises `ValueError`.

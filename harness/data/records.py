@@ -44,12 +44,12 @@ class QuestionExample:
     place: str = ""
 
 
-Role = Literal["system", "user", "assistant"]
+ChatRole = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    role: Role
+    role: ChatRole
     content: str
     is_learnt: bool
     """The loss counts it: a turn of the assistant that is not only there for its context."""

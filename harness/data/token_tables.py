@@ -245,7 +245,7 @@ def questions_of(examples: Examples) -> tuple[Sequence[QuestionExample], Sequenc
 
 
 def question_table(rows: Sequence[QuestionExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
-    """See `harness.data.squad_windows.windows`."""
+    """Windows of question and text of at most `seq_len` tokens, with the answer's first and last token."""
     found, cut = windows(rows, tokenizer, seq_len)
     table = table_of([window.tokens for window in found], cut=cut)
     return replace(

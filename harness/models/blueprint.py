@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from engines.base import StoredTensor
+from engines.base import Batch, StoredTensor
 from engines.files.checksums import SUMS, check_sums
+from engines.model.randomness import is_random_setting
 from engines.shapes import ModelShape
 from harness.models.candidates import candidates_of, restrict_logits
 from harness.models.configs import load_config, local_folder
 from harness.models.export import write_model
 from harness.models.meta import (
-    DROPOUTS,
+    CONFIGURATION_FAILURES,
     build_on_meta,
     configuration,
     first_names_of,
@@ -42,8 +43,10 @@ class ModelBlueprint:
         source: ModelSource,
         weights: Callable[[str, Tensor], None],
         stored: Mapping[str, StoredTensor] | None = None,
+        sample: Batch | None = None,
     ) -> None:
         self.shape = shape
+        self.sample = sample
         self.model: Any = model
         self.source = source
         self.config: PretrainedConfig = self.model.config
@@ -79,7 +82,7 @@ def _released(name: str, out: Tensor) -> None:
     raise RuntimeError(f"the weights of {name} were released")
 
 
-def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
+def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> ModelBlueprint:
     """The job's model without its weights.
 
     Dropout is off, whatever the configuration says: zeroth-order methods compare two passes through one
@@ -95,7 +98,7 @@ def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
         config.label2id = {name: index for index, name in enumerate(shape.label_names)}
     try:
         model = build_on_meta(config, shape.head)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except CONFIGURATION_FAILURES as error:
         raise malformed(source.name, error) from None
     if shape.head == "classification" and model.config.pad_token_id is None:
         # A classifying decoder finds the last token of a sequence by the padding after it. Set after
@@ -112,7 +115,9 @@ def make_blueprint(job: Job, shape: ModelShape) -> ModelBlueprint:
         weights = read_weights(stored)
     else:
         weights = checkpoint_weights(source, config, shape, values, random, body)
-    return ModelBlueprint(shape=shape, model=model, source=source, weights=weights, stored=stored)
+    return ModelBlueprint(
+        shape=shape, model=model, source=source, weights=weights, stored=stored, sample=sample
+    )
 
 
 def _check_sums(source: ModelSource) -> None:
@@ -139,9 +144,7 @@ def export_model(
     """
     config = copy.deepcopy(blueprint.config)
     original = load_config(blueprint.source)
-    for name in DROPOUTS:
-        if hasattr(config, name) and name in original:
-            setattr(config, name, original[name])
+    _restore_randomness(config, original)
     config.use_cache = original.get("use_cache", True)
     config.architectures = [blueprint.architecture]
     config.dtype = dtype
@@ -159,3 +162,13 @@ def export_model(
             *([generation] if generation is not None and generation.is_file() else []),
         ],
     )
+
+
+def _restore_randomness(config: PretrainedConfig, original: Mapping[str, Any]) -> None:
+    """Dropout and its like as the configuration `original` has them, in the ones inside it too."""
+    for name, value in original.items():
+        inner = getattr(config, name, None)
+        if isinstance(value, Mapping) and isinstance(inner, PretrainedConfig):
+            _restore_randomness(inner, value)
+        elif is_random_setting(name, value) and inner is not None:
+            setattr(config, name, value)

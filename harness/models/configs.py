@@ -18,6 +18,7 @@ from engines.errors import UserError
 from engines.files.reading import exists, expanded, is_folder, read_json
 from engines.shapes import ModelShape
 from harness.models.closed_forms import shape_of_config
+from harness.models.refusals import no_config, refuse_what_is_not_trained
 from harness.records.job import ModelSource
 
 MOST_CONFIG_BYTES = 16 * 2**20
@@ -244,10 +245,8 @@ def local_folder(source: ModelSource) -> Path | None:
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
     if not exists(path):
-        raise UserError(
-            f"model '{name}'", "the folder is not a model: it holds no config.json", "check the path"
-        )
-    config = read_json(path, "configuration", MOST_CONFIG_BYTES)
+        raise no_config(name, path.parent)
+    config = _plain(read_json(path, "configuration", MOST_CONFIG_BYTES))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
             f"model '{name}'",
@@ -261,7 +260,16 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
                 f"config.json has {key} = {config[key]}, above {most}",
                 "correct config.json",
             )
+    refuse_what_is_not_trained(config, name, path.parent)
     return config
+
+
+def _plain(value: Any) -> Any:
+    """Infinity as transformers writes it is a number."""
+    if isinstance(value, dict):
+        infinite = value.keys() == {"__float__"}
+        return float(value["__float__"]) if infinite else {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 _MOST = {

@@ -50,6 +50,28 @@ def stored_tensors(source: ModelSource, model: nn.Module, body: str) -> dict[str
     return found if len({tensor.dtype for tensor in found.values()}) == 1 else None
 
 
+def what_is_wrong(source: ModelSource) -> str:
+    """Of weights that transformers could not load: the first file that is missing or broken."""
+    folder = local_folder(source)
+    if folder is None:
+        return "its files in the hub cache are not whole, or not safetensors"
+    try:
+        files = _files(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{INDEX} cannot be read"
+    for path in files:
+        try:
+            for _ in _tensors(path):
+                pass
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except KeyError:
+            continue  # of another precision
+        except (OSError, ValueError, TypeError, AttributeError, UnicodeDecodeError):
+            return f"{path.name} is damaged or not whole"
+    return "they are not those of config.json"
+
+
 def _files(folder: Path) -> list[Path]:
     if exists(folder / SINGLE):
         return [folder / SINGLE]

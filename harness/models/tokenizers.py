@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,11 +222,11 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Tokenizer:
             raise
         if folder is None and source.random_weights:
             return ByteTokenizer(config, vocabulary)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        package = re.search(r"\b(sentencepiece|tiktoken|protobuf)\b", str(error))
         raise UserError(
             f"model '{source.name}'",
-            f"its tokenizer cannot be loaded ({reason})",
-            "restore its files, or download the model again",
+            f"its tokenizer cannot be loaded ({f'it needs {package[1]}' if package else 'broken files'})",
+            f"pip install {package[1]}" if package else "restore its files, or download the model again",
         ) from None
     return HubTokenizer(tokenizer, config, vocabulary)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +18,7 @@ from engines.errors import UserError
 from engines.shapes import Head, ModelShape
 from harness.models.auto_classes import auto_class
 from harness.models.configs import local_folder
+from harness.models.safetensors_files import what_is_wrong
 from harness.records.job import ModelSource
 from harness.records.seeds import derive_seed
 
@@ -104,17 +105,17 @@ def checkpoint_weights(
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=shape.head == "classification",
+                ignore_mismatched_sizes=True,  # they are looked at below
                 key_mapping=_renamed(shape.head, body),
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError):
         raise UserError(
             f"model '{source.name}'",
-            f"its weights cannot be loaded ({reason})",
+            f"its weights cannot be loaded ({what_is_wrong(source)})",
             "download it again, or convert it to safetensors",
         ) from None
+    _refuse_other_shapes(source, shape.head, body, info["mismatched_keys"])
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     lost = sorted(
         name
@@ -140,6 +141,21 @@ def checkpoint_weights(
             random(name, out)
 
     return fill
+
+
+def _refuse_other_shapes(source: ModelSource, head: Head, body: str, entries: Iterable[Any]) -> None:
+    """`entries`: name, shape in the file and shape of the model. A head for other classes is made anew."""
+    for name, stored, wanted in sorted(entries, key=lambda entry: str(entry[0])):
+        if head == "causal_lm" or (name.startswith(f"{body}.") and ".pooler." not in name):
+            raise UserError(
+                f"model '{source.name}'",
+                f"{name} is {_sizes(stored)} in its file and {_sizes(wanted)} by config.json",
+                "make config.json tell the sizes of the file",
+            )
+
+
+def _sizes(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _renamed(head: Head, body: str) -> dict[str, str] | None:

@@ -275,4 +275,18 @@ def load_run(path: Path, scenario: ScenarioName = "train") -> Run:
 
 def save_run(run: Run, path: Path) -> None:
     """Whole or not at all. Raises `UserError` if `path` cannot be written."""
-    write_whole(path, to_json(run))
+    write_whole(path, encode_run(run))
+
+
+def encode_run(run: Run) -> bytes:
+    """The bytes of its record."""
+    return to_json(run).encode("utf-8")
+
+
+RECORD_BYTES, SAMPLE_BYTES = 2**16, 200
+"""Of a record without its samples, and of a sample in it, generously."""
+
+
+def most_record_bytes(steps: int) -> int:
+    """About what the record of a run of so many steps, warm-up included, takes at most."""
+    return RECORD_BYTES + SAMPLE_BYTES * steps

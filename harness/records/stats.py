@@ -7,6 +7,7 @@ Belli, SC'15). Smallest and largest single steps are kept beside them for the ey
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -115,6 +116,27 @@ def step_statistics(samples: Sequence[Sample], tokens_per_step: int) -> Summary:
         loss_first=samples[0].loss if samples else None,
         loss_last=samples[-1].loss if samples else None,
     )
+
+
+_FROM_SAMPLES = (
+    "step_s_median", "step_s_low", "step_s_high", "step_s_p10", "step_s_p90", "tokens_per_s", "loss_first",
+    "loss_last",
+)  # fmt: skip
+_TOLERANCE = 1e-6
+"""Relative: earlier versions may have added in another order."""
+
+
+def differing_field(told: Summary, samples: Sequence[Sample], tokens_per_step: int) -> str | None:
+    """The first field of a summary that does not follow from its samples; `None` where all that can do."""
+    expected = step_statistics(samples, tokens_per_step)
+    for name in _FROM_SAMPLES:
+        value, computed = getattr(told, name), getattr(expected, name)
+        if value is None or computed is None:
+            if value is not None:
+                return name
+        elif not math.isclose(value, computed, rel_tol=_TOLERANCE, abs_tol=1e-12):
+            return name
+    return None
 
 
 def loss_change(samples: Sequence[Sample]) -> float | None:

@@ -6,13 +6,21 @@ whose steps are other steps.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import shutil
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from engines import entry
+from engines.errors import UserError
+from engines.files.reading import exists, read_bytes
+from engines.files.writing import ELSEWHERE, whole_file, write_whole
 from harness.records.job import Job
+from harness.records.manifest import note_record
 from harness.records.run import (
     CriteriaStamp,
     Emulation,
@@ -22,12 +30,23 @@ from harness.records.run import (
     RunModel,
     ScenarioName,
     Summary,
-    save_run,
+    encode_run,
+    most_record_bytes,
 )
 from harness.records.stats import counted_step_s
-from harness.runs.launch import OnRunEvent, Outcome, launch_child
+from harness.runs.launch import (
+    REQUEST,
+    RESULT,
+    WORK,
+    OnRunEvent,
+    Outcome,
+    clear_work,
+    launch_child,
+    read_result,
+    work_folder,
+)
 from harness.runs.worker import Request
-from profiles.documents import adapter
+from profiles.documents import adapter, to_json
 from profiles.planning.plan import Plan
 from profiles.system.nvml import NvmlDevice
 
@@ -58,19 +77,82 @@ def attempt(
 ) -> tuple[Run, bool]:
     """Launch `request`, keep its record in `out`, and say whether the sweep is to stop with it.
 
-    A plan that does not fit or cannot run here becomes a record without a run. Raises `UserError` if the
-    child cannot be started or the record cannot be written.
+    A plan that does not fit or cannot run here becomes a record without a run. Room for the record is taken
+    before the run. Raises `UserError` if there is none, if the child cannot be started, or if the record
+    cannot be written; then what the run left stays, and `take_up` makes a record of it.
     """
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    if request.plan.fits:
-        outcome = launch_child(request, out, device=device, on_event=on_event)
-    else:
-        outcome = _not_run(request.plan)
-    run = record_of(request, round_, began, environment, outcome)
-    if criteria_sha256 is not None:
-        run = replace(run, criteria=CriteriaStamp(sha256=criteria_sha256, time=began))
-    save_run(run, record_path(out, run.id, run.scenario))
+    about = Attempt(round=round_, began=began, environment=environment, criteria_sha256=criteria_sha256)
+    scenario: ScenarioName = "train" if request.generation is None else "decode"
+    path = record_path(out, request.id, scenario)
+    room = most_record_bytes(request.job.warmup_steps + request.job.steps)
+    with whole_file(
+        path, f"{ELSEWHERE}; a run that has ended is kept for --resume", reserve_bytes=room
+    ) as file:
+        if request.plan.fits:
+            write_whole(work_folder(out, request.id) / ATTEMPT, to_json(about))
+            outcome = launch_child(request, out, device=device, on_event=on_event)
+        else:
+            outcome = _not_run(request.plan)
+        run = _record(request, about, outcome)
+        content = encode_run(run)
+        with contextlib.suppress(UserError):  # no room for it; the record has some
+            note_record(out, path, content)
+        file.write(content)
+    clear_work(out, request.id)
     return run, outcome.by_user
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """What a record says beside the request and the outcome."""
+
+    round: int
+    began: str
+    environment: Environment
+    criteria_sha256: str | None
+
+
+ATTEMPT = "attempt.json"
+
+
+def take_up(out: Path) -> list[Run]:
+    """Records of runs that ended ok and whose record was never written: the disk was full, or the sweep was
+    killed in between. Clears what else there is of killed runs.
+
+    Only for one that holds the folder's lock. Raises `UserError` if a record cannot be written.
+    """
+    taken = []
+    for work in sorted((out / WORK).glob("*")):
+        try:
+            request = adapter(Request).validate_json(read_bytes(work / REQUEST, "request"))
+            about = adapter(Attempt).validate_json(read_bytes(work / ATTEMPT, "attempt"))
+            result = read_result(work / RESULT)
+        except (UserError, ValidationError):
+            continue
+        path = record_path(out, request.id)
+        # What a trace cost and what of another machine held, the parent knew and did not say.
+        whole = request.generation is None and not request.trace and request.emulated is None
+        if result is None or result.end_state != "ok" or not whole or exists(path):
+            continue
+        outcome = Outcome(
+            end_state=result.end_state, end_reason=result.end_reason, samples=result.samples,
+            summary=result.summary, by_user=False,
+        )  # fmt: skip
+        run = _record(request, about, outcome)
+        content = encode_run(run)
+        note_record(out, path, content)
+        write_whole(path, content)
+        taken.append(run)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return taken
+
+
+def _record(request: Request, about: Attempt, outcome: Outcome) -> Run:
+    run = record_of(request, about.round, about.began, about.environment, outcome)
+    if about.criteria_sha256 is not None:
+        run = replace(run, criteria=CriteriaStamp(sha256=about.criteria_sha256, time=about.began))
+    return run
 
 
 def record_of(request: Request, round_: int, began: str, environment: Environment, outcome: Outcome) -> Run:

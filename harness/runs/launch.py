@@ -6,6 +6,8 @@ in the measurement: a parent that polls would take a core from the CPU optimizer
 Nothing is left behind, however a run ends. The child's process group and every descendant seen are
 killed after it; a guard process does the same if this process is killed itself. The guard is a shell
 that waits for the end of a pipe that only this process holds open.
+
+Longer than 400 lines: starting, watching and ending a child are one promise.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import psutil
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 import harness
 from engines.base import StepStats
@@ -35,7 +37,7 @@ from harness.runs.end_states import REASON_LENGTH
 from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
 from harness.runs.worker import TRACE, Request, Result
-from profiles.documents import to_json, write_whole
+from profiles.documents import adapter, to_json, write_whole
 from profiles.machine import Machine
 from profiles.system.cgroup import usable_cores
 from profiles.system.nvml import NvmlDevice
@@ -50,6 +52,7 @@ ENDING_INTERVAL_S = 0.01
 GUARD = 'read -r group && { read -r rest; kill -s KILL -- "-$group"; }'
 """Reads the process group, then nothing until the pipe ends; then kills the group."""
 
+REQUEST, RESULT = "request.json", "result.json"
 WORK = ".work"
 """Folder below the results that holds what a run in progress needs."""
 
@@ -109,20 +112,33 @@ def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_e
 
     Every end of the child is an outcome, Ctrl-C included. Where the run failed, `<out>/logs/<id>.log`
     keeps what the child wrote; where it was traced, `<out>/traces/<id>.json` keeps the trace, if the child
-    lived to write it. Raises `UserError` if the child cannot be started.
+    lived to write it. What else it left stays until `clear_work`, for the case that its record cannot be
+    written. Raises `UserError` if the child cannot be started.
     """
-    work = out / WORK / request.id
+    work = work_folder(out, request.id)
     try:
-        write_whole(work / "request.json", to_json(request))
+        write_whole(work / REQUEST, to_json(request))
         outcome = _run_child(request, work, device, on_event)
         _keep(work / "log", out / "logs" / f"{request.id}.log", wanted=outcome.end_state != "ok")
         trace_file = f"traces/{request.id}.json"
         kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
         return replace(outcome, trace_file=trace_file if kept else None)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            work.parent.rmdir()
+    except UserError:
+        clear_work(out, request.id)
+        raise
+
+
+def work_folder(out: Path, run_id: str) -> Path:
+    """Where a run in progress has its files."""
+    return out / WORK / run_id
+
+
+def clear_work(out: Path, run_id: str) -> None:
+    """Take away what a run left there."""
+    work = work_folder(out, run_id)
+    shutil.rmtree(work, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.parent.rmdir()
 
 
 def launch_probe(*, quiet: bool) -> Machine:
@@ -166,7 +182,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         code = child.finish(sampler.family)
     _take_lines(child.read_rest(), request, recording, lambda event: None)
 
-    result = _read_result(work / "result.json")
+    result = recording.told or read_result(work / RESULT)
     if result is not None:  # complete, even if the child was stopped while it was ending
         state, reason, samples, summary = (
             result.end_state,
@@ -326,17 +342,21 @@ def _take_lines(
             on_event(Stepped(run_id=request.id, sample=sample, total=total))
         elif "traced" in event:
             recording.traced = True
+        elif "result" in event:
+            recording.told = adapter(Result).validate_python(event["result"])
         elif "held" in event:
             recording.held = TypeAdapter(Held).validate_python(event["held"])
         else:
             on_event(SettingUp(run_id=request.id, **event))
 
 
-def _read_result(path: Path) -> Result | None:
+def read_result(path: Path) -> Result | None:
+    """What a child left; `None` if it left nothing, or nothing whole."""
     try:
-        return TypeAdapter(Result).validate_json(path.read_bytes())
-    except FileNotFoundError:
+        found: Result = adapter(Result).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return None
+    return found
 
 
 def _judge_code(

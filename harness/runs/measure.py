@@ -52,6 +52,8 @@ class RunRecording:
     """The engine keeps a trace, which costs time."""
     held: Held | None = None
     """What of an emulated machine the child was held to."""
+    told: Any = None
+    """The whole `harness.runs.worker.Result`, from a child that could not write it."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:

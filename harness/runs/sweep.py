@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import UserError
+from engines.files.writing import clear_leftovers
 from engines.shapes import ModelShape
 from harness.records.environment import read_environment
 from harness.records.job import Job
+from harness.records.manifest import begin_manifest
 from harness.records.run import Run
-from harness.runs.attempt import attempt, dumped_job
+from harness.runs.attempt import attempt, dumped_job, take_up
 from harness.runs.emulate import Emulated
-from harness.runs.launch import WORK, SettingUp, Stepped
+from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep_folder import (
     check_emulation,
     check_folder,
@@ -58,6 +59,8 @@ class Planned:
     """Ids in order of running."""
     again: Mapping[str, str]
     """Those of `to_run` that have a record which does not count, and why."""
+    taken_up: tuple[str, ...] = ()
+    """Those of `kept` whose records were made just now of what ended runs had left."""
     notes: tuple[str, ...] = ()
     """Of the machine; see `harness.records.run.Environment`."""
 
@@ -139,19 +142,27 @@ def run_sweep(
     cannot be written; `KeyboardInterrupt` after the record of a run that a signal stopped.
     """
     emulated = options.emulated
+    clear_leftovers(out)
+    clear_leftovers(out / "runs")
     job, plans, cells = _cells(job, plans, out, options)
+    taken = take_up(out)
     kept, again = find_records((cell.id for cell in cells), out)
     environment = replace(read_environment(), emulated=None if emulated is None else emulated.machine)
     if len(kept) < len(cells):
         check_same_machine(kept.values(), environment, out)
     criteria_sha256 = settle_criteria(options.criteria, out)
     write_intent(job, plans, out)
-    shutil.rmtree(out / WORK, ignore_errors=True)  # of a sweep that was killed
     before_first()
+    begin_manifest(out, (cell.id for cell in cells), environment, criteria_sha256)
 
     to_run = tuple(cell.id for cell in cells if cell.id not in kept)
     found = tuple(cell.id for cell in cells if cell.id in kept)
-    on_event(Planned(kept=found, to_run=to_run, again=again, notes=environment.notes))
+    on_event(
+        Planned(
+            kept=found, to_run=to_run, again=again, notes=environment.notes,
+            taken_up=tuple(run.id for run in taken),
+        )
+    )  # fmt: skip
     device = open_device()
     runs: list[Run] = []
     for index, cell in enumerate(cells):

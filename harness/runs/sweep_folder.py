@@ -19,10 +19,11 @@ from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
+from harness.runs.launch import WORK
 from profiles.documents import NewerDocument, write_whole
 from profiles.planning.plan import Plan, load_plans, save_plans
 
-WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml"})
+WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml", WORK})
 """Files that may lie in a new folder for results."""
 
 

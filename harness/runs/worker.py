@@ -1,9 +1,10 @@
 """The child: one run in one process. Started by `harness.runs.launch`, and by nothing else.
 
-`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, reports
-progress and each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens, and
-FOLDER/trace.json where a trace was asked for. A child that is killed leaves neither; what it had reported is
-then all there is. PARENT is the process to live no longer than.
+`python -P -m harness.runs.worker FOLDER DESCRIPTOR PARENT` reads FOLDER/request.json, reports progress and
+each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens (where it cannot be
+written, DESCRIPTOR gets what it would hold), and FOLDER/trace.json where a trace was asked for. A child that
+is killed leaves neither; what it had reported is then all there is. PARENT is the process to live no longer
+than.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pydantic import TypeAdapter
 from engines import entry, load_engine
 from engines.base import Batch, Context, StepStats, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
-from engines.errors import NonFiniteLoss
+from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
@@ -98,7 +99,10 @@ def main(arguments: Sequence[str]) -> int:
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
     result = execute(request, events, folder)
-    write_whole(folder / "result.json", to_json(result))
+    try:
+        write_whole(folder / "result.json", to_json(result))
+    except UserError:  # the disk is full: the parent has taken room for the record
+        events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
     return 0
 
 
@@ -177,7 +181,7 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         else:
             data = batches_of(load_tokenized(request.data_file), job)
         on_progress("data and model", 1, 2)
-        blueprint = make_blueprint(job, request.shape)
+        blueprint = make_blueprint(job, request.shape, data.step_batches(0)[0])
         on_progress("data and model", 2, 2)
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j

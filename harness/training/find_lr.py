@@ -165,7 +165,7 @@ def _try(
     steps, rate = min(job.steps, LR_SEARCH_STEPS), settings.learning_rate
     with (
         user_errors(engine_name, job, None),
-        set_up(job, shape, engine_name, settings, progress) as (engine, _),
+        set_up(job, shape, engine_name, settings, progress, sample=data.step_batches(0)[0]) as (engine, _),
     ):
         before = engine.evaluate(evaluated).loss
         if not math.isfinite(before):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import load_engine
-from engines.base import Context, Evaluation, TellsTrace
+from engines.base import Batch, Context, Evaluation, TellsTrace
 from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.files.checksums import check_sums
@@ -127,7 +127,10 @@ def _train(
         kept = out / TRACE if trace else None
         with (
             user_errors(engine_name, job, out),
-            set_up(job, shape, engine_name, typed, progress, kept) as (engine, blueprint),
+            set_up(job, shape, engine_name, typed, progress, kept, data.step_batches(0)[0]) as (
+                engine,
+                blueprint,
+            ),
         ):
             num_tensors = len(blueprint.parameter_shapes)
 
@@ -239,10 +242,11 @@ def set_up(
     settings: Any,
     progress: Progress,
     trace: Path | None = None,
+    sample: Batch | None = None,
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
-    """The engine with the weights that the run starts from; at the end its trace is written to `trace`,
-    unless the set-up failed, and it is closed."""
-    blueprint = make_blueprint(job, shape)
+    """The engine with the weights that the run starts from, tried on `sample` beforehand; at the end its
+    trace is written to `trace`, unless the set-up failed, and it is closed."""
+    blueprint = make_blueprint(job, shape, sample)
     engine = load_engine(engine_name)(settings, context_of(job, progress, trace=trace is not None))
     if trace is not None and not isinstance(engine, TellsTrace):
         progress.print(f"note: {engine_name} keeps no trace")

@@ -29,7 +29,6 @@ def check_gpu_usable(machine: Machine, system: System | None) -> Answer:
         seen = "a card" if system is None or system.driver_gpu is None else system.driver_gpu
         built_without = "without GPU support" in reason
         return Finding(
-            name="driver and torch",
             severity="problem",
             title="there is a GPU, and torch cannot use it",
             evidence=f"{seen} is there; {reason or 'no reason was given'}",
@@ -46,7 +45,6 @@ def check_gpu_usable(machine: Machine, system: System | None) -> Answer:
     if least is None or int(driver.split(".")[0]) >= least:
         return None
     return Finding(
-        name="driver and torch",
         severity="warning",
         title="the driver is older than this torch's CUDA wants",
         evidence=f"driver {driver}, CUDA {cuda}, which wants driver {least} or newer",
@@ -59,7 +57,6 @@ def check_wsl(machine: Machine) -> Answer:
     if "WSL" not in machine.platform:
         return None
     return Finding(
-        name="WSL",
         severity="warning",
         title="this is Windows' subsystem for Linux",
         evidence=machine.platform,
@@ -74,7 +71,6 @@ def check_spilling(machine: Machine) -> Answer:
     if machine.gpu is None:
         return NO_GPU
     return Finding(
-        name="GPU memory spilling",
         severity="warning",
         title="GPU memory that runs out may spill into host memory unseen",
         evidence=f"{machine.platform}, {machine.gpu.name}",
@@ -91,7 +87,6 @@ def check_mig(gpu: Gpu, _: Machine) -> Answer:
     if not gpu.mig_enabled and "MIG" not in gpu.name:
         return None
     return Finding(
-        name="MIG",
         severity="warning",
         title="the GPU is partitioned (MIG)",
         evidence=f"{gpu.name}, {format_bytes(gpu.total_bytes)}",
@@ -107,7 +102,6 @@ def check_shared_gpu(gpu: Gpu, _: Machine) -> Answer:
         return None
     processes = f"{others} other processes; " if others else ""
     return Finding(
-        name="shared GPU",
         severity="warning",
         title="something else uses the GPU",
         evidence=f"{processes}{format_bytes(used_bytes)} of {format_bytes(gpu.total_bytes)} in use",
@@ -123,7 +117,6 @@ def check_throttled(gpu: Gpu, _: Machine) -> Answer:
     if not why:
         return None
     return Finding(
-        name="GPU clocks",
         severity="note",
         title="the GPU's clocks were held down while it was measured",
         evidence=", ".join(why),
@@ -138,7 +131,6 @@ def check_ecc(gpu: Gpu, _: Machine) -> Answer:
     if gpu.ecc_enabled:
         return None
     return Finding(
-        name="ECC",
         severity="note",
         title="the GPU's memory is not checked for errors",
         evidence="ECC is off",

@@ -34,7 +34,6 @@ def check_pinned_limit(link: LinkFigures, machine: Machine) -> Answer:
     remedy = "raise the limit on locked memory (ulimit -l unlimited; in a container --ulimit memlock=-1)"
     if link.h2d_pinned_bytes_per_s.value is None and link.h2d_pageable_bytes_per_s.value is not None:
         return Finding(
-            name="pinned limit",
             severity="problem",
             title="host memory cannot be pinned",
             evidence=link.h2d_pinned_bytes_per_s.method,
@@ -46,7 +45,6 @@ def check_pinned_limit(link: LinkFigures, machine: Machine) -> Answer:
     if not memory.pinned_refused or memory.pinned_bytes.value >= PINNED_SHARE * memory.total_bytes:
         return None
     return Finding(
-        name="pinned limit",
         severity="warning",
         title="only a part of host memory can be pinned",
         evidence=f"{format_bytes(memory.pinned_bytes.value)} of {format_bytes(memory.total_bytes)}, then "
@@ -66,7 +64,6 @@ def check_threads(machine: Machine) -> Answer:
         return None
     stopped = f"; the quota stopped it in {cpu.throttled_periods} periods" if cpu.throttled_periods else ""
     return Finding(
-        name="CPU threads",
         severity="warning",
         title="this process may use few of the machine's cores",
         evidence=f"{cpu.cores_usable} of {cpu.cores_total} logical cores: {cpu.cores_basis}{stopped}",
@@ -82,7 +79,6 @@ def check_governor(machine: Machine) -> Answer:
     if machine.cpu.governor != "powersave":
         return None
     return Finding(
-        name="CPU governor",
         severity="note",
         title="the CPU's clocks are governed by 'powersave'",
         evidence="scaling_governor is powersave",
@@ -106,7 +102,6 @@ def check_memory_channels(machine: Machine) -> Answer:
     if max(rates) >= ONE_CHANNEL_BYTES_PER_S:
         return None
     return Finding(
-        name="memory channels",
         severity="warning",
         title="host memory is as slow as a single channel",
         evidence=f"{format_rate(max(rates))} with {machine.cpu.threads} threads; one channel of DDR4-3200 "
@@ -122,7 +117,6 @@ def check_swap(machine: Machine) -> Answer:
         return None
     used = memory.swap_used_bytes or 0
     return Finding(
-        name="swap",
         severity="warning" if used else "note",
         title="swap is in use" if used else "swap is on",
         evidence=f"{format_bytes(memory.swap_bytes)} of swap, {format_bytes(memory.swap_used_bytes)} in use",
@@ -141,7 +135,6 @@ def check_disk(machine: Machine, system: System | None) -> Answer:
     if free >= NEARLY_FULL_BYTES:
         return None
     return Finding(
-        name="disk",
         severity="problem" if free < FULL_BYTES else "warning",
         title="the disk is full" if free < FULL_BYTES else "the disk is nearly full",
         evidence=f"{format_bytes(free)} of {format_bytes(total)} free at {folder}",

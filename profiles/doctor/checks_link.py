@@ -41,7 +41,6 @@ def check_link_state(link: LinkFigures, _: Machine) -> Answer:
         cause = "a riser or slot that does not carry the generation, or a generation set in the firmware"
         remedy = "try without the riser, and set the slot's speed to auto in the firmware"
     return Finding(
-        name="link state",
         severity="warning",
         title="the link runs below what card and slot can do",
         evidence=f"{link_text(generation, width)} under load, {_best(link)} possible",
@@ -58,7 +57,6 @@ def check_slot(link: LinkFigures, _: Machine) -> Answer:
     if link.generation_slot_max >= link.generation_gpu_max and not narrow:
         return None
     return Finding(
-        name="slot",
         severity="note",
         title="the slot is slower than the card",
         evidence=f"slot {link_text(link.generation_slot_max, link.width_slot_max)}, card "
@@ -79,7 +77,6 @@ def check_link_rate(link: LinkFigures, _: Machine) -> Answer:
     if rate is None or rate >= LINK_SHARE * whole:
         return None
     return Finding(
-        name="link rate",
         severity="warning",
         title="pinned copies are slow for this link",
         evidence=f"{format_rate(rate)} {way}, {rate / whole:.0%} of {format_rate(whole)} "
@@ -97,7 +94,6 @@ def check_replays(link: LinkFigures, _: Machine) -> Answer:
     if link.replays <= REPLAYS:
         return None
     return Finding(
-        name="link errors",
         severity="warning",
         title="packets on the link were sent again",
         evidence=f"{link.replays} replays during the probe",
@@ -118,7 +114,6 @@ def check_pageable(link: LinkFigures, _: Machine) -> Answer:
     if slow >= PAGEABLE_SHARE * fast:
         return None
     return Finding(
-        name="pageable copies",
         severity="note",
         title="copies of memory that is not pinned are slow, and pinning is possible",
         evidence=f"{way} {format_rate(slow)} pageable, {format_rate(fast)} pinned",

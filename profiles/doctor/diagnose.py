@@ -6,7 +6,7 @@ Each check looks at one thing and says one of three: a finding, in order, or why
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiles.doctor.checks_gpu import (
     check_ecc,
@@ -77,7 +77,7 @@ def diagnose(machine: Machine, system: System | None = None) -> Diagnosis:
     for name, check in CHECKS.items():
         answer = check(machine, system)
         if isinstance(answer, Finding):
-            findings.append(answer)
+            findings.append(replace(answer, name=name))
         elif answer is None:
             in_order.append(name)
         else:

@@ -14,7 +14,8 @@ Severity = Literal["problem", "warning", "note"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    name: str
+    name: str = ""
+    """Of its check, which `diagnose` gives it."""
     severity: Severity
     title: str
     evidence: str

@@ -301,7 +301,7 @@ def _link(machine: Machine, traffic: Traffic, direction: Direction) -> list[tupl
     if direction == "d2h":
         own, other = other, own
         alone, shared = "d2h_pinned_bytes_per_s", "d2h_duplex_bytes_per_s"
-    beside = min(own, other) if traffic.overlap in ("streamed", "layerwise") else 0
+    beside = min(own, other) if traffic.overlap in ("streamed", "layerwise", "blockwise") else 0
     counts = {shared: beside, alone: own - beside}
     names = {
         shared: f"{direction} bandwidth with both directions busy",

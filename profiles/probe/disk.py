@@ -15,7 +15,7 @@ from pathlib import Path
 from engines.errors import UserError
 from profiles.machine import Disk, Figure, absent
 from profiles.probe.timing import Meter, clock_s, rate_figure
-from profiles.system.cgroup import ROOT, read_text
+from profiles.system.cgroup import ROOT, read_system_file
 
 BLOCK_BYTES = 8 * 2**20
 CHUNK_BLOCKS = 4
@@ -101,7 +101,7 @@ def open_nameless(folder: Path) -> tuple[int, bool]:
 def file_system(folder: Path, root: Path = ROOT) -> str | None:
     """The kind of file system that holds `folder`, such as `ext4`; `None` if the kernel does not tell."""
     kinds = {}
-    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
+    for line in (read_system_file(root / "proc/self/mountinfo") or "").splitlines():
         left, _, right = line.partition(" - ")
         if len(left.split()) > 4 and right.split():
             kinds[left.split()[4]] = right.split()[0]

@@ -225,15 +225,22 @@ def cuda_samples(action: Action, seconds: float, watch: Action = lambda: None) -
     events = [cuda.Event(enable_timing=True) for _ in range(batch + 1)]
     samples: list[float] = []
     while len(samples) < AT_LEAST or (len(samples) < AT_MOST and time.perf_counter() - start < seconds):
-        events[0].record()
-        for event in events[1:]:
-            action()
-            event.record()
-        watch()
-        cuda.synchronize()
-        # The first of a batch starts on an idle stream and would count its own launch.
-        samples += [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events[1:])]
+        samples += _between(events, action, watch, cuda.synchronize)
     return samples
+
+
+def _between(events: list[Any], action: Action, watch: Action, synchronize: Action) -> list[float]:
+    """Seconds between the `events`, each recorded after an `action`; `watch` is called meanwhile.
+
+    The first action starts on an idle stream and would count its own launch: it is left out.
+    """
+    events[0].record()
+    for event in events[1:]:
+        action()
+        event.record()
+    watch()
+    synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events[1:])]
 
 
 def burst_samples(action: Action, seconds: float, watch: Action = lambda: None) -> list[float]:
@@ -255,14 +262,7 @@ def burst_samples(action: Action, seconds: float, watch: Action = lambda: None) 
     start = time.perf_counter()
     while len(samples) < AT_LEAST or (len(samples) < AT_MOST and time.perf_counter() - start < seconds):
         time.sleep(REST_PER_BURST * batch * each_s)
-        events[0].record()
-        for event in events[1:]:
-            action()
-            event.record()
-        watch()
-        cuda.synchronize()
-        # The first of a burst starts on an idle stream and would count its own launch.
-        samples += [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events[1:])]
+        samples += _between(events, action, watch, cuda.synchronize)
     return samples
 
 

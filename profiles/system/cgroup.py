@@ -101,7 +101,7 @@ def host_memory(root: Path = ROOT) -> HostMemoryLimit:
 
 def platform_name(root: Path = ROOT) -> str:
     """Kernel and processor architecture, and `WSL1` or `WSL2` where it is one. No host name."""
-    release = read_text(root / "proc/sys/kernel/osrelease") or platform.release()
+    release = read_system_file(root / "proc/sys/kernel/osrelease") or platform.release()
     name = f"{platform.system()} {release} {platform.machine()}"
     lowered = release.lower()
     if "microsoft" not in lowered:
@@ -112,7 +112,7 @@ def platform_name(root: Path = ROOT) -> str:
 
 def cpu_name(root: Path = ROOT) -> str:
     """The processor's model name, else its architecture."""
-    match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", read_system_file(root / "proc/cpuinfo") or "", re.MULTILINE)
     return match.group(1).strip() if match else platform.processor() or platform.machine() or "unknown CPU"
 
 
@@ -120,7 +120,9 @@ def last_level_cache_bytes(root: Path = ROOT) -> int | None:
     """Size of the last-level caches of all cores together; `None` if the kernel does not tell."""
     sizes: dict[tuple[int, str], int] = {}
     for index in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, size, shared = (read_text(index / name) for name in ("level", "size", "shared_cpu_list"))
+        level, size, shared = (
+            read_system_file(index / name) for name in ("level", "size", "shared_cpu_list")
+        )
         match = re.fullmatch(r"(\d+)([KM]?)", size or "")
         if level and level.isdecimal() and match and shared:
             sizes[int(level), shared] = int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]]
@@ -134,7 +136,9 @@ def throttled_periods(root: Path = ROOT) -> int | None:
     """Periods in which a CPU quota stopped this process's groups since they were made; `None` without one."""
     counts = []
     for group in _groups(root, "cpu"):
-        match = re.search(r"^nr_throttled (\d+)$", read_text(group.path / "cpu.stat") or "", re.MULTILINE)
+        match = re.search(
+            r"^nr_throttled (\d+)$", read_system_file(group.path / "cpu.stat") or "", re.MULTILINE
+        )
         if match and _quota_cores(group) is not None:
             counts.append(int(match[1]))
     return sum(counts) if counts else None
@@ -154,7 +158,7 @@ def _groups(root: Path, controller: str) -> Iterator[_Group]:
     A host with both versions mounted may have the controller in either; the other's files are missing.
     """
     paths = _own_paths(root)
-    for mount in (read_text(root / "proc/self/mountinfo") or "").splitlines():
+    for mount in (read_system_file(root / "proc/self/mountinfo") or "").splitlines():
         left, _, right = mount.partition(" - ")
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
@@ -175,7 +179,7 @@ def _groups(root: Path, controller: str) -> Iterator[_Group]:
 def _own_paths(root: Path) -> dict[str, str]:
     """Controller -> path of this process's group; the key of version 2 is empty."""
     paths: dict[str, str] = {}
-    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (read_system_file(root / "proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         for controller in controllers.split(","):
@@ -194,9 +198,9 @@ def _relative(own: str, mount_root: str) -> PurePosixPath:
 
 def _quota_cores(group: _Group) -> float | None:
     if group.version == 2:
-        words = (read_text(group.path / "cpu.max") or "").split()
+        words = (read_system_file(group.path / "cpu.max") or "").split()
     else:
-        texts = (read_text(group.path / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+        texts = (read_system_file(group.path / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
         words = [text or "" for text in texts]
     if len(words) != 2 or not all(word.isdecimal() for word in words):  # 'max' and -1 are no limit
         return None
@@ -217,7 +221,7 @@ def _memory_in_use(group: _Group) -> int | None:
     if usage is None:
         return None
     key = "inactive_file" if version_2 else "total_inactive_file"
-    match = re.search(rf"^{key} (\d+)$", read_text(group.path / "memory.stat") or "", re.MULTILINE)
+    match = re.search(rf"^{key} (\d+)$", read_system_file(group.path / "memory.stat") or "", re.MULTILINE)
     return max(0, usage - (int(match[1]) if match else 0))
 
 
@@ -232,7 +236,7 @@ def _swap_limit(group: _Group) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    text = read_text(path) or ""
+    text = read_system_file(path) or ""
     return int(text) if text.isdecimal() else None
 
 
@@ -248,10 +252,10 @@ def _count_cpus(text: str | None) -> int | None:
 
 
 def _first_text(folder: Path, names: tuple[str, ...]) -> str | None:
-    return next((text for name in names if (text := read_text(folder / name))), None)
+    return next((text for name in names if (text := read_system_file(folder / name))), None)
 
 
-def read_text(path: Path) -> str | None:
+def read_system_file(path: Path) -> str | None:
     """A small file of the kernel without the blanks around it; `None` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()

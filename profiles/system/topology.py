@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiles.system.cgroup import ROOT, read_text
+from profiles.system.cgroup import ROOT, read_system_file
 
 INSTRUCTION_SETS = (
     "avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16",
@@ -45,13 +45,15 @@ def processors(root: Path = ROOT) -> Processors:
     cpus = root / "sys/devices/system/cpu"
     cores, sockets, governors = set(), set(), set()
     for cpu in cpus.glob("cpu[0-9]*"):
-        package, core = (read_text(cpu / "topology" / name) for name in ("physical_package_id", "core_id"))
+        package, core = (
+            read_system_file(cpu / "topology" / name) for name in ("physical_package_id", "core_id")
+        )
         if package is not None and core is not None:
             sockets.add(package)
             cores.add((package, core))
-        governors.add(read_text(cpu / "cpufreq/scaling_governor"))
+        governors.add(read_system_file(cpu / "cpufreq/scaling_governor"))
     flags = re.search(
-        r"^(?:flags|Features)\s*:\s*(.+)$", read_text(root / "proc/cpuinfo") or "", re.MULTILINE
+        r"^(?:flags|Features)\s*:\s*(.+)$", read_system_file(root / "proc/cpuinfo") or "", re.MULTILINE
     )
     words = set(flags[1].split()) if flags else set()
     return Processors(
@@ -66,13 +68,13 @@ def processors(root: Path = ROOT) -> Processors:
 def numa_nodes(root: Path = ROOT) -> tuple[int, ...]:
     """Nodes that have processors."""
     nodes = (root / "sys/devices/system/node").glob("node[0-9]*")
-    return tuple(sorted(int(node.name[4:]) for node in nodes if read_text(node / "cpulist")))
+    return tuple(sorted(int(node.name[4:]) for node in nodes if read_system_file(node / "cpulist")))
 
 
 def cpus_of_node(node: int, root: Path = ROOT) -> frozenset[int]:
     """Empty where the kernel does not tell."""
     cpus: set[int] = set()
-    for part in (read_text(root / f"sys/devices/system/node/node{node}/cpulist") or "").split(","):
+    for part in (read_system_file(root / f"sys/devices/system/node/node{node}/cpulist") or "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match:
             cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -81,7 +83,7 @@ def cpus_of_node(node: int, root: Path = ROOT) -> frozenset[int]:
 
 def numa_node_of(bus_id: str, root: Path = ROOT) -> int | None:
     """The node that the PCI device `bus_id` (such as `00000000:17:00.0`) hangs on."""
-    text = read_text(_device(bus_id, root) / "numa_node") or ""
+    text = read_system_file(_device(bus_id, root) / "numa_node") or ""
     return int(text) if text.isdecimal() else None  # -1: the firmware does not tell
 
 
@@ -91,8 +93,8 @@ def port_above(bus_id: str, root: Path = ROOT) -> Port:
         parent = _device(bus_id, root).resolve().parent
     except OSError:
         return Port(generation_max=None, width_max=None)
-    speed = (read_text(parent / "max_link_speed") or "").split()
-    width = read_text(parent / "max_link_width") or ""
+    speed = (read_system_file(parent / "max_link_speed") or "").split()
+    width = read_system_file(parent / "max_link_width") or ""
     return Port(
         generation_max=_GENERATIONS.get(speed[0]) if speed else None,
         width_max=int(width) if width.isdecimal() and 0 < int(width) < 255 else None,

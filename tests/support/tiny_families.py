@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,4 +55,10 @@ def blueprint_of(family: str) -> TinyBlueprint:
     for name, buffer in reference.named_buffers():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer.clone()
-    return TinyBlueprint(tiny_blueprint("opt").shape, model, reference)
+    encodes = family in ENCODERS
+    shape = replace(
+        tiny_blueprint("opt").shape,
+        head="classification" if encodes else "causal_lm",
+        num_labels=2 if encodes else 0,
+    )
+    return TinyBlueprint(shape, model, reference)

@@ -61,6 +61,7 @@ class TinyBlueprint:
     model: nn.Module
     reference: nn.Module
     """The same model with its weights on the CPU in fp32."""
+    sample: Batch | None = None
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self.reference.get_parameter(name))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.data.reading.files import UnusableError, shortened
-from harness.data.records import ChatExample, Role, Turn
+from harness.data.records import ChatExample, ChatRole, Turn
 
-_ROLES: dict[str, Role] = {
+_ROLES: dict[str, ChatRole] = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",

@@ -49,7 +49,7 @@ class Layout:
 
     kind: DataKind
     needs: Mapping[str, Names]
-    """Role -> names by which it goes, the first of them the usual one."""
+    """ChatRole -> names by which it goes, the first of them the usual one."""
     may_have: Mapping[str, Names] = field(default_factory=dict)
     passes_over: Names = ()
     """Names that mean nothing here, beside those that mean nothing anywhere."""
@@ -114,7 +114,7 @@ class Meaning:
 
     kind: DataKind
     column_of: Mapping[str, str]
-    """Role -> column."""
+    """ChatRole -> column."""
     needed: Names
     """The roles without which there is no example."""
     passed_over: Names

@@ -24,7 +24,7 @@ Row = tuple[int, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class DelimitedRows:
     """Rows as one way to read a file gives them."""
 
     delimiter: str
@@ -91,12 +91,12 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _best_csv(text: str, is_header: Callable[[Sequence[str]], bool]) -> Reading:
+def _best_csv(text: str, is_header: Callable[[Sequence[str]], bool]) -> DelimitedRows:
     """As most rows are alike with a delimiter; a first row that names columns goes before that."""
     readings = [_quoted_rows(text, delimiter) for delimiter in (",", ";", "\t", "|")]
     comma = readings[0]
 
-    def alike(reading: Reading) -> tuple[bool, float]:
+    def alike(reading: DelimitedRows) -> tuple[bool, float]:
         if reading.fault is not None or reading.width < 2:
             return False, 0.0
         share = sum(len(cells) == reading.width for _, cells in reading.rows) / len(reading.rows)
@@ -106,7 +106,7 @@ def _best_csv(text: str, is_header: Callable[[Sequence[str]], bool]) -> Reading:
     return best if alike(best)[1] > 0.5 else comma
 
 
-def _best_tsv(text: str) -> Reading:
+def _best_tsv(text: str) -> DelimitedRows:
     """Quotes count in a TSV only where they can be nothing else.
 
     GLUE's files have quotes that mean nothing. A program that quotes cells quotes every cell that holds a
@@ -132,7 +132,7 @@ _QUOTED = re.compile(r'(?:^|(?<=\t))"([^"]*(?:""[^"]*)*)"(?=\t|\r?$)', re.MULTIL
 _NEEDS_QUOTES = re.compile(r'["\t\r\n]')
 
 
-def _is_meant_to_be_quoted(plain: Reading) -> bool:
+def _is_meant_to_be_quoted(plain: DelimitedRows) -> bool:
     """Whether a file whose quotes do not all close is one that quotes all the same: then it has a mistake in
     it, which has to be told."""
     with_quotes = [cell.rstrip("\r") for _, row in plain.rows for cell in row if '"' in cell]
@@ -141,7 +141,7 @@ def _is_meant_to_be_quoted(plain: Reading) -> bool:
     return 2 * len(closed) > len(with_quotes) and (doubled or 2 * len(closed) >= len(plain.rows))
 
 
-def _labels_agree(plain: Reading, quoted: Reading) -> bool:
+def _labels_agree(plain: DelimitedRows, quoted: DelimitedRows) -> bool:
     """Whether a column of few values has the same ones in both readings."""
     if plain.width != quoted.width:
         return False
@@ -154,21 +154,21 @@ def _labels_agree(plain: Reading, quoted: Reading) -> bool:
     return False
 
 
-def _plain_rows(text: str, delimiter: str) -> Reading:
+def _plain_rows(text: str, delimiter: str) -> DelimitedRows:
     """Every line a row, quotes are characters like others."""
     rows = [
         (number, line.removesuffix("\r").split(delimiter))
         for number, line in enumerate(_lines(text), start=1)
         if line.strip()
     ]
-    return Reading(delimiter=delimiter, quoted=False, rows=rows)
+    return DelimitedRows(delimiter=delimiter, quoted=False, rows=rows)
 
 
 def _lines(text: str) -> list[str]:
     return (text if "\n" in text else text.replace("\r", "\n")).split("\n")
 
 
-def _quoted_rows(text: str, delimiter: str) -> Reading:
+def _quoted_rows(text: str, delimiter: str) -> DelimitedRows:
     """As RFC 4180 has it. A carriage return ends a row only with a line feed, and only if it does so in the
     first line: pandas writes one that stands in a cell without quotes."""
     csv.field_size_limit(sys.maxsize)
@@ -196,4 +196,4 @@ def _quoted_rows(text: str, delimiter: str) -> Reading:
         if "new-line" in str(error):
             why = "a carriage return stands in a cell without quotes"
         fault = begin, why
-    return Reading(delimiter=delimiter, quoted=True, rows=rows, fault=fault)
+    return DelimitedRows(delimiter=delimiter, quoted=True, rows=rows, fault=fault)

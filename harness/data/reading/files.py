@@ -57,7 +57,7 @@ class Records:
     """Of columns that hold numbers for names, as a data set says; `None`: it does not."""
 
 
-def read_text(path: Path) -> str:
+def read_data_text(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 where a mark at its start says so; the mark is left out.
 
     Raises `UserError` for a file that is missing, empty, or in another encoding.

@@ -12,7 +12,7 @@ from harness.data.reading.files import LONE_SURROGATE, BadRecord, Record, Record
 LAYOUTS = "see 'lspzo-bench data --help' for the layouts"
 
 
-def read_json(name: str, text: str, *, lines: bool) -> Records:
+def json_records(name: str, text: str, *, lines: bool) -> Records:
     """The records of a file; with `lines` one a line. Either form is read under the other's name.
 
     Raises `UserError` for what is no JSON, and for JSON that holds no list of records.

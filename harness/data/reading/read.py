@@ -12,8 +12,8 @@ from harness.data.reading import columns
 from harness.data.reading.chats import chat_example
 from harness.data.reading.delimited import is_table, read_delimited
 from harness.data.reading.extras import JSON_SUFFIXES, SUFFIXES, is_hub_id, read_hub, read_parquet
-from harness.data.reading.files import BadRecord, Record, Records, UnusableError, listed, read_text
-from harness.data.reading.json_files import read_json
+from harness.data.reading.files import BadRecord, Record, Records, UnusableError, listed, read_data_text
+from harness.data.reading.json_files import json_records
 from harness.data.reading.labels import FEW, Classes, Label, number_classes, read_label
 from harness.data.reading.layouts import instruction_example, text_of
 from harness.data.reading.squad import question_example
@@ -65,7 +65,7 @@ def read_file(
         numbered = "a number to be predicted" if classes.is_regression else classes.listed()
         told = f"{str(meaning).removesuffix(meaning.passed_over_too)} ({numbered}){meaning.passed_over_too}"
     reading = Reading(
-        name=name, form=records.form, meaning=told, records=total, left_out=left_out(bad),
+        name=name, form=records.form, meaning=told, records=total, left_out=told_bad(bad),
         replaced_characters=records.replaced_characters,
     )  # fmt: skip
     return FileExamples(examples=replace(made, readings=(reading,)), classes=classes)
@@ -82,9 +82,9 @@ def _records_of(source: str, said: DataSource) -> Records | str:
         raise UserError(f"data '{source}'", f"the suffix '{suffix}' is not known", f"use one of {known}")
     if suffix == ".parquet":
         return read_parquet(path)
-    text = read_text(path)
+    text = read_data_text(path)
     if suffix in JSON_SUFFIXES:
-        return read_json(source, text, lines=JSON_SUFFIXES[suffix])
+        return json_records(source, text, lines=JSON_SUFFIXES[suffix])
 
     def is_header(cells: Sequence[str]) -> bool:
         return columns.is_header(cells, said.columns)
@@ -231,7 +231,7 @@ def _check_columns(
         )
 
 
-def left_out(bad: Sequence[BadRecord]) -> LeftOut:
+def told_bad(bad: Sequence[BadRecord]) -> LeftOut:
     if not bad:
         return LeftOut()
     first = min(bad, key=lambda each: each.position)

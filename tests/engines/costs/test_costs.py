@@ -128,6 +128,9 @@ def test_native_holds_8p_in_bf16_and_16p_in_fp32(dtype: str, per_parameter: int)
     )
 
 
+EAGER = {"compile": False, "graphs": False}
+
+
 @pytest.mark.parametrize(
     ("engine", "shape", "values", "gpu_gb", "host_gb"),
     [
@@ -137,6 +140,11 @@ def test_native_holds_8p_in_bf16_and_16p_in_fp32(dtype: str, per_parameter: int)
         ("torchao-offload", DEEPSEEK_7B, {}, 27.5, 64.0),
         ("torchao-offload", DEEPSEEK_1B, {"offload_gradients": True}, 4.9, 14.0),
         ("torchao-offload", DEEPSEEK_7B, {"offload_gradients": True}, 16.3, 64.0),
+        ("lora", DEEPSEEK_1B, EAGER, 5.0, 1.7),
+        ("lora", DEEPSEEK_7B, EAGER, 16.8, 1.7),
+        ("backward-optimizer", DEEPSEEK_1B, {}, 10.3, 1.7),
+        ("backward-optimizer", DEEPSEEK_7B, {}, 43.3, 1.7),
+        ("fsdp2-offload", DEEPSEEK_1B, {}, 2.65, 14.0),  # 2.5 with its blocks put down one by one
     ],
 )
 def test_peaks_against_those_measured(
@@ -254,6 +262,55 @@ def test_lsp_without_outer_parameters_holds_no_adam_states_on_the_gpu() -> None:
     assert cost("lsp", DEEPSEEK_1B, TRAINING, train_outer=False).gpu_memory_bytes["optimizer"] == 0
     outer = DEEPSEEK_1B.parameters - DEEPSEEK_1B.matrix_parameters
     assert cost("lsp", DEEPSEEK_1B, TRAINING).gpu_memory_bytes["optimizer"] == 2 * 2 * outer
+
+
+@pytest.mark.parametrize(
+    ("moments", "held", "moved"), [("fp32", 12, 26), ("bf16", 8, 18), ("int8", 6 + 1 / 16, 14 + 1 / 8)]
+)
+def test_exact_offload_by_its_states(moments: str, held: float, moved: float) -> None:
+    """Bytes per parameter of the blocks: on the host, and through its memory in a step, copies apart."""
+    counted = cost("exact-offload", DEEPSEEK_7B, TRAINING, moments=moments, gradient_blocks=4)
+    blocks = DEEPSEEK_7B.num_blocks * DEEPSEEK_7B.block_parameters
+    gradients = 4 * 2 * DEEPSEEK_7B.block_parameters
+    assert counted.host_memory_bytes["gradients, pinned"] == gradients
+    assert counted.pinned_bytes == 2 * blocks + gradients
+    on_host = counted.peak_host_bytes - transformer.PROCESS_HOST_BYTES - gradients
+    assert on_host == pytest.approx(held * blocks, rel=1e-9)
+    assert counted.host_bytes == pytest.approx((moved + 4) * blocks, rel=1e-9)
+    assert counted.h2d_bytes == counted.d2h_bytes - 4 * 32 == 2 * blocks
+    assert counted.cpu_adam_elements == blocks
+
+
+def test_exact_offload_holds_two_bytes_a_parameter_and_three_blocks_of_gradients() -> None:
+    kinds = cost("exact-offload", DEEPSEEK_7B, TRAINING).gpu_memory_bytes
+    assert kinds["weights"] == 2 * DEEPSEEK_7B.parameters
+    assert kinds["optimizer"] == 12 * DEEPSEEK_7B.outer_parameters
+    made = 4 * 2 * DEEPSEEK_7B.block_parameters + 2 * DEEPSEEK_7B.outer_parameters
+    assert kinds["gradients"] in (made, made - 2 * DEEPSEEK_7B.block_parameters)
+    four = cost("exact-offload", DEEPSEEK_7B, replace(TRAINING, accumulation=4))
+    assert four.h2d_bytes == cost("exact-offload", DEEPSEEK_7B, TRAINING).h2d_bytes
+    kept = cost("exact-offload", DEEPSEEK_7B, TRAINING, checkpointed_blocks=30).gpu_memory_bytes
+    activation = transformer.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
+    hidden = transformer.hidden_bytes(DEEPSEEK_7B, TRAINING)
+    assert kept["activations"] - kinds["activations"] == pytest.approx(2 * (activation - hidden), abs=1)
+
+
+def test_exact_offload_streamed_holds_three_blocks_and_sends_the_others_up_twice() -> None:
+    resident = cost("exact-offload", DEEPSEEK_7B, TRAINING)
+    streamed = cost("exact-offload", DEEPSEEK_7B, TRAINING, weights="streamed")
+    block = 2 * DEEPSEEK_7B.block_parameters
+    assert resident.gpu_memory_bytes["weights"] - streamed.gpu_memory_bytes["weights"] == (32 - 3) * block
+    assert streamed.h2d_bytes - resident.h2d_bytes == (32 - 3) * block
+    assert streamed.d2h_bytes == resident.d2h_bytes
+    assert streamed.host_memory_bytes == resident.host_memory_bytes
+    twin = cost("exact-offload", DEEPSEEK_7B, TRAINING, weights="streamed", offload=False)
+    assert twin.h2d_bytes == resident.h2d_bytes
+
+
+def test_exact_offload_keeps_activations_for_fewer_operations() -> None:
+    kept, again = (cost("exact-offload", TINY, TRAINING, checkpointed_blocks=n) for n in (0, "all"))
+    assert kept.gpu_flops == cost("native", TINY, replace(TRAINING, checkpointing=False)).gpu_flops
+    assert again.gpu_flops == cost("native", TINY, TRAINING).gpu_flops
 
 
 def test_mezo_holds_the_weights_once() -> None:
@@ -609,6 +666,8 @@ def test_layerwise_shows_one_layers_tail() -> None:
     assert STEP_TIME["layerwise"](slow_cpu, 1) == 80 + 4 + 1 + 1
     # Three of four micro-batches have nothing to send.
     assert STEP_TIME["layerwise"](slow_cpu, 4) == 80 + 1 + 1 + 1 + 30
+    # In quarters of a block, however many micro-batches there are; all of it behind the next forward pass.
+    assert STEP_TIME["blockwise"](slow_cpu, 4) == STEP_TIME["blockwise"](slow_cpu, 1) == 80 + 1 + 0.25 + 0.25
 
 
 def test_streamed_fills_and_drains_once() -> None:

@@ -23,6 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from engines.base import Batch, Context, StepStats
 from engines.costs.lsp import CORE_SLOTS
+from engines.cpu_updates import pipeline
+from engines.cpu_updates.cpu_adam import core_adam
+from engines.cpu_updates.pipeline import PieceUpdate, StepShare, UpdatePipeline
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.lsp import Lsp
 from engines.methods.native import Native
@@ -30,11 +33,9 @@ from engines.model.activation_checkpointing import TrainedBlocks
 from engines.settings.first_order import NativeSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import Dtype, Workload
-from engines.subspace import cores, pipeline
+from engines.subspace import cores
 from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
-from engines.subspace.cores import IdleMatrixWarning
-from engines.subspace.cpu_adam import core_adam
-from engines.subspace.pipeline import CorePipeline, PieceState, PieceUpdate, StepShare
+from engines.subspace.cores import CoreState, IdleMatrixWarning
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
@@ -94,7 +95,7 @@ def subspaces(engine: Lsp) -> list[Subspace]:
     return [matrix.subspace for matrix in engine._matrices()]
 
 
-def states(engine: Lsp) -> list[PieceState]:
+def states(engine: Lsp) -> list[CoreState]:
     return [piece.state for block in engine._blocks for piece in block.pieces]
 
 
@@ -345,7 +346,7 @@ class TestTwin:
 
             return call
 
-        monkeypatch.setattr(pipeline, "core_adam", delayed(core_adam))
+        monkeypatch.setattr(cores, "core_adam", delayed(core_adam))
         monkeypatch.setattr(Link, "upload", delayed(Link.upload))
         monkeypatch.setattr(Link, "download", delayed(Link.download))
         with running("opt", schedule_order=order) as engine:
@@ -385,7 +386,7 @@ class TestTwin:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with running("llama", ctx=ctx, offload=False, **changes) as twin:
                 expected = train(twin, batches)
-            monkeypatch.setattr(pipeline, "core_adam", plain_adam)
+            monkeypatch.setattr(cores, "core_adam", plain_adam)
             with running("llama", ctx=ctx, offload=False, **changes) as twin:
                 found = train(twin, batches)
         assert found.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -424,7 +425,7 @@ class TestTwin:
             engine.link = Link(engine.device, delay=lambda: late.choice((0, 0, 1_000_000)))
             try:
                 engine.setup(tiny_blueprint(family, tied, num_blocks=CORE_SLOTS + 2))
-                wires = sum(state.wire.nbytes for state in states(engine))
+                wires = sum(state.outgoing.nbytes for state in states(engine))
                 assert engine.pinned_bytes == 64 + wires  # the blocks' norms come first
                 assert_same(train(engine, batches), expected)
             finally:
@@ -550,7 +551,7 @@ class TestOneStep:
             threads.add(threading.current_thread().name)
             core_adam(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, "core_adam", spy)
+        monkeypatch.setattr(cores, "core_adam", spy)
         with running("opt") as engine:
             engine.step(tiny_batches(1, "opt"))
             engine.synchronize()
@@ -725,7 +726,7 @@ class TestFaults:
         def fail(*args: Any, **kwargs: Any) -> None:
             raise ArithmeticError("spoilt")
 
-        monkeypatch.setattr(pipeline, "core_adam", fail)
+        monkeypatch.setattr(cores, "core_adam", fail)
         batches = tiny_batches(2, "opt")
         for order in ("layerwise", "sequential"):
             with running("opt", schedule_order=order) as engine:
@@ -738,7 +739,7 @@ class TestFaults:
 
     def test_a_hang_becomes_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         go_on = threading.Event()
-        monkeypatch.setattr(pipeline, "core_adam", lambda *_, **__: go_on.wait(60))
+        monkeypatch.setattr(cores, "core_adam", lambda *_, **__: go_on.wait(60))
         monkeypatch.setattr(pipeline, "WAIT_LIMIT_S", 0.05)
         engine = Lsp(SETTINGS, context())
         try:
@@ -815,20 +816,21 @@ class TestFaults:
 
         link = Link(torch.device("cpu"))
         clocks = Clocks(context(), torch.device("cpu"))
-        pipeline = CorePipeline(link, SETTINGS, 8, torch.float32, clocks)
+        pipeline = UpdatePipeline(link, clocks, slots=1, slot_elements=8, name="lsp-core")
         broken: Any = Broken()
         for _ in range(2):
-            state = PieceState(
+            state = CoreState(
                 deadline=0,
-                wire=torch.ones(8),
+                outgoing=torch.ones(8),
                 moment=torch.zeros(8),
                 variance=torch.zeros(8),
                 squared_norm=torch.ones(1),
+                settings=SETTINGS,
             )
             update = PieceUpdate(
                 state=state,
                 share=StepShare(step=0, learning_rate=1e-3),
-                apply=lambda *_: None,
+                landing=lambda *_: None,
                 downloaded=Event(broken),
             )
             pipeline.submit([update])

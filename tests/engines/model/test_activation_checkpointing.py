@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.model.activation_checkpointing import TrainedBlocks, draws_random_numbers
+from engines.model.activation_checkpointing import TrainedBlocks
 from engines.model.blocks import find_blocks, without_cache
+from engines.model.randomness import draws_random_numbers
 from tiny_models import tiny_batches, tiny_blueprint
 
 FAMILIES = ["opt", "llama", "qwen2", "gpt2", "roberta", "bert"]
@@ -39,9 +40,9 @@ class Diary:
 
 
 @contextmanager
-def watched(model: nn.Module, *, recompute: bool) -> Iterator[Diary]:
+def watched(model: nn.Module, *, recomputed: int = 3) -> Iterator[Diary]:
     diary = Diary()
-    blocks = TrainedBlocks(model, diary, recompute=recompute, graphs=True)
+    blocks = TrainedBlocks(model, diary, recomputed=recomputed, graphs=True)
     blocks.begin()
     yield diary
     blocks.close()
@@ -65,21 +66,21 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_and_all_gradients_are_those_of_the_plain_model(family: str, recompute: bool) -> None:
+def test_the_loss_and_all_gradients_are_those_of_the_plain_model(family: str, recomputed: int) -> None:
     model, inputs = tiny(family)
     loss, plain = gradients_of(model, inputs)
-    with watched(model, recompute=recompute):
+    with watched(model, recomputed=recomputed):
         seen, found = gradients_of(model, inputs)
     assert torch.equal(seen, loss)
     assert same(found, plain)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_block_is_told_of_before_and_after_each_of_its_passes(recompute: bool) -> None:
+@pytest.mark.parametrize("recomputed", [0, 2, 3])
+def test_a_block_is_told_of_before_and_after_each_of_its_passes(recomputed: int) -> None:
     model, inputs = tiny("llama")
-    with watched(model, recompute=recompute) as diary:
+    with watched(model, recomputed=recomputed) as diary:
         gradients_of(model, inputs)
     forward = [("forward", index) for index in (0, 1, 2)]
     backward = [(what, index) for index in (2, 1, 0) for what in ("backward", "finish", "after")]
@@ -88,7 +89,7 @@ def test_a_block_is_told_of_before_and_after_each_of_its_passes(recompute: bool)
 
 def test_evaluation_is_told_of_but_keeps_nothing() -> None:
     model, inputs = tiny("opt")
-    with watched(model, recompute=True) as diary, torch.no_grad():
+    with watched(model) as diary, torch.no_grad():
         model(**inputs)
     assert diary.lines == [("forward", index) for index in (0, 1, 2)]
 
@@ -106,7 +107,7 @@ def test_dropout_falls_the_same_in_the_second_forward_pass(family: str) -> None:
     torch.manual_seed(5)
     loss, plain = gradients_of(model, inputs)
     after = torch.get_rng_state()
-    with watched(model, recompute=True):
+    with watched(model):
         torch.manual_seed(5)
         seen, found = gradients_of(model, inputs)
     assert torch.equal(seen, loss)
@@ -117,7 +118,7 @@ def test_dropout_falls_the_same_in_the_second_forward_pass(family: str) -> None:
 def test_gradients_add_up_over_micro_batches() -> None:
     model, inputs = tiny("llama")
     _, once = gradients_of(model, inputs)
-    with watched(model, recompute=True):
+    with watched(model):
         gradients_of(model, inputs)
         model(**inputs).loss.backward()
         twice = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -130,7 +131,7 @@ def test_frozen_weights_get_no_gradient_and_pass_one_on() -> None:
     for parameter in blocks[1].parameters():
         parameter.requires_grad_(False)
     _, plain = gradients_of(model, inputs)
-    with watched(model, recompute=True):
+    with watched(model):
         _, found = gradients_of(model, inputs)
     assert same(found, plain)
     assert all(parameter.grad is None for parameter in blocks[1].parameters())
@@ -139,7 +140,7 @@ def test_frozen_weights_get_no_gradient_and_pass_one_on() -> None:
 def test_a_block_has_its_own_forward_back_at_the_end() -> None:
     model, _ = tiny("llama")
     _, blocks = find_blocks(model)
-    with watched(model, recompute=True):
+    with watched(model):
         assert all("forward" in vars(block) for block in blocks)
     assert not any("forward" in vars(block) for block in blocks)
 
@@ -179,7 +180,7 @@ def test_all_that_a_block_takes_and_returns_has_its_gradient() -> None:
     model(hidden).backward()
     plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    with watched(model, recompute=True):
+    with watched(model):
         model(hidden).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name], msg=name)
@@ -187,19 +188,22 @@ def test_all_that_a_block_takes_and_returns_has_its_gradient() -> None:
 
 def test_between_the_passes_a_block_keeps_its_input_alone() -> None:
     model, hidden = Doubled(), torch.randn(2, 4)
-    kept: dict[bool, int] = {}
-    for recompute in (False, True):
+    kept: dict[int, int] = {}
+    for recomputed in (0, 3):
         saved: list[Tensor] = []
 
         def save(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
             saved.append(tensor)
             return tensor
 
-        with watched(model, recompute=recompute), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+        with (
+            watched(model, recomputed=recomputed),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda t: t),
+        ):
             blocks_out = model.layers[0](hidden, model.bias)
-        kept[recompute] = len(saved)
+        kept[recomputed] = len(saved)
         assert blocks_out[1] == "cache"
-    assert kept[True] == 1 < kept[False]
+    assert kept[3] == 1 < kept[0]
 
 
 @pytest.mark.parametrize(("p", "found"), [(0.0, False), (0.1, True)])

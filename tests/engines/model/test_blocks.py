@@ -34,7 +34,7 @@ def test_the_row_of_blocks_is_found(family: str, path: str) -> None:
 
 
 def test_models_without_one_row_of_blocks_are_refused() -> None:
-    with pytest.raises(UserError, match="no row of like blocks"):
+    with pytest.raises(UserError, match="no row of blocks"):
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
     config = AutoConfig.for_model(
         "t5", vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, tie_word_embeddings=True

@@ -126,7 +126,6 @@ def test_random_tokens_span_the_vocabulary_and_are_labelled() -> None:
     assert torch.equal(batch.inputs["labels"], ids)
     assert 0 <= int(ids.min()) < 10
     assert 310 <= int(ids.max()) < 320
-    assert batch.num_tokens == 64 * 32
     encoder = data_of("random", model="tiny-roberta", batch_size=64).step_batches(0)[0]
     assert encoder.inputs["labels"].shape == (64,)
     assert set(encoder.inputs["labels"].tolist()) == {0, 1}

@@ -232,12 +232,17 @@ def test_a_huge_shape_is_built_without_memory() -> None:
     assert len(find_blocks(blueprint.model)[1]) == 96
 
 
-def test_unset_buffers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_that_no_initialisation_sets_come_from_a_second_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = AutoConfig.for_model(**NAMED_SHAPES["tiny-llama"].config)
-    model = type(build_on_meta(config, "causal_lm").base_model)
-    monkeypatch.setattr(model, "_init_weights", lambda self, module: None)
-    with pytest.raises(RuntimeError, match="inv_freq are not known"):
-        build_on_meta(config, "causal_lm")
+    usual = build_on_meta(config, "causal_lm")
+    monkeypatch.setattr(type(usual.base_model), "_init_weights", lambda self, module: None)
+    made = build_on_meta(config, "causal_lm")
+    assert all(parameter.is_meta for parameter in made.parameters())
+    assert dict(usual.named_buffers()).keys() == dict(made.named_buffers()).keys()
+    for (name, one), (_, other) in zip(usual.named_buffers(), made.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -452,6 +457,7 @@ def test_other_checkpoints_go_the_way_of_transformers(change: str, tmp_path: Pat
     else:  # as the body alone is published: this is understood
         body = {key.removeprefix("model."): value for key, value in tensors.items()}
         save_file(body, file, {"format": "pt"})
+        (source / SUMS).unlink()  # it says what the export was
         assert stored() is not None
         for path, value in filled(blueprint_of(str(source), random_weights=False)).items():
             assert torch.equal(value, tensors[path])

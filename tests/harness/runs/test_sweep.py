@@ -18,7 +18,9 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.runs.attempt
 from engines.errors import UserError
+from engines.files.writing import is_leftover
 from harness.records.job import Job, load_job, save_job
+from harness.records.manifest import MANIFEST, check_manifest
 from harness.records.run import EndState, Run, Summary, load_run, save_run
 from harness.runs.launch import Outcome, Stepped
 from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, grid, missing, run_sweep
@@ -338,10 +340,16 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_record(tmp_path: Path, fil
     with pytest.raises(UserError, match=r"runs/scripted-.*-r1.json: cannot be written \(File too large\)"):
         run_sweep(JOB, SHAPE, [A, B], tmp_path, on_event=fill)
     file_size_limit(resource.RLIM_INFINITY)
-    assert files(tmp_path) == before
-    assert not (tmp_path / ".work").exists()
-    runs = run_sweep(JOB, SHAPE, [A, B], tmp_path, SweepOptions(resume=True))
+    after = {name: content for name, content in files(tmp_path).items() if not name.startswith(".work")}
+    assert after | {MANIFEST: b""} == before | {MANIFEST: b""}
+    told: list[SweepEvent] = []
+    runs = run_sweep(JOB, SHAPE, [A, B], tmp_path, SweepOptions(resume=True), on_event=told.append)
     assert [run.end_state for run in runs] == ["ok", "ok"]
+    # The run had ended well: its result was taken up, and nothing ran again.
+    assert [type(event) for event in told] == [Planned]
+    assert told[0].taken_up == (runs[1].id,)  # type: ignore[union-attr]
+    assert check_manifest(tmp_path) == ()
+    assert not (tmp_path / ".work").exists()
 
 
 PARENT = """
@@ -406,7 +414,7 @@ def test_a_killed_sweep_takes_its_processes_along_and_is_resumed(tmp_path: Path)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     out = tmp_path / "out"
     before = files(out / "runs")
-    assert set(before) == {f"{first}.json"}
+    assert {name for name in before if not is_leftover(name)} == {f"{first}.json"}
 
     events: list[SweepEvent] = []
     runs = run_sweep(JOB, SHAPE, [A, SLOW], out, SweepOptions(resume=True), on_event=events.append)

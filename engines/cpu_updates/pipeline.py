@@ -1,13 +1,14 @@
-"""The way of a compressed gradient from the GPU through the CPU's Adam and back into the weights.
+"""The way of gradients from the GPU through Adam on the CPU and of what that makes back to the GPU.
 
-Cores travel in pieces: those of some neighbouring matrices of one block, one after the other in flat memory.
-A piece is downloaded, Adam turns it into its direction in the same host memory, it is uploaded, and the GPU
-applies it. Four resources, each with one queue: the download stream, this file's thread, the upload stream
-and the stream that applies. The thread takes what has arrived by deadline: the block that the next forward
-pass needs first. Its dependencies only go forward, so it cannot deadlock.
+What travels is a piece: neighbouring elements of one block in flat memory, whole gradients
+(`engines.cpu_updates.block_state`) or compressed ones (`engines.subspace.cores`). A piece is downloaded, Adam
+runs on it, and what it leaves is uploaded: weights straight to where the model has them, or directions into a
+slot, from which the GPU applies them. Four resources, each with one queue: the download stream, this file's
+thread, the upload stream and the stream that applies. The thread takes what has arrived by deadline: the
+block that the next forward pass needs first. Its dependencies only go forward, so it cannot deadlock.
 
-`engines.methods.lsp` decides what to submit and how to apply; this file decides the order, and keeps failures
-from hanging and from spreading.
+Methods decide what to submit and how it lands; this file decides the order, and keeps failures from hanging
+and from spreading.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from engines.costs.lsp import UPLOAD_SLOTS
-from engines.settings.first_order import AdamWSettings
-from engines.subspace.cpu_adam import compiled, core_adam
+from engines.cpu_updates.cpu_adam import compiled
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
@@ -39,8 +38,8 @@ WAIT_LIMIT_S = 600.0
 _cuda: Any = torch.cuda  # most of it is without annotations
 
 
-class CoreNotFinite(Exception):
-    """A compressed gradient was infinite or NaN. Its block keeps its weights and moments."""
+class GradientNotFinite(Exception):
+    """A gradient was infinite or NaN. Its block keeps its weights and moments."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"a gradient of step {step} is not finite")
@@ -59,10 +58,10 @@ class StepShare:
     """On the host: the gradient's squared norm, valid once `total_known` has happened. For clipping."""
     total_known: Event = field(default_factory=Event)
     failed: bool = False
-    """A core of the step was not finite: what has not been updated yet stays as it is."""
+    """A gradient of the step was not finite: what has not been updated yet stays as it is."""
 
     def is_finite(self) -> bool:
-        """Of the gradient that is clipped, also what is outside the cores. `total_known` has happened."""
+        """Of the gradient that is clipped, also what the GPU updates. `total_known` has happened."""
         return self.total is None or math.isfinite(float(self.total))
 
     def scale(self) -> float:
@@ -73,31 +72,43 @@ class StepShare:
         return self.max_norm / norm if norm > self.max_norm else 1.0
 
 
-@dataclass(kw_only=True, eq=False)
-class PieceState:
-    """One piece's memory on the host."""
+class TravellingPiece(Protocol):
+    """Neighbouring elements of a block, on the host, and their optimizer's state."""
 
     deadline: int
     """Index of its block: its place in the next forward pass."""
-    wire: Tensor
-    """(elements,) of the weights' dtype, pinned: the gradient, then its direction."""
-    moment: Tensor
-    variance: Tensor
-    """(elements,) fp32."""
     squared_norm: Tensor
-    """(1,) fp32, pinned: the gradient's, which arrives before it."""
-    updates: int = 0
-    """Updates so far, the one under way included, for Adam's bias correction."""
+    """(1,) fp32, pinned: of the block's gradient, which it arrives before."""
+
+    @property
+    def outgoing(self) -> Tensor:
+        """(elements,) of the weights' dtype, pinned: what goes up after an update."""
+
+    def update(self, share: StepShare) -> None:
+        """One step of Adam on the gradient that has arrived. May take all threads of the caller."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Landing:
+    """Where what goes up belongs as it is."""
+
+    memory: Tensor
+    """(elements,) on the GPU."""
+    free: Event
+    """Until then `memory` is in use."""
 
 
 @dataclass(kw_only=True, eq=False)
 class PieceUpdate:
     """One piece on its way."""
 
-    state: PieceState
+    state: TravellingPiece
     share: StepShare
-    apply: Callable[[Tensor, StepShare], None]
-    """Called with the direction (elements,) on the GPU; enqueues what applies it to the weights."""
+    landing: Landing | Callable[[Tensor, StepShare], None] | None
+    """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
+    applies it to the weights; `None`: it stays on the host."""
+    consumed: Callable[[], None] = lambda: None
+    """Called when the downloaded gradient is needed no more, whatever came of it; from any thread."""
     downloaded: Event = field(default_factory=Event)
     applied: Event = field(default_factory=Event)
     """Valid once `done` is set."""
@@ -134,35 +145,30 @@ def adam_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def update_piece(state: PieceState, share: StepShare, settings: AdamWSettings) -> bool:
+def update_piece(state: TravellingPiece, share: StepShare) -> bool:
     """Adam on a gradient that is on the host: the worker's and the twin's. False: it is not finite."""
     if share.failed or not share.is_finite() or not math.isfinite(float(state.squared_norm)):
         share.failed = True
         return False
-    state.updates += 1
-    core_adam(
-        state.wire,
-        state.moment,
-        state.variance,
-        state.updates,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.adam_eps,
-        scale=share.scale(),
-    )
+    state.update(share)
     return True
 
 
-def update_at_once(updates: Sequence[PieceUpdate], settings: AdamWSettings, device: torch.device) -> None:
+def update_at_once(updates: Sequence[PieceUpdate], device: torch.device) -> None:
     """The twin's way: all of it in the calling thread, then all is applied."""
     for update in updates:
-        update.failed = not update_piece(update.state, update.share, settings)
+        update.failed = not update_piece(update.state, update.share)
+        update.consumed()
     for update in updates:
-        if not update.failed:
-            update.apply(update.state.wire.to(device), update.share)
+        if update.failed:
+            continue
+        if isinstance(update.landing, Landing):
+            update.landing.memory.copy_(update.state.outgoing)
+        elif update.landing is not None:
+            update.landing(update.state.outgoing.to(device), update.share)
 
 
-class CorePipeline:
+class UpdatePipeline:
     """A thread that updates pieces, one that sends them back, and the stream that applies them.
 
     Jobs are lists of pieces: a list's downloads are awaited together, then all are updated, then all are
@@ -175,19 +181,21 @@ class CorePipeline:
     def __init__(
         self,
         link: Link,
-        settings: AdamWSettings,
-        piece_elements: int,
-        dtype: torch.dtype,
         clocks: Clocks,
+        *,
+        slots: int = 0,
+        slot_elements: int = 0,
+        dtype: torch.dtype = torch.float32,
+        name: str = "cpu-updates",
     ) -> None:
-        """`piece_elements` is the size of the largest piece."""
+        """`slots` are for pieces that are applied on the GPU, each of up to `slot_elements` of `dtype`.
+        Threads are named after `name`."""
         self._link = link
-        self._settings = settings
         self._timeline, self._exposure = clocks.timeline, clocks.exposure
         device = link.device
         self._stream = _cuda.Stream(device) if device.type == "cuda" else None
         # Allocated once: they cross streams, and the caching allocator knows nothing of that.
-        self._slots = [torch.empty(piece_elements, dtype=dtype, device=device) for _ in range(UPLOAD_SLOTS)]
+        self._slots = [torch.empty(slot_elements, dtype=dtype, device=device) for _ in range(slots)]
         self._slot_free = [Event() for _ in self._slots]
         compiled()  # here, and not in the first step
         self._turn = itertools.count()
@@ -200,8 +208,8 @@ class CorePipeline:
         self._busy_s = 0.0
         self._updated: queue.SimpleQueue[PieceUpdate | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, name="lsp-core-adam", daemon=True),
-            threading.Thread(target=self._return, name="lsp-core-return", daemon=True),
+            threading.Thread(target=self._run, name=f"{name}-adam", daemon=True),
+            threading.Thread(target=self._return, name=f"{name}-return", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -217,7 +225,7 @@ class CorePipeline:
     def wait(self, update: PieceUpdate) -> Event:
         """Hold the calling thread until the piece's application is enqueued; the event of its end.
 
-        Raises `CoreNotFinite`, `RuntimeError` with its cause if the worker failed, and one if the update
+        Raises `GradientNotFinite`, `RuntimeError` with its cause if the worker failed, and one if the update
         does not come.
         """
         is_done = update.done.wait(WAIT_LIMIT_S)
@@ -226,13 +234,13 @@ class CorePipeline:
         if not is_done:
             raise RuntimeError(f"the CPU update did not come within {WAIT_LIMIT_S:.0f} s")
         if update.failed:
-            raise CoreNotFinite(update.share.step)
+            raise GradientNotFinite(update.share.step)
         return update.applied
 
     def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
         """Wait until all `updates` are applied, finite or not; the argument `wait` waits for an event."""
         for update in updates:
-            with suppress(CoreNotFinite):
+            with suppress(GradientNotFinite):
                 wait(self.wait(update))
 
     def take_busy_s(self) -> float:
@@ -259,6 +267,7 @@ class CorePipeline:
                     except BaseException as error:  # it belongs to the thread that waits
                         self._error = error
                     for update in job:
+                        update.consumed()
                         self._updated.put(update)
         finally:
             self._updated.put(None)
@@ -297,7 +306,7 @@ class CorePipeline:
         self._link.host_wait(job[0].share.total_known)
         begin_s = now_s()
         for update in job:
-            update.failed = not update_piece(update.state, update.share, self._settings)
+            update.failed = not update_piece(update.state, update.share)
         end_s = now_s()
         with self._changed:
             self._busy_s += end_s - begin_s
@@ -306,20 +315,25 @@ class CorePipeline:
             self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
 
     def _bring_back(self, update: PieceUpdate) -> None:
-        slot = next(self._turn) % len(self._slots)
-        wire = update.state.wire
-        direction = self._slots[slot][: wire.numel()]
         name = f"block {update.state.deadline}"
+        outgoing, landing = update.state.outgoing, update.landing
+        if landing is None:
+            return
+        if isinstance(landing, Landing):
+            update.applied = self._link.upload(outgoing, landing.memory, after=landing.free, name=name)
+            return
+        slot = next(self._turn) % len(self._slots)
+        direction = self._slots[slot][: outgoing.numel()]
         # HAZARD: the slot's last direction must have been applied before this one is written over it.
-        arrived = self._link.upload(wire, direction, after=self._slot_free[slot], name=name)
+        arrived = self._link.upload(outgoing, direction, after=self._slot_free[slot], name=name)
         if self._stream is None:
-            update.apply(direction, update.share)
+            landing(direction, update.share)
             return
         with torch.cuda.stream(self._stream):
             self._link.wait(arrived)
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
-            update.apply(direction, update.share)
+            landing(direction, update.share)
             self._exposure.between("gpu", start, _timed_event(self._stream))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)

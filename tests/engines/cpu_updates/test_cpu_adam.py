@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engines.subspace import cpu_adam as module
-from engines.subspace.cpu_adam import SlowAdamWarning, compiled, core_adam
+from engines.cpu_updates import cpu_adam as module
+from engines.cpu_updates.cpu_adam import SlowAdamWarning, compiled, core_adam
 
 PART = 32768
 """As in core_adam.c."""

@@ -1,8 +1,8 @@
-"""Adam of a compressed gradient, on the CPU.
+"""Adam of a compressed gradient, on the CPU, and what all of Adam on the CPU is compiled from.
 
 Memory decides its speed: two moments in fp32 and the core are read and written, 20 bytes for each element of
 a bf16 core. One pass over them does that, and no operation of torch is one pass: its fused AdamW wants
-everything in one dtype, so that a bf16 core is widened before and narrowed after. `core_adam.c` is that pass,
+everything in one dtype, so that a bf16 core is widened before and narrowed after. `cpu_adam.c` is that pass,
 compiled for this machine when it is first used, which takes some tenths of a second.
 
     on an H200's host, 14 of 16 threads, alone: 3.8 G elements/s by torch's fused AdamW on parts that are
@@ -50,7 +50,7 @@ class SlowAdamWarning(UserWarning):
 
 
 class Factors(ctypes.Structure):
-    """What the elements are multiplied by, in fp32; as in `core_adam.c`."""
+    """What the elements are multiplied by, in fp32; as in `cpu_adam.c`."""
 
     _fields_ = tuple(
         (name, ctypes.c_float)
@@ -64,6 +64,48 @@ class Factors(ctypes.Structure):
             "unbias_root",
             "eps",
         )
+    )
+
+
+class Step(ctypes.Structure):
+    """What AdamW multiplies weights by, and the key of its noise; as in `cpu_adam.c`."""
+
+    _fields_ = (
+        ("adam", Factors),
+        ("keep_weight", ctypes.c_float),
+        ("rate", ctypes.c_float),
+        ("key", ctypes.c_uint32),
+    )
+
+
+class Memory(ctypes.Structure):
+    """Addresses of what AdamW reads and writes; as in `cpu_adam.c`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            "weight",
+            "rest",
+            "moment",
+            "variance",
+            "moment_scales",
+            "variance_scales",
+            "gradient",
+        )
+    )
+
+
+def factors_of(updates: int, beta1: float, beta2: float, eps: float, scale: float) -> Factors:
+    """Of the update of that number, counted from 1. The gradient is multiplied by `scale` first."""
+    return Factors(
+        scale=scale,
+        keep_moment=beta1,
+        take_moment=1.0 - beta1,
+        keep_variance=beta2,
+        take_variance=1.0 - beta2,
+        unbias_moment=1.0 / (1.0 - beta1**updates),
+        unbias_root=(1.0 - beta2**updates) ** -0.5,
+        eps=eps,
     )
 
 
@@ -88,19 +130,10 @@ def core_adam(
     Runs on as many threads as the calling thread has from torch. Without the interpreter's lock, but for a
     few microseconds.
     """
-    factors = Factors(
-        scale=scale,
-        keep_moment=beta1,
-        take_moment=1.0 - beta1,
-        keep_variance=beta2,
-        take_variance=1.0 - beta2,
-        unbias_moment=1.0 / (1.0 - beta1**updates),
-        unbias_root=(1.0 - beta2**updates) ** -0.5,
-        eps=eps,
-    )
+    factors = factors_of(updates, beta1, beta2, eps, scale)
     library = compiled()
     if library is None:
-        without_compiler(core, moment, variance, factors)
+        core_adam_without_compiler(core, moment, variance, factors)
         return
     library.core_adam(
         core.data_ptr(),
@@ -115,7 +148,7 @@ def core_adam(
 
 @cache
 def compiled() -> Any | None:
-    """`core_adam.c` as a library, by the compiler that `CC` names or the first that can make it; `None` where
+    """`cpu_adam.c` as a library, by the compiler that `CC` names or the first that can make it; `None` where
     none can, and a warning says why."""
     found = [shlex.split(os.environ.get("CC", "")), *([name] for name in COMPILERS if shutil.which(name))]
     why = "no compiler was found"
@@ -127,7 +160,7 @@ def compiled() -> Any | None:
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{shlex.join(compiler)}: {error}"
     warnings.warn(
-        f"Adam of lsp's cores could not be compiled ({why}): it runs in torch, with the same bits and "
+        f"Adam on the CPU could not be compiled ({why}): it runs in torch, with the same bits and "
         "several times slower; install gcc, or name a C compiler with OpenMP in CC",
         SlowAdamWarning,
         stacklevel=3,
@@ -138,7 +171,7 @@ def compiled() -> Any | None:
 def _compiled_by(compiler: list[str]) -> Any:
     # In a folder of its own and gone when it is loaded: nothing to be stale, or another machine's.
     with TemporaryDirectory(prefix="lspzo-bench-") as folder:
-        made = Path(folder) / "core_adam.so"
+        made = Path(folder) / "cpu_adam.so"
         command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
         library = ctypes.CDLL(str(made))
@@ -147,11 +180,13 @@ def _compiled_by(compiler: list[str]) -> Any:
         pointer, ctypes.c_int, pointer, pointer, ctypes.c_int64, Factors, ctypes.c_int
     )  # fmt: skip
     library.core_adam.restype = None
+    library.adamw.argtypes = (Memory, ctypes.c_int, ctypes.c_int, ctypes.c_int64, Step, ctypes.c_int)
+    library.adamw.restype = None
     return library
 
 
-def without_compiler(core: Tensor, moment: Tensor, variance: Tensor, factors: Factors) -> None:
-    """What `core_adam.c` does, by torch operations: all of (elements,), `core` fp32 or bf16, moments fp32."""
+def core_adam_without_compiler(core: Tensor, moment: Tensor, variance: Tensor, factors: Factors) -> None:
+    """What `cpu_adam.c` does, by torch operations: all of (elements,), `core` fp32 or bf16, moments fp32."""
     f: Any = factors  # ctypes adds the attributes
     for begin in range(0, core.numel(), CHUNK):
         part, m, v = (tensor[begin : begin + CHUNK] for tensor in (core, moment, variance))

@@ -1,0 +1,183 @@
+"""What exact AdamW on the CPU costs: native's forward and backward, and for each block its gradients down,
+AdamW on the CPU, and its weights up, 2 bytes of each per bf16 parameter, while other blocks compute.
+
+Floors of a step of T tokens with N parameters in blocks, of which each takes c bytes of host memory traffic
+in AdamW (26 with fp32 moments, 18 with bf16, 14 with int8) and 4 of copies:
+
+    GPU   (6, or 8 with recomputation) N T / F
+    CPU   (c + 4) N / bandwidth of host memory
+    link  2 N / bandwidth of each direction
+
+The CPU hides behind the GPU above T* = F (c + 4) / (8 bandwidth) tokens per step. On a machine with an H200
+(some 650 TFLOP/s in large products, 120 GB/s of host memory, 50 GB/s each way): a model of 1.3 or 6.7 billion
+parameters takes 0.32 or 1.6 s of the CPU with fp32 moments, 0.23 or 1.2 s with bf16 and 0.19 or 1.0 s with
+int8, 0.05 or 0.27 s of the link; T* is 20, 15 and 12 thousand tokens. All micro-batches of a step count: they
+pass a block together (`engines.model.block_major`).
+
+With `weights=streamed` the weights of the blocks come up twice, but for a few, so the link takes 4 N /
+bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
+
+GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
+between blocks (or what kept blocks keep), and outside the blocks weights, gradients, fp32 masters and
+moments. Host memory: weights, pinned; the low halves of fp32 masters; moments; and pinned room for gradients
+that wait for the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engines.costs import transformer
+from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES
+from engines.costs.native import block_passes
+from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+
+PIECE_ELEMENTS = 16 << 20
+"""Gradients and weights cross the link in pieces of up to this size: a copy takes 0.6 ms or more, and the
+CPU's update some milliseconds."""
+
+GRADIENT_SLOTS = 3
+"""Blocks whose gradients are on the GPU at once: one is being made, others are on their way down."""
+
+WEIGHT_SLOTS = 3
+"""Blocks whose weights are on the GPU at once where they are streamed: one computes, two come up."""
+
+LEAST_GRADIENT_BLOCKS = 4
+
+FUSED_ADAM_BYTES = 28
+"""Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed."""
+
+MASTER_BYTES = 12
+"""fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""
+
+MASTER_TRAFFIC_BYTES = 44
+"""GPU memory traffic of its update: the gradient widened, AdamW on the master, the weight rounded."""
+
+
+def moment_bytes(moments: Moments) -> float:
+    """Host memory of both moments of a parameter."""
+    return {"fp32": 8.0, "bf16": 4.0, "int8": 2.0 + 8.0 / MOMENT_GROUP}[moments]
+
+
+def state_bytes(element: int, moments: Moments) -> float:
+    """Pageable host memory per parameter of a block: moments, and the low half of a 16-bit weight's
+    master."""
+    return moment_bytes(moments) + (4 - element)
+
+
+def adam_bytes(element: int, moments: Moments) -> float:
+    """Host memory traffic per parameter of an update: the gradient read, all else read and written."""
+    return element + 2 * (element + state_bytes(element, moments))
+
+
+def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
+    """Blocks whose gradients have room on the host.
+
+    A forward pass is a quarter to a third of a step, and the CPU needs as many blocks' gradients to have work
+    meanwhile: those of the last blocks, whose weights are needed last.
+    """
+    if settings.waits_for_norm or not settings.offload:
+        return num_blocks
+    if settings.gradient_blocks == "auto":
+        return min(num_blocks, max(LEAST_GRADIENT_BLOCKS, -(-num_blocks // 3)))
+    return min(num_blocks, settings.gradient_blocks)
+
+
+def host_bytes(blocks: list[int], element: int, settings: ExactOffloadSettings) -> dict[str, int]:
+    """Host memory by kind, for blocks of so many parameters each."""
+    total = sum(blocks)
+    kept = "pinned" if settings.offload else "pageable"
+    places = gradient_places(len(blocks), settings)
+    return {
+        f"weights, {kept}": element * total,
+        f"gradients, {kept}": element * places * max(blocks, default=0),
+        "optimizer": int(state_bytes(element, settings.moments) * total),
+    }
+
+
+def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[int]:
+    """How often each block comes up: once, or for each of both passes, but for those that are still there
+    when the forward pass turns."""
+    stay = WEIGHT_SLOTS if settings.streams else num_blocks
+    return [1 if index >= num_blocks - stay else 2 for index in range(num_blocks)]
+
+
+def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> Traffic:
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    blocks = [shape.block_parameters] * shape.num_blocks
+    host = host_bytes(blocks, element, settings)
+    pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
+    passes = block_passes(shape, workload, settings)
+    uploads = uploads_per_step(shape.num_blocks, settings)
+    layers = [
+        _layer(layer, shape, element, settings, uploads)
+        for layer in transformer.training_layers(shape, workload, passes)
+    ]
+    offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
+    slowdown = CORE_ADAM_SLOWDOWN if element < 4 else 1.0
+    return Traffic(
+        layers=tuple(layers),
+        gpu_memory_bytes=_gpu_memory(shape, workload, settings),
+        host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES, **host},
+        pinned_bytes=pinned,
+        overlap=offloaded if settings.offload else "serial",
+        cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES * slowdown,
+    )
+
+
+def _layer(
+    layer: LayerTraffic, shape: ModelShape, element: int, settings: ExactOffloadSettings, uploads: list[int]
+) -> LayerTraffic:
+    if layer.name == "head":
+        own = MASTER_TRAFFIC_BYTES if element < 4 else FUSED_ADAM_BYTES
+        return replace(layer, gpu_bytes=layer.gpu_bytes + own * shape.outer_parameters)
+    if not layer.name.startswith("block."):
+        return layer
+    size = shape.block_parameters
+    times = uploads[int(layer.name.removeprefix("block."))]
+    return replace(
+        layer,
+        # Each gradient is made, added to what is there or moved there, and read for its norm.
+        gpu_bytes=layer.gpu_bytes + 4 * element * size,
+        h2d_bytes=times * element * size,
+        d2h_bytes=element * size + NORM_BYTES,
+        cpu_adam_elements=size,
+        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size,
+    )
+
+
+def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> dict[str, int]:
+    """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    outer = element * shape.outer_parameters
+    masters = (MASTER_BYTES if element < 4 else 8) * shape.outer_parameters
+    slots = min(GRADIENT_SLOTS, shape.num_blocks)
+    blocks = min(WEIGHT_SLOTS, shape.num_blocks) if settings.streams else shape.num_blocks
+    held = {
+        "weights": outer + element * blocks * shape.block_parameters,
+        "optimizer": masters,
+        "gradients": slots * element * shape.block_parameters,
+    }
+    passes = block_passes(shape, workload, settings)
+    saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
+    between = workload.accumulation * transformer.hidden_bytes(shape, workload)
+    made = element * shape.block_parameters  # before they are added to the slot
+    in_backward = 0
+    if passes.recomputed:
+        in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
+    moments = (
+        {
+            "gradients": held["gradients"] + outer,
+            "activations": saved + between,
+            "logits": transformer.logits_bytes(shape, workload),
+        },
+        {
+            "gradients": held["gradients"] + outer + made,
+            "activations": saved + between + in_backward + transformer.hidden_bytes(shape, workload),
+            "logits": 0,
+        },
+        {"gradients": held["gradients"] + outer, "scratch": 4 * shape.largest_tensor * (element < 4)},
+    )
+    return transformer.peak_moment([{**held, **moment} for moment in moments])

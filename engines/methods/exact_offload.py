@@ -1,0 +1,638 @@
+"""Exact AdamW on the CPU, block by block behind the backward pass.
+
+ZeRO-Offload (2101.06840) put AdamW with fp32 master weights on the CPU; it waits for it. Here it is AdamW
+(1711.05101, `engines.cpu_updates.adamw`), and each block goes its own way, as in LSP-Offload (2406.10181),
+SlideFormer (2603.16428) and prime-rl. One step:
+
+    1. GPU   forward: all micro-batches pass block 0, then block 1, ...
+    2. GPU   backward from the last block on: its gradient G, summed over the micro-batches
+    3. link  G to the host, on its own stream, while the GPU goes on with the block before
+    4. CPU   AdamW on the block's fp32 masters and moments, in a worker thread
+    5. link  the block's bf16 weights to the GPU, on their own stream, straight to where the model has them;
+             the next forward pass waits for them block by block
+
+Since micro-batches pass a block together (`engines.model.block_major`), a block's gradient is complete once
+in a step however many there are, and 3 to 5 have a whole step's compute to hide behind: above T* tokens per
+step they do (`engines.costs.exact_offload`).
+
+With `weights=streamed` (ZeRO-Infinity, 2104.07857, and the vertical order of GreedySnake, 2512.17570) the
+blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' room on the GPU
+(`engines.offload.block_slots`); 5 is left out. GPU memory is then that of a few blocks, hidden states and
+what is outside the blocks, whatever the model's size.
+
+Where things live. GPU: the bf16 weights of the model, gradients of three blocks, hidden states between
+blocks; of what lies outside the blocks (embeddings, final norm, head) also gradients, fp32 masters and
+moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinned) and the 16 bits that make
+it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
+Gradients of some blocks have pinned room there.
+
+Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
+and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
+block, nor of those that backward reaches after it; what is outside the blocks does not change either. The CPU
+finds it, so nothing waits, and the next step raises; a loss that is not finite raises at once.
+
+Clipping by the norm of the whole gradient: `clip_by=exact` waits for it, so that the CPU begins when backward
+has ended; `clip_by=previous` scales by the norm of the step before, which is a method of its own, in which
+nothing waits. The first step has none before it, and is not clipped.
+
+Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed where activation
+checkpointing asks for it (`engines.model.training_regions`).
+
+The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
+copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
+deterministic. In fp32 it is `native`'s arithmetic, in another order of rounding.
+
+Deviations, and choices: micro-batches add up in the weights' dtype, as in native. A gradient crosses the link
+in the weights' dtype. Masters begin as the bf16 weights that the model was loaded with. A master is rounded
+to bf16 halves away from zero. Decay, bias correction and schedules are AdamW's. A tensor that several blocks
+share, or a block and what is outside, is updated on the GPU.
+
+Longer than 400 lines: a step and the life around it are read in one piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.costs.exact_offload import GRADIENT_SLOTS, WEIGHT_SLOTS, gradient_places, host_bytes
+from engines.costs.transformer import PROCESS_HOST_BYTES
+from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
+from engines.cpu_updates.pipeline import (
+    GradientNotFinite,
+    Landing,
+    PieceUpdate,
+    StepShare,
+    UpdatePipeline,
+    leave_threads_to_adam,
+    update_at_once,
+)
+from engines.errors import InfeasiblePlan, NonFiniteLoss
+from engines.first_order.adamw import prepare_training, weights_dtype
+from engines.first_order.checkpoint import (
+    load_checkpoint,
+    load_rng_state,
+    model_weights,
+    parameter_names,
+    rng_state,
+    save_checkpoint,
+)
+from engines.first_order.lr_schedule import learning_rate_at
+from engines.first_order.master_weights import MasterWeights
+from engines.model.block_major import BlockMajor
+from engines.model.blocks import find_blocks, first_names, move_buffers, no_cache, set_parameter
+from engines.model.evaluation import evaluate_on_device
+from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
+from engines.model.model_check import check_block_major
+from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.offload.block_slots import BlockSlots
+from engines.settings.exact_offload import ExactOffloadSettings
+from engines.transfer.engine_clocks import Clocks
+from engines.transfer.link import Event
+
+_T = TypeVar("_T")
+
+
+class ExactOffload:
+    """AdamW on the CPU behind the backward pass. Implements `engines.base.Engine`."""
+
+    name = "exact-offload"
+
+    def __init__(self, settings: ExactOffloadSettings, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+        self.device = torch.device(context.device)
+        self._clocks = Clocks(context, self.device)
+        self.link = self._clocks.link()
+        self.steps_done = 0
+        self._compute = self._clocks.compute
+        self.notes: list[str] = []
+        """What of the settings could not be had, and why."""
+        self._regions: TrainingRegions | None = None
+        self._states: BlockStates | None = None
+        self._room: GradientRoom | None = None
+        self._pipeline: UpdatePipeline | None = None
+        self._share = StepShare(step=-1, learning_rate=0.0)
+        """Of the last step."""
+        self.on_gpu: list[Tensor] = []
+        """Of each block, (elements,): where its weights are, or are when they have come up."""
+        self.weight_slots: BlockSlots | None = None
+        """Of streamed blocks."""
+        self._pending: list[list[PieceUpdate]] = []
+        """Of each block."""
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it runs on any device."""
+        return None
+
+    # --- set-up ---------------------------------------------------------------------------------------
+
+    def setup(self, blueprint: Blueprint) -> None:
+        """Fill the model, make room on the host, start the CPU worker.
+
+        Raises `UserError` for fp16 and a model whose blocks cannot be driven, `InfeasiblePlan` where the host
+        lacks the memory.
+        """
+        self._dtype = weights_dtype(self.context, self.name)
+        check_block_major(blueprint, self.context)
+        self.model: nn.Module = blueprint.model
+        self._layout = layout = lay_out(self.model, self._dtype)
+        self._check_host([block.size for block in layout.blocks])
+        on_host = self.device if self.settings.offload else torch.device("cpu")
+        self._states = BlockStates(
+            layout.blocks,
+            self.settings,
+            dtype=self._dtype,
+            device=on_host,
+            seed=self.context.seed,
+            progress=self.context.progress,
+        )
+        sizes = [block.size for block in layout.blocks]
+        places = gradient_places(len(sizes), self.settings)
+        self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
+        self._pending = [[] for _ in sizes]
+        self._place_weights(blueprint, layout)
+        self._names = parameter_names(self.model)
+        # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
+        self._alike = len({_extents(block) for block in layout.blocks}) == 1
+        self._slots = [
+            torch.zeros(max(sizes), dtype=self._dtype, device=self.device)
+            for _ in range(min(GRADIENT_SLOTS, len(sizes)))
+        ]
+        self._slot_free = [Event() for _ in self._slots]
+        self._sums = [
+            list(block.views(self._slots[index % len(self._slots)]).values())
+            for index, block in enumerate(layout.blocks)
+        ]
+        """Of each block's own parameters, in its gradient slot."""
+        self._norms = torch.zeros(len(sizes), device=self.device)
+        """(blocks,) fp32: squared, of this step's gradients.
+
+        HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
+        block's update is waited for.
+        """
+        pins = self.device.type == "cuda"
+        self._loss_known = Event()
+        self._loss_on_host = torch.zeros(1, pin_memory=pins)
+        self._totals_on_host = [torch.zeros(1, pin_memory=pins) for _ in range(2)]
+        """Squared norms of the whole gradient, of even and of odd steps."""
+        self._totals = [torch.zeros(1, device=self.device) for _ in range(2)]
+        """The same on the GPU, from where they go down.
+
+        HAZARD: one must not change before it has arrived, which is known in the step after.
+        """
+        self._total_known = Event()
+        if self.settings.offload:
+            leave_threads_to_adam()
+            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
+        prepare_training(self.model, self.context, self.settings, recompute=False)
+        draws = draws_random_numbers(self.model)
+        self._passes = BlockMajor(self.model, self.own, self, draws=draws)
+        why_not = why_not_compiled(self.device)
+        if self.settings.compile and why_not is not None:
+            self.notes.append(f"not compiled: {why_not}")
+        self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
+
+    def _install(self, *, compiled: bool) -> None:
+        """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
+        recomputed = self.settings.recomputed(
+            len(self._pending), checkpointing=self.context.workload.checkpointing
+        )
+        self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
+        self._is_compiled = compiled
+
+    def _check_host(self, sizes: list[int]) -> None:
+        """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters."""
+        needed = PROCESS_HOST_BYTES + sum(host_bytes(sizes, self._dtype.itemsize, self.settings).values())
+        usable = self.context.host_bytes
+        if usable is not None and needed > usable:
+            raise InfeasiblePlan(
+                f"{(needed - usable) / 1e9:.3g} GB of host memory are missing: weights, moments and "
+                f"gradients of the blocks take {needed / 1e9:.3g} GB with the process, and the run may use "
+                f"{usable / 1e9:.3g} GB; free host memory, or keep less of each parameter with "
+                "--set exact-offload.moments=bf16 (or int8), which is approximate"
+            )
+
+    @torch.no_grad()
+    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout) -> None:
+        """Each block's weights in flat memory on the GPU, and a copy on the host."""
+        tensors: dict[str, Tensor] = {
+            name: torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
+            for name in layout.outer
+        }
+        for name, tensor in tensors.items():
+            blueprint.fill(name, tensor)
+        self.weight_slots = self._weight_slots()
+        for index, block in enumerate(layout.blocks):
+            if self.weight_slots is None:
+                memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
+            else:
+                memory = self.weight_slots.memory(index)
+                memory.zero_()
+            its = block.views(memory)
+            for name, tensor in its.items():
+                blueprint.fill(name, tensor)
+            self.host.weights[index].copy_(memory)
+            self.on_gpu.append(memory)
+            tensors |= its
+        parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+        for place, name in first_names(self.model).items():
+            set_parameter(self.model, place, parameters[name])
+        move_buffers(self.model, self.device)
+        self.own = [
+            [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
+        ]
+        self._outer = MasterWeights([parameters[name] for name in layout.outer], self.settings)
+
+    def _weight_slots(self) -> BlockSlots | None:
+        if not self.settings.streams:
+            return None
+        return BlockSlots(self.host.weights, WEIGHT_SLOTS, self.link, self._compute, self._is_on_host)
+
+    def _is_on_host(self, index: int, wait: bool) -> bool:
+        """Whether the block's last update is on the host; with `wait`, when it is."""
+        if wait or all(update.done.is_set() for update in self._pending[index]):
+            self._settle(index)
+            return True
+        return False
+
+    def _copy_to_host(self) -> None:
+        """The host's weights become the GPU's."""
+        if self.weight_slots is None:
+            for host, memory in zip(self.host.weights, self.on_gpu, strict=True):
+                host.copy_(memory.detach())
+
+    @property
+    def host(self) -> BlockStates:
+        """What the host holds of the blocks."""
+        assert self._states is not None, "setup comes first"
+        return self._states
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
+        pinned = (each.pinned_bytes for each in (self._states, self._room) if each is not None)
+        return sum(pinned)
+
+    # --- one step -------------------------------------------------------------------------------------
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One step. Updates of the blocks may still be on their way when it returns.
+
+        Raises `NonFiniteLoss`, also for a gradient of the step before (see the module's docstring), and
+        `RuntimeError` with its cause if the CPU worker failed. Bytes are those of this step's gradients and
+        weights; busy times are of what ended since the last step.
+        """
+        settings = self.settings
+        rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
+        self._share = StepShare(
+            step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
+        )
+        if settings.clip_by == "previous" and settings.max_grad_norm > 0 and self.steps_done > 0:
+            self._share.total = self._totals_on_host[(self.steps_done - 1) % 2]
+            self._share.total_known = self._total_known
+        self._step_h2d_bytes = self._step_d2h_bytes = 0
+        self._clocks.exposure.mark()
+        self._mark("forward")
+        with no_cache(self.model):
+            self._run(batches)
+        self._mark("optimizer")
+        self._finish()
+        self._compute.stop()
+        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
+        value = float(self._loss_on_host)
+        if not math.isfinite(value):
+            self._discard()
+            raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
+        self.steps_done += 1
+        return StepStats(
+            loss=value,
+            h2d_bytes=self._step_h2d_bytes,
+            d2h_bytes=self._step_d2h_bytes,
+            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            **self._clocks.take_s(self.link),
+        )
+
+    def _run(self, batches: Sequence[Batch]) -> None:
+        try:
+            self._passes.run(batches, self.device, self._take_loss)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Found before the first block has passed anything on.
+            if not self._is_compiled or self.steps_done > 0 or any(self._pending):
+                raise
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.notes.append(f"not compiled: {first_line}")
+            assert self._regions is not None
+            self._regions.remove()
+            self._install(compiled=False)
+            self._passes.run(batches, self.device, self._take_loss)
+
+    def _take_loss(self, loss: Tensor) -> None:
+        """Bring it to the host: known long before the step's end, so that the next one can be started."""
+        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
+        self._loss_known = self.link.record()
+
+    def before_forward(self, index: int) -> None:
+        """A block is about to use its weights: they must have come up."""
+        self._enter(index, range(index + 1, len(self._pending)))
+        self._mark(f"forward {index}")
+
+    def after_forward(self, index: int) -> None:
+        if self.weight_slots is not None:
+            self.weight_slots.leave(index)
+
+    def before_backward(self, index: int) -> None:
+        if self.weight_slots is not None:
+            self._enter(index, range(index - 1, -1, -1))
+        self._mark(f"backward {index}")
+        # HAZARD: the block that last had this slot must have left it.
+        self.link.wait(self._slot_free[index % len(self._slots)])
+
+    def _enter(self, index: int, ahead: Sequence[int]) -> None:
+        slots = self.weight_slots
+        if slots is None:
+            self._settle(index)
+            return
+        before = slots.h2d_bytes
+        slots.enter(index, ahead[: slots.count - 1])
+        self._step_h2d_bytes += slots.h2d_bytes - before
+
+    @torch.no_grad()
+    def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
+        """Sum a micro-batch's gradients in the block's slot."""
+        pairs = [(place, its) for place, its in zip(self._sums[index], found, strict=True) if its is not None]
+        if first and not self._alike:
+            self._slots[index % len(self._slots)].zero_()
+        elif first:
+            for place, its in zip(self._sums[index], found, strict=True):
+                if its is None:
+                    place.zero_()
+        if pairs:
+            places, gradients = [place for place, _ in pairs], [its for _, its in pairs]
+            if first:
+                torch._foreach_copy_(places, gradients)
+            else:
+                torch._foreach_add_(places, gradients)
+
+    @torch.no_grad()
+    def after_backward(self, index: int) -> None:
+        """The block's gradient is complete: download it and hand it to the worker."""
+        pieces, weights = self.host.pieces[index], self.on_gpu[index]
+        slot = index % len(self._slots)
+        gradient = self._slots[slot][: weights.numel()]
+        norm = self._norms[index : index + 1]
+        norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        self._step_d2h_bytes += gradient.nbytes + norm.nbytes
+        ready = self.link.record()
+        if self.weight_slots is None:
+            self._step_h2d_bytes += weights.nbytes
+        else:
+            self.weight_slots.leave(index)
+            self.weight_slots.forget(index)
+        assert self._room is not None
+        place = self._waiting(self._room.take)
+        give = _once_all(len(pieces), partial(self._room.give, place))
+        updates = [
+            PieceUpdate(
+                state=piece,
+                share=self._share,
+                landing=None
+                if self.weight_slots is not None
+                else Landing(memory=weights[piece.begin : piece.end], free=ready),
+                consumed=give,
+            )
+            for piece in pieces
+        ]
+        self._pending[index] = updates
+        for piece in pieces:
+            piece.gradient = place[piece.begin : piece.end]
+        if self._pipeline is None:
+            pieces[0].squared_norm.copy_(norm)
+            place[: gradient.numel()].copy_(gradient)
+            return
+        name = f"block {index}"
+        self.link.download(norm, pieces[0].squared_norm, after=ready, name="norm")
+        for piece, update in zip(pieces, updates, strict=True):
+            its = gradient[piece.begin : piece.end]
+            update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
+            if not self.settings.waits_for_norm:
+                self._pipeline.submit([update])
+        self._slot_free[slot] = updates[-1].downloaded
+
+    def _waiting(self, wait: Callable[[], _T]) -> _T:
+        """What `wait` returns, the time in which it held this thread up not counted as compute."""
+        computes = self._compute.is_running
+        self._compute.stop()
+        found = wait()
+        if computes:
+            self._compute.start()
+        return found
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """What is left of the step once backward has been enqueued."""
+        squared = self._norms.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
+        scale = None
+        if self._share.max_norm is not None:
+            scale = self._know_total(squared, self._share.max_norm)
+        updates = [update for block in self._pending for update in block]
+        if self._pipeline is None:
+            update_at_once(updates, self.device)
+        elif self.settings.waits_for_norm:
+            for update in updates:
+                self._pipeline.submit([update])
+        self._outer.step(self._share.learning_rate, scale, squared)
+
+    def _know_total(self, squared: Tensor, most: float) -> Tensor | None:
+        """Bring the squared norm of the whole gradient to the host, for this step or the next; what this
+        step's gradient is multiplied by, (1,) on the device."""
+        total, on_host = (each[self.steps_done % 2] for each in (self._totals, self._totals_on_host))
+        self._step_d2h_bytes += total.nbytes
+        total.copy_(squared)
+        known = self.link.download(total, on_host, after=self.link.record(), name="norm")
+        scale = None
+        if self.settings.clip_by == "exact":
+            self._share.total, self._share.total_known = on_host, known
+            scale = (most / squared.sqrt()).clamp(max=1.0)
+            if self._pipeline is None:
+                self.link.host_wait(known)
+        elif self._share.total is not None:
+            self.link.host_wait(self._share.total_known)
+            scale = torch.full((1,), self._share.scale(), device=self.device)
+        self._total_known = known
+        return scale
+
+    def _settle(self, index: int) -> None:
+        """Let the compute stream wait for a block's weights."""
+        pending, self._pending[index] = self._pending[index], []
+        for update in pending:
+            self._wait_for(update)
+
+    def _settle_all(self) -> None:
+        for index in range(len(self._pending)):
+            self._settle(index)
+
+    def _wait_for(self, update: PieceUpdate) -> None:
+        pipeline = self._pipeline
+        if pipeline is None:
+            if update.failed:
+                raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
+            return
+        try:
+            landed = self._waiting(lambda: pipeline.wait(update))
+        except GradientNotFinite as error:
+            self._discard()
+            raise NonFiniteLoss(str(error)) from None
+        self.link.wait(landed)
+
+    def _discard(self) -> None:
+        """Wait for what is on its way, whatever comes of it."""
+        for index, pending in enumerate(self._pending):
+            self._pending[index] = []
+            if self._pipeline is not None:
+                self._pipeline.wait_out(pending, self.link.wait)
+
+    def _mark(self, what: str) -> None:
+        """Compute of another name begins, for traces."""
+        self._compute.stop()
+        self._compute.label = what
+        self._compute.start()
+
+    # --- the rest of an engine's life -----------------------------------------------------------------
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy in evaluation mode, every update applied."""
+        self._settle_all()
+        with self._streaming():
+            return evaluate_on_device(self.model, batches, self.device)
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Streamed blocks come up for the model's own forward passes."""
+        slots = self.weight_slots
+        if slots is None:
+            yield
+            return
+        count = len(self._pending)
+        hooks = []
+        for index, block in enumerate(find_blocks(self.model)[1]):
+            ahead = [(index + further) % count for further in range(1, slots.count)]
+            hooks += [
+                block.register_forward_pre_hook(lambda *_, i=index, a=ahead: slots.enter(i, a)),
+                block.register_forward_hook(lambda *_, i=index: slots.leave(i)),
+            ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, on the host, every update applied."""
+        self._settle_all()
+        return model_weights(self._stored())
+
+    def _stored(self) -> nn.Module:
+        """The model, or what has its names and weights where those are streamed."""
+        if self.weight_slots is None:
+            return self.model
+        on_host: dict[str, Tensor] = {}
+        for block, memory in zip(self._layout.blocks, self.host.weights, strict=True):
+            on_host |= block.views(memory)
+        named = {name: on_host.get(name, each) for name, each in self.model.named_parameters()}
+        return _Named(named)
+
+    def save(self, folder: Path) -> None:
+        """Weights, low halves of masters, moments, step and random state."""
+        self._settle_all()
+        self.synchronize()
+        state = rng_state(self.device) | self._outer.state(self._names)
+        about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
+        about["updates"] = self.host.save(state)
+        if self.settings.max_grad_norm > 0:
+            self.link.host_wait(self._total_known)
+            state["total"] = self._totals_on_host[(self.steps_done - 1) % 2].clone()
+        save_checkpoint(folder, self._stored(), state, about)
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
+        tensors, about = load_checkpoint(folder, self._stored(), self.name)
+        self.host.load(tensors, about["updates"], str(folder))
+        self._copy_to_host()
+        self._outer.load(self._names, tensors)
+        load_rng_state(self.device, tensors)
+        self.steps_done = int(about["steps_done"])
+        if "total" in tensors:
+            self._totals_on_host[(self.steps_done - 1) % 2].copy_(tensors["total"])
+
+    def squared_norm(self) -> float:
+        """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
+        self.link.host_wait(self._total_known)
+        return float(self._totals_on_host[(self.steps_done - 1) % 2])
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""
+        return self._clocks.trace_events()
+
+    def synchronize(self) -> None:
+        """Wait until nothing is in flight and the device is idle."""
+        for pending in self._pending:
+            if self._pipeline is not None:
+                self._pipeline.wait_out(pending, self.link.host_wait)  # the next step says what failed
+        self.link.synchronize()
+
+    def close(self) -> None:
+        """Stop the worker, give the model its own forward back, unpin. May be called twice."""
+        if self._regions is not None:
+            self._regions.remove()
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+        self.link.synchronize()
+        self._pending = []
+        for each in (self._room, self._states):
+            if each is not None:
+                each.close()
+        self._room = self._states = None
+
+
+class _Named(nn.Module):
+    """Parameters by name, wherever they are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+        return iter(self._tensors.items())
+
+
+def _extents(block: BlockLayout) -> tuple[object, ...]:
+    return tuple((part.start, *part.segment.offsets, *part.segment.counts) for part in block.own_parts)
+
+
+def _arriving(piece: BlockPiece) -> Tensor:
+    assert piece.gradient is not None
+    return piece.gradient
+
+
+def _once_all(count: int, act: Callable[[], None]) -> Callable[[], None]:
+    """To be called `count` times, from one thread; the last one acts."""
+    left = [count]
+
+    def called() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+
+    return called

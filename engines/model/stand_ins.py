@@ -1,0 +1,118 @@
+"""Weights that stand in for a model's, so that its blocks can be run before there are any.
+
+Every tensor is a stretch of one random memory of the size of the largest of them: all blocks of a 175B model
+run in the memory of its embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch, Blueprint, Context
+from engines.model.attention_masks import has_padding, known_padding, with_mask
+from engines.model.blocks import TORCH_DTYPE, move_buffers, to_device
+
+SEQUENCES = 2
+MOST_TOKENS = 128
+"""Of each sequence that is tried."""
+
+_PERIOD = 1_000_003
+_STEP = 8
+"""Elements between the beginnings of two stand-ins: 16 bytes in the shortest precision."""
+
+
+@contextmanager
+def on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, Tensor]]:
+    """The model computes with stand-ins within; gives inputs. Afterwards it has the parameters it had."""
+    model, device = blueprint.model, torch.device(context.device)
+    dtype = TORCH_DTYPE[context.workload.dtype]
+    was_training = model.training
+    before = [
+        (module, leaf, parameter)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    move_buffers(model, device)
+    stand_ins = _stand_ins([parameter for _, _, parameter in before], dtype, device)
+    for module, leaf, parameter in before:
+        module._parameters[leaf] = stand_ins[id(parameter)]
+    try:
+        batch = tried_batch(blueprint)
+        with known_padding(has_padding(batch.inputs)):
+            yield with_mask(to_device(batch, device))
+    finally:
+        for module, leaf, parameter in before:
+            module._parameters[leaf] = parameter
+        model.train(was_training)
+
+
+def _stand_ins(
+    parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device
+) -> dict[int, nn.Parameter]:
+    """By identity of the parameter that it stands for. Vectors are about one half, all else normal."""
+    distinct = list({id(each): each for each in parameters}.values())
+    room = _STEP * len(distinct)
+    largest = {False: 0, True: 0}
+    for each in distinct:
+        is_vector = each.dim() < 2
+        largest[is_vector] = max(largest[is_vector], each.numel())
+    period = min(_PERIOD, max(largest.values()) + room)
+    pattern = torch.randn(period, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def memory(numel: int, values: Tensor) -> Tensor:
+        return values.to(dtype).repeat(-(-(numel + room) // period))
+
+    normal = memory(largest[False], 0.02 * pattern)
+    vectors = memory(largest[True], 0.5 + 0.1 * pattern)
+    found: dict[int, nn.Parameter] = {}
+    for number, each in enumerate(distinct):
+        source = vectors if each.dim() < 2 else normal
+        start = _STEP * number
+        view = source[start : start + each.numel()].view(each.shape)
+        found[id(each)] = nn.Parameter(view, requires_grad=each.dim() < 2)
+    return found
+
+
+def tried_batch(blueprint: Blueprint) -> Batch:
+    """A few sequences on the host."""
+    return _cut(blueprint.sample or _made_up(blueprint))
+
+
+def _made_up(blueprint: Blueprint) -> Batch:
+    """A batch for a model that comes without data."""
+    shape = blueprint.shape
+    length = min(16, shape.max_seq_len)
+    ids = (torch.arange(SEQUENCES * length) * 7 + 3).view(SEQUENCES, length) % shape.vocabulary
+    if shape.head == "question_answering":
+        ends = torch.arange(SEQUENCES)
+        return Batch(inputs={"input_ids": ids, "start_positions": ends, "end_positions": ends + 1})
+    labels = ids if shape.head == "causal_lm" else torch.zeros(SEQUENCES, dtype=torch.int64)
+    return Batch(inputs={"input_ids": ids, "labels": labels})
+
+
+def _cut(batch: Batch) -> Batch:
+    """The first sequence and the most padded one, to `MOST_TOKENS`, with a label among them."""
+    ids = batch.inputs["input_ids"]
+    rows = [0]
+    mask = batch.inputs.get("attention_mask")
+    if ids.shape[0] > 1:
+        rows.append(1 if mask is None else max(1, int(mask.sum(1).argmin())))
+    cut = {name: each[rows] for name, each in batch.inputs.items()}
+    length = ids.shape[1]
+    if length > MOST_TOKENS:
+        cut = {
+            name: each[:, :MOST_TOKENS] if each.dim() == 2 and each.shape[1] == length else each
+            for name, each in cut.items()
+        }
+        for name in ("start_positions", "end_positions"):
+            if name in cut:
+                cut[name] = cut[name].clamp(max=MOST_TOKENS - 1)
+    labels = cut.get("labels")
+    if labels is not None and labels.dim() == 2 and not bool((labels[:, 1:] != -100).any()):
+        cut["labels"] = cut["input_ids"]
+    return Batch(inputs=cut)

@@ -1,0 +1,101 @@
+"""Blocks that stream from host memory through a few slots of GPU memory, forwards and backwards.
+
+Block i always has the same slot, i modulo their number, so that a parameter stays at one place however often
+its block comes up: where its autograd graph and compiled code know it. (In `engines.offload.ring`, for passes
+in one direction, chunks lie wherever there is room.) While a block computes, the next ones come up; at the
+turn from the forward to the backward pass the last ones are still there.
+
+Streams and events: the compute stream waits for a block's arrival, the upload stream for the last kernel that
+used the slot. The host waits only for a block that is not ready on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from engines.transfer.compute_clock import ComputeClock
+from engines.transfer.link import Event, Link
+
+
+class BlockSlots:
+    """GPU memory that blocks take turns in."""
+
+    def __init__(
+        self,
+        host: Sequence[Tensor],
+        slots: int,
+        link: Link,
+        clock: ComputeClock,
+        is_ready: Callable[[int, bool], bool],
+    ) -> None:
+        """`host` is each block's memory there, flat. `is_ready(block, wait)` says whether that may be read;
+        asked to wait, it returns when it may."""
+        self._host = host
+        self._link = link
+        self._clock = clock
+        self._is_ready = is_ready
+        self.count = min(slots, len(host))
+        largest = max(each.numel() for each in host)
+        self._memory = [
+            torch.zeros(largest, dtype=host[0].dtype, device=link.device) for _ in range(self.count)
+        ]
+        self._holds: list[int | None] = [None] * self.count
+        self._arrived = [Event() for _ in self._memory]
+        self._free = [Event() for _ in self._memory]
+        self._used: int | None = None
+        """The slot that the compute stream is at."""
+        self.h2d_bytes = 0
+        """Sent up so far."""
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Of all slots."""
+        return sum(each.nbytes for each in self._memory)
+
+    def memory(self, block: int) -> Tensor:
+        """(elements,): where the block is whenever it is on the GPU."""
+        return self._memory[block % self.count][: self._host[block].numel()]
+
+    def enter(self, block: int, ahead: Iterable[int]) -> None:
+        """The compute stream is about to use `block`, and after it the blocks `ahead`."""
+        slot = block % self.count
+        self._used = slot
+        self._fetch(block, wait=True)
+        if not self._link.has_happened(self._arrived[slot]):
+            computes = self._clock.is_running
+            self._clock.stop()
+            self._link.wait(self._arrived[slot])
+            if computes:
+                self._clock.start()
+        for each in ahead:
+            if each % self.count == self._used or not self._fetch(each, wait=False):
+                break
+
+    def leave(self, block: int) -> None:
+        """All that uses `block` for now has been enqueued."""
+        self._free[block % self.count] = self._link.record()
+
+    def forget(self, block: int) -> None:
+        """The block changes on the host."""
+        slot = block % self.count
+        if self._holds[slot] == block:
+            self._holds[slot] = None
+
+    def _fetch(self, block: int, *, wait: bool) -> bool:
+        slot = block % self.count
+        if self._holds[slot] == block:
+            return True
+        if not self._is_ready(block, wait):
+            return False
+        # HAZARD: not through a view that shares the parameters' version counter. Autograd would take what
+        # lies there in the backward pass for another block; it is the same, brought up a second time.
+        out = self.memory(block).data
+        self._arrived[slot] = self._link.upload(
+            self._host[block], out, after=self._free[slot], name=f"block {block}"
+        )
+        self._holds[slot] = block
+        self.h2d_bytes += out.nbytes
+        return True

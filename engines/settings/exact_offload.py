@@ -1,0 +1,56 @@
+"""Settings of exact AdamW on the CPU. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.settings.checks import require
+from engines.settings.first_order import CompiledBlockSettings
+
+Moments = Literal["fp32", "bf16", "int8"]
+"""How Adam's two moments are kept on the host: exact, or approximate in 2 bytes or in 1 for each of the
+two."""
+
+Weights = Literal["resident", "streamed"]
+
+MOMENT_GROUP = 128
+"""Neighbours that share a scale in `int8` moments. As in `cpu_adam.c`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactOffloadSettings(CompiledBlockSettings):
+    """AdamW with fp32 master weights on the CPU, block by block."""
+
+    moments: Moments = "fp32"
+    """Precision of Adam's moments of the blocks; `bf16` and `int8` are approximate."""
+    max_grad_norm: float = 0.0
+    """Clip the gradient to this norm, over all parameters; 0: not at all."""
+    clip_by: Literal["exact", "previous"] = "exact"
+    """Whose norm the gradient is clipped by. `exact`: its own; the CPU then begins when backward has ended.
+    `previous`: that of the step before, so that nothing waits; the first step is not clipped."""
+    gradient_blocks: int | Literal["auto"] = "auto"
+    """Blocks whose gradients have room in pinned host memory at once; backward waits for the CPU when they
+    are all taken. `auto`: a third of them; with clip_by=exact there is room for all."""
+    weights: Weights = "resident"
+    """Where the blocks' weights are: on the GPU, or on the host, from where they come up for the forward and
+    again for the backward pass. Of no effect without `offload`."""
+    offload: bool = True
+    """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
+
+    def __post_init__(self) -> None:
+        CompiledBlockSettings.__post_init__(self)
+        require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
+        require(
+            self.gradient_blocks == "auto" or self.gradient_blocks > 0, "gradient_blocks", "must be positive"
+        )
+
+    @property
+    def streams(self) -> bool:
+        """Blocks come up from the host."""
+        return self.offload and self.weights == "streamed"
+
+    @property
+    def waits_for_norm(self) -> bool:
+        """The CPU updates nothing before the step's whole gradient is known."""
+        return self.max_grad_norm > 0 and self.clip_by == "exact"

@@ -1,0 +1,145 @@
+"""Settings of exact AdamW on the CPU: how moments are kept, and T*, above which the CPU hides. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from engines.costs.exact_offload import WEIGHT_SLOTS, gradient_places, state_bytes
+from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
+from engines.settings.given import GivenSettings, Value
+from engines.shapes import BYTES_PER_ELEMENT
+from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
+from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.predict import predict, resource_s
+from profiles.units import format_seconds
+
+AS_FAST = 1.01
+"""A step within this factor of the fastest counts as equally fast."""
+
+MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
+WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
+"""In the order in which they are tried."""
+
+
+def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """Exact moments where they fit, else the least approximate that do; how gradients are clipped, where they
+    are, by whether waiting for their norm hides."""
+    chosen: dict[str, Value] = {}
+    reasons: list[str] = []
+    if context.machine.gpu is None and "compile" not in given:
+        chosen["compile"] = False
+    settings: ExactOffloadSettings = given.completed(**chosen).typed
+    found = _fitting(context, given, settings)
+    for key in ("moments", "weights"):
+        if key not in given and getattr(found, key) != getattr(settings, key):
+            chosen[key] = getattr(found, key)
+            without: Any = replace(found, **{key: getattr(settings, key)})
+            missing = context.why_missing(without)
+            reasons.append(f"{key}={chosen[key]}: without it the job {missing}")
+    settings = found
+    if settings.moments != "fp32":
+        reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
+    if context.workload.checkpointing and "checkpointed_blocks" not in given:
+        count = _recomputed(context, settings)
+        if count < context.shape.num_blocks:
+            chosen["checkpointed_blocks"] = count
+            settings = replace(settings, checkpointed_blocks=count)
+            reasons.append(
+                f"checkpointed_blocks={count}: the other {context.shape.num_blocks - count} blocks keep "
+                "their activations, for which there is room"
+            )
+    if settings.max_grad_norm > 0 and "clip_by" not in given:
+        clip_by, reason = _clip_by(context, settings)
+        chosen["clip_by"] = clip_by
+        settings = given.completed(**chosen).typed
+        reasons.append(reason)
+    element = BYTES_PER_ELEMENT[context.workload.dtype]
+    places = gradient_places(context.shape.num_blocks, settings)
+    on_gpu = f"{element} bytes on the GPU"
+    if settings.streams:
+        on_gpu = f"{element} bytes on the GPU for {WEIGHT_SLOTS} blocks at a time"
+    on_host = element + state_bytes(element, settings.moments)
+    reasons.append(
+        f"per parameter of the blocks: {on_gpu}, {on_host:.3g} bytes on the host, and room for "
+        f"the gradients of {places} of {context.shape.num_blocks} blocks"
+    )
+    if (told := _crossover(context, settings)) is not None:
+        reasons.append(told)
+    return Choice(given.completed(**chosen), tuple(reasons))
+
+
+def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings) -> float | None:
+    """T*: tokens per step from which CPU and link hide behind the GPU; `None`: there is no GPU, or the
+    profile lacks a figure."""
+    if context.machine.gpu is None:
+        return None
+    times = resource_s(context.cost(settings), context.machine, context.workload)
+    if times is None or not times["gpu"]:
+        return None
+    slowest_s = max(times[name] for name in ("h2d", "d2h", "cpu", "host memory"))
+    window = 1.0
+    if settings.waits_for_norm:  # the next forward pass alone
+        window = 1 / 3
+    return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
+
+
+def _fitting(
+    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
+) -> ExactOffloadSettings:
+    """What fits: the least approximate moments, then weights on the GPU rather than streamed. Where nothing
+    does, what takes the least of the memory that is too small."""
+    moments = (settings.moments,) if "moments" in given else MOMENTS
+    weights = (settings.weights,) if "weights" in given else WEIGHTS
+    tried = [replace(settings, moments=m, weights=w) for m in moments for w in weights]
+    for each in tried:
+        if context.why_missing(each) is None:
+            return each
+    exact = replace(settings, moments=moments[0], weights=weights[-1])
+    gpu_bytes = context.budget.gpu_bytes
+    is_gpu_small = gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes
+    return exact if is_gpu_small else tried[-1]
+
+
+def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:
+    """Blocks to run again in the backward pass: the most with which a step is as fast as with the fewest that
+    fit, since the memory of those that keep activations may as well stay free where the CPU decides. Without
+    a limit that the user has named a tenth of the GPU stays free."""
+    budget, blocks = context.budget, context.shape.num_blocks
+    if budget.gpu_bytes is None:
+        return blocks
+    usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+    times: dict[int, float] = {}
+    for count in range(blocks + 1):
+        cost = context.cost(replace(settings, checkpointed_blocks=count))
+        step_s = predict(cost, context.machine, context.workload).step_s
+        if step_s is not None and gpu_bytes_needed(cost) <= usable:
+            times[count] = step_s
+    return max((k for k in times if times[k] <= AS_FAST * min(times.values())), default=blocks)
+
+
+def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:
+    exact = replace(settings, clip_by="exact")
+    crossover = hidden_above_tokens(context, exact)
+    fits = (
+        context.why_missing(exact) is None
+        or context.why_missing(replace(exact, clip_by="previous")) is not None
+    )
+    if crossover is None or (fits and context.workload.tokens_per_step >= crossover):
+        return "exact", "clip_by=exact: gradients are clipped by their own norm; to wait for it hides"
+    return "previous", (
+        "clip_by=previous: gradients are clipped by the norm of the step before, a method of its own; to "
+        f"wait for their own hides from {crossover:,.0f} tokens per step"
+    )
+
+
+def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str | None:
+    tokens, crossover = context.workload.tokens_per_step, hidden_above_tokens(context, settings)
+    times = resource_s(context.cost(settings), context.machine, context.workload)
+    if crossover is None or times is None:
+        return None
+    slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
+    return (
+        f"T*: {slowest} ({format_seconds(times[slowest])}) hides behind the GPU from {crossover:,.0f} tokens "
+        f"per step on; this job has {tokens:,}"
+    )

@@ -1,0 +1,564 @@
+"""Exact AdamW on the CPU against its in-memory twin, native, and a plain loop with fp32 masters."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.base import Batch, Context, StepStats
+from engines.costs import exact_offload as costs
+from engines.cpu_updates import block_state, pipeline
+from engines.cpu_updates.adamw import adamw, master
+from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
+from engines.methods.exact_offload import ExactOffload
+from engines.methods.native import Native
+from engines.settings.exact_offload import ExactOffloadSettings
+from engines.settings.first_order import NativeSettings
+from engines.shapes import Dtype, Workload
+from engines.transfer.engine_clocks import Clocks
+from engines.transfer.link import Link
+from tiny_models import tiny_batches, tiny_blueprint
+
+SETTINGS = ExactOffloadSettings(
+    learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2, gradient_blocks=2
+)
+STEPS = 12
+FAMILIES = ["opt", "llama", "gpt2", "qwen2", "roberta", "deberta-v2"]
+BLOCKS = 5
+CLIPS: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
+
+
+def context(
+    dtype: Dtype = "fp32", accumulation: int = 1, checkpointing: bool = True, device: str = "cpu", **more: Any
+) -> Context:
+    workload = Workload(
+        batch_size=2, seq_len=16, dtype=dtype, checkpointing=checkpointing, accumulation=accumulation
+    )
+    return Context(device=device, workload=workload, seed=7, total_steps=STEPS, **more)
+
+
+@contextmanager
+def running(
+    family: str, ctx: Context | None = None, delay: Any = None, **changes: Any
+) -> Iterator[ExactOffload]:
+    engine = ExactOffload(replace(SETTINGS, **changes), ctx or context())
+    if delay is not None:
+        engine.link = Link(engine.device, delay)
+    try:
+        engine.setup(tiny_blueprint(family, family == "opt", num_blocks=BLOCKS))
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny block's matrices are then several pieces."""
+    monkeypatch.setattr(block_state, "PIECE_ELEMENTS", 512)
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.weights()}
+
+
+@dataclass
+class Outcome:
+    losses: list[float]
+    weights: dict[str, Tensor]
+    stats: list[StepStats]
+
+
+def train(engine: Any, batches: list[Batch], per_step: int = 1) -> Outcome:
+    stats = [engine.step(batches[i : i + per_step]) for i in range(0, len(batches), per_step)]
+    return Outcome([entry.loss for entry in stats], weights(engine), stats)
+
+
+def assert_same(found: Outcome, expected: Outcome) -> None:
+    assert found.losses == expected.losses
+    assert found.weights.keys() == expected.weights.keys()
+    for name, tensor in expected.weights.items():
+        assert torch.equal(found.weights[name], tensor), name
+
+
+def own_threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("exact-offload")]
+
+
+class TestTwin:
+    """The offloaded run against `offload=False`, bit for bit."""
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize(("dtype", "accumulation"), [("fp32", 1), ("bf16", 3)])
+    def test_offloaded_equals_in_memory(self, family: str, dtype: Dtype, accumulation: int) -> None:
+        batches, ctx = tiny_batches(6 * accumulation, family), context(dtype, accumulation)
+        with running(family, ctx, offload=False) as twin:
+            expected = train(twin, batches, accumulation)
+            assert not own_threads()
+        with running(family, ctx) as engine:
+            assert_same(train(engine, batches, accumulation), expected)
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("opt", {}),
+            ("llama", {"max_grad_norm": 0.5}),
+            ("gpt2", {"checkpointed_blocks": 1}),
+            ("deberta-v2", {"checkpointed_blocks": 2}),
+        ],
+    )
+    def test_streamed_equals_in_memory(self, family: str, changes: dict[str, Any]) -> None:
+        batches, ctx = tiny_batches(12, family), context("bf16", 2)
+        with running(family, ctx, offload=False, **changes) as twin:
+            expected = train(twin, batches, 2)
+            evaluated = twin.evaluate(batches)
+        with running(family, ctx, weights="streamed", **changes) as engine:
+            found = train(engine, batches, 2)
+            assert_same(found, expected)
+            assert engine.evaluate(batches) == evaluated
+            block = engine.on_gpu[0].nbytes
+            assert engine.weight_slots is not None
+            assert engine.weight_slots.gpu_bytes == 3 * block
+        uploads = costs.uploads_per_step(BLOCKS, engine.settings)
+        assert uploads == [2, 2, 1, 1, 1]
+        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block}
+
+    @pytest.mark.parametrize("moments", ["bf16", "int8"])
+    @pytest.mark.parametrize("clip", CLIPS)
+    def test_equal_with_other_states_and_clipped(self, moments: str, clip: dict[str, Any]) -> None:
+        batches, ctx = tiny_batches(STEPS, "llama"), context("bf16")
+        with running("llama", ctx, offload=False, moments=moments, **clip) as twin:
+            expected = train(twin, batches)
+        with running("llama", ctx, moments=moments, **clip) as engine:
+            assert_same(train(engine, batches), expected)
+
+    @pytest.mark.parametrize("clip", CLIPS)
+    def test_equal_when_worker_and_link_are_late(
+        self, clip: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches = tiny_batches(STEPS, "opt")
+        with running("opt", offload=False, **clip) as twin:
+            expected = train(twin, batches)
+        late = random.Random(0)
+
+        def delayed(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                time.sleep(late.choice((0.0, 0.0, 0.002)))
+                return function(*args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(block_state, "adamw", delayed(adamw))
+        monkeypatch.setattr(Link, "upload", delayed(Link.upload))
+        monkeypatch.setattr(Link, "download", delayed(Link.download))
+        with running("opt", **clip) as engine:
+            assert_same(train(engine, batches), expected)
+
+    @pytest.mark.parametrize("family", ["llama", "roberta", "deberta-v2"])
+    def test_recomputation_changes_no_bit(self, family: str) -> None:
+        batches = tiny_batches(8, family)
+        outcomes = []
+        for checkpointing in (False, True):
+            with running(family, context(checkpointing=checkpointing, accumulation=2)) as engine:
+                outcomes.append(train(engine, batches, 2))
+        assert_same(outcomes[1], outcomes[0])
+
+    def test_dropout_draws_the_same_when_a_block_is_run_again(self) -> None:
+        batches, outcomes = tiny_batches(4, "roberta"), []
+        for dropout, checkpointing in ((0.2, False), (0.2, True), (0.0, True)):
+            with running("roberta", context(checkpointing=checkpointing), dropout=dropout) as engine:
+                outcomes.append(train(engine, batches))
+        assert_same(outcomes[1], outcomes[0])
+        assert outcomes[2].losses != outcomes[0].losses
+
+    @pytest.mark.slow
+    # Both from within torch's compiler.
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_compiled_equals_its_compiled_twin(self) -> None:
+        batches, ctx = tiny_batches(8, "llama"), context("bf16", 2)
+        outcomes = []
+        for changes in ({"offload": False}, {}, {"checkpointed_blocks": 1}):
+            with running("llama", ctx, compile=True, **changes) as engine:
+                outcomes.append(train(engine, batches, 2))
+                assert engine.notes == []
+        assert_same(outcomes[1], outcomes[0])
+        assert_same(outcomes[2], outcomes[0])
+
+    def test_what_cannot_be_compiled_runs_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(run: Any, **_: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                raise unsupported("not this block")
+
+            return call
+
+        unsupported = importlib.import_module("torch._dynamo.exc").Unsupported
+        batches = tiny_batches(4, "llama")
+        with running("llama") as engine:
+            expected = train(engine, batches)
+        monkeypatch.setattr(torch, "compile", refuse)
+        with running("llama", compile=True) as engine:
+            found = train(engine, batches)
+            assert engine.notes[0].startswith("not compiled: not this block")
+        assert_same(found, expected)
+
+    def test_the_twin_counts_the_same_bytes_and_pins_nothing(self) -> None:
+        batches = tiny_batches(3, "llama")
+        with running("llama") as engine:
+            expected = train(engine, batches)
+            moved = engine.link.h2d_bytes, engine.link.d2h_bytes
+        assert moved == tuple(
+            sum(getattr(each, name) for each in expected.stats) for name in ("h2d_bytes", "d2h_bytes")
+        )
+        with running("llama", offload=False) as engine:
+            found = train(engine, batches)
+            assert (engine.pinned_bytes, engine.link.h2d_bytes, engine.link.d2h_bytes) == (0, 0, 0)
+        for mine, its in zip(found.stats, expected.stats, strict=True):
+            assert (mine.h2d_bytes, mine.d2h_bytes, mine.cpu_s) == (its.h2d_bytes, its.d2h_bytes, None)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("clip", [*CLIPS, {"weights": "streamed"}, {"weights": "streamed", **CLIPS[2]}])
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_equal_on_the_gpu_with_delayed_streams(self, dtype: Dtype, clip: dict[str, Any]) -> None:
+        """1,700 steps in all; each copy is held up by up to a millisecond."""
+        steps = 170
+        batches = tiny_batches(2 * steps, "llama")
+        ctx = context(dtype, accumulation=2, device="cuda:0")
+        with running("llama", ctx, offload=False, compile=False, **clip) as twin:
+            expected = train(twin, batches, 2)
+        late = random.Random(0)
+        delay = lambda: late.choice((0, 0, 100_000, 2_000_000))  # noqa: E731
+        with running("llama", ctx, delay, compile=False, **clip) as engine:
+            assert engine.pinned_bytes > 0
+            assert_same(train(engine, batches, 2), expected)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("changes", [{}, {"weights": "streamed"}, {"checkpointed_blocks": 1}])
+    def test_equal_on_the_gpu_compiled(self, changes: dict[str, Any]) -> None:
+        batches, ctx = tiny_batches(2 * STEPS, "llama"), context("bf16", 2, device="cuda:0")
+        with running("llama", ctx, offload=False, **changes) as twin:
+            expected = train(twin, batches, 2)
+        with running("llama", ctx, **changes) as engine:
+            assert_same(train(engine, batches, 2), expected)
+            assert engine.notes == []
+
+
+class TestNative:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_equals_native_in_fp32(self, family: str, accumulation: int) -> None:
+        """The same arithmetic, rounded in another order: weights within 1e-5, losses within 1e-6."""
+        batches = tiny_batches(6 * accumulation, family)
+        outcomes = []
+        for kind in (Native, ExactOffload):
+            own: Any = NativeSettings if kind is Native else ExactOffloadSettings
+            # eps: where a gradient is rounding error, Adam makes it a sign.
+            settings = own(learning_rate=3e-3, weight_decay=0.1, adam_eps=1e-5)
+            engine: Any = kind(settings, context(accumulation=accumulation, checkpointing=False))
+            engine.setup(tiny_blueprint(family, family == "opt", num_blocks=BLOCKS))
+            outcomes.append(train(engine, batches, accumulation))
+            engine.close()
+        assert outcomes[0].losses == pytest.approx(outcomes[1].losses, rel=1e-6)
+        for name, tensor in outcomes[0].weights.items():
+            torch.testing.assert_close(outcomes[1].weights[name], tensor, rtol=1e-5, atol=1e-5)
+
+    def test_in_bf16_it_is_a_plain_loop_with_fp32_masters(self) -> None:
+        """torch's AdamW on fp32 copies, rounded to bf16 after each step. A rounding apart makes a gradient
+        differ in its last bit, so weights agree to a few of those, and masters to less than that."""
+        batches = tiny_batches(STEPS, "llama")
+        model = copy.deepcopy(tiny_blueprint("llama", num_blocks=BLOCKS).reference).bfloat16().train()
+        masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
+        groups = [
+            {"params": [each for each in masters if each.ndim >= 2], "weight_decay": 0.1},
+            {"params": [each for each in masters if each.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        losses = []
+        for batch in batches:
+            loss = model(**batch.inputs, use_cache=False).loss
+            loss.backward()
+            losses.append(float(loss.detach()))
+            with torch.no_grad():
+                for each, parameter in zip(masters, model.parameters(), strict=True):
+                    assert parameter.grad is not None
+                    each.grad, parameter.grad = parameter.grad.float(), None
+                optimizer.step()
+                for each, parameter in zip(masters, model.parameters(), strict=True):
+                    parameter.copy_(each)
+        settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0}
+        with running("llama", context("bf16"), **settings) as engine:
+            found = train(engine, batches)
+            flat = {
+                index: torch.cat([master(piece.memory.weight, piece.memory.rest) for piece in pieces])
+                for index, pieces in enumerate(engine.host.pieces)
+            }
+        assert found.losses == pytest.approx(losses, rel=2e-3)
+        for (name, parameter), each in zip(model.named_parameters(), masters, strict=True):
+            torch.testing.assert_close(found.weights[name], parameter.detach(), rtol=2e-2, atol=4e-3)
+            if ".0." in name and each.ndim < 2:
+                its = flat[0][: each.numel()] if "input" in name else None
+                if its is not None:
+                    torch.testing.assert_close(its, each.detach(), rtol=0, atol=2e-3)
+
+    def test_clipped_by_its_own_norm_as_torch_clips(self) -> None:
+        batches = tiny_batches(4, "gpt2")
+        model = tiny_blueprint("gpt2", num_blocks=BLOCKS).reference.train()
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [each for each in model.parameters() if each.ndim >= 2], "weight_decay": 0.1},
+                {"params": [each for each in model.parameters() if each.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=1e-3,
+            eps=1e-4,
+        )
+        for batch in batches:
+            optimizer.zero_grad()
+            model(**batch.inputs).loss.backward()
+            assert float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)) > 0.05
+            optimizer.step()
+        settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0, "adam_eps": 1e-4}
+        with running("gpt2", max_grad_norm=0.05, **settings) as engine:
+            found = train(engine, batches)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found.weights[name], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+    def test_previous_norm_is_that_of_the_step_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        scales: list[float] = []
+
+        def spy(*args: Any, **kwargs: Any) -> None:
+            scales.append(kwargs["scale"])
+            adamw(*args, **kwargs)
+
+        monkeypatch.setattr(block_state, "adamw", spy)
+        norms = []
+        with running("llama", max_grad_norm=0.5, clip_by="previous") as engine:
+            pieces = sum(len(each) for each in engine.host.pieces)
+            for batch in tiny_batches(3, "llama"):
+                engine.step([batch])
+                engine.synchronize()
+                norms.append(math.sqrt(engine.squared_norm()))
+        by_step = [set(scales[i * pieces : (i + 1) * pieces]) for i in range(3)]
+        assert by_step[0] == {1.0}
+        assert min(norms) > 0.5
+        for found, norm in zip(by_step[1:], norms, strict=False):
+            assert len(found) == 1
+            assert found.pop() == pytest.approx(0.5 / norm, rel=1e-6)
+
+
+class TestLife:
+    @pytest.mark.parametrize(
+        ("dtype", "changes"),
+        [
+            ("fp32", {}),
+            ("bf16", {}),
+            ("bf16", {"moments": "int8"}),
+            ("bf16", {"weights": "streamed"}),
+            ("bf16", {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"}),
+        ],
+    )
+    def test_resumed_in_the_middle_equals_the_uninterrupted_run(
+        self, tmp_path: Path, dtype: Dtype, changes: dict[str, Any]
+    ) -> None:
+        batches, ctx = tiny_batches(STEPS, "opt"), context(dtype)
+        with running("opt", ctx, **changes) as straight:
+            expected = train(straight, batches)
+        with running("opt", ctx, **changes) as first:
+            for batch in batches[:5]:
+                first.step([batch])
+            first.save(tmp_path)
+        with running("opt", ctx, **changes) as second:
+            second.load(tmp_path)
+            found = train(second, batches[5:])
+        assert_same(found, replace(expected, losses=expected.losses[5:]))
+
+    def test_other_moments_are_refused(self, tmp_path: Path) -> None:
+        with running("opt") as engine:
+            engine.save(tmp_path)
+        with (
+            running("opt", moments="bf16") as engine,
+            pytest.raises(UserError, match="same dtype and moments"),
+        ):
+            engine.load(tmp_path)
+
+    def test_evaluation_in_the_middle_changes_nothing(self) -> None:
+        batches = tiny_batches(6, "opt")
+        with running("opt") as straight, running("opt") as checked:
+            losses = [straight.step([batch]).loss for batch in batches]
+            found = [checked.step([batch]).loss for batch in batches[:3]]
+            assert checked.evaluate(batches).loss > 0
+            assert found + [checked.step([batch]).loss for batch in batches[3:]] == losses
+
+    def test_adam_runs_off_the_main_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: set[str] = set()
+
+        def spy(*args: Any, **kwargs: Any) -> None:
+            threads.add(threading.current_thread().name)
+            adamw(*args, **kwargs)
+
+        monkeypatch.setattr(block_state, "adamw", spy)
+        with running("opt") as engine:
+            engine.step(tiny_batches(1, "opt"))
+            engine.synchronize()
+        assert threads == {"exact-offload-adam"}
+        assert not own_threads()
+
+    def test_the_host_holds_what_the_costs_say(self) -> None:
+        for dtype, moments in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("bf16", "int8")):
+            with running("llama", context(dtype), moments=moments) as engine:  # type: ignore[arg-type]
+                sizes = [each.numel() for each in engine.on_gpu]
+                told = costs.host_bytes(sizes, 4 if dtype == "fp32" else 2, engine.settings)
+                state = engine.host.pageable_bytes
+                wire = sum(each.nbytes for each in engine.host.weights)
+            assert wire == told["weights, pinned"]
+            # Each of a tiny block's small tensors begins at a multiple of 64 bytes.
+            assert told["optimizer"] <= state <= 1.3 * told["optimizer"]
+
+    def test_a_trace_has_every_resource(self) -> None:
+        with running("opt", context(trace=True)) as engine:
+            engine.step(tiny_batches(1, "opt"))
+            engine.synchronize()
+            events = engine.trace_events()
+        assert {"forward 0", "backward 0", "block 0"} <= {
+            each["name"] for each in events if each["ph"] == "X"
+        }
+        named = {each["args"].get("name") for each in events if each["ph"] == "M"}
+        assert {"compute", "cpu adam"} <= named
+
+    def test_fp16_is_refused(self) -> None:
+        with pytest.raises(UserError, match="use bf16 or fp32"), running("opt", context("fp16")):
+            pass
+
+    def test_close_may_be_called_twice_and_before_setup(self) -> None:
+        engine = ExactOffload(SETTINGS, context())
+        engine.close()
+        engine.setup(tiny_blueprint("opt"))
+        engine.step(tiny_batches(1, "opt"))
+        engine.close()
+        engine.close()
+        assert not own_threads()
+
+
+class TestFaults:
+    def test_a_host_that_is_too_small_is_refused_before_anything_is_filled(self) -> None:
+        small = context(host_bytes=1_700_000_000)
+        with pytest.raises(InfeasiblePlan, match="of host memory are missing"), running("opt", small):
+            pass
+
+    def test_memory_that_ends_in_setup_leaves_nothing_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = 0
+        whole = block_state.HostSlab
+
+        def some(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == 6:
+                raise OSError(12, "Cannot allocate memory")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(block_state, "HostSlab", some)
+        with pytest.raises(OSError, match="Cannot allocate memory"), running("opt"):
+            pass
+        assert not own_threads()
+
+    @pytest.mark.parametrize("clip", [0.0, 0.5])
+    def test_an_exception_in_the_worker_ends_the_step_with_its_cause(
+        self, clip: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise ArithmeticError("spoilt")
+
+        monkeypatch.setattr(block_state, "adamw", fail)
+        batches = tiny_batches(2, "opt")
+        with running("opt", max_grad_norm=clip) as engine:
+            engine.step(batches[:1])
+            with pytest.raises(RuntimeError, match="the CPU update failed") as caught:
+                engine.step(batches[1:])
+            assert isinstance(caught.value.__cause__, ArithmeticError)
+
+    def test_a_worker_that_hangs_becomes_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        go_on = threading.Event()
+        monkeypatch.setattr(block_state, "adamw", lambda *_, **__: go_on.wait(60))
+        monkeypatch.setattr(block_state, "WAIT_LIMIT_S", 0.05)
+        engine = ExactOffload(SETTINGS, context())
+        try:
+            engine.setup(tiny_blueprint("opt", num_blocks=BLOCKS))
+            with pytest.raises(RuntimeError, match="freed no gradient within"):
+                engine.step(tiny_batches(1, "opt"))
+        finally:
+            go_on.set()
+            engine.close()
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("clip", CLIPS)
+    def test_a_gradient_that_is_not_finite_is_told_a_step_late(
+        self, value: float, clip: dict[str, Any]
+    ) -> None:
+        """Of block 0, the last in backward: it changes nothing in it, nor outside the blocks."""
+        with running("opt", **clip) as engine:
+            batches = tiny_batches(3, "opt")
+            engine.step(batches[:1])
+            before = weights(engine)
+            moments = [piece.memory.moment.clone() for piece in engine.host.pieces[0]]
+            embedding = engine.model.get_input_embeddings().weight
+            first = engine.own[0][0]
+            hook = first.register_hook(lambda gradient: gradient * value)
+            assert math.isfinite(engine.step(batches[1:2]).loss)
+            hook.remove()
+            with pytest.raises(NonFiniteLoss, match="gradient of step 1"):
+                engine.step(batches[2:])
+            own = {id(parameter) for parameter in engine.own[0]} | {id(embedding)}
+            for name, parameter in engine.model.named_parameters():
+                if id(parameter) in own:
+                    assert torch.equal(parameter.detach(), before[name]), name
+            assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
+            for piece, moment in zip(engine.host.pieces[0], moments, strict=True):
+                assert torch.equal(piece.memory.moment, moment)
+
+    def test_a_loss_that_is_not_finite_is_told_at_once(self) -> None:
+        with running("opt") as engine:
+            batches = tiny_batches(2, "opt")
+            engine.step(batches[:1])
+            before = weights(engine)
+            head = engine.model.get_output_embeddings()
+            hook = head.register_forward_hook(lambda _, __, out: out * math.nan)
+            with pytest.raises(NonFiniteLoss, match="step 1"):
+                engine.step(batches[1:])
+            hook.remove()
+            after = weights(engine)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_pipeline_gives_room_back_whatever_comes_of_an_update() -> None:
+    """Also after a failure, or the thread that runs backward would wait for ever."""
+    given: queue.SimpleQueue[int] = queue.SimpleQueue()
+    link = Link(torch.device("cpu"))
+    with running("opt") as engine:
+        own = pipeline.UpdatePipeline(link, Clocks(context(), link.device), name="exact-offload-test")
+        piece = engine.host.pieces[0][0]
+        piece.gradient = None  # an update without one fails
+        memory = torch.zeros(piece.end - piece.begin)
+        for number in range(2):
+            update = pipeline.PieceUpdate(
+                state=piece,
+                share=pipeline.StepShare(step=0, learning_rate=1e-3),
+                landing=pipeline.Landing(memory=memory, free=link.record()),
+                consumed=lambda number=number: given.put(number),
+            )
+            own.submit([update])
+            with pytest.raises(RuntimeError, match="the CPU update failed"):
+                own.wait(update)
+        own.close()
+    assert [given.get(timeout=1), given.get(timeout=1)] == [0, 1]

@@ -1,0 +1,83 @@
+"""What is tried before a weight is read: models that are not what they seem are refused, none is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from family_models import context, family_model
+
+from engines.base import Blueprint, Context
+from engines.errors import UserError
+from engines.model.model_check import check_block_major, check_driven, check_watched
+from harness.models.blueprint import ModelBlueprint
+
+CHECKS = [check_driven, check_watched, check_block_major]
+Check = Callable[[Blueprint, Context], None]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("family", ["llama", "bert", "mixtral", "nemotron_h", "deberta-v2"])
+def test_a_model_is_as_it_was_before(family: str, check: Check) -> None:
+    blueprint = family_model(family).blueprint()
+    before = dict(blueprint.model.named_parameters(remove_duplicate=False))
+    state = torch.get_rng_state()
+    check(blueprint, context())
+    after = dict(blueprint.model.named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert all(parameter.is_meta and parameter.grad is None for parameter in after.values())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any("forward" in vars(module) for module in blueprint.model.modules())
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_layers_that_share_weights_are_refused(check: Check) -> None:
+    with pytest.raises(UserError, match=r"its layers share weights: 2 calls of 1; use native") as caught:
+        check(family_model("albert").blueprint(), context())
+    assert len(str(caught.value)) < 200
+
+
+def with_a_secret(blueprint: ModelBlueprint) -> ModelBlueprint:
+    """What the first block saw reaches the second one past the hidden state."""
+    first, second = blueprint.model.model.layers
+    seen: list[Any] = []
+    of_first, of_second = first.forward, second.forward
+
+    def keep(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(of_first(hidden, *args, **kwargs))
+        return seen[-1]
+
+    def use(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return of_second(hidden, *args, **kwargs) + seen[-1].square() * 10
+
+    first.forward, second.forward = keep, use
+    return blueprint
+
+
+@pytest.mark.parametrize("check", [check_watched, check_block_major])
+def test_what_travels_past_the_hidden_state_shows_in_the_gradients(check: Check) -> None:
+    with pytest.raises(UserError, match=r"one by one|cannot be watched"):
+        check(with_a_secret(family_model("llama").blueprint()), context())
+
+
+def test_a_block_that_is_left_out_is_refused() -> None:
+    blueprint = family_model("llama").blueprint()
+    blueprint.model.config.num_hidden_layers = 1  # the model's own forward then stops after one
+    with pytest.raises(UserError, match="does not call its blocks one after the other"):
+        check_driven(blueprint, context())
+
+
+def test_it_takes_the_memory_of_the_largest_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    usual = torch.Tensor.repeat
+    monkeypatch.setattr(
+        torch.Tensor, "repeat", lambda self, *sizes: made.append((out := usual(self, *sizes)).numel()) or out
+    )
+    blueprint = family_model("llama", num_hidden_layers=30).blueprint()
+    check_driven(blueprint, context())
+    largest = max(parameter.numel() for parameter in blueprint.model.parameters())
+    assert sum(made) < 4 * largest
+    assert sum(made) < sum(parameter.numel() for parameter in blueprint.model.parameters()) / 5

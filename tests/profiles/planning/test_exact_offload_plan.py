@@ -1,0 +1,103 @@
+"""Plans of exact AdamW on the CPU: states by what fits, T*, clipping, recomputation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B
+from settings_given import given_for_each
+
+from engines.shapes import ModelShape, Workload
+from profiles.planning.plan import Plan
+from profiles.planning.recommend import recommend
+
+GB = 10**9
+NAME = "exact-offload"
+
+
+def plan(
+    tokens: int, shape: ModelShape = DEEPSEEK_7B, given: dict[str, object] | None = None, **limits: int
+) -> Plan:
+    workload = Workload(batch_size=4, seq_len=1024, accumulation=tokens // 4096, dtype="bf16")
+    overrides = given_for_each({NAME: given}) if given else {}
+    (only,) = recommend(H200, shape, workload, [NAME], overrides, **limits)  # type: ignore[arg-type]
+    return only
+
+
+def crossover(found: Plan) -> int:
+    (reason,) = [each for each in found.reasons if each.startswith("T*")]
+    told = re.search(r"from ([\d,]+) tokens", reason)
+    assert told is not None, reason
+    return int(told[1].replace(",", ""))
+
+
+def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> None:
+    assert "moments" not in plan(4096, host_bytes=100 * GB).settings
+    for host_gb, moments in ((70, "bf16"), (55, "int8")):
+        found = plan(4096, host_bytes=host_gb * GB)
+        assert (found.fits, found.settings["moments"]) == (True, moments)
+        assert any(each.startswith("approximate") for each in found.reasons)
+    least = plan(4096, host_bytes=30 * GB)
+    assert (least.fits, least.settings["moments"], least.settings["weights"]) == (False, "int8", "streamed")
+
+
+def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
+    assert "weights" not in plan(4096).settings
+    found = plan(4096, vram_bytes=16 * GB)
+    assert (found.fits, found.settings["weights"]) == (True, "streamed")
+    assert "moments" not in found.settings
+    both = plan(4096, OPT_13B, vram_bytes=24 * GB, host_bytes=125 * GB)
+    assert (both.fits, both.settings["weights"], both.settings["moments"]) == (True, "streamed", "bf16")
+    least = plan(4096, vram_bytes=4 * GB)
+    assert (least.fits, least.settings["weights"], "moments" in least.settings) == (False, "streamed", False)
+    given: dict[str, object] = {"weights": "resident"}
+    assert not plan(4096, given=given, vram_bytes=16 * GB).fits
+
+
+def test_moments_as_set_are_kept() -> None:
+    found = plan(4096, given={"moments": "fp32"}, host_bytes=60 * GB)
+    assert (found.fits, found.settings["moments"]) == (False, "fp32")
+
+
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+def test_from_t_star_on_the_gpu_decides(moments: str) -> None:
+    """T* is told alike for all batches, and is where a step stops costing more than the GPU's time."""
+    given: dict[str, object] = {"moments": moments, "checkpointed_blocks": "all"}
+    stars = [crossover(plan(tokens, given=given)) for tokens in (4096, 16384, 65536)]
+    assert max(stars) < 1.1 * min(stars)
+    below, above = (plan(4096 * n, given=given).prediction for n in (1, -(-2 * max(stars) // 4096)))
+    assert below.bottleneck in ("cpu", "host memory")
+    assert above.bottleneck == "gpu"
+
+
+def test_fewer_bytes_hide_earlier() -> None:
+    stars = [crossover(plan(4096, given={"moments": each})) for each in ("fp32", "bf16", "int8")]
+    assert stars == sorted(stars, reverse=True)
+
+
+def test_clipping_waits_for_its_norm_only_where_that_hides() -> None:
+    found = {tokens: plan(tokens, given={"max_grad_norm": 1.0}) for tokens in (4096, 131072)}
+    assert found[4096].settings["clip_by"] == "previous"
+    assert found[131072].settings["clip_by"] == "exact"
+    assert any("a method of its own" in each for each in found[4096].reasons)
+    assert "clip_by" not in plan(4096).settings
+
+
+def test_activations_are_kept_only_where_that_is_faster() -> None:
+    assert "checkpointed_blocks" not in plan(4096).settings
+    kept = plan(65536, DEEPSEEK_1B)
+    count = kept.settings["checkpointed_blocks"]
+    assert isinstance(count, int)
+    again = plan(65536, DEEPSEEK_1B, {"checkpointed_blocks": "all"})
+    assert kept.prediction.step_s is not None
+    assert again.prediction.step_s is not None
+    assert kept.prediction.step_s < again.prediction.step_s
+    assert kept.prediction.peak_gpu_bytes > again.prediction.peak_gpu_bytes
+
+
+def test_without_figures_there_is_no_crossover() -> None:
+    workload = Workload(batch_size=4, seq_len=1024, dtype="bf16")
+    (only,) = recommend(replace(H200, link=None), DEEPSEEK_7B, workload, [NAME], {})
+    assert not any(each.startswith("T*") for each in only.reasons)
