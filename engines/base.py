@@ -123,6 +123,11 @@ class Evaluation:
     For question answering the share of sequences where both the first and the last token are right."""
     num_labels: int
     """Labelled positions, or sequences."""
+    expected: tuple[float, ...] = field(default=(), repr=False)
+    predicted: tuple[float, ...] = field(default=(), repr=False)
+    """The label of each sequence and what the model says in its place, where a sequence has one label: a
+    class, a number, or a token. For question answering the first and the last token of each answer, one after
+    the other. Empty where sequences have more labels, and where an engine does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ import typer
 
 from engines.files.reading import exists
 from harness.cli.options import (
+    OF_TRAINING,
     CriteriaFlag,
     Emulate,
     Engines,
@@ -43,7 +44,7 @@ from reports.render import write_report
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
 
 
-@takes_job()
+@takes_job(without=OF_TRAINING)
 def poc(
     flags: JobFlags,
     preset: Preset = "quick",

@@ -109,6 +109,7 @@ INSIDE_FUNCTIONS = {
     "harness.cli.generate -> harness.training.generate": _TRAINS,
     "harness.cli.generate -> harness.training.run_folder": _TRAINS,
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
+    "harness.cli.train -> harness.training.repeats": _TRAINS,
     "harness.cli.train -> harness.training.train": _TRAINS,
     "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
     "harness.pipeline -> harness.data.tokenized": "imports torch, which only data of files needs here",

@@ -33,6 +33,22 @@ def count_answers(start_logits: Tensor, end_logits: Tensor, inputs: Mapping[str,
     return int((starts & ends).sum()), starts.numel()
 
 
+def judged(output: Any, inputs: Mapping[str, Tensor]) -> tuple[list[float], list[float]]:
+    """`Evaluation.expected` and `predicted` of one batch; empty where sequences have several labels."""
+    if "start_positions" in inputs:
+        expected = torch.stack((inputs["start_positions"], inputs["end_positions"]), 1)
+        predicted = torch.stack((output.start_logits.argmax(-1), output.end_logits.argmax(-1)), 1)
+        return expected.flatten().tolist(), predicted.flatten().tolist()
+    logits, labels = output.logits, inputs["labels"]
+    if logits.dim() == 2:
+        found = logits.squeeze(-1).float() if labels.is_floating_point() else logits.argmax(-1)
+        return labels.flatten().tolist(), found.flatten().tolist()
+    kept = labels[:, 1:] != -100
+    if not bool((kept.sum(1) == 1).all()):
+        return [], []
+    return labels[:, 1:][kept].tolist(), logits[:, :-1][kept].argmax(-1).tolist()
+
+
 class EvaluationSum:
     """Adds up batches to an `Evaluation`; each batch weighs as many labels as it has."""
 
@@ -40,6 +56,10 @@ class EvaluationSum:
         self._loss = 0.0
         self._correct = 0
         self._labels = 0
+        self._expected: list[float] = []
+        self._predicted: list[float] = []
+        self._one_each = True
+        """Every sequence so far had one label, or one answer."""
 
     def add(self, output: Any, inputs: Mapping[str, Tensor]) -> None:
         """What the model's own forward made of `inputs`, labels included."""
@@ -49,6 +69,10 @@ class EvaluationSum:
             correct, labelled = count_correct(output.logits, inputs["labels"])
         if labelled > 0:  # the mean loss over nothing is NaN, which a weight of zero does not take away
             self.add_sums(float(output.loss) * labelled, correct, labelled)
+            expected, predicted = judged(output, inputs)
+            self._one_each = self._one_each and bool(expected)
+            self._expected += expected
+            self._predicted += predicted
 
     def add_sums(self, loss_sum: float, correct: int, labelled: int) -> None:
         self._loss += loss_sum
@@ -60,7 +84,11 @@ class EvaluationSum:
         if self._labels == 0:
             raise UserError("evaluation", "the data has no labelled position", "give a data set with labels")
         return Evaluation(
-            loss=self._loss / self._labels, accuracy=self._correct / self._labels, num_labels=self._labels
+            loss=self._loss / self._labels,
+            accuracy=self._correct / self._labels,
+            num_labels=self._labels,
+            expected=tuple(self._expected) if self._one_each else (),
+            predicted=tuple(self._predicted) if self._one_each else (),
         )
 
 

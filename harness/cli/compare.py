@@ -9,6 +9,7 @@ import typer
 
 from harness.cli.by_name import by_name
 from harness.cli.options import (
+    OF_TRAINING,
     CriteriaFlag,
     DryRun,
     Emulate,
@@ -35,7 +36,7 @@ from profiles.documents import to_json
 from profiles.planning.recommend import why_first
 
 
-@takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout"))
+@takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout", *OF_TRAINING))
 def recommend(
     flags: JobFlags,
     engines: Engines = None,
@@ -59,7 +60,7 @@ def recommend(
         console().print(why_first(plans), markup=False)
 
 
-@takes_job()
+@takes_job(without=OF_TRAINING)
 def compare(
     flags: JobFlags,
     engines: Engines = None,

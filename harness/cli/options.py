@@ -68,6 +68,20 @@ Columns = Annotated[
         "table without a header; `text2` is the second text of a pair, `target` a number to be predicted.",
     ),
 ]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="The prompt of a labelled row for a decoder, such as `{text} It was`, with `{text2}` for the "
+        "second of a pair; the loss is over the words of --labels alone.",
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels", help="With --template: the word for each class, in their order: `terrible,great`."
+    ),
+]
 Strict = Annotated[
     bool | None,
     typer.Option(
@@ -105,6 +119,26 @@ EvalBatches = Annotated[
         "--eval-batches",
         help="Held-out batches evaluated before and after, drawn by --seed where there are more; 0 for none.",
     ),
+]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--eval-every",
+        min=0,
+        help="Steps between evaluations on held-out data while training; the best model stays in OUT/best.",
+    ),
+]
+BestBy = Annotated[
+    str | None,
+    typer.Option(
+        "--best-by",
+        help="Metric that says which model is the best, such as loss, accuracy, f1 or matthews. "
+        "[default: the task's own]",
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option("--patience", min=0, help="End after so many evaluations that were no better; 0: never."),
 ]
 DtypeFlag = Annotated[
     Literal["fp32", "bf16", "fp16"] | None,
@@ -193,6 +227,8 @@ def _flags(
     data: DataFlag = None,
     eval_data: EvalData = None,
     columns: Columns = None,
+    template: Template = None,
+    labels: Labels = None,
     strict: Strict = None,
     skip_bad: SkipBad = None,
     batch_size: BatchSize = None,
@@ -202,6 +238,9 @@ def _flags(
     steps: Steps = None,
     warmup_steps: WarmupSteps = None,
     eval_batches: EvalBatches = None,
+    eval_every: EvalEvery = None,
+    best_by: BestBy = None,
+    patience: Patience = None,
     dtype: DtypeFlag = None,
     checkpointing: Checkpointing = None,
     seed: Seed = None,
@@ -223,6 +262,10 @@ class JobFlags:
         self._assignments: Sequence[str] = given.pop("set_", [])
         self._file: Path | None = given.pop("job_file", None)
         self._given = _nested(given)
+
+    def gives(self, name: str) -> bool:
+        """Whether the field of that name was given as a flag."""
+        return name in self._given
 
     def job(self, engines: Sequence[str], preset: Mapping[str, Any] | None = None) -> Job:
         """Preset, then job file, then flags; the later wins field by field, but a preset's model as a whole.
@@ -256,6 +299,10 @@ def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
         checked = check_settings(settings, engines, str(path))
         values["settings"] = {name: dict(given) for name, given in checked.items()}
     return values
+
+
+OF_TRAINING = ("eval_every", "best_by", "patience")
+"""Job flags that only training in earnest has."""
 
 
 def takes_job(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -295,6 +342,11 @@ def _nested(given: dict[str, Any]) -> dict[str, Any]:
             nested.setdefault("data", {})[name] = given.pop(flag)
     if "columns" in given:
         nested.setdefault("data", {})["columns"] = parse_columns(given.pop("columns"))
+    if "template" in given:
+        nested.setdefault("data", {})["template"] = given.pop("template")
+    if "labels" in given:
+        words = [word.strip() for word in given.pop("labels").split(",")]
+        nested.setdefault("data", {})["labels"] = words
     for name in ("strict", "skip_bad"):
         if name in given:
             nested.setdefault("data", {})[name] = given.pop(name)

@@ -5,6 +5,7 @@ Nothing here measures or lays out a table. What does not need torch does not imp
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +58,29 @@ def run(
             "at most 40 steps each, and print the flag to use. With --out, keep find_lr.json there.",
         ),
     ] = False,
+    epochs: Annotated[
+        float | None,
+        typer.Option("--epochs", help="In place of --steps: so many passes over the training data."),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", min=1, help="In place of --steps: so many training sequences."),
+    ] = None,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            "--repeat",
+            min=1,
+            help="Train so often, with seeds from --seed on, into OUT/seed-N each; tell median and range.",
+        ),
+    ] = 1,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write losses and metrics for TensorBoard to OUT/tensorboard (extra `tensorboard`).",
+        ),
+    ] = False,
     trace: Annotated[
         bool,
         typer.Option(
@@ -93,15 +117,33 @@ def run(
     job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
     folder = results_folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise UserError(
+            f"--epochs {epochs:g}", "must be positive", "give a number of passes, such as 3 or 0.5"
+        )
+    if [flags.gives("steps"), epochs is not None, examples is not None].count(True) > 1:
+        raise UserError("--epochs", "the length is given twice", "give one of --steps, --epochs, --examples")
+    if (job.patience or job.best_by) and not job.eval_every:
+        raise UserError("--patience", "nothing is evaluated on the way", "add --eval-every")
+    if job.eval_every and not job.eval_batches:
+        raise UserError("--eval-every", "there is nothing to evaluate on", "add --eval-batches")
 
-    from harness.training.train import train
+    from harness.training.repeats import spread_over, started
+    from harness.training.train import Length, train
 
+    length = None if epochs is None and examples is None else Length(epochs=epochs, examples=examples)
     with Progress(quiet) as progress:
-        exported = train(
-            job, names[0], settings, folder, save_every=save_every, resume=resume, trace=trace,
-            progress=progress,
-        )  # fmt: skip
-    typer.echo(str(exported))
+        for number in range(repeat):
+            own = folder / f"seed-{job.seed + number}" if repeat > 1 else folder
+            exported = train(
+                replace(job, seed=job.seed + number), names[0], settings, own, save_every=save_every,
+                resume=resume and (repeat == 1 or started(own)), trace=trace, board=tensorboard,
+                length=length, progress=progress,
+            )  # fmt: skip
+        if repeat > 1:
+            for line in spread_over([folder / f"seed-{job.seed + number}" for number in range(repeat)]):
+                progress.print(line)
+    typer.echo(str(exported if repeat == 1 else folder))
 
 
 def _find_lr(

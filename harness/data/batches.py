@@ -21,6 +21,7 @@ from harness.data.lengths import epoch_order, padded_length
 from harness.data.reading.files import BadRecord
 from harness.data.reading.read import check_bad, told_bad
 from harness.data.records import Examples
+from harness.data.templates import check_template, template_table
 from harness.data.token_tables import (
     TokenTable,
     answer_table,
@@ -32,6 +33,7 @@ from harness.data.token_tables import (
     text_tables,
 )
 from harness.data.tokenized import Tokenized
+from harness.models.candidates import Candidates, candidates_of
 from harness.models.configs import load_config
 from harness.models.tokenizers import Tokenizer, load_tokenizer
 from harness.records.job import Job
@@ -50,6 +52,8 @@ class Data:
         description: str,
         readings: tuple[str, ...] = (),
         label_names: tuple[str, ...] = (),
+        num_examples: int | None = None,
+        is_regression: bool = False,
     ) -> None:
         self._micro_batch = micro_batch
         self._accumulation = accumulation
@@ -60,6 +64,10 @@ class Data:
         """A line for each file: how it was read, and what of it could not be used."""
         self.label_names = label_names
         """Of the classes, in their order; empty where the data numbers them from 0."""
+        self.num_examples = num_examples
+        """Training sequences; `None`: without end."""
+        self.is_regression = is_regression
+        """Labels are numbers to be predicted."""
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of `step`, counted from 0."""
@@ -96,6 +104,9 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
         return None
     examples = examples_of(job, load_config(job.model))
     tokenizer = load_tokenizer(job.model, shape.vocabulary)
+    if job.data.template and (shape.head != "causal_lm" or not examples.labelled):
+        why = "the data has no classes" if not examples.labelled else f"the head is for {shape.head}"
+        raise UserError("--template", why, "use a decoder and labelled rows, or leave it out")
     bad: tuple[list[BadRecord], list[BadRecord]] = ([], [])
     if examples.kind == "text":
         train, held_out = text_tables(examples, tokenizer, job)
@@ -122,6 +133,13 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
             class_table(rows, tokenizer, job.seq_len)
             for rows in (examples.labelled, examples.labelled_held_out)
         )
+    elif job.data.template:
+        check_template(job.data.template, is_paired=examples.is_paired)
+        candidates = _candidates(job, examples.num_labels, tokenizer)
+        train, held_out = (
+            template_table(rows, job.data.template, candidates, tokenizer, job.seq_len)
+            for rows in (examples.labelled, examples.labelled_held_out)
+        )
     else:
         train, held_out = (
             answer_table(rows, examples.num_labels, tokenizer, job.seq_len)
@@ -132,6 +150,17 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
     readings = [str(reading) for reading in examples.readings]
     readings += _left_out(examples, job, bad)
     return _tokenized(job, examples, train, held_out, tokenizer, tuple(readings))
+
+
+def _candidates(job: Job, num_labels: int, tokenizer: Tokenizer) -> Candidates:
+    words = job.data.labels
+    if len(words) != num_labels:
+        raise UserError(
+            f"--labels {','.join(words)}",
+            f"are {len(words)} words, the data has {num_labels} classes",
+            "give a word for each class, in their order",
+        )
+    return candidates_of(job.data.template, words, tokenizer)
 
 
 def _left_out(
@@ -223,6 +252,8 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
         description=tokenized.description,
         readings=tokenized.readings,
         label_names=tokenized.label_names,
+        num_examples=len(train),
+        is_regression=train.classes is not None and train.classes.is_floating_point(),
     )
 
 

@@ -262,7 +262,7 @@ def answer_table(
     shared, answers = _class_answers(num_labels, tokenizer)
     texts = [row.text if row.second is None else f"{row.text}\n{row.second}" for row in rows]
     encoded = tokenizer.encode([f"{text}\nThis is" for text in texts])
-    return _prompt_table(
+    return prompt_table(
         [[*ids, *shared] for ids in encoded], [answers[row.label] for row in rows], tokenizer, seq_len
     )
 
@@ -289,10 +289,10 @@ def instruction_table(rows: Sequence[InstructionExample], tokenizer: Tokenizer, 
     end = [] if tokenizer.end_id is None else [tokenizer.end_id]
     prompts = tokenizer.encode([row.prompt for row in rows])
     answers = tokenizer.encode([row.answer for row in rows])
-    return _prompt_table(prompts, [[*ids, *end] for ids in answers], tokenizer, seq_len)
+    return prompt_table(prompts, [[*ids, *end] for ids in answers], tokenizer, seq_len)
 
 
-def _prompt_table(
+def prompt_table(
     prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: Tokenizer, seq_len: int
 ) -> TokenTable:
     """Rows of begin token, prompt and answer, labelled on the answer.

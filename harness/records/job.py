@@ -65,6 +65,11 @@ class DataSource:
     """A record that cannot be used ends the job; else it is left out, and the first one is named."""
     skip_bad: Annotated[Switch, NotWhereEmpty] = False
     """Go on also where more than a tenth of the records cannot be used."""
+    template: Annotated[str, NotWhereEmpty] = ""
+    """The prompt of a labelled row for a decoder, such as `{text} It was`; empty: the built-in one, with a
+    loss over the whole vocabulary."""
+    labels: Annotated[tuple[str, ...], NotWhereEmpty] = ()
+    """With `template`: the word for each class, in the order of the classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,12 @@ class Job:
     eval_batches: Whole = 0
     """Batches of held-out data evaluated before and after; 0: no evaluation."""
     seed: Whole = 0
+    eval_every: Annotated[Whole, NotWhereEmpty] = 0
+    """Steps between evaluations while training, by which the best model is kept; 0: none."""
+    best_by: Annotated[str, NotWhereEmpty] = ""
+    """The metric that says which is the best; empty: the task's own."""
+    patience: Annotated[Whole, NotWhereEmpty] = 0
+    """Evaluations without a better one after which training ends; 0: it does not end early."""
     limits: Limits = field(default_factory=Limits)
     settings: Annotated[dict[str, GivenSettings], Documented(dict[str, dict[str, Value]], _read_settings)] = (
         field(default_factory=dict)
@@ -116,7 +127,7 @@ class Job:
         for name in ("batch_size", "seq_len", "accumulation", "steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
-        for name in ("warmup_steps", "eval_batches"):
+        for name in ("warmup_steps", "eval_batches", "eval_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         if not 0 <= self.seed <= MOST_SEED:

@@ -93,7 +93,8 @@ def generate_from_run(
 
     `given` are settings that say where weights lie. Raises `UserError`.
     """
-    job = replace(run.job, limits=limits)
+    # What it was trained to choose among is no limit to what it may say.
+    job = replace(run.job, limits=limits, data=replace(run.job.data, template="", labels=()))
     typed = _settings_of_run(run, engine_name, given)
     shape = check_decoder(job)
     texts = _Texts(job.model, shape, wanted)

@@ -246,6 +246,13 @@ def history_of(out: Path) -> list[Point]:
     ]
 
 
+def evaluations_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The evaluations in a `log.jsonl`, each with its `step`, in their order."""
+    for _, values in _lines(path):
+        if "eval_loss" in values:
+            yield values
+
+
 def _counted(updates: Iterable[Update], total: int, progress: Progress) -> Iterator[Update]:
     for number, update in enumerate(updates, start=1):
         yield update

@@ -43,6 +43,7 @@ def needed(shape: ModelShape, job: Job, engine: str, settings: Any, save_every: 
     return {
         "the model": weights,
         "checkpoints": count * checkpoint,
+        "the best model": 2 * weights if job.eval_every else 0,
         "logs": job.steps * (LINE_BYTES + queries * RECORD_BYTES),
     }
 

@@ -2,8 +2,9 @@
 
 What lies in `<out>`: `job.toml` and `engine.json` (what is trained, and how), `log.jsonl` (a line per
 step, `step` being the number of steps done, and a line per evaluation), `updates.log` of a zeroth-order
-method (`harness.training.update_log`), `checkpoints/` (the newest full one), `model/` (the export), and
-`trace.json` where that was asked for (what each stream did).
+method (`harness.training.update_log`), `checkpoints/` (the newest full one), `model/` (the export),
+`summary.json` (how it ended), `best/` (the model of the best evaluation, where there are some on the way),
+`trace.json` and `tensorboard/` where they were asked for.
 """
 
 from __future__ import annotations

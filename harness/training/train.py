@@ -5,16 +5,16 @@ What lies in `<out>` stands in `harness.training.run_folder`.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from engines import load_engine
-from engines.base import Batch, Context, Engine, TellsTrace
+from engines.base import Batch, Context, Evaluation, TellsTrace
 from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.files.checksums import check_sums
@@ -24,9 +24,11 @@ from engines.model.blocks import TORCH_DTYPE
 from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import ModelShape
-from harness.data.batches import Data, make_data
+from harness.data.batches import make_data
 from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
+from harness.models.candidates import candidates_of
 from harness.models.export import holds_something, refuse_in_use
+from harness.models.tokenizers import load_tokenizer
 from harness.progress import Progress
 from harness.records.environment import gpu_notes
 from harness.records.job import Job
@@ -34,8 +36,8 @@ from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
-from harness.signals import on_first_signal
 from harness.training import restore
+from harness.training.metrics import metrics_of
 from harness.training.room import check_room
 from harness.training.run_folder import (
     MODEL,
@@ -46,8 +48,9 @@ from harness.training.run_folder import (
     read_run,
     refuse_folder_in_use,
 )
-from harness.training.update_log import UpdateLog, cannot_write, read_update_log, refuse_damaged
-from profiles.documents import check_writable
+from harness.training.steps import SUMMARY, Course, run_steps
+from harness.training.update_log import read_update_log, refuse_damaged
+from profiles.documents import check_writable, to_json, write_whole
 
 
 def train(
@@ -60,8 +63,10 @@ def train(
     resume: bool,
     progress: Progress,
     trace: bool = False,
+    board: bool = False,
+    length: Length | None = None,
 ) -> Path:
-    """Train `job.steps` steps and return the exported folder.
+    """Train `job.steps` steps, or as many as `length` makes, and return the exported folder.
 
     A run that is resumed takes the same job and engine, keeps its settings, and ends with the same weights as
     one that was never stopped; one that is finished stays as it is. The first of `harness.signals.ENDING`
@@ -73,6 +78,8 @@ def train(
     new run that has logged nothing leaves nothing.
     """
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
+    if length is not None:
+        job = replace(job, steps=length.steps(job, make_data(job, shape).num_examples))
     method = method_of(engine_name, settings.typed)
     refuse_folder_in_use(out, resume)
     folder = out / MODEL
@@ -84,7 +91,7 @@ def train(
             check_sums(folder, f"delete {MODEL}/ there to have it written again")
             progress.print(f"the run is finished, and its model written; {job.steps} steps were asked for")
             return folder
-        _train(job, engine_name, shape, typed, out, save_every, resume, progress, trace)
+        _train(job, engine_name, shape, typed, out, save_every, resume, progress, trace, board)
     _note_if_flat(job, engine_name, out, progress)
     return folder
 
@@ -99,6 +106,7 @@ def _train(
     resume: bool,
     progress: Progress,
     trace: bool,
+    board: bool,
 ) -> None:
     """The steps that are left, and the export, in a folder that is claimed."""
     with given_back_if_refused(out, resume):
@@ -109,6 +117,13 @@ def _train(
         data = make_data(job, shape)
         for line in (*data.readings, data.describe()):
             progress.print(line)
+        candidates: Sequence[int] = ()
+        is_bytes = False
+        if job.data.train != "random":
+            tokenizer = load_tokenizer(job.model, shape.vocabulary)
+            is_bytes = tokenizer.name == "bytes"
+            if job.data.template:
+                candidates = candidates_of(job.data.template, job.data.labels, tokenizer).tokens
         kept = out / TRACE if trace else None
         with (
             user_errors(engine_name, job, out),
@@ -118,19 +133,54 @@ def _train(
             ),
         ):
             num_tensors = len(blueprint.parameter_shapes)
+
+            def judge(evaluation: Evaluation) -> dict[str, float]:
+                return metrics_of(
+                    evaluation, shape.head, candidates=candidates, is_regression=data.is_regression,
+                    is_bytes=is_bytes,
+                )  # fmt: skip
+
+            def export(folder: Path) -> None:
+                export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
+
             if resume:
                 done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
             else:
                 done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
             with closing(updates) if updates is not None else nullcontext():
-                _run_steps(engine, data, job, out, done, save_every, updates, progress)
+                course = Course(
+                    job=job, data=data, out=out, save_every=save_every, updates=updates, progress=progress,
+                    judge=judge, export=export, board=board,
+                )  # fmt: skip
+                run_steps(engine, course, done)
             try:
-                export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], out / MODEL)
+                export(out / MODEL)
             except UserError:
-                if updates is None and restore.step_of(restore.newest_checkpoint(out)) < job.steps:
+                if updates is None and restore.step_of(restore.newest_checkpoint(out)) < course.done:
                     # Else the trained weights would end with this process.
-                    restore.write_checkpoint(engine, out, job.steps)
+                    restore.write_checkpoint(engine, out, course.done)
                 raise
+            summary = course.summary(engine_name)
+            write_whole(out / SUMMARY, to_json(summary))
+            progress.print(summary.told())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """How long a run is, in examples: the steps follow from the data."""
+
+    epochs: float | None = None
+    examples: int | None = None
+    """Training sequences; goes before `epochs`."""
+
+    def steps(self, job: Job, num_examples: int | None) -> int:
+        """Whole steps that see at least so many. Raises `UserError` for data without end."""
+        wanted = self.examples
+        if wanted is None:
+            if num_examples is None:
+                raise UserError("--epochs", "random tokens have no end", "use --steps or --examples")
+            wanted = math.ceil((self.epochs or 0.0) * num_examples)
+        return max(1, math.ceil(wanted / (job.batch_size * job.accumulation)))
 
 
 def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
@@ -253,68 +303,6 @@ def context_of(job: Job, progress: Progress, *, trace: bool = False) -> Context:
     )
 
 
-def _run_steps(
-    engine: Engine,
-    data: Data,
-    job: Job,
-    out: Path,
-    done: int,
-    save_every: int,
-    updates: UpdateLog | None,
-    progress: Progress,
-) -> None:
-    """Steps `done` to the last, logged, with an evaluation before the first and after the last one."""
-
-    def save(step: int) -> None:
-        """A full checkpoint, unless the log is one and no other was asked for."""
-        if updates is not None:
-            updates.sync()  # or a power cut could leave a log that ends before the checkpoint
-        if save_every or updates is None:
-            restore.write_checkpoint(engine, out, step)
-
-    path = out / restore.LOSS_LOG
-    stop = _StopAfterStep()
-    with _open_log(path) as log, on_first_signal(stop.ask):
-        if done == 0:
-            _evaluate(engine, data.evaluation, log, 0, progress)
-        for step in range(done, job.steps):
-            stats = engine.step(data.step_batches(step))
-            if not math.isfinite(stats.loss):
-                raise NonFiniteLoss(f"the loss of step {step} is {stats.loss}")
-            # In this order: a kill between the two leaves a line too many, which resuming takes away.
-            _write(log, step=step + 1, loss=stats.loss)
-            if updates is not None:
-                if not stats.updates:
-                    raise RuntimeError(f"{engine.name} told no update of step {step}")
-                updates.append(*stats.updates)
-            progress.update("training", step + 1, job.steps, note=f"loss {stats.loss:.4g}")
-            if stop.asked:
-                save(step + 1)
-                _stop(out, step + 1, job.steps, progress)
-            if save_every and (step + 1) % save_every == 0:
-                save(step + 1)
-        _evaluate(engine, data.evaluation, log, job.steps, progress)
-        if stop.asked:
-            save(job.steps)
-            _stop(out, job.steps, job.steps, progress)
-
-
-def _stop(out: Path, step: int, total: int, progress: Progress) -> None:
-    """Raises `KeyboardInterrupt`."""
-    progress.print(f"stopped after step {step} of {total}; go on with --resume --out {out}")
-    raise KeyboardInterrupt
-
-
-class _StopAfterStep:
-    """Whether the run was asked to stop: looked at between steps."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def ask(self) -> None:
-        self.asked = True
-
-
 def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progress) -> None:
     """Say so where every core is as large as its matrix allows: little is gained then."""
     if not isinstance(settings, LspSettings) or not shape.matrices:
@@ -337,27 +325,3 @@ def _note_if_flat(job: Job, engine_name: str, out: Path, progress: Progress) -> 
     why = why_flat(restore.history_of(out), engine_name, job.dtype)
     if why is not None:
         progress.print(f"note: {why}")
-
-
-def _evaluate(engine: Engine, batches: list[Batch], log: IO[str], step: int, progress: Progress) -> None:
-    if not batches:
-        return
-    result = engine.evaluate(batches)
-    _write(log, step=step, eval_loss=result.loss, eval_accuracy=result.accuracy)
-    when = f"after {step} steps" if step else "before training"
-    progress.print(f"{when}: held-out loss {result.loss:.4g}, accuracy {result.accuracy:.1%}")
-
-
-def _open_log(path: Path) -> IO[str]:
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def _write(log: IO[str], **values: float) -> None:
-    try:
-        log.write(json.dumps(values) + "\n")
-        log.flush()
-    except OSError as error:
-        raise cannot_write(Path(log.name), error) from None

@@ -50,7 +50,9 @@ MOST_LOG_BYTES = 2**34
 """Half a billion records."""
 HEADER_BYTES = _HEADER.size + _CRC.size
 RECORD_BYTES = _RECORD.size + _CRC.size
-WITHOUT_EFFECT = frozenset({"limits", "settings", "eval_batches", "checkpointing"})
+WITHOUT_EFFECT = frozenset(
+    {"limits", "settings", "eval_batches", "checkpointing", "eval_every", "best_by", "patience"}
+)
 """Fields of a job that no update depends on; the settings are told by their parsed values."""
 
 

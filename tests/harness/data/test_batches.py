@@ -17,7 +17,7 @@ from harness.data.batches import Data, batches_of, make_data, tokenize
 from harness.data.builtin import builtin_reviews
 from harness.data.examples import held_out_count
 from harness.data.reading.layouts import instruction_prompt
-from harness.data.token_tables import UNLABELLED, _class_answers, _prompt_table
+from harness.data.token_tables import UNLABELLED, _class_answers, prompt_table
 from harness.data.tokenized import load_tokenized, save_tokenized
 from harness.models.blueprint import make_blueprint
 from harness.models.configs import NAMED_SHAPES
@@ -220,7 +220,7 @@ PROMPTS = st.lists(st.integers(10, 20), min_size=1, max_size=30)
 @given(rows=st.lists(st.tuples(PROMPTS, PROMPTS), min_size=1, max_size=5), seq_len=st.integers(2, 40))
 @settings(max_examples=200)
 def test_long_examples_keep_a_labelled_answer(rows: list[tuple[list[int], list[int]]], seq_len: int) -> None:
-    table = _prompt_table([prompt for prompt, _ in rows], [answer for _, answer in rows], TOKENIZER, seq_len)
+    table = prompt_table([prompt for prompt, _ in rows], [answer for _, answer in rows], TOKENIZER, seq_len)
     batch = table.batch(range(len(rows)), seq_len, TOKENIZER.pad_id).inputs
     cut = 0
     for index, (prompt, answer) in enumerate(rows):
