@@ -261,6 +261,13 @@ def _refused(model: nn.Module, why: str) -> Iterator[None]:
 
 
 def _refusal(model: nn.Module, why: str) -> UserError:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        return UserError(
+            type(model).__name__,
+            "its experts' auxiliary loss is of more than its blocks pass on",
+            "use native, or set output_router_logits to false in config.json",
+        )
     return UserError(type(model).__name__, why, ANY_MODEL)
 
 

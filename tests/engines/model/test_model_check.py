@@ -11,7 +11,7 @@ from family_models import context, family_model
 
 from engines.base import Blueprint, Context
 from engines.errors import UserError
-from engines.model.model_check import check_block_major, check_driven, check_watched
+from engines.model.model_check import check_block_major, check_driven, check_repeats, check_watched
 from harness.models.blueprint import ModelBlueprint
 
 CHECKS = [check_driven, check_watched, check_block_major]
@@ -38,6 +38,17 @@ def test_layers_that_share_weights_are_refused(check: Check) -> None:
     with pytest.raises(UserError, match=r"its layers share weights: 2 calls of 1; use native") as caught:
         check(family_model("albert").blueprint(), context())
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_auxiliary_loss_of_experts_is_refused_with_what_turns_it_off(check: Check) -> None:
+    blueprint = family_model("mixtral", output_router_logits=True).blueprint()
+    with pytest.raises(
+        UserError, match=r"auxiliary loss.*; use native, or set output_router_logits"
+    ) as caught:
+        check(blueprint, context())
+    assert len(str(caught.value)) < 200
+    check_repeats(blueprint, context())
 
 
 def with_a_secret(blueprint: ModelBlueprint) -> ModelBlueprint:
