@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from engines.errors import UserError
 
+_ADAPTERS = "adapters, and a head that is new"
+_FP32_ADAPTERS = "adapters and their moments in fp32; the weights are not trained"
 _NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss scaling; use bf16 or fp32"
 
 
@@ -27,6 +29,8 @@ class Library:
 
     module: str
     """What is imported."""
+    also: tuple[str, ...] = ()
+    """What else is imported, of other packages."""
     install: str
     """The command that installs it."""
 
@@ -66,6 +70,16 @@ class EngineEntry:
     library: Library | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Precisions that it does not train in, each with the reason."""
+    by_default: bool = True
+    """It takes part where no methods are named."""
+    trains: str = "all weights"
+    """What learns."""
+    masters: str = "none: states in the weights' precision"
+    """Master copies of what is trained, and the precision of the optimizer's states."""
+    on_gpu: str = "everything"
+    """What is held there between steps."""
+    on_host: str = "nothing"
+    """What is held in host memory between steps."""
     presets: str | None = None
     """Settings that its authors published, by model: a mapping of mappings."""
 
@@ -92,6 +106,8 @@ ENGINES: dict[str, EngineEntry] = {
         order="first",
         role="baseline",
         copies="library",
+        on_gpu="weights and gradients; with offload_gradients=true weights alone",
+        on_host="weights, gradients and moments",
         needs_gpu=True,
         library=Library(module="torchao", install="pip install 'lspzo-bench[torchao]'"),
         refuses={"fp16": _NO_LOSS_SCALING},
@@ -105,6 +121,10 @@ ENGINES: dict[str, EngineEntry] = {
         source="LSP-Offload, arXiv 2406.10181",
         order="first",
         role="offload",
+        trains="the blocks' matrices in subspaces, all else whole",
+        masters="none: weights in the job's precision, moments of the subspaces in fp32",
+        on_gpu="weights and projectors; gradients are never all there",
+        on_host="moments of the subspaces",
         copies="own",
         refuses={"fp16": _NO_LOSS_SCALING},
         presets="engines.settings.lsp:LSP_PRESETS",
@@ -117,6 +137,9 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, two forward passes, everything on the GPU",
         source="MeZO, arXiv 2305.17333",
         order="zeroth",
+        trains="all weights, or adapters with train=lora",
+        masters="none: there are no states",
+        on_gpu="weights",
         role="reference",
         generates=True,
     ),
@@ -128,6 +151,10 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
         order="zeroth",
+        trains="all weights, or adapters with train=lora",
+        masters="none: there are no states",
+        on_gpu="embedding, head and the blocks at work",
+        on_host="the blocks, or with disk_blocks some of them on disk",
         role="offload",
         reference="mezo",
         copies="own",
@@ -142,8 +169,99 @@ ENGINES: dict[str, EngineEntry] = {
         source="ZeRO-Offload, arXiv 2101.06840; block by block as SlideFormer, 2603.16428",
         order="first",
         role="offload",
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="weights; gradients are never all there",
+        on_host="fp32 weights and moments, gradients",
         copies="own",
         refuses={"fp16": _NO_LOSS_SCALING},
+    ),
+    "lora": EngineEntry(
+        target="engines.methods.lora:Lora",
+        settings="engines.settings.libraries:LoraSettings",
+        costs="engines.costs.adapters:lora",
+        planner="profiles.planning.lora:choose",
+        summary="AdamW on adapters of low rank beside the blocks' matrices, everything on the GPU",
+        source="LoRA, arXiv 2106.09685, by PEFT",
+        order="first",
+        role="baseline",
+        library=Library(module="peft", install="pip install 'lspzo-bench[lora]'"),
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        trains=_ADAPTERS,
+        masters=_FP32_ADAPTERS,
+    ),
+    "qlora": EngineEntry(
+        target="engines.methods.qlora:Qlora",
+        settings="engines.settings.libraries:QloraSettings",
+        costs="engines.costs.adapters:qlora",
+        planner="profiles.planning.lora:choose",
+        summary="adapters of low rank beside matrices of four bits (NF4), everything on the GPU",
+        source="QLoRA, arXiv 2305.14314, by PEFT and bitsandbytes",
+        order="first",
+        role="baseline",
+        library=Library(
+            module="peft", also=("bitsandbytes",), install="pip install 'lspzo-bench[lora,bitsandbytes]'"
+        ),
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        trains=_ADAPTERS,
+        masters=_FP32_ADAPTERS,
+        on_gpu="everything, the blocks' matrices in 4 bits",
+    ),
+    "adamw-8bit": EngineEntry(
+        target="engines.methods.adamw_8bit:AdamW8bit",
+        settings="engines.settings.libraries:AdamW8bitSettings",
+        costs="engines.costs.trained_on_gpu:adamw_8bit",
+        planner="profiles.planning.adamw_8bit:choose",
+        summary="AdamW with moments of 8 bits, everything on the GPU",
+        source="arXiv 2110.02861, by bitsandbytes",
+        order="first",
+        role="baseline",
+        library=Library(module="bitsandbytes", install="pip install 'lspzo-bench[bitsandbytes]'"),
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="none: weights in the job's precision, moments in 8 bits",
+        on_host="nothing; with paged=true moments that do not fit",
+    ),
+    "backward-optimizer": EngineEntry(
+        target="engines.methods.backward_optimizer:BackwardOptimizer",
+        settings="engines.settings.libraries:BackwardOptimizerSettings",
+        costs="engines.costs.trained_on_gpu:backward_optimizer",
+        summary="AdamW inside the backward pass, gradients freed one by one, everything on the GPU",
+        source="as LOMO, arXiv 2306.09782, and torchtune do",
+        order="first",
+        role="baseline",
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        on_gpu="weights and moments; gradients are never all there",
+    ),
+    "galore": EngineEntry(
+        target="engines.methods.galore:Galore",
+        settings="engines.settings.libraries:GaloreSettings",
+        costs="engines.costs.trained_on_gpu:galore",
+        summary="AdamW on gradients of the blocks' matrices projected to a low rank, everything on the GPU",
+        source="GaLore, arXiv 2403.03507, by galore-torch",
+        order="first",
+        role="baseline",
+        library=Library(
+            module="galore_torch", also=("bitsandbytes",), install="pip install 'lspzo-bench[galore]'"
+        ),
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+    ),
+    "fsdp2-offload": EngineEntry(
+        target="engines.methods.fsdp2_offload:Fsdp2Offload",
+        settings="engines.settings.libraries:Fsdp2OffloadSettings",
+        costs="engines.costs.fsdp2_offload:traffic",
+        summary="FSDP2 on one GPU: blocks streamed up, gradients down, AdamW on the CPU",
+        source="torch.distributed.fsdp.fully_shard with CPUOffloadPolicy",
+        order="first",
+        role="baseline",
+        copies="library",
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        on_gpu="two or three blocks, embedding and head",
+        on_host="weights, gradients and moments",
     ),
     "scripted": EngineEntry(
         target="engines.methods.scripted:Scripted",
@@ -174,6 +292,11 @@ def public_engines() -> tuple[str, ...]:
     return tuple(name for name, row in ENGINES.items() if row.role != "test_double")
 
 
+def default_engines() -> tuple[str, ...]:
+    """Those that take part where none are named, in the order of the table."""
+    return tuple(name for name in public_engines() if ENGINES[name].by_default)
+
+
 def engines_of_role(role: Role) -> tuple[str, ...]:
     """Engines with that `EngineEntry.role`, in the order of the table."""
     return tuple(name for name, row in ENGINES.items() if row.role == role)
@@ -199,6 +322,9 @@ def load_target(target: str) -> Any:
 def why_not_installed(name: str) -> str | None:
     """That the library of engine `name` is missing, and what installs it; `None`: nothing is missing."""
     library = entry(name).library
-    if library is None or importlib.util.find_spec(library.module) is not None:
+    if library is None:
         return None
-    return f"{library.module} is not installed ({library.install})"
+    for module in (library.module, *library.also):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed ({library.install})"
+    return None

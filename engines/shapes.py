@@ -78,6 +78,8 @@ class ModelShape:
     block_sizes: tuple[int, ...] = ()
     """Parameters of each block where they differ in size; empty where all have `block_parameters`. Costs take
     every block for the largest."""
+    label_names: tuple[str, ...] = ()
+    """Of a classification head's outputs, as the data names them; empty where it numbers them from 0."""
 
     @property
     def parameters(self) -> int:

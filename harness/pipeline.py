@@ -232,6 +232,11 @@ def job_arguments(job: Job) -> str:
     parts += ["--data", job.data.train]
     if job.data.evaluate is not None:
         parts += ["--eval-data", job.data.evaluate]
+    if job.data.columns:
+        parts += ["--columns", ",".join(f"{role}={column}" for role, column in job.data.columns.items())]
+    parts += [
+        flag for flag, given in (("--strict", job.data.strict), ("--skip-bad", job.data.skip_bad)) if given
+    ]
     for name in ("batch_size", "seq_len", "dtype", "accumulation", "steps", "warmup_steps", "eval_batches"):
         if name in _ALWAYS or getattr(job, name) != getattr(default, name):
             parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engines.errors import UserError
 from engines.settings.zeroth_order import check_blocks
 from engines.shapes import Head, ModelShape
-from harness.data.examples import read_examples
-from harness.data.squad import QUESTION_KEYS
+from harness.data.examples import examples_of
+from harness.data.reading.squad import QUESTION_KEYS
+from harness.data.records import Examples
 from harness.models.closed_forms import CLOSED_FORMS, shape_of_config
 from harness.models.configs import DEFAULT_LABELS, ENCODERS, load_config
 from harness.records.job import Job
@@ -24,7 +27,8 @@ def resolve_shape(job: Job) -> ModelShape:
     """
     config = load_config(job.model)
     family = str(config["model_type"])
-    head, num_labels = _resolve_head(job, family)
+    examples = examples_of(job, config)
+    head, num_labels = _resolve_head(job, family, examples)
     try:
         if family in CLOSED_FORMS:
             shape = shape_of_config(
@@ -50,12 +54,11 @@ def resolve_shape(job: Job) -> ModelShape:
         )
     for engine, given in job.settings.items():
         check_blocks(engine, given.typed, job.model.name, shape.num_blocks)
-    return shape
+    return replace(shape, label_names=examples.label_names) if head == "classification" else shape
 
 
-def _resolve_head(job: Job, family: str) -> tuple[Head, int]:
+def _resolve_head(job: Job, family: str, examples: Examples) -> tuple[Head, int]:
     """Head, and its outputs (0 for a causal language model)."""
-    examples = read_examples(job.data)
     encoder = _is_encoder(family)
     if job.model.head != "auto":
         head: Head = job.model.head
@@ -84,12 +87,18 @@ def _resolve_head(job: Job, family: str) -> tuple[Head, int]:
                 "is an encoder, which has no causal language model head",
                 "use --head classification or a decoder",
             )
+        if examples.is_regression:
+            raise UserError(
+                f"data '{job.data.train}'",
+                "has numbers to be predicted, which a causal language model has no head for",
+                "use --head classification, or classes for labels",
+            )
         return head, 0
-    if examples.kind in ("text", "instructions"):
+    if examples.kind in ("text", "instructions", "chats"):
         raise UserError(
             f"data '{job.data.train}'",
             f"holds {examples.kind} without class labels, and {job.model.name} is to classify",
-            "give labelled data (.tsv or .jsonl), or a decoder with a causal language model head",
+            "give labelled data, or a decoder with a causal language model head",
         )
     return head, examples.num_labels or DEFAULT_LABELS
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engines import ENGINES, engines_of_role, public_engines
+from engines import ENGINES, default_engines, engines_of_role, public_engines
 from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes
 
@@ -202,7 +202,7 @@ def _wrapped(name: str, meaning: str, width: int = 110) -> str:
 
 def init_text() -> str:
     """The default criteria as a TOML file that explains itself."""
-    engines = ", ".join(f'"{name}"' for name in public_engines())
+    engines = ", ".join(f'"{name}"' for name in default_engines())
     offload = " or ".join(engines_of_role("offload"))
     return (
         _HEAD.format(engines=engines, offload=offload)

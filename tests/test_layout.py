@@ -87,7 +87,7 @@ TORCH_FREE = (
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
     "harness.resolve",
-    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.squad",
+    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.reading",
     "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
@@ -106,7 +106,7 @@ INSIDE_FUNCTIONS = {
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
     "harness.cli.generate -> harness.training.generate": _TRAINS,
-    "harness.cli.generate -> harness.training.train": _TRAINS,
+    "harness.cli.generate -> harness.training.run_folder": _TRAINS,
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
     "harness.cli.train -> harness.training.train": _TRAINS,
     "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
@@ -330,7 +330,8 @@ def test_every_package_folder_is_a_package() -> None:
     assert folders_that_are_no_package(ROOT) == []
 
 
-MOST_MODULES = 16
+MOST_MODULES = 20
+"""Rooms that have a file for each method (methods, costs, planning) have some more than the others."""
 MOST_LINES = 400
 LONGER = re.compile(r"Longer than \d+ lines: ")
 
@@ -412,6 +413,19 @@ OWN_FILES = {"engines.methods", "engines.settings", "engines.costs", "profiles.p
 """Rooms where a module of its own may name its method."""
 NAMED = {
     "engines.zeroth_order.checkpoint -> mezo": "the algorithm, in the format of checkpoints",
+    **dict.fromkeys(
+        (
+            f"engines.{module} -> lora"
+            for module in (
+                "costs.mezo",
+                "model.flat_layout",
+                "settings.zeroth_order",
+                "zeroth_order.checkpoint",
+                "zeroth_order.lora",
+            )
+        ),
+        "a value of `train`: the same adapters, learnt without gradients",
+    ),
 }
 """`module -> engine` that is none of the above, and why."""
 
@@ -519,18 +533,6 @@ def private_uses(folder: Path) -> dict[str, set[str]]:
 
 PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "engines/costs/test_decoding_costs.py": {"_model"},
-    "engines/cpu_updates/test_adamw.py": {"_opened"},
-    "engines/methods/test_exact_offload.py": {
-        "_clocks",
-        "_dynamo",
-        "_host",
-        "_memory",
-        "_on_gpu",
-        "_own",
-        "_slots_of_weights",
-        "_states",
-        "_totals_on_host",
-    },
     "engines/methods/test_lsp.py": {
         "_blocks",
         "_buffers",

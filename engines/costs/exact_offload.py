@@ -29,8 +29,8 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES
+from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
-from engines.costs.transformer import BlockPasses
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -109,10 +109,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     blocks = [shape.block_parameters] * shape.num_blocks
     host = host_bytes(blocks, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
+    passes = block_passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
     layers = [
         _layer(layer, shape, element, settings, uploads)
-        for layer in transformer.training_layers(shape, workload, _passes(shape, workload, settings))
+        for layer in transformer.training_layers(shape, workload, passes)
     ]
     offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
     slowdown = CORE_ADAM_SLOWDOWN if element < 4 else 1.0
@@ -123,14 +124,6 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         pinned_bytes=pinned,
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES * slowdown,
-    )
-
-
-def _passes(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> BlockPasses:
-    """`compile=auto` counts as compiled."""
-    return BlockPasses(
-        recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
-        compiled=settings.compile is not False,
     )
 
 
@@ -167,7 +160,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         "optimizer": masters,
         "gradients": slots * element * shape.block_parameters,
     }
-    passes = _passes(shape, workload, settings)
+    passes = block_passes(shape, workload, settings)
     saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
     between = workload.accumulation * transformer.hidden_bytes(shape, workload)
     made = element * shape.block_parameters  # before they are added to the slot

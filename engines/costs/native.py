@@ -7,7 +7,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.traffic import Traffic
 from engines.costs.transformer import BlockPasses
-from engines.settings.first_order import BlockPassSettings, NativeSettings
+from engines.settings.first_order import BlockPassSettings, CompiledBlockSettings, NativeSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 ADAM_PASSES = 7
@@ -24,13 +24,13 @@ blocks took 0.2 GB more than `native` did without, in use by NVML less what torc
 graphs'. Records: reports/results/deepseek-coder-*_20261124."""
 
 
-def block_passes(shape: ModelShape, workload: Workload, settings: BlockPassSettings) -> BlockPasses:
+def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockSettings) -> BlockPasses:
     """How a model's blocks run with these settings. `compile=auto` counts as compiled: planners say `false`
     where nothing is compiled for."""
     return BlockPasses(
         recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
         compiled=settings.compile is not False,
-        captured=settings.graphs,
+        captured=isinstance(settings, BlockPassSettings) and settings.graphs,
     )
 
 

@@ -181,7 +181,7 @@ def adamw_without_compiler(gradient: Tensor, memory: AdamWMemory, step: Step) ->
 
 def _update(gradient: Tensor, memory: AdamWMemory, step: Any, begin: int) -> None:
     f: Any = step.adam  # ctypes adds the attributes
-    moment, variance = _opened(memory)
+    moment, variance = opened_moments(memory)
     gradient = gradient * f.scale
     moment = (moment * f.keep_moment).add_(gradient * f.take_moment)
     variance = (variance * f.keep_variance).add_((gradient * gradient).mul_(f.take_variance))
@@ -203,8 +203,8 @@ def _low_half(bits: Tensor) -> Tensor:
     return bits.bitwise_and(0xFFFF).to(torch.int32).view(torch.int16)[::2]
 
 
-def _opened(memory: AdamWMemory) -> tuple[Tensor, Tensor]:
-    """Moments in fp32, copies."""
+def opened_moments(memory: AdamWMemory) -> tuple[Tensor, Tensor]:
+    """Both moments in fp32, (n,) each, copies."""
     if memory.moment_scales is None or memory.variance_scales is None:
         return memory.moment.float().clone(), memory.variance.float().clone()
     n = memory.moment.numel()

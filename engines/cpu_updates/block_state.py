@@ -160,6 +160,11 @@ class BlockStates:
         norms = self._norms.num_bytes if self._norms.pinned else 0
         return self._weights.pinned_bytes + norms
 
+    @property
+    def pageable_bytes(self) -> int:
+        """Of what stays on the host: moments and low halves of masters."""
+        return sum(slab.num_bytes for slab in self._states)
+
     def save(self, state: dict[str, Tensor]) -> list[int]:
         """Add what belongs to the blocks' weights to `state`; how often each block was updated."""
         for index, pieces in enumerate(self.pieces):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engines.errors import UserError
+
+
+class HoldsState(Protocol):
+    """The part of an optimizer that checkpoints are about."""
+
+    param_groups: list[dict[str, Any]]
+    """Each with `params`."""
+    state: Any
+    """By parameter: tensors and whole numbers by name."""
+
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,6 +56,37 @@ def load_adamw_state(
         optimizer.state[parameter] = state
 
 
+def optimizer_state(optimizer: HoldsState, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """What an optimizer holds for each parameter, flat: `<key>.<parameter>`; whole numbers as () int64."""
+    return {
+        f"{key}.{names[parameter]}": _local(value.detach())
+        if isinstance(value, Tensor)
+        else torch.tensor(int(value))
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: HoldsState, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_state` took; `tensors` may hold more than this optimizer's state."""
+    members = {names[each]: each for group in optimizer.param_groups for each in group["params"]}
+    optimizer.state.clear()
+    for place, tensor in tensors.items():
+        key, _, name = place.partition(".")
+        if name in members:
+            is_count = tensor.dtype == torch.int64 and tensor.dim() == 0
+            kept = int(tensor) if is_count else tensor.to(members[name].device, copy=True)
+            optimizer.state.setdefault(members[name], {})[key] = kept
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A tensor that torch.distributed holds, as the one process here has it: whole."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own
+
+
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """What dropout draws from: torch's generators of the CPU and of the device."""
     states = {"rng.cpu": torch.get_rng_state()}
@@ -68,20 +109,34 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 def model_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, on the host. The caller has waited for its updates."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach().cpu()
+        yield name, _local(parameter.detach()).cpu()
+
+
+def _kept(model: nn.Module, only_trained: bool) -> dict[str, nn.Parameter]:
+    named = model.named_parameters()
+    return {name: each for name, each in named if each.requires_grad or not only_trained}
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, state: Mapping[str, Tensor], about: Mapping[str, Any]
+    folder: Path,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    only_trained: bool = False,
 ) -> None:
-    """Write `weights.safetensors`, `state.safetensors` and `engine.json`."""
-    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    """Write `weights.safetensors`, `state.safetensors` and `engine.json`. With `only_trained` weights without
+    a gradient are left out: they are what they were when the model was filled."""
+    kept = _kept(model, only_trained)
+    weights = {name: _local(parameter.detach()).contiguous() for name, parameter in kept.items()}
     save_file(weights, folder / "weights.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
     (folder / "engine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder: Path, model: nn.Module, engine: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(
+    folder: Path, model: nn.Module, engine: str, *, only_trained: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Put the weights back; return the state's tensors (on the CPU) and the JSON document.
 
     Raises `UserError` if the folder is not a checkpoint of this engine and model.
@@ -96,7 +151,7 @@ def load_checkpoint(folder: Path, model: nn.Module, engine: str) -> tuple[dict[s
         raise UserError(
             str(folder), f"was written by engine '{about.get('engine')}'", f"resume with that, not {engine}"
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in _kept(model, only_trained).items():
         found = weights.get(name)
         if found is None or found.shape != parameter.shape or found.dtype != parameter.dtype:
             raise UserError(
@@ -105,5 +160,5 @@ def load_checkpoint(folder: Path, model: nn.Module, engine: str) -> tuple[dict[s
                 "resume with the same model and dtype",
             )
         with torch.no_grad():
-            parameter.copy_(found)
+            _local(parameter).copy_(found)
     return state, about

@@ -123,9 +123,9 @@ class ExactOffload:
         self._pipeline: UpdatePipeline | None = None
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
-        self._on_gpu: list[Tensor] = []
+        self.on_gpu: list[Tensor] = []
         """Of each block, (elements,): where its weights are, or are when they have come up."""
-        self._slots_of_weights: BlockSlots | None = None
+        self.weight_slots: BlockSlots | None = None
         """Of streamed blocks."""
         self._pending: list[list[PieceUpdate]] = []
         """Of each block."""
@@ -197,7 +197,7 @@ class ExactOffload:
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
-        self._passes = BlockMajor(self.model, self._own, self, draws=draws)
+        self._passes = BlockMajor(self.model, self.own, self, draws=draws)
         why_not = why_not_compiled(self.device)
         if self.settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
@@ -232,24 +232,24 @@ class ExactOffload:
         }
         for name, tensor in tensors.items():
             blueprint.fill(name, tensor)
-        self._slots_of_weights = self._weight_slots()
+        self.weight_slots = self._weight_slots()
         for index, block in enumerate(layout.blocks):
-            if self._slots_of_weights is None:
+            if self.weight_slots is None:
                 memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
             else:
-                memory = self._slots_of_weights.memory(index)
+                memory = self.weight_slots.memory(index)
                 memory.zero_()
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
-            self._host.weights[index].copy_(memory)
-            self._on_gpu.append(memory)
+            self.host.weights[index].copy_(memory)
+            self.on_gpu.append(memory)
             tensors |= its
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
         for place, name in first_names(self.model).items():
             set_parameter(self.model, place, parameters[name])
         move_buffers(self.model, self.device)
-        self._own = [
+        self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
         self._outer = MasterWeights([parameters[name] for name in layout.outer], self.settings)
@@ -257,7 +257,7 @@ class ExactOffload:
     def _weight_slots(self) -> BlockSlots | None:
         if not self.settings.streams:
             return None
-        return BlockSlots(self._host.weights, WEIGHT_SLOTS, self.link, self._compute, self._is_on_host)
+        return BlockSlots(self.host.weights, WEIGHT_SLOTS, self.link, self._compute, self._is_on_host)
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
@@ -268,12 +268,13 @@ class ExactOffload:
 
     def _copy_to_host(self) -> None:
         """The host's weights become the GPU's."""
-        if self._slots_of_weights is None:
-            for host, memory in zip(self._host.weights, self._on_gpu, strict=True):
+        if self.weight_slots is None:
+            for host, memory in zip(self.host.weights, self.on_gpu, strict=True):
                 host.copy_(memory.detach())
 
     @property
-    def _host(self) -> BlockStates:
+    def host(self) -> BlockStates:
+        """What the host holds of the blocks."""
         assert self._states is not None, "setup comes first"
         return self._states
 
@@ -347,18 +348,18 @@ class ExactOffload:
         self._mark(f"forward {index}")
 
     def after_forward(self, index: int) -> None:
-        if self._slots_of_weights is not None:
-            self._slots_of_weights.leave(index)
+        if self.weight_slots is not None:
+            self.weight_slots.leave(index)
 
     def before_backward(self, index: int) -> None:
-        if self._slots_of_weights is not None:
+        if self.weight_slots is not None:
             self._enter(index, range(index - 1, -1, -1))
         self._mark(f"backward {index}")
         # HAZARD: the block that last had this slot must have left it.
         self.link.wait(self._slot_free[index % len(self._slots)])
 
     def _enter(self, index: int, ahead: Sequence[int]) -> None:
-        slots = self._slots_of_weights
+        slots = self.weight_slots
         if slots is None:
             self._settle(index)
             return
@@ -386,18 +387,18 @@ class ExactOffload:
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
         """The block's gradient is complete: download it and hand it to the worker."""
-        pieces, weights = self._host.pieces[index], self._on_gpu[index]
+        pieces, weights = self.host.pieces[index], self.on_gpu[index]
         slot = index % len(self._slots)
         gradient = self._slots[slot][: weights.numel()]
         norm = self._norms[index : index + 1]
         norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
-        if self._slots_of_weights is None:
+        if self.weight_slots is None:
             self._step_h2d_bytes += weights.nbytes
         else:
-            self._slots_of_weights.leave(index)
-            self._slots_of_weights.forget(index)
+            self.weight_slots.leave(index)
+            self.weight_slots.forget(index)
         assert self._room is not None
         place = self._waiting(self._room.take)
         give = _once_all(len(pieces), partial(self._room.give, place))
@@ -406,7 +407,7 @@ class ExactOffload:
                 state=piece,
                 share=self._share,
                 landing=None
-                if self._slots_of_weights is not None
+                if self.weight_slots is not None
                 else Landing(memory=weights[piece.begin : piece.end], free=ready),
                 consumed=give,
             )
@@ -518,7 +519,7 @@ class ExactOffload:
     @contextmanager
     def _streaming(self) -> Iterator[None]:
         """Streamed blocks come up for the model's own forward passes."""
-        slots = self._slots_of_weights
+        slots = self.weight_slots
         if slots is None:
             yield
             return
@@ -543,10 +544,10 @@ class ExactOffload:
 
     def _stored(self) -> nn.Module:
         """The model, or what has its names and weights where those are streamed."""
-        if self._slots_of_weights is None:
+        if self.weight_slots is None:
             return self.model
         on_host: dict[str, Tensor] = {}
-        for block, memory in zip(self._layout.blocks, self._host.weights, strict=True):
+        for block, memory in zip(self._layout.blocks, self.host.weights, strict=True):
             on_host |= block.views(memory)
         named = {name: on_host.get(name, each) for name, each in self.model.named_parameters()}
         return _Named(named)
@@ -557,7 +558,7 @@ class ExactOffload:
         self.synchronize()
         state = rng_state(self.device) | self._outer.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
-        about["updates"] = self._host.save(state)
+        about["updates"] = self.host.save(state)
         if self.settings.max_grad_norm > 0:
             self.link.host_wait(self._total_known)
             state["total"] = self._totals_on_host[(self.steps_done - 1) % 2].clone()
@@ -566,13 +567,18 @@ class ExactOffload:
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
-        self._host.load(tensors, about["updates"], str(folder))
+        self.host.load(tensors, about["updates"], str(folder))
         self._copy_to_host()
         self._outer.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
             self._totals_on_host[(self.steps_done - 1) % 2].copy_(tensors["total"])
+
+    def squared_norm(self) -> float:
+        """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
+        self.link.host_wait(self._total_known)
+        return float(self._totals_on_host[(self.steps_done - 1) % 2])
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""

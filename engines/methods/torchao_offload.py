@@ -12,9 +12,11 @@ On the GPU: weights, gradients (with `offload_gradients` only those in flight), 
 below 4096 elements, which torchao leaves there. On the host: weights and gradients (pinned, always) and
 moments.
 
-From torchao's limits: no gradient clipping, no accumulation with `offload_gradients`; learning rates are
+From torchao's limits: no accumulation with `offload_gradients`; learning rates are
 set in the groups of the optimizers inside, since the wrapper's own list goes stale when it loads a state;
-the host copy of the weights is made when the optimizer is, after they are filled.
+the host copy of the weights is made when the optimizer is, after they are filled. torchao has no clipping:
+with `max_grad_norm` the gradients are waited for and scaled where its optimizers read them, those of large
+tensors on the host, before any of it steps.
 """
 
 from __future__ import annotations
@@ -134,6 +136,9 @@ class TorchaoOffload:
         total = torch.zeros((), device=self.device)
         for _, loss in accumulate_gradients(self.model, batches, self.device):
             total += loss
+        if self.settings.max_grad_norm > 0:
+            self.synchronize()  # gradients are on their way down
+            clip_gradients(self.optimizer, self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         value = float(total)
@@ -178,6 +183,16 @@ class TorchaoOffload:
     def close(self) -> None:
         """Let go of the pinned memory."""
         self.optimizer = None
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: Any, most: float) -> None:
+    """Scale the gradients that CPUOffloadOptimizer's optimizers read, so that their norm is `most` at most.
+
+    All of them have arrived.
+    """
+    read = [parameter for group in inner_groups(optimizer) for parameter in group["params"]]
+    nn.utils.clip_grad_norm_([each for each in read if each.grad is not None], most)
 
 
 def inner_groups(optimizer: Any) -> list[dict[str, Any]]:

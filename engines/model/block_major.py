@@ -138,7 +138,12 @@ class BlockMajor:
         too."""
         self._watcher.before_forward(0)
         devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices, enabled=self._draws):
+        compiler: Any = torch.compiler  # its methods are without annotations
+        with (
+            torch.no_grad(),
+            compiler.set_stance("force_eager"),
+            torch.random.fork_rng(devices, enabled=self._draws),
+        ):
             self._driver.learn_forms(inputs)
         self._knows_form = True
 

@@ -92,11 +92,14 @@ def no_cache(model: nn.Module) -> Iterator[None]:
 
 
 def materialize(blueprint: Blueprint, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The blueprint's model with every weight on `device`; a tied tensor stays one tensor."""
+    """The blueprint's model with every weight on `device`; a tied tensor stays one tensor. What is no longer
+    on the meta device was put there by the caller, and stays."""
     model = blueprint.model
     made: dict[int, nn.Parameter] = {}
     places = list(model.named_parameters(remove_duplicate=False))
     for name, old in places:
+        if not old.is_meta:
+            continue
         if id(old) not in made:
             out = torch.empty(old.shape, device=device, dtype=dtype)
             blueprint.fill(name, out)

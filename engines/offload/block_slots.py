@@ -50,6 +50,11 @@ class BlockSlots:
         self.h2d_bytes = 0
         """Sent up so far."""
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Of all slots."""
+        return sum(each.nbytes for each in self._memory)
+
     def memory(self, block: int) -> Tensor:
         """(elements,): where the block is whenever it is on the GPU."""
         return self._memory[block % self.count][: self._host[block].numel()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.settings.checks import require
-from engines.settings.first_order import AdamWSettings
+from engines.settings.first_order import CompiledBlockSettings
 
 Moments = Literal["fp32", "bf16", "int8"]
 """How Adam's two moments are kept on the host: exact, or approximate in 2 bytes or in 1 for each of the
@@ -19,7 +19,7 @@ MOMENT_GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactOffloadSettings(AdamWSettings):
+class ExactOffloadSettings(CompiledBlockSettings):
     """AdamW with fp32 master weights on the CPU, block by block."""
 
     moments: Moments = "fp32"
@@ -32,12 +32,6 @@ class ExactOffloadSettings(AdamWSettings):
     gradient_blocks: int | Literal["auto"] = "auto"
     """Blocks whose gradients have room in pinned host memory at once; backward waits for the CPU when they
     are all taken. `auto`: a third of them; with clip_by=exact there is room for all."""
-    compile: bool | Literal["auto"] = "auto"
-    """Blocks and loss through torch's compiler; `auto`: on a GPU, where it can be. The first steps take some
-    seconds longer, up to a minute."""
-    checkpointed_blocks: int | Literal["all"] = "all"
-    """With --checkpointing: how many blocks are run again in the backward pass, from the first on. Plans
-    choose as few as fit."""
     weights: Weights = "resident"
     """Where the blocks' weights are: on the GPU, or on the host, from where they come up for the forward and
     again for the backward pass. Of no effect without `offload`."""
@@ -45,20 +39,11 @@ class ExactOffloadSettings(AdamWSettings):
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
 
     def __post_init__(self) -> None:
-        AdamWSettings.__post_init__(self)
+        CompiledBlockSettings.__post_init__(self)
         require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
         require(
             self.gradient_blocks == "auto" or self.gradient_blocks > 0, "gradient_blocks", "must be positive"
         )
-        count = self.checkpointed_blocks
-        require(count == "all" or count >= 0, "checkpointed_blocks", "must not be negative")
-
-    def recomputed(self, num_blocks: int, *, checkpointing: bool) -> int:
-        """How many of a model's blocks are run again, with or without --checkpointing."""
-        if not checkpointing:
-            return 0
-        count = self.checkpointed_blocks
-        return num_blocks if count == "all" else min(count, num_blocks)
 
     @property
     def streams(self) -> bool:

@@ -27,6 +27,8 @@ class AdamWSettings:
     dropout: float = 0.0
     """Probability of every dropout of activations and attention weights that the model has; 0: none, whatever
     its configuration says. Whole layers and routers are never touched."""
+    max_grad_norm: float = 0.0
+    """Clip the gradient of each step to this norm, of all parameters together; 0: not at all."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -37,17 +39,16 @@ class AdamWSettings:
         require(0 <= self.beta2 < 1, "beta2", "must be in [0, 1)")
         require(self.adam_eps > 0, "adam_eps", "must be positive")
         require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPassSettings(AdamWSettings):
-    """How forward and backward pass of a model's blocks run."""
+class CompiledBlockSettings(AdamWSettings):
+    """How the blocks of a model that is trained run."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Blocks through torch's compiler (native: the loss too); `auto`: on a GPU, where it can be. The first
+    """Blocks through torch's compiler (lsp: without the loss); `auto`: on a GPU, where it can be. The first
     steps take some seconds longer, up to a minute."""
-    graphs: bool = True
-    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout."""
     checkpointed_blocks: int | Literal["all"] = "all"
     """With --checkpointing: how many blocks are run again in the backward pass, from the first on. Plans
     choose as few as fit."""
@@ -63,6 +64,14 @@ class BlockPassSettings(AdamWSettings):
             return 0
         count = self.checkpointed_blocks
         return num_blocks if count == "all" else min(count, num_blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPassSettings(CompiledBlockSettings):
+    """The same, and captured."""
+
+    graphs: bool = True
+    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,6 @@ class LspSettings(BlockPassSettings):
         require(self.learn_rate > 0, "learn_rate", "must be positive")
         require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
-        require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
 
     def size_for(self, rows: int, columns: int) -> int:
         """The d that is wanted for weights of this shape, also given the other way round.

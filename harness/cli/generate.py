@@ -147,7 +147,7 @@ def generate(
     texts = read_prompts(prompts or [], prompts_file)
 
     from harness.training.generate import Wanted, generate_from_model, generate_from_run
-    from harness.training.train import read_run
+    from harness.training.run_folder import read_run
 
     wanted = Wanted(prompts=texts, max_new_tokens=max_new_tokens, sampling=sampling)
     with Progress(quiet) as progress:

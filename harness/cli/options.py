@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from engines import public_engines
+from engines import default_engines, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
+from harness.data.reading.columns import parse_columns
 from harness.records.job import HeadChoice, Job, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
 from profiles.units import parse_bytes
@@ -52,11 +53,37 @@ DataFlag = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="random, builtin, or a file: .txt text, .tsv/.jsonl labelled, .json/.jsonl instructions or "
-        "questions with answers in a text (SQuAD).",
+        help="random, builtin, a file (.txt, .csv, .tsv, .json, .jsonl, .parquet), or a data set of the hub "
+        "(`ORGANISATION/NAME`). `lspzo-bench data` shows how it is read.",
     ),
 ]
-EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out file of the same kind.")]
+EvalData = Annotated[
+    str | None, typer.Option("--eval-data", help="Held-out file or data set of the same kind.")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Which column is what, where their names do not tell: `text=review,label=stars`, by number in a "
+        "table without a header; `text2` is the second text of a pair, `target` a number to be predicted.",
+    ),
+]
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict/--lenient",
+        help="Refuse a file that has a record that cannot be used; else it is left out, and counted.",
+        show_default=False,
+    ),
+]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad/--mostly-good",
+        help="Go on also where more than a tenth of the records cannot be used.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Sequences per micro-batch.")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens per sequence.")]
 Accumulation = Annotated[int | None, typer.Option("--accumulation", help="Micro-batches per step.")]
@@ -97,7 +124,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Engines = Annotated[
     str | None,
-    typer.Option("--engines", "--engine", help="Comma-separated; see `lspzo-bench engines`. [default: all]"),
+    typer.Option(
+        "--engines",
+        "--engine",
+        help=f"Comma-separated, or all; see `lspzo-bench engines`. [default: {','.join(default_engines())}]",
+    ),
 ]
 Profile = Annotated[
     Path | None,
@@ -150,6 +181,9 @@ def _flags(
     head: HeadFlag = None,
     data: DataFlag = None,
     eval_data: EvalData = None,
+    columns: Columns = None,
+    strict: Strict = None,
+    skip_bad: SkipBad = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     accumulation: Accumulation = None,
@@ -247,6 +281,11 @@ def _nested(given: dict[str, Any]) -> dict[str, Any]:
     for flag, name in (("data", "train"), ("eval_data", "evaluate")):
         if flag in given:
             nested.setdefault("data", {})[name] = given.pop(flag)
+    if "columns" in given:
+        nested.setdefault("data", {})["columns"] = parse_columns(given.pop("columns"))
+    for name in ("strict", "skip_bad"):
+        if name in given:
+            nested.setdefault("data", {})[name] = given.pop(name)
     for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
         if flag in given:
             option = f"--{flag.replace('_', '-')}"
@@ -267,6 +306,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def engine_names(engines: str | None) -> list[str]:
     public = public_engines()
     if engines is None:
+        return list(default_engines())
+    if engines.strip() == "all":
         return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:

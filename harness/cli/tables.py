@@ -238,6 +238,9 @@ def rates_table(finding: LrSearchResult) -> RenderableType:
     return Group(Text(title, style="bold"), table)
 
 
+_OF_ROWS = ("target", "summary", "source", "copies", "trains", "masters", "on_gpu", "on_host")
+
+
 def engines_rows() -> list[dict[str, Any]]:
     """What there is, and what is not available here and why."""
     rows = []
@@ -245,7 +248,7 @@ def engines_rows() -> list[dict[str, Any]]:
         row, reason = entry(name), load_engine(name).why_not_available()
         shown: dict[str, Any] = {
             "name": name,
-            **{key: getattr(row, key) for key in ("target", "summary", "source", "copies")},
+            **{key: getattr(row, key) for key in _OF_ROWS},
             "available": reason is None,
             "reason": reason,
             "settings": {field.name: field.default for field in fields(settings_class(name))},
@@ -267,6 +270,8 @@ def engines_table() -> RenderableType:
     notes = {
         row["name"]: [
             *([] if row["available"] else [f"not available here: {row['reason']}"]),
+            f"trains {row['trains']}; master copies {row['masters']}; "
+            f"on the GPU {row['on_gpu']}; on the host {row['on_host']}",
             ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
             *(
                 f"preset={name}, as published: "

@@ -6,7 +6,7 @@ exactly; every method of a comparison sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,10 @@ import torch
 from engines.base import Batch
 from engines.errors import UserError
 from engines.shapes import ModelShape
-from harness.data.examples import read_examples
+from harness.data.chat_tokens import chat_table
+from harness.data.examples import examples_of
+from harness.data.reading.files import BadRecord
+from harness.data.reading.read import check_bad, told_bad
 from harness.data.records import Examples
 from harness.data.token_tables import (
     TokenTable,
@@ -28,6 +31,7 @@ from harness.data.token_tables import (
     text_tables,
 )
 from harness.data.tokenized import Tokenized
+from harness.models.configs import load_config
 from harness.models.tokenizers import Tokenizer, load_tokenizer
 from harness.records.job import Job
 from harness.records.seeds import derive_seed
@@ -43,12 +47,18 @@ class Data:
         accumulation: int,
         evaluation: list[Batch],
         description: str,
+        readings: tuple[str, ...] = (),
+        label_names: tuple[str, ...] = (),
     ) -> None:
         self._micro_batch = micro_batch
         self._accumulation = accumulation
         self._description = description
         self.evaluation = evaluation
         """Held-out batches, which training never sees; the last may be smaller."""
+        self.readings = readings
+        """A line for each file: how it was read, and what of it could not be used."""
+        self.label_names = label_names
+        """Of the classes, in their order; empty where the data numbers them from 0."""
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of `step`, counted from 0."""
@@ -72,12 +82,18 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
     Raises `UserError` for files that are missing or malformed, that hold too little, or that do not suit
     the model's head.
     """
-    examples = read_examples(job.data)
-    if examples.kind == "random":
+    if job.data.train == "random":
         return None
+    examples = examples_of(job, load_config(job.model))
     tokenizer = load_tokenizer(job.model, shape.vocabulary)
+    bad: tuple[list[BadRecord], list[BadRecord]] = ([], [])
     if examples.kind == "text":
         train, held_out = text_tables(examples, tokenizer, job)
+    elif examples.kind == "chats":
+        (train, bad_train), (held_out, bad_held_out) = (
+            chat_table(rows, tokenizer, job.seq_len) for rows in (examples.chats, examples.chats_held_out)
+        )
+        bad = bad_train, bad_held_out
     elif examples.kind == "instructions":
         train, held_out = (
             instruction_table(rows, tokenizer, job.seq_len)
@@ -103,11 +119,32 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
         )
         if examples.kind == "builtin":
             train, held_out = end_to_end(train, job.seq_len), end_to_end(held_out, job.seq_len)
-    return _tokenized(job, examples, train, held_out, tokenizer)
+    readings = [str(reading) for reading in examples.readings]
+    readings += _left_out(examples, job, bad)
+    return _tokenized(job, examples, train, held_out, tokenizer, tuple(readings))
+
+
+def _left_out(
+    examples: Examples, job: Job, bad: tuple[Sequence[BadRecord], Sequence[BadRecord]]
+) -> Iterator[str]:
+    """A line for each part of which something could not be brought into tokens. Raises `UserError` where that
+    is not to be, or too much."""
+    held_out = job.data.train if job.data.evaluate is None else job.data.evaluate
+    parts = ((job.data.train, bad[0], examples.chats), (held_out, bad[1], examples.chats_held_out))
+    for source, records, rows in parts:
+        check_bad(source, records, len(rows), job.data)
+        if records:
+            told = told_bad(records)
+            yield f"{Path(source).name}: {told.count:,} left out, the first in {told.first}"
 
 
 def _tokenized(
-    job: Job, examples: Examples, train: TokenTable, held_out: TokenTable, tokenizer: Tokenizer
+    job: Job,
+    examples: Examples,
+    train: TokenTable,
+    held_out: TokenTable,
+    tokenizer: Tokenizer,
+    readings: tuple[str, ...],
 ) -> Tokenized:
     if len(train) == 0:
         raise UserError(f"data '{job.data.train}'", "holds no training example", "give a file with more")
@@ -128,7 +165,10 @@ def _tokenized(
         f"{train.tokens.numel():,} training tokens ({tokenizer.name})"
         + (f", {cut:,} {what_was_cut} {job.seq_len} tokens" if cut else "")
     )
-    return Tokenized(train=train, held_out=held_out, pad_id=tokenizer.pad_id, description=description)
+    return Tokenized(
+        train=train, held_out=held_out, pad_id=tokenizer.pad_id, description=description, readings=readings,
+        label_names=examples.label_names,
+    )  # fmt: skip
 
 
 def batches_of(tokenized: Tokenized, job: Job) -> Data:
@@ -156,6 +196,8 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
         accumulation=job.accumulation,
         evaluation=evaluation,
         description=tokenized.description,
+        readings=tokenized.readings,
+        label_names=tokenized.label_names,
     )
 
 

@@ -38,7 +38,7 @@ class TokenTable:
     unlabelled: Tensor | None = None
     """bool, as `tokens`: positions after `first_labelled` that have no label all the same."""
     classes: Tensor | None
-    """int64, (rows,): classification, the label of each row."""
+    """int64, (rows,): classification, the label of each row; float32 where a number is to be predicted."""
     answers: Tensor | None = None
     """int64, (rows, 2): question answering, positions of the answer's first and last token."""
     second: Tensor | None = None
@@ -79,11 +79,12 @@ class TokenTable:
         return Batch(inputs=inputs if self.packed else {**inputs, "attention_mask": mask})
 
 
-def _table(
+def table_of(
     sequences: Sequence[Sequence[int]],
     *,
     first_labelled: Sequence[int] | None = None,
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int] | Sequence[float] | None = None,
+    unlabelled: Sequence[bool] | None = None,
     cut: int,
 ) -> TokenTable:
     lengths = torch.tensor([0, *(len(ids) for ids in sequences)], dtype=torch.int64)
@@ -91,23 +92,48 @@ def _table(
         tokens=torch.tensor([index for ids in sequences for index in ids], dtype=torch.int32),
         starts=lengths.cumsum(0),
         first_labelled=None if first_labelled is None else torch.tensor(first_labelled, dtype=torch.int64),
-        classes=None if classes is None else torch.tensor(classes, dtype=torch.int64),
+        unlabelled=None if unlabelled is None else torch.tensor(unlabelled, dtype=torch.bool),
+        classes=None if classes is None else torch.tensor(classes),
         cut=cut,
     )
 
 
 def text_tables(examples: Examples, tokenizer: Tokenizer, job: Job) -> tuple[TokenTable, TokenTable]:
-    """Blocks of `seq_len` tokens, all labelled; the end of the text is held out if no file is given."""
+    """Blocks of `seq_len` tokens, all labelled; the end of a text is held out if no file is given, of many
+    documents some that were drawn."""
+    if examples.documents:
+        train = blocks_of(_document_tokens(examples.documents, tokenizer), job.seq_len, job.data.train)
+        return train, _held_out_blocks(examples, tokenizer, job)
     train = blocks_of(_text_tokens(examples.text, tokenizer), job.seq_len, job.data.train)
-    if examples.text_held_out is not None:
-        return train, blocks_of(
-            _text_tokens(examples.text_held_out, tokenizer), job.seq_len, str(job.data.evaluate)
-        )
+    if job.data.evaluate is not None:
+        return train, _held_out_blocks(examples, tokenizer, job)
     kept = len(train) - held_out_count(len(train))
     return (
         slice_blocks(train, 0, kept, job.seq_len),
         slice_blocks(train, kept, len(train), job.seq_len),
     )
+
+
+def _held_out_blocks(examples: Examples, tokenizer: Tokenizer, job: Job) -> TokenTable:
+    """Of a held-out file, or of the documents that are held out, which may be too few for one block."""
+    tokens = (
+        _text_tokens(examples.text_held_out, tokenizer)
+        if examples.text_held_out is not None
+        else _document_tokens(examples.documents_held_out, tokenizer)
+    )
+    if job.data.evaluate is None and tokens.numel() < job.seq_len:
+        return packed_table(tokens[:0], 0, job.seq_len)
+    return blocks_of(tokens, job.seq_len, job.data.evaluate or job.data.train)
+
+
+def _document_tokens(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+    """Documents one after the other, each between the model's own marks of a beginning and an end."""
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    chunks = [
+        torch.tensor([*tokenizer.prefix, *ids, *end], dtype=torch.int32)
+        for ids in tokenizer.encode(documents)
+    ]
+    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int32)
 
 
 def _text_tokens(text: str, tokenizer: Tokenizer) -> Tensor:
@@ -172,20 +198,44 @@ def packed_table(tokens: Tensor, rows: int, seq_len: int) -> TokenTable:
 
 
 def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
-    """The text between the model's special tokens, cut at its end where it is too long."""
-    room = seq_len - len(tokenizer.prefix) - len(tokenizer.suffix)
-    if room < 1:
+    """One or two texts between the model's special tokens, cut at their ends where they are too long: of two
+    the longer one first."""
+    paired = any(row.second is not None for row in rows)
+    between = tokenizer.between if paired else ()
+    special = len(tokenizer.prefix) + len(between) + len(tokenizer.suffix)
+    room = seq_len - special
+    least = 2 if paired else 1
+    if room < least:
         raise UserError(
             f"--seq-len {seq_len}",
             "leaves no room for text beside the special tokens",
-            f"use --seq-len {seq_len - room + 1} or more",
+            f"use --seq-len {special + least} or more",
         )
-    encoded = tokenizer.encode([row.text for row in rows])
-    return _table(
-        [[*tokenizer.prefix, *ids[:room], *tokenizer.suffix] for ids in encoded],
-        classes=[row.label for row in rows],
-        cut=sum(len(ids) > room for ids in encoded),
-    )
+    firsts = tokenizer.encode([row.text for row in rows])
+    seconds = tokenizer.encode([row.second or "" for row in rows]) if paired else [[] for _ in rows]
+    sequences, places, cut = [], [], 0
+    for first, second in zip(firsts, seconds, strict=True):
+        kept_first, kept_second = _shares(len(first), len(second), room)
+        head = [*tokenizer.prefix, *first[:kept_first], *between]
+        sequences.append([*head, *second[:kept_second], *tokenizer.suffix])
+        places.append(len(head))
+        cut += kept_first < len(first) or kept_second < len(second)
+    targets = [row.target for row in rows if row.target is not None]
+    table = table_of(sequences, classes=targets or [row.label for row in rows], cut=cut)
+    marked = paired and tokenizer.marks_second
+    return replace(table, second=torch.tensor(places, dtype=torch.int64) if marked else None)
+
+
+def _shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """How much of two lengths to keep so that both fit into `room`, taken from the longer one first."""
+    half = room // 2
+    if first + second <= room:
+        return first, second
+    if first <= half:
+        return first, room - first
+    if second <= room - half:
+        return room - second, second
+    return half, room - half
 
 
 def questions_of(examples: Examples) -> tuple[Sequence[QuestionExample], Sequence[QuestionExample]]:
@@ -197,7 +247,7 @@ def questions_of(examples: Examples) -> tuple[Sequence[QuestionExample], Sequenc
 def question_table(rows: Sequence[QuestionExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
     """Windows of question and text of at most `seq_len` tokens, with the answer's first and last token."""
     found, cut = windows(rows, tokenizer, seq_len)
-    table = _table([window.tokens for window in found], cut=cut)
+    table = table_of([window.tokens for window in found], cut=cut)
     return replace(
         table,
         answers=torch.tensor([(window.start, window.end) for window in found], dtype=torch.int64),
@@ -210,7 +260,8 @@ def answer_table(
 ) -> TokenTable:
     """Classification as a causal language model does it: the text, then a word for its class."""
     shared, answers = _class_answers(num_labels, tokenizer)
-    encoded = tokenizer.encode([f"{row.text}\nThis is" for row in rows])
+    texts = [row.text if row.second is None else f"{row.text}\n{row.second}" for row in rows]
+    encoded = tokenizer.encode([f"{text}\nThis is" for text in texts])
     return _prompt_table(
         [[*ids, *shared] for ids in encoded], [answers[row.label] for row in rows], tokenizer, seq_len
     )
@@ -267,4 +318,4 @@ def _prompt_table(
         cut += len(shown) < len(prompt) or len(labelled) < len(answer)
         sequences.append([*prefix, *shown, *labelled])
         first_labelled.append(len(prefix) + kept)
-    return _table(sequences, first_labelled=first_labelled, cut=cut)
+    return table_of(sequences, first_labelled=first_labelled, cut=cut)

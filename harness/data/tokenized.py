@@ -6,6 +6,7 @@ run reads.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,12 +30,20 @@ class Tokenized:
     """Token that fills what is shorter than the sequence length."""
     description: str
     """One line: what it is, how many examples and tokens, and what had to be cut."""
+    readings: tuple[str, ...] = ()
+    """A line for each file: how it was read, and what of it could not be used."""
+    label_names: tuple[str, ...] = ()
+    """Of the classes, in their order; empty where the data numbers them from 0."""
+
+
+_LISTS = ("readings", "label_names")
 
 
 def save_tokenized(tokenized: Tokenized, path: Path) -> None:
     """Write a safetensors file. Raises `UserError` if it cannot be written."""
     tensors: dict[str, Tensor] = {}
     told = {"pad_id": str(tokenized.pad_id), "description": tokenized.description}
+    told |= {name: json.dumps(getattr(tokenized, name)) for name in _LISTS}
     for part in ("train", "held_out"):
         table: TokenTable = getattr(tokenized, part)
         for field in fields(TokenTable):
@@ -68,4 +77,5 @@ def load_tokenized(path: Path) -> Tokenized:
         held_out=table("held_out"),
         pad_id=int(told["pad_id"]),
         description=told["description"],
+        **{name: tuple(json.loads(told[name])) for name in _LISTS},
     )

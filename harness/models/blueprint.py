@@ -92,6 +92,9 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     values = load_config(source)
     _check_sums(source)
     config = configuration(values, source, shape.head, shape.num_labels, source.untied)
+    if shape.label_names:
+        config.id2label = dict(enumerate(shape.label_names))
+        config.label2id = {name: index for index, name in enumerate(shape.label_names)}
     try:
         model = build_on_meta(config, shape.head)
     except CONFIGURATION_FAILURES as error:

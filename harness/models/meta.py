@@ -280,7 +280,7 @@ def configuration(
     if head != "causal_lm" and config.num_labels != num_labels:
         config.num_labels = num_labels
     if head == "classification":
-        config.problem_type = "single_label_classification"
+        config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
     return config
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.models.configs import NAMED_SHAPES, load_config, local_folder
@@ -59,6 +61,11 @@ class Tokenizer(Protocol):
         """Ids of each text, without special tokens, with the characters that each token stands for. Raises
         `UserError` if the tokenizer does not know these."""
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, opens_answer: bool) -> str | None:
+        """Messages with `role` and `content` as the model's chat template writes them, special tokens
+        included, at the end maybe the opening of an answer; `None` where there is no template. Raises
+        `ValueError` if the template refuses them."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes, one token each, for models that come without a tokenizer.
@@ -104,6 +111,9 @@ class ByteTokenizer:
         sizes = [[len(character.encode("utf-8")) for character in text] for text in texts]
         places = [[(i, i + 1) for i, size in enumerate(each) for _ in range(size)] for each in sizes]
         return [Encoded(ids, each) for ids, each in zip(self.encode(texts), places, strict=True)]
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, opens_answer: bool) -> str | None:
+        return None
 
 
 class HubTokenizer:
@@ -165,6 +175,17 @@ class HubTokenizer:
         )
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [Encoded(list(ids), [(first, last) for first, last in places]) for ids, places in pairs]
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, opens_answer: bool) -> str | None:
+        if not self._tokenizer.chat_template:
+            return None
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=opens_answer
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        return str(rendered)
 
 
 def _place(ids: Sequence[int], within: Sequence[int]) -> int:

@@ -18,11 +18,15 @@ from engines.shapes import Dtype, Workload
 from harness.records.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
 
-DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions"]
+DataKind = Literal["random", "builtin", "text", "labelled", "instructions", "questions", "chats"]
 # In a job file `true` is no number, and neither is text.
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+
+NotWhereEmpty = Field(exclude_if=lambda value: not value)
+"""Of a field that joined later: left out of what is written where it says nothing, so that a job keeps the
+bytes, and with them the id and the digest, that it had before."""
 
 HeadChoice = Literal["auto", "causal_lm", "classification", "question_answering"]
 
@@ -49,9 +53,16 @@ class DataSource:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     train: str = "builtin"
-    """`random`, `builtin`, or a path: .txt, .tsv, .jsonl or .json."""
+    """`random`, `builtin`, a path (.txt, .tsv, .csv, .jsonl, .json, .parquet), or a data set of the hub,
+    `organisation/name:configuration@split`."""
     evaluate: str | None = None
-    """Path of a held-out set of the same kind; `None`: a part of the training data is held out."""
+    """A held-out set of the same kind; `None`: a part of the training data is held out."""
+    columns: Annotated[dict[str, str], NotWhereEmpty] = field(default_factory=dict)
+    """Role, such as `text` or `label` -> the column that is it; empty: the names of the columns tell."""
+    strict: Annotated[Switch, NotWhereEmpty] = False
+    """A record that cannot be used ends the job; else it is left out, and the first one is named."""
+    skip_bad: Annotated[Switch, NotWhereEmpty] = False
+    """Go on also where more than a tenth of the records cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,8 @@ from harness.records.environment import gpu_notes
 from harness.records.job import Job
 from harness.records.presets import LR_SEARCH, LR_SEARCH_STEPS
 from harness.resolve import resolve_shape
-from harness.training.train import LR_FILE, set_up, user_errors
+from harness.training.run_folder import LR_FILE
+from harness.training.train import set_up, user_errors
 from profiles.documents import to_json, write_whole
 
 FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)

@@ -25,7 +25,8 @@ from harness.progress import Progress
 from harness.records.job import Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.worker import usable_host_bytes
-from harness.training.train import TrainingRun, carried_over, rebuilt, set_up, user_errors
+from harness.training.run_folder import TrainingRun, carried_over
+from harness.training.train import rebuilt, set_up, user_errors
 from profiles.planning.budget import Budget
 from profiles.planning.decoding import fitting
 from profiles.planning.plan import EngineSettings

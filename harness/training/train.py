@@ -1,11 +1,6 @@
 """Fine-tune for real with one engine, and export a Hugging Face folder.
 
-What lies in `<out>`: `job.toml` and `engine.json` (what is trained, and how), `log.jsonl` (a line per
-step, `step` being the number of steps done, and a line per evaluation), `updates.log` of a zeroth-order
-method (`harness.training.update_log`), `checkpoints/` (the newest full one), `model/` (the export), and
-`trace.json` where that was asked for (what each stream did).
-
-Longer than 400 lines: claiming a folder, training in it and reading it back are one promise.
+What lies in `<out>` stands in `harness.training.run_folder`.
 """
 
 from __future__ import annotations
@@ -15,7 +10,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,20 +19,17 @@ from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.files.checksums import check_sums
 from engines.files.locks import locked_folder
-from engines.files.reading import exists, is_folder, names_in
-from engines.files.writing import clear_leftovers, is_leftover
+from engines.files.writing import clear_leftovers
 from engines.model.blocks import TORCH_DTYPE
 from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
-from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.batches import Data, make_data
 from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
 from harness.models.export import holds_something, refuse_in_use
 from harness.progress import Progress
 from harness.records.environment import gpu_notes
-from harness.records.job import Job, load_job, save_job
-from harness.records.settings import typed_settings
+from harness.records.job import Job
 from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
@@ -46,32 +37,17 @@ from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_t
 from harness.signals import on_first_signal
 from harness.training import restore
 from harness.training.room import check_room
-from harness.training.update_log import (
-    UpdateLog,
-    cannot_write,
-    check_belongs,
-    read_update_log,
-    refuse_damaged,
+from harness.training.run_folder import (
+    MODEL,
+    TrainingRun,
+    claim,
+    given_back_if_refused,
+    method_of,
+    read_run,
+    refuse_folder_in_use,
 )
-from profiles.documents import check_writable, read_document, to_json, write_whole
-from profiles.planning.plan import EngineSettings
-
-SCHEMA_VERSION = 1
-"""Of engine.json. 1: first version (0.1.0)."""
-
-ENGINE_FILE, MODEL = "engine.json", "model"
-
-LR_FILE = "find_lr.json"
-"""What `--find-lr` leaves in a folder, which may then be trained into."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """Which engine trains, with all of its settings."""
-
-    engine: str
-    settings: EngineSettings
-    schema_version: int = SCHEMA_VERSION
+from harness.training.update_log import UpdateLog, cannot_write, read_update_log, refuse_damaged
+from profiles.documents import check_writable
 
 
 def train(
@@ -97,13 +73,13 @@ def train(
     new run that has logged nothing leaves nothing.
     """
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
-    method = _method(engine_name, settings.typed)
+    method = method_of(engine_name, settings.typed)
     refuse_folder_in_use(out, resume)
     folder = out / MODEL
     with locked_folder(out):
         clear_leftovers(out)
         shutil.rmtree(out / restore.CHECKPOINTS / restore.WRITING, ignore_errors=True)
-        typed = _claim(job, method, out, resume)
+        typed = claim(job, method, out, resume)
         if resume and holds_something(folder):
             check_sums(folder, f"delete {MODEL}/ there to have it written again")
             progress.print(f"the run is finished, and its model written; {job.steps} steps were asked for")
@@ -125,13 +101,14 @@ def _train(
     trace: bool,
 ) -> None:
     """The steps that are left, and the export, in a folder that is claimed."""
-    with _given_back_if_refused(out, resume):
+    with given_back_if_refused(out, resume):
         check_room(out, shape, job, engine_name, typed, save_every)
         _warn_of_no_compression(typed, shape, progress)
         for note in gpu_notes():
             progress.print(f"note: {note}")
         data = make_data(job, shape)
-        progress.print(data.describe())
+        for line in (*data.readings, data.describe()):
+            progress.print(line)
         kept = out / TRACE if trace else None
         with (
             user_errors(engine_name, job, out),
@@ -169,44 +146,6 @@ def export_run(out: Path, to: Path | None, progress: Progress) -> Path:
         export_model(blueprint, engine.weights(), TORCH_DTYPE[run.job.dtype], folder)
     progress.print(f"exported the weights after {step} of {run.job.steps} steps")
     return folder
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingRun:
-    """What the folder of a run holds, so far."""
-
-    out: Path
-    job: Job
-    method: Method
-    settings: Any
-    """Of the engine, typed."""
-    has_log: bool
-    step: int
-    """Steps done."""
-
-
-def read_run(out: Path) -> TrainingRun:
-    """Raises `UserError` if `out` holds no run, or none whose weights can be rebuilt."""
-    if not exists(out / "job.toml") or not exists(out / ENGINE_FILE):
-        raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
-    job = load_job(out / "job.toml")
-    method = _method_of(out)
-    typed = method.settings.typed
-    has_log = isinstance(typed, MezoSettings) and exists(out / restore.UPDATE_LOG)
-    step = restore.step_of(restore.newest_checkpoint(out))
-    if has_log:
-        contents = read_update_log(out / restore.UPDATE_LOG)
-        check_belongs(contents, job, typed, out / restore.UPDATE_LOG)
-        refuse_damaged(contents, out / restore.UPDATE_LOG)
-        step = max(step, contents.end_step)
-    elif restore.newest_checkpoint(out) is None:
-        done = holds_something(out / MODEL)
-        raise UserError(
-            str(out),
-            "holds no checkpoint",
-            f"its finished model is {out / MODEL}" if done else "train with --save-every",
-        )
-    return TrainingRun(out=out, job=job, method=method, settings=typed, has_log=has_log, step=step)
 
 
 @contextmanager
@@ -389,92 +328,6 @@ def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progr
             f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {max(sides)} at most "
             "on their smaller side; set a smaller one with --set d=..., or give --profile"
         )
-
-
-def _claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
-    """Take `out` for this run, or check that it is its own; the settings to train with."""
-    if not exists(out / "job.toml"):  # which is written last: no step was taken without it
-        refuse_folder_in_use(out, resume)
-        write_whole(out / ENGINE_FILE, to_json(method))
-        save_job(job, out / "job.toml")
-        return method.settings.typed
-    earlier = _method_of(out)
-    settings = earlier.settings.typed
-    before = load_job(out / "job.toml")
-    before = replace(before, limits=job.limits, settings=typed_settings(before.settings))
-    switched = earlier.engine != method.engine
-    if switched:
-        settings = carried_over(settings, method.settings.typed)
-        if settings is None:
-            raise UserError(
-                "--resume",
-                f"the earlier engine was {earlier.engine}, not {method.engine}",
-                "give the same flags",
-            )
-        before = replace(before, settings=job.settings)
-    changed = [field.name for field in fields(Job) if getattr(before, field.name) != getattr(job, field.name)]
-    if changed:
-        raise UserError(
-            "--resume",
-            f"the job differs from the earlier one in {', '.join(changed)}",
-            "give the same flags, or name another --out",
-        )
-    path = out / restore.UPDATE_LOG
-    if isinstance(settings, MezoSettings) and exists(path):
-        check_belongs(read_update_log(path), job, settings, path)
-    if switched:
-        save_job(job, out / "job.toml")
-        write_whole(out / ENGINE_FILE, to_json(_method(method.engine, settings)))
-    return settings
-
-
-def refuse_folder_in_use(out: Path, resume: bool) -> None:
-    """Raises `UserError` if a run may not begin or go on in `out`. What a start leaves that was killed before
-    it was complete is no run, and is written over by the next."""
-    remedy = "leave out --resume, or name its --out" if resume else "name another --out, or add --resume"
-    why = "holds no run to resume" if resume else "is not an empty folder"
-    if not exists(out):
-        if resume:
-            raise UserError(str(out), why, remedy)
-        return
-    names = names_in(out) if is_folder(out) else {"job.toml"}
-    begun = is_folder(out) and "job.toml" in names
-    free = all(name in (LR_FILE, ENGINE_FILE) or is_leftover(name) for name in names)
-    if (resume and not begun and not (free and ENGINE_FILE in names)) or (not resume and not free):
-        raise UserError(str(out), why, remedy)
-
-
-@contextmanager
-def _given_back_if_refused(out: Path, resume: bool) -> Iterator[None]:
-    """Takes back what a new run has written if a `UserError` ends it before there is a line in its log: the
-    corrected command may then name the same folder."""
-    try:
-        yield
-    except UserError:
-        log = out / restore.LOSS_LOG
-        if not resume and not (exists(log) and log.stat().st_size):
-            for name in ("engine.json", "job.toml", restore.LOSS_LOG, restore.UPDATE_LOG, TRACE):
-                (out / name).unlink(missing_ok=True)
-        raise
-
-
-def _method(engine: str, settings: Any) -> Method:
-    """With the typed `settings` as all that there are."""
-    return Method(engine=engine, settings=GivenSettings(asdict(settings), settings))
-
-
-def carried_over(earlier: Any, new: Any) -> Any:
-    """Settings with which the engine of `new` takes the same steps as one with the settings `earlier` did:
-    those of MeZO are kept, those that only say where things lie are its own. `None` if it is another
-    algorithm.
-    """
-    if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
-        return None
-    return replace(new, **earlier.decides_updates)
-
-
-def _method_of(out: Path) -> Method:
-    return read_document(out / ENGINE_FILE, Method, SCHEMA_VERSION, "record of a training run")
 
 
 def _note_if_flat(job: Job, engine_name: str, out: Path, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from engines.costs.exact_offload import WEIGHT_SLOTS, gradient_places, state_bytes
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
@@ -26,14 +27,17 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     are, by whether waiting for their norm hides."""
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
-    settings: ExactOffloadSettings = given.typed
-    if (found := _fitting(context, given)) is not None:
-        missing = context.why_missing(settings)
-        for key in ("moments", "weights"):
-            if key not in given and getattr(found, key) != getattr(settings, key):
-                chosen[key] = getattr(found, key)
-                reasons.append(f"{key}={chosen[key]}: without it the job {missing}")
-        settings = found
+    if context.machine.gpu is None and "compile" not in given:
+        chosen["compile"] = False
+    settings: ExactOffloadSettings = given.completed(**chosen).typed
+    found = _fitting(context, given, settings)
+    for key in ("moments", "weights"):
+        if key not in given and getattr(found, key) != getattr(settings, key):
+            chosen[key] = getattr(found, key)
+            without: Any = replace(found, **{key: getattr(settings, key)})
+            missing = context.why_missing(without)
+            reasons.append(f"{key}={chosen[key]}: without it the job {missing}")
+    settings = found
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
@@ -80,14 +84,21 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
     return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
 
 
-def _fitting(context: PlanningContext, given: GivenSettings) -> ExactOffloadSettings | None:
-    """What fits: the least approximate moments, then weights on the GPU rather than streamed. `None`: nothing
-    does."""
-    settings: ExactOffloadSettings = given.typed
+def _fitting(
+    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
+) -> ExactOffloadSettings:
+    """What fits: the least approximate moments, then weights on the GPU rather than streamed. Where nothing
+    does, what takes the least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
-    tried = (replace(settings, moments=m, weights=w) for m in moments for w in weights)
-    return next((each for each in tried if context.why_missing(each) is None), None)
+    tried = [replace(settings, moments=m, weights=w) for m in moments for w in weights]
+    for each in tried:
+        if context.why_missing(each) is None:
+            return each
+    exact = replace(settings, moments=moments[0], weights=weights[-1])
+    gpu_bytes = context.budget.gpu_bytes
+    is_gpu_small = gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes
+    return exact if is_gpu_small else tried[-1]
 
 
 def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:

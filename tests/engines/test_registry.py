@@ -10,6 +10,7 @@ import pytest
 
 from engines import (
     ENGINES,
+    default_engines,
     engines_of_role,
     entry,
     generating_engines,
@@ -49,7 +50,8 @@ def test_a_reference_engine_is_one_with_nothing_offloaded(name: str) -> None:
 
 
 def test_the_test_double_is_not_for_users() -> None:
-    assert public_engines() == ("native", "torchao-offload", "lsp", "mezo", "zo2", "exact-offload")
+    assert set(ENGINES) - set(public_engines()) == {"scripted"}
+    assert default_engines() == ("native", "torchao-offload", "lsp", "mezo", "zo2", "exact-offload")
     assert engines_of_role("offload") == ("lsp", "zo2", "exact-offload")
     assert generating_engines() == ("zo2", "mezo")
 

@@ -34,7 +34,7 @@ from harness.records.manifest import check_manifest
 from harness.records.run import encode_run, load_run, save_run
 from harness.resolve import resolve_shape
 from harness.runs.launch import read_result
-from harness.training.update_log import Origin, encode_header, encode_record, read_update_log
+from harness.training.update_log import LogOrigin, encode_header, encode_record, read_update_log
 from profiles.catalog import find_profile
 from profiles.display.tables import machine_table
 from profiles.machine import load_machine
@@ -81,7 +81,7 @@ def _data(path: Path) -> Any:
 
 
 def _log() -> bytes:
-    header = encode_header(Origin(seed=1, start_step=0, run_sha256=b"r" * 32, weights_sha256=b"w" * 32))
+    header = encode_header(LogOrigin(seed=1, start_step=0, run_sha256=b"r" * 32, weights_sha256=b"w" * 32))
     crc = int.from_bytes(header[-4:], "little")
     updates = (Update(step=i, learning_rate=1e-6, projected_gradient=0.5, weight_decay=0.0) for i in range(6))
     return header + b"".join(encode_record(update, crc) for update in updates)

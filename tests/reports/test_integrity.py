@@ -14,7 +14,7 @@ import pytest
 from engines.errors import UserError
 from harness.records.manifest import (
     MANIFEST,
-    Finding,
+    ManifestFinding,
     begin_manifest,
     check_manifest,
     load_manifest,
@@ -173,4 +173,4 @@ def test_the_page_lets_nothing_in(folder: Path) -> None:
     loaded = load_folder(folder)
     page = render_html(loaded, judge(loaded, None))
     assert "default-src 'none'" in page
-    assert Finding(kind="added", file="x").kind == "added"
+    assert ManifestFinding(kind="added", file="x").kind == "added"

@@ -128,6 +128,9 @@ def test_native_holds_8p_in_bf16_and_16p_in_fp32(dtype: str, per_parameter: int)
     )
 
 
+EAGER = {"compile": False, "graphs": False}
+
+
 @pytest.mark.parametrize(
     ("engine", "shape", "values", "gpu_gb", "host_gb"),
     [
@@ -137,6 +140,11 @@ def test_native_holds_8p_in_bf16_and_16p_in_fp32(dtype: str, per_parameter: int)
         ("torchao-offload", DEEPSEEK_7B, {}, 27.5, 64.0),
         ("torchao-offload", DEEPSEEK_1B, {"offload_gradients": True}, 4.9, 14.0),
         ("torchao-offload", DEEPSEEK_7B, {"offload_gradients": True}, 16.3, 64.0),
+        ("lora", DEEPSEEK_1B, EAGER, 5.0, 1.7),
+        ("lora", DEEPSEEK_7B, EAGER, 16.8, 1.7),
+        ("backward-optimizer", DEEPSEEK_1B, {}, 10.3, 1.7),
+        ("backward-optimizer", DEEPSEEK_7B, {}, 43.3, 1.7),
+        ("fsdp2-offload", DEEPSEEK_1B, {}, 2.65, 14.0),  # 2.5 with its blocks put down one by one
     ],
 )
 def test_peaks_against_those_measured(

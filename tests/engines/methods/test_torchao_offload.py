@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from engines.base import Context
 from engines.errors import NotAvailable, UserError
 from engines.methods import torchao_offload
 from engines.methods.native import Native
-from engines.methods.torchao_offload import TorchaoOffload, flat_state, put_state
+from engines.methods.torchao_offload import TorchaoOffload, clip_gradients, flat_state, put_state
 from engines.settings.first_order import NativeSettings, TorchaoOffloadSettings
 from engines.shapes import Dtype, Workload
 from tiny_families import blueprint_of
@@ -106,6 +106,21 @@ def test_state_survives_flattening() -> None:
     restored = optimizer(0)
     restored.load_state_dict(fresh["offloaded"][1])
     assert [float(state["step"]) for state in restored.state.values()] == [2.0, 2.0]
+
+
+def test_clipping_scales_what_the_optimizers_read() -> None:
+    """Of both kinds of tensors together, wherever their optimizers have them."""
+    large, small = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(2))
+    inside = SimpleNamespace(
+        optim_dict={torch.zeros(4): torch.optim.SGD([large])}, d_opt=torch.optim.SGD([small])
+    )
+    large.grad, small.grad = torch.full((4,), 2.0), torch.full((2,), 1.0)
+    before = torch.cat((large.grad, small.grad))
+    clip_gradients(inside, 100.0)
+    assert torch.equal(torch.cat((large.grad, small.grad)), before)
+    clip_gradients(inside, 1.0)
+    after = torch.cat((large.grad, small.grad))
+    torch.testing.assert_close(after, before / before.norm())
 
 
 class StandIn:

@@ -20,7 +20,8 @@ from harness.progress import Progress
 from harness.runs import worker
 from harness.training import room
 from harness.training import train as module
-from harness.training.train import export_run, read_run
+from harness.training.run_folder import read_run
+from harness.training.train import export_run
 from harness.training.update_log import HEADER_BYTES, RECORD_BYTES, damaged_copy, read_update_log
 from profiles.system.cgroup import UsableCores
 

@@ -37,7 +37,8 @@ from harness.pipeline import training_settings
 from harness.progress import Progress
 from harness.runs import worker
 from harness.training import train as module
-from harness.training.train import carried_over, train
+from harness.training.run_folder import carried_over
+from harness.training.train import train
 from profiles.machine import save_machine
 from profiles.system.cgroup import UsableCores
 

@@ -39,7 +39,8 @@ def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> No
         found = plan(4096, host_bytes=host_gb * GB)
         assert (found.fits, found.settings["moments"]) == (True, moments)
         assert any(each.startswith("approximate") for each in found.reasons)
-    assert not plan(4096, host_bytes=30 * GB).fits
+    least = plan(4096, host_bytes=30 * GB)
+    assert (least.fits, least.settings["moments"], least.settings["weights"]) == (False, "int8", "streamed")
 
 
 def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
@@ -49,6 +50,8 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert "moments" not in found.settings
     both = plan(4096, OPT_13B, vram_bytes=24 * GB, host_bytes=125 * GB)
     assert (both.fits, both.settings["weights"], both.settings["moments"]) == (True, "streamed", "bf16")
+    least = plan(4096, vram_bytes=4 * GB)
+    assert (least.fits, least.settings["weights"], "moments" in least.settings) == (False, "streamed", False)
     given: dict[str, object] = {"weights": "resident"}
     assert not plan(4096, given=given, vram_bytes=16 * GB).fits
 

@@ -1,0 +1,54 @@
+"""What FSDP2 with CPU offload costs on one GPU: weights up twice, gradients down, AdamW on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engines.costs import transformer
+from engines.costs.native import training_memory
+from engines.costs.torchao_offload import pinned_copy_bytes
+from engines.costs.traffic import Traffic
+from engines.settings.libraries import Fsdp2OffloadSettings
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+
+BLOCKS_UP = 2
+"""Blocks whose weights are on the GPU at once: the one at work and the one ahead."""
+
+
+def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSettings) -> Traffic:
+    """Blocks go up in the forward and in the backward pass, what stands outside of them once; every
+    micro-batch does it anew. States have the weights' precision."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    block, outer = shape.block_parameters, shape.outer_parameters
+    layers = []
+    for layer in transformer.training_layers(shape, workload):
+        is_block = layer.name.startswith("block.")
+        parameters = block if is_block else outer if layer.name == "head" else 0
+        up = workload.accumulation * element * parameters * (2 if is_block else 1)
+        down = workload.accumulation * element * parameters
+        layers.append(
+            replace(
+                layer,
+                h2d_bytes=up,
+                d2h_bytes=down,
+                cpu_adam_elements=parameters,
+                host_bytes=float(up + down + 7 * element * parameters),
+            )
+        )
+    weights = element * shape.parameters
+    pinned = 2 * pinned_copy_bytes(shape, element)
+    up_at_once = element * (outer + BLOCKS_UP * block)
+    return Traffic(
+        layers=tuple(layers),
+        gpu_memory_bytes=training_memory(
+            shape, workload, held={"weights": up_at_once}, gradients=element * (outer + block)
+        ),
+        host_memory_bytes={
+            "process": transformer.PROCESS_HOST_BYTES,
+            "weights and gradients, pinned": pinned,
+            "optimizer": 2 * weights,
+        },
+        pinned_bytes=pinned,
+        overlap="optimizer_after_backward",
+        cpu_adam_factor=element / 4,
+    )

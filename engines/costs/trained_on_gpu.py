@@ -1,0 +1,135 @@
+"""What the rows cost that keep everything on the GPU and train all weights: fewer bytes than `native`, or
+freed earlier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engines.costs import transformer
+from engines.costs.native import ADAM_PASSES, training_memory
+from engines.costs.traffic import LayerTraffic, Traffic
+from engines.settings.libraries import AdamW8bitSettings, BackwardOptimizerSettings, GaloreSettings
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+
+EIGHT_BIT_MOMENTS = 2 * (1 + 4 / 256)
+"""Bytes per parameter: both moments as uint8, an fp32 scale for every 256 (bitsandbytes)."""
+
+PAGED_FACTOR = 2
+"""Time of a page on the link over that of a copy."""
+
+IN_FLIGHT = 2
+"""Gradients of the size of the largest tensor that an optimizer inside the backward pass has at once."""
+
+OPTIMIZER_IN_BACKWARD_LAUNCHES = 3
+"""What the Python of one torch optimizer for one parameter takes, in launches: on an H200 the 1.3B LLaMA
+shape took 0.178 s without and 0.197 s with 219 of them."""
+
+GALORE_LAUNCHES = 12
+"""The same for one parameter of galore-torch's AdamW, counted in its source."""
+
+
+def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSettings) -> Traffic:
+    """6 bytes per parameter in bf16 and the scales, and activations.
+
+    Paged moments count as the host's altogether, and go up and down once a step: what a full GPU comes to.
+    """
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    moments = int(EIGHT_BIT_MOMENTS * shape.parameters)
+    # Weight read and written, gradient read, both moments read and written.
+    on_gpu = _updated(shape, workload, 3 * element + 2 * EIGHT_BIT_MOMENTS)
+    held = {"weights": element * shape.parameters, "optimizer": 0 if settings.paged else moments}
+    gradients = element * shape.parameters
+    return Traffic(
+        layers=tuple(_with_paging(layer, shape) for layer in on_gpu) if settings.paged else on_gpu,
+        gpu_memory_bytes=training_memory(shape, workload, held=held, gradients=gradients),
+        host_memory_bytes={
+            "process": transformer.PROCESS_HOST_BYTES,
+            "optimizer": moments if settings.paged else 0,
+        },
+    )
+
+
+def _with_paging(layer: LayerTraffic, shape: ModelShape) -> LayerTraffic:
+    """The driver moves pages at half of what the link does (bitsandbytes' documentation)."""
+    outer = shape.outer_parameters if layer.name == "head" else 0
+    parameters = shape.block_parameters if layer.name.startswith("block.") else outer
+    paged = int(PAGED_FACTOR * EIGHT_BIT_MOMENTS * parameters)
+    return replace(layer, h2d_bytes=paged, d2h_bytes=paged)
+
+
+def backward_optimizer(shape: ModelShape, workload: Workload, settings: BackwardOptimizerSettings) -> Traffic:
+    """6 bytes per parameter in bf16, gradients in flight, and activations."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    layers = _updated(
+        shape, workload, ADAM_PASSES * element, OPTIMIZER_IN_BACKWARD_LAUNCHES * tensors_of_block(shape)
+    )
+    return Traffic(
+        layers=layers,
+        gpu_memory_bytes=training_memory(
+            shape,
+            workload,
+            held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
+            gradients=IN_FLIGHT * element * shape.largest_tensor,
+        ),
+        host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
+    )
+
+
+def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> Traffic:
+    """4 bytes per parameter in bf16, moments and projections of low rank, and activations.
+
+    The decompositions are left out: one step in `update_proj_gap` makes them, the first one among them.
+    """
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    low_rank = sum(
+        min(settings.rank, each.rows, each.columns)
+        * (2 * max(each.rows, each.columns) + min(each.rows, each.columns))
+        for each in shape.matrices
+    )
+    plain = shape.num_blocks * transformer.vector_parameters(shape) + shape.outer_parameters
+    states = element * (shape.num_blocks * low_rank + 2 * plain)
+    largest = max((each.parameters for each in shape.matrices), default=0)
+    projected = 4.0 * settings.rank * sum(each.parameters for each in shape.matrices)
+    layers = [
+        replace(
+            layer,
+            gpu_backward_flops=layer.gpu_backward_flops
+            + (projected if layer.name.startswith("block.") else 0.0),
+        )
+        for layer in _updated(shape, workload, 6 * element, GALORE_LAUNCHES * tensors_of_block(shape))
+    ]
+    return Traffic(
+        layers=tuple(layers),
+        gpu_memory_bytes=training_memory(
+            shape,
+            workload,
+            held={
+                "weights": element * shape.parameters,
+                "optimizer": states,
+                "buffers": 2 * element * largest,  # what is projected back, beside the weight
+            },
+            gradients=element * shape.parameters,
+        ),
+        host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
+    )
+
+
+def tensors_of_block(shape: ModelShape) -> int:
+    """Matrices, and about as many norms and biases as there are."""
+    return len(shape.matrices) + 2
+
+
+def _updated(
+    shape: ModelShape, workload: Workload, bytes_per_parameter: float, launches: int = 0
+) -> tuple[LayerTraffic, ...]:
+    """Forward and backward of every layer with an update of its parameters."""
+    parameters = {"embedding": 0, "head": shape.outer_parameters}
+    return tuple(
+        replace(
+            layer,
+            gpu_bytes=layer.gpu_bytes
+            + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),
+            launches=layer.launches + (launches if layer.name.startswith("block.") else 0),
+        )
+        for layer in transformer.training_layers(shape, workload)
+    )

@@ -1,0 +1,191 @@
+"""The step of every method that is a torch model with an optimizer over it: passes, update, loss, checkpoint.
+
+A method's file makes the two and says what is special about them; what it has no word for is done here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch, Context, Evaluation, StepStats
+from engines.errors import NonFiniteLoss, UserError
+from engines.first_order.adamw import prepare_training, run_passes, set_learning_rate
+from engines.first_order.captured_passes import CapturedPasses
+from engines.first_order.checkpoint import (
+    HoldsState,
+    load_checkpoint,
+    load_optimizer_state,
+    load_rng_state,
+    model_weights,
+    optimizer_state,
+    parameter_names,
+    rng_state,
+    save_checkpoint,
+)
+from engines.first_order.lr_schedule import learning_rate_at
+from engines.model.attention_masks import has_padding
+from engines.model.blocks import find_blocks, to_device
+from engines.model.evaluation import evaluate_on_device
+from engines.model.randomness import draws_random_numbers
+from engines.model.training_regions import TrainingRegions, why_not_compiled
+from engines.settings.first_order import AdamWSettings, BlockPassSettings
+
+
+class Optimizer(HoldsState, Protocol):
+    """What the loop asks of an optimizer; any of torch's form has it."""
+
+    def step(self) -> Any:
+        """Update the parameters by their gradients."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Let go of the gradients."""
+
+
+class TrainingLoop:
+    """Trains one model with one optimizer, one wait for the device a step."""
+
+    def __init__(self, engine: str, settings: AdamWSettings, context: Context) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.context = context
+        self.device = torch.device(context.device)
+        self.steps_done = 0
+        self.notes: list[str] = []
+        """What of the settings could not be had, and why."""
+        self._regions: TrainingRegions | None = None
+        self._captured: CapturedPasses | None = None
+        self._is_compiled = False
+        self._share = 1
+        self._has_replayed = False
+
+    def begin(self, model: nn.Module, optimizer: Optimizer, *, only_trained: bool = False) -> None:
+        """Train `model` from now on, whose weights are filled, as the workload says; settings that say how
+        blocks run are followed as far as can be.
+
+        With `only_trained` a checkpoint holds the trained parameters alone: the others are the same in every
+        run of the job.
+        """
+        self.model = model
+        self.optimizer = optimizer
+        self._only_trained = only_trained
+        settings = self.settings
+        if not isinstance(settings, BlockPassSettings):
+            prepare_training(model, self.context, settings)
+            return
+        prepare_training(model, self.context, settings, recompute=False)
+        self._install(settings, compiled=self._compiles(settings))
+        if self.device.type == "cuda" and settings.graphs and not draws_random_numbers(model):
+            self._captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
+
+    def _compiles(self, settings: BlockPassSettings) -> bool:
+        why_not = why_not_compiled(self.device)
+        if settings.compile and why_not is not None:
+            self.notes.append(f"not compiled: {why_not}")
+            return False
+        return self.device.type == "cuda" if settings.compile == "auto" else settings.compile
+
+    def _install(self, settings: BlockPassSettings, *, compiled: bool) -> None:
+        self._is_compiled = False
+        try:
+            _, blocks = find_blocks(self.model)
+        except UserError as error:
+            self.notes.append(f"neither compiled nor recomputed: {error.what} {error.why}")
+            return
+        recomputed = settings.recomputed(len(blocks), checkpointing=self.context.workload.checkpointing)
+        self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
+        self._is_compiled = compiled
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One update on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
+        rate = learning_rate_at(self.steps_done, self.settings, self.context.total_steps)
+        set_learning_rate(self.optimizer.param_groups, rate)
+        total = torch.zeros((), device=self.device)
+        for loss in self._losses(batches):
+            total += loss
+        if self.settings.max_grad_norm > 0:
+            # On the device and in place: the norm is not waited for, and graphs find their gradients again.
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        if not self._has_replayed:  # graphs write gradients anew, where they lie
+            self.optimizer.zero_grad(set_to_none=True)
+        value = float(total)
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
+        self.steps_done += 1
+        return StepStats(loss=value)
+
+    def _losses(self, batches: Sequence[Batch]) -> Sequence[Tensor]:
+        """Losses of the micro-batches, as shares of their mean; gradients are where the optimizer looks."""
+        self._share = len(batches)
+        self._has_replayed = False
+        if self._captured is not None:
+            try:
+                found = self._captured.step(batches)
+            except RuntimeError as error:
+                self._captured = None
+                self.notes.append(f"no CUDA graph: {_first_line(error)}")
+                found = None
+            if found is not None:
+                self._has_replayed = True
+                return found
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            return [self._pass(batch) for batch in batches]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not self._is_compiled or self.steps_done > 0:
+                raise
+            self.notes.append(f"not compiled: {_first_line(error)}")
+        assert self._regions is not None
+        assert isinstance(self.settings, BlockPassSettings)
+        self._regions.remove()
+        self._install(self.settings, compiled=False)
+        self.optimizer.zero_grad(set_to_none=True)
+        return [self._pass(batch) for batch in batches]
+
+    def _pass(self, batch: Batch) -> Tensor:
+        return self._passes(to_device(batch, self.device), has_padding(batch.inputs))
+
+    def _passes(self, inputs: Mapping[str, Tensor], padded: bool) -> Tensor:
+        return run_passes(self.model, inputs, padded, self._share)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy in evaluation mode."""
+        return evaluate_on_device(self.model, batches, self.device)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, on the host."""
+        return model_weights(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Weights, the optimizer's state, step and random state."""
+        state = optimizer_state(self.optimizer, parameter_names(self.model)) | rng_state(self.device)
+        about = {"engine": self.engine, "steps_done": self.steps_done}
+        save_checkpoint(folder, self.model, state, about, only_trained=self._only_trained)
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
+        state, about = load_checkpoint(folder, self.model, self.engine, only_trained=self._only_trained)
+        load_optimizer_state(self.optimizer, parameter_names(self.model), state)
+        load_rng_state(self.device, state)
+        self.steps_done = int(about["steps_done"])
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Let go of the graphs, and give the blocks their own forward back."""
+        self._captured = None
+        if self._regions is not None:
+            self._regions.remove()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,90 @@
+"""AdamW with moments of eight bits (2110.02861), by bitsandbytes.
+
+Moments are uint8 with one fp32 scale for every 256 of them; those of tensors below 4096 elements stay fp32.
+Weights and gradients have the workload's precision; there is no fp32 master copy.
+
+On the GPU: everything; 6 bytes per parameter in bf16 where `native` has 8. With `paged` the moments lie in
+CUDA's managed memory, which the driver moves to the host where the GPU has no room. On the host: the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from engines import why_not_installed
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.errors import NotAvailable, UserError
+from engines.first_order.adamw import check_checkpointing, parameter_groups, weights_dtype
+from engines.first_order.training_loop import TrainingLoop
+from engines.model.blocks import materialize
+from engines.model.model_check import check_repeats
+from engines.settings.libraries import AdamW8bitSettings
+
+
+class AdamW8bit:
+    """bitsandbytes' AdamW8bit or PagedAdamW8bit. Implements `engines.base.Engine`."""
+
+    name = "adamw-8bit"
+    pinned_bytes = 0
+
+    def __init__(self, settings: AdamW8bitSettings, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+        self.loop = TrainingLoop(self.name, settings, context)
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """Why this engine cannot run here; `None` if it can."""
+        return why_not_installed(AdamW8bit.name)
+
+    def setup(self, blueprint: Blueprint) -> None:
+        """Fill the model on the device. Raises `NotAvailable` without bitsandbytes; `UserError` for fp16, for
+        checkpointing that the model lacks and for paging without a GPU."""
+        if (missing := why_not_installed(self.name)) is not None:
+            raise NotAvailable(missing)
+        if self.settings.paged and self.loop.device.type != "cuda":
+            raise UserError("--set paged=true", "needs CUDA's managed memory", "use paged=false")
+        dtype = weights_dtype(self.context, self.name)
+        check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
+        from bitsandbytes import optim
+
+        model = materialize(blueprint, self.loop.device, dtype)
+        kind = optim.PagedAdamW8bit if self.settings.paged else optim.AdamW8bit
+        optimizer = kind(
+            parameter_groups(model.parameters(), self.settings.weight_decay),
+            lr=self.settings.learning_rate,
+            betas=(self.settings.beta1, self.settings.beta2),
+            eps=self.settings.adam_eps,
+        )
+        self.loop.begin(model, optimizer)
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One AdamW step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
+        return self.loop.step(batches)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy in evaluation mode."""
+        return self.loop.evaluate(batches)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, on the host."""
+        return self.loop.weights()
+
+    def save(self, folder: Path) -> None:
+        """Weights, moments as they are, step and random state."""
+        self.loop.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
+        self.loop.load(folder)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self.loop.synchronize()
+
+    def close(self) -> None:
+        """Nothing to stop."""

@@ -1,0 +1,120 @@
+"""AdamW inside the backward pass: each parameter is updated, and its gradient freed, as soon as it is there.
+
+What LOMO (2306.09782) does for SGD and torchtune's "optimizer in backward" for any optimizer: one torch AdamW
+for each parameter, stepped by a hook that runs when its gradient has been accumulated. It is exact AdamW: the
+weights are those of `native` bit for bit.
+
+On the GPU: weights and both moments (6 bytes per parameter in bf16, no fp32 master copy) and the gradients in
+flight, two or so of the largest tensors. On the host: the batches.
+
+Refused: several micro-batches a step, whose sum would need the gradients that are gone by then.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.errors import UserError
+from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
+from engines.first_order.training_loop import TrainingLoop
+from engines.model.blocks import materialize
+from engines.model.model_check import check_repeats
+from engines.settings.first_order import AdamWSettings
+from engines.settings.libraries import BackwardOptimizerSettings
+
+
+class BackwardOptimizer:
+    """AdamW by hooks. Implements `engines.base.Engine`."""
+
+    name = "backward-optimizer"
+    pinned_bytes = 0
+
+    def __init__(self, settings: BackwardOptimizerSettings, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+        self.loop = TrainingLoop(self.name, settings, context)
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: it runs on any device."""
+        return None
+
+    def setup(self, blueprint: Blueprint) -> None:
+        """Fill the model on the device. Raises `UserError` for fp16, for several micro-batches a step, for
+        clipping and for
+        checkpointing that the model lacks."""
+        dtype = weights_dtype(self.context, self.name)
+        if self.context.workload.accumulation > 1:
+            raise UserError(
+                f"--accumulation {self.context.workload.accumulation} with {self.name}",
+                "a gradient is gone before the next micro-batch could be added to it",
+                "use a larger --batch-size with --accumulation 1, or native",
+            )
+        if self.settings.max_grad_norm > 0:
+            raise UserError(
+                f"max_grad_norm with {self.name}",
+                "the norm of a whole gradient is known when its first parts are gone",
+                "leave it out, or use native",
+            )
+        check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
+        model = materialize(blueprint, self.loop.device, dtype)
+        self.loop.begin(model, AdamWInBackward(model.parameters(), self.settings))
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One AdamW step on the loss of the one batch. Raises `NonFiniteLoss`, the update made."""
+        return self.loop.step(batches)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy in evaluation mode."""
+        return self.loop.evaluate(batches)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, on the host."""
+        return self.loop.weights()
+
+    def save(self, folder: Path) -> None:
+        """Weights, moments, step and random state."""
+        self.loop.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
+        self.loop.load(folder)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self.loop.synchronize()
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class AdamWInBackward:
+    """Of the form of an optimizer, but the backward pass has made its step already."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: AdamWSettings) -> None:
+        self._each = {each: make_adamw([each], settings) for each in parameters}
+        self.param_groups: list[dict[str, Any]] = [
+            group for optimizer in self._each.values() for group in optimizer.param_groups
+        ]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for parameter, optimizer in self._each.items():
+            optimizer.state = self.state  # one for all: each finds its own parameter in it
+            hooked: Any = parameter
+            hooked.register_post_accumulate_grad_hook(self._update)
+
+    def _update(self, parameter: Any) -> None:
+        self._each[parameter].step()
+        parameter.grad = None
+
+    def step(self) -> None:
+        """Done."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Done."""

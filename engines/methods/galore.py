@@ -1,0 +1,126 @@
+"""GaLore (2403.03507) by galore-torch: AdamW on gradients projected to a low rank, all weights trained.
+
+    R = P^T G   (r x n)      P: left singular vectors of G, anew every `update_proj_gap` steps (eq. 12)
+    W <- W - eta scale P adam(R)                                                    (algorithm 2)
+
+P is on the left for a matrix with fewer rows than columns, else on the right. Only the blocks' matrices are
+projected; embeddings, head, norms and biases get plain AdamW (galore-torch's own).
+
+On the GPU: weights and gradients in the workload's precision, moments of r x n and the projections, in the
+gradients' precision; a singular value decomposition in fp32 while projections are made. No fp32 master copy.
+On the host: the batches.
+
+Deviations from the paper's best case: no 8-bit moments and no update layer by layer, so gradients are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engines import why_not_installed
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.errors import NotAvailable
+from engines.first_order.adamw import check_checkpointing, parameter_groups, weights_dtype
+from engines.first_order.training_loop import TrainingLoop
+from engines.model.blocks import find_blocks, materialize
+from engines.model.model_check import check_repeats
+from engines.settings.libraries import GaloreSettings
+
+_PROJECTION = "projection"
+
+
+class Galore:
+    """galore-torch's GaLoreAdamW. Implements `engines.base.Engine`."""
+
+    name = "galore"
+    pinned_bytes = 0
+
+    def __init__(self, settings: GaloreSettings, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+        self.loop = TrainingLoop(self.name, settings, context)
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """Why this engine cannot run here; `None` if it can."""
+        return why_not_installed(Galore.name)
+
+    def setup(self, blueprint: Blueprint) -> None:
+        """Fill the model on the device. Raises `NotAvailable` without galore-torch; `UserError` for fp16 and
+        for checkpointing that the model lacks."""
+        if (missing := why_not_installed(self.name)) is not None:
+            raise NotAvailable(missing)
+        dtype = weights_dtype(self.context, self.name)
+        check_checkpointing(blueprint.model, self.context)
+        check_repeats(blueprint, self.context)
+        from galore_torch import GaLoreAdamW
+
+        model = materialize(blueprint, self.loop.device, dtype)
+        _, blocks = find_blocks(model)
+        projected = [each for each in blocks.parameters() if each.dim() == 2]
+        taken = {id(each) for each in projected}
+        rest = [each for each in model.parameters() if id(each) not in taken]
+        settings = self.settings
+        group = {
+            "params": projected, "weight_decay": settings.weight_decay, "rank": settings.rank,
+            "update_proj_gap": settings.update_proj_gap, "scale": settings.scale, "proj_type": "std",
+        }  # fmt: skip
+        self._optimizer: Any = GaLoreAdamW(
+            [group, *parameter_groups(rest, settings.weight_decay)],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.adam_eps,
+            no_deprecation_warning=True,
+        )
+        self.loop.begin(model, self._optimizer)
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """One step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
+        return self.loop.step(batches)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Loss and accuracy in evaluation mode."""
+        return self.loop.evaluate(batches)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter once, on the host."""
+        return self.loop.weights()
+
+    def save(self, folder: Path) -> None:
+        """Weights, moments, projections, step and random state."""
+        projectors = {}
+        for parameter, state in self._optimizer.state.items():
+            if "projector" in state:
+                projectors[parameter] = state.pop("projector")
+                state[_PROJECTION] = projectors[parameter].ortho_matrix
+        try:
+            self.loop.save(folder)
+        finally:
+            for parameter, projector in projectors.items():
+                del self._optimizer.state[parameter][_PROJECTION]
+                self._optimizer.state[parameter]["projector"] = projector
+
+    def load(self, folder: Path) -> None:
+        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
+        from galore_torch.galore_projector import GaLoreProjector
+
+        self.loop.load(folder)
+        for state in self._optimizer.state.values():
+            if _PROJECTION in state:
+                projector = GaLoreProjector(
+                    self.settings.rank, update_proj_gap=self.settings.update_proj_gap,
+                    scale=self.settings.scale, proj_type="std",
+                )  # fmt: skip
+                projector.ortho_matrix = state.pop(_PROJECTION)
+                state["projector"] = projector
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self.loop.synchronize()
+
+    def close(self) -> None:
+        """Nothing to stop."""

@@ -1,0 +1,106 @@
+"""Settings of the methods that come from libraries. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.settings.checks import require
+from engines.settings.first_order import AdamWSettings, BlockPassSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(BlockPassSettings):
+    """Adapters of rank r beside matrices of the blocks; the matrices themselves stay as they are."""
+
+    r: int = 16
+    """Rank: a matrix of m x n gets r (m + n) trained weights."""
+    alpha: float = 32.0
+    """What the adapter adds is scaled by alpha / r."""
+    lora_dropout: float = 0.0
+    """Of the adapters' input."""
+    target_modules: str = "all"
+    """Which linear layers of the blocks, by the last part of their name, separated by commas; all: every
+    one."""
+
+    def __post_init__(self) -> None:
+        BlockPassSettings.__post_init__(self)
+        require(self.r > 0, "r", "must be positive")
+        require(self.alpha > 0, "alpha", "must be positive")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)")
+        require(bool(self.targets), "target_modules", "names no layer", "give 'all', or names such as q_proj")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of `target_modules`."""
+        return tuple(name.strip() for name in self.target_modules.split(",") if name.strip())
+
+    def adapts(self, layer: str) -> bool:
+        """Whether a linear layer of a block, by its dotted name, gets an adapter."""
+        return self.targets == ("all",) or layer.rpartition(".")[2] in self.targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class QloraSettings(LoraSettings):
+    """Adapters over matrices of four bits (NF4)."""
+
+    # Not tried on a GPU: bitsandbytes' kernels in compiled code and in graphs.
+    compile: bool | Literal["auto"] = False
+    graphs: bool = False
+    double_quant: bool = True
+    """The scales of 64 weights each are themselves of eight bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitSettings(AdamWSettings):
+    """AdamW with moments of eight bits, a scale for every 256."""
+
+    paged: bool = False
+    """Moments in memory that the driver moves to the host where the GPU's is full. CUDA only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardOptimizerSettings(AdamWSettings):
+    """AdamW of each parameter as soon as its gradient is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaloreSettings(AdamWSettings):
+    """AdamW of the blocks' matrices on gradients projected to rank `rank`."""
+
+    rank: int = 128
+    update_proj_gap: int = 200
+    """Steps between two singular value decompositions, which give the projections."""
+    scale: float = 0.25
+    """Of what is projected back."""
+
+    def __post_init__(self) -> None:
+        AdamWSettings.__post_init__(self)
+        require(self.rank > 0, "rank", "must be positive")
+        require(self.update_proj_gap > 0, "update_proj_gap", "must be positive")
+        require(self.scale > 0, "scale", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp2OffloadSettings(AdamWSettings):
+    """FSDP2 on one GPU, all its state in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepspeedSettings(AdamWSettings):
+    """DeepSpeed's ZeRO with fp32 master weights and AdamW on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZenflowSettings(DeepspeedSettings):
+    """ZeRO-2 with the most important columns updated on the GPU and the rest later, on the CPU."""
+
+    topk_ratio: float = 0.1
+    """Share of the columns that the GPU updates in each step."""
+    update_interval: int = 4
+    """Steps between two updates of the rest. DeepSpeed takes as many micro-batches for one step."""
+
+    def __post_init__(self) -> None:
+        AdamWSettings.__post_init__(self)
+        require(0 < self.topk_ratio < 1, "topk_ratio", "must be between 0 and 1")
+        require(self.update_interval > 0, "update_interval", "must be positive")

@@ -1,0 +1,12 @@
+"""Settings of LoRA: how many blocks are recomputed. No torch."""
+
+from __future__ import annotations
+
+from engines.settings.given import GivenSettings
+from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.recomputation import fewest_recomputed
+
+
+def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """As few as fit: what is not computed twice takes less time."""
+    return fewest_recomputed(context, given)

@@ -1,0 +1,172 @@
+"""Kills a training run or a sweep at one file-system call after the other, and lets it go on.
+
+`python kill_points.py FOLDER FIRST STRIDE WHAT...` prints a line of JSON for each: how many calls there are,
+how many were tried, and what was not as after an undisturbed run. Each trial is a fork of this process, which
+has imported everything: a kill and its resumption take half a second.
+
+A call is one that makes, opens for writing, renames, removes, cuts or syncs a file below the folder, or a
+write of tensors by safetensors, which is also cut in half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from scripted_runs import SHAPE, scripted_job, scripted_plan
+from train_runs import run, tiny_job
+
+import harness.runs.attempt
+from engines.errors import UserError
+from engines.files.writing import is_leftover
+from harness.records.manifest import check_manifest
+from harness.records.run import Sample, load_run
+from harness.records.stats import step_statistics
+from harness.runs import worker
+from harness.runs.launch import Outcome
+from harness.runs.sweep import SweepOptions, run_sweep
+from profiles.system.cgroup import UsableCores
+
+EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+MODEL = {"name": "tiny-gpt2", "random_weights": True}
+
+
+class Calls:
+    """Counts calls below `folder`, and ends the process at number `kill_at`."""
+
+    def __init__(self, folder: Path, kill_at: int) -> None:
+        self.count = 0
+        self._folder, self._kill_at = str(folder), kill_at
+        sys.addaudithook(self._on_event)
+        for name in ("fsync", "ftruncate"):
+            setattr(os, name, self._before(getattr(os, name)))
+        self._serialize = safetensors.torch.serialize_file
+        safetensors.torch.serialize_file = self._write_tensors
+
+    def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
+            return
+        if event == "open" or event in EVENTS:
+            path = arguments[0]
+            if isinstance(path, str | os.PathLike) and str(path).startswith(self._folder):
+                self._next()
+
+    def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            self._next()
+            return call(*arguments)
+
+        return counted
+
+    def _write_tensors(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
+        self._next()
+        self._serialize(tensors, filename, metadata=metadata)
+        self.count += 1
+        if self.count == self._kill_at:
+            descriptor = os.open(filename, os.O_WRONLY)
+            os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _next(self) -> None:
+        self.count += 1
+        if self.count == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(engine: str, out: Path, resume: bool) -> None:
+    run(out, engine, tiny_job(model=MODEL, batch_size=1, seq_len=8, steps=3), save_every=2, resume=resume)
+
+
+def sweep(_: str, out: Path, resume: bool) -> None:
+    samples = tuple(Sample(step=i, warmup=i == 0, step_s=0.25, loss=2.0 - i / 8) for i in range(4))
+    outcome = Outcome(
+        end_state="ok", end_reason=None, samples=samples, summary=step_statistics(samples, 8), by_user=False
+    )
+    harness.runs.attempt.launch_child = lambda *_, **__: outcome  # type: ignore[assignment]
+    plans = [scripted_plan(loss=loss) for loss in (2, 3)]
+    run_sweep(scripted_job(), SHAPE, plans, out, SweepOptions(rounds=2, resume=resume))
+
+
+def told(what: str, out: Path) -> dict[str, Any]:
+    """What has to be the same, however often a run or sweep was killed."""
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+    found: dict[str, Any] = {"names": [name for name in names if not name.startswith("checkpoints/")]}
+    found["leftovers"] = [name for name in names if is_leftover(Path(name).name)]
+    if what == "sweep":
+        runs = [load_run(path) for path in sorted((out / "runs").glob("*.json"))]
+        found["runs"] = [str(replace(one, time="")) for one in runs]
+        found["findings"] = [str(one) for one in check_manifest(out)]
+    else:
+        found["weights"] = hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
+        found["log"] = (out / "log.jsonl").read_text()
+    return found
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Exit status of `work` in a process of its own: 0, 3 for a `UserError`, 1 for another, -9 for a kill."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except UserError as error:
+            sys.stderr.write(f"{error}\n")
+            code = 3
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def try_calls(folder: Path, what: str, first: int, stride: int) -> None:
+    folder.mkdir(parents=True)
+    act = sweep if what == "sweep" else train
+    whole, counted = folder / "whole", folder / "count"
+
+    def undisturbed() -> None:
+        calls = Calls(whole, -1)
+        act(what, whole, False)
+        counted.write_text(str(calls.count))
+
+    assert forked(undisturbed) == 0
+    total, expected = int(counted.read_text()), told(what, whole)
+    wrong, tried = [], 0
+    for kill_at in range(1 + first % stride, total + 1, stride):
+        out = folder / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+
+        def killed(out: Path = out, kill_at: int = kill_at) -> None:
+            Calls(out, kill_at)
+            act(what, out, False)
+
+        ended = forked(killed)
+        resumed = forked(lambda out=out: act(what, out, True))  # type: ignore[misc]
+        if resumed == 3:  # nothing had begun: --resume says so
+            resumed = forked(lambda out=out: act(what, out, False))  # type: ignore[misc]
+        tried += 1
+        found = told(what, out) if resumed == 0 else {}
+        differs = [key for key, value in expected.items() if found.get(key) != value]
+        if ended != -signal.SIGKILL or resumed != 0 or differs:
+            wrong.append({"call": kill_at, "ended": ended, "resumed": resumed, "differs": differs})
+    sys.stdout.write(json.dumps({"what": what, "calls": total, "tried": tried, "wrong": wrong}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker.usable_cores = lambda: UsableCores(count=1, basis="test", total=1)
+    for each in sys.argv[4:]:
+        try_calls(Path(sys.argv[1]) / each, each, int(sys.argv[2]), int(sys.argv[3]))
