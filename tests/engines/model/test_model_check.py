@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from family_models import context, family_model
 from engines.base import Blueprint, Context
 from engines.errors import UserError
 from engines.model.model_check import check_block_major, check_driven, check_repeats, check_watched
+from engines.shapes import Dtype
+from engines.zeroth_order.stacking import blocks_apart
 from harness.models.blueprint import ModelBlueprint
 
 CHECKS = [check_driven, check_watched, check_block_major]
@@ -92,3 +95,17 @@ def test_it_takes_the_memory_of_the_largest_tensor(monkeypatch: pytest.MonkeyPat
     largest = max(parameter.numel() for parameter in blueprint.model.parameters())
     assert sum(made) < 4 * largest
     assert sum(made) < sum(parameter.numel() for parameter in blueprint.model.parameters()) / 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bert", "mixtral", "deepseek_v3"])
+def test_kernels_that_differ_by_shape_are_no_reason_to_refuse_on_the_gpu(family: str, dtype: Dtype) -> None:
+    where = replace(context(), device="cuda:0", workload=replace(context().workload, dtype=dtype))
+    made = family_model(family)
+    check_driven(made.blueprint(), where)
+    if family in ("opt", "llama", "gpt2", "bert"):
+        assert blocks_apart(made.blueprint(), where) == frozenset()
+    if dtype != "fp16":
+        for check in (check_watched, check_block_major):
+            check(made.blueprint(), where)
