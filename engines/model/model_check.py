@@ -201,7 +201,14 @@ class _Nobody:
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _tensors(model(**inputs, **without_cache(model)))
+    try:
+        return _tensors(model(**inputs, **without_cache(model)))
+    except RuntimeError as error:
+        if "dtype" not in str(error).lower():
+            raise
+        raise UserError(
+            type(model).__name__, "cannot be run in the precision that is asked for", "use --dtype fp32"
+        ) from error
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

@@ -54,6 +54,12 @@ def test_an_auxiliary_loss_of_experts_is_refused_with_what_turns_it_off(check: C
     check_repeats(blueprint, context())
 
 
+def test_a_model_that_knows_no_bf16_is_refused() -> None:
+    where = replace(context(), workload=replace(context().workload, dtype="bf16"))
+    with pytest.raises(UserError, match="cannot be run in the precision that is asked for; use --dtype fp32"):
+        check_driven(family_model("fnet").blueprint(), where)
+
+
 def with_a_secret(blueprint: ModelBlueprint) -> ModelBlueprint:
     """What the first block saw reaches the second one past the hidden state."""
     first, second = blueprint.model.model.layers
