@@ -40,7 +40,7 @@ class Sweep:
     """The machine to predict for, by name or file; `None`: the one saved in `out`, or this one, measured."""
     emulate: Path | None = None
     """The smaller machine that runs are held to and predicted for."""
-    rounds: int = 2
+    rounds: int = 3
     criteria: Path | None = None
     check_criteria: Callable[[Path], object]
     """Raises `UserError` for a file of criteria that are none: before the runs, not after their hours."""

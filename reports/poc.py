@@ -50,7 +50,7 @@ def poc(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
-    rounds: RoundsFlag = 2,
+    rounds: RoundsFlag = 3,
     criteria: CriteriaFlag = None,
     fail_on: FailOn = None,
     out: Out = None,

@@ -63,6 +63,15 @@ class AdamW8bitSettings(AdamWSettings):
 class BackwardOptimizerSettings(AdamWSettings):
     """AdamW of each parameter as soon as its gradient is there."""
 
+    def __post_init__(self) -> None:
+        AdamWSettings.__post_init__(self)
+        require(
+            self.max_grad_norm == 0,
+            "max_grad_norm",
+            "needs all gradients at once, and each is gone when the next comes",
+            "use max_grad_norm=0, or native",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaloreSettings(AdamWSettings):
@@ -84,23 +93,3 @@ class GaloreSettings(AdamWSettings):
 @dataclass(frozen=True, kw_only=True)
 class Fsdp2OffloadSettings(AdamWSettings):
     """FSDP2 on one GPU, all its state in host memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepspeedSettings(AdamWSettings):
-    """DeepSpeed's ZeRO with fp32 master weights and AdamW on the CPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZenflowSettings(DeepspeedSettings):
-    """ZeRO-2 with the most important columns updated on the GPU and the rest later, on the CPU."""
-
-    topk_ratio: float = 0.1
-    """Share of the columns that the GPU updates in each step."""
-    update_interval: int = 4
-    """Steps between two updates of the rest. DeepSpeed takes as many micro-batches for one step."""
-
-    def __post_init__(self) -> None:
-        AdamWSettings.__post_init__(self)
-        require(0 < self.topk_ratio < 1, "topk_ratio", "must be between 0 and 1")
-        require(self.update_interval > 0, "update_interval", "must be positive")

@@ -65,7 +65,7 @@ def compare(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
-    rounds: RoundsFlag = 2,
+    rounds: RoundsFlag = 3,
     criteria: CriteriaFlag = None,
     out: Out = None,
     resume: Resume = False,

@@ -38,6 +38,7 @@ def engine(
     dtype: Dtype = "fp32",
     checkpointing: bool = False,
     accumulation: int = 1,
+    device: str = "cpu",
     **settings: Any,
 ) -> Any:
     for module in NEEDS.get(name, ()):
@@ -46,7 +47,7 @@ def engine(
     workload = Workload(
         batch_size=2, seq_len=16, dtype=dtype, checkpointing=checkpointing, accumulation=accumulation
     )
-    context = Context(device="cpu", workload=workload, seed=7, total_steps=6)
+    context = Context(device=device, workload=workload, seed=7, total_steps=6)
     made = load_engine(name)(parse_settings(name, {**RATE, **SMALL.get(name, {}), **settings}), context)
     made.setup(blueprint)
     return made
@@ -82,6 +83,21 @@ def test_an_exact_method_has_the_bits_of_native(family: str, dtype: Dtype, name:
         runs.append(([made.step([batch]).loss for batch in tiny_batches(4, family)], weights(made)))
     assert runs[0][0] == runs[1][0]
     assert_equal(runs[1][1], runs[0][1])
+
+
+def test_clipped_gradients_of_fsdp2_are_those_of_native() -> None:
+    runs = []
+    for name in ("native", "fsdp2-offload"):
+        made = engine(name, tiny_blueprint("llama"), max_grad_norm=0.1)
+        runs.append([made.step([batch]).loss for batch in tiny_batches(4, "llama")])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    unclipped = engine("native", tiny_blueprint("llama"))
+    assert runs[0] != [unclipped.step([batch]).loss for batch in tiny_batches(4, "llama")]
+
+
+def test_an_optimizer_inside_the_backward_pass_cannot_clip() -> None:
+    with pytest.raises(UserError, match=r"max_grad_norm needs all gradients at once"):
+        parse_settings("backward-optimizer", {"max_grad_norm": 1.0})
 
 
 def test_an_optimizer_inside_the_backward_pass_keeps_no_gradient() -> None:
@@ -286,3 +302,48 @@ def test_a_library_that_is_missing_ends_the_set_up(name: str, monkeypatch: pytes
     with pytest.raises(NotAvailable, match=r"is not installed \(pip install 'lspzo-bench\["):
         made.setup(blueprint)
     assert kind.why_not_available() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NEEDS)
+def test_on_a_gpu_each_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
+    batches = tiny_batches(6, "llama")
+    straight = engine(name, wide_blueprint(), "bf16", True, device="cuda:0")
+    losses = [straight.step([batch]).loss for batch in batches]
+    first = engine(name, wide_blueprint(), "bf16", True, device="cuda:0")
+    for batch in batches[:3]:
+        first.step([batch])
+    first.save(tmp_path)
+    second = engine(name, wide_blueprint(), "bf16", True, device="cuda:0")
+    second.load(tmp_path)
+    assert [second.step([batch]).loss for batch in batches[3:]] == losses[3:]
+    assert_equal(weights(second), weights(straight))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_lora_compiled_and_captured_is_near_eager() -> None:
+    batches = tiny_batches(5, "llama")
+    eager = engine("lora", wide_blueprint(), "bf16", True, device="cuda:0", compile=False, graphs=False)
+    best = engine("lora", wide_blueprint(), "bf16", True, device="cuda:0", compile=True, graphs=True)
+    expected = [eager.step([batch]).loss for batch in batches]
+    assert [best.step([batch]).loss for batch in batches] == pytest.approx(expected, rel=2e-2)
+    assert best.loop.notes == []
+    best.close()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_optimizer_inside_the_backward_pass_has_the_bits_of_native() -> None:
+    batches = tiny_batches(4, "llama")
+    native = engine("native", wide_blueprint(), "bf16", device="cuda:0", compile=False, graphs=False)
+    inside = engine("backward-optimizer", wide_blueprint(), "bf16", device="cuda:0")
+    assert [inside.step([b]).loss for b in batches] == [native.step([b]).loss for b in batches]
+    assert_equal(weights(inside), weights(native))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_moments_of_eight_bits_can_be_paged() -> None:
+    plain, paged = (
+        engine("adamw-8bit", wide_blueprint(), "bf16", device="cuda:0", paged=each) for each in (False, True)
+    )
+    for batch in tiny_batches(3, "llama"):
+        assert plain.step([batch]).loss == paged.step([batch]).loss
