@@ -6,6 +6,8 @@ stand-ins: every tensor is a stretch of one random memory of the size of the lar
 model's blocks are run in the memory of its embedding, in a second, before a single weight is read. What is
 checked does not depend on the values of weights: which modules are called, in which order, with what.
 
+Gradients are compared in fp32, where what is wrong is told from what is rounded.
+
 Where the model's own forward does not repeat itself by the bit (kernels that add up in any order), the two
 may differ by `TOLERANCE`.
 
@@ -32,7 +34,6 @@ from engines.errors import UserError
 from engines.model.activation_checkpointing import TrainedBlocks
 from engines.model.block_major import BlockMajor
 from engines.model.blocks import (
-    TORCH_DTYPE,
     BlockDriver,
     find_blocks,
     no_cache,
@@ -85,7 +86,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
     model = blueprint.model
     _, blocks = find_blocks(model)
     turn_off_randomness(model)
-    with on_stand_ins(blueprint, context) as inputs:
+    with on_stand_ins(blueprint, context, torch.float32) as inputs:
         model.train()
         _outputs_with_each_block_once(model, inputs)
         _check_repeats(model, inputs)
@@ -97,7 +98,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
                 found = _gradients(model, inputs, known)
             finally:
                 watched.close()
-        _compare(model, own, found, context)
+        _compare(model, own, found)
 
 
 def _known_gradients(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,10 +116,8 @@ def _compare(
     model: nn.Module,
     own: Mapping[str, Tensor | None],
     found: Mapping[str, Tensor | None],
-    context: Context,
 ) -> None:
-    tolerance = TOLERANCE[TORCH_DTYPE[context.workload.dtype]]
-    if any(not _close(own[name], found[name], tolerance) for name in own):
+    if any(not _close(own[name], found[name], TOLERANCE[torch.float32]) for name in own):
         raise _refusal(model, "running its blocks one by one gives other gradients than the model's")
 
 
@@ -127,7 +126,7 @@ def check_block_major(blueprint: Blueprint, context: Context) -> None:
     model = blueprint.model
     _, blocks = find_blocks(model)
     turn_off_randomness(model)
-    with on_stand_ins(blueprint, context) as inputs:
+    with on_stand_ins(blueprint, context, torch.float32) as inputs:
         model.train()
         _outputs_with_each_block_once(model, inputs)
         _check_repeats(model, inputs)
@@ -139,7 +138,7 @@ def check_block_major(blueprint: Blueprint, context: Context) -> None:
             passes = BlockMajor(model, of_blocks, _Adds(of_blocks), draws=False)
             passes.run([tried_batch(blueprint)], inputs["input_ids"].device, losses.append)
             found = {"the loss": losses[0], **_taken(known)}
-        _compare(model, own, found, context)
+        _compare(model, own, found)
 
 
 class _Adds:
@@ -202,7 +201,14 @@ class _Nobody:
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _tensors(model(**inputs, **without_cache(model)))
+    try:
+        return _tensors(model(**inputs, **without_cache(model)))
+    except RuntimeError as error:
+        if "dtype" not in str(error).lower():
+            raise
+        raise UserError(
+            type(model).__name__, "cannot be run in the precision that is asked for", "use --dtype fp32"
+        ) from error
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:
@@ -261,6 +267,13 @@ def _refused(model: nn.Module, why: str) -> Iterator[None]:
 
 
 def _refusal(model: nn.Module, why: str) -> UserError:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        return UserError(
+            type(model).__name__,
+            "its experts' auxiliary loss is of more than its blocks pass on",
+            "use native, or set output_router_logits to false in config.json",
+        )
     return UserError(type(model).__name__, why, ANY_MODEL)
 
 

@@ -26,10 +26,13 @@ _STEP = 8
 
 
 @contextmanager
-def on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, Tensor]]:
-    """The model computes with stand-ins within; gives inputs. Afterwards it has the parameters it had."""
+def on_stand_ins(
+    blueprint: Blueprint, context: Context, dtype: torch.dtype | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The model computes with stand-ins within, of the job's precision unless `dtype` names another; gives
+    inputs. Afterwards it has the parameters it had."""
     model, device = blueprint.model, torch.device(context.device)
-    dtype = TORCH_DTYPE[context.workload.dtype]
+    dtype = dtype or TORCH_DTYPE[context.workload.dtype]
     was_training = model.training
     before = [
         (module, leaf, parameter)
@@ -38,7 +41,9 @@ def on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, T
         if parameter is not None
     ]
     move_buffers(model, device)
-    stand_ins = _stand_ins([parameter for _, _, parameter in before], dtype, device)
+    stand_ins = _stand_ins(
+        [parameter for _, _, parameter in before], dtype, device, std=blueprint.shape.hidden**-0.5
+    )
     for module, leaf, parameter in before:
         module._parameters[leaf] = stand_ins[id(parameter)]
     try:
@@ -52,9 +57,10 @@ def on_stand_ins(blueprint: Blueprint, context: Context) -> Iterator[dict[str, T
 
 
 def _stand_ins(
-    parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device
+    parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device, *, std: float
 ) -> dict[int, nn.Parameter]:
-    """By identity of the parameter that it stands for. Vectors are about one half, all else normal."""
+    """By identity of the parameter that it stands for. Vectors are about one half, all else normal with
+    deviation `std`: large enough that what a block adds to the hidden state counts beside it."""
     distinct = list({id(each): each for each in parameters}.values())
     room = _STEP * len(distinct)
     largest = {False: 0, True: 0}
@@ -67,7 +73,7 @@ def _stand_ins(
     def memory(numel: int, values: Tensor) -> Tensor:
         return values.to(dtype).repeat(-(-(numel + room) // period))
 
-    normal = memory(largest[False], 0.02 * pattern)
+    normal = memory(largest[False], std * pattern)
     vectors = memory(largest[True], 0.5 + 0.1 * pattern)
     found: dict[int, nn.Parameter] = {}
     for number, each in enumerate(distinct):

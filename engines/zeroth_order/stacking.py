@@ -25,10 +25,11 @@ from engines.zeroth_order.units import ModuleUnit, block_units, swapped
 
 @torch.no_grad()
 def blocks_apart(blueprint: Blueprint, context: Context) -> frozenset[int]:
-    """Blocks that give something else, or nothing, when both sides run through them stacked."""
+    """Blocks that give something else, or nothing, when both sides run through them stacked. Tried in fp32,
+    where what is wrong is told from what is rounded."""
     model = blueprint.model
     path, blocks = find_blocks(model)
-    with on_stand_ins(blueprint, context) as inputs:
+    with on_stand_ins(blueprint, context, torch.float32) as inputs:
         model.eval()
         places = first_names(model)
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}

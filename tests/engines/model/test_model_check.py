@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from family_models import context, family_model
 
 from engines.base import Blueprint, Context
 from engines.errors import UserError
-from engines.model.model_check import check_block_major, check_driven, check_watched
+from engines.model.model_check import check_block_major, check_driven, check_repeats, check_watched
+from engines.shapes import Dtype
+from engines.zeroth_order.stacking import blocks_apart
 from harness.models.blueprint import ModelBlueprint
 
 CHECKS = [check_driven, check_watched, check_block_major]
@@ -38,6 +41,23 @@ def test_layers_that_share_weights_are_refused(check: Check) -> None:
     with pytest.raises(UserError, match=r"its layers share weights: 2 calls of 1; use native") as caught:
         check(family_model("albert").blueprint(), context())
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_auxiliary_loss_of_experts_is_refused_with_what_turns_it_off(check: Check) -> None:
+    blueprint = family_model("mixtral", output_router_logits=True).blueprint()
+    with pytest.raises(
+        UserError, match=r"auxiliary loss.*; use native, or set output_router_logits"
+    ) as caught:
+        check(blueprint, context())
+    assert len(str(caught.value)) < 200
+    check_repeats(blueprint, context())
+
+
+def test_a_model_that_knows_no_bf16_is_refused() -> None:
+    where = replace(context(), workload=replace(context().workload, dtype="bf16"))
+    with pytest.raises(UserError, match="cannot be run in the precision that is asked for; use --dtype fp32"):
+        check_driven(family_model("fnet").blueprint(), where)
 
 
 def with_a_secret(blueprint: ModelBlueprint) -> ModelBlueprint:
@@ -81,3 +101,17 @@ def test_it_takes_the_memory_of_the_largest_tensor(monkeypatch: pytest.MonkeyPat
     largest = max(parameter.numel() for parameter in blueprint.model.parameters())
     assert sum(made) < 4 * largest
     assert sum(made) < sum(parameter.numel() for parameter in blueprint.model.parameters()) / 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bert", "mixtral", "deepseek_v3"])
+def test_kernels_that_differ_by_shape_are_no_reason_to_refuse_on_the_gpu(family: str, dtype: Dtype) -> None:
+    where = replace(context(), device="cuda:0", workload=replace(context().workload, dtype=dtype))
+    made = family_model(family)
+    check_driven(made.blueprint(), where)
+    if family in ("opt", "llama", "gpt2", "bert"):
+        assert blocks_apart(made.blueprint(), where) == frozenset()
+    if dtype != "fp16":
+        for check in (check_watched, check_block_major):
+            check(made.blueprint(), where)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from family_configs import config_of
+from family_models import family_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from settings_given import given_for_each
 from transformers import AutoConfig
@@ -363,3 +365,23 @@ def test_a_named_shape_goes_before_a_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     assert load_config(ModelSource(name="gpt2", random_weights=True))["n_embd"] == 768
+
+
+def test_blocks_of_unlike_size_are_counted_one_by_one() -> None:
+    """The first block of DeepSeek-V3 has no experts; costs take every block for the largest."""
+    shape = shape_from_meta(config_of("deepseek_v3"), name="tiny", head="causal_lm", num_labels=0)
+    first, second = shape.block_sizes
+    assert first != second
+    assert shape.block_parameters == max(first, second)
+    model = family_model("deepseek_v3").blueprint().model
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape_from_meta(config_of("llama"), name="t", head="causal_lm", num_labels=0).block_sizes == ()
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba", "gptj", "zamba2", "distilbert", "xlm"])
+def test_sizes_come_from_the_model_where_the_configuration_does_not_tell(family: str) -> None:
+    shape = family_model(family).shape
+    assert shape.vocabulary == 320
+    assert shape.hidden == 32
+    assert shape.max_seq_len >= 64
+    assert shape.num_blocks in (2, 4)
