@@ -128,11 +128,7 @@ class Course:
 
 def real_tokens(batches: Sequence[Batch]) -> int:
     """Tokens of the batches without padding."""
-    masks = [batch.inputs.get("attention_mask") for batch in batches]
-    return sum(
-        batch.num_tokens if mask is None else int(mask.sum())
-        for batch, mask in zip(batches, masks, strict=True)
-    )
+    return sum(batch.real_tokens for batch in batches)
 
 
 def run_steps(engine: Engine, course: Course, done: int) -> None:
