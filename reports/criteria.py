@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -127,7 +128,8 @@ _HEAD = """\
 # Each [[criterion]] below is one line of the table in the report:
 #   id          a short name of your own
 #   metric      what is compared; the list is below
-#   engine      "any offload method" ({offload}; all such criteria must be met by the same method), or one of
+#   engine      "any offload method" ({offload};
+#               all such criteria must be met by the same method), or one of
 #               {engines}
 #   comparison  "at most", "less than", "at least" or "more than"
 #   threshold   a number, in the unit of the metric
@@ -202,7 +204,8 @@ def _wrapped(name: str, meaning: str, width: int = 110) -> str:
 
 def init_text() -> str:
     """The default criteria as a TOML file that explains itself."""
-    engines = ", ".join(f'"{name}"' for name in default_engines())
+    quoted = ", ".join(f'"{name}"' for name in default_engines())
+    engines = "\n#               ".join(textwrap.wrap(quoted, 95))
     offload = " or ".join(engines_of_role("offload"))
     return (
         _HEAD.format(engines=engines, offload=offload)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engines.base import Batch, Context
 from engines.errors import UserError
 from engines.model.attention_masks import has_padding, known_padding, with_mask
-from engines.model.blocks import TORCH_DTYPE, to_device, without_cache
+from engines.model.blocks import TORCH_DTYPE, no_cache, to_device, without_cache
 from engines.model.randomness import set_dropout
 from engines.settings.first_order import AdamWSettings
 
@@ -93,7 +93,7 @@ def run_passes(model: nn.Module, inputs: Mapping[str, Tensor], padded: bool, sha
     Its share of the mean loss, () fp32. Gradients are added to those of the parameters. Nothing waits for the
     GPU.
     """
-    with known_padding(padded):
+    with known_padding(padded), no_cache(model):
         loss: Tensor = model(**with_mask(inputs), **without_cache(model)).loss / share
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach().float()

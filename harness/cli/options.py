@@ -1,4 +1,6 @@
-"""The flags that several commands share, those that describe a job among them. Imports no torch."""
+"""The flags that several commands share, those that describe a job among them. Imports no torch.
+
+Longer than 400 lines: each flag is a few lines of text, and they are read as one list."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def what_is_wrong(source: ModelSource) -> str:
             return f"{path.name} is missing"
         except KeyError:
             continue  # of another precision
-        except (OSError, ValueError, TypeError, AttributeError, UnicodeDecodeError):
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError):
             return f"{path.name} is damaged or not whole"
     return "they are not those of config.json"
 

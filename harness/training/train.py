@@ -153,6 +153,9 @@ def _train(
                     judge=judge, export=export, board=board,
                 )  # fmt: skip
                 run_steps(engine, course, done)
+            # Before the model, which says that the run is done.
+            summary = course.summary(engine_name)
+            write_whole(out / SUMMARY, to_json(summary))
             try:
                 export(out / MODEL)
             except UserError:
@@ -160,8 +163,6 @@ def _train(
                     # Else the trained weights would end with this process.
                     restore.write_checkpoint(engine, out, course.done)
                 raise
-            summary = course.summary(engine_name)
-            write_whole(out / SUMMARY, to_json(summary))
             progress.print(summary.told())
 
 

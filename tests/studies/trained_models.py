@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from projector_gradients import OTHERS_FROM, Source, Training
@@ -23,6 +24,7 @@ class Trained:
     reference: nn.Module
     model: nn.Module
     shape: Any = None
+    sample: Any = None
 
     @staticmethod
     def of(reference: nn.Module) -> Trained:
@@ -31,7 +33,14 @@ class Trained:
         for name, buffer in reference.named_buffers():
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._buffers[leaf] = buffer.clone()
-        return Trained(reference, model)
+        config: Any = reference.config
+        shape = SimpleNamespace(
+            hidden=config.hidden_size,
+            max_seq_len=config.max_position_embeddings,
+            vocabulary=config.vocab_size,
+            head="causal_lm",
+        )
+        return Trained(reference, model, shape)
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self.reference.get_parameter(name))

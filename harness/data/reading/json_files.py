@@ -26,6 +26,8 @@ def json_records(name: str, text: str, *, lines: bool) -> Records:
         if error.msg == "Extra data" and start == "{":
             return _from_lines(name, text)
         raise UserError(name, f"is not valid JSON ({error})", "mend it") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(name, f"is not valid JSON ({error})", "mend it") from None
     except RecursionError:
         raise UserError(name, "is nested too deeply to be records", LAYOUTS) from None
     if isinstance(value, dict) and isinstance(value.get("data"), list):
@@ -56,7 +58,7 @@ def _from_lines(name: str, text: str) -> Records:
             continue
         try:
             values.append((number, f"line {number}", json.loads(line)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             why = f"is not valid JSON ({error})"
             bad.append(BadRecord(position=number, place=f"line {number}", why=why))
     return records_of("JSON lines", values, bad)

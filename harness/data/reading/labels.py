@@ -12,6 +12,9 @@ from harness.data.reading.files import UnusableError, shortened
 
 Label = int | float | str
 
+MOST_DIGITS = 18
+"""Of a label that is a number."""
+
 _INTEGER = re.compile(r"[+-]?\d+")
 
 FEW = 10
@@ -38,6 +41,8 @@ def read_label(value: object) -> Label:
         raise UnusableError(f"its label is {kind}, not one word or number")
     word = value.strip()
     if _INTEGER.fullmatch(word):
+        if len(word) > MOST_DIGITS:
+            raise UnusableError(f"its label is a number of {len(word)} digits")
         return int(word)
     try:
         number = float(word)

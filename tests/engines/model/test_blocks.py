@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from engines.base import Batch, Evaluation
+from engines.base import Batch
 from engines.errors import UserError
 from engines.model.blocks import BlockDriver, bind, find_blocks, first_names, materialize, without_cache
 from engines.model.evaluation import EvaluationSum, count_answers, count_correct, evaluate_on_device
@@ -133,7 +133,9 @@ def test_an_answer_is_right_where_both_its_ends_are() -> None:
     total = EvaluationSum()
     output = SimpleNamespace(loss=torch.tensor(2.5), start_logits=start_logits, end_logits=end_logits)
     total.add(output, inputs)
-    assert total.result() == Evaluation(loss=2.5, accuracy=1 / 3, num_labels=3)
+    found = total.result()
+    assert (found.loss, found.accuracy, found.num_labels) == (2.5, 1 / 3, 3)
+    assert (found.expected, found.predicted) == ((0, 2, 1, 1, 2, 1), (0, 2, 1, 2, 1, 1))
 
 
 def add(total: EvaluationSum, loss: float, logits: torch.Tensor, labels: list[int]) -> None:

@@ -420,12 +420,14 @@ def test_a_folder_that_is_not_a_model(call, profile: Path, tmp_path: Path) -> No
     assert "config.json" in one_line(call("recommend", "--model", folder, "--profile", profile))
 
 
-def test_labels_out_of_range(call, profile: Path, tmp_path: Path) -> None:
-    data = tmp_path / "labels.tsv"
-    data.write_text("good\t1\nbad\t-1\n")
+def test_a_label_that_is_no_class(call, profile: Path, tmp_path: Path) -> None:
+    data = tmp_path / "labels.jsonl"
+    rows = [{"text": "good", "label": 1}, {"text": "bad", "label": {"is": 0}}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = one_line(
-        call("recommend", "--model", "tiny-roberta", "--random-weights", "--data", data, "--profile", profile)
-    )
+        call("recommend", "--model", "tiny-roberta", "--random-weights", "--data", data, "--seq-len", "64",
+             "--profile", profile)
+    )  # fmt: skip
     assert "line 2" in said
 
 

@@ -52,7 +52,7 @@ def test_unknown_presets_and_takers_are_refused_in_one_line() -> None:
 def test_values_get_the_types_that_the_engine_gives_them() -> None:
     given = ["lsp.d=64", "learning_rate=1e-3", "graphs=no", "projector=paper", "alpha=1"]
     assert parse_assignments(given, ["native", "lsp"]) == {
-        "native": {"learning_rate": 0.001},
+        "native": {"learning_rate": 0.001, "graphs": False},
         "lsp": {"d": 64, "learning_rate": 0.001, "graphs": False, "projector": "paper", "alpha": 1.0},
     }
     assert parse_assignments(["d=auto"], ["lsp"]) == {"lsp": {"d": "auto"}}
@@ -63,8 +63,8 @@ def test_values_get_the_types_that_the_engine_gives_them() -> None:
 @pytest.mark.parametrize(
     ("assignment", "settings", "words"),
     [
-        ("foo.d=1", {"foo": {"d": 1}}, "there is no engine 'foo'; engines are: .*zo2$"),
-        ("scripted.loss=1", {"scripted": {"loss": 1}}, "there is no engine 'scripted'; engines are: .*zo2$"),
+        ("foo.d=1", {"foo": {"d": 1}}, "there is no engine 'foo'; engines are: .*zo2"),
+        ("scripted.loss=1", {"scripted": {"loss": 1}}, "there is no engine 'scripted'; engines are: .*zo2"),
         ("lsp.d=-3", {"lsp": {"d": -3}}, "d must be positive"),
         ("zo2.d=3", {"zo2": {"d": 3}}, "settings of zo2 are: "),
         ("zo2.eps=-1", {"zo2": {"eps": -1}}, "eps must be positive"),

@@ -92,6 +92,7 @@ def test_a_model_whose_export_was_killed_is_exported_on_resume(tmp_path: Path) -
         "job.toml",
         "log.jsonl",
         "model",
+        "summary.json",
         "updates.log",
     }
 

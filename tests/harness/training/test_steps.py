@@ -48,7 +48,7 @@ def scripted_losses(monkeypatch: pytest.MonkeyPatch, engine: str, by_step: dict[
 
     def evaluate(self: Any, batches: Any) -> Evaluation:
         original(self, batches)
-        done = self.steps_done if hasattr(self, "steps_done") else self._updates.step
+        done = self.loop.steps_done if hasattr(self, "loop") else self._updates.step
         return Evaluation(loss=by_step[done], accuracy=0.5, num_labels=1)
 
     monkeypatch.setattr(cls, "evaluate", evaluate)
