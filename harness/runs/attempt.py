@@ -35,6 +35,7 @@ from harness.records.run import (
 )
 from harness.records.shared import paths_of, shared_name, shared_plan, shared_values, without_paths
 from harness.records.stats import counted_step_s
+from harness.runs.governance_facts import governance_facts
 from harness.runs.launch import (
     REQUEST,
     RESULT,
@@ -96,6 +97,8 @@ def attempt(
         else:
             outcome = _not_run(request.plan)
         run = _record(request, about, outcome)
+        facts = governance_facts(request.job, request.plan, out, FOLDERS[scenario])
+        run = replace(run, governance=facts)
         content = encode_run(run)
         with contextlib.suppress(UserError):  # no room for it; the record has some
             note_record(out, path, content)
@@ -141,6 +144,8 @@ def take_up(out: Path) -> list[Run]:
             summary=result.summary, by_user=False,
         )  # fmt: skip
         run = _record(request, about, outcome)
+        facts = governance_facts(request.job, request.plan, out, FOLDERS["train"])
+        run = replace(run, governance=facts)
         content = encode_run(run)
         note_record(out, path, content)
         write_whole(path, content)

@@ -69,6 +69,14 @@ def test_a_sweep_and_its_report_tell_names_and_not_places(
     assert {record["model"]["name"] for record in records} == {"tiny"}
     assert {record["job"]["data"]["train"] for record in records} == {"notes.txt"}
     assert {record["end_state"] for record in records} == {"ok"}
+    for record in records:
+        facts = record["governance"]
+        places = {each["what"]: (each["where"], each["name"]) for each in facts["places"]}
+        assert places["weights"] == ("user", "tiny")
+        assert places["data"] == ("user", "notes.txt")
+        assert places.get("spill") == (("user", "spill") if record["engine"] == "zo2" else None)
+        assert (facts["hub"], facts["sent"]) == ("not needed", "nothing")
+    assert len(json.loads((out / "verdict.json").read_text())["governance"]) == 14
     program(monkeypatch, *sweep, "--resume")  # with the paths that only job.toml has
     assert files_with(tmp_path, out) == NEEDED_TO_RESUME
 
