@@ -19,6 +19,7 @@ from engines.shapes import ModelShape
 from harness.progress import console
 from harness.records.job import Job
 from harness.records.run import Run
+from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import WORK, launch_probe
@@ -170,7 +171,7 @@ def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEven
     at_end = contextlib.ExitStack()
 
     def before_first() -> None:
-        save_machine(ready.machine, sweep.out / "machine.json")
+        save_machine(shared_machine(ready.machine), sweep.out / "machine.json")
         if ready.save_data is not None and data_file is not None:
             at_end.callback(_clear, data_file)
             ready.save_data(data_file)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from engines import YARDSTICK, engines_of_role
 from engines.errors import UserError
@@ -30,6 +32,7 @@ from reports.criteria import (
     Metric,
 )
 from reports.format import metric_value, times
+from reports.governance import GovernanceLine
 from reports.messages import say
 from reports.metrics import Measurements, find, gpu_taken_bytes, group, largest
 from reports.warnings import warnings
@@ -89,6 +92,8 @@ class Verdict:
     rows: tuple[JudgedCriterion, ...]
     warnings: tuple[str, ...]
     criteria_sha256: str | None
+    governance: Annotated[tuple[GovernanceLine, ...], Field(exclude_if=lambda lines: not lines)] = ()
+    """The checklist; empty, and then not written, where the records are of before it."""
     schema_version: int = 1
 
 

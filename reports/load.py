@@ -15,6 +15,7 @@ from engines.files.reading import exists
 from harness.records.job import Job, load_job, make_job
 from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
+from harness.records.shared import shared_job, shared_plan, shared_values
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
 from reports.criteria import Criteria, load_criteria
@@ -35,6 +36,7 @@ class Loaded:
     """Of the folder, without its path."""
     machine: Machine | None
     job: Job
+    """With names for its paths."""
     plans: tuple[Plan, ...]
     """One per engine; from the runs where plans.json is absent."""
     runs: tuple[Run, ...]
@@ -66,8 +68,8 @@ def load_folder(folder: Path) -> Loaded:
     runs = _load_runs(folder, broken)
     refuse_unlike(runs)
     machine = _optional(folder / "machine.json", load_machine, broken)
-    plans = _optional(folder / "plans.json", load_plans, broken)
-    job = _optional(folder / "job.toml", load_job, broken)
+    plans = _optional(folder / "plans.json", _shown_plans, broken)
+    job = _optional(folder / "job.toml", lambda path: shared_job(load_job(path)), broken)
     criteria = folder / "criteria.toml"
     return Loaded(
         name=folder.resolve().name,
@@ -83,6 +85,10 @@ def load_folder(folder: Path) -> Loaded:
         criteria=load_criteria(criteria) if exists(criteria) else None,
         broken=tuple(broken),
     )
+
+
+def _shown_plans(path: Path) -> tuple[Plan, ...]:
+    return tuple(shared_plan(plan) for plan in load_plans(path))
 
 
 def _findings(folder: Path, broken: list[Broken]) -> tuple[ManifestFinding, ...]:
@@ -128,10 +134,10 @@ def _likeness(run: Run) -> Iterator[tuple[str, Any]]:
         yield "emulated link", run.emulation.rates
     yield "CPU", environment.cpu
     yield "cores usable", environment.cores_usable
-    for key, value in _flat(run.job):
+    for key, value in _flat(shared_values(run.job)):
         if key not in ("job.seed", "job.limits.timeout_s") and not key.startswith("job.settings."):
             yield key, value
-    for key, setting in sorted(run.plan.settings.items()):
+    for key, setting in sorted(shared_values(run.plan.settings).items()):
         yield f"setting {run.engine}.{key}", setting
 
 

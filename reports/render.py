@@ -23,6 +23,7 @@ from reports.breakdown import breakdown, busy_table, overlap_table
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
 from reports.format import loss, model_title, percent
+from reports.governance import governance_lines
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import (
@@ -62,7 +63,11 @@ def judge(loaded: Loaded, criteria: Criteria | None) -> Verdict:
     verdict = decide(loaded.runs, criteria or default_criteria(), loaded.machine)
     unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
     unsound = about_integrity(loaded.findings, loaded.runs)
-    return replace(verdict, warnings=(*unsound, *verdict.warnings, *unreadable))
+    return replace(
+        verdict,
+        warnings=(*unsound, *verdict.warnings, *unreadable),
+        governance=governance_lines(loaded.runs),
+    )
 
 
 def render_markdown(loaded: Loaded, verdict: Verdict) -> str:

@@ -57,7 +57,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("criteria",),
         ("format", "load"),
         ("metrics",),
-        ("exactness", "breakdown"),
+        ("exactness", "breakdown", "governance"),
         ("warnings",),
         ("decide",),
         ("tables",),

@@ -42,6 +42,7 @@ from harness.progress import Progress, console
 from harness.records.job import Job, Limits
 from harness.records.seeds import MOST_SEED
 from harness.records.settings import parse_assignments
+from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.decoding_runs import DecodingJob, measure_decoding_runs
 from profiles.documents import to_json
@@ -264,7 +265,7 @@ def _measure(
     wanted = DecodingJob(job=job, shape=resolve_shape(job), engine=engine, sampling=sampling, rounds=rounds)
     folder = results_folder(out, "generate", job.model.name, resume=False)
     machine = find_machine(profile, quiet=quiet, known=folder / "machine.json")
-    save_machine(machine, folder / "machine.json")
+    save_machine(shared_machine(machine), folder / "machine.json")
     with GenerationProgress(quiet) as progress:
         runs = measure_decoding_runs(
             wanted, machine, folder, on_event=progress.launched, on_end=progress.ended

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from engines.base import LinkRates
 from engines.decoding import Sampling
 from engines.errors import UserError
+from harness.records.governance import Governance
 from profiles.documents import read_document, to_json, write_whole
 from profiles.planning.plan import Plan, Prediction
 
@@ -249,6 +250,8 @@ class Run:
     tokens: int | None = None
     """Of a decoding run, of all sequences in the steps that count. `None`: the run trained, or its record is
     of before this was kept."""
+    governance: Governance | None = None
+    """Where its files lay and what could leave the machine; `None`: its record is of before this was kept."""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -33,7 +33,9 @@ from harness.records.run import (
     encode_run,
     most_record_bytes,
 )
+from harness.records.shared import paths_of, shared_name, shared_plan, shared_values, without_paths
 from harness.records.stats import counted_step_s
+from harness.runs.governance_facts import governance_facts
 from harness.runs.launch import (
     REQUEST,
     RESULT,
@@ -60,7 +62,7 @@ def record_path(out: Path, run_id: str, scenario: ScenarioName = "train") -> Pat
 
 
 def dumped_job(job: Job) -> dict[str, Any]:
-    """`job` as records keep it."""
+    """`job` as documents keep it; a record has names for its paths (`harness.records.shared`)."""
     dumped: dict[str, Any] = adapter(Job).dump_python(job, mode="json")
     return dumped
 
@@ -95,6 +97,8 @@ def attempt(
         else:
             outcome = _not_run(request.plan)
         run = _record(request, about, outcome)
+        facts = governance_facts(request.job, request.plan, out, FOLDERS[scenario])
+        run = replace(run, governance=facts)
         content = encode_run(run)
         with contextlib.suppress(UserError):  # no room for it; the record has some
             note_record(out, path, content)
@@ -140,6 +144,8 @@ def take_up(out: Path) -> list[Run]:
             summary=result.summary, by_user=False,
         )  # fmt: skip
         run = _record(request, about, outcome)
+        facts = governance_facts(request.job, request.plan, out, FOLDERS["train"])
+        run = replace(run, governance=facts)
         content = encode_run(run)
         note_record(out, path, content)
         write_whole(path, content)
@@ -156,22 +162,23 @@ def _record(request: Request, about: Attempt, outcome: Outcome) -> Run:
 
 
 def record_of(request: Request, round_: int, began: str, environment: Environment, outcome: Outcome) -> Run:
-    """The record of a run that began at `began`, ISO 8601 in UTC, and ended as `outcome` says."""
+    """The record of a run that began at `began`, ISO 8601 in UTC, and ended as `outcome` says. It tells the
+    names of the user's files and not where they lie."""
     job, plan = request.job, request.plan
     run = Run(
         id=request.id,
         end_state=outcome.end_state,
-        end_reason=outcome.end_reason,
+        end_reason=None if outcome.end_reason is None else without_paths(outcome.end_reason, *paths_of(job)),
         engine=plan.engine,
         round=round_,
         time=began,
         model=RunModel(
-            name=job.model.name,
+            name=shared_name(job.model.name),
             random_weights=job.model.random_weights,
             parameters=request.shape.parameters,
         ),
-        job=dumped_job(job),
-        plan=plan,
+        job=shared_values(dumped_job(job)),
+        plan=shared_plan(plan),
         samples=outcome.samples,
         summary=replace(
             outcome.summary,

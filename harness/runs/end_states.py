@@ -18,10 +18,12 @@ REASON_LENGTH = 300
 """Characters of an end reason; torch's messages go on for paragraphs."""
 
 
-def classify(error: BaseException) -> tuple[EndState, str]:
+def classify(error: BaseException, *, is_set_up: bool = True) -> tuple[EndState, str]:
     """End state and one-line reason of the exception that ended a run.
 
-    An exception that says nothing by itself is judged by its cause: engines raise from their threads.
+    Before an engine `is_set_up`, a `UserError` is its refusal of this model, job or machine: nothing ran that
+    could have crashed. An exception that says nothing by itself is judged by its cause: engines raise from
+    their threads.
     """
     text = _first_line(error)
     match error:
@@ -32,7 +34,7 @@ def classify(error: BaseException) -> tuple[EndState, str]:
         case NonFiniteLoss():
             return "nan_loss", text
         case UserError():
-            return "crash", text
+            return "crash" if is_set_up else "not_available", text
         case KeyboardInterrupt():
             return "interrupted", "stopped by a signal"
         case MemoryError():
@@ -47,7 +49,7 @@ def classify(error: BaseException) -> tuple[EndState, str]:
     if "can't allocate memory" in whole or "cannot allocate memory" in whole:
         return "oom_host", text
     if error.__cause__ is not None:
-        state, reason = classify(error.__cause__)
+        state, reason = classify(error.__cause__, is_set_up=is_set_up)
         if state != "crash":
             return state, reason
     return "crash", f"{type(error).__name__}: {text}" if text else type(error).__name__

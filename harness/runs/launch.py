@@ -31,7 +31,9 @@ from pydantic import TypeAdapter, ValidationError
 import harness
 from engines.base import StepStats
 from engines.errors import UserError
+from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
+from harness.records.shared import paths_of, without_paths
 from harness.runs.emulate import Held
 from harness.runs.end_states import REASON_LENGTH
 from harness.runs.measure import RunRecording
@@ -119,6 +121,7 @@ def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_e
     try:
         write_whole(work / REQUEST, to_json(request))
         outcome = _run_child(request, work, device, on_event)
+        _clean_log(work / "log", request.job)
         _keep(work / "log", out / "logs" / f"{request.id}.log", wanted=outcome.end_state != "ok")
         trace_file = f"traces/{request.id}.json"
         kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
@@ -397,6 +400,13 @@ def _child_environment(at_most: int | None = None) -> dict[str, str]:
         before = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = str(root) if not before else f"{root}{os.pathsep}{before}"
     return environment
+
+
+def _clean_log(log: Path, job: Job) -> None:
+    """Names for paths in a log, which is looked at elsewhere too. Only a help, as `_keep` is."""
+    with contextlib.suppress(OSError):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        log.write_text(without_paths(text, *paths_of(job)), encoding="utf-8")
 
 
 def _keep(file: Path, kept: Path, *, wanted: bool) -> bool:

@@ -17,6 +17,7 @@ from engines.files.writing import is_leftover
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
+from harness.records.shared import shared_plan
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
 from harness.runs.launch import WORK
@@ -93,7 +94,8 @@ def write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
         save_job(job, out / "job.toml")
     engines = {plan.engine for plan in plans}
     others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
-    save_plans([*others, *plans], out / "plans.json")
+    shown = [shared_plan(plan, keep_settings=True) for plan in (*others, *plans)]
+    save_plans(shown, out / "plans.json")
 
 
 def settle_criteria(criteria: Path | None, out: Path) -> str | None:

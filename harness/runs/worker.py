@@ -118,7 +118,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
         _run(request, recording, events, folder)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
-        state, reason = classify(error)
+        state, reason = classify(error, is_set_up=recording.setup_s is not None)
         if isinstance(error, NonFiniteLoss):
             reason = f"{reason}: {_why_not_finite(request, recording, error)}"
     allocated, reserved = gpu_peaks()

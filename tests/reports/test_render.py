@@ -468,6 +468,7 @@ def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
     root = Path(__file__).parents[2]
     files = [
         root / "harness" / "records" / "stats.py",
+        root / "harness" / "records" / "governance.py",
         root / "harness" / "records" / "run.py",
         root / "profiles" / "machine.py",
         root / "profiles" / "figures.py",
@@ -477,7 +478,7 @@ def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
     for key, text in messages().items():
         # Some keys are put together: a known beginning or end, and a word of a closed list.
         word = key.partition(".")[2]
-        part = re.sub(r"^(key|checkpointing)_|_(axis|measured|unknown)$", "", word)
+        part = re.sub(r"^(key|checkpointing|in|tick|hub)_|_(axis|measured|unknown)$", "", word)
         words = {word, part, part.replace("_", " ")}
         assert any(re.search(rf"(?<![a-z]){re.escape(one)}(?![a-z])", source) for one in words), key
         fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]

@@ -349,6 +349,15 @@ def test_exceptions_become_end_states(error: BaseException, state: str) -> None:
     assert "\n" not in reason
 
 
+def test_what_an_engine_refuses_in_its_set_up_is_not_a_crash() -> None:
+    refusal = UserError("model 'x'", "ties its blocks", "use another method")
+    wrapped = RuntimeError("the loading thread failed")
+    wrapped.__cause__ = refusal
+    for error in (refusal, wrapped):
+        assert classify(error, is_set_up=False) == ("not_available", str(refusal))
+    assert classify(RuntimeError("no"), is_set_up=False) == ("crash", "RuntimeError: no")
+
+
 def test_an_error_of_a_thread_is_judged_by_its_cause() -> None:
     error = RuntimeError("the update thread failed")
     error.__cause__ = MemoryError("no room")

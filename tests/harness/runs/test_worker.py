@@ -11,7 +11,7 @@ import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 from engines.base import Context
-from engines.errors import NonFiniteLoss
+from engines.errors import NonFiniteLoss, UserError
 from engines.methods.scripted import Scripted
 from harness.runs import worker
 from harness.runs.worker import TRACE, Request, Result
@@ -120,3 +120,29 @@ def test_engines_are_told_to_trace_only_when_asked(tmp_path: Path, monkeypatch: 
         request = Request(id="r", job=scripted_job(), shape=SHAPE, plan=scripted_plan(), trace=trace)
         worker.execute(request, io.StringIO(), tmp_path)
     assert told == [True, False]
+
+
+class Refusing(Scripted):
+    """Refuses the model when it sees it, as methods do that take decoders only."""
+
+    def setup(self, blueprint: Any) -> None:
+        raise UserError("model 'bert'", "is an encoder, which this method does not take", "use native")
+
+
+class RefusingLate(Scripted):
+    def step(self, batches: Any) -> Any:
+        raise UserError("the spill file", "cannot be read", "free space")
+
+
+@pytest.mark.parametrize(("engine", "state"), [(Refusing, "not_available"), (RefusingLate, "crash")])
+def test_a_refusal_in_the_set_up_is_not_available_with_its_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: type[Scripted],
+    state: str,
+) -> None:
+    result, _ = execute(engine, tmp_path, monkeypatch)
+    assert (result.end_state, result.samples) == (state, ())
+    assert result.end_reason is not None
+    assert result.end_reason.startswith(("model 'bert': is an encoder", "the spill file: cannot be read"))

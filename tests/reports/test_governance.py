@@ -1,0 +1,75 @@
+"""The checklist of security and data governance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripted_runs import scripted_job, scripted_plan
+
+from harness.records.governance import Governance, Place
+from harness.records.job import DataSource, ModelSource
+from harness.runs.governance_facts import governance_facts
+from reports.governance import TO_TICK, governance_lines
+from reports.render import write_report
+from run_records import make_run, write_folder
+
+SEEN = Governance(
+    places=(
+        Place(what="weights", where="user", name="my|model", mode="0755"),
+        Place(what="data", where="program"),
+    ),
+    swap_bytes=2**30,
+    core_dumps=False,
+    hub="may be asked",
+    sent="names of files on the hub",
+)
+
+
+def test_what_was_seen_is_filled_in_and_the_rest_is_to_tick(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sweep", [replace(make_run(), governance=SEEN)])
+    write_report(folder)
+    markdown, html = ((folder / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert "named: my\\|model (mode 0755: more than its owner may read it)" in markdown
+    assert markdown.count("- [x] ") == 6
+    assert markdown.count("- [ ] ") == len(TO_TICK) == html.count("&#9744;")
+    lines = json.loads((folder / "verdict.json").read_text())["governance"]
+    assert [line["seen"] for line in lines] == [True] * 6 + [False] * len(TO_TICK)
+
+
+def test_where_runs_differ_each_fact_is_told() -> None:
+    other = replace(SEEN, swap_bytes=0)
+    runs = [replace(make_run(round=i), governance=each) for i, each in enumerate((SEEN, other, SEEN), 1)]
+    (swap,) = (line for line in governance_lines(runs) if line.about == "Swap")
+    assert swap.text.startswith("on, ")
+    assert swap.text.endswith("; none")
+
+
+def test_records_of_before_have_no_checklist(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sweep", [make_run()])
+    write_report(folder)
+    assert "governance" not in (folder / "verdict.json").read_text()
+    assert "governance" not in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("offline", "hub", "sent"), [
+    ("1", "offline", "nothing"), ("", "may be asked", "names of files on the hub"),
+])  # fmt: skip
+def test_a_model_of_the_hub_may_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: str, hub: str, sent: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    tmp_path.chmod(0o750)
+    job = replace(
+        scripted_job(), model=ModelSource(name="nobody/nothing"), data=DataSource(train=str(tmp_path))
+    )
+    facts = governance_facts(job, scripted_plan(), tmp_path, "runs")
+    assert (facts.hub, facts.sent) == (hub, sent)
+    weights, data, records, _ = facts.places
+    assert (weights.where, weights.mode) == ("hub", None)
+    assert (data.where, data.name, data.mode, records.mode) == ("user", tmp_path.name, "0750", "0750")
+    drawn = replace(job, model=ModelSource(name="opt-125m", random_weights=True), data=DataSource())
+    assert governance_facts(drawn, scripted_plan(), tmp_path, "runs").hub == "not needed"
