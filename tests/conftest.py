@@ -36,8 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu"):
             # In one process, one after the other: they measure the GPU's memory.
             item.add_marker(pytest.mark.xdist_group("gpu"))
-    if "families" not in config.option.markexpr:
-        items[:] = [item for item in items if not item.get_closest_marker("families")]
+    for marker in ("families", "kills"):
+        if marker not in config.option.markexpr:
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -39,7 +39,7 @@ def test_a_kill_at_some_calls() -> None:
         assert told["tried"] >= told["calls"] // STRIDE > 0
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.timeout(1800)
 def test_a_kill_at_every_call() -> None:
     for told in killed(first=0, stride=1):

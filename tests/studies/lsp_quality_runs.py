@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trained_models import sizes_of
 
 from engines import load_engine
 from engines.base import Batch, Context, StepStats
@@ -97,7 +98,8 @@ class Start:
 
     def __init__(self, reference: nn.Module) -> None:
         self._weights = {name: parameter.detach() for name, parameter in reference.named_parameters()}
-        self.shape: Any = None  # of no interest to `native` and `lsp`
+        self.shape = sizes_of(reference)
+        self.sample: Any = None
         buffers = {name: buffer.clone() for name, buffer in reference.named_buffers()}
         self.model: Any = copy.deepcopy(reference).to("meta")
         for name, buffer in buffers.items():

@@ -17,6 +17,18 @@ HELD_OUT = 16
 """Batches that the loss is taken on."""
 
 
+def sizes_of(reference: nn.Module) -> Any:
+    """What the trial of a model at set-up asks of its shape."""
+    config: Any = reference.config
+    head = "causal_lm" if "CausalLM" in type(reference).__name__ else "classification"
+    return SimpleNamespace(
+        hidden=config.hidden_size,
+        max_seq_len=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        head=head,
+    )
+
+
 @dataclass
 class Trained:
     """A blueprint of a model whose weights are there. See `engines.base.Blueprint`."""
@@ -33,14 +45,7 @@ class Trained:
         for name, buffer in reference.named_buffers():
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._buffers[leaf] = buffer.clone()
-        config: Any = reference.config
-        shape = SimpleNamespace(
-            hidden=config.hidden_size,
-            max_seq_len=config.max_position_embeddings,
-            vocabulary=config.vocab_size,
-            head="causal_lm",
-        )
-        return Trained(reference, model, shape)
+        return Trained(reference, model, sizes_of(reference))
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self.reference.get_parameter(name))
