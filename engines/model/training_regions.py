@@ -17,10 +17,12 @@ own forward and backward pass.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from shutil import which
 from typing import Any, Literal
 
 import torch
@@ -96,6 +98,10 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:
 
 def why_not_compiled(device: torch.device) -> str | None:
     """Why nothing can be compiled for `device` here; `None` if it can."""
-    if device.type == "cuda" and find_spec("triton") is None:
+    if device.type != "cuda":
+        return None
+    if find_spec("triton") is None:
         return "Triton is not installed, which torch.compile needs on a GPU"
+    if not any(which(each) for each in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        return "there is no C compiler, which Triton needs"
     return None
