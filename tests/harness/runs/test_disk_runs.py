@@ -136,7 +136,7 @@ def test_a_disk_that_is_too_small_is_an_end_state(tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     outcome = start(in_the_way, tmp_path / "out")
-    assert outcome.end_state == "crash"
+    assert outcome.end_state == "not_available"
     assert "cannot be used" in str(outcome.end_reason)
     assert "--set zo2.disk_folder=FOLDER" in str(outcome.end_reason)
     assert outcome.samples == ()

@@ -163,7 +163,7 @@ def test_compare_emulates_and_records_asked_and_measured_rates(
     assert zo2.summary.step_s_median is not None
     assert zo2.summary.h2d_bytes is not None
     assert zo2.summary.step_s_median >= zo2.summary.h2d_bytes / 2e8
-    assert f"--emulate {profile}" in zo2.plan.verify_command
+    assert f"--emulate {profile.name}" in zo2.plan.verify_command
     assert runs["torchao-offload"].emulation is not None
     assert runs["torchao-offload"].emulation.link == "not emulated"
     assert json.loads((out / "machine.json").read_text())["name"] == "Small GPU, Small CPU"
