@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Literal
 
 Overlap = Literal[
     "serial", "optimizer_after_backward", "streamed", "layerwise", "blockwise", "blockwise_after_norm"

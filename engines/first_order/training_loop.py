@@ -33,7 +33,7 @@ from engines.model.attention_masks import has_padding
 from engines.model.blocks import find_blocks, to_device
 from engines.model.evaluation import evaluate_on_device
 from engines.model.randomness import draws_random_numbers
-from engines.model.training_regions import TrainingRegions, why_not_compiled
+from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.first_order import AdamWSettings, BlockPassSettings
 
 
@@ -88,7 +88,7 @@ class TrainingLoop:
         if settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
             return False
-        return self.device.type == "cuda" if settings.compile == "auto" else settings.compile
+        return compiles(settings.compile, self.device)
 
     def _install(self, settings: BlockPassSettings, *, compiled: bool) -> None:
         self._is_compiled = False

@@ -51,6 +51,7 @@ def of(engine: str, shape: ModelShape, machine: Machine, workload: Workload, **v
     [
         (("native", EAGER), DEEPSEEK_1B, 0.178),
         (("native", EAGER), DEEPSEEK_7B, 0.495),
+        # Of the engine's own loop, no records yet: the last section of engines/EXPERIMENTS.md.
         (("native", {}), DEEPSEEK_1B, 0.081),
         (("native", {}), DEEPSEEK_7B, 0.381),
         (("native", {"checkpointed_blocks": 0}), DEEPSEEK_1B, 0.066),
