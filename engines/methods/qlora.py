@@ -66,7 +66,8 @@ class Qlora:
         model: Any = blueprint.model
         for name in linear:
             self._quantize(blueprint, name, dtype)
-        model = materialize(blueprint, self.loop.device, dtype)
+        placed = {f"{name}.weight" for name in linear}
+        model = materialize(blueprint, self.loop.device, dtype, placed=placed)
         model.is_loaded_in_4bit = True  # PEFT looks here for how to wrap
         add_adapters(model, self.settings, layers, self.context.seed)
         if self.context.workload.dtype != "fp32":

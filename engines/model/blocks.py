@@ -6,7 +6,7 @@ No model code is copied: blocks are found on the model, and its own forward does
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,14 +91,24 @@ def no_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = before
 
 
-def materialize(blueprint: Blueprint, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The blueprint's model with every weight on `device`; a tied tensor stays one tensor. What is no longer
-    on the meta device was put there by the caller, and stays."""
+def materialize(
+    blueprint: Blueprint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    placed: Collection[str] = (),
+) -> nn.Module:
+    """The blueprint's model with every weight on `device`; a tied tensor stays one tensor. Those of `placed`,
+    by name, the caller has put there, and they stay.
+
+    HAZARD: a parameter that is not on the meta device is no sign of that: some families make theirs there
+    whatever they are built on, with values of no meaning.
+    """
     model = blueprint.model
     made: dict[int, nn.Parameter] = {}
     places = list(model.named_parameters(remove_duplicate=False))
     for name, old in places:
-        if not old.is_meta:
+        if name in placed:
             continue
         if id(old) not in made:
             out = torch.empty(old.shape, device=device, dtype=dtype)

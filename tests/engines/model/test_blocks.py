@@ -188,3 +188,21 @@ def test_evaluation_restores_the_training_mode() -> None:
         int((batch.inputs["labels"][:, 1:] != -100).sum()) for batch in batches
     )
     assert isinstance(batches[0], Batch)
+
+
+def test_a_parameter_that_a_family_makes_off_the_meta_device_is_filled_too() -> None:
+    """DiffLlama and XLNet make some there whatever they are built on: those kept what memory held."""
+    blueprint = tiny_blueprint("llama")
+    name = "model.norm.weight"
+    wrong = torch.full_like(blueprint.reference.get_parameter(name), 7.0)
+    blueprint.model.model.norm.weight = torch.nn.Parameter(wrong)
+    model = materialize(blueprint, "cpu", torch.float32)
+    assert torch.equal(model.get_parameter(name), blueprint.reference.get_parameter(name))
+
+
+def test_what_the_caller_has_placed_stays() -> None:
+    blueprint = tiny_blueprint("llama")
+    own = torch.nn.Parameter(torch.full_like(blueprint.reference.get_parameter("model.norm.weight"), 7.0))
+    blueprint.model.model.norm.weight = own
+    model = materialize(blueprint, "cpu", torch.float32, placed={"model.norm.weight"})
+    assert model.get_parameter("model.norm.weight") is own
