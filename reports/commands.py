@@ -12,6 +12,7 @@ from engines.files.reading import exists, is_folder
 from harness.cli.options import CriteriaFlag, FailOn, Json
 from profiles.documents import to_json, write_whole
 from reports.criteria import init_text
+from reports.criteria_templates import Purpose
 from reports.decide import exit_code, parse_fail_on
 from reports.index import write_index
 from reports.load import Broken
@@ -56,13 +57,17 @@ def report(
 @criteria_app.command("init")
 def criteria_init(
     path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
+    purpose: Annotated[
+        Purpose,
+        typer.Option("--for", help="What decides: memory, a deadline, quality or cost; any: a little of each."),
+    ] = "any",
 ) -> None:
     """Write a criteria file to edit before the first measurement."""
     if exists(path):
         raise UserError(str(path), "exists already", "name another path, or delete it first")
     if not is_folder(path.parent):
         raise UserError(str(path), f"there is no folder {path.parent}", "make it, or name another path")
-    write_whole(path, init_text())
+    write_whole(path, init_text(purpose))
     typer.echo(str(path))
 
 

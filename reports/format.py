@@ -76,11 +76,17 @@ def metric_value(metric: Metric, value: float | None) -> str:
             return format_seconds(value)
         case "step_time_ratio" | "prediction_factor":
             return times(value)
+        case "job_hours":
+            return format_seconds(value * 3600)
+        case "job_cost":
+            return digits(value)
+        case "heldout_ratio":
+            return f"{value:.3f}x"
         case "tokens_per_s":
             return f"{digits(value)} /s"
         case "gpu_memory_gib" | "host_memory_gib":
             return format_bytes(value * GIB)
-        case "loss_change":
+        case "loss_change" | "heldout_change":
             return f"{value:+.4f}" if value else "0"
 
 

@@ -24,6 +24,7 @@ from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
 from reports.format import loss, model_title, percent
 from reports.governance import governance_lines
+from reports.judging.untried import untried_of
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import (
@@ -60,7 +61,7 @@ def write_report(
 
 def judge(loaded: Loaded, criteria: Criteria | None) -> Verdict:
     """The verdict on a folder, with warnings where its files cannot be read or do not hold together."""
-    verdict = decide(loaded.runs, criteria or default_criteria(), loaded.machine)
+    verdict = decide(loaded.runs, criteria or default_criteria(), loaded.machine, untried_of(loaded))
     unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
     unsound = about_integrity(loaded.findings, loaded.runs)
     return replace(

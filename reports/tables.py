@@ -13,8 +13,9 @@ from harness.records.run import Run
 from harness.records.stats import Rounds, ratio
 from profiles.planning.plan import Prediction
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports.decide import JudgedCriterion, Verdict
+from reports.decide import JudgedCriterion, Verdict, asked
 from reports.format import JOULES, NUMBER, TIMES, Table, counted, loss, metric_value, span, times
+from reports.judging import stated
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import (
@@ -52,19 +53,20 @@ def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
     if engine is None or not all_.of(engine).ok:
         return ()
     rounds = all_.of(engine)
-    expected = predicted(rounds)
     native = find("step_time_ratio", engine, all_)
     gpu_limit = gpu_limit_bytes(rounds.ok[0], all_.machine)
-    predicted_s = format_seconds(expected.step_s) if expected and expected.step_s else None
+    time = stated.step_s(engine, all_)
     return (
         Tile(
             label=say("tile.step"),
-            value=format_seconds(rounds.step_s.median if rounds.step_s else None),
-            detail=say("tile.predicted", value=predicted_s) if predicted_s else say("tile.not_predicted"),
+            value=format_seconds(time.value),
+            detail=say(f"tile.{time.origin}", range=stated.range_text(time) or format_seconds(time.value)),
         ),
         Tile(
             label=say("tile.ratio"),
-            value=times(native.value) if native.value is not None else say("tile.no_ratio"),
+            value=times(native.value)
+            if native.value is not None and native.applies
+            else say("tile.no_ratio"),
             detail=native.note or _beside(engine, all_),
         ),
         Tile(
@@ -115,7 +117,7 @@ def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...
     )
     return (
         what,
-        f"{row.comparison} {metric_value(row.metric, row.threshold)}",
+        asked(row),
         measured,
         expected,
         say(f"outcome.{row.outcome.replace(' ', '_')}"),

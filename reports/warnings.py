@@ -37,6 +37,7 @@ def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements)
     """The warnings that apply, the weightiest first. `all_` holds `runs` by their methods."""
     texts = (
         _about_criteria(runs, criteria),
+        _about_offload(criteria),
         _about_failures(all_),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
         _if_any(runs, lambda run: run.engine == YARDSTICK and _is_ok(run) and _had_gpu(run), "native_fits"),
@@ -82,9 +83,19 @@ def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | Non
         return say("warning.criteria_after_measurement", count=other, total=len(stamps))
     if missing:
         return say("warning.no_criteria_stamped", count=missing, total=len(stamps))
-    if criteria.sha256 == default_criteria().sha256:
+    if _thresholds(criteria) == _thresholds(default_criteria()):
         return say("warning.chosen_by_nobody")
     return None
+
+
+def _thresholds(criteria: Criteria) -> set[tuple[object, ...]]:
+    """What is asked, whatever file it stands in."""
+    return {(one.metric, one.comparison, one.threshold, one.level) for one in criteria.criteria}
+
+
+def _about_offload(criteria: Criteria | None) -> str | None:
+    asks = criteria is not None and criteria.spoke_of_offload
+    return say("warning.read_as_any") if asks else None
 
 
 def _about_failures(all_: Measurements) -> str | None:

@@ -1,0 +1,66 @@
+"""The language that a person reads, and catalogues of sentences. Records and JSON are English always."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.resources import files
+from typing import Literal, get_args
+
+Language = Literal["en", "ja"]
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+
+_spoken: ContextVar[Language] = ContextVar("language", default="en")
+
+
+def spoken() -> Language:
+    """The language that sentences are made in here; English unless `speaking` says otherwise."""
+    return _spoken.get()
+
+
+@contextmanager
+def speaking(language: Language) -> Iterator[None]:
+    """Sentences are made in `language` inside."""
+    token = _spoken.set(language)
+    try:
+        yield
+    finally:
+        _spoken.reset(token)
+
+
+@cache
+def catalogue(package: str, language: Language) -> dict[str, str]:
+    """Key -> text of `package`'s `text/<language>.toml`, with `{names}` to fill in. Keys are dotted:
+    `verdict.go`."""
+    content = files(package).joinpath("text", f"{language}.toml").read_text(encoding="utf-8")
+    return {
+        f"{section}.{key}": text
+        for section, entries in tomllib.loads(content).items()
+        for key, text in entries.items()
+    }
+
+
+_QUANTITY = re.compile(r"([+-]?[\d.,]+(?:e[+-]?\d+)?) (s|min|h|us)", re.ASCII)
+_TIMES = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒"}
+_RATIO = re.compile(r"([\d.,]+)x", re.ASCII)
+_DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)((?: \d\d:\d\d UTC)?)", re.ASCII)
+_WORDS = {"not measured": "未測定"}
+
+
+def quantity(text: str) -> str:
+    """`text`, if it is a number with its unit, a date or 'not measured', as the language writes it."""
+    if spoken() == "en":
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if found := _QUANTITY.fullmatch(text):
+        return f"{found[1]} {_TIMES[found[2]]}"
+    if found := _RATIO.fullmatch(text):
+        return f"{found[1]} 倍"
+    if found := _DAY.fullmatch(text):
+        return f"{found[1]}年{int(found[2])}月{int(found[3])}日{found[4]}"
+    return text
