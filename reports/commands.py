@@ -59,7 +59,7 @@ def criteria_init(
     path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
     purpose: Annotated[
         Purpose,
-        typer.Option("--for", help="What decides: memory, a deadline, quality or cost; any: a little of each."),
+        typer.Option("--for", help="What decides: memory, deadline, quality or cost; any: some of each."),
     ] = "any",
 ) -> None:
     """Write a criteria file to edit before the first measurement."""
