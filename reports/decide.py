@@ -33,8 +33,9 @@ from reports.criteria import (
 )
 from reports.format import metric_value, times
 from reports.governance import GovernanceLine
+from reports.judging.quality import learned
 from reports.judging.ranking import Standing, State, beaten_by, ordered
-from reports.judging.stated import gpu_bytes, host_bytes, job_s, memory_text, step_s, time_text
+from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text
 from reports.judging.untried import Untried, what_to_run
 from reports.messages import say
 from reports.metrics import Measurements, find, group
@@ -277,9 +278,9 @@ def _answer(engine: str, all_: Measurements) -> str:
     time = step_s(engine, all_)
     if time.value is None:
         return ""
-    memory = gpu_bytes(engine, all_)
+    memory = gpu_peak(engine, all_)
     kind = "gpu_memory" if memory.value is not None else "host_memory"
-    taken = memory if memory.value is not None else host_bytes(engine, all_)
+    taken = memory if memory.value is not None else host_peak(engine, all_)
     if all_.steps is None:
         takes = say("verdict.per_step", time=time_text(time))
     else:
@@ -287,6 +288,7 @@ def _answer(engine: str, all_: Measurements) -> str:
     return say(
         "verdict.answer",
         takes=takes,
+        quality=_quality(engine, all_),
         memory=say(f"verdict.{kind}", memory=memory_text(taken)),
         beside=_beside_native(engine, all_),
     )
@@ -301,8 +303,14 @@ def _beside_native(engine: str, all_: Measurements) -> str:
         if ratio.applies:
             return ""
         return say("verdict.native_does_not_fit", why=ratio.note or "")
-    native = gpu_bytes(YARDSTICK, all_)
-    memory = native if native.value is not None else host_bytes(YARDSTICK, all_)
+    native = gpu_peak(YARDSTICK, all_)
+    memory = native if native.value is not None else host_peak(YARDSTICK, all_)
+    values = {"memory": memory_text(memory), "quality": _quality(YARDSTICK, all_)}
     if not ratio.applies:
-        return say("verdict.native_memory", memory=memory_text(memory))
-    return say("verdict.beside_native", ratio=times(ratio.value), memory=memory_text(memory))
+        return say("verdict.native_memory", **values)
+    return say("verdict.beside_native", ratio=times(ratio.value), **values)
+
+
+def _quality(engine: str, all_: Measurements) -> str:
+    found = learned(engine, all_)
+    return say(f"verdict.{found.kind}", value=found.after) if found else ""

@@ -12,10 +12,9 @@ from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.run import Run
 from harness.records.stats import Rounds, ratio
 from profiles.planning.plan import Prediction
-from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import JudgedCriterion, Verdict, asked
 from reports.format import JOULES, NUMBER, TIMES, Table, counted, loss, metric_value, span, times
-from reports.judging import stated
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import (
@@ -25,65 +24,12 @@ from reports.metrics import (
     ends,
     faster_or_slower,
     find,
-    gpu_limit_bytes,
-    gpu_taken_bytes,
-    held_gpu_bytes,
-    held_host_bytes,
-    host_limit_bytes,
     largest,
     over_steps,
     predicted,
     reserves_known,
     typical,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """One key figure."""
-
-    label: str
-    value: str
-    detail: str
-
-
-def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
-    """The four figures a decision is made of, for the method that the verdict is about."""
-    engine = verdict.method
-    if engine is None or not all_.of(engine).ok:
-        return ()
-    rounds = all_.of(engine)
-    native = find("step_time_ratio", engine, all_)
-    gpu_limit = gpu_limit_bytes(rounds.ok[0], all_.machine)
-    time = stated.step_s(engine, all_)
-    return (
-        Tile(
-            label=say("tile.step"),
-            value=format_seconds(time.value),
-            detail=say(f"tile.{time.origin}", range=stated.range_text(time) or format_seconds(time.value)),
-        ),
-        Tile(
-            label=say("tile.ratio"),
-            value=times(native.value)
-            if native.value is not None and native.applies
-            else say("tile.no_ratio"),
-            detail=native.note or _beside(engine, all_),
-        ),
-        Tile(
-            label=say("tile.gpu"),
-            value=format_bytes(largest(rounds, gpu_taken_bytes)),
-            detail=_of(gpu_limit, held_gpu_bytes(rounds.ok[0])) if gpu_limit else say("note.no_gpu"),
-        ),
-        Tile(
-            label=say("tile.host"),
-            value=format_bytes(largest(rounds, lambda run: run.summary.peak_host_bytes)),
-            detail=_of(host_limit_bytes(rounds.ok[0]), held_host_bytes(rounds.ok[0])),
-        ),
-    )
-
-
-def _of(limit_bytes: int, held_bytes: int | None) -> str:
-    return say("tile.of" if held_bytes is None else "tile.held", whole=format_bytes(limit_bytes))
 
 
 def criteria_cells(
@@ -123,6 +69,18 @@ def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...
         say(f"outcome.{row.outcome.replace(' ', '_')}"),
         ", ".join(row.evidence) or say("tile.none"),
     )
+
+
+WHY: tuple[Column[JudgedCriterion], ...] = (
+    Column("criterion", lambda row: row.id),
+    Column("why", lambda row: row.why),
+    Column("evidence", lambda row: ", ".join(row.evidence) or say("tile.none")),
+)
+
+
+def why_table(verdict: Verdict) -> Table | None:
+    """Why each criterion is asked, and the runs that it was judged on."""
+    return Table.of(WHY, verdict.rows) if verdict.rows else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +178,7 @@ def _typical(value: Callable[[Run], float | None]) -> Callable[[MethodRow], Cell
 
 MEMORY: tuple[Column[MethodRow], ...] = (
     Column("method", lambda one: one.engine),
-    Column("fits", lambda one: _fits(one.rounds)),
+    Column("fits", lambda one: fits(one.rounds)),
     Column("allocated", _largest(lambda run: run.summary.peak_gpu_allocated_bytes), BYTES),
     Column("reserved", _largest(lambda run: run.summary.peak_gpu_reserved_bytes), BYTES),
     Column("nvml", _largest(lambda run: run.summary.peak_gpu_nvml_bytes), BYTES),
@@ -369,7 +327,7 @@ def _percent_fine(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{100 * value:.1f} %"
 
 
-def _fits(rounds: Rounds) -> str:
+def fits(rounds: Rounds) -> str:
     concluded = {run.end_state for run in rounds.runs} - NOTHING_LEARNED
     if rounds.ok:
         return say("fits.yes" if not concluded & DOES_NOT_FIT else "fits.sometimes")

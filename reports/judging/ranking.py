@@ -13,7 +13,7 @@ from typing import Literal
 
 from engines import ENGINES, entry, trains_everything
 from harness.records.stats import over_runs
-from reports.judging.stated import gpu_bytes, host_bytes, step_s
+from reports.judging.stated import gpu_peak, host_peak, step_s
 from reports.metrics import Measurements, faster_or_slower, heldout_loss, is_emulated
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
@@ -34,8 +34,10 @@ class Standing:
 
 
 def quality(engine: str, all_: Measurements) -> float | None:
-    """Held-out loss after the last step, median over the runs; smaller is better."""
-    found = over_runs(all_.of(engine).ok, heldout_loss)
+    """Held-out loss after the last step, median over the runs; smaller is better. Random weights tell nothing
+    of the real model's."""
+    real = [run for run in all_.of(engine).ok if not run.model.random_weights]
+    found = over_runs(real, heldout_loss)
     return found.median if found else None
 
 
@@ -60,7 +62,7 @@ def _faster(one: str, other: str, all_: Measurements) -> bool:
 
 def _smaller(one: str, other: str, all_: Measurements) -> bool:
     """Less GPU memory; less host memory where neither has a GPU's."""
-    for peak in (gpu_bytes, host_bytes):
+    for peak in (gpu_peak, host_peak):
         mine, others = peak(one, all_).value, peak(other, all_).value
         if mine is not None and others is not None:
             return mine < others
@@ -98,7 +100,7 @@ def ordered(standings: Sequence[Standing], all_: Measurements) -> list[Standing]
 
     def by_time(each: Standing) -> tuple[float, float, int]:
         seconds = step_s(each.engine, all_).value
-        memory = gpu_bytes(each.engine, all_).value or host_bytes(each.engine, all_).value
+        memory = gpu_peak(each.engine, all_).value or host_peak(each.engine, all_).value
         infinite = float("inf")
         return (
             infinite if seconds is None else seconds,

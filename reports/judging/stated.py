@@ -59,12 +59,12 @@ def job_s(engine: str, all_: Measurements, steps: float) -> Stated:
     return Stated(value=whole(step.value), low=whole(step.low), high=whole(step.high), origin=step.origin)
 
 
-def gpu_bytes(engine: str, all_: Measurements) -> Stated:
+def gpu_peak(engine: str, all_: Measurements) -> Stated:
     """Peak GPU memory that the method held; without a GPU unknown."""
     return _peak(largest(all_.of(engine), gpu_taken_bytes))
 
 
-def host_bytes(engine: str, all_: Measurements) -> Stated:
+def host_peak(engine: str, all_: Measurements) -> Stated:
     """Peak host memory of the process."""
 
     def peak(run: Run) -> float | None:

@@ -67,6 +67,13 @@ def _plan(engine: str, job: Job, machine: Machine | None) -> Plan | None:
 
 
 _OF_TIME: tuple[Metric, ...] = ("step_s", "tokens_per_s", "job_hours", "job_cost")
+
+
+def to_try(engine: str) -> str:
+    """The command that runs `engine` beside what was run, typed in the folder of the report."""
+    return _more([engine], rounds=3)
+
+
 _NEED_YARDSTICK: tuple[Metric, ...] = ("step_time_ratio", "heldout_ratio")
 _NEED_EVALUATION: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
 ENOUGH_ROUNDS = 5

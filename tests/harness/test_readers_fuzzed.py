@@ -41,7 +41,7 @@ from profiles.machine import load_machine
 from profiles.planning.plan import load_plans
 from reports.criteria import init_text, load_criteria
 from reports.load import load_folder
-from reports.render import judge, render_html, render_markdown
+from reports.render import render_html, render_markdown, written
 from run_records import make_machine, make_sweep
 
 FUZZ = int(os.environ.get("LSPZO_FUZZ", "1"))
@@ -217,9 +217,9 @@ def test_a_report_with_a_record_that_was_tampered_with(
         content = bad.read_bytes()
         try:
             loaded = load_folder(folder)
-            verdict = judge(loaded, None)
-            render_markdown(loaded, verdict)
-            render_html(loaded, verdict)
+            told = written(loaded, None)
+            render_markdown(told)
+            render_html(told)
         except UserError as error:
             if "unlike" not in str(error):  # of another machine or job: refused, by rule
                 raise

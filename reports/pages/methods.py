@@ -1,0 +1,81 @@
+"""All methods in one table: what each trains, whether it fits, how long, how much, how good. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines import entry
+from harness.records.columns import BYTES, CellValue, Column, Unit, where_known
+from harness.records.stats import Rounds
+from profiles.units import format_seconds
+from reports.decide import State, Verdict
+from reports.format import JOULES, NUMBER, Table
+from reports.judging import stated
+from reports.judging.quality import learned
+from reports.messages import say
+from reports.metrics import Measurements, is_emulated, typical
+from reports.tables import fits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodInShort:
+    engine: str
+    state: State | None
+    all_: Measurements
+
+    @property
+    def rounds(self) -> Rounds:
+        return self.all_.of(self.engine)
+
+
+def _time(one: MethodInShort) -> CellValue:
+    """As stated on the first page, and whether it is predicted."""
+    steps = one.all_.steps
+    time = stated.step_s(one.engine, one.all_) if steps is None else stated.job_s(one.engine, one.all_, steps)
+    return None if time.value is None else stated.time_text(time)
+
+
+def _tokens_per_s(one: MethodInShort) -> CellValue:
+    rate = one.rounds.tokens_per_s
+    return None if rate is None or is_emulated(one.rounds) else rate.median
+
+
+def _quality(kind: str) -> Column[MethodInShort]:
+    def of(one: MethodInShort) -> CellValue:
+        found = learned(one.engine, one.all_, of_random_weights=True)
+        if found is None or found.kind != kind:
+            return None
+        return say("table.first_to_last", first=found.before, last=found.after)
+
+    return Column(kind, of, shown=where_known(of))
+
+
+def _state(one: MethodInShort) -> CellValue:
+    if one.state is None:
+        return None
+    return say(f"state.{one.state.lower().replace(' ', '_').replace('-', '_')}")
+
+
+SHORT: tuple[Column[MethodInShort], ...] = (
+    Column("method", lambda one: one.engine),
+    Column("verdict", _state),
+    Column("trains", lambda one: entry(one.engine).trains),
+    Column("fits", lambda one: fits(one.rounds)),
+    Column("job_time", _time, Unit(show=format_seconds), shown=lambda rows: rows[0].all_.steps is not None),
+    Column("step_stated", _time, Unit(show=format_seconds), shown=lambda rows: rows[0].all_.steps is None),
+    Column("tokens", _tokens_per_s, NUMBER),
+    Column("gpu_peak", lambda one: stated.gpu_peak(one.engine, one.all_).value, BYTES),
+    Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
+    _quality("accuracy"),
+    _quality("heldout_loss"),
+    Column("energy", lambda one: typical(one.rounds, lambda run: run.summary.energy_j), JOULES),
+    Column("source", lambda one: entry(one.engine).source),
+)
+
+
+def methods_table(verdict: Verdict, all_: Measurements) -> Table:
+    """The best first, by the verdict; methods that were planned and not run are not here."""
+    states = {one.engine: one.state for one in verdict.methods}
+    engines = [*states, *(engine for engine in all_.engines if engine not in states)]
+    rows = [MethodInShort(engine=engine, state=states.get(engine), all_=all_) for engine in engines]
+    return Table.of(SHORT, rows, say("tablenote.methods"))
