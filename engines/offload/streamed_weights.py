@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engines.base import Blueprint
-from engines.costs.exact_offload import WEIGHT_SLOTS
+from engines.costs.lsp import WEIGHT_SLOTS
 from engines.model.blocks import find_blocks
 from engines.model.flat_layout import BlockLayout
 from engines.offload.block_slots import BlockSlots
@@ -47,6 +48,7 @@ class StreamedWeights:
         """(elements,): where the block is whenever it is on the GPU."""
         return self.slots.memory(self._places[block])
 
+    @torch.no_grad()
     def fill(self, block: int, blueprint: Blueprint) -> dict[str, Tensor]:
         """Write a block's weights to the host; by name, where they are on the GPU from now on."""
         memory = self.memory(block)

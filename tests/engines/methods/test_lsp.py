@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engines.base import Batch, Context, StepStats
-from engines.costs.lsp import CORE_SLOTS
+from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.pipeline import PieceUpdate, StepShare, UpdatePipeline
@@ -242,6 +242,60 @@ class TestTwin:
             expected = train(twin, batches, per_step=2)
         with running("qwen2", ctx=ctx, schedule_order=order, max_grad_norm=clip) as engine:
             assert_same(train(engine, batches, per_step=2), expected)
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("opt", {}),
+            ("llama", {"max_grad_norm": 0.5}),
+            ("gpt2", {"checkpointed_blocks": 1}),
+            ("roberta", {"train_outer": False, "checkpointed_blocks": 2}),
+        ],
+    )
+    def test_streamed_equals_in_memory(
+        self, family: str, changes: dict[str, Any], both_ways: bool
+    ) -> None:
+        """Three checks, two micro-batches, more blocks than have room on the GPU."""
+        batches, ctx = tiny_batches(34, family), context("bf16", accumulation=2)
+        streamed = {"weights": "streamed", **changes}
+        blueprint = lambda: tiny_blueprint(family, family == "opt", num_blocks=5)  # noqa: E731
+        with running(blueprint(), ctx=ctx, offload=False, **streamed) as twin:
+            expected = train(twin, batches, per_step=2)
+            evaluated = twin.evaluate(batches[:4])
+        with running(blueprint(), ctx=ctx, **streamed) as engine:
+            found = train(engine, batches, per_step=2)
+            assert_same(found, expected)
+            assert engine.evaluate(batches[:4]) == evaluated
+            assert engine.landed_share() is not None
+            assert engine.streamed is not None
+            slots = engine.streamed.weights.slots
+            block, wire = slots.memory(0).nbytes, engine._blocks[0].core.nbytes
+            assert slots.gpu_bytes == 3 * block
+        uploads = sum(streamed_uploads(5))
+        assert uploads == 4
+        usual = found.stats[9]  # moves no moments
+        assert usual.h2d_bytes == uploads * block + 5 * wire
+        assert usual.d2h_bytes == 5 * block + 5 * (wire + 4) + 4 * ("max_grad_norm" in changes)
+
+    def test_streamed_computes_what_resident_does(self) -> None:
+        """Micro-batches in another order; the same in each block, and outside where nothing is tied."""
+        batches, ctx = tiny_batches(12, "llama"), context(accumulation=2)
+        outcomes = []
+        for where in ("resident", "streamed"):
+            with running("llama", ctx=ctx, weights=where) as engine:
+                outcomes.append(train(engine, batches, per_step=2))
+        assert outcomes[1].losses == pytest.approx(outcomes[0].losses, rel=1e-5)
+
+    @pytest.mark.slow
+    # Both from within torch's compiler.
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_streamed_equals_its_twin_compiled(self) -> None:
+        batches, outcomes = tiny_batches(10, "llama"), []
+        for offload in (False, True):
+            with running("llama", compile=True, weights="streamed", offload=offload) as engine:
+                outcomes.append(train(engine, batches))
+        assert_same(*outcomes)
 
     @pytest.mark.parametrize("projector", ["paper", "one_hot"])
     def test_equal_with_other_projectors(self, projector: str, both_ways: bool) -> None:
