@@ -252,9 +252,7 @@ class TestTwin:
             ("roberta", {"train_outer": False, "checkpointed_blocks": 2}),
         ],
     )
-    def test_streamed_equals_in_memory(
-        self, family: str, changes: dict[str, Any], both_ways: bool
-    ) -> None:
+    def test_streamed_equals_in_memory(self, family: str, changes: dict[str, Any], both_ways: bool) -> None:
         """Three checks, two micro-batches, more blocks than have room on the GPU."""
         batches, ctx = tiny_batches(34, family), context("bf16", accumulation=2)
         streamed = {"weights": "streamed", **changes}
