@@ -26,7 +26,7 @@ _KINDS: tuple[tuple[str, Field, Field, Callable[[float | None], str]], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
+class QualityReached:
     """Of one method, on data that was not trained on, medians over its runs."""
 
     kind: str
@@ -38,7 +38,7 @@ class Learned:
     """Native's after its last step; empty where it is not known, or is this one."""
 
 
-def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False) -> Learned | None:
+def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False) -> QualityReached | None:
     """`None` where nothing was evaluated, or on random data alone; and of random weights, which tell nothing
     of the real model, unless that is asked for."""
     rounds, native = all_.of(engine), all_.of(YARDSTICK)
@@ -49,7 +49,7 @@ def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False)
     for kind, first, last, show in _KINDS:
         after, beside = typical(rounds, last), typical(native, last)
         if after is not None:
-            return Learned(
+            return QualityReached(
                 kind=kind,
                 before=show(typical(rounds, first)),
                 after=show(after),
@@ -73,7 +73,7 @@ def is_random(run: Run) -> bool:
     return bool(run.job.get("data", {}).get("train") == "random")
 
 
-def learned_text(found: Learned) -> str:
+def learned_text(found: QualityReached) -> str:
     """`accuracy 81.2 % on held-out data (before: 50.0 %; native: 83.0 %)`."""
     native = say("quality.native", value=found.native) if found.native else ""
     return say(f"quality.{found.kind}", after=found.after, before=found.before, native=native)

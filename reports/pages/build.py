@@ -21,7 +21,7 @@ from reports.pages.document import (
     Bullets,
     Document,
     Facts,
-    Figure,
+    Drawing,
     Lines,
     Paragraph,
     Section,
@@ -93,11 +93,11 @@ def _bullets(items: tuple[str, ...]) -> list[Block]:
     return [Bullets(items=items)] if items else []
 
 
-def _of(charts: dict[str, Figure], *names: str) -> list[Block]:
+def _of(charts: dict[str, Drawing], *names: str) -> list[Block]:
     return [charts[name] for name in names if name in charts]
 
 
-def _methods(verdict: Verdict, all_: Measurements, charts: dict[str, Figure]) -> list[Block]:
+def _methods(verdict: Verdict, all_: Measurements, charts: dict[str, Drawing]) -> list[Block]:
     blocks = _sheets(methods=methods_table(verdict, all_))
     blocks += _of(charts, "step", "gpu", "host")
     blocks += _sheets(speed=tables.speed_table(all_), memory=tables.memory_table(all_))

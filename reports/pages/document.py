@@ -8,7 +8,7 @@ from typing import Literal
 from reports.decide import JudgedCriterion, State
 from reports.format import Table
 
-Fact = tuple[str, str]
+NamedText = tuple[str, str]
 """Name and text."""
 
 
@@ -16,7 +16,7 @@ Fact = tuple[str, str]
 class Facts:
     """Names with texts."""
 
-    items: tuple[Fact, ...]
+    items: tuple[NamedText, ...]
     block: Literal["facts"] = "facts"
 
 
@@ -62,16 +62,16 @@ class Sheet:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
+class Drawing:
     """A chart: its SVG, and what its marks mean."""
 
     title: str
     svg: str
     caption: str
-    block: Literal["figure"] = "figure"
+    block: Literal["drawing"] = "figure"
 
 
-Block = Facts | Paragraph | Bullets | Ticks | Lines | Sheet | Figure
+Block = Facts | Paragraph | Bullets | Ticks | Lines | Sheet | Drawing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,11 +105,11 @@ class FrontPage:
     """The one that would settle what is open; empty: none."""
     tiles: tuple[Tile, ...]
     tiles_title: str
-    parts: tuple[tuple[str, tuple[Fact, ...]], ...]
+    parts: tuple[tuple[str, tuple[NamedText, ...]], ...]
     """Purpose, conditions, effect, cost: title and facts."""
     risks: tuple[str, ...]
     criteria: tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]
-    decision: tuple[Fact, ...]
+    decision: tuple[NamedText, ...]
     """Who decides and when. An empty text is a line to write on."""
 
 

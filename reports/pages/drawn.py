@@ -14,10 +14,10 @@ from reports.breakdown import breakdown
 from reports.format import loss, percent
 from reports.messages import say
 from reports.metrics import Measurements, ends, gpu_limit_bytes, host_limit_bytes, predicted
-from reports.pages.document import Figure
+from reports.pages.document import Drawing
 
 
-def figures(all_: Measurements) -> dict[str, Figure]:
+def figures(all_: Measurements) -> dict[str, Drawing]:
     """Name -> each chart that has something to show."""
     engines = all_.engines
     drawn = {
@@ -28,7 +28,7 @@ def figures(all_: Measurements) -> dict[str, Figure]:
         "loss": _loss_chart(engines, all_),
     }
     return {
-        name: Figure(title=say(f"chart.{name}"), svg=svg, caption=say(f"chart.key_{name}"))
+        name: Drawing(title=say(f"chart.{name}"), svg=svg, caption=say(f"chart.key_{name}"))
         for name, svg in drawn.items()
         if svg is not None
     }

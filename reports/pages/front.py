@@ -20,7 +20,7 @@ from reports.metrics import (
     host_limit_bytes,
     is_emulated,
 )
-from reports.pages.document import Fact, FrontPage, Tile
+from reports.pages.document import NamedText, FrontPage, Tile
 from reports.provenance import setting
 from reports.question import Prices
 from reports.tables import criteria_cells
@@ -34,7 +34,7 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
     engine = verdict.method or (verdict.rows[0].engine if verdict.rows else "")
     question, *conditions = setting(loaded)
     purpose = criteria.question.purpose
-    parts: list[tuple[str, tuple[Fact, ...]]] = [
+    parts: list[tuple[str, tuple[NamedText, ...]]] = [
         (
             say("front.purpose"),
             (*(((say("front.for"), purpose),) if purpose else ()), (question[0], question[1])),
@@ -167,7 +167,7 @@ def money(amount: float, prices: Prices) -> str:
     return say("show.money", amount=digits(amount), currency=prices.currency)
 
 
-def _effect(engine: str, all_: Measurements) -> tuple[Fact, ...]:
+def _effect(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
     rounds = all_.of(engine)
     time = time_of(engine, all_)
     told = stated.time_text(time)
@@ -214,13 +214,13 @@ def _confidence(rounds: Rounds) -> str:
     return say(f"confidence.{key}", runs=runs, range=range_)
 
 
-def _cost(engine: str, all_: Measurements) -> tuple[Fact, ...]:
+def _cost(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
     prices, hours = all_.prices, find("job_hours", engine, all_)
     if prices is None:
         return ((say("front.money"), say("front.no_prices")),)
     if hours.value is None:
         return ((say("front.money"), hours.note or say("show.nothing")),)
-    facts: list[Fact] = []
+    facts: list[NamedText] = []
     own = find("job_cost", engine, all_)
     if own.value is not None:
         facts.append(
