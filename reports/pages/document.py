@@ -68,7 +68,7 @@ class Drawing:
     title: str
     svg: str
     caption: str
-    block: Literal["drawing"] = "figure"
+    block: Literal["drawing"] = "drawing"
 
 
 Block = Facts | Paragraph | Bullets | Ticks | Lines | Sheet | Drawing

@@ -20,7 +20,7 @@ from reports.metrics import (
     host_limit_bytes,
     is_emulated,
 )
-from reports.pages.document import NamedText, FrontPage, Tile
+from reports.pages.document import FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
 from reports.tables import criteria_cells
