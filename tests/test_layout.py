@@ -41,6 +41,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
+        ("recommendation",),
         ("cli",),
         ("__main__",),
     ),
@@ -50,7 +51,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("machine",),
         ("catalog", "figures", "system"),
         ("planning", "display", "probe"),
-        ("doctor",),
+        ("advice", "doctor"),
     ),
     "reports": (
         ("__init__", "messages", "charts"),
@@ -87,8 +88,9 @@ TORCH_FREE = (
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
     "harness.resolve",
-    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.reading",
-    "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
+    "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
+    "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
+    "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
 """Modules and whole folders that import no torch when they are imported, nor transformers."""

@@ -14,7 +14,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     settings: AdamW8bitSettings = given.typed
     if "paged" in given or context.budget.gpu_bytes is None or context.why_missing(settings) is None:
         return Choice(given)
-    if context.why_missing(replace(settings, paged=True)) is not None:
+    if context.missing_bytes(replace(settings, paged=True)) >= context.missing_bytes(settings):
         return Choice(given)
     return Choice(
         given.completed(paged=True), ("paged=true: moments that do not fit move to the host's memory",)

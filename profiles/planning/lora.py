@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from engines.settings.given import GivenSettings
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.recomputation import fewest_recomputed
+
+WAYS_OUT = (
+    SettingChange(values={"r": 4}, quality="adapters of rank 4 learn less; what that costs was not studied"),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
