@@ -16,8 +16,8 @@ from profiles.advice.amount import Amount
 from profiles.advice.calibration import Calibration, calibrated
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
-from profiles.advice.target import Answer, Largest, Target, answers, largest_models
-from profiles.advice.verdict import Verdict, verdict_of
+from profiles.advice.target import TargetAnswer, Largest, Target, answers, largest_models
+from profiles.advice.verdict import PlanVerdict, verdict_of
 from profiles.advice.ways_out import WayOut, way_out
 from profiles.advice.what_if import WhatIf, what_if
 from profiles.catalog import FOLDER, machine_names
@@ -58,11 +58,11 @@ class Recommendation:
     """Of the whole job for each plan that fits, or of one step where `amount` is not known."""
     ways_out: tuple[WayOut, ...]
     """For methods that do not fit."""
-    verdict: Verdict
+    verdict: PlanVerdict
     calibration: Calibration | None = None
     what_if: tuple[WhatIf, ...] = ()
     largest: tuple[Largest, ...] = ()
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[TargetAnswer, ...] = ()
     """Machines of the catalogue against --target."""
     schema_version: int = RECOMMENDATION_VERSION
 

@@ -419,13 +419,14 @@ NAMED = {
     "engines.zeroth_order.checkpoint -> mezo": "the algorithm, in the format of checkpoints",
     **dict.fromkeys(
         (
-            f"engines.{module} -> lora"
+            f"{module} -> lora"
             for module in (
-                "costs.mezo",
-                "model.flat_layout",
-                "settings.zeroth_order",
-                "zeroth_order.checkpoint",
-                "zeroth_order.lora",
+                "engines.costs.mezo",
+                "engines.model.flat_layout",
+                "engines.settings.zeroth_order",
+                "engines.zeroth_order.checkpoint",
+                "engines.zeroth_order.lora",
+                "profiles.planning.mezo",
             )
         ),
         "a value of `train`: the same adapters, learnt without gradients",

@@ -13,7 +13,7 @@ from harness.cli.tables import format_parameters, notes_grid, plain_table
 from harness.recommendation import Recommendation
 from profiles.advice import words
 from profiles.advice.job_time import JobForecast
-from profiles.advice.outlook import Best
+from profiles.advice.outlook import BestMethod
 from profiles.advice.ways_out import WayOut
 from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
@@ -134,7 +134,7 @@ def _way_told(way: WayOut | None) -> str:
     return f"way out: {way.flags}{time}; quality: {way.quality}"
 
 
-def _best_cells(best: Best | None, saved_s: float | None) -> list[str]:
+def _best_cells(best: BestMethod | None, saved_s: float | None) -> list[str]:
     if best is None:
         return ["nothing fits", "-", "-"]
     time = "not predicted" if best.seconds is None else words.duration(best.seconds[1])

@@ -27,16 +27,18 @@ from profiles.advice.money import parse_power, parse_price
 from profiles.advice.target import parse_target
 from profiles.documents import to_json
 
-Examples = Annotated[
+ExamplesFlag = Annotated[
     int | None, typer.Option("--examples", help="Examples in an epoch, for the whole job's hours.")
 ]
-Epochs = Annotated[float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file.")]
-Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted.")]
+EpochsFlag = Annotated[
+    float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file.")
+]
+TokensFlag = Annotated[int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted.")]
 JobSteps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps of the whole job.")]
-Power = Annotated[
+PowerFlag = Annotated[
     str | None, typer.Option("--power", help="What the machine takes under load, such as 450W; gives kWh.")
 ]
-Prices = Annotated[
+PriceFlags = Annotated[
     list[str] | None,
     typer.Option(
         "--price",
@@ -56,12 +58,12 @@ SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schem
 @takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout", *OF_TRAINING))
 def recommend(
     flags: JobFlags,
-    examples: Examples = None,
-    epochs: Epochs = None,
-    tokens: Tokens = None,
+    examples: ExamplesFlag = None,
+    epochs: EpochsFlag = None,
+    tokens: TokensFlag = None,
     steps: JobSteps = None,
-    power: Power = None,
-    price: Prices = None,
+    power: PowerFlag = None,
+    price: PriceFlags = None,
     what_if: WhatIfFlag = False,
     target: TargetFlag = None,
     engines: Engines = None,

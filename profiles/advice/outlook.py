@@ -58,7 +58,7 @@ class JobToPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Best:
+class BestMethod:
     """The method of one kind that ends first."""
 
     engine: str
@@ -71,9 +71,9 @@ class Outlook:
     """Of one machine."""
 
     name: str
-    first: Best | None
+    first: BestMethod | None
     """With gradients; `None`: nothing fits."""
-    zeroth: Best | None
+    zeroth: BestMethod | None
     fits: tuple[str, ...]
     """Methods that fit."""
 
@@ -95,6 +95,6 @@ def outlook(name: str, machine: Machine, job: JobToPlan) -> Outlook:
     )
 
 
-def _best(order: str, forecasts: Mapping[str, JobForecast]) -> Best | None:
+def _best(order: str, forecasts: Mapping[str, JobForecast]) -> BestMethod | None:
     found = ranked([each for engine, each in forecasts.items() if entry(engine).order == order])
-    return Best(engine=found[0].engine, seconds=found[0].band) if found else None
+    return BestMethod(engine=found[0].engine, seconds=found[0].band) if found else None

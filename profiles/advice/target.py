@@ -8,7 +8,7 @@ from typing import Literal
 
 from engines.errors import UserError
 from engines.shapes import ModelShape
-from profiles.advice.outlook import Best, JobToPlan, Outlook, outlook
+from profiles.advice.outlook import BestMethod, JobToPlan, Outlook, outlook
 from profiles.machine import Machine
 from profiles.planning.recommend import plan_engine
 
@@ -25,7 +25,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class TargetAnswer:
     """Of one machine."""
 
     outlook: Outlook
@@ -51,19 +51,19 @@ def parse_target(text: str) -> Target:
     return Target(hours=hours)
 
 
-def answers(machines: Mapping[str, Machine], job: JobToPlan, target: Target) -> tuple[Answer, ...]:
+def answers(machines: Mapping[str, Machine], job: JobToPlan, target: Target) -> tuple[TargetAnswer, ...]:
     """One for each machine, the least first. The user's own limits do not hold there."""
     job = replace(job, vram_bytes=None, host_bytes=None)
     found = []
-    for name, machine in sorted(machines.items(), key=lambda each: size_of(each[1])):
+    for name, machine in sorted(machines.items(), key=lambda each: machine_size(each[1])):
         seen = outlook(name, machine, job)
         found.append(
-            Answer(outlook=seen, first=_meets(seen.first, target), zeroth=_meets(seen.zeroth, target))
+            TargetAnswer(outlook=seen, first=_meets(seen.first, target), zeroth=_meets(seen.zeroth, target))
         )
     return tuple(found)
 
 
-def size_of(machine: Machine) -> tuple[float, float]:
+def machine_size(machine: Machine) -> tuple[float, float]:
     """What machines are ordered by, since no prices are built in: memory of the GPU, then its rate."""
     gpu = machine.gpu
     if gpu is None:
@@ -72,7 +72,7 @@ def size_of(machine: Machine) -> tuple[float, float]:
     return float(round(gpu.total_bytes / 2**30)), rate or 0.0
 
 
-def _meets(best: Best | None, target: Target) -> Meets:
+def _meets(best: BestMethod | None, target: Target) -> Meets:
     if best is None:
         return "no"
     if target.hours is None:

@@ -19,7 +19,7 @@ from profiles.planning.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class PlanVerdict:
     first_order: tuple[str, ...]
     """Methods with gradients that fit, by time to the job's end."""
     zeroth_order: tuple[str, ...]
@@ -42,7 +42,7 @@ def verdict_of(
     shape: ModelShape,
     *,
     of_job: bool,
-) -> Verdict:
+) -> PlanVerdict:
     """`plans` are ranked as `profiles.planning.recommend` does. `forecasts` are of the job, or of one step
     where the job's size is not known (`of_job` is false)."""
     fitting = [plan for plan in plans if plan.fits]
@@ -63,7 +63,7 @@ def verdict_of(
             kind = "Without gradients (zeroth order)"
             sentences += _of_kind(kind, zeroth, zeroth_ties, forecasts, of_job=of_job)
             sentences.append(known_of_zeroth_order(shape.parameters))
-    return Verdict(
+    return PlanVerdict(
         first_order=tuple(first),
         zeroth_order=tuple(zeroth),
         ties=ties,

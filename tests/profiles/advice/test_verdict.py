@@ -9,7 +9,7 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B, TINY
 from engines.shapes import ModelShape, Workload
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan
-from profiles.advice.verdict import Verdict, verdict_of
+from profiles.advice.verdict import PlanVerdict, verdict_of
 from profiles.advice.ways_out import way_out
 from profiles.machine import Machine
 from profiles.planning.recommend import plan_engine, rank
@@ -24,7 +24,7 @@ def verdict(
     workload: Workload = TRAINING,
     machine: Machine = H200,
     vram_bytes: int | None = None,
-) -> Verdict:
+) -> PlanVerdict:
     job = JobToPlan(shape=shape, workload=workload, engines=engines, settings={}, vram_bytes=vram_bytes)
     contexts = {engine: job.context(engine, machine) for engine in engines}
     plans = sorted((plan_engine(contexts[e], job.settings_of(e)) for e in engines), key=rank)

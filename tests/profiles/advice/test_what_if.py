@@ -12,7 +12,7 @@ from harness.models.configs import named_shape
 from harness.recommendation import catalogue
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.outlook import JobToPlan, outlook
-from profiles.advice.target import Target, answers, largest_models, parse_target, size_of
+from profiles.advice.target import Target, answers, largest_models, parse_target, machine_size
 from profiles.advice.what_if import upgrades, what_if
 from profiles.catalog import find_profile
 
@@ -68,7 +68,7 @@ def test_a_larger_card_lets_more_fit() -> None:
 def test_the_least_machine_for_a_target_comes_first() -> None:
     machines = catalogue()
     found = answers(machines, job(), Target(hours=1000.0))
-    sizes = [size_of(machines[each.outlook.name]) for each in found]
+    sizes = [machine_size(machines[each.outlook.name]) for each in found]
     assert sizes == sorted(sizes)
     assert found[-1].first == "yes"
     assert {each.first for each in answers(machines, job(), Target(hours=1e-6))} == {"no"}
