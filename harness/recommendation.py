@@ -16,7 +16,7 @@ from profiles.advice.amount import Amount
 from profiles.advice.calibration import Calibration, calibrated
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
-from profiles.advice.target import TargetAnswer, Largest, Target, answers, largest_models
+from profiles.advice.target import Largest, Target, TargetAnswer, answers, largest_models
 from profiles.advice.verdict import PlanVerdict, verdict_of
 from profiles.advice.ways_out import WayOut, way_out
 from profiles.advice.what_if import WhatIf, what_if

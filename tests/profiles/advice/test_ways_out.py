@@ -47,7 +47,7 @@ def test_micro_batches_first_since_they_cost_no_quality() -> None:
 def test_the_authors_laptop_is_told_to_leave_embeddings_alone() -> None:
     found = way(
         "lsp", "deepseek-coder-1.3b", "rtx-a1000-laptop",
-        {"d": 1280, "r": 4, "projector": "paper"}, workload={"seq_len": 384},
+        {"d": 1280, "r": 4, "projector": "paper", "weights": "resident"}, workload={"seq_len": 384},
     )  # fmt: skip
     assert found.flags == "--set lsp.train_outer=false"
     assert "embeddings" in found.quality

@@ -12,7 +12,7 @@ from harness.models.configs import named_shape
 from harness.recommendation import catalogue
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.outlook import JobToPlan, outlook
-from profiles.advice.target import Target, answers, largest_models, parse_target, machine_size
+from profiles.advice.target import Target, answers, largest_models, machine_size, parse_target
 from profiles.advice.what_if import upgrades, what_if
 from profiles.catalog import find_profile
 
