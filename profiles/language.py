@@ -33,7 +33,7 @@ def speaking(language: Language) -> Iterator[None]:
 
 
 @cache
-def catalogue(package: str, language: Language) -> dict[str, str]:
+def sentences(package: str, language: Language) -> dict[str, str]:
     """Key -> text of `package`'s `text/<language>.toml`, with `{names}` to fill in. Keys are dotted:
     `verdict.go`."""
     content = files(package).joinpath("text", f"{language}.toml").read_text(encoding="utf-8")

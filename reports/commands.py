@@ -9,14 +9,14 @@ import typer
 
 from engines.errors import UserError
 from engines.files.reading import exists, is_folder
-from harness.cli.options import CriteriaFlag, FailOn, Json
-from profiles.documents import to_json, write_whole
+from harness.cli.options import CriteriaFlag, FailOn, Json, Lang
+from profiles.documents import write_whole
 from reports.criteria import init_text
 from reports.criteria_templates import Purpose
 from reports.decide import exit_code, parse_fail_on
 from reports.index import write_index
 from reports.load import Broken
-from reports.render import write_report
+from reports.render import in_short, page, write_report
 
 criteria_app = typer.Typer(
     help="Write down what would count as success, before measuring.",
@@ -39,6 +39,7 @@ def report(
         bool,
         typer.Option("--index", help="Write README.md and overview.svg on all published folders in FOLDER."),
     ] = False,
+    lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
     """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
@@ -47,10 +48,12 @@ def report(
             typer.echo(str(path))
         return
     gates = parse_fail_on(fail_on)
-    verdict = write_report(folder, criteria, note_left_out)
-    typer.echo(to_json(verdict) if as_json else f"{verdict.state}: {verdict.sentence}", nl=not as_json)
-    if not as_json:
-        typer.echo(str(folder / "report.html"))
+    verdict = write_report(folder, criteria, note_left_out, lang)
+    if as_json:
+        typer.echo((folder / "verdict.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo(in_short(verdict, lang))
+        typer.echo(str(page(folder, lang)))
     raise typer.Exit(exit_code(verdict, gates))
 
 

@@ -267,6 +267,11 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
     return say("verdict.go_plain", engine=engine, count=count)
 
 
+def state_text(state: State) -> str:
+    """As a reader sees it."""
+    return say(f"state.{state.lower().replace(' ', '_').replace('-', '_')}")
+
+
 def asked(row: JudgedCriterion) -> str:
     """`at most 5.00x`."""
     return say(f"asked.{row.comparison.replace(' ', '_')}", value=metric_value(row.metric, row.threshold))

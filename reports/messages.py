@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from profiles.language import Language, catalogue, quantity, spoken
+from profiles.language import Language, quantity, sentences, spoken
 
 
 def messages(language: Language = "en") -> dict[str, str]:
     """Key -> text with `{names}` to fill in. Keys are dotted: `verdict.go`."""
-    return catalogue("reports", language)
+    return sentences("reports", language)
 
 
 def say(key: str, /, **values: object) -> str:

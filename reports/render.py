@@ -16,7 +16,7 @@ from harness.records.columns import CellValue
 from profiles.documents import to_json, write_whole
 from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
-from reports.decide import Verdict, decide
+from reports.decide import Verdict, decide, state_text
 from reports.governance import governance_lines
 from reports.judging.untried import Untried, untried_of
 from reports.load import Broken, Loaded, load_folder
@@ -57,6 +57,20 @@ def write_report(
     write_whole(folder / f"{name}.md", render_markdown(shown))
     write_whole(folder / f"{name}.html", render_html(shown))
     return shown.verdict
+
+
+def page(folder: Path, language: Language) -> Path:
+    """Where `write_report` puts the page to look at."""
+    return folder / ("report.html" if language == "en" else f"report.{language}.html")
+
+
+def in_short(verdict: Verdict, language: Language) -> str:
+    """The verdict as one line, and below it the command that would settle what is open."""
+    with speaking(language):
+        told = [say("verdict.line", state=state_text(verdict.state), sentence=verdict.sentence)]
+        if verdict.next_command:
+            told.append(say("verdict.line_next", command=verdict.next_command))
+    return "\n".join(told)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

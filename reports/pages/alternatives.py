@@ -13,7 +13,7 @@ from reports.judging import stated
 from reports.judging.untried import Untried, to_try
 from reports.messages import say
 from reports.metrics import Measurements
-from reports.pages.front import money, months_text
+from reports.pages.front import money_text, months_text
 from reports.question import Prices
 
 HOURS = Unit(show=lambda hours: format_seconds(hours * 3600))
@@ -79,21 +79,23 @@ def _rows(verdict: Verdict, all_: Measurements, untried: Untried) -> Iterator[Al
         faster = hours / prices.card_speed
         yield Alternative(
             name=prices.card_name or say("alternative.card"), hours=faster,
-            cost=say("alternative.card_cost", price=money(prices.card, prices)),
+            cost=say("alternative.card_cost", price=money_text(prices.card, prices)),
             basis=say("alternative.typed_speed", factor=digits(prices.card_speed)),
         )  # fmt: skip
     rent = prices.rent(hours)
     if rent is not None:
         yield Alternative(
             name=prices.rent_name or say("front.rented"), hours=hours / prices.rent_speed,
-            cost=money(rent, prices),
+            cost=money_text(rent, prices),
             basis=say("alternative.typed_speed", factor=digits(prices.rent_speed)),
         )  # fmt: skip
 
 
 def _own(hours: float | None, prices: Prices | None) -> str | None:
     per_hour = prices.own_per_hour if prices is not None else None
-    return None if hours is None or per_hour is None or prices is None else money(hours * per_hour, prices)
+    return (
+        None if hours is None or per_hour is None or prices is None else money_text(hours * per_hour, prices)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from engines import entry
 from harness.records.stats import Rounds
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
-from reports.decide import Verdict
+from reports.decide import Verdict, state_text
 from reports.format import counted, digits, percent, span, times
 from reports.judging import stated
 from reports.judging.quality import learned, learned_text, why_unknown
@@ -51,7 +52,7 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
     more = (say("front.more_risks", count=left),) if left > 0 else ()
     return FrontPage(
         state=verdict.state,
-        state_text=say(f"state.{verdict.state.lower().replace(' ', '_').replace('-', '_')}"),
+        state_text=state_text(verdict.state),
         sentence=verdict.sentence,
         asides=_asides(verdict),
         command=verdict.next_command,
@@ -71,6 +72,8 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
 
 def _asides(verdict: Verdict) -> tuple[str, ...]:
     found = []
+    if verdict.method is not None:
+        found.append(say("verdict.method", summary=entry(verdict.method).summary))
     if verdict.settings:
         found.append(say("verdict.settings", settings=verdict.settings))
     if len(verdict.methods) > 1:
@@ -78,12 +81,12 @@ def _asides(verdict: Verdict) -> tuple[str, ...]:
             say(
                 "verdict.beaten" if one.beaten_by else "verdict.state",
                 engine=one.engine,
-                state=say(f"state.{one.state.lower().replace(' ', '_').replace('-', '_')}"),
+                state=state_text(one.state),
                 better=one.beaten_by,
             )
             for one in verdict.methods
         ]
-        found.append(f"{say('verdict.other_methods')} {'; '.join(told)}")
+        found.append(f"{say('verdict.other_methods')} {say('show.list').join(told)}")
     return tuple(found)
 
 
@@ -157,12 +160,12 @@ def _cost_tile(engine: str, all_: Measurements) -> Tile:
         return Tile(label=say("tile.cost"), value=say("show.untyped"), detail=cost.note or "", known=False)
     return Tile(
         label=say("tile.cost"),
-        value=money(cost.value, all_.prices),
+        value=money_text(cost.value, all_.prices),
         detail=say("tile.prices_of", date=all_.prices.as_of),
     )
 
 
-def money(amount: float, prices: Prices) -> str:
+def money_text(amount: float, prices: Prices) -> str:
     """`12,300 JPY`."""
     return say("show.money", amount=digits(amount), currency=prices.currency)
 
@@ -224,12 +227,12 @@ def _cost(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
     own = find("job_cost", engine, all_)
     if own.value is not None:
         facts.append(
-            (say("front.own"), say("front.own_cost", cost=money(own.value, prices), date=prices.as_of))
+            (say("front.own"), say("front.own_cost", cost=money_text(own.value, prices), date=prices.as_of))
         )
     rent = prices.rent(hours.value)
     if rent is not None:
         name = prices.rent_name or say("front.rented")
-        facts.append((name, say("front.rent_cost", cost=money(rent, prices), date=prices.as_of)))
+        facts.append((name, say("front.rent_cost", cost=money_text(rent, prices), date=prices.as_of)))
     months = prices.months_to_break_even()
     if months is not None:
         facts.append((say("front.break_even"), months_text(months)))

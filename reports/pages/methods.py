@@ -8,7 +8,7 @@ from engines import entry
 from harness.records.columns import BYTES, CellValue, Column, Unit, where_known
 from harness.records.stats import Rounds
 from profiles.units import format_seconds
-from reports.decide import State, Verdict
+from reports.decide import State, Verdict, state_text
 from reports.format import JOULES, NUMBER, Table
 from reports.judging import stated
 from reports.judging.quality import learned
@@ -53,7 +53,7 @@ def _quality(kind: str) -> Column[MethodInShort]:
 def _state(one: MethodInShort) -> CellValue:
     if one.state is None:
         return None
-    return say(f"state.{one.state.lower().replace(' ', '_').replace('-', '_')}")
+    return state_text(one.state)
 
 
 SHORT: tuple[Column[MethodInShort], ...] = (
