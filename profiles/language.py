@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal, get_args
@@ -49,6 +50,52 @@ _TIMES = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒"}
 _RATIO = re.compile(r"([\d.,]+)x", re.ASCII)
 _DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)((?: \d\d:\d\d UTC)?)", re.ASCII)
 _WORDS = {"not measured": "未測定"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Phrase:
+    """A sentence of this program, as a pattern, and its translation."""
+
+    pattern: re.Pattern[str]
+    told: str
+
+
+@cache
+def _phrases(language: Language) -> tuple[_Phrase, ...]:
+    """The most particular first: with the most letters of their own."""
+    content = files("profiles").joinpath("text", f"{language}.toml").read_text(encoding="utf-8")
+    pairs: dict[str, str] = tomllib.loads(content)["phrase"]
+    own = {english: re.sub(r"\{\w+\}", "", english) for english in pairs}
+    order = sorted(pairs, key=lambda english: -len(own[english]))
+    return tuple(_Phrase(re.compile(_pattern(english), re.DOTALL), pairs[english]) for english in order)
+
+
+def _pattern(english: str) -> str:
+    """Of a sentence with `{names}`: each stands for some text."""
+    parts = re.split(r"\{(\w+)\}", english)
+    return "".join(f"(?P<{part}>.+?)" if place % 2 else re.escape(part) for place, part in enumerate(parts))
+
+
+def _held(name: str, value: str) -> str:
+    """What stands for a name: `items` are several, and what begins with `raw_` stays as it is."""
+    if name.startswith("raw_"):
+        return value
+    if name == "items":
+        return "、".join(translated(item) for item in value.split("; "))
+    return translated(value)
+
+
+def translated(text: str) -> str:
+    """`text`, a sentence that this program made and that was kept in a record, say, in the language spoken;
+    as it is where it is not known. What it holds of numbers and other sentences is translated too."""
+    if spoken() == "en" or not text:
+        return text
+    for phrase in _phrases(spoken()):
+        if found := phrase.pattern.fullmatch(text):
+            return phrase.told.format(
+                **{name: _held(name, value) for name, value in found.groupdict().items()}
+            )
+    return quantity(text)
 
 
 def quantity(text: str) -> str:

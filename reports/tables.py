@@ -11,7 +11,8 @@ from engines.settings.lsp import LspSettings
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.run import Run
 from harness.records.stats import Rounds, ratio
-from profiles.planning.plan import Prediction
+from profiles.language import quantity, translated
+from profiles.planning.plan import Plan, Prediction
 from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import JudgedCriterion, Verdict, asked
 from reports.format import JOULES, NUMBER, TIMES, Table, counted, loss, metric_value, span, times
@@ -36,7 +37,7 @@ def criteria_cells(
     verdict: Verdict, all_: Measurements
 ) -> tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]:
     """Each criterion with its cells: name, asked, measured, predicted, outcome, runs."""
-    return tuple((row, _criterion_cells(row, all_)) for row in verdict.rows)
+    return tuple((row, tuple(quantity(cell) for cell in _criterion_cells(row, all_))) for row in verdict.rows)
 
 
 def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...
 
 WHY: tuple[Column[JudgedCriterion], ...] = (
     Column("criterion", lambda row: row.id),
-    Column("why", lambda row: row.why),
+    Column("why", lambda row: translated(row.why)),
     Column("evidence", lambda row: ", ".join(row.evidence) or say("tile.none")),
 )
 
@@ -266,12 +267,16 @@ def plan_notes(loaded: Loaded) -> tuple[str, ...]:
             engine=plan.engine,
             settings=", ".join(f"{key}={value}" for key, value in sorted(plan.settings.items()))
             or say("plan.defaults"),
-            bottleneck=plan.prediction.bottleneck or say("plan.no_bottleneck"),
-            basis=plan.prediction.basis.rstrip("."),
-            reasons=say("plan.reasons", reasons="; ".join(plan.reasons)) if plan.reasons else "",
+            bottleneck=translated(plan.prediction.bottleneck or "") or say("plan.no_bottleneck"),
+            basis=translated(plan.prediction.basis.rstrip(".")),
+            reasons=say("plan.reasons", reasons=_reasons(plan)) if plan.reasons else "",
         )
         for plan in loaded.plans
     )
+
+
+def _reasons(plan: Plan) -> str:
+    return say("show.list").join(translated(reason) for reason in plan.reasons)
 
 
 def _comparison(engine: str, all_: Measurements) -> str:

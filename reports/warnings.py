@@ -10,6 +10,7 @@ from harness.records.manifest import FindingKind, ManifestFinding
 from harness.records.run import Run
 from harness.records.stats import differing_field
 from harness.runs.emulate import what_is_short
+from profiles.language import translated
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports import exactness
@@ -214,7 +215,9 @@ def _about_traces(runs: Sequence[Run]) -> str | None:
 
 def _about_approximations(runs: Sequence[Run]) -> str | None:
     items = {
-        f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None
+        f"{run.engine}: {translated(what)}"
+        for run in runs
+        if (what := approximation(run.plan.settings)) is not None
     }
     return say("warning.approximate", items="; ".join(sorted(items))) if items else None
 

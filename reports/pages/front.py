@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engines import entry
 from harness.records.stats import Rounds
+from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
 from reports.decide import Verdict, state_text
@@ -73,7 +74,7 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
 def _asides(verdict: Verdict) -> tuple[str, ...]:
     found = []
     if verdict.method is not None:
-        found.append(say("verdict.method", summary=entry(verdict.method).summary))
+        found.append(say("verdict.method", summary=translated(entry(verdict.method).summary)))
     if verdict.settings:
         found.append(say("verdict.settings", settings=verdict.settings))
     if len(verdict.methods) > 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from engines import entry
 from harness.records.columns import BYTES, CellValue, Column, Unit, where_known
 from harness.records.stats import Rounds
+from profiles.language import translated
 from profiles.units import format_seconds
 from reports.decide import State, Verdict, state_text
 from reports.format import JOULES, NUMBER, Table
@@ -59,7 +60,7 @@ def _state(one: MethodInShort) -> CellValue:
 SHORT: tuple[Column[MethodInShort], ...] = (
     Column("method", lambda one: one.engine),
     Column("verdict", _state),
-    Column("trains", lambda one: entry(one.engine).trains),
+    Column("trains", lambda one: translated(entry(one.engine).trains)),
     Column("fits", lambda one: fits(one.rounds)),
     Column("job_time", _time, Unit(show=format_seconds), shown=lambda rows: rows[0].all_.steps is not None),
     Column("step_stated", _time, Unit(show=format_seconds), shown=lambda rows: rows[0].all_.steps is None),
