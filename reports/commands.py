@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,15 @@ from engines.errors import UserError
 from engines.files.reading import exists, is_folder
 from harness.cli.options import CriteriaFlag, FailOn, Json, Lang
 from profiles.documents import write_whole
+from profiles.language import speaking
 from reports.criteria import init_text
 from reports.criteria_templates import Purpose
 from reports.decide import exit_code, parse_fail_on
+from reports.diff import as_lines, changes
 from reports.index import write_index
-from reports.load import Broken
-from reports.render import in_short, page, write_report
+from reports.load import Broken, load_folder
+from reports.pages.data import TableFormat, data_of, report_schema, write_tables
+from reports.render import in_short, page, write_report, written
 
 criteria_app = typer.Typer(
     help="Write down what would count as success, before measuring.",
@@ -39,10 +43,26 @@ def report(
         bool,
         typer.Option("--index", help="Write README.md and overview.svg on all published folders in FOLDER."),
     ] = False,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            "--diff", help="An earlier folder: print what changed from it to FOLDER, write nothing."
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of report.json; FOLDER is not read.")
+    ] = False,
     lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
     """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
+    if schema:
+        typer.echo(json.dumps(report_schema(), indent=1))
+        return
+    if before is not None:
+        with speaking(lang):
+            typer.echo(as_lines(*changes(before, folder)))
+        return
     if index:
         for path in write_index(folder, note_left_out):
             typer.echo(str(path))
@@ -77,3 +97,15 @@ def criteria_init(
 def note_left_out(broken: Broken) -> None:
     """A line on stderr for a file that a report leaves out."""
     typer.echo(f"note: {broken.file} left out: {broken.reason}", err=True)
+
+
+def export_tables(folder: Path, kind: TableFormat, to: Path | None) -> Path:
+    """Every table of the report on `folder` as a file, in `to` or FOLDER/tables. Returns where they are."""
+    loaded = load_folder(folder)
+    for broken in loaded.broken:
+        note_left_out(broken)
+    told = written(loaded, loaded.criteria)
+    there = to or folder / "tables"
+    for path in write_tables(data_of(told.verdict, told.document, loaded.runs), there, kind):
+        typer.echo(str(path))
+    return there

@@ -12,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.records.columns import CellValue
 from profiles.documents import to_json, write_whole
 from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
@@ -23,6 +22,7 @@ from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import group
 from reports.pages.build import document
+from reports.pages.data import data_of
 from reports.pages.document import Document
 from reports.warnings import about_integrity
 
@@ -46,7 +46,7 @@ def write_report(
     criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
     english = written(loaded, criteria)
     write_whole(folder / "verdict.json", to_json(english.verdict))
-    write_whole(folder / "report.json", to_json(data_of(english)))
+    write_whole(folder / "report.json", to_json(data_of(english.verdict, english.document, loaded.runs)))
     shown, name = english, "report"
     if language != "en":
         with speaking(language):
@@ -102,46 +102,6 @@ def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = N
         warnings=(*unsound, *unreadable, *verdict.warnings),
         governance=governance_lines(loaded.runs),
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataTable:
-    """A table of a report for programs: numbers in the units that the names of their columns end in."""
-
-    key: str
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[CellValue, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportData:
-    """A report for programs: the verdict and every table."""
-
-    verdict: Verdict
-    tables: tuple[DataTable, ...]
-    schema_version: int = 1
-
-
-def data_of(told: Written) -> ReportData:
-    """The verdict and tables of `told`. A cell of `None` was not measured."""
-    return ReportData(
-        verdict=told.verdict,
-        tables=tuple(
-            DataTable(
-                key=one.key,
-                title=one.title,
-                columns=one.table.keys,
-                rows=tuple(tuple(_plain(value) for value in row) for row in one.table.values),
-            )
-            for one in told.document.sheets
-        ),
-    )
-
-
-def _plain(value: CellValue) -> CellValue:
-    """A whole number is a number like others."""
-    return float(value) if isinstance(value, int) else value
 
 
 def render_markdown(told: Written) -> str:

@@ -67,8 +67,9 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("provenance",),
         ("pages",),
         ("render",),
-        ("index",),
         ("commands",),
+        ("sharing",),
+        ("index",),
         ("poc",),
     ),
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines import entry
-from harness.records.columns import BYTES, CellValue, Column, Unit, where_known
+from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
 from harness.records.stats import Rounds
 from profiles.language import translated
-from profiles.units import format_seconds
 from reports.decide import State, Verdict, state_text
 from reports.format import JOULES, NUMBER, Table
 from reports.judging import stated
@@ -29,11 +29,24 @@ class MethodInShort:
         return self.all_.of(self.engine)
 
 
-def _time(one: MethodInShort) -> CellValue:
-    """As stated on the first page, and whether it is predicted."""
+def _time(one: MethodInShort) -> stated.Stated:
+    """As stated on the first page."""
     steps = one.all_.steps
-    time = stated.step_s(one.engine, one.all_) if steps is None else stated.job_s(one.engine, one.all_, steps)
-    return None if time.value is None else stated.time_text(time)
+    return stated.step_s(one.engine, one.all_) if steps is None else stated.job_s(one.engine, one.all_, steps)
+
+
+def _is_predicted(rows: Sequence[MethodInShort]) -> bool:
+    return any(_time(one).origin == "predicted" for one in rows)
+
+
+def _origin(one: MethodInShort) -> CellValue:
+    origin = _time(one).origin
+    return None if origin == "unknown" else say(f"stated.{origin}_number")
+
+
+def _sized(rows: Sequence[MethodInShort]) -> bool:
+    """Somebody said how much is to be trained."""
+    return any(one.all_.steps is not None for one in rows)
 
 
 def _tokens_per_s(one: MethodInShort) -> CellValue:
@@ -62,8 +75,9 @@ SHORT: tuple[Column[MethodInShort], ...] = (
     Column("verdict", _state),
     Column("trains", lambda one: translated(entry(one.engine).trains)),
     Column("fits", lambda one: fits(one.rounds)),
-    Column("job_time", _time, Unit(show=format_seconds), shown=lambda rows: rows[0].all_.steps is not None),
-    Column("step_stated", _time, Unit(show=format_seconds), shown=lambda rows: rows[0].all_.steps is None),
+    Column("job_time", lambda one: _time(one).value, SECONDS, shown=lambda rows: _sized(rows)),
+    Column("step_stated", lambda one: _time(one).value, SECONDS, shown=lambda rows: not _sized(rows)),
+    Column("time_origin", _origin, shown=_is_predicted),
     Column("tokens", _tokens_per_s, NUMBER),
     Column("gpu_peak", lambda one: stated.gpu_peak(one.engine, one.all_).value, BYTES),
     Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
