@@ -40,6 +40,11 @@ class AdamW8bit:
         """Why this engine cannot run here; `None` if it can."""
         return why_not_installed(AdamW8bit.name)
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the device. Raises `NotAvailable` without bitsandbytes; `UserError` for fp16, for
         checkpointing that the model lacks and for paging without a GPU."""

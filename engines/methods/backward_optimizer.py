@@ -45,6 +45,11 @@ class BackwardOptimizer:
         """`None`: it runs on any device."""
         return None
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the device. Raises `UserError` for fp16, for several micro-batches a step, for
         clipping and for

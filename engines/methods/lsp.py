@@ -92,7 +92,7 @@ from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
 from engines.model.model_check import check_watched
 from engines.model.randomness import draws_random_numbers
-from engines.model.training_regions import compiles
+from engines.model.training_regions import compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -138,6 +138,7 @@ class Lsp:
         self._blocks: list[CoreBlock] = []
         self._pipeline: UpdatePipeline | None = None
         self._trained: TrainedBlocks | None = None
+        self._notes: list[str] = []
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
 
@@ -189,6 +190,9 @@ class Lsp:
                 name="lsp-core",
             )
         prepare_training(self.model, self.context, self.settings, recompute=False)
+        why_not = why_not_compiled(self.device)
+        if self.settings.compile and why_not is not None:
+            self._notes.append(f"not compiled: {why_not}")
         self._trained = TrainedBlocks(
             self.model,
             self,
@@ -196,8 +200,14 @@ class Lsp:
                 len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
             ),
             graphs=self.settings.offload and self.settings.graphs and not draws_random_numbers(self.model),
-            compiled=compiles(self.settings.compile, self.device),
+            compiled=why_not is None and compiles(self.settings.compile, self.device),
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        failed = None if self._trained is None else self._trained.why_not_compiled
+        return self._notes if failed is None else [*self._notes, f"not compiled: {failed}"]
 
     def _small_host_tensor(self) -> Tensor:
         return torch.zeros(1, pin_memory=self.device.type == "cuda")
@@ -504,6 +514,7 @@ class Lsp:
     def close(self) -> None:
         """Stop the worker, give the model's modules their own forward back, unpin. May be called twice."""
         if self._trained is not None:
+            self._notes = self.notes
             self._trained.close()
             self._trained = None
         for matrix in self._matrices():
