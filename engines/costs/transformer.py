@@ -289,7 +289,7 @@ def num_logits(shape: ModelShape, workload: Workload) -> int:
     """Logits of one pass of one micro-batch, were every position labelled."""
     if shape.head == "classification":
         return workload.batch_size * shape.num_labels
-    outputs = shape.vocabulary if shape.head == "causal_lm" else shape.num_labels
+    outputs = shape.vocabulary if shape.predicts_tokens else shape.num_labels
     return workload.batch_size * workload.seq_len * outputs
 
 
