@@ -75,9 +75,10 @@ def test_what_is_outside_the_blocks_is_updated_on_the_host_where_that_makes_it_f
     """16 bytes of GPU memory per parameter become 4 and what one gradient takes for a moment."""
     wide = with_vocabulary(128_256)
     assert "outer" not in plan(4096, wide).settings
-    found = plan(4096, wide, vram_bytes=32 * GB)
-    assert (found.fits, found.settings["outer"], "weights" in found.settings) == (True, "host", False)
-    on_gpu = plan(4096, wide, {"outer": "gpu", "weights": "resident"})
+    given: dict[str, object] = {"weights": "resident"}
+    found = plan(4096, wide, given, vram_bytes=32 * GB)
+    assert (found.fits, found.settings["outer"]) == (True, "host")
+    on_gpu = plan(4096, wide, {"outer": "gpu", **given})
     assert found.prediction.peak_gpu_bytes < on_gpu.prediction.peak_gpu_bytes - 8 * wide.outer_parameters
     outer = 2 * wide.outer_parameters
     assert found.prediction.h2d_bytes == on_gpu.prediction.h2d_bytes + outer
