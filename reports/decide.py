@@ -21,6 +21,7 @@ from pydantic import Field
 
 from engines import YARDSTICK, public_engines
 from engines.errors import UserError
+from harness.records.comparison import Comparison, beside_native
 from harness.records.run import Run
 from profiles.machine import Machine
 from reports.criteria import (
@@ -31,7 +32,7 @@ from reports.criteria import (
     Level,
     Metric,
 )
-from reports.format import metric_value, times
+from reports.format import metric_value, span, times
 from reports.governance import GovernanceLine
 from reports.judging.quality import learned
 from reports.judging.ranking import Standing, State, beaten_by, ordered
@@ -94,6 +95,8 @@ class Verdict:
     """Every method that was run, judged by the same criteria, the best first."""
     rows: tuple[JudgedCriterion, ...]
     warnings: tuple[str, ...]
+    comparisons: Annotated[tuple[Comparison, ...], Field(exclude_if=lambda found: not found)] = ()
+    """Each method that was measured beside native, in the order of reports."""
     criteria_sha256: str | None
     settings: Annotated[str, Field(exclude_if=lambda text: not text)] = ""
     """Those that `method` ran with, as `--set` takes them."""
@@ -146,6 +149,11 @@ def decide(
             [(row.metric, row.engine) for row in rows if row.outcome == "unknown"], measurements, untried
         ),
         warnings=warnings(runs, criteria, measurements),
+        comparisons=tuple(
+            found
+            for engine in measurements.engines
+            if (found := beside_native(measurements.of(engine), measurements.of(YARDSTICK))) is not None
+        ),
         criteria_sha256=criteria.sha256 if criteria is not None else None,
     )
 
@@ -253,7 +261,7 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
             engine=row.engine,
             answer=_answer(method or row.engine, all_),
             metric=say(f"metric.{row.metric}"),
-            measured=metric_value(row.metric, row.measured),
+            measured=measured_value(row),
             asked=asked(row),
             note=row.note or "",
             because=say("verdict.because", note=row.note) if row.note else "",
@@ -265,6 +273,13 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
         return say("verdict.go", engine=engine, answer=answer)
     count = sum(row.outcome == "pass" for row in rows)
     return say("verdict.go_plain", engine=engine, count=count)
+
+
+def measured_value(row: JudgedCriterion) -> str:
+    """What was measured; of two runs both ends, as they have no median."""
+    if row.runs == 2 and row.measured_low is not None and row.measured_high is not None:
+        return span(*(metric_value(row.metric, end) for end in (row.measured_low, row.measured_high)))
+    return metric_value(row.metric, row.measured)
 
 
 def state_text(state: State) -> str:
@@ -313,7 +328,10 @@ def _beside_native(engine: str, all_: Measurements) -> str:
     values = {"memory": memory_text(memory), "quality": _quality(YARDSTICK, all_)}
     if not ratio.applies:
         return say("verdict.native_memory", **values)
-    return say("verdict.beside_native", ratio=times(ratio.value), **values)
+    told = times(ratio.value)
+    if ratio.runs == 2 and ratio.low is not None and ratio.high is not None:
+        told = span(times(ratio.low), times(ratio.high))
+    return say("verdict.beside_native", ratio=told, **values)
 
 
 def _quality(engine: str, all_: Measurements) -> str:

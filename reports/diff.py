@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.records.columns import BYTES, SECONDS, CellValue, Column
-from harness.records.stats import Rounds
+from harness.records.stats import Rounds, faster_or_slower
 from reports.criteria import default_criteria
 from reports.decide import Verdict, state_text
 from reports.format import TIMES, Table
@@ -15,7 +15,7 @@ from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded, engine_order, likeness, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, faster_or_slower, group
+from reports.metrics import Measurements, ends, group
 from reports.render import judge
 
 
@@ -53,10 +53,13 @@ def _ratio(one: ChangedMethod) -> CellValue:
     return after / before if one.is_alike and before and after else None
 
 
+_WORDS = {"FAST": "faster", "SLOW": "slower", "SAME": "same", "AMBIGUOUS": "overlap"}
+
+
 def _word(one: ChangedMethod) -> CellValue:
     if not one.is_alike or not one.rounds(one.before).ok or not one.rounds(one.after).ok:
         return None
-    return say(f"compared.{faster_or_slower(one.rounds(one.after), one.rounds(one.before))}")
+    return say(f"compared.{_WORDS[faster_or_slower(one.rounds(one.after), one.rounds(one.before))]}")
 
 
 def _quality(one: ChangedMethod, side: Side) -> CellValue:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines import ENGINES, entry, trains_everything
-from harness.records.stats import over_runs
+from harness.records.stats import SAME_FACTOR, over_runs, ratio
 from reports.judging.stated import gpu_peak, host_peak, step_s
-from reports.metrics import Measurements, faster_or_slower, heldout_loss, is_emulated
+from reports.metrics import Measurements, heldout_loss, is_emulated
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
 BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")
@@ -55,7 +55,8 @@ def beats(one: str, other: str, all_: Measurements) -> bool:
 def _faster(one: str, other: str, all_: Measurements) -> bool:
     mine, others = all_.of(one), all_.of(other)
     if not is_emulated(mine) and not is_emulated(others):
-        return faster_or_slower(mine, others) == "FAST"
+        found = ratio(mine.step_times, others.step_times)
+        return found is not None and found.high < 1
     a, b = step_s(one, all_), step_s(other, all_)
     return a.high is not None and b.low is not None and a.high < b.low
 
@@ -158,7 +159,8 @@ def _tied(one: Standing, other: Standing, all_: Measurements) -> bool:
         return a.low <= b.high and b.low <= a.high
     if mine.step_s is None or others.step_s is None:
         return mine.step_s is others.step_s
-    return faster_or_slower(mine, others) in ("SAME", "AMBIGUOUS")
+    found = ratio(mine.step_times, others.step_times)
+    return found is not None and found.low <= SAME_FACTOR and found.high >= 1 / SAME_FACTOR
 
 
 def _place(engine: str) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from harness.records.run import Run
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports.format import span
+from reports.format import both, span
 from reports.messages import say
 from reports.metrics import (
     Measurements,
@@ -29,6 +29,13 @@ class Stated:
     low: float | None = None
     high: float | None = None
     origin: NumberOrigin = "unknown"
+    runs: int = 0
+    """That it rests on."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Of two runs, which have no median: both are told."""
+        return self.runs == 2 and self.low != self.high
 
 
 def step_s(engine: str, all_: Measurements) -> Stated:
@@ -38,9 +45,9 @@ def step_s(engine: str, all_: Measurements) -> Stated:
     if not is_emulated(rounds):
         if rounds.step_s is None:
             return Stated(value=None)
-        return Stated(
-            value=rounds.step_s.median, low=rounds.step_s.low, high=rounds.step_s.high, origin="measured"
-        )
+        step = rounds.step_s
+        low, high = step.interval or (step.low, step.high)
+        return Stated(value=step.median, low=low, high=high, origin="measured", runs=step.count)
     expected = predicted(rounds)
     if expected is None or expected.step_s is None:
         return Stated(value=None)
@@ -56,7 +63,10 @@ def job_s(engine: str, all_: Measurements, steps: float) -> Stated:
     def whole(value: float | None) -> float | None:
         return None if value is None else value * steps
 
-    return Stated(value=whole(step.value), low=whole(step.low), high=whole(step.high), origin=step.origin)
+    return Stated(
+        value=whole(step.value), low=whole(step.low), high=whole(step.high), origin=step.origin,
+        runs=step.runs,
+    )  # fmt: skip
 
 
 def gpu_peak(engine: str, all_: Measurements) -> Stated:
@@ -77,9 +87,16 @@ def _peak(value: float | None) -> Stated:
     return Stated(value=value, origin="unknown" if value is None else "measured")
 
 
+def plain_time(time: Stated) -> str:
+    """`1.20 s`, of two runs `1.10 s and 1.30 s`."""
+    if time.is_pair:
+        return both(format_seconds(time.low), format_seconds(time.high))
+    return format_seconds(time.value)
+
+
 def time_text(time: Stated) -> str:
     """`1.20 s`; a prediction says so: `1.20 s (predicted)`."""
-    text = format_seconds(time.value)
+    text = plain_time(time)
     return say("stated.predicted", value=text) if time.origin == "predicted" else text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomli_w
 
 from harness.records.job import Job
+from harness.records.stats import DISTURBED_FACTOR
 from profiles.documents import adapter
 from reports import exactness, provenance, tables
 from reports.breakdown import busy_table, overlap_table
@@ -14,7 +15,7 @@ from reports.format import Table, model_title
 from reports.judging.untried import Untried
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import DISTURBED_FACTOR, Measurements
+from reports.metrics import Measurements
 from reports.pages.alternatives import alternatives_table, break_even_table
 from reports.pages.document import (
     Block,

@@ -11,7 +11,7 @@ from harness.records.stats import outer_deciles, over_runs
 from profiles.units import format_bytes, format_seconds
 from reports import charts
 from reports.breakdown import breakdown
-from reports.format import loss, percent
+from reports.format import loss, middle, percent
 from reports.messages import say
 from reports.metrics import Measurements, ends, gpu_limit_bytes, host_limit_bytes, predicted
 from reports.pages.document import Drawing
@@ -49,7 +49,7 @@ def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
                 low=low,
                 high=high,
                 predicted=expected.step_s if expected else None,
-                text=format_seconds(measured) if measured is not None else "",
+                text=middle(rounds.step_s, format_seconds) if measured is not None else "",
                 missing=ends(rounds.runs),
             )
         )
@@ -84,7 +84,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
         if rows:
             step_s = rounds.step_s
             floor_s = expected.floor_s if expected and one.floor_share is not None else None
-            text = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
+            text = [say("lane.step", value=middle(step_s, format_seconds))]
             if floor_s is not None:
                 share = percent(one.floor_share)
                 text.append(say("lane.floor", value=format_seconds(floor_s), share=share))

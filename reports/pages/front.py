@@ -112,7 +112,7 @@ def _time_tile(engine: str, all_: Measurements) -> Tile:
     range_ = stated.range_text(time) or format_seconds(time.value)
     return Tile(
         label=say("tile.step" if all_.steps is None else "tile.job"),
-        value=format_seconds(time.value),
+        value=stated.plain_time(time),
         detail=say(f"tile.{time.origin}", range=range_),
         known=time.value is not None,
     )
@@ -214,7 +214,8 @@ def _confidence(rounds: Rounds) -> str:
     if is_emulated(rounds):
         key = "emulated"
     step = rounds.step_s
-    range_ = span(format_seconds(step.low), format_seconds(step.high)) if step else say("show.nothing")
+    low, high = (step.interval or (step.low, step.high)) if step else (None, None)
+    range_ = span(format_seconds(low), format_seconds(high))
     return say(f"confidence.{key}", runs=runs, range=range_)
 
 

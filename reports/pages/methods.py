@@ -10,7 +10,7 @@ from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_kno
 from harness.records.stats import Rounds
 from profiles.language import translated
 from reports.decide import State, Verdict, state_text
-from reports.format import JOULES, NUMBER, Table
+from reports.format import JOULES, NUMBER, PERCENT, Table
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.messages import say
@@ -35,6 +35,12 @@ def _time(one: MethodInShort) -> stated.Stated:
     return stated.step_s(one.engine, one.all_) if steps is None else stated.job_s(one.engine, one.all_, steps)
 
 
+def _shown_time(one: MethodInShort) -> CellValue:
+    """A number, or both of two runs."""
+    time = _time(one)
+    return stated.plain_time(time) if time.is_pair else time.value
+
+
 def _is_predicted(rows: Sequence[MethodInShort]) -> bool:
     return any(_time(one).origin == "predicted" for one in rows)
 
@@ -52,6 +58,10 @@ def _sized(rows: Sequence[MethodInShort]) -> bool:
 def _tokens_per_s(one: MethodInShort) -> CellValue:
     rate = one.rounds.tokens_per_s
     return None if rate is None or is_emulated(one.rounds) else rate.median
+
+
+def _any_mfu(rows: Sequence[MethodInShort]) -> bool:
+    return any(run.summary.mfu is not None for one in rows for run in one.rounds.ok)
 
 
 def _quality(kind: str) -> Column[MethodInShort]:
@@ -75,10 +85,11 @@ SHORT: tuple[Column[MethodInShort], ...] = (
     Column("verdict", _state),
     Column("trains", lambda one: translated(entry(one.engine).trains)),
     Column("fits", lambda one: fits(one.rounds)),
-    Column("job_time", lambda one: _time(one).value, SECONDS, shown=lambda rows: _sized(rows)),
-    Column("step_stated", lambda one: _time(one).value, SECONDS, shown=lambda rows: not _sized(rows)),
+    Column("job_time", lambda one: _shown_time(one), SECONDS, shown=lambda rows: _sized(rows)),
+    Column("step_stated", lambda one: _shown_time(one), SECONDS, shown=lambda rows: not _sized(rows)),
     Column("time_origin", _origin, shown=_is_predicted),
     Column("tokens", _tokens_per_s, NUMBER),
+    Column("mfu", lambda one: typical(one.rounds, lambda run: run.summary.mfu), PERCENT, shown=_any_mfu),
     Column("gpu_peak", lambda one: stated.gpu_peak(one.engine, one.all_).value, BYTES),
     Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
     _quality("accuracy"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engines import ENGINES, YARDSTICK
+from harness.records.comparison import beside_native
 from harness.records.run import Run
-from profiles.units import format_bytes, format_seconds
+from profiles.units import format_bytes
 from reports.decide import Verdict
 from reports.exactness import compare_with_reference
 from reports.format import counted, model_title, percent, span, times
@@ -14,7 +15,7 @@ from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import DOES_NOT_FIT, Measurements, faster_or_slower, find, gpu_limit_bytes, is_emulated
+from reports.metrics import DOES_NOT_FIT, Measurements, gpu_limit_bytes, is_emulated
 
 
 def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
@@ -46,18 +47,15 @@ def _told(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[str]:
     if engine != YARDSTICK and gpu.value is not None and beside.value:
         yield say("phrase.gpu_share", method=engine, share=percent(gpu.value / beside.value))
     if not is_emulated(rounds) and rounds.step_s is not None:
-        ratio = find("step_time_ratio", engine, all_)
-        verb = faster_or_slower(rounds, native) if native.ok and engine != YARDSTICK else ""
-        if ratio.value is not None and verb in ("FAST", "SLOW"):
-            yield say(
-                f"phrase.{'faster' if verb == 'FAST' else 'slower'}", method=engine, ratio=times(ratio.value)
-            )
+        beside_it = beside_native(rounds, native)
+        if beside_it is not None and beside_it.answer in ("faster", "slower"):
+            yield say(f"phrase.{beside_it.answer}", method=engine, ratio=times(beside_it.ratio))
         rate = rounds.tokens_per_s
         if rate is not None:
             yield say(
                 "phrase.rate",
                 method=engine,
-                step=format_seconds(rounds.step_s.median),
+                step=stated.plain_time(stated.step_s(engine, all_)),
                 rate=f"{rate.median:,.0f}",
             )
     found = learned(engine, all_)

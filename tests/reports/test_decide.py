@@ -169,7 +169,7 @@ def test_defaults_on_a_good_sweep() -> None:
     states = [(m.engine, m.state) for m in verdict.methods]
     assert states[:3] == [("native", "GO"), ("lsp", "GO"), ("zo2", "GO")]
     assert ("mezo", "NO-GO") in states
-    assert verdict.sentence == "Use native: 508 ms per step, 20.0 GiB of GPU memory."
+    assert verdict.sentence == "Use native: 505 and 510 ms per step, 20.0 GiB of GPU memory."
     assert verdict.rows[0].evidence == ("native-r1", "native-r2")
     without = decide(
         [run for run in make_sweep() if run.engine != "native"], default_criteria(), make_machine()
