@@ -1,7 +1,8 @@
-"""Commands on saved runs and on what to judge them by: `report`, `criteria init`."""
+"""Commands on saved runs and on what to judge them by: `report`, `criteria init`, `submit`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from engines.errors import UserError
 from engines.files.reading import exists, is_folder
 from harness.cli.options import CriteriaFlag, FailOn, Json, Lang
-from profiles.documents import write_whole
+from profiles.documents import to_json, write_whole
 from profiles.language import speaking
 from reports.criteria import init_text
 from reports.criteria_templates import Purpose
@@ -21,6 +22,10 @@ from reports.index import write_index
 from reports.load import Broken, load_folder
 from reports.pages.data import TableFormat, data_of, report_schema, write_tables
 from reports.render import in_short, page, write_report, written
+from reports.sharing.shared_result import Submission
+from reports.sharing.submission import check, submission_of
+
+COMMUNITY = Path("reports/community")
 
 criteria_app = typer.Typer(
     help="Write down what would count as success, before measuring.",
@@ -109,3 +114,42 @@ def export_tables(folder: Path, kind: TableFormat, to: Path | None) -> Path:
     for path in write_tables(data_of(told.verdict, told.document, loaded.runs), there, kind):
         typer.echo(str(path))
     return there
+
+
+def submit(
+    folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
+    to: Annotated[
+        Path, typer.Option("--to", help="Folder of shared results, in a clone of the repository.")
+    ] = COMMUNITY,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a record into one small file to share, without paths or names: it is shown, then written.
+
+    Nothing is sent: commit the file and open a pull request. Models that are no named shape, and data of
+    yours, are told as your own and not by name.
+    """
+    loaded = load_folder(folder)
+    for broken in loaded.broken:
+        note_left_out(broken)
+    found = submission_of(loaded)
+    check(found, str(folder))
+    text = to_json(found)
+    if as_json:
+        typer.echo(text, nl=False)
+        return
+    path = to / found.machine.slug / submission_name(found)
+    typer.echo(text, nl=False)
+    if not yes and not typer.confirm(f"Write this to {path}?", err=True):
+        raise UserError("submit", "nothing was written", "say yes, or add --yes")
+    write_whole(path, text)
+    typer.echo(str(path))
+
+
+def submission_name(found: Submission) -> str:
+    """Of its file: what was measured, when, and a digest that tells two of one day apart."""
+    digest = hashlib.sha256(to_json(found).encode("utf-8")).hexdigest()[:8]
+    model = found.model.replace(" ", "-")
+    return (
+        f"{model}_{found.batch_size}x{found.seq_len}_{found.dtype}_{found.day.replace('-', '')}_{digest}.json"
+    )

@@ -20,7 +20,7 @@ from reports.render import judge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
+class ComparedFolder:
     """One of the two folders."""
 
     loaded: Loaded
@@ -33,16 +33,16 @@ class ChangedMethod:
     """One method before and after."""
 
     engine: str
-    before: Side
-    after: Side
+    before: ComparedFolder
+    after: ComparedFolder
     is_alike: bool
     """Machine and job are the same, so that times may be held against each other."""
 
-    def rounds(self, side: Side) -> Rounds:
+    def rounds(self, side: ComparedFolder) -> Rounds:
         return side.all_.of(self.engine)
 
 
-def _time(one: ChangedMethod, side: Side) -> CellValue:
+def _time(one: ChangedMethod, side: ComparedFolder) -> CellValue:
     time = stated.step_s(one.engine, side.all_)
     return ends(one.rounds(side).runs) or None if time.value is None else stated.time_text(time)
 
@@ -62,12 +62,12 @@ def _word(one: ChangedMethod) -> CellValue:
     return say(f"compared.{_WORDS[faster_or_slower(one.rounds(one.after), one.rounds(one.before))]}")
 
 
-def _quality(one: ChangedMethod, side: Side) -> CellValue:
+def _quality(one: ChangedMethod, side: ComparedFolder) -> CellValue:
     found = learned(one.engine, side.all_, of_random_weights=True)
     return None if found is None else found.after
 
 
-def _memory(one: ChangedMethod, side: Side) -> float | None:
+def _memory(one: ChangedMethod, side: ComparedFolder) -> float | None:
     gpu = stated.gpu_peak(one.engine, side.all_).value
     return gpu if gpu is not None else stated.host_peak(one.engine, side.all_).value
 
@@ -97,10 +97,10 @@ def changes(before: Path, after: Path) -> tuple[tuple[str, ...], Table]:
     return (*_sentences(one.verdict, other.verdict), *_unlike(unlike)), Table.of(CHANGES, rows)
 
 
-def _side(folder: Path) -> Side:
+def _side(folder: Path) -> ComparedFolder:
     loaded = load_folder(folder)
     criteria = loaded.criteria or default_criteria()
-    return Side(
+    return ComparedFolder(
         loaded=loaded,
         verdict=judge(loaded, criteria),
         all_=group(loaded.runs, loaded.machine, criteria),

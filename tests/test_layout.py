@@ -67,9 +67,10 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("provenance",),
         ("pages",),
         ("render",),
-        ("commands",),
+        ("diff",),
         ("sharing",),
         ("index",),
+        ("commands",),
         ("poc",),
     ),
 }

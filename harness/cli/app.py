@@ -55,7 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write down what would count as success, before measuring.",
     ),
     "submit": (
-        "reports.sharing.commands:submit",
+        "reports.commands:submit",
         "Turn a record into one small file to share, without paths or names: it is shown, then written.",
     ),
     "poc": (
