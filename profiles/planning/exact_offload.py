@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engines.costs.exact_offload import WEIGHT_SLOTS, gradient_places, state_bytes
+from engines.costs.exact_offload import gradient_places, state_bytes
+from engines.costs.lsp import WEIGHT_SLOTS
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
