@@ -203,9 +203,9 @@ def noise_cases() -> Iterator[Case]:
     from engines.noise.visits import Outputs
 
     def visited(dtype: str, noise: str, *, of: Segment, size: int, wanted: str, rounding: str) -> None:
-        flat = _flat(size, dtype)
+        flat = flat_tensor(size, dtype)
         outs = {name: flat if name == "theta" else torch.empty_like(flat) for name in wanted.split("+")}
-        weight_pass_kernels.visit(flat, of, _how(noise=noise, rounding=rounding), Outputs(**outs), 0)
+        weight_pass_kernels.visit(flat, of, visit_how(noise=noise, rounding=rounding), Outputs(**outs), 0)
 
     # Vectors and matrices of a block lie together; a larger matrix has a launch of its own: here are both.
     large = LARGE + 2048
@@ -237,7 +237,7 @@ def noise_cases() -> Iterator[Case]:
         yield (
             f"rows bfloat16 {noise}",
             lambda noise=noise, indices=indices: weight_pass_kernels.rows(
-                _flat(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, _how(noise=noise)
+                flat_tensor(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, visit_how(noise=noise)
             ),
             True,
         )
@@ -245,10 +245,10 @@ def noise_cases() -> Iterator[Case]:
     yield (
         "visit one element",
         lambda: weight_pass_kernels.visit(
-            _flat(1, "bfloat16"),
+            flat_tensor(1, "bfloat16"),
             one(3, 1),
-            _how(seed=0, step=2**31 + 5),
-            Outputs(plus=_flat(1, "bfloat16")),
+            visit_how(seed=0, step=2**31 + 5),
+            Outputs(plus=flat_tensor(1, "bfloat16")),
             0,
         ),
         False,
@@ -270,8 +270,8 @@ def base_cases() -> Iterator[Case]:
 
     def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool, signs: bool) -> None:
         records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
-        rooms = [_flat(count, dtype) for _ in range(sides)]
-        how = _how(rounding=rounding, noise="rademacher" if signs else "gaussian")
+        rooms = [flat_tensor(count, dtype) for _ in range(sides)]
+        how = visit_how(rounding=rounding, noise="rademacher" if signs else "gaussian")
         of, perturb = one(3, count, decays=True), sides == 2 or signs
         quantized_pass_kernels.visit_tiles(records, of, how, base, store=store, sides=rooms, perturb=perturb)
 
@@ -280,7 +280,7 @@ def base_cases() -> Iterator[Case]:
     for base in bases:
         records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
         for rank, stochastic in ((4, True), (2, False)):
-            factors = _flat(rank * 2048).view(rank, -1), _flat(rank * 8192).view(rank, -1)
+            factors = flat_tensor(rank * 2048).view(rank, -1), flat_tensor(rank * 8192).view(rank, -1)
             yield (
                 f"add_low_rank {base} rank {rank}{' stochastic' if stochastic else ''}",
                 lambda records=records, base=base, factors=factors, stochastic=stochastic: (
@@ -327,8 +327,8 @@ def lozo_cases() -> Iterator[Case]:
         ("bfloat16", False, 1, 1, 4096),
         ("bfloat16", True, 2, 4096, 1),
     ]:
-        rows, columns = _flat(rank * height).view(rank, -1), _flat(rank * width).view(rank, -1)
-        flat = _flat(height * width, dtype)
+        rows, columns = flat_tensor(rank * height).view(rank, -1), flat_tensor(rank * width).view(rank, -1)
+        flat = flat_tensor(height * width, dtype)
         yield (
             f"add_low_rank {dtype} {height}x{width} rank {rank}{' stochastic' if stochastic else ''}",
             lambda flat=flat, stochastic=stochastic, rows=rows, columns=columns: (
@@ -368,7 +368,7 @@ def projector_cases() -> Iterator[Case]:
             yield f"lift {dtype} {m} d={d} r={r}", lift, older
             yield f"update {dtype} {m}x{n} d={d} r={r}", update, older
     for dtype in ("bfloat16", "float16", "float32"):
-        weight, delta = _flat(2048 * 2048, dtype), _flat(2048 * 2048, dtype)
+        weight, delta = flat_tensor(2048 * 2048, dtype), flat_tensor(2048 * 2048, dtype)
         yield (
             f"plain update {dtype}",
             lambda weight=weight, delta=delta: projector_kernels.plain_update(
@@ -387,8 +387,8 @@ def other_cases() -> Iterator[Case]:
 
     for dtype in ("bfloat16", "float16", "float32"):
         widths = (768, 2048, 12288) if dtype == "bfloat16" else (2048,)
-        logits = _flat(2048 * 8192, dtype).view(2048, 8192)
-        of_tokens = [_flat(2048) for _ in range(3)]
+        logits = flat_tensor(2048 * 8192, dtype).view(2048, 8192)
+        of_tokens = [flat_tensor(2048) for _ in range(3)]
         labels, where = (torch.zeros(2048, dtype=torch.int64, device=DEVICE) for _ in range(2))
         yield (
             f"head {dtype}",
@@ -398,7 +398,10 @@ def other_cases() -> Iterator[Case]:
             dtype == "bfloat16",
         )
         for width in widths:
-            x, weights = _flat(64 * width, dtype).view(64, width), [_flat(width, dtype) for _ in range(4)]
+            x, weights = (
+                flat_tensor(64 * width, dtype).view(64, width),
+                [flat_tensor(width, dtype) for _ in range(4)],
+            )
             yield (
                 f"layer norm {dtype} {width}",
                 lambda x=x, w=weights: paired_layer_norm.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
@@ -410,13 +413,13 @@ def other_cases() -> Iterator[Case]:
     yield LONG_COPY, lambda: throttle_kernels.hold(up, down, 2**40, 1.0), False
 
 
-def _flat(count: int, dtype: str = "float32") -> Any:
+def flat_tensor(count: int, dtype: str = "float32") -> Any:
     import torch
 
     return torch.empty(count, dtype=getattr(torch, dtype), device=DEVICE)
 
 
-def _how(**changes: Any) -> Any:
+def visit_how(**changes: Any) -> Any:
     import torch
 
     from engines.noise.visits import DeviceUpdateLog, Visit

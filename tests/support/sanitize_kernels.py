@@ -72,7 +72,11 @@ def odd_cases() -> Iterator[Callable[[], object]]:
     from engines.subspace import projector_kernels
     from engines.zeroth_order import chunked_loss_kernels
 
-    flat, how, key = kernel_compiler._flat, kernel_compiler._how, NoiseKey(seed=3, step=1, tensor=5)
+    flat, how, key = (
+        kernel_compiler.flat_tensor,
+        kernel_compiler.visit_how,
+        NoiseKey(seed=3, step=1, tensor=5),
+    )
     bf16 = "bfloat16"
     for noise in ("gaussian", "rademacher"):
         for segment in (one(3, 5003, decays=True), Segment((1, 2), (0, 7), (7, 2501), (True, False))):
