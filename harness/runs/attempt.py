@@ -6,7 +6,6 @@ whose steps are other steps.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from engines.errors import UserError
 from engines.files.reading import exists, read_bytes
 from engines.files.writing import ELSEWHERE, whole_file, write_whole
 from harness.records.job import Job
-from harness.records.manifest import note_record
+from harness.records.manifest import record_noted
 from harness.records.run import (
     CriteriaStamp,
     Emulation,
@@ -88,9 +87,8 @@ def attempt(
     scenario: ScenarioName = "train" if request.generation is None else "decode"
     path = record_path(out, request.id, scenario)
     room = most_record_bytes(request.job.warmup_steps + request.job.steps)
-    with whole_file(
-        path, f"{ELSEWHERE}; a run that has ended is kept for --resume", reserve_bytes=room
-    ) as file:
+    remedy = f"{ELSEWHERE}; a run that has ended is kept for --resume"
+    with whole_file(path, remedy, reserve_bytes=room) as file, record_noted(out, path) as note:
         if request.plan.fits:
             write_whole(work_folder(out, request.id) / ATTEMPT, to_json(about))
             outcome = launch_child(request, out, device=device, on_event=on_event)
@@ -100,8 +98,7 @@ def attempt(
         facts = governance_facts(request.job, request.plan, out, FOLDERS[scenario])
         run = replace(run, governance=facts)
         content = encode_run(run)
-        with contextlib.suppress(UserError):  # no room for it; the record has some
-            note_record(out, path, content)
+        note(content)
         file.write(content)
     clear_work(out, request.id)
     return run, outcome.by_user
@@ -147,7 +144,8 @@ def take_up(out: Path) -> list[Run]:
         facts = governance_facts(request.job, request.plan, out, FOLDERS["train"])
         run = replace(run, governance=facts)
         content = encode_run(run)
-        note_record(out, path, content)
+        with record_noted(out, path) as note:
+            note(content)
         write_whole(path, content)
         taken.append(run)
     shutil.rmtree(out / WORK, ignore_errors=True)

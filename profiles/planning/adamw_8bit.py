@@ -18,7 +18,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     settings: AdamW8bitSettings = given.typed
     if "paged" in given or context.budget.gpu_bytes is None or context.why_missing(settings) is None:
         return choice
-    if context.why_missing(replace(settings, paged=True)) is not None:
+    if context.missing_bytes(replace(settings, paged=True)) >= context.missing_bytes(settings):
         return choice
     return Choice(
         given.completed(paged=True),

@@ -11,7 +11,7 @@ from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weight
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_seconds
 
@@ -21,6 +21,10 @@ AS_FAST = 1.01
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
 """In the order in which they are tried."""
+
+WAYS_OUT = (
+    SettingChange(values={"gradient_blocks": 2}, quality="none: the backward pass waits for the CPU instead"),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:

@@ -12,11 +12,18 @@ from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import gpu_bytes_needed, why_missing
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
 from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder, told_of_quality
 from profiles.units import format_seconds
+
+WAYS_OUT = (
+    SettingChange(
+        values={"train_outer": False},
+        quality="embeddings, head, norms and biases stay as they are; what that costs was not studied",
+    ),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -72,7 +79,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
     published = LSP_PRESETS.get(shape.name)
-    if published is not None:
+    if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(
             f"not used here unless set: what is published for this model, d={published['d']}, "
             f"r={published['r']} and learned projectors (--set {context.engine}.preset={shape.name})"
