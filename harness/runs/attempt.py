@@ -95,8 +95,7 @@ def attempt(
         else:
             outcome = _not_run(request.plan)
         run = _record(request, about, outcome)
-        facts = governance_facts(request.job, request.plan, out, FOLDERS[scenario])
-        run = replace(run, governance=facts)
+        run = _with_governance(run, request, out, scenario, outcome.contacted)
         content = encode_run(run)
         note(content)
         file.write(content)
@@ -141,8 +140,7 @@ def take_up(out: Path) -> list[Run]:
             summary=result.summary, by_user=False,
         )  # fmt: skip
         run = _record(request, about, outcome)
-        facts = governance_facts(request.job, request.plan, out, FOLDERS["train"])
-        run = replace(run, governance=facts)
+        run = _with_governance(run, request, out, "train", outcome.contacted)
         content = encode_run(run)
         with record_noted(out, path) as note:
             note(content)
@@ -157,6 +155,17 @@ def _record(request: Request, about: Attempt, outcome: Outcome) -> Run:
     if about.criteria_sha256 is not None:
         run = replace(run, criteria=CriteriaStamp(sha256=about.criteria_sha256, time=about.began))
     return run
+
+
+def _with_governance(
+    run: Run, request: Request, out: Path, scenario: ScenarioName, contacted: tuple[str, ...] | None
+) -> Run:
+    try:
+        typed = request.plan.settings.typed
+    except UserError:
+        typed = None
+    records = f"{FOLDERS[scenario]}/"
+    return replace(run, governance=governance_facts(request.job, typed, out, records, "logs/", contacted))
 
 
 def record_of(request: Request, round_: int, began: str, environment: Environment, outcome: Outcome) -> Run:
@@ -211,6 +220,7 @@ def _not_run(plan: Plan) -> Outcome:
         samples=(),
         summary=Summary(),
         by_user=False,
+        contacted=(),
     )
 
 

@@ -95,6 +95,8 @@ class Outcome:
     """Relative to the folder of results."""
     held: Held | None = None
     """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
+    contacted: tuple[str, ...] | None = None
+    """Hosts that the child contacted; `None`: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         by_user=stop is not None and stop.by_user,
         traced=recording.traced,
         held=recording.held,
+        contacted=tuple(recording.contacted),
     )
 
 
@@ -347,6 +350,8 @@ def _take_lines(
             recording.traced = True
         elif "result" in event:
             recording.told = adapter(Result).validate_python(event["result"])
+        elif "contacted" in event:
+            recording.contacted.append(event["contacted"])
         elif "held" in event:
             recording.held = TypeAdapter(Held).validate_python(event["held"])
         else:

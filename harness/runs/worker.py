@@ -28,6 +28,7 @@ from engines.base import Batch, Context, StepStats, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
+from harness.contacts import contacts_watched
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
@@ -98,7 +99,8 @@ def main(arguments: Sequence[str]) -> int:
         limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events, folder)
+    with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):
+        result = execute(request, events, folder)
     try:
         write_whole(folder / "result.json", to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
