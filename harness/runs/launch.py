@@ -97,6 +97,8 @@ class Outcome:
     """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
     contacted: tuple[str, ...] | None = None
     """Hosts that the child contacted; `None`: not known."""
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have; `None`: the child did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         traced=recording.traced,
         held=recording.held,
         contacted=tuple(recording.contacted),
+        notes=None if result is None else result.notes,
     )
 
 
