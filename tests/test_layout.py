@@ -42,7 +42,8 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
-        ("recommendation",),
+        ("recommendation", "calibrate"),
+        ("recipes",),
         ("cli",),
         ("__main__",),
     ),
@@ -91,6 +92,7 @@ TORCH_FREE = (
     "harness.resolve",
     "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
     "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
+    "harness.calibrate", "harness.recipes",
     "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip

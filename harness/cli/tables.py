@@ -20,7 +20,7 @@ from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, w
 from harness.records.run import Run
 from harness.records.settings import published_presets
 from harness.runs.emulate import what_is_short
-from profiles.units import NOT_MEASURED
+from profiles.units import NOT_MEASURED, format_seconds
 
 if TYPE_CHECKING:
     from harness.training.find_lr import LrSearchResult
@@ -124,10 +124,27 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield f"traced, which costs time: {run.trace_file or 'the trace could not be kept'}"
     if (approximate := approximation(run.plan.settings)) is not None:
         yield approximate
+    if (missed := band_missed(run)) is not None:
+        yield missed
     if run.emulation is not None:
         yield from what_is_short(run.emulation)
     if run.end_reason is not None:
         yield f"{run.end_state}: {run.end_reason}"
+
+
+def band_missed(run: Run) -> str | None:
+    """That a step took less or more than the range that was predicted; `None`: it lay within."""
+    told, taken_s = run.predicted, run.summary.step_s_median
+    if told is None or taken_s is None or told.step_s_low is None or told.step_s_high is None:
+        return None
+    if told.step_s_low <= taken_s <= told.step_s_high:
+        return None
+    side = "faster" if taken_s < told.step_s_low else "slower"
+    span = f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}"
+    return (
+        f"{side} than the range predicted: {format_seconds(taken_s)}, not {span}; "
+        "'recommend --calibrate FOLDER' learns from it"
+    )
 
 
 def _token_rate(run: Run, step_s: float | None) -> str:
