@@ -434,6 +434,14 @@ NAMED = {
         ),
         "a value of `train`: the same adapters, learnt without gradients",
     ),
+    **dict.fromkeys(
+        (
+            "harness.recipes.axolotl -> lora",
+            "harness.recipes.axolotl -> qlora",
+            "harness.recipes.llamafactory -> lora",
+        ),
+        "another program's own word",
+    ),
 }
 """`module -> engine` that is none of the above, and why."""
 

@@ -16,7 +16,7 @@ SOURCE = "axolotl's schemas, July 2026"
 _TYPES: dict[DataKind, str] = {"instructions": "alpaca", "chats": "chat_template", "text": "completion"}
 
 
-def configuration(chosen: ChosenMethod) -> Recipe | None:
+def axolotl_recipe(chosen: ChosenMethod) -> Recipe | None:
     """`None`: axolotl does not have the method."""
     own = _of_method(chosen)
     if own is None:
@@ -44,7 +44,7 @@ def configuration(chosen: ChosenMethod) -> Recipe | None:
     }
     files = {FILE: as_yaml(values, SOURCE, chosen)}
     if "deepspeed" in own:
-        files[deepspeed.FILE] = deepspeed.beside(chosen)
+        files[deepspeed.FILE] = deepspeed.for_trainer(chosen)
     return Recipe(files=files, command=f"axolotl train {FILE}")
 
 
@@ -64,17 +64,17 @@ def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:
             return {"optimizer": "adamw_torch", "deepspeed": deepspeed.FILE}
         case "adamw_8bit":
             return {"optimizer": "paged_adamw_8bit" if settings.paged else "adamw_bnb_8bit"}
-        case "galore":
+        case "projected_gradients":
             told = {
                 "rank": settings.rank,
                 "update_proj_gap": settings.update_proj_gap,
                 "scale": settings.scale,
             }
             return {"optimizer": "galore_adamw", "optim_target_modules": "all_linear", "optim_args": told}
-        case "lora" | "qlora":
+        case "adapters" | "quantized_adapters":
             return {
-                "adapter": chosen.method,
-                "load_in_4bit": chosen.method == "qlora",
+                "adapter": "qlora" if chosen.method == "quantized_adapters" else "lora",
+                "load_in_4bit": chosen.method == "quantized_adapters",
                 "lora_r": settings.r,
                 "lora_alpha": int(settings.alpha),
                 "lora_dropout": settings.lora_dropout,

@@ -14,7 +14,7 @@ FILE = "deepspeed.json"
 OF_DEEPSPEED = ("full", "cpu_adamw", "streamed_cpu_adamw")
 
 
-def configuration(chosen: ChosenMethod) -> Recipe | None:
+def deepspeed_recipe(chosen: ChosenMethod) -> Recipe | None:
     """`None`: DeepSpeed does not have the method."""
     if chosen.method not in OF_DEEPSPEED:
         return None
@@ -40,7 +40,7 @@ def zero(chosen: ChosenMethod) -> dict[str, Any]:
     return {"zero_optimization": stage, "bf16": {"enabled": chosen.job.dtype == "bf16"}}
 
 
-def beside(chosen: ChosenMethod) -> str:
+def for_trainer(chosen: ChosenMethod) -> str:
     """For the Trainer of transformers, which fills in the rest."""
     auto = dict.fromkeys(
         (

@@ -16,7 +16,7 @@ SOURCE = "LLaMA-Factory's hparams, August 2026"
 DATA_SET = "mine"
 
 
-def configuration(chosen: ChosenMethod) -> Recipe | None:
+def llamafactory_recipe(chosen: ChosenMethod) -> Recipe | None:
     """`None`: LLaMA-Factory does not have the method."""
     own = _of_method(chosen)
     if own is None:
@@ -46,7 +46,7 @@ def configuration(chosen: ChosenMethod) -> Recipe | None:
     }
     files = {FILE: as_yaml(values, SOURCE, chosen), "dataset_info.json": _data_sets(chosen)}
     if "deepspeed" in own:
-        files[deepspeed.FILE] = deepspeed.beside(chosen)
+        files[deepspeed.FILE] = deepspeed.for_trainer(chosen)
     return Recipe(files=files, command=f"llamafactory-cli train {FILE}")
 
 
@@ -77,14 +77,14 @@ def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:
             return {"finetuning_type": "full", "deepspeed": deepspeed.FILE}
         case "adamw_8bit":
             return whole | {"optim": "paged_adamw_8bit" if settings.paged else "adamw_bnb_8bit"}
-        case "galore":
+        case "projected_gradients":
             return whole | {
                 "use_galore": True,
                 "galore_rank": settings.rank,
                 "galore_update_interval": settings.update_proj_gap,
                 "galore_scale": settings.scale,
             }
-        case "lora" | "qlora":
+        case "adapters" | "quantized_adapters":
             own: dict[str, Any] = {
                 "finetuning_type": "lora",
                 "lora_rank": settings.r,
@@ -92,7 +92,7 @@ def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:
                 "lora_dropout": settings.lora_dropout,
                 "lora_target": ",".join(settings.targets),
             }
-            if chosen.method == "qlora":
+            if chosen.method == "quantized_adapters":
                 own |= {
                     "quantization_bit": 4,
                     "quantization_method": "bnb",

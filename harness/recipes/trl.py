@@ -16,7 +16,7 @@ SOURCE = "TRL's SFTConfig and ModelConfig, July 2026"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def configuration(chosen: ChosenMethod) -> Recipe | None:
+def trl_recipe(chosen: ChosenMethod) -> Recipe | None:
     """`None`: TRL does not have the method."""
     own = _of_method(chosen)
     if own is None:
@@ -43,7 +43,7 @@ def configuration(chosen: ChosenMethod) -> Recipe | None:
     }
     files = {FILE: as_yaml(values, SOURCE, chosen)}
     if "deepspeed" in own:
-        files[deepspeed.FILE] = deepspeed.beside(chosen)
+        files[deepspeed.FILE] = deepspeed.for_trainer(chosen)
     return Recipe(files=files, command=f"trl sft --config {FILE}")
 
 
@@ -64,14 +64,14 @@ def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:
             return {"deepspeed": deepspeed.FILE}
         case "adamw_8bit":
             return {"optim": "paged_adamw_8bit" if settings.paged else "adamw_bnb_8bit"}
-        case "galore":
+        case "projected_gradients":
             told = f"rank={settings.rank}, update_proj_gap={settings.update_proj_gap}, scale={settings.scale}"
             return {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": told}
-        case "lora" | "qlora":
+        case "adapters" | "quantized_adapters":
             own = adapters(settings)
             return own | (
                 {"load_in_4bit": True, "use_bnb_nested_quant": settings.double_quant}
-                if chosen.method == "qlora"
+                if chosen.method == "quantized_adapters"
                 else {}
             )
         case _:

@@ -14,8 +14,11 @@ from engines import entry
 from engines.errors import UserError
 from harness.data.examples import examples_of
 from harness.models.configs import NAMED_SHAPES, load_config
-from harness.recipes import axolotl, deepspeed, llamafactory, trl
+from harness.recipes.axolotl import axolotl_recipe
 from harness.recipes.chosen import ChosenMethod, Recipe
+from harness.recipes.deepspeed import deepspeed_recipe
+from harness.recipes.llamafactory import llamafactory_recipe
+from harness.recipes.trl import trl_recipe
 from harness.recommendation import Recommendation
 from harness.records.job import DataKind, Job, save_job
 from profiles.documents import write_whole
@@ -24,10 +27,10 @@ from profiles.planning.plan import Plan
 Stack = Literal["trl", "axolotl", "llamafactory", "deepspeed"]
 
 STACKS: dict[Stack, Callable[[ChosenMethod], Recipe | None]] = {
-    "trl": trl.configuration,
-    "axolotl": axolotl.configuration,
-    "llamafactory": llamafactory.configuration,
-    "deepspeed": deepspeed.configuration,
+    "trl": trl_recipe,
+    "axolotl": axolotl_recipe,
+    "llamafactory": llamafactory_recipe,
+    "deepspeed": deepspeed_recipe,
 }
 
 JOB_FILE = "job.toml"
