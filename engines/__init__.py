@@ -23,15 +23,9 @@ _NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss
 Role = Literal["reference", "baseline", "offload", "test_double"]
 
 Elsewhere = Literal[
-    "full",
-    "cpu_adamw",
-    "streamed_cpu_adamw",
-    "lora",
-    "qlora",
-    "adamw_8bit",
-    "galore",
-    "optimizer_in_backward",
-]
+    "full", "cpu_adamw", "streamed_cpu_adamw", "adapters", "quantized_adapters", "adamw_8bit",
+    "projected_gradients", "optimizer_in_backward",
+]  # fmt: skip
 """Methods that common training programs have too: AdamW over all weights, the same with the optimizer on the
 CPU, and with the weights there as well, and so on."""
 

@@ -95,6 +95,8 @@ class Outcome:
     """Relative to the folder of results."""
     held: Held | None = None
     """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have; `None`: the child did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         by_user=stop is not None and stop.by_user,
         traced=recording.traced,
         held=recording.held,
+        notes=None if result is None else result.notes,
     )
 
 
