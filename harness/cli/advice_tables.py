@@ -38,9 +38,12 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         if plans:
             parts += [Text(heading), plans_of_kind(answer, plans)]
     ways = {each.engine: each for each in answer.ways_out}
-    parts.append(
-        notes_grid({plan.engine: list(_notes(plan, ways.get(plan.engine))) for plan in answer.plans})
-    )
+    blocked = {each.engine: each.why for each in answer.blocked}
+    notes = {
+        plan.engine: list(_notes(plan, ways.get(plan.engine), blocked.get(plan.engine)))
+        for plan in answer.plans
+    }
+    parts.append(notes_grid(notes))
     if answer.explanations:
         lines = {each.engine: each.lines for each in answer.explanations}
         parts += [Text("How the numbers come about", style="bold"), notes_grid(lines)]
@@ -112,25 +115,28 @@ def _energy(forecast: JobForecast | None) -> str:
     return f"{forecast.energy_kwh:.3g} ({forecast.energy_kwh_low:.3g} to {forecast.energy_kwh_high:.3g})"
 
 
-def _notes(plan: Plan, way: WayOut | None) -> Iterator[str]:
-    """Why it does not fit and what to change; else its settings and why they are so."""
+def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]:
+    """Why it does not fit, what to change, and the setting that this is about; else its settings and why they
+    are so."""
+    told = " ".join(plan.reasons)
     if plan.why_not is not None:
         yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
-        yield _way_told(way)
+        yield _way_told(way, blocked)
+        told = ""
     if not plan.available:
         return
     if plan.prediction.step_s is None:
         yield plan.prediction.basis.rstrip(".")
-    told = " ".join(plan.reasons)
     unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
     if unexplained:
-        yield ", ".join(unexplained)
-    yield from plan.reasons
+        yield f"{'in its nearest setting, ' if plan.why_not else ''}{', '.join(unexplained)}"
+    if plan.why_not is None:
+        yield from plan.reasons
 
 
-def _way_told(way: WayOut | None) -> str:
+def _way_told(way: WayOut | None, blocked: str | None) -> str:
     if way is None:
-        return "way out: none that was tried; see --what-if for larger machines"
+        return f"no way out: {blocked or 'none was tried'}"
     told = way.plan.prediction
     time = ""
     if told.step_s is not None:

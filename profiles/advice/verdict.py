@@ -6,6 +6,7 @@ kind is not worth one of the other. Overlapping ranges are a tie.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from profiles.advice.job_time import JobForecast, are_tied
 from profiles.advice.quality import known_of_zeroth_order
 from profiles.advice.ways_out import WayOut
 from profiles.planning.plan import Plan
+from profiles.planning.precisions import INSTEAD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,7 @@ def verdict_of(
     shape: ModelShape,
     *,
     of_job: bool,
+    compare: str = "lspzo-bench compare",
 ) -> PlanVerdict:
     """`plans` are ranked as `profiles.planning.recommend` does. `forecasts` are of the job, or of one step
     where the job's size is not known (`of_job` is false)."""
@@ -62,6 +65,9 @@ def verdict_of(
         if zeroth:
             sentences += _of_kind(words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, of_job=of_job)
             sentences.append(known_of_zeroth_order(shape.parameters))
+    tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
+    if tied:
+        sentences.append(f"To measure what is tied: {compare} --engines {','.join(tied)}")
     return PlanVerdict(
         first_order=tuple(first),
         zeroth_order=tuple(zeroth),
@@ -100,17 +106,23 @@ def _of_kind(
     said = [f"{kind} {engines[0]} comes first with {told}."]
     if ties:
         others = words.names([f"{each} ({words.duration(forecasts[each].seconds)})" for each in ties])
-        said.append(f"{others} {'is' if len(ties) == 1 else 'are'} a tie with it: {words.MEASURE}.")
+        verb = "is" if len(ties) == 1 else "are"
+        said.append(f"{others} {verb} a tie with it: {words.MEASURE}.")
     return said
 
 
 def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
-    said = [words.NOTHING_FITS]
-    by_reason: dict[str, list[str]] = {}
+    able = [plan for plan in plans if plan.available]
+    said = [words.NOTHING_FITS if able else words.NOTHING_RUNS]
+    by_reason: dict[str, dict[str, list[str]]] = {}
     for plan in plans:
         if not plan.available and plan.why_not is not None:
-            by_reason.setdefault(plan.why_not, []).append(plan.engine)
-    said += [f"{words.names(engines)}: {why}." for why, engines in by_reason.items()]
+            why, _, instead = plan.why_not.partition(INSTEAD)
+            by_reason.setdefault(why, {}).setdefault(instead, []).append(plan.engine)
+    for why, instead in by_reason.items():
+        typed = [f"--dtype {dtype} for {words.names(engines)}" for dtype, engines in instead.items() if dtype]
+        everybody = words.names([each for engines in instead.values() for each in engines])
+        said.append(f"{everybody}: {why}{': type ' if typed else ''}{', '.join(typed)}.")
     return [*said, *_advice(plans, ways_out)]
 
 
@@ -125,5 +137,12 @@ def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
     found = [ways_out[plan.engine] for plan in plans if plan.engine in ways_out]
     if not found:
         return ["No change that was tried lets one fit: see --what-if for other machines."]
-    best = min(found, key=lambda each: (each.quality != words.NO_PRICE, each.plan.prediction.step_s or 1e18))
+    best = min(
+        found,
+        key=lambda each: (
+            entry(each.engine).order == "zeroth",
+            each.quality != words.NO_PRICE,
+            each.plan.prediction.step_s or math.inf,
+        ),
+    )
     return [f"Nearest: {best.engine} with {best.flags} (price: {best.quality})."]
