@@ -119,10 +119,10 @@ def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]
         if not plan.available and plan.why_not is not None:
             why, _, instead = plan.why_not.partition(INSTEAD)
             by_reason.setdefault(why, {}).setdefault(instead, []).append(plan.engine)
-    for why, instead in by_reason.items():
-        typed = [f"--dtype {dtype} for {words.names(engines)}" for dtype, engines in instead.items() if dtype]
-        everybody = words.names([each for engines in instead.values() for each in engines])
-        said.append(f"{everybody}: {why}{': type ' if typed else ''}{', '.join(typed)}.")
+    for reason, dtypes in by_reason.items():
+        typed = [f"--dtype {dtype} for {words.names(names)}" for dtype, names in dtypes.items() if dtype]
+        everybody = words.names([each for names in dtypes.values() for each in names])
+        said.append(f"{everybody}: {reason}{': type ' if typed else ''}{', '.join(typed)}.")
     return [*said, *_advice(plans, ways_out)]
 
 
