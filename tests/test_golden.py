@@ -9,7 +9,8 @@
   compared within a relative 1e-4 (fp32) or 2e-2 (bf16, fp16), counted bytes and forward passes exactly, and
   projected gradients, accuracies and the hash of the weights not at all.
 - plans.json: what `recommend --json` plans; numbers within a relative 1e-12, all else exactly.
-- ../../profiles/published.md: what papers published beside what is predicted today.
+- ../../profiles/published.md: what papers published beside what is predicted today; questions.md: what
+  `recommend` answers to the questions of the field.
 - help.txt: `--help` of every command, 100 columns wide. Compared where typer and rich are those of its first
   line: other versions lay it out in another way.
 - reports.json: hashes of what `report` and `report --index` write from the published records. Folders that
@@ -30,10 +31,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import field_questions
+import published_tables
 import pytest
 import torch
 import typer
-from published_tables import PAGE, page
 from typer.testing import CliRunner
 
 from tiny_models import tiny_batches, tiny_blueprint
@@ -320,10 +322,12 @@ def test_a_job_is_planned_as_recorded(arguments: str, plans_golden: Golden) -> N
     assert_close(found, plans_golden.expected(arguments, found))
 
 
-def test_published_numbers_stand_beside_what_is_predicted_today() -> None:
-    if os.environ.get("LSPZO_WRITE_GOLDEN"):
-        PAGE.write_text(page(), encoding="utf-8")
-    assert PAGE.read_text(encoding="utf-8") == page()
+@pytest.mark.parametrize("made", [published_tables, field_questions], ids=lambda made: made.PAGE.name)
+def test_a_page_of_predictions_is_what_is_predicted_today(made: Any) -> None:
+    text = made.page()
+    if WRITE:
+        made.PAGE.write_text(text, encoding="utf-8")
+    assert made.PAGE.read_text(encoding="utf-8") == text, TO_WRITE
 
 
 def assert_close(found: Any, expected: Any, where: str = "plans") -> None:

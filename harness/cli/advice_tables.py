@@ -53,7 +53,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [Text("The largest model that each method fits here", style="bold"), _largest_table(answer)]
     if answer.answers:
         parts += [Text(_target_title(answer), style="bold"), _answers_table(answer)]
-        parts += [Text(sentence) for sentence in target_sentences(answer.answers)]
+        parts += [Text(sentence) for sentence in target_sentences(answer.answers, _kinds(answer))]
     if answer.calibration is not None:
         parts.append(Text(answer.calibration.told))
     parts += [Text(sentence) for sentence in answer.verdict.sentences]
@@ -158,24 +158,31 @@ def _saved(seconds: float) -> str:
 
 def _what_if_table(answer: Recommendation) -> Table:
     time = "job" if answer.amount is not None else "step"
-    table = plain_table(
-        ["change", "with gradients", time, "saved", "zeroth order", f"{time} ", "saved ", "fits then"],
-        whole=(),
-    )
+    kinds = _kinds(answer)
+    headings = ["change"]
+    for heading, apart in kinds.values():
+        headings += [heading, time + apart, "saved" + apart]
+    table = plain_table([*headings, "fits then"], whole=())
     for row in answer.what_if:
-        table.add_row(
-            row.outlook.name,
-            *_best_cells(row.outlook.first, row.first_saved_s),
-            *_best_cells(row.outlook.zeroth, row.zeroth_saved_s),
-            ", ".join(row.now_fits) or "-",
-        )
+        cells: list[str] = []
+        for order in kinds:
+            cells += _best_cells(getattr(row.outlook, order), getattr(row, f"{order}_saved_s"))
+        table.add_row(row.outlook.name, *cells, ", ".join(row.now_fits) or "-")
     return table
+
+
+def _kinds(answer: Recommendation) -> dict[str, tuple[str, str]]:
+    """Kinds of methods that were planned: heading, and the space that tells the same headings apart."""
+    planned = {entry(plan.engine).order for plan in answer.plans}
+    told = {"first": ("with gradients", ""), "zeroth": ("zeroth order", " ")}
+    return {order: heading for order, heading in told.items() if order in planned}
 
 
 def _largest_table(answer: Recommendation) -> Table:
     table = plain_table(["method", "largest model", "step"])
     for each in answer.largest:
         name = "none" if each.model is None else f"{each.model} ({format_parameters(each.parameters)})"
+        name += ", partly on disk" if each.on_disk else ""
         table.add_row(each.engine, name, "-" if each.step_s is None else format_seconds(each.step_s))
     return table
 
@@ -193,12 +200,14 @@ def _answers_table(answer: Recommendation) -> Table:
         ("step", "fits") if of_model else ("job" if answer.amount is not None else "step", "in time")
     )
     headings = ["machine"]
-    for kind, apart in (("with gradients", ""), ("zeroth order", " ")):  # a space tells headings apart
+    kinds = _kinds(answer)
+    for kind, apart in kinds.values():
         headings += [kind, time + apart, "low to high" + apart, meets + apart]
     table = plain_table(headings, whole=("machine",))
     for each in answer.answers:
         cells: list[str] = []
-        for best, met in ((each.outlook.first, each.first), (each.outlook.zeroth, each.zeroth)):
+        for order in kinds:
+            best, met = getattr(each.outlook, order), getattr(each, order)
             if best is None:
                 cells += ["nothing fits", "-", "-", "no"]
             elif best.seconds is None:

@@ -7,6 +7,7 @@ kind is not worth one of the other. Overlapping ranges are a tie.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ def verdict_of(
     fitting = [plan for plan in plans if plan.fits]
     first = [plan.engine for plan in fitting if entry(plan.engine).order == "first"]
     zeroth = [plan.engine for plan in fitting if entry(plan.engine).order == "zeroth"]
+    asked = Counter(entry(plan.engine).order for plan in plans)
     ties, zeroth_ties = _ties(first, forecasts), _ties(zeroth, forecasts)
     sentences: list[str] = []
     if not plans:
@@ -59,11 +61,13 @@ def verdict_of(
         sentences += _nothing(plans, ways_out)
     else:
         if first:
-            sentences += _of_kind(words.WITH_GRADIENTS, first, ties, forecasts, of_job=of_job)
-        elif any(entry(plan.engine).order == "first" for plan in plans):
+            sentences += _of_kind(words.WITH_GRADIENTS, first, ties, forecasts, asked["first"], of_job=of_job)
+        elif asked["first"]:
             sentences.append(_no_first_order(plans, ways_out))
         if zeroth:
-            sentences += _of_kind(words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, of_job=of_job)
+            sentences += _of_kind(
+                words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, asked["zeroth"], of_job=of_job
+            )
             sentences.append(known_of_zeroth_order(shape.parameters))
     tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
     if tied:
@@ -91,9 +95,11 @@ def _of_kind(
     engines: Sequence[str],
     ties: Sequence[str],
     forecasts: Mapping[str, JobForecast],
+    asked: int,
     *,
     of_job: bool,
 ) -> list[str]:
+    """`asked`: how many methods of the kind were planned."""
     unit = "for the job" if of_job else "a step"
     best = forecasts.get(engines[0])
     if best is None or best.seconds is None:
@@ -102,7 +108,8 @@ def _of_kind(
         ]
     told = f"{words.duration(best.seconds)} {unit} ({words.band(best.seconds_low, best.seconds_high)})"
     if len(engines) == 1:
-        return [f"{kind} {engines[0]} is the only one that fits: {told}."]
+        verb = "takes" if asked == 1 else "is the only one that fits:"
+        return [f"{kind} {engines[0]} {verb} {told}."]
     said = [f"{kind} {engines[0]} comes first with {told}."]
     if ties:
         others = words.names([f"{each} ({words.duration(forecasts[each].seconds)})" for each in ties])
