@@ -25,7 +25,7 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("__init__", "files"),
+        ("__init__", "files", "world"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
@@ -82,7 +82,8 @@ MAY_TAKE = {
 """Of other packages: a module, a folder, or with a star all of it."""
 
 TORCH_FREE = (
-    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.base", "engines.settings",
+    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.world", "engines.base",
+    "engines.settings",
     "engines.costs", "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
