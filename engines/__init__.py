@@ -62,6 +62,8 @@ class EngineEntry:
     copies: Literal["own", "library", "none"] = "none"
     """Who copies between host and GPU in a step: `engines.transfer.link`, a library out of our hands,
     nobody."""
+    several_gpus: bool = False
+    """Its steps can be divided among several processes with a GPU each (`engines.world`)."""
     generates: bool = False
     """It continues prompts too."""
     needs_torch: bool = True
@@ -137,6 +139,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, two forward passes, everything on the GPU",
         source="MeZO, arXiv 2305.17333",
         order="zeroth",
+        several_gpus=True,
         trains="all weights, or adapters with train=lora",
         masters="none: there are no states",
         on_gpu="weights",
@@ -151,6 +154,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
         order="zeroth",
+        several_gpus=True,
         trains="all weights, or adapters with train=lora",
         masters="none: there are no states",
         on_gpu="embedding, head and the blocks at work",
@@ -271,6 +275,7 @@ ENGINES: dict[str, EngineEntry] = {
         source="this project",
         order="first",
         role="test_double",
+        several_gpus=True,
         needs_torch=False,
     ),
 }

@@ -119,6 +119,7 @@ INSIDE_FUNCTIONS = {
     "harness.runs.worker -> harness.data.tokenized": _CHILD,
     "harness.runs.worker -> harness.models.blueprint": _CHILD,
     "harness.runs.worker -> engines.transfer.calibrate": _CHILD,
+    "harness.runs.worker -> engines.transfer.process_group": _CHILD,
 }
 """`importing module -> imported module` inside a function, and why."""
 
@@ -375,7 +376,7 @@ def code_of(path: Path) -> str:
 
 HAZARDS: dict[str, set[str]] = {
     "pynvml": {"profiles.system.nvml"},
-    "subprocess.Popen": {"harness.runs.launch"},
+    "subprocess.Popen": {"harness.runs.processes"},
     "perf_counter": {"harness.runs.measure", "profiles.probe.timing", "engines.transfer.clock"},
     "trust_remote_code=True": set(),
     "pickle": set(),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from engines.errors import PeerLost, UserError
 
@@ -68,10 +70,10 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost("another rank ended, or did not answer") from error
+        raise PeerLost from error
 
 
-def join(
+def meet(
     where: str, rank: int, size: int, local_rank: int, local_size: int, join_s: float = JOIN_S
 ) -> ProcessGroup:
     """Meet the other ranks at `where`: `file:///...`, which all ranks of one machine see and which no run
@@ -81,7 +83,7 @@ def join(
     """
     try:
         # A store of the ranks' addresses first: its time limit is for waiting, that of the group for work.
-        store, _, _ = next(iter(dist.rendezvous(where, rank, size, timeout=timedelta(seconds=join_s))))
+        store, _, _ = next(iter(rendezvous(where, rank, size, timeout=timedelta(seconds=join_s))))
         store.set_timeout(timedelta(seconds=join_s))
         _wait_for_all(store, rank, size)
         store.set_timeout(timedelta(seconds=ANSWER_S))
@@ -99,7 +101,7 @@ def join(
     return ProcessGroup(rank, size, local_rank, local_size, group)
 
 
-def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
+def _wait_for_all(store: Any, rank: int, size: int) -> None:
     store.set(f"rank-{rank}", "here")
     for other in range(size):
         try:

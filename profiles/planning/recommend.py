@@ -19,6 +19,7 @@ from profiles.planning.budget import budget_of, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict
+from profiles.planning.ranks import machine_of_a_rank, workload_of_a_rank
 from profiles.units import format_bytes, format_seconds
 
 
@@ -33,15 +34,21 @@ def recommend(
     host_bytes: int | None = None,
     pinned_limit_bytes: int | None = None,
     job_arguments: Mapping[str, str] | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
 ) -> list[Plan]:
     """One plan per engine of `engines`: those that fit first, then by predicted step time.
 
     `overrides` holds settings by engine name; they win over chosen ones and are kept as given.
     `vram_bytes`, `host_bytes` and `pinned_limit_bytes` are limits below what the machine has.
     `job_arguments` are the job's command-line arguments by engine name, for the commands that check plans.
+    With several `gpus`, or `nodes` of so many, a plan is that of the slowest of the processes: its part of
+    the step, on its part of the machine.
 
     Raises `UserError` for an unknown engine or setting.
     """
+    machine, workload = machine_of_a_rank(machine, gpus), workload_of_a_rank(workload, gpus * nodes)
+    host_bytes = None if host_bytes is None else host_bytes // gpus
     budget = budget_of(machine, vram_bytes, host_bytes, pinned_limit_bytes)
     told = job_arguments or {}
     plans = [
@@ -49,6 +56,7 @@ def recommend(
             PlanningContext(engine=engine, machine=machine, shape=shape, workload=workload, budget=budget),
             overrides[engine] if engine in overrides else defaults(engine),
             told.get(engine, ""),
+            several=gpus * nodes > 1,
         )
         for engine in engines
     ]
@@ -113,11 +121,11 @@ def _rank(plan: Plan) -> tuple[bool, bool, float]:
     return (not plan.fits, step_s is None, step_s or 0.0)
 
 
-def _plan(context: PlanningContext, given: GivenSettings, job_arguments: str) -> Plan:
+def _plan(context: PlanningContext, given: GivenSettings, job_arguments: str, *, several: bool) -> Plan:
     engine = context.engine
     settings, reasons = _choose(context, given)
     cost = context.cost(settings.typed)
-    unsuitable = _unsuitable(engine, context.machine, context.workload)
+    unsuitable = _unsuitable(engine, context.machine, context.workload, several=several)
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
         reasons = (*reasons, "two forward passes a step and no gradient: cheap steps, but many are needed")
@@ -147,9 +155,11 @@ def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     return choice
 
 
-def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None:
+def _unsuitable(engine: str, machine: Machine, workload: Workload, *, several: bool) -> str | None:
     """Why the engine cannot run the job at all, whatever the memory."""
     row = entry(engine)
+    if several and not row.several_gpus:
+        return "runs on one GPU"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     return row.refuses.get(workload.dtype)

@@ -45,7 +45,7 @@ class Meeting:
     def pass_round(self, rank: int, content: object) -> list[object]:
         with self._turn:
             if self._left:
-                raise PeerLost("another rank ended")
+                raise PeerLost
             self._content[rank] = content
             self._able.discard(rank)
             if len(self._content) == self.size:
@@ -55,7 +55,7 @@ class Meeting:
             self._next()
             self._turn.wait_for(lambda: self._running == rank)
             if rank in self._content:
-                raise PeerLost("another rank ended")
+                raise PeerLost
             return self._round
 
     def _next(self) -> None:

@@ -97,9 +97,10 @@ def test_what_goes_round_in_a_step_is_a_loss_for_each_pass() -> None:
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all() -> None:
     def act(world: ThreadWorld) -> str:
-        made = make_mezo(tiny_blueprint("opt"), replace(context(accumulation=2), world=world))
+        blueprint = tiny_blueprint("opt")
         if world.rank == 1:
-            made._model.outer["model.decoder.final_layer_norm.bias"].fill_(float("nan"))
+            blueprint.reference.get_parameter("model.decoder.final_layer_norm.bias").data.fill_(float("nan"))
+        made = make_mezo(blueprint, replace(context(accumulation=2), world=world))
         with pytest.raises(NonFiniteLoss) as error:
             made.step(batches_of(2))
         return str(error.value)
