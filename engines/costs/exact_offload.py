@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES
+from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
@@ -40,9 +40,6 @@ CPU's update some milliseconds."""
 
 GRADIENT_SLOTS = 3
 """Blocks whose gradients are on the GPU at once: one is being made, others are on their way down."""
-
-WEIGHT_SLOTS = 3
-"""Blocks whose weights are on the GPU at once where they are streamed: one computes, two come up."""
 
 LEAST_GRADIENT_BLOCKS = 4
 

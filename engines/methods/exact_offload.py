@@ -53,8 +53,8 @@ Longer than 400 lines: a step and the life around it are read in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.exact_offload import GRADIENT_SLOTS, WEIGHT_SLOTS, gradient_places, host_bytes
+from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
 from engines.cpu_updates.pipeline import (
@@ -88,13 +88,13 @@ from engines.first_order.checkpoint import (
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.first_order.master_weights import MasterWeights
 from engines.model.block_major import BlockMajor
-from engines.model.blocks import find_blocks, first_names, move_buffers, no_cache, set_parameter
+from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
-from engines.offload.block_slots import BlockSlots
+from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
@@ -125,7 +125,7 @@ class ExactOffload:
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
         """Of each block, (elements,): where its weights are, or are when they have come up."""
-        self.weight_slots: BlockSlots | None = None
+        self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
         self._pending: list[list[PieceUpdate]] = []
         """Of each block."""
@@ -146,7 +146,7 @@ class ExactOffload:
         self._dtype = weights_dtype(self.context, self.name)
         check_block_major(blueprint, self.context)
         self.model: nn.Module = blueprint.model
-        self._layout = layout = lay_out(self.model, self._dtype)
+        layout = lay_out(self.model, self._dtype)
         self._check_host([block.size for block in layout.blocks])
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
@@ -232,13 +232,16 @@ class ExactOffload:
         }
         for name, tensor in tensors.items():
             blueprint.fill(name, tensor)
-        self.weight_slots = self._weight_slots()
+        if self.settings.streams:
+            self.streamed = StreamedWeights(
+                dict(enumerate(layout.blocks)), self.host.weights, self.link, self._compute, self._is_on_host
+            )
         for index, block in enumerate(layout.blocks):
-            if self.weight_slots is None:
-                memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
-            else:
-                memory = self.weight_slots.memory(index)
-                memory.zero_()
+            if self.streamed is not None:
+                tensors |= self.streamed.fill(index, blueprint)
+                self.on_gpu.append(self.streamed.memory(index))
+                continue
+            memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
@@ -254,23 +257,12 @@ class ExactOffload:
         ]
         self._outer = MasterWeights([parameters[name] for name in layout.outer], self.settings)
 
-    def _weight_slots(self) -> BlockSlots | None:
-        if not self.settings.streams:
-            return None
-        return BlockSlots(self.host.weights, WEIGHT_SLOTS, self.link, self._compute, self._is_on_host)
-
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
         if wait or all(update.done.is_set() for update in self._pending[index]):
             self._settle(index)
             return True
         return False
-
-    def _copy_to_host(self) -> None:
-        """The host's weights become the GPU's."""
-        if self.weight_slots is None:
-            for host, memory in zip(self.host.weights, self.on_gpu, strict=True):
-                host.copy_(memory.detach())
 
     @property
     def host(self) -> BlockStates:
@@ -302,6 +294,7 @@ class ExactOffload:
             self._share.total = self._totals_on_host[(self.steps_done - 1) % 2]
             self._share.total_known = self._total_known
         self._step_h2d_bytes = self._step_d2h_bytes = 0
+        came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
         self._clocks.exposure.mark()
         self._mark("forward")
         with no_cache(self.model):
@@ -315,6 +308,8 @@ class ExactOffload:
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
+        if self.streamed is not None:
+            self._step_h2d_bytes += self.streamed.slots.h2d_bytes - came_up
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
@@ -344,28 +339,22 @@ class ExactOffload:
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
-        self._enter(index, range(index + 1, len(self._pending)))
+        if self.streamed is None:
+            self._settle(index)
+        else:
+            self.streamed.enter_forward(index)
         self._mark(f"forward {index}")
 
     def after_forward(self, index: int) -> None:
-        if self.weight_slots is not None:
-            self.weight_slots.leave(index)
+        if self.streamed is not None:
+            self.streamed.leave(index)
 
     def before_backward(self, index: int) -> None:
-        if self.weight_slots is not None:
-            self._enter(index, range(index - 1, -1, -1))
+        if self.streamed is not None:
+            self.streamed.enter_backward(index)
         self._mark(f"backward {index}")
         # HAZARD: the block that last had this slot must have left it.
         self.link.wait(self._slot_free[index % len(self._slots)])
-
-    def _enter(self, index: int, ahead: Sequence[int]) -> None:
-        slots = self.weight_slots
-        if slots is None:
-            self._settle(index)
-            return
-        before = slots.h2d_bytes
-        slots.enter(index, ahead[: slots.count - 1])
-        self._step_h2d_bytes += slots.h2d_bytes - before
 
     @torch.no_grad()
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
@@ -394,11 +383,11 @@ class ExactOffload:
         norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
-        if self.weight_slots is None:
+        if self.streamed is None:
             self._step_h2d_bytes += weights.nbytes
         else:
-            self.weight_slots.leave(index)
-            self.weight_slots.forget(index)
+            self.streamed.leave(index)
+            self.streamed.forget(index)
         assert self._room is not None
         place = self._waiting(self._room.take)
         give = _once_all(len(pieces), partial(self._room.give, place))
@@ -407,7 +396,7 @@ class ExactOffload:
                 state=piece,
                 share=self._share,
                 landing=None
-                if self.weight_slots is not None
+                if self.streamed is not None
                 else Landing(memory=weights[piece.begin : piece.end], free=ready),
                 consumed=give,
             )
@@ -513,29 +502,8 @@ class ExactOffload:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
         self._settle_all()
-        with self._streaming():
+        with nullcontext() if self.streamed is None else self.streamed.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
-
-    @contextmanager
-    def _streaming(self) -> Iterator[None]:
-        """Streamed blocks come up for the model's own forward passes."""
-        slots = self.weight_slots
-        if slots is None:
-            yield
-            return
-        count = len(self._pending)
-        hooks = []
-        for index, block in enumerate(find_blocks(self.model)[1]):
-            ahead = [(index + further) % count for further in range(1, slots.count)]
-            hooks += [
-                block.register_forward_pre_hook(lambda *_, i=index, a=ahead: slots.enter(i, a)),
-                block.register_forward_hook(lambda *_, i=index: slots.leave(i)),
-            ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
@@ -544,13 +512,7 @@ class ExactOffload:
 
     def _stored(self) -> nn.Module:
         """The model, or what has its names and weights where those are streamed."""
-        if self.weight_slots is None:
-            return self.model
-        on_host: dict[str, Tensor] = {}
-        for block, memory in zip(self._layout.blocks, self.host.weights, strict=True):
-            on_host |= block.views(memory)
-        named = {name: on_host.get(name, each) for name, each in self.model.named_parameters()}
-        return _Named(named)
+        return self.model if self.streamed is None else self.streamed.stored(self.model)
 
     def save(self, folder: Path) -> None:
         """Weights, low halves of masters, moments, step and random state."""
@@ -568,7 +530,11 @@ class ExactOffload:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         self.host.load(tensors, about["updates"], str(folder))
-        self._copy_to_host()
+        if self.streamed is None:
+            for host, memory in zip(self.host.weights, self.on_gpu, strict=True):
+                host.copy_(memory.detach())
+        else:
+            self.streamed.slots.forget_all()
         self._outer.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
@@ -604,17 +570,6 @@ class ExactOffload:
             if each is not None:
                 each.close()
         self._room = self._states = None
-
-
-class _Named(nn.Module):
-    """Parameters by name, wherever they are."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
-        return iter(self._tensors.items())
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

@@ -36,6 +36,12 @@ class Tokenized:
     """Of the classes, in their order; empty where the data numbers them from 0."""
 
 
+def sequence_lengths(tokenized: Tokenized) -> list[int]:
+    """Tokens of each training sequence."""
+    lengths: list[int] = tokenized.train.starts.diff().tolist()
+    return lengths
+
+
 _LISTS = ("readings", "label_names")
 
 

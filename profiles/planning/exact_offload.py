@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engines.costs.exact_offload import WEIGHT_SLOTS, gradient_places, state_bytes
+from engines.costs.exact_offload import gradient_places, state_bytes
+from engines.costs.lsp import WEIGHT_SLOTS
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_seconds
 
@@ -20,6 +21,10 @@ AS_FAST = 1.01
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
 """In the order in which they are tried."""
+
+WAYS_OUT = (
+    SettingChange(values={"gradient_blocks": 2}, quality="none: the backward pass waits for the CPU instead"),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:

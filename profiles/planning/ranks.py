@@ -6,8 +6,39 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engines.shapes import Workload
+from engines.shapes import ModelShape, Workload
 from profiles.machine import Figure, LinkFigures, Machine
+from profiles.planning.budget import budget_of
+from profiles.planning.context import PlanningContext
+
+
+def context_of_a_rank(
+    engine: str,
+    machine: Machine,
+    shape: ModelShape,
+    workload: Workload,
+    *,
+    vram_bytes: int | None = None,
+    host_bytes: int | None = None,
+    pinned_limit_bytes: int | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+) -> PlanningContext:
+    """What the plan of the slowest of `gpus` processes on each of `nodes` machines is made for: its part of
+    the step, on its part of the machine. The limits are the machine's."""
+    part = machine_of_a_rank(machine, gpus)
+
+    def of(limit: int | None) -> int | None:
+        return None if limit is None else limit // gpus
+
+    return PlanningContext(
+        engine=engine,
+        machine=part,
+        shape=shape,
+        workload=workload_of_a_rank(workload, gpus * nodes),
+        budget=budget_of(part, vram_bytes, of(host_bytes), of(pinned_limit_bytes)),
+        ranks=gpus * nodes,
+    )
 
 
 def machine_of_a_rank(machine: Machine, gpus: int) -> Machine:

@@ -130,8 +130,8 @@ class TestTwin:
             assert_same(found, expected)
             assert engine.evaluate(batches) == evaluated
             block = engine.on_gpu[0].nbytes
-            assert engine.weight_slots is not None
-            assert engine.weight_slots.gpu_bytes == 3 * block
+            assert engine.streamed is not None
+            assert engine.streamed.slots.gpu_bytes == 3 * block
         uploads = costs.uploads_per_step(BLOCKS, engine.settings)
         assert uploads == [2, 2, 1, 1, 1]
         assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block}
