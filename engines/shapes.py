@@ -23,8 +23,9 @@ Direction = Literal["h2d", "d2h"]
 """Over the link: from host to device, or back."""
 
 
-Head = Literal["causal_lm", "classification", "question_answering"]
-"""`question_answering` is extractive: the first and the last token of the answer in a given text."""
+Head = Literal["causal_lm", "masked_lm", "classification", "question_answering"]
+"""`masked_lm` fills in a word that stands for a class; `question_answering` is extractive: the first and the
+last token of the answer in a given text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class ModelShape:
     """Embedding and output head are one tensor."""
     num_labels: int
     """Outputs of a classification head, or 2 (first, last) of a question-answering head for each token; 0 for
-    a causal language model."""
+    a language model."""
     block_parameters: int
     """All parameters of one block, matrices, norms and biases; of the largest where they differ in size."""
     outer_parameters: int
@@ -80,6 +81,11 @@ class ModelShape:
     every block for the largest."""
     label_names: tuple[str, ...] = ()
     """Of a classification head's outputs, as the data names them; empty where it numbers them from 0."""
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """The head's outputs are the vocabulary; it comes with the checkpoint."""
+        return self.head in ("causal_lm", "masked_lm")
 
     @property
     def parameters(self) -> int:

@@ -64,8 +64,10 @@ def _resolve_head(job: Job, family: str, examples: Examples) -> tuple[Head, int]
         head: Head = job.model.head
     elif examples.kind == "questions":
         head = "question_answering"
+    elif encoder:
+        head = "masked_lm" if job.data.template else "classification"
     else:
-        head = "classification" if encoder else "causal_lm"
+        head = "causal_lm"
     if head == "question_answering":
         if examples.kind not in ("questions", "builtin", "random"):
             raise UserError(
@@ -94,6 +96,9 @@ def _resolve_head(job: Job, family: str, examples: Examples) -> tuple[Head, int]
                 "use --head classification, or classes for labels",
             )
         return head, 0
+    if head == "masked_lm":
+        _check_masked(job, encoder, examples)
+        return head, 0
     if examples.kind in ("text", "instructions", "chats"):
         raise UserError(
             f"data '{job.data.train}'",
@@ -101,6 +106,26 @@ def _resolve_head(job: Job, family: str, examples: Examples) -> tuple[Head, int]
             "give labelled data, or a decoder with a causal language model head",
         )
     return head, examples.num_labels or DEFAULT_LABELS
+
+
+def _check_masked(job: Job, encoder: bool, examples: Examples) -> None:
+    """Raises `UserError` for what no word at a mask can stand for."""
+    if not encoder:
+        raise UserError(
+            f"model '{job.model.name}'",
+            "is a decoder, which has no masked language model head",
+            "leave out --head: a decoder takes a template without {mask}",
+        )
+    if not job.data.template:
+        raise UserError(
+            "--head masked_lm",
+            "fills in words that stand for classes, and no template says where",
+            "such as --template '{text} It was {mask}.' --labels terrible,great",
+        )
+    if not examples.labelled or examples.is_regression:
+        raise UserError(
+            f"data '{job.data.train}'", "has no classes for words to stand for", "give labelled data"
+        )
 
 
 def _is_encoder(family: str) -> bool:

@@ -81,7 +81,7 @@ def _traffic(
                 + (0 if how.captured else int((passes - 1) * ADAPTER_LAUNCHES) * len(adapted))
                 * workload.accumulation,
             )
-        elif layer.name == "head" and shape.head == "causal_lm":
+        elif layer.name == "head" and shape.predicts_tokens:
             layer = replace(layer, gpu_backward_flops=layer.gpu_backward_flops / 2)
         layers.append(layer)
     total = shape.num_blocks * adapters

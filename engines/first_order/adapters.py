@@ -19,6 +19,8 @@ from engines.model.blocks import find_blocks
 from engines.settings.libraries import LoraSettings
 
 _ADAPTER = ".lora_"
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+"""What their classes are called: their head comes with the checkpoint."""
 _BASE = ".base_layer"
 
 
@@ -60,7 +62,7 @@ def add_adapters(model: nn.Module, settings: LoraSettings, layers: list[str], se
         if _ADAPTER in name:
             parameter.data = parameter.data.float()
     body: Any = model
-    if not type(model).__name__.endswith("ForCausalLM") and not type(model).__name__.endswith("LMHeadModel"):
+    if not type(model).__name__.endswith(_LANGUAGE_MODELS):
         for name, part in model.named_children():
             if name != body.base_model_prefix:
                 part.requires_grad_(True)

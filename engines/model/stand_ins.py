@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import TORCH_DTYPE, move_buffers, to_device
+from engines.model.label_words import MASK_AT, WORDS
 
 SEQUENCES = 2
 MOST_TOKENS = 128
@@ -103,6 +104,8 @@ def _made_up(blueprint: Blueprint) -> Batch:
 
 def _cut(batch: Batch) -> Batch:
     """The first sequence and the most padded one, to `MOST_TOKENS`, with a label among them."""
+    if WORDS in batch.inputs:
+        return _first_example(batch)
     ids = batch.inputs["input_ids"]
     rows = [0]
     mask = batch.inputs.get("attention_mask")
@@ -115,10 +118,18 @@ def _cut(batch: Batch) -> Batch:
             name: each[:, :MOST_TOKENS] if each.dim() == 2 and each.shape[1] == length else each
             for name, each in cut.items()
         }
-        for name in ("start_positions", "end_positions"):
+        for name in ("start_positions", "end_positions", MASK_AT):
             if name in cut:
                 cut[name] = cut[name].clamp(max=MOST_TOKENS - 1)
     labels = cut.get("labels")
     if labels is not None and labels.dim() == 2 and not bool((labels[:, 1:] != -100).any()):
         cut["labels"] = cut["input_ids"]
     return Batch(inputs=cut)
+
+
+def _first_example(batch: Batch) -> Batch:
+    """All of its sequences, one for each class, whole: their words are at their ends."""
+    classes = batch.inputs["input_ids"].shape[0] // batch.inputs["labels"].shape[0]
+    return Batch(
+        inputs={name: each[: 1 if name == "labels" else classes] for name, each in batch.inputs.items()}
+    )

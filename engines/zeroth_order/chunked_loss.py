@@ -22,6 +22,7 @@ from engines.base import Batch
 from engines.costs.transformer import HEAD_CHUNK_BYTES, HEAD_TOKENS
 from engines.kernels.triton_launch import has_triton
 from engines.model.blocks import BlockDriver, sent
+from engines.model.label_words import classifies_by_words
 from engines.noise import weight_pass
 from engines.noise.tiles import TILE, one
 from engines.noise.visits import Outputs, Visit
@@ -283,7 +284,7 @@ def plain_head(
     """
     getter = getattr(model, "get_output_embeddings", None)
     module = getter() if getter is not None else None
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or classifies_by_words(model):
         return None
     path = next(name for name, each in model.named_modules() if each is module)
     weight, bias = places.get(f"{path}.weight"), places.get(f"{path}.bias")

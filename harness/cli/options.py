@@ -48,7 +48,8 @@ HeadFlag = Annotated[
     typer.Option(
         "--head",
         help="What the model is trained for; auto: question_answering if the data has answers in a text, "
-        "else causal_lm for decoders, classification for encoders. [default: auto]",
+        "else causal_lm for decoders, for encoders classification, with --template masked_lm. "
+        "[default: auto]",
     ),
 ]
 DataFlag = Annotated[
@@ -74,8 +75,8 @@ Template = Annotated[
     str | None,
     typer.Option(
         "--template",
-        help="The prompt of a labelled row for a decoder, such as `{text} It was`, with `{text2}` for the "
-        "second of a pair; the loss is over the words of --labels alone.",
+        help="The prompt of a labelled row: `{text} It was` for a decoder, `{text} It was {mask}.` for an "
+        "encoder, with `{text2}` for the second of a pair; the loss is over the words of --labels alone.",
     ),
 ]
 Labels = Annotated[

@@ -14,15 +14,15 @@ import torch
 
 from engines.base import Batch
 from engines.errors import UserError
-from engines.shapes import ModelShape
+from engines.shapes import Head, ModelShape
 from harness.data.chat_tokens import chat_table
 from harness.data.examples import examples_of
 from harness.data.lengths import epoch_order
 from harness.data.padding import padded_length
 from harness.data.reading.files import BadRecord
 from harness.data.reading.read import check_bad, told_bad
-from harness.data.records import Examples
-from harness.data.templates import check_template, template_table
+from harness.data.records import Examples, LabelledExample
+from harness.data.templates import check_template, mask_table, template_table
 from harness.data.token_tables import (
     TokenTable,
     answer_table,
@@ -105,9 +105,9 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
         return None
     examples = examples_of(job, load_config(job.model))
     tokenizer = load_tokenizer(job.model, shape.vocabulary)
-    if job.data.template and (shape.head != "causal_lm" or not examples.labelled):
+    if job.data.template and (not shape.predicts_tokens or not examples.labelled):
         why = "the data has no classes" if not examples.labelled else f"the head is for {shape.head}"
-        raise UserError("--template", why, "use a decoder and labelled rows, or leave it out")
+        raise UserError("--template", why, "use a language model and labelled rows, or leave it out")
     bad: tuple[list[BadRecord], list[BadRecord]] = ([], [])
     if examples.kind == "text":
         train, held_out = text_tables(examples, tokenizer, job)
@@ -135,12 +135,7 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
             for rows in (examples.labelled, examples.labelled_held_out)
         )
     elif job.data.template:
-        check_template(job.data.template, is_paired=examples.is_paired)
-        candidates = _candidates(job, examples.num_labels, tokenizer)
-        train, held_out = (
-            template_table(rows, job.data.template, candidates, tokenizer, job.seq_len)
-            for rows in (examples.labelled, examples.labelled_held_out)
-        )
+        train, held_out = _prompts(job, shape.head, examples, tokenizer)
     else:
         train, held_out = (
             answer_table(rows, examples.num_labels, tokenizer, job.seq_len)
@@ -153,7 +148,19 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
     return _tokenized(job, examples, train, held_out, tokenizer, tuple(readings))
 
 
-def _candidates(job: Job, num_labels: int, tokenizer: Tokenizer) -> Candidates:
+def _prompts(job: Job, head: Head, examples: Examples, tokenizer: Tokenizer) -> tuple[TokenTable, TokenTable]:
+    check_template(job.data.template, head, is_paired=examples.is_paired)
+    candidates = _candidates(job, head, examples.num_labels, tokenizer)
+
+    def table(rows: Sequence[LabelledExample]) -> TokenTable:
+        if head == "masked_lm":
+            return mask_table(rows, job.data.template, tokenizer, job.seq_len)
+        return template_table(rows, job.data.template, candidates, tokenizer, job.seq_len)
+
+    return table(examples.labelled), table(examples.labelled_held_out)
+
+
+def _candidates(job: Job, head: Head, num_labels: int, tokenizer: Tokenizer) -> Candidates:
     words = job.data.labels
     if len(words) != num_labels:
         raise UserError(
@@ -161,7 +168,7 @@ def _candidates(job: Job, num_labels: int, tokenizer: Tokenizer) -> Candidates:
             f"are {len(words)} words, the data has {num_labels} classes",
             "give a word for each class, in their order",
         )
-    return candidates_of(job.data.template, words, tokenizer)
+    return candidates_of(job.data.template, words, tokenizer, head)
 
 
 def _left_out(
@@ -218,7 +225,7 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
     """
     train, held_out, pad_id = tokenized.train, tokenized.held_out, tokenized.pad_id
     by_length = job.padding == "longest" and job.data.train != "builtin" and not train.packed
-    lengths = train.starts.diff().numpy()
+    lengths = train.lengths.numpy()
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
@@ -231,7 +238,7 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
     def batch_of(table: TokenTable, rows: Sequence[int]) -> Batch:
         seq_len = job.seq_len
         if by_length:
-            longest = max(int(table.starts[row + 1] - table.starts[row]) for row in rows)
+            longest = int(table.lengths[rows].max())
             seq_len = padded_length(longest, job.seq_len)
         return table.batch(rows, seq_len, pad_id)
 
@@ -268,7 +275,7 @@ def _evaluated_rows(held_out: TokenTable, count: int, job: Job, *, by_length: bo
         generator = torch.Generator().manual_seed(derive_seed(job.seed, "evaluation"))
         rows = torch.randperm(len(rows), generator=generator)[:count].sort().values.tolist()
     if by_length:
-        rows.sort(key=lambda row: int(held_out.starts[row + 1] - held_out.starts[row]))
+        rows.sort(key=lambda row: int(held_out.lengths[row]))
     return rows[:count]
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from engines.base import Batch
+from engines.model.label_words import WORDS
 from engines.shapes import ModelShape
 from harness.data.batches import batches_of, tokenize
 from harness.data.examples import examples_of
@@ -80,7 +81,7 @@ def preview(job: Job, shape: ModelShape, examples: int) -> Preview:
         step += 1
     train, held_out = tokenized.train, tokenized.held_out
     epoch = -(-len(train) // (job.batch_size * job.accumulation))
-    lengths = pd.Series(train.starts.diff().numpy())
+    lengths = pd.Series(train.lengths.numpy())
     keys, others = _keys(train), _keys(held_out)
     return Preview(
         readings=tokenized.readings,
@@ -122,7 +123,9 @@ def _rows(batch: Batch, job: Job, shape: ModelShape, names: Sequence[str]) -> li
     inputs = batch.inputs
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
-    labels = inputs.get("labels")
+    labels, words = inputs.get("labels"), inputs.get(WORDS)
+    if words is not None and labels is not None:
+        labels = labels.repeat_interleave(len(ids) // len(labels))
     found = []
     for row in range(len(ids)):
         length = int(mask[row].sum())
@@ -138,6 +141,8 @@ def _rows(batch: Batch, job: Job, shape: ModelShape, names: Sequence[str]) -> li
         else:
             number = int(labels[row])
             label = f"{number} ({names[number]})" if names else str(number)
+            if words is not None:
+                learnt = (words[row, :length] != UNLABELLED).tolist()
         found.append(
             ShownExample(
                 tokens=tuple(tokenizer.show(own)),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engines.base import Batch
 from engines.errors import UserError
+from engines.model.label_words import MASK_AT, WORDS
 from harness.data.builtin import builtin_questions
 from harness.data.examples import held_out_count
 from harness.data.records import Examples, InstructionExample, LabelledExample, QuestionExample
@@ -43,16 +44,27 @@ class TokenTable:
     """int64, (rows, 2): question answering, positions of the answer's first and last token."""
     second: Tensor | None = None
     """int64, (rows,): position where the second of two texts begins, if the model is told."""
+    masks: Tensor | None = None
+    """int64, (rows,): position of the mask that stands for the word of a class."""
+    choices: int = 1
+    """Sequences of each row, one for each class, one after the other: its word is what is labelled in it."""
     packed: bool = False
     """All rows fill the sequence length: no padding, no mask."""
     cut: int = 0
     """Examples that were longer than the sequence length."""
 
     def __len__(self) -> int:
-        return int(self.starts.numel()) - 1
+        return (int(self.starts.numel()) - 1) // self.choices
+
+    @property
+    def lengths(self) -> Tensor:
+        """(rows,) int64: tokens of each, of its longest sequence."""
+        return self.starts.diff().view(-1, self.choices).amax(1)
 
     def batch(self, rows: Sequence[int], seq_len: int, pad_id: int) -> Batch:
         """Rows padded on the right to `seq_len`."""
+        if self.choices > 1:
+            return self._batch_of_choices(rows, seq_len, pad_id)
         input_ids = torch.full((len(rows), seq_len), pad_id, dtype=torch.int64)
         mask = torch.zeros((len(rows), seq_len), dtype=torch.int64)
         labels = torch.full((len(rows), seq_len), UNLABELLED, dtype=torch.int64)
@@ -76,7 +88,17 @@ class TokenTable:
         if self.second is not None:
             places = torch.arange(seq_len).expand(len(rows), seq_len)
             inputs["token_type_ids"] = (places >= self.second[chosen].unsqueeze(1)).long() * mask
+        if self.masks is not None:
+            inputs[MASK_AT] = self.masks[chosen]
         return Batch(inputs=inputs if self.packed else {**inputs, "attention_mask": mask})
+
+    def _batch_of_choices(self, rows: Sequence[int], seq_len: int, pad_id: int) -> Batch:
+        assert self.classes is not None
+        each = replace(self, classes=None, choices=1)
+        sequences = [row * self.choices + choice for row in rows for choice in range(self.choices)]
+        inputs = dict(each.batch(sequences, seq_len, pad_id).inputs)
+        words = inputs.pop("labels")
+        return Batch(inputs={**inputs, WORDS: words, "labels": self.classes[torch.tensor(rows)]})
 
 
 def table_of(
@@ -215,7 +237,7 @@ def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: 
     seconds = tokenizer.encode([row.second or "" for row in rows]) if paired else [[] for _ in rows]
     sequences, places, cut = [], [], 0
     for first, second in zip(firsts, seconds, strict=True):
-        kept_first, kept_second = _shares(len(first), len(second), room)
+        kept_first, kept_second = shares(len(first), len(second), room)
         head = [*tokenizer.prefix, *first[:kept_first], *between]
         sequences.append([*head, *second[:kept_second], *tokenizer.suffix])
         places.append(len(head))
@@ -226,7 +248,7 @@ def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: 
     return replace(table, second=torch.tensor(places, dtype=torch.int64) if marked else None)
 
 
-def _shares(first: int, second: int, room: int) -> tuple[int, int]:
+def shares(first: int, second: int, room: int) -> tuple[int, int]:
     """How much of two lengths to keep so that both fit into `room`, taken from the longer one first."""
     half = room // 2
     if first + second <= room:

@@ -57,6 +57,7 @@ def save_tokenized(tokenized: Tokenized, path: Path) -> None:
             if isinstance(value, Tensor):
                 tensors[f"{part}.{field.name}"] = value.contiguous()
         told |= {f"{part}.packed": str(int(table.packed)), f"{part}.cut": str(table.cut)}
+        told[f"{part}.choices"] = str(table.choices)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, metadata=told)
@@ -76,6 +77,7 @@ def load_tokenized(path: Path) -> Tokenized:
         names = [field.name for field in fields(TokenTable)]
         own: dict[str, Any] = {name: tensors.get(f"{part}.{name}") for name in names}
         own |= {"packed": told[f"{part}.packed"] == "1", "cut": int(told[f"{part}.cut"])}
+        own["choices"] = int(told[f"{part}.choices"])
         return TokenTable(**own)
 
     return Tokenized(

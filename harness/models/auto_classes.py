@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
 )
@@ -14,6 +15,7 @@ from engines.shapes import Head
 
 _CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }

@@ -15,7 +15,7 @@ from engines.base import Batch, StoredTensor
 from engines.files.checksums import SUMS, check_sums
 from engines.model.randomness import is_random_setting
 from engines.shapes import ModelShape
-from harness.models.candidates import candidates_of, restrict_logits
+from harness.models.candidates import candidates_of, let_classify
 from harness.models.configs import load_config, local_folder
 from harness.models.export import write_model
 from harness.models.meta import (
@@ -104,9 +104,10 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
         # A classifying decoder finds the last token of a sequence by the padding after it. Set after
         # the model was built, so that the embedding does not take it for a row without gradient.
         model.config.pad_token_id = load_tokenizer(source, shape.vocabulary).pad_id
-    if job.data.template and shape.head == "causal_lm":
+    if job.data.template and shape.predicts_tokens:
         tokenizer = load_tokenizer(source, shape.vocabulary)
-        restrict_logits(model, candidates_of(job.data.template, job.data.labels, tokenizer).tokens)
+        words = candidates_of(job.data.template, job.data.labels, tokenizer, shape.head)
+        let_classify(model, words, shape.head)
     random, body = random_weights(model, job.seed), model.base_model_prefix
     stored = None if source.random_weights else stored_tensors(source, model, body)
     if source.random_weights:

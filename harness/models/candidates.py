@@ -1,9 +1,12 @@
-"""Words that stand for classes, where a language model classifies by what it would say next.
+"""Words that stand for classes, where a language model classifies by what it would say.
 
-As the zeroth-order papers train on labelled rows (MeZO, arXiv 2305.17333, appendix E): a template ends where
-the word belongs, and the loss is the cross-entropy over the candidates alone, not over the vocabulary. All
-other logits are taken away behind the model's output layer, so that every method trains on it, whichever way
-it goes through the model. Of words of several tokens the first token that tells them apart decides.
+As the zeroth-order papers train on labelled rows (MeZO, arXiv 2305.17333, appendix E): a template has a place
+for the word, and the loss is the cross-entropy over the words of the classes alone, not over the vocabulary.
+
+Where every word is one token, a causal model needs one sequence for each example: all other logits are
+taken away behind its output layer. Words of several tokens are counted by all of them
+(`engines.model.label_words`), with one sequence for each class. A masked model fills in one token, so its
+words are of one.
 """
 
 from __future__ import annotations
@@ -17,33 +20,66 @@ import torch
 from torch import Tensor
 
 from engines.errors import UserError
+from engines.model.label_words import classify_at_mask, classify_by_words
+from engines.shapes import Head
 from harness.models.tokenizers import Tokenizer
+
+MASK = "{mask}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    shared: tuple[int, ...]
-    """Tokens that all words begin with; they belong to the prompt."""
-    tokens: tuple[int, ...]
-    """The token of each class, all different."""
+    words: tuple[tuple[int, ...], ...]
+    """The tokens of each class's word, no two alike."""
+
+    @property
+    def of_one_token(self) -> bool:
+        return all(len(word) == 1 for word in self.words)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token of each class, where every word is one token."""
+        return tuple(token for (token,) in self.words)
 
 
-def candidates_of(template: str, words: Sequence[str], tokenizer: Tokenizer) -> Candidates:
-    """What stands for each class behind `template`: after a blank, unless the template ends in white space.
+def candidates_of(template: str, words: Sequence[str], tokenizer: Tokenizer, head: Head) -> Candidates:
+    """What stands for each class in `template`: after a blank, unless white space or a word stands before it.
 
-    Raises `UserError` where two words cannot be told apart by one token.
+    Raises `UserError` where two words are alike to the model, and where a masked model is given one of
+    several tokens.
     """
-    blank = "" if template[-1:].isspace() else " "
-    encoded = tokenizer.encode([blank + word for word in words])
-    same = 0
-    while all(len(ids) > same + 1 and ids[same] == encoded[0][same] for ids in encoded):
-        same += 1
-    tokens = tuple(ids[same] for ids in encoded if len(ids) > same)
-    if len(set(tokens)) < len(words):
-        raise UserError(
-            f"--labels {','.join(words)}", "not every word begins with a token of its own", "use other words"
-        )
-    return Candidates(shared=tuple(encoded[0][:same]), tokens=tokens)
+    before = template.partition(MASK)[0] if head == "masked_lm" else template
+    # Nobody writes a blank where the answer of a decoder belongs; in the middle of a text they do.
+    blank = (" " if before[-1:] in ("", " ") else "") if head == "masked_lm" else _blank(before)
+    encoded = [tuple(ids) for ids in tokenizer.encode([blank + word for word in words])]
+    named = f"--labels {','.join(words)}"
+    if len(set(encoded)) < len(words) or not all(encoded):
+        raise UserError(named, "two words are the same to the model, or one is nothing", "use other words")
+    if head == "masked_lm":
+        several = [(word, ids) for word, ids in zip(words, encoded, strict=True) if len(ids) > 1]
+        if several:
+            word, ids = several[0]
+            raise UserError(
+                named, f"'{word}' is {len(ids)} tokens, and a mask stands for one", "use words of one token"
+            )
+    return Candidates(words=tuple(encoded))
+
+
+def _blank(before: str) -> str:
+    return "" if before[-1:].isspace() else " "
+
+
+def let_classify(model: Any, candidates: Candidates, head: Head) -> None:
+    """Let `model`, a language model with its own forward, say which class it would name.
+
+    Raises `UserError` for a model that cannot be made to.
+    """
+    if head == "masked_lm":
+        classify_at_mask(model, candidates.tokens)
+    elif candidates.of_one_token:
+        restrict_logits(model, candidates.tokens)
+    else:
+        classify_by_words(model, len(candidates.words))
 
 
 def restrict_logits(model: Any, tokens: Sequence[int]) -> None:

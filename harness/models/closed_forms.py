@@ -52,8 +52,9 @@ def _assemble(
 ) -> ModelShape:
     """Counts from matrices (name, outputs, inputs), tables (elements each) and sums of vectors."""
     shapes = tuple(MatrixShape(name=path, rows=rows, columns=columns) for path, rows, columns in matrices)
-    head_parameters = (vocabulary if head == "causal_lm" else num_labels) * head_inputs
-    tied = tied and head == "causal_lm"
+    predicts_tokens = head in ("causal_lm", "masked_lm")
+    head_parameters = (vocabulary if predicts_tokens else num_labels) * head_inputs
+    tied = tied and predicts_tokens
     tables = embeddings + outer_others
     # transformers gives a question-answering head of any family a bias, a decoder's other heads none.
     outer_vectors += num_labels if head == "question_answering" else 0
@@ -70,7 +71,7 @@ def _assemble(
         max_seq_len=max_seq_len,
         gated_mlp=gated_mlp,
         tied=tied,
-        num_labels=0 if head == "causal_lm" else num_labels,
+        num_labels=0 if predicts_tokens else num_labels,
         block_parameters=sum(matrix.parameters for matrix in shapes) + block_vectors,
         outer_parameters=sum(tables) + outer_vectors + (0 if tied else head_parameters),
         head_parameters=head_parameters,
@@ -179,20 +180,22 @@ def _encoder_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int,
     heads = int(c.get("num_attention_heads", 12))
     # RoBERTa counts positions from its padding token on.
     offset = int(c.get("pad_token_id", 1)) + 1 if roberta else 0
-    classifies = head == "classification"
+    classifies, fills_in = head == "classification", head == "masked_lm"
     return _assemble(
         name, family, head, num_labels,
         num_blocks=int(c.get("num_hidden_layers", 12)), hidden=h, intermediate=inner, num_heads=heads,
         num_kv_heads=heads, vocabulary=vocabulary, max_seq_len=positions - offset, gated_mlp=False,
-        tied=False,
+        tied=c.get("tie_word_embeddings", True) and not untied,
         matrices=[(f"attention.self.{part}.weight", h, h) for part in ("query", "key", "value")]
         + [("attention.output.dense.weight", h, h), ("intermediate.dense.weight", inner, h),
            ("output.dense.weight", h, inner)],
         block_vectors=9 * h + inner,
         embeddings=[vocabulary * h, positions * h, types * h],
-        # One dense layer before the classes: BERT's pooler, RoBERTa's classification head.
-        outer_others=[h * h] if classifies else [],
-        outer_vectors=2 * h + (h + num_labels if classifies else 0), head_inputs=h,
+        # One dense layer before the classes (BERT's pooler, RoBERTa's classification head), and before the
+        # words, there with a norm.
+        outer_others=[h * h] if classifies or fills_in else [],
+        outer_vectors=2 * h + (h + num_labels if classifies else 3 * h + vocabulary if fills_in else 0),
+        head_inputs=h,
     )  # fmt: skip
 
 

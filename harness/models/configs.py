@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engines.errors import UserError
 from engines.files.reading import exists, expanded, is_folder, read_json
@@ -296,7 +296,7 @@ def _hub_config(hub_id: str) -> Path:
         cached = try_to_load_from_cache(hub_id, "config.json")
         if isinstance(cached, str):
             return Path(cached)
-        if not _hub_answers(hub_id):
+        if not hub_answers(hub_id):
             raise unreachable
         return Path(hf_hub_download(hub_id, "config.json"))
     except LocalEntryNotFoundError:
@@ -310,13 +310,13 @@ def _hub_config(hub_id: str) -> Path:
         ) from None
 
 
-def _hub_answers(hub_id: str) -> bool:
+def hub_answers(hub_id: str, file: str = "config.json", kind: Literal["model", "dataset"] = "model") -> bool:
     """Asked once: a download tries for half a minute, with a line on stderr for each time."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"))
+        get_hf_file_metadata(hf_hub_url(hub_id, file, repo_type=kind))
     except (HfHubHTTPError, OSError, ValueError):  # the download says what it is
         return True
     except Exception:  # of the HTTP library, which is another in each version of the hub's

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
@@ -158,9 +159,10 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
     )
     config = model.config.get_text_config()
     embedding = _embedding_of(model)
+    predicts_tokens = head in ("causal_lm", "masked_lm")
     hidden = _number(config, "hidden_size") or _inputs_of_most(matrices) or embedding[1]
     heads = _number(config, "num_attention_heads") or 1
-    outputs = embedding[0] if head == "causal_lm" else num_labels
+    outputs = embedding[0] if predicts_tokens else num_labels
     output = [
         module
         for module in model.modules()
@@ -184,8 +186,8 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         vocabulary=embedding[0],
         max_seq_len=_longest(model, config, family),
         gated_mlp=gated,
-        tied=head == "causal_lm" and len(set(first_names.values())) < len(first_names),
-        num_labels=0 if head == "causal_lm" else num_labels,
+        tied=predicts_tokens and len(set(first_names.values())) < len(first_names),
+        num_labels=0 if predicts_tokens else num_labels,
         block_parameters=max(sizes_of_blocks),
         block_sizes=() if like else sizes_of_blocks,
         outer_parameters=sum(sizes) - (sum(sizes_of_blocks) if like else sum(in_blocks.values())),
@@ -277,7 +279,7 @@ def configuration(
         raise _no_head(source.name, family, head)
     if untied:
         config.tie_word_embeddings = False
-    if head != "causal_lm" and config.num_labels != num_labels:
+    if head not in ("causal_lm", "masked_lm") and config.num_labels != num_labels:
         config.num_labels = num_labels
     if head == "classification":
         config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
@@ -286,6 +288,7 @@ def configuration(
 
 _TYPES_WITH: Mapping[Head, Mapping[str, Any]] = {
     "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "question_answering": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }

@@ -51,6 +51,9 @@ class Tokenizer(Protocol):
     marks_second: bool
     """The model takes which tokens are of the second text (`token_type_ids`)."""
 
+    mask_id: int | None
+    """Stands for a word that is left out."""
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
 
@@ -97,6 +100,7 @@ class ByteTokenizer:
         self.end_id: int | None = next(free) if given["eos"] is None else given["eos"]
         self.byte_ids = tuple(next(free) for _ in range(NUM_BYTES))
         """Id of each byte value."""
+        self.mask_id: int | None = next(free, None)
         self.prefix: tuple[int, ...] = (begin,)
         encoder = config.get("model_type") in ("bert", "roberta")
         self.suffix: tuple[int, ...] = (self.end_id,) if encoder and self.end_id is not None else ()
@@ -151,6 +155,8 @@ class HubTokenizer:
                 "set pad_token in tokenizer_config.json",
             )
         self.pad_id = int(pad)
+        mask = tokenizer.mask_token_id
+        self.mask_id: int | None = None if mask is None else int(mask)
         probe = "a"
         bare = self.encode([probe])[0]
         full = [int(index) for index in tokenizer(probe, verbose=False)["input_ids"]]

@@ -120,7 +120,7 @@ def checkpoint_weights(
     lost = sorted(
         name
         for name in new
-        if shape.head == "causal_lm" or (name.startswith(f"{body}.") and ".pooler." not in name)
+        if shape.predicts_tokens or (name.startswith(f"{body}.") and ".pooler." not in name)
     )
     if lost:
         raise UserError(
@@ -146,7 +146,7 @@ def checkpoint_weights(
 def _refuse_other_shapes(source: ModelSource, head: Head, body: str, entries: Iterable[Any]) -> None:
     """`entries`: name, shape in the file and shape of the model. A head for other classes is made anew."""
     for name, stored, wanted in sorted(entries, key=lambda entry: str(entry[0])):
-        if head == "causal_lm" or (name.startswith(f"{body}.") and ".pooler." not in name):
+        if head in ("causal_lm", "masked_lm") or (name.startswith(f"{body}.") and ".pooler." not in name):
             raise UserError(
                 f"model '{source.name}'",
                 f"{name} is {_sizes(stored)} in its file and {_sizes(wanted)} by config.json",

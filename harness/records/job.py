@@ -33,7 +33,7 @@ NotWhereOne = Field(exclude_if=lambda value: value == 1)
 
 Padding = Literal["seq_len", "longest"]
 
-HeadChoice = Literal["auto", "causal_lm", "classification", "question_answering"]
+HeadChoice = Literal["auto", "causal_lm", "masked_lm", "classification", "question_answering"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class ModelSource:
     random_weights: Switch = False
     """Seeded random weights instead of a checkpoint; needs only the configuration."""
     head: HeadChoice = "auto"
-    """`auto`: question_answering for data of that kind, else causal_lm for decoders, classification for
-    encoders."""
+    """`auto`: question_answering for data of that kind, else causal_lm for decoders, for encoders masked_lm
+    with a template and classification without."""
     untied: Switch = False
     """Give the output head its own tensor where the model ties it to the embedding."""
     layers: Annotated[Whole, Field(ge=1)] | None = None
@@ -69,8 +69,8 @@ class DataSource:
     skip_bad: Annotated[Switch, NotWhereEmpty] = False
     """Go on also where more than a tenth of the records cannot be used."""
     template: Annotated[str, NotWhereEmpty] = ""
-    """The prompt of a labelled row for a decoder, such as `{text} It was`; empty: the built-in one, with a
-    loss over the whole vocabulary."""
+    """The prompt of a labelled row, such as `{text} It was` for a decoder and `{text} It was {mask}.` for an
+    encoder; empty: for decoders the built-in one, with a loss over the whole vocabulary."""
     labels: Annotated[tuple[str, ...], NotWhereEmpty] = ()
     """With `template`: the word for each class, in the order of the classes."""
 

@@ -48,7 +48,8 @@ def metrics_of(
 ) -> dict[str, float]:
     """Metric -> value, `loss` first. Without the libraries those that need them are missing.
 
-    `candidates` are the tokens that stand for the classes, in their order, where a decoder classifies.
+    `candidates` are what stands for the classes in the evaluation, in their order, where a language model
+    classifies: their tokens, or their numbers.
     """
     found = {"loss": evaluation.loss}
     if is_regression:

@@ -123,7 +123,9 @@ def _train(
             tokenizer = load_tokenizer(job.model, shape.vocabulary)
             is_bytes = tokenizer.name == "bytes"
             if job.data.template:
-                candidates = candidates_of(job.data.template, job.data.labels, tokenizer).tokens
+                words = candidates_of(job.data.template, job.data.labels, tokenizer, shape.head)
+                by_token = shape.head == "causal_lm" and words.of_one_token
+                candidates = words.tokens if by_token else range(len(words.words))
         kept = out / TRACE if trace else None
         with (
             user_errors(engine_name, job, out),

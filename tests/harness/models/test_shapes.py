@@ -50,17 +50,17 @@ CONFIGS = {name: dict(shape.config) for name, shape in NAMED_SHAPES.items()} | V
 
 def heads_of(config: dict[str, Any]) -> tuple[Head, ...]:
     others: tuple[Head, ...] = ("classification", "question_answering")
-    return others if config["model_type"] in ("bert", "roberta") else ("causal_lm", *others)
+    return (("masked_lm" if config["model_type"] in ("bert", "roberta") else "causal_lm"), *others)
 
 
-LABELS: dict[Head, int] = {"causal_lm": 0, "classification": 3, "question_answering": 2}
+LABELS: dict[Head, int] = {"causal_lm": 0, "masked_lm": 0, "classification": 3, "question_answering": 2}
 
 
 def build(config: dict[str, Any], head: Head, num_labels: int, untied: bool) -> Any:
     typed = AutoConfig.for_model(**config)
     if untied:
         typed.tie_word_embeddings = False
-    if head != "causal_lm":
+    if head not in ("causal_lm", "masked_lm"):
         typed.num_labels = num_labels
     with torch.device("meta"):
         return auto_class(head).from_config(typed)
