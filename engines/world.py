@@ -89,7 +89,7 @@ class Share:
         return probes[self.probes.start : self.probes.stop]
 
 
-def shares(size: int, num_batches: int, num_probes: int = 1) -> list[Share]:
+def divide(size: int, num_batches: int, num_probes: int = 1) -> list[Share]:
     """What each of `size` ranks computes of a step of `num_batches` micro-batches of `num_probes` probes.
 
     Micro-batches are divided first; where there are fewer of them than ranks, several ranks share one and

@@ -38,7 +38,7 @@ from engines.quantized.export import landed_on_grid, plain_weights
 from engines.settings.zeroth_order import MezoSettings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
-from engines.world import shares
+from engines.world import divide
 from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
@@ -219,7 +219,7 @@ class ZerothOrder(ABC):
         clocks.label("before the blocks")
         clocks.compute.start()
         asked, world = probes(settings, step), self.context.world
-        division = shares(world.size, len(batches), len(asked))
+        division = divide(world.size, len(batches), len(asked))
         mine = division[world.rank]
         prepared = [self._model.prepare(batch) for batch in mine.of_batches(batches)]
         streams = Streams(self._model, prepared, mine.of_probes(asked), self._updates.none())

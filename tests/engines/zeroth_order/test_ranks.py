@@ -15,7 +15,7 @@ from zeroth_order_runs import context, in_groups, make_mezo, make_zo2
 from engines.base import Batch, StepStats
 from engines.errors import NonFiniteLoss, PeerLost, UserError
 from engines.shapes import Dtype
-from engines.world import ALONE, World, part, shares
+from engines.world import ALONE, World, divide, part
 from tiny_models import tiny_batches, tiny_blueprint
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -131,9 +131,9 @@ def test_the_others_hear_that_a_rank_is_gone() -> None:
 
 def test_too_few_micro_batches_are_refused() -> None:
     with pytest.raises(UserError, match="a step has only 1 micro-batches to divide"):
-        shares(2, 1)
+        divide(2, 1)
     with pytest.raises(UserError, match="2 micro-batches x 2 queries"):
-        shares(5, 2, 2)
+        divide(5, 2, 2)
 
 
 def test_shares_are_the_whole_once() -> None:
@@ -144,7 +144,7 @@ def test_shares_are_the_whole_once() -> None:
                     continue
                 cells = [
                     (batch, probe)
-                    for each in shares(size, num_batches, num_probes)
+                    for each in divide(size, num_batches, num_probes)
                     for batch in each.batches
                     for probe in each.probes
                 ]
