@@ -275,6 +275,15 @@ class TellsLanding(Protocol):
 
 
 @runtime_checkable
+class TellsNotes(Protocol):
+    """An engine that says what of its settings it could not have."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What could not be compiled or captured and why, a sentence each; grows in the first steps."""
+
+
+@runtime_checkable
 class TellsTrace(Protocol):
     """An engine that keeps what each stream did where `Context.trace` asks for it."""
 

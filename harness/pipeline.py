@@ -23,6 +23,7 @@ from harness.records.job import Job
 from harness.records.run import Run
 from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
+from harness.runs.attempt import MatrixRate
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import WORK, launch_probe
 from harness.runs.ranks import check_gpus
@@ -33,6 +34,7 @@ from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
+from profiles.planning.predict import measured_matrix_rate
 from profiles.planning.recommend import recommend
 
 
@@ -223,8 +225,14 @@ def _clear(data_file: Path) -> None:
 def _options(ready: PreparedJob, sweep: Sweep) -> SweepOptions:
     return SweepOptions(
         rounds=sweep.rounds, resume=sweep.resume, criteria=sweep.criteria, trace=sweep.trace,
-        emulated=ready.emulated,
+        emulated=ready.emulated, matrix_rate=_matrix_rate(ready.machine, ready.job),
     )  # fmt: skip
+
+
+def _matrix_rate(machine: Machine, job: Job) -> MatrixRate | None:
+    flops_per_s = measured_matrix_rate(machine, job.workload)
+    device = machine.cpu.name if machine.gpu is None else machine.gpu.name
+    return None if flops_per_s is None else MatrixRate(flops_per_s=flops_per_s, device=device)
 
 
 def _check_job(job: Job, *, quiet: bool) -> tuple[ModelShape, SaveData | None]:

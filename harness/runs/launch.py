@@ -87,6 +87,8 @@ class Outcome:
     ranks: tuple[Summary, ...] = ()
     """Of each process of this machine, where there are several; `summary` is then that of the first, its
     peaks those of the largest GPU and of the machine."""
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have; `None`: the child did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         traced=told.traced,
         held=told.held,
         ranks=tuple(summaries) if ranks else (),
+        notes=None if first is None else first.notes,
     )
 
 

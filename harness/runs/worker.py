@@ -24,7 +24,7 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, load_engine
-from engines.base import Batch, Context, StepStats, TellsTrace
+from engines.base import Batch, Context, StepStats, TellsNotes, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
@@ -34,7 +34,7 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import RunRecording, Scenario, gpu_peaks, measure
+from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
 from harness.runs.processes import of_rank
 from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import Decode, StepData, Train
@@ -81,6 +81,8 @@ class Result:
     end_reason: str | None
     samples: tuple[Sample, ...]
     summary: Summary
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have, and why; `None`: the engine was never made."""
 
 
 class _NoData:
@@ -134,8 +136,11 @@ def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | 
         peak_gpu_allocated_bytes=allocated,
         peak_gpu_reserved_bytes=reserved,
         peak_host_bytes=own_peak_bytes(),
+        compile_s=compile_s(),
     )
-    return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
+    return Result(
+        end_state=state, end_reason=reason, samples=recording.samples, summary=summary, notes=recording.notes
+    )
 
 
 def _run(
@@ -221,6 +226,7 @@ def _run(
             on_sample=on_sample,
         )
     finally:
+        recording.notes = tuple(engine.notes) if isinstance(engine, TellsNotes) else ()
         try:
             if traced:
                 write_trace(engine, folder / TRACE)
