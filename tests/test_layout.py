@@ -42,7 +42,8 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
-        ("recommendation",),
+        ("recommendation", "calibrate"),
+        ("recipes",),
         ("cli",),
         ("__main__",),
     ),
@@ -92,6 +93,7 @@ TORCH_FREE = (
     "harness.resolve",
     "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
     "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
+    "harness.calibrate", "harness.recipes",
     "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
@@ -433,6 +435,14 @@ NAMED = {
             )
         ),
         "a value of `train`: the same adapters, learnt without gradients",
+    ),
+    **dict.fromkeys(
+        (
+            "harness.recipes.axolotl -> lora",
+            "harness.recipes.axolotl -> qlora",
+            "harness.recipes.llamafactory -> lora",
+        ),
+        "another program's own word",
     ),
 }
 """`module -> engine` that is none of the above, and why."""
