@@ -298,6 +298,16 @@ def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
     return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
 
 
+def measured_matrix_rate(machine: Machine, workload: Workload) -> float | None:
+    """FLOP/s of one large product in the job's precision, under lasting load, as this machine's profile has
+    measured it; `None`: it was not measured."""
+    try:
+        _, figure = _matmul(machine, workload)
+    except _Absent:
+        return None
+    return figure.value if figure.origin == "measured" else None
+
+
 def _sustained(product: Figure, gpu: Gpu) -> Figure:
     """What is left of a burst's rate under lasting load, which a training run is; as it was in bf16."""
     sustained, burst = gpu.matmul_sustained_flops.value, gpu.matmul_bf16_flops.value
