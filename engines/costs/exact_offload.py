@@ -17,10 +17,13 @@ pass a block together (`engines.model.block_major`).
 With `weights=streamed` the weights of the blocks come up twice, but for a few, so the link takes 4 N /
 bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
 
+States on disk (`disk_blocks`) are read and written in each step: 10 bytes per parameter each way with fp32
+moments, 6 and 4 with the others.
+
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
-between blocks (or what kept blocks keep), and outside the blocks weights, gradients, fp32 masters and
-moments. Host memory: weights, pinned; the low halves of fp32 masters; moments; and pinned room for gradients
-that wait for the CPU.
+between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
+them (`outer=host`), fp32 masters and moments. Host memory: weights, pinned; the low halves of fp32 masters;
+moments; and pinned room for gradients that wait for the CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
+from engines.costs.disk import STATE_PLACES
 from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
@@ -82,15 +86,18 @@ def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
     return min(num_blocks, settings.gradient_blocks)
 
 
-def host_bytes(blocks: list[int], element: int, settings: ExactOffloadSettings) -> dict[str, int]:
-    """Host memory by kind, for blocks of so many parameters each."""
-    total = sum(blocks)
+def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOffloadSettings) -> dict[str, int]:
+    """Host memory by kind, for blocks of so many parameters each, and `outer` outside them that the host
+    updates."""
+    total = sum(blocks) + outer
     kept = "pinned" if settings.offload else "pageable"
     places = gradient_places(len(blocks), settings)
+    on_disk = [blocks[index] for index in settings.on_disk(len(blocks))]
+    in_memory = total - sum(on_disk) + min(STATE_PLACES, len(on_disk)) * max(on_disk, default=0)
     return {
         f"weights, {kept}": element * total,
-        f"gradients, {kept}": element * places * max(blocks, default=0),
-        "optimizer": int(state_bytes(element, settings.moments) * total),
+        f"gradients, {kept}": element * (places * max(blocks, default=0) + outer),
+        "optimizer": int(state_bytes(element, settings.moments) * in_memory),
     }
 
 
@@ -104,7 +111,8 @@ def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[in
 def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     blocks = [shape.block_parameters] * shape.num_blocks
-    host = host_bytes(blocks, element, settings)
+    outer = shape.outer_parameters if settings.outer == "host" else 0
+    host = host_bytes(blocks, outer, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
     passes = block_passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
@@ -127,21 +135,37 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
 def _layer(
     layer: LayerTraffic, shape: ModelShape, element: int, settings: ExactOffloadSettings, uploads: list[int]
 ) -> LayerTraffic:
+    if layer.name == "head" and settings.outer == "host":
+        outer = shape.outer_parameters
+        return replace(
+            layer,
+            gpu_bytes=layer.gpu_bytes + 4 * element * outer,  # cleared, added to, and read for its norm
+            h2d_bytes=element * outer,
+            d2h_bytes=element * outer,
+            cpu_adam_elements=outer,
+            host_bytes=(2 * element + adam_bytes(element, settings.moments)) * outer,
+        )
     if layer.name == "head":
         own = MASTER_TRAFFIC_BYTES if element < 4 else FUSED_ADAM_BYTES
         return replace(layer, gpu_bytes=layer.gpu_bytes + own * shape.outer_parameters)
     if not layer.name.startswith("block."):
         return layer
     size = shape.block_parameters
-    times = uploads[int(layer.name.removeprefix("block."))]
+    index = int(layer.name.removeprefix("block."))
+    times = uploads[index]
+    on_disk = 0
+    if index in settings.on_disk(len(uploads)):
+        on_disk = int(state_bytes(element, settings.moments) * size)
     return replace(
         layer,
+        disk_bytes=on_disk,
+        disk_write_bytes=on_disk,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size,
         d2h_bytes=element * size + NORM_BYTES,
         cpu_adam_elements=size,
-        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size,
+        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size + 2 * on_disk,
     )
 
 
@@ -149,7 +173,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     outer = element * shape.outer_parameters
-    masters = (MASTER_BYTES if element < 4 else 8) * shape.outer_parameters
+    on_gpu = settings.outer == "gpu"
+    masters = (MASTER_BYTES if element < 4 else 8) * shape.outer_parameters if on_gpu else 0
+    passing = 0 if on_gpu else element * shape.largest_tensor  # before they are added to those of others
     slots = min(GRADIENT_SLOTS, shape.num_blocks)
     blocks = min(WEIGHT_SLOTS, shape.num_blocks) if settings.streams else shape.num_blocks
     held = {
@@ -166,7 +192,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     moments = (
         {
-            "gradients": held["gradients"] + outer,
+            "gradients": held["gradients"] + outer + passing,
             "activations": saved + between,
             "logits": transformer.logits_bytes(shape, workload),
         },
@@ -175,6 +201,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
             "activations": saved + between + in_backward + transformer.hidden_bytes(shape, workload),
             "logits": 0,
         },
-        {"gradients": held["gradients"] + outer, "scratch": 4 * shape.largest_tensor * (element < 4)},
+        {
+            "gradients": held["gradients"] + outer + passing,
+            "scratch": 4 * shape.largest_tensor * (element < 4 and on_gpu),
+        },
     )
     return transformer.peak_moment([{**held, **moment} for moment in moments])

@@ -26,6 +26,13 @@ moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinn
 it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
 Gradients of some blocks have pinned room there.
 
+With `outer=host` what lies outside the blocks has its masters and moments on the host too, each tensor for
+itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
+to be complete and wanted first, so its update shows.
+
+Where host memory ends, low halves and moments of the last blocks are on disk (`disk_blocks`,
+`engines.offload.disk_states`): read when their gradient is down, updated, written.
+
 Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
 and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
 block, nor of those that backward reaches after it; what is outside the blocks does not change either. The CPU
@@ -54,12 +61,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
@@ -75,7 +83,7 @@ from engines.cpu_updates.pipeline import (
     leave_threads_to_adam,
     update_at_once,
 )
-from engines.errors import InfeasiblePlan, NonFiniteLoss
+from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
     load_checkpoint,
@@ -90,14 +98,17 @@ from engines.first_order.master_weights import MasterWeights
 from engines.model.block_major import BlockMajor
 from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
-from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
+from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out_group
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.offload.disk import spill_folder
+from engines.offload.disk_states import DiskStates
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
+from engines.transfer.pinned import HostSlabs, host_slabs
 
 _T = TypeVar("_T")
 
@@ -106,6 +117,8 @@ class ExactOffload:
     """AdamW on the CPU behind the backward pass. Implements `engines.base.Engine`."""
 
     name = "exact-offload"
+    disk_delay_s: Callable[[], float] | None = None
+    """For stress tests, set before `setup`: see `engines.offload.disk_states.DiskStates`."""
 
     def __init__(self, settings: ExactOffloadSettings, context: Context) -> None:
         self.settings = settings
@@ -120,7 +133,12 @@ class ExactOffload:
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
         self._room: GradientRoom | None = None
+        self._outer_room: HostSlabs | None = None
+        """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
+        self._disk: DiskStates | None = None
+        self.on_disk = range(0)
+        """Blocks whose states are on disk."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
@@ -147,21 +165,30 @@ class ExactOffload:
         check_block_major(blueprint, self.context)
         self.model: nn.Module = blueprint.model
         layout = lay_out(self.model, self._dtype)
-        self._check_host([block.size for block in layout.blocks])
+        outer: list[BlockLayout] = []
+        if self.settings.outer == "host":
+            outer = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.outer]
+        self.on_disk = self.settings.on_disk(len(layout.blocks))
+        self._check_host([block.size for block in layout.blocks], sum(each.size for each in outer))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
-            layout.blocks,
+            [*layout.blocks, *outer],
             self.settings,
             dtype=self._dtype,
             device=on_host,
             seed=self.context.seed,
             progress=self.context.progress,
+            elsewhere=self.on_disk,
         )
+        self._disk = self._make_disk()
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
-        self._pending = [[] for _ in sizes]
-        self._place_weights(blueprint, layout)
+        self._num_blocks = len(sizes)
+        self._pending = [[] for _ in (*sizes, *outer)]
+        self._place_weights(blueprint, layout, outer)
+        outer_bytes = [self._dtype.itemsize * each.size for each in outer]
+        self._outer_room = host_slabs(outer_bytes, on_host, self.context.progress)
         self._names = parameter_names(self.model)
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
@@ -175,8 +202,8 @@ class ExactOffload:
             for index, block in enumerate(layout.blocks)
         ]
         """Of each block's own parameters, in its gradient slot."""
-        self._norms = torch.zeros(len(sizes), device=self.device)
-        """(blocks,) fp32: squared, of this step's gradients.
+        self._norms = torch.zeros(len(self._pending), device=self.device)
+        """(blocks, and tensors outside them that the host updates,) fp32: squared, of this step's gradients.
 
         HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
         block's update is waited for.
@@ -203,41 +230,59 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
 
+    def _make_disk(self) -> DiskStates | None:
+        """Raises `InfeasiblePlan` if the disk is too small."""
+        if not self.on_disk:
+            return None
+        setting = f"{self.name}.disk_folder"
+        return DiskStates(
+            {index: self.host.state_bytes(index) for index in self.on_disk},
+            spill_folder(self.settings.disk_folder, setting),
+            setting,
+            delay_s=self.disk_delay_s,
+            timeline=self._clocks.timeline,
+        )
+
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
         recomputed = self.settings.recomputed(
-            len(self._pending), checkpointing=self.context.workload.checkpointing
+            self._num_blocks, checkpointing=self.context.workload.checkpointing
         )
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 
-    def _check_host(self, sizes: list[int]) -> None:
-        """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters."""
-        needed = PROCESS_HOST_BYTES + sum(host_bytes(sizes, self._dtype.itemsize, self.settings).values())
+    def _check_host(self, sizes: list[int], outer: int) -> None:
+        """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters and
+        `outer` outside them."""
+        held = host_bytes(sizes, outer, self._dtype.itemsize, self.settings)
+        needed = PROCESS_HOST_BYTES + sum(held.values())
         usable = self.context.host_bytes
         if usable is not None and needed > usable:
             raise InfeasiblePlan(
                 f"{(needed - usable) / 1e9:.3g} GB of host memory are missing: weights, moments and "
                 f"gradients of the blocks take {needed / 1e9:.3g} GB with the process, and the run may use "
-                f"{usable / 1e9:.3g} GB; free host memory, or keep less of each parameter with "
-                "--set exact-offload.moments=bf16 (or int8), which is approximate"
+                f"{usable / 1e9:.3g} GB; free memory, or --set exact-offload.disk_blocks=N (states on disk) "
+                "or moments=bf16 (or int8), which is approximate"
             )
 
     @torch.no_grad()
-    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout) -> None:
-        """Each block's weights in flat memory on the GPU, and a copy on the host."""
-        tensors: dict[str, Tensor] = {
-            name: torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
-            for name in layout.outer
-        }
-        for name, tensor in tensors.items():
-            blueprint.fill(name, tensor)
+    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout, outer: Sequence[BlockLayout]) -> None:
+        """Weights of each block, and of each tensor of `outer`, in flat memory on the GPU, and a copy on the
+        host."""
+        tensors: dict[str, Tensor] = {}
+        for name in () if outer else layout.outer:
+            tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
+            blueprint.fill(name, tensors[name])
         if self.settings.streams:
             self.streamed = StreamedWeights(
-                dict(enumerate(layout.blocks)), self.host.weights, self.link, self._compute, self._is_on_host
+                dict(enumerate(layout.blocks)),
+                self.host.weights[: self._num_blocks],
+                self.link,
+                self._compute,
+                self._is_on_host,
             )
-        for index, block in enumerate(layout.blocks):
-            if self.streamed is not None:
+        for index, block in enumerate((*layout.blocks, *outer)):
+            if self.streamed is not None and index < self._num_blocks:
                 tensors |= self.streamed.fill(index, blueprint)
                 self.on_gpu.append(self.streamed.memory(index))
                 continue
@@ -255,7 +300,19 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
-        self._outer = MasterWeights([parameters[name] for name in layout.outer], self.settings)
+        by_gpu = [] if outer else layout.outer
+        self._outer = MasterWeights([parameters[name] for name in by_gpu], self.settings)
+        """Of what the GPU updates outside the blocks."""
+        self.outer_parameters = [parameters[name] for each in outer for name in each.parts[0].names]
+        """What the host updates there."""
+        self._outer_gradients: list[Tensor] = []
+        """(elements,) on the GPU, of each of them: where autograd adds them up."""
+        for each, parameter in zip(outer, self.outer_parameters, strict=True):
+            memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
+            (parameter.grad,) = each.views(memory).values()
+            self._outer_gradients.append(memory)
+        self.last_outer = set(range(self._num_blocks, len(self._pending)))
+        """Those of `_pending` whose gradients were complete at the end of the last step, by index."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
@@ -273,8 +330,8 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        pinned = (each.pinned_bytes for each in (self._states, self._room) if each is not None)
-        return sum(pinned)
+        held = (self._states, self._room, self._outer_room)
+        return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
 
@@ -297,6 +354,7 @@ class ExactOffload:
         came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
         self._clocks.exposure.mark()
         self._mark("forward")
+        self._begin_outer(self.last_outer)
         with no_cache(self.model):
             self._run(batches)
         self._mark("optimizer")
@@ -315,6 +373,9 @@ class ExactOffload:
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            disk_read_bytes=0 if self._disk is None else self._disk.total_bytes,
+            disk_s=None if self._disk is None else self._disk.take_busy_s(),
+            disk_direct=None if self._disk is None else self._disk.direct,
             **self._clocks.take_s(self.link),
         )
 
@@ -336,6 +397,30 @@ class ExactOffload:
         """Bring it to the host: known long before the step's end, so that the next one can be started."""
         self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
         self._loss_known = self.link.record()
+        if self.outer_parameters:
+            used = self._passes.used_before()
+            every = range(self._num_blocks, len(self._pending))
+            later = {index for index in every if self.outer_parameters[index - self._num_blocks] in used}
+            self.last_outer = later
+            self._send_outer(each for each in every if each not in later)
+
+    @torch.no_grad()
+    def _begin_outer(self, indices: Iterable[int]) -> None:
+        """Tensors outside the blocks are about to be used and to get gradients."""
+        for index in indices:
+            self._settle(index)
+            self._outer_gradients[index - self._num_blocks].zero_()
+
+    @torch.no_grad()
+    def _send_outer(self, indices: Iterable[int]) -> None:
+        """Gradients of tensors outside the blocks are complete."""
+        assert self._outer_room is not None
+        for index in indices:
+            number = index - self._num_blocks
+            gradient = self._outer_gradients[number]
+            for piece in self.host.pieces[index]:
+                piece.deadline = -1 if index in self.last_outer else self._num_blocks
+            self._send(index, gradient, self._outer_room.views[number].view(self._dtype), lands=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -348,6 +433,9 @@ class ExactOffload:
     def after_forward(self, index: int) -> None:
         if self.streamed is not None:
             self.streamed.leave(index)
+        if index == self._num_blocks - 1:
+            every = range(self._num_blocks, len(self._pending))
+            self._begin_outer(each for each in every if each not in self.last_outer)
 
     def before_backward(self, index: int) -> None:
         if self.streamed is not None:
@@ -376,28 +464,45 @@ class ExactOffload:
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
         """The block's gradient is complete: download it and hand it to the worker."""
-        pieces, weights = self.host.pieces[index], self.on_gpu[index]
         slot = index % len(self._slots)
-        gradient = self._slots[slot][: weights.numel()]
-        norm = self._norms[index : index + 1]
-        norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-        self._step_d2h_bytes += gradient.nbytes + norm.nbytes
-        ready = self.link.record()
-        if self.streamed is None:
-            self._step_h2d_bytes += weights.nbytes
-        else:
+        gradient = self._slots[slot][: self.on_gpu[index].numel()]
+        if self.streamed is not None:
             self.streamed.leave(index)
             self.streamed.forget(index)
         assert self._room is not None
         place = self._waiting(self._room.take)
-        give = _once_all(len(pieces), partial(self._room.give, place))
+        give = partial(self._room.give, place)
+        self._slot_free[slot] = self._send(index, gradient, place, lands=self.streamed is None, consumed=give)
+
+    def _send(
+        self,
+        index: int,
+        gradient: Tensor,
+        place: Tensor,
+        *,
+        lands: bool,
+        consumed: Callable[[], None] = lambda: None,
+    ) -> Event:
+        """Download a gradient (elements,) to `place` on the host and hand it to the worker; the event of its
+        arrival. `lands`: the weights go up then. `consumed` is called when `place` is free."""
+        pieces, weights = self.host.pieces[index], self.on_gpu[index]
+        norm = self._norms[index : index + 1]
+        norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        self._step_d2h_bytes += gradient.nbytes + norm.nbytes
+        ready = self.link.record()
+        if lands:
+            self._step_h2d_bytes += weights.nbytes
+
+        def all_consumed() -> None:
+            consumed()
+            self._updated(index)
+
+        give = _once_all(len(pieces), all_consumed)
         updates = [
             PieceUpdate(
                 state=piece,
                 share=self._share,
-                landing=None
-                if self.streamed is not None
-                else Landing(memory=weights[piece.begin : piece.end], free=ready),
+                landing=Landing(memory=weights[piece.begin : piece.end], free=ready) if lands else None,
                 consumed=give,
             )
             for piece in pieces
@@ -408,15 +513,39 @@ class ExactOffload:
         if self._pipeline is None:
             pieces[0].squared_norm.copy_(norm)
             place[: gradient.numel()].copy_(gradient)
-            return
-        name = f"block {index}"
+            return Event()
+        name = f"block {index}" if index < self._num_blocks else "outside the blocks"
         self.link.download(norm, pieces[0].squared_norm, after=ready, name="norm")
         for piece, update in zip(pieces, updates, strict=True):
             its = gradient[piece.begin : piece.end]
             update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
-            if not self.settings.waits_for_norm:
+            if not self.settings.waits_for_norm and index not in self.on_disk:
                 self._pipeline.submit([update])
-        self._slot_free[slot] = updates[-1].downloaded
+        if not self.settings.waits_for_norm and index in self.on_disk:
+            self._submit(index)
+        return updates[-1].downloaded
+
+    def _submit(self, index: int) -> None:
+        """Hand a block's updates to the worker, those of one on disk when its state has come."""
+        pipeline, disk, updates = self._pipeline, self._disk, self._pending[index]
+        assert pipeline is not None
+        if disk is None or index not in self.on_disk:
+            for update in updates:
+                pipeline.submit([update])
+            return
+
+        def ready(memory: Tensor, failure: UserError | None) -> None:
+            self.host.attach(index, memory, failure)
+            for update in updates:
+                pipeline.submit([update])
+
+        disk.request(index, ready)
+
+    def _updated(self, index: int) -> None:
+        """The worker needs a block's state no more."""
+        if self._disk is not None and index in self.on_disk:
+            self.host.attach(index, None)
+            self._disk.release(index)
 
     def _waiting(self, wait: Callable[[], _T]) -> _T:
         """What `wait` returns, the time in which it held this thread up not counted as compute."""
@@ -430,6 +559,7 @@ class ExactOffload:
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
+        self._send_outer(sorted(self.last_outer))
         squared = self._norms.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
         scale = None
         if self._share.max_norm is not None:
@@ -438,8 +568,8 @@ class ExactOffload:
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.waits_for_norm:
-            for update in updates:
-                self._pipeline.submit([update])
+            for index in range(len(self._pending)):
+                self._submit(index)
         self._outer.step(self._share.learning_rate, scale, squared)
 
     def _know_total(self, squared: Tensor, most: float) -> Tensor | None:
@@ -482,6 +612,10 @@ class ExactOffload:
         except GradientNotFinite as error:
             self._discard()
             raise NonFiniteLoss(str(error)) from None
+        except RuntimeError as error:
+            if isinstance(error.__cause__, UserError):  # the disk's
+                raise error.__cause__ from None
+            raise
         self.link.wait(landed)
 
     def _discard(self) -> None:
@@ -520,7 +654,13 @@ class ExactOffload:
         self.synchronize()
         state = rng_state(self.device) | self._outer.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
-        about["updates"] = self.host.save(state)
+        about["updates"] = self.host.updates()
+        for index in range(len(self._pending)):
+            if index in self.on_disk:
+                with self._borrowed(index) as tensors:
+                    save_file(tensors, _state_file(folder, index))
+            else:
+                state |= self.host.state(index)
         if self.settings.max_grad_norm > 0:
             self.link.host_wait(self._total_known)
             state["total"] = self._totals_on_host[(self.steps_done - 1) % 2].clone()
@@ -529,17 +669,32 @@ class ExactOffload:
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
-        self.host.load(tensors, about["updates"], str(folder))
-        if self.streamed is None:
-            for host, memory in zip(self.host.weights, self.on_gpu, strict=True):
-                host.copy_(memory.detach())
-        else:
+        for index, count in enumerate(about["updates"]):
+            in_file = _state_file(folder, index)
+            found = load_file(in_file) if in_file.exists() else tensors
+            with self._borrowed(index, changes=True) if index in self.on_disk else nullcontext():
+                self.host.load(index, found, count, str(folder))
+        on_gpu_first = 0 if self.streamed is None else self._num_blocks
+        for index in range(on_gpu_first, len(self._pending)):
+            self.host.weights[index].copy_(self.on_gpu[index].detach())
+        if self.streamed is not None:
             self.streamed.slots.forget_all()
         self._outer.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
             self._totals_on_host[(self.steps_done - 1) % 2].copy_(tensors["total"])
+
+    @contextmanager
+    def _borrowed(self, index: int, *, changes: bool = False) -> Iterator[dict[str, Tensor]]:
+        """The state of a block on disk, by the names of checkpoints; with `changes` it is written back."""
+        assert self._disk is not None
+        with self._disk.borrowed(index, changes=changes) as memory:
+            self.host.attach(index, memory)
+            try:
+                yield self.host.state(index)
+            finally:
+                self.host.attach(index, None)
 
     def squared_norm(self) -> float:
         """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
@@ -561,15 +716,24 @@ class ExactOffload:
         """Stop the worker, give the model its own forward back, unpin. May be called twice."""
         if self._regions is not None:
             self._regions.remove()
+        if self._disk is not None:
+            self._disk.close()  # first: it hands the worker work
+            self._disk = None
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
         self.link.synchronize()
         self._pending = []
-        for each in (self._room, self._states):
+        for each in (self._room, self._states, self._outer_room):
             if each is not None:
                 each.close()
-        self._room = self._states = None
+        self._room = self._states = self._outer_room = None
+
+
+def _state_file(folder: Path, index: int) -> Path:
+    """Of a block whose state was on disk when a checkpoint was written: all of them at once may be too much
+    for memory."""
+    return folder / f"state-{index}.safetensors"
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

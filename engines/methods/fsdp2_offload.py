@@ -53,6 +53,11 @@ class Fsdp2Offload:
             return "this torch was built without NCCL, which FSDP2 needs on a GPU"
         return None
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the host and hand it to FSDP2.
 
