@@ -74,6 +74,8 @@ class EngineEntry:
     copies: Literal["own", "library", "none"] = "none"
     """Who copies between host and GPU in a step: `engines.transfer.link`, a library out of our hands,
     nobody."""
+    several_gpus: bool = False
+    """Its steps can be divided among several processes with a GPU each (`engines.world`)."""
     generates: bool = False
     """It continues prompts too."""
     needs_torch: bool = True
@@ -153,6 +155,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, two forward passes, everything on the GPU",
         source="MeZO, arXiv 2305.17333",
         order="zeroth",
+        several_gpus=True,
         trains="all weights, or adapters with train=lora",
         masters="none: there are no states",
         on_gpu="weights",
@@ -168,6 +171,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
         order="zeroth",
+        several_gpus=True,
         trains="all weights, or adapters with train=lora",
         masters="none: there are no states",
         on_gpu="embedding, head and the blocks at work",
@@ -207,7 +211,6 @@ ENGINES: dict[str, EngineEntry] = {
         role="baseline",
         library=Library(module="peft", install="pip install 'lspzo-bench[lora]'"),
         refuses={"fp16": _NO_LOSS_SCALING},
-        by_default=False,
         trains=_ADAPTERS,
         masters=_FP32_ADAPTERS,
     ),
@@ -226,7 +229,6 @@ ENGINES: dict[str, EngineEntry] = {
             module="peft", also=("bitsandbytes",), install="pip install 'lspzo-bench[lora,bitsandbytes]'"
         ),
         refuses={"fp16": _NO_LOSS_SCALING},
-        by_default=False,
         trains=_ADAPTERS,
         masters=_FP32_ADAPTERS,
         on_gpu="everything, the blocks' matrices in 4 bits",
@@ -300,6 +302,7 @@ ENGINES: dict[str, EngineEntry] = {
         source="this project",
         order="first",
         role="test_double",
+        several_gpus=True,
         needs_torch=False,
     ),
 }

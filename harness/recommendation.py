@@ -118,6 +118,8 @@ def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amo
         amount=amount,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
+        gpus=job.limits.gpus,
+        nodes=job.limits.nodes,
     )
 
 
