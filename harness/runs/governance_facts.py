@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from engines.errors import UserError
 from engines.files.reading import expanded
@@ -34,7 +36,7 @@ def governance_facts(
     hub = "not needed" if not asks else "offline" if offline else "may be asked"
     own = contacted()
     hosts = None if own is None or by_child is None else tuple(dict.fromkeys((*own, *by_child)))
-    if hosts:
+    if hosts is not None and any(_may_be_the_hub(host) for host in hosts):
         hub = "asked"
     elif hosts is not None and hub == "may be asked":
         hub = "not asked"
@@ -52,6 +54,12 @@ def governance_facts(
         sent="names of files on the hub" if hub in ("asked", "may be asked") else "nothing",
         contacted=hosts,
     )
+
+
+def _may_be_the_hub(host: str) -> bool:
+    """Any other machine may be it, by a proxy; this one only if it is named so."""
+    is_here = host in ("localhost", "::1", socket.gethostname()) or host.startswith("127.")
+    return not is_here or host == urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
 
 
 def _weights(job: Job) -> Place:

@@ -124,10 +124,12 @@ def test_a_child_tells_whom_it_contacted(tmp_path: Path, monkeypatch: pytest.Mon
     script.write_text(ASKING)
 
     def start(command: list[str], **more: Any) -> Any:
-        is_worker = command[-4] == "harness.runs.worker" if len(command) > 4 else False
-        return popen([sys.executable, str(script), *command[-3:]] if is_worker else command, **more)
+        if "harness.runs.worker" in command:
+            command = [sys.executable, str(script), *command[command.index("harness.runs.worker") + 1 :]]
+        return popen(command, **more)
 
-    monkeypatch.setattr("harness.runs.launch.subprocess.Popen", start)
+    monkeypatch.setattr("harness.runs.processes.subprocess.Popen", start)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (run,) = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "out")
     assert run.governance is not None
     assert run.governance.contacted is None  # the sweep's own process was not watched
@@ -135,3 +137,5 @@ def test_a_child_tells_whom_it_contacted(tmp_path: Path, monkeypatch: pytest.Mon
         (run,) = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "watched")
     assert run.governance is not None
     assert (run.governance.contacted, run.governance.hub) == (("127.0.0.1",), "asked")
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert governance_facts(scripted_job(), None, tmp_path, "", "", ("127.0.0.1",)).hub != "asked"
