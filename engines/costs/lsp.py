@@ -56,8 +56,8 @@ H200 (755 TFLOP/s, 4.8 TB/s), 165 on an RTX 4090."""
 
 LAUNCHES = 9
 """Per matrix, in launches of a model's own operations: two projections, the product, and Python around them.
-Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took 0.212 and 0.216 s, of
-which the model's own operations are 0.15."""
+Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took 0.212 and 0.216 s,
+of which the model's own operations are 0.15."""
 
 GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
