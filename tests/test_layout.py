@@ -41,6 +41,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
+        ("quality",),
         ("cli",),
         ("__main__",),
     ),
