@@ -17,10 +17,23 @@ from engines.errors import UserError
 
 _ADAPTERS = "adapters, and a head that is new"
 _FP32_ADAPTERS = "adapters and their moments in fp32; the weights are not trained"
-_NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss scaling; use bf16 or fp32"
+_NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss scaling"
 
 
 Role = Literal["reference", "baseline", "offload", "test_double"]
+
+Elsewhere = Literal[
+    "full",
+    "cpu_adamw",
+    "streamed_cpu_adamw",
+    "lora",
+    "qlora",
+    "adamw_8bit",
+    "galore",
+    "optimizer_in_backward",
+]
+"""Methods that common training programs have too: AdamW over all weights, the same with the optimizer on the
+CPU, and with the weights there as well, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +61,11 @@ class EngineEntry:
     planner: str | None = None
     """Chooses settings for a machine: `(PlanningContext, GivenSettings) -> Choice`, imports no torch; `None`:
     there is nothing to choose."""
+    ways_out: str | None = None
+    """Settings that let it fit where it does not and that no planner chooses, since they cost quality: a
+    tuple of `profiles.planning.context.SettingChange`; imports no torch."""
+    elsewhere: Elsewhere | None = None
+    """What it is in other people's programs, for configurations of theirs; `None`: they do not have it."""
     summary: str
     source: str
     """Paper or library."""
@@ -89,7 +107,8 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.native:Native",
         settings="engines.settings.first_order:NativeSettings",
         costs="engines.costs.native:traffic",
-        planner="profiles.planning.native:choose",
+        planner="profiles.planning.recomputation:fewest_recomputed",
+        elsewhere="full",
         summary="AdamW, everything on the GPU",
         source="torch.optim.AdamW",
         order="first",
@@ -101,6 +120,7 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.first_order:TorchaoOffloadSettings",
         costs="engines.costs.torchao_offload:traffic",
         planner="profiles.planning.torchao_offload:choose",
+        elsewhere="cpu_adamw",
         summary="AdamW on the CPU, gradients down and weights up each step (baseline offloading)",
         source="torchao CPUOffloadOptimizer",
         order="first",
@@ -117,6 +137,7 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.lsp:LspSettings",
         costs="engines.costs.lsp:traffic",
         planner="profiles.planning.lsp:choose",
+        ways_out="profiles.planning.lsp:WAYS_OUT",
         summary="gradients compressed by sparse projectors, Adam on the CPU in the subspace",
         source="LSP-Offload, arXiv 2406.10181",
         order="first",
@@ -134,6 +155,7 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.zeroth_order:MezoSettings",
         costs="engines.costs.mezo:traffic",
         planner="profiles.planning.mezo:choose",
+        ways_out="profiles.planning.mezo:WAYS_OUT",
         summary="zeroth-order, two forward passes, everything on the GPU",
         source="MeZO, arXiv 2305.17333",
         order="zeroth",
@@ -148,6 +170,7 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.zeroth_order:Zo2Settings",
         costs="engines.costs.zo2:traffic",
         planner="profiles.planning.zo2:choose",
+        ways_out="profiles.planning.mezo:WAYS_OUT",
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
         order="zeroth",
@@ -165,6 +188,8 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.exact_offload:ExactOffloadSettings",
         costs="engines.costs.exact_offload:traffic",
         planner="profiles.planning.exact_offload:choose",
+        ways_out="profiles.planning.exact_offload:WAYS_OUT",
+        elsewhere="cpu_adamw",
         summary="AdamW with fp32 masters on the CPU, block by block behind the backward pass",
         source="ZeRO-Offload, arXiv 2101.06840; block by block as SlideFormer, 2603.16428",
         order="first",
@@ -179,7 +204,9 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.lora:Lora",
         settings="engines.settings.libraries:LoraSettings",
         costs="engines.costs.adapters:lora",
-        planner="profiles.planning.lora:choose",
+        planner="profiles.planning.recomputation:fewest_recomputed",
+        ways_out="profiles.planning.lora:WAYS_OUT",
+        elsewhere="lora",
         summary="AdamW on adapters of low rank beside the blocks' matrices, everything on the GPU",
         source="LoRA, arXiv 2106.09685, by PEFT",
         order="first",
@@ -194,7 +221,9 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.qlora:Qlora",
         settings="engines.settings.libraries:QloraSettings",
         costs="engines.costs.adapters:qlora",
-        planner="profiles.planning.lora:choose",
+        planner="profiles.planning.recomputation:fewest_recomputed",
+        ways_out="profiles.planning.lora:WAYS_OUT",
+        elsewhere="qlora",
         summary="adapters of low rank beside matrices of four bits (NF4), everything on the GPU",
         source="QLoRA, arXiv 2305.14314, by PEFT and bitsandbytes",
         order="first",
@@ -213,6 +242,7 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.libraries:AdamW8bitSettings",
         costs="engines.costs.trained_on_gpu:adamw_8bit",
         planner="profiles.planning.adamw_8bit:choose",
+        elsewhere="adamw_8bit",
         summary="AdamW with moments of 8 bits, everything on the GPU",
         source="arXiv 2110.02861, by bitsandbytes",
         order="first",
@@ -227,6 +257,8 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.backward_optimizer:BackwardOptimizer",
         settings="engines.settings.libraries:BackwardOptimizerSettings",
         costs="engines.costs.trained_on_gpu:backward_optimizer",
+        planner="profiles.planning.recomputation:fewest_recomputed",
+        elsewhere="optimizer_in_backward",
         summary="AdamW inside the backward pass, gradients freed one by one, everything on the GPU",
         source="as LOMO, arXiv 2306.09782, and torchtune do",
         order="first",
@@ -239,6 +271,8 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.galore:Galore",
         settings="engines.settings.libraries:GaloreSettings",
         costs="engines.costs.trained_on_gpu:galore",
+        planner="profiles.planning.recomputation:fewest_recomputed",
+        elsewhere="galore",
         summary="AdamW on gradients of the blocks' matrices projected to a low rank, everything on the GPU",
         source="GaLore, arXiv 2403.03507, by galore-torch",
         order="first",
@@ -253,6 +287,7 @@ ENGINES: dict[str, EngineEntry] = {
         target="engines.methods.fsdp2_offload:Fsdp2Offload",
         settings="engines.settings.libraries:Fsdp2OffloadSettings",
         costs="engines.costs.fsdp2_offload:traffic",
+        elsewhere="streamed_cpu_adamw",
         summary="FSDP2 on one GPU: blocks streamed up, gradients down, AdamW on the CPU",
         source="torch.distributed.fsdp.fully_shard with CPUOffloadPolicy",
         order="first",

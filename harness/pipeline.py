@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from engines.files.reading import exists
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
+from harness.data.padding import padded_length
 from harness.progress import console
 from harness.records.job import Job
 from harness.records.run import Run
@@ -25,6 +27,7 @@ from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import WORK, launch_probe
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep
 from harness.runs.sweep_folder import check_folder
+from profiles.advice.amount import DataLengths
 from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
@@ -111,6 +114,29 @@ def plan_job(
             + _emulate_argument(emulate)
             for engine in engines
         },
+    )
+
+
+def data_lengths(job: Job, shape: ModelShape) -> DataLengths | None:
+    """What a run would train on in an epoch of the job's file, read and tokenized as it is for one; `None`
+    where the data is no file. Imports torch. Raises `UserError` as a run would."""
+    if job.data.train in ("random", "builtin"):
+        return None
+    from harness.data.batches import tokenize
+    from harness.data.tokenized import sequence_lengths
+
+    tokenized = tokenize(job, shape)
+    assert tokenized is not None
+    lengths = sequence_lengths(tokenized)
+    if tokenized.train.packed or job.padding == "seq_len":
+        counts = {job.seq_len: len(lengths)}
+    else:
+        counts = Counter(padded_length(max(length, 1), job.seq_len) for length in lengths)
+    return DataLengths(
+        sequences=len(lengths),
+        tokens=sum(lengths),
+        shares=tuple((length, count / len(lengths)) for length, count in sorted(counts.items())),
+        told=tokenized.description,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from engines.files.reading import exists
+from harness.cli.advice_tables import recommendation_text
 from harness.cli.options import (
     OF_TRAINING,
     CriteriaFlag,
@@ -28,13 +29,13 @@ from harness.cli.options import (
     takes_job,
 )
 from harness.cli.sweep_progress import measure_seen
-from harness.cli.tables import plans_table
 from harness.pipeline import Sweep, prepare
 from harness.progress import console
+from harness.recommendation import job_to_plan, recommended
 from harness.records.presets import preset_values
+from profiles.advice.job_time import Rates
 from profiles.display.tables import machine_table
 from profiles.documents import write_whole
-from profiles.planning.recommend import why_first
 from profiles.system.nvml import open_device
 from reports.commands import note_left_out
 from reports.criteria import init_text, load_criteria
@@ -82,8 +83,8 @@ def poc(
         reason = ready.machine.gpu_absent_reason
         notes.print(f"the GPU cannot be used ({reason}): on the CPU", markup=False)
     notes.print(machine_table(ready.machine))
-    notes.print(plans_table(ready.shape, ready.job, ready.machine, ready.plans))
-    notes.print(why_first(ready.plans), markup=False)
+    planned = job_to_plan(ready.job, ready.shape, names, None)
+    notes.print(recommendation_text(recommended(ready.job, planned, ready.machine, rates=Rates())))
     if criteria is None and not ready.in_use and not exists(folder / "criteria.toml"):
         write_whole(folder / "criteria.toml", init_text())
     runs = measure_seen(ready, sweep)

@@ -30,7 +30,8 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
         ("quantized", "first_order", "cpu_updates"),
-        ("offload", "subspace"),
+        ("offload",),
+        ("subspace",),
         ("zeroth_order",),
         ("methods",),
     ),
@@ -41,7 +42,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
-        ("quality",),
+        ("recommendation", "quality"),
         ("cli",),
         ("__main__",),
     ),
@@ -51,7 +52,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("machine",),
         ("catalog", "figures", "system"),
         ("planning", "display", "probe"),
-        ("doctor",),
+        ("advice", "doctor"),
     ),
     "reports": (
         ("__init__", "messages", "charts"),
@@ -88,8 +89,9 @@ TORCH_FREE = (
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
     "harness.resolve",
-    "harness.data.records", "harness.data.builtin", "harness.data.examples", "harness.data.reading",
-    "harness.runs", "harness.pipeline", "harness.training.update_log", "harness.cli",
+    "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
+    "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
+    "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
 """Modules and whole folders that import no torch when they are imported, nor transformers."""
@@ -418,13 +420,14 @@ NAMED = {
     "engines.zeroth_order.checkpoint -> mezo": "the algorithm, in the format of checkpoints",
     **dict.fromkeys(
         (
-            f"engines.{module} -> lora"
+            f"{module} -> lora"
             for module in (
-                "costs.mezo",
-                "model.flat_layout",
-                "settings.zeroth_order",
-                "zeroth_order.checkpoint",
-                "zeroth_order.lora",
+                "engines.costs.mezo",
+                "engines.model.flat_layout",
+                "engines.settings.zeroth_order",
+                "engines.zeroth_order.checkpoint",
+                "engines.zeroth_order.lora",
+                "profiles.planning.mezo",
             )
         ),
         "a value of `train`: the same adapters, learnt without gradients",

@@ -56,7 +56,7 @@ def test_it_is_listed_with_its_settings() -> None:
 def test_it_is_planned_by_its_own_planner_and_costs(machine: str) -> None:
     def plan(*more: str) -> dict[str, object]:
         arguments = ("recommend", *JOB, "--engines", "native,toy", "--profile", machine, "--json", *more)
-        (found,) = [plan for plan in json.loads(program(*arguments)) if plan["engine"] == "toy"]
+        (found,) = [plan for plan in json.loads(program(*arguments))["plans"] if plan["engine"] == "toy"]
         assert isinstance(found, dict)
         return found
 
@@ -64,7 +64,7 @@ def test_it_is_planned_by_its_own_planner_and_costs(machine: str) -> None:
     assert (chosen["fits"], chosen["settings"]) == (True, {"half_life": 3})
     assert chosen["reasons"] == ["half_life=3: one step for each block"]
     assert plan("--set", "toy.half_life=5")["settings"] == {"half_life": 5}
-    assert plan("--dtype", "fp16")["why_not"] == "cannot train in fp16, being a toy"
+    assert plan("--dtype", "fp16")["why_not"] == "cannot train in fp16, being a toy; use --dtype bf16 or fp32"
 
 
 def test_it_is_compared_in_a_process_of_its_own_and_reported(machine: str, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ With `weights=streamed` the weights of the blocks come up twice, but for a few, 
 bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
 
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
-between blocks (or what kept blocks keep), and outside the blocks weights, gradients, fp32 masters and
-moments. Host memory: weights, pinned; the low halves of fp32 masters; moments; and pinned room for gradients
-that wait for the CPU.
+between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
+them (`outer=host`), fp32 masters and moments. Host memory: weights, pinned; the low halves of fp32 masters;
+moments; and pinned room for gradients that wait for the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES
+from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
@@ -40,9 +40,6 @@ CPU's update some milliseconds."""
 
 GRADIENT_SLOTS = 3
 """Blocks whose gradients are on the GPU at once: one is being made, others are on their way down."""
-
-WEIGHT_SLOTS = 3
-"""Blocks whose weights are on the GPU at once where they are streamed: one computes, two come up."""
 
 LEAST_GRADIENT_BLOCKS = 4
 
@@ -85,14 +82,15 @@ def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
     return min(num_blocks, settings.gradient_blocks)
 
 
-def host_bytes(blocks: list[int], element: int, settings: ExactOffloadSettings) -> dict[str, int]:
-    """Host memory by kind, for blocks of so many parameters each."""
-    total = sum(blocks)
+def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOffloadSettings) -> dict[str, int]:
+    """Host memory by kind, for blocks of so many parameters each, and `outer` outside them that the host
+    updates."""
+    total = sum(blocks) + outer
     kept = "pinned" if settings.offload else "pageable"
     places = gradient_places(len(blocks), settings)
     return {
         f"weights, {kept}": element * total,
-        f"gradients, {kept}": element * places * max(blocks, default=0),
+        f"gradients, {kept}": element * (places * max(blocks, default=0) + outer),
         "optimizer": int(state_bytes(element, settings.moments) * total),
     }
 
@@ -107,7 +105,8 @@ def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[in
 def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     blocks = [shape.block_parameters] * shape.num_blocks
-    host = host_bytes(blocks, element, settings)
+    outer = shape.outer_parameters if settings.outer == "host" else 0
+    host = host_bytes(blocks, outer, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
     passes = block_passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
@@ -130,6 +129,16 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
 def _layer(
     layer: LayerTraffic, shape: ModelShape, element: int, settings: ExactOffloadSettings, uploads: list[int]
 ) -> LayerTraffic:
+    if layer.name == "head" and settings.outer == "host":
+        outer = shape.outer_parameters
+        return replace(
+            layer,
+            gpu_bytes=layer.gpu_bytes + 4 * element * outer,  # cleared, added to, and read for its norm
+            h2d_bytes=element * outer,
+            d2h_bytes=element * outer,
+            cpu_adam_elements=outer,
+            host_bytes=(2 * element + adam_bytes(element, settings.moments)) * outer,
+        )
     if layer.name == "head":
         own = MASTER_TRAFFIC_BYTES if element < 4 else FUSED_ADAM_BYTES
         return replace(layer, gpu_bytes=layer.gpu_bytes + own * shape.outer_parameters)
@@ -152,7 +161,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     outer = element * shape.outer_parameters
-    masters = (MASTER_BYTES if element < 4 else 8) * shape.outer_parameters
+    on_gpu = settings.outer == "gpu"
+    masters = (MASTER_BYTES if element < 4 else 8) * shape.outer_parameters if on_gpu else 0
+    passing = 0 if on_gpu else element * shape.largest_tensor  # before they are added to those of others
     slots = min(GRADIENT_SLOTS, shape.num_blocks)
     blocks = min(WEIGHT_SLOTS, shape.num_blocks) if settings.streams else shape.num_blocks
     held = {
@@ -169,7 +180,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     moments = (
         {
-            "gradients": held["gradients"] + outer,
+            "gradients": held["gradients"] + outer + passing,
             "activations": saved + between,
             "logits": transformer.logits_bytes(shape, workload),
         },
@@ -178,6 +189,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
             "activations": saved + between + in_backward + transformer.hidden_bytes(shape, workload),
             "logits": 0,
         },
-        {"gradients": held["gradients"] + outer, "scratch": 4 * shape.largest_tensor * (element < 4)},
+        {
+            "gradients": held["gradients"] + outer + passing,
+            "scratch": 4 * shape.largest_tensor * (element < 4 and on_gpu),
+        },
     )
     return transformer.peak_moment([{**held, **moment} for moment in moments])

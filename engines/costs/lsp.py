@@ -3,7 +3,9 @@ matrix two projections of what those would multiply and a d x d core that goes d
 and comes up.
 
 GPU: weights, projectors, the cores of a few blocks, and gradients and moments of what is not projected. Host:
-per matrix the pinned core, of the weights' dtype, and two moments, fp32. The twin (`offload=False`) moves and
+per matrix the pinned core, of the weights' dtype, and two moments, fp32. With `weights=streamed` the matrices
+are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both passes and
+goes down once, when its update has landed. The twin (`offload=False`) moves and
 computes the same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
 """
 
@@ -29,6 +31,9 @@ NORM_BYTES = 4
 CORE_ADAM_SLOWDOWN = 1.2
 """Time of Adam on a 16-bit core over that of the bytes it moves, beside threads that start kernels and copies
 that need the same memory. 1.1 to 1.35 in the records of deepseek-coder of 27 November (reports/results)."""
+
+WEIGHT_SLOTS = 3
+"""Blocks whose weights are on the GPU at once where they are streamed: one computes, two come up."""
 
 CORE_SLOTS = 4
 """Blocks whose compressed gradients are on the GPU at once."""
@@ -82,6 +87,13 @@ def forms_gradient(rows: int, columns: int, d: int, workload: Workload) -> bool:
     return formed < factors
 
 
+def streamed_uploads(num_blocks: int) -> list[int]:
+    """How often each streamed block comes up in a step: for each of both passes, but for those that are still
+    there when a pass turns or a step ends."""
+    stay = min(WEIGHT_SLOTS, num_blocks)
+    return [2 - (index < stay) - (index >= num_blocks - stay) for index in range(num_blocks)]
+
+
 def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     cores = shape.num_blocks * core_elements(shape, settings)
@@ -89,6 +101,8 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     wire_bytes = element * cores + norms
     host = {"process": transformer.PROCESS_HOST_BYTES, "optimizer": 2 * MOMENT_BYTES * cores}
     host["cores, pinned" if settings.offload else "cores"] = wire_bytes
+    if settings.streams:
+        host["weights, pinned"] = element * shape.matrix_parameters
     passes = lsp_passes(shape, workload, settings)
     layers = [
         _layer(layer, shape, workload, settings)
@@ -99,21 +113,23 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         trained_on_gpu = shape.parameters - shape.matrix_parameters
     at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm == 0
     offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
+    if settings.block_major:
+        offloaded = "blockwise" if at_once else "blockwise_after_norm"
     return Traffic(
         layers=tuple(layers),
         gpu_memory_bytes=_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
-        pinned_bytes=wire_bytes if settings.offload else 0,
+        pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element) / 28 * (1.0 if element == 4 else CORE_ADAM_SLOWDOWN),
     )
 
 
 def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> BlockPasses:
-    """How blocks run; the twin has no graphs."""
+    """How blocks run; the twin has no graphs, nor have blocks that all micro-batches pass together."""
     passes = block_passes(shape, workload, settings)
-    return replace(passes, captured=passes.captured and settings.offload)
+    return replace(passes, captured=passes.captured and settings.offload and not settings.block_major)
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
@@ -145,16 +161,19 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     moved = sum(projection_bytes(matrix, settings, workload) for matrix in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
     launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
-    wire = element * core
+    wire, up, down = element * core, 0, 0
+    if settings.streams:
+        down = element * sum(matrix.parameters for matrix in shape.matrices)
+        up = streamed_uploads(shape.num_blocks)[int(layer.name.removeprefix("block."))] * down
     return replace(
         layer,
         gpu_backward_flops=layer.gpu_backward_flops - saved,
         gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,
         launches=launches * (workload.accumulation if as_graphs else 1),
-        h2d_bytes=wire,
-        d2h_bytes=wire + NORM_BYTES,
+        h2d_bytes=wire + up,
+        d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,
-        host_bytes=float(2 * wire + core_adam_bytes(element) * core),
+        host_bytes=float(2 * wire + up + down + core_adam_bytes(element) * core),
     )
 
 
@@ -191,18 +210,28 @@ def _gpu_memory(
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
     stores_places = settings.projector != "block"
+    on_host = 0
+    if settings.streams:
+        away = max(0, shape.num_blocks - WEIGHT_SLOTS)
+        on_host = element * away * sum(matrix.parameters for matrix in shape.matrices)
     held = {
-        "weights": element * shape.parameters,
+        "weights": element * shape.parameters - on_host,
         "optimizer": 2 * trained_bytes,
         "gradients": trained_bytes,
         "projectors": nonzeros * ((2 * element + INDEX_BYTES) if stores_places else element),
-        "cores": element * (slots * core + (UPLOAD_SLOTS * piece if settings.offload else 0)),
+        "cores": element * slots * core,
     }
+    if settings.streams:
+        held["cores"] += element * min(WEIGHT_SLOTS, shape.num_blocks) * core
+    elif settings.offload:
+        held["cores"] += element * UPLOAD_SLOTS * piece
     if workload.accumulation > 1:
-        held["cores"] += 4 * shape.num_blocks * core
+        held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core
     # Steps that test projectors are not compiled, and keep more.
     passes = replace(block_passes(shape, workload, settings), compiled=False)
     saved = transformer.saved_activation_bytes(shape, workload, passes)
+    if settings.block_major:
+        saved = workload.accumulation * (saved + transformer.hidden_bytes(shape, workload))
     # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
         workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)

@@ -186,8 +186,8 @@ def _update(gradient: Tensor, memory: AdamWMemory, step: Any, begin: int) -> Non
     moment = (moment * f.keep_moment).add_(gradient * f.take_moment)
     variance = (variance * f.keep_variance).add_((gradient * gradient).mul_(f.take_variance))
     # HAZARD: torch's own square root is not always the nearest number; numpy's is.
-    root = torch.from_numpy(np.sqrt(variance.numpy())).mul_(f.unbias_root).add_(f.eps)
-    way = (moment * f.unbias_moment).div_(root)
+    root = torch.from_numpy(np.sqrt(variance.numpy()))
+    way = (moment * f.unbias_moment).div_((root * f.unbias_root).add_(f.eps))
     weight = master(memory.weight, memory.rest)
     weight = (weight * step.keep_weight).sub_(way.mul_(step.rate))
     if memory.rest is None:
@@ -196,7 +196,7 @@ def _update(gradient: Tensor, memory: AdamWMemory, step: Any, begin: int) -> Non
         bits = weight.view(torch.int32)
         memory.weight.view(torch.int16).copy_(_low_half((bits + 0x8000) >> 16))
         memory.rest.copy_(_low_half(bits))
-    _close(memory, moment, variance, step.key, begin)
+    _close(memory, moment, variance, root, step.key, begin)
 
 
 def _low_half(bits: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def _of_each(scales: Tensor, n: int) -> Tensor:
     return scales.repeat_interleave(MOMENT_GROUP)[:n]
 
 
-def _close(memory: AdamWMemory, moment: Tensor, variance: Tensor, key: int, begin: int) -> None:
+def _close(memory: AdamWMemory, moment: Tensor, variance: Tensor, root: Tensor, key: int, begin: int) -> None:
     if memory.kind == "fp32":
         memory.moment.copy_(moment)
         memory.variance.copy_(variance)
@@ -230,17 +230,21 @@ def _close(memory: AdamWMemory, moment: Tensor, variance: Tensor, key: int, begi
         raised = variance.view(torch.int32) + torch.from_numpy((drawn & 0xFFFF).view(np.int32))
         memory.variance.view(torch.int16).copy_(_low_half(raised >> 16))
         return
-    unit = np.float32(1.0 / 65536.0)
-    chances = [((part).astype(np.float32) * unit) for part in (drawn >> 16, drawn & 0xFFFF)]
-    scales = [_largest(moment.abs()), _largest(variance)]
-    memory.moment_scales.copy_(scales[0])
-    memory.variance_scales.copy_(scales[1])
-    by = [_of_each(torch.where(each > 0, each, 1.0), moment.numel()).numpy() for each in scales]
-    m, v = moment.numpy(), variance.numpy()
-    root = (np.sqrt(np.abs(m) / by[0]) * np.float32(127.0) + chances[0]).astype(np.int32)
-    fourth = (np.sqrt(np.sqrt(v / by[1])) * np.float32(255.0) + chances[1]).astype(np.int32)
-    memory.moment.copy_(torch.from_numpy(np.where(m < 0, -root, root)))
-    memory.variance.copy_(torch.from_numpy(np.where((v > 0) & (fourth < 2), 2, fourth)))
+    up, second_up = (
+        part.astype(np.float32) * np.float32(1.0 / 65536.0) for part in (drawn >> 16, drawn & 0xFFFF)
+    )
+    largest, largest_root = _largest(moment.abs()), _largest(root)
+    memory.moment_scales.copy_(largest)
+    memory.variance_scales.copy_(largest_root.square())
+    # HAZARD: one over a subnormal number is infinite, and that times zero no number.
+    one_over = torch.where(largest >= torch.finfo(torch.float32).tiny, largest, 1.0).reciprocal()
+    one_over_root = torch.where(largest_root > 0, largest_root, 1.0).reciprocal()
+    m, r = moment.numpy(), root.numpy()
+    share, root_share = (_of_each(each, m.size).numpy() for each in (one_over, one_over_root))
+    kept = (np.sqrt(np.abs(m) * share) * np.float32(127.0) + up).astype(np.int32).clip(max=127)
+    fourth = (np.sqrt(r * root_share) * np.float32(255.0) + second_up).astype(np.int32).clip(max=255)
+    memory.moment.copy_(torch.from_numpy(np.where(m < 0, -kept, kept)))
+    memory.variance.copy_(torch.from_numpy(np.where((r > 0) & (fourth < 2), 2, fourth)))
 
 
 def _largest(values: Tensor) -> Tensor:

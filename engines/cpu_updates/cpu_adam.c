@@ -4,7 +4,9 @@
    HAZARD: all must give the same bits. Each operation is rounded once, in the order written there: no
    contraction to fused multiply-adds (-ffp-contract=off), nothing that -ffast-math would allow. */
 
+#include <float.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -107,58 +109,61 @@ typedef struct {
     const void *gradient;
 } Memory;
 
-#define CHUNK 1024 /* elements whose moments are fp32 in the first-level cache while they are at work */
+/* 8-bit moments, opened: the signed root squared, the fourth root to its fourth power. */
+static inline float open_moment(int8_t kept, float unit) {
+    float root = (float)kept;
+    return root * fabsf(root) * unit;
+}
 
-static void update_fp32(float *restrict weight, const float *restrict gradient, float *restrict moment,
-                        float *restrict variance, int64_t n, Step f) {
+static inline float open_variance(uint8_t kept, float unit) {
+    float root = (float)kept, square = root * root;
+    return square * square * unit;
+}
+
+/* A loop over one kind of moments and of weights: both are constants where this is called, so that each call
+   becomes a loop of its own that the compiler makes vectors of. Of 8-bit moments it takes one group, and leaves
+   the new ones in `m_new` and, as their roots, in `root_new`. */
+static inline __attribute__((always_inline)) void pass(
+    const int kind, const int bf16, void *weight, uint16_t *rest, const void *gradient, void *moment, void *variance,
+    float m_unit, float v_unit, float *m_new, float *root_new, uint32_t first, int64_t n, Step step) {
+    const Factors f = step.adam;
+    #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float way = direction(gradient[i], moment + i, variance + i, &f.adam);
-        weight[i] = weight[i] * f.keep_weight - way * f.rate;
-    }
-}
-
-static void update_bf16(uint16_t *restrict high, uint16_t *restrict rest, const uint16_t *restrict gradient,
-                        float *restrict moment, float *restrict variance, int64_t n, Step f) {
-    for (int64_t i = 0; i < n; i++) {
-        float way = direction(widen(gradient[i]), moment + i, variance + i, &f.adam);
-        uint32_t bits = bits_of(joined(high[i], rest[i]) * f.keep_weight - way * f.rate);
-        high[i] = (uint16_t)((bits + 0x8000u) >> 16);
-        rest[i] = (uint16_t)bits;
-    }
-}
-
-static void widen_all(const uint16_t *restrict from, float *restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
-}
-
-static void narrow_moment(const float *restrict from, uint16_t *restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = narrow(from[i]);
-}
-
-/* Up or down, by chance: a change of 0.1 % would never reach the nearest. */
-static void narrow_variance(const float *restrict from, uint16_t *restrict to, int64_t n, uint32_t key, uint32_t first) {
-    for (int64_t i = 0; i < n; i++)
-        to[i] = (uint16_t)((bits_of(from[i]) + (noise(key, first + (uint32_t)i) & 0xffffu)) >> 16);
-}
-
-static void open_moment(const int8_t *restrict from, float *restrict to, int64_t n, float scale) {
-    float unit = scale * (1.0f / 16129.0f);
-    for (int64_t i = 0; i < n; i++) {
-        float root = (float)from[i];
-        to[i] = root * fabsf(root) * unit;
-    }
-}
-
-static void open_variance(const uint8_t *restrict from, float *restrict to, int64_t n, float scale) {
-    float unit = scale * (1.0f / 4228250625.0f);
-    for (int64_t i = 0; i < n; i++) {
-        float root = (float)from[i], square = root * root;
-        to[i] = square * square * unit;
+        float m_old = kind == FP32 ? ((float *)moment)[i]
+            : kind == BF16 ? widen(((uint16_t *)moment)[i]) : open_moment(((int8_t *)moment)[i], m_unit);
+        float v_old = kind == FP32 ? ((float *)variance)[i]
+            : kind == BF16 ? widen(((uint16_t *)variance)[i]) : open_variance(((uint8_t *)variance)[i], v_unit);
+        float g = (bf16 ? widen(((const uint16_t *)gradient)[i]) : ((const float *)gradient)[i]) * f.scale;
+        float m = m_old * f.keep_moment + g * f.take_moment;
+        float v = v_old * f.keep_variance + g * g * f.take_variance;
+        float root = sqrtf(v);
+        float way = m * f.unbias_moment / (root * f.unbias_root + f.eps);
+        if (bf16) {
+            uint16_t *high = (uint16_t *)weight;
+            uint32_t bits = bits_of(joined(high[i], rest[i]) * step.keep_weight - way * step.rate);
+            high[i] = (uint16_t)((bits + 0x8000u) >> 16);
+            rest[i] = (uint16_t)bits;
+        } else {
+            float *whole = (float *)weight;
+            whole[i] = whole[i] * step.keep_weight - way * step.rate;
+        }
+        if (kind == FP32) {
+            ((float *)moment)[i] = m;
+            ((float *)variance)[i] = v;
+        } else if (kind == BF16) {
+            ((uint16_t *)moment)[i] = narrow(m);
+            /* Up or down, by chance: a change of 0.1 % would never reach the nearest. */
+            uint32_t chance = noise(step.key, first + (uint32_t)i) & 0xffffu;
+            ((uint16_t *)variance)[i] = (uint16_t)((bits_of(v) + chance) >> 16);
+        } else {
+            m_new[i] = m;
+            root_new[i] = root;
+        }
     }
 }
 
 /* Of numbers that are not negative, the larger has the larger bits. */
-static float largest(const float *restrict values, int64_t n) {
+static inline float largest(const float *values, int64_t n) {
     uint32_t most = 0;
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits = bits_of(values[i]) & 0x7fffffffu;
@@ -167,73 +172,62 @@ static float largest(const float *restrict values, int64_t n) {
     return float_of(most);
 }
 
-static void close_moment(const float *restrict from, int8_t *restrict to, int64_t n, float by, uint32_t key, uint32_t first) {
-    for (int64_t i = 0; i < n; i++) {
-        float chance = (float)(int32_t)(noise(key, first + (uint32_t)i) >> 16) * (1.0f / 65536.0f);
-        int32_t root = (int32_t)(sqrtf(fabsf(from[i]) / by) * 127.0f + chance);
-        to[i] = (int8_t)(from[i] < 0.0f ? -root : root);
-    }
-}
-
 /* What is not zero stays at two steps or more: the moment, whose smallest step is 1 / 16129 of its largest, is
    divided by the root of this, 1 / 16256 of its largest then. */
-static void close_variance(const float *restrict from, uint8_t *restrict to, int64_t n, float by, uint32_t key, uint32_t first) {
+static inline void close_group(int8_t *restrict moment, uint8_t *restrict variance, const float *restrict m_new,
+                               const float *restrict root_new, float m_by, float root_by, uint32_t key, uint32_t first,
+                               int64_t n) {
+    #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float chance = (float)(int32_t)(noise(key, first + (uint32_t)i) & 0xffffu) * (1.0f / 65536.0f);
-        int32_t root = (int32_t)(sqrtf(sqrtf(from[i] / by)) * 255.0f + chance);
-        to[i] = (uint8_t)(from[i] > 0.0f && root < 2 ? 2 : root);
+        uint32_t drawn = noise(key, first + (uint32_t)i);
+        float up = (float)(int32_t)(drawn >> 16) * (1.0f / 65536.0f);
+        int32_t root = (int32_t)(sqrtf(fabsf(m_new[i]) * m_by) * 127.0f + up);
+        root = root > 127 ? 127 : root;
+        moment[i] = (int8_t)(m_new[i] < 0.0f ? -root : root);
+        up = (float)(int32_t)(drawn & 0xffffu) * (1.0f / 65536.0f);
+        root = (int32_t)(sqrtf(root_new[i] * root_by) * 255.0f + up);
+        root = root > 255 ? 255 : root;
+        variance[i] = (uint8_t)(root_new[i] > 0.0f && root < 2 ? 2 : root);
     }
 }
 
-static void update(const Memory *a, int bf16, int64_t begin, int64_t n, float *moment, float *variance, Step f) {
-    if (bf16)
-        update_bf16((uint16_t *)a->weight + begin, a->rest + begin, (const uint16_t *)a->gradient + begin, moment,
-                    variance, n, f);
-    else
-        update_fp32((float *)a->weight + begin, (const float *)a->gradient + begin, moment, variance, n, f);
-}
-
-static void chunk(const Memory *a, int bf16, int kind, int64_t begin, int64_t n, Step f) {
-    float moment[CHUNK], variance[CHUNK];
-    uint32_t first = (uint32_t)begin;
-    if (kind == BF16) {
-        uint16_t *m = (uint16_t *)a->moment + begin, *v = (uint16_t *)a->variance + begin;
-        widen_all(m, moment, n);
-        widen_all(v, variance, n);
-        update(a, bf16, begin, n, moment, variance, f);
-        narrow_moment(moment, m, n);
-        narrow_variance(variance, v, n, f.key, first);
-        return;
-    }
-    int8_t *m = (int8_t *)a->moment + begin;
-    uint8_t *v = (uint8_t *)a->variance + begin;
-    float *m_scales = a->moment_scales + begin / GROUP, *v_scales = a->variance_scales + begin / GROUP;
-    for (int64_t i = 0; i < n; i += GROUP) {
-        int64_t size = n - i < GROUP ? n - i : GROUP;
-        open_moment(m + i, moment + i, size, m_scales[i / GROUP]);
-        open_variance(v + i, variance + i, size, v_scales[i / GROUP]);
-    }
-    update(a, bf16, begin, n, moment, variance, f);
-    for (int64_t i = 0; i < n; i += GROUP) {
-        int64_t size = n - i < GROUP ? n - i : GROUP;
-        float m_scale = largest(moment + i, size), v_scale = largest(variance + i, size);
-        m_scales[i / GROUP] = m_scale;
-        v_scales[i / GROUP] = v_scale;
-        close_moment(moment + i, m + i, size, m_scale > 0.0f ? m_scale : 1.0f, f.key, first + (uint32_t)i);
-        close_variance(variance + i, v + i, size, v_scale > 0.0f ? v_scale : 1.0f, f.key, first + (uint32_t)i);
+static inline __attribute__((always_inline)) void groups(const int bf16, const Memory *a, int64_t begin, int64_t end, Step step) {
+    const int64_t size = bf16 ? 2 : 4;
+    float m_new[GROUP], root_new[GROUP];
+    for (int64_t i = begin; i < end; i += GROUP) {
+        int64_t n = end - i < GROUP ? end - i : GROUP;
+        int8_t *moment = (int8_t *)a->moment + i;
+        uint8_t *variance = (uint8_t *)a->variance + i;
+        float *m_scale = a->moment_scales + i / GROUP, *v_scale = a->variance_scales + i / GROUP;
+        pass(INT8, bf16, (char *)a->weight + i * size, a->rest + (bf16 ? i : 0), (const char *)a->gradient + i * size,
+             moment, variance, *m_scale * (1.0f / 16129.0f), *v_scale * (1.0f / 4228250625.0f), m_new, root_new,
+             (uint32_t)i, n, step);
+        float m_most = largest(m_new, n), root_most = largest(root_new, n);
+        *m_scale = m_most;
+        *v_scale = root_most * root_most;
+        close_group(moment, variance, m_new, root_new, m_most >= FLT_MIN ? 1.0f / m_most : 1.0f,
+                    root_most > 0.0f ? 1.0f / root_most : 1.0f, step.key, (uint32_t)i, n);
     }
 }
 
-void adamw(Memory memory, int bf16, int kind, int64_t n, Step f, int threads) {
+static inline __attribute__((always_inline)) void whole(const int kind, const int bf16, const Memory *a, int64_t begin,
+                                                        int64_t end, Step step) {
+    const int64_t size = bf16 ? 2 : 4, moment_size = kind == BF16 ? 2 : 4;
+    pass(kind, bf16, (char *)a->weight + begin * size, a->rest + (bf16 ? begin : 0),
+         (const char *)a->gradient + begin * size, (char *)a->moment + begin * moment_size,
+         (char *)a->variance + begin * moment_size, 0.0f, 0.0f, NULL, NULL, (uint32_t)begin, end - begin, step);
+}
+
+void adamw(Memory memory, int bf16, int kind, int64_t n, Step step, int threads) {
     int64_t parts = (n + PART - 1) / PART;
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < parts; part++) {
         int64_t begin = part * PART, end = n - begin < PART ? n : begin + PART;
-        if (kind == FP32) {
-            update(&memory, bf16, begin, end - begin, (float *)memory.moment + begin, (float *)memory.variance + begin, f);
-            continue;
-        }
-        for (int64_t i = begin; i < end; i += CHUNK)
-            chunk(&memory, bf16, kind, i, end - i < CHUNK ? end - i : CHUNK, f);
+        if (kind == FP32 && bf16) whole(FP32, 1, &memory, begin, end, step);
+        else if (kind == FP32) whole(FP32, 0, &memory, begin, end, step);
+        else if (kind == BF16 && bf16) whole(BF16, 1, &memory, begin, end, step);
+        else if (kind == BF16) whole(BF16, 0, &memory, begin, end, step);
+        else if (bf16) groups(1, &memory, begin, end, step);
+        else groups(0, &memory, begin, end, step);
     }
 }

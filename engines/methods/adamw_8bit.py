@@ -17,7 +17,7 @@ from torch import Tensor
 from engines import why_not_installed
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NotAvailable, UserError
-from engines.first_order.adamw import check_checkpointing, parameter_groups, weights_dtype
+from engines.first_order.adamw import parameter_groups, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import materialize
 from engines.model.model_check import check_repeats
@@ -40,15 +40,19 @@ class AdamW8bit:
         """Why this engine cannot run here; `None` if it can."""
         return why_not_installed(AdamW8bit.name)
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `NotAvailable` without bitsandbytes; `UserError` for fp16, for
-        checkpointing that the model lacks and for paging without a GPU."""
+        """Fill the model on the device. Raises `NotAvailable` without bitsandbytes; `UserError` for fp16 and
+        for paging without a GPU."""
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
         if self.settings.paged and self.loop.device.type != "cuda":
             raise UserError("--set paged=true", "needs CUDA's managed memory", "use paged=false")
         dtype = weights_dtype(self.context, self.name)
-        check_checkpointing(blueprint.model, self.context)
         check_repeats(blueprint, self.context)
         from bitsandbytes import optim
 
@@ -87,4 +91,5 @@ class AdamW8bit:
         self.loop.synchronize()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Let go of the graphs, and give the blocks their own forward back."""
+        self.loop.close()

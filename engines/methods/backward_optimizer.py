@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import UserError
-from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import materialize
 from engines.model.model_check import check_repeats
@@ -45,10 +45,14 @@ class BackwardOptimizer:
         """`None`: it runs on any device."""
         return None
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16, for several micro-batches a step, for
-        clipping and for
-        checkpointing that the model lacks."""
+        """Fill the model on the device. Raises `UserError` for fp16, for several micro-batches a step and
+        for clipping."""
         dtype = weights_dtype(self.context, self.name)
         if self.context.workload.accumulation > 1:
             raise UserError(
@@ -62,7 +66,6 @@ class BackwardOptimizer:
                 "the norm of a whole gradient is known when its first parts are gone",
                 "leave it out, or use native",
             )
-        check_checkpointing(blueprint.model, self.context)
         check_repeats(blueprint, self.context)
         model = materialize(blueprint, self.loop.device, dtype)
         self.loop.begin(model, AdamWInBackward(model.parameters(), self.settings))
@@ -92,7 +95,8 @@ class BackwardOptimizer:
         self.loop.synchronize()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Let go of the graphs, and give the blocks their own forward back."""
+        self.loop.close()
 
 
 class AdamWInBackward:

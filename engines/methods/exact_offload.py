@@ -26,6 +26,10 @@ moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinn
 it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
 Gradients of some blocks have pinned room there.
 
+With `outer=host` what lies outside the blocks has its masters and moments on the host too, each tensor for
+itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
+to be complete and wanted first, so its update shows.
+
 Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
 and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
 block, nor of those that backward reaches after it; what is outside the blocks does not change either. The CPU
@@ -53,8 +57,8 @@ Longer than 400 lines: a step and the life around it are read in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +67,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.exact_offload import GRADIENT_SLOTS, WEIGHT_SLOTS, gradient_places, host_bytes
+from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
 from engines.cpu_updates.pipeline import (
@@ -88,16 +92,17 @@ from engines.first_order.checkpoint import (
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.first_order.master_weights import MasterWeights
 from engines.model.block_major import BlockMajor
-from engines.model.blocks import find_blocks, first_names, move_buffers, no_cache, set_parameter
+from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
-from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out
+from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out_group
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
-from engines.offload.block_slots import BlockSlots
+from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
+from engines.transfer.pinned import HostSlabs, host_slabs
 
 _T = TypeVar("_T")
 
@@ -120,12 +125,14 @@ class ExactOffload:
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
         self._room: GradientRoom | None = None
+        self._outer_room: HostSlabs | None = None
+        """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
         """Of each block, (elements,): where its weights are, or are when they have come up."""
-        self.weight_slots: BlockSlots | None = None
+        self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
         self._pending: list[list[PieceUpdate]] = []
         """Of each block."""
@@ -146,11 +153,14 @@ class ExactOffload:
         self._dtype = weights_dtype(self.context, self.name)
         check_block_major(blueprint, self.context)
         self.model: nn.Module = blueprint.model
-        self._layout = layout = lay_out(self.model, self._dtype)
-        self._check_host([block.size for block in layout.blocks])
+        layout = lay_out(self.model, self._dtype)
+        outer: list[BlockLayout] = []
+        if self.settings.outer == "host":
+            outer = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.outer]
+        self._check_host([block.size for block in layout.blocks], sum(each.size for each in outer))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
-            layout.blocks,
+            [*layout.blocks, *outer],
             self.settings,
             dtype=self._dtype,
             device=on_host,
@@ -160,8 +170,11 @@ class ExactOffload:
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
-        self._pending = [[] for _ in sizes]
-        self._place_weights(blueprint, layout)
+        self._num_blocks = len(sizes)
+        self._pending = [[] for _ in (*sizes, *outer)]
+        self._place_weights(blueprint, layout, outer)
+        outer_bytes = [self._dtype.itemsize * each.size for each in outer]
+        self._outer_room = host_slabs(outer_bytes, on_host, self.context.progress)
         self._names = parameter_names(self.model)
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
@@ -175,8 +188,8 @@ class ExactOffload:
             for index, block in enumerate(layout.blocks)
         ]
         """Of each block's own parameters, in its gradient slot."""
-        self._norms = torch.zeros(len(sizes), device=self.device)
-        """(blocks,) fp32: squared, of this step's gradients.
+        self._norms = torch.zeros(len(self._pending), device=self.device)
+        """(blocks, and tensors outside them that the host updates,) fp32: squared, of this step's gradients.
 
         HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
         block's update is waited for.
@@ -206,14 +219,16 @@ class ExactOffload:
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
         recomputed = self.settings.recomputed(
-            len(self._pending), checkpointing=self.context.workload.checkpointing
+            self._num_blocks, checkpointing=self.context.workload.checkpointing
         )
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 
-    def _check_host(self, sizes: list[int]) -> None:
-        """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters."""
-        needed = PROCESS_HOST_BYTES + sum(host_bytes(sizes, self._dtype.itemsize, self.settings).values())
+    def _check_host(self, sizes: list[int], outer: int) -> None:
+        """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters and
+        `outer` outside them."""
+        held = host_bytes(sizes, outer, self._dtype.itemsize, self.settings)
+        needed = PROCESS_HOST_BYTES + sum(held.values())
         usable = self.context.host_bytes
         if usable is not None and needed > usable:
             raise InfeasiblePlan(
@@ -224,21 +239,27 @@ class ExactOffload:
             )
 
     @torch.no_grad()
-    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout) -> None:
-        """Each block's weights in flat memory on the GPU, and a copy on the host."""
-        tensors: dict[str, Tensor] = {
-            name: torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
-            for name in layout.outer
-        }
-        for name, tensor in tensors.items():
-            blueprint.fill(name, tensor)
-        self.weight_slots = self._weight_slots()
-        for index, block in enumerate(layout.blocks):
-            if self.weight_slots is None:
-                memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
-            else:
-                memory = self.weight_slots.memory(index)
-                memory.zero_()
+    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout, outer: Sequence[BlockLayout]) -> None:
+        """Weights of each block, and of each tensor of `outer`, in flat memory on the GPU, and a copy on the
+        host."""
+        tensors: dict[str, Tensor] = {}
+        for name in () if outer else layout.outer:
+            tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
+            blueprint.fill(name, tensors[name])
+        if self.settings.streams:
+            self.streamed = StreamedWeights(
+                dict(enumerate(layout.blocks)),
+                self.host.weights[: self._num_blocks],
+                self.link,
+                self._compute,
+                self._is_on_host,
+            )
+        for index, block in enumerate((*layout.blocks, *outer)):
+            if self.streamed is not None and index < self._num_blocks:
+                tensors |= self.streamed.fill(index, blueprint)
+                self.on_gpu.append(self.streamed.memory(index))
+                continue
+            memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
@@ -252,12 +273,19 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
-        self._outer = MasterWeights([parameters[name] for name in layout.outer], self.settings)
-
-    def _weight_slots(self) -> BlockSlots | None:
-        if not self.settings.streams:
-            return None
-        return BlockSlots(self.host.weights, WEIGHT_SLOTS, self.link, self._compute, self._is_on_host)
+        by_gpu = [] if outer else layout.outer
+        self._outer = MasterWeights([parameters[name] for name in by_gpu], self.settings)
+        """Of what the GPU updates outside the blocks."""
+        self.outer_parameters = [parameters[name] for each in outer for name in each.parts[0].names]
+        """What the host updates there."""
+        self._outer_gradients: list[Tensor] = []
+        """(elements,) on the GPU, of each of them: where autograd adds them up."""
+        for each, parameter in zip(outer, self.outer_parameters, strict=True):
+            memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
+            (parameter.grad,) = each.views(memory).values()
+            self._outer_gradients.append(memory)
+        self.last_outer = set(range(self._num_blocks, len(self._pending)))
+        """Those of `_pending` whose gradients were complete at the end of the last step, by index."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
@@ -265,12 +293,6 @@ class ExactOffload:
             self._settle(index)
             return True
         return False
-
-    def _copy_to_host(self) -> None:
-        """The host's weights become the GPU's."""
-        if self.weight_slots is None:
-            for host, memory in zip(self.host.weights, self.on_gpu, strict=True):
-                host.copy_(memory.detach())
 
     @property
     def host(self) -> BlockStates:
@@ -281,8 +303,8 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        pinned = (each.pinned_bytes for each in (self._states, self._room) if each is not None)
-        return sum(pinned)
+        held = (self._states, self._room, self._outer_room)
+        return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
 
@@ -302,8 +324,10 @@ class ExactOffload:
             self._share.total = self._totals_on_host[(self.steps_done - 1) % 2]
             self._share.total_known = self._total_known
         self._step_h2d_bytes = self._step_d2h_bytes = 0
+        came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
         self._clocks.exposure.mark()
         self._mark("forward")
+        self._begin_outer(self.last_outer)
         with no_cache(self.model):
             self._run(batches)
         self._mark("optimizer")
@@ -315,6 +339,8 @@ class ExactOffload:
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
+        if self.streamed is not None:
+            self._step_h2d_bytes += self.streamed.slots.h2d_bytes - came_up
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
@@ -341,31 +367,52 @@ class ExactOffload:
         """Bring it to the host: known long before the step's end, so that the next one can be started."""
         self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
         self._loss_known = self.link.record()
+        if self.outer_parameters:
+            used = self._passes.used_before()
+            every = range(self._num_blocks, len(self._pending))
+            later = {index for index in every if self.outer_parameters[index - self._num_blocks] in used}
+            self.last_outer = later
+            self._send_outer(each for each in every if each not in later)
+
+    @torch.no_grad()
+    def _begin_outer(self, indices: Iterable[int]) -> None:
+        """Tensors outside the blocks are about to be used and to get gradients."""
+        for index in indices:
+            self._settle(index)
+            self._outer_gradients[index - self._num_blocks].zero_()
+
+    @torch.no_grad()
+    def _send_outer(self, indices: Iterable[int]) -> None:
+        """Gradients of tensors outside the blocks are complete."""
+        assert self._outer_room is not None
+        for index in indices:
+            number = index - self._num_blocks
+            gradient = self._outer_gradients[number]
+            for piece in self.host.pieces[index]:
+                piece.deadline = -1 if index in self.last_outer else self._num_blocks
+            self._send(index, gradient, self._outer_room.views[number].view(self._dtype), lands=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
-        self._enter(index, range(index + 1, len(self._pending)))
+        if self.streamed is None:
+            self._settle(index)
+        else:
+            self.streamed.enter_forward(index)
         self._mark(f"forward {index}")
 
     def after_forward(self, index: int) -> None:
-        if self.weight_slots is not None:
-            self.weight_slots.leave(index)
+        if self.streamed is not None:
+            self.streamed.leave(index)
+        if index == self._num_blocks - 1:
+            every = range(self._num_blocks, len(self._pending))
+            self._begin_outer(each for each in every if each not in self.last_outer)
 
     def before_backward(self, index: int) -> None:
-        if self.weight_slots is not None:
-            self._enter(index, range(index - 1, -1, -1))
+        if self.streamed is not None:
+            self.streamed.enter_backward(index)
         self._mark(f"backward {index}")
         # HAZARD: the block that last had this slot must have left it.
         self.link.wait(self._slot_free[index % len(self._slots)])
-
-    def _enter(self, index: int, ahead: Sequence[int]) -> None:
-        slots = self.weight_slots
-        if slots is None:
-            self._settle(index)
-            return
-        before = slots.h2d_bytes
-        slots.enter(index, ahead[: slots.count - 1])
-        self._step_h2d_bytes += slots.h2d_bytes - before
 
     @torch.no_grad()
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
@@ -387,28 +434,40 @@ class ExactOffload:
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
         """The block's gradient is complete: download it and hand it to the worker."""
-        pieces, weights = self.host.pieces[index], self.on_gpu[index]
         slot = index % len(self._slots)
-        gradient = self._slots[slot][: weights.numel()]
+        gradient = self._slots[slot][: self.on_gpu[index].numel()]
+        if self.streamed is not None:
+            self.streamed.leave(index)
+            self.streamed.forget(index)
+        assert self._room is not None
+        place = self._waiting(self._room.take)
+        give = partial(self._room.give, place)
+        self._slot_free[slot] = self._send(index, gradient, place, lands=self.streamed is None, consumed=give)
+
+    def _send(
+        self,
+        index: int,
+        gradient: Tensor,
+        place: Tensor,
+        *,
+        lands: bool,
+        consumed: Callable[[], None] = lambda: None,
+    ) -> Event:
+        """Download a gradient (elements,) to `place` on the host and hand it to the worker; the event of its
+        arrival. `lands`: the weights go up then. `consumed` is called when `place` is free."""
+        pieces, weights = self.host.pieces[index], self.on_gpu[index]
         norm = self._norms[index : index + 1]
         norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
-        if self.weight_slots is None:
+        if lands:
             self._step_h2d_bytes += weights.nbytes
-        else:
-            self.weight_slots.leave(index)
-            self.weight_slots.forget(index)
-        assert self._room is not None
-        place = self._waiting(self._room.take)
-        give = _once_all(len(pieces), partial(self._room.give, place))
+        give = _once_all(len(pieces), consumed)
         updates = [
             PieceUpdate(
                 state=piece,
                 share=self._share,
-                landing=None
-                if self.weight_slots is not None
-                else Landing(memory=weights[piece.begin : piece.end], free=ready),
+                landing=Landing(memory=weights[piece.begin : piece.end], free=ready) if lands else None,
                 consumed=give,
             )
             for piece in pieces
@@ -419,15 +478,15 @@ class ExactOffload:
         if self._pipeline is None:
             pieces[0].squared_norm.copy_(norm)
             place[: gradient.numel()].copy_(gradient)
-            return
-        name = f"block {index}"
+            return Event()
+        name = f"block {index}" if index < self._num_blocks else "outside the blocks"
         self.link.download(norm, pieces[0].squared_norm, after=ready, name="norm")
         for piece, update in zip(pieces, updates, strict=True):
             its = gradient[piece.begin : piece.end]
             update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
             if not self.settings.waits_for_norm:
                 self._pipeline.submit([update])
-        self._slot_free[slot] = updates[-1].downloaded
+        return updates[-1].downloaded
 
     def _waiting(self, wait: Callable[[], _T]) -> _T:
         """What `wait` returns, the time in which it held this thread up not counted as compute."""
@@ -441,6 +500,7 @@ class ExactOffload:
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
+        self._send_outer(sorted(self.last_outer))
         squared = self._norms.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
         scale = None
         if self._share.max_norm is not None:
@@ -513,29 +573,8 @@ class ExactOffload:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
         self._settle_all()
-        with self._streaming():
+        with nullcontext() if self.streamed is None else self.streamed.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
-
-    @contextmanager
-    def _streaming(self) -> Iterator[None]:
-        """Streamed blocks come up for the model's own forward passes."""
-        slots = self.weight_slots
-        if slots is None:
-            yield
-            return
-        count = len(self._pending)
-        hooks = []
-        for index, block in enumerate(find_blocks(self.model)[1]):
-            ahead = [(index + further) % count for further in range(1, slots.count)]
-            hooks += [
-                block.register_forward_pre_hook(lambda *_, i=index, a=ahead: slots.enter(i, a)),
-                block.register_forward_hook(lambda *_, i=index: slots.leave(i)),
-            ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
@@ -544,13 +583,7 @@ class ExactOffload:
 
     def _stored(self) -> nn.Module:
         """The model, or what has its names and weights where those are streamed."""
-        if self.weight_slots is None:
-            return self.model
-        on_host: dict[str, Tensor] = {}
-        for block, memory in zip(self._layout.blocks, self.host.weights, strict=True):
-            on_host |= block.views(memory)
-        named = {name: on_host.get(name, each) for name, each in self.model.named_parameters()}
-        return _Named(named)
+        return self.model if self.streamed is None else self.streamed.stored(self.model)
 
     def save(self, folder: Path) -> None:
         """Weights, low halves of masters, moments, step and random state."""
@@ -568,7 +601,11 @@ class ExactOffload:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         self.host.load(tensors, about["updates"], str(folder))
-        self._copy_to_host()
+        on_gpu_first = 0 if self.streamed is None else self._num_blocks
+        for index in range(on_gpu_first, len(self._pending)):
+            self.host.weights[index].copy_(self.on_gpu[index].detach())
+        if self.streamed is not None:
+            self.streamed.slots.forget_all()
         self._outer.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
@@ -600,21 +637,10 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._pending = []
-        for each in (self._room, self._states):
+        for each in (self._room, self._states, self._outer_room):
             if each is not None:
                 each.close()
-        self._room = self._states = None
-
-
-class _Named(nn.Module):
-    """Parameters by name, wherever they are."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
-        return iter(self._tensors.items())
+        self._room = self._states = self._outer_room = None
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

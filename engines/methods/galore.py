@@ -24,7 +24,7 @@ from torch import Tensor
 from engines import why_not_installed
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NotAvailable
-from engines.first_order.adamw import check_checkpointing, parameter_groups, weights_dtype
+from engines.first_order.adamw import parameter_groups, weights_dtype
 from engines.first_order.training_loop import TrainingLoop
 from engines.model.blocks import find_blocks, materialize
 from engines.model.model_check import check_repeats
@@ -49,13 +49,16 @@ class Galore:
         """Why this engine cannot run here; `None` if it can."""
         return why_not_installed(Galore.name)
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `NotAvailable` without galore-torch; `UserError` for fp16 and
-        for checkpointing that the model lacks."""
+        """Fill the model on the device. Raises `NotAvailable` without galore-torch; `UserError` for fp16."""
         if (missing := why_not_installed(self.name)) is not None:
             raise NotAvailable(missing)
         dtype = weights_dtype(self.context, self.name)
-        check_checkpointing(blueprint.model, self.context)
         check_repeats(blueprint, self.context)
         from galore_torch import GaLoreAdamW
 
@@ -123,4 +126,5 @@ class Galore:
         self.loop.synchronize()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Let go of the graphs, and give the blocks their own forward back."""
+        self.loop.close()

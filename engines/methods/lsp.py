@@ -17,6 +17,12 @@ Where things live. GPU: weights, projectors, the compressed gradients of a few b
 up, and weights, gradients and moments of all that is not a matrix of a block. Host: each matrix's core,
 pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d^2).
 
+With `weights=streamed` the matrices stay on the host too and come up for the forward and again for the
+backward pass, through three blocks' room (`engines.subspace.streamed_matrices`): 5 then waits for its block's
+next forward pass, and the new weights go down. All micro-batches pass a block together
+(`engines.model.block_major`), so that a step moves each weight three times however many there are. GPU memory
+is that of a few blocks, hidden states, projectors and what is no matrix of a block.
+
 Never stale: an update of step t is applied before its block's next forward pass, and `evaluate`, `weights`
 and `save` apply what is left. A core that is not finite changes neither weights nor moments of its block, nor
 of those that backward reaches after it; blocks before it in backward may have been updated by then. It is
@@ -59,6 +65,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,11 +95,12 @@ from engines.first_order.checkpoint import (
 )
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.activation_checkpointing import TrainedBlocks
+from engines.model.block_major import BlockMajor
 from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
-from engines.model.model_check import check_watched
+from engines.model.model_check import check_block_major, check_watched
 from engines.model.randomness import draws_random_numbers
-from engines.model.training_regions import compiles
+from engines.model.training_regions import TrainingRegions, compiles
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -113,9 +121,9 @@ from engines.subspace.cores import (
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
+from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
-from engines.transfer.link import Event
 
 
 class Lsp:
@@ -138,6 +146,10 @@ class Lsp:
         self._blocks: list[CoreBlock] = []
         self._pipeline: UpdatePipeline | None = None
         self._trained: TrainedBlocks | None = None
+        self._passes: BlockMajor | None = None
+        """In the place of `_trained` where micro-batches pass a block together."""
+        self._regions: TrainingRegions | None = None
+        self.streamed: StreamedMatrices | None = None
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
 
@@ -154,49 +166,68 @@ class Lsp:
         Raises `UserError` for fp16 and for a model without matrices in its blocks.
         """
         self._dtype = weights_dtype(self.context, self.name)
-        check_watched(blueprint, self.context)
-        self.model: nn.Module = materialize(blueprint, self.device, self._dtype)
+        settings, context = self.settings, self.context
+        (check_block_major if settings.block_major else check_watched)(blueprint, context)
+        if settings.streams:
+            self.streamed = StreamedMatrices(
+                blueprint, self._dtype, self.link, self._compute, context.progress
+            )
+        placed = () if self.streamed is None else self.streamed.names
+        self.model: nn.Module = materialize(blueprint, self.device, self._dtype, placed=placed)
         self._names = parameter_names(self.model)
         subspaces = draw_subspaces(
-            self.model, self.settings, self.context.seed, self._dtype, self.device, self.context.progress
+            self.model, settings, context.seed, self._dtype, self.device, context.progress
         )
         self._cores = Cores(
             subspaces,
             self,
-            self.settings,
+            settings,
             dtype=self._dtype,
             device=self.device,
-            workload=self.context.workload,
-            offload=self.settings.offload,
-            progress=self.context.progress,
+            workload=context.workload,
+            offload=settings.offload,
+            block_major=settings.block_major,
+            progress=context.progress,
         )
         self._blocks = self._cores.blocks
-        self._dense = DenseParameters(self.model, subspaces, self.settings, self.device)
+        self._dense = DenseParameters(self.model, subspaces, settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
         self._squared_total = torch.zeros(1, device=self.device)
         self._loss_on_host = self._small_host_tensor()
         self._total_on_host = self._small_host_tensor()
-        if self.settings.offload:
+        if self.streamed is not None:
+            self.streamed.follow(self._blocks, self._is_updated)
+        if settings.offload:
             largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(
                 self.link,
                 self._clocks,
-                slots=UPLOAD_SLOTS,
+                slots=0 if settings.streams else UPLOAD_SLOTS,
                 slot_elements=largest,
                 dtype=self._dtype,
                 name="lsp-core",
             )
-        prepare_training(self.model, self.context, self.settings, recompute=False)
+        prepare_training(self.model, context, settings, recompute=False)
+        self._install()
+
+    def _install(self) -> None:
+        """Let the model's blocks run as a training step runs them."""
+        settings, draws = self.settings, draws_random_numbers(self.model)
+        recomputed = settings.recomputed(
+            len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
+        )
+        compiled = compiles(settings.compile, self.device)
+        if settings.block_major:
+            # No parameter is the watcher's: gradients of vectors are added up where DenseParameters has them.
+            nobody: list[list[nn.Parameter]] = [[] for _ in find_blocks(self.model)[1]]
+            self._passes = BlockMajor(self.model, nobody, self, draws=draws)
+            self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
+            return
+        graphs = settings.offload and settings.graphs and not draws
         self._trained = TrainedBlocks(
-            self.model,
-            self,
-            recomputed=self.settings.recomputed(
-                len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
-            ),
-            graphs=self.settings.offload and self.settings.graphs and not draws_random_numbers(self.model),
-            compiled=compiles(self.settings.compile, self.device),
+            self.model, self, recomputed=recomputed, graphs=graphs, compiled=compiled
         )
 
     def _small_host_tensor(self) -> Tensor:
@@ -216,8 +247,9 @@ class Lsp:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory pinned for the cores; 0 on a CPU device and for the twin."""
-        return 0 if self._cores is None or not self.settings.offload else self._cores.pinned_bytes
+        """Host memory pinned for cores and streamed matrices; 0 on a CPU device and for the twin."""
+        held = 0 if self.streamed is None else self.streamed.pinned_bytes
+        return held if self._cores is None or not self.settings.offload else held + self._cores.pinned_bytes
 
     # --- one step -------------------------------------------------------------------------------------
 
@@ -228,31 +260,26 @@ class Lsp:
         `RuntimeError` with its cause if the CPU worker failed. Bytes are those of this step's cores, both
         ways, and of moments moved to a new subspace; busy times are of what ended since the last step.
         """
-        assert self._trained is not None
         settings = self.settings
         rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
         self._share = StepShare(
             step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
         )
         self._step_h2d_bytes = self._step_d2h_bytes = 0
+        before = self._streamed_bytes()
         self._begin_step()
-        total = torch.zeros(1, device=self.device)
-        forward_done = Event()
         self._clocks.exposure.mark()
         self._mark("forward")
         with no_cache(self.model):
-            for index, loss in accumulate_gradients(self.model, batches, self.device):
-                total += loss
-                self._micro_batch = index
-                self._is_last_micro_batch = index == len(batches) - 1
-                if self._is_last_micro_batch:
-                    self._loss_on_host.copy_(total, non_blocking=True)
-                    forward_done = self.link.record()
+            self._run(batches)
         self.calibrates = False
         self._mark("optimizer")
         self._finish_backward()
-        self.link.host_wait(forward_done)  # the step's only wait for the GPU
+        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
         self._compute.stop()
+        after = self._streamed_bytes()
+        self._step_h2d_bytes += after[0] - before[0]
+        self._step_d2h_bytes += after[1] - before[1]
         value = float(self._loss_on_host)
         if not math.isfinite(value):
             self._discard()
@@ -268,8 +295,35 @@ class Lsp:
             **self._clocks.take_s(self.link),
         )
 
+    def _streamed_bytes(self) -> tuple[int, int]:
+        """Of weights, up and down so far."""
+        if self.streamed is None:
+            return 0, 0
+        return self.streamed.weights.slots.h2d_bytes, self.streamed.weights.slots.d2h_bytes
+
+    def _run(self, batches: Sequence[Batch]) -> None:
+        """Forward and backward of all micro-batches."""
+        if self._passes is not None:
+            self._micro_batch, self._is_last_micro_batch = 0, True
+            compiler: Any = torch.compiler  # its methods are without annotations
+            # Steps that test projectors do what compiled code does not.
+            with compiler.set_stance("force_eager") if self.calibrates else nullcontext():
+                self._passes.run(batches, self.device, self._take_loss)
+            return
+        total = torch.zeros(1, device=self.device)
+        for index, loss in accumulate_gradients(self.model, batches, self.device):
+            total += loss
+            self._micro_batch = index
+            self._is_last_micro_batch = index == len(batches) - 1
+            if self._is_last_micro_batch:
+                self._take_loss(total)
+
+    def _take_loss(self, loss: Tensor) -> None:
+        """Bring the step's loss to the host: known long before the step's end."""
+        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
+        self._loss_known = self.link.record()
+
     def _begin_step(self) -> None:
-        assert self._trained is not None
         settings = self.settings
         self.calibrates = self.steps_done % settings.check_every == 0
         if self.calibrates:
@@ -280,19 +334,28 @@ class Lsp:
                 clock=self._clock,
                 time_left_s=settings.learn_timeout_s,
             )
-        self._trained.is_usual = not self.calibrates
-        self._trained.begin()
+        if self._trained is not None:
+            self._trained.is_usual = not self.calibrates
+            self._trained.begin()
         self._laid_out.begin_step()
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: apply what the last step left for it."""
+        if self.streamed is not None:
+            self.streamed.weights.enter_forward(index)
         place = self._laid_out.place.get(index)
         if place is not None:
             self._settle(self._blocks[place : place + 1])
         if torch.is_grad_enabled():
             self._mark(f"forward {index}")
 
+    def after_forward(self, index: int) -> None:
+        if self.streamed is not None:
+            self.streamed.weights.leave(index)
+
     def before_backward(self, index: int) -> None:
+        if self.streamed is not None:
+            self.streamed.weights.enter_backward(index)
         self._mark(f"backward {index}")
         place = self._laid_out.place.get(index)
         if place is None:
@@ -300,8 +363,13 @@ class Lsp:
         # HAZARD: the block that last had this slot must have left it.
         slot_free = self._laid_out.slot_free
         self.link.wait(slot_free[place % len(slot_free)])
+        if self._passes is not None:
+            self._laid_out.zero_sums(place)
         for matrix in self._blocks[place].matrices:
             matrix.is_collected = False
+
+    def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
+        """Layers have handed them over by themselves."""
 
     @torch.no_grad()
     def finish(self, index: int) -> None:
@@ -311,6 +379,10 @@ class Lsp:
             self._blocks[place].finish()
 
     def after_backward(self, index: int) -> None:
+        if self._passes is not None:
+            self.finish(index)
+        if self.streamed is not None:
+            self.streamed.weights.leave(index)
         place = self._laid_out.place.get(index)
         if place is None:
             return
@@ -326,7 +398,11 @@ class Lsp:
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
         block.pending = [
-            PieceUpdate(state=piece.state, share=self._share, landing=partial(self._apply, piece.matrices))
+            PieceUpdate(
+                state=piece.state,
+                share=self._share,
+                landing=None if self.streamed is not None else partial(self._apply, piece.matrices),
+            )
             for piece in block.pieces
         ]
         if self._pipeline is None:
@@ -386,7 +462,9 @@ class Lsp:
         """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
         for matrix in matrices:
             core = matrix.of(direction)
-            self._update(matrix.subspace, matrix.subspace.weight, core, share)
+            # HAZARD: blocks that take turns in a slot share its count of changes, by which autograd would
+            # take one block's update for a change of what another has saved; `data` does not count.
+            self._update(matrix.subspace, matrix.subspace.weight.data, core, share)
 
     def _update(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
         key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
@@ -397,9 +475,29 @@ class Lsp:
         for block in blocks:
             if not block.pending:
                 continue
+            if self.streamed is not None:
+                self.streamed.land(self._laid_out.place[block.index], self._land)
+                continue
             pending, block.pending = block.pending, []
             for update in pending:
                 self._wait_for(update)
+
+    def _land(self, block: CoreBlock, directions: Tensor) -> None:
+        """Apply a streamed block's pending update, whose `directions` (elements,) have come up."""
+        pending, block.pending = block.pending, []
+        begin = 0
+        for piece, update in zip(block.pieces, pending, strict=True):
+            end = begin + piece.core.numel()
+            self._apply(piece.matrices, directions[begin:end], update.share)
+            begin = end
+
+    def _is_updated(self, block: CoreBlock, wait: bool) -> bool:
+        """Whether the CPU has made the block's directions; with `wait`, when it has."""
+        if block.pending and (wait or all(update.done.is_set() for update in block.pending)):
+            for update in block.pending:
+                self._wait_for(update)
+            return True
+        return False
 
     def _wait_for(self, update: PieceUpdate) -> None:
         if self._pipeline is None:
@@ -456,6 +554,8 @@ class Lsp:
             return None
         matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
         subspace = matrix.subspace
+        if self.streamed is not None:
+            self.streamed.weights.enter_forward(subspace.block)
         core = matrix.of(self._laid_out.piece_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
@@ -466,12 +566,22 @@ class Lsp:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
         self._settle(self._blocks)
-        return evaluate_on_device(self.model, batches, self.device)
+        weights = None if self.streamed is None else self.streamed.weights
+        with nullcontext() if weights is None else weights.coming_up(self.model):
+            return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
         self._settle(self._blocks)
-        return model_weights(self.model)
+        return model_weights(self._stored())
+
+    def _stored(self) -> nn.Module:
+        """The model, or what has its names and weights where those are streamed. Waits until they are
+        there."""
+        if self.streamed is None:
+            return self.model
+        self.link.synchronize()
+        return self.streamed.weights.stored(self.model)
 
     def save(self, folder: Path) -> None:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
@@ -480,11 +590,13 @@ class Lsp:
         state = rng_state(self.device) | self._dense.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         about["matrices"] = save_cores(self._laid_out, state)
-        save_checkpoint(folder, self.model, state, about)
+        save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, d, r or projector."""
-        tensors, about = load_checkpoint(folder, self.model, self.name)
+        tensors, about = load_checkpoint(folder, self._stored(), self.name)
+        if self.streamed is not None:
+            self.streamed.weights.slots.forget_all()
         load_cores(self._laid_out, tensors, about["matrices"], folder)
         self._dense.load(self._names, tensors)
         load_rng_state(self.device, tensors)
@@ -506,6 +618,8 @@ class Lsp:
         if self._trained is not None:
             self._trained.close()
             self._trained = None
+        if self._regions is not None:
+            self._regions.remove()
         for matrix in self._matrices():
             restore(matrix.subspace.module)
         if self._pipeline is not None:
@@ -515,3 +629,6 @@ class Lsp:
         if self._cores is not None:
             self._cores.close()
             self._cores = None
+        if self.streamed is not None:
+            self.streamed.close()
+            self.streamed = None

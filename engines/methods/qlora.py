@@ -44,6 +44,11 @@ class Qlora:
         """Why this engine cannot run here; `None` if it can."""
         return why_not_installed(Qlora.name)
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
         """Quantize the model onto the device and put adapters into it.
 

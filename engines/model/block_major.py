@@ -87,13 +87,14 @@ class BlockMajor:
         ]
         self._draws = draws
         self._knows_form = False
+        self._passing: list[_MicroBatch] = []
 
     def run(self, batches: Sequence[Batch], device: torch.device, told: Callable[[Tensor], None]) -> None:
         """Forward and backward of the mean loss of `batches`; nothing here waits for the GPU.
 
         `told` is called with that loss, fp32 on the device, before the backward passes of the blocks.
         """
-        passing = [self._begin(batch, device) for batch in batches]
+        self._passing = passing = [self._begin(batch, device) for batch in batches]
         for index in range(len(self._own)):
             self._watcher.before_forward(index)
             for each in passing:
@@ -108,6 +109,26 @@ class BlockMajor:
             self._watcher.after_backward(index)
         for each in passing:
             self._end(each)
+        self._passing = []
+
+    def used_before(self) -> set[Tensor]:
+        """Parameters that are no block's own and whose gradients go on after the losses: of what comes before
+        the blocks, or is used in them. To be asked when the loss is told."""
+        found: set[Tensor] = {parameter for others in self._others for parameter in others}
+        ends = [
+            end for each in self._passing for end in (each.before, *(tensor for tensor, _ in each.shared))
+        ]
+        nodes, seen = [end.grad_fn for end in ends], set()
+        found.update(end for end in ends if end.requires_grad and end.is_leaf)
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if (leaf := getattr(node, "variable", None)) is not None:
+                found.add(leaf)
+            nodes += [earlier for earlier, _ in node.next_functions]
+        return found
 
     def _begin(self, batch: Batch, device: torch.device) -> _MicroBatch:
         inputs = with_mask(to_device(batch, device))

@@ -118,6 +118,13 @@ def lay_out(model: nn.Module, dtype: torch.dtype, train: str = "all") -> ModelLa
     )
 
 
+def lay_out_group(names: Sequence[str], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> BlockLayout:
+    """Tensors of these names as one block: vectors first, as one part, then the others."""
+    grid = ALIGNMENT_BYTES // dtype.itemsize
+    numbers = {name: number for number, name in enumerate(names)}
+    return _lay_out_block(names, shapes, numbers, (), frozenset(names), grid)
+
+
 def _trained(
     model: nn.Module, train: str, shapes: Iterable[str], used: Sequence[Sequence[str]]
 ) -> frozenset[str]:

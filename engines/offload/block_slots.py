@@ -6,7 +6,8 @@ in one direction, chunks lie wherever there is room.) While a block computes, th
 turn from the forward to the backward pass the last ones are still there.
 
 Streams and events: the compute stream waits for a block's arrival, the upload stream for the last kernel that
-used the slot. The host waits only for a block that is not ready on the host.
+used the slot, and for what is on its way down from there. The host waits only for a block that is not ready
+on the host.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ class BlockSlots:
         self._holds: list[int | None] = [None] * self.count
         self._arrived = [Event() for _ in self._memory]
         self._free = [Event() for _ in self._memory]
+        self._drained = [Event() for _ in self._memory]
+        """When what was last written back from a slot is on the host."""
+        self._stored = [Event() for _ in host]
+        """When what was last written back of a block is."""
         self._used: int | None = None
         """The slot that the compute stream is at."""
         self.h2d_bytes = 0
         """Sent up so far."""
+        self.d2h_bytes = 0
+        """Written back so far."""
 
     @property
     def gpu_bytes(self) -> int:
@@ -78,11 +85,24 @@ class BlockSlots:
         """All that uses `block` for now has been enqueued."""
         self._free[block % self.count] = self._link.record()
 
+    def write_back(self, block: int) -> None:
+        """The block has changed on the GPU, where it is, and goes to the host as all that has been enqueued
+        leaves it. Before `leave`; it must not change again until that."""
+        stored = self._link.download(
+            self.memory(block).data, self._host[block], after=self._link.record(), name=f"block {block}"
+        )
+        self._stored[block] = self._drained[block % self.count] = stored
+        self.d2h_bytes += self._host[block].nbytes
+
     def forget(self, block: int) -> None:
         """The block changes on the host."""
         slot = block % self.count
         if self._holds[slot] == block:
             self._holds[slot] = None
+
+    def forget_all(self) -> None:
+        """All blocks have changed on the host."""
+        self._holds = [None] * self.count
 
     def _fetch(self, block: int, *, wait: bool) -> bool:
         slot = block % self.count
@@ -93,9 +113,9 @@ class BlockSlots:
         # HAZARD: not through a view that shares the parameters' version counter. Autograd would take what
         # lies there in the backward pass for another block; it is the same, brought up a second time.
         out = self.memory(block).data
-        self._arrived[slot] = self._link.upload(
-            self._host[block], out, after=self._free[slot], name=f"block {block}"
-        )
+        # HAZARD: what was there may still be on its way down, and so may this block's own last state.
+        after = [self._free[slot], self._drained[slot], self._stored[block]]
+        self._arrived[slot] = self._link.upload(self._host[block], out, after=after, name=f"block {block}")
         self._holds[slot] = block
         self.h2d_bytes += out.nbytes
         return True

@@ -35,6 +35,9 @@ class ExactOffloadSettings(CompiledBlockSettings):
     weights: Weights = "resident"
     """Where the blocks' weights are: on the GPU, or on the host, from where they come up for the forward and
     again for the backward pass. Of no effect without `offload`."""
+    outer: Literal["gpu", "host"] = "gpu"
+    """Where masters and moments are of what lies outside the blocks (embeddings, head): on the GPU, which
+    updates it, or on the host with those of the blocks."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
 

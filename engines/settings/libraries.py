@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from engines.settings.checks import require
-from engines.settings.first_order import AdamWSettings, BlockPassSettings
+from engines.settings.first_order import AdamWSettings, BlockPassSettings, CompiledBlockSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +43,12 @@ class LoraSettings(BlockPassSettings):
 class QloraSettings(LoraSettings):
     """Adapters over matrices of four bits (NF4)."""
 
-    # Not tried on a GPU: bitsandbytes' kernels in compiled code and in graphs.
-    compile: bool | Literal["auto"] = False
-    graphs: bool = False
     double_quant: bool = True
     """The scales of 64 weights each are themselves of eight bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW8bitSettings(AdamWSettings):
+class AdamW8bitSettings(BlockPassSettings):
     """AdamW with moments of eight bits, a scale for every 256."""
 
     paged: bool = False
@@ -60,11 +56,11 @@ class AdamW8bitSettings(AdamWSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackwardOptimizerSettings(AdamWSettings):
+class BackwardOptimizerSettings(CompiledBlockSettings):
     """AdamW of each parameter as soon as its gradient is there."""
 
     def __post_init__(self) -> None:
-        AdamWSettings.__post_init__(self)
+        CompiledBlockSettings.__post_init__(self)
         require(
             self.max_grad_norm == 0,
             "max_grad_norm",
@@ -74,7 +70,7 @@ class BackwardOptimizerSettings(AdamWSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaloreSettings(AdamWSettings):
+class GaloreSettings(BlockPassSettings):
     """AdamW of the blocks' matrices on gradients projected to rank `rank`."""
 
     rank: int = 128
@@ -84,7 +80,7 @@ class GaloreSettings(AdamWSettings):
     """Of what is projected back."""
 
     def __post_init__(self) -> None:
-        AdamWSettings.__post_init__(self)
+        BlockPassSettings.__post_init__(self)
         require(self.rank > 0, "rank", "must be positive")
         require(self.update_proj_gap > 0, "update_proj_gap", "must be positive")
         require(self.scale > 0, "scale", "must be positive")

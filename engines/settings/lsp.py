@@ -9,6 +9,7 @@ from typing import Literal
 
 from engines.errors import UserError
 from engines.settings.checks import require
+from engines.settings.exact_offload import Weights
 from engines.settings.first_order import BlockPassSettings
 
 
@@ -43,6 +44,10 @@ class LspSettings(BlockPassSettings):
     the subspaces together. The CPU's updates then begin when backward has ended."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How updates reach bf16 weights; `nearest` loses those below half a unit in the last place."""
+    weights: Weights = "resident"
+    """Where the blocks' matrices are: on the GPU, or on the host, from where they come up for the forward and
+    again for the backward pass; all micro-batches then pass a block together, and nothing is captured. The
+    twin keeps them on the GPU."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
     train_outer: bool = True
@@ -62,6 +67,16 @@ class LspSettings(BlockPassSettings):
         require(self.learn_rate > 0, "learn_rate", "must be positive")
         require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
+
+    @property
+    def block_major(self) -> bool:
+        """All micro-batches pass a block together."""
+        return self.weights == "streamed"
+
+    @property
+    def streams(self) -> bool:
+        """Blocks' matrices come up from the host."""
+        return self.offload and self.weights == "streamed"
 
     def size_for(self, rows: int, columns: int) -> int:
         """The d that is wanted for weights of this shape, also given the other way round.

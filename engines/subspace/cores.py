@@ -154,6 +154,8 @@ class CoreBlock:
     pieces: list[CorePiece]
     core: Tensor
     """(elements,) on the GPU: all its cores."""
+    on_host: Tensor
+    """(elements,) on the host: those of all its pieces."""
     squared_norm: Tensor
     """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
@@ -193,9 +195,11 @@ class Cores:
         device: torch.device,
         workload: Workload,
         offload: bool,
+        block_major: bool,
         progress: Callable[[str, int, int], None],
     ) -> None:
-        """`subspaces` are those of each block that has any, in the order of the blocks."""
+        """`subspaces` are those of each block that has any, in the order of the blocks. `block_major`: all
+        micro-batches pass a block together, so that one block's sums are there at a time."""
         sizes = [sum(each.d**2 for each in members) for members in subspaces]
         head_bytes = -(-4 * len(sizes) // 64) * 64
         self._slab = HostSlab(
@@ -214,10 +218,19 @@ class Cores:
         ]
         self.slot_free = [Event() for _ in slots]
         """When the block that last had a slot has left it; block i has slot i modulo their number."""
+        self._own_sums = not block_major
+        self._sums: list[Tensor | None] = [None] * len(sizes)
+        """(elements,) fp32, of each block; block by block it is the same memory."""
+        if workload.accumulation > 1:
+            rooms = [max(sizes)] if block_major else sizes
+            made = [torch.zeros(size, device=device) for size in rooms]
+            self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
         self.blocks: list[CoreBlock] = []
         offset_bytes = head_bytes
         for index, members in enumerate(subspaces):
             core = slots[index % len(slots)][: sizes[index]]
+            on_host = self._slab.view(offset_bytes, (sizes[index],), dtype)
+            sums = self._sums[index]
             pieces: list[CorePiece] = []
             first = 0
             for group in _grouped(members):
@@ -231,12 +244,13 @@ class Cores:
                     settings=settings,
                 )
                 part = core[first : first + count]
-                matrices = _matrices(group, part, calibrator, workload)
+                of_part = None if sums is None else sums[first : first + count]
+                matrices = _matrices(group, part, of_part, calibrator, workload)
                 pieces.append(CorePiece(state=state, matrices=matrices, core=part))
                 first += count
                 offset_bytes += dtype.itemsize * count
             norm = self.squared_norms[index : index + 1]
-            self.blocks.append(CoreBlock(pieces=pieces, core=core, squared_norm=norm))
+            self.blocks.append(CoreBlock(pieces=pieces, core=core, on_host=on_host, squared_norm=norm))
         self.place = {members[0].block: place for place, members in enumerate(subspaces)}
         """Where in `blocks` a block of the model is, by its index there."""
 
@@ -255,11 +269,15 @@ class Cores:
 
     def begin_step(self) -> None:
         """No block has gradient."""
-        for block in self.blocks:
+        for place, block in enumerate(self.blocks):
             block.has_gradient = False
-            for matrix in block.matrices:
-                if matrix.sum is not None:
-                    matrix.sum.zero_()
+            if self._own_sums:
+                self.zero_sums(place)
+
+    def zero_sums(self, place: int) -> None:
+        """No micro-batch's gradient is in those of a block."""
+        if (sums := self._sums[place]) is not None:
+            sums.zero_()
 
     @property
     def pinned_bytes(self) -> int:
@@ -272,7 +290,11 @@ class Cores:
 
 
 def _matrices(
-    subspaces: Sequence[Subspace], core: Tensor, calibrator: Calibrator, workload: Workload
+    subspaces: Sequence[Subspace],
+    core: Tensor,
+    sums: Tensor | None,
+    calibrator: Calibrator,
+    workload: Workload,
 ) -> list[CoreMatrix]:
     offset, found = 0, []
     for each in subspaces:
@@ -283,7 +305,7 @@ def _matrices(
                 subspace=each,
                 forms_gradient=forms_gradient(each.left.rows, each.right.rows, d, workload),
                 core=core[offset : offset + d * d].view(d, d),
-                sum=torch.zeros(d, d, device=core.device) if workload.accumulation > 1 else None,
+                sum=None if sums is None else sums[offset : offset + d * d].view(d, d),
                 offset=offset,
             )
         )

@@ -39,8 +39,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "profiles": ("harness.cli.machine:profiles_app", "List, show and compare machines."),
     "recommend": (
-        "harness.cli.compare:recommend",
-        "Plan every method for a job on a machine: does it fit, how slow, what limits it, which settings.",
+        "harness.cli.recommend:recommend",
+        "Plan every method for a job on a machine: does it fit, how long, what limits it, what to change.",
     ),
     "compare": (
         "harness.cli.compare:compare",

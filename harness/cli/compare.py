@@ -36,38 +36,12 @@ from harness.cli.options import (
 )
 from harness.cli.quality import study_seen
 from harness.cli.sweep_progress import measure_seen
-from harness.cli.tables import grid_table, plans_table, runs_table
-from harness.pipeline import Sweep, find_machine, plan_job, planned_cells, prepare
+from harness.cli.tables import grid_table, runs_table
+from harness.pipeline import Sweep, planned_cells, prepare
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_target
 from harness.quality.study import Study, prepare_study
-from harness.resolve import resolve_shape
 from profiles.documents import to_json
-from profiles.planning.recommend import why_first
-
-
-@takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout", *OF_TRAINING))
-def recommend(
-    flags: JobFlags,
-    engines: Engines = None,
-    profile: Profile = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Plan every method for a job on a machine: does it fit, how slow, what limits it, which settings.
-
-    A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing.
-    """
-    names = engine_names(engines)
-    job = flags.job(names)
-    shape = resolve_shape(job)
-    machine = find_machine(profile, quiet=quiet)
-    plans = plan_job(job, shape, machine, names)
-    if as_json:
-        typer.echo(to_json(tuple(plans)), nl=False)
-    else:
-        console().print(plans_table(shape, job, machine, plans))
-        console().print(why_first(plans), markup=False)
 
 
 @takes_job(without=OF_TRAINING)

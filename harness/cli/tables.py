@@ -15,16 +15,12 @@ from rich.text import Text
 from engines import entry, load_engine, public_engines
 from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import approximation
-from engines.shapes import ModelShape
 from harness.models.configs import NAMED_SHAPES, named_shape
 from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, where_known
-from harness.records.job import Job
 from harness.records.run import Run
 from harness.records.settings import published_presets
 from harness.runs.emulate import what_is_short
-from profiles.machine import Machine
-from profiles.planning.plan import Plan
-from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from profiles.units import NOT_MEASURED
 
 if TYPE_CHECKING:
     from harness.training.find_lr import LrSearchResult
@@ -35,56 +31,7 @@ def format_parameters(count: int) -> str:
     return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
 
 
-def plans_table(shape: ModelShape, job: Job, machine: Machine, plans: Sequence[Plan]) -> RenderableType:
-    """Predictions per method, and below them the reasons."""
-    has_gpu = machine.gpu is not None
-    batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
-    title = (
-        f"Predicted: {shape.name} ({format_parameters(shape.parameters)} parameters) in {job.dtype}, "
-        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {machine.name}"
-    )
-    headings = ["method", "fits", "step", "low to high", "GPU memory", "host memory", "limited by"]
-    if not has_gpu:
-        headings.remove("GPU memory")
-    table = _table(headings)
-    for plan in plans:
-        table.add_row(plan.engine, *_plan_cells(plan, has_gpu))
-    return Group(Text(title, style="bold"), table, _notes({plan.engine: _plan_notes(plan) for plan in plans}))
-
-
-def _plan_cells(plan: Plan, has_gpu: bool) -> list[str]:
-    told = plan.prediction
-    if not plan.available:
-        return ["no", *["-"] * (5 if has_gpu else 4)]
-    if told.step_s is None:
-        times = ["not predicted", "-"]
-    else:
-        times = [
-            format_seconds(told.step_s),
-            f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}",
-        ]
-    return [
-        "yes" if plan.fits else "no",
-        *times,
-        *([format_bytes(told.peak_gpu_bytes)] if has_gpu else []),
-        format_bytes(told.peak_host_bytes),
-        told.bottleneck or "not known",
-    ]
-
-
-def _plan_notes(plan: Plan) -> list[str]:
-    told = " ".join(plan.reasons)
-    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
-    notes = [*([", ".join(unexplained)] if unexplained else []), *plan.reasons]
-    if plan.available and plan.prediction.step_s is None:
-        notes = [plan.prediction.basis.rstrip("."), *notes]
-    if plan.why_not is None:
-        return notes
-    verdict = "does not fit" if plan.available else "cannot run here"
-    return [f"{verdict}: {plan.why_not}", *notes]
-
-
-def _notes(notes: Mapping[str, Sequence[str]]) -> Table:
+def notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
     """Sentences by method, each on lines of its own."""
     grid = Table.grid(padding=(0, 2), pad_edge=True)
     grid.add_column(no_wrap=True)
@@ -95,7 +42,7 @@ def _notes(notes: Mapping[str, Sequence[str]]) -> Table:
     return grid
 
 
-def _table(headings: Sequence[str], whole: Collection[str] = ("method",)) -> Table:
+def plain_table(headings: Sequence[str], whole: Collection[str] = ("method",)) -> Table:
     """Columns of `whole` are never wrapped."""
     table = Table(box=box.SIMPLE_HEAVY)
     for heading in headings:
@@ -105,7 +52,7 @@ def _table(headings: Sequence[str], whole: Collection[str] = ("method",)) -> Tab
 
 def grid_table(cells: Sequence[Any]) -> RenderableType:
     """What a sweep would run, in order."""
-    table = _table(("id", "round", "settings"), whole=("id",))
+    table = plain_table(("id", "round", "settings"), whole=("id",))
     for cell in cells:
         settings = ", ".join(f"{key}={value}" for key, value in cell.plan.settings.items())
         table.add_row(
@@ -154,7 +101,7 @@ RUNS: tuple[Column[Run], ...] = (
 def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Table:
     """A row for each run; its method and its end are never wrapped."""
     here, rows = table_cells(columns, runs)
-    table = _table([column.key for column in here], whole=("method", "end"))
+    table = plain_table([column.key for column in here], whole=("method", "end"))
     for row in rows:
         table.add_row(*row)
     return table
@@ -168,7 +115,7 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         lines += [line for line in dict.fromkeys(_run_notes(run)) if line not in lines]
     likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
-    return Group(Text(title, style="bold"), _measured_table(RUNS, runs), _notes(reasons))
+    return Group(Text(title, style="bold"), _measured_table(RUNS, runs), notes_grid(reasons))
 
 
 def _run_notes(run: Run) -> Iterator[str]:
@@ -219,14 +166,16 @@ def generations_table(runs: Sequence[Run]) -> RenderableType:
     counts = sorted({run.tokens for run in runs if run.tokens})
     over = f" over {', '.join(f'{count:,}' for count in counts)} tokens" if counts else ""
     title = Text(f"Measured{over}; the floor is predicted", style="bold")
-    return Group(title, _measured_table(GENERATIONS, runs), _notes(reasons))
+    return Group(title, _measured_table(GENERATIONS, runs), notes_grid(reasons))
 
 
 def rates_table(finding: LrSearchResult) -> RenderableType:
     """What `run --find-lr` found, the recommended rate marked."""
     steps = max(trial.steps for trial in finding.trials)
     title = f"Learning rates of {finding.engine}: {finding.measured_on} loss before and after {steps} steps"
-    table = _table(("learning rate", "before", "after", "change", "end", ""), whole=("learning rate", "end"))
+    table = plain_table(
+        ("learning rate", "before", "after", "change", "end", ""), whole=("learning rate", "end")
+    )
     for trial in finding.trials:
         after, change = "-", "-"
         if trial.loss_after is not None:
@@ -264,7 +213,7 @@ def engines_json() -> str:
 
 def engines_table() -> RenderableType:
     rows = engines_rows()
-    table = _table(("method", "here", "what it does", "source"))
+    table = plain_table(("method", "here", "what it does", "source"))
     for row in rows:
         table.add_row(row["name"], "yes" if row["available"] else "no", row["summary"], row["source"])
     notes = {
@@ -281,7 +230,7 @@ def engines_table() -> RenderableType:
         ]
         for row in rows
     }
-    return Group(table, Text("Knobs for --set, with their defaults", style="bold"), _notes(notes))
+    return Group(table, Text("Knobs for --set, with their defaults", style="bold"), notes_grid(notes))
 
 
 def models_rows() -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from engines.errors import UserError
 from engines.shapes import Head, ModelShape
 from harness.data.chat_tokens import chat_table
 from harness.data.examples import examples_of
-from harness.data.lengths import epoch_order, padded_length
+from harness.data.lengths import epoch_order
+from harness.data.padding import padded_length
 from harness.data.reading.files import BadRecord
 from harness.data.reading.read import check_bad, told_bad
 from harness.data.records import Examples, LabelledExample

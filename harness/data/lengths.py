@@ -1,8 +1,7 @@
 """Sequences of like length in one batch, and the few lengths that batches are padded to.
 
 Everything is padded to the sequence length where lengths differ within a batch, and most of what the GPU
-computes on may then be padding. But every length is a shape of its own, for which CUDA graphs are captured
-and kernels are chosen, so there are seven of them at most, multiples of 8 as tensor cores take them.
+computes on may then be padding. `harness.data.padding` has the lengths.
 """
 
 from __future__ import annotations
@@ -12,24 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-MULTIPLE = 8
-_SHARES = ((1, 8), (3, 16), (1, 4), (3, 8), (1, 2), (3, 4))
+from harness.data.padding import padded_lengths
 
 BATCHES_TOGETHER = 64
 """So many batches of a shuffled epoch are sorted by length among themselves: enough that lengths come
 together, few enough that an epoch stays a mixture."""
-
-
-def padded_lengths(seq_len: int) -> tuple[int, ...]:
-    """The lengths that batches are padded to, ascending, `seq_len` the last of them. Each is at most half as
-    long again as the one before, but for the first."""
-    steps = {-(-seq_len * part // (whole * MULTIPLE)) * MULTIPLE for part, whole in _SHARES}
-    return (*sorted(step for step in steps if 2 * MULTIPLE <= step < seq_len), seq_len)
-
-
-def padded_length(longest: int, seq_len: int) -> int:
-    """The shortest of `padded_lengths` that holds `longest` tokens."""
-    return next(length for length in padded_lengths(seq_len) if length >= longest)
 
 
 def epoch_order(

@@ -38,6 +38,12 @@ class Tokenized:
     """What nothing is chosen by; `None`: there is none."""
 
 
+def sequence_lengths(tokenized: Tokenized) -> list[int]:
+    """Tokens of each training sequence."""
+    lengths: list[int] = tokenized.train.lengths.tolist()
+    return lengths
+
+
 _PARTS = ("train", "held_out", "test")
 _LISTS = ("readings", "label_names")
 

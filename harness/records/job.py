@@ -100,7 +100,7 @@ class Job:
     seq_len: Whole = 512
     padding: Annotated[Padding, Field(exclude_if=lambda value: value == "seq_len")] = "seq_len"
     """`seq_len`: every batch of a file is as long as that, as predictions take it. `longest`: sequences of
-    like length come together, padded to one of a few lengths (`harness.data.lengths`)."""
+    like length come together, padded to one of a few lengths (`harness.data.padding`)."""
     accumulation: Whole = 1
     dtype: Dtype = "bf16"
     checkpointing: Switch = True

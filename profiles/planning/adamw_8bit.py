@@ -1,4 +1,5 @@
-"""Settings of AdamW with moments of eight bits: whether they are paged. No torch."""
+"""Settings of AdamW with moments of eight bits: which blocks are recomputed, whether moments are paged. No
+torch."""
 
 from __future__ import annotations
 
@@ -7,15 +8,22 @@ from dataclasses import replace
 from engines.settings.given import GivenSettings
 from engines.settings.libraries import AdamW8bitSettings
 from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.recomputation import fewest_recomputed
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """`paged` only where the moments are what does not fit: what is paged travels in every step."""
+    choice = fewest_recomputed(context, given)
+    given = choice.settings
     settings: AdamW8bitSettings = given.typed
     if "paged" in given or context.budget.gpu_bytes is None or context.why_missing(settings) is None:
-        return Choice(given)
-    if context.why_missing(replace(settings, paged=True)) is not None:
-        return Choice(given)
+        return choice
+    if context.missing_bytes(replace(settings, paged=True)) >= context.missing_bytes(settings):
+        return choice
     return Choice(
-        given.completed(paged=True), ("paged=true: moments that do not fit move to the host's memory",)
+        given.completed(paged=True),
+        (
+            *choice.reasons,
+            "paged=true: moments that do not fit move to the host's memory",
+        ),
     )

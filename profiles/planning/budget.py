@@ -31,6 +31,8 @@ class Budget:
     """`None`: no limit is known."""
     gpu_named: bool
     """Whether the user named the GPU's limit."""
+    disk_bytes: int | None = None
+    """Free on the disk of the profile; `None`: none is known."""
 
 
 def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:
@@ -42,19 +44,63 @@ def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int 
     return Budget(
         gpu_bytes=gpu,
         host_bytes=available if host is None else min(available, host),
-        pinned_bytes=pinned,
+        pinned_bytes=_least(pinned, pinned_limit_bytes(machine)),
         gpu_named=vram is not None,
+        disk_bytes=None if machine.disk is None else machine.disk.free_bytes,
     )
 
 
+def pinned_limit_bytes(machine: Machine) -> int | None:
+    """What the driver let a process pin, where the probe was refused more; `None`: no limit was met. Where
+    the probe stopped by itself, to spare the machine, there may be none."""
+    figure = machine.memory.pinned_bytes
+    return int(figure.value) if machine.memory.pinned_refused and figure.value is not None else None
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def why_missing(cost: Traffic, budget: Budget) -> str | None:
-    """What memory is missing, or `None`. Whether the disk is large enough the engine finds, where it is."""
-    if budget.gpu_bytes is None:
-        return _short("host memory", host_bytes_needed(cost, budget), budget.host_bytes)
-    return (
-        _short("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost), budget.gpu_bytes)
-        or _short("pinned memory", cost.pinned_bytes, budget.pinned_bytes)
-        or _short("host memory", host_bytes_needed(cost, budget), budget.host_bytes)
+    """What memory is missing, each kind that is, or `None`."""
+    short = shortages(cost, budget)
+    return " and ".join(each.text for each in short) or None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shortage:
+    """One kind of memory of which there is too little."""
+
+    what: str
+    needed_bytes: int
+    usable_bytes: int
+
+    @property
+    def missing_bytes(self) -> int:
+        return self.needed_bytes - self.usable_bytes
+
+    @property
+    def text(self) -> str:
+        return (
+            f"needs {format_bytes(self.needed_bytes)} of {self.what}, {format_bytes(self.usable_bytes)} are "
+            f"usable: {format_bytes(self.missing_bytes)} missing"
+        )
+
+
+def shortages(cost: Traffic, budget: Budget) -> tuple[Shortage, ...]:
+    """Of GPU memory, pinned memory, host memory and disk, those of which there is too little. The GPU's is
+    with what CUDA and fragmentation take; of the disk, what a step reads must have room on it."""
+    on_gpu = budget.gpu_bytes is not None
+    wanted = (
+        ("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost), budget.gpu_bytes),
+        ("pinned memory", cost.pinned_bytes if on_gpu else 0, budget.pinned_bytes),
+        ("host memory", host_bytes_needed(cost, budget), budget.host_bytes),
+        ("disk", cost.disk_bytes, budget.disk_bytes),
+    )
+    return tuple(
+        Shortage(what=what, needed_bytes=needed, usable_bytes=usable)
+        for what, needed, usable in wanted
+        if usable is not None and needed > usable
     )
 
 
@@ -67,16 +113,6 @@ def host_bytes_without_gpu(cost: Traffic) -> int:
     process = cost.host_memory_bytes["process"]
     smaller = min(process, PROCESS_HOST_BYTES_WITHOUT_GPU)
     return cost.peak_gpu_bytes + cost.peak_host_bytes - process + smaller
-
-
-def _short(what: str, needed: int, usable: int | None) -> str | None:
-    """`None` if `needed` bytes are there, or if no limit is known."""
-    if usable is None or needed <= usable:
-        return None
-    return (
-        f"needs {format_bytes(needed)} of {what}, {format_bytes(usable)} are usable: "
-        f"{format_bytes(needed - usable)} missing"
-    )
 
 
 def gpu_bytes_needed(cost: Traffic) -> int:

@@ -6,15 +6,23 @@ A planner is a function `choose(context, given)` in a file of its own, named by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from engines.costs.table import traffic
 from engines.costs.traffic import Traffic
-from engines.settings.given import GivenSettings
+from engines.settings.given import GivenSettings, Value
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
-from profiles.planning.budget import Budget, why_missing
+from profiles.planning.budget import Budget, shortages, why_missing
+
+
+@lru_cache(maxsize=2048)
+def _cost(engine: str, shape: ModelShape, workload: Workload, settings: Any) -> Traffic:
+    """Kept: planners ask for the same costs again and again, and what-if asks for those of other machines."""
+    return traffic(engine, shape, workload, settings)
 
 
 class Choice(NamedTuple):
@@ -24,6 +32,16 @@ class Choice(NamedTuple):
     """Chosen ones beside those given, which are kept."""
     reasons: tuple[str, ...] = ()
     """A sentence per choice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingChange:
+    """Settings that a planner does not choose by itself, since they make the method train something else, and
+    with which it takes less memory."""
+
+    values: Mapping[str, Value]
+    quality: str
+    """What they cost, for a reader: what is not trained, or only approximately."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +56,14 @@ class PlanningContext:
 
     def cost(self, settings: Any) -> Traffic:
         """Of one step with these typed settings."""
-        return traffic(self.engine, self.shape, self.workload, settings)
+        return _cost(self.engine, self.shape, self.workload, settings)
 
     def why_missing(self, settings: Any) -> str | None:
         """Why a step with these typed settings does not fit into memory; `None`: it fits."""
         return why_missing(self.cost(settings), self.budget)
+
+    def missing_bytes(self, settings: Any) -> tuple[int, int]:
+        """How far these typed settings are from fitting: kinds of memory of which there is too little, and
+        bytes missing of all of them."""
+        short = shortages(self.cost(settings), self.budget)
+        return len(short), sum(each.missing_bytes for each in short)

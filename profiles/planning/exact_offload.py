@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from engines.costs.exact_offload import WEIGHT_SLOTS, gradient_places, state_bytes
+from engines.costs.exact_offload import gradient_places, state_bytes
+from engines.costs.lsp import WEIGHT_SLOTS
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_seconds
 
@@ -19,7 +20,12 @@ AS_FAST = 1.01
 
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
+OUTER: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
 """In the order in which they are tried."""
+
+WAYS_OUT = (
+    SettingChange(values={"gradient_blocks": 2}, quality="none: the backward pass waits for the CPU instead"),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -31,7 +37,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["compile"] = False
     settings: ExactOffloadSettings = given.completed(**chosen).typed
     found = _fitting(context, given, settings)
-    for key in ("moments", "weights"):
+    for key in ("moments", "weights", "outer"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
             without: Any = replace(found, **{key: getattr(settings, key)})
@@ -87,18 +93,30 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
 def _fitting(
     context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
 ) -> ExactOffloadSettings:
-    """What fits: the least approximate moments, then weights on the GPU rather than streamed. Where nothing
-    does, what takes the least of the memory that is too small."""
+    """What fits: the least approximate moments; then the fastest of where weights are and of who updates what
+    is outside the blocks, the GPU where it is as fast. Where nothing fits, what takes the least of the memory
+    that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
-    tried = [replace(settings, moments=m, weights=w) for m in moments for w in weights]
-    for each in tried:
-        if context.why_missing(each) is None:
-            return each
-    exact = replace(settings, moments=moments[0], weights=weights[-1])
+    outer = (settings.outer,) if "outer" in given else OUTER
+    tried = [
+        replace(settings, moments=m, weights=w, outer=o) for m in moments for w in weights for o in outer
+    ]
+    for kept in moments:
+        fitting = [each for each in tried if each.moments == kept and context.why_missing(each) is None]
+        if fitting:
+            times = [
+                predict(context.cost(each), context.machine, context.workload).step_s or 0.0
+                for each in fitting
+            ]
+            return next(
+                each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times)
+            )
     gpu_bytes = context.budget.gpu_bytes
-    is_gpu_small = gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes
-    return exact if is_gpu_small else tried[-1]
+    exact = tried[len(weights) * len(outer) - 1]
+    if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes:
+        return exact
+    return tried[-len(outer)]
 
 
 def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:

@@ -1,12 +1,7 @@
-"""Settings of LoRA: how many blocks are recomputed. No torch."""
+"""What lets LoRA fit where it does not. No torch."""
 
 from __future__ import annotations
 
-from engines.settings.given import GivenSettings
-from profiles.planning.context import Choice, PlanningContext
-from profiles.planning.recomputation import fewest_recomputed
+from profiles.planning.context import SettingChange
 
-
-def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """As few as fit: what is not computed twice takes less time."""
-    return fewest_recomputed(context, given)
+WAYS_OUT = (SettingChange(values={"r": 4}, quality="adapters of rank 4; what that costs was not studied"),)

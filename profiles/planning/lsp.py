@@ -1,4 +1,4 @@
-"""Settings of LSP-Offload: the size of the subspaces, nonzeros per row, CUDA graphs or not. No torch.
+"""Settings of LSP-Offload: where weights are, the size of subspaces, nonzeros per row, CUDA graphs. No torch.
 
 Closed forms throughout: `profiles.planning.predict`. Sizes that are considered: `subspace_sizes`.
 """
@@ -11,25 +11,34 @@ from engines.costs.lsp import core_elements, core_size
 from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
-from profiles.planning.budget import why_missing
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.budget import gpu_bytes_needed, why_missing
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
-from profiles.planning.subspace_sizes import HIDING_SHARE, largest_hidden, lsp_ladder, told_of_quality
+from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder, told_of_quality
 from profiles.units import format_seconds
+
+WAYS_OUT = (
+    SettingChange(
+        values={"train_outer": False},
+        quality="embeddings, head, norms and biases stay as they are; what that costs was not studied",
+    ),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """As few recomputed blocks as fit beside the smallest subspaces; the largest d that fits then and whose
-    copies and CPU update hide behind the GPU; then r."""
+    """Weights on the GPU where they fit there beside the smallest subspaces, else streamed; as few recomputed
+    blocks as fit then; the largest d that fits then and whose copies and CPU update hide; then r."""
     shape = context.shape
+    placed = _weights(context, given)
+    given = placed.settings
     with_d = given if "d" in given else given.completed(d=lsp_ladder(shape.hidden)[0])
     recomputation = fewest_recomputed(context, with_d) if with_d.typed.d != "auto" else Choice(given)
     given = given.completed(
         **{name: value for name, value in recomputation.settings.items() if name not in with_d}
     )
     planner = _Planner(context=context, given=given)
-    reasons = list(recomputation.reasons)
+    reasons = [*placed.reasons, *recomputation.reasons]
     chosen: dict[str, Value] = {}
     settings: LspSettings = given.typed
     if "d" not in given:
@@ -38,7 +47,12 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         reasons.append(reason)
     elif settings.d == "auto" and not settings.d_by_shape:
         sizes = largest_hidden(
-            shape, context.machine, context.workload, planner.cost_by_shape, planner.fits_without_graphs
+            shape,
+            context.machine,
+            context.workload,
+            planner.cost_by_shape,
+            planner.fits_without_graphs,
+            block_major=settings.block_major,
         )
         chosen["d_by_shape"] = sizes.text
         d = min(sizes.d.values())
@@ -65,12 +79,32 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
     published = LSP_PRESETS.get(shape.name)
-    if published is not None:
+    if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(
             f"not used here unless set: what is published for this model, d={published['d']}, "
             f"r={published['r']} and learned projectors (--set {context.engine}.preset={shape.name})"
         )
     return Choice(given.completed(**chosen), tuple(reasons))
+
+
+def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
+    """`weights`, where nothing says where they are."""
+    if "weights" in given or context.machine.gpu is None:
+        return Choice(given)
+    settings: LspSettings = given.completed(graphs=False).typed
+    if "d" not in given or (settings.d == "auto" and not settings.d_by_shape):
+        settings = replace(settings, d=lsp_ladder(context.shape.hidden)[0])
+    missing = context.why_missing(settings)
+    streamed = replace(settings, weights="streamed")
+    gpu_bytes = context.budget.gpu_bytes
+    is_gpu_small = gpu_bytes is not None and gpu_bytes_needed(context.cost(settings)) > gpu_bytes
+    asks_for_graphs = "graphs" in given and settings.graphs
+    if missing is None or not settings.offload or not is_gpu_small or asks_for_graphs:
+        return Choice(given)
+    kept = context.why_missing(streamed)
+    if kept is not None and gpu_bytes_needed(context.cost(streamed)) <= (gpu_bytes or 0):
+        return Choice(given)  # another memory is too small, with them there all the more
+    return Choice(given.completed(weights="streamed"), (f"weights=streamed: without it the job {missing}",))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,17 +129,26 @@ class _Planner:
             times = resource_s(context.cost(settings), context.machine, context.workload)
             if times is None:
                 return smallest, f"d={smallest}: the machine profile lacks figures, so the smallest is safe"
-            slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
+            slowest = max(COMPETING, key=times.__getitem__)
             # Only the last micro-batch has anything to update, so only its compute can hide that.
-            micro_batches = context.workload.accumulation
+            micro_batches = 1 if settings.block_major else context.workload.accumulation
             gpu_s = times["gpu"] / micro_batches
             told = f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
             if micro_batches > 1:
                 told += " in one micro-batch"
+            streamed_s = self._streamed_s(smallest)
+            if streamed_s > gpu_s:
+                told += f" and {format_seconds(streamed_s)} of streaming"
             elements = context.shape.num_blocks * core_elements(context.shape, settings)
-            if times[slowest] <= HIDING_SHARE * gpu_s:
+            if hides(times, gpu_s, streamed_s):
                 return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
         return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
+
+    def _streamed_s(self, smallest: int) -> float:
+        """Seconds that streaming the weights takes with the `smallest` cores; 0 where they stay."""
+        context, settings = self.context, self._of_size(smallest)
+        times = resource_s(context.cost(settings), context.machine, context.workload)
+        return max(times["h2d"], times["d2h"]) if settings.streams and times is not None else 0.0
 
     def _of_size(self, d: int) -> LspSettings:
         smallest = min(d, *(min(each.rows, each.columns) for each in self.context.shape.matrices))

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from engines.settings.given import GivenSettings
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.fold_every import fold_for_loss, told_of_given
+
+WAYS_OUT = (
+    SettingChange(
+        values={"base": "int8"},
+        quality=(
+            "the blocks' matrices in 8 bits: at 0.3 M parameters no loss that could be measured "
+            "(engines/EXPERIMENTS.md, 'A low-bit base'), at other sizes not known"
+        ),
+    ),
+    SettingChange(
+        values={"base": "int8", "train": "lora"},
+        quality="adapters alone are trained, beside matrices in 8 bits",
+    ),
+    SettingChange(
+        values={"base": "int4", "train": "lora"},
+        quality="adapters alone are trained, beside matrices in 4 bits",
+    ),
+)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:

@@ -167,25 +167,48 @@ _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> list[LayerTimes]:
     """Raises `_Absent`."""
     rates = _rates(traffic, machine, workload, side)
-    hides_launches = machine.gpu is not None
     forward_only = all(layer.gpu_backward_flops == 0 for layer in traffic.layers)
     launch_s = FORWARD_LAUNCH_S if forward_only else LAUNCH_S
-    return [_times(layer, rates, launch_s, hides_launches) for layer in traffic.layers]
+    times = [_times(layer, rates) for layer in traffic.layers]
+    return _with_launches(times, traffic, launch_s, hides_launches=machine.gpu is not None)
 
 
-def _times(layer: LayerTraffic, rates: _Rates, launch_s: float, hides_launches: bool) -> LayerTimes:
+def _with_launches(
+    times: list[LayerTimes], traffic: Traffic, launch_s: float, *, hides_launches: bool
+) -> list[LayerTimes]:
+    """GPU times with the time that the CPU needs to start the work.
+
+    A GPU works while the CPU starts what comes next, and a CPU does one after the other. Where nothing
+    crosses the link the CPU runs ahead over the whole step; else each layer's work waits for what is copied
+    or updated, and its launches count by themselves.
+    """
+    launches = [layer.launches * launch_s for layer in traffic.layers]
+    on_gpu_alone = traffic.h2d_bytes == traffic.d2h_bytes == traffic.cpu_adam_elements == 0
+    if hides_launches and on_gpu_alone:
+        work = sum(each.gpu_s for each in times)
+        longer = max(1.0, sum(launches) / work) if work > 0 else 1.0
+        return [
+            replace(each, gpu_s=longer * each.gpu_s, backward_s=longer * each.backward_s) for each in times
+        ]
+    found = []
+    for each, launch in zip(times, launches, strict=True):
+        gpu_s = max(each.gpu_s, launch) if hides_launches else each.gpu_s + launch
+        share = each.backward_s / each.gpu_s if each.gpu_s > 0 else 0.0
+        found.append(replace(each, gpu_s=gpu_s, backward_s=share * gpu_s))
+    return found
+
+
+def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
+    """Of the work alone, launches left out."""
     flops = layer.gpu_forward_flops + layer.gpu_backward_flops
     work = (
         flops * rates.per_flop_s
         + layer.gpu_bytes * rates.per_gpu_byte_s
         + layer.gaussians * rates.per_gaussian_s
     )
-    launch = layer.launches * launch_s
-    # A GPU works while the CPU starts the next operation; a CPU does one after the other.
-    gpu_s = max(work, launch) if hides_launches else work + launch
     return LayerTimes(
-        gpu_s=gpu_s,
-        backward_s=gpu_s * layer.gpu_backward_flops / flops if flops else 0.0,
+        gpu_s=work,
+        backward_s=work * layer.gpu_backward_flops / flops if flops else 0.0,
         h2d_s=layer.h2d_bytes * rates.per_h2d_byte_s,
         d2h_s=layer.d2h_bytes * rates.per_d2h_byte_s,
         cpu_s=layer.cpu_adam_elements * rates.per_adam_element_s,

@@ -18,8 +18,8 @@ from profiles.machine import Machine
 from profiles.planning.budget import budget_of, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan
+from profiles.planning.precisions import dtypes_for, why_no_dtype
 from profiles.planning.predict import predict
-from profiles.units import format_bytes, format_seconds
 
 
 def recommend(
@@ -45,82 +45,36 @@ def recommend(
     budget = budget_of(machine, vram_bytes, host_bytes, pinned_limit_bytes)
     told = job_arguments or {}
     plans = [
-        _plan(
+        plan_engine(
             PlanningContext(engine=engine, machine=machine, shape=shape, workload=workload, budget=budget),
             overrides[engine] if engine in overrides else defaults(engine),
             told.get(engine, ""),
         )
         for engine in engines
     ]
-    return sorted(plans, key=_rank)
+    return sorted(plans, key=rank)
 
 
-def why_first(plans: Sequence[Plan]) -> str:
-    """One sentence: the numbers that put the first of the ranked `plans` there."""
-    if not plans:
-        return "There is no plan."
-    first = plans[0]
-    if not first.fits:
-        able = [plan for plan in plans if plan.available]
-        if not able:
-            return _none_can_run(plans)
-        nearest = min(able, key=_memory)
-        return f"No engine fits; the smallest is {nearest.engine}: it {nearest.why_not}."
-    fitting = [plan for plan in plans if plan.fits]
-    if len(fitting) == 1:
-        return _only_one_fits(first, plans[1:])
-    second = fitting[1]
-    if first.prediction.step_s is None or second.prediction.step_s is None:
-        sizes = " against ".join(format_bytes(_memory(plan)) for plan in (first, second))
-        order = _order_without_times(first)
-        return f"{first.engine} comes first, {order} ({sizes} of memory for {second.engine})."
-    told = (
-        f"{first.engine} comes first with {format_seconds(first.prediction.step_s)} predicted per step, "
-        f"before {second.engine} with {format_seconds(second.prediction.step_s)}"
-    )
-    rival = next((plan for plan in fitting if entry(plan.engine).order == "first"), None)
-    if entry(first.engine).order == "zeroth" and rival is not None:
-        told += f"; a zeroth-order step learns less than one of {rival.engine}, so compare losses too"
-    return f"{told}."
-
-
-def _none_can_run(plans: Sequence[Plan]) -> str:
-    engines: dict[str | None, list[str]] = {}
-    for plan in plans:
-        engines.setdefault(plan.why_not, []).append(plan.engine)
-    reasons = ". ".join(f"{', '.join(names)}: it {why}" for why, names in engines.items())
-    return f"No engine can run this job. {reasons}."
-
-
-def _only_one_fits(first: Plan, others: Sequence[Plan]) -> str:
-    if not others:
-        return f"{first.engine} is the only plan, and it fits: {format_bytes(_memory(first))} of memory."
-    nearest = min(others, key=_memory)
-    return (
-        f"{first.engine} is the only plan that fits, with {format_bytes(_memory(first))} of memory; "
-        f"{nearest.engine} {nearest.why_not}."
-    )
-
-
-def _order_without_times(first: Plan) -> str:
-    if first.prediction.step_s is None:
-        return "but without a predicted time"
-    return f"the only one with a predicted time, {format_seconds(first.prediction.step_s)} per step"
-
-
-def _rank(plan: Plan) -> tuple[bool, bool, float]:
+def rank(plan: Plan) -> tuple[bool, bool, bool, float]:
+    """What `recommend` sorts by. A step of a zeroth-order method is not worth one with gradients, so times of
+    the two are not mixed."""
     step_s = plan.prediction.step_s
-    return (not plan.fits, step_s is None, step_s or 0.0)
+    return (not plan.fits, entry(plan.engine).order == "zeroth", step_s is None, step_s or 0.0)
 
 
-def _plan(context: PlanningContext, given: GivenSettings, job_arguments: str) -> Plan:
+def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: str = "") -> Plan:
+    """The plan of one method; `given` wins over what is chosen."""
     engine = context.engine
     settings, reasons = _choose(context, given)
     cost = context.cost(settings.typed)
     unsuitable = _unsuitable(engine, context.machine, context.workload)
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
-        reasons = (*reasons, "two forward passes a step and no gradient: cheap steps, but many are needed")
+        passes = "two" if cost.forwards == 2 else f"{cost.forwards:g}"
+        reasons = (
+            *reasons,
+            f"{passes} forward passes a step and no gradient: cheap steps, but many are needed",
+        )
     if (approximate := approximation(settings)) is not None:
         reasons = (*reasons, approximate)
     if given:
@@ -152,9 +106,10 @@ def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None
     row = entry(engine)
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
-    return row.refuses.get(workload.dtype)
-
-
-def _memory(plan: Plan) -> int:
-    """The memory that decides: the GPU's, or the host's where there is none."""
-    return plan.prediction.peak_gpu_bytes or plan.prediction.peak_host_bytes
+    others = dtypes_for(engine, machine)
+    instead = f"use --dtype {' or '.join(others)}" if others else "no precision is left"
+    if (why := row.refuses.get(workload.dtype)) is not None:
+        return f"{why}; {instead}"
+    if (why := why_no_dtype(machine, workload.dtype)) is not None:
+        return f"{why}; {instead}"
+    return None

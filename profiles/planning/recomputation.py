@@ -13,7 +13,9 @@ from profiles.planning.context import Choice, PlanningContext
 def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     """`checkpointed_blocks`, where --checkpointing allows any, and no compiler where there is no GPU."""
     if context.machine.gpu is None:
-        chosen = {name: False for name in ("compile", "graphs") if name not in given}
+        chosen = {
+            name: False for name in ("compile", "graphs") if name not in given and hasattr(given.typed, name)
+        }
         return Choice(given.completed(**chosen))
     if "checkpointed_blocks" in given or not context.workload.checkpointing:
         return Choice(given)

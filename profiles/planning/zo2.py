@@ -21,8 +21,8 @@ from profiles.planning.fold_every import fold_for_loss, told_of_given
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 
-AS_FAST = 1.10
-"""A step within this factor of the fastest counts as equally fast."""
+AS_FAST = 1.01
+"""A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""
 
 FOLDS = (1, 2, 4, 8, 16)
 """What `fold_every` is chosen from."""
@@ -92,7 +92,10 @@ def num_on_disk(cost: Traffic, budget: Budget) -> int:
         return 0
     others_bytes = host_bytes_needed(cost, budget) - cost.pinned_bytes
     streamed = cost.pinned_bytes // block_bytes
-    return fewest_on_disk([block_bytes] * streamed, budget.host_bytes - others_bytes)
+    usable = budget.host_bytes - others_bytes
+    if budget.pinned_bytes is not None:  # what of the blocks is in host memory is pinned
+        usable = min(usable, budget.pinned_bytes)
+    return fewest_on_disk([block_bytes] * streamed, usable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +141,9 @@ class _Planner:
         resident = most if budget.gpu_named else self._fewest_as_fast(fitting)
         why = f"as many as {format_bytes(usable)} of GPU memory hold"
         if resident < most:
-            why = f"{most} would fit, but are no faster: the copies hide behind the GPU's work"
+            why = self._why_no_more(resident, most)
+        if resident and (limited := why_missing(costs[0], budget)) is not None:
+            why += f"; with none a step {limited}"
         moved = f"the other {blocks - resident} take {format_bytes(costs[resident].h2d_bytes)} up per step"
         if resident == blocks:
             moved = "nothing moves"
@@ -162,6 +167,15 @@ class _Planner:
         return next(
             k for k in fitting if (time_s := self._step_s(k)) is not None and time_s <= AS_FAST * best
         )
+
+    def _why_no_more(self, resident: int, most: int) -> str:
+        mine, best = self._step_s(resident), self._step_s(most)
+        if mine is None or best is None:
+            return f"{most} would fit"
+        told = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
+        settings = replace(self.given.typed, resident_blocks=resident)
+        prediction = predict(self.cost(settings), self.context.machine, self.context.workload)
+        return f"{told}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else told
 
     def _step_s(self, resident: int) -> float | None:
         """Predicted with so many resident blocks and the `fold_every` that suits them."""

@@ -118,6 +118,7 @@ class TestTwin:
             ("llama", {"max_grad_norm": 0.5}),
             ("gpt2", {"checkpointed_blocks": 1}),
             ("deberta-v2", {"checkpointed_blocks": 2}),
+            ("qwen2", {"outer": "host", "moments": "int8"}),
         ],
     )
     def test_streamed_equals_in_memory(self, family: str, changes: dict[str, Any]) -> None:
@@ -130,11 +131,56 @@ class TestTwin:
             assert_same(found, expected)
             assert engine.evaluate(batches) == evaluated
             block = engine.on_gpu[0].nbytes
-            assert engine.weight_slots is not None
-            assert engine.weight_slots.gpu_bytes == 3 * block
+            assert engine.streamed is not None
+            assert engine.streamed.slots.gpu_bytes == 3 * block
         uploads = costs.uploads_per_step(BLOCKS, engine.settings)
         assert uploads == [2, 2, 1, 1, 1]
-        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block}
+        outer = 0
+        if changes.get("outer") == "host":
+            outer = sum(each.nbytes for each in engine.on_gpu[BLOCKS:])
+            assert outer > 0
+        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block + outer}
+
+    @pytest.mark.parametrize(
+        ("family", "tied", "changes"),
+        [
+            ("llama", False, {}),
+            ("opt", True, {"max_grad_norm": 0.5}),
+            ("gpt2", False, {"max_grad_norm": 0.5, "clip_by": "previous"}),
+            ("deberta-v2", False, {"moments": "bf16"}),
+        ],
+    )
+    def test_equal_with_outer_parameters_on_the_host(
+        self, family: str, tied: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Late updates too: the head's is wanted before the losses, an embedding's before the first block."""
+        batches, ctx = tiny_batches(12, family), context("bf16", 2)
+        with running(family, ctx, offload=False, outer="host", **changes) as twin:
+            expected = train(twin, batches, 2)
+        late = random.Random(0)
+
+        def delayed(*args: Any, **kwargs: Any) -> None:
+            time.sleep(late.choice((0.0, 0.0, 0.002)))
+            adamw(*args, **kwargs)
+
+        monkeypatch.setattr(block_state, "adamw", delayed)
+        with running(family, ctx, outer="host", **changes) as engine:
+            assert_same(train(engine, batches, 2), expected)
+            names = {each: name for name, each in engine.model.named_parameters()}
+            outer = {names[each]: index for index, each in enumerate(engine.outer_parameters, BLOCKS)}
+            last = {name for name, index in outer.items() if index in engine.last_outer}
+        assert any("embed" in name or "wte" in name for name in last)
+        if family != "deberta-v2":  # whose blocks use what is outside them
+            assert tied or any("norm" in name or "ln_f" in name for name in outer.keys() - last)
+
+    def test_outer_parameters_on_the_host_learn_what_those_on_the_gpu_do(self) -> None:
+        batches, outcomes = tiny_batches(8, "llama"), []
+        for outer in ("gpu", "host"):
+            with running("llama", context(), outer=outer) as engine:
+                outcomes.append(train(engine, batches))
+        assert outcomes[1].losses == pytest.approx(outcomes[0].losses, rel=1e-6)
+        for name, tensor in outcomes[0].weights.items():
+            torch.testing.assert_close(outcomes[1].weights[name], tensor, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("moments", ["bf16", "int8"])
     @pytest.mark.parametrize("clip", CLIPS)
@@ -230,7 +276,9 @@ class TestTwin:
             assert (mine.h2d_bytes, mine.d2h_bytes, mine.cpu_s) == (its.h2d_bytes, its.d2h_bytes, None)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("clip", [*CLIPS, {"weights": "streamed"}, {"weights": "streamed", **CLIPS[2]}])
+    @pytest.mark.parametrize(
+        "clip", [*CLIPS, {"weights": "streamed"}, {"weights": "streamed", "outer": "host", **CLIPS[2]}]
+    )
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     def test_equal_on_the_gpu_with_delayed_streams(self, dtype: Dtype, clip: dict[str, Any]) -> None:
         """1,700 steps in all; each copy is held up by up to a millisecond."""
@@ -365,7 +413,7 @@ class TestLife:
             ("fp32", {}),
             ("bf16", {}),
             ("bf16", {"moments": "int8"}),
-            ("bf16", {"weights": "streamed"}),
+            ("bf16", {"weights": "streamed", "outer": "host"}),
             ("bf16", {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"}),
         ],
     )
@@ -419,7 +467,7 @@ class TestLife:
         for dtype, moments in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("bf16", "int8")):
             with running("llama", context(dtype), moments=moments) as engine:  # type: ignore[arg-type]
                 sizes = [each.numel() for each in engine.on_gpu]
-                told = costs.host_bytes(sizes, 4 if dtype == "fp32" else 2, engine.settings)
+                told = costs.host_bytes(sizes, 0, 4 if dtype == "fp32" else 2, engine.settings)
                 state = engine.host.pageable_bytes
                 wire = sum(each.nbytes for each in engine.host.weights)
             assert wire == told["weights, pinned"]

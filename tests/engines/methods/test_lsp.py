@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engines.base import Batch, Context, StepStats
-from engines.costs.lsp import CORE_SLOTS
+from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.pipeline import PieceUpdate, StepShare, UpdatePipeline
@@ -162,6 +163,11 @@ class LateDownloads(Link):
             out.copy_(source)
             happening.end()
 
+    def upload(self, host: Tensor, out: Tensor, after: Any = None, name: str = "copy") -> Event:
+        for event in (after,) if isinstance(after, Event) else after or ():
+            self.host_wait(event)
+        return super().upload(host, out, after, name)
+
     def download(self, gpu: Tensor, out: Tensor, after: Any = None, name: str = "copy") -> Event:
         happening: Any = Happening()
         self._waiting.put((gpu, out, happening))
@@ -169,6 +175,9 @@ class LateDownloads(Link):
 
     def wait(self, event: Event) -> None:
         self.host_wait(event)
+
+    def synchronize(self) -> None:
+        self.host_wait(self.download(torch.zeros(1), torch.zeros(1)))
 
     def stop(self) -> None:
         self._waiting.put(None)
@@ -242,6 +251,61 @@ class TestTwin:
             expected = train(twin, batches, per_step=2)
         with running("qwen2", ctx=ctx, schedule_order=order, max_grad_norm=clip) as engine:
             assert_same(train(engine, batches, per_step=2), expected)
+
+    @pytest.mark.parametrize(
+        ("family", "formed", "changes"),
+        [
+            ("opt", True, {}),
+            ("llama", False, {"max_grad_norm": 0.5}),
+            ("gpt2", False, {"checkpointed_blocks": 1}),
+            ("roberta", True, {"train_outer": False, "checkpointed_blocks": 2}),
+        ],
+    )
+    def test_streamed_equals_in_memory(
+        self, family: str, formed: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two checks, two micro-batches, more blocks than have room on the GPU."""
+        monkeypatch.setattr(cores, "forms_gradient", lambda *_: formed)
+        batches, ctx = tiny_batches(20, family), context("bf16", accumulation=2)
+        streamed = {"weights": "streamed", **changes}
+        blueprint = lambda: tiny_blueprint(family, family == "opt", num_blocks=5)  # noqa: E731
+        with running(blueprint(), ctx=ctx, offload=False, **streamed) as twin:
+            expected = train(twin, batches, per_step=2)
+            evaluated = twin.evaluate(batches[:4])
+        with running(blueprint(), ctx=ctx, **streamed) as engine:
+            found = train(engine, batches, per_step=2)
+            assert_same(found, expected)
+            assert engine.evaluate(batches[:4]) == evaluated
+            assert engine.landed_share() is not None
+            assert engine.streamed is not None
+            slots = engine.streamed.weights.slots
+            block, wire = slots.memory(0).nbytes, engine._blocks[0].core.nbytes
+            assert slots.gpu_bytes == 3 * block
+        uploads = sum(streamed_uploads(5))
+        assert uploads == 4
+        usual = found.stats[9]  # moves no moments
+        assert usual.h2d_bytes == uploads * block + 5 * wire
+        assert usual.d2h_bytes == 5 * block + 5 * (wire + 4) + 4 * ("max_grad_norm" in changes)
+
+    def test_streamed_computes_what_resident_does(self) -> None:
+        """Micro-batches in another order; the same in each block, and outside where nothing is tied."""
+        batches, ctx = tiny_batches(12, "llama"), context(accumulation=2)
+        outcomes = []
+        for where in ("resident", "streamed"):
+            with running("llama", ctx=ctx, weights=where) as engine:
+                outcomes.append(train(engine, batches, per_step=2))
+        assert outcomes[1].losses == pytest.approx(outcomes[0].losses, rel=1e-5)
+
+    @pytest.mark.slow
+    # Both from within torch's compiler.
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_streamed_equals_its_twin_compiled(self) -> None:
+        batches, outcomes = tiny_batches(10, "llama"), []
+        for offload in (False, True):
+            with running("llama", compile=True, weights="streamed", offload=offload) as engine:
+                outcomes.append(train(engine, batches))
+        assert_same(*outcomes)
 
     @pytest.mark.parametrize("projector", ["paper", "one_hot"])
     def test_equal_with_other_projectors(self, projector: str, both_ways: bool) -> None:
@@ -395,8 +459,8 @@ class TestTwin:
 
     @pytest.mark.parametrize(
         "changes",
-        [{}, {"schedule_order": "sequential"}, {"max_grad_norm": 0.5}],
-        ids=["layerwise", "sequential", "clipped"],
+        [{}, {"schedule_order": "sequential"}, {"max_grad_norm": 0.5}, {"weights": "streamed"}],
+        ids=["layerwise", "sequential", "clipped", "streamed"],
     )
     def test_equal_when_downloads_lag_and_blocks_share_slots(self, changes: dict[str, Any]) -> None:
         num_blocks = 2 * CORE_SLOTS + 1
@@ -407,11 +471,19 @@ class TestTwin:
             assert_same(train(engine, batches), expected)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"schedule_order": "layerwise"},
+            {"schedule_order": "sequential"},
+            {"weights": "streamed"},
+            {"weights": "streamed", "compile": False, "max_grad_norm": 0.5},
+        ],
+    )
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     @pytest.mark.parametrize(("family", "tied"), MODELS)
     def test_equal_on_a_gpu_also_with_late_copies(
-        self, family: str, tied: bool, dtype: Dtype, order: str
+        self, family: str, tied: bool, dtype: Dtype, changes: dict[str, Any]
     ) -> None:
         batches, ctx = tiny_batches(STEPS, family), context(dtype, device="cuda:0")
         late = random.Random(0)
@@ -419,14 +491,15 @@ class TestTwin:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             # More blocks than slots, so that blocks wait for each other's.
             twin_model = tiny_blueprint(family, tied, num_blocks=CORE_SLOTS + 2)
-            with running(twin_model, ctx=ctx, offload=False) as twin:
+            with running(twin_model, ctx=ctx, offload=False, **changes) as twin:
                 expected = train(twin, batches)
-            engine = Lsp(replace(SETTINGS, schedule_order=order), ctx)
+            engine = Lsp(replace(SETTINGS, **changes), ctx)
             engine.link = Link(engine.device, delay=lambda: late.choice((0, 0, 1_000_000)))
             try:
                 engine.setup(tiny_blueprint(family, tied, num_blocks=CORE_SLOTS + 2))
                 wires = sum(state.outgoing.nbytes for state in states(engine))
-                assert engine.pinned_bytes == 64 + wires  # the blocks' norms come first
+                held = 0 if engine.streamed is None else engine.streamed.pinned_bytes
+                assert engine.pinned_bytes == held + 64 + wires  # the blocks' norms come first
                 assert_same(train(engine, batches), expected)
             finally:
                 engine.close()
@@ -891,17 +964,24 @@ class TestFaults:
 
 
 class TestResume:
-    @pytest.mark.parametrize(("family", "dtype"), [("opt", "fp32"), ("llama", "bf16")])
-    def test_at_step_10_equals_the_uninterrupted_run(self, tmp_path: Path, family: str, dtype: Dtype) -> None:
+    @pytest.mark.parametrize(
+        ("family", "dtype", "weights"),
+        [("opt", "fp32", "resident"), ("llama", "bf16", "resident"), ("llama", "bf16", "streamed")],
+    )
+    def test_at_step_10_equals_the_uninterrupted_run(
+        self, tmp_path: Path, family: str, dtype: Dtype, weights: str
+    ) -> None:
         batches, ctx = tiny_batches(STEPS, family), context(dtype)
-        with running(family, ctx=ctx) as straight:
+        blocks = 5 if weights == "streamed" else 2
+        running_one = partial(running, ctx=ctx, weights=weights)
+        with running_one(tiny_blueprint(family, num_blocks=blocks)) as straight:
             expected = train(straight, batches)
             checks = straight.checks()
-        with running(family, ctx=ctx) as first:
+        with running_one(tiny_blueprint(family, num_blocks=blocks)) as first:
             for batch in batches[:10]:
                 first.step([batch])
             first.save(tmp_path)
-        with running(family, ctx=ctx) as second:
+        with running_one(tiny_blueprint(family, num_blocks=blocks)) as second:
             second.load(tmp_path)
             found = train(second, batches[10:])
             assert second.checks() == checks

@@ -470,7 +470,7 @@ def test_a_knob_of_an_engine_that_does_not_run_is_left_out_and_told(call, profil
     done = call("recommend", *TINY, "--engine", "native", "--set", "lsp.d=3", "--profile", profile, "--json")
     assert done.code == 0
     assert done.err == "note: --set lsp.d=3: that engine does not run, so it changes nothing\n"
-    (plan,) = json.loads(done.out)
+    (plan,) = json.loads(done.out)["plans"]
     assert plan["settings"] == {"compile": False, "graphs": False}  # chosen, as there is no GPU
     said = one_line(call("recommend", *TINY, "--engine", "native", "--set", "lsp.d=-3", "--profile", profile))
     assert "d must be positive" in said
@@ -488,7 +488,7 @@ def test_a_job_file_may_be_of_more_engines_than_run(call, profile: Path, tmp_pat
 def test_plans_have_typed_settings_and_commands_that_can_be_run(call, profile: Path) -> None:
     knobs = ("--set", "lsp.d=16", "--set", "learning_rate=1e-3")
     done = call("recommend", *TINY, "--engines", "lsp,native", *knobs, "--profile", profile, "--json")
-    plans = {plan["engine"]: plan for plan in json.loads(done.out)}
+    plans = {plan["engine"]: plan for plan in json.loads(done.out)["plans"]}
     assert (plans["lsp"]["settings"]["d"], plans["lsp"]["settings"]["learning_rate"]) == (16, 0.001)
     assert "lsp.d" not in plans["native"]["verify_command"]
     for plan in plans.values():
@@ -557,7 +557,7 @@ def test_flags_override_the_job_file(call, profile: Path, tmp_path: Path) -> Non
     done = call(
         "recommend", "--job", path, "--batch-size", "3", "--profile", profile, "--json", "--engine", "native"
     )
-    (plan,) = json.loads(done.out)
+    (plan,) = json.loads(done.out)["plans"]
     assert "--batch-size 3" in plan["verify_command"]
     assert "--seq-len 32" in plan["verify_command"]
 
@@ -680,8 +680,11 @@ def test_a_flat_loss_is_a_note_and_no_error(call, tmp_path: Path) -> None:
 
 def test_recommend_prints_json_for_programs(call, profile: Path) -> None:
     done = call("recommend", *TINY, "--profile", profile, "--json")
-    plans = {plan["engine"]: plan for plan in json.loads(done.out)}
+    answer = json.loads(done.out)
+    plans = {plan["engine"]: plan for plan in answer["plans"]}
     assert set(plans) == set(default_engines())
+    assert {"machine", "job", "plans", "forecasts", "ways_out", "verdict", "schema_version"} <= set(answer)
+    assert set(answer) <= set(json.loads(call("recommend", "--schema").out)["properties"])
     assert plans["native"]["prediction"]["step_s"] > 0
     assert not plans["torchao-offload"]["fits"]
 

@@ -6,12 +6,8 @@ import io
 from dataclasses import replace
 
 import pytest
-from known_shapes import OPT_1B
 from rich.console import Console, RenderableType
-from settings_given import given_for_each
-from tiny_machine import make_machine
 
-from engines.shapes import Workload
 from harness import progress
 from harness.cli import tables
 from harness.cli.sweep_progress import CompareProgress
@@ -19,66 +15,13 @@ from harness.progress import ProbeProgress, Progress
 from harness.records.run import Sample
 from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep import Cell, Ended, Planned, Started
-from profiles.planning.recommend import recommend
-from run_records import make_machine as make_gpu_machine
-from run_records import make_plan, make_run, make_sweep, make_test_job
-
-ENGINES = ("native", "torchao-offload", "lsp", "mezo", "zo2")
-WORKLOAD = Workload(batch_size=2, seq_len=512)
+from run_records import make_plan, make_run, make_sweep
 
 
 def drawn(table: RenderableType, width: int = 100) -> str:
     text = io.StringIO()
     Console(file=text, width=width, highlight=False).print(table)
     return text.getvalue()
-
-
-@pytest.mark.parametrize("width", [80, 100, 160])
-@pytest.mark.parametrize("gpu", [False, True])
-def test_method_names_are_whole_and_lines_fit(width: int, gpu: bool) -> None:
-    machine = make_machine(gpu=gpu)
-    plans = recommend(machine, OPT_1B, WORKLOAD, ENGINES, {})
-    said = drawn(tables.plans_table(OPT_1B, make_test_job(), machine, plans), width)
-    assert max(map(len, said.splitlines())) <= width
-    rows = {line.split()[0] for line in said.splitlines() if line.strip()}
-    assert set(ENGINES) <= rows
-
-
-def test_plans_say_why_not_and_give_each_setting_once() -> None:
-    machine = make_machine(gpu=False)
-    plans = recommend(machine, OPT_1B, WORKLOAD, ENGINES, given_for_each({"native": {"learning_rate": 1e-5}}))
-    said = " ".join(drawn(tables.plans_table(OPT_1B, make_test_job(), machine, plans), 200).split())
-    assert "torchao-offload cannot run here: needs a CUDA GPU" in said
-    assert said.count("resident_blocks=0") == 1
-    assert said.count("learning_rate=1e-05") == 1
-    plan = make_plan("zo2", fits=False)
-    one = " ".join(
-        drawn(tables.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [plan]), 200).split()
-    )
-    assert "does not fit: 12.5 GB of GPU memory are missing" in one
-    assert "resident_blocks=0" in one  # without a reason it is told by itself
-
-
-def test_a_plan_without_a_step_time_says_why() -> None:
-    plan = make_plan("zo2")
-    unmeasured = replace(
-        plan,
-        prediction=replace(plan.prediction, step_s=None, basis="No step time: the disk was not measured."),
-    )
-    for each, times in ((unmeasured, 1), (plan, 0), (replace(unmeasured, available=False), 0)):
-        said = " ".join(
-            drawn(tables.plans_table(OPT_1B, make_test_job(), make_gpu_machine(), [each]), 200).split()
-        )
-        assert said.count("No step time: the disk was not measured") == times
-
-
-def test_micro_batches_are_told_where_there_are_several() -> None:
-    machine = make_machine()
-    job = make_test_job(accumulation=4)
-    plans = recommend(machine, OPT_1B, job.workload, ["native"], {})
-    assert "batch 2 x 512 tokens, 4 micro-batches a step" in drawn(
-        tables.plans_table(OPT_1B, job, machine, plans), 200
-    )
 
 
 def test_runs_say_what_ended_them_once_per_reason() -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from engines.errors import UserError
 from harness.cli.app import app
 from harness.data.batches import Data, make_data
-from harness.data.lengths import epoch_order, padded_length, padded_lengths
+from harness.data.lengths import epoch_order
+from harness.data.padding import padded_length, padded_lengths
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
 

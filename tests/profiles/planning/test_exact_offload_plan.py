@@ -9,11 +9,14 @@ import pytest
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B
 from settings_given import given_for_each
 
+from engines.costs.table import traffic
+from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
 
 GB = 10**9
+TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 NAME = "exact-offload"
 
 
@@ -24,6 +27,18 @@ def plan(
     overrides = given_for_each({NAME: given}) if given else {}
     (only,) = recommend(H200, shape, workload, [NAME], overrides, **limits)  # type: ignore[arg-type]
     return only
+
+
+def with_vocabulary(size: int) -> ModelShape:
+    """DeepSeek-Coder 6.7B with as many words."""
+    matrix = size * DEEPSEEK_7B.hidden
+    return replace(
+        DEEPSEEK_7B,
+        vocabulary=size,
+        head_parameters=matrix,
+        outer_parameters=2 * matrix + DEEPSEEK_7B.hidden,
+        largest_tensor=matrix,
+    )
 
 
 def crossover(found: Plan) -> int:
@@ -54,6 +69,30 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert (least.fits, least.settings["weights"], "moments" in least.settings) == (False, "streamed", False)
     given: dict[str, object] = {"weights": "resident"}
     assert not plan(4096, given=given, vram_bytes=16 * GB).fits
+
+
+def test_what_is_outside_the_blocks_is_updated_on_the_host_where_that_makes_it_fit() -> None:
+    """16 bytes of GPU memory per parameter become 4 and what one gradient takes for a moment."""
+    wide = with_vocabulary(128_256)
+    assert "outer" not in plan(4096, wide).settings
+    given: dict[str, object] = {"weights": "resident"}
+    found = plan(4096, wide, given, vram_bytes=32 * GB)
+    assert (found.fits, found.settings["outer"]) == (True, "host")
+    on_gpu = plan(4096, wide, {"outer": "gpu", **given})
+    assert found.prediction.peak_gpu_bytes < on_gpu.prediction.peak_gpu_bytes - 8 * wide.outer_parameters
+    outer = 2 * wide.outer_parameters
+    assert found.prediction.h2d_bytes == on_gpu.prediction.h2d_bytes + outer
+    assert found.prediction.d2h_bytes == on_gpu.prediction.d2h_bytes + outer
+
+
+def test_four_bytes_a_parameter_on_the_gpu_beside_activations() -> None:
+    for shape in (DEEPSEEK_7B, OPT_13B):
+        kinds = traffic(NAME, shape, TRAINING, parse_settings(NAME, {})).gpu_memory_bytes
+        held = sum(size for kind, size in kinds.items() if kind in ("weights", "optimizer", "gradients"))
+        assert held <= 4 * shape.parameters
+    wide = with_vocabulary(256_000)
+    kinds = traffic(NAME, wide, TRAINING, parse_settings(NAME, {"outer": "host"})).gpu_memory_bytes
+    assert sum(kinds[kind] for kind in ("weights", "optimizer", "gradients")) <= 4 * wide.parameters
 
 
 def test_moments_as_set_are_kept() -> None:

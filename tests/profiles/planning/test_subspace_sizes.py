@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, TINY
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_13B, TINY
 from settings_given import given_for_each
 
 from engines.costs.lsp import core_size
@@ -159,3 +159,38 @@ def test_graphs_are_counted_only_where_there_are_any() -> None:
 
     assert held() > 24 * 10**6
     assert held(graphs=False) == held(offload=False) == 0
+
+
+def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
+    values = {"checkpointed_blocks": "all"}
+    resident = plan(OPT_13B, values=values, vram_bytes=40 * GB)
+    assert resident.fits
+    assert "weights" not in resident.settings
+    found = plan(OPT_13B, values=values, vram_bytes=24 * GB, host_bytes=64 * GB)
+    assert (found.fits, found.settings["weights"]) == (True, "streamed")
+    assert found.reasons[0].startswith("weights=streamed: without it the job needs")
+    assert found.prediction.peak_gpu_bytes < 20 * GB
+    # The weights up twice and down once, and the cores.
+    moved = 2 * OPT_13B.matrix_parameters
+    assert 1.8 * moved < found.prediction.h2d_bytes < 2.5 * moved
+    given: dict[str, object] = {**values, "weights": "resident"}
+    assert not plan(OPT_13B, values=given, vram_bytes=24 * GB).fits
+
+
+@pytest.mark.parametrize("values", [{}, AUTO])
+@pytest.mark.parametrize("tokens", [4096, 65536])
+def test_streamed_cores_hide_behind_the_weights_or_the_gpu(values: dict[str, object], tokens: int) -> None:
+    """And behind all micro-batches together: a step is little longer than the GPU and the weights take."""
+    workload = replace(TRAINING, accumulation=tokens // 4096)
+    given = {**values, "weights": "streamed"}
+    chosen = plan(DEEPSEEK_7B, values=given, workload=workload)
+    smallest = plan(DEEPSEEK_7B, values={"weights": "streamed", "d": 512}, workload=workload)
+    costs = (traffic("lsp", DEEPSEEK_7B, workload, each.settings.typed) for each in (chosen, smallest))
+    times, least = (resource_s(each, H200, workload) for each in costs)
+    assert times is not None
+    assert least is not None
+    assert chosen.prediction.step_s is not None
+    assert chosen.prediction.step_s <= 1.2 * max(times["gpu"], least["h2d"])
+    d = chosen.settings["d"] if not values else min(sizes(chosen).values())
+    assert isinstance(d, int)
+    assert d > 512

@@ -1,0 +1,201 @@
+"""What `recommend` says, for a terminal. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from engines import entry
+from harness.cli.tables import format_parameters, notes_grid, plain_table
+from harness.recommendation import Recommendation
+from profiles.advice import words
+from profiles.advice.job_time import JobForecast
+from profiles.advice.outlook import BestMethod
+from profiles.advice.ways_out import WayOut
+from profiles.planning.plan import Plan
+from profiles.units import format_bytes, format_seconds
+
+WITH_GRADIENTS = "With gradients (first order), by time to the job's end"
+WITHOUT_GRADIENTS = "Without gradients (zeroth order): a step is not worth one of those above"
+
+
+def recommendation_text(answer: Recommendation) -> RenderableType:
+    """Both tables, notes, ways out, and the closing sentences."""
+    parts: list[RenderableType] = [Text(_title(answer), style="bold")]
+    if answer.amount is not None:
+        parts.append(
+            Text(
+                f"The job: {answer.amount.steps:,} steps, {answer.amount.tokens:,} tokens "
+                f"({answer.amount.basis})"
+            )
+        )
+    for order, heading in (("first", WITH_GRADIENTS), ("zeroth", WITHOUT_GRADIENTS)):
+        plans = [plan for plan in answer.plans if entry(plan.engine).order == order]
+        if plans:
+            parts += [Text(heading), plans_of_kind(answer, plans)]
+    ways = {each.engine: each for each in answer.ways_out}
+    parts.append(
+        notes_grid({plan.engine: list(_notes(plan, ways.get(plan.engine))) for plan in answer.plans})
+    )
+    if answer.what_if:
+        parts += [Text("What if, one change at a time", style="bold"), _what_if_table(answer)]
+    if answer.largest:
+        parts += [Text("The largest model that each method fits here", style="bold"), _largest_table(answer)]
+    if answer.answers:
+        parts += [Text("Machines of the catalogue, the least first", style="bold"), _answers_table(answer)]
+    if answer.calibration is not None:
+        parts.append(Text(answer.calibration.told))
+    parts += [Text(sentence) for sentence in answer.verdict.sentences]
+    return Group(*parts)
+
+
+def _title(answer: Recommendation) -> str:
+    job, model = answer.job, answer.model
+    batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
+    return (
+        f"Predicted: {model.name} ({format_parameters(model.parameters)} parameters) in {job.dtype}, "
+        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}"
+    )
+
+
+def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
+    """A row for each of `plans`; columns that are empty for all are left out."""
+    forecasts = {each.engine: each for each in answer.forecasts}
+    has_gpu, of_job = answer.machine.gpu is not None, answer.amount is not None
+    headings = ["method", "fits", "step", "low to high"]
+    headings += ["job", "low to high "] if of_job else []
+    known = [each for each in forecasts.values() if of_job and each.energy_kwh is not None]
+    headings += ["kWh"] if known else []
+    paid = of_job and any(each.costs for each in forecasts.values())
+    headings += ["cost"] if paid else []
+    headings += [*(["GPU memory"] if has_gpu else []), "host memory", "limited by"]
+    table = plain_table(headings)
+    for plan in plans:
+        told, forecast = plan.prediction, forecasts.get(plan.engine)
+        if not plan.available:
+            table.add_row(plan.engine, "no", *["-"] * (len(headings) - 2))
+            continue
+        row = [
+            plan.engine,
+            "yes" if plan.fits else "no",
+            "not predicted" if told.step_s is None else format_seconds(told.step_s),
+            words.band(told.step_s_low, told.step_s_high),
+        ]
+        if of_job:
+            row += _job_cells(forecast)
+        if known:
+            row.append(_energy(forecast))
+        if paid:
+            row.append("-" if forecast is None else ", ".join(map(words.money, forecast.costs)) or "-")
+        row += [format_bytes(told.peak_gpu_bytes)] if has_gpu else []
+        table.add_row(*row, format_bytes(told.peak_host_bytes), told.bottleneck or "not known")
+    return table
+
+
+def _job_cells(forecast: JobForecast | None) -> list[str]:
+    if forecast is None or forecast.seconds is None:
+        return ["-", "-"]
+    return [words.duration(forecast.seconds), words.band(forecast.seconds_low, forecast.seconds_high)]
+
+
+def _energy(forecast: JobForecast | None) -> str:
+    if forecast is None or forecast.energy_kwh is None:
+        return "-"
+    return f"{forecast.energy_kwh:.3g} ({forecast.energy_kwh_low:.3g} to {forecast.energy_kwh_high:.3g})"
+
+
+def _notes(plan: Plan, way: WayOut | None) -> Iterator[str]:
+    """Why it does not fit and what to change; else its settings and why they are so."""
+    if plan.why_not is not None:
+        yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
+        yield _way_told(way)
+    if not plan.available:
+        return
+    if plan.prediction.step_s is None:
+        yield plan.prediction.basis.rstrip(".")
+    told = " ".join(plan.reasons)
+    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
+    if unexplained:
+        yield ", ".join(unexplained)
+    yield from plan.reasons
+
+
+def _way_told(way: WayOut | None) -> str:
+    if way is None:
+        return "way out: none that was tried; see --what-if for larger machines"
+    told = way.plan.prediction
+    time = ""
+    if told.step_s is not None:
+        more = "" if way.times is None else f", {way.times:.2f} times that of the setting that does not fit"
+        time = f"; time: {format_seconds(told.step_s)} a step{more}"
+    return f"way out: {way.flags}{time}; quality: {way.quality}"
+
+
+def _best_cells(best: BestMethod | None, saved_s: float | None) -> list[str]:
+    if best is None:
+        return ["nothing fits", "-", "-"]
+    time = "not predicted" if best.seconds is None else words.duration(best.seconds[1])
+    return [best.engine, time, "-" if saved_s is None else _saved(saved_s)]
+
+
+def _saved(seconds: float) -> str:
+    return f"{'-' if seconds < 0 else ''}{words.duration(abs(seconds))}"
+
+
+def _what_if_table(answer: Recommendation) -> Table:
+    time = "job" if answer.amount is not None else "step"
+    table = plain_table(
+        ["change", "with gradients", time, "saved", "zeroth order", f"{time} ", "saved ", "fits then"],
+        whole=(),
+    )
+    for row in answer.what_if:
+        table.add_row(
+            row.outlook.name,
+            *_best_cells(row.outlook.first, row.first_saved_s),
+            *_best_cells(row.outlook.zeroth, row.zeroth_saved_s),
+            ", ".join(row.now_fits) or "-",
+        )
+    return table
+
+
+def _largest_table(answer: Recommendation) -> Table:
+    table = plain_table(["method", "largest model", "step"])
+    for each in answer.largest:
+        name = "none" if each.model is None else f"{each.model} ({format_parameters(each.parameters)})"
+        table.add_row(each.engine, name, "-" if each.step_s is None else format_seconds(each.step_s))
+    return table
+
+
+def _answers_table(answer: Recommendation) -> Table:
+    time = "job" if answer.amount is not None else "step"
+    headings = [
+        "machine",
+        "with gradients",
+        time,
+        "low to high",
+        "in time",
+        "zeroth order",
+        f"{time} ",
+        "low to high ",
+        "in time ",
+    ]
+    table = plain_table(headings, whole=("machine",))
+    for each in answer.answers:
+        cells: list[str] = []
+        for best, meets in ((each.outlook.first, each.first), (each.outlook.zeroth, each.zeroth)):
+            if best is None:
+                cells += ["nothing fits", "-", "-", "no"]
+            elif best.seconds is None:
+                cells += [best.engine, "not predicted", "-", meets]
+            else:
+                cells += [
+                    best.engine,
+                    words.duration(best.seconds[1]),
+                    words.band(best.seconds[0], best.seconds[2]),
+                    meets,
+                ]
+        table.add_row(each.outlook.name, *cells)
+    return table

@@ -1,0 +1,106 @@
+"""The command that plans: `recommend`. Nothing here plans or lays out a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from harness.cli.advice_tables import recommendation_text
+from harness.cli.options import OF_TRAINING, Engines, JobFlags, Json, Profile, Quiet, engine_names, takes_job
+from harness.pipeline import data_lengths, find_machine
+from harness.progress import console
+from harness.recommendation import (
+    job_to_plan,
+    recommended,
+    schema,
+    with_target,
+    with_what_if,
+    without_weights,
+)
+from harness.resolve import resolve_shape
+from profiles.advice.amount import Asked, amount_of
+from profiles.advice.job_time import Rates
+from profiles.advice.money import parse_power, parse_price
+from profiles.advice.target import parse_target
+from profiles.documents import to_json
+
+ExamplesFlag = Annotated[
+    int | None, typer.Option("--examples", help="Examples in an epoch, for the whole job's hours.")
+]
+EpochsFlag = Annotated[
+    float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file.")
+]
+TokensFlag = Annotated[int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted.")]
+JobSteps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps of the whole job.")]
+PowerFlag = Annotated[
+    str | None, typer.Option("--power", help="What the machine takes under load, such as 450W; gives kWh.")
+]
+PriceFlags = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--price",
+        help="Of an hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29.",
+    ),
+]
+WhatIfFlag = Annotated[
+    bool, typer.Option("--what-if", help="Single upgrades, other machines, the largest model of each method.")
+]
+TargetFlag = Annotated[
+    str | None,
+    typer.Option("--target", help="Backwards, the least machine of the catalogue: `hours=8` or `model=70b`."),
+]
+SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of --json, and stop.")]
+
+
+@takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout", *OF_TRAINING))
+def recommend(
+    flags: JobFlags,
+    examples: ExamplesFlag = None,
+    epochs: EpochsFlag = None,
+    tokens: TokensFlag = None,
+    steps: JobSteps = None,
+    power: PowerFlag = None,
+    price: PriceFlags = None,
+    what_if: WhatIfFlag = False,
+    target: TargetFlag = None,
+    engines: Engines = None,
+    profile: Profile = None,
+    as_json: Json = False,
+    schema_: SchemaFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Plan every method for a job on a machine: does it fit, how long, what limits it, what to change.
+
+    A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing. --examples, --epochs,
+    --tokens, --steps or a file as --data make hours of it.
+    """
+    if schema_:
+        typer.echo(json.dumps(schema(), indent=1))
+        return
+    asked = Asked(examples=examples, epochs=epochs, tokens=tokens, steps=steps)
+    rates = Rates(
+        power_w=None if power is None else parse_power(power),
+        prices=tuple(parse_price(each) for each in price or ()),
+    )
+    aim = None if target is None else parse_target(target)
+    names = engine_names(engines)
+    job = flags.job(names)
+    job = replace(job, model=without_weights(job.model))
+    shape = resolve_shape(job)
+    # As `run` pads.
+    as_run = job if flags.gives("padding") else replace(job, padding="longest")
+    amount = amount_of(job.workload, asked, data_lengths(as_run, shape))
+    machine = find_machine(profile, quiet=quiet)
+    planned = job_to_plan(job, shape, names, amount)
+    answer = recommended(job, planned, machine, rates=rates)
+    if what_if:
+        answer = with_what_if(answer, planned)
+    if aim is not None:
+        answer = with_target(answer, planned, aim)
+    if as_json:
+        typer.echo(to_json(answer), nl=False)
+    else:
+        console().print(recommendation_text(answer))

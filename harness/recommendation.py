@@ -1,0 +1,168 @@
+"""What `recommend` answers: plans, the whole job's time, ways out, and the verdict. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engines.files.reading import expanded, is_folder
+from engines.shapes import ModelShape
+from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
+from harness.pipeline import job_arguments
+from harness.records.job import Job, ModelSource
+from profiles.advice.amount import Amount
+from profiles.advice.calibration import Calibration, calibrated
+from profiles.advice.job_time import JobForecast, Rates, job_forecast
+from profiles.advice.outlook import JobToPlan, outlook
+from profiles.advice.target import Largest, Target, TargetAnswer, answers, largest_models
+from profiles.advice.verdict import PlanVerdict, verdict_of
+from profiles.advice.ways_out import WayOut, way_out
+from profiles.advice.what_if import WhatIf, what_if
+from profiles.catalog import FOLDER, machine_names
+from profiles.documents import adapter
+from profiles.machine import Machine, load_machine
+from profiles.planning.plan import Plan
+from profiles.planning.recommend import plan_engine, rank
+
+RECOMMENDATION_VERSION = 1
+"""Schema version of `recommend --json`, which `recommend --schema` describes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """Of the model that was planned for."""
+
+    name: str
+    family: str
+    head: str
+    parameters: int
+    num_blocks: int
+    hidden: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The document of `recommend --json`. Plans are in order of rank: those that fit first, with gradients
+    before without, by time."""
+
+    machine: Machine
+    job: Job
+    model: ModelSizes
+    amount: Amount | None
+    """All that the job trains; `None`: neither flags nor data say."""
+    plans: tuple[Plan, ...]
+    forecasts: tuple[JobForecast, ...]
+    """Of the whole job for each plan that fits, or of one step where `amount` is not known."""
+    ways_out: tuple[WayOut, ...]
+    """For methods that do not fit."""
+    verdict: PlanVerdict
+    calibration: Calibration | None = None
+    what_if: tuple[WhatIf, ...] = ()
+    largest: tuple[Largest, ...] = ()
+    answers: tuple[TargetAnswer, ...] = ()
+    """Machines of the catalogue against --target."""
+    schema_version: int = RECOMMENDATION_VERSION
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of `Recommendation`."""
+    found: dict[str, Any] = adapter(Recommendation).json_schema(mode="serialization")
+    return found
+
+
+def without_weights(source: ModelSource) -> ModelSource:
+    """What a plan needs of a model: its configuration. A config.json may be named itself, and where there are
+    no weights random ones are taken."""
+    name = source.name
+    if name in NAMED_SHAPES:
+        return replace(source, random_weights=True)
+    path = expanded(name)
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
+        source = replace(source, name=str(path))
+    if is_folder(path) and not any(Path(path).glob("*.safetensors")):
+        return replace(source, random_weights=True)
+    return source
+
+
+def catalogue() -> dict[str, Machine]:
+    """Machines that come with the program, by name."""
+    return {name: load_machine(FOLDER / f"{name}.json") for name in machine_names()}
+
+
+def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:
+    return JobToPlan(
+        shape=shape,
+        workload=job.workload,
+        engines=engines,
+        settings=job.settings,
+        amount=amount,
+        vram_bytes=job.limits.vram_bytes,
+        host_bytes=job.limits.host_bytes,
+    )
+
+
+def recommended(
+    job: Job,
+    planned: JobToPlan,
+    machine: Machine,
+    *,
+    rates: Rates,
+    calibration: Calibration | None = None,
+) -> Recommendation:
+    """Everything but `what_if`, `largest` and `answers`. Raises `UserError` for settings that make no
+    sense."""
+    contexts = {engine: planned.context(engine, machine) for engine in planned.engines}
+    plans = []
+    for engine, context in contexts.items():
+        own = replace(job, settings={name: each for name, each in job.settings.items() if name == engine})
+        plan = plan_engine(context, planned.settings_of(engine), job_arguments(own))
+        plans.append(replace(plan, prediction=calibrated(plan.prediction, engine, calibration)))
+    plans.sort(key=rank)
+    forecasts = {
+        plan.engine: job_forecast(plan, contexts[plan.engine], planned.amount_or_step, rates, calibration)
+        for plan in plans
+        if plan.fits
+    }
+    found = [way_out(plan, contexts[plan.engine], planned.settings_of(plan.engine)) for plan in plans]
+    ways = {each.engine: each for each in found if each is not None}
+    shape = planned.shape
+    return Recommendation(
+        machine=machine,
+        job=job,
+        model=ModelSizes(
+            name=shape.name, family=shape.family, head=shape.head, parameters=shape.parameters,
+            num_blocks=shape.num_blocks, hidden=shape.hidden, vocabulary=shape.vocabulary,
+        ),
+        amount=planned.amount,
+        plans=tuple(plans),
+        forecasts=tuple(forecasts.values()),
+        ways_out=tuple(ways.values()),
+        verdict=verdict_of(plans, forecasts, ways, shape, of_job=planned.amount is not None),
+        calibration=calibration,
+    )  # fmt: skip
+
+
+def with_what_if(answer: Recommendation, planned: JobToPlan) -> Recommendation:
+    """The table of single upgrades and of the catalogue's machines, and the largest model of each method."""
+    now = outlook("now", answer.machine, planned)
+    return replace(
+        answer,
+        what_if=what_if(now, answer.machine, planned, catalogue()),
+        largest=largest_models(answer.machine, planned, _decoders()),
+    )
+
+
+def with_target(answer: Recommendation, planned: JobToPlan, target: Target) -> Recommendation:
+    return replace(answer, answers=answers(catalogue(), planned, target))
+
+
+def _decoders() -> list[ModelShape]:
+    return [
+        named_shape(name)
+        for name, each in NAMED_SHAPES.items()
+        if (each.config["model_type"] not in ENCODERS and each.hub_id is not None) or name == "opt-175b"
+    ]

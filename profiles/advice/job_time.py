@@ -1,0 +1,114 @@
+"""A plan's whole job: hours, energy and money, each with low, expected and high. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from engines.settings.given import GivenSettings
+from profiles.advice.amount import Amount
+from profiles.advice.calibration import Calibration, calibrated
+from profiles.advice.money import Cost, Price, costs_of
+from profiles.planning.context import PlanningContext
+from profiles.planning.plan import Plan
+from profiles.planning.predict import predict
+
+Band = tuple[float, float, float]
+"""Low, expected, high."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobForecast:
+    """What all steps of a job take with one plan; `None` is 'not known'."""
+
+    engine: str
+    steps: int
+    tokens: int
+    """Padding not counted."""
+    seconds_low: float | None = None
+    seconds: float | None = None
+    seconds_high: float | None = None
+    """Of training; without set-up, evaluation and checkpoints."""
+    energy_kwh_low: float | None = None
+    energy_kwh: float | None = None
+    energy_kwh_high: float | None = None
+    costs: tuple[Cost, ...] = ()
+    basis: dict[str, str] = field(default_factory=dict)
+    """Number -> what it rests on."""
+
+    @property
+    def band(self) -> Band | None:
+        """Seconds."""
+        if self.seconds_low is None or self.seconds is None or self.seconds_high is None:
+            return None
+        return self.seconds_low, self.seconds, self.seconds_high
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What an hour takes beside time, as typed."""
+
+    power_w: float | None = None
+    """Of the whole machine under load."""
+    prices: tuple[Price, ...] = ()
+
+
+def job_forecast(
+    plan: Plan, context: PlanningContext, amount: Amount, rates: Rates, calibration: Calibration | None = None
+) -> JobForecast:
+    """Of `plan`, which was made in `context`. Steps of shorter sequences are forecast by themselves, with the
+    plan's settings."""
+    seconds = _seconds(plan.settings, context, amount, calibration)
+    basis = {"steps": amount.basis, "tokens": amount.basis}
+    if seconds is None:
+        basis["seconds"] = plan.prediction.basis
+        return JobForecast(engine=plan.engine, steps=amount.steps, tokens=amount.tokens, basis=basis)
+    basis["seconds"] = f"{amount.steps:,} steps; {plan.prediction.basis}"
+    kwh = None
+    if rates.power_w is not None:
+        low, expected, high = (rates.power_w * each / 3.6e6 for each in seconds)
+        kwh = low, expected, high
+        basis["energy_kwh"] = f"{rates.power_w:g} W all the time, as typed"
+    low_h, hours, high_h = (each / 3600 for each in seconds)
+    return JobForecast(
+        engine=plan.engine,
+        steps=amount.steps,
+        tokens=amount.tokens,
+        seconds_low=seconds[0],
+        seconds=seconds[1],
+        seconds_high=seconds[2],
+        energy_kwh_low=None if kwh is None else kwh[0],
+        energy_kwh=None if kwh is None else kwh[1],
+        energy_kwh_high=None if kwh is None else kwh[2],
+        costs=costs_of(rates.prices, (low_h, hours, high_h), kwh),
+        basis=basis,
+    )
+
+
+def _seconds(
+    settings: GivenSettings, context: PlanningContext, amount: Amount, calibration: Calibration | None
+) -> Band | None:
+    low = expected = high = 0.0
+    for seq_len, share in amount.shares:
+        workload = replace(context.workload, seq_len=seq_len)
+        cost = replace(context, workload=workload).cost(settings.typed)
+        told = calibrated(predict(cost, context.machine, workload), context.engine, calibration)
+        if told.step_s_low is None or told.step_s is None or told.step_s_high is None:
+            return None
+        steps = share * amount.steps
+        low += steps * told.step_s_low
+        expected += steps * told.step_s
+        high += steps * told.step_s_high
+    return low, expected, high
+
+
+def are_tied(one: JobForecast, other: JobForecast) -> bool:
+    """Their ranges overlap, so that which is faster is not known."""
+    if one.band is None or other.band is None:
+        return False
+    return one.band[0] <= other.band[2] and other.band[0] <= one.band[2]
+
+
+def ranked(forecasts: Sequence[JobForecast]) -> list[JobForecast]:
+    """The one that ends first, first; those without a time last."""
+    return sorted(forecasts, key=lambda each: (each.seconds is None, each.seconds or 0.0))

@@ -1,0 +1,100 @@
+"""What a machine would make of a job: its best method of each kind. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engines import entry
+from engines.settings.given import GivenSettings
+from engines.settings.parse import defaults
+from engines.shapes import ModelShape, Workload
+from profiles.advice.amount import Amount
+from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ranked
+from profiles.machine import Machine
+from profiles.planning.budget import budget_of
+from profiles.planning.context import PlanningContext
+from profiles.planning.plan import Plan
+from profiles.planning.recommend import plan_engine
+
+ONE_STEP = "one step"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobToPlan:
+    """What is to be planned, apart from the machine."""
+
+    shape: ModelShape
+    workload: Workload
+    engines: Sequence[str]
+    settings: Mapping[str, GivenSettings]
+    """By engine, what the user set."""
+    amount: Amount | None = None
+    """`None`: not known, so that times are those of one step."""
+    vram_bytes: int | None = None
+    host_bytes: int | None = None
+
+    def settings_of(self, engine: str) -> GivenSettings:
+        return self.settings[engine] if engine in self.settings else defaults(engine)
+
+    def context(self, engine: str, machine: Machine) -> PlanningContext:
+        budget = budget_of(machine, self.vram_bytes, self.host_bytes, None)
+        return PlanningContext(
+            engine=engine, machine=machine, shape=self.shape, workload=self.workload, budget=budget
+        )
+
+    @property
+    def amount_or_step(self) -> Amount:
+        if self.amount is not None:
+            return self.amount
+        workload = self.workload
+        return Amount(
+            steps=1,
+            sequences=workload.batch_size * workload.accumulation,
+            tokens=workload.tokens_per_step,
+            shares=((workload.seq_len, 1.0),),
+            basis=ONE_STEP,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestMethod:
+    """The method of one kind that ends first."""
+
+    engine: str
+    seconds: Band | None
+    """Of the job; `None`: it fits, and no time is predicted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """Of one machine."""
+
+    name: str
+    first: BestMethod | None
+    """With gradients; `None`: nothing fits."""
+    zeroth: BestMethod | None
+    fits: tuple[str, ...]
+    """Methods that fit."""
+
+
+def outlook(name: str, machine: Machine, job: JobToPlan) -> Outlook:
+    plans: list[Plan] = []
+    forecasts: dict[str, JobForecast] = {}
+    for engine in job.engines:
+        context = job.context(engine, machine)
+        plan = plan_engine(context, job.settings_of(engine))
+        if plan.fits:
+            plans.append(plan)
+            forecasts[engine] = job_forecast(plan, context, job.amount_or_step, Rates())
+    return Outlook(
+        name=name,
+        first=_best("first", forecasts),
+        zeroth=_best("zeroth", forecasts),
+        fits=tuple(plan.engine for plan in plans),
+    )
+
+
+def _best(order: str, forecasts: Mapping[str, JobForecast]) -> BestMethod | None:
+    found = ranked([each for engine, each in forecasts.items() if entry(engine).order == order])
+    return BestMethod(engine=found[0].engine, seconds=found[0].band) if found else None

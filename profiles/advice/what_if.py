@@ -1,0 +1,142 @@
+"""Single upgrades of a machine, and what each would bring for a job. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from profiles.advice import words
+from profiles.advice.outlook import JobToPlan, Outlook, outlook
+from profiles.machine import Cpu, Figure, Machine
+from profiles.planning.predict import COPY_WRITE_ALLOCATE
+
+LIMITS = frozenset({"vram_bytes", "host_bytes"})
+
+CARD_GIB = (8, 12, 16, 24, 32, 48, 80, 96, 141)
+"""Sizes that cards come in."""
+
+ADAM_BYTES = 28
+"""Host memory traffic of an element of AdamW in fp32: weight, gradient and moments read, three written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upgrade:
+    name: str
+    """Such as `GPU memory 24 GiB to 32 GiB`."""
+    machine: Machine
+    lifts: frozenset[str] = frozenset()
+    """Limits of the user's own (fields of `JobToPlan`) that are gone with it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhatIf:
+    """Of one upgrade."""
+
+    outlook: Outlook
+    first_saved_s: float | None
+    zeroth_saved_s: float | None
+    """Expected seconds of the job less than now, by the best method of each kind; `None`: there is none now,
+    or none then, or no time."""
+    now_fits: tuple[str, ...]
+    """Methods that fit then and do not now."""
+
+
+def upgrades(machine: Machine) -> tuple[Upgrade, ...]:
+    """One thing changed in each; what it is changed to is a size that can be bought, or twice as much."""
+    found: list[Upgrade] = []
+    gpu, link, memory, cpu = machine.gpu, machine.link, machine.memory, machine.cpu
+    if gpu is not None:
+        free = gpu.free_bytes / gpu.total_bytes
+        for gib in [each for each in CARD_GIB if each * 2**30 > 1.02 * gpu.total_bytes][:2]:
+            total = gib * 2**30
+            larger = replace(gpu, total_bytes=total, free_bytes=int(free * total))
+            name = words.upgrade_vram(gpu.total_bytes, total)
+            found.append(
+                Upgrade(name=name, machine=replace(machine, gpu=larger), lifts=frozenset({"vram_bytes"}))
+            )
+    doubled = replace(
+        memory,
+        total_bytes=2 * memory.total_bytes,
+        available_bytes=memory.available_bytes + memory.total_bytes,
+    )
+    name = words.upgrade_ram(memory.total_bytes, 2 * memory.total_bytes)
+    found.append(
+        Upgrade(name=name, machine=replace(machine, memory=doubled), lifts=frozenset({"host_bytes"}))
+    )
+    if link is not None:
+        rates: dict[str, Any] = {name: _times(getattr(link, name), 2) for name in _LINK_RATES}
+        found.append(Upgrade(name=words.UPGRADE_SLOT, machine=replace(machine, link=replace(link, **rates))))
+    channels = replace(memory, copy_bytes_per_s=_times(memory.copy_bytes_per_s, 2))
+    faster_adam = replace(cpu, adam_elements_per_s=_times(cpu.adam_elements_per_s, 2))
+    found.append(
+        Upgrade(name=words.UPGRADE_CHANNELS, machine=replace(machine, memory=channels, cpu=faster_adam))
+    )
+    found.append(Upgrade(name=words.UPGRADE_CORES, machine=replace(machine, cpu=_more_cores(machine))))
+    return tuple(found)
+
+
+_LINK_RATES = (
+    "h2d_pinned_bytes_per_s", "d2h_pinned_bytes_per_s", "h2d_pageable_bytes_per_s",
+    "d2h_pageable_bytes_per_s", "h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s",
+)  # fmt: skip
+
+
+def _more_cores(machine: Machine) -> Cpu:
+    """Twice as many; AdamW only as far as memory feeds them."""
+    cpu = machine.cpu
+    adam, copy = cpu.adam_elements_per_s, machine.memory.copy_bytes_per_s
+    if adam.value is not None and copy.value is not None:
+        most = max(1.0, copy.value * COPY_WRITE_ALLOCATE / ADAM_BYTES / adam.value)
+        adam = _times(adam, min(2.0, most))
+    return replace(
+        cpu,
+        cores_usable=2 * cpu.cores_usable,
+        cores_total=2 * cpu.cores_total,
+        threads=2 * cpu.threads,
+        adam_elements_per_s=adam,
+        matmul_fp32_flops=_times(cpu.matmul_fp32_flops, 2),
+        matmul_bf16_flops=_times(cpu.matmul_bf16_flops, 2),
+    )
+
+
+def _times(figure: Figure, factor: float) -> Figure:
+    if figure.value is None:
+        return figure
+    return replace(
+        figure,
+        value=factor * figure.value,
+        low=None if figure.low is None else factor * figure.low,
+        high=None if figure.high is None else factor * figure.high,
+        method=f"{words.SUPPOSED}: {factor:g} times what is there; {figure.method}",
+    )
+
+
+def what_if(
+    now: Outlook, machine: Machine, job: JobToPlan, others: Mapping[str, Machine]
+) -> tuple[WhatIf, ...]:
+    """A row for each upgrade and each of the `others` as a whole. `now` is the outlook without any."""
+    tried = [
+        *upgrades(machine),
+        *(Upgrade(name=name, machine=each, lifts=LIMITS) for name, each in others.items()),
+    ]
+    return tuple(_row(now, each, job) for each in tried)
+
+
+def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan) -> WhatIf:
+    gone: dict[str, Any] = dict.fromkeys(upgrade.lifts)
+    job = replace(job, **gone)
+    then = outlook(upgrade.name, upgrade.machine, job)
+    return WhatIf(
+        outlook=then,
+        first_saved_s=_saved(now, then, "first"),
+        zeroth_saved_s=_saved(now, then, "zeroth"),
+        now_fits=tuple(engine for engine in then.fits if engine not in now.fits),
+    )
+
+
+def _saved(now: Outlook, then: Outlook, kind: str) -> float | None:
+    before, after = getattr(now, kind), getattr(then, kind)
+    if before is None or after is None or before.seconds is None or after.seconds is None:
+        return None
+    return float(before.seconds[1] - after.seconds[1])

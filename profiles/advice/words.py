@@ -1,0 +1,67 @@
+"""Every sentence of this room, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from profiles.advice.money import Cost
+from profiles.units import format_bytes, format_seconds
+
+NO_PRICE = "none: the same is computed"
+UPGRADE_VRAM = "GPU memory"
+UPGRADE_RAM = "host memory"
+UPGRADE_SLOT = "a link twice as fast (the next PCIe generation, or twice the lanes)"
+UPGRADE_CHANNELS = "memory channels, twice as many"
+UPGRADE_CORES = "CPU cores, twice as many"
+SUPPOSED = "supposed"
+NO_PLAN = "There is no plan."
+NOTHING_FITS = "Nothing fits."
+MEASURE = "ranges overlap, so which is faster is for a measurement to say"
+
+_DTYPES = {
+    "bf16": "weights and passes in bf16",
+    "fp16": "weights and passes in fp16",
+    "fp32": "none in quality; weights take twice the memory of 16 bits",
+}
+
+
+def of_dtype(dtype: str) -> str:
+    return _DTYPES[dtype]
+
+
+def of_shorter(tokens: int) -> str:
+    return f"sequences beyond {tokens} tokens are cut"
+
+
+def upgrade_vram(before: int, after: int) -> str:
+    return f"{UPGRADE_VRAM} {format_bytes(before)} to {format_bytes(after)}"
+
+
+def upgrade_ram(before: int, after: int) -> str:
+    return f"{UPGRADE_RAM} {format_bytes(before)} to {format_bytes(after)}"
+
+
+def duration(seconds: float | None) -> str:
+    """Hours up to two days, then days."""
+    if seconds is None:
+        return "not known"
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.3g} days"
+    return format_seconds(seconds)
+
+
+def band(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "-"
+    return f"{duration(low)} to {duration(high)}"
+
+
+def money(cost: Cost) -> str:
+    return f"{cost.expected:,.2f} {cost.currency} ({cost.low:,.2f} to {cost.high:,.2f})"
+
+
+def names(engines: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    if len(engines) < 2:
+        return "".join(engines)
+    return f"{', '.join(engines[:-1])} and {engines[-1]}"

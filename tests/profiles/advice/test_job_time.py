@@ -1,0 +1,106 @@
+"""The whole job from its steps, and when two are a tie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from known_shapes import DEEPSEEK_1B, H200
+
+from engines.shapes import Workload
+from profiles.advice.amount import Amount
+from profiles.advice.calibration import Seen, calibration_of
+from profiles.advice.job_time import JobForecast, Rates, are_tied, job_forecast, ranked
+from profiles.advice.money import parse_price
+from profiles.advice.outlook import JobToPlan
+from profiles.planning.plan import Plan
+from profiles.planning.recommend import plan_engine
+
+JOB = JobToPlan(
+    shape=DEEPSEEK_1B, workload=Workload(batch_size=4, seq_len=1024), engines=("native",), settings={}
+)
+
+
+def amount(shares: tuple[tuple[int, float], ...], steps: int = 1000) -> Amount:
+    return Amount(steps=steps, sequences=4 * steps, tokens=1024 * 4 * steps, shares=shares, basis="a test")
+
+
+def forecast(
+    shares: tuple[tuple[int, float], ...] = ((1024, 1.0),), rates: Rates | None = None
+) -> JobForecast:
+    context = JOB.context("native", H200)
+    return job_forecast(plan(), context, amount(shares), rates or Rates())
+
+
+def plan() -> Plan:
+    return plan_engine(JOB.context("native", H200), JOB.settings_of("native"))
+
+
+def test_a_job_is_as_long_as_its_steps() -> None:
+    told = plan().prediction
+    assert told.step_s is not None
+    assert told.step_s_low is not None
+    found = forecast()
+    assert found.band is not None
+    assert found.band[1] == pytest.approx(1000 * told.step_s)
+    assert found.band[0] == pytest.approx(1000 * told.step_s_low)
+    assert "1,000 steps" in found.basis["seconds"]
+
+
+def test_shorter_sequences_take_less_time() -> None:
+    whole, half = forecast().seconds, forecast(((256, 0.5), (1024, 0.5))).seconds
+    short = forecast(((256, 1.0),)).seconds
+    assert whole is not None
+    assert half is not None
+    assert short is not None
+    assert short < half < whole
+    assert half == pytest.approx((short + whole) / 2)
+
+
+def test_energy_and_money_follow_from_hours() -> None:
+    rates = Rates(power_w=1000.0, prices=(parse_price("2USD/h@2026-11-29"),))
+    found = forecast(rates=rates)
+    assert found.seconds is not None
+    assert found.energy_kwh == pytest.approx(found.seconds / 3600)
+    assert found.costs[0].expected == pytest.approx(2 * found.seconds / 3600)
+    assert forecast().energy_kwh is None
+    assert "as typed" in found.basis["energy_kwh"]
+
+
+def test_overlapping_ranges_are_a_tie_and_nothing_else_is() -> None:
+    def of(low: float, high: float) -> JobForecast:
+        return replace(forecast(), seconds_low=low, seconds=(low + high) / 2, seconds_high=high)
+
+    assert are_tied(of(1, 3), of(2, 4))
+    assert are_tied(of(2, 4), of(1, 3))
+    assert not are_tied(of(1, 2), of(2.5, 4))
+    timeless = replace(forecast(), seconds_low=None, seconds=None, seconds_high=None)
+    assert not are_tied(of(1, 2), timeless)
+    assert ranked([timeless, of(5, 7), of(1, 2)])[0].seconds == 1.5
+
+
+def test_records_of_this_machine_scale_the_job_too() -> None:
+    calibration = calibration_of([Seen(engine="native", ratio=2.0)], {})
+    context = JOB.context("native", H200)
+    plain, scaled = (
+        job_forecast(plan(), context, amount(((1024, 1.0),)), Rates(), c) for c in (None, calibration)
+    )
+    assert plain.seconds is not None
+    assert scaled.seconds == pytest.approx(2 * plain.seconds)
+
+
+def test_without_a_step_time_there_are_no_hours() -> None:
+    context = replace(
+        JOB.context("native", H200),
+        machine=replace(
+            H200,
+            gpu=replace(
+                H200.gpu, matmul_bf16_flops=replace(H200.cpu.matmul_bf16_flops, value=None, origin="absent")
+            ),
+        ),
+    )  # type: ignore[type-var]
+    found = job_forecast(
+        plan_engine(context, JOB.settings_of("native")), context, amount(((1024, 1.0),)), Rates()
+    )
+    assert found.band is None
+    assert "not in the machine profile" in found.basis["seconds"]

@@ -1,0 +1,50 @@
+"""Prices that were typed, with their date."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.errors import UserError
+from profiles.advice.money import costs_of, parse_power, parse_price
+
+HOURS = (1.0, 2.0, 4.0)
+
+
+def test_prices_of_hours_and_of_energy_add_up_by_currency() -> None:
+    prices = [
+        parse_price("2.5 USD/h@2026-11-29"),
+        parse_price("30JPY/kWh@2026-11-01"),
+        parse_price("100JPY/h@2026-11-02"),
+    ]
+    usd, jpy = costs_of(prices, HOURS, (0.5, 1.0, 2.0))
+    assert (usd.currency, usd.low, usd.expected, usd.high) == ("USD", 2.5, 5.0, 10.0)
+    assert (jpy.low, jpy.expected, jpy.high) == (115.0, 230.0, 460.0)
+    assert jpy.basis == "30 JPY/kWh as of 2026-11-01 + 100 JPY/h as of 2026-11-02"
+
+
+def test_without_power_a_price_of_energy_says_nothing() -> None:
+    assert costs_of([parse_price("30JPY/kWh@2026-11-01")], HOURS, None) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2.5", "no amount, currency and unit"),
+        ("2.5USD/day@2026-11-29", "no amount, currency and unit"),
+        ("2.5USD/h", "has no date"),
+        ("2.5USD/h@tomorrow", "is no date"),
+        ("-1USD/h@2026-11-29", "no amount"),
+    ],
+)
+def test_what_is_no_price_is_one_line(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        parse_price(text)
+    assert len(str(raised.value)) < 200
+
+
+def test_power_has_a_unit() -> None:
+    assert parse_power("450W") == 450
+    assert parse_power("1.2 kW") == 1200
+    for text in ("450", "0W", "450mW", "-3W"):
+        with pytest.raises(UserError, match="--power"):
+            parse_power(text)

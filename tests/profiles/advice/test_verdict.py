@@ -1,0 +1,78 @@
+"""The closing sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B, TINY
+
+from engines.shapes import ModelShape, Workload
+from profiles.advice.job_time import JobForecast, Rates, job_forecast
+from profiles.advice.outlook import JobToPlan
+from profiles.advice.verdict import PlanVerdict, verdict_of
+from profiles.advice.ways_out import way_out
+from profiles.machine import Machine
+from profiles.planning.recommend import plan_engine, rank
+
+TRAINING = Workload(batch_size=4, seq_len=1024)
+GB = 10**9
+
+
+def verdict(
+    engines: Sequence[str],
+    shape: ModelShape = DEEPSEEK_7B,
+    workload: Workload = TRAINING,
+    machine: Machine = H200,
+    vram_bytes: int | None = None,
+) -> PlanVerdict:
+    job = JobToPlan(shape=shape, workload=workload, engines=engines, settings={}, vram_bytes=vram_bytes)
+    contexts = {engine: job.context(engine, machine) for engine in engines}
+    plans = sorted((plan_engine(contexts[e], job.settings_of(e)) for e in engines), key=rank)
+    forecasts: dict[str, JobForecast] = {
+        p.engine: job_forecast(p, contexts[p.engine], job.amount_or_step, Rates()) for p in plans if p.fits
+    }
+    ways = {p.engine: w for p in plans if (w := way_out(p, contexts[p.engine], job.settings_of(p.engine)))}
+    return verdict_of(plans, forecasts, ways, shape, of_job=False)
+
+
+def test_the_first_with_gradients_is_named_with_its_range() -> None:
+    found = verdict(["native", "torchao-offload"])
+    assert found.best == "native"
+    assert found.first_order == ("native", "torchao-offload")
+    assert found.ties == ()
+    assert found.text.startswith("With gradients native comes first with 297 ms a step (")
+
+
+def test_overlapping_ranges_are_called_a_tie() -> None:
+    found = verdict(["native", "lsp"])
+    assert len(found.ties) == 1
+    assert "is a tie with it" in found.text
+
+
+def test_a_zeroth_order_method_never_comes_before_one_with_gradients() -> None:
+    found = verdict(["mezo", "native"], DEEPSEEK_1B)
+    assert (found.best, found.first_order, found.zeroth_order) == ("native", ("native",), ("mezo",))
+    assert "not known at 1.35 B" in found.text
+    assert "0.3 M parameters, per byte" in found.text
+
+
+def test_a_small_model_is_within_the_study() -> None:
+    assert "What a step learns at this size" in verdict(["mezo"], TINY).text
+
+
+def test_where_nothing_fits_the_nearest_way_out_is_told() -> None:
+    found = verdict(["native", "zo2"], OPT_13B, vram_bytes=GB)
+    assert found.best is None
+    assert found.text.startswith("Nothing fits.")
+    only = verdict(["lora", "mezo"], DEEPSEEK_7B, Workload(batch_size=8, seq_len=2048), vram_bytes=20 * GB)
+    assert only.best == "mezo"
+    assert "No method with gradients fits. Nearest: lora with --batch-size " in only.text
+    assert "the same is computed" in only.text
+
+
+def test_what_cannot_run_is_answered_with_what_to_type() -> None:
+    found = verdict(["native", "lsp"], TINY, Workload(batch_size=4, seq_len=64, dtype="fp16"))
+    assert "native and lsp: cannot train in fp16" in found.text
+    assert "use --dtype bf16 or fp32" in found.text
+    assert "with --dtype bf16" in found.text
+    assert verdict([]).text == "There is no plan."

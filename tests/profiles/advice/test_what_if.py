@@ -1,0 +1,89 @@
+"""Upgrades, other machines, and answers backwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.errors import UserError
+from engines.shapes import Workload
+from harness.models.configs import named_shape
+from harness.recommendation import catalogue
+from profiles.advice.amount import Asked, amount_of
+from profiles.advice.outlook import JobToPlan, outlook
+from profiles.advice.target import Target, answers, largest_models, machine_size, parse_target
+from profiles.advice.what_if import upgrades, what_if
+from profiles.catalog import find_profile
+
+WORKLOAD = Workload(batch_size=1, seq_len=512, dtype="fp16")
+RTX_3090 = find_profile(Path("rtx-3090"))
+
+
+def job(
+    model: str = "opt-1.3b", engines: tuple[str, ...] = ("native", "zo2"), dtype: str = "bf16"
+) -> JobToPlan:
+    workload = Workload(batch_size=1, seq_len=512, dtype=dtype)  # type: ignore[arg-type]
+    return JobToPlan(
+        shape=named_shape(model),
+        workload=workload,
+        engines=engines,
+        settings={},
+        amount=amount_of(workload, Asked(examples=10_000), None),
+    )
+
+
+def test_each_upgrade_changes_one_thing() -> None:
+    found = {each.name: each.machine for each in upgrades(RTX_3090)}
+    assert len(found) == 6
+    for machine in found.values():
+        differing = [
+            part
+            for part in ("gpu", "link", "cpu", "memory")
+            if getattr(machine, part) != getattr(RTX_3090, part)
+        ]
+        assert differing in (["gpu"], ["link"], ["cpu"], ["memory"], ["cpu", "memory"])
+    assert any("24.0 GiB to 32.0 GiB" in name for name in found)
+
+
+def test_what_an_upgrade_brings() -> None:
+    planned = job("opt-13b", ("native", "zo2"), dtype="fp16")
+    now = outlook("now", RTX_3090, planned)
+    assert now.first is None
+    assert now.zeroth is not None
+    rows = {row.outlook.name: row for row in what_if(now, RTX_3090, planned, {})}
+    link = next(row for name, row in rows.items() if "link" in name)
+    assert link.zeroth_saved_s is not None
+    assert link.zeroth_saved_s >= 0
+    assert all(row.first_saved_s is None for row in rows.values())
+
+
+def test_a_larger_card_lets_more_fit() -> None:
+    planned = job("llama-3.1-8b", ("native",))
+    now = outlook("now", RTX_3090, planned)
+    h200 = what_if(now, RTX_3090, planned, {"h200": find_profile(Path("h200"))})[-1]
+    assert (h200.outlook.name, h200.now_fits) == ("h200", ("native",))
+
+
+def test_the_least_machine_for_a_target_comes_first() -> None:
+    machines = catalogue()
+    found = answers(machines, job(), Target(hours=1000.0))
+    sizes = [machine_size(machines[each.outlook.name]) for each in found]
+    assert sizes == sorted(sizes)
+    assert found[-1].first == "yes"
+    assert {each.first for each in answers(machines, job(), Target(hours=1e-6))} == {"no"}
+
+
+def test_the_largest_model_of_each_method() -> None:
+    shapes = [named_shape(name) for name in ("opt-125m", "opt-1.3b", "opt-13b", "opt-30b")]
+    found = {each.engine: each.model for each in largest_models(RTX_3090, job(), shapes)}
+    assert found["native"] == "opt-1.3b"
+    assert found["zo2"] in ("opt-13b", "opt-30b")
+
+
+@pytest.mark.parametrize(
+    "text", ["hours", "hours=", "hours=soon", "hours=-1", "hours=nan", "model=", "size=3"]
+)
+def test_a_target_that_says_nothing_is_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="--target"):
+        parse_target(text)
