@@ -114,6 +114,8 @@ INSIDE_FUNCTIONS = {
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
     "harness.cli.train -> harness.training.repeats": _TRAINS,
     "harness.cli.train -> harness.training.train": _TRAINS,
+    "harness.quality.study -> harness.data.tokenized": _TRAINS,
+    "harness.quality.study -> harness.quality.splits": _TRAINS,
     "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
     "harness.pipeline -> harness.data.tokenized": "imports torch, which only data of files needs here",
     "harness.resolve -> harness.models.meta": "imports torch, only for families without a closed form",

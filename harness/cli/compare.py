@@ -22,11 +22,11 @@ from harness.cli.options import (
     Json,
     Out,
     Profile,
+    QualityTargetFlag,
     Quiet,
     Resume,
     RoundsFlag,
     SeedsFlag,
-    TargetFlag,
     TestData,
     Trace,
     engine_names,
@@ -39,8 +39,8 @@ from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import grid_table, runs_table
 from harness.pipeline import Sweep, planned_cells, prepare
 from harness.progress import console
-from harness.quality.documents import parse_budget, parse_target
-from harness.quality.study import Study, prepare_study
+from harness.quality.documents import parse_budget, parse_quality_target
+from harness.quality.study import StudyRequest, prepare_study
 from profiles.documents import to_json
 
 
@@ -55,7 +55,7 @@ def compare(
     out: Out = None,
     resume: Resume = False,
     trace: Trace = False,
-    target: TargetFlag = None,
+    target: QualityTargetFlag = None,
     budget: BudgetFlag = None,
     test_data: TestData = None,
     seeds: SeedsFlag = 3,
@@ -78,9 +78,9 @@ def compare(
             missing = "--budget" if budget is None else "--target"
             raise UserError(missing, "is missing", "give both --target METRIC>=VALUE and --budget 2h")
         job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
-        study = Study(
+        study = StudyRequest(
             engines=names, out=results_folder(out, "study", job.model.name, resume),
-            target=parse_target(target), budget=parse_budget(budget), seeds=seeds, test=test_data,
+            target=parse_quality_target(target), budget=parse_budget(budget), seeds=seeds, test=test_data,
             profile=profile, emulate=emulate, resume=resume, quiet=quiet,
         )  # fmt: skip
         study_seen(prepare_study(job, study), dry_run=dry_run, as_json=as_json, quiet=quiet)

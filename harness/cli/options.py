@@ -197,7 +197,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing 
 RoundsFlag = Annotated[
     int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")
 ]
-TargetFlag = Annotated[
+QualityTargetFlag = Annotated[
     str | None,
     typer.Option(
         "--target", help="With --budget: what is to be reached on development data, such as `accuracy>=0.9`."

@@ -11,7 +11,7 @@ from rich.table import Table
 from harness.cli.sweep_progress import TrialProgress
 from harness.progress import console
 from harness.quality.documents import StudyPlan
-from harness.quality.judge import MethodResult, Spread, StudyResult
+from harness.quality.judge import MethodResult, SeedSpread, StudyResult
 from harness.quality.study import PreparedStudy, planned_trials, predicted_s, run_study
 from profiles.documents import to_json
 from profiles.units import NOT_MEASURED, format_seconds
@@ -40,7 +40,7 @@ def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: boo
         typer.echo(to_json(result), nl=False)
     else:
         console().print(results_table(result, ready))
-        for line in told(result):
+        for line in answer_lines(result):
             console().print(line, markup=False, soft_wrap=True)
         typer.echo(str(ready.out))
     return result
@@ -93,7 +93,7 @@ def results_table(result: StudyResult, ready: PreparedStudy) -> Table:
     return table
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: SeedSpread | None) -> str:
     if spread is None:
         return NOT_MEASURED
     return f"{spread.median:.4g} ({spread.low:.4g} to {spread.high:.4g})"
@@ -110,7 +110,7 @@ def _reached(result: MethodResult) -> str:
     return f"{format_seconds(spread.median)} ({low} to {high})"
 
 
-def told(result: StudyResult) -> Sequence[str]:
+def answer_lines(result: StudyResult) -> Sequence[str]:
     """The answer in sentences."""
     best = next((each for each in result.methods if each.test is not None and each.beside_best is None), None)
     if best is None:

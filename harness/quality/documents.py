@@ -17,7 +17,7 @@ from pathlib import Path
 from engines.errors import UserError
 from engines.shapes import Workload
 from harness.records.job import Job
-from harness.records.learning import Learned, LearningLength
+from harness.records.learning import LearningLength, LearningOutcome
 from harness.records.metrics import HIGHER_IS_BETTER
 from harness.records.run import EndState, Environment
 from profiles.documents import read_document, to_json, write_whole
@@ -42,7 +42,7 @@ UNITS_TOKENS = {"tokens": 1.0, "ktokens": 1e3, "Mtokens": 1e6, "Gtokens": 1e9}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class QualityTarget:
     """What is to be reached on development data."""
 
     metric: str
@@ -55,7 +55,7 @@ class Target:
         return f"{self.metric}{'>=' if HIGHER_IS_BETTER[self.metric] else '<='}{self.value:g}"
 
 
-def parse_target(text: str) -> Target:
+def parse_quality_target(text: str) -> QualityTarget:
     """`accuracy>=0.9` or `perplexity_per_token<=20`. Raises `UserError`."""
     found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+.\deE]+)\s*", text)
     try:
@@ -85,7 +85,7 @@ def parse_target(text: str) -> Target:
         raise UserError(
             f"--target {text}", f"{metric} goes from {least:g} to {most:g}: nothing reaches it", hint
         )
-    return Target(metric=metric, value=value)
+    return QualityTarget(metric=metric, value=value)
 
 
 def _range_of(metric: str) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def _range_of(metric: str) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
+class TrialBudget:
     """For each method: search for a learning rate and final trials together, without set-ups and
     evaluations."""
 
@@ -111,7 +111,7 @@ class Budget:
         return f"{self.seconds / 3600:g} h" if self.seconds >= 3600 else f"{self.seconds / 60:g} min"
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str) -> TrialBudget:
     """`2h`, `30min`, `90s`, or `5Mtokens`. Raises `UserError`."""
     found = re.fullmatch(r"\s*([.\d]+)\s*([A-Za-z]+)\s*", text)
     amount = 0.0
@@ -122,8 +122,8 @@ def parse_budget(text: str) -> Budget:
             f"--budget {text}", "is no time and no number of tokens", "such as 2h, 30min, 5Mtokens"
         )
     if found[2] in UNITS_S:
-        return Budget(seconds=amount * UNITS_S[found[2]])
-    return Budget(tokens=amount * UNITS_TOKENS[found[2]])
+        return TrialBudget(seconds=amount * UNITS_S[found[2]])
+    return TrialBudget(tokens=amount * UNITS_TOKENS[found[2]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +134,7 @@ class Rung:
     length: LearningLength
 
 
-def rungs_of(budget: Budget, seeds: int, workload: Workload) -> tuple[Rung, ...]:
+def rungs_of(budget: TrialBudget, seeds: int, workload: Workload) -> tuple[Rung, ...]:
     """Raises `UserError` for so few tokens that some trial has no step for each of its evaluations."""
     rungs = []
     for kept, share, evaluations in zip(KEPT, SHARES, EVALUATIONS, strict=True):
@@ -170,7 +170,7 @@ class MethodTrials:
     rates: tuple[float, ...]
 
 
-def rates_around(middle: float) -> tuple[float, ...]:
+def rate_grid(middle: float) -> tuple[float, ...]:
     """The grid, ascending, as short decimals: what is printed is what is tried."""
     return tuple(float(f"{middle * factor:.2g}") for factor in FACTORS)
 
@@ -192,8 +192,8 @@ class StudyPlan:
     test: str | None
     """The test file; `None`: half of what is held out."""
     sizes: StudySizes
-    target: Target
-    budget: Budget
+    target: QualityTarget
+    budget: TrialBudget
     seeds: tuple[int, ...]
     rungs: tuple[Rung, ...]
     methods: tuple[MethodTrials, ...]
@@ -203,7 +203,7 @@ class StudyPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
+class StudyTrial:
     """One run of one method."""
 
     engine: str
@@ -230,7 +230,7 @@ class TrialRecord:
     end_reason: str | None
     time: str
     """When it began, ISO 8601 in UTC."""
-    learned: Learned
+    learned: LearningOutcome
     setup_s: float | None = None
     step_s_median: float | None = None
     peak_gpu_reserved_bytes: int | None = None

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from harness.quality.documents import StudyPlan, Target, TrialRecord
+from harness.quality.documents import QualityTarget, StudyPlan, TrialRecord
 from harness.records.learning import Evaluated
 from harness.records.metrics import HIGHER_IS_BETTER
 
-Answer = Literal["better", "worse", "same", "undecided"]
+SeedAnswer = Literal["better", "worse", "same", "undecided"]
 
 LEAST_SEEDS = 3
 """Fewer say nothing of a spread."""
@@ -20,7 +20,7 @@ MARGIN = 0.01
 one part in a hundred."""
 
 
-def time_to(target: Target, evaluations: Sequence[Evaluated]) -> float | None:
+def time_to(target: QualityTarget, evaluations: Sequence[Evaluated]) -> float | None:
     """Seconds of steps until the first evaluation that meets the target and whose next one does too; `None`:
     not reached, or not confirmed."""
     met = [target.is_met(each.metrics[target.metric]) for each in evaluations]
@@ -30,7 +30,7 @@ def time_to(target: Target, evaluations: Sequence[Evaluated]) -> float | None:
     return None
 
 
-def beside(values: Sequence[float], others: Sequence[float], metric: str) -> Answer:
+def over_seeds(values: Sequence[float], others: Sequence[float], metric: str) -> SeedAnswer:
     """Of one method's `values` over its seeds beside those of another.
 
     Better or worse: every seed beats, or is beaten by, every one of the other's. The same: all of both lie
@@ -50,7 +50,7 @@ def beside(values: Sequence[float], others: Sequence[float], metric: str) -> Ans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
+class SeedSpread:
     """Median and range over seeds."""
 
     median: float
@@ -67,9 +67,9 @@ class MethodResult:
     """That the search chose; `None`: no trial of it came to its end."""
     why_not: str | None
     """Why there is no result."""
-    development: Spread | None
+    development: SeedSpread | None
     """The metric of the best evaluations on development data."""
-    test: Spread | None
+    test: SeedSpread | None
     """The metric on test data with the weights of those."""
     test_values: tuple[float, ...]
     """Of each seed."""
@@ -83,11 +83,11 @@ class MethodResult:
     """Evaluations of all trials."""
     setup_s: float | None
     """Median set-up of a final trial."""
-    beside_best: Answer | None
+    beside_best: SeedAnswer | None
     """Its test values beside those of the method with the best median; `None` for that one itself."""
 
     @property
-    def reached(self) -> Spread | None:
+    def reached(self) -> SeedSpread | None:
         """Over the final trials; `None` unless all reached the target."""
         found = [each for each in self.time_to_target_s if each is not None]
         return _spread(found) if found and len(found) == len(self.time_to_target_s) else None
@@ -108,7 +108,7 @@ class StudyResult:
     schema_version: int = 1
 
 
-def judge(plan: StudyPlan, records: Iterable[TrialRecord]) -> StudyResult:
+def judge_study(plan: StudyPlan, records: Iterable[TrialRecord]) -> StudyResult:
     """`records` are all that there are."""
     by_engine: dict[str, list[TrialRecord]] = {method.engine: [] for method in plan.methods}
     for record in records:
@@ -120,9 +120,8 @@ def judge(plan: StudyPlan, records: Iterable[TrialRecord]) -> StudyResult:
     ranked = [each for each in found if each.test is not None]
     best = min(ranked, key=lambda each: sign * each.test.median, default=None)  # type: ignore[union-attr]
     found = [_placed(each, best, metric) for each in found]
-    finals = [
-        record for record in records_of(by_engine) if record.rung == last and record.learned.test_before
-    ]
+    finals = [record for each in by_engine.values() for record in each if record.rung == last]
+    finals = [record for record in finals if record.learned.test_before is not None]
     before: Mapping[str, float] = (finals[0].learned.test_before or {}) if finals else {}
 
     def order(each: MethodResult) -> tuple[float, float]:
@@ -136,12 +135,8 @@ def judge(plan: StudyPlan, records: Iterable[TrialRecord]) -> StudyResult:
     )  # fmt: skip
 
 
-def records_of(by_engine: Mapping[str, Sequence[TrialRecord]]) -> list[TrialRecord]:
-    return [record for each in by_engine.values() for record in each]
-
-
 def _result(
-    engine: str, records: Sequence[TrialRecord], target: Target, last: int, why_not: str | None
+    engine: str, records: Sequence[TrialRecord], target: QualityTarget, last: int, why_not: str | None
 ) -> MethodResult:
     final = [record for record in records if record.rung == last]
     ok = [record for record in final if record.end_state == "ok"]
@@ -173,8 +168,8 @@ def _result(
 def _placed(result: MethodResult, best: MethodResult | None, metric: str) -> MethodResult:
     if best is None or result.engine == best.engine or result.test is None:
         return result
-    return replace(result, beside_best=beside(result.test_values, best.test_values, metric))
+    return replace(result, beside_best=over_seeds(result.test_values, best.test_values, metric))
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
-    return Spread(median=statistics.median(values), low=min(values), high=max(values)) if values else None
+def _spread(values: Sequence[float]) -> SeedSpread | None:
+    return SeedSpread(median=statistics.median(values), low=min(values), high=max(values)) if values else None

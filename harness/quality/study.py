@@ -25,25 +25,25 @@ from harness.models.configs import load_config
 from harness.pipeline import find_machine, plan_job
 from harness.quality.documents import (
     PLAN,
-    Budget,
     MethodTrials,
+    QualityTarget,
     StudyPlan,
     StudySizes,
-    Target,
-    Trial,
+    StudyTrial,
+    TrialBudget,
     TrialRecord,
     load_plan,
     load_trial,
     next_rates,
-    rates_around,
+    rate_grid,
     rungs_of,
     save_plan,
     trial_path,
 )
-from harness.quality.judge import StudyResult, judge
+from harness.quality.judge import StudyResult, judge_study
 from harness.records.environment import read_environment
 from harness.records.job import Job
-from harness.records.learning import Learned, Learning
+from harness.records.learning import Learning, LearningOutcome
 from harness.records.metrics import INSTALL, has_libraries
 from harness.records.shared import paths_of, shared_machine, without_paths
 from harness.resolve import resolve_shape
@@ -62,17 +62,17 @@ SETUP_S = 1800.0
 """Room for set-up and evaluations in a trial's time limit, beside four times its steps."""
 LONGEST_S = 7 * 24 * 3600.0
 
-Launch = Callable[[Request, Path, OnRunEvent], tuple[Outcome, Learned]]
+Launch = Callable[[Request, Path, OnRunEvent], tuple[Outcome, LearningOutcome]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
+class StudyRequest:
     """What is asked for."""
 
     engines: Sequence[str]
     out: Path
-    target: Target
-    budget: Budget
+    target: QualityTarget
+    budget: TrialBudget
     seeds: int = 3
     test: str | None = None
     sizes: StudySizes = field(default_factory=StudySizes)
@@ -93,7 +93,7 @@ class PreparedStudy:
     out: Path
 
 
-def prepare_study(job: Job, study: Study) -> PreparedStudy:
+def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     """The plan of a study, or the one that is in its folder. Writes nothing.
 
     Raises `UserError` for what is wrong with the arguments before the machine is measured, and for a folder
@@ -151,7 +151,7 @@ def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
         raise UserError(f"--target {metric}", "needs scikit-learn and scipy", INSTALL)
 
 
-def _method(plan: Plan, study: Study) -> MethodTrials:
+def _method(plan: Plan, study: StudyRequest) -> MethodTrials:
     typed = plan.settings.typed
     if study.budget.seconds is not None and getattr(typed, "schedule", "constant") != "constant":
         raise UserError(
@@ -161,7 +161,7 @@ def _method(plan: Plan, study: Study) -> MethodTrials:
         )
     return MethodTrials(
         engine=plan.engine, settings=plan.settings, fits=plan.fits, why_not=plan.why_not,
-        step_s=plan.prediction.step_s, rates=rates_around(typed.learning_rate),
+        step_s=plan.prediction.step_s, rates=rate_grid(typed.learning_rate),
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def run_study(
         trials = _Trials(ready, job, learnings, data_file, launch or _launched, told, on_event)
         records = list(trials.run())
         data_file.unlink(missing_ok=True)
-        result = judge(plan, records)
+        result = judge_study(plan, records)
         write_whole(out / RESULT, to_json(result))
         write_whole(out / CURVES, curves(records))
         return result
@@ -289,7 +289,7 @@ class _Trials:
                 for method in methods if turn % 2 == 0 else methods[::-1]:
                     if place >= len(rates[method.engine]):
                         continue
-                    trial = Trial(
+                    trial = StudyTrial(
                         engine=method.engine,
                         rung=number,
                         learning_rate=rates[method.engine][place],
@@ -302,7 +302,7 @@ class _Trials:
                 kept = plan.rungs[number + 1].rates
                 rates = {name: next_rates(each, plan.target.metric, kept) for name, each in found.items()}
 
-    def _one(self, trial: Trial, method: MethodTrials) -> TrialRecord:
+    def _one(self, trial: StudyTrial, method: MethodTrials) -> TrialRecord:
         out = self._ready.out
         if exists(trial_path(out, trial.id)):
             record = load_trial(out, trial.id)
@@ -321,8 +321,8 @@ class _Trials:
         )
         request = Request(
             id=trial.id, job=job, shape=self._ready.shape, plan=replace(plan, settings=given),
-            emulated=self._ready.emulated, learning=self._learnings and self._learnings[trial.rung],
-            data_file=self._data_file,
+            emulated=self._ready.emulated, data_file=self._data_file,
+            learning=None if self._learnings is None else self._learnings[trial.rung],
         )  # fmt: skip
         began = datetime.now(UTC).isoformat(timespec="seconds")
         outcome, learned = self._launch(request, out, self._on_event)
@@ -359,14 +359,14 @@ class _Trials:
             )
 
 
-def _launched(request: Request, out: Path, on_event: OnRunEvent) -> tuple[Outcome, Learned]:
+def _launched(request: Request, out: Path, on_event: OnRunEvent) -> tuple[Outcome, LearningOutcome]:
     outcome = launch_child(request, out, device=open_device(), on_event=on_event)
     try:
-        learned: Learned = adapter(Learned).validate_json(
+        learned: LearningOutcome = adapter(LearningOutcome).validate_json(
             (work_folder(out, request.id) / LEARNED).read_bytes()
         )
     except (OSError, ValidationError):
-        learned = Learned()
+        learned = LearningOutcome()
     return outcome, learned
 
 

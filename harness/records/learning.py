@@ -57,7 +57,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
+class LearningOutcome:
     """What a run learned; complete up to where it ended."""
 
     evaluations: tuple[Evaluated, ...] = ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 from engines.base import Batch, Engine, Evaluation, StepStats, TellsLanding
 from engines.decoding import GenerationRequest
 from harness.records.job import Job
-from harness.records.learning import Evaluated, Learned, Learning
+from harness.records.learning import Evaluated, Learning, LearningOutcome
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.measure import Clock, RunRecording
 
@@ -92,14 +91,14 @@ class Learn:
     warmup_steps: ClassVar[int] = 0
 
     def __init__(
-        self, learning: Learning, data: StepData, judge: Judge, write: Callable[[Learned], None]
+        self, learning: Learning, data: StepData, judge: Judge, write: Callable[[LearningOutcome], None]
     ) -> None:
         self._learning = learning
         self._data = data
         self._judge = judge
         self._write = write
-        self._clock: Clock = time.perf_counter
-        self._learned = Learned()
+        self._clock: Clock = _no_clock
+        self._learned = LearningOutcome()
 
     @property
     def steps(self) -> int:
@@ -148,6 +147,10 @@ class Learn:
 
     def _on_test(self, engine: Engine) -> dict[str, float]:
         return self._judge(engine.evaluate(self._data.test))
+
+
+def _no_clock() -> float:
+    raise RuntimeError("`before` gives the clock")
 
 
 NO_LIMIT = 1_000_000_000
