@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engines.shapes import Dtype, ModelShape, Workload
+from engines.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +208,9 @@ class Context:
     """Of the link to emulate; `None`: as fast as it goes."""
     progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
     """Told of slow set-up work: what, units done, units in total."""
+    world: World = ALONE
+    """The processes that take each step together. Every one is handed all micro-batches of a step and
+    computes its share of them; `workload.accumulation` counts all."""
 
 
 class Engine(Protocol):
@@ -268,6 +272,15 @@ class TellsLanding(Protocol):
         as the peaks of the run hold it; where it is missing, the run goes on without the share.
         Raises what the work of the last step comes to, such as `NonFiniteLoss`.
         """
+
+
+@runtime_checkable
+class TellsNotes(Protocol):
+    """An engine that says what of its settings it could not have."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What could not be compiled or captured and why, a sentence each; grows in the first steps."""
 
 
 @runtime_checkable

@@ -23,8 +23,10 @@ from harness.records.job import Job
 from harness.records.run import Run
 from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
+from harness.runs.attempt import MatrixRate
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.launch import WORK, launch_probe
+from harness.runs.ranks import check_gpus
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep
 from harness.runs.sweep_folder import check_folder
 from profiles.advice.amount import DataLengths
@@ -32,6 +34,7 @@ from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
+from profiles.planning.predict import measured_matrix_rate
 from profiles.planning.recommend import recommend
 
 
@@ -107,6 +110,8 @@ def plan_job(
         job.settings,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
+        gpus=job.limits.gpus,
+        nodes=job.limits.nodes,
         job_arguments={
             engine: job_arguments(
                 replace(job, settings={k: v for k, v in job.settings.items() if k == engine})
@@ -173,6 +178,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
         if path is not None and (path == sweep.criteria or exists(path)):
             sweep.check_criteria(path)
     like = _like(sweep.emulate, sweep.profile)
+    check_gpus(job.limits)
     shape, save_data = _check_job(job, quiet=sweep.quiet)
     named = sweep.emulate or sweep.profile
     machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / "machine.json")
@@ -219,8 +225,14 @@ def _clear(data_file: Path) -> None:
 def _options(ready: PreparedJob, sweep: Sweep) -> SweepOptions:
     return SweepOptions(
         rounds=sweep.rounds, resume=sweep.resume, criteria=sweep.criteria, trace=sweep.trace,
-        emulated=ready.emulated,
+        emulated=ready.emulated, matrix_rate=_matrix_rate(ready.machine, ready.job),
     )  # fmt: skip
+
+
+def _matrix_rate(machine: Machine, job: Job) -> MatrixRate | None:
+    flops_per_s = measured_matrix_rate(machine, job.workload)
+    device = machine.cpu.name if machine.gpu is None else machine.gpu.name
+    return None if flops_per_s is None else MatrixRate(flops_per_s=flops_per_s, device=device)
 
 
 def _check_job(job: Job, *, quiet: bool) -> tuple[ModelShape, SaveData | None]:
@@ -285,6 +297,9 @@ def job_arguments(job: Job) -> str:
         parts += ["--vram", f"{job.limits.vram_bytes}B"]
     if job.limits.host_bytes is not None:
         parts += ["--host-memory", f"{job.limits.host_bytes}B"]
+    for name in ("gpus", "nodes"):
+        if getattr(job.limits, name) != 1:
+            parts += [f"--{name}", str(getattr(job.limits, name))]
     if job.limits.timeout_s != default.limits.timeout_s:
         parts += ["--timeout", f"{job.limits.timeout_s:g}"]
     for engine, settings in job.settings.items():

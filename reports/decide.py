@@ -20,6 +20,7 @@ from pydantic import Field
 
 from engines import YARDSTICK, engines_of_role
 from engines.errors import UserError
+from harness.records.comparison import Comparison, beside_native
 from harness.records.run import Run
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
@@ -31,7 +32,7 @@ from reports.criteria import (
     Level,
     Metric,
 )
-from reports.format import metric_value, times
+from reports.format import metric_value, middle, span, times
 from reports.governance import GovernanceLine
 from reports.messages import say
 from reports.metrics import Measurements, find, gpu_taken_bytes, group, largest
@@ -91,6 +92,8 @@ class Verdict:
     """Every offload method that was run, judged by the same criteria, the best first."""
     rows: tuple[JudgedCriterion, ...]
     warnings: tuple[str, ...]
+    comparisons: Annotated[tuple[Comparison, ...], Field(exclude_if=lambda found: not found)] = ()
+    """Each method that was measured beside native, in the order of reports."""
     criteria_sha256: str | None
     governance: Annotated[tuple[GovernanceLine, ...], Field(exclude_if=lambda lines: not lines)] = ()
     """The checklist; empty, and then not written, where the records are of before it."""
@@ -123,6 +126,11 @@ def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | No
         else (),
         rows=rows,
         warnings=warnings(runs, criteria, measurements),
+        comparisons=tuple(
+            found
+            for engine in measurements.engines
+            if (found := beside_native(measurements.of(engine), measurements.of(YARDSTICK))) is not None
+        ),
         criteria_sha256=criteria.sha256 if criteria is not None else None,
     )
 
@@ -215,6 +223,13 @@ def _asked(row: JudgedCriterion) -> str:
     return f"{row.comparison} {metric_value(row.metric, row.threshold)}"
 
 
+def measured_value(row: JudgedCriterion) -> str:
+    """What was measured; of two runs both ends, as they have no median."""
+    if row.runs == 2 and row.measured_low is not None and row.measured_high is not None:
+        return span(*(metric_value(row.metric, end) for end in (row.measured_low, row.measured_high)))
+    return metric_value(row.metric, row.measured)
+
+
 def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None, all_: Measurements) -> str:
     def first(level: Level, *outcomes: Judgement) -> JudgedCriterion | None:
         return next((row for row in rows if row.level == level and row.outcome in outcomes), None)
@@ -236,7 +251,7 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
             id=row.id,
             engine=row.engine,
             metric=say(f"metric.{row.metric}"),
-            measured=metric_value(row.metric, row.measured),
+            measured=measured_value(row),
             asked=_asked(row),
             note=row.note or "",
             because=f" ({row.note})" if row.note else "",
@@ -258,7 +273,7 @@ def _go_sentence(rows: Sequence[JudgedCriterion], method: str | None, all_: Meas
     native = find("step_time_ratio", engine, all_)
     values = {
         "engine": engine,
-        "step": format_seconds(step_s),
+        "step": middle(all_.of(engine).step_s, format_seconds),
         "memory": say("verdict.memory", memory=format_bytes(gpu)) if gpu is not None else "",
     }
     if native.value is None and not native.applies:
@@ -268,4 +283,7 @@ def _go_sentence(rows: Sequence[JudgedCriterion], method: str | None, all_: Meas
         than = say("verdict.memory_of_native", memory=format_bytes(native_gpu))
     if engine == YARDSTICK or native.value is None or not native.applies:
         return say("verdict.go_alone", **values, than=than)
-    return say("verdict.go_beside_native", **values, ratio=times(native.value), than=than)
+    told = times(native.value)
+    if native.runs == 2 and native.low is not None and native.high is not None:
+        told = span(times(native.low), times(native.high))
+    return say("verdict.go_beside_native", **values, ratio=told, than=than)

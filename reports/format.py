@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from harness.records.columns import Column, RowT, Unit, table_cells
 from harness.records.job import ModelSource
+from harness.records.stats import Spread
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.criteria import Metric
 from reports.messages import say
@@ -86,11 +87,27 @@ def metric_value(metric: Metric, value: float | None) -> str:
 
 def span(low: str, high: str) -> str:
     """A range of two shown numbers; a shared unit is written once."""
+    return _two("show.range", low, high)
+
+
+def both(low: str, high: str) -> str:
+    """Two shown numbers, between which nothing is known; a shared unit is written once."""
+    return _two("show.both", low, high)
+
+
+def _two(key: str, low: str, high: str) -> str:
     if low == high:
         return low
     low_number, _, low_unit = low.partition(" ")
     _, _, high_unit = high.partition(" ")
-    return say("show.range", low=low_number if low_unit and low_unit == high_unit else low, high=high)
+    return say(key, low=low_number if low_unit and low_unit == high_unit else low, high=high)
+
+
+def middle(found: Spread | None, show: Callable[[float | None], str]) -> str:
+    """The median of one value per run; of two runs both, as they have none."""
+    if found is None:
+        return show(None)
+    return both(show(found.low), show(found.high)) if found.count == 2 else show(found.median)
 
 
 NUMBER = Unit(show=digits)

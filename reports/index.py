@@ -21,7 +21,21 @@ from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
 from profiles.units import format_bytes, format_seconds
 from reports import charts
-from reports.format import GIB, LOSS, NUMBER, PERCENT, TIMES, digits, model_name, model_title, percent, span
+from reports.format import (
+    GIB,
+    LOSS,
+    NUMBER,
+    PERCENT,
+    TIMES,
+    digits,
+    middle,
+    model_name,
+    model_title,
+    number,
+    percent,
+    span,
+    times,
+)
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
@@ -261,13 +275,20 @@ def _if_timed(of: Callable[[Published], CellValue]) -> Callable[[Published], Cel
 
 
 def _step_s(each: Published) -> CellValue:
-    """Its median in seconds, or how the runs ended."""
-    return each.rounds.step_s.median if each.rounds.step_s else ends(each.rounds.runs)
+    """Its median in seconds, both of two runs, or how the runs ended."""
+    found = each.rounds.step_s
+    if found is None:
+        return ends(each.rounds.runs)
+    return middle(found, number) if found.count == 2 else found.median
 
 
-def _beside_native(each: Published) -> float | None:
-    found = ratio(each.rounds.step_times, each.all_.of(YARDSTICK).step_times)
-    return found.value if found else None
+def _beside_native(each: Published) -> CellValue:
+    native = each.all_.of(YARDSTICK)
+    found = ratio(each.rounds.step_times, native.step_times)
+    if found is None:
+        return None
+    has_two = min(len(each.rounds.ok), len(native.ok)) == 2
+    return span(times(found.low), times(found.high)) if has_two and each.engine != YARDSTICK else found.value
 
 
 def _host_bytes(each: Published) -> float | None:

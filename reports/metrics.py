@@ -11,12 +11,10 @@ from harness.records.run import EndState, Predicted, Run
 from harness.records.stats import (
     Rounds,
     Spread,
-    StepTimeComparison,
     aggregate,
     loss_change,
     over_runs,
     ratio,
-    same_or_different,
 )
 from profiles.machine import Machine
 from profiles.planning.budget import CONTEXT_BYTES
@@ -29,9 +27,6 @@ NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"
 """Ends that say nothing about the method: it was not there, or was stopped from outside."""
 DOES_NOT_FIT: frozenset[EndState] = frozenset({"oom_gpu", "oom_host", "pinned_limit", "skipped_infeasible"})
 
-DISTURBED_FACTOR = 1.5
-"""Medians of one method's runs that differ by more say that something else set their times."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricFinding:
@@ -40,7 +35,7 @@ class MetricFinding:
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    """The smallest and largest value that the runs allow."""
+    """The smallest and largest value that the runs allow; from three runs on the interval of their median."""
     over_steps: bool = False
     """The range rests on the steps of a single run, as there is no other."""
     runs: int = 0
@@ -116,18 +111,6 @@ def over_steps(*compared: Rounds) -> bool:
     return any(sum(bool(steps) for steps in rounds.step_times) == 1 for rounds in compared)
 
 
-def disturbed(rounds: Rounds) -> bool:
-    """Whether medians of the runs differ by more than launches of one and the same process do."""
-    return rounds.step_s is not None and rounds.step_s.high > DISTURBED_FACTOR * rounds.step_s.low
-
-
-def faster_or_slower(a: Rounds, b: Rounds) -> StepTimeComparison:
-    """Whether a step of a is faster or slower than one of b; with disturbed runs that is not known."""
-    if disturbed(a) or disturbed(b):
-        return "AMBIGUOUS"
-    return same_or_different(a.step_times, b.step_times)
-
-
 def is_emulated(rounds: Rounds) -> bool:
     """Whether the times are those of an emulated machine, whose GPU, cores and host memory were not there."""
     return any(run.emulation is not None for run in rounds.ok)
@@ -200,9 +183,8 @@ def _job_limit(run: Run, name: str) -> int | None:
 def _from_spread(found: Spread | None, expected: float | None = None) -> MetricFinding:
     if found is None:
         return MetricFinding(predicted=expected)
-    return MetricFinding(
-        value=found.median, low=found.low, high=found.high, runs=found.count, predicted=expected
-    )
+    low, high = found.interval or (found.low, found.high)
+    return MetricFinding(value=found.median, low=low, high=high, runs=found.count, predicted=expected)
 
 
 def _peak(found: Spread | None, expected: float | None, note: str | None) -> MetricFinding:
@@ -255,7 +237,7 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
             low=found.low,
             high=found.high,
             over_steps=over_steps(rounds, native),
-            runs=len(rounds.ok),
+            runs=min(len(rounds.ok), len(native.ok)),
             predicted=expected,
             applies=not emulated,
             note=say("note.emulated") if emulated else None,
@@ -326,8 +308,9 @@ def _prediction_factor(rounds: Rounds, all_: Measurements) -> MetricFinding:
     if expected is None or not expected.step_s:
         return MetricFinding(note=say("note.no_prediction"))
     step_s, predicted_s = rounds.step_s, expected.step_s
+    ends_s = step_s.interval or (step_s.low, step_s.high)
     factors = sorted(
-        max(value / predicted_s, predicted_s / value) for value in (step_s.low, step_s.median, step_s.high)
+        max(value / predicted_s, predicted_s / value) for value in (ends_s[0], step_s.median, ends_s[1])
     )
     value = max(step_s.median / predicted_s, predicted_s / step_s.median)
     return MetricFinding(value=value, low=factors[0], high=factors[-1], runs=step_s.count)

@@ -15,19 +15,18 @@ from markupsafe import Markup
 
 from harness.records.job import Job
 from harness.records.run import Run
-from harness.records.stats import outer_deciles, over_runs
+from harness.records.stats import DISTURBED_FACTOR, outer_deciles, over_runs
 from profiles.documents import adapter, to_json, write_whole
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports import charts, exactness, provenance, tables
 from reports.breakdown import breakdown, busy_table, overlap_table
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide
-from reports.format import loss, model_title, percent
+from reports.format import loss, middle, model_title, percent
 from reports.governance import governance_lines
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import (
-    DISTURBED_FACTOR,
     Measurements,
     ends,
     gpu_limit_bytes,
@@ -141,7 +140,7 @@ def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
                 low=low,
                 high=high,
                 predicted=expected.step_s if expected else None,
-                text=format_seconds(measured) if measured is not None else "",
+                text=middle(rounds.step_s, format_seconds) if measured is not None else "",
                 missing=ends(rounds.runs),
             )
         )
@@ -176,7 +175,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
         if rows:
             step_s = rounds.step_s
             floor_s = expected.floor_s if expected and one.floor_share is not None else None
-            text = [say("lane.step", value=format_seconds(step_s.median if step_s else None))]
+            text = [say("lane.step", value=middle(step_s, format_seconds))]
             if floor_s is not None:
                 share = percent(one.floor_share)
                 text.append(say("lane.floor", value=format_seconds(floor_s), share=share))

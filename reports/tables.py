@@ -1,4 +1,7 @@
-"""The tables of a report: methods, memory, predictions and criteria, as plain text. Pure."""
+"""The tables of a report: methods, memory, predictions and criteria, as plain text. Pure.
+
+Longer than 400 lines: each table is a list of columns with what they show, read in one piece.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,37 @@ from engines import YARDSTICK
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
+from harness.records.comparison import beside_native
 from harness.records.run import Run
-from harness.records.stats import Rounds, ratio
+from harness.records.stats import Rounds, over_runs
 from profiles.planning.plan import Prediction
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports.decide import JudgedCriterion, Verdict
-from reports.format import JOULES, NUMBER, TIMES, Table, counted, loss, metric_value, span, times
+from reports.decide import JudgedCriterion, Verdict, measured_value
+from reports.format import (
+    JOULES,
+    NUMBER,
+    PERCENT,
+    TIMES,
+    Table,
+    both,
+    counted,
+    joules,
+    loss,
+    metric_value,
+    middle,
+    number,
+    percent,
+    span,
+    times,
+)
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import (
     DOES_NOT_FIT,
     NOTHING_LEARNED,
     Measurements,
+    MetricFinding,
     ends,
-    faster_or_slower,
     find,
     gpu_limit_bytes,
     gpu_taken_bytes,
@@ -59,12 +79,12 @@ def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
     return (
         Tile(
             label=say("tile.step"),
-            value=format_seconds(rounds.step_s.median if rounds.step_s else None),
+            value=middle(rounds.step_s, format_seconds),
             detail=say("tile.predicted", value=predicted_s) if predicted_s else say("tile.not_predicted"),
         ),
         Tile(
             label=say("tile.ratio"),
-            value=times(native.value) if native.value is not None else say("tile.no_ratio"),
+            value=_ratio(native) if native.value is not None else say("tile.no_ratio"),
             detail=native.note or _beside(engine, all_),
         ),
         Tile(
@@ -92,9 +112,10 @@ def criteria_cells(
 
 
 def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...]:
-    measured = metric_value(row.metric, row.measured)
+    measured = measured_value(row)
     if (
-        row.measured_low is not None
+        row.runs != 2
+        and row.measured_low is not None
         and row.measured_high is not None
         and row.measured_low < row.measured_high
     ):
@@ -144,20 +165,43 @@ def _if_timed(of: Callable[[MethodRow], CellValue]) -> Callable[[MethodRow], Cel
     return lambda method: None if method.rounds.step_s is None else of(method)
 
 
+def _each_run(
+    value: Callable[[Run], float | None], show: Callable[[float | None], str]
+) -> Callable[[MethodRow], CellValue]:
+    """The median over runs of `value`; of two runs both."""
+
+    def cell(method: MethodRow) -> CellValue:
+        found = over_runs(method.rounds.ok, value)
+        return None if found is None else middle(found, show)
+
+    return cell
+
+
 def _any_evaluated(methods: Sequence[MethodRow]) -> bool:
     return any(run.summary.eval_loss_last is not None for each in methods for run in each.rounds.ok)
+
+
+def _any_mfu(methods: Sequence[MethodRow]) -> bool:
+    return any(run.summary.mfu is not None for each in methods for run in each.rounds.ok)
+
+
+def _first_s(run: Run) -> float | None:
+    return run.samples[0].step_s if run.samples else None
 
 
 SPEED: tuple[Column[MethodRow], ...] = (
     Column("method", lambda one: one.engine),
     Column("ended", lambda one: ends(one.rounds.runs)),
     Column("step", lambda one: _step(one.rounds)),
-    Column("first_step", _if_timed(lambda one: _first_step_s(one.rounds)), SECONDS),
+    Column("first_step", _if_timed(_each_run(_first_s, format_seconds)), SECONDS),
     Column("tokens", lambda one: _tokens_per_s(one.rounds), NUMBER),
+    Column(
+        "mfu", _if_timed(_each_run(lambda run: run.summary.mfu, percent)), PERCENT, shown=_any_mfu, note="mfu"
+    ),
     Column("beside_native", _if_timed(lambda one: _comparison(one.engine, one.all_))),
     Column("loss", _if_timed(lambda one: _first_to_last(one.rounds.loss_first, one.rounds.loss_last, loss))),
     Column("evaluation", _if_timed(lambda one: _evaluation(one.rounds)), shown=_any_evaluated),
-    Column("energy", _if_timed(lambda one: typical(one.rounds, lambda run: run.summary.energy_j)), JOULES),
+    Column("energy", _if_timed(_each_run(lambda run: run.summary.energy_j, joules)), JOULES),
 )
 
 
@@ -169,28 +213,31 @@ def speed_table(all_: Measurements) -> Table:
 
 
 def _step(rounds: Rounds) -> str | None:
-    """`1.00 s (0.90 to 1.10 s, 8 steps, 1 run)`."""
+    """`1.00 s (0.90 to 1.10 s, 8 steps, 1 run)`; from three runs on with the interval of the median."""
     if rounds.step_s is None:
         return None
+    of_median = ""
+    if rounds.step_s.interval is not None:
+        low, high = rounds.step_s.interval
+        of_median = say("table.interval", range=span(format_seconds(low), format_seconds(high)))
     return say(
-        "table.step", median=format_seconds(rounds.step_s.median),
+        "table.step", median=middle(rounds.step_s, format_seconds), interval=of_median,
         range=span(format_seconds(rounds.step_s_low), format_seconds(rounds.step_s_high)),
         steps=counted("step", rounds.counted_steps), runs=counted("run", rounds.step_s.count),
     )  # fmt: skip
 
 
-def _tokens_per_s(rounds: Rounds) -> float | None:
-    return rounds.tokens_per_s.median if rounds.tokens_per_s else None
-
-
-def _first_step_s(rounds: Rounds) -> float | None:
-    return typical(rounds, lambda run: run.samples[0].step_s if run.samples else None)
+def _tokens_per_s(rounds: Rounds) -> CellValue:
+    found = rounds.tokens_per_s
+    if found is None:
+        return None
+    return middle(found, number) if found.count == 2 else found.median
 
 
 def _search_note(rounds: Rounds) -> str:
     """Step time of a method that searches for projectors, with the search spread over the steps that they
     serve at least; empty where there was none, or in a step that was counted."""
-    first_s = _first_step_s(rounds)
+    first_s = typical(rounds, _first_s)
     if first_s is None or rounds.step_s is None or not rounds.ok[0].samples[0].warmup:
         return ""
     try:
@@ -245,6 +292,8 @@ class Quantity:
     measured: float | None
     range: str = ""
     """That was predicted; empty: none."""
+    both: tuple[float, float] | None = None
+    """What was measured in two runs, which have no median."""
 
 
 def _predicted(one: Quantity) -> str:
@@ -254,16 +303,26 @@ def _predicted(one: Quantity) -> str:
     return say("table.with_range", value=shown, range=one.range) if one.range else shown
 
 
+def _measured(one: Quantity) -> str | None:
+    if one.both is not None:
+        return both(*map(one.unit.show, one.both))
+    return None if one.measured is None else one.unit.show(one.measured)
+
+
+def _over_predicted(one: Quantity) -> CellValue:
+    if not one.predicted or one.measured is None:
+        return None
+    if one.both is not None:
+        return span(*(times(each / one.predicted) for each in one.both))
+    return one.measured / one.predicted
+
+
 PREDICTION: tuple[Column[Quantity], ...] = (
     Column("method", lambda one: one.engine),
     Column("quantity", lambda one: say(f"table.{one.name}")),
     Column("predicted", _predicted),
-    Column("measured", lambda one: None if one.measured is None else one.unit.show(one.measured)),
-    Column(
-        "ratio",
-        lambda one: one.measured / one.predicted if one.measured is not None and one.predicted else None,
-        TIMES,
-    ),
+    Column("measured", lambda one: _measured(one)),
+    Column("ratio", lambda one: _over_predicted(one), TIMES),
 )
 
 
@@ -286,6 +345,7 @@ def _quantities(rounds: Rounds, planned: Prediction | None) -> Iterator[Quantity
         unit=SECONDS,
         predicted=expected.step_s,
         measured=rounds.step_s.median if rounds.step_s else None,
+        both=(rounds.step_s.low, rounds.step_s.high) if rounds.step_s and rounds.step_s.count == 2 else None,
         range=span(format_seconds(expected.step_s_low), format_seconds(expected.step_s_high)),
     )
     memory: tuple[tuple[str, int | None, Callable[[Run], float | None]], ...] = (
@@ -321,18 +381,28 @@ def _comparison(engine: str, all_: Measurements) -> str:
     found = find("step_time_ratio", engine, all_)
     if found.value is None:
         return found.note or NOT_MEASURED
-    return say("table.with_range", value=times(found.value), range=found.note or _beside(engine, all_))
+    return say("table.with_range", value=_ratio(found), range=found.note or _beside(engine, all_))
+
+
+def _ratio(found: MetricFinding) -> str:
+    """Of the medians; of two runs what they allow, as they have none."""
+    if found.runs == 2 and found.low is not None and found.high is not None:
+        return span(times(found.low), times(found.high))
+    return times(found.value)
 
 
 def _beside(engine: str, all_: Measurements) -> str:
-    """`1.78x to 1.82x, slower`, and whether that is over steps; empty where there is nothing to compare."""
-    native, mine = all_.of(YARDSTICK).step_times, all_.of(engine).step_times
-    found = ratio(mine, native)
+    """`95 %: 1.78x to 1.82x; slower`, or why it is undecided; empty where there is nothing to compare."""
+    found = beside_native(all_.of(engine), all_.of(YARDSTICK))
     if found is None:
         return ""
-    word = say(f"compared.{faster_or_slower(all_.of(engine), all_.of(YARDSTICK))}")
-    range_ = _range(times(found.low), times(found.high), over_steps(all_.of(engine), all_.of(YARDSTICK)))
-    return say("compared.range", range=range_, word=word)
+    word = say(f"compared.{found.why_undecided or found.answer}")
+    low, high = times(found.low), times(found.high)
+    if found.confidence is not None:
+        return say("compared.interval", range=span(low, high), word=word)
+    if over_steps(all_.of(engine), all_.of(YARDSTICK)):
+        return say("compared.range", range=_range(low, high, True), word=word)
+    return word
 
 
 def _range(low: str, high: str, of_steps: bool) -> str:

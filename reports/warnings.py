@@ -6,22 +6,20 @@ from collections.abc import Callable, Sequence
 
 from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.settings.zeroth_order import approximation
+from harness.records.comparison import not_at_its_best
 from harness.records.manifest import FindingKind, ManifestFinding
 from harness.records.run import Run
-from harness.records.stats import differing_field
+from harness.records.stats import DISTURBED_FACTOR, differing_field, disturbed, faster_or_slower
 from harness.runs.emulate import what_is_short
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports import exactness
 from reports.criteria import Criteria, default_criteria
-from reports.format import span
+from reports.format import middle, span
 from reports.messages import say
 from reports.metrics import (
-    DISTURBED_FACTOR,
     Measurements,
-    disturbed,
     ends,
-    faster_or_slower,
     gpu_taken_bytes,
     held_card_bytes,
     is_emulated,
@@ -40,6 +38,7 @@ def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements)
         _about_failures(all_),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
         _if_any(runs, lambda run: run.engine == YARDSTICK and _is_ok(run) and _had_gpu(run), "native_fits"),
+        _about_native_at_best(all_),
         _about_references(all_),
         _about_memory_saved(all_),
         _about_the_card(runs),
@@ -49,6 +48,7 @@ def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements)
         _about_machine(runs, all_.machine),
         exactness.inexact(all_),
         _about_approximations(runs),
+        _about_notes(runs),
         _about_emulation(runs),
         _about_commit(runs),
         _if_any(runs, lambda run: "wsl" in run.environment.platform.lower(), "wsl"),
@@ -96,6 +96,12 @@ def _about_failures(all_: Measurements) -> str | None:
     return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
 
 
+def _about_native_at_best(all_: Measurements) -> str | None:
+    """Native could have been faster, so that being faster than it would say little."""
+    reasons = [why for run in all_.of(YARDSTICK).ok if (why := not_at_its_best(run)) is not None]
+    return say("warning.native_not_at_best", reason=reasons[0]) if reasons else None
+
+
 def _about_references(all_: Measurements) -> str | None:
     """A method's reference engine was there and faster, on a GPU whose speed is its own."""
     found = [
@@ -103,8 +109,8 @@ def _about_references(all_: Measurements) -> str | None:
             "warning.reference_fits",
             engine=engine,
             reference=row.reference,
-            reference_step=format_seconds(reference.step_s.median),
-            step=format_seconds(offloaded.step_s.median),
+            reference_step=middle(reference.step_s, format_seconds),
+            step=middle(offloaded.step_s, format_seconds),
         )
         for engine, row in ENGINES.items()
         if row.reference is not None
@@ -175,7 +181,7 @@ def _about_predictions(all_: Measurements) -> str | None:
         low, high = expected.step_s_low, expected.step_s_high
         if low is not None and high is not None and not low <= step_s.median <= high:
             range_ = span(format_seconds(low), format_seconds(high))
-            measured = format_seconds(step_s.median)
+            measured = middle(step_s, format_seconds)
             items.append(say("warning.mispredicted_item", engine=engine, measured=measured, range=range_))
     return say("warning.mispredicted", items="; ".join(items)) if items else None
 
@@ -206,6 +212,11 @@ def _about_approximations(runs: Sequence[Run]) -> str | None:
         f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None
     }
     return say("warning.approximate", items="; ".join(sorted(items))) if items else None
+
+
+def _about_notes(runs: Sequence[Run]) -> str | None:
+    items = dict.fromkeys(f"{run.engine}: {note}" for run in runs for note in run.notes or ())
+    return say("warning.notes", items="; ".join(items)) if items else None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:

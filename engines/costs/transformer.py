@@ -109,6 +109,13 @@ def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
     return 2.0 * shape.head_parameters * positions
 
 
+def model_flops(shape: ModelShape, workload: Workload, passes: float) -> float:
+    """Of `passes` forward passes over all tokens of a step, a backward pass being two of them. The least that
+    a step needs: nothing is recomputed, and padding counts as tokens."""
+    forward = shape.num_blocks * block_forward_flops(shape, workload) + head_forward_flops(shape, workload)
+    return passes * forward
+
+
 def elementwise_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> float:
     """GPU memory traffic of one forward pass of one block outside its matrix products."""
     gated = COMPILED_GATED_ELEMENTWISE_BYTES if compiled else GATED_ELEMENTWISE_BYTES

@@ -49,6 +49,11 @@ class Lora:
         """Why this engine cannot run here; `None` if it can."""
         return why_not_installed(Lora.name)
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        return self.loop.notes
+
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the device and put adapters into it.
 

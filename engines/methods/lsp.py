@@ -100,7 +100,7 @@ from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
 from engines.model.model_check import check_block_major, check_watched
 from engines.model.randomness import draws_random_numbers
-from engines.model.training_regions import TrainingRegions, compiles
+from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
 from engines.subspace.bias_check import (
@@ -146,6 +146,7 @@ class Lsp:
         self._blocks: list[CoreBlock] = []
         self._pipeline: UpdatePipeline | None = None
         self._trained: TrainedBlocks | None = None
+        self._notes: list[str] = []
         self._passes: BlockMajor | None = None
         """In the place of `_trained` where micro-batches pass a block together."""
         self._regions: TrainingRegions | None = None
@@ -218,17 +219,29 @@ class Lsp:
         recomputed = settings.recomputed(
             len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
         )
-        compiled = compiles(settings.compile, self.device)
+        why_not = why_not_compiled(self.device)
+        if settings.compile and why_not is not None:
+            self._notes.append(f"not compiled: {why_not}")
+        compiled = why_not is None and compiles(settings.compile, self.device)
         if settings.block_major:
             # No parameter is the watcher's: gradients of vectors are added up where DenseParameters has them.
             nobody: list[list[nn.Parameter]] = [[] for _ in find_blocks(self.model)[1]]
             self._passes = BlockMajor(self.model, nobody, self, draws=draws)
-            self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
+            self._regions = TrainingRegions(
+                self.model, compiled=compiled, recomputed=recomputed, falls_back=True
+            )
             return
         graphs = settings.offload and settings.graphs and not draws
         self._trained = TrainedBlocks(
             self.model, self, recomputed=recomputed, graphs=graphs, compiled=compiled
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the settings could not be had, and why."""
+        runs = self._trained or self._regions
+        failed = None if runs is None else runs.why_not_compiled
+        return self._notes if failed is None else [*self._notes, f"not compiled: {failed}"]
 
     def _small_host_tensor(self) -> Tensor:
         return torch.zeros(1, pin_memory=self.device.type == "cuda")
@@ -616,10 +629,13 @@ class Lsp:
     def close(self) -> None:
         """Stop the worker, give the model's modules their own forward back, unpin. May be called twice."""
         if self._trained is not None:
+            self._notes = self.notes
             self._trained.close()
             self._trained = None
         if self._regions is not None:
+            self._notes = self.notes
             self._regions.remove()
+            self._regions = None
         for matrix in self._matrices():
             restore(matrix.subspace.module)
         if self._pipeline is not None:

@@ -54,6 +54,8 @@ class TrainedBlocks:
         self._inner = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
         self._forwards: list[Callable[..., Any]] = [block.forward for block in self.blocks]
         self._compiled: list[Callable[..., Any]] | None = None
+        self.why_not_compiled: str | None = None
+        """What the compiler said where it failed; `None`: it has not failed."""
         if compiled:
             self._compiled = [
                 compiled_block(own, is_recomputed=self.is_recomputed(index), draws=self._keeps_random_state)
@@ -106,7 +108,22 @@ class TrainedBlocks:
 
     def _own(self, index: int) -> Callable[..., Any]:
         """The block's own forward."""
-        return self._forwards[index] if self._compiled is None or not self.is_usual else self._compiled[index]
+        if self._compiled is None or not self.is_usual:
+            return self._forwards[index]
+        return partial(self._run_compiled, index)
+
+    def _run_compiled(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """The block through the compiler. Where that fails, before anything has run, no block is compiled
+        from then on."""
+        if self._compiled is None:
+            return self._forwards[index](*args, **kwargs)
+        try:
+            return self._compiled[index](*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.why_not_compiled = first_line
+            self._compiled = None
+            return self._forwards[index](*args, **kwargs)
 
     def _left(self, index: int) -> None:
         self._watcher.finish(index)

@@ -40,19 +40,27 @@ with and without gradients."""
 class TrainingRegions:
     """Stands in the place of a model's blocks and loss until `remove`."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool, recomputed: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, compiled: bool, recomputed: int, falls_back: bool = False
+    ) -> None:
         """The first `recomputed` blocks are run again in the backward pass. Nothing is compiled yet: that
-        happens when a block first meets inputs of a form.
+        happens when a block first meets inputs of a form. `falls_back`: where it fails then, blocks run
+        without from that one on; else the compiler's error is the step's.
 
         Raises `UserError` for a model without a row of blocks.
         """
         self._model: Any = model
         _, self._blocks = find_blocks(model)
         self._loss: Callable[..., Any] | None = None
+        self.why_not_compiled: str | None = None
+        """What the compiler said where it failed and blocks run without; `None`: it has not."""
         draws = draws_random_numbers(model)
         for index, block in enumerate(self._blocks):
             if compiled:
                 run = compiled_block(block.forward, is_recomputed=index < recomputed, draws=draws)
+                if falls_back:
+                    eager = partial(recomputed_run, block.forward, draws)
+                    run = partial(self._or_eager, run, eager if index < recomputed else block.forward)
             elif index < recomputed:
                 run = partial(recomputed_run, block.forward, draws)
             else:
@@ -61,7 +69,17 @@ class TrainingRegions:
         if compiled and getattr(model, "loss_type", None) == "ForCausalLM":
             own: Any = self._model
             self._loss = own.loss_function
-            own.loss_function = torch.compile(own.loss_function, dynamic=False)
+            loss = torch.compile(own.loss_function, dynamic=False)
+            own.loss_function = partial(self._or_eager, loss, self._loss) if falls_back else loss
+
+    def _or_eager(self, run: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.why_not_compiled is not None:
+            return eager(*args, **kwargs)
+        try:
+            return run(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # before anything of the block has run
+            self.why_not_compiled = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return eager(*args, **kwargs)
 
     def remove(self) -> None:
         """The model's own forward runs again. May be called twice."""

@@ -17,10 +17,12 @@ from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import approximation
 from harness.models.configs import NAMED_SHAPES, named_shape
 from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, where_known
+from harness.records.comparison import Comparison, WhyUndecided, comparisons
 from harness.records.run import Run
 from harness.records.settings import published_presets
+from harness.records.stats import ENOUGH_RUNS
 from harness.runs.emulate import what_is_short
-from profiles.units import NOT_MEASURED
+from profiles.units import NOT_MEASURED, format_seconds
 
 if TYPE_CHECKING:
     from harness.training.find_lr import LrSearchResult
@@ -87,6 +89,13 @@ RUNS: tuple[Column[Run], ...] = (
     Column("predicted", _predicted_s, SECONDS, missing="-"),
     Column("tokens/s", lambda run: run.summary.tokens_per_s, Unit(show="{:,.0f}".format), missing=_no_number),
     Column(
+        "MFU",
+        lambda run: run.summary.mfu,
+        Unit(show="{:.1%}".format),
+        missing=_no_number,
+        shown=where_known(lambda run: run.summary.mfu),
+    ),
+    Column(
         "GPU memory",
         lambda run: run.summary.peak_gpu_allocated_bytes,
         BYTES,
@@ -108,14 +117,43 @@ def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Tabl
 
 
 def runs_table(runs: Sequence[Run]) -> RenderableType:
-    """What was measured, one row per run, and below it why runs failed."""
+    """What was measured, one row per run; below it why runs failed, and each method beside native."""
     reasons: dict[str, list[str]] = {}
     for run in runs:
         lines = reasons.setdefault(run.engine, [])
         lines += [line for line in dict.fromkeys(_run_notes(run)) if line not in lines]
     likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
-    return Group(Text(title, style="bold"), _measured_table(RUNS, runs), notes_grid(reasons))
+    answers = {one.engine: [_answer(one)] for one in comparisons(runs)}
+    return Group(
+        Text(title, style="bold"), _measured_table(RUNS, runs), notes_grid(reasons),
+        *((Text("Step time beside native", style="bold"), notes_grid(answers)) if answers else ()),
+    )  # fmt: skip
+
+
+_WHY_UNDECIDED: dict[WhyUndecided, str] = {
+    "few_runs": f"fewer than {ENOUGH_RUNS} runs",
+    "disturbed": "the runs were disturbed",
+    "overlap": "the interval reaches both sides",
+    "emulated": "on an emulated machine",
+    "not_at_best": "native was not at its best",
+}
+
+
+def _answer(one: Comparison) -> str:
+    """`slower: 1.80x (95 %: 1.78x to 1.82x)`."""
+    range_ = f"{one.low:.2f}x to {one.high:.2f}x"
+    if one.confidence is None:
+        return f"undecided, {_WHY_UNDECIDED['few_runs']} on a side: {range_}"
+    told = f"{one.ratio:.2f}x ({one.confidence:.0%}: {range_})"
+    if one.why_undecided is None:
+        return f"{one.answer}: {told}"
+    of_native = f" ({one.native_not_at_best})" if one.why_undecided == "not_at_best" else ""
+    return f"undecided, {_WHY_UNDECIDED[one.why_undecided]}{of_native}: {told}"
+
+
+COMPILING_MATTERS_S = 1.0
+"""From where on it is told how long compiling took."""
 
 
 def _run_notes(run: Run) -> Iterator[str]:
@@ -124,10 +162,30 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield f"traced, which costs time: {run.trace_file or 'the trace could not be kept'}"
     if (approximate := approximation(run.plan.settings)) is not None:
         yield approximate
+    if (missed := band_missed(run)) is not None:
+        yield missed
+    yield from run.notes or ()
+    if run.summary.compile_s is not None and run.summary.compile_s >= COMPILING_MATTERS_S:
+        yield f"compiled for {format_seconds(run.summary.compile_s)}, in its first steps"
     if run.emulation is not None:
         yield from what_is_short(run.emulation)
     if run.end_reason is not None:
         yield f"{run.end_state}: {run.end_reason}"
+
+
+def band_missed(run: Run) -> str | None:
+    """That a step took less or more than the range that was predicted; `None`: it lay within."""
+    told, taken_s = run.predicted, run.summary.step_s_median
+    if told is None or taken_s is None or told.step_s_low is None or told.step_s_high is None:
+        return None
+    if told.step_s_low <= taken_s <= told.step_s_high:
+        return None
+    side = "faster" if taken_s < told.step_s_low else "slower"
+    span = f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}"
+    return (
+        f"{side} than the range predicted: {format_seconds(taken_s)}, not {span}; "
+        "'recommend --calibrate FOLDER' learns from it"
+    )
 
 
 def _token_rate(run: Run, step_s: float | None) -> str:

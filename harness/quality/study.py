@@ -101,6 +101,8 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     """
     if study.seeds < 1:
         raise UserError("--seeds", "must be positive", "give 3 or more")
+    if job.limits.gpus > 1 or job.limits.nodes > 1:
+        raise UserError("--gpus", "a study compares methods on one GPU", "leave it out")
     check_folder(study.out, resume=study.resume)
     if study.emulate is not None and study.profile is not None:
         raise UserError("--profile", "--emulate names the machine already", "leave out one of them")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
 
 from engines.base import LinkRates
 from engines.decoding import Sampling
@@ -76,6 +78,9 @@ class Summary:
     eval_s: float | None = None
     """Time of the last evaluation, all its batches."""
     setup_s: float | None = None
+    compile_s: float | None = None
+    """What torch's compiler took in this process, in the first steps: a part of the set-up and of no median
+    where there are warm-up steps. 0: nothing was compiled."""
     peak_gpu_allocated_bytes: int | None = None
     peak_gpu_reserved_bytes: int | None = None
     peak_gpu_nvml_bytes: int | None = None
@@ -119,6 +124,13 @@ class Summary:
     floor_share: float | None = None
     """Predicted floor over the measured median step, the one figure here that is not measured alone. 1: the
     hardware's limit; above 1: the prediction of the floor is wrong."""
+    model_flops: float | None = None
+    """Of the model's matrix products and attention in a step, counted and not measured, over tokens without
+    padding: one forward pass and, where gradients are taken, twice as much for the backward pass;
+    zeroth-order methods as many forward passes as they take. Nothing that is computed twice counts twice."""
+    mfu: float | None = None
+    """Model FLOPs utilization: `model_flops` over the median step, as a share of the rate of matrix products
+    that the machine file holds as measured. A method that computes less than all gradients can pass 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,8 +262,15 @@ class Run:
     tokens: int | None = None
     """Of a decoding run, of all sequences in the steps that count. `None`: the run trained, or its record is
     of before this was kept."""
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have, such as compiled blocks, and why, a sentence each;
+    `None`: the record is of before they were kept, or its run never began."""
     governance: Governance | None = None
     """Where its files lay and what could leave the machine; `None`: its record is of before this was kept."""
+    ranks: Annotated[tuple[Summary, ...], Field(exclude_if=lambda value: not value)] = ()
+    """Of each process of this machine, in their order, where a run had several: one for each GPU. `samples`
+    and `summary` are then those of the first; its peak of GPU memory is that of the GPU with the largest, its
+    host memory, pinned memory and energy are those of all."""
     schema_version: int = SCHEMA_VERSION
 
     @property

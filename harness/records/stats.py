@@ -19,6 +19,16 @@ SAME_FACTOR = 1.05
 """Two methods whose ratio stays within this factor of 1 are called the same, because two launches of
 one and the same process differ by about as much."""
 
+ENOUGH_RUNS = 3
+"""Processes from which on a median is told and a method is called faster or slower: of two there is no
+median, and one says nothing of the next."""
+
+CONFIDENCE = 0.95
+"""Of the intervals around medians and their ratios."""
+
+DISTURBED_FACTOR = 1.5
+"""Medians of one method's runs that differ by more say that something else set their times."""
+
 StepTimeComparison = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
 
@@ -31,15 +41,21 @@ class Spread:
     count: int
     deviation: float | None
     """Sample standard deviation (n - 1); `None` for a single value."""
+    interval: tuple[float, float] | None = None
+    """Of the median, by the bootstrap (`median_interval`); `None` below `ENOUGH_RUNS` values, and for values
+    that are not one per run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """a / b with the range that the ranges of a and b allow."""
+    """a / b and what it may be: the bootstrap's interval of the ratio of medians where both sides have
+    `ENOUGH_RUNS` runs, else what the ranges of the two allow."""
 
     value: float
     low: float
     high: float
+    is_interval: bool = False
+    """`low` and `high` are the bootstrap's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +96,76 @@ def spread(values: Iterable[float]) -> Spread | None:
         count=len(kept),
         deviation=statistics.stdev(kept) if len(kept) > 1 else None,
     )
+
+
+def spread_of_runs(values: Iterable[float]) -> Spread | None:
+    """The same for one value per run, with the interval of the median."""
+    kept = list(values)
+    found = spread(kept)
+    return None if found is None else replace(found, interval=median_interval(kept))
+
+
+Atoms = Sequence[tuple[float, float]]
+"""A distribution over finitely many values: (value, probability), by value."""
+
+
+def resampled_medians(values: Sequence[float]) -> Atoms:
+    """The bootstrap's distribution of the median: of as many values, drawn with replacement from `values`.
+
+    Exact, so that nothing is drawn and there is no seed. The median of n draws lies at or below the k-th
+    smallest value where at least half of them do, of which each does with probability k / n (Efron 1979,
+    section 2; for even n the two draws in the middle are taken together).
+    """
+    kept = sorted(values)
+    count = len(kept)
+    half = count // 2
+    found: dict[float, float] = {}
+    if count % 2:
+        at_most = [_at_least(half + 1, count, k / count) for k in range(count + 1)]
+        for k, value in enumerate(kept):
+            found[value] = found.get(value, 0.0) + at_most[k + 1] - at_most[k]
+    else:
+        # Of the two in the middle, the lower is the i-th smallest value and the upper the j-th.
+        at_most = [_at_least(half, count, k / count) for k in range(count + 1)]
+        for i, lower in enumerate(kept):
+            below = (((i + 1) / count) ** half) - ((i / count) ** half)
+            apart = 0.0
+            for j in range(i + 1, count):
+                above = (((count - j) / count) ** half) - (((count - j - 1) / count) ** half)
+                both = math.comb(count, half) * below * above
+                apart += both
+                middle = (lower + kept[j]) / 2
+                found[middle] = found.get(middle, 0.0) + both
+            found[lower] = found.get(lower, 0.0) + at_most[i + 1] - at_most[i] - apart
+    return sorted(found.items())
+
+
+def _at_least(hits: int, draws: int, share: float) -> float:
+    """Probability of so many hits or more, each draw hitting with probability `share`."""
+    return sum(math.comb(draws, k) * share**k * (1 - share) ** (draws - k) for k in range(hits, draws + 1))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The bootstrap's percentile interval of the median at `CONFIDENCE`; `None` below `ENOUGH_RUNS` values.
+
+    Of three values it reaches from the smallest to the largest; it gets narrower from seven on.
+    """
+    return _middle(resampled_medians(values)) if len(values) >= ENOUGH_RUNS else None
+
+
+def _middle(atoms: Atoms) -> tuple[float, float]:
+    """What is left of a distribution without what lies outside `CONFIDENCE`, half of it on each side."""
+    tail = (1 - CONFIDENCE) / 2
+    total = sum(chance for _, chance in atoms)
+    low = high = None
+    passed = 0.0
+    for value, chance in atoms:
+        passed += chance / total
+        if low is None and passed > tail:
+            low = value
+        if high is None and passed >= 1 - tail:
+            high = value
+    return (atoms[0][0] if low is None else low), (atoms[-1][0] if high is None else high)
 
 
 def outer_deciles(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
@@ -166,8 +252,8 @@ def aggregate(engine: str, runs: Iterable[Run]) -> Rounds:
     steps = spread(step_s for run in ok for step_s in counted_step_s(run.samples))
     loss_first = spread(one.loss_first for one in each if one.loss_first is not None)
     loss_last = spread(one.loss_last for one in each if one.loss_last is not None)
-    step_s = spread(one.step_s_median for one in each if one.step_s_median is not None)
-    tokens = spread(one.tokens_per_s for one in each if one.tokens_per_s is not None)
+    step_s = spread_of_runs(one.step_s_median for one in each if one.step_s_median is not None)
+    tokens = spread_of_runs(one.tokens_per_s for one in each if one.tokens_per_s is not None)
     if tokens is not None and step_s is not None:
         tokens = replace(tokens, median=ok[0].tokens_per_step / step_s.median)
     return Rounds(
@@ -186,7 +272,7 @@ def aggregate(engine: str, runs: Iterable[Run]) -> Rounds:
 
 def over_runs(runs: Iterable[Run], value: Callable[[Run], float | None]) -> Spread | None:
     """Spread of one number per run, runs without it left out."""
-    return spread(found for run in runs if (found := value(run)) is not None)
+    return spread_of_runs(found for run in runs if (found := value(run)) is not None)
 
 
 def _range(rounds: Sequence[Sequence[float]]) -> Spread | None:
@@ -204,13 +290,25 @@ def _range(rounds: Sequence[Sequence[float]]) -> Spread | None:
 def ratio(a_rounds: Sequence[Sequence[float]], b_rounds: Sequence[Sequence[float]]) -> Ratio | None:
     """Step time of a over that of b. Each argument holds the step times (s) of each run.
 
-    `value` is the ratio of the medians over runs, `low` and `high` what the two ranges allow.
+    `value` is the ratio of the medians over runs; `low` and `high` are the bootstrap's interval of it, the
+    medians of runs as its units, where both sides have `ENOUGH_RUNS`; else what the two ranges allow.
     `None` where either side has no step, or a step of zero time to divide by.
     """
     a, b = _range(a_rounds), _range(b_rounds)
     if a is None or b is None or b.low <= 0:
         return None
-    return Ratio(value=a.median / b.median, low=a.low / b.high, high=a.high / b.low)
+    value = a.median / b.median
+    medians = [_medians(rounds) for rounds in (a_rounds, b_rounds)]
+    if min(map(len, medians)) < ENOUGH_RUNS:
+        return Ratio(value=value, low=a.low / b.high, high=a.high / b.low)
+    of_a, of_b = (resampled_medians(each) for each in medians)
+    low, high = _middle(sorted((x / y, p * q) for x, p in of_a for y, q in of_b))
+    return Ratio(value=value, low=low, high=high, is_interval=True)
+
+
+def _medians(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """Of each run that has steps."""
+    return [statistics.median(round_) for round_ in rounds if len(round_) > 0]
 
 
 def same_or_different(
@@ -218,19 +316,19 @@ def same_or_different(
 ) -> StepTimeComparison:
     """Is a faster or slower than b? Each argument holds the step times (s) of each run.
 
-    The rule, on the range of the ratio a / b (see `ratio`), with the word chosen by the first line
+    The rule, on the interval of the ratio a / b (see `ratio`), with the word chosen by the first line
     that holds:
 
-    - SAME: all of the range lies within a factor `SAME_FACTOR` of 1, whether or not it contains 1
-    - FAST: all of it lies below 1; the ranges of the per-run medians do not touch
+    - AMBIGUOUS: a side has fewer than `ENOUGH_RUNS` runs with steps
+    - SAME: all of the interval lies within a factor `SAME_FACTOR` of 1, whether or not it contains 1
+    - FAST: all of it lies below 1
     - SLOW: all of it lies above 1
-    - AMBIGUOUS: the ranges overlap by more than SAME allows, or a side was not measured
+    - AMBIGUOUS: it reaches further to both sides than SAME allows
 
-    With the handful of runs that a comparison has, this is a statement about the ranges seen, not a
-    test at some level of significance.
+    With the handful of runs that a comparison has, the interval is about as wide as what was seen.
     """
     found = ratio(a_rounds, b_rounds)
-    if found is None:
+    if found is None or not found.is_interval:
         return "AMBIGUOUS"
     if found.low >= 1 / SAME_FACTOR and found.high <= SAME_FACTOR:
         return "SAME"
@@ -239,3 +337,15 @@ def same_or_different(
     if found.low > 1:
         return "SLOW"
     return "AMBIGUOUS"
+
+
+def disturbed(rounds: Rounds) -> bool:
+    """Whether medians of the runs differ by more than launches of one and the same process do."""
+    return rounds.step_s is not None and rounds.step_s.high > DISTURBED_FACTOR * rounds.step_s.low
+
+
+def faster_or_slower(a: Rounds, b: Rounds) -> StepTimeComparison:
+    """Whether a step of a is faster or slower than one of b; with disturbed runs that is not known."""
+    if disturbed(a) or disturbed(b):
+        return "AMBIGUOUS"
+    return same_or_different(a.step_times, b.step_times)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engines import entry
+from engines.costs.transformer import model_flops
 from engines.errors import UserError
 from engines.files.reading import exists, read_bytes
 from engines.files.writing import ELSEWHERE, whole_file, write_whole
@@ -76,6 +77,7 @@ def attempt(
     device: NvmlDevice | None,
     on_event: OnRunEvent,
     criteria_sha256: str | None = None,
+    matrix_rate: MatrixRate | None = None,
 ) -> tuple[Run, bool]:
     """Launch `request`, keep its record in `out`, and say whether the sweep is to stop with it.
 
@@ -84,7 +86,10 @@ def attempt(
     cannot be written; then what the run left stays, and `take_up` makes a record of it.
     """
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    about = Attempt(round=round_, began=began, environment=environment, criteria_sha256=criteria_sha256)
+    about = Attempt(
+        round=round_, began=began, environment=environment, criteria_sha256=criteria_sha256,
+        matrix_rate=matrix_rate,
+    )  # fmt: skip
     scenario: ScenarioName = "train" if request.generation is None else "decode"
     path = record_path(out, request.id, scenario)
     room = most_record_bytes(request.job.warmup_steps + request.job.steps)
@@ -108,6 +113,15 @@ def attempt(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixRate:
+    """Matrix products of a machine, as its profile has measured them."""
+
+    flops_per_s: float
+    device: str
+    """The GPU's name, or the CPU's where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
     """What a record says beside the request and the outcome."""
 
@@ -115,6 +129,8 @@ class Attempt:
     began: str
     environment: Environment
     criteria_sha256: str | None
+    matrix_rate: MatrixRate | None = None
+    """Of the machine that is planned for, which need not be the one that runs; `None`: not measured."""
 
 
 ATTEMPT = "attempt.json"
@@ -137,11 +153,13 @@ def take_up(out: Path) -> list[Run]:
         path = record_path(out, request.id)
         # What a trace cost and what of another machine held, the parent knew and did not say.
         whole = request.generation is None and not request.trace and request.emulated is None
+        limits = request.job.limits
+        whole = whole and limits.gpus * limits.nodes == 1  # else it is the story of one rank
         if result is None or result.end_state != "ok" or not whole or exists(path):
             continue
         outcome = Outcome(
             end_state=result.end_state, end_reason=result.end_reason, samples=result.samples,
-            summary=result.summary, by_user=False,
+            summary=result.summary, by_user=False, notes=result.notes,
         )  # fmt: skip
         run = _record(request, about, outcome)
         facts = governance_facts(request.job, request.plan, out, FOLDERS["train"])
@@ -156,9 +174,28 @@ def take_up(out: Path) -> list[Run]:
 
 def _record(request: Request, about: Attempt, outcome: Outcome) -> Run:
     run = record_of(request, about.round, about.began, about.environment, outcome)
+    run = replace(run, summary=_with_mfu(run, request, about.matrix_rate))
     if about.criteria_sha256 is not None:
         run = replace(run, criteria=CriteriaStamp(sha256=about.criteria_sha256, time=about.began))
     return run
+
+
+def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
+    """The summary with what the model's products come to, and their share of `rate`, if it is of the device
+    that ran."""
+    summary = run.summary
+    if request.generation is not None or not summary.step_s_median or not entry(run.engine).needs_torch:
+        return summary
+    passes = 3.0 if entry(run.engine).order == "first" else summary.forwards
+    if passes is None:
+        return summary
+    real = 1.0 - (summary.padded_share or 0.0)
+    flops = real * model_flops(request.shape, request.job.workload, passes)
+    device = run.environment.gpu_name or run.environment.cpu
+    share = None
+    if rate is not None and rate.device == device and request.emulated is None:
+        share = flops / summary.step_s_median / rate.flops_per_s
+    return replace(summary, model_flops=flops, mfu=share)
 
 
 def record_of(request: Request, round_: int, began: str, environment: Environment, outcome: Outcome) -> Run:
@@ -189,6 +226,8 @@ def record_of(request: Request, round_: int, began: str, environment: Environmen
         traced=outcome.traced,
         trace_file=outcome.trace_file,
         emulation=_emulation(request, outcome),
+        notes=outcome.notes,
+        ranks=outcome.ranks,
     )
     if request.generation is None:
         return run

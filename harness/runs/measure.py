@@ -53,6 +53,8 @@ class RunRecording:
     landed_share: float | None = None
     traced: bool = False
     """The engine keeps a trace, which costs time."""
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have, and why; `None`: it was never asked."""
     held: Held | None = None
     """What of an emulated machine the child was held to."""
     told: Any = None
@@ -247,6 +249,20 @@ def gpu_peaks() -> tuple[int | None, int | None]:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None, None
     return int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved())
+
+
+def compile_s() -> float | None:
+    """Seconds that torch's compiler has taken in this process, forward and backward graphs together; 0:
+    nothing was compiled. `None` without torch, which is never imported for it, and where it does not tell."""
+    if sys.modules.get("torch") is None:
+        return None
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None:
+        return 0.0
+    try:
+        return float(dynamo.calculate_time_spent()["total_wall_time"])
+    except (AttributeError, KeyError):  # none of it is promised
+        return None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -20,7 +20,7 @@ from harness.records.environment import read_environment
 from harness.records.job import Job
 from harness.records.manifest import begin_manifest
 from harness.records.run import Run
-from harness.runs.attempt import attempt, dumped_job, take_up
+from harness.runs.attempt import MatrixRate, attempt, dumped_job, take_up
 from harness.runs.emulate import Emulated
 from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep_folder import (
@@ -99,6 +99,8 @@ class SweepOptions:
     kept get none."""
     emulated: Emulated | None = None
     """What of another machine runs are held to; `None`: the machine is used as it is."""
+    matrix_rate: MatrixRate | None = None
+    """Of the machine's profile, for the share of it that steps reach."""
 
 
 def grid(job: Job, plans: Sequence[Plan], rounds: int, emulated: Emulated | None = None) -> list[Cell]:
@@ -182,6 +184,7 @@ def run_sweep(
             device=device,
             on_event=on_event,
             criteria_sha256=criteria_sha256,
+            matrix_rate=options.matrix_rate,
         )
         runs.append(run)
         on_event(Ended(run=run, index=index, total=len(cells)))

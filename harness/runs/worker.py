@@ -24,10 +24,11 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, load_engine
-from engines.base import Batch, Context, Evaluation, StepStats, TellsTrace
+from engines.base import Batch, Context, Evaluation, StepStats, TellsNotes, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
+from engines.world import ALONE, Alone, World
 from harness.records.job import Job
 from harness.records.learning import Learning
 from harness.records.metrics import metrics_of
@@ -35,7 +36,9 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import RunRecording, Scenario, gpu_peaks, measure
+from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
+from harness.runs.processes import of_rank
+from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
@@ -84,6 +87,8 @@ class Result:
     end_reason: str | None
     samples: tuple[Sample, ...]
     summary: Summary
+    notes: tuple[str, ...] | None = None
+    """What of the settings the engine could not have, and why; `None`: the engine was never made."""
 
 
 class _NoData:
@@ -101,20 +106,24 @@ def main(arguments: Sequence[str]) -> int:
     _end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    several = request.job.limits.gpus * request.job.limits.nodes > 1
+    place = place_of(os.environ) if several else None
     if request.emulated is not None:
         limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events, folder)
+    result = execute(request, events, folder, place)
     try:
-        write_whole(folder / "result.json", to_json(result))
+        local = 0 if place is None else place.local_rank
+        write_whole(folder / of_rank("result.json", local), to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
         events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
     return 0
 
 
-def execute(request: Request, events: IO[str], folder: Path) -> Result:
-    """Run `request`. Every exception becomes an end state; its traceback goes to stderr.
+def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | None = None) -> Result:
+    """Run `request`, as the rank at `place` where there are several. Every exception becomes an end state;
+    its traceback goes to stderr.
 
     A trace that was asked for lies in `folder` then, if the engine keeps one.
     """
@@ -122,7 +131,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     state: EndState = "ok"
     reason: str | None = None
     try:
-        _run(request, recording, events, folder)
+        _run(request, recording, events, folder, place)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         state, reason = classify(error, is_set_up=recording.setup_s is not None)
@@ -134,11 +143,16 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
         peak_gpu_allocated_bytes=allocated,
         peak_gpu_reserved_bytes=reserved,
         peak_host_bytes=own_peak_bytes(),
+        compile_s=compile_s(),
     )
-    return Result(end_state=state, end_reason=reason, samples=recording.samples, summary=summary)
+    return Result(
+        end_state=state, end_reason=reason, samples=recording.samples, summary=summary, notes=recording.notes
+    )
 
 
-def _run(request: Request, recording: RunRecording, events: IO[str], folder: Path) -> None:
+def _run(
+    request: Request, recording: RunRecording, events: IO[str], folder: Path, place: RankPlace | None
+) -> None:
     job, plan = request.job, request.plan
 
     def report(**event: object) -> None:
@@ -157,6 +171,16 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
     device_name = prepare_torch(vram_bytes) if row.needs_torch else "cpu"
+    world: World = ALONE
+    if place is not None and not row.needs_torch:
+        world = Alone(rank=place.rank, size=place.size)
+    elif place is not None:
+        from engines.transfer.process_group import meet
+
+        on_progress("meeting the other ranks", 0, 1)
+        world = meet(place.where, place.rank, place.size, place.local_rank, place.local_size)
+        check_alike(world, what_to_agree_on(job, plan.engine, dict(plan.settings)))
+        on_progress("meeting the other ranks", 1, 1)
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
         held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
@@ -168,10 +192,11 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         seed=job.seed,
         total_steps=_total_steps(request),
         vram_bytes=vram_bytes,
-        host_bytes=usable_host_bytes(job.limits.host_bytes),
-        trace=request.trace,
+        host_bytes=usable_host_bytes(job.limits.host_bytes) // job.limits.gpus,
+        trace=request.trace and world.rank == 0,
         link_rates=emulated.rates if emulated is not None and own_copies else None,
         progress=on_progress,
+        world=world,
     )
     on_progress("importing", 1, 1)
     blueprint: Any = None
@@ -193,7 +218,8 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j
     engine = engine_class(plan.settings.typed, context)
-    traced = request.trace and isinstance(engine, TellsTrace)
+    # Of several ranks the first: what they do is alike.
+    traced = request.trace and isinstance(engine, TellsTrace) and world.rank == 0
     if traced:
         report(traced=True)
     try:
@@ -207,6 +233,7 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
             on_sample=on_sample,
         )
     finally:
+        recording.notes = tuple(engine.notes) if isinstance(engine, TellsNotes) else ()
         try:
             if traced:
                 write_trace(engine, folder / TRACE)

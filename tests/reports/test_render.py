@@ -18,6 +18,7 @@ import pytest
 from markupsafe import Markup
 
 from engines.errors import UserError
+from harness.records.comparison import comparisons
 from harness.records.run import Run, save_run
 from profiles.figures import reported
 from profiles.machine import Figure
@@ -191,7 +192,7 @@ def test_criteria_given_by_path_take_the_place_of_the_folders_own(sweep: Path, t
     stricter.write_text(init_text().replace("threshold = 5.0", "threshold = 1.5"))
     verdict = write_report(sweep, stricter)
     assert verdict.state == "CONDITIONAL GO"
-    assert "1.80x" in verdict.sentence
+    assert "1.78x to 1.82x" in verdict.sentence
     assert "at most 1.50x" in verdict.sentence
     assert any("set after measurement" in warning for warning in verdict.warnings)
 
@@ -358,13 +359,19 @@ def test_a_range_over_the_steps_of_one_run_says_so(tmp_path: Path) -> None:
     """Beside the ratio and where it is judged, if only one of the two methods has a single run."""
     native = [make_run("native", round=i, step_s=scaled(0.5)) for i in (1, 2)]
     _, markdown, html = rendered(write_folder(tmp_path / "one", [*native, make_run("zo2")]))
-    assert "| 2.00x (1.80x to 2.20x over steps: one run, slower) |" in markdown
+    assert "| 2.00x (1.80x to 2.20x over steps: one run, undecided: fewer than three runs) |" in markdown
     assert "| at most 5.00x | 2.00x (1.80x to 2.20x over steps: one run) |" in markdown
-    assert "one run, slower</dd>" in html
+    assert "one run, undecided: fewer than three runs</dd>" in html
     two = [make_run("zo2", round=i, step_s=scaled(0.9 + 0.1 * i)) for i in (1, 2)]
     _, markdown, _ = rendered(write_folder(tmp_path / "two", [*native, *two]))
-    assert "| 2.10x (2.00x to 2.20x, slower) |" in markdown
-    assert "| at most 5.00x | 2.10x (2.00x to 2.20x) |" in markdown
+    assert "| 2.00x to 2.20x (undecided: fewer than three runs) |" in markdown
+    assert "| at most 5.00x | 2.00x to 2.20x |" in markdown
+    three = [make_run("zo2", round=i, step_s=scaled(0.9 + 0.1 * i)) for i in (1, 2, 3)]
+    native = [make_run("native", round=i, step_s=scaled(0.5)) for i in (1, 2, 3)]
+    _, markdown, _ = rendered(write_folder(tmp_path / "three", [*native, *three]))
+    assert "| 2.20x (95 %: 2.00x to 2.40x; slower) |" in markdown
+    assert "| at most 5.00x | 2.20x (2.00x to 2.40x) |" in markdown
+    assert "1.10 s (95 %: 1.00 to 1.20 s; steps: 900 ms to 1.32 s; 24 steps, 3 runs)" in markdown
 
 
 def test_gpu_memory_that_is_judged_says_what_it_is(tmp_path: Path) -> None:
@@ -425,13 +432,40 @@ def test_losses_are_drawn_of_every_run_from_the_end_of_its_warm_up(tmp_path: Pat
 
 
 def test_disturbed_runs_do_not_tell_which_is_faster(tmp_path: Path) -> None:
-    native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
-    steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2)]
+    native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2, 3)]
+    steady = [make_run("zo2", round=i, step_s=scaled(1.0)) for i in (1, 2, 3)]
     _, markdown, _ = rendered(write_folder(tmp_path / "steady", [*native, *steady]))
-    assert "5.00x (5.00x, slower)" in markdown
-    disturbed = [steady[0], make_run("zo2", round=2, step_s=scaled(1.6))]
+    assert "5.00x (95 %: 5.00x; slower)" in markdown
+    disturbed = [*steady[:2], make_run("zo2", round=3, step_s=scaled(1.6))]
     _, markdown, _ = rendered(write_folder(tmp_path / "disturbed", [*native, *disturbed]))
-    assert "6.50x (5.00x to 8.00x, cannot tell)" in markdown
+    assert "5.00x (95 %: 5.00x to 8.00x; undecided: the runs were disturbed)" in markdown
+
+
+def test_of_two_runs_both_are_shown_and_nothing_is_claimed(tmp_path: Path) -> None:
+    native = [make_run("native", round=i, step_s=scaled(0.2)) for i in (1, 2)]
+    two = [make_run("zo2", round=i, step_s=scaled(0.9 + i / 10)) for i in (1, 2)]
+    loaded, markdown, html = rendered(write_folder(tmp_path, [*native, *two]))
+    assert "1.00 and 1.10 s (" in markdown
+    assert "5.00x to 5.50x (undecided: fewer than three runs)" in markdown
+    assert "1.05 s" not in markdown
+    assert "1.05 s" not in html
+    (found,) = comparisons(loaded.runs)
+    assert (found.answer, found.why_undecided, found.confidence) == ("undecided", "few_runs", None)
+    assert judge(loaded, loaded.criteria).comparisons == (found,)
+
+
+def test_nothing_is_faster_than_a_native_that_was_not_at_its_best(tmp_path: Path) -> None:
+    slow = make_test_job(settings={"native": {"compile": False}})
+    zo2 = [make_run("zo2", round=i, step_s=scaled(0.5), job=slow) for i in (1, 2, 3)]
+    native = [make_run("native", round=i, job=slow) for i in (1, 2, 3)]
+    _, markdown, _ = rendered(write_folder(tmp_path / "by hand", [*native, *zo2], job=slow))
+    assert "0.50x (95 %: 0.50x; undecided: native was not at its best)" in markdown
+    assert "Native could have been faster (set by hand: compile=False)" in markdown
+    before = [replace(make_run("native", round=i), notes=None) for i in (1, 2, 3)]
+    zo2 = [make_run("zo2", round=i, step_s=scaled(0.5)) for i in (1, 2, 3)]
+    (found,) = comparisons([*before, *zo2])
+    assert found.native_not_at_best == "its record does not say whether it was compiled"
+    assert found.answer == "undecided"
 
 
 def test_a_ratio_of_an_emulated_machine_comes_with_a_note(tmp_path: Path) -> None:

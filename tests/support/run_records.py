@@ -165,6 +165,7 @@ def make_run(
         predicted=Predicted.of(plan.prediction),
         environment=environment or make_environment(),
         criteria=None if stamp is None else CriteriaStamp(sha256=stamp, time=time),
+        notes=(),
     )
 
 

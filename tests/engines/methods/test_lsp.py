@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import math
 import queue
 import random
@@ -331,6 +332,30 @@ class TestTwin:
                     assert {each for each in kept if each[:1] in ((3,), (48,))} == {(3, 16, hidden)}
                 with running("llama", checkpointed_blocks=blocks) as eager:
                     assert train(eager, batches).losses == pytest.approx(expected.losses, rel=1e-5)
+
+    def test_what_cannot_be_compiled_runs_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the first step that compiles, the second: the first one tests projectors. Losses are those of
+        an engine that was never to compile."""
+
+        def refuse(run: Any, **_: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                raise unsupported("not this block\nand more")
+
+            return call
+
+        unsupported = importlib.import_module("torch._dynamo.exc").Unsupported
+        batches = tiny_batches(4, "llama")
+        forms: list[dict[str, Any]] = [{}, {"checkpointed_blocks": 1}, {"weights": "streamed"}]
+        for form in forms:
+            with running("llama", **form) as engine:
+                expected = train(engine, batches)
+                assert engine.notes == []
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "compile", refuse)
+                with running("llama", compile=True, **form) as engine:
+                    found = train(engine, batches)
+            assert engine.notes == ["not compiled: not this block"]  # told after its end too
+            assert_same(found, expected)
 
     def test_no_graph_of_autograd_outlives_its_step(self) -> None:
         """A CUDA graph could not be captured beside it."""

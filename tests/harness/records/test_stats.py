@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 
+import numpy
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,8 +15,10 @@ from harness.records.stats import (
     SAME_FACTOR,
     aggregate,
     loss_change,
+    median_interval,
     outer_deciles,
     ratio,
+    resampled_medians,
     same_or_different,
     spread,
     step_statistics,
@@ -99,17 +104,19 @@ def test_aggregate_of_failures_only_measured_nothing() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "word"),
     [
-        ([[1.0], [1.1]], [[2.0], [2.1]], "FAST"),
-        ([[2.0], [2.1]], [[1.0], [1.1]], "SLOW"),
-        ([[1.0], [1.01]], [[1.02], [1.0]], "SAME"),
+        ([[1.0], [1.1], [1.05]], [[2.0], [2.1], [2.0]], "FAST"),
+        ([[2.0], [2.1], [2.0]], [[1.0], [1.1], [1.05]], "SLOW"),
+        ([[1.0], [1.01], [1.0]], [[1.02], [1.0], [1.01]], "SAME"),
         # Ranges that do not touch, yet differ by less than two launches of one program do.
-        ([[1.0], [1.001]], [[1.02], [1.021]], "SAME"),
-        ([[1.0], [2.0]], [[1.5], [2.5]], "AMBIGUOUS"),
+        ([[1.0], [1.001], [1.0]], [[1.02], [1.021], [1.02]], "SAME"),
+        ([[1.0], [2.0], [1.5]], [[1.5], [2.5], [2.0]], "AMBIGUOUS"),
+        # One run of nine that was held up does not decide, as it would by the ranges.
+        ([[1.0]] * 8 + [[2.5]], [[2.0]] * 9, "FAST"),
         ([[1.0]], [], "AMBIGUOUS"),
         ([], [], "AMBIGUOUS"),
-        # A single run: its steps overlap those of the other, though the medians are far apart.
-        ([[1.0, 1.0, 3.0]], [[2.0], [2.1]], "AMBIGUOUS"),
-        ([[1.0, 1.2, 1.1]], [[2.0], [2.1]], "FAST"),
+        # Fewer than three runs on a side claim nothing, however far apart they are.
+        ([[1.0, 1.2, 1.1]], [[2.0], [2.1], [2.0]], "AMBIGUOUS"),
+        ([[1.0], [1.1]], [[2.0], [2.1], [2.0]], "AMBIGUOUS"),
     ],
 )
 def test_same_or_different(a: list[list[float]], b: list[list[float]], word: str) -> None:
@@ -139,6 +146,49 @@ def test_the_ratio_lies_in_its_range(a: list[list[float]], b: list[list[float]])
     assert found is not None
     assert found.low <= found.value * (1 + 1e-12)
     assert found.value <= found.high * (1 + 1e-12)
+
+
+def by_enumeration(values: list[float]) -> dict[float, float]:
+    """Of every sample that can be drawn, its median."""
+    chance = 1 / len(values) ** len(values)
+    found: dict[float, float] = {}
+    for sample in itertools.product(values, repeat=len(values)):
+        median = statistics.median(sample)
+        found[median] = found.get(median, 0.0) + chance
+    return found
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0], [3.0, 1.0], [1.0, 5.0, 2.0], [4.0, 1.0, 2.0, 9.0], [1, 1, 2, 3, 8]]
+)
+def test_resampled_medians_are_those_of_every_sample(values: list[float]) -> None:
+    expected = by_enumeration(values)
+    found = dict(resampled_medians(values))
+    assert set(found) == set(expected)
+    assert found == pytest.approx(expected)
+
+
+def test_the_interval_agrees_with_scipy() -> None:
+    values = [random.Random(0).gauss(1.0, 0.1) for _ in range(21)]
+    values = [value + 0.003 * index for index, value in enumerate(values)]
+    drawn = scipy.stats.bootstrap(
+        (values,), statistics.median, method="percentile", n_resamples=20_000, vectorized=False,
+        rng=numpy.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert median_interval(values) == pytest.approx((drawn.low, drawn.high), rel=0.01)
+
+
+def test_there_is_no_interval_of_two_and_that_of_three_is_their_range() -> None:
+    assert median_interval([1.0, 2.0]) is None
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert median_interval([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 9.0]) == (2.0, 2.0)
+
+
+@given(st.lists(times, min_size=3, max_size=9))
+def test_the_interval_holds_the_median_and_lies_in_the_range(values: list[float]) -> None:
+    found = median_interval(values)
+    assert found is not None
+    assert min(values) <= found[0] <= statistics.median(values) <= found[1] <= max(values)
 
 
 def test_no_ratio_to_a_step_of_zero_time() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from scripted_runs import SHAPE, scripted_job, scripted_plan
+from settings_given import given_settings
 
 import harness.runs.attempt
 from engines.base import LinkRates
 from engines.decoding import Sampling
 from engines.errors import UserError
 from harness.records.run import Emulation, Run, Sample, Summary, load_run
-from harness.runs.attempt import attempt, record_path
+from harness.runs.attempt import MatrixRate, attempt, record_path
 from harness.runs.decoding_runs import DecodingJob
 from harness.runs.emulate import Emulated, Held
 from harness.runs.launch import Outcome
@@ -63,6 +64,26 @@ def test_a_record_says_what_was_planned_and_what_came_of_it(
     assert run.criteria is not None
     assert (run.criteria.sha256, run.criteria.time) == ("c" * 64, run.time)
     assert (run.emulation, run.sampling, run.first_token_s, run.tokens) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(("engine", "passes"), [("native", 3), ("mezo", 2)])
+def test_a_record_tells_the_share_of_the_machines_matrix_rate_over_real_tokens(
+    engine: str, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(scripted_plan(), engine=engine, settings=given_settings(engine, {}))
+    asked = request(plan=plan)
+    summary = Summary(step_s_median=0.25, padded_share=0.5, forwards=2.0 if engine == "mezo" else None)
+    outcome = replace(OUTCOME, summary=summary, notes=("not compiled: no",))
+    rate = MatrixRate(flops_per_s=1e6, device="NVIDIA RTX 4090")
+    run, _ = recorded(asked, outcome, tmp_path, monkeypatch, matrix_rate=rate)
+    # 24 tokens, of which half are padding: two blocks without matrices, the head of 64 weights.
+    forward = 24 * (2 * 4 * 8 * 4 + 2 * 64)
+    assert run.summary.model_flops == passes * forward / 2
+    assert run.summary.mfu == pytest.approx(passes * forward / 2 / 0.25 / 1e6)
+    assert run.notes == ("not compiled: no",)
+    other = replace(rate, device="NVIDIA H200")  # a profile of elsewhere says nothing of this card
+    run, _ = recorded(asked, outcome, tmp_path, monkeypatch, matrix_rate=other)
+    assert (run.summary.mfu, run.summary.model_flops) == (None, passes * forward / 2)
 
 
 def test_a_decoding_run_lies_apart_and_says_how_it_sampled(
