@@ -23,10 +23,11 @@ from engines.transfer.clock import now_s
 from harness.data.batches import Data
 from harness.models.export import holds_something
 from harness.progress import Progress
+from harness.records import metrics
 from harness.records.governance import Governance
 from harness.records.job import Job
 from harness.signals import on_first_signal
-from harness.training import metrics, restore
+from harness.training import restore
 from harness.training.update_log import UpdateLog, cannot_write
 
 BEST, SUMMARY, BOARD = "best", "summary.json", "tensorboard"

@@ -32,13 +32,13 @@ from harness.models.tokenizers import load_tokenizer
 from harness.progress import Progress
 from harness.records.environment import gpu_notes
 from harness.records.job import Job
+from harness.records.metrics import metrics_of
 from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.governance_facts import governance_facts
 from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
 from harness.training import restore
-from harness.training.metrics import metrics_of
 from harness.training.room import check_room
 from harness.training.run_folder import (
     MODEL,
