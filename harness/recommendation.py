@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engines.errors import UserError
 from engines.files.reading import expanded, is_folder
 from engines.shapes import ModelShape
 from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
 from harness.pipeline import job_arguments
 from harness.records.job import Job, ModelSource
+from harness.resolve import resolve_shape
 from profiles.advice.amount import Amount
 from profiles.advice.calibration import Calibration, calibrated
+from profiles.advice.explain import explained
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
 from profiles.advice.target import Largest, Target, TargetAnswer, answers, largest_models
 from profiles.advice.verdict import PlanVerdict, verdict_of
-from profiles.advice.ways_out import WayOut, way_out
+from profiles.advice.ways_out import Blocked, WayOut, way_out
 from profiles.advice.what_if import WhatIf, what_if
 from profiles.catalog import FOLDER, machine_names
 from profiles.documents import adapter
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import plan_engine, rank
+from profiles.units import format_bytes
 
 RECOMMENDATION_VERSION = 1
 """Schema version of `recommend --json`, which `recommend --schema` describes."""
@@ -44,6 +49,14 @@ class ModelSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The formulas of a plan that fits, with its numbers filled in."""
+
+    engine: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """The document of `recommend --json`. Plans are in order of rank: those that fit first, with gradients
     before without, by time."""
@@ -57,13 +70,17 @@ class Recommendation:
     forecasts: tuple[JobForecast, ...]
     """Of the whole job for each plan that fits, or of one step where `amount` is not known."""
     ways_out: tuple[WayOut, ...]
-    """For methods that do not fit."""
+    """For methods that do not fit, and can."""
+    blocked: tuple[Blocked, ...]
+    """Methods that no change of the job lets fit."""
     verdict: PlanVerdict
     calibration: Calibration | None = None
     what_if: tuple[WhatIf, ...] = ()
     largest: tuple[Largest, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
     answers: tuple[TargetAnswer, ...] = ()
-    """Machines of the catalogue against --target."""
+    """Machines of the catalogue against `target`."""
+    target: Target | None = None
     schema_version: int = RECOMMENDATION_VERSION
 
 
@@ -93,6 +110,23 @@ def catalogue() -> dict[str, Machine]:
     return {name: load_machine(FOLDER / f"{name}.json") for name in machine_names()}
 
 
+def limits_beyond(job: Job, machine: Machine) -> list[str]:
+    """Limits that are more than the machine has, so that they limit nothing."""
+    found = []
+    gpu, limits = machine.gpu, job.limits
+    if gpu is not None and limits.vram_bytes is not None and limits.vram_bytes > gpu.total_bytes:
+        found.append(
+            f"--vram {format_bytes(limits.vram_bytes)} is more than the {format_bytes(gpu.total_bytes)} of "
+            f"{gpu.name}, so plans use what it has; --what-if or --profile for a larger card"
+        )
+    if limits.host_bytes is not None and limits.host_bytes > machine.memory.total_bytes:
+        found.append(
+            f"--host-memory {format_bytes(limits.host_bytes)} is more than the "
+            f"{format_bytes(machine.memory.total_bytes)} of this machine, so plans use what it has"
+        )
+    return found
+
+
 def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:
     return JobToPlan(
         shape=shape,
@@ -102,6 +136,8 @@ def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amo
         amount=amount,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
+        gpus=job.limits.gpus,
+        nodes=job.limits.nodes,
     )
 
 
@@ -128,7 +164,7 @@ def recommended(
         if plan.fits
     }
     found = [way_out(plan, contexts[plan.engine], planned.settings_of(plan.engine)) for plan in plans]
-    ways = {each.engine: each for each in found if each is not None}
+    ways = {each.engine: each for each in found if isinstance(each, WayOut)}
     shape = planned.shape
     return Recommendation(
         machine=machine,
@@ -141,9 +177,24 @@ def recommended(
         plans=tuple(plans),
         forecasts=tuple(forecasts.values()),
         ways_out=tuple(ways.values()),
-        verdict=verdict_of(plans, forecasts, ways, shape, of_job=planned.amount is not None),
+        blocked=tuple(each for each in found if isinstance(each, Blocked)),
+        verdict=verdict_of(
+            plans, forecasts, ways, shape, of_job=planned.amount is not None,
+            compare=f"lspzo-bench compare {job_arguments(job)}",
+        ),
         calibration=calibration,
     )  # fmt: skip
+
+
+def with_explanations(answer: Recommendation, planned: JobToPlan) -> Recommendation:
+    forecasts = {each.engine: each for each in answer.forecasts}
+    found = []
+    for plan in answer.plans:
+        if plan.fits:
+            context = planned.context(plan.engine, answer.machine)
+            lines = explained(plan, context, forecasts.get(plan.engine))
+            found.append(Explanation(engine=plan.engine, lines=lines))
+    return replace(answer, explanations=tuple(found))
 
 
 def with_what_if(answer: Recommendation, planned: JobToPlan) -> Recommendation:
@@ -157,7 +208,32 @@ def with_what_if(answer: Recommendation, planned: JobToPlan) -> Recommendation:
 
 
 def with_target(answer: Recommendation, planned: JobToPlan, target: Target) -> Recommendation:
-    return replace(answer, answers=answers(catalogue(), planned, target))
+    if target.model is not None:
+        planned = replace(planned, shape=shape_of_target(target.model), amount=None)
+    return replace(answer, target=target, answers=answers(catalogue(), planned, target))
+
+
+SAME_SIZE = 0.25
+"""A size such as 70b means the nearest named shape, which may be so much larger or smaller."""
+
+
+def shape_of_target(name: str) -> ModelShape:
+    """Of a named shape, of a folder with a config.json, or of a size such as `70b`: the nearest named shape.
+
+    Raises `UserError` for anything else.
+    """
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", name)
+    if size is None:
+        return resolve_shape(Job(model=without_weights(ModelSource(name=name)), seq_len=1))
+    wanted = float(size[1]) * 1e9
+    nearest = min(_decoders(), key=lambda shape: abs(shape.parameters - wanted))
+    if abs(nearest.parameters - wanted) > SAME_SIZE * wanted:
+        raise UserError(
+            f"--target model={name}",
+            f"no named shape is of about that size (the nearest is {nearest.name})",
+            "name a folder with a config.json, or a shape that 'lspzo-bench models' lists",
+        )
+    return nearest
 
 
 def _decoders() -> list[ModelShape]:

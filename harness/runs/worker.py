@@ -24,23 +24,31 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, load_engine
-from engines.base import Batch, Context, StepStats, TellsNotes, TellsTrace
+from engines.base import Batch, Context, Evaluation, StepStats, TellsNotes, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
+from engines.world import ALONE, Alone, World
+from harness.contacts import contacts_watched
 from harness.records.job import Job
+from harness.records.learning import Learning
+from harness.records.metrics import metrics_of
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
 from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
-from harness.runs.scenarios import Decode, StepData, Train
+from harness.runs.processes import of_rank
+from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
+from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
 from profiles.system.cgroup import host_memory, usable_cores
 from profiles.system.nvml import open_device
 
 TRACE = "trace.json"
+LEARNED = "learned.json"
+"""What a child that is watched while it learns leaves, on the way and at its end."""
 
 PR_SET_PDEATHSIG = 1
 """prctl: the signal that the kernel sends to this process when its parent ends."""
@@ -62,6 +70,8 @@ class Request:
     """Continue random prompts of the job's shape in place of training: a step of the job is one token of
     each, the first one the prefill."""
 
+    learning: Learning | None = None
+    """Train until this says, with evaluations on the way, in place of the job's steps."""
     data_file: Path | None = None
     """The job's data in tokens (`harness.data.tokenized`), made once for all; `None`: the run reads it."""
 
@@ -86,6 +96,7 @@ class _NoData:
     """For an engine that reads no batches."""
 
     evaluation: Sequence[Batch] = ()
+    test: Sequence[Batch] = ()
 
     def step_batches(self, step: int) -> Sequence[Batch]:
         return ()
@@ -96,20 +107,25 @@ def main(arguments: Sequence[str]) -> int:
     _end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    several = request.job.limits.gpus * request.job.limits.nodes > 1
+    place = place_of(os.environ) if several else None
     if request.emulated is not None:
         limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events, folder)
+    with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):
+        result = execute(request, events, folder, place)
     try:
-        write_whole(folder / "result.json", to_json(result))
+        local = 0 if place is None else place.local_rank
+        write_whole(folder / of_rank("result.json", local), to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
         events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
     return 0
 
 
-def execute(request: Request, events: IO[str], folder: Path) -> Result:
-    """Run `request`. Every exception becomes an end state; its traceback goes to stderr.
+def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | None = None) -> Result:
+    """Run `request`, as the rank at `place` where there are several. Every exception becomes an end state;
+    its traceback goes to stderr.
 
     A trace that was asked for lies in `folder` then, if the engine keeps one.
     """
@@ -117,7 +133,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     state: EndState = "ok"
     reason: str | None = None
     try:
-        _run(request, recording, events, folder)
+        _run(request, recording, events, folder, place)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         state, reason = classify(error, is_set_up=recording.setup_s is not None)
@@ -136,7 +152,9 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     )
 
 
-def _run(request: Request, recording: RunRecording, events: IO[str], folder: Path) -> None:
+def _run(
+    request: Request, recording: RunRecording, events: IO[str], folder: Path, place: RankPlace | None
+) -> None:
     job, plan = request.job, request.plan
 
     def report(**event: object) -> None:
@@ -155,6 +173,16 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
     device_name = prepare_torch(vram_bytes) if row.needs_torch else "cpu"
+    world: World = ALONE
+    if place is not None and not row.needs_torch:
+        world = Alone(rank=place.rank, size=place.size)
+    elif place is not None:
+        from engines.transfer.process_group import meet
+
+        on_progress("meeting the other ranks", 0, 1)
+        world = meet(place.where, place.rank, place.size, place.local_rank, place.local_size)
+        check_alike(world, what_to_agree_on(job, plan.engine, dict(plan.settings)))
+        on_progress("meeting the other ranks", 1, 1)
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
         held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
@@ -164,12 +192,13 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         device=device_name,
         workload=job.workload,
         seed=job.seed,
-        total_steps=job.warmup_steps + job.steps,
+        total_steps=_total_steps(request),
         vram_bytes=vram_bytes,
-        host_bytes=usable_host_bytes(job.limits.host_bytes),
-        trace=request.trace,
+        host_bytes=usable_host_bytes(job.limits.host_bytes) // job.limits.gpus,
+        trace=request.trace and world.rank == 0,
         link_rates=emulated.rates if emulated is not None and own_copies else None,
         progress=on_progress,
+        world=world,
     )
     on_progress("importing", 1, 1)
     blueprint: Any = None
@@ -191,14 +220,15 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j
     engine = engine_class(plan.settings.typed, context)
-    traced = request.trace and isinstance(engine, TellsTrace)
+    # Of several ranks the first: what they do is alike.
+    traced = request.trace and isinstance(engine, TellsTrace) and world.rank == 0
     if traced:
         report(traced=True)
     try:
         measure(
             engine,
             blueprint,
-            _scenario(request, data),
+            _scenario(request, data, folder),
             recording,
             clock=getattr(engine, "now", None),
             energy_j=energy_j,
@@ -213,9 +243,19 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
             engine.close()
 
 
-def _scenario(request: Request, data: StepData) -> Scenario:
-    """What the engine is to repeat. The prompts that it continues are the first batch."""
-    job = request.job
+def _scenario(request: Request, data: StepData, folder: Path) -> Scenario:
+    """What the engine is to repeat. The prompts that it continues are the first batch. What is learned is
+    written into `folder` on the way."""
+    job, learning = request.job, request.learning
+    if learning is not None:
+
+        def judge(evaluation: Evaluation) -> dict[str, float]:
+            return metrics_of(
+                evaluation, request.shape.head, candidates=learning.classes,
+                is_regression=learning.is_regression, is_bytes=learning.is_bytes,
+            )  # fmt: skip
+
+        return Learn(learning, data, judge, lambda learned: write_whole(folder / LEARNED, to_json(learned)))
     if request.generation is None:
         return Train(job=job, data=data)
     (batch,) = data.step_batches(0)
@@ -244,6 +284,13 @@ def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteL
         if sample.loss is not None
     ]
     return why_not_finite(history, request.plan.engine, request.job.dtype, error.sides)
+
+
+def _total_steps(request: Request) -> int:
+    """For learning-rate schedules, and what is remembered of steps."""
+    if request.learning is not None:
+        return request.learning.length.steps or NO_LIMIT
+    return request.job.warmup_steps + request.job.steps
 
 
 def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool) -> Held:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from profiles.machine import Machine
 from profiles.planning.plan import Prediction
@@ -26,6 +26,8 @@ class Seen:
 
     engine: str
     ratio: float
+    power_w: float | None = None
+    """Mean of the GPU's board over the steps, where it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +47,13 @@ class Calibration:
     """By engine."""
     left_out: Mapping[str, int]
     """Why records were left out -> how many."""
+    power_w: Mapping[str, float] = field(default_factory=dict)
+    """Engine -> median power of the GPU's board in its steps."""
 
     @property
     def told(self) -> str:
         parts = [
-            f"{engine} x {each.expected:.2f} ({each.count} record{'' if each.count == 1 else 's'})"
+            f"{engine} x {each.expected:.2f} ({_records(each.count)})"
             for engine, each in self.factors.items()
         ]
         parts += [f"{count} left out: {why}" for why, count in self.left_out.items()]
@@ -63,18 +67,29 @@ def hardware(machine: Machine) -> tuple[str, ...]:
     return (*named, machine.cpu.name, f"{machine.cpu.cores_usable} cores")
 
 
-def why_other_hardware(one: Machine, other: Machine) -> str | None:
-    """What differs, or `None`."""
-    differing = [f"{b}, not {a}" for a, b in zip(hardware(one), hardware(other), strict=False) if a != b]
-    return "; ".join(differing) or None
+def why_other_hardware(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """What `theirs` has that `ours` has not, both as `hardware` tells them; `None`: they are the same."""
+    return next((each for each in theirs if each not in ours), None) or (
+        None if len(theirs) == len(ours) else "no GPU"
+    )
+
+
+def _records(count: int) -> str:
+    return "1 record" if count == 1 else f"{count} records"
 
 
 def calibration_of(seen: Sequence[Seen], left_out: Mapping[str, int]) -> Calibration:
     ratios: dict[str, list[float]] = {}
     for each in seen:
         ratios.setdefault(each.engine, []).append(each.ratio)
+    powers: dict[str, list[float]] = {}
+    for each in seen:
+        if each.power_w is not None:
+            powers.setdefault(each.engine, []).append(each.power_w)
     return Calibration(
-        factors={engine: _factor(found) for engine, found in ratios.items()}, left_out=dict(left_out)
+        factors={engine: _factor(found) for engine, found in ratios.items()},
+        left_out=dict(left_out),
+        power_w={engine: statistics.median(found) for engine, found in powers.items()},
     )
 
 
@@ -106,7 +121,7 @@ def calibrated(prediction: Prediction, engine: str, calibration: Calibration | N
         step_s_low=low,
         step_s_high=high,
         basis=(
-            f"{prediction.basis.rstrip('.')}; times {factor.expected:.3g}, as {factor.count} records of this "
-            "machine have it."
+            f"{prediction.basis.rstrip('.')}; times {factor.expected:.3g}, as "
+            f"{_records(factor.count)} of this machine have it."
         ),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from engines.errors import UserError
 from engines.shapes import ModelShape
+from profiles.advice import words
 from profiles.advice.outlook import BestMethod, JobToPlan, Outlook, outlook
 from profiles.machine import Machine
 from profiles.planning.recommend import plan_engine
@@ -83,6 +84,26 @@ def _meets(best: BestMethod | None, target: Target) -> Meets:
     return "yes" if high <= target.hours else "perhaps" if low <= target.hours else "no"
 
 
+def target_sentences(found: Sequence[TargetAnswer], kinds: Collection[str]) -> tuple[str, ...]:
+    """The least machine by each of the `kinds` of method (`first`, `zeroth`), and the least that may be one
+    by the range's lower end."""
+    said = []
+    for kind, name in (("first", words.WITH_GRADIENTS), ("zeroth", words.WITHOUT_GRADIENTS)):
+        if kind not in kinds:
+            continue
+        sure = next((each for each in found if getattr(each, kind) == "yes"), None)
+        perhaps = next((each for each in found if getattr(each, kind) == "perhaps"), None)
+        if sure is None and perhaps is None:
+            said.append(words.no_machine(name))
+            continue
+        if sure is not None:
+            said.append(words.least_machine(name, sure.outlook.name, getattr(sure.outlook, kind).engine))
+        if perhaps is not None and (sure is None or found.index(perhaps) < found.index(sure)):
+            method = getattr(perhaps.outlook, kind).engine
+            said.append(words.perhaps_machine(name, perhaps.outlook.name, method))
+    return tuple(said)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Largest:
     """The largest model that a method fits."""
@@ -92,6 +113,8 @@ class Largest:
     """`None`: not even the smallest."""
     parameters: int = 0
     step_s: float | None = None
+    on_disk: bool = False
+    """A part of it is read from disk in every step."""
 
 
 def largest_models(machine: Machine, job: JobToPlan, shapes: Sequence[ModelShape]) -> tuple[Largest, ...]:
@@ -107,9 +130,11 @@ def _largest(engine: str, machine: Machine, job: JobToPlan, by_size: Sequence[Mo
         context = replace(job, shape=shape, workload=workload).context(engine, machine)
         plan = plan_engine(context, job.settings_of(engine))
         if plan.fits:
+            told = plan.prediction
             return Largest(
-                engine=engine, model=shape.name, parameters=shape.parameters, step_s=plan.prediction.step_s
-            )
+                engine=engine, model=shape.name, parameters=shape.parameters, step_s=told.step_s,
+                on_disk=told.disk_read_bytes > 0,
+            )  # fmt: skip
         if not plan.available:
             break
     return Largest(engine=engine, model=None)

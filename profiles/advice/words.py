@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from profiles.advice.money import Cost
 from profiles.units import format_bytes, format_seconds
 
-NO_PRICE = "none: the same is computed"
+NO_PRICE = "none: a step is on the same sequences"
 UPGRADE_VRAM = "GPU memory"
 UPGRADE_RAM = "host memory"
+UPGRADE_GPU = "a second GPU like it, host memory shared"
 UPGRADE_SLOT = "a link twice as fast (the next PCIe generation, or twice the lanes)"
 UPGRADE_CHANNELS = "memory channels, twice as many"
 UPGRADE_CORES = "CPU cores, twice as many"
 SUPPOSED = "supposed"
+WITH_GRADIENTS = "With gradients"
+WITHOUT_GRADIENTS = "Without gradients (zeroth order)"
 NO_PLAN = "There is no plan."
 NOTHING_FITS = "Nothing fits."
+NOTHING_RUNS = "Nothing can run as it was asked."
 MEASURE = "ranges overlap, so which is faster is for a measurement to say"
 
 _DTYPES = {
@@ -53,7 +57,9 @@ def duration(seconds: float | None) -> str:
 def band(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "-"
-    return f"{duration(low)} to {duration(high)}"
+    first, last = duration(low), duration(high)
+    number, _, unit = first.partition(" ")
+    return f"{number if last.endswith(f' {unit}') else first} to {last}"
 
 
 def money(cost: Cost) -> str:
@@ -65,3 +71,19 @@ def names(engines: Sequence[str]) -> str:
     if len(engines) < 2:
         return "".join(engines)
     return f"{', '.join(engines[:-1])} and {engines[-1]}"
+
+
+def least_machine(kind: str, machine: str, engine: str) -> str:
+    return f"{kind} the least machine that does it is {machine}, by {engine}."
+
+
+def perhaps_machine(kind: str, machine: str, engine: str) -> str:
+    return f"{kind} {machine} may do it, by {engine}: its range goes beyond the target."
+
+
+def no_machine(kind: str) -> str:
+    return f"{kind} no machine of the catalogue does it."
+
+
+def even_so(tokens: int, why_not: str) -> str:
+    return f"even one sequence of {tokens} tokens at a time {why_not}"
