@@ -47,7 +47,7 @@ RUN_FIELDS: tuple[tuple[str, Callable[[Run], CellValue]], ...] = (
     ("time", lambda run: run.time),
     ("emulated", lambda run: run.environment.emulated),
     *(
-        (name, lambda run, name=name: getattr(run.summary, name))  # type: ignore[misc]
+        (name, lambda run, name=name: getattr(run.summary, name))
         for name in (
             "step_s_median", "step_s_p10", "step_s_p90", "tokens_per_s", "peak_gpu_allocated_bytes",
             "peak_gpu_reserved_bytes", "peak_gpu_nvml_bytes", "peak_host_bytes", "pinned_bytes", "h2d_bytes",
@@ -110,7 +110,11 @@ def write_tables(data: ReportData, folder: Path, kind: TableFormat) -> tuple[Pat
         if kind == "csv":
             content = frame.to_csv(index=False).encode("utf-8")
         else:
-            text = [name for name in frame.columns if frame[name].map(type).eq(str).any()]
+            text = [
+                name
+                for name, values in zip(table.columns, zip(*rows, strict=True), strict=False)
+                if any(isinstance(value, str) for value in values)
+            ]
             content = frame.astype(dict.fromkeys(text, "string")).to_parquet(index=False)
         write_whole(path, content)
         paths.append(path)

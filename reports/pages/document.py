@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reports.decide import JudgedCriterion, State
+from reports.decide import JudgedCriterion
 from reports.format import Table
+from reports.judging.ranking import State
 
 NamedText = tuple[str, str]
 """Name and text."""

@@ -9,10 +9,11 @@ from engines import entry
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
 from harness.records.stats import Rounds
 from profiles.language import translated
-from reports.decide import State, Verdict, state_text
+from reports.decide import Verdict, state_text
 from reports.format import JOULES, NUMBER, PERCENT, Table
 from reports.judging import stated
 from reports.judging.quality import learned
+from reports.judging.ranking import State
 from reports.messages import say
 from reports.metrics import Measurements, is_emulated, typical
 from reports.tables import fits

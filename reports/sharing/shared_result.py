@@ -23,7 +23,7 @@ Setting = str | int | float | bool
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedMachine:
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     gpu: str | None
     """As NVML names it; `None`: there is none."""
@@ -51,7 +51,7 @@ def _dashed(name: str) -> str:
 class SharedMethod:
     """One method, over all its processes."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     engine: str
     settings: dict[str, Setting]
@@ -73,7 +73,7 @@ class SharedMethod:
 class Submission:
     """What one comparison measured."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     day: str
     machine: SharedMachine
