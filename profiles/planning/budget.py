@@ -15,7 +15,7 @@ CONTEXT_BYTES = 600_000_000
 FRAGMENTATION = 0.05
 ALLOCATOR_BYTES = 300_000_000
 """What torch reserves over the tensors' peak: a share of it, and blocks that are cut in pieces, whatever the
-model's size. With both, 33 of the 44 reserved peaks of reports/results are within 7 % of what is predicted."""
+model's size. With both, 33 of the 44 reserved peaks in reports/results are within 7 % of the prediction."""
 
 FREE_SHARE = 0.10
 """Share of the GPU that zo2's resident blocks leave free where the user has named no limit."""
