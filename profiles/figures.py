@@ -132,7 +132,8 @@ FIGURES: tuple[FigureRow, ...] = (
     ),
     _row("memory.triad_bytes_per_s", "host triad, read + written", format_rate, "default", "doctor"),
     _row(
-        "memory.pinned_bytes", "pinned by one process", format_bytes, "default", "predict", "doctor", detail=_bound
+        "memory.pinned_bytes", "pinned by one process", format_bytes, "default", "predict", "doctor",
+        detail=_bound,
     ),
     # The probe has to write what it reads; the rate tells how long blocks take to be put on this disk.
     _row("disk.write_bytes_per_s", "disk, writing", format_rate, "default", "predict"),
