@@ -25,7 +25,7 @@ from reports.render import in_short, page, write_report, written
 from reports.sharing.shared_result import Submission
 from reports.sharing.submission import check, submission_of
 
-COMMUNITY = Path("reports/community")
+SHARED = Path("reports/community")
 
 criteria_app = typer.Typer(
     help="Write down what would count as success, before measuring.",
@@ -120,7 +120,7 @@ def submit(
     folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
     to: Annotated[
         Path, typer.Option("--to", help="Folder of shared results, in a clone of the repository.")
-    ] = COMMUNITY,
+    ] = SHARED,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
     as_json: Json = False,
 ) -> None:

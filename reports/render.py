@@ -74,20 +74,20 @@ def in_short(verdict: Verdict, language: Language) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class WrittenReport:
     """A folder judged and told, in one language."""
 
     verdict: Verdict
     document: Document
 
 
-def written(loaded: Loaded, criteria: Criteria | None) -> Written:
+def written(loaded: Loaded, criteria: Criteria | None) -> WrittenReport:
     """In the language spoken. `criteria` of `None`: the built-in defaults judge."""
     asked = criteria or default_criteria()
     untried = untried_of(loaded)
     verdict = judge(loaded, asked, untried)
     all_ = group(loaded.runs, loaded.machine, asked, untried.yardstick_is_out)
-    return Written(verdict=verdict, document=document(loaded, verdict, asked, all_, untried))
+    return WrittenReport(verdict=verdict, document=document(loaded, verdict, asked, all_, untried))
 
 
 def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = None) -> Verdict:
@@ -104,12 +104,12 @@ def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = N
     )
 
 
-def render_markdown(told: Written) -> str:
+def render_markdown(told: WrittenReport) -> str:
     """For pull requests and wikis. Text from the data is escaped; charts are left to the HTML."""
     return _markdown().get_template("report.md.j2").render(document=told.document)
 
 
-def render_html(told: Written) -> str:
+def render_html(told: WrittenReport) -> str:
     """One file without scripts or anything from outside; its first page prints on one sheet of A4."""
     tone = told.document.front.state.lower().removesuffix(" go")
     return (
