@@ -41,6 +41,8 @@ Deviations from the paper and its code, beside those of `engines.methods.mezo`:
 - Downloads are not needed in every step (`fold_every`); the paper's schedule is 1.
 - Blocks may be on disk; the paper has all in host memory.
 - The pending updates are applied wherever weights are looked at: evaluating, exporting, saving.
+
+Longer than 400 lines: where blocks lie and what is done with them there is one store.
 """
 
 from __future__ import annotations

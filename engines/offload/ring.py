@@ -14,6 +14,8 @@ Streams and events:
 - the upload stream waits, before it reads a chunk from the host, for the chunk's last download.
 The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
 not been read: `engines.offload.disk`. Blocks on disk are never sent down.
+
+Longer than 400 lines: the ring and the order of its copies are one thing.
 """
 
 from __future__ import annotations

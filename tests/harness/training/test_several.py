@@ -12,6 +12,7 @@ import pytest
 from train_runs import assert_same_weights, log_of, run, tiny_job
 
 from engines.errors import UserError
+from harness.progress import Progress
 from harness.records.job import Job, Limits
 
 
@@ -31,17 +32,15 @@ class Stop(BaseException):
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
-    """Once so many steps are logged, `act` is called before the next."""
-    from harness.training import steps
+    """Once so many steps are done, `act` is called before the next."""
+    original = Progress.update
 
-    original = steps._write
-
-    def write(log: Any, **values: float) -> None:
-        original(log, **values)
-        if values.get("step") == step and "loss" in values:
+    def update(self: Progress, what: str, done: int, total: int, **more: Any) -> None:
+        original(self, what, done, total, **more)
+        if what == "training" and done == step:
             act()
 
-    monkeypatch.setattr(steps, "_write", write)
+    monkeypatch.setattr(Progress, "update", update)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
