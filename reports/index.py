@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -41,8 +40,7 @@ from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
 from reports.render import markdown_text
-from reports.sharing.public_page import SharedRow, public_page, rows_of
-from reports.sharing.submission import shared_results, submission_of
+from reports.sharing.public_page import public_page, public_rows
 
 KINDS = ("runs", "generations")
 VARIANTS = (
@@ -53,8 +51,6 @@ CHOSEN = ("d",)
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""
-COMMUNITY = "community"
-"""Beside the published folders: what others shared."""
 ABOUT = "about.txt"
 """In a published folder: a sentence on what it is for."""
 
@@ -113,27 +109,10 @@ def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broke
     ]
     generated.sort(key=lambda each: (each.run.model.parameters, each.folder, each.sequences, each.run.id))
     page, picture = folder / "README.md", folder / "overview.svg"
-    write_whole(folder / "index.html", public_page([*_own(folders), *_shared(folder)]))
+    write_whole(folder / "index.html", public_page(public_rows(folder, folders)))
     write_whole(picture, overview(found))
     write_whole(page, index(found, generated, abouts(folder)))
     return page, picture
-
-
-def _own(folders: Sequence[Path]) -> Iterator[SharedRow]:
-    """Rows of the published folders that say something of their machine."""
-    for path in folders:
-        if any(path.glob("runs/*.json")):
-            with suppress(UserError):  # emulated or traced, or nothing ended well
-                found = submission_of(load_folder(path))
-                yield from rows_of(found, f"{path.name}/report.html", say("public.ours"))
-
-
-def _shared(folder: Path) -> Iterator[SharedRow]:
-    """Rows of what others shared, in the folder beside. Raises `UserError` for a file that is none."""
-    community = folder.parent / COMMUNITY
-    for path, found in shared_results(community):
-        link = f"../{COMMUNITY}/{path.parent.name}/{path.name}"
-        yield from rows_of(found, link, say("public.shared"))
 
 
 def published_folders(folder: Path) -> list[Path]:

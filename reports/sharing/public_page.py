@@ -5,16 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from engines.errors import UserError
 from profiles.units import format_bytes, format_seconds
 from reports.format import digits, times
+from reports.load import load_folder
 from reports.messages import say
 from reports.sharing.shared_result import SharedMethod, Submission
+from reports.sharing.submission import shared_results, submission_of
+
+COMMUNITY = "community"
+"""Beside the published folders: what others shared."""
 
 SCRIPT = """\
 const rows = [...document.querySelectorAll('tbody tr')];
@@ -90,6 +98,21 @@ def _cells(method: SharedMethod) -> tuple[str, ...]:
         nothing if ratio is None else times(ratio),
         str(len(method.step_s)),
     )
+
+
+def public_rows(folder: Path, published: Sequence[Path]) -> list[SharedRow]:
+    """Rows of the `published` folders in `folder` that say something of their machine, and of what others
+    shared, in the folder beside. Raises `UserError` for a shared file that is none."""
+    rows: list[SharedRow] = []
+    for path in published:
+        if any(path.glob("runs/*.json")):
+            with suppress(UserError):  # emulated or traced, or nothing ended well
+                found = submission_of(load_folder(path))
+                rows += rows_of(found, f"{path.name}/report.html", say("public.ours"))
+    for path, found in shared_results(folder.parent / COMMUNITY):
+        link = f"../{COMMUNITY}/{path.parent.name}/{path.name}"
+        rows += rows_of(found, link, say("public.shared"))
+    return rows
 
 
 def public_page(rows: Sequence[SharedRow]) -> str:
