@@ -146,8 +146,8 @@ def recommend(
     planned = job_to_plan(job, shape, names, amount)
     calibration = None if calibrate is None else calibration_from(calibrate, machine)
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
-    if (note := unmeasured_limit(answer)) is not None:
-        typer.echo(f"note: {note}", err=True)
+    if (unmeasured := unmeasured_limit(answer)) is not None:
+        typer.echo(f"note: {unmeasured}", err=True)
     if explain:
         answer = with_explanations(answer, planned)
     if what_if:
