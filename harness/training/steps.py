@@ -12,7 +12,7 @@ import shutil
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -300,11 +300,17 @@ class _StopAfterStep:
         self.asked = True
 
 
-def _open_log(path: Path) -> IO[str]:
+@contextmanager
+def _open_log(path: Path) -> Iterator[IO[str]]:
     try:
-        return path.open("a", encoding="utf-8")
+        log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error) from None
+    try:
+        yield log
+    finally:
+        with suppress(OSError):  # of a line that could not be written, which `_write` has told
+            log.close()
 
 
 def _write(log: IO[str], **values: float) -> None:

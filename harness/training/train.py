@@ -164,7 +164,7 @@ def _train(
             write_whole(out / SUMMARY, to_json(summary))
             try:
                 export(out / MODEL)
-            except UserError:
+            except Exception:
                 if updates is None and restore.step_of(restore.newest_checkpoint(out)) < course.done:
                     # Else the trained weights would end with this process.
                     restore.write_checkpoint(engine, out, course.done)
