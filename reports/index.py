@@ -1,4 +1,6 @@
-"""README.md and overview.svg of a folder of published results: all of its tables as one, and a picture."""
+"""README.md, overview.svg and index.html of a folder of published results: all of its tables as one.
+
+Longer than 400 lines: the columns of two tables, each read as one list."""
 
 from __future__ import annotations
 
