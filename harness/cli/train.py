@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from engines.errors import UserError
+from harness.cli.by_name import by_name
 from harness.cli.options import JobFlags, Out, Quiet, engine_names, results_folder, takes_job
 from harness.cli.tables import rates_table
 from harness.pipeline import training_settings
@@ -21,7 +22,7 @@ from harness.records.presets import LR_SEARCH
 from profiles.documents import to_json
 
 
-@takes_job(without=("warmup_steps", "host_memory", "timeout", "gpus", "nodes"))
+@takes_job(without=("warmup_steps", "host_memory", "timeout"))
 def run(
     flags: JobFlags,
     engine: Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")],
@@ -128,10 +129,19 @@ def run(
     if job.eval_every and not job.eval_batches:
         raise UserError("--eval-every", "there is nothing to evaluate on", "add --eval-batches")
 
+    from harness.training.follower import follow_from_here, leads
     from harness.training.repeats import spread_over, started
     from harness.training.train import Length, train
 
     length = None if epochs is None and examples is None else Length(epochs=epochs, examples=examples)
+    if not leads(job.limits):
+        if length is not None or repeat > 1:
+            why = "is not for machines that follow, which are told when to end"
+            raise UserError("--epochs", why, "give --steps on every machine, and one run at a time")
+        with Progress(quiet) as progress:
+            steps = follow_from_here(job, names[0], settings.typed, progress)
+        typer.echo(f"{steps} steps taken with the machine of NODE_RANK 0, which has the model")
+        return
     with Progress(quiet) as progress:
         for number in range(repeat):
             own = folder / f"seed-{job.seed + number}" if repeat > 1 else folder
@@ -181,13 +191,26 @@ def export(
         Path | None,
         typer.Option("--to", help="Where to. [default: export-step-NNNNNNNN in FOLDER]"),
     ] = None,
+    tables: Annotated[
+        Literal["csv", "parquet"] | None,
+        typer.Option(
+            "--format",
+            help="Of a folder that `compare` or `poc` wrote: every table of its report as a file in --to. "
+            "[default: FOLDER/tables]",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the model of a run as a Hugging Face folder, without training. Its last line is that folder.
 
-    The run may be finished, stopped, killed or still going on. With `mezo` and `zo2` the weights are those
-    after the last step in its update log; with the others those of its newest checkpoint.
+    With --format: the tables of a comparison, for spreadsheets and programs. The run may be finished,
+    stopped, killed or still going on. With `mezo` and `zo2` the weights are those after the last step in its
+    update log; with the others those of its newest checkpoint.
     """
+    if tables is not None:
+        typer.echo(str(by_name("reports.commands:export_tables")(folder, tables, to)))
+        return
     from harness.training.train import export_run
 
     with Progress(quiet) as progress:
