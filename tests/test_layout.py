@@ -37,7 +37,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "harness": (
         ("__init__",),
-        ("progress", "records", "signals"),
+        ("contacts", "progress", "records", "signals"),
         ("models",),
         ("data",),
         ("resolve", "runs"),

@@ -57,6 +57,8 @@ class RunRecording:
     """What of the settings the engine could not have, and why; `None`: it was never asked."""
     held: Held | None = None
     """What of an emulated machine the child was held to."""
+    contacted: list[str] = field(default_factory=list)
+    """Hosts that the child looked for or connected to."""
     told: Any = None
     """The whole `harness.runs.worker.Result`, from a child that could not write it."""
 

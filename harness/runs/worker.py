@@ -29,6 +29,7 @@ from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
 from engines.world import ALONE, Alone, World
+from harness.contacts import contacts_watched
 from harness.records.job import Job
 from harness.records.learning import Learning
 from harness.records.metrics import metrics_of
@@ -112,7 +113,8 @@ def main(arguments: Sequence[str]) -> int:
         limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events, folder, place)
+    with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):
+        result = execute(request, events, folder, place)
     try:
         local = 0 if place is None else place.local_rank
         write_whole(folder / of_rank("result.json", local), to_json(result))

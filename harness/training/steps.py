@@ -24,6 +24,7 @@ from harness.data.batches import Data
 from harness.models.export import holds_something
 from harness.progress import Progress
 from harness.records import metrics
+from harness.records.governance import Governance
 from harness.records.job import Job
 from harness.signals import on_first_signal
 from harness.training import restore
@@ -62,6 +63,8 @@ class TrainingSummary:
     metrics: dict[str, float]
     """Of the last evaluation."""
     best: Best | None
+    governance: Governance
+    """Where what it read and wrote lies, and which hosts this call contacted."""
     schema_version: int = 1
 
     def told(self) -> str:
@@ -113,7 +116,7 @@ class Course:
         every = self.job.eval_every
         return step in (0, self.job.steps) or bool(every and step % every == 0)
 
-    def summary(self, engine: str) -> TrainingSummary:
+    def summary(self, engine: str, governance: Governance) -> TrainingSummary:
         return TrainingSummary(
             engine=engine,
             seed=self.job.seed,
@@ -124,6 +127,7 @@ class Course:
             real_tokens_per_s=sum(self.tokens) / sum(self.times_s) if self.times_s else None,
             metrics=self.last,
             best=self.best if self.job.eval_every else None,
+            governance=governance,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from engines.settings.given import GivenSettings
@@ -12,6 +12,7 @@ from profiles.advice.money import Cost, Price, costs_of
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict
+from profiles.units import format_bytes
 
 Band = tuple[float, float, float]
 """Low, expected, high."""
@@ -59,16 +60,23 @@ def job_forecast(
     """Of `plan`, which was made in `context`. Steps of shorter sequences are forecast by themselves, with the
     plan's settings."""
     seconds = _seconds(plan.settings, context, amount, calibration)
-    basis = {"steps": amount.basis, "tokens": amount.basis}
+    cost = context.cost(plan.settings.typed)
+    basis = {
+        "steps": amount.basis,
+        "tokens": amount.basis,
+        "peak_gpu_bytes": sum_of_parts(cost.gpu_memory_bytes),
+        "peak_host_bytes": sum_of_parts(cost.host_memory_bytes),
+    }
     if seconds is None:
         basis["seconds"] = plan.prediction.basis
         return JobForecast(engine=plan.engine, steps=amount.steps, tokens=amount.tokens, basis=basis)
     basis["seconds"] = f"{amount.steps:,} steps; {plan.prediction.basis}"
     kwh = None
-    if rates.power_w is not None:
-        low, expected, high = (rates.power_w * each / 3.6e6 for each in seconds)
+    power_w, power_basis = _power(plan.engine, rates, calibration)
+    if power_w is not None:
+        low, expected, high = (power_w * each / 3.6e6 for each in seconds)
         kwh = low, expected, high
-        basis["energy_kwh"] = f"{rates.power_w:g} W all the time, as typed"
+        basis["energy_kwh"] = power_basis
     low_h, hours, high_h = (each / 3600 for each in seconds)
     return JobForecast(
         engine=plan.engine,
@@ -83,6 +91,21 @@ def job_forecast(
         costs=costs_of(rates.prices, (low_h, hours, high_h), kwh),
         basis=basis,
     )
+
+
+def sum_of_parts(parts: Mapping[str, int]) -> str:
+    """Memory by kind, such as `weights 2.4 GiB + buffers 1.0 GiB`."""
+    return " + ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
+
+
+def _power(engine: str, rates: Rates, calibration: Calibration | None) -> tuple[float | None, str]:
+    """Watts, and where they come from."""
+    if rates.power_w is not None:
+        return rates.power_w, f"{rates.power_w:g} W all the time, as typed"
+    power_w = None if calibration is None else calibration.power_w.get(engine)
+    if power_w is None:
+        return None, ""
+    return power_w, f"{power_w:.3g} W, of the GPU's board alone, as records of this machine measured"
 
 
 def _seconds(

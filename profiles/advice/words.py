@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from profiles.advice.money import Cost
 from profiles.units import format_bytes, format_seconds
 
-NO_PRICE = "none: the same is computed"
+NO_PRICE = "none: a step is on the same sequences"
 UPGRADE_VRAM = "GPU memory"
 UPGRADE_RAM = "host memory"
+UPGRADE_GPU = "a second GPU like it, host memory shared"
 UPGRADE_SLOT = "a link twice as fast (the next PCIe generation, or twice the lanes)"
 UPGRADE_CHANNELS = "memory channels, twice as many"
 UPGRADE_CORES = "CPU cores, twice as many"
@@ -18,6 +19,7 @@ WITH_GRADIENTS = "With gradients"
 WITHOUT_GRADIENTS = "Without gradients (zeroth order)"
 NO_PLAN = "There is no plan."
 NOTHING_FITS = "Nothing fits."
+NOTHING_RUNS = "Nothing can run as it was asked."
 MEASURE = "ranges overlap, so which is faster is for a measurement to say"
 
 _DTYPES = {
@@ -79,3 +81,7 @@ def perhaps_machine(kind: str, machine: str, engine: str) -> str:
 
 def no_machine(kind: str) -> str:
     return f"{kind} no machine of the catalogue does it."
+
+
+def even_so(tokens: int, why_not: str) -> str:
+    return f"even one sequence of {tokens} tokens at a time {why_not}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from train_runs import Killed, assert_same_weights, die_at, log_of, run, tiny_jo
 from engines.errors import UserError
 from engines.files.checksums import SUMS
 from engines.files.writing import TEMPORARY
+from harness.contacts import contacts_watched
 from harness.progress import Progress
 from harness.runs import worker
 from harness.training import room
@@ -218,6 +220,39 @@ def test_a_run_that_cannot_save_says_so_before_it_trains(
         with pytest.raises(UserError, match=r"free, the run writes|more files"):
             run(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_whose_blocks_on_disk_leave_no_room_for_its_export_does_not_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of one disk: what was free for the export is taken by the set-up."""
+    cls, values = module.load_engine("zo2"), {"f_bavail": 2, "f_frsize": 2**20, "f_files": 0}
+    setup = cls.setup
+
+    def and_then_full(self: Any, blueprint: Any) -> None:
+        setup(self, blueprint)
+        monkeypatch.setattr(room.os, "statvfs", lambda path: type("Full", (), values))
+
+    def no_step(self: Any, batches: Any) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(cls, "setup", and_then_full)
+    monkeypatch.setattr(cls, "step", no_step)
+    job = tiny_job(model={"name": "tiny-llama", "random_weights": True}, eval_every=1)
+    with pytest.raises(UserError, match="free, the run writes"):
+        run(tmp_path / "out", "zo2", job, disk_blocks=1, disk_folder=str(tmp_path / "spill"))
+
+
+def test_a_finished_run_says_where_things_lie_and_whom_it_asked(tmp_path: Path) -> None:
+    with contacts_watched():
+        run(tmp_path / "out", "zo2", disk_blocks=1, disk_folder=str(tmp_path / "spill"))
+    facts = json.loads((tmp_path / "out" / "summary.json").read_text())["governance"]
+    assert (facts["hub"], facts["sent"], facts["contacted"]) == ("not needed", "nothing", [])
+    places = {each["what"]: (each["where"], each["name"]) for each in facts["places"]}
+    assert places == {
+        "weights": ("seed", ""), "data": ("program", ""), "spill": ("user", "spill"),
+        "records": ("results", "summary.json"), "logs": ("results", "log.jsonl"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", ["native", "lsp", "mezo"])
