@@ -78,6 +78,8 @@ class StudyRequest:
     sizes: StudySizes = field(default_factory=StudySizes)
     profile: Path | None = None
     emulate: Path | None = None
+    machine: Machine | None = None
+    """This one, where it was measured already and neither of the two is named."""
     resume: bool = False
     quiet: bool = False
 
@@ -111,7 +113,9 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     check_metric(study.target.metric, job, shape)
     rungs = rungs_of(study.budget, study.seeds, job.workload)
     named = study.emulate or study.profile
-    machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
+    machine = study.machine
+    if machine is None or named is not None:
+        machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
     plans = {each.engine: each for each in plan_job(job, shape, machine, study.engines, study.emulate)}
     methods = tuple(_method(plans[engine], study) for engine in study.engines)
     plan = StudyPlan(

@@ -1,9 +1,9 @@
 """Suites: several studies in one file that anyone can read and copy. Imports no torch.
 
 A suite is a TOML file: what it is (`about`), `engines`, `budget`, perhaps `emulate`; the fields of a job that
-all tasks share (`[job]`, as `--job` has them) and most examples of each part (`[sizes]`); and a `[[tasks]]` for
-each study, with a `name`, a `target`, the files `data`, `eval_data` and `test_data` (of the folder that
-`--data-dir` names) and fields of its job (`[tasks.job]`). A task that cannot be studied yet says why in
+all tasks share (`[job]`, as `--job` has them), most examples of each part (`[sizes]`); and `[[tasks]]`, one
+for each study, with a `name`, a `target`, the files `data`, `eval_data` and `test_data` of the folder that
+`--data-dir` names, and fields of its job (`[tasks.job]`). A task that cannot be studied yet says why in
 `missing`.
 """
 
@@ -61,19 +61,23 @@ class Suite:
 
 def suite_names() -> tuple[str, ...]:
     """Of the suites that come along."""
-    folder = files("harness.quality") / "suites"
-    return tuple(sorted(each.name.removesuffix(".toml") for each in folder.iterdir() if each.name.endswith(".toml")))
+    folder = files("harness.quality") / "suite_files"
+    return tuple(
+        sorted(each.name.removesuffix(".toml") for each in folder.iterdir() if each.name.endswith(".toml"))
+    )
 
 
 def load_suite(name: str) -> Suite:
     """One that comes along, by its name, or a file. Raises `UserError`."""
     if name in suite_names():
-        text = (files("harness.quality") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
+        text = (files("harness.quality") / "suite_files" / f"{name}.toml").read_text(encoding="utf-8")
     elif exists(Path(name)):
         text = read_text(Path(name), "suite", MOST_SUITE_BYTES)
     else:
         raise UserError(
-            f"--suite {name}", "is no file and no suite", f"choose from: {', '.join(suite_names())}, or write one"
+            f"--suite {name}",
+            "is no file and no suite",
+            f"choose from: {', '.join(suite_names())}, or write one",
         )
     values = parse_toml(text, f"suite {name}")
     try:
@@ -81,7 +85,7 @@ def load_suite(name: str) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"suite {name}, {where}", first["msg"], "see harness/quality/suites for examples") from None
+        raise UserError(f"suite {name}, {where}", first["msg"], "see harness/quality/suite_files") from None
     names = [task.name for task in suite.tasks]
     twice = next((each for each in names if names.count(each) > 1), None)
     if twice is not None or not names:
