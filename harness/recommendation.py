@@ -29,6 +29,7 @@ from profiles.documents import adapter
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import plan_engine, rank
+from profiles.units import format_bytes
 
 RECOMMENDATION_VERSION = 1
 """Schema version of `recommend --json`, which `recommend --schema` describes."""
@@ -109,6 +110,23 @@ def catalogue() -> dict[str, Machine]:
     return {name: load_machine(FOLDER / f"{name}.json") for name in machine_names()}
 
 
+def limits_beyond(job: Job, machine: Machine) -> list[str]:
+    """Limits that are more than the machine has, so that they limit nothing."""
+    found = []
+    gpu, limits = machine.gpu, job.limits
+    if gpu is not None and limits.vram_bytes is not None and limits.vram_bytes > gpu.total_bytes:
+        found.append(
+            f"--vram {format_bytes(limits.vram_bytes)} is more than the {format_bytes(gpu.total_bytes)} of "
+            f"{gpu.name}, so plans use what it has; --what-if or --profile for a larger card"
+        )
+    if limits.host_bytes is not None and limits.host_bytes > machine.memory.total_bytes:
+        found.append(
+            f"--host-memory {format_bytes(limits.host_bytes)} is more than the "
+            f"{format_bytes(machine.memory.total_bytes)} of this machine, so plans use what it has"
+        )
+    return found
+
+
 def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:
     return JobToPlan(
         shape=shape,
@@ -139,12 +157,12 @@ def recommended(
         own = replace(job, settings={name: each for name, each in job.settings.items() if name == engine})
         plan = plan_engine(context, planned.settings_of(engine), job_arguments(own))
         plans.append(replace(plan, prediction=calibrated(plan.prediction, engine, calibration)))
-    plans.sort(key=rank)
     forecasts = {
         plan.engine: job_forecast(plan, contexts[plan.engine], planned.amount_or_step, rates, calibration)
         for plan in plans
         if plan.fits
     }
+    plans.sort(key=lambda plan: _by_end(plan, forecasts.get(plan.engine)))
     found = [way_out(plan, contexts[plan.engine], planned.settings_of(plan.engine)) for plan in plans]
     ways = {each.engine: each for each in found if isinstance(each, WayOut)}
     shape = planned.shape
@@ -157,7 +175,7 @@ def recommended(
         ),
         amount=planned.amount,
         plans=tuple(plans),
-        forecasts=tuple(forecasts.values()),
+        forecasts=tuple(forecasts[plan.engine] for plan in plans if plan.fits),
         ways_out=tuple(ways.values()),
         blocked=tuple(each for each in found if isinstance(each, Blocked)),
         verdict=verdict_of(
@@ -166,6 +184,13 @@ def recommended(
         ),
         calibration=calibration,
     )  # fmt: skip
+
+
+def _by_end(plan: Plan, forecast: JobForecast | None) -> tuple[bool, bool, bool, float]:
+    """By the job's end: shorter sequences are not as much faster with every method."""
+    fits, kind, is_timeless, step_s = rank(plan)
+    seconds = None if forecast is None else forecast.seconds
+    return fits, kind, is_timeless, step_s if seconds is None else seconds
 
 
 def with_explanations(answer: Recommendation, planned: JobToPlan) -> Recommendation:

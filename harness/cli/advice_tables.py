@@ -12,6 +12,7 @@ from engines import entry
 from harness.cli.tables import format_parameters, notes_grid, plain_table
 from harness.recommendation import Recommendation
 from profiles.advice import words
+from profiles.advice.amount import Amount
 from profiles.advice.job_time import JobForecast
 from profiles.advice.outlook import BestMethod
 from profiles.advice.target import target_sentences
@@ -40,7 +41,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
     ways = {each.engine: each for each in answer.ways_out}
     blocked = {each.engine: each.why for each in answer.blocked}
     notes = {
-        plan.engine: list(_notes(plan, ways.get(plan.engine), blocked.get(plan.engine)))
+        plan.engine: list(_notes(plan, ways.get(plan.engine), blocked.get(plan.engine), answer.amount))
         for plan in answer.plans
     }
     parts.append(notes_grid(notes))
@@ -116,14 +117,14 @@ def _energy(forecast: JobForecast | None) -> str:
     return f"{forecast.energy_kwh:.3g} ({forecast.energy_kwh_low:.3g} to {forecast.energy_kwh_high:.3g})"
 
 
-def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]:
+def _notes(plan: Plan, way: WayOut | None, blocked: str | None, amount: Amount | None) -> Iterator[str]:
     """Why it does not fit, what to change, and the setting that this is about; else its settings and why they
     are so."""
     told = " ".join(plan.reasons)
     if plan.why_not is not None:
         yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
         if way is not None or blocked != plan.why_not:
-            yield _way_told(way, blocked)
+            yield _way_told(way, blocked, amount)
         told = ""
     if not plan.available:
         return
@@ -136,14 +137,17 @@ def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]
         yield from plan.reasons
 
 
-def _way_told(way: WayOut | None, blocked: str | None) -> str:
+def _way_told(way: WayOut | None, blocked: str | None, amount: Amount | None) -> str:
     if way is None:
         return f"no way out: {blocked or 'none was tried'}"
     told = way.plan.prediction
     time = ""
     if told.step_s is not None:
         more = "" if way.times is None else f", {way.times:.2f} times that of the setting that does not fit"
-        time = f"; time: {format_seconds(told.step_s)} a step{more}"
+        job = ""
+        if amount is not None and len(amount.shares) == 1:  # else steps differ in length
+            job = f", {words.duration(amount.steps * told.step_s)} for the job"
+        time = f"; time: {format_seconds(told.step_s)} a step{job}{more}"
     return f"way out: {way.flags}{time}; quality: {way.quality}"
 
 

@@ -57,7 +57,9 @@ def duration(seconds: float | None) -> str:
 def band(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "-"
-    return f"{duration(low)} to {duration(high)}"
+    first, last = duration(low), duration(high)
+    number, _, unit = first.partition(" ")
+    return f"{number if last.endswith(f' {unit}') else first} to {last}"
 
 
 def money(cost: Cost) -> str:

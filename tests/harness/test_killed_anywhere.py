@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,10 @@ def disturbed(
         done = subprocess.run(
             [*before, *command, str(first), str(stride), *kinds],
             cwd=ROOT, capture_output=True, text=True, timeout=1800,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1",
+                "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # what has begun to use CUDA cannot be forked
+            },
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -57,6 +61,14 @@ def mounting() -> tuple[str, ...]:
 def test_a_kill_at_some_calls() -> None:
     for told in disturbed("kill", first=7, stride=STRIDE):
         assert told["tried"] >= told["calls"] // STRIDE > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_kill_at_some_calls_of_torchao_offload() -> None:
+    """Which runs on a GPU alone."""
+    (told,) = disturbed("kill", first=3, stride=11, kinds=("torchao-offload",))
+    assert told["tried"] >= 4
 
 
 def test_no_room_from_some_calls_on() -> None:

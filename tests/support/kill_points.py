@@ -176,8 +176,9 @@ def forked(work: Callable[[], None]) -> int:
             work()
             code = 0
         except UserError as error:
-            sys.stderr.write(f"{error}\n")
             code = REFUSED
+            with suppress(OSError):  # a file takes no more under `quota`
+                sys.stderr.write(f"{error}\n")
         except BaseException:
             traceback.print_exc()
         os._exit(code)

@@ -280,6 +280,37 @@ def test_an_export_that_fails_leaves_the_trained_weights(
         assert_same_weights(whole, run(out, engine, resume=True))
 
 
+def test_a_log_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where the file is closed, with the line that found no room."""
+    cls, lifts = module.load_engine("native"), []
+    step = cls.step
+
+    def cramped(self: Any, batches: Any) -> Any:
+        lifts.append(limited(10))
+        return step(self, batches)
+
+    monkeypatch.setattr(cls, "step", cramped)
+    try:
+        with pytest.raises(UserError, match=r"log.jsonl: cannot be written \(File too large\)"):
+            run(tmp_path / "out")
+    finally:
+        lifts[0]()
+
+
+def test_an_export_that_a_defect_ends_leaves_the_trained_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def defect(*_: Any) -> None:
+        raise ValueError("of a library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "export_model", defect)
+        with pytest.raises(ValueError, match="of a library"):
+            run(tmp_path / "out")
+    die_at(monkeypatch, "native", 0)  # no step is taken again
+    run(tmp_path / "out", resume=True)
+
+
 # --- leftovers ----------------------------------------------------------------------------------------
 
 

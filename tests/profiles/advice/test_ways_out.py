@@ -101,7 +101,7 @@ def test_where_nothing_helps_the_least_that_is_needed_is_told() -> None:
     batch_size=st.sampled_from((1, 4, 6)),
     seq_len=st.sampled_from((128, 1000, 2048)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_what_is_typed_fits(engine: str, model: str, gib: int, batch_size: int, seq_len: int) -> None:
     """The flags alone, read as the command line reads them, give a plan that fits."""
     workload = Workload(batch_size=batch_size, seq_len=seq_len)
