@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,24 @@ def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, text: str,
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="choose from: consumer-24gb, glue"):
         load_suite("nowhere")
+
+
+@pytest.mark.slow
+def test_a_toy_suite_is_run(tmp_path: Path) -> None:
+    """In processes of their own, as every study is; a second call has nothing left to do."""
+    path = toy(tmp_path, TOY.replace("100ktokens", "10ktokens"))
+    arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    arguments += ["--profile", str(tmp_path / "machine.json"), "--seeds", "1", "--json"]
+    done = CliRunner().invoke(app, ["compare", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    result = json.loads(done.stdout)
+    (method,) = result["methods"]
+    assert method["engine"] == "mezo"
+    assert len(method["test_values"]) == 1
+    assert 0 <= result["zero_shot"] <= 1
+    records = sorted((tmp_path / "out/reviews/trials").glob("*.json"))
+    assert len(records) == 4 + 2 + 1
+    learned = json.loads(records[-1].read_text())["learned"]
+    assert len(learned["evaluations"]) == 1 + 20
+    again = CliRunner().invoke(app, ["compare", *arguments, "--resume"], catch_exceptions=False)
+    assert json.loads(again.stdout) == result
