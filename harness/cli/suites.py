@@ -16,8 +16,9 @@ from harness.cli.quality import study_seen
 from harness.pipeline import find_machine
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_quality_target
-from harness.quality.study import PreparedStudy, StudyRequest, planned_trials, predicted_s, prepare_study
+from harness.quality.study import StudyRequest, planned_trials, predicted_s, prepare_study
 from harness.quality.suites import Suite, SuiteTask, file_of, job_of_task, load_suite, merged
+from harness.quality.trials import PreparedStudy
 from profiles.documents import to_json
 
 
