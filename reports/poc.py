@@ -15,6 +15,7 @@ from harness.cli.options import (
     Engines,
     FailOn,
     JobFlags,
+    Lang,
     Out,
     Profile,
     Quiet,
@@ -29,6 +30,7 @@ from harness.cli.options import (
     takes_job,
 )
 from harness.cli.sweep_progress import measure_seen
+from harness.cli.tables import runs_table
 from harness.pipeline import Sweep, prepare
 from harness.progress import console
 from harness.recommendation import job_to_plan, recommended
@@ -40,7 +42,7 @@ from profiles.system.nvml import open_device
 from reports.commands import note_left_out
 from reports.criteria import init_text, load_criteria
 from reports.decide import exit_code, parse_fail_on
-from reports.render import write_report
+from reports.render import in_short, page, write_report
 
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
 
@@ -58,6 +60,7 @@ def poc(
     out: Out = None,
     resume: Resume = False,
     trace: Trace = False,
+    lang: Lang = "en",
     quiet: Quiet = False,
     require_gpu: RequireGpu = False,
 ) -> None:
@@ -88,9 +91,10 @@ def poc(
     if criteria is None and not ready.in_use and not exists(folder / "criteria.toml"):
         write_whole(folder / "criteria.toml", init_text())
     runs = measure_seen(ready, sweep)
-    verdict = write_report(folder, on_broken=note_left_out)
-    typer.echo(f"{verdict.state}: {verdict.sentence}")
-    typer.echo(str(folder / "report.html"))
+    notes.print(runs_table(runs))
+    verdict = write_report(folder, on_broken=note_left_out, language=lang)
+    typer.echo(in_short(verdict, lang))
+    typer.echo(str(page(folder, lang)))
     if code := exit_code(verdict, gates):
         raise typer.Exit(code)
     exit_for(run.end_state for run in runs)

@@ -19,6 +19,7 @@ from engines.files.reading import exists
 from harness.data.reading.columns import parse_columns
 from harness.records.job import HeadChoice, Job, Padding, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
+from profiles.language import Language
 from profiles.units import parse_bytes
 
 Model = Annotated[
@@ -234,6 +235,17 @@ TestData = Annotated[
         "--test-data", help="With --target: what nothing is chosen by. [default: half of what is held out]"
     ),
 ]
+SuiteFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--suite",
+        help="Studies with targets: a file, or one that comes along: mezo-tasks, glue, instruct, lm, quick, "
+        "laptop-4gb, consumer-24gb.",
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="With --suite: the folder that has its tasks' files.")
+]
 SeedsFlag = Annotated[int, typer.Option("--seeds", min=1, help="With --target: seeds of the last trials.")]
 CriteriaFlag = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
@@ -253,6 +265,12 @@ FailOn = Annotated[
     typer.Option(
         "--fail-on",
         help="Exit 3, 4 or 5 on these verdicts: no-go, conditional, inconclusive (comma-separated).",
+    ),
+]
+Lang = Annotated[
+    Language,
+    typer.Option(
+        "--lang", envvar="LSPZO_BENCH_LANG", show_envvar=False, help="Language of what is read: en or ja."
     ),
 ]
 JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
