@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engines import ENGINES, default_engines, engines_of_role, public_engines
+from engines import ENGINES, default_engines, engines_of_role, is_external, public_engines
 from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes
 
@@ -87,7 +87,7 @@ class Criterion:
             raise ValueError("id must not be empty")
         if not math.isfinite(self.threshold):
             raise ValueError("threshold must be a finite number")
-        if self.engine != ANY_OFFLOAD and self.engine not in ENGINES:
+        if self.engine != ANY_OFFLOAD and self.engine not in ENGINES and not is_external(self.engine):
             known = ", ".join(public_engines())
             raise ValueError(f"engine must be '{ANY_OFFLOAD}' or one of {known}")
 

@@ -14,6 +14,7 @@ from harness.cli.options import (
     DryRun,
     Emulate,
     Engines,
+    External,
     JobFlags,
     Json,
     Out,
@@ -40,6 +41,7 @@ def compare(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
+    external: External = None,
     rounds: RoundsFlag = 3,
     criteria: CriteriaFlag = None,
     out: Out = None,
@@ -60,6 +62,7 @@ def compare(
     sweep = Sweep(
         engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
         check_criteria=by_name("reports.criteria:load_criteria"), resume=resume, trace=trace, quiet=quiet,
+        external=external or (),
     )  # fmt: skip
     ready = prepare(job, sweep)
     if dry_run:
