@@ -405,8 +405,8 @@ PARSES = {
     "engines.settings.parse", "harness.records.settings", "harness.records.job", "profiles.planning.plan",
     "harness.runs.external",
 }  # fmt: skip
-"""From the command line, a job file, a file on an external trainer, a plan or a record; from there on settings are
-typed."""
+"""From the command line, a job file, a file on an external trainer, a plan or a record; from there on settings
+are typed."""
 
 
 def parsing(sources: Sources) -> set[str]:

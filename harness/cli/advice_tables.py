@@ -38,7 +38,15 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
             parts += [Text(heading), plans_of_kind(answer, plans)]
     ways = {each.engine: each for each in answer.ways_out}
     parts.append(
-        notes_grid({plan.engine: list(_notes(plan, ways.get(plan.engine))) for plan in answer.plans})
+        notes_grid(
+            {
+                plan.engine: [
+                    *_notes(plan, ways.get(plan.engine)),
+                    *_compiling(plan, answer.amount and answer.amount.steps),
+                ]
+                for plan in answer.plans
+            }
+        )
     )
     if answer.what_if:
         parts += [Text("What if, one change at a time", style="bold"), _what_if_table(answer)]
@@ -121,6 +129,23 @@ def _notes(plan: Plan, way: WayOut | None) -> Iterator[str]:
     if unexplained:
         yield ", ".join(unexplained)
     yield from plan.reasons
+
+
+COMPILING_MATTERS = 0.01
+"""Of a job's time, from where on compiling is told."""
+
+
+def _compiling(plan: Plan, steps: int | None) -> Iterator[str]:
+    """What compiling adds to each step of a job, where that is not little."""
+    told = plan.prediction
+    if not plan.fits or steps is None or told.compile_s is None or not told.step_s:
+        return
+    amortised_s = told.amortised_step_s(steps)
+    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * told.step_s:
+        yield (
+            f"compiling takes about {format_seconds(told.compile_s)} once: over this job's {steps:,} steps a "
+            f"step comes to {format_seconds(amortised_s)}"
+        )
 
 
 def _way_told(way: WayOut | None) -> str:

@@ -8,6 +8,7 @@ use. Plans that fit come first, the fastest predicted step first. Closed forms t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from engines import entry, load_target
 from engines.settings.given import GivenSettings
@@ -19,7 +20,7 @@ from profiles.planning.budget import budget_of, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import dtypes_for, why_no_dtype
-from profiles.planning.predict import predict
+from profiles.planning.predict import compiling_s, predict
 
 
 def recommend(
@@ -86,7 +87,10 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         fits=why_not is None,
         why_not=why_not,
         available=unsuitable is None,
-        prediction=predict(cost, context.machine, context.workload),
+        prediction=replace(
+            predict(cost, context.machine, context.workload),
+            compile_s=compiling_s(settings.typed, context.machine),
+        ),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
     )
