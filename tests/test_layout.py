@@ -405,7 +405,7 @@ PARSES = {
     "engines.settings.parse", "harness.records.settings", "harness.records.job", "profiles.planning.plan",
     "harness.runs.external",
 }  # fmt: skip
-"""From the command line, a job file, a file on an external trainer, a plan or a record; from there on settings
+"""From the command line, a job file, a file on an external trainer, a plan or record; from there on settings
 are typed."""
 
 
