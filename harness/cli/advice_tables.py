@@ -42,7 +42,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
             {
                 plan.engine: [
                     *_notes(plan, ways.get(plan.engine)),
-                    *_compiling(plan, answer.amount and answer.amount.steps),
+                    *_compiling(plan, None if answer.amount is None else answer.amount.steps),
                 ]
                 for plan in answer.plans
             }

@@ -1,8 +1,8 @@
 """The plain loop, native eager and native compiled on every family of the tests, decoders and encoders.
 
 Eager has the plain loop's bits. Compiled regions round fewer intermediate results: losses within 1e-5,
-weights within 1e-4 of themselves or 1e-5, in fp32, after three steps. A family compiles for 10 to 70 s on a CPU,
-so the compiled ones carry the marker `slow`.
+weights within 1e-4 of themselves or 1e-5, in fp32, after three steps. A family compiles for 10 to 70 s on a
+CPU, so the compiled ones carry the marker `slow`.
 """
 
 from __future__ import annotations
