@@ -23,15 +23,9 @@ _NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss
 Role = Literal["reference", "baseline", "offload", "external", "test_double"]
 
 Elsewhere = Literal[
-    "full",
-    "cpu_adamw",
-    "streamed_cpu_adamw",
-    "lora",
-    "qlora",
-    "adamw_8bit",
-    "galore",
-    "optimizer_in_backward",
-]
+    "full", "cpu_adamw", "streamed_cpu_adamw", "adapters", "quantized_adapters", "adamw_8bit",
+    "projected_gradients", "optimizer_in_backward",
+]  # fmt: skip
 """Methods that common training programs have too: AdamW over all weights, the same with the optimizer on the
 CPU, and with the weights there as well, and so on."""
 
@@ -81,6 +75,8 @@ class EngineEntry:
     copies: Literal["own", "library", "none"] = "none"
     """Who copies between host and GPU in a step: `engines.transfer.link`, a library out of our hands,
     nobody."""
+    several_gpus: bool = False
+    """Its steps can be divided among several processes with a GPU each (`engines.world`)."""
     generates: bool = False
     """It continues prompts too."""
     needs_torch: bool = True
@@ -160,6 +156,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, two forward passes, everything on the GPU",
         source="MeZO, arXiv 2305.17333",
         order="zeroth",
+        several_gpus=True,
         trains="all weights, or adapters with train=lora",
         masters="none: there are no states",
         on_gpu="weights",
@@ -175,6 +172,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="zeroth-order, blocks streamed from host memory",
         source="ZO2, arXiv 2503.12668",
         order="zeroth",
+        several_gpus=True,
         trains="all weights, or adapters with train=lora",
         masters="none: there are no states",
         on_gpu="embedding, head and the blocks at work",
@@ -207,7 +205,7 @@ ENGINES: dict[str, EngineEntry] = {
         costs="engines.costs.adapters:lora",
         planner="profiles.planning.recomputation:fewest_recomputed",
         ways_out="profiles.planning.lora:WAYS_OUT",
-        elsewhere="lora",
+        elsewhere="adapters",
         summary="AdamW on adapters of low rank beside the blocks' matrices, everything on the GPU",
         source="LoRA, arXiv 2106.09685, by PEFT",
         order="first",
@@ -224,7 +222,7 @@ ENGINES: dict[str, EngineEntry] = {
         costs="engines.costs.adapters:qlora",
         planner="profiles.planning.recomputation:fewest_recomputed",
         ways_out="profiles.planning.lora:WAYS_OUT",
-        elsewhere="qlora",
+        elsewhere="quantized_adapters",
         summary="adapters of low rank beside matrices of four bits (NF4), everything on the GPU",
         source="QLoRA, arXiv 2305.14314, by PEFT and bitsandbytes",
         order="first",
@@ -273,7 +271,7 @@ ENGINES: dict[str, EngineEntry] = {
         settings="engines.settings.libraries:GaloreSettings",
         costs="engines.costs.trained_on_gpu:galore",
         planner="profiles.planning.recomputation:fewest_recomputed",
-        elsewhere="galore",
+        elsewhere="projected_gradients",
         summary="AdamW on gradients of the blocks' matrices projected to a low rank, everything on the GPU",
         source="GaLore, arXiv 2403.03507, by galore-torch",
         order="first",
@@ -307,6 +305,7 @@ ENGINES: dict[str, EngineEntry] = {
         source="this project",
         order="first",
         role="test_double",
+        several_gpus=True,
         needs_torch=False,
     ),
 }

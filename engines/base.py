@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engines.shapes import Dtype, ModelShape, Workload
+from engines.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +208,9 @@ class Context:
     """Of the link to emulate; `None`: as fast as it goes."""
     progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
     """Told of slow set-up work: what, units done, units in total."""
+    world: World = ALONE
+    """The processes that take each step together. Every one is handed all micro-batches of a step and
+    computes its share of them; `workload.accumulation` counts all."""
 
 
 class Engine(Protocol):

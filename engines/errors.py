@@ -40,5 +40,15 @@ class NonFiniteLoss(Exception):
         """Zeroth-order methods: losses of two passes of the step, one that is not finite among them."""
 
 
+PEER_LOST = "another rank ended, or did not answer"
+
+
+class PeerLost(Exception):
+    """Another process of the same run is gone, or did not answer in time. What ended it is its own story."""
+
+    def __init__(self) -> None:
+        super().__init__(PEER_LOST)
+
+
 class InfeasiblePlan(Exception):
     """The plan cannot fit the limits it was given; found before anything was allocated."""

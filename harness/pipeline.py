@@ -27,6 +27,7 @@ from harness.runs.attempt import MatrixRate
 from harness.runs.emulate import Emulated, emulated
 from harness.runs.external import external_plans
 from harness.runs.launch import WORK, launch_probe
+from harness.runs.ranks import check_gpus
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep
 from harness.runs.sweep_folder import check_folder
 from profiles.advice.amount import DataLengths
@@ -112,6 +113,8 @@ def plan_job(
         job.settings,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
+        gpus=job.limits.gpus,
+        nodes=job.limits.nodes,
         job_arguments={
             engine: job_arguments(
                 replace(job, settings={k: v for k, v in job.settings.items() if k == engine})
@@ -185,6 +188,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
         )
     external_plans(sweep.external, job)  # what is wrong with them is said before the machine is measured
     like = _like(sweep.emulate, sweep.profile)
+    check_gpus(job.limits)
     shape, save_data = _check_job(job, quiet=sweep.quiet)
     named = sweep.emulate or sweep.profile
     machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / "machine.json")
@@ -304,6 +308,9 @@ def job_arguments(job: Job) -> str:
         parts += ["--vram", f"{job.limits.vram_bytes}B"]
     if job.limits.host_bytes is not None:
         parts += ["--host-memory", f"{job.limits.host_bytes}B"]
+    for name in ("gpus", "nodes"):
+        if getattr(job.limits, name) != 1:
+            parts += [f"--{name}", str(getattr(job.limits, name))]
     if job.limits.timeout_s != default.limits.timeout_s:
         parts += ["--timeout", f"{job.limits.timeout_s:g}"]
     for engine, settings in job.settings.items():

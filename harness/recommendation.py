@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engines.errors import UserError
 from engines.files.reading import expanded, is_folder
 from engines.shapes import ModelShape
 from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
 from harness.pipeline import job_arguments
 from harness.records.job import Job, ModelSource
+from harness.resolve import resolve_shape
 from profiles.advice.amount import Amount
 from profiles.advice.calibration import Calibration, calibrated
+from profiles.advice.explain import explained
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
 from profiles.advice.target import Largest, Target, TargetAnswer, answers, largest_models
@@ -44,6 +48,14 @@ class ModelSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The formulas of a plan that fits, with its numbers filled in."""
+
+    engine: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """The document of `recommend --json`. Plans are in order of rank: those that fit first, with gradients
     before without, by time."""
@@ -62,8 +74,10 @@ class Recommendation:
     calibration: Calibration | None = None
     what_if: tuple[WhatIf, ...] = ()
     largest: tuple[Largest, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
     answers: tuple[TargetAnswer, ...] = ()
-    """Machines of the catalogue against --target."""
+    """Machines of the catalogue against `target`."""
+    target: Target | None = None
     schema_version: int = RECOMMENDATION_VERSION
 
 
@@ -102,6 +116,8 @@ def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amo
         amount=amount,
         vram_bytes=job.limits.vram_bytes,
         host_bytes=job.limits.host_bytes,
+        gpus=job.limits.gpus,
+        nodes=job.limits.nodes,
     )
 
 
@@ -146,6 +162,17 @@ def recommended(
     )  # fmt: skip
 
 
+def with_explanations(answer: Recommendation, planned: JobToPlan) -> Recommendation:
+    forecasts = {each.engine: each for each in answer.forecasts}
+    found = []
+    for plan in answer.plans:
+        if plan.fits:
+            context = planned.context(plan.engine, answer.machine)
+            lines = explained(plan, context, forecasts.get(plan.engine))
+            found.append(Explanation(engine=plan.engine, lines=lines))
+    return replace(answer, explanations=tuple(found))
+
+
 def with_what_if(answer: Recommendation, planned: JobToPlan) -> Recommendation:
     """The table of single upgrades and of the catalogue's machines, and the largest model of each method."""
     now = outlook("now", answer.machine, planned)
@@ -157,7 +184,32 @@ def with_what_if(answer: Recommendation, planned: JobToPlan) -> Recommendation:
 
 
 def with_target(answer: Recommendation, planned: JobToPlan, target: Target) -> Recommendation:
-    return replace(answer, answers=answers(catalogue(), planned, target))
+    if target.model is not None:
+        planned = replace(planned, shape=shape_of_target(target.model), amount=None)
+    return replace(answer, target=target, answers=answers(catalogue(), planned, target))
+
+
+SAME_SIZE = 0.25
+"""A size such as 70b means the nearest named shape, which may be so much larger or smaller."""
+
+
+def shape_of_target(name: str) -> ModelShape:
+    """Of a named shape, of a folder with a config.json, or of a size such as `70b`: the nearest named shape.
+
+    Raises `UserError` for anything else.
+    """
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", name)
+    if size is None:
+        return resolve_shape(Job(model=without_weights(ModelSource(name=name)), seq_len=1))
+    wanted = float(size[1]) * 1e9
+    nearest = min(_decoders(), key=lambda shape: abs(shape.parameters - wanted))
+    if abs(nearest.parameters - wanted) > SAME_SIZE * wanted:
+        raise UserError(
+            f"--target model={name}",
+            f"no named shape is of about that size (the nearest is {nearest.name})",
+            "name a folder with a config.json, or a shape that 'lspzo-bench models' lists",
+        )
+    return nearest
 
 
 def _decoders() -> list[ModelShape]:

@@ -25,7 +25,7 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
         ("errors", "shapes", "kernels"),
-        ("__init__", "files"),
+        ("__init__", "files", "world"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
         ("model",),
@@ -42,7 +42,8 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
-        ("recommendation",),
+        ("recommendation", "calibrate"),
+        ("recipes",),
         ("cli",),
         ("__main__",),
     ),
@@ -84,13 +85,15 @@ MAY_TAKE = {
 """Of other packages: a module, a folder, or with a star all of it."""
 
 TORCH_FREE = (
-    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.base", "engines.settings",
+    "engines", "engines.errors", "engines.files", "engines.shapes", "engines.world", "engines.base",
+    "engines.settings",
     "engines.costs", "engines.decoding", "engines.methods.scripted", "engines.zeroth_order.estimators",
     "profiles",
     "harness", "harness.progress", "harness.signals", "harness.records", "harness.models.configs",
     "harness.resolve",
     "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
     "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
+    "harness.calibrate", "harness.recipes",
     "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
@@ -121,6 +124,7 @@ INSIDE_FUNCTIONS = {
     "harness.runs.worker -> harness.data.tokenized": _CHILD,
     "harness.runs.worker -> harness.models.blueprint": _CHILD,
     "harness.runs.worker -> engines.transfer.calibrate": _CHILD,
+    "harness.runs.worker -> engines.transfer.process_group": _CHILD,
 }
 """`importing module -> imported module` inside a function, and why."""
 
@@ -377,7 +381,7 @@ def code_of(path: Path) -> str:
 
 HAZARDS: dict[str, set[str]] = {
     "pynvml": {"profiles.system.nvml"},
-    "subprocess.Popen": {"harness.runs.launch", "harness.runs.external"},
+    "subprocess.Popen": {"harness.runs.processes", "harness.runs.external"},
     "perf_counter": {
         "harness.runs.measure",
         "harness.runs.external",
@@ -438,6 +442,14 @@ NAMED = {
             )
         ),
         "a value of `train`: the same adapters, learnt without gradients",
+    ),
+    **dict.fromkeys(
+        (
+            "harness.recipes.axolotl -> lora",
+            "harness.recipes.axolotl -> qlora",
+            "harness.recipes.llamafactory -> lora",
+        ),
+        "another program's own word",
     ),
 }
 """`module -> engine` that is none of the above, and why."""

@@ -11,6 +11,10 @@ SLOTS = 64
 """Chunks in host memory: 1 GiB. At 12 GB/s, more than any disk here has, reading goes on for 90 ms while the
 host waits for a loss and sends nothing up."""
 
+STATE_PLACES = 3
+"""Blocks whose optimizer state is in host memory at once where it is on disk: one is read, one updated, one
+written."""
+
 REPLAYED_UPDATES = 64
 """Updates that a block on disk may be behind: the capacity of `engines.noise.visits.DeviceUpdateLog`."""
 

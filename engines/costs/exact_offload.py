@@ -17,6 +17,9 @@ pass a block together (`engines.model.block_major`).
 With `weights=streamed` the weights of the blocks come up twice, but for a few, so the link takes 4 N /
 bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
 
+States on disk (`disk_blocks`) are read and written in each step: 10 bytes per parameter each way with fp32
+moments, 6 and 4 with the others.
+
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
 between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
 them (`outer=host`), fp32 masters and moments. Host memory: weights, pinned; the low halves of fp32 masters;
@@ -28,6 +31,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
+from engines.costs.disk import STATE_PLACES
 from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
@@ -88,10 +92,12 @@ def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOfflo
     total = sum(blocks) + outer
     kept = "pinned" if settings.offload else "pageable"
     places = gradient_places(len(blocks), settings)
+    on_disk = [blocks[index] for index in settings.on_disk(len(blocks))]
+    in_memory = total - sum(on_disk) + min(STATE_PLACES, len(on_disk)) * max(on_disk, default=0)
     return {
         f"weights, {kept}": element * total,
         f"gradients, {kept}": element * (places * max(blocks, default=0) + outer),
-        "optimizer": int(state_bytes(element, settings.moments) * total),
+        "optimizer": int(state_bytes(element, settings.moments) * in_memory),
     }
 
 
@@ -145,15 +151,21 @@ def _layer(
     if not layer.name.startswith("block."):
         return layer
     size = shape.block_parameters
-    times = uploads[int(layer.name.removeprefix("block."))]
+    index = int(layer.name.removeprefix("block."))
+    times = uploads[index]
+    on_disk = 0
+    if index in settings.on_disk(len(uploads)):
+        on_disk = int(state_bytes(element, settings.moments) * size)
     return replace(
         layer,
+        disk_bytes=on_disk,
+        disk_write_bytes=on_disk,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size,
         d2h_bytes=element * size + NORM_BYTES,
         cpu_adam_elements=size,
-        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size,
+        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size + 2 * on_disk,
     )
 
 

@@ -30,6 +30,7 @@ class LayerTraffic:
     """Host memory traffic of the copies and of the CPU update."""
     disk_bytes: int = 0
     """Read from disk."""
+    disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
     gaussians: int = 0
@@ -74,6 +75,10 @@ class Traffic:
     @property
     def disk_bytes(self) -> int:
         return sum(layer.disk_bytes for layer in self.layers)
+
+    @property
+    def disk_write_bytes(self) -> int:
+        return sum(layer.disk_write_bytes for layer in self.layers)
 
     @property
     def cpu_adam_elements(self) -> int:

@@ -4,13 +4,14 @@ Each block is flat, as `engines.model.flat_layout` lays it out, and cut into pie
 its vectors, which are not decayed, and its matrices in pieces of up to `PIECE_ELEMENTS`.
 
 Pinned: the weights that go up, and gradients of some blocks, which wait there for the CPU. Pageable: the low
-halves of master weights and both moments.
+halves of master weights and both moments, the state; that of some blocks may be elsewhere, and is here only
+while it is updated (`attach`).
 """
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -37,7 +38,10 @@ class BlockPiece:
     begin: int
     end: int
     """Elements of the block."""
-    memory: AdamWMemory
+    weight: Tensor
+    """(elements,): what the model computes with."""
+    memory: AdamWMemory | None
+    """`None`: the state is elsewhere."""
     weight_decay: float
     settings: ExactOffloadSettings
     key: int
@@ -45,13 +49,18 @@ class BlockPiece:
     gradient: Tensor | None = None
     """(elements,) where the gradient arrives; from the download on until the update."""
     updates: int = 0
+    failure: UserError | None = None
+    """What kept the state from coming here."""
 
     @property
     def outgoing(self) -> Tensor:
-        return self.memory.weight
+        return self.weight
 
     def update(self, share: StepShare) -> None:
         assert self.gradient is not None, "nothing has been downloaded"
+        if self.failure is not None:
+            raise self.failure
+        assert self.memory is not None, "its state is elsewhere"
         self.updates += 1
         adamw(
             self.gradient,
@@ -65,6 +74,16 @@ class BlockPiece:
             scale=share.scale(),
             key=self.key + 0x9E3779B9 * self.updates,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """Of a tensor, in bytes of one memory."""
+
+    offset: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 def spans(layout: BlockLayout) -> list[tuple[int, int, bool]]:
@@ -91,9 +110,15 @@ class BlockStates:
         device: torch.device,
         seed: int,
         progress: ReportProgress,
+        elsewhere: Collection[int] = (),
     ) -> None:
         """Nothing is pinned for a `device` that is the CPU. Weights are what the memory happens to hold; the
-        rest is zero. All of it is written to once, so that what the host cannot hold is missed here."""
+        rest is zero. All of it is written to once, so that what the host cannot hold is missed here.
+
+        The states of the blocks that `elsewhere` names, by index, are the caller's.
+        """
+        self._elsewhere = frozenset(elsewhere)
+        self._dtype, self._kind = dtype, settings.moments
         self._norms = HostSlab(4 * len(layouts), device)
         norms = self._norms.view(0, (len(layouts),), torch.float32)
         self._weights = host_slabs([dtype.itemsize * each.size for each in layouts], device, progress)
@@ -123,37 +148,68 @@ class BlockStates:
         seed: int,
     ) -> BlockPiece:
         begin, end, decays = span
-        state = self._room(state_tensors(end - begin, weights.dtype, settings.moments))
+        weight = weights[begin:end]
+        memory = None
+        if index not in self._elsewhere:
+            extents, size = self._extents(weight.numel())
+            slab = HostSlab(size, torch.device("cpu"))
+            self._states.append(slab)
+            memory = self._on(weight, extents, slab.view(0, (size,), torch.uint8))
+            for tensor in memory.state().values():
+                tensor.zero_()
         return BlockPiece(
             deadline=index,
             squared_norm=squared_norm,
             begin=begin,
             end=end,
-            memory=AdamWMemory(
-                weight=weights[begin:end],
-                rest=state.get("rest"),
-                kind=settings.moments,
-                moment=state["moment"],
-                variance=state["variance"],
-                moment_scales=state.get("moment_scales"),
-                variance_scales=state.get("variance_scales"),
-            ),
+            weight=weight,
+            memory=memory,
             weight_decay=settings.weight_decay if decays else 0.0,
             settings=settings,
             key=(0x85EBCA6B * (seed + 1) + 0xC2B2AE35 * (4096 * index + number)) & 0xFFFFFFFF,
         )
 
-    def _room(self, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Tensors of these dtypes and shapes, zero, in one mapping."""
-        sizes = {name: dtype.itemsize * prod(shape) for name, (dtype, shape) in wanted.items()}
-        extents = {name: -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for name, size in sizes.items()}
-        slab = HostSlab(sum(extents.values()), torch.device("cpu"))
-        self._states.append(slab)
+    def _extents(self, elements: int) -> tuple[dict[str, _Extent], int]:
+        """Where each tensor of a state lies in one memory, and the bytes of that."""
         found, offset = {}, 0
-        for name, (dtype, shape) in wanted.items():
-            found[name] = slab.view(offset, shape, dtype).zero_()
-            offset += extents[name]
-        return found
+        for name, (dtype, shape) in state_tensors(elements, self._dtype, self._kind).items():
+            size = dtype.itemsize * prod(shape)
+            found[name] = _Extent(offset, size, dtype, shape)
+            offset += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return found, offset
+
+    def _on(self, weight: Tensor, extents: Mapping[str, _Extent], memory: Tensor) -> AdamWMemory:
+        """`weight` and the state in `memory`, (bytes,)."""
+        state = {
+            name: memory[each.offset : each.offset + each.size].view(each.dtype).view(*each.shape)
+            for name, each in extents.items()
+        }
+        return AdamWMemory(
+            weight=weight,
+            rest=state.get("rest"),
+            kind=self._kind,
+            moment=state["moment"],
+            variance=state["variance"],
+            moment_scales=state.get("moment_scales"),
+            variance_scales=state.get("variance_scales"),
+        )
+
+    def state_bytes(self, index: int) -> int:
+        """Of a block's state."""
+        return sum(self._extents(piece.weight.numel())[1] for piece in self.pieces[index])
+
+    def attach(self, index: int, memory: Tensor | None, failure: UserError | None = None) -> None:
+        """The state of a block that is elsewhere is in `memory`, (bytes,), or no longer; `failure` is what
+        kept it from coming there."""
+        begin = 0
+        for piece in self.pieces[index]:
+            piece.failure = failure
+            if memory is None:
+                piece.memory = None
+                continue
+            extents, size = self._extents(piece.weight.numel())
+            piece.memory = self._on(piece.weight, extents, memory[begin : begin + size])
+            begin += size
 
     @property
     def pinned_bytes(self) -> int:
@@ -165,28 +221,34 @@ class BlockStates:
         """Of what stays on the host: moments and low halves of masters."""
         return sum(slab.num_bytes for slab in self._states)
 
-    def save(self, state: dict[str, Tensor]) -> list[int]:
-        """Add what belongs to the blocks' weights to `state`; how often each block was updated."""
-        for index, pieces in enumerate(self.pieces):
-            for number, piece in enumerate(pieces):
-                for name, tensor in piece.memory.state().items():
-                    state[f"{name}.{index}.{number}"] = tensor
+    def state(self, index: int) -> dict[str, Tensor]:
+        """What belongs to a block's weights and is here, by the names of checkpoints."""
+        return {
+            f"{name}.{index}.{number}": tensor
+            for number, piece in enumerate(self.pieces[index])
+            if piece.memory is not None
+            for name, tensor in piece.memory.state().items()
+        }
+
+    def updates(self) -> list[int]:
+        """How often each block was updated."""
         return [pieces[0].updates if pieces else 0 for pieces in self.pieces]
 
-    def load(self, tensors: Mapping[str, Tensor], updates: Sequence[int], folder: str) -> None:
-        """Take back what `save` gave. Raises `UserError`, naming `folder`, where that is of other moments."""
-        for index, (pieces, count) in enumerate(zip(self.pieces, updates, strict=True)):
-            for number, piece in enumerate(pieces):
-                piece.updates = count
-                for name, tensor in piece.memory.state().items():
-                    found = tensors.get(f"{name}.{index}.{number}")
-                    if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-                        raise UserError(
-                            folder,
-                            f"has no {name} of {tuple(tensor.shape)} {tensor.dtype} for block {index}",
-                            "resume with the same dtype and moments",
-                        )
-                    tensor.copy_(found)
+    def load(self, index: int, tensors: Mapping[str, Tensor], updates: int, folder: str) -> None:
+        """Take back what `state` gave, of a block that was updated so often. Raises `UserError`, naming
+        `folder`, where that is of other moments."""
+        for piece in self.pieces[index]:
+            piece.updates = updates
+        for name, tensor in self.state(index).items():
+            found = tensors.get(name)
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                key = name.partition(".")[0]
+                raise UserError(
+                    folder,
+                    f"has no {key} of {tuple(tensor.shape)} {tensor.dtype} for block {index}",
+                    "resume with the same dtype and moments",
+                )
+            tensor.copy_(found)
 
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""

@@ -30,6 +30,9 @@ With `outer=host` what lies outside the blocks has its masters and moments on th
 itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
 to be complete and wanted first, so its update shows.
 
+Where host memory ends, low halves and moments of the last blocks are on disk (`disk_blocks`,
+`engines.offload.disk_states`): read when their gradient is down, updated, written.
+
 Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
 and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
 block, nor of those that backward reaches after it; what is outside the blocks does not change either. The CPU
@@ -58,12 +61,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
@@ -79,7 +83,7 @@ from engines.cpu_updates.pipeline import (
     leave_threads_to_adam,
     update_at_once,
 )
-from engines.errors import InfeasiblePlan, NonFiniteLoss
+from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
     load_checkpoint,
@@ -98,6 +102,8 @@ from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.offload.disk import spill_folder
+from engines.offload.disk_states import DiskStates
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
@@ -111,6 +117,8 @@ class ExactOffload:
     """AdamW on the CPU behind the backward pass. Implements `engines.base.Engine`."""
 
     name = "exact-offload"
+    disk_delay_s: Callable[[], float] | None = None
+    """For stress tests, set before `setup`: see `engines.offload.disk_states.DiskStates`."""
 
     def __init__(self, settings: ExactOffloadSettings, context: Context) -> None:
         self.settings = settings
@@ -128,6 +136,9 @@ class ExactOffload:
         self._outer_room: HostSlabs | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
+        self._disk: DiskStates | None = None
+        self.on_disk = range(0)
+        """Blocks whose states are on disk."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
@@ -157,6 +168,7 @@ class ExactOffload:
         outer: list[BlockLayout] = []
         if self.settings.outer == "host":
             outer = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.outer]
+        self.on_disk = self.settings.on_disk(len(layout.blocks))
         self._check_host([block.size for block in layout.blocks], sum(each.size for each in outer))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
@@ -166,7 +178,9 @@ class ExactOffload:
             device=on_host,
             seed=self.context.seed,
             progress=self.context.progress,
+            elsewhere=self.on_disk,
         )
+        self._disk = self._make_disk()
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
@@ -216,6 +230,19 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
 
+    def _make_disk(self) -> DiskStates | None:
+        """Raises `InfeasiblePlan` if the disk is too small."""
+        if not self.on_disk:
+            return None
+        setting = f"{self.name}.disk_folder"
+        return DiskStates(
+            {index: self.host.state_bytes(index) for index in self.on_disk},
+            spill_folder(self.settings.disk_folder, setting),
+            setting,
+            delay_s=self.disk_delay_s,
+            timeline=self._clocks.timeline,
+        )
+
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
         recomputed = self.settings.recomputed(
@@ -234,8 +261,8 @@ class ExactOffload:
             raise InfeasiblePlan(
                 f"{(needed - usable) / 1e9:.3g} GB of host memory are missing: weights, moments and "
                 f"gradients of the blocks take {needed / 1e9:.3g} GB with the process, and the run may use "
-                f"{usable / 1e9:.3g} GB; free host memory, or keep less of each parameter with "
-                "--set exact-offload.moments=bf16 (or int8), which is approximate"
+                f"{usable / 1e9:.3g} GB; free memory, or --set exact-offload.disk_blocks=N (states on disk) "
+                "or moments=bf16 (or int8), which is approximate"
             )
 
     @torch.no_grad()
@@ -346,6 +373,9 @@ class ExactOffload:
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            disk_read_bytes=0 if self._disk is None else self._disk.total_bytes,
+            disk_s=None if self._disk is None else self._disk.take_busy_s(),
+            disk_direct=None if self._disk is None else self._disk.direct,
             **self._clocks.take_s(self.link),
         )
 
@@ -462,7 +492,12 @@ class ExactOffload:
         ready = self.link.record()
         if lands:
             self._step_h2d_bytes += weights.nbytes
-        give = _once_all(len(pieces), consumed)
+
+        def all_consumed() -> None:
+            consumed()
+            self._updated(index)
+
+        give = _once_all(len(pieces), all_consumed)
         updates = [
             PieceUpdate(
                 state=piece,
@@ -484,9 +519,33 @@ class ExactOffload:
         for piece, update in zip(pieces, updates, strict=True):
             its = gradient[piece.begin : piece.end]
             update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
-            if not self.settings.waits_for_norm:
+            if not self.settings.waits_for_norm and index not in self.on_disk:
                 self._pipeline.submit([update])
+        if not self.settings.waits_for_norm and index in self.on_disk:
+            self._submit(index)
         return updates[-1].downloaded
+
+    def _submit(self, index: int) -> None:
+        """Hand a block's updates to the worker, those of one on disk when its state has come."""
+        pipeline, disk, updates = self._pipeline, self._disk, self._pending[index]
+        assert pipeline is not None
+        if disk is None or index not in self.on_disk:
+            for update in updates:
+                pipeline.submit([update])
+            return
+
+        def ready(memory: Tensor, failure: UserError | None) -> None:
+            self.host.attach(index, memory, failure)
+            for update in updates:
+                pipeline.submit([update])
+
+        disk.request(index, ready)
+
+    def _updated(self, index: int) -> None:
+        """The worker needs a block's state no more."""
+        if self._disk is not None and index in self.on_disk:
+            self.host.attach(index, None)
+            self._disk.release(index)
 
     def _waiting(self, wait: Callable[[], _T]) -> _T:
         """What `wait` returns, the time in which it held this thread up not counted as compute."""
@@ -509,8 +568,8 @@ class ExactOffload:
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.waits_for_norm:
-            for update in updates:
-                self._pipeline.submit([update])
+            for index in range(len(self._pending)):
+                self._submit(index)
         self._outer.step(self._share.learning_rate, scale, squared)
 
     def _know_total(self, squared: Tensor, most: float) -> Tensor | None:
@@ -553,6 +612,10 @@ class ExactOffload:
         except GradientNotFinite as error:
             self._discard()
             raise NonFiniteLoss(str(error)) from None
+        except RuntimeError as error:
+            if isinstance(error.__cause__, UserError):  # the disk's
+                raise error.__cause__ from None
+            raise
         self.link.wait(landed)
 
     def _discard(self) -> None:
@@ -591,7 +654,13 @@ class ExactOffload:
         self.synchronize()
         state = rng_state(self.device) | self._outer.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
-        about["updates"] = self.host.save(state)
+        about["updates"] = self.host.updates()
+        for index in range(len(self._pending)):
+            if index in self.on_disk:
+                with self._borrowed(index) as tensors:
+                    save_file(tensors, _state_file(folder, index))
+            else:
+                state |= self.host.state(index)
         if self.settings.max_grad_norm > 0:
             self.link.host_wait(self._total_known)
             state["total"] = self._totals_on_host[(self.steps_done - 1) % 2].clone()
@@ -600,7 +669,11 @@ class ExactOffload:
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
-        self.host.load(tensors, about["updates"], str(folder))
+        for index, count in enumerate(about["updates"]):
+            in_file = _state_file(folder, index)
+            found = load_file(in_file) if in_file.exists() else tensors
+            with self._borrowed(index, changes=True) if index in self.on_disk else nullcontext():
+                self.host.load(index, found, count, str(folder))
         on_gpu_first = 0 if self.streamed is None else self._num_blocks
         for index in range(on_gpu_first, len(self._pending)):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
@@ -611,6 +684,17 @@ class ExactOffload:
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
             self._totals_on_host[(self.steps_done - 1) % 2].copy_(tensors["total"])
+
+    @contextmanager
+    def _borrowed(self, index: int, *, changes: bool = False) -> Iterator[dict[str, Tensor]]:
+        """The state of a block on disk, by the names of checkpoints; with `changes` it is written back."""
+        assert self._disk is not None
+        with self._disk.borrowed(index, changes=changes) as memory:
+            self.host.attach(index, memory)
+            try:
+                yield self.host.state(index)
+            finally:
+                self.host.attach(index, None)
 
     def squared_norm(self) -> float:
         """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
@@ -632,6 +716,9 @@ class ExactOffload:
         """Stop the worker, give the model its own forward back, unpin. May be called twice."""
         if self._regions is not None:
             self._regions.remove()
+        if self._disk is not None:
+            self._disk.close()  # first: it hands the worker work
+            self._disk = None
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
@@ -641,6 +728,12 @@ class ExactOffload:
             if each is not None:
                 each.close()
         self._room = self._states = self._outer_room = None
+
+
+def _state_file(folder: Path, index: int) -> Path:
+    """Of a block whose state was on disk when a checkpoint was written: all of them at once may be too much
+    for memory."""
+    return folder / f"state-{index}.safetensors"
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

@@ -139,6 +139,8 @@ class Scripted:
             time.sleep(duration_s)
 
     def _fail(self) -> None:
+        if self._settings.fail_on_rank != self._context.world.rank:
+            return
         match self._settings.failure:
             case "crash":
                 raise RuntimeError("scripted crash")

@@ -56,8 +56,8 @@ LEAST_TRIED_BYTES = costs.SLOTS * costs.CHUNK_BYTES
 USUAL_DEPTH = 8
 
 
-def spill_folder(named: str) -> Path:
-    """The folder that was named, or the default: one place for each user, in the user's cache.
+def spill_folder(named: str, setting: str = "zo2.disk_folder") -> Path:
+    """The folder that `setting` named, or the default: one place for each user, in the user's cache.
 
     Raises `UserError` if there is no folder to make the named one in.
     """
@@ -65,7 +65,7 @@ def spill_folder(named: str) -> Path:
         folder = Path(named).expanduser()
         if not folder.parent.is_dir():
             raise UserError(
-                f"--set zo2.disk_folder={named}",
+                f"--set {setting}={named}",
                 f"there is no folder {folder.parent}",
                 "make it, or name another",
             )

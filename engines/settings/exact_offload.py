@@ -38,15 +38,27 @@ class ExactOffloadSettings(CompiledBlockSettings):
     outer: Literal["gpu", "host"] = "gpu"
     """Where masters and moments are of what lies outside the blocks (embeddings, head): on the GPU, which
     updates it, or on the host with those of the blocks."""
+    disk_blocks: int = 0
+    """Blocks whose masters' low halves and moments are on disk, not in host memory: the last ones, whose
+    updates have most time. Plans choose as many as host memory has no room for."""
+    disk_folder: str = ""
+    """Where, on a local disk that stands much writing; the files have no name and are gone when the run
+    ends, however it does. By default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
     offload: bool = True
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
 
     def __post_init__(self) -> None:
         CompiledBlockSettings.__post_init__(self)
         require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
+        require(self.disk_blocks >= 0, "disk_blocks", "must not be negative")
         require(
             self.gradient_blocks == "auto" or self.gradient_blocks > 0, "gradient_blocks", "must be positive"
         )
+
+    def on_disk(self, num_blocks: int) -> range:
+        """Which of a model's blocks have their states on disk."""
+        count = min(self.disk_blocks, num_blocks) if self.offload else 0
+        return range(num_blocks - count, num_blocks)
 
     @property
     def streams(self) -> bool:

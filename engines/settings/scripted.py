@@ -66,6 +66,8 @@ class ScriptedSettings:
         "kill",
         "hang",
     ] = "crash"
+    fail_on_rank: int = 0
+    """The one that fails, where there are several."""
 
     def __post_init__(self) -> None:
         require_finite(self)

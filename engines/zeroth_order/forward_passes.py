@@ -10,7 +10,7 @@ between two roundings of a low-bit base, each of them applies them again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from engines.errors import NonFiniteLoss
 from engines.model.blocks import BlockCall
 from engines.noise.visits import Visit
+from engines.world import Share, World
 from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.estimators import Probe, Side
 from engines.zeroth_order.perturbed_model import PerturbedModel, Prepared
@@ -42,12 +43,44 @@ class LossSums:
         Raises `NonFiniteLoss`.
         """
         losses: list[float] = (self._sums / count).tolist()
-        if not all(map(math.isfinite, losses)):
-            told = ", ".join(map(str, losses[:-1]))
-            bad = next(loss for loss in losses if not math.isfinite(loss))
-            good = next((loss for loss in losses if math.isfinite(loss)), bad)
-            raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", sides=(good, bad))
-        return losses
+        return _finite(losses, step)
+
+
+def _finite(losses: list[float], step: int) -> list[float]:
+    """`losses`. Raises `NonFiniteLoss` where one is not."""
+    if not all(map(math.isfinite, losses)):
+        told = ", ".join(map(str, losses[:-1]))
+        bad = next(loss for loss in losses if not math.isfinite(loss))
+        good = next((loss for loss in losses if math.isfinite(loss)), bad)
+        raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", sides=(good, bad))
+    return losses
+
+
+def mean_over_ranks(
+    own: Tensor, world: World, division: Sequence[Share], sides: Sequence[int], step: int
+) -> list[float]:
+    """Mean losses over all micro-batches, of every side of every probe, on every rank: the bits of
+    `LossSums.read` in one process.
+
+    `own`: (micro-batches, sides) fp64, this rank's share by `division`. `sides`: of each probe how many there
+    are. Waits for the compute stream, then for the other ranks, to which 8 bytes a loss are sent.
+    Raises `NonFiniteLoss` and `PeerLost`.
+    """
+    first_side = [sum(sides[:number]) for number in range(len(sides) + 1)]
+    columns = [range(first_side[each.probes.start], first_side[each.probes.stop]) for each in division]
+    room = max(len(each.batches) * len(sides) for each, sides in zip(division, columns, strict=True))
+    values: list[float] = own.flatten().tolist()
+    found = world.gather([*values, *([0.0] * (room - len(values)))])
+    count = max(each.batches.stop for each in division)
+    losses = [[0.0] * first_side[-1] for _ in range(count)]
+    for each, sides_of, row in zip(division, columns, found, strict=True):
+        for number, batch in enumerate(each.batches):
+            start = number * len(sides_of)
+            losses[batch][sides_of.start : sides_of.stop] = row[start : start + len(sides_of)]
+    sums = [0.0] * first_side[-1]
+    for of_batch in losses:  # in the order in which one process adds them
+        sums = [total + loss for total, loss in zip(sums, of_batch, strict=True)]
+    return _finite([total / count for total in sums], step)
 
 
 class Streams:
@@ -94,14 +127,22 @@ class Streams:
         """Of every side of every probe, over the micro-batches."""
         passes = sum(len(probe.sides) for probe in self._probes)
         sums: LossSums | None = None
-        for i, batch in enumerate(self._batches):
-            losses: list[Tensor] = []
-            for probe, hidden in zip(self._probes, self._hidden, strict=True):
-                losses += self._model.losses(batch, hidden[i], self._of(probe), probe.sides)
+        for losses in self._by_batch():
             sums = sums or LossSums(losses[0].device, passes)
             sums.add(losses)
         assert sums is not None
         return sums
+
+    def each_loss(self) -> Tensor:
+        """Of every micro-batch and every side of every probe: (micro-batches, sides) fp64 on the device."""
+        return torch.stack([torch.stack(tuple(losses)).double() for losses in self._by_batch()])
+
+    def _by_batch(self) -> Iterator[Sequence[Tensor]]:
+        for i, batch in enumerate(self._batches):
+            losses: list[Tensor] = []
+            for probe, hidden in zip(self._probes, self._hidden, strict=True):
+                losses += self._model.losses(batch, hidden[i], self._of(probe), probe.sides)
+            yield losses
 
 
 class _Held:

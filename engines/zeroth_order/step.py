@@ -8,6 +8,9 @@ A step makes one pass over the blocks. A *visit* of a block applies the updates 
 and runs all forward passes through it (`engines.zeroth_order.forward_passes`). The losses give the next
 update, which is appended to the log (`engines.zeroth_order.deferred_updates`); what lies outside the blocks
 takes it at once, the blocks in their next visits.
+
+With several ranks each computes its share of the micro-batches, or of the queries, and hands its losses
+round: every rank then makes the same update of them, so that weights never go from one to another.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ from engines.quantized.export import landed_on_grid, plain_weights
 from engines.settings.zeroth_order import MezoSettings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
+from engines.world import divide
 from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.estimators import next_updates, probes
-from engines.zeroth_order.forward_passes import Streams
+from engines.zeroth_order.forward_passes import Streams, mean_over_ranks
 from engines.zeroth_order.generation import generate_tokens
 from engines.zeroth_order.low_rank_noise import beside, window_due
 from engines.zeroth_order.perturbed_model import PerturbedModel
@@ -214,15 +218,25 @@ class ZerothOrder(ABC):
         earlier = self.blocks.begin_step(window)
         clocks.label("before the blocks")
         clocks.compute.start()
-        prepared = [self._model.prepare(batch) for batch in batches]
-        streams = Streams(self._model, prepared, probes(settings, step), self._updates.none())
+        asked, world = probes(settings, step), self.context.world
+        division = divide(world.size, len(batches), len(asked))
+        mine = division[world.rank]
+        prepared = [self._model.prepare(batch) for batch in mine.of_batches(batches)]
+        streams = Streams(self._model, prepared, mine.of_probes(asked), self._updates.none())
         for index, task in self.blocks.in_order(window):
             streams.visit(index, task, self.blocks)
         clocks.label("loss")
-        sums = streams.losses()
+        if world.size == 1:
+            sums = streams.losses()
+        else:
+            each = streams.each_loss()
         clocks.compute.stop()
         told = earlier()  # the GPU has much to do still, so that this costs nothing
-        losses = sums.read(len(prepared), step)  # the one place where the host waits
+        # The one place where the host waits, for the GPU and then for the other ranks.
+        if world.size == 1:
+            losses = sums.read(len(prepared), step)
+        else:
+            losses = mean_over_ranks(each, world, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
         updates = next_updates(step, settings, self.context.total_steps, losses)
         for update in updates:

@@ -14,6 +14,7 @@ from harness.recommendation import Recommendation
 from profiles.advice import words
 from profiles.advice.job_time import JobForecast
 from profiles.advice.outlook import BestMethod
+from profiles.advice.target import target_sentences
 from profiles.advice.ways_out import WayOut
 from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
@@ -48,12 +49,16 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
             }
         )
     )
+    if answer.explanations:
+        lines = {each.engine: each.lines for each in answer.explanations}
+        parts += [Text("How the numbers come about", style="bold"), notes_grid(lines)]
     if answer.what_if:
         parts += [Text("What if, one change at a time", style="bold"), _what_if_table(answer)]
     if answer.largest:
         parts += [Text("The largest model that each method fits here", style="bold"), _largest_table(answer)]
     if answer.answers:
-        parts += [Text("Machines of the catalogue, the least first", style="bold"), _answers_table(answer)]
+        parts += [Text(_target_title(answer), style="bold"), _answers_table(answer)]
+        parts += [Text(sentence) for sentence in target_sentences(answer.answers)]
     if answer.calibration is not None:
         parts.append(Text(answer.calibration.told))
     parts += [Text(sentence) for sentence in answer.verdict.sentences]
@@ -194,33 +199,35 @@ def _largest_table(answer: Recommendation) -> Table:
     return table
 
 
+def _target_title(answer: Recommendation) -> str:
+    target = answer.target
+    assert target is not None
+    aim = f"{target.hours:g} hours" if target.hours is not None else target.model
+    return f"Machines of the catalogue for {aim}, the least first"
+
+
 def _answers_table(answer: Recommendation) -> Table:
-    time = "job" if answer.amount is not None else "step"
-    headings = [
-        "machine",
-        "with gradients",
-        time,
-        "low to high",
-        "in time",
-        "zeroth order",
-        f"{time} ",
-        "low to high ",
-        "in time ",
-    ]
+    of_model = answer.target is not None and answer.target.model is not None
+    time, meets = (
+        ("step", "fits") if of_model else ("job" if answer.amount is not None else "step", "in time")
+    )
+    headings = ["machine"]
+    for kind, apart in (("with gradients", ""), ("zeroth order", " ")):  # a space tells headings apart
+        headings += [kind, time + apart, "low to high" + apart, meets + apart]
     table = plain_table(headings, whole=("machine",))
     for each in answer.answers:
         cells: list[str] = []
-        for best, meets in ((each.outlook.first, each.first), (each.outlook.zeroth, each.zeroth)):
+        for best, met in ((each.outlook.first, each.first), (each.outlook.zeroth, each.zeroth)):
             if best is None:
                 cells += ["nothing fits", "-", "-", "no"]
             elif best.seconds is None:
-                cells += [best.engine, "not predicted", "-", meets]
+                cells += [best.engine, "not predicted", "-", met]
             else:
                 cells += [
                     best.engine,
                     words.duration(best.seconds[1]),
                     words.band(best.seconds[0], best.seconds[2]),
-                    meets,
+                    met,
                 ]
         table.add_row(each.outlook.name, *cells)
     return table

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @takes_job(
     without=(
         "data", "untied", "layers", "accumulation", "steps", "warmup_steps", "dtype", "checkpointing", "vram",
-        "host_memory", "timeout", "set_", "job_file",
+        "host_memory", "timeout", "gpus", "nodes", "set_", "job_file",
     )
 )  # fmt: skip
 def data(

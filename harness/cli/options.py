@@ -159,6 +159,24 @@ HostMemoryFlag = Annotated[str | None, typer.Option("--host-memory", help="Cap o
 Timeout = Annotated[
     float | None, typer.Option("--timeout", help="Seconds one run may take, set-up included.")
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=1,
+        help="GPUs of this machine: so many processes share out the micro-batches of each step, of which "
+        "--accumulation counts all, or the queries of one, with the results of one process.",
+    ),
+]
+Nodes = Annotated[
+    int | None,
+    typer.Option(
+        "--nodes",
+        min=1,
+        help="Machines: start the same command on each, with MASTER_ADDR and MASTER_PORT of the first and "
+        "NODE_RANK 0, 1, ... set.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -258,6 +276,8 @@ def _flags(
     vram: Vram = None,
     host_memory: HostMemoryFlag = None,
     timeout: Timeout = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
     set_: Set = None,
     job_file: JobFile = None,
 ) -> dict[str, Any]:
@@ -365,8 +385,9 @@ def _nested(given: dict[str, Any]) -> dict[str, Any]:
         if flag in given:
             option = f"--{flag.replace('_', '-')}"
             nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag), option)
-    if "timeout" in given:
-        nested.setdefault("limits", {})["timeout_s"] = given.pop("timeout")
+    for flag, name in (("timeout", "timeout_s"), ("gpus", "gpus"), ("nodes", "nodes")):
+        if flag in given:
+            nested.setdefault("limits", {})[name] = given.pop(flag)
     return {**given, **nested}
 
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
-from harness.cli.options import OF_TRAINING, Engines, JobFlags, Json, Profile, Quiet, engine_names, takes_job
+from harness.cli.options import (
+    OF_TRAINING,
+    Engines,
+    JobFlags,
+    Json,
+    Out,
+    Profile,
+    Quiet,
+    engine_names,
+    results_folder,
+    takes_job,
+)
 from harness.pipeline import data_lengths, find_machine
 from harness.progress import console
+from harness.recipes.write import Stack, write_recipe
 from harness.recommendation import (
     job_to_plan,
     recommended,
     schema,
+    with_explanations,
     with_target,
     with_what_if,
     without_weights,
@@ -52,6 +67,23 @@ TargetFlag = Annotated[
     str | None,
     typer.Option("--target", help="Backwards, the least machine of the catalogue: `hours=8` or `model=70b`."),
 ]
+CalibrateFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate", help="A folder that `compare` wrote on this machine: its runs correct predictions."
+    ),
+]
+ExplainFlag = Annotated[
+    bool, typer.Option("--explain", help="The formulas of each plan that fits, with its numbers filled in.")
+]
+RecipeFlag = Annotated[
+    Stack | None,
+    typer.Option(
+        "--recipe",
+        help="Write the recommended method as a configuration of that program, where it has it, and as our "
+        "job.toml, into --out.",
+    ),
+]
 SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of --json, and stop.")]
 
 
@@ -66,8 +98,12 @@ def recommend(
     price: PriceFlags = None,
     what_if: WhatIfFlag = False,
     target: TargetFlag = None,
+    calibrate: CalibrateFlag = None,
+    explain: ExplainFlag = False,
+    recipe: RecipeFlag = None,
     engines: Engines = None,
     profile: Profile = None,
+    out: Out = None,
     as_json: Json = False,
     schema_: SchemaFlag = False,
     quiet: Quiet = False,
@@ -75,7 +111,7 @@ def recommend(
     """Plan every method for a job on a machine: does it fit, how long, what limits it, what to change.
 
     A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing. --examples, --epochs,
-    --tokens, --steps or a file as --data make hours of it.
+    --tokens, --steps or a file as --data make hours of it. A model needs no weights here, only a config.json.
     """
     if schema_:
         typer.echo(json.dumps(schema(), indent=1))
@@ -95,7 +131,10 @@ def recommend(
     amount = amount_of(job.workload, asked, data_lengths(as_run, shape))
     machine = find_machine(profile, quiet=quiet)
     planned = job_to_plan(job, shape, names, amount)
-    answer = recommended(job, planned, machine, rates=rates)
+    calibration = None if calibrate is None else calibration_from(calibrate, machine)
+    answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
+    if explain:
+        answer = with_explanations(answer, planned)
     if what_if:
         answer = with_what_if(answer, planned)
     if aim is not None:
@@ -104,3 +143,9 @@ def recommend(
         typer.echo(to_json(answer), nl=False)
     else:
         console().print(recommendation_text(answer))
+    if recipe is not None:
+        written = write_recipe(answer, recipe, results_folder(out, "recipe", job.model.name, resume=False))
+        for line in written.lines:
+            typer.echo(line, err=True)
+        if not as_json:
+            typer.echo(str(written.folder))

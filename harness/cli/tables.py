@@ -162,6 +162,8 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield f"traced, which costs time: {run.trace_file or 'the trace could not be kept'}"
     if (approximate := approximation(run.plan.settings)) is not None:
         yield approximate
+    if (missed := band_missed(run)) is not None:
+        yield missed
     yield from run.notes or ()
     if run.summary.compile_s is not None and run.summary.compile_s >= COMPILING_MATTERS_S:
         yield f"compiled for {format_seconds(run.summary.compile_s)}, in its first steps"
@@ -169,6 +171,21 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield from what_is_short(run.emulation)
     if run.end_reason is not None:
         yield f"{run.end_state}: {run.end_reason}"
+
+
+def band_missed(run: Run) -> str | None:
+    """That a step took less or more than the range that was predicted; `None`: it lay within."""
+    told, taken_s = run.predicted, run.summary.step_s_median
+    if told is None or taken_s is None or told.step_s_low is None or told.step_s_high is None:
+        return None
+    if told.step_s_low <= taken_s <= told.step_s_high:
+        return None
+    side = "faster" if taken_s < told.step_s_low else "slower"
+    span = f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}"
+    return (
+        f"{side} than the range predicted: {format_seconds(taken_s)}, not {span}; "
+        "'recommend --calibrate FOLDER' learns from it"
+    )
 
 
 def _token_rate(run: Run, step_s: float | None) -> str:

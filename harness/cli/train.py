@@ -21,7 +21,7 @@ from harness.records.presets import LR_SEARCH
 from profiles.documents import to_json
 
 
-@takes_job(without=("warmup_steps", "host_memory", "timeout"))
+@takes_job(without=("warmup_steps", "host_memory", "timeout", "gpus", "nodes"))
 def run(
     flags: JobFlags,
     engine: Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")],

@@ -28,6 +28,9 @@ NotWhereEmpty = Field(exclude_if=lambda value: not value)
 """Of a field that joined later: left out of what is written where it says nothing, so that a job keeps the
 bytes, and with them the id and the digest, that it had before."""
 
+NotWhereOne = Field(exclude_if=lambda value: value == 1)
+"""Likewise."""
+
 Padding = Literal["seq_len", "longest"]
 
 HeadChoice = Literal["auto", "causal_lm", "masked_lm", "classification", "question_answering"]
@@ -82,6 +85,11 @@ class Limits:
     """Host memory a run may use; a run above it ends as `oom_host`."""
     timeout_s: Number = 1800.0
     """Wall time of one run, set-up included."""
+    gpus: Annotated[Whole, Field(ge=1), NotWhereOne] = 1
+    """Of one machine, which a run may use: it has so many processes there, one for each, which share out the
+    micro-batches of every step."""
+    nodes: Annotated[Whole, Field(ge=1), NotWhereOne] = 1
+    """Machines on which the same command is started."""
 
 
 def _read_settings(values: dict[str, dict[str, Value]], _: ValidationInfo) -> dict[str, GivenSettings]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
 
 from engines.base import LinkRates
 from engines.decoding import Sampling
@@ -265,6 +267,10 @@ class Run:
     `None`: the record is of before they were kept, or its run never began."""
     governance: Governance | None = None
     """Where its files lay and what could leave the machine; `None`: its record is of before this was kept."""
+    ranks: Annotated[tuple[Summary, ...], Field(exclude_if=lambda value: not value)] = ()
+    """Of each process of this machine, in their order, where a run had several: one for each GPU. `samples`
+    and `summary` are then those of the first; its peak of GPU memory is that of the GPU with the largest, its
+    host memory, pinned memory and energy are those of all."""
     schema_version: int = SCHEMA_VERSION
 
     @property

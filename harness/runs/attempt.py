@@ -153,6 +153,8 @@ def take_up(out: Path) -> list[Run]:
         path = record_path(out, request.id)
         # What a trace cost and what of another machine held, the parent knew and did not say.
         whole = request.generation is None and not request.trace and request.emulated is None
+        limits = request.job.limits
+        whole = whole and limits.gpus * limits.nodes == 1  # else it is the story of one rank
         if result is None or result.end_state != "ok" or not whole or exists(path):
             continue
         outcome = Outcome(
@@ -225,6 +227,7 @@ def record_of(request: Request, round_: int, began: str, environment: Environmen
         trace_file=outcome.trace_file,
         emulation=_emulation(request, outcome),
         notes=outcome.notes,
+        ranks=outcome.ranks,
     )
     if request.generation is None:
         return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 
-from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
+from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, PeerLost, UserError
 from harness.records.run import EndState
 
 OUT_OF_MEMORY: dict[EndState, str] = {
@@ -37,6 +37,8 @@ def classify(error: BaseException, *, is_set_up: bool = True) -> tuple[EndState,
             return "crash" if is_set_up else "not_available", text
         case KeyboardInterrupt():
             return "interrupted", "stopped by a signal"
+        case PeerLost():
+            return "crash", text
         case MemoryError():
             return "oom_host", f"host memory could not be allocated{f' ({text})' if text else ''}"
     whole = str(error).lower()

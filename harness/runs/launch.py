@@ -1,36 +1,27 @@
-"""The one place that starts processes: one child per run, in a session of its own.
+"""One run, from the start of its process to what is known at its end; of its processes, where it has several.
 
-The parent sleeps on the child's pipe, and wakes to read it and to sample memory. It must not take part
-in the measurement: a parent that polls would take a core from the CPU optimizer that is being timed.
-
-Nothing is left behind, however a run ends. The child's process group and every descendant seen are
-killed after it; a guard process does the same if this process is killed itself. The guard is a shell
-that waits for the end of a pipe that only this process holds open.
-
-Longer than 400 lines: starting, watching and ending a child are one promise.
+The parent sleeps on the pipes of the children, and wakes to read them and to sample memory. It must not take
+part in the measurement: a parent that polls would take a core from the CPU optimizer that is being timed.
+`harness.runs.processes` starts the children and sees to it that nothing is left of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 
-import psutil
 from pydantic import TypeAdapter, ValidationError
 
-import harness
 from engines.base import StepStats
-from engines.errors import UserError
+from engines.errors import PEER_LOST, UserError
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
 from harness.records.shared import paths_of, without_paths
@@ -38,21 +29,19 @@ from harness.runs.emulate import Held
 from harness.runs.end_states import REASON_LENGTH
 from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
+from harness.runs.processes import Group, child_environment, of_rank
+from harness.runs.ranks import MEETING, devices_of, of_group, places
 from harness.runs.worker import TRACE, Request, Result
 from profiles.documents import adapter, to_json, write_whole
 from profiles.machine import Machine
-from profiles.system.cgroup import usable_cores
 from profiles.system.nvml import NvmlDevice
 
 SAMPLE_INTERVAL_S = 0.05
 SAMPLE_SHARE = 0.02
 """Most of one core that sampling may take: on a host with many processes it is done less often."""
 
-ENDING_INTERVAL_S = 0.01
-"""Between two looks at a child that has closed its pipe and is about to end."""
-
-GUARD = 'read -r group && { read -r rest; kill -s KILL -- "-$group"; }'
-"""Reads the process group, then nothing until the pipe ends; then kills the group."""
+ENDING_TOGETHER_S = 30.0
+"""For which the other ranks may go on after one has failed."""
 
 REQUEST, RESULT = "request.json", "result.json"
 WORK = ".work"
@@ -95,6 +84,9 @@ class Outcome:
     """Relative to the folder of results."""
     held: Held | None = None
     """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
+    ranks: tuple[Summary, ...] = ()
+    """Of each process of this machine, where there are several; `summary` is then that of the first, its
+    peaks those of the largest GPU and of the machine."""
     notes: tuple[str, ...] | None = None
     """What of the settings the engine could not have; `None`: the child did not say."""
 
@@ -106,7 +98,12 @@ class _Stop:
     end_state: EndState
     reason: str
     by_user: bool = False
+    after: int | None = None
+    """The rank that had failed before, whose story it is."""
 
+
+_End = tuple[EndState, str | None]
+"""End state and reason."""
 
 OnRunEvent = Callable[[SettingUp | Stepped], None]
 
@@ -122,7 +119,9 @@ def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_e
     work = work_folder(out, request.id)
     try:
         write_whole(work / REQUEST, to_json(request))
+        (work / MEETING).unlink(missing_ok=True)
         outcome = _run_child(request, work, device, on_event)
+        _join_logs(work, request.job.limits.gpus)
         _clean_log(work / "log", request.job)
         _keep(work / "log", out / "logs" / f"{request.id}.log", wanted=outcome.end_state != "ok")
         trace_file = f"traces/{request.id}.json"
@@ -162,7 +161,7 @@ def launch_probe(*, quiet: bool) -> Machine:
         *(["--quiet"] if quiet else []),
     ]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=_child_environment(), check=False
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=child_environment(), check=False
     )
     if done.returncode != 0:
         raise UserError(
@@ -174,59 +173,91 @@ def launch_probe(*, quiet: bool) -> Machine:
 
 
 def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
-    recording = RunRecording(tokens_per_step=request.tokens_per_step)
     oom_kills_before = read_oom_kills()
-    child = _Child(work, None if request.emulated is None else request.emulated.threads)
-    sampler = MemorySampler(child.process.pid, device)
+    ranks = places(request.job.limits, work)
+    recordings = [RunRecording(tokens_per_step=request.tokens_per_step) for _ in range(max(1, len(ranks)))]
+    group = Group(work, ranks, None if request.emulated is None else request.emulated.threads)
+    sampler = MemorySampler(group.pids, devices_of(ranks, device))
     stop: _Stop | None = None
     try:
-        stop = _watch(child, sampler, request, recording, on_event)
+        stop = _watch(group, work, sampler, request, recordings, on_event)
     except KeyboardInterrupt:
         stop = _Stop("interrupted", "stopped by a signal", by_user=True)
     finally:
-        code = child.finish(sampler.family)
-    _take_lines(child.read_rest(), request, recording, lambda event: None)
+        codes = group.finish(sampler.family)
+    _take_lines(group.read_rest(), request, recordings, lambda event: None)
 
-    result = recording.told or read_result(work / RESULT)
-    if result is not None:  # complete, even if the child was stopped while it was ending
-        state, reason, samples, summary = (
-            result.end_state,
-            result.end_reason,
-            result.samples,
-            result.summary,
-        )
-    else:
-        samples, summary = recording.samples, recording.summary()
-        if stop is not None:
-            state, reason = stop.end_state, stop.reason
-        else:
-            state, reason = _judge_code(code, oom_kills_before, sampler, work / "log")
+    results = [
+        recording.told or read_result(work / of_rank(RESULT, rank))
+        for rank, recording in enumerate(recordings)
+    ]
+    # A result is complete, even if its process was stopped while it was ending.
+    ends = [None if each is None else (each.end_state, each.end_reason) for each in results]
+    for rank, code in enumerate(codes):
+        if ends[rank] is None and (stop is None or stop.after == rank):
+            ends[rank] = _judge_code(code, oom_kills_before, sampler, work / of_rank("log", rank))
+    state, reason = _judge(ends, stop)
+    summaries = [
+        recording.summary() if each is None else each.summary
+        for each, recording in zip(results, recordings, strict=True)
+    ]
+    first, told = results[0], recordings[0]
+    summary = of_group(summaries)
     peak_host_bytes = max(sampler.peak_host_bytes, summary.peak_host_bytes or 0)
     return Outcome(
         end_state=state,
         end_reason=reason,
-        samples=samples,
+        samples=told.samples if first is None else first.samples,
         summary=replace(
             summary, peak_host_bytes=peak_host_bytes or None, peak_gpu_nvml_bytes=sampler.peak_gpu_bytes
         ),
         by_user=stop is not None and stop.by_user,
-        traced=recording.traced,
-        held=recording.held,
-        notes=None if result is None else result.notes,
+        traced=told.traced,
+        held=told.held,
+        ranks=tuple(summaries) if ranks else (),
+        notes=None if first is None else first.notes,
     )
 
 
+def _judge(ends: Sequence[_End | None], stop: _Stop | None) -> _End:
+    """How a group ended by what is known of each rank, `None` of one that was stopped: the first that failed
+    of itself says it, then what stopped them, then one that missed another."""
+    several = len(ends) > 1
+    told = [
+        (state, f"rank {rank}: {reason}" if several else reason)
+        for rank, (state, reason) in ((rank, end) for rank, end in enumerate(ends) if end is not None)
+        if state != "ok"
+    ]
+    own = [end for end in told if end[1] is None or not end[1].endswith(PEER_LOST)]
+    if own:
+        return own[0]
+    if stop is not None and None in ends:
+        return stop.end_state, stop.reason
+    return told[0] if told else ("ok", None)
+
+
 def _watch(
-    child: _Child, sampler: MemorySampler, request: Request, recording: RunRecording, on_event: OnRunEvent
+    group: Group,
+    work: Path,
+    sampler: MemorySampler,
+    request: Request,
+    recordings: Sequence[RunRecording],
+    on_event: OnRunEvent,
 ) -> _Stop | None:
-    """Follow the child to its end, or say why it is to be stopped."""
+    """Follow the processes to their end, or say why they are to be stopped."""
     limits = request.job.limits
     deadline_s = time.monotonic() + limits.timeout_s
     next_sample_s = time.monotonic()
-    while not child.has_ended():
+    failed: int | None = None
+    late = _Stop("timeout", f"took longer than {limits.timeout_s:g} s")
+    while not group.has_ended():
         now_s = time.monotonic()
         if now_s >= deadline_s:
-            return _Stop("timeout", f"took longer than {limits.timeout_s:g} s")
+            return late
+        if failed is None and (failed := _failed(group, work)) is not None:
+            # The others miss it, and end by themselves unless they hang.
+            late = _Stop("crash", f"rank {failed} ended, and the others did not", after=failed)
+            deadline_s = min(deadline_s, now_s + ENDING_TOGETHER_S)
         if now_s >= next_sample_s:
             busy_s = time.thread_time()
             host_bytes = sampler.take()
@@ -239,121 +270,50 @@ def _watch(
             # CPU time: a driver that lets NVML wait costs nothing, and a peak must not be missed for it.
             cost_s = time.thread_time() - busy_s
             next_sample_s = now_s + max(SAMPLE_INTERVAL_S, cost_s / SAMPLE_SHARE)
-        lines = child.read_lines(max(0.0, min(next_sample_s, deadline_s) - time.monotonic()))
-        _take_lines(lines, request, recording, on_event)
+        lines = group.read_lines(max(0.0, min(next_sample_s, deadline_s) - time.monotonic()))
+        _take_lines(lines, request, recordings, on_event)
     return None
 
 
-class _Child:
-    """The worker process, its pipe and its guard."""
-
-    def __init__(self, work: Path, threads: int | None) -> None:
-        """Start all three, with at most `threads` threads. Raises `UserError` where the system refuses."""
-        self._rest = b""
-        self._open = True
-        started: list[subprocess.Popen[bytes]] = []
-        read_end, write_end = os.pipe()
-        self._pipe = read_end
-        try:
-            with (work / "log").open("wb") as log:
-                self._guard = subprocess.Popen(
-                    ["/bin/sh", "-c", GUARD],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-                started.append(self._guard)
-                # -P: a folder `harness` where the user stands must not shadow ours.
-                worker = [sys.executable, "-P", "-m", "harness.runs.worker"]
-                self.process = subprocess.Popen(
-                    [*worker, str(work.resolve()), str(write_end), str(os.getpid())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(write_end,),
-                    env=_child_environment(threads),
-                    start_new_session=True,
-                )
-                started.append(self.process)
-            assert self._guard.stdin is not None
-            self._guard.stdin.write(b"%d\n" % self.process.pid)
-            self._guard.stdin.flush()
-        except OSError as error:
-            for process in started:
-                process.kill()
-                process.communicate()
-            os.close(read_end)
-            raise UserError(
-                "the run's process",
-                f"cannot be started ({error.strerror or error})",
-                "free memory or disk space, or raise the limit on processes (ulimit -u)",
-            ) from None
-        finally:
-            os.close(write_end)
-        os.set_blocking(read_end, False)
-
-    def has_ended(self) -> bool:
-        """Does not reap: until `finish` the dead child keeps its number, so that killing its group
-        cannot hit a stranger."""
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def read_lines(self, timeout_s: float) -> list[str]:
-        """Whole lines that came within `timeout_s`; waits no longer than until the first bytes."""
-        if not self._open:  # the child is on its way out
-            time.sleep(min(timeout_s, ENDING_INTERVAL_S))
-            return []
-        return self.read_rest() if wait([self._pipe], timeout_s) else []
-
-    def read_rest(self) -> list[str]:
-        """Whole lines that are in the pipe now."""
-        while self._open:
-            try:
-                chunk = os.read(self._pipe, 65536)
-            except BlockingIOError:
-                break
-            if not chunk:
-                os.close(self._pipe)
-                self._open = False
-            self._rest += chunk
-        *lines, self._rest = self._rest.split(b"\n")
-        return [line.decode("utf-8") for line in lines]
-
-    def finish(self, family: Mapping[int, psutil.Process]) -> int:
-        """Kill what is left of the child, its group and `family`; its exit code, or minus its signal."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for relative in family.values():  # those that left the group; psutil knows a reused number
-            with contextlib.suppress(psutil.Error):
-                relative.kill()
-        code = self.process.wait()
-        self._guard.kill()
-        self._guard.communicate()
-        return code
+def _failed(group: Group, work: Path) -> int | None:
+    """The first rank that has ended and not well, where there are several."""
+    for rank, worker in enumerate(group.workers if len(group.workers) > 1 else ()):
+        status = worker.exit_status()
+        if status is None:
+            continue
+        result = read_result(work / of_rank(RESULT, rank))
+        if status != 0 or (result is not None and result.end_state != "ok"):
+            return rank
+    return None
 
 
 def _take_lines(
-    lines: list[str],
+    of_ranks: Sequence[Sequence[str]],
     request: Request,
-    recording: RunRecording,
+    recordings: Sequence[RunRecording],
     on_event: OnRunEvent,
 ) -> None:
+    """What the ranks have told. Events are those of the first."""
     total = request.job.warmup_steps + request.job.steps
-    for line in lines:
-        event = json.loads(line)
-        if "sample" in event:
-            sample = Sample(**event["sample"])
-            stats = event["stats"]
-            recording.steps.append((sample, None if stats is None else StepStats(**stats)))
-            on_event(Stepped(run_id=request.id, sample=sample, total=total))
-        elif "traced" in event:
-            recording.traced = True
-        elif "result" in event:
-            recording.told = adapter(Result).validate_python(event["result"])
-        elif "held" in event:
-            recording.held = TypeAdapter(Held).validate_python(event["held"])
-        else:
-            on_event(SettingUp(run_id=request.id, **event))
+    told: list[tuple[RunRecording, OnRunEvent]] = [
+        (recording, (lambda event: None) if rank else on_event) for rank, recording in enumerate(recordings)
+    ]
+    for lines, (recording, tell) in zip(of_ranks, told, strict=True):
+        for line in lines:
+            event = json.loads(line)
+            if "sample" in event:
+                sample = Sample(**event["sample"])
+                stats = event["stats"]
+                recording.steps.append((sample, None if stats is None else StepStats(**stats)))
+                tell(Stepped(run_id=request.id, sample=sample, total=total))
+            elif "traced" in event:
+                recording.traced = True
+            elif "result" in event:
+                recording.told = adapter(Result).validate_python(event["result"])
+            elif "held" in event:
+                recording.held = TypeAdapter(Held).validate_python(event["held"])
+            else:
+                tell(SettingUp(run_id=request.id, **event))
 
 
 def read_result(path: Path) -> Result | None:
@@ -385,24 +345,14 @@ def _judge_code(
     return "crash", f"ended with exit code {code} and no result{last}"
 
 
-def _child_environment(at_most: int | None = None) -> dict[str, str]:
-    usable = usable_cores().count
-    threads = str(usable if at_most is None else min(usable, at_most))
-    root = Path(harness.__file__).parent.parent
-    environment = {
-        **os.environ,
-        # CUDA and NVML then count GPUs alike.
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        # Read when the libraries are loaded, before torch can be told.
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONFAULTHANDLER": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if (root / "pyproject.toml").exists():  # a checkout need not be installed
-        before = os.environ.get("PYTHONPATH")
-        environment["PYTHONPATH"] = str(root) if not before else f"{root}{os.pathsep}{before}"
-    return environment
+def _join_logs(work: Path, count: int) -> None:
+    """What each of several ranks wrote, one after the other, in the log of the first."""
+    with contextlib.suppress(OSError):
+        for rank in range(1, count):
+            text = (work / of_rank("log", rank)).read_text(encoding="utf-8", errors="replace")
+            if text:
+                with (work / "log").open("a", encoding="utf-8") as log:
+                    log.write(f"--- rank {rank}\n{text}")
 
 
 def _clean_log(log: Path, job: Job) -> None:

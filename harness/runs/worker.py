@@ -28,12 +28,15 @@ from engines.base import Batch, Context, StepStats, TellsNotes, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
+from engines.world import ALONE, Alone, World
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
 from harness.runs.end_states import classify
 from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
+from harness.runs.processes import of_rank
+from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import Decode, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
@@ -96,20 +99,24 @@ def main(arguments: Sequence[str]) -> int:
     _end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    several = request.job.limits.gpus * request.job.limits.nodes > 1
+    place = place_of(os.environ) if several else None
     if request.emulated is not None:
         limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events, folder)
+    result = execute(request, events, folder, place)
     try:
-        write_whole(folder / "result.json", to_json(result))
+        local = 0 if place is None else place.local_rank
+        write_whole(folder / of_rank("result.json", local), to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
         events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
     return 0
 
 
-def execute(request: Request, events: IO[str], folder: Path) -> Result:
-    """Run `request`. Every exception becomes an end state; its traceback goes to stderr.
+def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | None = None) -> Result:
+    """Run `request`, as the rank at `place` where there are several. Every exception becomes an end state;
+    its traceback goes to stderr.
 
     A trace that was asked for lies in `folder` then, if the engine keeps one.
     """
@@ -117,7 +124,7 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     state: EndState = "ok"
     reason: str | None = None
     try:
-        _run(request, recording, events, folder)
+        _run(request, recording, events, folder, place)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         state, reason = classify(error, is_set_up=recording.setup_s is not None)
@@ -136,7 +143,9 @@ def execute(request: Request, events: IO[str], folder: Path) -> Result:
     )
 
 
-def _run(request: Request, recording: RunRecording, events: IO[str], folder: Path) -> None:
+def _run(
+    request: Request, recording: RunRecording, events: IO[str], folder: Path, place: RankPlace | None
+) -> None:
     job, plan = request.job, request.plan
 
     def report(**event: object) -> None:
@@ -155,6 +164,16 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
     device_name = prepare_torch(vram_bytes) if row.needs_torch else "cpu"
+    world: World = ALONE
+    if place is not None and not row.needs_torch:
+        world = Alone(rank=place.rank, size=place.size)
+    elif place is not None:
+        from engines.transfer.process_group import meet
+
+        on_progress("meeting the other ranks", 0, 1)
+        world = meet(place.where, place.rank, place.size, place.local_rank, place.local_size)
+        check_alike(world, what_to_agree_on(job, plan.engine, dict(plan.settings)))
+        on_progress("meeting the other ranks", 1, 1)
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
         held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
@@ -166,10 +185,11 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         seed=job.seed,
         total_steps=job.warmup_steps + job.steps,
         vram_bytes=vram_bytes,
-        host_bytes=usable_host_bytes(job.limits.host_bytes),
-        trace=request.trace,
+        host_bytes=usable_host_bytes(job.limits.host_bytes) // job.limits.gpus,
+        trace=request.trace and world.rank == 0,
         link_rates=emulated.rates if emulated is not None and own_copies else None,
         progress=on_progress,
+        world=world,
     )
     on_progress("importing", 1, 1)
     blueprint: Any = None
@@ -194,7 +214,8 @@ def _run(request: Request, recording: RunRecording, events: IO[str], folder: Pat
         device = open_device()
         energy_j = None if device is None else device.energy_j
     engine = engine_class(plan.settings.typed, context)
-    traced = request.trace and isinstance(engine, TellsTrace)
+    # Of several ranks the first: what they do is alike.
+    traced = request.trace and isinstance(engine, TellsTrace) and world.rank == 0
     if traced:
         report(traced=True)
     try:

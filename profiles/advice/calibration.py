@@ -49,7 +49,7 @@ class Calibration:
     @property
     def told(self) -> str:
         parts = [
-            f"{engine} x {each.expected:.2f} ({each.count} record{'' if each.count == 1 else 's'})"
+            f"{engine} x {each.expected:.2f} ({_records(each.count)})"
             for engine, each in self.factors.items()
         ]
         parts += [f"{count} left out: {why}" for why, count in self.left_out.items()]
@@ -63,10 +63,15 @@ def hardware(machine: Machine) -> tuple[str, ...]:
     return (*named, machine.cpu.name, f"{machine.cpu.cores_usable} cores")
 
 
-def why_other_hardware(one: Machine, other: Machine) -> str | None:
-    """What differs, or `None`."""
-    differing = [f"{b}, not {a}" for a, b in zip(hardware(one), hardware(other), strict=False) if a != b]
-    return "; ".join(differing) or None
+def why_other_hardware(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """What `theirs` has that `ours` has not, both as `hardware` tells them; `None`: they are the same."""
+    return next((each for each in theirs if each not in ours), None) or (
+        None if len(theirs) == len(ours) else "no GPU"
+    )
+
+
+def _records(count: int) -> str:
+    return "1 record" if count == 1 else f"{count} records"
 
 
 def calibration_of(seen: Sequence[Seen], left_out: Mapping[str, int]) -> Calibration:
@@ -106,7 +111,7 @@ def calibrated(prediction: Prediction, engine: str, calibration: Calibration | N
         step_s_low=low,
         step_s_high=high,
         basis=(
-            f"{prediction.basis.rstrip('.')}; times {factor.expected:.3g}, as {factor.count} records of this "
-            "machine have it."
+            f"{prediction.basis.rstrip('.')}; times {factor.expected:.3g}, as "
+            f"{_records(factor.count)} of this machine have it."
         ),
     )

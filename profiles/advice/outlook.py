@@ -12,9 +12,9 @@ from engines.shapes import ModelShape, Workload
 from profiles.advice.amount import Amount
 from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ranked
 from profiles.machine import Machine
-from profiles.planning.budget import budget_of
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
+from profiles.planning.ranks import context_of_a_rank
 from profiles.planning.recommend import plan_engine
 
 ONE_STEP = "one step"
@@ -33,14 +33,24 @@ class JobToPlan:
     """`None`: not known, so that times are those of one step."""
     vram_bytes: int | None = None
     host_bytes: int | None = None
+    gpus: int = 1
+    nodes: int = 1
+    """Processes on each machine, and machines, that share out every step."""
 
     def settings_of(self, engine: str) -> GivenSettings:
         return self.settings[engine] if engine in self.settings else defaults(engine)
 
     def context(self, engine: str, machine: Machine) -> PlanningContext:
-        budget = budget_of(machine, self.vram_bytes, self.host_bytes, None)
-        return PlanningContext(
-            engine=engine, machine=machine, shape=self.shape, workload=self.workload, budget=budget
+        """With several processes, of the slowest of them."""
+        return context_of_a_rank(
+            engine,
+            machine,
+            self.shape,
+            self.workload,
+            vram_bytes=self.vram_bytes,
+            host_bytes=self.host_bytes,
+            gpus=self.gpus,
+            nodes=self.nodes,
         )
 
     @property

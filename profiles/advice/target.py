@@ -8,6 +8,7 @@ from typing import Literal
 
 from engines.errors import UserError
 from engines.shapes import ModelShape
+from profiles.advice import words
 from profiles.advice.outlook import BestMethod, JobToPlan, Outlook, outlook
 from profiles.machine import Machine
 from profiles.planning.recommend import plan_engine
@@ -81,6 +82,23 @@ def _meets(best: BestMethod | None, target: Target) -> Meets:
         return "no"
     low, _, high = (each / 3600 for each in best.seconds)
     return "yes" if high <= target.hours else "perhaps" if low <= target.hours else "no"
+
+
+def target_sentences(found: Sequence[TargetAnswer]) -> tuple[str, ...]:
+    """The least machine by each kind of method, and the least that may be one by the range's lower end."""
+    said = []
+    for kind, name in (("first", words.WITH_GRADIENTS), ("zeroth", words.WITHOUT_GRADIENTS)):
+        sure = next((each for each in found if getattr(each, kind) == "yes"), None)
+        perhaps = next((each for each in found if getattr(each, kind) == "perhaps"), None)
+        if sure is None and perhaps is None:
+            said.append(words.no_machine(name))
+            continue
+        if sure is not None:
+            said.append(words.least_machine(name, sure.outlook.name, getattr(sure.outlook, kind).engine))
+        if perhaps is not None and (sure is None or found.index(perhaps) < found.index(sure)):
+            method = getattr(perhaps.outlook, kind).engine
+            said.append(words.perhaps_machine(name, perhaps.outlook.name, method))
+    return tuple(said)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

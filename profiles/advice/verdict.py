@@ -56,12 +56,11 @@ def verdict_of(
         sentences += _nothing(plans, ways_out)
     else:
         if first:
-            sentences += _of_kind("With gradients", first, ties, forecasts, of_job=of_job)
+            sentences += _of_kind(words.WITH_GRADIENTS, first, ties, forecasts, of_job=of_job)
         elif any(entry(plan.engine).order == "first" for plan in plans):
             sentences.append(_no_first_order(plans, ways_out))
         if zeroth:
-            kind = "Without gradients (zeroth order)"
-            sentences += _of_kind(kind, zeroth, zeroth_ties, forecasts, of_job=of_job)
+            sentences += _of_kind(words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, of_job=of_job)
             sentences.append(known_of_zeroth_order(shape.parameters))
     return PlanVerdict(
         first_order=tuple(first),

@@ -14,6 +14,8 @@ UPGRADE_SLOT = "a link twice as fast (the next PCIe generation, or twice the lan
 UPGRADE_CHANNELS = "memory channels, twice as many"
 UPGRADE_CORES = "CPU cores, twice as many"
 SUPPOSED = "supposed"
+WITH_GRADIENTS = "With gradients"
+WITHOUT_GRADIENTS = "Without gradients (zeroth order)"
 NO_PLAN = "There is no plan."
 NOTHING_FITS = "Nothing fits."
 MEASURE = "ranges overlap, so which is faster is for a measurement to say"
@@ -65,3 +67,15 @@ def names(engines: Sequence[str]) -> str:
     if len(engines) < 2:
         return "".join(engines)
     return f"{', '.join(engines[:-1])} and {engines[-1]}"
+
+
+def least_machine(kind: str, machine: str, engine: str) -> str:
+    return f"{kind} the least machine that does it is {machine}, by {engine}."
+
+
+def perhaps_machine(kind: str, machine: str, engine: str) -> str:
+    return f"{kind} {machine} may do it, by {engine}: its range goes beyond the target."
+
+
+def no_machine(kind: str) -> str:
+    return f"{kind} no machine of the catalogue does it."

@@ -53,6 +53,9 @@ class PlanningContext:
     shape: ModelShape
     workload: Workload
     budget: Budget
+    ranks: int = 1
+    """Processes that take a step together, of which this is one: machine, workload and budget are its part
+    (`profiles.planning.ranks`)."""
 
     def cost(self, settings: Any) -> Traffic:
         """Of one step with these typed settings."""

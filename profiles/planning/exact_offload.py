@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,10 +15,13 @@ from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
 from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import predict, resource_s
-from profiles.units import format_seconds
+from profiles.units import format_bytes, format_seconds
 
 AS_FAST = 1.01
 """A step within this factor of the fastest counts as equally fast."""
+
+COMPETING = ("h2d", "d2h", "cpu", "host memory", "disk")
+"""Resources that are to hide behind the GPU."""
 
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
@@ -37,13 +42,18 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["compile"] = False
     settings: ExactOffloadSettings = given.completed(**chosen).typed
     found = _fitting(context, given, settings)
-    for key in ("moments", "weights", "outer"):
+    for key in ("moments", "weights", "outer", "disk_blocks"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
             without: Any = replace(found, **{key: getattr(settings, key)})
             missing = context.why_missing(without)
             reasons.append(f"{key}={chosen[key]}: without it the job {missing}")
     settings = found
+    if moved_bytes := context.cost(settings).disk_bytes:
+        reasons.append(
+            f"disk: {format_bytes(moved_bytes)} are read and written in each step, where disk_folder says; "
+            "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
+        )
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
@@ -66,12 +76,15 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if settings.streams:
         on_gpu = f"{element} bytes on the GPU for {WEIGHT_SLOTS} blocks at a time"
     on_host = element + state_bytes(element, settings.moments)
+    told = f"{on_host:.3g} bytes on the host"
+    if settings.disk_blocks:
+        told += f" ({element} of them where the rest is on disk)"
     reasons.append(
-        f"per parameter of the blocks: {on_gpu}, {on_host:.3g} bytes on the host, and room for "
+        f"per parameter of the blocks: {on_gpu}, {told}, and room for "
         f"the gradients of {places} of {context.shape.num_blocks} blocks"
     )
-    if (told := _crossover(context, settings)) is not None:
-        reasons.append(told)
+    if (crossover := _crossover(context, settings)) is not None:
+        reasons.append(crossover)
     return Choice(given.completed(**chosen), tuple(reasons))
 
 
@@ -83,7 +96,7 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
     times = resource_s(context.cost(settings), context.machine, context.workload)
     if times is None or not times["gpu"]:
         return None
-    slowest_s = max(times[name] for name in ("h2d", "d2h", "cpu", "host memory"))
+    slowest_s = max(times[name] for name in COMPETING)
     window = 1.0
     if settings.waits_for_norm:  # the next forward pass alone
         window = 1 / 3
@@ -105,18 +118,36 @@ def _fitting(
     for kept in moments:
         fitting = [each for each in tried if each.moments == kept and context.why_missing(each) is None]
         if fitting:
-            times = [
-                predict(context.cost(each), context.machine, context.workload).step_s or 0.0
-                for each in fitting
-            ]
-            return next(
-                each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times)
-            )
+            return _fastest(context, fitting)
+    if "disk_blocks" not in given and settings.offload:
+        exact_ones = [each for each in tried if each.moments == moments[0]]
+        on_disk = [found for each in exact_ones if (found := _partly_on_disk(context, each)) is not None]
+        if on_disk:
+            return _fastest(context, on_disk)
     gpu_bytes = context.budget.gpu_bytes
     exact = tried[len(weights) * len(outer) - 1]
     if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes:
         return exact
     return tried[-len(outer)]
+
+
+def _fastest(context: PlanningContext, fitting: Sequence[ExactOffloadSettings]) -> ExactOffloadSettings:
+    """The first that is as fast as any, by prediction."""
+    times = [predict(context.cost(each), context.machine, context.workload).step_s or 0.0 for each in fitting]
+    return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times))
+
+
+def _partly_on_disk(context: PlanningContext, settings: ExactOffloadSettings) -> ExactOffloadSettings | None:
+    """`settings` with the states of as few blocks on disk as must be; `None`: they do not fit even so."""
+
+    def fits(count: int) -> bool:
+        return context.why_missing(replace(settings, disk_blocks=count)) is None
+
+    blocks = context.shape.num_blocks
+    if not fits(blocks):
+        return None
+    fewest = bisect_left(range(1, blocks), True, key=fits) + 1
+    return replace(settings, disk_blocks=fewest)
 
 
 def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:
@@ -156,7 +187,7 @@ def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str 
     times = resource_s(context.cost(settings), context.machine, context.workload)
     if crossover is None or times is None:
         return None
-    slowest = max(("h2d", "d2h", "cpu", "host memory"), key=times.__getitem__)
+    slowest = max(COMPETING, key=times.__getitem__)
     return (
         f"T*: {slowest} ({format_seconds(times[slowest])}) hides behind the GPU from {crossover:,.0f} tokens "
         f"per step on; this job has {tokens:,}"

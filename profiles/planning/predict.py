@@ -85,6 +85,7 @@ class _Rates:
     per_adam_element_s: float
     per_host_byte_s: float
     per_disk_byte_s: float
+    per_disk_written_byte_s: float
 
 
 def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Prediction:
@@ -148,6 +149,7 @@ def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | N
         h2d_bytes=traffic.h2d_bytes,
         cpu_adam_elements=traffic.cpu_adam_elements,
         disk_bytes=traffic.disk_bytes,
+        disk_write_bytes=traffic.disk_write_bytes,
     )
     busy = resource_s(replace(traffic, layers=(least,)), machine, workload)
     return None if busy is None else max(busy.values())
@@ -225,7 +227,9 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
         d2h_s=layer.d2h_bytes * rates.per_d2h_byte_s,
         cpu_s=layer.cpu_adam_elements * rates.per_adam_element_s,
         host_s=layer.host_bytes * rates.per_host_byte_s,
-        disk_s=layer.disk_bytes * rates.per_disk_byte_s,
+        # A disk that reads and writes does one after the other, or each at half its rate.
+        disk_s=layer.disk_bytes * rates.per_disk_byte_s
+        + layer.disk_write_bytes * rates.per_disk_written_byte_s,
     )
 
 
@@ -257,6 +261,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         ),
         per_host_byte_s=host_byte_s,
         per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
+        per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
     )
 
 
@@ -275,11 +280,13 @@ def _host_copy(machine: Machine) -> tuple[str, Figure]:
     return "host copy bandwidth", machine.memory.copy_bytes_per_s
 
 
-def _disk(machine: Machine) -> tuple[str, Figure]:
+def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
     if machine.disk is None:
         why = machine.disk_absent_reason or "the profile holds no disk"
         why += "; 'lspzo-bench probe --disk FOLDER --out FILE' does, for --profile FILE"
         raise _Absent("disk read bandwidth is not in the machine profile", why)
+    if writes:
+        return "disk write bandwidth", machine.disk.write_bytes_per_s
     return "disk read bandwidth", machine.disk.read_bytes_per_s
 
 
@@ -375,6 +382,8 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
         parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
     if traffic.disk_bytes:
         parts.append(_told(_disk(machine), format_rate))
+    if traffic.disk_write_bytes:
+        parts.append(_told(_disk(machine, writes=True), format_rate))
     overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
     error = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
     resources = "; ".join(parts) or "no resource used"

@@ -16,11 +16,12 @@ from engines.settings.parse import defaults
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
-from profiles.planning.budget import budget_of, why_missing
+from profiles.planning.budget import why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import dtypes_for, why_no_dtype
 from profiles.planning.predict import compiling_s, predict
+from profiles.planning.ranks import context_of_a_rank
 
 
 def recommend(
@@ -34,20 +35,33 @@ def recommend(
     host_bytes: int | None = None,
     pinned_limit_bytes: int | None = None,
     job_arguments: Mapping[str, str] | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
 ) -> list[Plan]:
     """One plan per engine of `engines`: those that fit first, then by predicted step time.
 
     `overrides` holds settings by engine name; they win over chosen ones and are kept as given.
     `vram_bytes`, `host_bytes` and `pinned_limit_bytes` are limits below what the machine has.
     `job_arguments` are the job's command-line arguments by engine name, for the commands that check plans.
+    With several `gpus`, or `nodes` of so many, a plan is that of the slowest of the processes: its part of
+    the step, on its part of the machine.
 
     Raises `UserError` for an unknown engine or setting.
     """
-    budget = budget_of(machine, vram_bytes, host_bytes, pinned_limit_bytes)
     told = job_arguments or {}
     plans = [
         plan_engine(
-            PlanningContext(engine=engine, machine=machine, shape=shape, workload=workload, budget=budget),
+            context_of_a_rank(
+                engine,
+                machine,
+                shape,
+                workload,
+                vram_bytes=vram_bytes,
+                host_bytes=host_bytes,
+                pinned_limit_bytes=pinned_limit_bytes,
+                gpus=gpus,
+                nodes=nodes,
+            ),
             overrides[engine] if engine in overrides else defaults(engine),
             told.get(engine, ""),
         )
@@ -68,7 +82,7 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
     engine = context.engine
     settings, reasons = _choose(context, given)
     cost = context.cost(settings.typed)
-    unsuitable = _unsuitable(engine, context.machine, context.workload)
+    unsuitable = _unsuitable(context)
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
         passes = "two" if cost.forwards == 2 else f"{cost.forwards:g}"
@@ -105,9 +119,12 @@ def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     return choice
 
 
-def _unsuitable(engine: str, machine: Machine, workload: Workload) -> str | None:
+def _unsuitable(context: PlanningContext) -> str | None:
     """Why the engine cannot run the job at all, whatever the memory."""
+    engine, machine, workload = context.engine, context.machine, context.workload
     row = entry(engine)
+    if context.ranks > 1 and not row.several_gpus:
+        return "runs on one GPU"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     others = dtypes_for(engine, machine)

@@ -180,6 +180,15 @@ def open_device(index: int = 0, uuid: str | None = None) -> NvmlDevice | None:
     return device
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA shows this process, each by a name that CUDA_VISIBLE_DEVICES takes."""
+    found: list[str] = []
+    while open_device(len(found)) is not None:
+        index, _ = _visible(len(found))
+        found.append(str(index))
+    return found
+
+
 def why_no_device(index: int = 0, uuid: str | None = None) -> str:
     """Why `open_device` gives `None` for the same arguments; empty where it gives a device."""
     _, reason = _find(index, uuid)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import math
 import queue
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from engines.cpu_updates.adamw import adamw, master
 from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
 from engines.methods.native import Native
+from engines.offload.direct_io import RawFile
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
 from engines.shapes import Dtype, Workload
@@ -181,6 +185,38 @@ class TestTwin:
         assert outcomes[1].losses == pytest.approx(outcomes[0].losses, rel=1e-6)
         for name, tensor in outcomes[0].weights.items():
             torch.testing.assert_close(outcomes[1].weights[name], tensor, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("opt", {"disk_blocks": 5}),
+            ("llama", {"disk_blocks": 3, "max_grad_norm": 0.5, "moments": "bf16"}),
+            ("gpt2", {"disk_blocks": 4, "weights": "streamed", "moments": "int8"}),
+            ("qwen2", {"disk_blocks": 5, "outer": "host", "max_grad_norm": 0.5, "clip_by": "previous"}),
+        ],
+    )
+    def test_states_on_disk_equal_in_memory(
+        self, family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With reads, writes and updates that are late: more blocks than have room in memory."""
+        batches, ctx = tiny_batches(16, family), context("bf16", 2)
+        with running(family, ctx, offload=False, **changes) as twin:
+            expected = train(twin, batches, 2)
+        late = random.Random(0)
+
+        def delayed(*args: Any, **kwargs: Any) -> None:
+            time.sleep(late.choice((0.0, 0.0, 0.002)))
+            adamw(*args, **kwargs)
+
+        monkeypatch.setattr(block_state, "adamw", delayed)
+        monkeypatch.setattr(ExactOffload, "disk_delay_s", lambda self: late.choice((0.0, 0.0, 0.003)))
+        folder = tmp_path / "spill"
+        with running(family, ctx, disk_folder=str(folder), **changes) as engine:
+            found = train(engine, batches, 2)
+            read = sum(engine.host.state_bytes(index) for index in range(BLOCKS)[-changes["disk_blocks"] :])
+        assert_same(found, expected)
+        assert {each.disk_read_bytes for each in found.stats} == {read}
+        assert list(folder.iterdir()) == []
 
     @pytest.mark.parametrize("moments", ["bf16", "int8"])
     @pytest.mark.parametrize("clip", CLIPS)
@@ -414,6 +450,7 @@ class TestLife:
             ("bf16", {}),
             ("bf16", {"moments": "int8"}),
             ("bf16", {"weights": "streamed", "outer": "host"}),
+            ("bf16", {"disk_blocks": 4}),
             ("bf16", {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"}),
         ],
     )
@@ -431,6 +468,24 @@ class TestLife:
             second.load(tmp_path)
             found = train(second, batches[5:])
         assert_same(found, replace(expected, losses=expected.losses[5:]))
+
+    def test_states_on_disk_go_on_in_memory_and_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        batches, ctx = tiny_batches(9, "opt"), context("bf16")
+        with running("opt", ctx) as straight:
+            expected = train(straight, batches)
+        for count, (begin, end) in zip((4, 0, 2), ((0, 3), (3, 6), (6, 9)), strict=True):
+            with running("opt", ctx, disk_blocks=count) as engine:
+                if begin:
+                    engine.load(tmp_path / str(begin))
+                found = [engine.step([batch]).loss for batch in batches[begin:end]]
+                (tmp_path / str(end)).mkdir()
+                engine.save(tmp_path / str(end))
+                assert found == expected.losses[begin:end]
+                after = weights(engine)
+        assert all(torch.equal(after[name], tensor) for name, tensor in expected.weights.items())
 
     def test_other_moments_are_refused(self, tmp_path: Path) -> None:
         with running("opt") as engine:
@@ -504,6 +559,34 @@ class TestFaults:
         small = context(host_bytes=1_700_000_000)
         with pytest.raises(InfeasiblePlan, match="of host memory are missing"), running("opt", small):
             pass
+
+    def test_a_disk_that_is_too_small_is_refused_before_anything_is_filled(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with (
+            pytest.raises(InfeasiblePlan, match=r"of disk are missing in .*exact-offload.disk_folder=FOLDER"),
+            running("opt", disk_blocks=2, disk_folder=str(tmp_path / "spill")),
+        ):
+            pass
+        assert list((tmp_path / "spill").iterdir()) == []
+
+    @pytest.mark.parametrize("what", ["read", "write"])
+    def test_a_disk_that_fails_ends_the_run_in_one_line(
+        self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches = tiny_batches(6, "opt")
+        with running("opt", disk_blocks=5, disk_folder=str(tmp_path / "spill")) as engine:
+            engine.step(batches[:1])
+            engine.synchronize()
+
+            def fail(*_: Any) -> None:
+                raise OSError(errno.EIO, "Input/output error")
+
+            monkeypatch.setattr(RawFile, what, fail)
+            told = f"cannot be {what if what == 'read' else 'written'}"
+            with pytest.raises(UserError, match=told):  # in which step depends on the disk's pace
+                train(engine, batches[1:])
 
     def test_memory_that_ends_in_setup_leaves_nothing_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = 0

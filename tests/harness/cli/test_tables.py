@@ -104,3 +104,14 @@ def test_a_sweep_tells_what_it_keeps_repeats_and_ends(capsys: pytest.CaptureFixt
         f"{run.id}: started, run 2 of 2",
         f"{run.id}: ok, 1.00 s a step",
     ]
+
+
+def test_a_step_outside_the_range_that_was_predicted_is_told() -> None:
+    run = make_run("zo2")
+    assert run.predicted is not None
+    within = replace(run, predicted=replace(run.predicted, step_s_low=1e-9, step_s_high=1e9))
+    assert tables.band_missed(within) is None
+    slower = replace(run, predicted=replace(run.predicted, step_s_low=1e-9, step_s_high=2e-9))
+    assert "slower than the range predicted" in " ".join(drawn(tables.runs_table([slower]), 200).split())
+    faster = replace(run, predicted=replace(run.predicted, step_s_low=1e8, step_s_high=1e9))
+    assert "faster than" in str(tables.band_missed(faster))

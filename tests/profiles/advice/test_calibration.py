@@ -10,7 +10,7 @@ from known_shapes import DEEPSEEK_1B, H200
 from engines.costs.table import traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import Workload
-from profiles.advice.calibration import Seen, calibrated, calibration_of, why_other_hardware
+from profiles.advice.calibration import Seen, calibrated, calibration_of, hardware, why_other_hardware
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import predict
 
@@ -42,10 +42,11 @@ def test_few_records_keep_the_width_of_the_range(told: Prediction) -> None:
 
 
 def test_other_hardware_is_named() -> None:
-    assert why_other_hardware(H200, H200) is None
+    ours = hardware(H200)
+    assert why_other_hardware(ours, ours) is None
     assert H200.gpu is not None
     other = replace(H200, gpu=replace(H200.gpu, name="NVIDIA A100"))
-    assert why_other_hardware(H200, other) == "NVIDIA A100, not NVIDIA H200"
-    assert why_other_hardware(H200, replace(H200, gpu=None)) is not None
+    assert why_other_hardware(hardware(other), ours) == "NVIDIA A100"
+    assert why_other_hardware(hardware(replace(H200, gpu=None)), ours) == "no GPU"
     fewer = replace(H200, cpu=replace(H200.cpu, cores_usable=8))
-    assert why_other_hardware(H200, fewer) == "8 cores, not 16 cores"
+    assert why_other_hardware(hardware(fewer), ours) == "8 cores"

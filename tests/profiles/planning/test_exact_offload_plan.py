@@ -6,27 +6,61 @@ import re
 from dataclasses import replace
 
 import pytest
-from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B, llama, measured
 from settings_given import given_for_each
 
 from engines.costs.table import traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
+from profiles.machine import Disk, Machine
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
 
 GB = 10**9
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 NAME = "exact-offload"
+LLAMA_30B = llama("llama-30b", 6656, 17920, 60, 52, 32000)
+
+
+def llama_70b() -> ModelShape:
+    """Llama-2 70B: eight heads for keys and values."""
+    whole = llama("llama-2-70b", 8192, 28672, 80, 64, 32000)
+    grouped = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    return replace(
+        whole,
+        num_kv_heads=8,
+        matrices=tuple(replace(each, rows=1024) if each.name in grouped else each for each in whole.matrices),
+        block_parameters=whole.block_parameters - 2 * (8192 - 1024) * 8192,
+    )
+
+
+LLAMA_70B = llama_70b()
 
 
 def plan(
-    tokens: int, shape: ModelShape = DEEPSEEK_7B, given: dict[str, object] | None = None, **limits: int
+    tokens: int,
+    shape: ModelShape = DEEPSEEK_7B,
+    given: dict[str, object] | None = None,
+    machine: Machine = H200,
+    **limits: int,
 ) -> Plan:
     workload = Workload(batch_size=4, seq_len=1024, accumulation=tokens // 4096, dtype="bf16")
     overrides = given_for_each({NAME: given}) if given else {}
-    (only,) = recommend(H200, shape, workload, [NAME], overrides, **limits)  # type: ignore[arg-type]
+    (only,) = recommend(machine, shape, workload, [NAME], overrides, **limits)  # type: ignore[arg-type]
     return only
+
+
+def fast_disk(bytes_per_s: float, free_bytes: int = 4000 * GB) -> Disk:
+    """As fast in writing as in reading."""
+    rate = measured(bytes_per_s)
+    return Disk(
+        folder="/nvme",
+        file_system="xfs",
+        total_bytes=4000 * GB,
+        free_bytes=free_bytes,
+        read_bytes_per_s=rate,
+        write_bytes_per_s=rate,
+    )
 
 
 def with_vocabulary(size: int) -> ModelShape:
@@ -54,8 +88,67 @@ def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> No
         found = plan(4096, host_bytes=host_gb * GB)
         assert (found.fits, found.settings["moments"]) == (True, moments)
         assert any(each.startswith("approximate") for each in found.reasons)
-    least = plan(4096, host_bytes=30 * GB)
+    least = plan(4096, host_bytes=15 * GB)
     assert (least.fits, least.settings["moments"], least.settings["weights"]) == (False, "int8", "streamed")
+
+
+def test_exact_states_go_to_disk_where_host_memory_ends() -> None:
+    """As few blocks' as must; the disk then decides, which moves them both ways."""
+    with_disk = replace(H200, disk=fast_disk(6 * GB))
+    found = plan(4096, machine=with_disk, host_bytes=45 * GB)
+    count = found.settings["disk_blocks"]
+    assert isinstance(count, int)
+    assert (found.fits, "moments" in found.settings, 0 < count < 32) == (True, False, True)
+    assert found.prediction.disk_read_bytes == 10 * count * DEEPSEEK_7B.block_parameters
+    assert found.prediction.bottleneck == "disk"
+    assert found.prediction.step_s == pytest.approx(2 * found.prediction.disk_read_bytes / (6 * GB), rel=0.05)
+    one_less: dict[str, object] = {**found.settings, "moments": "fp32", "disk_blocks": count - 1}
+    assert not plan(4096, given=one_less, machine=with_disk, host_bytes=45 * GB).fits
+    assert any(each.startswith("disk: ") for each in found.reasons)
+    # Whose room is too small is said; what the user set stays.
+    small = replace(H200, disk=fast_disk(6 * GB, free_bytes=10 * GB))
+    assert not plan(4096, machine=small, host_bytes=45 * GB).fits
+    assert not plan(4096, given={"disk_blocks": 0}, machine=with_disk, host_bytes=20 * GB).fits
+
+
+def large_host(total_bytes: int) -> Machine:
+    """The H200's machine with more memory, all else as measured."""
+    memory = replace(H200.memory, total_bytes=total_bytes, available_bytes=total_bytes)
+    return replace(H200, memory=memory, disk=fast_disk(12 * GB))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "host_gb", "vram_gb", "expected"),
+    [
+        (LLAMA_30B, 8192, 560, 24, {"weights": "streamed"}),
+        (LLAMA_30B, 32768, 560, 141, {}),
+        (LLAMA_30B, 32768, 340, 80, {"weights": "streamed", "moments": "bf16"}),
+        (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
+        (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "moments": "int8"}),
+        (LLAMA_70B, 32768, 240, 141, {"weights": "streamed", "disk_blocks": 77}),
+    ],
+)
+def test_thirty_and_seventy_billion_on_large_hosts(
+    shape: ModelShape, tokens: int, host_gb: int, vram_gb: int, expected: dict[str, object]
+) -> None:
+    """By arithmetic: no machine at hand holds them. From T* on the GPU decides, below it the CPU does."""
+    found = plan(tokens, shape, machine=large_host(host_gb * GB), vram_bytes=vram_gb * GB)
+    assert found.fits, found.why_not
+    settings = {key: found.settings.get(key) for key in ("weights", "moments", "outer", "disk_blocks")}
+    assert {key: value for key, value in settings.items() if value is not None} == expected
+    assert found.prediction.peak_gpu_bytes <= vram_gb * GB
+    assert found.prediction.peak_host_bytes <= host_gb * GB
+    assert found.prediction.step_s is not None
+    gpu_s = 6 * shape.parameters * tokens / 755e12
+    if "disk_blocks" in expected:
+        assert found.prediction.bottleneck == "disk"
+        assert found.prediction.step_s > 5 * gpu_s
+    elif tokens > crossover(found):
+        assert found.prediction.bottleneck == "gpu"
+        assert gpu_s < found.prediction.step_s < 1.6 * gpu_s
+    else:
+        assert found.prediction.bottleneck in ("cpu", "host memory")
+        assert found.prediction.step_s < 1.3 * 30 * shape.parameters / (1.5 * 74 * GB)
 
 
 def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
@@ -96,7 +189,8 @@ def test_four_bytes_a_parameter_on_the_gpu_beside_activations() -> None:
 
 
 def test_moments_as_set_are_kept() -> None:
-    found = plan(4096, given={"moments": "fp32"}, host_bytes=60 * GB)
+    given: dict[str, object] = {"moments": "fp32", "disk_blocks": 0}
+    found = plan(4096, given=given, host_bytes=60 * GB)
     assert (found.fits, found.settings["moments"]) == (False, "fp32")
 
 

@@ -1,0 +1,269 @@
+"""Optimizer states of blocks on local storage: read into host memory for an update, and written after it.
+
+A few places of host memory are there, each for a block's state: one is read, one updated, one written, at the
+same time. Of the blocks that are asked for the first is read first, and each is handed over when it is there:
+whoever updates blocks waits for none, so that nothing can wait in a circle. One thread decides what is read;
+a pool reads and writes, a chunk at a time, past the page cache (`engines.offload.direct_io`). Files are
+nameless: they are gone however the run ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from time import sleep
+
+import torch
+from torch import Tensor
+
+from engines.costs.disk import CHUNK_BYTES, STATE_PLACES
+from engines.errors import InfeasiblePlan, UserError
+from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, make_file
+from engines.transfer.busy_clock import BusyClock
+from engines.transfer.clock import now_s
+from engines.transfer.pinned import HostSlab
+from engines.transfer.trace import Timeline
+
+DEPTH = 8
+"""Reads and writes in flight."""
+
+Ready = Callable[[Tensor, UserError | None], None]
+"""Told of a block's state, (bytes,), and of what kept it from being read or written."""
+
+
+class DiskStates:
+    """The states of some blocks in files of zeros, and room in host memory for `STATE_PLACES` of them."""
+
+    def __init__(
+        self,
+        sizes_bytes: Mapping[int, int],
+        folder: Path,
+        setting: str,
+        *,
+        delay_s: Callable[[], float] | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        """`sizes_bytes` are the blocks' by index; `setting` is the one that names `folder`. `delay_s` is for
+        stress tests: asked before each read and write for seconds to wait.
+
+        Raises `InfeasiblePlan` where the disk is too small, and `UserError` where `folder` cannot be used.
+        """
+        self._sizes_bytes = dict(sizes_bytes)
+        self._folder = folder
+        self._setting = setting
+        self._delay_s = delay_s
+        self._timeline = timeline
+        self._files: dict[int, FileSpan] = {}
+        self._make_files()
+        self.direct = all(span.file.direct for span in self._files.values())
+        """Whether files are read and written past the page cache."""
+        size = _aligned(max(self._sizes_bytes.values()))
+        self._places = [
+            HostSlab(size, torch.device("cpu")) for _ in range(min(STATE_PLACES, len(self._sizes_bytes)))
+        ]
+        self._changed = threading.Condition()
+        self._free = list(range(len(self._places)))
+        self._held: dict[int, int] = {}
+        """Blocks that have been handed over, and their places."""
+        self._wanted: list[tuple[int, int, Ready]] = []
+        self._order = count()
+        self._error: UserError | None = None
+        self._is_closed = False
+        self._clock = BusyClock()
+        self._pool = ThreadPoolExecutor(DEPTH, "disk")
+        self._thread = threading.Thread(target=self._run, name="disk-states", daemon=True)
+        self._thread.start()
+
+    def _make_files(self) -> None:
+        needed_bytes = sum(map(_aligned, self._sizes_bytes.values()))
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(self._folder).free
+            if needed_bytes > free_bytes:
+                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes))
+            for index, size in self._sizes_bytes.items():
+                span = self._files[index] = make_file(self._folder, f"state.{index}", size)
+                span.file.resize(span.offset_bytes + _aligned(size))  # what was never written reads as zero
+        except OSError as error:
+            self._close_files()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InfeasiblePlan(self._too_small(needed_bytes, None)) from None
+            raise self._unusable("cannot be used", error) from None
+        except BaseException:
+            self._close_files()
+            raise
+
+    def _too_small(self, needed_bytes: int, free_bytes: int | None) -> str:
+        missing = "the disk is too small, or a quota is"
+        if free_bytes is not None:
+            missing = f"{(needed_bytes - free_bytes) / 1e9:.3g} GB of disk are missing"
+        return (
+            f"{missing} in {self._folder}: optimizer states of {len(self._sizes_bytes)} blocks take "
+            f"{needed_bytes / 1e9:.3g} GB; free disk space, or name another folder with "
+            f"--set {self._setting}=FOLDER"
+        )
+
+    def _unusable(self, why: str, error: OSError) -> UserError:
+        return UserError(
+            str(self._folder),
+            f"{why} ({error.strerror or error})",
+            f"name a folder on a sound local disk with --set {self._setting}=FOLDER",
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all states."""
+        return sum(self._sizes_bytes.values())
+
+    def request(self, block: int, ready: Ready) -> None:
+        """Read a block's state, and hand it over by `ready`, from another thread. Does not wait."""
+        with self._changed:
+            heapq.heappush(self._wanted, (block, next(self._order), ready))
+            self._changed.notify_all()
+
+    def release(self, block: int) -> None:
+        """A block that was handed over has been updated: write it, then its place is free. Does not wait."""
+        with self._changed:
+            if self._is_closed:
+                return
+            place = self._held.pop(block)
+            chunks = self._chunks(block)
+            left = [len(chunks)]
+            for begin, end in chunks:
+                self._pool.submit(self._write_and_free, block, place, begin, end, left)
+
+    @contextmanager
+    def borrowed(self, block: int, *, changes: bool) -> Iterator[Tensor]:
+        """A block's state, (bytes,), while nothing is asked for. `changes`: it is written afterwards.
+
+        Raises `UserError` if the disk fails.
+        """
+        with self._changed:
+            while len(self._free) < len(self._places) and self._error is None:
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+            place = self._free.pop()
+        try:
+            self._read(block, place)
+            yield self._memory(block, place)
+            if changes:
+                for begin, end in self._chunks(block):
+                    self._write(block, place, begin, end)
+        except OSError as error:
+            raise self._unusable("cannot be read or written", error) from error
+        finally:
+            self._set_free(place)
+
+    def take_busy_s(self) -> float:
+        """Seconds since the last call in which something was being read or written."""
+        return self._clock.take_s()
+
+    def close(self) -> None:
+        """Stop reading and writing, let go of the files. May be called twice."""
+        with self._changed:
+            self._is_closed = True
+            self._wanted.clear()
+            self._changed.notify_all()
+        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
+        self._close_files()
+        for slab in self._places:
+            slab.close()
+
+    def _close_files(self) -> None:
+        for span in self._files.values():
+            span.file.close()
+
+    # --- the threads ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._is_closed or (self._wanted and self._free)):
+                    self._changed.wait()
+                if self._is_closed:
+                    return
+                block, _, ready = heapq.heappop(self._wanted)
+                place = self._free.pop()
+            try:
+                self._read(block, place)
+            except OSError as error:
+                self._fail("cannot be read", error)
+            except RuntimeError:  # the pool is closed
+                return
+            with self._changed:
+                self._held[block] = place
+            ready(self._memory(block, place), self._error)
+
+    def _fail(self, why: str, error: OSError) -> None:
+        with self._changed:
+            self._error = self._error or self._unusable(why, error)
+            self._changed.notify_all()
+
+    def _set_free(self, place: int) -> None:
+        with self._changed:
+            self._free.append(place)
+            self._changed.notify_all()
+
+    def _memory(self, block: int, place: int) -> Tensor:
+        return self._places[place].view(0, (self._sizes_bytes[block],), torch.uint8)
+
+    def _chunks(self, block: int) -> list[tuple[int, int]]:
+        size = _aligned(self._sizes_bytes[block])
+        return [(begin, min(begin + CHUNK_BYTES, size)) for begin in range(0, size, CHUNK_BYTES)]
+
+    def _read(self, block: int, place: int) -> None:
+        """Raises `OSError`."""
+        reads = [self._pool.submit(self._read_chunk, block, place, *chunk) for chunk in self._chunks(block)]
+        errors = [read.exception() for read in reads]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _read_chunk(self, block: int, place: int, begin: int, end: int) -> None:
+        with self._at_work("read", block):
+            span = self._files[block]
+            span.file.read(self._bytes(place, begin, end), span.offset_bytes + begin, end - begin)
+
+    def _write(self, block: int, place: int, begin: int, end: int) -> None:
+        with self._at_work("write", block):
+            span = self._files[block]
+            span.file.write(self._bytes(place, begin, end), span.offset_bytes + begin)
+
+    def _write_and_free(self, block: int, place: int, begin: int, end: int, left: list[int]) -> None:
+        try:
+            self._write(block, place, begin, end)
+        except OSError as error:
+            self._fail("cannot be written", error)
+        with self._changed:
+            left[0] -= 1
+            # HAZARD: only when all of it is on disk: another block is read into the place then.
+            if left[0] == 0:
+                self._set_free(place)
+
+    def _bytes(self, place: int, begin: int, end: int) -> memoryview:
+        memory: memoryview = self._places[place].view(begin, (end - begin,), torch.uint8).numpy().data
+        return memory
+
+    @contextmanager
+    def _at_work(self, what: str, block: int) -> Iterator[None]:
+        if self._delay_s is not None:
+            sleep(self._delay_s())
+        start_s = now_s()
+        with self._clock:
+            yield
+        if self._timeline is not None:
+            lane = threading.current_thread().name.replace("_", " ")
+            self._timeline.host_span(lane, f"{what} block {block}", start_s, now_s())
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,70 @@
+"""What a configuration for another training program is made of. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engines import Elsewhere
+from harness.records.job import DataKind, Job
+
+FILE_KINDS = {
+    ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
+}  # fmt: skip
+
+CONTEXT_LINES = (
+    "Predictions are for this program's own engine: what fits there may need more memory in yours.",
+    "Nothing here has been run. Look at how your program reads the data before you trust a result.",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenMethod:
+    """A method with its settings, as other programs need to be told of it."""
+
+    engine: str
+    """By its name here."""
+    method: Elsewhere
+    job: Job
+    settings: Any
+    """Typed, of the engine."""
+    checkpoint: str
+    """Folder or hub id of the weights."""
+    data_kind: DataKind
+    steps: int | None
+    """Of the whole job; `None`: not said."""
+
+    @property
+    def data(self) -> str | None:
+        """The file, or the data set of the hub; `None`: the job has none."""
+        name = self.job.data.train
+        return None if name in ("random", "builtin") else name
+
+    @property
+    def file_kind(self) -> str | None:
+        """What `datasets` calls it; `None` for a data set of the hub."""
+        name = self.data or ""
+        return next((kind for ending, kind in FILE_KINDS.items() if name.endswith(ending)), None)
+
+    @property
+    def streams_weights(self) -> bool:
+        """The weights are in host memory too."""
+        return self.method == "streamed_cpu_adamw" or getattr(self.settings, "weights", "") == "streamed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Files by name, and how to run them."""
+
+    files: Mapping[str, str]
+    command: str
+
+
+def as_yaml(values: Mapping[str, Any], source: str, chosen: ChosenMethod) -> str:
+    """One key a line, each value as JSON, which YAML holds. `source`: where the keys were looked up."""
+    head = [f"{chosen.engine}, as recommended by lspzo-bench. Keys as in {source}.", *CONTEXT_LINES]
+    lines = [f"# {line}" for line in head]
+    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"

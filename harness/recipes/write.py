@@ -1,0 +1,106 @@
+"""A recommendation as configurations: of the user's own program where it has the method, and as our job.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from engines import entry
+from engines.errors import UserError
+from harness.data.examples import examples_of
+from harness.models.configs import NAMED_SHAPES, load_config
+from harness.recipes.axolotl import axolotl_recipe
+from harness.recipes.chosen import ChosenMethod, Recipe
+from harness.recipes.deepspeed import deepspeed_recipe
+from harness.recipes.llamafactory import llamafactory_recipe
+from harness.recipes.trl import trl_recipe
+from harness.recommendation import Recommendation
+from harness.records.job import DataKind, Job, save_job
+from profiles.documents import write_whole
+from profiles.planning.plan import Plan
+
+Stack = Literal["trl", "axolotl", "llamafactory", "deepspeed"]
+
+STACKS: dict[Stack, Callable[[ChosenMethod], Recipe | None]] = {
+    "trl": trl_recipe,
+    "axolotl": axolotl_recipe,
+    "llamafactory": llamafactory_recipe,
+    "deepspeed": deepspeed_recipe,
+}
+
+JOB_FILE = "job.toml"
+
+
+class Written(NamedTuple):
+    folder: Path
+    lines: tuple[str, ...]
+    """How to run what was written, and why something was not."""
+
+
+def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
+    """Of the recommended method. Raises `UserError` where none fits, or a file cannot be written."""
+    best = answer.verdict.best
+    if best is None:
+        raise UserError(
+            "--recipe", "no method fits, so there is nothing to write", "see what it says to change"
+        )
+    plan = next(plan for plan in answer.plans if plan.engine == best)
+    job = _job(answer, plan)
+    save_job(job, folder / JOB_FILE)
+    lines = [f"here: lspzo-bench run --engine {best} --job {folder / JOB_FILE}"]
+    recipe = recipe_of(answer, plan, stack)
+    if recipe is None:
+        lines.append(_why_none(answer, plan, stack))
+    else:
+        for name, text in recipe.files.items():
+            write_whole(folder / name, text)
+        lines.append(f"{stack}, in {folder}: {recipe.command}")
+    return Written(folder, tuple(lines))
+
+
+def recipe_of(answer: Recommendation, plan: Plan, stack: Stack) -> Recipe | None:
+    """`None`: that program does not have the method, or not for such a model."""
+    method = entry(plan.engine).elsewhere
+    if method is None or (answer.model.head != "causal_lm" and stack != "deepspeed"):
+        return None
+    job = answer.job
+    named = NAMED_SHAPES.get(job.model.name)
+    return STACKS[stack](
+        ChosenMethod(
+            engine=plan.engine,
+            method=method,
+            job=job,
+            settings=plan.settings.typed,
+            checkpoint=job.model.name if named is None else named.hub_id or job.model.name,
+            data_kind=_kind(job),
+            steps=None if answer.amount is None else answer.amount.steps,
+        )
+    )
+
+
+def _job(answer: Recommendation, plan: Plan) -> Job:
+    job = replace(answer.job, settings={plan.engine: plan.settings})
+    return job if answer.amount is None else replace(job, steps=answer.amount.steps)
+
+
+def _kind(job: Job) -> DataKind:
+    if job.data.train in ("random", "builtin"):
+        return "instructions"
+    return examples_of(job, load_config(job.model)).kind
+
+
+def _why_none(answer: Recommendation, plan: Plan, stack: Stack) -> str:
+    if answer.model.head != "causal_lm" and stack != "deepspeed":
+        return f"{stack}: nothing written, its files are for decoders and this is an encoder"
+    others = [
+        each.engine
+        for each in answer.plans
+        if each.fits and each.engine != plan.engine and recipe_of(answer, each, stack) is not None
+    ]
+    told = f"; of those that fit it has {', '.join(others)} (--engine NAME)" if others else ""
+    return f"{stack}: nothing written, it has no {plan.engine}{told}"

@@ -1,0 +1,191 @@
+"""The processes of a run: a worker for each rank, each in a session of its own, and what ends them.
+
+Nothing is left behind, however a run ends. The workers' process groups and every descendant seen are
+killed after it; a guard process does the same if this process is killed itself. The guard is a shell
+that waits for the end of a pipe that only this process holds open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import psutil
+
+import harness
+from engines.errors import UserError
+from harness.runs.ranks import RankPlace
+from profiles.system.cgroup import usable_cores
+
+ENDING_INTERVAL_S = 0.01
+"""Between two looks at a worker that has closed its pipe and is about to end."""
+
+GUARD = 'read -r groups && { read -r rest; for group in $groups; do kill -s KILL -- "-$group"; done; }'
+"""Reads the process groups, then nothing until the pipe ends; then kills the groups."""
+
+
+def of_rank(name: str, rank: int) -> str:
+    """The name of a file of a rank in the run's folder; rank 0's has no number."""
+    stem, dot, end = name.partition(".")
+    return f"{stem}-{rank}{dot}{end}" if rank else name
+
+
+class Worker:
+    """One worker process and the pipe that it tells on."""
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        """Start it: `command`, with the pipe's descriptor and this process's id behind. Raises `OSError`."""
+        self._rest = b""
+        self._open = True
+        read_end, write_end = os.pipe()
+        self._pipe = read_end
+        try:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    [*command, str(write_end), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(write_end,),
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        os.set_blocking(read_end, False)
+
+    @property
+    def pipe(self) -> int | None:
+        """To wait for; `None`: the worker has closed it."""
+        return self._pipe if self._open else None
+
+    def exit_status(self) -> int | None:
+        """How it ended: 0, or something else; `None`: it has not. Does not reap: until `finish` the dead
+        worker keeps its number, so that killing its group cannot hit a stranger."""
+        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return None if ended is None else ended.si_status
+
+    def read(self) -> list[str]:
+        """Whole lines that are in the pipe now."""
+        while self._open:
+            try:
+                chunk = os.read(self._pipe, 65536)
+            except BlockingIOError:
+                break
+            if not chunk:
+                os.close(self._pipe)
+                self._open = False
+            self._rest += chunk
+        *lines, self._rest = self._rest.split(b"\n")
+        return [line.decode("utf-8") for line in lines]
+
+    def kill(self) -> None:
+        """With its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Group:
+    """The workers of one run, in the order of their ranks, and their guard."""
+
+    def __init__(self, work: Path, places: Sequence[RankPlace], threads: int | None) -> None:
+        """Start all of them, with at most `threads` threads together; without `places`, one that is alone.
+
+        Raises `UserError` where the system refuses.
+        """
+        self.workers: list[Worker] = []
+        self._guard: subprocess.Popen[bytes] | None = None
+        # -P: a folder `harness` where the user stands must not shadow ours.
+        command = [sys.executable, "-P", "-m", "harness.runs.worker", str(work.resolve())]
+        alone: list[RankPlace | None] = [None]
+        try:
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            for number, place in enumerate([*places] or alone):
+                environment = child_environment(threads, place)
+                self.workers.append(Worker(command, work / of_rank("log", number), environment))
+            assert self._guard.stdin is not None
+            groups = " ".join(str(worker.process.pid) for worker in self.workers)
+            self._guard.stdin.write(f"{groups}\n".encode())
+            self._guard.stdin.flush()
+        except OSError as error:
+            self.finish({})
+            raise UserError(
+                "the run's process",
+                f"cannot be started ({error.strerror or error})",
+                "free memory or disk space, or raise the limit on processes (ulimit -u)",
+            ) from None
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self.workers]
+
+    def has_ended(self) -> bool:
+        return all(worker.exit_status() is not None for worker in self.workers)
+
+    def read_lines(self, timeout_s: float) -> list[list[str]]:
+        """Of each worker the whole lines that came within `timeout_s`; waits no longer than until the first
+        bytes."""
+        pipes = [worker.pipe for worker in self.workers if worker.pipe is not None]
+        if not pipes:  # all are on their way out
+            time.sleep(min(timeout_s, ENDING_INTERVAL_S))
+            return [[] for _ in self.workers]
+        wait(pipes, timeout_s)
+        return self.read_rest()
+
+    def read_rest(self) -> list[list[str]]:
+        """Of each worker the whole lines that are in its pipe now."""
+        return [worker.read() for worker in self.workers]
+
+    def finish(self, family: Mapping[int, psutil.Process]) -> list[int]:
+        """Kill what is left of the workers, their groups and `family`; their exit codes, or minus their
+        signals."""
+        for worker in self.workers:
+            worker.kill()
+        for relative in family.values():  # those that left a group; psutil knows a reused number
+            with contextlib.suppress(psutil.Error):
+                relative.kill()
+        codes = [worker.process.wait() for worker in self.workers]
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+        return codes
+
+
+def child_environment(at_most: int | None = None, place: RankPlace | None = None) -> dict[str, str]:
+    """Of a process of ours: at most so many threads, which the ranks of a machine share."""
+    usable = usable_cores().count
+    if place is not None:
+        usable = max(1, usable // place.local_size)
+    threads = str(usable if at_most is None else min(usable, at_most))
+    root = Path(harness.__file__).parent.parent
+    environment = {
+        **os.environ,
+        # CUDA and NVML then count GPUs alike.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # Read when the libraries are loaded, before torch can be told.
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONFAULTHANDLER": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **({} if place is None else place.environment),
+    }
+    if (root / "pyproject.toml").exists():  # a checkout need not be installed
+        before = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = str(root) if not before else f"{root}{os.pathsep}{before}"
+    return environment

@@ -1,0 +1,108 @@
+"""What one of several processes has of a machine: its GPU's link while all links are in use, its part of the
+cores and of host memory and its bandwidth. Pure; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from engines.shapes import ModelShape, Workload
+from profiles.machine import Figure, LinkFigures, Machine
+from profiles.planning.budget import budget_of
+from profiles.planning.context import PlanningContext
+
+
+def context_of_a_rank(
+    engine: str,
+    machine: Machine,
+    shape: ModelShape,
+    workload: Workload,
+    *,
+    vram_bytes: int | None = None,
+    host_bytes: int | None = None,
+    pinned_limit_bytes: int | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+) -> PlanningContext:
+    """What the plan of the slowest of `gpus` processes on each of `nodes` machines is made for: its part of
+    the step, on its part of the machine. The limits are the machine's."""
+    part = machine_of_a_rank(machine, gpus)
+
+    def of(limit: int | None) -> int | None:
+        return None if limit is None else limit // gpus
+
+    return PlanningContext(
+        engine=engine,
+        machine=part,
+        shape=shape,
+        workload=workload_of_a_rank(workload, gpus * nodes),
+        budget=budget_of(part, vram_bytes, of(host_bytes), of(pinned_limit_bytes)),
+        ranks=gpus * nodes,
+    )
+
+
+def machine_of_a_rank(machine: Machine, gpus: int) -> Machine:
+    """The machine as the slowest of `gpus` processes finds it, one for each GPU; itself for one process.
+
+    Links are those measured with all GPUs copying, where the probe has; else as fast as the one that was
+    measured alone, which host memory may not allow.
+    """
+    if gpus == 1:
+        return machine
+    cpu, memory = machine.cpu, machine.memory
+    return replace(
+        machine,
+        link=None if machine.link is None else _slowest(machine.link, gpus),
+        cpu=replace(
+            cpu,
+            cores_usable=max(1, cpu.cores_usable // gpus),
+            threads=max(1, cpu.threads // gpus),
+            matmul_fp32_flops=_shared(cpu.matmul_fp32_flops, gpus),
+            matmul_bf16_flops=_shared(cpu.matmul_bf16_flops, gpus),
+            adam_elements_per_s=_shared(cpu.adam_elements_per_s, gpus),
+        ),
+        memory=replace(
+            memory,
+            total_bytes=memory.total_bytes // gpus,
+            available_bytes=memory.available_bytes // gpus,
+            copy_bytes_per_s=_shared(memory.copy_bytes_per_s, gpus),
+            triad_bytes_per_s=_shared(memory.triad_bytes_per_s, gpus),
+        ),
+    )
+
+
+def workload_of_a_rank(workload: Workload, ranks: int) -> Workload:
+    """What the rank with the most to do computes of a step: a micro-batch at least, as ranks that divide the
+    queries of one have it."""
+    return replace(workload, accumulation=max(1, -(-workload.accumulation // ranks)))
+
+
+def _shared(figure: Figure, count: int) -> Figure:
+    return _scaled(figure, 1 / count, f"shared by {count} processes")
+
+
+def _scaled(figure: Figure, factor: float, why: str) -> Figure:
+    return replace(
+        figure,
+        value=None if figure.value is None else figure.value * factor,
+        low=None if figure.low is None else figure.low * factor,
+        high=None if figure.high is None else figure.high * factor,
+        method=f"{figure.method}, {why}",
+    )
+
+
+def _slowest(link: LinkFigures, gpus: int) -> LinkFigures:
+    """Every rate of the link by as much less as the slowest GPU's is while all of them copy."""
+    together = link.each_gpu[:gpus]
+    found: dict[str, Any] = {}
+    for direction in ("h2d", "d2h"):
+        alone = getattr(link, f"{direction}_pinned_bytes_per_s")
+        rates = [
+            rate for each in together if (rate := getattr(each, f"{direction}_together_bytes_per_s").value)
+        ]
+        if len(rates) < gpus or not alone.value:
+            continue
+        factor = min(1.0, min(rates) / alone.value)
+        for name in (f"{direction}_pinned_bytes_per_s", f"{direction}_duplex_bytes_per_s"):
+            found[name] = _scaled(getattr(link, name), factor, f"of {gpus} GPUs that copy at once")
+    return replace(link, **found)

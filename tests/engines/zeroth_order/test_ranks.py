@@ -1,0 +1,152 @@
+"""Several ranks take the steps of one process, bit for bit, in whatever order they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from ranks import ThreadWorld, in_ranks
+from zeroth_order_runs import context, in_groups, make_mezo, make_zo2
+
+from engines.base import Batch, StepStats
+from engines.errors import NonFiniteLoss, PeerLost, UserError
+from engines.shapes import Dtype
+from engines.world import ALONE, World, divide, part
+from tiny_models import tiny_batches, tiny_blueprint
+
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "spsa": {},
+    "queries": {"queries": 4, "noise": "rademacher"},
+    "fzoo": {"estimator": "fzoo", "queries": 4, "noise": "rademacher"},
+    "lozo": {"estimator": "lozo", "lozo_window": 3, "weight_decay": 0.0},
+    "lora": {"train": "lora"},
+    "int8": {"base": "int8", "fold_every": 2},
+}
+STEPS, ACCUMULATION = 3, 4
+
+Run = tuple[list[StepStats], dict[str, torch.Tensor]]
+
+
+def batches_of(count: int = STEPS * ACCUMULATION) -> list[Batch]:
+    return tiny_batches(count, "opt")
+
+
+def run_on(
+    world: World,
+    make: Callable[..., Any],
+    knobs: Mapping[str, Any],
+    dtype: Dtype = "fp32",
+    accumulation: int = ACCUMULATION,
+) -> Run:
+    """Losses and updates of some steps, the weights after them, and an evaluation on the way."""
+    where = replace(context(dtype=dtype, accumulation=accumulation), world=world)
+    made = make(tiny_blueprint("opt", True), where, **knobs)
+    try:
+        stats: list[StepStats] = []
+        for number, group in enumerate(in_groups(batches_of(STEPS * accumulation), accumulation)):
+            stats.append(made.step(group))
+            if number == 1:
+                made.evaluate(batches_of(3))
+        return stats, {name: weight.clone() for name, weight in made.weights()}
+    finally:
+        made.close()
+
+
+def assert_same_runs(one: Run, other: Run) -> None:
+    assert [(each.loss, each.updates) for each in one[0]] == [(each.loss, each.updates) for each in other[0]]
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(weight, other[1][name]) for name, weight in one[1].items())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_one_is_two_is_four_ranks(estimator: str) -> None:
+    """Two of mezo and four of zo2, and mezo in one process."""
+    knobs = ESTIMATORS[estimator]
+    alone = run_on(ALONE, make_mezo, knobs, dtype="bf16")
+    ranks: tuple[tuple[int, Callable[..., Any]], ...] = ((2, make_mezo), (4, make_zo2))
+    for size, make in ranks:
+        for each in in_ranks(size, partial(run_on, make=make, knobs=knobs, dtype="bf16"), seed=size):
+            assert_same_runs(alone, each)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(3, 4), (3, 1), (4, 2), (2, 1)])
+def test_shares_that_are_unequal_or_queries_alone(size: int, accumulation: int) -> None:
+    """Three ranks of four micro-batches; ranks that have a query or two of one micro-batch."""
+    knobs = ESTIMATORS["fzoo"]
+    alone = run_on(ALONE, make_zo2, knobs, accumulation=accumulation)
+    found = in_ranks(size, lambda world: run_on(world, make_zo2, knobs, accumulation=accumulation))
+    for each in found:
+        assert_same_runs(alone, each)
+
+
+def test_what_goes_round_in_a_step_is_a_loss_for_each_pass() -> None:
+    """16 bytes for each query of each micro-batch of a rank."""
+    gathered: list[int] = []
+
+    def act(world: ThreadWorld) -> None:
+        run_on(world, make_mezo, {"queries": 2})
+        gathered.append(world.meeting.gathered)
+
+    in_ranks(2, act)
+    assert 8 * max(gathered) == 2 * STEPS * 16 * 2 * (ACCUMULATION // 2)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all() -> None:
+    def act(world: ThreadWorld) -> str:
+        blueprint = tiny_blueprint("opt")
+        if world.rank == 1:
+            blueprint.reference.get_parameter("model.decoder.final_layer_norm.bias").data.fill_(float("nan"))
+        made = make_mezo(blueprint, replace(context(accumulation=2), world=world))
+        with pytest.raises(NonFiniteLoss) as error:
+            made.step(batches_of(2))
+        return str(error.value)
+
+    first, second = in_ranks(2, act)
+    assert first == second
+    assert "nan" in first
+
+
+def test_the_others_hear_that_a_rank_is_gone() -> None:
+    ends: list[str] = []
+
+    def act(world: ThreadWorld) -> None:
+        made = make_mezo(tiny_blueprint("opt"), replace(context(accumulation=3), world=world))
+        made.step(batches_of(3))
+        if world.rank == 2:
+            raise RuntimeError("killed")
+        try:
+            made.step(batches_of(3))
+        except PeerLost:
+            ends.append("lost")
+            raise
+
+    with pytest.raises(RuntimeError, match="killed"):
+        in_ranks(3, act)
+    assert ends == ["lost", "lost"]
+
+
+def test_too_few_micro_batches_are_refused() -> None:
+    with pytest.raises(UserError, match="a step has only 1 micro-batches to divide"):
+        divide(2, 1)
+    with pytest.raises(UserError, match="2 micro-batches x 2 queries"):
+        divide(5, 2, 2)
+
+
+def test_shares_are_the_whole_once() -> None:
+    for size in range(1, 9):
+        for num_batches in range(1, 6):
+            for num_probes in range(1, 6):
+                if size > num_batches * num_probes or -(-size // min(size, num_batches)) > num_probes:
+                    continue
+                cells = [
+                    (batch, probe)
+                    for each in divide(size, num_batches, num_probes)
+                    for batch in each.batches
+                    for probe in each.probes
+                ]
+                assert len(cells) == len(set(cells)) == num_batches * num_probes
+    assert [part(5, 3, which) for which in range(3)] == [range(2), range(2, 4), range(4, 5)]

@@ -1,0 +1,150 @@
+"""`recommend` as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from harness.cli.app import app
+from harness.models.configs import NAMED_SHAPES
+from profiles.planning.plan import load_plans
+
+WITHOUT_TORCH = """
+import sys
+from harness.cli.app import main
+sys.argv = ["lspzo-bench", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+sys.exit(1 if {"torch", "transformers"} & sys.modules.keys() else 0)
+"""
+
+
+def said(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["recommend", *arguments, "--quiet"])
+    assert done.exception is None, done.exception
+    return done.stdout
+
+
+def refused(*arguments: str) -> str:
+    """The one line of a user's mistake."""
+    done = CliRunner().invoke(app, ["recommend", *arguments, "--quiet"])
+    assert done.exception is not None
+    line = str(done.exception)
+    assert "\n" not in line
+    assert len(line) < 200
+    return line
+
+
+ON_A_CARD = ("--model", "opt-1.3b", "--profile", "rtx-4090", "--engines", "native,zo2")
+
+
+@pytest.mark.parametrize("more", [(), ("--examples", "1000", "--explain"), ("--recipe", "trl")])
+def test_a_named_shape_is_answered_without_torch(tmp_path: Path, more: tuple[str, ...]) -> None:
+    out = ("--out", str(tmp_path)) if "--recipe" in more else ()
+    command = [sys.executable, "-c", WITHOUT_TORCH, "recommend", *ON_A_CARD, *more, *out, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_config_json_alone_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(NAMED_SHAPES["llama-2-7b"].config))
+    for name in (path, tmp_path):
+        answer = json.loads(said("--model", str(name), "--profile", "rtx-4090", "--engine", "zo2", "--json"))
+        assert answer["model"]["parameters"] == 6738415616
+        assert "--random-weights" in answer["plans"][0]["verify_command"]
+
+
+def test_the_document_is_what_its_schema_says_and_holds_plans(tmp_path: Path) -> None:
+    text = said(*ON_A_CARD, "--json", "--examples", "100", "--target", "hours=8")
+    answer = json.loads(text)
+    schema = json.loads(said("--schema"))
+    assert list(answer) == list(schema["properties"])
+    assert answer["verdict"]["sentences"]
+    assert answer["forecasts"][0]["steps"] == 100
+    path = tmp_path / "plans.json"
+    path.write_text(text)
+    assert {plan.engine for plan in load_plans(path)} == {"native", "zo2"}
+
+
+def test_the_lengths_of_a_file_make_hours(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "say it", "output": "x" * (20 + 9 * n)} for n in range(50)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    job = ("--model", "opt-1.3b", "--profile", "rtx-4090", "--engine", "native", "--json")
+    found = json.loads(said(*job, "--data", str(data), "--epochs", "2", "--seq-len", "512"))
+    amount = found["amount"]
+    assert amount["sequences"] == 90  # a tenth is held out
+    assert amount["tokens"] < 90 * 512
+    assert len(amount["shares"]) > 2
+    assert sum(share for _, share in amount["shares"]) == pytest.approx(1)
+    padded = json.loads(said(*job, "--data", str(data), "--seq-len", "512", "--padding", "seq_len"))
+    assert padded["amount"]["shares"] == [[512, 1.0]]
+    assert found["forecasts"][0]["seconds"] < 2 * padded["forecasts"][0]["seconds"]
+
+
+def test_explanations_have_the_numbers_filled_in() -> None:
+    told = " ".join(said(*ON_A_CARD, "--explain", "--examples", "1000").split())
+    assert "GPU memory = weights " in told
+    assert "TFLOP products / " in told
+    assert "job = 1,000 steps" in told
+    assert "rests on: Closed form" in told
+
+
+def test_a_target_is_answered_backwards() -> None:
+    told = said(*ON_A_CARD, "--target", "model=70b")
+    assert "Machines of the catalogue for 70b, the least first" in told
+    hours = said(*ON_A_CARD, "--target", "hours=8", "--examples", "100000")
+    assert "the least machine that does it is" in hours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--examples", "0"), "--examples 0"),
+        (("--examples", "5", "--tokens", "5"), "--examples and --tokens"),
+        (("--epochs", "3"), "does not say of how much"),
+        (("--price", "2.5USD/h"), "has no date"),
+        (("--price", "cheap"), "no amount, currency and unit"),
+        (("--power", "450"), "--power '450'"),
+        (("--target", "hours=0"), "no number of hours"),
+        (("--target", "model=5000b"), "no named shape is of about that size"),
+        (("--target", "model=nothing-like-it"), "is no named shape"),
+        (("--vram", "0GB"), "not positive"),
+        (("--vram", "24Gb"), "would be bits"),
+        (("--host-memory", "64"), "has no unit"),
+        (("--host-memory", "3 parsecs"), "unit 'parsecs' is not known"),
+        (("--calibrate", "nowhere"), "holds no runs"),
+        (("--set", "zo2.resident_blocks=20", "--set", "zo2.disk_blocks=20"), "add up to 24 or less"),
+        (("--profile", "rtx-4091"), "rtx-409"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(arguments: tuple[str, ...], words: str) -> None:
+    assert words in refused(*ON_A_CARD, *arguments)
+
+
+def test_a_profile_with_missing_numbers_predicts_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
+    profile = json.loads((Path(__file__).parents[3] / "profiles/machines/rtx-4090.json").read_text())
+    nothing = {"value": None, "origin": "absent", "method": "left out"}
+    profile["link"] = None
+    profile["cpu"]["adam_elements_per_s"] = nothing
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(profile))
+    engines = ("--engines", "native,mezo,exact-offload,torchao-offload")
+    told = said("--model", "opt-1.3b", "--profile", str(path), *engines, "--examples", "1000", "--json")
+    answer = json.loads(told)
+    times = {plan["engine"]: plan["prediction"]["step_s"] for plan in answer["plans"]}
+    assert times["native"] is not None
+    assert times["mezo"] is not None
+    assert times["exact-offload"] is None
+    basis = {plan["engine"]: plan["prediction"]["basis"] for plan in answer["plans"]}
+    assert "is not in the machine profile" in basis["exact-offload"]
+    table = said("--model", "opt-1.3b", "--profile", str(path), *engines, "--what-if")
+    assert "not predicted" in table
