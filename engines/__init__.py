@@ -212,7 +212,6 @@ ENGINES: dict[str, EngineEntry] = {
         role="baseline",
         library=Library(module="peft", install="pip install 'lspzo-bench[lora]'"),
         refuses={"fp16": _NO_LOSS_SCALING},
-        by_default=False,
         trains=_ADAPTERS,
         masters=_FP32_ADAPTERS,
     ),
@@ -231,7 +230,6 @@ ENGINES: dict[str, EngineEntry] = {
             module="peft", also=("bitsandbytes",), install="pip install 'lspzo-bench[lora,bitsandbytes]'"
         ),
         refuses={"fp16": _NO_LOSS_SCALING},
-        by_default=False,
         trains=_ADAPTERS,
         masters=_FP32_ADAPTERS,
         on_gpu="everything, the blocks' matrices in 4 bits",

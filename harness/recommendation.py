@@ -22,7 +22,7 @@ from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
 from profiles.advice.target import Largest, Target, TargetAnswer, answers, largest_models
 from profiles.advice.verdict import PlanVerdict, verdict_of
-from profiles.advice.ways_out import WayOut, way_out
+from profiles.advice.ways_out import Blocked, WayOut, way_out
 from profiles.advice.what_if import WhatIf, what_if
 from profiles.catalog import FOLDER, machine_names
 from profiles.documents import adapter
@@ -69,7 +69,9 @@ class Recommendation:
     forecasts: tuple[JobForecast, ...]
     """Of the whole job for each plan that fits, or of one step where `amount` is not known."""
     ways_out: tuple[WayOut, ...]
-    """For methods that do not fit."""
+    """For methods that do not fit, and can."""
+    blocked: tuple[Blocked, ...]
+    """Methods that no change of the job lets fit."""
     verdict: PlanVerdict
     calibration: Calibration | None = None
     what_if: tuple[WhatIf, ...] = ()
@@ -144,7 +146,7 @@ def recommended(
         if plan.fits
     }
     found = [way_out(plan, contexts[plan.engine], planned.settings_of(plan.engine)) for plan in plans]
-    ways = {each.engine: each for each in found if each is not None}
+    ways = {each.engine: each for each in found if isinstance(each, WayOut)}
     shape = planned.shape
     return Recommendation(
         machine=machine,
@@ -157,7 +159,11 @@ def recommended(
         plans=tuple(plans),
         forecasts=tuple(forecasts.values()),
         ways_out=tuple(ways.values()),
-        verdict=verdict_of(plans, forecasts, ways, shape, of_job=planned.amount is not None),
+        blocked=tuple(each for each in found if isinstance(each, Blocked)),
+        verdict=verdict_of(
+            plans, forecasts, ways, shape, of_job=planned.amount is not None,
+            compare=f"lspzo-bench compare {job_arguments(job)}",
+        ),
         calibration=calibration,
     )  # fmt: skip
 

@@ -9,6 +9,8 @@
   compared within a relative 1e-4 (fp32) or 2e-2 (bf16, fp16), counted bytes and forward passes exactly, and
   projected gradients, accuracies and the hash of the weights not at all.
 - plans.json: what `recommend --json` plans; numbers within a relative 1e-12, all else exactly.
+- ../../profiles/published.md: what papers published beside what is predicted today; questions.md: what
+  `recommend` answers to the questions of the field.
 - help.txt: `--help` of every command, 100 columns wide. Compared where typer and rich are those of its first
   line: other versions lay it out in another way.
 - reports.json: hashes of what `report` and `report --index` write from the published records. Folders that
@@ -29,6 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import field_questions
+import published_tables
 import pytest
 import torch
 import typer
@@ -316,6 +320,14 @@ def test_a_job_is_planned_as_recorded(arguments: str, plans_golden: Golden) -> N
     said = program("recommend", *arguments.split(), "--random-weights", "--json", "--quiet")
     found = json.loads(said)["plans"]
     assert_close(found, plans_golden.expected(arguments, found))
+
+
+@pytest.mark.parametrize("made", [published_tables, field_questions], ids=lambda made: made.PAGE.name)
+def test_a_page_of_predictions_is_what_is_predicted_today(made: Any) -> None:
+    text = made.page()
+    if WRITE:
+        made.PAGE.write_text(text, encoding="utf-8")
+    assert made.PAGE.read_text(encoding="utf-8") == text, TO_WRITE
 
 
 def assert_close(found: Any, expected: Any, where: str = "plans") -> None:

@@ -58,13 +58,15 @@ def load_adamw_state(
 
 def optimizer_state(optimizer: HoldsState, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """What an optimizer holds for each parameter, flat: `<key>.<parameter>`; whole numbers as () int64."""
-    return {
-        f"{key}.{names[parameter]}": _local(value.detach())
-        if isinstance(value, Tensor)
-        else torch.tensor(int(value))
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            held = _local(value.detach()) if isinstance(value, Tensor) else torch.tensor(int(value))
+            # What all parameters share (bitsandbytes on a GPU) becomes copies: safetensors has no aliases.
+            found[f"{key}.{names[parameter]}"] = held.clone() if held.data_ptr() in places else held
+            places.add(held.data_ptr())
+    return found
 
 
 def load_optimizer_state(

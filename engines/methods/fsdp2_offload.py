@@ -123,14 +123,14 @@ class Fsdp2Offload:
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        from torch.distributed.tensor import DTensor
-
         self.loop.load(folder)
         for parameter, state in self.loop.optimizer.state.items():
-            sharded: Any = parameter
             for key, value in state.items():
                 if value.dim() > 0:
-                    state[key] = DTensor.from_local(value, sharded.device_mesh, sharded.placements)
+                    # Of the parameter's kind and where it lies: a tensor made a shard goes to the GPU.
+                    sharded: Any = torch.empty_like(parameter, dtype=value.dtype)
+                    sharded.to_local().copy_(value)
+                    state[key] = sharded
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -38,17 +38,16 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         if plans:
             parts += [Text(heading), plans_of_kind(answer, plans)]
     ways = {each.engine: each for each in answer.ways_out}
-    parts.append(
-        notes_grid(
-            {
-                plan.engine: [
-                    *_notes(plan, ways.get(plan.engine)),
-                    *_compiling(plan, None if answer.amount is None else answer.amount.steps),
-                ]
-                for plan in answer.plans
-            }
-        )
-    )
+    blocked = {each.engine: each.why for each in answer.blocked}
+    steps = None if answer.amount is None else answer.amount.steps
+    notes = {
+        plan.engine: [
+            *_notes(plan, ways.get(plan.engine), blocked.get(plan.engine)),
+            *_compiling(plan, steps),
+        ]
+        for plan in answer.plans
+    }
+    parts.append(notes_grid(notes))
     if answer.explanations:
         lines = {each.engine: each.lines for each in answer.explanations}
         parts += [Text("How the numbers come about", style="bold"), notes_grid(lines)]
@@ -58,7 +57,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [Text("The largest model that each method fits here", style="bold"), _largest_table(answer)]
     if answer.answers:
         parts += [Text(_target_title(answer), style="bold"), _answers_table(answer)]
-        parts += [Text(sentence) for sentence in target_sentences(answer.answers)]
+        parts += [Text(sentence) for sentence in target_sentences(answer.answers, _kinds(answer))]
     if answer.calibration is not None:
         parts.append(Text(answer.calibration.told))
     parts += [Text(sentence) for sentence in answer.verdict.sentences]
@@ -120,20 +119,23 @@ def _energy(forecast: JobForecast | None) -> str:
     return f"{forecast.energy_kwh:.3g} ({forecast.energy_kwh_low:.3g} to {forecast.energy_kwh_high:.3g})"
 
 
-def _notes(plan: Plan, way: WayOut | None) -> Iterator[str]:
-    """Why it does not fit and what to change; else its settings and why they are so."""
+def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]:
+    """Why it does not fit, what to change, and the setting that this is about; else its settings and why they
+    are so."""
+    told = " ".join(plan.reasons)
     if plan.why_not is not None:
         yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
-        yield _way_told(way)
+        yield _way_told(way, blocked)
+        told = ""
     if not plan.available:
         return
     if plan.prediction.step_s is None:
         yield plan.prediction.basis.rstrip(".")
-    told = " ".join(plan.reasons)
     unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
     if unexplained:
-        yield ", ".join(unexplained)
-    yield from plan.reasons
+        yield f"{'in its nearest setting, ' if plan.why_not else ''}{', '.join(unexplained)}"
+    if plan.why_not is None:
+        yield from plan.reasons
 
 
 COMPILING_MATTERS = 0.01
@@ -153,9 +155,9 @@ def _compiling(plan: Plan, steps: int | None) -> Iterator[str]:
         )
 
 
-def _way_told(way: WayOut | None) -> str:
+def _way_told(way: WayOut | None, blocked: str | None) -> str:
     if way is None:
-        return "way out: none that was tried; see --what-if for larger machines"
+        return f"no way out: {blocked or 'none was tried'}"
     told = way.plan.prediction
     time = ""
     if told.step_s is not None:
@@ -177,24 +179,31 @@ def _saved(seconds: float) -> str:
 
 def _what_if_table(answer: Recommendation) -> Table:
     time = "job" if answer.amount is not None else "step"
-    table = plain_table(
-        ["change", "with gradients", time, "saved", "zeroth order", f"{time} ", "saved ", "fits then"],
-        whole=(),
-    )
+    kinds = _kinds(answer)
+    headings = ["change"]
+    for heading, apart in kinds.values():
+        headings += [heading, time + apart, "saved" + apart]
+    table = plain_table([*headings, "fits then"], whole=())
     for row in answer.what_if:
-        table.add_row(
-            row.outlook.name,
-            *_best_cells(row.outlook.first, row.first_saved_s),
-            *_best_cells(row.outlook.zeroth, row.zeroth_saved_s),
-            ", ".join(row.now_fits) or "-",
-        )
+        cells: list[str] = []
+        for order in kinds:
+            cells += _best_cells(getattr(row.outlook, order), getattr(row, f"{order}_saved_s"))
+        table.add_row(row.outlook.name, *cells, ", ".join(row.now_fits) or "-")
     return table
+
+
+def _kinds(answer: Recommendation) -> dict[str, tuple[str, str]]:
+    """Kinds of methods that were planned: heading, and the space that tells the same headings apart."""
+    planned = {entry(plan.engine).order for plan in answer.plans}
+    told = {"first": ("with gradients", ""), "zeroth": ("zeroth order", " ")}
+    return {order: heading for order, heading in told.items() if order in planned}
 
 
 def _largest_table(answer: Recommendation) -> Table:
     table = plain_table(["method", "largest model", "step"])
     for each in answer.largest:
         name = "none" if each.model is None else f"{each.model} ({format_parameters(each.parameters)})"
+        name += ", partly on disk" if each.on_disk else ""
         table.add_row(each.engine, name, "-" if each.step_s is None else format_seconds(each.step_s))
     return table
 
@@ -212,12 +221,14 @@ def _answers_table(answer: Recommendation) -> Table:
         ("step", "fits") if of_model else ("job" if answer.amount is not None else "step", "in time")
     )
     headings = ["machine"]
-    for kind, apart in (("with gradients", ""), ("zeroth order", " ")):  # a space tells headings apart
+    kinds = _kinds(answer)
+    for kind, apart in kinds.values():
         headings += [kind, time + apart, "low to high" + apart, meets + apart]
     table = plain_table(headings, whole=("machine",))
     for each in answer.answers:
         cells: list[str] = []
-        for best, met in ((each.outlook.first, each.first), (each.outlook.zeroth, each.zeroth)):
+        for order in kinds:
+            best, met = getattr(each.outlook, order), getattr(each, order)
             if best is None:
                 cells += ["nothing fits", "-", "-", "no"]
             elif best.seconds is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from engines.costs.traffic import Traffic
-from profiles.advice.job_time import JobForecast
+from profiles.advice.job_time import JobForecast, sum_of_parts
 from profiles.planning.budget import gpu_bytes_needed
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
@@ -30,18 +30,14 @@ def _memory(cost: Traffic, context: PlanningContext) -> Iterator[str]:
     budget = context.budget
     if budget.gpu_bytes is not None:
         yield (
-            f"GPU memory = {_sum(cost.gpu_memory_bytes)} = {format_bytes(cost.peak_gpu_bytes)} of tensors; "
-            f"with CUDA and what the allocator cannot use {format_bytes(gpu_bytes_needed(cost))} "
+            f"GPU memory = {sum_of_parts(cost.gpu_memory_bytes)} = {format_bytes(cost.peak_gpu_bytes)} "
+            f"of tensors; with CUDA and what the allocator cannot use {format_bytes(gpu_bytes_needed(cost))} "
             f"of {format_bytes(budget.gpu_bytes)}"
         )
     yield (
-        f"host memory = {_sum(cost.host_memory_bytes)} = {format_bytes(cost.peak_host_bytes)} "
+        f"host memory = {sum_of_parts(cost.host_memory_bytes)} = {format_bytes(cost.peak_host_bytes)} "
         f"of {format_bytes(budget.host_bytes)}"
     )
-
-
-def _sum(parts: Mapping[str, int]) -> str:
-    return " + ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
 
 
 def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from engines.settings.given import GivenSettings
@@ -12,6 +12,7 @@ from profiles.advice.money import Cost, Price, costs_of
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.predict import COMPILE_HIGH_S, COMPILE_LOW_S, predict
+from profiles.units import format_bytes
 
 Band = tuple[float, float, float]
 """Low, expected, high."""
@@ -59,7 +60,13 @@ def job_forecast(
     """Of `plan`, which was made in `context`. Steps of shorter sequences are forecast by themselves, with the
     plan's settings."""
     seconds = _seconds(plan.settings, context, amount, calibration)
-    basis = {"steps": amount.basis, "tokens": amount.basis}
+    cost = context.cost(plan.settings.typed)
+    basis = {
+        "steps": amount.basis,
+        "tokens": amount.basis,
+        "peak_gpu_bytes": sum_of_parts(cost.gpu_memory_bytes),
+        "peak_host_bytes": sum_of_parts(cost.host_memory_bytes),
+    }
     if seconds is None:
         basis["seconds"] = plan.prediction.basis
         return JobForecast(engine=plan.engine, steps=amount.steps, tokens=amount.tokens, basis=basis)
@@ -87,6 +94,11 @@ def job_forecast(
         costs=costs_of(rates.prices, (low_h, hours, high_h), kwh),
         basis=basis,
     )
+
+
+def sum_of_parts(parts: Mapping[str, int]) -> str:
+    """Memory by kind, such as `weights 2.4 GiB + buffers 1.0 GiB`."""
+    return " + ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
 
 
 def _seconds(

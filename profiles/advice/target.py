@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,10 +84,13 @@ def _meets(best: BestMethod | None, target: Target) -> Meets:
     return "yes" if high <= target.hours else "perhaps" if low <= target.hours else "no"
 
 
-def target_sentences(found: Sequence[TargetAnswer]) -> tuple[str, ...]:
-    """The least machine by each kind of method, and the least that may be one by the range's lower end."""
+def target_sentences(found: Sequence[TargetAnswer], kinds: Collection[str]) -> tuple[str, ...]:
+    """The least machine by each of the `kinds` of method (`first`, `zeroth`), and the least that may be one
+    by the range's lower end."""
     said = []
     for kind, name in (("first", words.WITH_GRADIENTS), ("zeroth", words.WITHOUT_GRADIENTS)):
+        if kind not in kinds:
+            continue
         sure = next((each for each in found if getattr(each, kind) == "yes"), None)
         perhaps = next((each for each in found if getattr(each, kind) == "perhaps"), None)
         if sure is None and perhaps is None:
@@ -110,6 +113,8 @@ class Largest:
     """`None`: not even the smallest."""
     parameters: int = 0
     step_s: float | None = None
+    on_disk: bool = False
+    """A part of it is read from disk in every step."""
 
 
 def largest_models(machine: Machine, job: JobToPlan, shapes: Sequence[ModelShape]) -> tuple[Largest, ...]:
@@ -125,9 +130,11 @@ def _largest(engine: str, machine: Machine, job: JobToPlan, by_size: Sequence[Mo
         context = replace(job, shape=shape, workload=workload).context(engine, machine)
         plan = plan_engine(context, job.settings_of(engine))
         if plan.fits:
+            told = plan.prediction
             return Largest(
-                engine=engine, model=shape.name, parameters=shape.parameters, step_s=plan.prediction.step_s
-            )
+                engine=engine, model=shape.name, parameters=shape.parameters, step_s=told.step_s,
+                on_disk=told.disk_read_bytes > 0,
+            )  # fmt: skip
         if not plan.available:
             break
     return Largest(engine=engine, model=None)

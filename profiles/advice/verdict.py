@@ -6,6 +6,8 @@ kind is not worth one of the other. Overlapping ranges are a tie.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from profiles.advice.job_time import JobForecast, are_tied
 from profiles.advice.quality import known_of_zeroth_order
 from profiles.advice.ways_out import WayOut
 from profiles.planning.plan import Plan
+from profiles.planning.precisions import INSTEAD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +45,14 @@ def verdict_of(
     shape: ModelShape,
     *,
     of_job: bool,
+    compare: str = "lspzo-bench compare",
 ) -> PlanVerdict:
     """`plans` are ranked as `profiles.planning.recommend` does. `forecasts` are of the job, or of one step
     where the job's size is not known (`of_job` is false)."""
     fitting = [plan for plan in plans if plan.fits]
     first = [plan.engine for plan in fitting if entry(plan.engine).order == "first"]
     zeroth = [plan.engine for plan in fitting if entry(plan.engine).order == "zeroth"]
+    asked = Counter(entry(plan.engine).order for plan in plans)
     ties, zeroth_ties = _ties(first, forecasts), _ties(zeroth, forecasts)
     sentences: list[str] = []
     if not plans:
@@ -56,12 +61,17 @@ def verdict_of(
         sentences += _nothing(plans, ways_out)
     else:
         if first:
-            sentences += _of_kind(words.WITH_GRADIENTS, first, ties, forecasts, of_job=of_job)
-        elif any(entry(plan.engine).order == "first" for plan in plans):
+            sentences += _of_kind(words.WITH_GRADIENTS, first, ties, forecasts, asked["first"], of_job=of_job)
+        elif asked["first"]:
             sentences.append(_no_first_order(plans, ways_out))
         if zeroth:
-            sentences += _of_kind(words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, of_job=of_job)
+            sentences += _of_kind(
+                words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, asked["zeroth"], of_job=of_job
+            )
             sentences.append(known_of_zeroth_order(shape.parameters))
+    tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
+    if tied:
+        sentences.append(f"To measure what is tied: {compare} --engines {','.join(tied)}")
     return PlanVerdict(
         first_order=tuple(first),
         zeroth_order=tuple(zeroth),
@@ -85,9 +95,11 @@ def _of_kind(
     engines: Sequence[str],
     ties: Sequence[str],
     forecasts: Mapping[str, JobForecast],
+    asked: int,
     *,
     of_job: bool,
 ) -> list[str]:
+    """`asked`: how many methods of the kind were planned."""
     unit = "for the job" if of_job else "a step"
     best = forecasts.get(engines[0])
     if best is None or best.seconds is None:
@@ -96,21 +108,28 @@ def _of_kind(
         ]
     told = f"{words.duration(best.seconds)} {unit} ({words.band(best.seconds_low, best.seconds_high)})"
     if len(engines) == 1:
-        return [f"{kind} {engines[0]} is the only one that fits: {told}."]
+        verb = "takes" if asked == 1 else "is the only one that fits:"
+        return [f"{kind} {engines[0]} {verb} {told}."]
     said = [f"{kind} {engines[0]} comes first with {told}."]
     if ties:
         others = words.names([f"{each} ({words.duration(forecasts[each].seconds)})" for each in ties])
-        said.append(f"{others} {'is' if len(ties) == 1 else 'are'} a tie with it: {words.MEASURE}.")
+        verb = "is" if len(ties) == 1 else "are"
+        said.append(f"{others} {verb} a tie with it: {words.MEASURE}.")
     return said
 
 
 def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
-    said = [words.NOTHING_FITS]
-    by_reason: dict[str, list[str]] = {}
+    able = [plan for plan in plans if plan.available]
+    said = [words.NOTHING_FITS if able else words.NOTHING_RUNS]
+    by_reason: dict[str, dict[str, list[str]]] = {}
     for plan in plans:
         if not plan.available and plan.why_not is not None:
-            by_reason.setdefault(plan.why_not, []).append(plan.engine)
-    said += [f"{words.names(engines)}: {why}." for why, engines in by_reason.items()]
+            why, _, instead = plan.why_not.partition(INSTEAD)
+            by_reason.setdefault(why, {}).setdefault(instead, []).append(plan.engine)
+    for reason, dtypes in by_reason.items():
+        typed = [f"--dtype {dtype} for {words.names(names)}" for dtype, names in dtypes.items() if dtype]
+        everybody = words.names([each for names in dtypes.values() for each in names])
+        said.append(f"{everybody}: {reason}{': type ' if typed else ''}{', '.join(typed)}.")
     return [*said, *_advice(plans, ways_out)]
 
 
@@ -125,5 +144,12 @@ def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
     found = [ways_out[plan.engine] for plan in plans if plan.engine in ways_out]
     if not found:
         return ["No change that was tried lets one fit: see --what-if for other machines."]
-    best = min(found, key=lambda each: (each.quality != words.NO_PRICE, each.plan.prediction.step_s or 1e18))
+    best = min(
+        found,
+        key=lambda each: (
+            entry(each.engine).order == "zeroth",
+            each.quality != words.NO_PRICE,
+            each.plan.prediction.step_s or math.inf,
+        ),
+    )
     return [f"Nearest: {best.engine} with {best.flags} (price: {best.quality})."]

@@ -46,17 +46,42 @@ class _Change:
     quality: tuple[str, ...] = ()
 
 
-def way_out(plan: Plan, context: PlanningContext, given: GivenSettings) -> WayOut | None:
-    """Of `plan`, which was made in `context` with `given`; `None`: it fits, or no change of these helps."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocked:
+    """Why no change that was tried lets a method fit."""
+
+    engine: str
+    why: str
+
+
+def way_out(plan: Plan, context: PlanningContext, given: GivenSettings) -> WayOut | Blocked | None:
+    """Of `plan`, which was made in `context` with `given`; `None`: it fits."""
     if plan.fits:
         return None
     start = _Change(workload=context.workload, settings=given)
+    blocked = Blocked(engine=plan.engine, why=plan.why_not or "")
     for begun in _runnable(plan, context, start):
+        least = [_plan(context, each) for each in _least_of_all(context, begun)]
+        if not any(each.fits for each in least):
+            nearest = min(least, key=lambda each: each.prediction.peak_gpu_bytes)
+            blocked = Blocked(engine=plan.engine, why=words.even_so(SHORTEST, nearest.why_not or ""))
+            continue
         for change in _in_order(context, begun):
             found = _plan(context, change)
             if found.fits:
                 return _told(plan, found, context, change)
-    return None
+    return blocked
+
+
+def _least_of_all(context: PlanningContext, change: _Change) -> Iterator[_Change]:
+    """The shortest sequences, one at a time, recomputed, with each of the method's own changes. If none of
+    these fits, nothing does."""
+    tokens = min(change.workload.seq_len, SHORTEST)
+    smallest = _least(replace(change, workload=replace(change.workload, checkpointing=True, seq_len=tokens)))
+    yield smallest
+    yield replace(smallest, workload=replace(smallest.workload, batch_size=1, accumulation=1))
+    yield from _own_settings(context, smallest)
+    yield from _cheaper_dtype(context, smallest)
 
 
 def _told(plan: Plan, found: Plan, context: PlanningContext, change: _Change) -> WayOut:

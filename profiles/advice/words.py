@@ -18,6 +18,7 @@ WITH_GRADIENTS = "With gradients"
 WITHOUT_GRADIENTS = "Without gradients (zeroth order)"
 NO_PLAN = "There is no plan."
 NOTHING_FITS = "Nothing fits."
+NOTHING_RUNS = "Nothing can run as it was asked."
 MEASURE = "ranges overlap, so which is faster is for a measurement to say"
 
 _DTYPES = {
@@ -79,3 +80,7 @@ def perhaps_machine(kind: str, machine: str, engine: str) -> str:
 
 def no_machine(kind: str) -> str:
     return f"{kind} no machine of the catalogue does it."
+
+
+def even_so(tokens: int, why_not: str) -> str:
+    return f"even one sequence of {tokens} tokens at a time {why_not}"

@@ -13,6 +13,10 @@ BY_COST: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
 """The order in which precisions are advised: the cheap ones first."""
 
 
+INSTEAD = "; use --dtype "
+"""Between why a precision does not go and those that do."""
+
+
 def why_no_dtype(machine: Machine, dtype: Dtype) -> str | None:
     """That the GPU has no matrix products in `dtype`, so that nothing can be timed; `None`: it has, or
     nothing says that it has not. A rate that was measured, of products that are emulated, counts."""

@@ -19,7 +19,7 @@ from profiles.machine import Machine
 from profiles.planning.budget import why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan
-from profiles.planning.precisions import dtypes_for, why_no_dtype
+from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
 from profiles.planning.predict import compiling_s, predict
 from profiles.planning.ranks import context_of_a_rank
 
@@ -128,9 +128,9 @@ def _unsuitable(context: PlanningContext) -> str | None:
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     others = dtypes_for(engine, machine)
-    instead = f"use --dtype {' or '.join(others)}" if others else "no precision is left"
+    instead = f"{INSTEAD}{' or '.join(others)}" if others else "; no precision is left"
     if (why := row.refuses.get(workload.dtype)) is not None:
-        return f"{why}; {instead}"
+        return f"{why}{instead}"
     if (why := why_no_dtype(machine, workload.dtype)) is not None:
-        return f"{why}; {instead}"
+        return f"{why}{instead}"
     return None

@@ -51,7 +51,16 @@ def test_a_reference_engine_is_one_with_nothing_offloaded(name: str) -> None:
 
 def test_the_test_double_is_not_for_users() -> None:
     assert set(ENGINES) - set(public_engines()) == {"scripted"}
-    assert default_engines() == ("native", "torchao-offload", "lsp", "mezo", "zo2", "exact-offload")
+    assert default_engines() == (
+        "native",
+        "torchao-offload",
+        "lsp",
+        "mezo",
+        "zo2",
+        "exact-offload",
+        "lora",
+        "qlora",
+    )
     assert engines_of_role("offload") == ("lsp", "zo2", "exact-offload")
     assert generating_engines() == ("zo2", "mezo")
 

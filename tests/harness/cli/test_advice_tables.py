@@ -65,13 +65,13 @@ def test_plans_say_why_not_and_give_each_setting_once() -> None:
     )
     assert "torchao-offload cannot run here: needs a CUDA GPU" in said
     assert said.count("resident_blocks=0") == 1
-    assert said.count("learning_rate=1e-05") == 1
+    assert said.count(" learning_rate=1e-05") == 1
     answer = replace(
         answer_of(make_gpu_machine(), ["zo2"]), plans=(make_plan("zo2", fits=False),), ways_out=()
     )
     one = in_a_line(recommendation_text(answer))
     assert "does not fit: 12.5 GB of GPU memory are missing" in one
-    assert "way out: none that was tried" in one
+    assert "no way out" in one
     assert "resident_blocks=0" in one  # without a reason it is told by itself
 
 

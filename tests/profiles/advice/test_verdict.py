@@ -10,7 +10,7 @@ from engines.shapes import ModelShape, Workload
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.verdict import PlanVerdict, verdict_of
-from profiles.advice.ways_out import way_out
+from profiles.advice.ways_out import WayOut, way_out
 from profiles.machine import Machine
 from profiles.planning.recommend import plan_engine, rank
 
@@ -31,7 +31,8 @@ def verdict(
     forecasts: dict[str, JobForecast] = {
         p.engine: job_forecast(p, contexts[p.engine], job.amount_or_step, Rates()) for p in plans if p.fits
     }
-    ways = {p.engine: w for p in plans if (w := way_out(p, contexts[p.engine], job.settings_of(p.engine)))}
+    found = [way_out(p, contexts[p.engine], job.settings_of(p.engine)) for p in plans]
+    ways = {each.engine: each for each in found if isinstance(each, WayOut)}
     return verdict_of(plans, forecasts, ways, shape, of_job=False)
 
 
@@ -73,6 +74,6 @@ def test_where_nothing_fits_the_nearest_way_out_is_told() -> None:
 def test_what_cannot_run_is_answered_with_what_to_type() -> None:
     found = verdict(["native", "lsp"], TINY, Workload(batch_size=4, seq_len=64, dtype="fp16"))
     assert "native and lsp: cannot train in fp16" in found.text
-    assert "use --dtype bf16 or fp32" in found.text
+    assert "type --dtype bf16 or fp32 for native and lsp." in found.text
     assert "with --dtype bf16" in found.text
     assert verdict([]).text == "There is no plan."

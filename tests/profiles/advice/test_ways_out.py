@@ -14,7 +14,7 @@ from settings_given import given_for_each
 from engines.shapes import Workload
 from harness.models.configs import named_shape
 from profiles.advice.outlook import JobToPlan
-from profiles.advice.ways_out import WayOut, way_out
+from profiles.advice.ways_out import Blocked, WayOut, way_out
 from profiles.catalog import find_profile
 from profiles.planning.recommend import plan_engine
 
@@ -32,7 +32,7 @@ def way(engine: str, model: str, profile: str, values: dict[str, Any] | None = N
     plan = plan_engine(context, job.settings_of(engine))
     found = way_out(plan, context, job.settings_of(engine))
     assert not plan.fits
-    assert found is not None
+    assert isinstance(found, WayOut)
     assert found.plan.fits
     return found
 
@@ -83,6 +83,17 @@ def test_a_method_that_fits_needs_none() -> None:
     assert way_out(plan_engine(context, given_), context, given_) is None
 
 
+def test_where_nothing_helps_the_least_that_is_needed_is_told() -> None:
+    job = JobToPlan(
+        shape=named_shape("opt-13b"), workload=Workload(batch_size=4, seq_len=512), engines=(), settings={}
+    )
+    context = job.context("native", find_profile(Path("rtx-4090")))
+    given_ = job.settings_of("native")
+    found = way_out(plan_engine(context, given_), context, given_)
+    assert isinstance(found, Blocked)
+    assert found.why.startswith("even one sequence of 64 tokens at a time needs ")
+
+
 @given(
     engine=st.sampled_from(("native", "lora", "lsp", "exact-offload", "torchao-offload", "mezo", "zo2")),
     model=st.sampled_from(("opt-1.3b", "qwen2.5-1.5b", "llama-3.1-8b")),
@@ -100,7 +111,7 @@ def test_what_is_typed_fits(engine: str, model: str, gib: int, batch_size: int, 
     context = job.context(engine, find_profile(Path("rtx-4090")))
     plan = plan_engine(context, job.settings_of(engine))
     found = way_out(plan, context, job.settings_of(engine))
-    if found is None:
+    if not isinstance(found, WayOut):
         return
     words = found.flags.split()
     changes: dict[str, Any] = {}
