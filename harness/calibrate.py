@@ -69,7 +69,9 @@ def _seen(path: Path, machine: Machine) -> Seen | str:
         return NOT_PREDICTED
     if not 1 / SAME_MODEL <= predicted_s / told_s <= SAME_MODEL:
         return OTHER_VERSION
-    return Seen(engine=run.engine, ratio=taken_s / predicted_s)
+    energy_j = run.summary.energy_j
+    power_w = None if energy_j is None else energy_j / taken_s
+    return Seen(engine=run.engine, ratio=taken_s / predicted_s, power_w=power_w)
 
 
 def _why_other(environment: Environment, machine: Machine) -> str | None:

@@ -29,6 +29,7 @@ from profiles.documents import adapter
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import plan_engine, rank
+from profiles.units import format_bytes
 
 RECOMMENDATION_VERSION = 1
 """Schema version of `recommend --json`, which `recommend --schema` describes."""
@@ -107,6 +108,23 @@ def without_weights(source: ModelSource) -> ModelSource:
 def catalogue() -> dict[str, Machine]:
     """Machines that come with the program, by name."""
     return {name: load_machine(FOLDER / f"{name}.json") for name in machine_names()}
+
+
+def limits_beyond(job: Job, machine: Machine) -> list[str]:
+    """Limits that are more than the machine has, so that they limit nothing."""
+    found = []
+    gpu, limits = machine.gpu, job.limits
+    if gpu is not None and limits.vram_bytes is not None and limits.vram_bytes > gpu.total_bytes:
+        found.append(
+            f"--vram {format_bytes(limits.vram_bytes)} is more than the {format_bytes(gpu.total_bytes)} of "
+            f"{gpu.name}, so plans use what it has; --what-if or --profile for a larger card"
+        )
+    if limits.host_bytes is not None and limits.host_bytes > machine.memory.total_bytes:
+        found.append(
+            f"--host-memory {format_bytes(limits.host_bytes)} is more than the "
+            f"{format_bytes(machine.memory.total_bytes)} of this machine, so plans use what it has"
+        )
+    return found
 
 
 def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:

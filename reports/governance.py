@@ -42,7 +42,8 @@ def governance_lines(runs: Sequence[Run]) -> tuple[GovernanceLine, ...]:
         note("swap", swap or say("governance.swap_off"))
         dumps = "governance.core_dumps_on" if each.core_dumps else "governance.core_dumps_off"
         note("core_dumps", say(dumps))
-        note("hub", say(f"governance.hub_{each.hub.replace(' ', '_')}"))
+        hosts = {"hosts": ", ".join(each.contacted or ())} if each.hub == "asked" else {}
+        note("hub", say(f"governance.hub_{each.hub.replace(' ', '_')}", **hosts))
         note("sent", say("governance.sent_nothing" if each.sent == "nothing" else "governance.sent_names"))
     told = [
         GovernanceLine(about=say(f"governance.{about}"), text="; ".join(texts), seen=True)

@@ -77,15 +77,15 @@ def update(settings: MezoSettings) -> ParameterWork:
 
 
 def perturb(settings: MezoSettings) -> ParameterWork:
-    """For all probes of a step; FZOO has a copy of theta itself among them."""
-    if settings.estimator == "fzoo":
+    """For all probes of a step; one-sided ones have a copy of theta itself among them."""
+    if settings.is_one_sided:
         return ONE_SIDED * settings.queries + FROZEN
     return PERTURB * settings.queries
 
 
 def num_probes(settings: MezoSettings) -> int:
-    """Times that a step makes perturbed copies, FZOO's of theta itself included."""
-    return settings.queries + (settings.estimator == "fzoo")
+    """Times that a step makes perturbed copies, a one-sided step's of theta itself included."""
+    return settings.queries + settings.is_one_sided
 
 
 def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> ParameterWork:
@@ -146,13 +146,13 @@ def perturbed_layers(
     """
     updated, head = trained_outer_parameters(shape, settings)
     passes = settings.forward_passes
-    drawn = passes - (settings.estimator == "fzoo")
+    drawn = passes - settings.is_one_sided
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = transformer.head_chunks(shape, workload)
     first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))
     last = _visited(last, update(settings), updated, settings.queries, workload)
     probes = settings.queries * workload.accumulation
-    perturbed = ONE_SIDED if settings.estimator == "fzoo" else PERTURB
+    perturbed = ONE_SIDED if settings.is_one_sided else PERTURB
     layers = [
         replace(first, gaussians=lookups),
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
@@ -276,7 +276,7 @@ def gpu_memory_bytes(
         visited = transformer.largest_matrix_parameters(shape) + transformer.vector_parameters(shape)
     adapters = adapter_parameters(shape, settings)
     # With adapters every block is frozen, and both sides compute with one copy.
-    one_sided = settings.estimator == "fzoo"
+    one_sided = settings.is_one_sided
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_outer_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from engines.cpu_updates.cpu_adam import compiled
+from engines.errors import NonFiniteLoss, UserError
 from engines.transfer.clock import now_s
+from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 
@@ -236,6 +238,22 @@ class UpdatePipeline:
         if update.failed:
             raise GradientNotFinite(update.share.step)
         return update.applied
+
+    def compute_waits(self, update: PieceUpdate, clock: ComputeClock) -> None:
+        """Let the compute stream wait for a piece's application, which is no compute.
+
+        Raises `NonFiniteLoss` for a gradient that was not finite, the `UserError` that kept the worker from
+        it, and what `wait` raises.
+        """
+        try:
+            with clock.standing():
+                self._link.wait(self.wait(update))
+        except GradientNotFinite as error:
+            raise NonFiniteLoss(str(error)) from None
+        except RuntimeError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
 
     def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
         """Wait until all `updates` are applied, finite or not; the argument `wait` waits for an event."""

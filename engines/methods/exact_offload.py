@@ -43,7 +43,8 @@ has ended; `clip_by=previous` scales by the norm of the step before, which is a 
 nothing waits. The first step has none before it, and is not clipped.
 
 Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed where activation
-checkpointing asks for it (`engines.model.training_regions`).
+checkpointing asks for it (`engines.model.training_regions`). Nothing is captured as a CUDA graph: where a
+step is so short that launches count, the CPU's update takes longer than they do.
 
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
 copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
@@ -60,20 +61,20 @@ Longer than 400 lines: a step and the life around it are read in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
+from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import (
     GradientNotFinite,
     Landing,
@@ -83,7 +84,7 @@ from engines.cpu_updates.pipeline import (
     leave_threads_to_adam,
     update_at_once,
 )
-from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
+from engines.errors import InfeasiblePlan, NonFiniteLoss
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
     load_checkpoint,
@@ -104,13 +105,12 @@ from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.offload.disk import spill_folder
 from engines.offload.disk_states import DiskStates
+from engines.offload.kept_states import KeptStates
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlabs, host_slabs
-
-_T = TypeVar("_T")
 
 
 class ExactOffload:
@@ -136,9 +136,7 @@ class ExactOffload:
         self._outer_room: HostSlabs | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
-        self._disk: DiskStates | None = None
-        self.on_disk = range(0)
-        """Blocks whose states are on disk."""
+        self._kept: KeptStates | None = None
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
@@ -168,7 +166,7 @@ class ExactOffload:
         outer: list[BlockLayout] = []
         if self.settings.outer == "host":
             outer = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.outer]
-        self.on_disk = self.settings.on_disk(len(layout.blocks))
+        on_disk = self.settings.on_disk(len(layout.blocks))
         self._check_host([block.size for block in layout.blocks], sum(each.size for each in outer))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
@@ -178,9 +176,9 @@ class ExactOffload:
             device=on_host,
             seed=self.context.seed,
             progress=self.context.progress,
-            elsewhere=self.on_disk,
+            elsewhere=on_disk,
         )
-        self._disk = self._make_disk()
+        self._kept = KeptStates(self._states, on_disk, self._make_disk)
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
@@ -202,23 +200,10 @@ class ExactOffload:
             for index, block in enumerate(layout.blocks)
         ]
         """Of each block's own parameters, in its gradient slot."""
-        self._norms = torch.zeros(len(self._pending), device=self.device)
-        """(blocks, and tensors outside them that the host updates,) fp32: squared, of this step's gradients.
-
-        HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
-        block's update is waited for.
-        """
-        pins = self.device.type == "cuda"
+        self._norms = GradientNorms(len(self._pending), self.settings, self.link)
+        """Of the blocks, and of the tensors outside them that the host updates."""
         self._loss_known = Event()
-        self._loss_on_host = torch.zeros(1, pin_memory=pins)
-        self._totals_on_host = [torch.zeros(1, pin_memory=pins) for _ in range(2)]
-        """Squared norms of the whole gradient, of even and of odd steps."""
-        self._totals = [torch.zeros(1, device=self.device) for _ in range(2)]
-        """The same on the GPU, from where they go down.
-
-        HAZARD: one must not change before it has arrived, which is known in the step after.
-        """
-        self._total_known = Event()
+        self._loss_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
         if self.settings.offload:
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
@@ -230,17 +215,12 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
 
-    def _make_disk(self) -> DiskStates | None:
+    def _make_disk(self, sizes_bytes: Mapping[int, int]) -> DiskStates:
         """Raises `InfeasiblePlan` if the disk is too small."""
-        if not self.on_disk:
-            return None
         setting = f"{self.name}.disk_folder"
+        folder = spill_folder(self.settings.disk_folder, setting)
         return DiskStates(
-            {index: self.host.state_bytes(index) for index in self.on_disk},
-            spill_folder(self.settings.disk_folder, setting),
-            setting,
-            delay_s=self.disk_delay_s,
-            timeline=self._clocks.timeline,
+            sizes_bytes, folder, setting, delay_s=self.disk_delay_s, timeline=self._clocks.timeline
         )
 
     def _install(self, *, compiled: bool) -> None:
@@ -347,17 +327,15 @@ class ExactOffload:
         self._share = StepShare(
             step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
         )
-        if settings.clip_by == "previous" and settings.max_grad_norm > 0 and self.steps_done > 0:
-            self._share.total = self._totals_on_host[(self.steps_done - 1) % 2]
-            self._share.total_known = self._total_known
+        self._norms.begin(self._share)
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
         self._clocks.exposure.mark()
-        self._mark("forward")
+        self._compute.go_on_with("forward")
         self._begin_outer(self.last_outer)
         with no_cache(self.model):
             self._run(batches)
-        self._mark("optimizer")
+        self._compute.go_on_with("optimizer")
         self._finish()
         self._compute.stop()
         self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
@@ -368,14 +346,15 @@ class ExactOffload:
         self.steps_done += 1
         if self.streamed is not None:
             self._step_h2d_bytes += self.streamed.slots.h2d_bytes - came_up
+        disk = None if self._kept is None else self._kept.disk
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
-            disk_read_bytes=0 if self._disk is None else self._disk.total_bytes,
-            disk_s=None if self._disk is None else self._disk.take_busy_s(),
-            disk_direct=None if self._disk is None else self._disk.direct,
+            disk_read_bytes=0 if disk is None else disk.total_bytes,
+            disk_s=None if disk is None else disk.take_busy_s(),
+            disk_direct=None if disk is None else disk.direct,
             **self._clocks.take_s(self.link),
         )
 
@@ -428,7 +407,7 @@ class ExactOffload:
             self._settle(index)
         else:
             self.streamed.enter_forward(index)
-        self._mark(f"forward {index}")
+        self._compute.go_on_with(f"forward {index}")
 
     def after_forward(self, index: int) -> None:
         if self.streamed is not None:
@@ -440,7 +419,7 @@ class ExactOffload:
     def before_backward(self, index: int) -> None:
         if self.streamed is not None:
             self.streamed.enter_backward(index)
-        self._mark(f"backward {index}")
+        self._compute.go_on_with(f"backward {index}")
         # HAZARD: the block that last had this slot must have left it.
         self.link.wait(self._slot_free[index % len(self._slots)])
 
@@ -470,7 +449,8 @@ class ExactOffload:
             self.streamed.leave(index)
             self.streamed.forget(index)
         assert self._room is not None
-        place = self._waiting(self._room.take)
+        with self._compute.standing():
+            place = self._room.take()
         give = partial(self._room.give, place)
         self._slot_free[slot] = self._send(index, gradient, place, lands=self.streamed is None, consumed=give)
 
@@ -485,9 +465,10 @@ class ExactOffload:
     ) -> Event:
         """Download a gradient (elements,) to `place` on the host and hand it to the worker; the event of its
         arrival. `lands`: the weights go up then. `consumed` is called when `place` is free."""
+        kept = self._kept
+        assert kept is not None
         pieces, weights = self.host.pieces[index], self.on_gpu[index]
-        norm = self._norms[index : index + 1]
-        norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        norm = self._norms.take(index, gradient)
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
         if lands:
@@ -495,7 +476,7 @@ class ExactOffload:
 
         def all_consumed() -> None:
             consumed()
-            self._updated(index)
+            kept.updated(index)
 
         give = _once_all(len(pieces), all_consumed)
         updates = [
@@ -519,77 +500,28 @@ class ExactOffload:
         for piece, update in zip(pieces, updates, strict=True):
             its = gradient[piece.begin : piece.end]
             update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
-            if not self.settings.waits_for_norm and index not in self.on_disk:
+            if not self.settings.waits_for_norm and kept.comes_by_itself(index):
                 self._pipeline.submit([update])
-        if not self.settings.waits_for_norm and index in self.on_disk:
-            self._submit(index)
+        if not (self.settings.waits_for_norm or kept.comes_by_itself(index)):
+            kept.submit(index, updates, self._pipeline)
         return updates[-1].downloaded
-
-    def _submit(self, index: int) -> None:
-        """Hand a block's updates to the worker, those of one on disk when its state has come."""
-        pipeline, disk, updates = self._pipeline, self._disk, self._pending[index]
-        assert pipeline is not None
-        if disk is None or index not in self.on_disk:
-            for update in updates:
-                pipeline.submit([update])
-            return
-
-        def ready(memory: Tensor, failure: UserError | None) -> None:
-            self.host.attach(index, memory, failure)
-            for update in updates:
-                pipeline.submit([update])
-
-        disk.request(index, ready)
-
-    def _updated(self, index: int) -> None:
-        """The worker needs a block's state no more."""
-        if self._disk is not None and index in self.on_disk:
-            self.host.attach(index, None)
-            self._disk.release(index)
-
-    def _waiting(self, wait: Callable[[], _T]) -> _T:
-        """What `wait` returns, the time in which it held this thread up not counted as compute."""
-        computes = self._compute.is_running
-        self._compute.stop()
-        found = wait()
-        if computes:
-            self._compute.start()
-        return found
 
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
         self._send_outer(sorted(self.last_outer))
-        squared = self._norms.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
-        scale = None
+        squared = self._norms.of_groups.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
+        scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
-            scale = self._know_total(squared, self._share.max_norm)
+            self._step_d2h_bytes += squared.nbytes
         updates = [update for block in self._pending for update in block]
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.waits_for_norm:
-            for index in range(len(self._pending)):
-                self._submit(index)
+            assert self._kept is not None
+            for index, of_block in enumerate(self._pending):
+                self._kept.submit(index, of_block, self._pipeline)
         self._outer.step(self._share.learning_rate, scale, squared)
-
-    def _know_total(self, squared: Tensor, most: float) -> Tensor | None:
-        """Bring the squared norm of the whole gradient to the host, for this step or the next; what this
-        step's gradient is multiplied by, (1,) on the device."""
-        total, on_host = (each[self.steps_done % 2] for each in (self._totals, self._totals_on_host))
-        self._step_d2h_bytes += total.nbytes
-        total.copy_(squared)
-        known = self.link.download(total, on_host, after=self.link.record(), name="norm")
-        scale = None
-        if self.settings.clip_by == "exact":
-            self._share.total, self._share.total_known = on_host, known
-            scale = (most / squared.sqrt()).clamp(max=1.0)
-            if self._pipeline is None:
-                self.link.host_wait(known)
-        elif self._share.total is not None:
-            self.link.host_wait(self._share.total_known)
-            scale = torch.full((1,), self._share.scale(), device=self.device)
-        self._total_known = known
-        return scale
 
     def _settle(self, index: int) -> None:
         """Let the compute stream wait for a block's weights."""
@@ -602,21 +534,15 @@ class ExactOffload:
             self._settle(index)
 
     def _wait_for(self, update: PieceUpdate) -> None:
-        pipeline = self._pipeline
-        if pipeline is None:
+        if self._pipeline is None:
             if update.failed:
                 raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
             return
         try:
-            landed = self._waiting(lambda: pipeline.wait(update))
-        except GradientNotFinite as error:
+            self._pipeline.compute_waits(update, self._compute)
+        except NonFiniteLoss:
             self._discard()
-            raise NonFiniteLoss(str(error)) from None
-        except RuntimeError as error:
-            if isinstance(error.__cause__, UserError):  # the disk's
-                raise error.__cause__ from None
             raise
-        self.link.wait(landed)
 
     def _discard(self) -> None:
         """Wait for what is on its way, whatever comes of it."""
@@ -624,12 +550,6 @@ class ExactOffload:
             self._pending[index] = []
             if self._pipeline is not None:
                 self._pipeline.wait_out(pending, self.link.wait)
-
-    def _mark(self, what: str) -> None:
-        """Compute of another name begins, for traces."""
-        self._compute.stop()
-        self._compute.label = what
-        self._compute.start()
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -654,26 +574,18 @@ class ExactOffload:
         self.synchronize()
         state = rng_state(self.device) | self._outer.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
-        about["updates"] = self.host.updates()
-        for index in range(len(self._pending)):
-            if index in self.on_disk:
-                with self._borrowed(index) as tensors:
-                    save_file(tensors, _state_file(folder, index))
-            else:
-                state |= self.host.state(index)
+        assert self._kept is not None
+        states, about["updates"] = self._kept.save(folder)
+        state |= states
         if self.settings.max_grad_norm > 0:
-            self.link.host_wait(self._total_known)
-            state["total"] = self._totals_on_host[(self.steps_done - 1) % 2].clone()
+            state["total"] = self._norms.last(self.steps_done).clone()
         save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
-        for index, count in enumerate(about["updates"]):
-            in_file = _state_file(folder, index)
-            found = load_file(in_file) if in_file.exists() else tensors
-            with self._borrowed(index, changes=True) if index in self.on_disk else nullcontext():
-                self.host.load(index, found, count, str(folder))
+        assert self._kept is not None
+        self._kept.load(folder, tensors, about["updates"])
         on_gpu_first = 0 if self.streamed is None else self._num_blocks
         for index in range(on_gpu_first, len(self._pending)):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
@@ -683,23 +595,11 @@ class ExactOffload:
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
-            self._totals_on_host[(self.steps_done - 1) % 2].copy_(tensors["total"])
-
-    @contextmanager
-    def _borrowed(self, index: int, *, changes: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The state of a block on disk, by the names of checkpoints; with `changes` it is written back."""
-        assert self._disk is not None
-        with self._disk.borrowed(index, changes=changes) as memory:
-            self.host.attach(index, memory)
-            try:
-                yield self.host.state(index)
-            finally:
-                self.host.attach(index, None)
+            self._norms.last(self.steps_done).copy_(tensors["total"])
 
     def squared_norm(self) -> float:
         """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
-        self.link.host_wait(self._total_known)
-        return float(self._totals_on_host[(self.steps_done - 1) % 2])
+        return float(self._norms.last(self.steps_done))
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""
@@ -716,9 +616,9 @@ class ExactOffload:
         """Stop the worker, give the model its own forward back, unpin. May be called twice."""
         if self._regions is not None:
             self._regions.remove()
-        if self._disk is not None:
-            self._disk.close()  # first: it hands the worker work
-            self._disk = None
+        if self._kept is not None:
+            self._kept.stop()
+            self._kept = None
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
@@ -728,12 +628,6 @@ class ExactOffload:
             if each is not None:
                 each.close()
         self._room = self._states = self._outer_room = None
-
-
-def _state_file(folder: Path, index: int) -> Path:
-    """Of a block whose state was on disk when a checkpoint was written: all of them at once may be too much
-    for memory."""
-    return folder / f"state-{index}.safetensors"
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

@@ -282,11 +282,11 @@ class Lsp:
         before = self._streamed_bytes()
         self._begin_step()
         self._clocks.exposure.mark()
-        self._mark("forward")
+        self._compute.go_on_with("forward")
         with no_cache(self.model):
             self._run(batches)
         self.calibrates = False
-        self._mark("optimizer")
+        self._compute.go_on_with("optimizer")
         self._finish_backward()
         self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
         self._compute.stop()
@@ -360,7 +360,7 @@ class Lsp:
         if place is not None:
             self._settle(self._blocks[place : place + 1])
         if torch.is_grad_enabled():
-            self._mark(f"forward {index}")
+            self._compute.go_on_with(f"forward {index}")
 
     def after_forward(self, index: int) -> None:
         if self.streamed is not None:
@@ -369,7 +369,7 @@ class Lsp:
     def before_backward(self, index: int) -> None:
         if self.streamed is not None:
             self.streamed.weights.enter_backward(index)
-        self._mark(f"backward {index}")
+        self._compute.go_on_with(f"backward {index}")
         place = self._laid_out.place.get(index)
         if place is None:
             return
@@ -517,16 +517,11 @@ class Lsp:
             if update.failed:
                 raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
             return
-        computes = self._compute.is_running
-        self._compute.stop()
         try:
-            applied = self._pipeline.wait(update)
-        except GradientNotFinite as error:
+            self._pipeline.compute_waits(update, self._compute)
+        except NonFiniteLoss:
             self._discard()
-            raise NonFiniteLoss(str(error)) from None
-        self.link.wait(applied)
-        if computes:
-            self._compute.start()
+            raise
 
     def _discard(self) -> None:
         """Wait for what is on its way, whatever comes of it."""
@@ -534,12 +529,6 @@ class Lsp:
             pending, block.pending = block.pending, []
             if self._pipeline is not None:
                 self._pipeline.wait_out(pending, self.link.wait)
-
-    def _mark(self, what: str) -> None:
-        """Compute of another name begins, for traces."""
-        self._compute.stop()
-        self._compute.label = what
-        self._compute.start()
 
     # --- subspaces ------------------------------------------------------------------------------------
 

@@ -72,9 +72,15 @@ class MezoSettings:
     the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
 
     @property
+    def is_one_sided(self) -> bool:
+        """Whether a step compares the loss at each perturbation with that of the weights themselves; else it
+        is with the loss at the opposite perturbation. Passes and costs follow from it."""
+        return self.estimator == "fzoo"
+
+    @property
     def forward_passes(self) -> int:
         """That each micro-batch of a step takes."""
-        return self.queries + 1 if self.estimator == "fzoo" else 2 * self.queries
+        return self.queries + 1 if self.is_one_sided else 2 * self.queries
 
     @property
     def trains_quantized(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,21 @@ class ComputeClock:
         self._begun = self._event()
         if self._timeline is not None:
             self._span = self._timeline.begin(self._stream, self.label)
+
+    def go_on_with(self, label: str) -> None:
+        """What comes now has another name."""
+        self.stop()
+        self.label = label
+        self.start()
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """What happens in here is no compute; then it goes on, if it was going on."""
+        computes = self.is_running
+        self.stop()
+        yield
+        if computes:
+            self.start()
 
     def stop(self) -> None:
         self.is_running = False

@@ -54,7 +54,7 @@ class Probe:
 def probes(settings: MezoSettings, step: int) -> tuple[Probe, ...]:
     """What is asked in `step`, in the order in which losses are handed to `next_updates`."""
     draws = range(step * settings.queries, (step + 1) * settings.queries)
-    if settings.estimator == "fzoo":
+    if settings.is_one_sided:
         return (Probe(draws[0], (Side.PLAIN,)), *(Probe(draw, (Side.PLUS,)) for draw in draws))
     return tuple(Probe(draw, (Side.PLUS, Side.MINUS)) for draw in draws)
 

@@ -80,7 +80,8 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
     headings = ["method", "fits", "step", "low to high"]
     headings += ["job", "low to high "] if of_job else []
     known = [each for each in forecasts.values() if of_job and each.energy_kwh is not None]
-    headings += ["kWh"] if known else []
+    of_gpu = any("board alone" in each.basis.get("energy_kwh", "") for each in known)
+    headings += [("kWh of the GPU" if of_gpu else "kWh")] if known else []
     paid = of_job and any(each.costs for each in forecasts.values())
     headings += ["cost"] if paid else []
     headings += [*(["GPU memory"] if has_gpu else []), "host memory", "limited by"]
@@ -125,7 +126,8 @@ def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]
     told = " ".join(plan.reasons)
     if plan.why_not is not None:
         yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
-        yield _way_told(way, blocked)
+        if way is not None or blocked != plan.why_not:
+            yield _way_told(way, blocked)
         told = ""
     if not plan.available:
         return

@@ -21,6 +21,7 @@ import typer.main
 from engines.errors import UserError
 from harness import __version__
 from harness.cli.by_name import by_name
+from harness.contacts import contacts_watched
 from harness.signals import INTERRUPTED, interrupt, no_core_dumps, on_first_signal
 
 PROGRAM = "lspzo-bench"
@@ -153,6 +154,7 @@ def main() -> None:
             redirect_stdout(cast(TextIO, _Stdout(stdout))),
             redirect_stderr(cast(TextIO, _Stderr(stderr))),
             on_first_signal(interrupt),
+            contacts_watched(),
         ):
             code = app(prog_name=PROGRAM, standalone_mode=False)
     except UserError as error:

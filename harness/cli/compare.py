@@ -5,11 +5,15 @@ Nothing here plans, measures or lays out a table.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import typer
 
+from engines.errors import UserError
 from harness.cli.by_name import by_name
 from harness.cli.options import (
     OF_TRAINING,
+    BudgetFlag,
     CriteriaFlag,
     DryRun,
     Emulate,
@@ -19,19 +23,25 @@ from harness.cli.options import (
     Json,
     Out,
     Profile,
+    QualityTargetFlag,
     Quiet,
     Resume,
     RoundsFlag,
+    SeedsFlag,
+    TestData,
     Trace,
     engine_names,
     exit_for,
     results_folder,
     takes_job,
 )
+from harness.cli.quality import study_seen
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import grid_table, runs_table
 from harness.pipeline import Sweep, planned_cells, prepare
 from harness.progress import console
+from harness.quality.documents import parse_budget, parse_quality_target
+from harness.quality.study import StudyRequest, prepare_study
 from profiles.documents import to_json
 
 
@@ -47,16 +57,42 @@ def compare(
     out: Out = None,
     resume: Resume = False,
     trace: Trace = False,
+    target: QualityTargetFlag = None,
+    budget: BudgetFlag = None,
+    test_data: TestData = None,
+    seeds: SeedsFlag = 3,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run every plan, each in its own process, interleaved; one record per run, kept whatever happens.
 
+    With --target and --budget: what does each method learn in that time, and when does it reach the target?
+    All get the same trials: four learning rates by successive halving, then the best one with --seeds seeds.
+    Development data chooses, test data is only read.
+
     A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing, 10 steps after 3 of
     warm-up, on the built-in data.
     """
     names = engine_names(engines)
+    if target is not None or budget is not None:
+        if target is None or budget is None:
+            missing = "--budget" if budget is None else "--target"
+            raise UserError(missing, "is missing", "give both --target METRIC>=VALUE and --budget 2h")
+        if external:
+            raise UserError(
+                "--external", "has data of its own, of which --target says nothing", "leave it out"
+            )
+        job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
+        study = StudyRequest(
+            engines=names, out=results_folder(out, "study", job.model.name, resume),
+            target=parse_quality_target(target), budget=parse_budget(budget), seeds=seeds, test=test_data,
+            profile=profile, emulate=emulate, resume=resume, quiet=quiet,
+        )  # fmt: skip
+        study_seen(prepare_study(job, study), dry_run=dry_run, as_json=as_json, quiet=quiet)
+        return
+    if test_data is not None:
+        raise UserError("--test-data", "is for --target and --budget", "leave it out, or give both")
     job = flags.job(names)
     folder = results_folder(out, "compare", job.model.name, resume)
     sweep = Sweep(

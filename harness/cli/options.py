@@ -223,6 +223,26 @@ Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing 
 RoundsFlag = Annotated[
     int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")
 ]
+QualityTargetFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="With --budget: what is to be reached on development data, such as `accuracy>=0.9`."
+    ),
+]
+BudgetFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="With --target: steps of each method, all its trials together: `2h`, `30min`, `5Mtokens`.",
+    ),
+]
+TestData = Annotated[
+    str | None,
+    typer.Option(
+        "--test-data", help="With --target: what nothing is chosen by. [default: half of what is held out]"
+    ),
+]
+SeedsFlag = Annotated[int, typer.Option("--seeds", min=1, help="With --target: seeds of the last trials.")]
 CriteriaFlag = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
 ]

@@ -28,6 +28,7 @@ from harness.progress import console
 from harness.recipes.write import Stack, write_recipe
 from harness.recommendation import (
     job_to_plan,
+    limits_beyond,
     recommended,
     schema,
     with_explanations,
@@ -130,6 +131,8 @@ def recommend(
     as_run = job if flags.gives("padding") else replace(job, padding="longest")
     amount = amount_of(job.workload, asked, data_lengths(as_run, shape))
     machine = find_machine(profile, quiet=quiet)
+    for note in limits_beyond(job, machine):
+        typer.echo(f"note: {note}", err=True)
     planned = job_to_plan(job, shape, names, amount)
     calibration = None if calibrate is None else calibration_from(calibrate, machine)
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)

@@ -81,6 +81,18 @@ def _ended_line(run: Run) -> str:
     return f"{run.id}: {run.end_state}, {step}"
 
 
+class TrialProgress(Progress):
+    """Trials of a study as they happen: a bar for the steps of the current one."""
+
+    def launched(self, event: SettingUp | Stepped) -> None:
+        if isinstance(event, SettingUp):
+            if self._console.is_terminal:
+                self.update(event.what, event.done, event.total)
+        elif self._console.is_terminal:
+            loss = "not finite" if event.sample.loss is None else f"{event.sample.loss:.4g}"
+            self.update("steps", event.sample.step + 1, event.total, note=f"loss {loss}")
+
+
 class GenerationProgress(Progress):
     """Measured generations as they happen: a bar for the steps of the current one, a line per end."""
 

@@ -50,6 +50,7 @@ class Data:
         micro_batch: Callable[[int], Batch],
         accumulation: int,
         evaluation: list[Batch],
+        test: list[Batch] | None = None,
         description: str,
         readings: tuple[str, ...] = (),
         label_names: tuple[str, ...] = (),
@@ -61,6 +62,8 @@ class Data:
         self._description = description
         self.evaluation = evaluation
         """Held-out batches, which training never sees; the last may be smaller."""
+        self.test = test or []
+        """Batches of what nothing is chosen by."""
         self.readings = readings
         """A line for each file: how it was read, and what of it could not be used."""
         self.label_names = label_names
@@ -247,6 +250,13 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
         places = range(index * job.batch_size, (index + 1) * job.batch_size)
         return batch_of(train, [order(place // len(train))[place % len(train)] for place in places])
 
+    def in_batches(table: TokenTable) -> list[Batch]:
+        rows = list(range(len(table)))
+        if by_length:
+            rows.sort(key=lambda row: int(table.lengths[row]))
+        firsts = range(0, len(rows), job.batch_size)
+        return [batch_of(table, rows[first : first + job.batch_size]) for first in firsts]
+
     evaluated = min(len(held_out), job.eval_batches * job.batch_size)
     chosen = _evaluated_rows(held_out, evaluated, job, by_length=by_length)
     evaluation = [
@@ -257,6 +267,7 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
         micro_batch=micro_batch,
         accumulation=job.accumulation,
         evaluation=evaluation,
+        test=[] if tokenized.test is None else in_batches(tokenized.test),
         description=tokenized.description,
         readings=tokenized.readings,
         label_names=tokenized.label_names,

@@ -34,14 +34,17 @@ class Tokenized:
     """A line for each file: how it was read, and what of it could not be used."""
     label_names: tuple[str, ...] = ()
     """Of the classes, in their order; empty where the data numbers them from 0."""
+    test: TokenTable | None = None
+    """What nothing is chosen by; `None`: there is none."""
 
 
 def sequence_lengths(tokenized: Tokenized) -> list[int]:
     """Tokens of each training sequence."""
-    lengths: list[int] = tokenized.train.starts.diff().tolist()
+    lengths: list[int] = tokenized.train.lengths.tolist()
     return lengths
 
 
+_PARTS = ("train", "held_out", "test")
 _LISTS = ("readings", "label_names")
 
 
@@ -50,8 +53,10 @@ def save_tokenized(tokenized: Tokenized, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     told = {"pad_id": str(tokenized.pad_id), "description": tokenized.description}
     told |= {name: json.dumps(getattr(tokenized, name)) for name in _LISTS}
-    for part in ("train", "held_out"):
-        table: TokenTable = getattr(tokenized, part)
+    for part in _PARTS:
+        table: TokenTable | None = getattr(tokenized, part)
+        if table is None:
+            continue
         for field in fields(TokenTable):
             value = getattr(table, field.name)
             if isinstance(value, Tensor):
@@ -83,6 +88,7 @@ def load_tokenized(path: Path) -> Tokenized:
     return Tokenized(
         train=table("train"),
         held_out=table("held_out"),
+        test=table("test") if "test.starts" in tensors else None,
         pad_id=int(told["pad_id"]),
         description=told["description"],
         **{name: tuple(json.loads(told[name])) for name in _LISTS},

@@ -115,7 +115,7 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     elif stored is not None:
         weights = read_weights(stored)
     else:
-        weights = checkpoint_weights(source, config, shape, values, random, body)
+        weights = checkpoint_weights(source, config, shape, values, random, model)
     return ModelBlueprint(
         shape=shape, model=model, source=source, weights=weights, stored=stored, sample=sample
     )

@@ -253,11 +253,12 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             "config.json names no model_type, so it is not a transformers model",
             "check the path",
         )
-    for key, most in _MOST.items():
-        if isinstance(config.get(key), int) and not -1 <= config[key] <= most:
+    for key, value in config.items():
+        most = _MOST.get(key, MOST_BLOCKS if "layer" in key else None)
+        if most is not None and isinstance(value, int) and not -1 <= value <= most:
             raise UserError(
                 f"model '{name}'",
-                f"config.json has {key} = {config[key]}, above {most}",
+                f"config.json has {key} = {value}, above {most}",
                 "correct config.json",
             )
     refuse_what_is_not_trained(config, name, path.parent)
@@ -272,8 +273,9 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
+MOST_BLOCKS = 10_000
 _MOST = {
-    "num_hidden_layers": 10_000, "n_layer": 10_000, "num_layers": 10_000, "vocab_size": 10**8,
+    "vocab_size": 10**8,
     "max_position_embeddings": 10**9, "n_positions": 10**9, "hidden_size": 10**7, "n_embd": 10**7,
     "num_experts": 10**5, "num_local_experts": 10**5, "num_labels": 10**6,
 }  # fmt: skip

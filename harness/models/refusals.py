@@ -6,12 +6,12 @@ is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engines.errors import UserError
+from engines.files.reading import read_json
 
 _BITS = ("bits", "w_bit", "num_bits", "wbits", "weight_bits", "nbits")
 _OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -55,7 +55,8 @@ def _described(told: Mapping[str, Any], method: str) -> str:
     bits = next((told[key] for key in _BITS if isinstance(told.get(key), int)), None)
     if bits is None:
         bits = 4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") or method == "fp8" else None
-    for group in (told.get("config_groups") or {}).values() if bits is None else ():
+    groups = told.get("config_groups")
+    for group in groups.values() if bits is None and isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
     return method[:_LENGTH] if bits is None else f"{method[:_LENGTH]}, {bits} bits"
@@ -87,7 +88,7 @@ def no_config(name: str, folder: Path) -> UserError:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file that another tool wrote; empty if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path, "configuration")
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -50,6 +50,20 @@ def stored_tensors(source: ModelSource, model: nn.Module, body: str) -> dict[str
     return found if len({tensor.dtype for tensor in found.values()}) == 1 else None
 
 
+def stored_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in the files of a local folder, by its name there; empty where their headers
+    cannot be read."""
+    folder = local_folder(source)
+    if folder is None:
+        return {}
+    try:
+        return {
+            key: tuple(entry["shape"]) for path in _files(folder) for key, entry in _header(path)[1].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return {}
+
+
 def what_is_wrong(source: ModelSource) -> str:
     """Of weights that transformers could not load: the first file that is missing or broken."""
     folder = local_folder(source)
@@ -57,7 +71,7 @@ def what_is_wrong(source: ModelSource) -> str:
         return "its files in the hub cache are not whole, or not safetensors"
     try:
         files = _files(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except ValueError:
         return f"{INDEX} cannot be read"
     for path in files:
         try:
@@ -78,34 +92,42 @@ def _files(folder: Path) -> list[Path]:
     if not exists(folder / INDEX):
         raise ValueError("the folder holds neither")
     index = read_json(folder / INDEX, "list of weights")
-    names = sorted(set(index["weight_map"].values()))
-    if any("/" in name for name in names):
-        raise ValueError("a file of weights is elsewhere")
-    return [folder / name for name in names]
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or any(not isinstance(name, str) or "/" in name for name in names):
+        raise ValueError("it names no files, or some elsewhere")
+    return [folder / name for name in sorted(set(names))]
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Raises `UserError` for what is no regular file, `SafetensorError` for one that the library refuses (cut
-    off, or with tensors that overlap, are short or leave gaps), `KeyError` for another precision."""
-    with open_file(path, "file of weights") as file:
-        with safe_open(path, framework="pt"):
-            pass  # it has read the header, as nothing else would
-        size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
+    """Raises as `_header` does, and `KeyError` for another precision."""
+    begin, entries = _header(path)
+    for key, entry in entries.items():
         first, last = entry["data_offsets"]
         yield (
             key,
             StoredTensor(
                 path=path,
-                offset_bytes=8 + size + first,
+                offset_bytes=begin + first,
                 num_bytes=last - first,
                 shape=tuple(entry["shape"]),
                 dtype=_DTYPES[entry["dtype"]],
             ),
         )
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """The byte at which tensors begin, and what is said of each.
+
+    Raises `UserError` for what is no regular file, `SafetensorError` for one that the library refuses (cut
+    off, or with tensors that overlap, are short or leave gaps)."""
+    with open_file(path, "file of weights") as file:
+        with safe_open(path, framework="pt"):
+            pass  # it has read the header, as nothing else would
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, header
 
 
 def read_weights(stored: Mapping[str, StoredTensor]) -> Callable[[str, Tensor], None]:

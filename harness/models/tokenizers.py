@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-from jinja2 import TemplateError
 
 from engines.errors import UserError
 from engines.files.reading import exists
@@ -172,14 +171,17 @@ class HubTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        with _one_line(f"tokenizer {self.name}"):
+            encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [list(ids) for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        with _one_line(f"tokenizer {self.name}"):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def show(self, ids: Sequence[int]) -> list[str]:
-        return [str(self._tokenizer.decode([index], skip_special_tokens=False)) for index in ids]
+        with _one_line(f"tokenizer {self.name}"):
+            return [str(self._tokenizer.decode([index], skip_special_tokens=False)) for index in ids]
 
     def encode_places(self, texts: Sequence[str]) -> list[Encoded]:
         if not texts:
@@ -190,9 +192,10 @@ class HubTokenizer:
                 "does not say which characters a token stands for, as answers in a text need",
                 "use a model with a tokenizer.json",
             )
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        with _one_line(f"tokenizer {self.name}"):
+            encoded = self._tokenizer(
+                list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [Encoded(list(ids), [(first, last) for first, last in places]) for ids, places in pairs]
 
@@ -203,7 +206,7 @@ class HubTokenizer:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=opens_answer
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program, which may raise anything
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
         return str(rendered)
 
@@ -235,20 +238,33 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder or source.name), trust_remote_code=False)
-    # Whatever a file makes of the libraries, among it panics of their Rust, which are no `Exception`.
+        with _one_line(f"model '{source.name}'"):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder or source.name), trust_remote_code=False)
+    except UserError:
+        if folder is None and source.random_weights:
+            return ByteTokenizer(config, vocabulary)
+        raise
+    with _one_line(f"model '{source.name}'"):
+        return HubTokenizer(tokenizer, config, vocabulary)
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Whatever a file makes of the libraries as a `UserError` about `what`, also panics of their Rust, which
+    are no `Exception`."""
+    try:
+        yield
+    except UserError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if folder is None and source.random_weights:
-            return ByteTokenizer(config, vocabulary)
         package = re.search(r"\b(sentencepiece|tiktoken|protobuf)\b", str(error))
         raise UserError(
-            f"model '{source.name}'",
-            f"its tokenizer cannot be loaded ({f'it needs {package[1]}' if package else 'broken files'})",
+            what,
+            f"its tokenizer cannot be used ({f'it needs {package[1]}' if package else 'broken files'})",
             f"pip install {package[1]}" if package else "restore its files, or download the model again",
         ) from None
-    return HubTokenizer(tokenizer, config, vocabulary)
 
 
 def tokenizer_files(source: ModelSource) -> list[Path]:

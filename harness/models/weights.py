@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from engines.errors import UserError
 from engines.shapes import Head, ModelShape
 from harness.models.auto_classes import auto_class
 from harness.models.configs import local_folder
-from harness.models.safetensors_files import what_is_wrong
+from harness.models.meta import CONFIGURATION_FAILURES
+from harness.models.safetensors_files import stored_shapes, what_is_wrong
 from harness.records.job import ModelSource
 from harness.records.seeds import derive_seed
 
@@ -87,19 +89,21 @@ def checkpoint_weights(
     shape: ModelShape,
     values: Mapping[str, Any],
     random: Callable[[str, Tensor], None],
-    body: str,
+    model: PreTrainedModel,
 ) -> Callable[[str, Tensor], None]:
-    """Published weights by parameter name; a new head for classes or answers is random.
+    """Published weights by name of a parameter of `model`; a new head for classes or answers is random.
 
-    `body` is the name of the model's part without its head. The checkpoint stays in host memory, in its
-    stored precision, as long as the blueprint lives.
+    The checkpoint stays in host memory, in its stored precision, as long as the blueprint lives. Raises
+    `UserError` for one that is not of this model.
     """
+    body = model.base_model_prefix
+    _refuse_other_files(source, shape.head, model)
     config = copy.deepcopy(config)
     # A head that is to be untied begins as a copy of the embedding: load it tied.
     config.tie_word_embeddings = values.get("tie_word_embeddings", type(config)().tie_word_embeddings)
     try:
         with _quiet_transformers():
-            model, info = auto_class(shape.head).from_pretrained(
+            loaded_model, info = auto_class(shape.head).from_pretrained(
                 str(local_folder(source) or source.name),
                 config=config,
                 dtype="auto",
@@ -109,7 +113,7 @@ def checkpoint_weights(
                 key_mapping=_renamed(shape.head, body),
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError):
+    except (*CONFIGURATION_FAILURES, OSError, SafetensorError):
         raise UserError(
             f"model '{source.name}'",
             f"its weights cannot be loaded ({what_is_wrong(source)})",
@@ -130,7 +134,7 @@ def checkpoint_weights(
         )
     loaded = {
         name: parameter.detach()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in loaded_model.named_parameters(remove_duplicate=False)
         if name not in new
     }
 
@@ -141,6 +145,29 @@ def checkpoint_weights(
             random(name, out)
 
     return fill
+
+
+def _refuse_other_files(source: ModelSource, head: Head, model: PreTrainedModel) -> None:
+    """Before transformers makes and initialises all that the files do not fill: with a configuration that
+    lost a size that would be the family's default, for minutes and in tens of gigabytes."""
+    stored, body = stored_shapes(source), model.base_model_prefix
+    if not stored:
+        return
+    parameters = dict(model.named_parameters())
+    others = [
+        (name, stored[name], parameter.shape)
+        for name, parameter in parameters.items()
+        if name in stored and stored[name] != parameter.shape
+    ]
+    _refuse_other_shapes(source, head, body, others)
+    wanted = sum(parameter.numel() for parameter in parameters.values())
+    there = sum(math.prod(shape) for shape in stored.values())
+    if wanted > 2 * there:
+        raise UserError(
+            f"model '{source.name}'",
+            f"its files hold {there} numbers, and config.json makes a model of {wanted}",
+            "make config.json tell the sizes of the file",
+        )
 
 
 def _refuse_other_shapes(source: ModelSource, head: Head, body: str, entries: Iterable[Any]) -> None:

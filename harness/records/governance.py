@@ -31,7 +31,11 @@ class Governance:
     """Of this machine, or as its control group allows: what is in memory may come to be on that disk."""
     core_dumps: bool
     """Whether a crash may leave a copy of memory."""
-    hub: Literal["not needed", "offline", "may be asked"]
-    """`offline`: by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE. `may be asked`: for files by name."""
+    hub: Literal["not needed", "offline", "may be asked", "not asked", "asked"]
+    """`offline`: by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE. `may be asked`: for files by name, which nobody
+    watched. `asked` and `not asked` are observed."""
     sent: Literal["nothing", "names of files on the hub"]
     """What this program has leave the machine: never weights, data or results."""
+    contacted: tuple[str, ...] | None = None
+    """Hosts that the run and the program that started it looked for or connected to (`harness.contacts`);
+    `None`: not watched."""

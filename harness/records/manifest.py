@@ -7,13 +7,15 @@ against forgery: whoever changes a record on purpose can write a manifest to it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from engines.files.checksums import sha256_of
 from engines.files.reading import exists, is_file, names_in
+from engines.files.writing import whole_file
 from harness.records.run import Environment
 from profiles.documents import read_document, to_json, write_whole
 
@@ -78,14 +80,23 @@ def begin_manifest(
     write_whole(out / MANIFEST, to_json(manifest))
 
 
-def note_record(out: Path, path: Path, content: bytes) -> None:
-    """Note that `path` below `out` is about to hold `content`; nothing where `out` has no manifest."""
+@contextmanager
+def record_noted(out: Path, path: Path) -> Iterator[Callable[[bytes], object]]:
+    """What is to be called with the content that `path` below `out` is about to hold; at the end it stands in
+    the manifest, for which room is taken at once. Nothing where `out` has no manifest.
+
+    Raises `UserError` if that cannot be read or written."""
     manifest = load_manifest(out)
     if manifest is None:
+        yield lambda content: None
         return
     name = path.relative_to(out).as_posix()
-    records = manifest.records | {name: hashlib.sha256(content).hexdigest()}
-    write_whole(out / MANIFEST, to_json(replace(manifest, records=records)))
+
+    def with_digest(digest: str) -> bytes:
+        return to_json(replace(manifest, records=manifest.records | {name: digest})).encode("utf-8")
+
+    with whole_file(out / MANIFEST, reserve_bytes=len(with_digest("0" * 64))) as file:
+        yield lambda content: file.write(with_digest(hashlib.sha256(content).hexdigest()))
 
 
 def check_manifest(out: Path) -> tuple[ManifestFinding, ...]:

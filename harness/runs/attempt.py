@@ -6,7 +6,6 @@ whose steps are other steps.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from engines.errors import UserError
 from engines.files.reading import exists, read_bytes
 from engines.files.writing import ELSEWHERE, whole_file, write_whole
 from harness.records.job import Job
-from harness.records.manifest import note_record
+from harness.records.manifest import record_noted
 from harness.records.run import (
     CriteriaStamp,
     Emulation,
@@ -93,20 +92,17 @@ def attempt(
     scenario: ScenarioName = "train" if request.generation is None else "decode"
     path = record_path(out, request.id, scenario)
     room = most_record_bytes(request.job.warmup_steps + request.job.steps)
-    with whole_file(
-        path, f"{ELSEWHERE}; a run that has ended is kept for --resume", reserve_bytes=room
-    ) as file:
+    remedy = f"{ELSEWHERE}; a run that has ended is kept for --resume"
+    with whole_file(path, remedy, reserve_bytes=room) as file, record_noted(out, path) as note:
         if request.plan.fits:
             write_whole(work_folder(out, request.id) / ATTEMPT, to_json(about))
             outcome = launch_child(request, out, device=device, on_event=on_event)
         else:
             outcome = _not_run(request.plan)
         run = _record(request, about, outcome)
-        facts = governance_facts(request.job, request.plan, out, FOLDERS[scenario])
-        run = replace(run, governance=facts)
+        run = _with_governance(run, request, out, scenario, outcome.contacted)
         content = encode_run(run)
-        with contextlib.suppress(UserError):  # no room for it; the record has some
-            note_record(out, path, content)
+        note(content)
         file.write(content)
     clear_work(out, request.id)
     return run, outcome.by_user
@@ -162,10 +158,10 @@ def take_up(out: Path) -> list[Run]:
             summary=result.summary, by_user=False, notes=result.notes,
         )  # fmt: skip
         run = _record(request, about, outcome)
-        facts = governance_facts(request.job, request.plan, out, FOLDERS["train"])
-        run = replace(run, governance=facts)
+        run = _with_governance(run, request, out, "train", outcome.contacted)
         content = encode_run(run)
-        note_record(out, path, content)
+        with record_noted(out, path) as note:
+            note(content)
         write_whole(path, content)
         taken.append(run)
     shutil.rmtree(out / WORK, ignore_errors=True)
@@ -178,6 +174,17 @@ def _record(request: Request, about: Attempt, outcome: Outcome) -> Run:
     if about.criteria_sha256 is not None:
         run = replace(run, criteria=CriteriaStamp(sha256=about.criteria_sha256, time=about.began))
     return run
+
+
+def _with_governance(
+    run: Run, request: Request, out: Path, scenario: ScenarioName, contacted: tuple[str, ...] | None
+) -> Run:
+    try:
+        typed = request.plan.settings.typed
+    except UserError:
+        typed = None
+    records = f"{FOLDERS[scenario]}/"
+    return replace(run, governance=governance_facts(request.job, typed, out, records, "logs/", contacted))
 
 
 def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
@@ -252,6 +259,7 @@ def _not_run(plan: Plan) -> Outcome:
         samples=(),
         summary=Summary(),
         by_user=False,
+        contacted=(),
     )
 
 

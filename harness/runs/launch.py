@@ -84,6 +84,8 @@ class Outcome:
     """Relative to the folder of results."""
     held: Held | None = None
     """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
+    contacted: tuple[str, ...] | None = None
+    """Hosts that the child contacted; `None`: not known."""
     ranks: tuple[Summary, ...] = ()
     """Of each process of this machine, where there are several; `summary` is then that of the first, its
     peaks those of the largest GPU and of the machine."""
@@ -214,6 +216,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         by_user=stop is not None and stop.by_user,
         traced=told.traced,
         held=told.held,
+        contacted=tuple(dict.fromkeys(host for each in recordings for host in each.contacted)),
         ranks=tuple(summaries) if ranks else (),
         notes=None if first is None else first.notes,
     )
@@ -310,6 +313,8 @@ def _take_lines(
                 recording.traced = True
             elif "result" in event:
                 recording.told = adapter(Result).validate_python(event["result"])
+            elif "contacted" in event:
+                recording.contacted.append(event["contacted"])
             elif "held" in event:
                 recording.held = TypeAdapter(Held).validate_python(event["held"])
             else:

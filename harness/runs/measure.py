@@ -57,6 +57,8 @@ class RunRecording:
     """What of the settings the engine could not have, and why; `None`: it was never asked."""
     held: Held | None = None
     """What of an emulated machine the child was held to."""
+    contacted: list[str] = field(default_factory=list)
+    """Hosts that the child looked for or connected to."""
     told: Any = None
     """The whole `harness.runs.worker.Result`, from a child that could not write it."""
 
@@ -140,7 +142,7 @@ class Scenario(Protocol):
         """What comes between the set-up and the first step."""
 
     def take(self, engine: Engine) -> Generator[StepStats, None, None]:
-        """One step for each item; none is begun before it is asked for."""
+        """One step for each item; none is begun before it is asked for. May end before `steps`."""
 
     def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         """What comes after the last step."""
@@ -206,7 +208,9 @@ def _take_steps(
                 energy_start_j = energy_j() if energy_j is not None else None
                 window_start_s = last_s = clock() if scenario.is_drained else last_s
             try:
-                stats = next(steps)
+                stats = next(steps, None)
+                if stats is None:  # it ends earlier than it could
+                    break
             except NonFiniteLoss:
                 record(step, clock() - last_s, None)
                 raise
@@ -219,7 +223,8 @@ def _take_steps(
             last_s = now_s
             if scenario.has_loss and not math.isfinite(stats.loss):
                 raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")
-    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, scenario.steps)
+    counted = sum(not sample.warmup for sample in recording.samples)
+    _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, counted)
 
 
 def _take_energy(
@@ -230,7 +235,7 @@ def _take_energy(
     steps: int,
 ) -> None:
     """Energy per step of a window that is long enough, where there is a counter."""
-    if energy_j is None or start_j is None or window_s < ENERGY_WINDOW_S:
+    if energy_j is None or start_j is None or window_s < ENERGY_WINDOW_S or not steps:
         return
     end_j = energy_j()
     if end_j is not None:

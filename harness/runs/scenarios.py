@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
-from engines.base import Batch, Engine, StepStats, TellsLanding
+from engines.base import Batch, Engine, Evaluation, StepStats, TellsLanding
 from engines.decoding import GenerationRequest
 from harness.records.job import Job
+from harness.records.learning import Evaluated, Learning, LearningOutcome
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.measure import Clock, RunRecording
 
@@ -20,6 +21,9 @@ class StepData(Protocol):
 
     @property
     def evaluation(self) -> Sequence[Batch]: ...
+
+    @property
+    def test(self) -> Sequence[Batch]: ...
 
     def step_batches(self, step: int) -> Sequence[Batch]: ...
 
@@ -68,6 +72,89 @@ class Train:
         recording.evaluations.append(engine.evaluate(self.data.evaluation))
         engine.synchronize()
         recording.eval_s.append(clock() - started_s)
+
+
+Judge = Callable[[Evaluation], dict[str, float]]
+"""An evaluation -> its metrics."""
+
+
+class Learn:
+    """Steps until a given time or number is reached, with evaluations on the way.
+
+    Development data says which evaluation is the best; test data is evaluated with the weights of that one
+    alone, as soon as it is known to be the best so far, so that no weights have to be kept: what it says of
+    others is thrown away unread. `write` gets what was learned, at each evaluation anew.
+    """
+
+    is_drained: ClassVar[bool] = True
+    has_loss: ClassVar[bool] = True
+    warmup_steps: ClassVar[int] = 0
+
+    def __init__(
+        self, learning: Learning, data: StepData, judge: Judge, write: Callable[[LearningOutcome], None]
+    ) -> None:
+        self._learning = learning
+        self._data = data
+        self._judge = judge
+        self._write = write
+        self._clock: Clock = _no_clock
+        self._learned = LearningOutcome()
+
+    @property
+    def steps(self) -> int:
+        """Most of them: where time decides, nobody knows how many there will be."""
+        return self._learning.length.steps or NO_LIMIT
+
+    def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        self._clock = clock
+        self._evaluate(engine)
+        if self._data.test:
+            self._learned = replace(self._learned, test_before=self._on_test(engine))
+            self._write(self._learned)
+
+    def take(self, engine: Engine) -> Generator[StepStats, None, None]:
+        length, step, train_s, evaluated = self._learning.length, 0, 0.0, 0
+        while not length.is_over(step, train_s):
+            began_s = self._clock()
+            stats = engine.step(self._data.step_batches(step))
+            step += 1
+            if length.evaluations_due(step, train_s + self._clock() - began_s) > evaluated:
+                engine.synchronize()  # what is in flight belongs to the step
+            train_s += self._clock() - began_s
+            self._learned = replace(self._learned, steps=step, train_s=train_s)
+            if not math.isfinite(stats.loss):
+                yield stats
+                return
+            due = length.evaluations_due(step, train_s)
+            if due > evaluated:
+                evaluated = due
+                self._evaluate(engine)
+            yield stats
+
+    def after(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
+        self._write(self._learned)
+
+    def _evaluate(self, engine: Engine) -> None:
+        began_s = self._clock()
+        metrics = self._judge(engine.evaluate(self._data.evaluation))
+        learned = self._learned
+        found = Evaluated(step=learned.steps, train_s=learned.train_s, metrics=metrics)
+        learned = replace(learned, evaluations=(*learned.evaluations, found))
+        if self._data.test and learned.best(self._learning.metric) is found:
+            learned = replace(learned, test=self._on_test(engine))
+        self._learned = replace(learned, eval_s=learned.eval_s + self._clock() - began_s)
+        self._write(self._learned)
+
+    def _on_test(self, engine: Engine) -> dict[str, float]:
+        return self._judge(engine.evaluate(self._data.test))
+
+
+def _no_clock() -> float:
+    raise RuntimeError("`before` gives the clock")
+
+
+NO_LIMIT = 1_000_000_000
+"""Steps, where time decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

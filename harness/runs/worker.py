@@ -24,12 +24,15 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, is_external, load_engine
-from engines.base import Batch, Context, StepStats, TellsNotes, TellsTrace
+from engines.base import Batch, Context, Evaluation, StepStats, TellsNotes, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
 from engines.world import ALONE, Alone, World
+from harness.contacts import contacts_watched
 from harness.records.job import Job
+from harness.records.learning import Learning
+from harness.records.metrics import metrics_of
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import Emulated, Held, limit_cpus
@@ -37,13 +40,15 @@ from harness.runs.end_states import classify
 from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
 from harness.runs.processes import of_rank
 from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
-from harness.runs.scenarios import Decode, StepData, Train
+from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
 from profiles.system.cgroup import host_memory, usable_cores
 from profiles.system.nvml import open_device
 
 TRACE = "trace.json"
+LEARNED = "learned.json"
+"""What a child that is watched while it learns leaves, on the way and at its end."""
 
 PR_SET_PDEATHSIG = 1
 """prctl: the signal that the kernel sends to this process when its parent ends."""
@@ -65,6 +70,8 @@ class Request:
     """Continue random prompts of the job's shape in place of training: a step of the job is one token of
     each, the first one the prefill."""
 
+    learning: Learning | None = None
+    """Train until this says, with evaluations on the way, in place of the job's steps."""
     data_file: Path | None = None
     """The job's data in tokens (`harness.data.tokenized`), made once for all; `None`: the run reads it."""
 
@@ -89,6 +96,7 @@ class _NoData:
     """For an engine that reads no batches."""
 
     evaluation: Sequence[Batch] = ()
+    test: Sequence[Batch] = ()
 
     def step_batches(self, step: int) -> Sequence[Batch]:
         return ()
@@ -105,7 +113,8 @@ def main(arguments: Sequence[str]) -> int:
         limit_cpus(request.emulated.threads)
     # Open to the end: the parent takes the end of the pipe for the end of this process.
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
-    result = execute(request, events, folder, place)
+    with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):
+        result = execute(request, events, folder, place)
     try:
         local = 0 if place is None else place.local_rank
         write_whole(folder / of_rank("result.json", local), to_json(result))
@@ -183,7 +192,7 @@ def _run(
         device=device_name,
         workload=job.workload,
         seed=job.seed,
-        total_steps=job.warmup_steps + job.steps,
+        total_steps=_total_steps(request),
         vram_bytes=vram_bytes,
         host_bytes=usable_host_bytes(job.limits.host_bytes) // job.limits.gpus,
         trace=request.trace and world.rank == 0,
@@ -222,7 +231,7 @@ def _run(
         measure(
             engine,
             blueprint,
-            _scenario(request, data),
+            _scenario(request, data, folder),
             recording,
             clock=getattr(engine, "now", None),
             energy_j=energy_j,
@@ -237,9 +246,19 @@ def _run(
             engine.close()
 
 
-def _scenario(request: Request, data: StepData) -> Scenario:
-    """What the engine is to repeat. The prompts that it continues are the first batch."""
-    job = request.job
+def _scenario(request: Request, data: StepData, folder: Path) -> Scenario:
+    """What the engine is to repeat. The prompts that it continues are the first batch. What is learned is
+    written into `folder` on the way."""
+    job, learning = request.job, request.learning
+    if learning is not None:
+
+        def judge(evaluation: Evaluation) -> dict[str, float]:
+            return metrics_of(
+                evaluation, request.shape.head, candidates=learning.classes,
+                is_regression=learning.is_regression, is_bytes=learning.is_bytes,
+            )  # fmt: skip
+
+        return Learn(learning, data, judge, lambda learned: write_whole(folder / LEARNED, to_json(learned)))
     if is_external(request.plan.engine):
         return Train(job=replace(job, eval_batches=0), data=data)
     if request.generation is None:
@@ -270,6 +289,13 @@ def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteL
         if sample.loss is not None
     ]
     return why_not_finite(history, request.plan.engine, request.job.dtype, error.sides)
+
+
+def _total_steps(request: Request) -> int:
+    """For learning-rate schedules, and what is remembered of steps."""
+    if request.learning is not None:
+        return request.learning.length.steps or NO_LIMIT
+    return request.job.warmup_steps + request.job.steps
 
 
 def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool) -> Held:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engines.files.reading import exists
-from harness.training.metrics import told
+from harness.records.metrics import told
 from harness.training.steps import SUMMARY, TrainingSummary
 from profiles.documents import read_document
 

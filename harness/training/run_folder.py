@@ -10,7 +10,7 @@ method (`harness.training.update_log`), `checkpoints/` (the newest full one), `m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,8 @@ def given_back_if_refused(out: Path, resume: bool) -> Iterator[None]:
         log = out / restore.LOSS_LOG
         if not resume and not (exists(log) and log.stat().st_size):
             for name in ("engine.json", "job.toml", restore.LOSS_LOG, restore.UPDATE_LOG, TRACE):
-                (out / name).unlink(missing_ok=True)
+                with suppress(OSError):  # it is not there, or cannot be taken away
+                    (out / name).unlink()
         raise
 
 

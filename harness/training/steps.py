@@ -12,7 +12,7 @@ import shutil
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -23,9 +23,11 @@ from engines.transfer.clock import now_s
 from harness.data.batches import Data
 from harness.models.export import holds_something
 from harness.progress import Progress
+from harness.records import metrics
+from harness.records.governance import Governance
 from harness.records.job import Job
 from harness.signals import on_first_signal
-from harness.training import metrics, restore
+from harness.training import restore
 from harness.training.update_log import UpdateLog, cannot_write
 
 BEST, SUMMARY, BOARD = "best", "summary.json", "tensorboard"
@@ -61,6 +63,8 @@ class TrainingSummary:
     metrics: dict[str, float]
     """Of the last evaluation."""
     best: Best | None
+    governance: Governance
+    """Where what it read and wrote lies, and which hosts this call contacted."""
     schema_version: int = 1
 
     def told(self) -> str:
@@ -112,7 +116,7 @@ class Course:
         every = self.job.eval_every
         return step in (0, self.job.steps) or bool(every and step % every == 0)
 
-    def summary(self, engine: str) -> TrainingSummary:
+    def summary(self, engine: str, governance: Governance) -> TrainingSummary:
         return TrainingSummary(
             engine=engine,
             seed=self.job.seed,
@@ -123,6 +127,7 @@ class Course:
             real_tokens_per_s=sum(self.tokens) / sum(self.times_s) if self.times_s else None,
             metrics=self.last,
             best=self.best if self.job.eval_every else None,
+            governance=governance,
         )
 
 
@@ -295,11 +300,17 @@ class _StopAfterStep:
         self.asked = True
 
 
-def _open_log(path: Path) -> IO[str]:
+@contextmanager
+def _open_log(path: Path) -> Iterator[IO[str]]:
     try:
-        return path.open("a", encoding="utf-8")
+        log = path.open("a", encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error) from None
+    try:
+        yield log
+    finally:
+        with suppress(OSError):  # of a line that could not be written, which `_write` has told
+            log.close()
 
 
 def _write(log: IO[str], **values: float) -> None:

@@ -32,12 +32,13 @@ from harness.models.tokenizers import load_tokenizer
 from harness.progress import Progress
 from harness.records.environment import gpu_notes
 from harness.records.job import Job
+from harness.records.metrics import metrics_of
 from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
+from harness.runs.governance_facts import governance_facts
 from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
 from harness.training import restore
-from harness.training.metrics import metrics_of
 from harness.training.room import check_room
 from harness.training.run_folder import (
     MODEL,
@@ -135,6 +136,8 @@ def _train(
             ),
         ):
             num_tensors = len(blueprint.parameter_shapes)
+            # Again: blocks on disk have their room now, maybe of the same disk.
+            check_room(out, shape, job, engine_name, typed, save_every)
 
             def judge(evaluation: Evaluation) -> dict[str, float]:
                 return metrics_of(
@@ -156,11 +159,12 @@ def _train(
                 )  # fmt: skip
                 run_steps(engine, course, done)
             # Before the model, which says that the run is done.
-            summary = course.summary(engine_name)
+            facts = governance_facts(job, typed, out, SUMMARY, restore.LOSS_LOG)
+            summary = course.summary(engine_name, facts)
             write_whole(out / SUMMARY, to_json(summary))
             try:
                 export(out / MODEL)
-            except UserError:
+            except Exception:
                 if updates is None and restore.step_of(restore.newest_checkpoint(out)) < course.done:
                     # Else the trained weights would end with this process.
                     restore.write_checkpoint(engine, out, course.done)

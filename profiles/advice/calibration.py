@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from profiles.machine import Machine
 from profiles.planning.plan import Prediction
@@ -26,6 +26,8 @@ class Seen:
 
     engine: str
     ratio: float
+    power_w: float | None = None
+    """Mean of the GPU's board over the steps, where it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,8 @@ class Calibration:
     """By engine."""
     left_out: Mapping[str, int]
     """Why records were left out -> how many."""
+    power_w: Mapping[str, float] = field(default_factory=dict)
+    """Engine -> median power of the GPU's board in its steps."""
 
     @property
     def told(self) -> str:
@@ -78,8 +82,14 @@ def calibration_of(seen: Sequence[Seen], left_out: Mapping[str, int]) -> Calibra
     ratios: dict[str, list[float]] = {}
     for each in seen:
         ratios.setdefault(each.engine, []).append(each.ratio)
+    powers: dict[str, list[float]] = {}
+    for each in seen:
+        if each.power_w is not None:
+            powers.setdefault(each.engine, []).append(each.power_w)
     return Calibration(
-        factors={engine: _factor(found) for engine, found in ratios.items()}, left_out=dict(left_out)
+        factors={engine: _factor(found) for engine, found in ratios.items()},
+        left_out=dict(left_out),
+        power_w={engine: statistics.median(found) for engine, found in powers.items()},
     )
 
 

@@ -76,10 +76,11 @@ def job_forecast(
         seconds = low + COMPILE_LOW_S, expected + plan.prediction.compile_s, high + COMPILE_HIGH_S
         basis["seconds"] += f" Compiling, once: {COMPILE_LOW_S:g} to {COMPILE_HIGH_S:g} s."
     kwh = None
-    if rates.power_w is not None:
-        low, expected, high = (rates.power_w * each / 3.6e6 for each in seconds)
+    power_w, power_basis = _power(plan.engine, rates, calibration)
+    if power_w is not None:
+        low, expected, high = (power_w * each / 3.6e6 for each in seconds)
         kwh = low, expected, high
-        basis["energy_kwh"] = f"{rates.power_w:g} W all the time, as typed"
+        basis["energy_kwh"] = power_basis
     low_h, hours, high_h = (each / 3600 for each in seconds)
     return JobForecast(
         engine=plan.engine,
@@ -99,6 +100,16 @@ def job_forecast(
 def sum_of_parts(parts: Mapping[str, int]) -> str:
     """Memory by kind, such as `weights 2.4 GiB + buffers 1.0 GiB`."""
     return " + ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
+
+
+def _power(engine: str, rates: Rates, calibration: Calibration | None) -> tuple[float | None, str]:
+    """Watts, and where they come from."""
+    if rates.power_w is not None:
+        return rates.power_w, f"{rates.power_w:g} W all the time, as typed"
+    power_w = None if calibration is None else calibration.power_w.get(engine)
+    if power_w is None:
+        return None, ""
+    return power_w, f"{power_w:.3g} W, of the GPU's board alone, as records of this machine measured"
 
 
 def _seconds(

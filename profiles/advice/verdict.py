@@ -107,6 +107,7 @@ def _of_kind(
             f"{kind} {words.names(engines)} fit{'s' if len(engines) == 1 else ''}, without a predicted time."
         ]
     told = f"{words.duration(best.seconds)} {unit} ({words.band(best.seconds_low, best.seconds_high)})"
+    timeless = [each for each in engines if each not in forecasts or forecasts[each].seconds is None]
     if len(engines) == 1:
         verb = "takes" if asked == 1 else "is the only one that fits:"
         return [f"{kind} {engines[0]} {verb} {told}."]
@@ -115,6 +116,9 @@ def _of_kind(
         others = words.names([f"{each} ({words.duration(forecasts[each].seconds)})" for each in ties])
         verb = "is" if len(ties) == 1 else "are"
         said.append(f"{others} {verb} a tie with it: {words.MEASURE}.")
+    if timeless:
+        verb = "fits" if len(timeless) == 1 else "fit"
+        said.append(f"{words.names(timeless)} {verb} too, without a predicted time.")
     return said
 
 

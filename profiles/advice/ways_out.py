@@ -42,6 +42,7 @@ class WayOut:
 class _Change:
     workload: Workload
     settings: GivenSettings
+    ranks: int = 1
     flags: tuple[str, ...] = ()
     quality: tuple[str, ...] = ()
 
@@ -58,13 +59,14 @@ def way_out(plan: Plan, context: PlanningContext, given: GivenSettings) -> WayOu
     """Of `plan`, which was made in `context` with `given`; `None`: it fits."""
     if plan.fits:
         return None
-    start = _Change(workload=context.workload, settings=given)
+    start = _Change(workload=context.workload, settings=given, ranks=context.ranks)
     blocked = Blocked(engine=plan.engine, why=plan.why_not or "")
     for begun in _runnable(plan, context, start):
         least = [_plan(context, each) for each in _least_of_all(context, begun)]
         if not any(each.fits for each in least):
             nearest = min(least, key=lambda each: each.prediction.peak_gpu_bytes)
-            blocked = Blocked(engine=plan.engine, why=words.even_so(SHORTEST, nearest.why_not or ""))
+            if nearest.available:
+                blocked = Blocked(engine=plan.engine, why=words.even_so(SHORTEST, nearest.why_not or ""))
             continue
         for change in _in_order(context, begun):
             found = _plan(context, change)
@@ -147,7 +149,8 @@ def _recomputing(change: _Change) -> Iterator[_Change]:
 
 
 def _micro_batches(change: _Change) -> Iterator[_Change]:
-    """The largest first; with more of them, so that a step is on as many sequences."""
+    """The largest first; with more of them, so that a step is on as many sequences. Of several processes each
+    takes its part of the micro-batches that are typed."""
     whole = change.workload.batch_size
     for size in range(whole - 1, 0, -1):
         if whole % size == 0:
@@ -155,7 +158,7 @@ def _micro_batches(change: _Change) -> Iterator[_Change]:
             yield replace(
                 change,
                 workload=replace(change.workload, batch_size=size, accumulation=count),
-                flags=(*change.flags, f"--batch-size {size} --accumulation {count}"),
+                flags=(*change.flags, f"--batch-size {size} --accumulation {change.ranks * count}"),
             )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engines.shapes import Workload
 from profiles.advice import words
 from profiles.advice.outlook import JobToPlan, Outlook, outlook
 from profiles.machine import Cpu, Figure, Machine
@@ -27,6 +28,7 @@ class Upgrade:
     machine: Machine
     lifts: frozenset[str] = frozenset()
     """Limits of the user's own (fields of `JobToPlan`) that are gone with it."""
+    is_second_gpu: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,10 @@ def upgrades(machine: Machine) -> tuple[Upgrade, ...]:
             found.append(
                 Upgrade(name=name, machine=replace(machine, gpu=larger), lifts=frozenset({"vram_bytes"}))
             )
+        second = replace(gpu, num_gpus=gpu.num_gpus + 1)
+        found.append(
+            Upgrade(name=words.UPGRADE_GPU, machine=replace(machine, gpu=second), is_second_gpu=True)
+        )
     doubled = replace(
         memory,
         total_bytes=2 * memory.total_bytes,
@@ -126,6 +132,8 @@ def what_if(
 def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan) -> WhatIf:
     gone: dict[str, Any] = dict.fromkeys(upgrade.lifts)
     job = replace(job, **gone)
+    if upgrade.is_second_gpu:
+        job = replace(job, gpus=2 * job.gpus, workload=_in_twice_as_many(job.workload, job.gpus * job.nodes))
     then = outlook(upgrade.name, upgrade.machine, job)
     return WhatIf(
         outlook=then,
@@ -133,6 +141,13 @@ def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan) -> WhatIf:
         zeroth_saved_s=_saved(now, then, "zeroth"),
         now_fits=tuple(engine for engine in then.fits if engine not in now.fits),
     )
+
+
+def _in_twice_as_many(workload: Workload, ranks: int) -> Workload:
+    """The same sequences a step, in micro-batches that twice as many processes can share, where they can."""
+    if workload.accumulation % (2 * ranks) == 0 or workload.batch_size % 2:
+        return workload
+    return replace(workload, batch_size=workload.batch_size // 2, accumulation=2 * workload.accumulation)
 
 
 def _saved(now: Outlook, then: Outlook, kind: str) -> float | None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from profiles.advice.money import Cost
 from profiles.units import format_bytes, format_seconds
 
-NO_PRICE = "none: the same is computed"
+NO_PRICE = "none: a step is on the same sequences"
 UPGRADE_VRAM = "GPU memory"
 UPGRADE_RAM = "host memory"
+UPGRADE_GPU = "a second GPU like it, host memory shared"
 UPGRADE_SLOT = "a link twice as fast (the next PCIe generation, or twice the lanes)"
 UPGRADE_CHANNELS = "memory channels, twice as many"
 UPGRADE_CORES = "CPU cores, twice as many"
@@ -56,7 +57,9 @@ def duration(seconds: float | None) -> str:
 def band(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "-"
-    return f"{duration(low)} to {duration(high)}"
+    first, last = duration(low), duration(high)
+    number, _, unit = first.partition(" ")
+    return f"{number if last.endswith(f' {unit}') else first} to {last}"
 
 
 def money(cost: Cost) -> str:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from scripted_runs import scripted_job, scripted_plan
+from scripted_runs import SHAPE, scripted_job, scripted_plan
 
+from harness.contacts import contacted, contacts_watched
 from harness.records.governance import Governance, Place
 from harness.records.job import DataSource, ModelSource
 from harness.runs.governance_facts import governance_facts
+from harness.runs.sweep import run_sweep
 from reports.governance import TO_TICK, governance_lines
 from reports.render import write_report
 from run_records import make_run, write_folder
@@ -66,10 +72,70 @@ def test_a_model_of_the_hub_may_be_asked_for(
     job = replace(
         scripted_job(), model=ModelSource(name="nobody/nothing"), data=DataSource(train=str(tmp_path))
     )
-    facts = governance_facts(job, scripted_plan(), tmp_path, "runs")
-    assert (facts.hub, facts.sent) == (hub, sent)
+    facts = governance_facts(job, None, tmp_path, "runs/", "logs/")
+    assert (facts.hub, facts.sent, facts.contacted) == (hub, sent, None)
     weights, data, records, _ = facts.places
     assert (weights.where, weights.mode) == ("hub", None)
     assert (data.where, data.name, data.mode, records.mode) == ("user", tmp_path.name, "0750", "0750")
     drawn = replace(job, model=ModelSource(name="opt-125m", random_weights=True), data=DataSource())
-    assert governance_facts(drawn, scripted_plan(), tmp_path, "runs").hub == "not needed"
+    assert governance_facts(drawn, None, tmp_path, "runs/", "logs/").hub == "not needed"
+
+
+def test_what_was_contacted_is_observed_here_and_in_the_child(tmp_path: Path) -> None:
+    job = replace(scripted_job(), model=ModelSource(name="nobody/nothing"), data=DataSource())
+    where = (job, None, tmp_path, "runs/", "logs/")
+    with socket.create_server(("127.0.0.1", 0)) as server, contacts_watched():
+        assert governance_facts(*where).contacted == ()
+        assert governance_facts(*where).hub in ("not asked", "offline")
+        told = governance_facts(*where, ("huggingface.co",))
+        assert (told.hub, told.sent, told.contacted) == (
+            "asked",
+            "names of files on the hub",
+            ("huggingface.co",),
+        )
+        assert governance_facts(*where, None).contacted is None
+        socket.create_connection(server.getsockname()).close()
+        told = governance_facts(*where, ("huggingface.co",))
+        assert told.contacted == ("127.0.0.1", "huggingface.co")
+    assert contacted() is None
+    (hub,) = (
+        line for line in governance_lines([replace(make_run(), governance=told)]) if line.about == "Hub"
+    )
+    assert hub.text.endswith("127.0.0.1, huggingface.co")
+
+
+ASKING = """
+import socket, sys
+from harness.runs import worker
+
+def run(*arguments):
+    try:
+        socket.create_connection(("127.0.0.1", 9), timeout=1)  # nobody is there: to ask is enough
+    except OSError:
+        pass
+
+worker._run = run
+sys.exit(worker.main(sys.argv[1:]))
+"""
+
+
+def test_a_child_tells_whom_it_contacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen, script = subprocess.Popen, tmp_path / "asking.py"
+    script.write_text(ASKING)
+
+    def start(command: list[str], **more: Any) -> Any:
+        if "harness.runs.worker" in command:
+            command = [sys.executable, str(script), *command[command.index("harness.runs.worker") + 1 :]]
+        return popen(command, **more)
+
+    monkeypatch.setattr("harness.runs.processes.subprocess.Popen", start)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (run,) = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "out")
+    assert run.governance is not None
+    assert run.governance.contacted is None  # the sweep's own process was not watched
+    with contacts_watched():
+        (run,) = run_sweep(scripted_job(), SHAPE, [scripted_plan()], tmp_path / "watched")
+    assert run.governance is not None
+    assert (run.governance.contacted, run.governance.hub) == (("127.0.0.1",), "asked")
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert governance_facts(scripted_job(), None, tmp_path, "", "", ("127.0.0.1",)).hub != "asked"

@@ -18,7 +18,7 @@ from harness.records.manifest import (
     begin_manifest,
     check_manifest,
     load_manifest,
-    note_record,
+    record_noted,
 )
 from harness.records.run import encode_run, load_run, save_run
 from harness.records.stats import differing_field
@@ -35,7 +35,8 @@ def folder(tmp_path: Path) -> Path:
     write_folder(tmp_path, list(RUNS.values()), machine=make_machine())
     begin_manifest(tmp_path, [run.id for run in RUNS.values()], make_environment(), None)
     for name, run in RUNS.items():
-        note_record(tmp_path, tmp_path / name, encode_run(run))
+        with record_noted(tmp_path, tmp_path / name) as note:
+            note(encode_run(run))
     return tmp_path
 
 

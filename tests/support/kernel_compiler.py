@@ -23,13 +23,17 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ARCHES = (80, 90)
+DEVICE = "cpu"
+"""Where the cases have their tensors: `sanitize_kernels` runs them on a GPU."""
+LONG_COPY = "throttle hold of a long copy"
+"""Only compiled: it holds a stream for 18 minutes."""
 ROOT = Path(__file__).parents[2]
 MODULES = tuple(
     sorted(
@@ -160,11 +164,21 @@ def functions() -> dict[str, set[str]]:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
                 used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
                 called = (of.__globals__.get(each) for each in used)
-                found[_path(of)] = {_path(each.fn) for each in called if isinstance(each, JITFunction)}
+                found[path_of(of)] = {path_of(each.fn) for each in called if isinstance(each, JITFunction)}
     return found
 
 
-def _path(function: Any) -> str:
+def unreached(launched: set[str], functions: Mapping[str, Iterable[str]]) -> list[str]:
+    """Functions that neither were launched nor are called by one that was."""
+    reached, waiting = set(launched), list(launched)
+    while waiting:
+        new = set(functions[waiting.pop()]) - reached
+        reached |= new
+        waiting += new
+    return sorted(functions.keys() - reached)
+
+
+def path_of(function: Any) -> str:
     return f"{function.__module__}.{function.__name__}"
 
 
@@ -189,9 +203,9 @@ def noise_cases() -> Iterator[Case]:
     from engines.noise.visits import Outputs
 
     def visited(dtype: str, noise: str, *, of: Segment, size: int, wanted: str, rounding: str) -> None:
-        flat = _flat(size, dtype)
+        flat = flat_tensor(size, dtype)
         outs = {name: flat if name == "theta" else torch.empty_like(flat) for name in wanted.split("+")}
-        weight_pass_kernels.visit(flat, of, _how(noise=noise, rounding=rounding), Outputs(**outs), 0)
+        weight_pass_kernels.visit(flat, of, visit_how(noise=noise, rounding=rounding), Outputs(**outs), 0)
 
     # Vectors and matrices of a block lie together; a larger matrix has a launch of its own: here are both.
     large = LARGE + 2048
@@ -219,11 +233,11 @@ def noise_cases() -> Iterator[Case]:
 
         yield f"visit {form} {dtype} {noise} {rounding} {wanted}", run, wanted != "theta+plus"
     for noise in ("gaussian", "rademacher"):
-        indices = torch.zeros(2, 64, dtype=torch.int64)
+        indices = torch.zeros(2, 64, dtype=torch.int64, device=DEVICE)
         yield (
             f"rows bfloat16 {noise}",
             lambda noise=noise, indices=indices: weight_pass_kernels.rows(
-                _flat(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, _how(noise=noise)
+                flat_tensor(50272 * 2048, "bfloat16").view(50272, 2048), 1, indices, visit_how(noise=noise)
             ),
             True,
         )
@@ -231,16 +245,16 @@ def noise_cases() -> Iterator[Case]:
     yield (
         "visit one element",
         lambda: weight_pass_kernels.visit(
-            _flat(1, "bfloat16"),
+            flat_tensor(1, "bfloat16"),
             one(3, 1),
-            _how(seed=0, step=2**31 + 5),
-            Outputs(plus=_flat(1, "bfloat16")),
+            visit_how(seed=0, step=2**31 + 5),
+            Outputs(plus=flat_tensor(1, "bfloat16")),
             0,
         ),
         False,
     )
     key = NoiseKey(seed=-1, step=2**32 - 1, tensor=5)
-    yield "words", lambda: weight_pass_kernels.philox_words(key, 2**33, 128, torch.device("cpu")), True
+    yield "words", lambda: weight_pass_kernels.philox_words(key, 2**33, 128, torch.device(DEVICE)), True
 
 
 def base_cases() -> Iterator[Case]:
@@ -255,18 +269,18 @@ def base_cases() -> Iterator[Case]:
     count = 2048 * 8192
 
     def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool, signs: bool) -> None:
-        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8)
-        rooms = [_flat(count, dtype) for _ in range(sides)]
-        how = _how(rounding=rounding, noise="rademacher" if signs else "gaussian")
+        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
+        rooms = [flat_tensor(count, dtype) for _ in range(sides)]
+        how = visit_how(rounding=rounding, noise="rademacher" if signs else "gaussian")
         of, perturb = one(3, count, decays=True), sides == 2 or signs
         quantized_pass_kernels.visit_tiles(records, of, how, base, store=store, sides=rooms, perturb=perturb)
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     bases: tuple[Base, ...] = ("int8", "int4", "fp8")
     for base in bases:
-        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8)
+        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
         for rank, stochastic in ((4, True), (2, False)):
-            factors = torch.empty(rank, 2048), torch.empty(rank, 8192)
+            factors = flat_tensor(rank * 2048).view(rank, -1), flat_tensor(rank * 8192).view(rank, -1)
             yield (
                 f"add_low_rank {base} rank {rank}{' stochastic' if stochastic else ''}",
                 lambda records=records, base=base, factors=factors, stochastic=stochastic: (
@@ -301,7 +315,6 @@ def base_cases() -> Iterator[Case]:
 
 
 def lozo_cases() -> Iterator[Case]:
-    import torch
 
     from engines.noise import low_rank_kernels
     from engines.noise.philox import NoiseKey
@@ -314,8 +327,8 @@ def lozo_cases() -> Iterator[Case]:
         ("bfloat16", False, 1, 1, 4096),
         ("bfloat16", True, 2, 4096, 1),
     ]:
-        rows, columns = torch.empty(rank, height), torch.empty(rank, width)
-        flat = _flat(height * width, dtype)
+        rows, columns = flat_tensor(rank * height).view(rank, -1), flat_tensor(rank * width).view(rank, -1)
+        flat = flat_tensor(height * width, dtype)
         yield (
             f"add_low_rank {dtype} {height}x{width} rank {rank}{' stochastic' if stochastic else ''}",
             lambda flat=flat, stochastic=stochastic, rows=rows, columns=columns: (
@@ -334,7 +347,7 @@ def projector_cases() -> Iterator[Case]:
     shapes = [(8192, 2048, 512, 4), (4096, 11008, 2048, 4), (96, 70, 33, 3), (2048, 2048, 1024, 1)]
     for m, n, d, r in shapes:
         for dtype in ("bfloat16", "float32") if r != 4 or d != 512 else ("bfloat16", "float32", "float16"):
-            of = {"dtype": getattr(torch, dtype)}
+            of = {"dtype": getattr(torch, dtype), "device": DEVICE}
             left, right = torch.empty(m, r, **of), torch.empty(n, r, **of)
 
             def project(of: Any = of, m: int = m, d: int = d, left: Any = left) -> None:
@@ -355,7 +368,7 @@ def projector_cases() -> Iterator[Case]:
             yield f"lift {dtype} {m} d={d} r={r}", lift, older
             yield f"update {dtype} {m}x{n} d={d} r={r}", update, older
     for dtype in ("bfloat16", "float16", "float32"):
-        weight, delta = _flat(2048 * 2048, dtype), _flat(2048 * 2048, dtype)
+        weight, delta = flat_tensor(2048 * 2048, dtype), flat_tensor(2048 * 2048, dtype)
         yield (
             f"plain update {dtype}",
             lambda weight=weight, delta=delta: projector_kernels.plain_update(
@@ -374,9 +387,9 @@ def other_cases() -> Iterator[Case]:
 
     for dtype in ("bfloat16", "float16", "float32"):
         widths = (768, 2048, 12288) if dtype == "bfloat16" else (2048,)
-        logits = _flat(2048 * 8192, dtype).view(2048, 8192)
-        of_tokens = [torch.empty(2048) for _ in range(3)]
-        labels, where = (torch.zeros(2048, dtype=torch.int64) for _ in range(2))
+        logits = flat_tensor(2048 * 8192, dtype).view(2048, 8192)
+        of_tokens = [flat_tensor(2048) for _ in range(3)]
+        labels, where = (torch.zeros(2048, dtype=torch.int64, device=DEVICE) for _ in range(2))
         yield (
             f"head {dtype}",
             lambda logits=logits, labels=labels, where=where, tokens=of_tokens: chunked_loss_kernels.gather(
@@ -385,30 +398,33 @@ def other_cases() -> Iterator[Case]:
             dtype == "bfloat16",
         )
         for width in widths:
-            x, weights = _flat(64 * width, dtype).view(64, width), [_flat(width, dtype) for _ in range(4)]
+            x, weights = (
+                flat_tensor(64 * width, dtype).view(64, width),
+                [flat_tensor(width, dtype) for _ in range(4)],
+            )
             yield (
                 f"layer norm {dtype} {width}",
                 lambda x=x, w=weights: paired_layer_norm.layer_norm(x, (w[0], w[1]), (w[2], w[3]), 1e-5),
                 dtype == "bfloat16",
             )
-    up, down = (throttle_kernels.new_state(torch.device("cpu")) for _ in range(2))
+    up, down = (throttle_kernels.new_state(torch.device(DEVICE)) for _ in range(2))
     yield "throttle begin", lambda: throttle_kernels.begin(up, down), True
     yield "throttle hold", lambda: throttle_kernels.hold(up, down, 12345, 0.5), True
-    yield "throttle hold of a long copy", lambda: throttle_kernels.hold(up, down, 2**40, 1.0), False
+    yield LONG_COPY, lambda: throttle_kernels.hold(up, down, 2**40, 1.0), False
 
 
-def _flat(count: int, dtype: str) -> Any:
+def flat_tensor(count: int, dtype: str = "float32") -> Any:
     import torch
 
-    return torch.empty(count, dtype=getattr(torch, dtype))
+    return torch.empty(count, dtype=getattr(torch, dtype), device=DEVICE)
 
 
-def _how(**changes: Any) -> Any:
+def visit_how(**changes: Any) -> Any:
     import torch
 
     from engines.noise.visits import DeviceUpdateLog, Visit
 
-    log = DeviceUpdateLog(torch.device("cpu"))
+    log = DeviceUpdateLog(torch.device(DEVICE))
     return Visit(**{"seed": -5, "log": log, "first": 0, "last": 1, "step": 3, "eps": 1e-3, **changes})
 
 

@@ -1,11 +1,15 @@
-"""Kills a training run or a sweep at one file-system call after the other, and lets it go on.
+"""Kills a training run or a sweep at one file-system call after the other, or takes it the room to write, and
+lets it go on.
 
-`python kill_points.py FOLDER FIRST STRIDE WHAT...` prints a line of JSON for each: how many calls there are,
-how many were tried, and what was not as after an undisturbed run. Each trial is a fork of this process, which
-has imported everything: a kill and its resumption take half a second.
+`python kill_points.py FAULT[,FAULT] FOLDER FIRST STRIDE WHAT...` prints a line of JSON for each: how many
+calls there are, how many were tried, how many of the faults were told of, and what was not as after an
+undisturbed run. Each trial is a fork of this process, which has imported everything: a fault and its
+resumption take half a second.
 
 A call is one that makes, opens for writing, renames, removes, cuts or syncs a file below the folder, or a
-write of tensors by safetensors, which is also cut in half.
+write of tensors by safetensors, where a kill also leaves half of the file. From that call on `kill`: there is
+no process; `full`: the disk has no room; `inodes`: it takes no more files; `read-only`: nothing can be
+written; `quota`: files may have a thousand bytes (ulimit -f). Disks need the right to mount: `unshare -rm`.
 """
 
 from __future__ import annotations
@@ -13,11 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +50,55 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MODEL = {"name": "tiny-gpt2", "random_weights": True}
 
 
-class Calls:
-    """Counts calls below `folder`, and ends the process at number `kill_at`."""
+class Disk:
+    """A file system in memory that can be filled, at `place`."""
 
-    def __init__(self, folder: Path, kill_at: int) -> None:
+    def __init__(self, place: Path) -> None:
+        self._place, self._filler = place, place / "filler"
+        _mount("-t", "tmpfs", "-o", "size=64m,nr_inodes=2000", "tmpfs", str(place))
+
+    def full(self) -> None:
+        there = os.statvfs(self._place)
+        with self._filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, there.f_bavail * there.f_frsize)
+
+    def inodes(self) -> None:
+        self._filler.mkdir()
+        with suppress(OSError):
+            for number in range(10_000):
+                (self._filler / str(number)).touch()
+
+    def read_only(self) -> None:
+        """Refused by the kernel while a file is open for writing: then the next call is tried."""
+        with suppress(subprocess.CalledProcessError):
+            _mount("-o", "remount,ro", str(self._place))
+
+    def mend(self) -> None:
+        _mount("-o", "remount,rw", str(self._place))
+        if self._filler.is_dir():
+            shutil.rmtree(self._filler)
+        self._filler.unlink(missing_ok=True)
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def quota() -> None:
+    """A shell sets both limits; Python takes no notice of the signal, and writing fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+class Calls:
+    """Counts calls below `folder`; from number `at` on there is a fault."""
+
+    def __init__(self, folder: Path, at: int, fault: Callable[[], None] = kill) -> None:
         self.count = 0
-        self._folder, self._kill_at = str(folder), kill_at
+        self._folder, self._at, self._fault = str(folder), at, fault
         sys.addaudithook(self._on_event)
         for name in ("fsync", "ftruncate"):
             setattr(os, name, self._before(getattr(os, name)))
@@ -73,16 +123,18 @@ class Calls:
     def _write_tensors(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
         self._next()
         self._serialize(tensors, filename, metadata=metadata)
+        if self._fault is not kill:
+            return
         self.count += 1
-        if self.count == self._kill_at:
+        if self.count == self._at:
             descriptor = os.open(filename, os.O_WRONLY)
             os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
     def _next(self) -> None:
         self.count += 1
-        if self.count == self._kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.count == self._at:
+            self._fault()
 
 
 def train(engine: str, out: Path, resume: bool) -> None:
@@ -116,7 +168,7 @@ def told(what: str, out: Path) -> dict[str, Any]:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Exit status of `work` in a process of its own: 0, 3 for a `UserError`, 1 for another, -9 for a kill."""
+    """Exit status of `work` in a process of its own: `REFUSED` for a `UserError`, 1 for another."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -124,50 +176,63 @@ def forked(work: Callable[[], None]) -> int:
             work()
             code = 0
         except UserError as error:
-            sys.stderr.write(f"{error}\n")
-            code = 3
+            code = REFUSED
+            with suppress(OSError):  # a file takes no more under `quota`
+                sys.stderr.write(f"{error}\n")
         except BaseException:
             traceback.print_exc()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def try_calls(folder: Path, what: str, first: int, stride: int) -> None:
+def try_calls(folder: Path, what: str, first: int, stride: int, name: str) -> None:
     folder.mkdir(parents=True)
+    disk = None if name in FAULTS else Disk(folder)
+    fault = FAULTS[name] if disk is None else getattr(disk, name.replace("-", "_"))
     act = sweep if what == "sweep" else train
     whole, counted = folder / "whole", folder / "count"
 
     def undisturbed() -> None:
-        calls = Calls(whole, -1)
+        calls = Calls(whole, -1, fault)
         act(what, whole, False)
         counted.write_text(str(calls.count))
 
     assert forked(undisturbed) == 0
     total, expected = int(counted.read_text()), told(what, whole)
-    wrong, tried = [], 0
-    for kill_at in range(1 + first % stride, total + 1, stride):
-        out = folder / "killed"
+    wrong, tried, refused = [], 0, 0
+    for at in range(1 + first % stride, total + 1, stride):
+        out = folder / "disturbed"
         shutil.rmtree(out, ignore_errors=True)
 
-        def killed(out: Path = out, kill_at: int = kill_at) -> None:
-            Calls(out, kill_at)
+        def disturbed(out: Path = out, at: int = at) -> None:
+            Calls(out, at, fault)
             act(what, out, False)
 
-        ended = forked(killed)
+        ended = forked(disturbed)
+        if disk is not None:
+            disk.mend()
         resumed = forked(lambda out=out: act(what, out, True))  # type: ignore[misc]
-        if resumed == 3:  # nothing had begun: --resume says so
+        if resumed == REFUSED:  # nothing had begun: --resume says so
             resumed = forked(lambda out=out: act(what, out, False))  # type: ignore[misc]
         tried += 1
+        refused += ended == REFUSED
         found = told(what, out) if resumed == 0 else {}
         differs = [key for key, value in expected.items() if found.get(key) != value]
-        if ended != -signal.SIGKILL or resumed != 0 or differs:
-            wrong.append({"call": kill_at, "ended": ended, "resumed": resumed, "differs": differs})
-    sys.stdout.write(json.dumps({"what": what, "calls": total, "tried": tried, "wrong": wrong}) + "\n")
+        endings = (-signal.SIGKILL,) if fault is kill else (0, REFUSED)
+        if ended not in endings or resumed != 0 or differs:
+            wrong.append({"call": at, "ended": ended, "resumed": resumed, "differs": differs})
+    counts = {"fault": name, "what": what, "calls": total, "tried": tried, "refused": refused}
+    sys.stdout.write(json.dumps({**counts, "wrong": wrong}) + "\n")
     sys.stdout.flush()
 
+
+FAULTS: dict[str, Callable[[], None]] = {"kill": kill, "quota": quota}
+"""Those that need no disk of their own."""
+REFUSED = 3
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     worker.usable_cores = lambda: UsableCores(count=1, basis="test", total=1)
-    for each in sys.argv[4:]:
-        try_calls(Path(sys.argv[1]) / each, each, int(sys.argv[2]), int(sys.argv[3]))
+    for name in sys.argv[1].split(","):
+        for each in sys.argv[5:]:
+            try_calls(Path(sys.argv[2]) / name / each, each, int(sys.argv[3]), int(sys.argv[4]), name)

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, dict[str, Any]] = {
     "native": {"learning_rate": 3e-3},
     "lsp": {"learning_rate": 3e-3, "d": 16, "learn_steps": 5},
+    "exact-offload": {"learning_rate": 3e-3},
+    "torchao-offload": {"learning_rate": 3e-3},
     "mezo": {"learning_rate": 1e-5},
     "zo2": {"learning_rate": 1e-5},
 }

@@ -53,6 +53,8 @@ def read_delimited(name: str, text: str, suffix: str, is_header: Callable[[Seque
     if found.fault is not None:
         line, why = found.fault
         raise UserError(f"{name}: line {line}", why, "write quotes inside of quotes twice, and close each")
+    if not found.rows:
+        raise UserError(f"data '{name}'", "holds no row", "give a file with examples")
     first = found.rows[0][1]
     names = is_header(first)
     width = len(first) if names else found.width
@@ -146,10 +148,11 @@ def _labels_agree(plain: DelimitedRows, quoted: DelimitedRows) -> bool:
     if plain.width != quoted.width:
         return False
     for place in range(plain.width):
-        values = {cells[place].strip() for _, cells in quoted.rows[1:]}
-        if 2 * len(values) <= len(quoted.rows) and values >= {
-            cells[place].strip() for _, cells in plain.rows[1:]
-        }:
+        values, others = (
+            {cells[place].strip() for _, cells in reading.rows[1:] if place < len(cells)}
+            for reading in (quoted, plain)
+        )
+        if 2 * len(values) <= len(quoted.rows) and values >= others:
             return True
     return False
 

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from kernel_compiler import ARCHES, Compiled
+from kernel_compiler import ARCHES, Compiled, unreached
 
 from engines.kernels.triton_launch import has_triton
 
@@ -63,12 +63,7 @@ def test_each_kernel_is_compiled_for_each_architecture(
     for arch in ARCHES:
         reached = {f"{each.module}.{each.kernel}" for each in kernels if each.arch == arch}
         assert reached <= functions.keys()
-        waiting = list(reached)
-        while waiting:
-            new = set(functions[waiting.pop()]) - reached
-            reached |= new
-            waiting += new
-        assert sorted(functions.keys() - reached) == [], f"not compiled for sm_{arch}"
+        assert unreached(reached, functions) == [], f"not compiled for sm_{arch}"
 
 
 def test_no_kernel_runs_out_of_registers(compiled: tuple[dict[str, list[str]], list[Compiled]]) -> None:

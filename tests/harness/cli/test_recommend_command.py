@@ -63,7 +63,7 @@ def test_a_config_json_alone_is_enough(tmp_path: Path) -> None:
 
 
 def test_the_document_is_what_its_schema_says_and_holds_plans(tmp_path: Path) -> None:
-    text = said(*ON_A_CARD, "--json", "--examples", "100", "--target", "hours=8")
+    text = said(*ON_A_CARD, "--json", "--examples", "100")
     answer = json.loads(text)
     schema = json.loads(said("--schema"))
     assert list(answer) == list(schema["properties"])
@@ -99,9 +99,10 @@ def test_explanations_have_the_numbers_filled_in() -> None:
 
 
 def test_a_target_is_answered_backwards() -> None:
-    told = said(*ON_A_CARD, "--target", "model=70b")
+    on_a_card = ("--model", "opt-1.3b", "--profile", "rtx-4090", "--engines", "native")
+    told = said(*on_a_card, "--target", "model=70b")
     assert "Machines of the catalogue for 70b, the least first" in told
-    hours = said(*ON_A_CARD, "--target", "hours=8", "--examples", "100000")
+    hours = said(*on_a_card, "--target", "hours=8", "--examples", "100000")
     assert "the least machine that does it is" in hours
 
 
@@ -130,6 +131,15 @@ def test_what_cannot_be_meant_is_one_line(arguments: tuple[str, ...], words: str
     assert words in refused(*ON_A_CARD, *arguments)
 
 
+def test_a_limit_beyond_the_machine_limits_nothing_and_is_told() -> None:
+    done = CliRunner().invoke(
+        app, ["recommend", *ON_A_CARD, "--vram", "100GB", "--host-memory", "2TB", "--quiet"]
+    )
+    assert done.exception is None
+    assert "--vram 93.1 GiB is more than the 24.0 GiB of NVIDIA GeForce RTX 4090" in done.stderr
+    assert "--host-memory 1.82 TiB is more than" in done.stderr
+
+
 def test_a_profile_with_missing_numbers_predicts_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
     profile = json.loads((Path(__file__).parents[3] / "profiles/machines/rtx-4090.json").read_text())
     nothing = {"value": None, "origin": "absent", "method": "left out"}
@@ -146,5 +156,5 @@ def test_a_profile_with_missing_numbers_predicts_what_it_can_and_names_the_rest(
     assert times["exact-offload"] is None
     basis = {plan["engine"]: plan["prediction"]["basis"] for plan in answer["plans"]}
     assert "is not in the machine profile" in basis["exact-offload"]
-    table = said("--model", "opt-1.3b", "--profile", str(path), *engines, "--what-if")
+    table = said("--model", "opt-1.3b", "--profile", str(path), *engines)
     assert "not predicted" in table

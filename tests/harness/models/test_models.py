@@ -403,6 +403,31 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         blueprint_of(str(source), random_weights=False)
 
 
+@pytest.mark.parametrize("lost", ["hidden_size", "num_hidden_layers"])
+def test_a_configuration_that_lost_a_size_is_refused_before_its_model_is_made(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be the family's default: a model of 7B here, made and initialised in memory."""
+    source = Path(exported(tmp_path / "source", "tiny-llama"))
+    (source / "SHA256SUMS").unlink()
+    config = json.loads((source / "config.json").read_text())
+    del config[lost]
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("harness.models.weights.auto_class", None)
+    with pytest.raises(UserError, match=r"config\.json"):
+        blueprint_of(str(source), random_weights=False)
+
+
+@pytest.mark.parametrize("index", [{}, [], {"weight_map": "x"}, {"weight_map": {"a": ["b"]}}])
+def test_a_list_of_weights_that_names_no_files_is_one_line(index: Any, tmp_path: Path) -> None:
+    source = Path(exported(tmp_path / "source", "tiny-llama"))
+    (source / "SHA256SUMS").unlink()
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json cannot be read"):
+        blueprint_of(str(source), random_weights=False)
+
+
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("name", [*DECODERS, "tiny-roberta"])
 def test_a_checkpoint_that_is_the_models_own_is_read_where_it_lies(

@@ -36,6 +36,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         quantised(quant_method="compressed-tensors", config_groups={"a": {"weights": {"num_bits": 4}}}),
         r"quantised \(compressed-tensors, 4 bits\)",
     ),
+    "blocks without end": (
+        {"model_type": "distilbert", "n_layers": 10**9},
+        r"n_layers = 1000000000, above 10000; correct",
+    ),
     "mlx": ({**LLAMA, "quantization": {"group_size": 64, "bits": 4}}, r"quantised \(low-bit, 4 bits\)"),
     "t5": (
         {"model_type": "t5", "is_encoder_decoder": True},

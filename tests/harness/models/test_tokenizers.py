@@ -88,8 +88,18 @@ def test_a_folder_without_one_uses_bytes(folder: Path) -> None:
     assert tokenizer_files(source) == []
 
 
+def test_a_tokenizer_that_panics_when_it_is_used_is_one_line(folder: Path) -> None:
+    """Rust's panics are no `Exception`."""
+    write_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer cannot be used"):
+        load_tokenizer(ModelSource(name=str(folder), random_weights=True), 320)
+
+
 def test_a_broken_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match="tokenizer cannot be used"):
         load_tokenizer(ModelSource(name=str(folder), random_weights=True), 320)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from train_runs import Killed, assert_same_weights, die_at, log_of, run, tiny_jo
 from engines.errors import UserError
 from engines.files.checksums import SUMS
 from engines.files.writing import TEMPORARY
+from harness.contacts import contacts_watched
 from harness.progress import Progress
 from harness.runs import worker
 from harness.training import room
@@ -220,6 +222,39 @@ def test_a_run_that_cannot_save_says_so_before_it_trains(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_run_whose_blocks_on_disk_leave_no_room_for_its_export_does_not_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of one disk: what was free for the export is taken by the set-up."""
+    cls, values = module.load_engine("zo2"), {"f_bavail": 2, "f_frsize": 2**20, "f_files": 0}
+    setup = cls.setup
+
+    def and_then_full(self: Any, blueprint: Any) -> None:
+        setup(self, blueprint)
+        monkeypatch.setattr(room.os, "statvfs", lambda path: type("Full", (), values))
+
+    def no_step(self: Any, batches: Any) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(cls, "setup", and_then_full)
+    monkeypatch.setattr(cls, "step", no_step)
+    job = tiny_job(model={"name": "tiny-llama", "random_weights": True}, eval_every=1)
+    with pytest.raises(UserError, match="free, the run writes"):
+        run(tmp_path / "out", "zo2", job, disk_blocks=1, disk_folder=str(tmp_path / "spill"))
+
+
+def test_a_finished_run_says_where_things_lie_and_whom_it_asked(tmp_path: Path) -> None:
+    with contacts_watched():
+        run(tmp_path / "out", "zo2", disk_blocks=1, disk_folder=str(tmp_path / "spill"))
+    facts = json.loads((tmp_path / "out" / "summary.json").read_text())["governance"]
+    assert (facts["hub"], facts["sent"], facts["contacted"]) == ("not needed", "nothing", [])
+    places = {each["what"]: (each["where"], each["name"]) for each in facts["places"]}
+    assert places == {
+        "weights": ("seed", ""), "data": ("program", ""), "spill": ("user", "spill"),
+        "records": ("results", "summary.json"), "logs": ("results", "log.jsonl"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("engine", ["native", "lsp", "mezo"])
 def test_an_export_that_fails_leaves_the_trained_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
@@ -243,6 +278,37 @@ def test_an_export_that_fails_leaves_the_trained_weights(
     with monkeypatch.context() as patch:
         die_at(patch, engine, 0)  # no step is taken again
         assert_same_weights(whole, run(out, engine, resume=True))
+
+
+def test_a_log_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where the file is closed, with the line that found no room."""
+    cls, lifts = module.load_engine("native"), []
+    step = cls.step
+
+    def cramped(self: Any, batches: Any) -> Any:
+        lifts.append(limited(10))
+        return step(self, batches)
+
+    monkeypatch.setattr(cls, "step", cramped)
+    try:
+        with pytest.raises(UserError, match=r"log.jsonl: cannot be written \(File too large\)"):
+            run(tmp_path / "out")
+    finally:
+        lifts[0]()
+
+
+def test_an_export_that_a_defect_ends_leaves_the_trained_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def defect(*_: Any) -> None:
+        raise ValueError("of a library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "export_model", defect)
+        with pytest.raises(ValueError, match="of a library"):
+            run(tmp_path / "out")
+    die_at(monkeypatch, "native", 0)  # no step is taken again
+    run(tmp_path / "out", resume=True)
 
 
 # --- leftovers ----------------------------------------------------------------------------------------

@@ -105,6 +105,17 @@ def test_records_of_this_machine_scale_the_job_too() -> None:
     assert scaled.seconds - COMPILE_S == pytest.approx(2 * (plain.seconds - COMPILE_S))
 
 
+def test_power_that_was_measured_counts_where_none_is_typed() -> None:
+    calibration = calibration_of([Seen(engine="native", ratio=1.0, power_w=500.0)], {})
+    context = JOB.context("native", H200)
+    found = job_forecast(plan(), context, amount(((1024, 1.0),)), Rates(), calibration)
+    assert found.seconds is not None
+    assert found.energy_kwh == pytest.approx(500 * found.seconds / 3.6e6)
+    assert "board alone" in found.basis["energy_kwh"]
+    typed = job_forecast(plan(), context, amount(((1024, 1.0),)), Rates(power_w=900.0), calibration)
+    assert "as typed" in typed.basis["energy_kwh"]
+
+
 def test_without_a_step_time_there_are_no_hours() -> None:
     context = replace(
         JOB.context("native", H200),

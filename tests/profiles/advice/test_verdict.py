@@ -68,7 +68,7 @@ def test_where_nothing_fits_the_nearest_way_out_is_told() -> None:
     only = verdict(["lora", "mezo"], DEEPSEEK_7B, Workload(batch_size=8, seq_len=2048), vram_bytes=20 * GB)
     assert only.best == "mezo"
     assert "No method with gradients fits. Nearest: lora with --batch-size " in only.text
-    assert "the same is computed" in only.text
+    assert "on the same sequences" in only.text
 
 
 def test_what_cannot_run_is_answered_with_what_to_type() -> None:

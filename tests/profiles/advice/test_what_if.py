@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def job(
 
 def test_each_upgrade_changes_one_thing() -> None:
     found = {each.name: each.machine for each in upgrades(RTX_3090)}
-    assert len(found) == 6
+    assert len(found) == 7
     for machine in found.values():
         differing = [
             part
@@ -44,6 +45,19 @@ def test_each_upgrade_changes_one_thing() -> None:
         ]
         assert differing in (["gpu"], ["link"], ["cpu"], ["memory"], ["cpu", "memory"])
     assert any("24.0 GiB to 32.0 GiB" in name for name in found)
+
+
+def test_a_second_gpu_halves_a_step_that_can_be_shared() -> None:
+    workload = Workload(batch_size=2, seq_len=1024, dtype="fp16")
+    amount = amount_of(workload, Asked(examples=10_000), None)
+    planned = replace(job("opt-1.3b", ("native", "zo2")), workload=workload, amount=amount)
+    now = outlook("now", RTX_3090, planned)
+    (second,) = [row for row in what_if(now, RTX_3090, planned, {}) if "second GPU" in row.outlook.name]
+    assert second.outlook.fits == ("zo2",)  # native runs on one
+    assert now.zeroth is not None
+    assert now.zeroth.seconds is not None
+    assert second.zeroth_saved_s is not None
+    assert 0.3 < second.zeroth_saved_s / now.zeroth.seconds[1] < 0.6
 
 
 def test_what_an_upgrade_brings() -> None:

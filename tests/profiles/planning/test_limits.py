@@ -60,7 +60,7 @@ def test_where_the_probe_stopped_by_itself_there_is_no_limit() -> None:
     model=st.sampled_from(("opt-1.3b", "qwen2.5-1.5b", "llama-3.1-8b")),
     seq_len=st.sampled_from((128, 1024)),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_no_plan_that_fits_pins_more_than_the_limit(limit: int, model: str, seq_len: int) -> None:
     machine = pins_at_most(RTX_3090, limit * GB)
     for plan in plans(machine, model, Workload(batch_size=1, seq_len=seq_len)):
@@ -72,7 +72,7 @@ def test_no_plan_that_fits_pins_more_than_the_limit(limit: int, model: str, seq_
     seq_len=st.sampled_from((128, 512, 1024)),
     model=st.sampled_from(("opt-1.3b", "opt-13b", "qwen2.5-1.5b")),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_no_number_of_resident_blocks_is_forecast_faster_than_the_chosen(
     profile: str, seq_len: int, model: str
 ) -> None:

@@ -140,6 +140,8 @@ REFUSED = {
     "more cells": ("x.csv", "text,label\na,0,1\nb,1\n", "line 2: has 3 cells, the header 2"),
     "R's row names": ("x.tsv", "text\tlabel\n1\ta\t0\n2\tb\t1\n", "line 2: has 3 cells, the header 2"),
     "zero byte": ("x.csv", "text,label\na\0,0\n", "zero byte in line 2"),
+    "blank": ("x.tsv", '"\n"\n', "holds no row"),
+    "a row in quotes": ("x.tsv", 'text\tlabel\n"text\tlabel\n"\n', "line 2"),
     "mixed": ("x.csv", "text,label\na,0\nb,no\n", "numbers and words for labels"),
 }  # fmt: skip
 

@@ -13,8 +13,8 @@ import torch
 from engines.base import Evaluation
 from engines.errors import UserError
 from engines.model.evaluation import EvaluationSum
-from harness.training import metrics
-from harness.training.metrics import chosen_metric, metrics_of
+from harness.records import metrics
+from harness.records.metrics import chosen_metric, metrics_of
 
 
 def evaluation(expected: list[float], predicted: list[float], loss: float = 0.5) -> Evaluation:

@@ -1,0 +1,74 @@
+"""Norms of a step's gradients, and by what they are clipped: their own norm, or that of the step before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engines.cpu_updates.pipeline import StepShare
+from engines.settings.exact_offload import ExactOffloadSettings
+from engines.transfer.link import Event, Link
+
+
+class GradientNorms:
+    """Of groups of tensors, and of all of them together, squared."""
+
+    def __init__(self, groups: int, settings: ExactOffloadSettings, link: Link) -> None:
+        device = link.device
+        self._settings = settings
+        self._link = link
+        self.of_groups = torch.zeros(groups, device=device)
+        """(groups,) fp32: squared, of this step's gradients.
+
+        HAZARD: a group's must not change before it has been downloaded, which may be as late as when its
+        update is waited for.
+        """
+        pins = device.type == "cuda"
+        self._on_host = [torch.zeros(1, pin_memory=pins) for _ in range(2)]
+        """Of the whole gradient, of even and of odd steps."""
+        self._on_device = [torch.zeros(1, device=device) for _ in range(2)]
+        """The same on the GPU, from where they go down.
+
+        HAZARD: one must not change before it has arrived, which is known in the step after.
+        """
+        self._known = Event()
+
+    def begin(self, share: StepShare) -> None:
+        """A step begins; where it is clipped by the norm of the one before, `share` gets that."""
+        if self._settings.clip_by == "previous" and share.max_norm is not None and share.step > 0:
+            share.total = self._on_host[(share.step - 1) % 2]
+            share.total_known = self._known
+
+    @torch.no_grad()
+    def take(self, group: int, gradient: Tensor) -> Tensor:
+        """(1,) on the device: the squared norm of a group's `gradient`, (elements,)."""
+        norm = self.of_groups[group : group + 1]
+        norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+        return norm
+
+    def finish(self, share: StepShare, squared: Tensor, *, waits: bool) -> Tensor | None:
+        """Where gradients are clipped, bring the squared norm of the whole, (1,), to the host, for this step
+        or the next; with `waits` this thread waits for it. Returns what this step's gradient is multiplied
+        by, (1,) on the device.
+        """
+        if share.max_norm is None:
+            return None
+        total, on_host = (each[share.step % 2] for each in (self._on_device, self._on_host))
+        total.copy_(squared)
+        known = self._link.download(total, on_host, after=self._link.record(), name="norm")
+        scale = None
+        if self._settings.clip_by == "exact":
+            share.total, share.total_known = on_host, known
+            scale = (share.max_norm / squared.sqrt()).clamp(max=1.0)
+            if waits:
+                self._link.host_wait(known)
+        elif share.total is not None:
+            self._link.host_wait(share.total_known)
+            scale = torch.full((1,), share.scale(), device=total.device)
+        self._known = known
+        return scale
+
+    def last(self, steps_done: int) -> Tensor:
+        """(1,) on the host: of the last step's whole gradient, squared. Waits for it."""
+        self._link.host_wait(self._known)
+        return self._on_host[(steps_done - 1) % 2]

@@ -1,0 +1,397 @@
+"""`compare --target --budget`: what an hour of each method is worth. It prints nothing.
+
+Plan, then trials one after the other, each in its own process, then the judgement. What is there is kept: a
+study that was stopped goes on with its missing trials.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engines.errors import UserError
+from engines.files.locks import locked_folder
+from engines.files.reading import exists
+from engines.shapes import ModelShape
+from harness.data.examples import examples_of
+from harness.models.configs import load_config
+from harness.pipeline import find_machine, plan_job
+from harness.quality.documents import (
+    PLAN,
+    MethodTrials,
+    QualityTarget,
+    StudyPlan,
+    StudySizes,
+    StudyTrial,
+    TrialBudget,
+    TrialRecord,
+    load_plan,
+    load_trial,
+    next_rates,
+    rate_grid,
+    rungs_of,
+    save_plan,
+    trial_path,
+)
+from harness.quality.judge import StudyResult, judge_study
+from harness.records.environment import read_environment
+from harness.records.job import Job
+from harness.records.learning import Learning, LearningOutcome
+from harness.records.metrics import INSTALL, has_libraries
+from harness.records.shared import paths_of, shared_machine, without_paths
+from harness.resolve import resolve_shape
+from harness.runs.emulate import Emulated, emulated
+from harness.runs.launch import WORK, OnRunEvent, Outcome, clear_work, launch_child, work_folder
+from harness.runs.sweep_folder import check_folder
+from harness.runs.worker import LEARNED, Request
+from profiles.catalog import find_profile
+from profiles.documents import adapter, to_json, write_whole
+from profiles.machine import Machine, save_machine
+from profiles.planning.plan import Plan
+from profiles.system.nvml import open_device
+
+RESULT, CURVES = "quality.json", "curves.csv"
+SETUP_S = 1800.0
+"""Room for set-up and evaluations in a trial's time limit, beside four times its steps."""
+LONGEST_S = 7 * 24 * 3600.0
+
+Launch = Callable[[Request, Path, OnRunEvent], tuple[Outcome, LearningOutcome]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyRequest:
+    """What is asked for."""
+
+    engines: Sequence[str]
+    out: Path
+    target: QualityTarget
+    budget: TrialBudget
+    seeds: int = 3
+    test: str | None = None
+    sizes: StudySizes = field(default_factory=StudySizes)
+    profile: Path | None = None
+    emulate: Path | None = None
+    resume: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedStudy:
+    plan: StudyPlan
+    shape: ModelShape
+    machine: Machine
+    plans: dict[str, Plan]
+    """By engine."""
+    emulated: Emulated | None
+    out: Path
+
+
+def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
+    """The plan of a study, or the one that is in its folder. Writes nothing.
+
+    Raises `UserError` for what is wrong with the arguments before the machine is measured, and for a folder
+    with another study.
+    """
+    if study.seeds < 1:
+        raise UserError("--seeds", "must be positive", "give 3 or more")
+    if job.limits.gpus > 1 or job.limits.nodes > 1:
+        raise UserError("--gpus", "a study compares methods on one GPU", "leave it out")
+    check_folder(study.out, resume=study.resume)
+    if study.emulate is not None and study.profile is not None:
+        raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
+    like = None if study.emulate is None else emulated(find_profile(study.emulate))
+    shape = resolve_shape(job)
+    check_metric(study.target.metric, job, shape)
+    rungs = rungs_of(study.budget, study.seeds, job.workload)
+    named = study.emulate or study.profile
+    machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
+    plans = {each.engine: each for each in plan_job(job, shape, machine, study.engines, study.emulate)}
+    methods = tuple(_method(plans[engine], study) for engine in study.engines)
+    plan = StudyPlan(
+        job=job, test=study.test, sizes=study.sizes, target=study.target, budget=study.budget,
+        seeds=tuple(job.seed + number for number in range(study.seeds)), rungs=rungs, methods=methods,
+        emulated=None if like is None else like.machine,
+    )  # fmt: skip
+    for method in methods:
+        _check_long_enough(method, plan)
+    if exists(study.out / PLAN):
+        plan = _same_plan(load_plan(study.out), plan, study.out)
+    return PreparedStudy(plan=plan, shape=shape, machine=machine, plans=plans, emulated=like, out=study.out)
+
+
+def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
+    """Raises `UserError` for a metric that an evaluation of the task does not give."""
+    if job.data.train == "random":
+        raise UserError(
+            "--data random", "nothing can be learnt from random tokens", "give a file, or builtin"
+        )
+    examples = examples_of(job, load_config(job.model))
+    if shape.head == "question_answering":
+        known: tuple[str, ...] = ("exact_match", "answer_f1", "loss")
+    elif examples.is_regression:
+        known = ("pearson", "spearman", "loss")
+    elif shape.head == "causal_lm" and not job.data.template:
+        has_classes = bool(examples.labelled)
+        known = (
+            ("accuracy", "loss") if has_classes else ("perplexity_per_token", "perplexity_per_byte", "loss")
+        )
+    else:
+        known = ("accuracy", "f1", "matthews", "loss")
+    if metric not in known:
+        hint = ", or use --template" if shape.head == "causal_lm" and examples.labelled else ""
+        raise UserError(
+            f"--target {metric}", "this task has no such metric", f"choose from: {', '.join(known)}{hint}"
+        )
+    if metric in ("f1", "matthews", "pearson", "spearman") and not has_libraries():
+        raise UserError(f"--target {metric}", "needs scikit-learn and scipy", INSTALL)
+
+
+def _method(plan: Plan, study: StudyRequest) -> MethodTrials:
+    typed = plan.settings.typed
+    if study.budget.seconds is not None and getattr(typed, "schedule", "constant") != "constant":
+        raise UserError(
+            f"--set {plan.engine}.schedule={typed.schedule}",
+            "needs to know how many steps there are, and the budget is a time",
+            "leave it out, or give the budget in tokens",
+        )
+    return MethodTrials(
+        engine=plan.engine, settings=plan.settings, fits=plan.fits, why_not=plan.why_not,
+        step_s=plan.prediction.step_s, rates=rate_grid(typed.learning_rate),
+    )  # fmt: skip
+
+
+def _check_long_enough(method: MethodTrials, plan: StudyPlan) -> None:
+    """Raises `UserError` where a step is predicted to take longer than there is between two evaluations."""
+    if not method.fits or method.step_s is None:
+        return
+    for rung in plan.rungs:
+        seconds = rung.length.seconds
+        if seconds is not None and seconds / rung.length.evaluations < method.step_s:
+            short = method.step_s * rung.length.evaluations / seconds
+            assert plan.budget.seconds is not None
+            raise UserError(
+                f"--budget {plan.budget}",
+                f"is too short for {method.engine}: a trial has {seconds:.3g} s and "
+                f"{rung.length.evaluations} evaluations, a step takes {method.step_s:.3g} s",
+                f"give {math.ceil(plan.budget.seconds * short / 60)}min or more",
+            )
+
+
+def _same_plan(before: StudyPlan, now: StudyPlan, out: Path) -> StudyPlan:
+    """The earlier plan, if it asks for the same: predictions may have changed, and its settings count.
+    Raises `UserError`."""
+    for name in ("job", "test", "sizes", "target", "budget", "seeds", "emulated"):
+        if getattr(before, name) != getattr(now, name):
+            raise UserError(
+                "--resume", f"the study in {out} has another {name}", "give the same flags, or another --out"
+            )
+    if [each.engine for each in before.methods] != [each.engine for each in now.methods]:
+        raise UserError("--resume", f"the study in {out} has other methods", "give the same --engines")
+    return before
+
+
+def predicted_s(plan: StudyPlan) -> float | None:
+    """Of all trials' steps, set-ups and evaluations apart; `None`: not known."""
+    total = 0.0
+    for method in plan.methods:
+        if not method.fits:
+            continue
+        for rung in plan.rungs:
+            trials = rung.rates if rung.rates > 1 else len(plan.seeds)
+            if rung.length.seconds is not None:
+                total += trials * rung.length.seconds
+            elif method.step_s is None:
+                return None
+            else:
+                total += trials * (rung.length.steps or 0) * method.step_s
+    return total
+
+
+def planned_trials(plan: StudyPlan) -> Iterator[tuple[MethodTrials, int, int]]:
+    """Method, rung, and how many trials of it there are in the rung."""
+    for number, rung in enumerate(plan.rungs):
+        for method in plan.methods:
+            yield method, number, rung.rates if rung.rates > 1 else len(plan.seeds)
+
+
+def run_study(
+    ready: PreparedStudy,
+    *,
+    told: Callable[[str], None],
+    on_event: OnRunEvent = lambda event: None,
+    launch: Launch | None = None,
+) -> StudyResult:
+    """All missing trials, then the judgement, which is kept in `quality.json` with the curves.
+
+    Raises `UserError` for data that cannot be used and for a folder that cannot be written;
+    `KeyboardInterrupt` after the record of a trial that a signal stopped.
+    """
+    plan, out = ready.plan, ready.out
+    data_file = (out / WORK / "data.safetensors").resolve()
+    with locked_folder(out):
+        job, learnings = plan.job, None
+        if launch is None:
+            from harness.data.tokenized import save_tokenized
+            from harness.quality.splits import learning_of, split
+
+            tokenized = split(plan.job, ready.shape, plan.test, plan.sizes)
+            for line in (*tokenized.readings, tokenized.description):
+                told(line)
+            rows = len(tokenized.held_out)
+            job = replace(job, eval_batches=-(-rows // job.batch_size))
+            learnings = [
+                learning_of(job, ready.shape, tokenized, plan.target.metric, rung.length)
+                for rung in plan.rungs
+            ]
+            save_tokenized(tokenized, data_file)
+        save_machine(shared_machine(ready.machine), out / "machine.json")
+        save_plan(plan, out)
+        trials = _Trials(ready, job, learnings, data_file, launch or _launched, told, on_event)
+        records = list(trials.run())
+        data_file.unlink(missing_ok=True)
+        result = judge_study(plan, records)
+        write_whole(out / RESULT, to_json(result))
+        write_whole(out / CURVES, curves(records))
+        return result
+
+
+class _Trials:
+    def __init__(
+        self,
+        ready: PreparedStudy,
+        job: Job,
+        learnings: Sequence[Learning] | None,
+        data_file: Path,
+        launch: Launch,
+        told: Callable[[str], None],
+        on_event: OnRunEvent,
+    ) -> None:
+        self._ready, self._plan, self._job = ready, ready.plan, job
+        self._learnings = learnings
+        self._data_file = data_file
+        self._launch, self._told, self._on_event = launch, told, on_event
+        self._said_zero_shot = False
+
+    def run(self) -> Iterator[TrialRecord]:
+        plan = self._plan
+        methods = [method for method in plan.methods if method.fits]
+        rates = {method.engine: list(method.rates) for method in methods}
+        for number, rung in enumerate(plan.rungs):
+            seeds = plan.seeds if rung.rates == 1 else plan.seeds[:1]
+            found: dict[str, list[TrialRecord]] = {method.engine: [] for method in methods}
+            for turn, (seed, place) in enumerate((s, p) for s in seeds for p in range(rung.rates)):
+                # Each turn in the other order: a machine that slows down then favours no method.
+                for method in methods if turn % 2 == 0 else methods[::-1]:
+                    if place >= len(rates[method.engine]):
+                        continue
+                    trial = StudyTrial(
+                        engine=method.engine,
+                        rung=number,
+                        learning_rate=rates[method.engine][place],
+                        seed=seed,
+                    )
+                    record = self._one(trial, method)
+                    found[method.engine].append(record)
+                    yield record
+            if number + 1 < len(plan.rungs):
+                kept = plan.rungs[number + 1].rates
+                rates = {name: next_rates(each, plan.target.metric, kept) for name, each in found.items()}
+
+    def _one(self, trial: StudyTrial, method: MethodTrials) -> TrialRecord:
+        out = self._ready.out
+        if exists(trial_path(out, trial.id)):
+            record = load_trial(out, trial.id)
+            if record.end_state != "interrupted":
+                return record
+        plan = self._ready.plans[method.engine]
+        given = method.settings.replaced(learning_rate=trial.learning_rate)
+        length = self._plan.rungs[trial.rung].length
+        limits = self._job.limits
+        seconds = LONGEST_S if length.seconds is None else 4 * length.seconds + SETUP_S
+        job = replace(
+            self._job,
+            seed=trial.seed,
+            warmup_steps=0,
+            limits=replace(limits, timeout_s=max(limits.timeout_s, seconds)),
+        )
+        request = Request(
+            id=trial.id, job=job, shape=self._ready.shape, plan=replace(plan, settings=given),
+            emulated=self._ready.emulated, data_file=self._data_file,
+            learning=None if self._learnings is None else self._learnings[trial.rung],
+        )  # fmt: skip
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        outcome, learned = self._launch(request, out, self._on_event)
+        reason = outcome.end_reason
+        record = TrialRecord(
+            id=trial.id, engine=trial.engine, rung=trial.rung, learning_rate=trial.learning_rate,
+            seed=trial.seed, end_state=outcome.end_state,
+            end_reason=None if reason is None else without_paths(reason, *paths_of(job)),
+            time=began, learned=learned, setup_s=outcome.summary.setup_s,
+            step_s_median=outcome.summary.step_s_median,
+            peak_gpu_reserved_bytes=outcome.summary.peak_gpu_reserved_bytes,
+            peak_host_bytes=outcome.summary.peak_host_bytes,
+            environment=replace(read_environment(), emulated=self._plan.emulated),
+        )  # fmt: skip
+        write_whole(trial_path(out, trial.id), to_json(record))
+        clear_work(out, trial.id)
+        self._tell(record)
+        if outcome.by_user:
+            raise KeyboardInterrupt
+        return record
+
+    def _tell(self, record: TrialRecord) -> None:
+        target, learned = self._plan.target, record.learned
+        best = learned.best(target.metric)
+        value = "" if best is None else f", {target.metric} {best.metrics[target.metric]:.4g}"
+        steps = f"{learned.steps} steps in {learned.train_s:.3g} s"
+        why = "" if record.end_reason is None else f": {record.end_reason}"
+        self._told(f"{record.id}: {record.end_state}{why}, {steps}{value}")
+        first = learned.evaluations[0].metrics if learned.evaluations else {}
+        if not self._said_zero_shot and target.metric in first and target.is_met(first[target.metric]):
+            self._said_zero_shot = True
+            self._told(
+                f"note: {target} is met before any training ({first[target.metric]:.4g}); set a higher one"
+            )
+
+
+def _launched(request: Request, out: Path, on_event: OnRunEvent) -> tuple[Outcome, LearningOutcome]:
+    outcome = launch_child(request, out, device=open_device(), on_event=on_event)
+    try:
+        learned: LearningOutcome = adapter(LearningOutcome).validate_json(
+            (work_folder(out, request.id) / LEARNED).read_bytes()
+        )
+    except (OSError, ValidationError):
+        learned = LearningOutcome()
+    return outcome, learned
+
+
+def curves(records: Sequence[TrialRecord]) -> str:
+    """A line for each evaluation on development data, as CSV."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    names = sorted(
+        {name for record in records for each in record.learned.evaluations for name in each.metrics}
+    )
+    writer.writerow(["engine", "rung", "learning_rate", "seed", "step", "train_s", *names])
+    for record in records:
+        for each in record.learned.evaluations:
+            values = [each.metrics.get(name, "") for name in names]
+            writer.writerow(
+                [
+                    record.engine,
+                    record.rung,
+                    record.learning_rate,
+                    record.seed,
+                    each.step,
+                    each.train_s,
+                    *values,
+                ]
+            )
+    return lines.getvalue()
