@@ -32,7 +32,7 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES
-from engines.costs.lsp import CORE_ADAM_SLOWDOWN, NORM_BYTES, WEIGHT_SLOTS
+from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
@@ -48,7 +48,9 @@ GRADIENT_SLOTS = 3
 LEAST_GRADIENT_BLOCKS = 4
 
 FUSED_ADAM_BYTES = 28
-"""Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed."""
+"""Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed. Ours counts
+at the same bytes per second, beside copies and threads that start kernels: 0.84 of that time in the record of
+deepseek-coder of 29 November (reports/results), where nothing else used the host's memory."""
 
 MASTER_BYTES = 12
 """fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""
@@ -121,14 +123,13 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         for layer in transformer.training_layers(shape, workload, passes)
     ]
     offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
-    slowdown = CORE_ADAM_SLOWDOWN if element < 4 else 1.0
     return Traffic(
         layers=tuple(layers),
         gpu_memory_bytes=_gpu_memory(shape, workload, settings),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES, **host},
         pinned_bytes=pinned,
         overlap=offloaded if settings.offload else "serial",
-        cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES * slowdown,
+        cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES,
     )
 
 

@@ -32,6 +32,12 @@ CORE_ADAM_SLOWDOWN = 1.2
 """Time of Adam on a 16-bit core over that of the bytes it moves, beside threads that start kernels and copies
 that need the same memory. 1.1 to 1.35 in the records of deepseek-coder of 27 November (reports/results)."""
 
+SMALL_KERNELS_BYTES = 120_000_000
+"""GPU memory traffic in the time of a matrix's small kernels (gathering, norm, rounding, copies of its core)
+beyond the bytes that they move: some 30 us on an H200. The records of deepseek-coder at 1.3B
+(reports/results) have 8 to 10 ms more GPU work for 168 matrices than products and bytes come to, those at
+6.7B 4 to 7 ms for 224."""
+
 WEIGHT_SLOTS = 3
 """Blocks whose weights are on the GPU at once where they are streamed: one computes, two come up."""
 
@@ -48,9 +54,10 @@ FLOPS_PER_BYTE = 150.0
 """Floating-point operations in the time of one byte of GPU memory, to choose how a core is made: 160 on an
 H200 (755 TFLOP/s, 4.8 TB/s), 165 on an RTX 4090."""
 
-LAUNCHES = 6
+LAUNCHES = 9
 """Per matrix, in launches of a model's own operations: two projections, the product, and Python around them.
-Estimated."""
+Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took 0.212 and 0.216 s,
+of which the model's own operations are 0.15."""
 
 GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
@@ -158,7 +165,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     core = core_elements(shape, settings)
     plain = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
     saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
-    moved = sum(projection_bytes(matrix, settings, workload) for matrix in shape.matrices)
+    moved = sum(projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
     launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
     wire, up, down = element * core, 0, 0

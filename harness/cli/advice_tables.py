@@ -12,6 +12,7 @@ from engines import entry
 from harness.cli.tables import format_parameters, notes_grid, plain_table
 from harness.recommendation import Recommendation
 from profiles.advice import words
+from profiles.advice.amount import Amount
 from profiles.advice.job_time import JobForecast
 from profiles.advice.outlook import BestMethod
 from profiles.advice.target import target_sentences
@@ -39,14 +40,12 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
             parts += [Text(heading), plans_of_kind(answer, plans)]
     ways = {each.engine: each for each in answer.ways_out}
     blocked = {each.engine: each.why for each in answer.blocked}
-    steps = None if answer.amount is None else answer.amount.steps
     notes = {
-        plan.engine: [
-            *_notes(plan, ways.get(plan.engine), blocked.get(plan.engine)),
-            *_compiling(plan, steps),
-        ]
+        plan.engine: list(_notes(plan, ways.get(plan.engine), blocked.get(plan.engine), answer.amount))
         for plan in answer.plans
     }
+    for plan in answer.plans:
+        notes[plan.engine] += _compiling(plan, answer.amount)
     parts.append(notes_grid(notes))
     if answer.explanations:
         lines = {each.engine: each.lines for each in answer.explanations}
@@ -120,14 +119,14 @@ def _energy(forecast: JobForecast | None) -> str:
     return f"{forecast.energy_kwh:.3g} ({forecast.energy_kwh_low:.3g} to {forecast.energy_kwh_high:.3g})"
 
 
-def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]:
+def _notes(plan: Plan, way: WayOut | None, blocked: str | None, amount: Amount | None) -> Iterator[str]:
     """Why it does not fit, what to change, and the setting that this is about; else its settings and why they
     are so."""
     told = " ".join(plan.reasons)
     if plan.why_not is not None:
         yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
         if way is not None or blocked != plan.why_not:
-            yield _way_told(way, blocked)
+            yield _way_told(way, blocked, amount)
         told = ""
     if not plan.available:
         return
@@ -140,31 +139,17 @@ def _notes(plan: Plan, way: WayOut | None, blocked: str | None) -> Iterator[str]
         yield from plan.reasons
 
 
-COMPILING_MATTERS = 0.01
-"""Of a job's time, from where on compiling is told."""
-
-
-def _compiling(plan: Plan, steps: int | None) -> Iterator[str]:
-    """What compiling adds to each step of a job, where that is not little."""
-    told = plan.prediction
-    if not plan.fits or steps is None or told.compile_s is None or not told.step_s:
-        return
-    amortised_s = told.amortised_step_s(steps)
-    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * told.step_s:
-        yield (
-            f"compiling takes about {format_seconds(told.compile_s)} once: over this job's {steps:,} steps a "
-            f"step comes to {format_seconds(amortised_s)}"
-        )
-
-
-def _way_told(way: WayOut | None, blocked: str | None) -> str:
+def _way_told(way: WayOut | None, blocked: str | None, amount: Amount | None) -> str:
     if way is None:
         return f"no way out: {blocked or 'none was tried'}"
     told = way.plan.prediction
     time = ""
     if told.step_s is not None:
         more = "" if way.times is None else f", {way.times:.2f} times that of the setting that does not fit"
-        time = f"; time: {format_seconds(told.step_s)} a step{more}"
+        job = ""
+        if amount is not None and len(amount.shares) == 1:  # else steps differ in length
+            job = f", {words.duration(amount.steps * told.step_s)} for the job"
+        time = f"; time: {format_seconds(told.step_s)} a step{job}{more}"
     return f"way out: {way.flags}{time}; quality: {way.quality}"
 
 
@@ -244,3 +229,20 @@ def _answers_table(answer: Recommendation) -> Table:
                 ]
         table.add_row(each.outlook.name, *cells)
     return table
+
+
+COMPILING_MATTERS = 0.01
+"""Of a job's time, from where on compiling is told."""
+
+
+def _compiling(plan: Plan, amount: Amount | None) -> Iterator[str]:
+    """What compiling adds to each step of a job, where that is not little."""
+    told = plan.prediction
+    if not plan.fits or amount is None or told.compile_s is None or not told.step_s:
+        return
+    amortised_s = told.amortised_step_s(amount.steps)
+    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * told.step_s:
+        yield (
+            f"compiling takes about {format_seconds(told.compile_s)} once: over this job's {amount.steps:,} "
+            f"steps a step comes to {format_seconds(amortised_s)}"
+        )
