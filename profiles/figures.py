@@ -131,9 +131,12 @@ FIGURES: tuple[FigureRow, ...] = (
         "report",
     ),
     _row("memory.triad_bytes_per_s", "host triad, read + written", format_rate, "default", "doctor"),
-    _row("memory.pinned_bytes", "pinned by one process", format_bytes, "default", "doctor", detail=_bound),
+    _row(
+        "memory.pinned_bytes", "pinned by one process", format_bytes, "default", "predict", "doctor",
+        detail=_bound,
+    ),
     # The probe has to write what it reads; the rate tells how long blocks take to be put on this disk.
-    _row("disk.write_bytes_per_s", "disk, writing", format_rate, "default", "person"),
+    _row("disk.write_bytes_per_s", "disk, writing", format_rate, "default", "predict"),
     _row("disk.read_bytes_per_s", "disk, reading", format_rate, "default", "predict"),
 )  # fmt: skip
 """In the order in which they are shown."""

@@ -28,6 +28,8 @@ MOST_DEPTH = 64
 MOST_NUMBER = 2.0**128
 """No count, size, time or loss is as large (it is where fp32 ends), and sums of squares stay finite below."""
 
+_PART_BYTES = 2**20
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -73,11 +75,14 @@ def open_file(path: Path, what: str) -> Iterator[BinaryIO]:
 
 def read_bytes(path: Path, what: str, most_bytes: int = MOST_BYTES) -> bytes:
     """All of `path`. Raises `UserError` as `open_file` does, and if it has more than `most_bytes`."""
+    content = bytearray()
     with open_file(path, what) as file:
-        content = file.read(most_bytes + 1)
+        # In parts: Python takes the memory for all that it is asked to read, however small the file is.
+        while len(content) <= most_bytes and (part := file.read(_PART_BYTES)):
+            content += part
     if len(content) > most_bytes:
         raise UserError(str(path), f"has more than the {most_bytes} bytes of any {what}", "check the path")
-    return content
+    return bytes(content)
 
 
 def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES, encoding: str = "utf-8") -> str:

@@ -31,7 +31,9 @@ def test_labels_tell_figures_apart() -> None:
 
 @pytest.mark.parametrize(("reader", "folder"), [("predict", "planning"), ("doctor", "doctor")])
 def test_who_reads_a_figure_is_told_as_it_is(reader: Reader, folder: str) -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "profiles" / folder).glob("*.py"))
+    files = (ROOT / "profiles" / folder).glob("*.py")
+    # Which divides every figure among processes and predicts nothing.
+    source = "".join(path.read_text(encoding="utf-8") for path in files if path.name != "ranks.py")
     read = {row.path for row in FIGURES if re.search(rf'\b{row.path}\b|"{row.field}"', source)}
     assert {row.path for row in FIGURES if reader in row.used_by} == read
 

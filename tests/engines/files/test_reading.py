@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
         assert "cannot be read" in refuse(tmp_path / "socket")
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    """Not what the largest document may have: an hour of fuzzing under a limit ran into that."""
+    (tmp_path / "small").write_bytes(b"{}")
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path / "small", "document") == b"{}"
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_no_more_is_read_than_a_document_may_have(tmp_path: Path) -> None:
