@@ -115,6 +115,7 @@ INSIDE_FUNCTIONS = {
     "harness.cli.generate -> harness.training.generate": _TRAINS,
     "harness.cli.generate -> harness.training.run_folder": _TRAINS,
     "harness.cli.train -> harness.training.find_lr": _TRAINS,
+    "harness.cli.train -> harness.training.follower": _TRAINS,
     "harness.cli.train -> harness.training.repeats": _TRAINS,
     "harness.cli.train -> harness.training.train": _TRAINS,
     "harness.quality.study -> harness.data.tokenized": _TRAINS,

@@ -45,6 +45,10 @@ CPU's update some milliseconds."""
 GRADIENT_SLOTS = 3
 """Blocks whose gradients are on the GPU at once: one is being made, others are on their way down."""
 
+STAYING_INPUTS = 2
+"""Blocks at the end whose inputs stay on the GPU where those of others wait on the host: they are needed
+before they would have gone."""
+
 LEAST_GRADIENT_BLOCKS = 4
 
 FUSED_ADAM_BYTES = 28
@@ -103,6 +107,14 @@ def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOfflo
     }
 
 
+def hidden_away_bytes(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> int:
+    """Of hidden states between blocks that wait on the host, all micro-batches."""
+    if settings.hidden_states == "gpu" or not settings.offload:
+        return 0
+    blocks = max(0, shape.num_blocks - 1 - STAYING_INPUTS)
+    return workload.accumulation * blocks * transformer.hidden_bytes(shape, workload)
+
+
 def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[int]:
     """How often each block comes up: once, or for each of both passes, but for those that are still there
     when the forward pass turns."""
@@ -118,10 +130,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
     passes = block_passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
+    hidden = 0
+    if settings.hidden_states == "host" and settings.offload:
+        hidden = workload.accumulation * transformer.hidden_bytes(shape, workload)
     layers = [
-        _layer(layer, shape, element, settings, uploads)
+        _layer(layer, shape, element, settings, uploads, hidden)
         for layer in transformer.training_layers(shape, workload, passes)
     ]
+    away = hidden_away_bytes(shape, workload, settings)
+    if away:
+        host = {**host, "hidden states, pinned": away}
+        pinned += away
     offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
     return Traffic(
         layers=tuple(layers),
@@ -134,7 +153,12 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
 
 
 def _layer(
-    layer: LayerTraffic, shape: ModelShape, element: int, settings: ExactOffloadSettings, uploads: list[int]
+    layer: LayerTraffic,
+    shape: ModelShape,
+    element: int,
+    settings: ExactOffloadSettings,
+    uploads: list[int],
+    hidden: int,
 ) -> LayerTraffic:
     if layer.name == "head" and settings.outer == "host":
         outer = shape.outer_parameters
@@ -154,6 +178,8 @@ def _layer(
     size = shape.block_parameters
     index = int(layer.name.removeprefix("block."))
     times = uploads[index]
+    if not 0 < index < len(uploads) - STAYING_INPUTS:
+        hidden = 0
     on_disk = 0
     if index in settings.on_disk(len(uploads)):
         on_disk = int(state_bytes(element, settings.moments) * size)
@@ -163,10 +189,11 @@ def _layer(
         disk_write_bytes=on_disk,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
-        h2d_bytes=times * element * size,
-        d2h_bytes=element * size + NORM_BYTES,
+        h2d_bytes=times * element * size + hidden,
+        d2h_bytes=element * size + NORM_BYTES + hidden,
         cpu_adam_elements=size,
-        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size + 2 * on_disk,
+        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size
+        + 2 * (on_disk + hidden),
     )
 
 
@@ -187,6 +214,10 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     passes = block_passes(shape, workload, settings)
     saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
     between = workload.accumulation * transformer.hidden_bytes(shape, workload)
+    # One goes down, one is used, one comes up.
+    recomputed = min(passes.recomputed, shape.num_blocks)
+    away = min(hidden_away_bytes(shape, workload, settings), recomputed * between)
+    saved -= max(0, away - between)
     made = element * shape.block_parameters  # before they are added to the slot
     in_backward = 0
     if passes.recomputed:

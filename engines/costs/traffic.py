@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Overlap = Literal[
@@ -47,6 +47,8 @@ class Traffic:
     host_memory_bytes: Mapping[str, int]
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
+    shared_host_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of `host_memory_bytes` what ranks of one machine have once, and what that takes then. Pinned."""
     gpu_held_bytes: int = 0
     """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run
     in."""
@@ -55,6 +57,28 @@ class Traffic:
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
+
+    def of_a_rank(self, local_ranks: int) -> Traffic:
+        """What one of several ranks of a machine asks for: its part of the memory that they share, and of
+        what they write there."""
+        if local_ranks == 1 or not self.shared_host_bytes:
+            return self
+        parts = {name: -(-each // local_ranks) for name, each in self.shared_host_bytes.items()}
+        alone = sum(self.host_memory_bytes[name] for name in parts)
+        layers = [
+            replace(
+                layer,
+                d2h_bytes=layer.d2h_bytes // local_ranks,
+                host_bytes=layer.host_bytes - layer.d2h_bytes + layer.d2h_bytes // local_ranks,
+            )
+            for layer in self.layers
+        ]
+        return replace(
+            self,
+            layers=tuple(layers),
+            host_memory_bytes={**self.host_memory_bytes, **parts},
+            pinned_bytes=self.pinned_bytes - alone + sum(parts.values()),
+        )
 
     @property
     def gpu_flops(self) -> float:

@@ -152,6 +152,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
                 host_bytes=float(block + down + read),
                 disk_bytes=read,
             )
+    # As `engines.methods.zo2` has it: of what ranks share one of them writes a block when it is its turn.
+    shares = not on_disk and not settings.trains_quantized and settings.estimator != "lozo"
+    spare = max(
+        sum(
+            index not in resident
+            and trains_block(settings, index, shape.num_blocks)
+            and folds(index, step, settings.fold_every)
+            for index in range(shape.num_blocks)
+        )
+        for step in range(settings.fold_every)
+    )
     held = {"weights": outer + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     return Traffic(
         layers=tuple(layers),
@@ -161,6 +172,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
             "blocks, pinned": host_bytes,
             **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
         },
+        shared_host_bytes={"blocks, pinned": host_bytes + spare * block} if shares and streamed else {},
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
         overlap="streamed",
         forwards=float(settings.forward_passes),

@@ -30,6 +30,9 @@ With `outer=host` what lies outside the blocks has its masters and moments on th
 itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
 to be complete and wanted first, so its update shows.
 
+With `hidden_states=host` those between blocks wait for the backward pass in pinned memory
+(`engines.model.hidden_states`), where a step of many tokens would not fit.
+
 Where host memory ends, low halves and moments of the last blocks are on disk (`disk_blocks`,
 `engines.offload.disk_states`): read when their gradient is down, updated, written.
 
@@ -100,6 +103,7 @@ from engines.model.block_major import BlockMajor
 from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out_group
+from engines.model.hidden_states import HiddenStates
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
@@ -137,6 +141,8 @@ class ExactOffload:
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._kept: KeptStates | None = None
+        self.hidden_states: HiddenStates | None = None
+        """`None`: those between blocks stay on the GPU."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
@@ -209,11 +215,25 @@ class ExactOffload:
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
-        self._passes = BlockMajor(self.model, self.own, self, draws=draws)
+        self.hidden_states = self._hidden_room(blueprint.shape.hidden)
+        self._passes = BlockMajor(self.model, self.own, self, draws=draws, hidden_states=self.hidden_states)
         why_not = why_not_compiled(self.device)
         if self.settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
+
+    def _hidden_room(self, width: int) -> HiddenStates | None:
+        if self.settings.hidden_states == "gpu" or not self.settings.offload:
+            return None
+        workload = self.context.workload
+        tokens = workload.batch_size * workload.seq_len
+        return HiddenStates(
+            self.link,
+            num_blocks=self._num_blocks,
+            micro_batches=workload.accumulation,
+            most_bytes=tokens * width * self._dtype.itemsize,
+            progress=self.context.progress,
+        )
 
     def _make_disk(self, sizes_bytes: Mapping[int, int]) -> DiskStates:
         """Raises `InfeasiblePlan` if the disk is too small."""
@@ -310,7 +330,7 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._room, self._outer_room)
+        held = (self._states, self._room, self._outer_room, self.hidden_states)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -329,6 +349,7 @@ class ExactOffload:
         )
         self._norms.begin(self._share)
         self._step_h2d_bytes = self._step_d2h_bytes = 0
+        hidden_bytes = 0 if self.hidden_states is None else self.hidden_states.moved_bytes
         came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
@@ -346,6 +367,10 @@ class ExactOffload:
         self.steps_done += 1
         if self.streamed is not None:
             self._step_h2d_bytes += self.streamed.slots.h2d_bytes - came_up
+        if self.hidden_states is not None:
+            moved = self.hidden_states.moved_bytes - hidden_bytes
+            self._step_h2d_bytes += moved
+            self._step_d2h_bytes += moved
         disk = None if self._kept is None else self._kept.disk
         return StepStats(
             loss=value,
@@ -624,10 +649,10 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._pending = []
-        for each in (self._room, self._states, self._outer_room):
+        for each in (self._room, self._states, self._outer_room, self.hidden_states):
             if each is not None:
                 each.close()
-        self._room = self._states = self._outer_room = None
+        self._room = self._states = self._outer_room = self.hidden_states = None
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

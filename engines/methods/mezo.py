@@ -133,6 +133,9 @@ class GpuBlocks:
             if store or not deferred:
                 updates.mark_applied(index)
 
+    def before_ranks_meet(self) -> None:
+        """Nothing is shared."""
+
     def end_step(self) -> dict[str, Any]:
         return {"gpu_s": self._clocks.compute.take_s(), "perturb_s": self._clocks.noise.take_s()}
 
@@ -158,7 +161,7 @@ class GpuBlocks:
         self._clocks.compute.take_s()
         self._clocks.noise.take_s()
 
-    def apply_deferred(self, last_step: int, window: int | None = None) -> None:
+    def apply_deferred(self, last_step: int, window: int | None = None, *, by_all: bool = False) -> None:
         updates = self._updates
         if updates.quantized or window is not None:
             for index in range(len(self._forms)):

@@ -21,6 +21,10 @@ one rounding by rounding. When the log is full, after `LOG_CAPACITY` updates, or
 `engines.zeroth_order.low_rank_noise` ends, they are folded into a second file. A base that is only read needs
 no more than that.
 
+Ranks of one machine have the blocks on its host once, and divide the writing: a block goes down by one of
+them, to another place than it came from, and all take it from there when all have ended the step
+(`engines.offload.shared_blocks`).
+
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
 
@@ -37,6 +41,8 @@ Deviations from the paper and its code, beside those of `engines.methods.mezo`:
 - Downloads are not needed in every step (`fold_every`); the paper's schedule is 1.
 - Blocks may be on disk; the paper has all in host memory.
 - The pending updates are applied wherever weights are looked at: evaluating, exporting, saving.
+
+Longer than 400 lines: where blocks lie and what is done with them there is one store.
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Blueprint, Context
-from engines.costs.zo2 import choose_on_disk, folds_disk, resident_indices
+from engines.costs.zo2 import choose_on_disk, folds, folds_disk, resident_indices
 from engines.noise.visits import Visit
 from engines.offload.disk import DiskBlocks, spill_folder
 from engines.offload.disk_tensors import FetchedTensors, in_place
@@ -57,6 +63,7 @@ from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
+from engines.world import Alone
 from engines.zeroth_order.block_visit import BlockMemory, Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.low_rank_noise import LowRank
@@ -118,9 +125,15 @@ class StreamedBlocks:
         self._clocks = clocks
         self._copies = copies
         self._delays = link_delay, disk_delay_s
+        # Of what ranks share one writes a block when it is its turn; roundings and windows have other times.
+        world, kept_apart = context.world, settings.trains_quantized or settings.estimator == "lozo"
+        self._world = Alone() if kept_apart or settings.disk_blocks != 0 else world
+        host_bytes = context.host_bytes
+        if host_bytes is not None:
+            host_bytes *= self._world.local_size
         self._resident = resident_indices(len(forms), settings.resident_blocks)
         self.on_disk = choose_on_disk(
-            [form.size_bytes for form in forms], self._resident, settings.disk_blocks, context.host_bytes
+            [form.size_bytes for form in forms], self._resident, settings.disk_blocks, host_bytes
         )
         self.disk: DiskBlocks | None = None
         self.stream: BlockStream | None = None
@@ -132,8 +145,24 @@ class StreamedBlocks:
         if self.on_disk:
             self.disk = self._make_disk(blueprint)
         self.stream = BlockStream(
-            self._forms, self._resident, self.link, self._clocks.compute, self._context.progress, self.disk
+            self._forms,
+            self._resident,
+            self.link,
+            self._clocks.compute,
+            self._context.progress,
+            self.disk,
+            self._world,
+            most_written=max(len(self._due(turn)) for turn in range(self._settings.fold_every)),
         )
+
+    def _due(self, step: int) -> list[int]:
+        """Blocks that go down in `step`, if they have updates."""
+        every = self._settings.fold_every
+        return [
+            index
+            for index in range(len(self._forms))
+            if index in self._updates.trained - self._resident - self.on_disk and folds(index, step, every)
+        ]
 
     def _make_disk(self, blueprint: Blueprint) -> DiskBlocks:
         context, settings = self._context, self._settings
@@ -171,7 +200,12 @@ class StreamedBlocks:
         matrix at a time."""
         if anew:
             self._ring.rewind()  # what has come up already is about to be replaced
+        shared, world = self._ring.shared, self._world
         for index, form in enumerate(self._forms):
+            # One rank of the machine writes it: at first they take turns, later the first one loads for all.
+            writer = 0 if anew else index % world.local_size
+            if shared is not None and index not in self._resident and world.local_rank != writer:
+                continue
             if anew or self.disk is None or index not in self.on_disk or not self.disk.holds(index):
                 with self._ring.filling(index) as memory:
                     fill_block(form, memory)
@@ -180,7 +214,12 @@ class StreamedBlocks:
         self.forget_times()
         if self.disk is not None and not anew:
             self.disk.choose_depth()
-        self._ring.prefetch()
+        if shared is not None and not anew:
+            world.barrier()
+        if (
+            shared is None or not anew
+        ):  # else the first rank may still be at it; the next pass sends up anyway
+            self._ring.prefetch()
 
     # --- what a visit asks for: `engines.zeroth_order.block_visit.Source` -------------------------
 
@@ -214,9 +253,15 @@ class StreamedBlocks:
     def in_order(self, window: int | None) -> Iterator[tuple[int, Task]]:
         """A block goes down when it is its turn. With low-rank noise windows have their own."""
         lozo = self._settings.estimator == "lozo"
+        updates = self._updates
+        self._ring.begin_writing([i for i in self._due(updates.step) if updates.num_deferred(i)])
         return self._pass(lambda index: not lozo and self._updates.is_due(index), perturb=True, window=window)
 
+    def before_ranks_meet(self) -> None:
+        self._ring.finish_writing()
+
     def end_step(self) -> dict[str, Any]:
+        self._ring.publish()
         return self._ring.moved_since(self._moved_before)
 
     def _cut_times(self) -> Callable[[], dict[str, Any]]:
@@ -242,7 +287,8 @@ class StreamedBlocks:
             ends_window = None if on_disk else window
             keep = deferred and ((resident and not updates.quantized) or (goes_down(index) and not on_disk))
             keep = keep or ends_window is not None
-            self._ring.begin(write_back=keep and not resident)
+            shared = None if resident else self._ring.shared
+            self._ring.begin(write_back=keep and not resident and (shared is None or shared.writes(index)))
             roundings: tuple[Visit, ...] = ()
             how = updates.lacking(index)
             if on_disk:
@@ -285,15 +331,32 @@ class StreamedBlocks:
         if self.disk is not None:
             self.disk.take_busy_s()
 
-    def apply_deferred(self, last_step: int, window: int | None = None) -> None:
+    def apply_deferred(self, last_step: int, window: int | None = None, *, by_all: bool = False) -> None:
         moved = False
-        if self._updates.quantized:
+        if self._ring.shared is not None:
+            moved = self._store_on_host(last_step, by_all=by_all)
+        elif self._updates.quantized:
             moved = self._apply_roundings(last_step)
         elif window is not None or self._updates.most_deferred(self._updates.trained - self.on_disk):
             for _ in self._pass_with_theta(lambda index: True, window):
                 moved = True
         if moved:
             self.forget_times()
+
+    def _store_on_host(self, last_step: int, *, by_all: bool) -> bool:
+        """With blocks that ranks share: store deferred updates in what is on this GPU, and `by_all` ranks at
+        the same time in the others, which the first of the machine writes. Whether anything was."""
+        behind = [i for i in sorted(self._updates.trained) if self._updates.num_deferred(i)]
+        for index in behind if by_all else self._resident.intersection(behind):
+            if index in self._resident:
+                self._bring_up_to_date(index, self._ring.at_rest(index), last_step)
+            elif self._world.local_rank == 0:
+                with self._ring.fetched(index, write_back=True) as memory:
+                    self._bring_up_to_date(index, memory, last_step)
+            self._updates.mark_applied(index)
+        if by_all:
+            self._ring.rewind()  # HAZARD: what has come up already is not what the first rank has written
+        return bool(behind)
 
     def _apply_roundings(self, last_step: int) -> bool:
         """With trained low-bit matrices: store what was to be rounded up to `last_step` in blocks that are
@@ -326,25 +389,28 @@ class StreamedBlocks:
         return self._updates.none()
 
     def tensors(self, last_step: int) -> Mapping[str, Tensor]:
-        """A block on disk comes to pageable host memory when one of its tensors is asked for, with its
-        updates, and goes when one of another block is."""
-        where = self._in_memory()
-        if not self.on_disk:
+        """A block on disk, or one that ranks share and that is behind, comes to pageable host memory when one
+        of its tensors is asked for, with its updates, and goes when one of another block is."""
+        fetched = self.on_disk
+        if self._ring.shared is not None:  # where others read it
+            fetched = frozenset(i for i in self._updates.trained if self._updates.num_deferred(i))
+        where = self._in_memory(fetched)
+        if not fetched:
             return where
-        on_disk = {i: self._forms[i] for i in self.on_disk}
-        return FetchedTensors(where, on_disk, lambda index: self._up_to_date(index, last_step))
+        forms = {i: self._forms[i] for i in sorted(fetched)}
+        return FetchedTensors(where, forms, lambda index: self._up_to_date(index, last_step))
 
     def like_tensors(self) -> Mapping[str, Tensor]:
-        like = self._in_memory()
+        like = self._in_memory(self.on_disk)
         for index in self.on_disk:
             form = self._forms[index]
             like |= form.views(torch.empty(form.size_bytes, dtype=torch.uint8, device="meta"))
         return like
 
-    def _in_memory(self) -> dict[str, Tensor]:
+    def _in_memory(self, left_out: frozenset[int]) -> dict[str, Tensor]:
         where = dict(self._model.outer)
         for index, form in enumerate(self._forms):
-            if index not in self.on_disk:
+            if index not in left_out:
                 where |= form.views(self._ring.at_rest(index))
         return where | self._model.adapters.tensors
 

@@ -25,6 +25,7 @@ from engines.base import Batch
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import BlockCall, BlockDriver, to_device
 from engines.model.cuda_graphs import replaced, tensors_of
+from engines.model.hidden_states import HiddenStates
 
 
 class BlockMajorWatcher(Protocol):
@@ -75,9 +76,11 @@ class BlockMajor:
         watcher: BlockMajorWatcher,
         *,
         draws: bool,
+        hidden_states: HiddenStates | None = None,
     ) -> None:
         """`own` are the parameters of each block that `watcher` gets the gradients of; those of other
-        parameters are added to their `grad`. `draws`: blocks draw random numbers."""
+        parameters are added to their `grad`. `draws`: blocks draw random numbers. `hidden_states`: where
+        those between blocks wait; `None`: where they are."""
         self._driver = BlockDriver(model)
         self._watcher = watcher
         self._own = [list(parameters) for parameters in own]
@@ -86,6 +89,7 @@ class BlockMajor:
             for block, mine in zip(self._driver.blocks, self._own, strict=True)
         ]
         self._draws = draws
+        self._hidden_states = hidden_states
         self._knows_form = False
         self._passing: list[_MicroBatch] = []
 
@@ -94,16 +98,26 @@ class BlockMajor:
 
         `told` is called with that loss, fp32 on the device, before the backward passes of the blocks.
         """
+        away = self._hidden_states
+        if away is not None:
+            away.forget()
         self._passing = passing = [self._begin(batch, device) for batch in batches]
         for index in range(len(self._own)):
             self._watcher.before_forward(index)
-            for each in passing:
+            for number, each in enumerate(passing):
                 self._forward(index, each)
+                if away is not None:
+                    away.take(index, number, *each.passed[index])
             self._watcher.after_forward(index)
+            if away is not None:
+                away.empty(index - 1)
         losses = [self._turn(each, len(passing)) for each in passing]
         told(torch.stack(losses).sum())
         for index in reversed(range(len(self._own))):
             self._watcher.before_backward(index)
+            if away is not None:
+                away.back(index)
+                away.bring(index - 1)
             for number, each in enumerate(passing):
                 self._backward(index, each, first=number == 0)
             self._watcher.after_backward(index)

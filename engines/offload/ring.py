@@ -14,6 +14,8 @@ Streams and events:
 - the upload stream waits, before it reads a chunk from the host, for the chunk's last download.
 The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
 not been read: `engines.offload.disk`. Blocks on disk are never sent down.
+
+Longer than 400 lines: the ring and the order of its copies are one thing.
 """
 
 from __future__ import annotations
@@ -30,10 +32,13 @@ from torch import Tensor
 from engines.costs.zo2 import ring_bytes
 from engines.errors import UserError
 from engines.offload.disk import DiskBlocks
+from engines.offload.shared_blocks import SharedBlocks
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
 from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.shared_memory import shared_slabs
+from engines.world import ALONE, World
 
 UPLOAD_BYTES = 32_000_000
 """Parts are copied together up to about this size: a copy then takes 0.6 ms or more on the fastest link, and
@@ -86,7 +91,11 @@ class BlockStream:
         clock: ComputeClock,
         progress: ReportProgress,
         disk: DiskBlocks | None = None,
+        world: World = ALONE,
+        most_written: int = 0,
     ) -> None:
+        """With several ranks on the machine in `world`, those on the host are there once, of which a pass
+        writes `most_written` at most (`engines.offload.shared_blocks`)."""
         self._link = link
         self._disk = disk
         self._clock = clock
@@ -98,8 +107,21 @@ class BlockStream:
         streamed = [i for i, form in enumerate(forms) if i not in resident and form.size_bytes]
         sizes_bytes = {i: forms[i].size_bytes for i in streamed}
         on_host = [i for i in streamed if not self.is_on_disk(i)]
-        self._slabs = host_slabs([sizes_bytes[i] for i in on_host], link.device, progress)
-        self._host = dict(zip(on_host, self._slabs.views, strict=True))
+        self.shared: SharedBlocks | None = None
+        if world.local_size > 1 and on_host:
+            largest = max(sizes_bytes[i] for i in on_host)
+            self._slabs = shared_slabs(
+                [largest] * (len(on_host) + most_written), link.device, progress, world
+            )
+            self.shared = SharedBlocks(
+                {i: sizes_bytes[i] for i in on_host}, self._slabs.views, local_rank=world.local_rank,
+                local_size=world.local_size,
+            )  # fmt: skip
+            self._host = {i: self.shared.at(i) for i in on_host}
+        else:
+            self._slabs = host_slabs([sizes_bytes[i] for i in on_host], link.device, progress)
+            self._host = dict(zip(on_host, self._slabs.views, strict=True))
+        self._is_first = world.local_rank == 0
         self._chunks = [chunk for i in streamed for chunk in _cut(i, forms[i])]
         self._chunk_of = {
             (chunk.block, part): number
@@ -116,7 +138,8 @@ class BlockStream:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._slabs.pinned_bytes + (0 if self._disk is None else self._disk.pinned_bytes)
+        own = self._slabs.pinned_bytes if self.shared is None or self._is_first else 0
+        return own + (0 if self._disk is None else self._disk.pinned_bytes)
 
     @property
     def _ahead_bytes(self) -> int:
@@ -155,6 +178,8 @@ class BlockStream:
         if self._disk is not None:
             self._disk.rewind()
         self._pass = 0
+        self._first_changed = 0
+        """The pass that writes the shared blocks that are changing."""
         self._next = 0
         """Ticket of the next copy up: its chunk is the remainder by the number of chunks."""
         self._position = 0
@@ -198,19 +223,40 @@ class BlockStream:
 
     @contextmanager
     def fetched(self, block: int, *, write_back: bool) -> Iterator[Tensor]:
-        """A block that is on disk, in bytes on the device, to be read or, with `write_back`, changed and
-        written to its second file.
+        """A block that is on disk or shared, in bytes on the device, to be read or, with `write_back`,
+        changed and written to its second file, or to where it is.
 
         Between passes; what has come up is forgotten.
         """
-        assert self._disk is not None
         self.rewind()
         buffer = self._free_buffer(block)
-        self._disk.fetch(block, buffer)
+        if self.is_on_disk(block):
+            assert self._disk is not None
+            self._disk.fetch(block, buffer)
+        else:
+            self._link.wait(self._link.upload(self._host[block], buffer, after=self._link.record()))
         yield buffer
-        if write_back:
+        if write_back and self.is_on_disk(block):
+            assert self._disk is not None
             self._disk.write_back(block, buffer)
+        elif write_back:
+            self._link.download(buffer, self._host[block], after=self._link.record())
         self.rewind()
+
+    # --- blocks that other ranks read too --------------------------------------------------------------
+
+    def finish_writing(self) -> None:
+        """Wait until what this rank has written is there; then `publish`, once all ranks have said so."""
+        for event in self._home.values():
+            self._link.host_wait(event)
+
+    def publish(self) -> None:
+        """All ranks have ended the pass, and have written what they write."""
+        if self.shared is not None:
+            self.shared.publish()
+            self._host = {block: self.shared.at(block) for block in self._host}
+            self._home = {}
+            self.prefetch()
 
     def at_rest(self, block: int) -> Tensor:
         """The memory of a block that is not on disk, where it lives, in bytes. Only after `Link.synchronize`;
@@ -284,7 +330,8 @@ class BlockStream:
             chunk = self._chunks[number]
             begin = slot.begin % self._ring_bytes
             memory = self._ring[begin : begin + chunk.stop - chunk.start]
-            host = self._host[block][chunk.start : chunk.stop]
+            whole = self._host[block] if self.shared is None else self.shared.target(block)
+            host = whole[chunk.start : chunk.stop]
             last_use = self._home[number] = self._link.download(
                 memory, host, after=last_use, name=f"block {block}"
             )
@@ -300,6 +347,8 @@ class BlockStream:
     def _upload_next(self) -> bool:
         number = self._next % len(self._chunks)
         chunk = self._chunks[number]
+        if self._waits_for_ranks(chunk.block):
+            return False
         if self._next - len(self._chunks) in self._by_ticket:
             return False  # a small model: what came up in this pass is not done, and may yet go down
         size = chunk.stop - chunk.start
@@ -334,6 +383,17 @@ class BlockStream:
         self._next += 1
         self._position = begin + size
         return True
+
+    def _waits_for_ranks(self, block: int) -> bool:
+        """HAZARD: a block that is written in this pass is read for the next one only when it is published."""
+        ahead = self._next // len(self._chunks) > self._first_changed
+        return self.shared is not None and ahead and self.shared.is_changing(block)
+
+    def begin_writing(self, blocks: Sequence[int]) -> None:
+        """The pass that begins writes these shared blocks, in this order."""
+        if self.shared is not None:
+            self.shared.begin(blocks)
+            self._first_changed = self._pass
 
     def close(self) -> None:
         """Free the pinned memory. After `Link.synchronize`."""

@@ -38,6 +38,9 @@ class ExactOffloadSettings(CompiledBlockSettings):
     outer: Literal["gpu", "host"] = "gpu"
     """Where masters and moments are of what lies outside the blocks (embeddings, head): on the GPU, which
     updates it, or on the host with those of the blocks."""
+    hidden_states: Literal["gpu", "host"] = "gpu"
+    """Where the hidden states between blocks wait for the backward pass: on the GPU, or in pinned memory of
+    the host, from where they come up again."""
     disk_blocks: int = 0
     """Blocks whose masters' low halves and moments are on disk, not in host memory: the last ones, whose
     updates have most time. Plans choose as many as host memory has no room for."""

@@ -45,13 +45,17 @@ class HostSlab:
         progress: ReportProgress | None = None,
         *,
         pin: bool = True,
+        mapping: mmap.mmap | None = None,
     ) -> None:
+        """`mapping` is memory that is there already, whole and touched; else it is made."""
         if num_bytes <= 0:
             raise ValueError("a slab needs a positive number of bytes")
         self.num_bytes = num_bytes
         self.pinned = False
-        # Private: shared mappings get no huge pages and are counted as shared memory by the cgroup.
-        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        touched = mapping is not None
+        if mapping is None:
+            # Private: shared mappings get no huge pages and are counted as shared memory by the cgroup.
+            mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             # HAZARD: after a fork, a write to a private page may move the parent to a copy while the GPU
             # goes on with the old one. DONTFORK keeps the mapping out of children.
@@ -59,17 +63,22 @@ class HostSlab:
         self._memory: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
         self._unregister: weakref.finalize[[int], HostSlab] | None = None
         if device.type == "cuda" and pin:
-            self._pin(device, progress)
+            if not touched:
+                self._touch(progress)
+            self._pin(device)
 
-    def _pin(self, device: torch.device, progress: ReportProgress | None) -> None:
+    def _touch(self, progress: ReportProgress | None) -> None:
         assert self._memory is not None
-        torch_cuda.init()
         what = "touching host memory to pin (bytes)"
         for start in range(0, self.num_bytes, TOUCH_PIECE_BYTES):
             piece = self._memory[start : start + TOUCH_PIECE_BYTES]
             piece.fill_(0)  # with all threads; the driver would touch the pages with one
             if progress is not None:
                 progress(what, start + piece.numel(), self.num_bytes)
+
+    def _pin(self, device: torch.device) -> None:
+        assert self._memory is not None
+        torch_cuda.init()
         # HAZARD: one registration for the whole mapping. The driver refuses a copy that begins in one
         # registration and ends in another (cudaErrorInvalidValue), and a view may lie anywhere.
         pointer = self._memory.data_ptr()

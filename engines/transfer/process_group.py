@@ -19,8 +19,9 @@ from engines.errors import PeerLost, UserError
 
 JOIN_S = 300.0
 """For which the ranks wait for each other at the start."""
-ANSWER_S = 1800.0
-"""For which a rank waits for the others afterwards: as long as one may fill a model for longer."""
+ANSWER_S = 4 * 3600.0
+"""For which a rank waits for the others afterwards: one may fill a model, evaluate or export it meanwhile.
+One that ends is noticed at once."""
 
 
 class ProcessGroup:

@@ -103,9 +103,13 @@ class BlockStore(Source, Protocol):
         """The pass of a step: every block in order, and what its visit is to do, which the caller makes
         before it asks for the next."""
 
+    def before_ranks_meet(self) -> None:
+        """The losses are known here and not yet handed round: wait until what this rank has written, and
+        others are to read, is there."""
+
     def end_step(self) -> dict[str, Any]:
-        """After the host has waited for the losses: what the step moved, and its times where they are not
-        told a step later."""
+        """After the host has waited for the losses of all ranks: what the step moved, and its times where
+        they are not told a step later."""
 
     def in_order_with_theta(self) -> Iterator[int]:
         """A pass with the weights themselves, all updates applied: each block may be run while its index is
@@ -123,8 +127,9 @@ class BlockStore(Source, Protocol):
     def forget_times(self) -> None:
         """Copies and kernels so far belong to no step."""
 
-    def apply_deferred(self, last_step: int, window: int | None = None) -> None:
-        """Store deferred updates now, but in blocks on disk, and what the `window` has gathered."""
+    def apply_deferred(self, last_step: int, window: int | None = None, *, by_all: bool = False) -> None:
+        """Store deferred updates now, but in blocks on disk, and what the `window` has gathered. Blocks that
+        ranks share are left as they are unless `by_all` ranks do it, between the same steps."""
 
     def stored(self, block: int, last_step: int) -> Tensor:
         """A block as a visit would find it, (bytes,) uint8; not to be written. After `synchronize`."""
@@ -236,6 +241,7 @@ class ZerothOrder(ABC):
         if world.size == 1:
             losses = sums.read(len(prepared), step)
         else:
+            self.blocks.before_ranks_meet()
             losses = mean_over_ranks(each, world, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
         updates = next_updates(step, settings, self.context.total_steps, losses)
@@ -332,9 +338,9 @@ class ZerothOrder(ABC):
                 window = window_due(self.settings, update.step)
                 self.blocks.make_room_in_log(window)
             if self._updates.fill_the_log(in_memory) or window is not None:
-                self.blocks.apply_deferred(update.step, window)
+                self.blocks.apply_deferred(update.step, window, by_all=True)
             self._append(update)
-        self.blocks.apply_deferred(self._updates.step - 1)
+        self.blocks.apply_deferred(self._updates.step - 1, by_all=True)
 
     def save(self, folder: Path) -> None:
         last_step = self._updates.step - 1

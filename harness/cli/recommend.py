@@ -23,6 +23,7 @@ from harness.cli.options import (
     results_folder,
     takes_job,
 )
+from harness.models.tokenizers import tokenizer_files
 from harness.pipeline import data_lengths, find_machine
 from harness.progress import console
 from harness.recipes.write import Stack, write_recipe
@@ -42,6 +43,11 @@ from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_power, parse_price
 from profiles.advice.target import parse_target
 from profiles.documents import to_json
+
+IN_BYTES = (
+    "so its data is counted in bytes: a tokenizer makes about a quarter as many tokens of English; "
+    "name a folder that has one"
+)
 
 ExamplesFlag = Annotated[
     int | None, typer.Option("--examples", help="Examples in an epoch, for the whole job's hours.")
@@ -129,7 +135,10 @@ def recommend(
     shape = resolve_shape(job)
     # As `run` pads.
     as_run = job if flags.gives("padding") else replace(job, padding="longest")
-    amount = amount_of(job.workload, asked, data_lengths(as_run, shape))
+    lengths = data_lengths(as_run, shape)
+    amount = amount_of(job.workload, asked, lengths)
+    if lengths is not None and not tokenizer_files(job.model):
+        typer.echo(f"note: {job.model.name} comes without a tokenizer here, {IN_BYTES}", err=True)
     machine = find_machine(profile, quiet=quiet)
     for note in limits_beyond(job, machine):
         typer.echo(f"note: {note}", err=True)

@@ -21,7 +21,7 @@ from harness.records.presets import LR_SEARCH
 from profiles.documents import to_json
 
 
-@takes_job(without=("warmup_steps", "host_memory", "timeout", "gpus", "nodes"))
+@takes_job(without=("warmup_steps", "host_memory", "timeout"))
 def run(
     flags: JobFlags,
     engine: Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")],
@@ -128,10 +128,19 @@ def run(
     if job.eval_every and not job.eval_batches:
         raise UserError("--eval-every", "there is nothing to evaluate on", "add --eval-batches")
 
+    from harness.training.follower import follow_from_here, leads
     from harness.training.repeats import spread_over, started
     from harness.training.train import Length, train
 
     length = None if epochs is None and examples is None else Length(epochs=epochs, examples=examples)
+    if not leads(job.limits):
+        if length is not None or repeat > 1:
+            why = "is not for machines that follow, which are told when to end"
+            raise UserError("--epochs", why, "give --steps on every machine, and one run at a time")
+        with Progress(quiet) as progress:
+            steps = follow_from_here(job, names[0], settings.typed, progress)
+        typer.echo(f"{steps} steps taken with the machine of NODE_RANK 0, which has the model")
+        return
     with Progress(quiet) as progress:
         for number in range(repeat):
             own = folder / f"seed-{job.seed + number}" if repeat > 1 else folder

@@ -75,6 +75,10 @@ class Worker:
         ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return None if ended is None else ended.si_status
 
+    def end(self) -> int | None:
+        """Its exit code, or minus the signal that killed it; `None`: it goes on. Reaps it."""
+        return self.process.poll()
+
     def read(self) -> list[str]:
         """Whole lines that are in the pipe now."""
         while self._open:
@@ -98,15 +102,21 @@ class Worker:
 class Group:
     """The workers of one run, in the order of their ranks, and their guard."""
 
-    def __init__(self, work: Path, places: Sequence[RankPlace], threads: int | None) -> None:
-        """Start all of them, with at most `threads` threads together; without `places`, one that is alone.
+    def __init__(
+        self,
+        work: Path,
+        places: Sequence[RankPlace],
+        threads: int | None,
+        module: str = "harness.runs.worker",
+    ) -> None:
+        """Start `module` for each, with at most `threads` threads together; without `places`, once and alone.
 
         Raises `UserError` where the system refuses.
         """
         self.workers: list[Worker] = []
         self._guard: subprocess.Popen[bytes] | None = None
         # -P: a folder `harness` where the user stands must not shadow ours.
-        command = [sys.executable, "-P", "-m", "harness.runs.worker", str(work.resolve())]
+        command = [sys.executable, "-P", "-m", module, str(work.resolve())]
         alone: list[RankPlace | None] = [None]
         try:
             self._guard = subprocess.Popen(

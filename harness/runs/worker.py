@@ -104,7 +104,7 @@ class _NoData:
 
 def main(arguments: Sequence[str]) -> int:
     folder, descriptor, parent_pid = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    _end_with_parent(parent_pid)
+    end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
     several = request.job.limits.gpus * request.job.limits.nodes > 1
@@ -172,7 +172,7 @@ def _run(
     vram_bytes = job.limits.vram_bytes
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
-    device_name = prepare_torch(vram_bytes) if row.needs_torch else "cpu"
+    device_name = prepare_torch(vram_bytes, job.limits.gpus) if row.needs_torch else "cpu"
     world: World = ALONE
     if place is not None and not row.needs_torch:
         world = Alone(rank=place.rank, size=place.size)
@@ -321,8 +321,8 @@ def usable_host_bytes(limit_bytes: int | None) -> int:
     return available_bytes if limit_bytes is None else min(available_bytes, limit_bytes)
 
 
-def prepare_torch(vram_bytes: int | None) -> str:
-    """Threads and the cap on GPU memory; the device to run on. Imports torch.
+def prepare_torch(vram_bytes: int | None, processes: int = 1) -> str:
+    """Threads, which so many processes share, and the cap on GPU memory; the device to run on. Imports torch.
 
     The cap holds torch's allocator; CUDA's own context, some 0.5 GB, comes on top.
     """
@@ -330,7 +330,7 @@ def prepare_torch(vram_bytes: int | None) -> str:
 
     # Explicit: torch would take every core of the host inside a container, or the one of a stray
     # OMP_NUM_THREADS.
-    torch.set_num_threads(usable_cores().count)
+    torch.set_num_threads(max(1, usable_cores().count // processes))
     if not torch.cuda.is_available():
         return "cpu"
     if vram_bytes is not None:
@@ -350,7 +350,7 @@ def own_peak_bytes() -> int | None:
     return None if match is None else int(match[1]) * 1024
 
 
-def _end_with_parent(parent_pid: int) -> None:
+def end_with_parent(parent_pid: int) -> None:
     """Be killed when the parent ends, however it ends, also while stuck in foreign code."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:  # it ended before the kernel was told

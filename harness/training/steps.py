@@ -20,6 +20,7 @@ from typing import IO, Any
 from engines.base import Batch, Engine
 from engines.errors import NonFiniteLoss, UserError
 from engines.transfer.clock import now_s
+from engines.world import ALONE, World
 from harness.data.batches import Data
 from harness.models.export import holds_something
 from harness.progress import Progress
@@ -30,6 +31,8 @@ from harness.signals import on_first_signal
 from harness.training import restore
 from harness.training.update_log import UpdateLog, cannot_write
 
+STEP = b"step"
+"""What ranks that follow are told before each step."""
 BEST, SUMMARY, BOARD = "best", "summary.json", "tensorboard"
 RECENT = 50
 """Steps whose times and losses say how it goes."""
@@ -98,6 +101,8 @@ class Course:
     """Write the model as it is now into a folder."""
     board: bool = False
     """Write files for TensorBoard too."""
+    world: World = ALONE
+    """The others take each step when they are told to."""
     times_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     tokens: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -162,6 +167,7 @@ def run_steps(engine: Engine, course: Course, done: int) -> None:
                 break
             batches = course.data.step_batches(step)
             began = now_s()
+            course.world.broadcast(STEP)
             stats = engine.step(batches)
             if not math.isfinite(stats.loss):
                 raise NonFiniteLoss(f"the loss of step {step} is {stats.loss}")

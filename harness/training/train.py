@@ -24,6 +24,7 @@ from engines.model.blocks import TORCH_DTYPE
 from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import ModelShape
+from engines.world import ALONE, World
 from harness.data.batches import make_data
 from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
 from harness.models.candidates import candidates_of
@@ -37,8 +38,10 @@ from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.governance_facts import governance_facts
+from harness.runs.ranks import check_gpus
 from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
 from harness.training import restore
+from harness.training.leader import check_same_weights, leading, tell_state
 from harness.training.room import check_room
 from harness.training.run_folder import (
     MODEL,
@@ -78,6 +81,7 @@ def train(
     differs, the engine cannot run here, memory runs out, or the loss is not finite. Checkpoints are kept; a
     new run that has logged nothing leaves nothing.
     """
+    check_gpus(job.limits, [engine_name])
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
     if length is not None:
         job = replace(job, steps=length.steps(job, make_data(job, shape).num_examples))
@@ -129,8 +133,9 @@ def _train(
                 candidates = words.tokens if by_token else range(len(words.words))
         kept = out / TRACE if trace else None
         with (
+            leading(job, engine_name, typed, out) as world,
             user_errors(engine_name, job, out),
-            set_up(job, shape, engine_name, typed, progress, kept, data.step_batches(0)[0]) as (
+            set_up(job, shape, engine_name, typed, progress, kept, data.step_batches(0)[0], world) as (
                 engine,
                 blueprint,
             ),
@@ -148,14 +153,16 @@ def _train(
             def export(folder: Path) -> None:
                 export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
 
+            check_same_weights(world, engine, num_tensors, progress)
             if resume:
                 done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
             else:
                 done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
+            tell_state(world, out, done)
             with closing(updates) if updates is not None else nullcontext():
                 course = Course(
                     job=job, data=data, out=out, save_every=save_every, updates=updates, progress=progress,
-                    judge=judge, export=export, board=board,
+                    judge=judge, export=export, board=board, world=world,
                 )  # fmt: skip
                 run_steps(engine, course, done)
             # Before the model, which says that the run is done.
@@ -250,11 +257,14 @@ def set_up(
     progress: Progress,
     trace: Path | None = None,
     sample: Batch | None = None,
+    world: World = ALONE,
 ) -> Iterator[tuple[Any, ModelBlueprint]]:
     """The engine with the weights that the run starts from, tried on `sample` beforehand; at the end its
     trace is written to `trace`, unless the set-up failed, and it is closed."""
     blueprint = make_blueprint(job, shape, sample)
-    engine = load_engine(engine_name)(settings, context_of(job, progress, trace=trace is not None))
+    engine = load_engine(engine_name)(
+        settings, context_of(job, progress, trace=trace is not None, world=world)
+    )
     if trace is not None and not isinstance(engine, TellsTrace):
         progress.print(f"note: {engine_name} keeps no trace")
         trace = None
@@ -297,16 +307,17 @@ def user_errors(engine_name: str, job: Job, out: Path | None) -> Iterator[None]:
         ) from None
 
 
-def context_of(job: Job, progress: Progress, *, trace: bool = False) -> Context:
+def context_of(job: Job, progress: Progress, *, trace: bool = False, world: World = ALONE) -> Context:
     return Context(
-        device=prepare_torch(job.limits.vram_bytes),
+        device=prepare_torch(job.limits.vram_bytes, world.local_size),
         workload=job.workload,
         seed=job.seed,
         total_steps=job.steps,
         vram_bytes=job.limits.vram_bytes,
-        host_bytes=usable_host_bytes(job.limits.host_bytes),
+        host_bytes=usable_host_bytes(job.limits.host_bytes) // world.local_size,
         trace=trace,
         progress=progress.update,
+        world=world,
     )
 
 

@@ -56,10 +56,12 @@ class PlanningContext:
     ranks: int = 1
     """Processes that take a step together, of which this is one: machine, workload and budget are its part
     (`profiles.planning.ranks`)."""
+    local_ranks: int = 1
+    """Those on its machine, which have some memory together."""
 
     def cost(self, settings: Any) -> Traffic:
         """Of one step with these typed settings."""
-        return _cost(self.engine, self.shape, self.workload, settings)
+        return _cost(self.engine, self.shape, self.workload, settings).of_a_rank(self.local_ranks)
 
     def why_missing(self, settings: Any) -> str | None:
         """Why a step with these typed settings does not fit into memory; `None`: it fits."""

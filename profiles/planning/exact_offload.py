@@ -42,7 +42,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["compile"] = False
     settings: ExactOffloadSettings = given.completed(**chosen).typed
     found = _fitting(context, given, settings)
-    for key in ("moments", "weights", "outer", "disk_blocks"):
+    for key in ("moments", "weights", "outer", "hidden_states", "disk_blocks"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
             without: Any = replace(found, **{key: getattr(settings, key)})
@@ -106,14 +106,19 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
 def _fitting(
     context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
 ) -> ExactOffloadSettings:
-    """What fits: the least approximate moments; then the fastest of where weights are and of who updates what
-    is outside the blocks, the GPU where it is as fast. Where nothing fits, what takes the least of the memory
-    that is too small."""
+    """What fits: the least approximate moments; then the fastest of where weights and hidden states are and
+    of who updates what is outside the blocks, the GPU where it is as fast. Where nothing fits, what takes the
+    least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
     outer = (settings.outer,) if "outer" in given else OUTER
+    hidden = (settings.hidden_states,) if "hidden_states" in given else OUTER
     tried = [
-        replace(settings, moments=m, weights=w, outer=o) for m in moments for w in weights for o in outer
+        replace(settings, moments=m, weights=w, outer=o, hidden_states=h)
+        for h in hidden
+        for m in moments
+        for w in weights
+        for o in outer
     ]
     for kept in moments:
         fitting = [each for each in tried if each.moments == kept and context.why_missing(each) is None]
@@ -125,10 +130,11 @@ def _fitting(
         if on_disk:
             return _fastest(context, on_disk)
     gpu_bytes = context.budget.gpu_bytes
-    exact = tried[len(weights) * len(outer) - 1]
+    least = replace(settings, moments=moments[-1], weights=weights[-1], outer=outer[0])
+    exact = replace(least, moments=moments[0], outer=outer[-1], hidden_states=hidden[-1])
     if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes:
         return exact
-    return tried[-len(outer)]
+    return least
 
 
 def _fastest(context: PlanningContext, fitting: Sequence[ExactOffloadSettings]) -> ExactOffloadSettings:

@@ -38,6 +38,7 @@ def context_of_a_rank(
         workload=workload_of_a_rank(workload, gpus * nodes),
         budget=budget_of(part, vram_bytes, of(host_bytes), of(pinned_limit_bytes)),
         ranks=gpus * nodes,
+        local_ranks=gpus,
     )
 
 

@@ -18,7 +18,7 @@ from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import why_missing
 from profiles.planning.context import Choice, PlanningContext
-from profiles.planning.plan import Plan
+from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
 from profiles.planning.predict import compiling_s, predict
 from profiles.planning.ranks import context_of_a_rank
@@ -102,11 +102,20 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         why_not=why_not,
         available=unsuitable is None,
         prediction=replace(
-            predict(cost, context.machine, context.workload),
+            _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
             compile_s=compiling_s(settings.typed, context.machine),
         ),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
+    )
+
+
+def _of_machine(prediction: Prediction, local_ranks: int) -> Prediction:
+    """Host memory is that of all ranks of the machine, as it is measured; the rest is that of one."""
+    return replace(
+        prediction,
+        peak_host_bytes=prediction.peak_host_bytes * local_ranks,
+        pinned_bytes=prediction.pinned_bytes * local_ranks,
     )
 
 

@@ -218,6 +218,31 @@ class TestTwin:
         assert {each.disk_read_bytes for each in found.stats} == {read}
         assert list(folder.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("opt", {}),
+            ("llama", {"weights": "streamed"}),
+            ("gpt2", {"checkpointed_blocks": 2}),
+            ("roberta", {"checkpointed_blocks": 0}),
+        ],
+    )
+    def test_equal_with_hidden_states_on_the_host(self, family: str, changes: dict[str, Any]) -> None:
+        batches, ctx = tiny_batches(12, family), context("bf16", 3)
+        with running(family, ctx, offload=False, **changes) as twin:
+            expected = train(twin, batches, 3)
+        with running(family, ctx, **changes) as engine:
+            resident = train(engine, batches, 3)
+        with running(family, ctx, hidden_states="host", **changes) as engine:
+            found = train(engine, batches, 3)
+            assert engine.hidden_states is not None
+            away = engine.hidden_states.moved_bytes // len(found.losses)
+        assert_same(found, expected)
+        # Inputs of two of five blocks: the first's stays, and the last two.
+        assert away == 2 * 3 * 2 * 16 * 16 * 2
+        for mine, its in zip(found.stats, resident.stats, strict=True):
+            assert (mine.h2d_bytes - its.h2d_bytes, mine.d2h_bytes - its.d2h_bytes) == (away, away)
+
     @pytest.mark.parametrize("moments", ["bf16", "int8"])
     @pytest.mark.parametrize("clip", CLIPS)
     def test_equal_with_other_states_and_clipped(self, moments: str, clip: dict[str, Any]) -> None:
@@ -313,7 +338,12 @@ class TestTwin:
 
     @pytest.mark.gpu
     @pytest.mark.parametrize(
-        "clip", [*CLIPS, {"weights": "streamed"}, {"weights": "streamed", "outer": "host", **CLIPS[2]}]
+        "clip",
+        [
+            *CLIPS,
+            {"weights": "streamed", "hidden_states": "host"},
+            {"weights": "streamed", "outer": "host", "hidden_states": "host", **CLIPS[2]},
+        ],
     )
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     def test_equal_on_the_gpu_with_delayed_streams(self, dtype: Dtype, clip: dict[str, Any]) -> None:
@@ -330,7 +360,9 @@ class TestTwin:
             assert_same(train(engine, batches, 2), expected)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("changes", [{}, {"weights": "streamed"}, {"checkpointed_blocks": 1}])
+    @pytest.mark.parametrize(
+        "changes", [{}, {"weights": "streamed", "hidden_states": "host"}, {"checkpointed_blocks": 1}]
+    )
     def test_equal_on_the_gpu_compiled(self, changes: dict[str, Any]) -> None:
         batches, ctx = tiny_batches(2 * STEPS, "llama"), context("bf16", 2, device="cuda:0")
         with running("llama", ctx, offload=False, **changes) as twin:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import ThreadWorld, in_ranks
-from zeroth_order_runs import context, in_groups, make_mezo, make_zo2
+from zeroth_order_runs import context, in_groups, make_mezo, make_zo2, save
 
 from engines.base import Batch, StepStats
 from engines.errors import NonFiniteLoss, PeerLost, UserError
@@ -81,6 +82,69 @@ def test_shares_that_are_unequal_or_queries_alone(size: int, accumulation: int) 
     found = in_ranks(size, lambda world: run_on(world, make_zo2, knobs, accumulation=accumulation))
     for each in found:
         assert_same_runs(alone, each)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"fold_every": 3},
+        {"fold_every": 2, "resident_blocks": 2, "queries": 2},
+        {"fold_every": 4, "train": "last:2"},
+        {"train": "lora", "base": "int8"},
+    ],
+)
+def test_blocks_that_ranks_share_are_there_once_and_written_by_one(
+    knobs: dict[str, Any], tmp_path: Path
+) -> None:
+    """With looks at the weights, evaluations and checkpoints by one rank alone, whenever; then all replay
+    what was done, and one loads the checkpoint for all, as resuming does."""
+    family, count = "opt", 5
+    batches = tiny_batches(6 * 4, family)
+
+    def make(world: World) -> Any:
+        where = replace(context(accumulation=4, dtype="bf16"), world=world)
+        return make_zo2(tiny_blueprint(family, num_blocks=count), where, **knobs)
+
+    def weights_of(made: Any) -> dict[str, torch.Tensor]:
+        return {name: weight.clone() for name, weight in made.weights()}
+
+    alone = make(ALONE)
+    stats = [alone.step(group) for group in in_groups(batches, 4)]
+    expected, updates = weights_of(alone), [update for each in stats for update in each.updates]
+    after = alone.step(batches[:4])
+
+    def act(world: ThreadWorld) -> list[bool]:
+        made, found = make(world), []
+        for number, group in enumerate(in_groups(batches, 4)):
+            told = made.step(group)
+            found.append((told.loss, told.updates) == (stats[number].loss, stats[number].updates))
+            if number % 3 == world.rank:
+                made.evaluate(batches[:1])
+                weights_of(made)
+            if number == 3 and world.rank == 0:
+                save(made, tmp_path / "at-4")
+        left = weights_of(made)
+        found.append(all(torch.equal(left[name], weight) for name, weight in expected.items()))
+        world.barrier()
+        again, loaded = make(world), make(world)
+        for each, log in ((again, updates), (loaded, updates[4 * len(stats[0].updates) :])):
+            if world.rank == 0:  # which leads: the others come after it
+                each.load(tmp_path / "at-4") if each is loaded else None
+                each.replay(log)
+            world.barrier()
+            if world.rank > 0:
+                each.load(tmp_path / "at-4") if each is loaded else None
+                each.replay(log)
+            world.barrier()
+            if world.rank == 1:
+                left = weights_of(each)
+                found.append(all(torch.equal(left[name], weight) for name, weight in expected.items()))
+            told = each.step(batches[:4])
+            found.append((told.loss, told.updates) == (after.loss, after.updates))
+        assert made.blocks.stream.shared is not None
+        return found
+
+    assert all(all(found) for found in in_ranks(3, act, seed=len(knobs)))
 
 
 def test_what_goes_round_in_a_step_is_a_loss_for_each_pass() -> None:

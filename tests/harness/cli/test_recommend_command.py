@@ -85,6 +85,8 @@ def test_the_lengths_of_a_file_make_hours(tmp_path: Path) -> None:
     assert amount["tokens"] < 90 * 512
     assert len(amount["shares"]) > 2
     assert sum(share for _, share in amount["shares"]) == pytest.approx(1)
+    noted = CliRunner().invoke(app, ["recommend", *job, "--data", str(data), "--seq-len", "512", "--quiet"])
+    assert "counted in bytes" in noted.stderr
     padded = json.loads(said(*job, "--data", str(data), "--seq-len", "512", "--padding", "seq_len"))
     assert padded["amount"]["shares"] == [[512, 1.0]]
     assert found["forecasts"][0]["seconds"] < 2 * padded["forecasts"][0]["seconds"]

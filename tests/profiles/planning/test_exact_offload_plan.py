@@ -121,6 +121,7 @@ def large_host(total_bytes: int) -> Machine:
     ("shape", "tokens", "host_gb", "vram_gb", "expected"),
     [
         (LLAMA_30B, 8192, 560, 24, {"weights": "streamed"}),
+        (LLAMA_30B, 32768, 560, 24, {"weights": "streamed", "hidden_states": "host"}),
         (LLAMA_30B, 32768, 560, 141, {}),
         (LLAMA_30B, 32768, 340, 80, {"weights": "streamed", "moments": "bf16"}),
         (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
@@ -134,7 +135,10 @@ def test_thirty_and_seventy_billion_on_large_hosts(
     """By arithmetic: no machine at hand holds them. From T* on the GPU decides, below it the CPU does."""
     found = plan(tokens, shape, machine=large_host(host_gb * GB), vram_bytes=vram_gb * GB)
     assert found.fits, found.why_not
-    settings = {key: found.settings.get(key) for key in ("weights", "moments", "outer", "disk_blocks")}
+    settings = {
+        key: found.settings.get(key)
+        for key in ("weights", "moments", "outer", "hidden_states", "disk_blocks")
+    }
     assert {key: value for key, value in settings.items() if value is not None} == expected
     assert found.prediction.peak_gpu_bytes <= vram_gb * GB
     assert found.prediction.peak_host_bytes <= host_gb * GB

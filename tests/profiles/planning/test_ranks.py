@@ -1,0 +1,80 @@
+"""Plans of several processes: each has its part of the machine and of the step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from settings_given import given_settings
+
+from engines.costs.table import traffic
+from engines.shapes import Workload
+from harness.models.configs import named_shape
+from profiles.catalog import find_profile
+from profiles.machine import Figure, GpuLink
+from profiles.planning.ranks import context_of_a_rank, machine_of_a_rank, workload_of_a_rank
+from profiles.planning.recommend import recommend
+
+H200 = find_profile(Path("h200"))
+SHAPE = named_shape("opt-13b")
+WORKLOAD = Workload(batch_size=1, seq_len=2048, accumulation=4, dtype="fp16")
+
+
+def measured(rate: float) -> Figure:
+    return Figure(value=rate, origin="measured", method="test")
+
+
+def test_one_process_has_the_whole_machine() -> None:
+    assert machine_of_a_rank(H200, 1) is H200
+    assert workload_of_a_rank(WORKLOAD, 1) == WORKLOAD
+
+
+def test_links_are_those_of_the_slowest_gpu_while_all_copy() -> None:
+    assert H200.link is not None
+    alone = H200.link.h2d_pinned_bytes_per_s.value
+    assert alone is not None
+    each = tuple(
+        GpuLink(
+            index=index,
+            name="H200",
+            h2d_bytes_per_s=measured(alone),
+            d2h_bytes_per_s=measured(alone),
+            h2d_together_bytes_per_s=measured(share * alone),
+            d2h_together_bytes_per_s=measured(share * alone),
+        )
+        for index, share in enumerate((0.75, 0.5, 0.25))
+    )
+    machine = replace(H200, link=replace(H200.link, each_gpu=each))
+    part = machine_of_a_rank(machine, 2)
+    assert part.link is not None
+    assert part.link.h2d_pinned_bytes_per_s.value == pytest.approx(0.5 * alone)
+    assert part.link.h2d_duplex_bytes_per_s.value == pytest.approx(
+        0.5 * (H200.link.h2d_duplex_bytes_per_s.value or 0.0)
+    )
+    assert part.cpu.cores_usable == H200.cpu.cores_usable // 2
+
+
+def test_blocks_on_the_host_count_once_and_are_written_by_one() -> None:
+    settings = given_settings("zo2", fold_every=8)
+    alone = traffic("zo2", SHAPE, WORKLOAD, settings.typed)
+    part = context_of_a_rank("zo2", H200, SHAPE, WORKLOAD, gpus=4).cost(settings.typed)
+    blocks = alone.host_memory_bytes["blocks, pinned"]
+    spare = -(-SHAPE.num_blocks // 8) * blocks // SHAPE.num_blocks
+    assert part.host_memory_bytes["blocks, pinned"] == pytest.approx((blocks + spare) / 4)
+    assert part.pinned_bytes == pytest.approx((blocks + spare) / 4)
+    assert part.d2h_bytes == pytest.approx(alone.d2h_bytes / 4, rel=1e-3)
+    assert part.h2d_bytes == alone.h2d_bytes
+
+
+def test_a_plan_of_four_takes_a_quarter_of_the_micro_batches_and_others_run_on_one() -> None:
+    one, four = (
+        {plan.engine: plan for plan in recommend(H200, SHAPE, WORKLOAD, ["zo2", "native"], {}, gpus=gpus)}
+        for gpus in (1, 4)
+    )
+    assert four["native"].why_not == "runs on one GPU"
+    assert not four["native"].available
+    before, after = one["zo2"].prediction, four["zo2"].prediction
+    assert before.step_s is not None
+    assert after.step_s is not None
+    assert after.step_s < before.step_s
