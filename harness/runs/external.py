@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,9 @@ from profiles.planning.plan import Plan, Prediction
 
 TAIL_LINES = 20
 """Of the output, kept for the reason of a failure."""
+
+TOGETHER = 4
+"""Steps that may be shown at once, by a trainer whose steps are short beside what else the machine does."""
 
 _LINE_ENDS = re.compile(rb"[\r\n]+")
 """Progress bars go back to the start of their line."""
@@ -196,11 +200,13 @@ class ExternalTrainer:
         self._settings = settings
         self._context = context
         self._process: subprocess.Popen[bytes] | None = None
-        self._lines: Iterator[tuple[str, float]] = iter(())
+        self._lines: Iterator[tuple[list[str], float]] = iter(())
+        self._arrived: collections.deque[tuple[StepStats, float]] = collections.deque()
+        """Steps that were shown and not asked for yet, each with the time of its end."""
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self._steps_done = 0
         self._last_step: int | None = None
-        self._now_s = time.perf_counter()
+        self._now_s = self._last_s = time.perf_counter()
         self.notes = ["external: times and losses are as its output tells them"]
         if context.vram_bytes is not None:
             self.notes.append("external: GPU memory was not held to the limit")
@@ -211,7 +217,8 @@ class ExternalTrainer:
         return None
 
     def now(self) -> float:
-        """Of clock `arrival`, when the last line came; of `told`, the sum of what steps took. In seconds."""
+        """When the last step that was asked for ended: as its line came, or by what steps told. In
+        seconds."""
         return self._now_s
 
     def setup(self, blueprint: Blueprint | None) -> None:
@@ -232,26 +239,45 @@ class ExternalTrainer:
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """Wait for the line that shows the next step. `batches` are not read.
 
-        Raises `RuntimeError` for an output that ends before, and `UserError` for one that leaves steps out.
+        Raises `RuntimeError` for an output that ends before, and `UserError` for one that leaves steps out or
+        comes in bursts, without times to read.
         """
-        for line, arrived_s in self._lines:
+        while not self._arrived:
+            self._take(*self._next_lines())
+        self._steps_done += 1
+        stats, self._now_s = self._arrived.popleft()
+        return stats
+
+    def _next_lines(self) -> tuple[list[str], float]:
+        found = next(self._lines, None)
+        if found is None:
+            raise self._ended()
+        return found
+
+    def _take(self, lines: Sequence[str], arrived_s: float) -> None:
+        """Keep the steps that `lines`, which came together, show."""
+        shown = []
+        for line in lines:
             print(line, flush=True)  # into the run's log
             self._tail.append(line)
-            shown = _shown(self._settings, line)
-            if shown is None or not self._is_next(shown.get("step")):
-                continue
-            self._steps_done += 1
-            if self._settings.clock == "arrival":
-                if arrived_s == self._now_s:
-                    raise UserError(
-                        "the external trainer", "showed two steps at once, so its output waits in a buffer",
-                        'have it flush each line, or read the times it tells (clock = "told")',
-                    )  # fmt: skip
-                self._now_s = arrived_s
-            else:
-                self._now_s += shown["step_s"]
-            return StepStats(loss=shown["loss"])
-        raise self._ended()
+            found = _shown(self._settings, line)
+            if found is not None and self._is_next(found.get("step")):
+                shown.append(found)
+        before_s = self._last_s
+        if self._settings.clock == "arrival":
+            if len(shown) > TOGETHER:
+                raise UserError(
+                    "the external trainer", f"showed {len(shown)} steps at once: its output is buffered",
+                    'have it flush each line, or read the times it tells (clock = "told")',
+                )  # fmt: skip
+            # A busy machine may hold up this process for longer than a short step: each has its share.
+            times = [before_s + (arrived_s - before_s) * (i + 1) / len(shown) for i in range(len(shown))]
+        else:
+            times = list(itertools.accumulate((each["step_s"] for each in shown), initial=before_s))[1:]
+        for each, at_s in zip(shown, times, strict=True):
+            self._arrived.append((StepStats(loss=each["loss"]), at_s))
+        if times:
+            self._last_s = times[-1]
 
     def _is_next(self, step: float | None) -> bool:
         """Whether a shown step is a new one. Raises `UserError` where others were left out before it."""
@@ -306,16 +332,14 @@ class ExternalTrainer:
         process.wait()
 
 
-def _lines_of(descriptor: int) -> Iterator[tuple[str, float]]:
-    """Each line of the output with the time at which its end came, in seconds of `time.perf_counter`."""
+def _lines_of(descriptor: int) -> Iterator[tuple[list[str], float]]:
+    """Lines of the output that came together, and when, in seconds of `time.perf_counter`."""
     rest = b""
     while chunk := os.read(descriptor, 65536):
-        arrived_s = time.perf_counter()
         *lines, rest = _LINE_ENDS.split(rest + chunk)
-        for line in lines:
-            yield line.decode("utf-8", errors="replace"), arrived_s
+        yield [line.decode("utf-8", errors="replace") for line in lines], time.perf_counter()
     if rest:
-        yield rest.decode("utf-8", errors="replace"), time.perf_counter()
+        yield [rest.decode("utf-8", errors="replace")], time.perf_counter()
 
 
 def _shown(settings: ExternalSettings, line: str) -> dict[str, float] | None:
