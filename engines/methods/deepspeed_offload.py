@@ -63,10 +63,10 @@ class _Deepspeed:
         self._optimizer: Any = None
         self._bytes = 0
 
-    @classmethod
-    def why_not_available(cls) -> str | None:
+    @staticmethod
+    def why_not_available() -> str | None:
         """Why this engine cannot run here; `None` if it can."""
-        return why_not_installed(cls.name)
+        return why_not_installed(Zero2Offload.name)
 
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model, hand it to DeepSpeed, and build its CPU Adam if that was never done here.
