@@ -87,6 +87,8 @@ class EngineEntry:
     """Precisions that it does not train in, each with the reason."""
     by_default: bool = True
     """It takes part where no methods are named."""
+    asked_first: bool = False
+    """What most people would use: where nothing tells against it, it is the answer before other methods."""
     trains: str = "all weights"
     """What learns."""
     masters: str = "none: states in the weights' precision"
@@ -113,6 +115,7 @@ ENGINES: dict[str, EngineEntry] = {
         order="first",
         role="reference",
         refuses={"fp16": _NO_LOSS_SCALING},
+        asked_first=True,
     ),
     "torchao-offload": EngineEntry(
         target="engines.methods.torchao_offload:TorchaoOffload",
@@ -214,6 +217,7 @@ ENGINES: dict[str, EngineEntry] = {
         role="baseline",
         library=Library(module="peft", install="pip install 'lspzo-bench[lora]'"),
         refuses={"fp16": _NO_LOSS_SCALING},
+        asked_first=True,
         trains=_ADAPTERS,
         masters=_FP32_ADAPTERS,
     ),
@@ -406,6 +410,12 @@ def public_engines() -> tuple[str, ...]:
 def default_engines() -> tuple[str, ...]:
     """Those that take part where none are named, in the order of the table."""
     return tuple(name for name in public_engines() if ENGINES[name].by_default)
+
+
+def trains_everything(name: str) -> bool:
+    """Whether engine `name` updates every weight along its gradient: no subspace of it, no adapters."""
+    row = entry(name)
+    return row.order == "first" and row.trains == EngineEntry.__dataclass_fields__["trains"].default
 
 
 def engines_of_role(role: Role) -> tuple[str, ...]:

@@ -127,6 +127,22 @@ def limits_beyond(job: Job, machine: Machine) -> list[str]:
     return found
 
 
+def unmeasured_limit(answer: Recommendation) -> str | None:
+    """That plans pin what nothing says can be pinned, where drivers are known to allow little."""
+    memory = answer.machine.memory
+    most = max((plan.prediction.pinned_bytes for plan in answer.plans if plan.fits), default=0)
+    if "WSL" not in answer.machine.platform or memory.pinned_bytes.value is not None or most < PINNED_ON_WSL:
+        return None
+    return (
+        f"plans pin up to {format_bytes(most)}, and WSL2 allows a few GB: 'lspzo-bench probe --out m.json' "
+        "measures how much, then --profile m.json plans within it"
+    )
+
+
+PINNED_ON_WSL = 500 * 10**6
+"""What a process on WSL2 has been refused more than (microsoft/WSL#14078)."""
+
+
 def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:
     return JobToPlan(
         shape=shape,

@@ -1,7 +1,9 @@
-"""Commands on saved runs and on what to judge them by: `report`, `criteria init`."""
+"""Commands on saved runs and on what to judge them by: `report`, `criteria init`, `submit`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +11,21 @@ import typer
 
 from engines.errors import UserError
 from engines.files.reading import exists, is_folder
-from harness.cli.options import CriteriaFlag, FailOn, Json
+from harness.cli.options import CriteriaFlag, FailOn, Json, Lang
 from profiles.documents import to_json, write_whole
+from profiles.language import speaking
 from reports.criteria import init_text
+from reports.criteria_templates import Purpose
 from reports.decide import exit_code, parse_fail_on
+from reports.diff import as_lines, changes
 from reports.index import write_index
-from reports.load import Broken
-from reports.render import write_report
+from reports.load import Broken, load_folder
+from reports.pages.data import TableFormat, data_of, report_schema, write_tables
+from reports.render import in_short, page, write_report, written
+from reports.sharing.shared_result import Submission
+from reports.sharing.submission import check, submission_of
+
+SHARED = Path("reports/community")
 
 criteria_app = typer.Typer(
     help="Write down what would count as success, before measuring.",
@@ -38,34 +48,108 @@ def report(
         bool,
         typer.Option("--index", help="Write README.md and overview.svg on all published folders in FOLDER."),
     ] = False,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            "--diff", help="An earlier folder: print what changed from it to FOLDER, write nothing."
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of report.json; FOLDER is not read.")
+    ] = False,
+    lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
     """Judge saved runs and write report.md and report.html. Reads only what was saved; needs no GPU."""
+    if schema:
+        typer.echo(json.dumps(report_schema(), indent=1))
+        return
+    if before is not None:
+        with speaking(lang):
+            typer.echo(as_lines(*changes(before, folder)))
+        return
     if index:
         for path in write_index(folder, note_left_out):
             typer.echo(str(path))
         return
     gates = parse_fail_on(fail_on)
-    verdict = write_report(folder, criteria, note_left_out)
-    typer.echo(to_json(verdict) if as_json else f"{verdict.state}: {verdict.sentence}", nl=not as_json)
-    if not as_json:
-        typer.echo(str(folder / "report.html"))
+    verdict = write_report(folder, criteria, note_left_out, lang)
+    if as_json:
+        typer.echo((folder / "verdict.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo(in_short(verdict, lang))
+        typer.echo(str(page(folder, lang)))
     raise typer.Exit(exit_code(verdict, gates))
 
 
 @criteria_app.command("init")
 def criteria_init(
     path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
+    purpose: Annotated[
+        Purpose,
+        typer.Option("--for", help="What decides: memory, deadline, quality or cost; any: some of each."),
+    ] = "any",
 ) -> None:
     """Write a criteria file to edit before the first measurement."""
     if exists(path):
         raise UserError(str(path), "exists already", "name another path, or delete it first")
     if not is_folder(path.parent):
         raise UserError(str(path), f"there is no folder {path.parent}", "make it, or name another path")
-    write_whole(path, init_text())
+    write_whole(path, init_text(purpose))
     typer.echo(str(path))
 
 
 def note_left_out(broken: Broken) -> None:
     """A line on stderr for a file that a report leaves out."""
     typer.echo(f"note: {broken.file} left out: {broken.reason}", err=True)
+
+
+def export_tables(folder: Path, kind: TableFormat, to: Path | None) -> Path:
+    """Every table of the report on `folder` as a file, in `to` or FOLDER/tables. Returns where they are."""
+    loaded = load_folder(folder)
+    for broken in loaded.broken:
+        note_left_out(broken)
+    told = written(loaded, loaded.criteria)
+    there = to or folder / "tables"
+    for path in write_tables(data_of(told.verdict, told.document, loaded.runs), there, kind):
+        typer.echo(str(path))
+    return there
+
+
+def submit(
+    folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
+    to: Annotated[
+        Path, typer.Option("--to", help="Folder of shared results, in a clone of the repository.")
+    ] = SHARED,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a record into one small file to share, without paths or names: it is shown, then written.
+
+    Nothing is sent: commit the file and open a pull request. Models that are no named shape, and data of
+    yours, are told as your own and not by name.
+    """
+    loaded = load_folder(folder)
+    for broken in loaded.broken:
+        note_left_out(broken)
+    found = submission_of(loaded)
+    check(found, str(folder))
+    text = to_json(found)
+    if as_json:
+        typer.echo(text, nl=False)
+        return
+    path = to / found.machine.slug / submission_name(found)
+    typer.echo(text, nl=False)
+    if not yes and not typer.confirm(f"Write this to {path}?", err=True):
+        raise UserError("submit", "nothing was written", "say yes, or add --yes")
+    write_whole(path, text)
+    typer.echo(str(path))
+
+
+def submission_name(found: Submission) -> str:
+    """Of its file: what was measured, when, and a digest that tells two of one day apart."""
+    digest = hashlib.sha256(to_json(found).encode("utf-8")).hexdigest()[:8]
+    model = found.model.replace(" ", "-")
+    return (
+        f"{model}_{found.batch_size}x{found.seq_len}_{found.dtype}_{found.day.replace('-', '')}_{digest}.json"
+    )

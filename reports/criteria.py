@@ -1,7 +1,7 @@
 """What a proof of concept must show, written down before it is measured. TOML in, typed values out.
 
 The list of metrics is closed: each has one meaning, given in `METRICS`, and one way to be computed, in
-`reports.decide`. A criterion names a metric, an engine or any offload method, and a threshold.
+`reports.metrics`. A criterion names a metric, an engine or any method, and a threshold.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engines import ENGINES, default_engines, engines_of_role, is_external, public_engines
+from engines import ENGINES, is_external, public_engines
 from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes
+from reports.criteria_templates import Purpose, template
+from reports.question import JobSize, Prices, Question
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0)."""
@@ -33,6 +35,10 @@ Metric = Literal[
     "host_memory_gib",
     "loss_change",
     "accuracy",
+    "heldout_change",
+    "heldout_ratio",
+    "job_hours",
+    "job_cost",
     "prediction_factor",
 ]
 
@@ -47,7 +53,8 @@ METRICS: dict[Metric, str] = {
     ),
     "tokens_per_s": "tokens per second, from the median step",
     "gpu_memory_share": (
-        "peak GPU memory taken, as a share of what the job may use (its limit, else the whole GPU)"
+        "peak GPU memory taken, as a share of what the job may use (its limit, else the whole GPU); not "
+        "applicable without a GPU"
     ),
     "gpu_memory_gib": "peak GPU memory taken, in GiB (1 GiB = 2^30 bytes)",
     "host_memory_share": (
@@ -58,6 +65,15 @@ METRICS: dict[Metric, str] = {
         "mean training loss of the last quarter of the steps minus that of the first; below 0 is learning"
     ),
     "accuracy": "accuracy on held-out data after the last step, 0 to 1; needs a job with evaluation",
+    "heldout_change": (
+        "loss on held-out data after the last step minus that before the first; below 0 is better than before"
+    ),
+    "heldout_ratio": (
+        "loss on held-out data after the last step as a multiple of native's; not applicable where native "
+        "was tried and does not fit"
+    ),
+    "job_hours": "hours of the whole job, whose size stands in [job], at the median step",
+    "job_cost": "what the whole job costs on this machine, in the currency of [prices]",
     "prediction_factor": (
         "how far the predicted step time was off, as a factor: 2 is twice or half the measured time"
     ),
@@ -66,7 +82,9 @@ METRICS: dict[Metric, str] = {
 Comparator = Literal["at most", "less than", "at least", "more than"]
 Level = Literal["must", "want"]
 
-ANY_OFFLOAD = "any offload method"
+ANY_METHOD = "any method"
+_ANY_OFFLOAD = "any offload method"
+"""Of earlier files: read as any method, since any may be the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +94,7 @@ class Criterion:
     id: str
     metric: Metric
     engine: str
-    """An engine, or `ANY_OFFLOAD`. All criteria with the latter must be met by one and the same method."""
+    """An engine, or `ANY_METHOD`. All criteria with the latter must be met by one and the same method."""
     comparison: Comparator
     threshold: float
     level: Level
@@ -87,9 +105,14 @@ class Criterion:
             raise ValueError("id must not be empty")
         if not math.isfinite(self.threshold):
             raise ValueError("threshold must be a finite number")
-        if self.engine != ANY_OFFLOAD and self.engine not in ENGINES and not is_external(self.engine):
+        if not self.is_of_any and self.engine not in ENGINES and not is_external(self.engine):
             known = ", ".join(public_engines())
-            raise ValueError(f"engine must be '{ANY_OFFLOAD}' or one of {known}")
+            raise ValueError(f"engine must be '{ANY_METHOD}' or one of {known}")
+
+    @property
+    def is_of_any(self) -> bool:
+        """It is asked of any method, and names none."""
+        return self.engine in (ANY_METHOD, _ANY_OFFLOAD)
 
     def holds(self, value: float) -> bool:
         """Whether `value` meets the threshold. NaN never does."""
@@ -111,6 +134,16 @@ class Criteria:
     """Of the bytes of the file."""
     written_down: bool = True
     """False: the built-in defaults, because nobody wrote any."""
+    question: Question = field(default_factory=Question)
+    size: JobSize | None = None
+    """`None`: nobody said how much is to be trained."""
+    prices: Prices | None = None
+    """`None`: nobody typed any."""
+
+    @property
+    def spoke_of_offload(self) -> bool:
+        """Some criterion asks it of any offload method, as earlier files did."""
+        return any(one.engine == _ANY_OFFLOAD for one in self.criteria)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +152,9 @@ class _Document:
 
     schema_version: int
     criterion: tuple[Criterion, ...] = ()
+    question: Question = field(default_factory=Question)
+    job: JobSize | None = None
+    prices: Prices | None = None
 
 
 _HEAD = """\
@@ -128,8 +164,7 @@ _HEAD = """\
 # Each [[criterion]] below is one line of the table in the report:
 #   id          a short name of your own
 #   metric      what is compared; the list is below
-#   engine      "any offload method" ({offload};
-#               all such criteria must be met by the same method), or one of
+#   engine      "any method" (all such criteria must be met by the same one), or one of
 #               {engines}
 #   comparison  "at most", "less than", "at least" or "more than"
 #   threshold   a number, in the unit of the metric
@@ -140,55 +175,6 @@ _HEAD = """\
 # Where the runs of a method disagree on whether the threshold is met, the answer is 'unknown'.
 #
 # Metrics:
-"""
-
-_DEFAULTS = """
-schema_version = 1
-
-[[criterion]]
-id = "runs"
-metric = "runs_ok"
-engine = "any offload method"
-comparison = "at least"
-threshold = 1.0
-level = "must"
-why = "The job has to run to its end, every time, with a finite loss; a run that dies decides against it."
-
-[[criterion]]
-id = "gpu memory"
-metric = "gpu_memory_share"
-engine = "any offload method"
-comparison = "at most"
-threshold = 1.0
-level = "must"
-why = "Fitting into this GPU is what offloading is for."
-
-[[criterion]]
-id = "host memory"
-metric = "host_memory_share"
-engine = "any offload method"
-comparison = "at most"
-threshold = 0.9
-level = "must"
-why = "What leaves the GPU lands in the machine's memory, and a tenth of that belongs to everything else."
-
-[[criterion]]
-id = "speed"
-metric = "step_time_ratio"
-engine = "any offload method"
-comparison = "at most"
-threshold = 5.0
-level = "want"
-why = "Where the job also fits without offloading, a step more than five times as long is hard to justify."
-
-[[criterion]]
-id = "learning"
-metric = "loss_change"
-engine = "any offload method"
-comparison = "less than"
-threshold = 0.0
-level = "want"
-why = "The loss has to go down. Make this a must where the job has steps enough to tell."
 """
 
 
@@ -202,15 +188,14 @@ def _wrapped(name: str, meaning: str, width: int = 110) -> str:
     return "\n".join([*lines, line]) + "\n"
 
 
-def init_text() -> str:
-    """The default criteria as a TOML file that explains itself."""
-    quoted = ", ".join(f'"{name}"' for name in default_engines())
+def init_text(purpose: Purpose = "any") -> str:
+    """Criteria to begin with as a TOML file that explains itself."""
+    quoted = ", ".join(f'"{name}"' for name in public_engines())
     engines = "\n#               ".join(textwrap.wrap(quoted, 95))
-    offload = " or ".join(engines_of_role("offload"))
     return (
-        _HEAD.format(engines=engines, offload=offload)
+        _HEAD.format(engines=engines)
         + "".join(_wrapped(name, METRICS[name]) for name in METRICS)
-        + _DEFAULTS
+        + template(purpose)
     )
 
 
@@ -253,7 +238,14 @@ def parse_criteria(content: bytes, origin: str) -> Criteria:
         why = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{origin}: {_where(first['loc'], values)}", why, _remedy()) from None
     _refuse_repeated([criterion.id for criterion in document.criterion], origin)
-    return Criteria(criteria=document.criterion, sha256=hashlib.sha256(content).hexdigest())
+    _refuse_unpriced(document, origin)
+    return Criteria(
+        criteria=document.criterion,
+        sha256=hashlib.sha256(content).hexdigest(),
+        question=document.question,
+        size=document.job,
+        prices=document.prices,
+    )
 
 
 def _where(location: tuple[int | str, ...], values: dict[str, object]) -> str:
@@ -269,6 +261,20 @@ def _where(location: tuple[int | str, ...], values: dict[str, object]) -> str:
 
 def _remedy() -> str:
     return f"metrics are {', '.join(get_args(Metric))}; 'lspzo-bench criteria init' shows every field"
+
+
+def _refuse_unpriced(document: _Document, origin: str) -> None:
+    """Criteria of hours and cost need the size of the job, and the latter prices."""
+    needs = {"job_hours": ("job",), "job_cost": ("job", "prices")}
+    for criterion in document.criterion:
+        for section in needs.get(criterion.metric, ()):
+            shown = "cost" if section == "prices" else "deadline"
+            if getattr(document, section) is None:
+                raise UserError(
+                    f"{origin}: criterion '{criterion.id}'",
+                    f"{criterion.metric} needs a section [{section}]",
+                    f"'lspzo-bench criteria init --for {shown}' shows one",
+                )
 
 
 def _refuse_repeated(ids: list[str], origin: str) -> None:

@@ -6,8 +6,9 @@
 - Else GO, if at least one must was passed; with nothing to judge by it is INCONCLUSIVE.
 - A criterion that is not applicable counts neither way.
 
-Where criteria speak of any offload method, one method has to meet them all: two methods that each meet
-half of what is needed are of no use. Every method that was run is judged, and the best one stands for all.
+Where criteria speak of any method, one method has to meet them all: two methods that each meet half of what
+is needed are of no use. Every method that was run is judged, native and the methods of libraries too, and the
+best one stands for all; never one that another beats in time, memory and quality.
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engines import YARDSTICK, engines_of_role
+from engines import YARDSTICK, public_engines
 from engines.errors import UserError
 from harness.records.comparison import Comparison, beside_native
 from harness.records.run import Run
 from profiles.machine import Machine
-from profiles.units import format_bytes, format_seconds
 from reports.criteria import (
-    ANY_OFFLOAD,
+    ANY_METHOD,
     Comparator,
     Criteria,
     Criterion,
     Level,
     Metric,
 )
-from reports.format import metric_value, middle, span, times
+from reports.format import metric_value, span, times
 from reports.governance import GovernanceLine
+from reports.judging.quality import learned
+from reports.judging.ranking import Standing, State, beaten_by, ordered
+from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text
+from reports.judging.untried import Untried, what_to_run
 from reports.messages import say
-from reports.metrics import Measurements, find, gpu_taken_bytes, group, largest
+from reports.metrics import Measurements, find, group
 from reports.warnings import warnings
 
-State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
 Judgement = Literal["pass", "fail", "unknown", "not applicable"]
 
 EXIT_CODES: dict[State, int] = {"GO": 0, "NO-GO": 3, "CONDITIONAL GO": 4, "INCONCLUSIVE": 5}
 GATES: dict[str, State] = {"no-go": "NO-GO", "conditional": "CONDITIONAL GO", "inconclusive": "INCONCLUSIVE"}
-
-_BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,8 @@ class JudgedCriterion:
 class MethodState:
     engine: str
     state: State
+    beaten_by: Annotated[str | None, Field(exclude_if=lambda engine: engine is None)] = None
+    """A method that is faster, takes less memory and gets no worse; `None`: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,44 +90,64 @@ class Verdict:
     sentence: str
     """One sentence with the numbers that decide it."""
     method: str | None
-    """The offload method that the rows are about; `None` where no criterion asks for any."""
+    """The method to use, or that came nearest; `None` where no criterion asks for any."""
     methods: tuple[MethodState, ...]
-    """Every offload method that was run, judged by the same criteria, the best first."""
+    """Every method that was run, judged by the same criteria, the best first."""
     rows: tuple[JudgedCriterion, ...]
     warnings: tuple[str, ...]
     comparisons: Annotated[tuple[Comparison, ...], Field(exclude_if=lambda found: not found)] = ()
     """Each method that was measured beside native, in the order of reports."""
     criteria_sha256: str | None
+    settings: Annotated[str, Field(exclude_if=lambda text: not text)] = ""
+    """Those that `method` ran with, as `--set` takes them."""
+    next_command: Annotated[str, Field(exclude_if=lambda text: not text)] = ""
+    """The one command that would tell what is not known and counts; empty: nothing is missing."""
     governance: Annotated[tuple[GovernanceLine, ...], Field(exclude_if=lambda lines: not lines)] = ()
     """The checklist; empty, and then not written, where the records are of before it."""
     schema_version: int = 1
 
 
-def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | None = None) -> Verdict:
-    """Judge `runs` by `criteria`. `machine` only fills in the size of a GPU that the runs do not name."""
-    measurements = group(runs, machine)
-    asked = criteria.criteria if criteria is not None else ()
+def decide(
+    runs: Sequence[Run],
+    criteria: Criteria | None,
+    machine: Machine | None = None,
+    untried: Untried | None = None,
+) -> Verdict:
+    """Judge `runs` by `criteria`. `machine` only fills in the size of a GPU that the runs do not name;
+    `untried` says what is predicted of methods that were not run."""
+    untried = untried or Untried()
+    measurements = group(runs, machine, criteria, untried.yardstick_is_out)
+    asked_for = criteria.criteria if criteria is not None else ()
     judged = {
-        engine: tuple(_judge(criterion, engine, measurements) for criterion in asked)
-        for engine in engines_of_role("offload")
+        engine: tuple(_judge(criterion, engine, measurements) for criterion in asked_for)
+        for engine in public_engines()
         if engine in measurements.rounds
     }
-    ranked = sorted(judged, key=lambda engine: _rank(engine, judged[engine], measurements))
-    method = ranked[0] if ranked and any(one.engine == ANY_OFFLOAD for one in asked) else None
+    standings = [_standing(engine, rows) for engine, rows in judged.items()]
+    ranked = ordered(standings, measurements)
+    beaten = beaten_by(standings, measurements)
+    method = ranked[0].engine if ranked and any(one.is_of_any for one in asked_for) else None
     rows = (
-        judged[ranked[0]]
+        judged[ranked[0].engine]
         if ranked
-        else tuple(_judge(criterion, ANY_OFFLOAD, measurements) for criterion in asked)
+        else tuple(_judge(criterion, ANY_METHOD, measurements) for criterion in asked_for)
     )
     state = state_of(rows)
     return Verdict(
         state=state,
         sentence=_sentence(state, rows, method, measurements),
         method=method,
-        methods=tuple(MethodState(engine=engine, state=state_of(judged[engine])) for engine in ranked)
+        methods=tuple(
+            MethodState(engine=one.engine, state=one.state, beaten_by=beaten.get(one.engine))
+            for one in ranked
+        )
         if method is not None
         else (),
         rows=rows,
+        settings=_settings(method, measurements),
+        next_command=what_to_run(
+            [(row.metric, row.engine) for row in rows if row.outcome == "unknown"], measurements, untried
+        ),
         warnings=warnings(runs, criteria, measurements),
         comparisons=tuple(
             found
@@ -133,6 +156,18 @@ def decide(runs: Sequence[Run], criteria: Criteria | None, machine: Machine | No
         ),
         criteria_sha256=criteria.sha256 if criteria is not None else None,
     )
+
+
+def _standing(engine: str, rows: Sequence[JudgedCriterion]) -> Standing:
+    missed = sum(row.outcome in ("fail", "unknown") for row in rows)
+    return Standing(engine=engine, state=state_of(rows), missed=missed)
+
+
+def _settings(method: str | None, all_: Measurements) -> str:
+    if method is None:
+        return ""
+    settings = all_.of(method).runs[0].plan.settings
+    return " ".join(f"--set {method}.{key}={value}" for key, value in sorted(settings.items()))
 
 
 def state_of(rows: Sequence[JudgedCriterion]) -> State:
@@ -165,7 +200,7 @@ def exit_code(verdict: Verdict, gates: Collection[State]) -> int:
 
 
 def _judge(criterion: Criterion, method: str, measurements: Measurements) -> JudgedCriterion:
-    engine = method if criterion.engine == ANY_OFFLOAD else criterion.engine
+    engine = method if criterion.is_of_any else criterion.engine
     finding = find(criterion.metric, engine, measurements)
     note = finding.note
     outcome: Judgement
@@ -201,35 +236,6 @@ def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Jud
     )
 
 
-def _rank(
-    engine: str, rows: Sequence[JudgedCriterion], all_: Measurements
-) -> tuple[int, int, float, float, str]:
-    """Best first: verdict, then fewest wants missed, then what was learned, and only then speed.
-
-    Quality before speed, as a quick step that learns nothing is no gain (MLPerf's order).
-    """
-    learned = find("loss_change", engine, all_).value
-    step_s = find("step_s", engine, all_).value
-    return (
-        _BEST_FIRST.index(state_of(rows)),
-        sum(row.outcome in ("fail", "unknown") for row in rows),
-        float("inf") if learned is None else learned,
-        float("inf") if step_s is None else step_s,
-        engine,
-    )
-
-
-def _asked(row: JudgedCriterion) -> str:
-    return f"{row.comparison} {metric_value(row.metric, row.threshold)}"
-
-
-def measured_value(row: JudgedCriterion) -> str:
-    """What was measured; of two runs both ends, as they have no median."""
-    if row.runs == 2 and row.measured_low is not None and row.measured_high is not None:
-        return span(*(metric_value(row.metric, end) for end in (row.measured_low, row.measured_high)))
-    return metric_value(row.metric, row.measured)
-
-
 def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None, all_: Measurements) -> str:
     def first(level: Level, *outcomes: Judgement) -> JudgedCriterion | None:
         return next((row for row in rows if row.level == level and row.outcome in outcomes), None)
@@ -245,45 +251,89 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
             row = None
     if row is not None:
         known = "measured" if row.measured is not None else "unknown"
-        key = {"NO-GO": "no_go", "CONDITIONAL GO": f"conditional_{known}"}.get(state, f"inconclusive_{known}")
+        several = "" if method is None or len(all_.rounds) == 1 else "_of_all"
+        key = {"NO-GO": f"no_go{several}", "CONDITIONAL GO": f"conditional_{known}"}.get(
+            state, f"inconclusive_{known}"
+        )
         return say(
             f"verdict.{key}",
             id=row.id,
             engine=row.engine,
+            answer=_answer(method or row.engine, all_),
             metric=say(f"metric.{row.metric}"),
             measured=measured_value(row),
-            asked=_asked(row),
+            asked=asked(row),
             note=row.note or "",
-            because=f" ({row.note})" if row.note else "",
+            because=say("verdict.because", note=row.note) if row.note else "",
         )
     if state == "INCONCLUSIVE":
         return say("verdict.nothing_to_judge_by")
-    return _go_sentence(rows, method, all_)
-
-
-def _go_sentence(rows: Sequence[JudgedCriterion], method: str | None, all_: Measurements) -> str:
-    """What offloading gives and what it costs: GPU memory and step time, beside native's."""
     engine = method or next(row.engine for row in rows if row.level == "must" and row.outcome == "pass")
-    step_s = find("step_s", engine, all_).value
-    if step_s is None:
-        count = sum(row.outcome == "pass" for row in rows)
-        return say("verdict.go_plain", engine=engine, count=count)
-    gpu = largest(all_.of(engine), gpu_taken_bytes)
-    native_gpu = largest(all_.of(YARDSTICK), gpu_taken_bytes)
-    native = find("step_time_ratio", engine, all_)
-    values = {
-        "engine": engine,
-        "step": middle(all_.of(engine).step_s, format_seconds),
-        "memory": say("verdict.memory", memory=format_bytes(gpu)) if gpu is not None else "",
-    }
-    if native.value is None and not native.applies:
-        return say("verdict.go_native_does_not_fit", **values)
-    than = ""
-    if engine != YARDSTICK and native_gpu is not None:
-        than = say("verdict.memory_of_native", memory=format_bytes(native_gpu))
-    if engine == YARDSTICK or native.value is None or not native.applies:
-        return say("verdict.go_alone", **values, than=than)
-    told = times(native.value)
-    if native.runs == 2 and native.low is not None and native.high is not None:
-        told = span(times(native.low), times(native.high))
-    return say("verdict.go_beside_native", **values, ratio=told, than=than)
+    if answer := _answer(engine, all_):
+        return say("verdict.go", engine=engine, answer=answer)
+    count = sum(row.outcome == "pass" for row in rows)
+    return say("verdict.go_plain", engine=engine, count=count)
+
+
+def measured_value(row: JudgedCriterion) -> str:
+    """What was measured; of two runs both ends, as they have no median."""
+    if row.runs == 2 and row.measured_low is not None and row.measured_high is not None:
+        return span(*(metric_value(row.metric, end) for end in (row.measured_low, row.measured_high)))
+    return metric_value(row.metric, row.measured)
+
+
+def state_text(state: State) -> str:
+    """As a reader sees it."""
+    return say(f"state.{state.lower().replace(' ', '_').replace('-', '_')}")
+
+
+def asked(row: JudgedCriterion) -> str:
+    """`at most 5.00x`."""
+    return say(f"asked.{row.comparison.replace(' ', '_')}", value=metric_value(row.metric, row.threshold))
+
+
+def _answer(engine: str, all_: Measurements) -> str:
+    """The two numbers that decide, how long it takes and how much memory, and native's; empty where no step
+    was timed."""
+    time = step_s(engine, all_)
+    if time.value is None:
+        return ""
+    memory = gpu_peak(engine, all_)
+    kind = "gpu_memory" if memory.value is not None else "host_memory"
+    taken = memory if memory.value is not None else host_peak(engine, all_)
+    if all_.steps is None:
+        takes = say("verdict.per_step", time=time_text(time))
+    else:
+        takes = say("verdict.whole_job", time=time_text(job_s(engine, all_, all_.steps)))
+    return say(
+        "verdict.answer",
+        takes=takes,
+        quality=_quality(engine, all_),
+        memory=say(f"verdict.{kind}", memory=memory_text(taken)),
+        beside=_beside_native(engine, all_),
+    )
+
+
+def _beside_native(engine: str, all_: Measurements) -> str:
+    """`; native takes 0.5 times as long and 20 GiB`, that it does not fit, or nothing."""
+    if engine == YARDSTICK:
+        return ""
+    ratio = find("step_time_ratio", engine, all_)
+    if ratio.value is None:
+        if ratio.applies:
+            return ""
+        return say("verdict.native_does_not_fit", why=ratio.note or "")
+    native = gpu_peak(YARDSTICK, all_)
+    memory = native if native.value is not None else host_peak(YARDSTICK, all_)
+    values = {"memory": memory_text(memory), "quality": _quality(YARDSTICK, all_)}
+    if not ratio.applies:
+        return say("verdict.native_memory", **values)
+    told = times(ratio.value)
+    if ratio.runs == 2 and ratio.low is not None and ratio.high is not None:
+        told = span(times(ratio.low), times(ratio.high))
+    return say("verdict.beside_native", ratio=told, **values)
+
+
+def _quality(engine: str, all_: Measurements) -> str:
+    found = learned(engine, all_)
+    return say(f"verdict.{found.kind}", value=found.after) if found else ""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from harness.records.columns import Column, RowT, Unit, table_cells
+from harness.records.columns import CellValue, Column, RowT, Unit, table_cells
 from harness.records.job import ModelSource
 from harness.records.stats import Spread
+from profiles.language import quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.criteria import Metric
 from reports.messages import say
@@ -77,11 +78,17 @@ def metric_value(metric: Metric, value: float | None) -> str:
             return format_seconds(value)
         case "step_time_ratio" | "prediction_factor":
             return times(value)
+        case "job_hours":
+            return format_seconds(value * 3600)
+        case "job_cost":
+            return digits(value)
+        case "heldout_ratio":
+            return f"{value:.3f}x"
         case "tokens_per_s":
             return f"{digits(value)} /s"
         case "gpu_memory_gib" | "host_memory_gib":
             return format_bytes(value * GIB)
-        case "loss_change":
+        case "loss_change" | "heldout_change":
             return f"{value:+.4f}" if value else "0"
 
 
@@ -111,9 +118,9 @@ def middle(found: Spread | None, show: Callable[[float | None], str]) -> str:
 
 
 NUMBER = Unit(show=digits)
-TIMES = Unit(show=times)
-PERCENT = Unit(show=percent)
-JOULES = Unit(show=joules)
+TIMES = Unit(show=times, suffix="_ratio")
+PERCENT = Unit(show=percent, suffix="_share")
+JOULES = Unit(show=joules, suffix="_j")
 LOSS = Unit(show=loss)
 
 
@@ -127,15 +134,48 @@ class Table:
     numeric: tuple[int, ...] = ()
     """Columns that are set to the right."""
     note: str = ""
+    keys: tuple[str, ...] = ()
+    """Of the columns, with the unit of their numbers, for programs: `step_s`, `host_bytes`."""
+    values: tuple[tuple[CellValue, ...], ...] = ()
+    """As measured, in those units; text as it is shown."""
 
     @classmethod
     def of(cls, columns: Sequence[Column[RowT]], rows: Sequence[RowT], *notes: str) -> Self:
-        """`columns` over `rows`; below them `notes`, which are sentences, and those of the columns."""
-        here, cells = table_cells(columns, rows)
-        of_columns = (say(f"tablenote.{column.note}") for column in here if column.note)
+        """`columns` over `rows`; below them `notes`, which are sentences, and those of the columns. A column
+        that is empty for all rows is not there, and named below; what else is missing is a dash."""
+        there, _ = table_cells(columns, rows)
+        found = [[column.of(row) for column in there] for row in rows]
+        empty = {
+            place
+            for place, column in enumerate(there)
+            if place and rows and column.missing == NOT_MEASURED and all(row[place] is None for row in found)
+        }
+        kept = [place for place in range(len(there)) if place not in empty]
+        here = [there[place] for place in kept]
+        values = tuple(tuple(row[place] for place in kept) for row in found)
+        cells = tuple(
+            tuple(_cell(column, row, value) for column, value in zip(here, each, strict=True))
+            for row, each in zip(rows, values, strict=True)
+        )
+        said = [*notes, *(say(f"tablenote.{column.note}") for column in here if column.note)]
+        if any(say("show.nothing") in row for row in cells):
+            said.append(say("tablenote.nothing"))
+        if empty:
+            names = say("setting.held_join").join(
+                say(f"column.{there[place].key}") for place in sorted(empty)
+            )
+            said.append(say("tablenote.empty", columns=names))
         return cls(
             columns=tuple(say(f"column.{column.key}") for column in here),
             rows=cells,
             numeric=tuple(index for index, column in enumerate(here) if column.unit.is_numeric),
-            note=" ".join((*notes, *of_columns)),
+            note=say("show.sentences").join(said),
+            keys=tuple(f"{column.key}{column.unit.suffix}" for column in here),
+            values=values,
         )
+
+
+def _cell(column: Column[RowT], row: RowT, value: CellValue) -> str:
+    if value is None and column.missing == NOT_MEASURED:
+        return say("show.nothing")
+    return quantity(column.cell(row))

@@ -1,4 +1,6 @@
-"""README.md and overview.svg of a folder of published results: all of its tables as one, and a picture."""
+"""README.md, overview.svg and index.html of a folder of published results: all of its tables as one.
+
+Longer than 400 lines: the columns of two tables, each read as one list."""
 
 from __future__ import annotations
 
@@ -40,6 +42,7 @@ from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
 from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
 from reports.render import markdown_text
+from reports.sharing.public_page import public_page, public_rows
 
 KINDS = ("runs", "generations")
 VARIANTS = (
@@ -92,7 +95,8 @@ class Published:
 
 
 def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> tuple[Path, Path]:
-    """Write the two files into `folder`, and say where they are. The same folder gives the same bytes.
+    """Write README.md, overview.svg and index.html into `folder`. Returns where the first two are. The same
+    folder gives the same bytes.
 
     `on_broken` is called with each file that is left out, named from `folder` on.
     Raises `UserError` if nothing is published there.
@@ -107,6 +111,7 @@ def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broke
     ]
     generated.sort(key=lambda each: (each.run.model.parameters, each.folder, each.sequences, each.run.id))
     page, picture = folder / "README.md", folder / "overview.svg"
+    write_whole(folder / "index.html", public_page(public_rows(folder, folders)))
     write_whole(picture, overview(found))
     write_whole(page, index(found, generated, abouts(folder)))
     return page, picture

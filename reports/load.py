@@ -108,7 +108,7 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     """
     seen: dict[str, tuple[Any, str]] = {}
     for run in runs:
-        for field, value in _likeness(run):
+        for field, value in likeness(run):
             other, id_ = seen.setdefault(field, (value, run.id))
             if other != value:
                 raise UserError(
@@ -118,7 +118,8 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
                 )
 
 
-def _likeness(run: Run) -> Iterator[tuple[str, Any]]:
+def likeness(run: Run) -> Iterator[tuple[str, Any]]:
+    """What must be the same of runs for their times to be compared, by name."""
     environment = run.environment
     for field, value in (
         ("GPU", environment.gpu_name),

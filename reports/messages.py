@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
-from functools import cache
-from importlib.resources import files
+from profiles.language import Language, quantity, sentences, spoken
 
 
-@cache
-def messages(language: str = "en") -> dict[str, str]:
+def messages(language: Language = "en") -> dict[str, str]:
     """Key -> text with `{names}` to fill in. Keys are dotted: `verdict.go`."""
-    content = files("reports").joinpath("text", f"{language}.toml").read_text(encoding="utf-8")
-    flat: dict[str, str] = {}
-    for section, entries in tomllib.loads(content).items():
-        for key, text in entries.items():
-            flat[f"{section}.{key}"] = text
-    return flat
+    return sentences("reports", language)
 
 
 def say(key: str, /, **values: object) -> str:
-    """The text of `key` with its names filled in. The values come out as they are: escape when rendering."""
-    return messages()[key].format(**values)
+    """The text of `key`, in the language spoken, with its names filled in. The values come out as they are:
+    escape when rendering."""
+    texts = {name: quantity(value) if isinstance(value, str) else value for name, value in values.items()}
+    return messages(spoken())[key].format(**texts)

@@ -1,4 +1,6 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
+
+Longer than 400 lines: a function for each metric, read as one list."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from engines import YARDSTICK
+from harness.records.job import make_job
 from harness.records.run import EndState, Predicted, Run
 from harness.records.stats import (
     Rounds,
@@ -18,10 +21,11 @@ from harness.records.stats import (
 )
 from profiles.machine import Machine
 from profiles.planning.budget import CONTEXT_BYTES
-from reports.criteria import Metric
+from reports.criteria import Criteria, Metric
 from reports.format import GIB
 from reports.load import engine_order
 from reports.messages import say
+from reports.question import Prices
 
 NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
 """Ends that say nothing about the method: it was not there, or was stopped from outside."""
@@ -54,6 +58,12 @@ class Measurements:
 
     rounds: Mapping[str, Rounds]
     machine: Machine | None
+    steps: float | None = None
+    """Of the whole job, once it is decided; `None`: nobody said how much is to be trained."""
+    prices: Prices | None = None
+    """`None`: nobody typed any."""
+    forecast: str | None = None
+    """Why the yardstick, which was not run, is predicted not to fit; `None`: it fits, or is not known."""
 
     @property
     def engines(self) -> list[str]:
@@ -64,9 +74,22 @@ class Measurements:
         return self.rounds.get(engine) or aggregate(engine, ())
 
 
-def group(runs: Sequence[Run], machine: Machine | None) -> Measurements:
+def group(
+    runs: Sequence[Run],
+    machine: Machine | None,
+    criteria: Criteria | None = None,
+    forecast: str | None = None,
+) -> Measurements:
+    """`criteria` say how much is to be trained and at which prices."""
     engines = sorted({run.engine for run in runs})
-    return Measurements(rounds={engine: aggregate(engine, runs) for engine in engines}, machine=machine)
+    size = criteria.size if criteria is not None else None
+    return Measurements(
+        rounds={engine: aggregate(engine, runs) for engine in engines},
+        machine=machine,
+        steps=size.steps_of(make_job(runs[0].job, "job")) if size is not None and runs else None,
+        prices=criteria.prices if criteria is not None else None,
+        forecast=forecast,
+    )
 
 
 def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
@@ -214,13 +237,92 @@ def _runs_ok(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 def _step_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
-    return _from_spread(rounds.step_s, expected.step_s if expected else None)
+    step_s = expected.step_s if expected else None
+    if is_emulated(rounds):
+        return MetricFinding(predicted=step_s, note=say("note.emulated_time"))
+    return _from_spread(rounds.step_s, step_s)
 
 
 def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     step_s = expected.step_s if expected else None
-    return _from_spread(rounds.tokens_per_s, rounds.runs[0].tokens_per_step / step_s if step_s else None)
+    rate = rounds.runs[0].tokens_per_step / step_s if step_s else None
+    if is_emulated(rounds):
+        return MetricFinding(predicted=rate, note=say("note.emulated_time"))
+    return _from_spread(rounds.tokens_per_s, rate)
+
+
+def _scaled(found: MetricFinding, factor: float) -> MetricFinding:
+    def by(value: float | None) -> float | None:
+        return None if value is None else value * factor
+
+    return replace(
+        found, value=by(found.value), low=by(found.low), high=by(found.high), predicted=by(found.predicted)
+    )
+
+
+def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
+    """The whole job at the median step. The same examples for every method; what they are worth is another
+    question, which a zeroth-order step answers with less."""
+    if all_.steps is None:
+        return MetricFinding(note=say("note.no_size"))
+    return _scaled(_step_s(rounds, all_), all_.steps / 3600)
+
+
+def _job_cost(rounds: Rounds, all_: Measurements) -> MetricFinding:
+    per_hour = all_.prices.own_per_hour if all_.prices is not None else None
+    if per_hour is None:
+        return MetricFinding(note=say("note.no_prices"))
+    return _scaled(_job_hours(rounds, all_), per_hour)
+
+
+def heldout_loss(run: Run) -> float | None:
+    """After the last step, on data that was not trained on; `None` also where that data is random."""
+    return None if run.job.get("data", {}).get("train") == "random" else run.summary.eval_loss_last
+
+
+def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
+    if _is_random(rounds):
+        return MetricFinding(applies=False, note=say("note.random_data"))
+
+    def change(run: Run) -> float | None:
+        first, last = run.summary.eval_loss_first, run.summary.eval_loss_last
+        return None if first is None or last is None else last - first
+
+    found = over_runs(rounds.ok, change)
+    return (
+        MetricFinding(note=say("note.no_evaluation")) if found is None and rounds.ok else _from_spread(found)
+    )
+
+
+def _heldout_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
+    if _is_random(rounds):
+        return MetricFinding(applies=False, note=say("note.random_data"))
+    native = all_.of(YARDSTICK)
+    mine, other = over_runs(rounds.ok, heldout_loss), over_runs(native.ok, heldout_loss)
+    if mine is not None and other is not None and other.low > 0:
+        return MetricFinding(
+            value=mine.median / other.median, low=mine.low / other.high, high=mine.high / other.low,
+            runs=mine.count,
+        )  # fmt: skip
+    if (why := _native_is_out(native, all_)) is not None:
+        return MetricFinding(applies=False, note=why)
+    if not rounds.ok:
+        return MetricFinding()
+    return MetricFinding(note=say("note.no_evaluation" if native.ok else "note.native_missing"))
+
+
+def _is_random(rounds: Rounds) -> bool:
+    return bool(rounds.runs[0].job.get("data", {}).get("train") == "random")
+
+
+def _native_is_out(native: Rounds, all_: Measurements) -> str | None:
+    """Why nothing can be told beside native, which does not fit; `None`: it fits, or is not known."""
+    concluded = {run.end_state for run in native.runs} - NOTHING_LEARNED
+    if concluded and concluded <= DOES_NOT_FIT:
+        key = "note.native_skipped" if concluded == {"skipped_infeasible"} else "note.native_does_not_fit"
+        return say(key)
+    return None if native.runs or all_.forecast is None else say("note.native_forecast")
 
 
 def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
@@ -229,6 +331,8 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     step_s = [one.step_s if one else None for one in both]
     expected = _share(step_s[0], step_s[1])
     evidence = tuple(dict.fromkeys(run.id for run in (*rounds.runs, *native.runs)))
+    if rounds.engine == YARDSTICK and rounds.step_s is not None:
+        return MetricFinding(value=1.0, low=1.0, high=1.0, runs=len(rounds.ok), evidence=evidence)
     found = ratio(rounds.step_times, native.step_times)
     if found is not None:
         emulated = is_emulated(rounds)
@@ -243,10 +347,8 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
             note=say("note.emulated") if emulated else None,
             evidence=evidence,
         )
-    concluded = {run.end_state for run in native.runs} - NOTHING_LEARNED
-    if concluded and concluded <= DOES_NOT_FIT:
-        key = "note.native_skipped" if concluded == {"skipped_infeasible"} else "note.native_does_not_fit"
-        return MetricFinding(applies=False, note=say(key), evidence=evidence)
+    if (why := _native_is_out(native, all_)) is not None:
+        return MetricFinding(applies=False, note=why, evidence=evidence)
     note = say("note.native_missing") if rounds.ok else None
     return MetricFinding(predicted=expected, note=note, evidence=evidence)
 
@@ -258,8 +360,9 @@ def _gpu_memory(
     run = rounds.runs[0]
     bytes_ = expected.peak_gpu_bytes if expected else None
     found = over_runs(rounds.ok, lambda one: _apply(unit, one, gpu_taken_bytes(one)))
-    no_gpu = rounds.ok and all(one.environment.gpu_name is None for one in rounds.ok)
-    return _peak(found, _apply(unit, run, bytes_ or None), say("note.no_gpu") if no_gpu else None)
+    if all(one.environment.gpu_name is None for one in rounds.ok or rounds.runs) and found is None:
+        return MetricFinding(applies=not rounds.ok, note=say("note.no_gpu") if rounds.ok else None)
+    return _peak(found, _apply(unit, run, bytes_ or None), None)
 
 
 def _apply(unit: Callable[[Run, float], float | None], run: Run, value: float | None) -> float | None:
@@ -289,7 +392,7 @@ def _host_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
     """Nothing can be learned from random data: their loss changes by chance."""
-    if rounds.runs[0].job.get("data", {}).get("train") == "random":
+    if _is_random(rounds):
         return MetricFinding(applies=False, note=say("note.random_data"))
     return _from_spread(over_runs(rounds.ok, lambda run: loss_change(run.samples)))
 
@@ -305,6 +408,8 @@ def _prediction_factor(rounds: Rounds, all_: Measurements) -> MetricFinding:
     expected = predicted(rounds)
     if rounds.step_s is None:
         return MetricFinding()
+    if is_emulated(rounds):
+        return MetricFinding(applies=False, note=say("note.emulated"))
     if expected is None or not expected.step_s:
         return MetricFinding(note=say("note.no_prediction"))
     step_s, predicted_s = rounds.step_s, expected.step_s
@@ -327,5 +432,9 @@ _METRICS: dict[Metric, Callable[[Rounds, Measurements], MetricFinding]] = {
     "host_memory_gib": _host_memory_gib,
     "loss_change": _loss_change,
     "accuracy": _accuracy,
+    "heldout_change": _heldout_change,
+    "heldout_ratio": _heldout_ratio,
+    "job_hours": _job_hours,
+    "job_cost": _job_cost,
     "prediction_factor": _prediction_factor,
 }

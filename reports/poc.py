@@ -16,6 +16,7 @@ from harness.cli.options import (
     External,
     FailOn,
     JobFlags,
+    Lang,
     Out,
     Profile,
     Quiet,
@@ -41,7 +42,7 @@ from profiles.system.nvml import open_device
 from reports.commands import note_left_out
 from reports.criteria import init_text, load_criteria
 from reports.decide import exit_code, parse_fail_on
-from reports.render import write_report
+from reports.render import in_short, page, write_report
 
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
 
@@ -60,6 +61,7 @@ def poc(
     out: Out = None,
     resume: Resume = False,
     trace: Trace = False,
+    lang: Lang = "en",
     quiet: Quiet = False,
     require_gpu: RequireGpu = False,
 ) -> None:
@@ -91,9 +93,9 @@ def poc(
     if criteria is None and not ready.in_use and not exists(folder / "criteria.toml"):
         write_whole(folder / "criteria.toml", init_text())
     runs = measure_seen(ready, sweep)
-    verdict = write_report(folder, on_broken=note_left_out)
-    typer.echo(f"{verdict.state}: {verdict.sentence}")
-    typer.echo(str(folder / "report.html"))
+    verdict = write_report(folder, on_broken=note_left_out, language=lang)
+    typer.echo(in_short(verdict, lang))
+    typer.echo(str(page(folder, lang)))
     if code := exit_code(verdict, gates):
         raise typer.Exit(code)
     exit_for(run.end_state for run in runs)

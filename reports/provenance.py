@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from harness.records.columns import Column
 from harness.records.run import Run
 from profiles.figures import reported
+from profiles.language import translated
 from profiles.machine import Figure
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
@@ -96,7 +97,7 @@ def machine_facts(loaded: Loaded) -> Table:
                 if found.low is not None and found.high is not None and found.low < found.high:
                     ends = span(row.form(found.low), row.form(found.high))
                     text = say("table.with_range", value=text, range=ends)
-                fact(row.path, text, say(f"origin.{found.origin}", method=found.method, count=found.count))
+                fact(row.path, text, say(f"origin.{found.origin}", method=translated(found.method)))
 
     if machine is None:
         absent = say("machine.from_runs")
@@ -108,7 +109,7 @@ def machine_facts(loaded: Loaded) -> Table:
         fact("platform", environment.platform, absent)
         return Table.of(MACHINE, rows, say("tablenote.machine"))
     if machine.gpu is None:
-        fact("gpu", say("setting.no_gpu"), machine.gpu_absent_reason or "")
+        fact("gpu", say("setting.no_gpu"), translated(machine.gpu_absent_reason or ""))
     else:
         gpu = machine.gpu
         fact("gpu", gpu.name, say("machine.driver", driver=gpu.driver or say("reproduce.not_known")))
@@ -127,10 +128,12 @@ def machine_facts(loaded: Loaded) -> Table:
     fact(
         "cpu",
         cpu.name,
-        say("machine.cores", usable=cpu.cores_usable, total=cpu.cores_total, basis=cpu.cores_basis),
+        say(
+            "machine.cores", usable=cpu.cores_usable, total=cpu.cores_total, basis=translated(cpu.cores_basis)
+        ),
     )
     figures("cpu", cpu)
-    fact("host_memory", format_bytes(memory.total_bytes), memory.total_basis)
+    fact("host_memory", format_bytes(memory.total_bytes), translated(memory.total_basis))
     figures("memory", memory)
     fact("platform", machine.platform, say("machine.probed", time=_minute(machine.time)))
     return Table.of(MACHINE, rows, say("tablenote.machine"))
@@ -154,14 +157,20 @@ FAILURES: tuple[Column[Failure], ...] = (
     Column("method", lambda one: one.engine),
     Column("end", lambda one: one.end if one.is_run else ""),
     Column("meaning", lambda one: say(f"end.{one.end}")),
-    Column("reason", lambda one: one.reason),
+    Column("reason", lambda one: translated(one.reason)),
 )
 
 
 def failures_table(loaded: Loaded) -> Table | None:
     """Every run that did not end ok, every file that could not be read, every plan that was not run."""
     rows = [
-        Failure(what=run.id, engine=run.engine, end=run.end_state, is_run=True, reason=run.end_reason or "")
+        Failure(
+            what=run.id,
+            engine=run.engine,
+            end=run.end_state,
+            is_run=True,
+            reason=run.end_reason or "",
+        )
         for run in loaded.runs
         if run.end_state != "ok"
     ]

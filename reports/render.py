@@ -1,286 +1,121 @@
-"""report.md, report.html and verdict.json from an output folder. The same folder gives the same bytes."""
+"""report.md, report.html, report.json and verdict.json from an output folder. The same folder gives the same
+bytes."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.records.job import Job
-from harness.records.run import Run
-from harness.records.stats import DISTURBED_FACTOR, outer_deciles, over_runs
-from profiles.documents import adapter, to_json, write_whole
-from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports import charts, exactness, provenance, tables
-from reports.breakdown import breakdown, busy_table, overlap_table
+from profiles.documents import to_json, write_whole
+from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
-from reports.decide import Verdict, decide
-from reports.format import loss, middle, model_title, percent
+from reports.decide import Verdict, decide, state_text
 from reports.governance import governance_lines
+from reports.judging.untried import Untried, untried_of
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
-from reports.metrics import (
-    Measurements,
-    ends,
-    gpu_limit_bytes,
-    group,
-    host_limit_bytes,
-    predicted,
-)
+from reports.metrics import group
+from reports.pages.build import document
+from reports.pages.data import data_of
+from reports.pages.document import Document
 from reports.warnings import about_integrity
 
 
 def write_report(
-    folder: Path, criteria_path: Path | None = None, on_broken: Callable[[Broken], None] = lambda broken: None
+    folder: Path,
+    criteria_path: Path | None = None,
+    on_broken: Callable[[Broken], None] = lambda broken: None,
+    language: Language = "en",
 ) -> Verdict:
-    """Judge what lies in `folder` and write report.md, report.html and verdict.json there.
+    """Judge what lies in `folder` and write report.md, report.html, report.json and verdict.json there; in
+    another language than English the first two are called report.ja.md and report.ja.html.
 
     `criteria_path` takes the place of the folder's own criteria.toml. Without either the built-in
-    defaults judge, and the report says so. `on_broken` is called with each file that is left out.
-    Raises `UserError`.
+    defaults judge, and the report says so. `on_broken` is called with each file that is left out. The verdict
+    comes in `language`; what is for programs is in English always. Raises `UserError`.
     """
     loaded = load_folder(folder)
     for broken in loaded.broken:
         on_broken(broken)
     criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
-    verdict = judge(loaded, criteria)
-    write_whole(folder / "report.md", render_markdown(loaded, verdict))
-    write_whole(folder / "report.html", render_html(loaded, verdict))
-    write_whole(folder / "verdict.json", to_json(verdict))
-    return verdict
+    english = written(loaded, criteria)
+    write_whole(folder / "verdict.json", to_json(english.verdict))
+    write_whole(folder / "report.json", to_json(data_of(english.verdict, english.document, loaded.runs)))
+    shown, name = english, "report"
+    if language != "en":
+        with speaking(language):
+            shown, name = written(loaded, criteria), f"report.{language}"
+            write_whole(folder / f"{name}.md", render_markdown(shown))
+            write_whole(folder / f"{name}.html", render_html(shown))
+        return shown.verdict
+    write_whole(folder / f"{name}.md", render_markdown(shown))
+    write_whole(folder / f"{name}.html", render_html(shown))
+    return shown.verdict
 
 
-def judge(loaded: Loaded, criteria: Criteria | None) -> Verdict:
+def page(folder: Path, language: Language) -> Path:
+    """Where `write_report` puts the page to look at."""
+    return folder / ("report.html" if language == "en" else f"report.{language}.html")
+
+
+def in_short(verdict: Verdict, language: Language) -> str:
+    """The verdict as one line, and below it the command that would settle what is open."""
+    with speaking(language):
+        told = [say("verdict.line", state=state_text(verdict.state), sentence=verdict.sentence)]
+        if verdict.next_command:
+            told.append(say("verdict.line_next", command=verdict.next_command))
+    return "\n".join(told)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenReport:
+    """A folder judged and told, in one language."""
+
+    verdict: Verdict
+    document: Document
+
+
+def written(loaded: Loaded, criteria: Criteria | None) -> WrittenReport:
+    """In the language spoken. `criteria` of `None`: the built-in defaults judge."""
+    asked = criteria or default_criteria()
+    untried = untried_of(loaded)
+    verdict = judge(loaded, asked, untried)
+    all_ = group(loaded.runs, loaded.machine, asked, untried.yardstick_is_out)
+    return WrittenReport(verdict=verdict, document=document(loaded, verdict, asked, all_, untried))
+
+
+def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = None) -> Verdict:
     """The verdict on a folder, with warnings where its files cannot be read or do not hold together."""
-    verdict = decide(loaded.runs, criteria or default_criteria(), loaded.machine)
+    verdict = decide(
+        loaded.runs, criteria or default_criteria(), loaded.machine, untried or untried_of(loaded)
+    )
     unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
     unsound = about_integrity(loaded.findings, loaded.runs)
     return replace(
         verdict,
-        warnings=(*unsound, *verdict.warnings, *unreadable),
+        warnings=(*unsound, *unreadable, *verdict.warnings),
         governance=governance_lines(loaded.runs),
     )
 
 
-def render_markdown(loaded: Loaded, verdict: Verdict) -> str:
+def render_markdown(told: WrittenReport) -> str:
     """For pull requests and wikis. Text from the data is escaped; charts are left to the HTML."""
-    return _markdown().get_template("report.md.j2").render(_context(loaded, verdict))
+    return _markdown().get_template("report.md.j2").render(document=told.document)
 
 
-def render_html(loaded: Loaded, verdict: Verdict) -> str:
+def render_html(told: WrittenReport) -> str:
     """One file without scripts or anything from outside; its first page prints on one sheet of A4."""
-    drawn = [(name, Markup(svg)) for name, svg in _charts(loaded).items()]
-    return _html().get_template("report.html.j2").render(_context(loaded, verdict), charts=drawn)
-
-
-def _context(loaded: Loaded, verdict: Verdict) -> dict[str, Any]:
-    all_ = group(loaded.runs, loaded.machine)
-    job = adapter(Job).dump_python(loaded.job, mode="json", exclude_none=True)
-    return {
-        "loaded": loaded,
-        "model": model_title(loaded.job.model),
-        "verdict": verdict,
-        "tiles": tables.tiles(verdict, all_),
-        "setting": provenance.setting(loaded),
-        "criteria": tables.criteria_cells(verdict, all_),
-        "speed": tables.speed_table(all_),
-        "exact": exactness.exact(all_),
-        "memory": tables.memory_table(all_),
-        "busy": busy_table(all_),
-        "overlap": overlap_table(all_),
-        "prediction": tables.prediction_table(loaded, all_),
-        "plan_notes": tables.plan_notes(loaded),
-        "machine": provenance.machine_facts(loaded),
-        "failures": provenance.failures_table(loaded),
-        "provenance": provenance.provenance(loaded, verdict),
-        "commands": provenance.commands(loaded),
-        "verify": [plan.verify_command for plan in loaded.plans if plan.verify_command],
-        "job_toml": tomli_w.dumps(job),
-        "not_measured": provenance.not_measured(loaded, all_),
-        "reading": [
-            say(f"reading.{key}", factor=DISTURBED_FACTOR)
-            for key in ("verdict", "range", "same", "steps", "predicted", "gpu")
-        ],
-    }
-
-
-def _charts(loaded: Loaded) -> dict[str, str]:
-    """Name -> SVG of each chart that has something to show."""
-    all_ = group(loaded.runs, loaded.machine)
-    engines = all_.engines
-    drawn = {
-        "step": _step_chart(engines, all_),
-        "busy": _busy_chart(engines, all_),
-        "gpu": _memory_chart("gpu", engines, all_),
-        "host": _memory_chart("host", engines, all_),
-        "loss": _loss_chart(engines, all_),
-    }
-    return {name: svg for name, svg in drawn.items() if svg is not None}
-
-
-def _step_chart(engines: Sequence[str], all_: Measurements) -> str | None:
-    """Whiskers leave the outer deciles out: a few slow steps would make the bars short."""
-    rows = []
-    for engine in engines:
-        rounds, expected = all_.of(engine), predicted(all_.of(engine))
-        measured = rounds.step_s.median if rounds.step_s else None
-        low, high = outer_deciles([step_s for steps in rounds.step_times for step_s in steps])
-        rows.append(
-            charts.BarRow(
-                label=engine,
-                engine=engine,
-                parts=(charts.BarPart(value=measured),) if measured is not None else (),
-                low=low,
-                high=high,
-                predicted=expected.step_s if expected else None,
-                text=middle(rounds.step_s, format_seconds) if measured is not None else "",
-                missing=ends(rounds.runs),
-            )
-        )
-    return _bars("step", rows, charts.seconds_axis, None)
-
-
-def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
-    """For each method a group of bars: what each resource did in a step. Only what was measured has a bar."""
-    groups = []
-    for engine in engines:
-        rounds, expected = all_.of(engine), predicted(all_.of(engine))
-        one = breakdown(rounds)
-        lanes = {
-            "h2d": one.h2d_s,
-            "d2h": one.d2h_s,
-            "mixed" if one.mixed else "compute": one.gpu_s if one.mixed else one.compute_s,
-            "noise": one.noise_s,
-            "idle": one.idle_s,
-            "cpu": one.cpu_s,
-            "disk": one.disk_s,
-        }
-        rows = [
-            charts.BarRow(
-                label=say(f"lane.{key}"),
-                engine=engine,
-                parts=(charts.BarPart(value=seconds, pale=key == "idle"),),
-                text=format_seconds(seconds),
-            )
-            for key, seconds in lanes.items()
-            if seconds is not None
-        ]
-        if rows:
-            step_s = rounds.step_s
-            floor_s = expected.floor_s if expected and one.floor_share is not None else None
-            text = [say("lane.step", value=middle(step_s, format_seconds))]
-            if floor_s is not None:
-                share = percent(one.floor_share)
-                text.append(say("lane.floor", value=format_seconds(floor_s), share=share))
-            if one.disk_floor_s is not None:
-                share = percent(one.disk_floor_share)
-                text.append(say("lane.disk_floor", value=format_seconds(one.disk_floor_s), share=share))
-            if one.landed_share is not None:
-                text.append(say("lane.landed", share=percent(one.landed_share)))
-            groups.append(
-                charts.BarGroup(
-                    label=engine,
-                    text="; ".join(text),
-                    rows=tuple(rows),
-                    whole=step_s.median if step_s else None,
-                    floor=floor_s,
-                    alone=one.disk_floor_s,
-                )
-            )
-    if not groups:
-        return None
-    return charts.grouped_bars(
-        say("chart.busy"),
-        "; ".join(
-            f"{group.label}: {', '.join(f'{row.label} {row.text}' for row in group.rows)}" for group in groups
-        ),
-        groups,
-        lambda top: charts.seconds_axis(say("chart.busy_axis"), top),
-    )
-
-
-def _memory_chart(kind: Literal["gpu", "host"], engines: Sequence[str], all_: Measurements) -> str | None:
-    """On the GPU what torch reserved is drawn pale behind what its tensors took."""
-    rows = []
-    limit: int | None = None
-    for engine in engines:
-        rounds, expected = all_.of(engine), predicted(all_.of(engine))
-        if kind == "gpu":
-            pale = over_runs(rounds.ok, lambda run: run.summary.peak_gpu_reserved_bytes)
-            full = over_runs(rounds.ok, lambda run: run.summary.peak_gpu_allocated_bytes)
-            expected_bytes = expected.peak_gpu_bytes if expected else None
-            limits = [gpu_limit_bytes(run, all_.machine) for run in rounds.ok]
-        else:
-            pale, full = None, over_runs(rounds.ok, lambda run: run.summary.peak_host_bytes)
-            expected_bytes = expected.peak_host_bytes if expected else None
-            limits = [host_limit_bytes(run) for run in rounds.ok]
-        limit = limit or (limits[0] if limits else None)
-        parts = [charts.BarPart(value=pale.high, pale=True)] if pale else []
-        parts += [charts.BarPart(value=full.high)] if full else []
-        rows.append(
-            charts.BarRow(
-                label=engine,
-                engine=engine,
-                parts=tuple(parts),
-                predicted=expected_bytes or None,
-                text=format_bytes(max(part.value for part in parts)) if parts else "",
-                missing=say("chart.not_recorded") if rounds.ok else ends(rounds.runs),
-            )
-        )
-    return _bars(kind, rows, charts.bytes_axis, limit)
-
-
-def _bars(
-    key: str, rows: Sequence[charts.BarRow], axis: Callable[[str, float], charts.Axis], limit: int | None
-) -> str | None:
-    """`None` where no row has a bar: a chart of predictions alone would look like a measurement."""
-    if not any(row.parts for row in rows):
-        return None
-    return charts.bars(
-        say(f"chart.{key}"),
-        "; ".join(f"{row.label}: {row.text or row.missing}" for row in rows),
-        rows,
-        lambda top: axis(say(f"chart.{key}_axis"), top),
-        limit=(limit, say("chart.limit", limit=format_bytes(limit))) if limit else None,
-    )
-
-
-def _loss_chart(engines: Sequence[str], all_: Measurements) -> str | None:
-    """A line for each run, from where its warm-up ended."""
-    series = [
-        charts.Line(label=engine, engine=engine, points=points)
-        for engine in engines
-        for run in all_.of(engine).ok
-        if (points := _loss_over_time(run))
-    ]
-    if not series:
-        return None
-    ends_at = [(one.label, *one.points[-1]) for one in series]
-    return charts.lines(
-        say("chart.loss"),
-        "; ".join(
-            say("chart.after", engine=engine, loss=loss(value), time=format_seconds(time))
-            for engine, time, value in ends_at
-        ),
-        series,
-        lambda top: charts.seconds_axis(say("chart.loss_axis"), top),
-        charts.Axis(name=say("chart.loss_value")),
-    )
-
-
-def _loss_over_time(run: Run) -> tuple[tuple[float, float], ...]:
-    """(seconds since the warm-up ended, loss) of every counted step with a finite loss."""
-    counted = [sample for sample in run.samples if not sample.warmup]
-    clocks = itertools.accumulate(sample.step_s for sample in counted)
-    return tuple(
-        (clock, sample.loss) for clock, sample in zip(clocks, counted, strict=True) if sample.loss is not None
+    tone = told.document.front.state.lower().removesuffix(" go")
+    return (
+        _html()
+        .get_template("report.html.j2")
+        .render(document=told.document, tone=tone, language=spoken(), markup=Markup)
     )
 
 
@@ -290,7 +125,7 @@ def _html() -> Environment:
         loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.globals |= {"say": say, "absent": NOT_MEASURED}
+    environment.globals["say"] = say
     return environment
 
 

@@ -15,9 +15,10 @@ from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.comparison import beside_native
 from harness.records.run import Run
 from harness.records.stats import Rounds, over_runs
-from profiles.planning.plan import Prediction
-from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports.decide import JudgedCriterion, Verdict, measured_value
+from profiles.language import quantity, translated
+from profiles.planning.plan import Plan, Prediction
+from profiles.units import NOT_MEASURED, format_seconds
+from reports.decide import JudgedCriterion, Verdict, asked, measured_value
 from reports.format import (
     JOULES,
     NUMBER,
@@ -44,11 +45,6 @@ from reports.metrics import (
     MetricFinding,
     ends,
     find,
-    gpu_limit_bytes,
-    gpu_taken_bytes,
-    held_gpu_bytes,
-    held_host_bytes,
-    host_limit_bytes,
     largest,
     over_steps,
     predicted,
@@ -57,58 +53,11 @@ from reports.metrics import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """One key figure."""
-
-    label: str
-    value: str
-    detail: str
-
-
-def tiles(verdict: Verdict, all_: Measurements) -> tuple[Tile, ...]:
-    """The four figures a decision is made of, for the method that the verdict is about."""
-    engine = verdict.method
-    if engine is None or not all_.of(engine).ok:
-        return ()
-    rounds = all_.of(engine)
-    expected = predicted(rounds)
-    native = find("step_time_ratio", engine, all_)
-    gpu_limit = gpu_limit_bytes(rounds.ok[0], all_.machine)
-    predicted_s = format_seconds(expected.step_s) if expected and expected.step_s else None
-    return (
-        Tile(
-            label=say("tile.step"),
-            value=middle(rounds.step_s, format_seconds),
-            detail=say("tile.predicted", value=predicted_s) if predicted_s else say("tile.not_predicted"),
-        ),
-        Tile(
-            label=say("tile.ratio"),
-            value=_ratio(native) if native.value is not None else say("tile.no_ratio"),
-            detail=native.note or _beside(engine, all_),
-        ),
-        Tile(
-            label=say("tile.gpu"),
-            value=format_bytes(largest(rounds, gpu_taken_bytes)),
-            detail=_of(gpu_limit, held_gpu_bytes(rounds.ok[0])) if gpu_limit else say("note.no_gpu"),
-        ),
-        Tile(
-            label=say("tile.host"),
-            value=format_bytes(largest(rounds, lambda run: run.summary.peak_host_bytes)),
-            detail=_of(host_limit_bytes(rounds.ok[0]), held_host_bytes(rounds.ok[0])),
-        ),
-    )
-
-
-def _of(limit_bytes: int, held_bytes: int | None) -> str:
-    return say("tile.of" if held_bytes is None else "tile.held", whole=format_bytes(limit_bytes))
-
-
 def criteria_cells(
     verdict: Verdict, all_: Measurements
 ) -> tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]:
     """Each criterion with its cells: name, asked, measured, predicted, outcome, runs."""
-    return tuple((row, _criterion_cells(row, all_)) for row in verdict.rows)
+    return tuple((row, tuple(quantity(cell) for cell in _criterion_cells(row, all_))) for row in verdict.rows)
 
 
 def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...]:
@@ -136,12 +85,24 @@ def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...
     )
     return (
         what,
-        f"{row.comparison} {metric_value(row.metric, row.threshold)}",
+        asked(row),
         measured,
         expected,
         say(f"outcome.{row.outcome.replace(' ', '_')}"),
         ", ".join(row.evidence) or say("tile.none"),
     )
+
+
+WHY: tuple[Column[JudgedCriterion], ...] = (
+    Column("criterion", lambda row: row.id),
+    Column("why", lambda row: translated(row.why)),
+    Column("evidence", lambda row: ", ".join(row.evidence) or say("tile.none")),
+)
+
+
+def why_table(verdict: Verdict) -> Table | None:
+    """Why each criterion is asked, and the runs that it was judged on."""
+    return Table.of(WHY, verdict.rows) if verdict.rows else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +226,7 @@ def _typical(value: Callable[[Run], float | None]) -> Callable[[MethodRow], Cell
 
 MEMORY: tuple[Column[MethodRow], ...] = (
     Column("method", lambda one: one.engine),
-    Column("fits", lambda one: _fits(one.rounds)),
+    Column("fits", lambda one: fits(one.rounds)),
     Column("allocated", _largest(lambda run: run.summary.peak_gpu_allocated_bytes), BYTES),
     Column("reserved", _largest(lambda run: run.summary.peak_gpu_reserved_bytes), BYTES),
     Column("nvml", _largest(lambda run: run.summary.peak_gpu_nvml_bytes), BYTES),
@@ -366,12 +327,16 @@ def plan_notes(loaded: Loaded) -> tuple[str, ...]:
             engine=plan.engine,
             settings=", ".join(f"{key}={value}" for key, value in sorted(plan.settings.items()))
             or say("plan.defaults"),
-            bottleneck=plan.prediction.bottleneck or say("plan.no_bottleneck"),
-            basis=plan.prediction.basis.rstrip("."),
-            reasons=say("plan.reasons", reasons="; ".join(plan.reasons)) if plan.reasons else "",
+            bottleneck=translated(plan.prediction.bottleneck or "") or say("plan.no_bottleneck"),
+            basis=translated(plan.prediction.basis.rstrip(".")),
+            reasons=say("plan.reasons", reasons=_reasons(plan)) if plan.reasons else "",
         )
         for plan in loaded.plans
     )
+
+
+def _reasons(plan: Plan) -> str:
+    return say("show.list").join(translated(reason) for reason in plan.reasons)
 
 
 def _comparison(engine: str, all_: Measurements) -> str:
@@ -437,7 +402,7 @@ def _percent_fine(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{100 * value:.1f} %"
 
 
-def _fits(rounds: Rounds) -> str:
+def fits(rounds: Rounds) -> str:
     concluded = {run.end_state for run in rounds.runs} - NOTHING_LEARNED
     if rounds.ok:
         return say("fits.yes" if not concluded & DOES_NOT_FIT else "fits.sometimes")

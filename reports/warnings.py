@@ -11,6 +11,7 @@ from harness.records.manifest import FindingKind, ManifestFinding
 from harness.records.run import Run
 from harness.records.stats import DISTURBED_FACTOR, differing_field, disturbed, faster_or_slower
 from harness.runs.emulate import what_is_short
+from profiles.language import translated
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports import exactness
@@ -35,6 +36,7 @@ def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements)
     """The warnings that apply, the weightiest first. `all_` holds `runs` by their methods."""
     texts = (
         _about_criteria(runs, criteria),
+        _about_offload(criteria),
         _about_failures(all_),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
         _if_any(runs, lambda run: run.engine == YARDSTICK and _is_ok(run) and _had_gpu(run), "native_fits"),
@@ -82,9 +84,19 @@ def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | Non
         return say("warning.criteria_after_measurement", count=other, total=len(stamps))
     if missing:
         return say("warning.no_criteria_stamped", count=missing, total=len(stamps))
-    if criteria.sha256 == default_criteria().sha256:
+    if _thresholds(criteria) == _thresholds(default_criteria()):
         return say("warning.chosen_by_nobody")
     return None
+
+
+def _thresholds(criteria: Criteria) -> set[tuple[object, ...]]:
+    """What is asked, whatever file it stands in."""
+    return {(one.metric, one.comparison, one.threshold, one.level) for one in criteria.criteria}
+
+
+def _about_offload(criteria: Criteria | None) -> str | None:
+    asks = criteria is not None and criteria.spoke_of_offload
+    return say("warning.read_as_any") if asks else None
 
 
 def _about_failures(all_: Measurements) -> str | None:
@@ -209,7 +221,9 @@ def _about_traces(runs: Sequence[Run]) -> str | None:
 
 def _about_approximations(runs: Sequence[Run]) -> str | None:
     items = {
-        f"{run.engine}: {what}" for run in runs if (what := approximation(run.plan.settings)) is not None
+        f"{run.engine}: {translated(what)}"
+        for run in runs
+        if (what := approximation(run.plan.settings)) is not None
     }
     return say("warning.approximate", items="; ".join(sorted(items))) if items else None
 

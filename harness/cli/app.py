@@ -55,6 +55,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "reports.commands:criteria_app",
         "Write down what would count as success, before measuring.",
     ),
+    "submit": (
+        "reports.commands:submit",
+        "Turn a record into one small file to share, without paths or names: it is shown, then written.",
+    ),
     "poc": (
         "reports.poc:poc",
         "The whole line in one go: probe, recommend, compare, report. Its last line is the report's path.",

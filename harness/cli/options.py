@@ -19,6 +19,7 @@ from engines.files.reading import exists
 from harness.data.reading.columns import parse_columns
 from harness.records.job import HeadChoice, Job, Padding, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
+from profiles.language import Language
 from profiles.units import parse_bytes
 
 Model = Annotated[
@@ -261,6 +262,12 @@ FailOn = Annotated[
     typer.Option(
         "--fail-on",
         help="Exit 3, 4 or 5 on these verdicts: no-go, conditional, inconclusive (comma-separated).",
+    ),
+]
+Lang = Annotated[
+    Language,
+    typer.Option(
+        "--lang", envvar="LSPZO_BENCH_LANG", show_envvar=False, help="Language of what is read: en or ja."
     ),
 ]
 JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]

@@ -32,6 +32,7 @@ from harness.recommendation import (
     limits_beyond,
     recommended,
     schema,
+    unmeasured_limit,
     with_explanations,
     with_target,
     with_what_if,
@@ -145,6 +146,8 @@ def recommend(
     planned = job_to_plan(job, shape, names, amount)
     calibration = None if calibrate is None else calibration_from(calibrate, machine)
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
+    if (unmeasured := unmeasured_limit(answer)) is not None:
+        typer.echo(f"note: {unmeasured}", err=True)
     if explain:
         answer = with_explanations(answer, planned)
     if what_if:

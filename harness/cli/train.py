@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from engines.errors import UserError
+from harness.cli.by_name import by_name
 from harness.cli.options import JobFlags, Out, Quiet, engine_names, results_folder, takes_job
 from harness.cli.tables import rates_table
 from harness.pipeline import training_settings
@@ -190,13 +191,26 @@ def export(
         Path | None,
         typer.Option("--to", help="Where to. [default: export-step-NNNNNNNN in FOLDER]"),
     ] = None,
+    tables: Annotated[
+        Literal["csv", "parquet"] | None,
+        typer.Option(
+            "--format",
+            help="Of a folder that `compare` or `poc` wrote: every table of its report as a file in --to. "
+            "[default: FOLDER/tables]",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the model of a run as a Hugging Face folder, without training. Its last line is that folder.
 
-    The run may be finished, stopped, killed or still going on. With `mezo` and `zo2` the weights are those
-    after the last step in its update log; with the others those of its newest checkpoint.
+    With --format: the tables of a comparison, for spreadsheets and programs. The run may be finished,
+    stopped, killed or still going on. With `mezo` and `zo2` the weights are those after the last step in its
+    update log; with the others those of its newest checkpoint.
     """
+    if tables is not None:
+        typer.echo(str(by_name("reports.commands:export_tables")(folder, tables, to)))
+        return
     from harness.training.train import export_run
 
     with Progress(quiet) as progress:

@@ -24,11 +24,13 @@ class Unit:
     show: Callable[[float], str]
     is_numeric: bool = True
     """Set to the right, where a printer can."""
+    suffix: str = ""
+    """Of the column's name in files of data, with the underscore: `_s`, `_bytes`. Empty: numbers alone."""
 
 
 TEXT = Unit(show=str, is_numeric=False)
-SECONDS = Unit(show=format_seconds)
-BYTES = Unit(show=format_bytes)
+SECONDS = Unit(show=format_seconds, suffix="_s")
+BYTES = Unit(show=format_bytes, suffix="_bytes")
 
 
 @dataclass(frozen=True)

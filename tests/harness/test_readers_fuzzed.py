@@ -21,7 +21,7 @@ from mutations import as_json, change_value
 from engines.errors import UserError
 from harness.records.run import encode_run, save_run
 from reports.load import load_folder
-from reports.render import judge, render_html, render_markdown
+from reports.render import render_html, render_markdown, written
 from run_records import make_sweep
 
 FUZZ = int(os.environ.get("LSPZO_FUZZ", "1"))
@@ -74,9 +74,9 @@ def test_a_report_with_a_record_that_was_tampered_with(
         content = bad.read_bytes()
         try:
             loaded = load_folder(folder)
-            verdict = judge(loaded, None)
-            render_markdown(loaded, verdict)
-            render_html(loaded, verdict)
+            told = written(loaded, None)
+            render_markdown(told)
+            render_html(told)
         except UserError as error:
             if "unlike" not in str(error):  # of another machine or job: refused, by rule
                 raise

@@ -23,7 +23,7 @@ from harness.records.manifest import (
 from harness.records.run import encode_run, load_run, save_run
 from harness.records.stats import differing_field
 from reports.load import load_folder
-from reports.render import judge, render_html, render_markdown, write_report
+from reports.render import render_html, render_markdown, write_report, written
 from run_records import make_environment, make_machine, make_sweep, write_folder
 
 RUNS = {f"runs/{run.id}.json": run for run in make_sweep()}
@@ -46,7 +46,7 @@ def findings(folder: Path) -> list[tuple[str, str]]:
 
 def page_one(folder: Path) -> str:
     loaded = load_folder(folder)
-    return render_markdown(loaded, judge(loaded, loaded.criteria)).split("## ")[1]
+    return render_markdown(written(loaded, loaded.criteria)).split("\n## Methods")[0]
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -60,7 +60,7 @@ def test_a_folder_as_it_was_written_is_sound(folder: Path) -> None:
     text = page_one(folder)
     assert "manifest" not in text.lower()
     loaded = load_folder(folder)
-    whole = render_markdown(loaded, judge(loaded, None))
+    whole = render_markdown(written(loaded, None))
     assert "every planned run has its record" in whole
     assert "does not guard against forgery" in whole
 
@@ -172,6 +172,6 @@ def test_a_pipe_among_the_records_is_not_waited_for(folder: Path) -> None:
 
 def test_the_page_lets_nothing_in(folder: Path) -> None:
     loaded = load_folder(folder)
-    page = render_html(loaded, judge(loaded, None))
+    page = render_html(written(loaded, None))
     assert "default-src 'none'" in page
     assert ManifestFinding(kind="added", file="x").kind == "added"

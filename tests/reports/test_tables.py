@@ -64,7 +64,7 @@ def test_a_method_without_a_step_has_no_numbers() -> None:
     failed = row_of(speed_table(measured(make_sweep())), "mezo")
     cells = list(failed.values())
     assert cells[:2] == ["mezo", "1 out of GPU memory, 1 not run, predicted not to fit"]
-    assert set(cells[2:]) == {"not measured"}
+    assert set(cells[2:]) == {"-"}
 
 
 def test_accuracy_is_a_column_where_any_method_was_evaluated() -> None:
@@ -77,9 +77,14 @@ def test_peaks_are_those_of_the_largest_run_and_copies_are_typical() -> None:
     runs = [
         make_run(round=i, peak_host_bytes=i * 2**30, h2d_bytes=i * 2**20, d2h_bytes=None) for i in (1, 2, 3)
     ]
-    cells = row_of(memory_table(measured(runs)), "zo2")
+    table = memory_table(measured([*runs, make_run("lsp")]))
+    cells = row_of(table, "zo2")
     assert (cells["Host"], cells["To GPU per step"]) == ("3.00 GiB", "2.00 MiB")
-    assert cells["To host per step"] == "not measured"
+    assert cells["To host per step"] == "-"
+    assert "A dash: not measured." in table.note
+    alone = memory_table(measured(runs))
+    assert "To host per step" not in alone.columns
+    assert alone.note.endswith("Measured in no run, so not shown: To host per step.")
 
 
 def test_compute_with_noise_in_it_says_so_and_first_order_methods_make_none() -> None:

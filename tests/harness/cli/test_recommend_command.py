@@ -142,6 +142,19 @@ def test_a_limit_beyond_the_machine_limits_nothing_and_is_told() -> None:
     assert "--host-memory 1.82 TiB is more than" in done.stderr
 
 
+@pytest.mark.parametrize("platform", ["Linux 6.6", "Linux 6.6, WSL2"])
+def test_a_limit_that_was_not_measured_is_told_where_it_is_known_to_be_low(
+    tmp_path: Path, platform: str
+) -> None:
+    profile = json.loads((Path(__file__).parents[3] / "profiles/machines/rtx-3090.json").read_text())
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(profile | {"platform": platform}))
+    job = ("--model", "opt-13b", "--dtype", "fp16", "--engine", "zo2", "--profile", str(path), "--quiet")
+    done = CliRunner().invoke(app, ["recommend", *job])
+    assert done.exception is None
+    assert ("WSL2 allows a few GB" in done.stderr) == ("WSL2" in platform)
+
+
 def test_a_profile_with_missing_numbers_predicts_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
     profile = json.loads((Path(__file__).parents[3] / "profiles/machines/rtx-4090.json").read_text())
     nothing = {"value": None, "origin": "absent", "method": "left out"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,16 @@ def scripted(out: Path, gpus: int, limits: dict[str, Any] | None = None, **setti
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    one, two = execute(tiny_request(1), io.StringIO(), tmp_path), launch(tiny_request(2), tmp_path)
+    """Also where one is late: it stands still for a while in a step."""
+
+    def hold_up(event: object) -> None:
+        if isinstance(event, Stepped) and event.sample.step == 1:
+            for process in psutil.Process().children():
+                if process.environ().get("RANK") == "1":
+                    process.suspend()
+                    threading.Timer(0.5, process.resume).start()
+
+    one, two = execute(tiny_request(1), io.StringIO(), tmp_path), launch(tiny_request(2), tmp_path, hold_up)
     assert (one.end_state, two.end_state, two.end_reason) == ("ok", "ok", None)
     assert [sample.loss for sample in one.samples] == [sample.loss for sample in two.samples]
     assert len(two.ranks) == 2

@@ -1,0 +1,113 @@
+"""The language that a person reads, and catalogues of sentences. Records and JSON are English always."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal, get_args
+
+Language = Literal["en", "ja"]
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+
+_spoken: ContextVar[Language] = ContextVar("language", default="en")
+
+
+def spoken() -> Language:
+    """The language that sentences are made in here; English unless `speaking` says otherwise."""
+    return _spoken.get()
+
+
+@contextmanager
+def speaking(language: Language) -> Iterator[None]:
+    """Sentences are made in `language` inside."""
+    token = _spoken.set(language)
+    try:
+        yield
+    finally:
+        _spoken.reset(token)
+
+
+@cache
+def sentences(package: str, language: Language) -> dict[str, str]:
+    """Key -> text of `package`'s `text/<language>.toml`, with `{names}` to fill in. Keys are dotted:
+    `verdict.go`."""
+    content = files(package).joinpath("text", f"{language}.toml").read_text(encoding="utf-8")
+    return {
+        f"{section}.{key}": text
+        for section, entries in tomllib.loads(content).items()
+        for key, text in entries.items()
+    }
+
+
+_QUANTITY = re.compile(r"([+-]?[\d.,]+(?:e[+-]?\d+)?) (s|min|h|us)", re.ASCII)
+_TIMES = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒"}
+_RATIO = re.compile(r"([\d.,]+)x", re.ASCII)
+_DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)((?: \d\d:\d\d UTC)?)", re.ASCII)
+_WORDS = {"not measured": "未測定"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Phrase:
+    """A sentence of this program, as a pattern, and its translation."""
+
+    pattern: re.Pattern[str]
+    told: str
+
+
+@cache
+def _phrases(language: Language) -> tuple[_Phrase, ...]:
+    """The most particular first: with the most letters of their own."""
+    content = files("profiles").joinpath("text", f"{language}.toml").read_text(encoding="utf-8")
+    pairs: dict[str, str] = tomllib.loads(content)["phrase"]
+    own = {english: re.sub(r"\{\w+\}", "", english) for english in pairs}
+    order = sorted(pairs, key=lambda english: -len(own[english]))
+    return tuple(_Phrase(re.compile(_pattern(english), re.DOTALL), pairs[english]) for english in order)
+
+
+def _pattern(english: str) -> str:
+    """Of a sentence with `{names}`: each stands for some text."""
+    parts = re.split(r"\{(\w+)\}", english)
+    return "".join(f"(?P<{part}>.+?)" if place % 2 else re.escape(part) for place, part in enumerate(parts))
+
+
+def _held(name: str, value: str) -> str:
+    """What stands for a name: `items` are several, and what begins with `raw_` stays as it is."""
+    if name.startswith("raw_"):
+        return value
+    if name == "items":
+        return "、".join(translated(item) for item in value.split("; "))
+    return translated(value)
+
+
+def translated(text: str) -> str:
+    """`text`, a sentence that this program made and that was kept in a record, say, in the language spoken;
+    as it is where it is not known. What it holds of numbers and other sentences is translated too."""
+    if spoken() == "en" or not text:
+        return text
+    for phrase in _phrases(spoken()):
+        if found := phrase.pattern.fullmatch(text):
+            return phrase.told.format(
+                **{name: _held(name, value) for name, value in found.groupdict().items()}
+            )
+    return quantity(text)
+
+
+def quantity(text: str) -> str:
+    """`text`, if it is a number with its unit, a date or 'not measured', as the language writes it."""
+    if spoken() == "en":
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if found := _QUANTITY.fullmatch(text):
+        return f"{found[1]} {_TIMES[found[2]]}"
+    if found := _RATIO.fullmatch(text):
+        return f"{found[1]} 倍"
+    if found := _DAY.fullmatch(text):
+        return f"{found[1]}年{int(found[2])}月{int(found[3])}日{found[4]}"
+    return text

@@ -1,0 +1,79 @@
+"""What a method learned, as a report says it: beside what the model did before, and beside native. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engines import YARDSTICK
+from harness.records.run import Run
+from reports.format import loss
+from reports.messages import say
+from reports.metrics import Measurements, typical
+
+Field = Callable[[Run], float | None]
+
+_KINDS: tuple[tuple[str, Field, Field, Callable[[float | None], str]], ...] = (
+    (
+        "accuracy",
+        lambda run: run.summary.eval_accuracy_first,
+        lambda run: run.summary.eval_accuracy_last,
+        lambda share: say("show.nothing") if share is None else f"{100 * share:.1f} %",
+    ),
+    ("heldout_loss", lambda run: run.summary.eval_loss_first, lambda run: run.summary.eval_loss_last, loss),
+)
+"""Key, before, after, and how it is shown; the first that was measured is told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityReached:
+    """Of one method, on data that was not trained on, medians over its runs."""
+
+    kind: str
+    """What is told: `accuracy` or `heldout_loss`."""
+    before: str
+    """Zero-shot: before the first step."""
+    after: str
+    native: str
+    """Native's after its last step; empty where it is not known, or is this one."""
+
+
+def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False) -> QualityReached | None:
+    """`None` where nothing was evaluated, or on random data alone; and of random weights, which tell nothing
+    of the real model, unless that is asked for."""
+    rounds, native = all_.of(engine), all_.of(YARDSTICK)
+    if not rounds.ok or is_random(rounds.ok[0]):
+        return None
+    if rounds.ok[0].model.random_weights and not of_random_weights:
+        return None
+    for kind, first, last, show in _KINDS:
+        after, beside = typical(rounds, last), typical(native, last)
+        if after is not None:
+            return QualityReached(
+                kind=kind,
+                before=show(typical(rounds, first)),
+                after=show(after),
+                native="" if engine == YARDSTICK or beside is None else show(beside),
+            )
+    return None
+
+
+def why_unknown(engine: str, all_: Measurements) -> str:
+    """Why nothing is known of what it learned."""
+    rounds = all_.of(engine)
+    if rounds.ok and is_random(rounds.ok[0]):
+        return say("note.random_data")
+    if rounds.ok and rounds.ok[0].model.random_weights:
+        return say("note.random_weights")
+    return say("note.no_evaluation")
+
+
+def is_random(run: Run) -> bool:
+    """Trained on random data."""
+    return bool(run.job.get("data", {}).get("train") == "random")
+
+
+def learned_text(found: QualityReached) -> str:
+    """`accuracy 81.2 % on held-out data (before: 50.0 %; native: 83.0 %)`."""
+    native = say("quality.native", value=found.native) if found.native else ""
+    return say(f"quality.{found.kind}", after=found.after, before=found.before, native=native)

@@ -1,0 +1,167 @@
+"""Which method is the answer: the order of methods that were judged, and which of them another beats. Pure.
+
+Methods of one verdict are told apart by quality where it was measured on held-out data, and else by kind: a
+step with gradients before one without, and what most people would use before the rest. Only then by time, in
+which ranges that overlap are a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engines import ENGINES, entry, trains_everything
+from harness.records.stats import SAME_FACTOR, over_runs, ratio
+from reports.judging.stated import gpu_peak, host_peak, step_s
+from reports.metrics import Measurements, heldout_loss, is_emulated
+
+State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
+BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")
+
+AS_GOOD = 1.02
+"""Held-out losses within this factor are called as good as each other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A method as its criteria were judged."""
+
+    engine: str
+    state: State
+    missed: int
+    """Criteria that it failed, or that could not be judged."""
+
+
+def quality(engine: str, all_: Measurements) -> float | None:
+    """Held-out loss after the last step, median over the runs; smaller is better. Random weights tell nothing
+    of the real model's."""
+    real = [run for run in all_.of(engine).ok if not run.model.random_weights]
+    found = over_runs(real, heldout_loss)
+    return found.median if found else None
+
+
+def beats(one: str, other: str, all_: Measurements) -> bool:
+    """Whether `one` is better than `other` in time, memory and quality. Quality that was not measured counts
+    as better only for a method that trains everything, against one that does not or does just the same."""
+    if not _faster(one, other, all_) or not _smaller(one, other, all_):
+        return False
+    mine, others = quality(one, all_), quality(other, all_)
+    if mine is not None and others is not None:
+        return mine < others
+    return trains_everything(one) or (entry(one).order == entry(other).order == "zeroth")
+
+
+def _faster(one: str, other: str, all_: Measurements) -> bool:
+    mine, others = all_.of(one), all_.of(other)
+    if not is_emulated(mine) and not is_emulated(others):
+        found = ratio(mine.step_times, others.step_times)
+        return found is not None and found.high < 1
+    a, b = step_s(one, all_), step_s(other, all_)
+    return a.high is not None and b.low is not None and a.high < b.low
+
+
+def _smaller(one: str, other: str, all_: Measurements) -> bool:
+    """Less GPU memory; less host memory where neither has a GPU's."""
+    for peak in (gpu_peak, host_peak):
+        mine, others = peak(one, all_).value, peak(other, all_).value
+        if mine is not None and others is not None:
+            return mine < others
+    return False
+
+
+def beaten_by(standings: Sequence[Standing], all_: Measurements) -> Mapping[str, str]:
+    """Each method that another one beats whose verdict is no worse, and the best of those."""
+    found: dict[str, str] = {}
+    for loser in standings:
+        winners = [
+            each
+            for each in standings
+            if BEST_FIRST.index(each.state) <= BEST_FIRST.index(loser.state)
+            and beats(each.engine, loser.engine, all_)
+        ]
+        if winners:
+            found[loser.engine] = ordered(winners, all_)[0].engine
+    return found
+
+
+def ordered(standings: Sequence[Standing], all_: Measurements) -> list[Standing]:
+    """The best first; none that another beats before that one."""
+    reference = _best_quality(standings, all_)
+
+    def kind(each: Standing) -> tuple[int, int, float, bool, bool]:
+        """What tells before time does."""
+        loss = quality(each.engine, all_)
+        if loss is not None and reference is not None:
+            worse = loss > reference * AS_GOOD
+            return BEST_FIRST.index(each.state), each.missed, loss if worse else 0.0, False, False
+        row = entry(each.engine)
+        zeroth, rare = row.order == "zeroth", not row.asked_first
+        return BEST_FIRST.index(each.state), each.missed, float("inf"), zeroth, rare
+
+    def by_time(each: Standing) -> tuple[float, float, int]:
+        seconds = step_s(each.engine, all_).value
+        memory = gpu_peak(each.engine, all_).value or host_peak(each.engine, all_).value
+        infinite = float("inf")
+        return (
+            infinite if seconds is None else seconds,
+            infinite if memory is None else memory,
+            _place(each.engine),
+        )
+
+    left = sorted(standings, key=lambda each: (kind(each), by_time(each)))
+    found: list[Standing] = []
+    while left:
+        tied = [each for each in left if kind(each) == kind(left[0]) and _tied(each, left[0], all_)]
+        chosen = min(tied, key=lambda each: (not entry(each.engine).asked_first, by_time(each)[1:]))
+        found.append(chosen)
+        left.remove(chosen)
+    return _beaten_last(found, all_)
+
+
+def _beaten_last(found: list[Standing], all_: Measurements) -> list[Standing]:
+    """Whatever put a method first, one that beats it, with a verdict no worse, goes before it."""
+    result: list[Standing] = []
+    left = list(found)
+    while left:
+        free = next(
+            one
+            for one in left
+            if not any(
+                BEST_FIRST.index(each.state) <= BEST_FIRST.index(one.state)
+                and beats(each.engine, one.engine, all_)
+                for each in left
+                if each is not one
+            )
+        )
+        result.append(free)
+        left.remove(free)
+    return result
+
+
+def _best_quality(standings: Sequence[Standing], all_: Measurements) -> float | None:
+    """Of all methods that ran; `None` where it is not known of every one of them, as then they cannot be told
+    apart by it."""
+    losses = [quality(each.engine, all_) for each in standings if all_.of(each.engine).ok]
+    known = [loss for loss in losses if loss is not None]
+    return min(known) if known and len(known) == len(losses) else None
+
+
+def _tied(one: Standing, other: Standing, all_: Measurements) -> bool:
+    """The ranges of their times overlap, or lie so near that they are called the same."""
+    if one is other:
+        return True
+    mine, others = all_.of(one.engine), all_.of(other.engine)
+    if is_emulated(mine) or is_emulated(others):
+        a, b = step_s(one.engine, all_), step_s(other.engine, all_)
+        if a.low is None or b.low is None or a.high is None or b.high is None:
+            return False
+        return a.low <= b.high and b.low <= a.high
+    if mine.step_s is None or others.step_s is None:
+        return mine.step_s is others.step_s
+    found = ratio(mine.step_times, others.step_times)
+    return found is not None and found.low <= SAME_FACTOR and found.high >= 1 / SAME_FACTOR
+
+
+def _place(engine: str) -> int:
+    return list(ENGINES).index(engine)

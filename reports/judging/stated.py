@@ -1,0 +1,112 @@
+"""The one number that a report states of each thing that decides, with where it comes from. Headline, tiles
+and tables take it from here, so that they cannot contradict each other. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.records.run import Run
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from reports.format import both, span
+from reports.messages import say
+from reports.metrics import (
+    Measurements,
+    gpu_taken_bytes,
+    is_emulated,
+    largest,
+    predicted,
+)
+
+NumberOrigin = Literal["measured", "predicted", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stated:
+    """A number of the machine that the page is about."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    origin: NumberOrigin = "unknown"
+    runs: int = 0
+    """That it rests on."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Of two runs, which have no median: both are told."""
+        return self.runs == 2 and self.low != self.high
+
+
+def step_s(engine: str, all_: Measurements) -> Stated:
+    """Seconds per step. On an emulated machine the measured ones are those of another GPU: there it is what
+    was predicted for the machine emulated."""
+    rounds = all_.of(engine)
+    if not is_emulated(rounds):
+        if rounds.step_s is None:
+            return Stated(value=None)
+        step = rounds.step_s
+        low, high = step.interval or (step.low, step.high)
+        return Stated(value=step.median, low=low, high=high, origin="measured", runs=step.count)
+    expected = predicted(rounds)
+    if expected is None or expected.step_s is None:
+        return Stated(value=None)
+    return Stated(
+        value=expected.step_s, low=expected.step_s_low, high=expected.step_s_high, origin="predicted"
+    )
+
+
+def job_s(engine: str, all_: Measurements, steps: float) -> Stated:
+    """Seconds of `steps` steps."""
+    step = step_s(engine, all_)
+
+    def whole(value: float | None) -> float | None:
+        return None if value is None else value * steps
+
+    return Stated(
+        value=whole(step.value), low=whole(step.low), high=whole(step.high), origin=step.origin,
+        runs=step.runs,
+    )  # fmt: skip
+
+
+def gpu_peak(engine: str, all_: Measurements) -> Stated:
+    """Peak GPU memory that the method held; without a GPU unknown."""
+    return _peak(largest(all_.of(engine), gpu_taken_bytes))
+
+
+def host_peak(engine: str, all_: Measurements) -> Stated:
+    """Peak host memory of the process."""
+
+    def peak(run: Run) -> float | None:
+        return run.summary.peak_host_bytes
+
+    return _peak(largest(all_.of(engine), peak))
+
+
+def _peak(value: float | None) -> Stated:
+    return Stated(value=value, origin="unknown" if value is None else "measured")
+
+
+def plain_time(time: Stated) -> str:
+    """`1.20 s`, of two runs `1.10 s and 1.30 s`."""
+    if time.is_pair:
+        return both(format_seconds(time.low), format_seconds(time.high))
+    return format_seconds(time.value)
+
+
+def time_text(time: Stated) -> str:
+    """`1.20 s`; a prediction says so: `1.20 s (predicted)`."""
+    text = plain_time(time)
+    return say("stated.predicted", value=text) if time.origin == "predicted" else text
+
+
+def range_text(time: Stated) -> str:
+    """`0.90 to 1.30 s`; empty where there is no range."""
+    if time.low is None or time.high is None or time.low == time.high:
+        return ""
+    return span(format_seconds(time.low), format_seconds(time.high))
+
+
+def memory_text(peak: Stated) -> str:
+    """`12.5 GiB`, or that it was not measured."""
+    return NOT_MEASURED if peak.value is None else format_bytes(peak.value)

@@ -1,0 +1,119 @@
+"""Methods that were not run: whether they would fit, and the command that tells what is missing. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from engines import ENGINES, YARDSTICK, entry
+from engines.errors import UserError
+from engines.shapes import Dtype
+from harness.models.configs import NAMED_SHAPES
+from harness.pipeline import plan_job
+from harness.records.job import DataSource, Job
+from harness.resolve import resolve_shape
+from profiles.machine import Machine
+from profiles.planning.plan import Plan
+from reports.criteria import Metric
+from reports.load import Loaded
+from reports.metrics import Measurements
+
+OTHER_DTYPE: Dtype = "bf16"
+"""That a method is planned in where it refuses the job's."""
+
+FOLDER = "."
+"""Where the commands of a report are typed: beside it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Untried:
+    """What is predicted today of methods that no run is of, on the machine of the runs."""
+
+    yardstick_is_out: str | None = None
+    """Why the yardstick is predicted not to fit, where it was not run."""
+    first: tuple[str, ...] = ()
+    """Methods that most people would use, were not run, and are not predicted not to fit."""
+    other_dtype: bool = False
+    """The yardstick refuses the job's precision and was planned in `OTHER_DTYPE`."""
+
+
+def untried_of(loaded: Loaded) -> Untried:
+    """By the machine's profile beside the runs, for named shapes; of others nothing is predicted here."""
+    ran = {run.engine for run in loaded.runs}
+    first = [name for name, row in ENGINES.items() if row.asked_first and name not in ran]
+    plans = {name: _plan(name, loaded.job, loaded.machine) for name in first}
+    yardstick = plans.get(YARDSTICK)
+    out = yardstick is not None and yardstick.available and not yardstick.fits
+    refuses = YARDSTICK in first and loaded.job.dtype in entry(YARDSTICK).refuses
+    return Untried(
+        yardstick_is_out=yardstick.why_not if yardstick is not None and out else None,
+        first=tuple(name for name in first if (plan := plans[name]) is None or plan.fits),
+        other_dtype=refuses,
+    )
+
+
+def _plan(engine: str, job: Job, machine: Machine | None) -> Plan | None:
+    """`None` where nothing can be predicted without reading what is not in the folder."""
+    if machine is None or job.model.name not in NAMED_SHAPES or not job.model.random_weights:
+        return None
+    dtype = OTHER_DTYPE if job.dtype in entry(engine).refuses else job.dtype
+    alone = replace(job, data=DataSource(train="random"), settings={}, dtype=dtype)
+    try:
+        (plan,) = plan_job(alone, resolve_shape(alone), machine, [engine])
+    except UserError:
+        return None
+    return plan
+
+
+_OF_TIME: tuple[Metric, ...] = ("step_s", "tokens_per_s", "job_hours", "job_cost")
+
+
+def to_try(engine: str) -> str:
+    """The command that runs `engine` beside what was run, typed in the folder of the report."""
+    return _more([engine], rounds=3)
+
+
+_NEED_YARDSTICK: tuple[Metric, ...] = ("step_time_ratio", "heldout_ratio")
+_NEED_EVALUATION: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
+ENOUGH_ROUNDS = 5
+EVAL_BATCHES = 16
+
+
+def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untried: Untried) -> str:
+    """The command, typed in the folder of the report, that would tell the first of the metrics that are
+    `unknown` of a method; empty where nothing is unknown, or no command tells it."""
+    for metric, engine in unknown:
+        rounds = all_.of(engine)
+        missing = entry(engine).library if engine in ENGINES else None
+        if rounds.runs and all(run.end_state == "not_available" for run in rounds.runs):
+            if missing is None:
+                continue
+            return f"{missing.install} && {_more([engine], rounds=3)}"
+        if metric in _OF_TIME and any(run.emulation is not None for run in rounds.ok):
+            return _again("measured")
+        if metric in _NEED_YARDSTICK and not all_.of(YARDSTICK).ok:
+            if untried.other_dtype:
+                return _again(YARDSTICK, f"--dtype {OTHER_DTYPE} --engines {YARDSTICK}")
+            return _more([YARDSTICK], rounds=max(3, len(rounds.runs)))
+        if metric in _NEED_EVALUATION and rounds.ok:
+            return _again("evaluated", f"--eval-batches {EVAL_BATCHES} --engines {_names(all_)}")
+        if rounds.ok:
+            return _more(list(all_.engines), rounds=max(ENOUGH_ROUNDS, len(rounds.runs) + 2))
+    return ""
+
+
+def _names(all_: Measurements) -> str:
+    return ",".join(all_.engines)
+
+
+def _more(engines: Sequence[str], *, rounds: int) -> str:
+    """Runs of `engines` beside those that are there."""
+    named = f"--job job.toml --engines {','.join(engines)} --rounds {rounds} --out {FOLDER} --resume"
+    return f"lspzo-bench compare {named} && lspzo-bench report {FOLDER}"
+
+
+def _again(out: str, changes: str = "") -> str:
+    """The job anew with `changes`, in a folder `out`."""
+    sweep = " ".join(f"--job job.toml {changes} --out {shlex.quote(out)}".split())
+    return f"lspzo-bench compare {sweep} && lspzo-bench report {out}"

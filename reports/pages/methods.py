@@ -1,0 +1,108 @@
+"""All methods in one table: what each trains, whether it fits, how long, how much, how good. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engines import entry
+from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
+from harness.records.stats import Rounds
+from profiles.language import translated
+from reports.decide import Verdict, state_text
+from reports.format import JOULES, NUMBER, PERCENT, Table
+from reports.judging import stated
+from reports.judging.quality import learned
+from reports.judging.ranking import State
+from reports.messages import say
+from reports.metrics import Measurements, is_emulated, typical
+from reports.tables import fits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodInShort:
+    engine: str
+    state: State | None
+    all_: Measurements
+
+    @property
+    def rounds(self) -> Rounds:
+        return self.all_.of(self.engine)
+
+
+def _time(one: MethodInShort) -> stated.Stated:
+    """As stated on the first page."""
+    steps = one.all_.steps
+    return stated.step_s(one.engine, one.all_) if steps is None else stated.job_s(one.engine, one.all_, steps)
+
+
+def _shown_time(one: MethodInShort) -> CellValue:
+    """A number, or both of two runs."""
+    time = _time(one)
+    return stated.plain_time(time) if time.is_pair else time.value
+
+
+def _is_predicted(rows: Sequence[MethodInShort]) -> bool:
+    return any(_time(one).origin == "predicted" for one in rows)
+
+
+def _origin(one: MethodInShort) -> CellValue:
+    origin = _time(one).origin
+    return None if origin == "unknown" else say(f"stated.{origin}_number")
+
+
+def _sized(rows: Sequence[MethodInShort]) -> bool:
+    """Somebody said how much is to be trained."""
+    return any(one.all_.steps is not None for one in rows)
+
+
+def _tokens_per_s(one: MethodInShort) -> CellValue:
+    rate = one.rounds.tokens_per_s
+    return None if rate is None or is_emulated(one.rounds) else rate.median
+
+
+def _any_mfu(rows: Sequence[MethodInShort]) -> bool:
+    return any(run.summary.mfu is not None for one in rows for run in one.rounds.ok)
+
+
+def _quality(kind: str) -> Column[MethodInShort]:
+    def of(one: MethodInShort) -> CellValue:
+        found = learned(one.engine, one.all_, of_random_weights=True)
+        if found is None or found.kind != kind:
+            return None
+        return say("table.first_to_last", first=found.before, last=found.after)
+
+    return Column(kind, of, shown=where_known(of))
+
+
+def _state(one: MethodInShort) -> CellValue:
+    if one.state is None:
+        return None
+    return state_text(one.state)
+
+
+SHORT: tuple[Column[MethodInShort], ...] = (
+    Column("method", lambda one: one.engine),
+    Column("verdict", _state),
+    Column("trains", lambda one: translated(entry(one.engine).trains)),
+    Column("fits", lambda one: fits(one.rounds)),
+    Column("job_time", lambda one: _shown_time(one), SECONDS, shown=lambda rows: _sized(rows)),
+    Column("step_stated", lambda one: _shown_time(one), SECONDS, shown=lambda rows: not _sized(rows)),
+    Column("time_origin", _origin, shown=_is_predicted),
+    Column("tokens", _tokens_per_s, NUMBER),
+    Column("mfu", lambda one: typical(one.rounds, lambda run: run.summary.mfu), PERCENT, shown=_any_mfu),
+    Column("gpu_peak", lambda one: stated.gpu_peak(one.engine, one.all_).value, BYTES),
+    Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
+    _quality("accuracy"),
+    _quality("heldout_loss"),
+    Column("energy", lambda one: typical(one.rounds, lambda run: run.summary.energy_j), JOULES),
+    Column("source", lambda one: entry(one.engine).source),
+)
+
+
+def methods_table(verdict: Verdict, all_: Measurements) -> Table:
+    """The best first, by the verdict; methods that were planned and not run are not here."""
+    states = {one.engine: one.state for one in verdict.methods}
+    engines = [*states, *(engine for engine in all_.engines if engine not in states)]
+    rows = [MethodInShort(engine=engine, state=states.get(engine), all_=all_) for engine in engines]
+    return Table.of(SHORT, rows, say("tablenote.methods"))
