@@ -31,6 +31,7 @@ from harness.cli.options import (
     takes_job,
 )
 from harness.cli.sweep_progress import measure_seen
+from harness.cli.tables import runs_table
 from harness.pipeline import Sweep, prepare
 from harness.progress import console
 from harness.recommendation import job_to_plan, recommended
@@ -93,6 +94,7 @@ def poc(
     if criteria is None and not ready.in_use and not exists(folder / "criteria.toml"):
         write_whole(folder / "criteria.toml", init_text())
     runs = measure_seen(ready, sweep)
+    notes.print(runs_table(runs))
     verdict = write_report(folder, on_broken=note_left_out, language=lang)
     typer.echo(in_short(verdict, lang))
     typer.echo(str(page(folder, lang)))

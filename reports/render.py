@@ -73,6 +73,13 @@ def in_short(verdict: Verdict, language: Language) -> str:
     return "\n".join(told)
 
 
+def what_to_do(folder: Path, language: Language = "en") -> str:
+    """The verdict on `folder` as `in_short` tells it; writes nothing. Raises `UserError`."""
+    with speaking(language):
+        loaded = load_folder(folder)
+        return in_short(judge(loaded, loaded.criteria), language)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenReport:
     """A folder judged and told, in one language."""

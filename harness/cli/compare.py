@@ -113,5 +113,6 @@ def compare(
         typer.echo(to_json(tuple(runs)), nl=False)
     else:
         console().print(runs_table(runs))
+        typer.echo(by_name("reports.render:what_to_do")(folder))
         typer.echo(str(folder))
     exit_for(run.end_state for run in runs)

@@ -104,12 +104,15 @@ def public_rows(folder: Path, published: Sequence[Path]) -> list[SharedRow]:
     """Rows of the `published` folders in `folder` that say something of their machine, and of what others
     shared, in the folder beside. Raises `UserError` for a shared file that is none."""
     rows: list[SharedRow] = []
+    own: list[Submission] = []
     for path in published:
         if any(path.glob("runs/*.json")):
             with suppress(UserError):  # emulated or traced, or nothing ended well
-                found = submission_of(load_folder(path))
+                own.append(found := submission_of(load_folder(path)))
                 rows += rows_of(found, f"{path.name}/report.html", say("public.ours"))
     for path, found in shared_results(folder.parent / COMMUNITY):
+        if found in own:
+            continue  # as published here, with its report
         link = f"../{COMMUNITY}/{path.parent.name}/{path.name}"
         rows += rows_of(found, link, say("public.shared"))
     return rows

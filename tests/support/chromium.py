@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -100,12 +101,21 @@ class Browser:
         return base64.b64decode(printed["data"])
 
 
+def _pipe() -> tuple[int, int]:
+    """Both ends above the numbers that the browser wants."""
+    ends = os.pipe()
+    above = tuple(fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in ends)
+    for end in ends:
+        os.close(end)
+    return above[0], above[1]
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser that ends with the block."""
     assert PROGRAM is not None
-    to_read, from_write = os.pipe()
-    from_read, to_write = os.pipe()
+    to_read, from_write = _pipe()
+    from_read, to_write = _pipe()
     with tempfile.TemporaryDirectory() as profile:
         command = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
         arguments = [
@@ -114,7 +124,7 @@ def browser() -> Iterator[Browser]:
             "--disable-background-networking", "--hide-scrollbars=false",
         ]  # fmt: skip
         process = subprocess.Popen(
-            ["/bin/sh", "-c", command, *arguments], pass_fds=(to_read, to_write),
+            ["/bin/bash", "-c", command, *arguments], pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_read)
