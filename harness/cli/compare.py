@@ -6,6 +6,7 @@ Nothing here plans, measures or lays out a table.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
@@ -15,6 +16,7 @@ from harness.cli.options import (
     OF_TRAINING,
     BudgetFlag,
     CriteriaFlag,
+    DataDir,
     DryRun,
     Emulate,
     Engines,
@@ -28,6 +30,7 @@ from harness.cli.options import (
     Resume,
     RoundsFlag,
     SeedsFlag,
+    SuiteFlag,
     TestData,
     Trace,
     engine_names,
@@ -36,6 +39,7 @@ from harness.cli.options import (
     takes_job,
 )
 from harness.cli.quality import study_seen
+from harness.cli.suites import SuiteFlags, suite_seen
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import grid_table, runs_table
 from harness.pipeline import Sweep, planned_cells, prepare
@@ -61,6 +65,8 @@ def compare(
     budget: BudgetFlag = None,
     test_data: TestData = None,
     seeds: SeedsFlag = 3,
+    suite: SuiteFlag = None,
+    data_dir: DataDir = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -69,11 +75,23 @@ def compare(
 
     With --target and --budget: what does each method learn in that time, and when does it reach the target?
     All get the same trials: four learning rates by successive halving, then the best one with --seeds seeds.
-    Development data chooses, test data is only read.
+    Development data chooses, test data is only read. --suite has several such studies in one file.
 
     A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing, 10 steps after 3 of
     warm-up, on the built-in data.
     """
+    if suite is not None:
+        if target is not None or test_data is not None:
+            raise UserError(
+                "--suite", "its tasks have targets and test data", "leave out --target, --test-data"
+            )
+        asked = SuiteFlags(
+            name=suite, out=results_folder(out, "suite", Path(suite).stem, resume), data_dir=data_dir,
+            engines=engines, budget=budget, emulate=emulate, profile=profile, seeds=seeds, resume=resume,
+            quiet=quiet,
+        )  # fmt: skip
+        suite_seen(flags, asked, dry_run=dry_run, as_json=as_json)
+        return
     names = engine_names(engines)
     if target is not None or budget is not None:
         if target is None or budget is None:

@@ -243,6 +243,17 @@ TestData = Annotated[
         "--test-data", help="With --target: what nothing is chosen by. [default: half of what is held out]"
     ),
 ]
+SuiteFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--suite",
+        help="Studies with targets: a file, or one that comes along: mezo-tasks, glue, instruct, lm, quick, "
+        "laptop-4gb, consumer-24gb.",
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="With --suite: the folder that has its tasks' files.")
+]
 SeedsFlag = Annotated[int, typer.Option("--seeds", min=1, help="With --target: seeds of the last trials.")]
 CriteriaFlag = Annotated[
     Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")

@@ -12,7 +12,8 @@ from harness.cli.sweep_progress import TrialProgress
 from harness.progress import console
 from harness.quality.documents import StudyPlan
 from harness.quality.judge import MethodResult, SeedSpread, StudyResult
-from harness.quality.study import PreparedStudy, planned_trials, predicted_s, run_study
+from harness.quality.study import planned_trials, predicted_s, run_study
+from harness.quality.trials import PreparedStudy
 from profiles.documents import to_json
 from profiles.units import NOT_MEASURED, format_seconds
 

@@ -6,15 +6,10 @@ study that was stopped goes on with its missing trials.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from engines.errors import UserError
 from engines.files.locks import locked_folder
@@ -29,40 +24,27 @@ from harness.quality.documents import (
     QualityTarget,
     StudyPlan,
     StudySizes,
-    StudyTrial,
     TrialBudget,
-    TrialRecord,
     load_plan,
-    load_trial,
-    next_rates,
     rate_grid,
     rungs_of,
     save_plan,
-    trial_path,
 )
 from harness.quality.judge import StudyResult, judge_study
-from harness.records.environment import read_environment
+from harness.quality.trials import Launch, PreparedStudy, StudyTrials, curves, launched
 from harness.records.job import Job
-from harness.records.learning import Learning, LearningOutcome
 from harness.records.metrics import INSTALL, has_libraries
-from harness.records.shared import paths_of, shared_machine, without_paths
+from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
-from harness.runs.emulate import Emulated, emulated
-from harness.runs.launch import WORK, OnRunEvent, Outcome, clear_work, launch_child, work_folder
+from harness.runs.emulate import emulated
+from harness.runs.launch import WORK, OnRunEvent
 from harness.runs.sweep_folder import check_folder
-from harness.runs.worker import LEARNED, Request
 from profiles.catalog import find_profile
-from profiles.documents import adapter, to_json, write_whole
+from profiles.documents import to_json, write_whole
 from profiles.machine import Machine, save_machine
 from profiles.planning.plan import Plan
-from profiles.system.nvml import open_device
 
 RESULT, CURVES = "quality.json", "curves.csv"
-SETUP_S = 1800.0
-"""Room for set-up and evaluations in a trial's time limit, beside four times its steps."""
-LONGEST_S = 7 * 24 * 3600.0
-
-Launch = Callable[[Request, Path, OnRunEvent], tuple[Outcome, LearningOutcome]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,19 +60,10 @@ class StudyRequest:
     sizes: StudySizes = field(default_factory=StudySizes)
     profile: Path | None = None
     emulate: Path | None = None
+    machine: Machine | None = None
+    """This one, where it was measured already and neither of the two is named."""
     resume: bool = False
     quiet: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedStudy:
-    plan: StudyPlan
-    shape: ModelShape
-    machine: Machine
-    plans: dict[str, Plan]
-    """By engine."""
-    emulated: Emulated | None
-    out: Path
 
 
 def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
@@ -111,7 +84,9 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     check_metric(study.target.metric, job, shape)
     rungs = rungs_of(study.budget, study.seeds, job.workload)
     named = study.emulate or study.profile
-    machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
+    machine = study.machine
+    if machine is None or named is not None:
+        machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
     plans = {each.engine: each for each in plan_job(job, shape, machine, study.engines, study.emulate)}
     methods = tuple(_method(plans[engine], study) for engine in study.engines)
     plan = StudyPlan(
@@ -253,145 +228,10 @@ def run_study(
             save_tokenized(tokenized, data_file)
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
-        trials = _Trials(ready, job, learnings, data_file, launch or _launched, told, on_event)
+        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, told, on_event)
         records = list(trials.run())
         data_file.unlink(missing_ok=True)
         result = judge_study(plan, records)
         write_whole(out / RESULT, to_json(result))
         write_whole(out / CURVES, curves(records))
         return result
-
-
-class _Trials:
-    def __init__(
-        self,
-        ready: PreparedStudy,
-        job: Job,
-        learnings: Sequence[Learning] | None,
-        data_file: Path,
-        launch: Launch,
-        told: Callable[[str], None],
-        on_event: OnRunEvent,
-    ) -> None:
-        self._ready, self._plan, self._job = ready, ready.plan, job
-        self._learnings = learnings
-        self._data_file = data_file
-        self._launch, self._told, self._on_event = launch, told, on_event
-        self._said_zero_shot = False
-
-    def run(self) -> Iterator[TrialRecord]:
-        plan = self._plan
-        methods = [method for method in plan.methods if method.fits]
-        rates = {method.engine: list(method.rates) for method in methods}
-        for number, rung in enumerate(plan.rungs):
-            seeds = plan.seeds if rung.rates == 1 else plan.seeds[:1]
-            found: dict[str, list[TrialRecord]] = {method.engine: [] for method in methods}
-            for turn, (seed, place) in enumerate((s, p) for s in seeds for p in range(rung.rates)):
-                # Each turn in the other order: a machine that slows down then favours no method.
-                for method in methods if turn % 2 == 0 else methods[::-1]:
-                    if place >= len(rates[method.engine]):
-                        continue
-                    trial = StudyTrial(
-                        engine=method.engine,
-                        rung=number,
-                        learning_rate=rates[method.engine][place],
-                        seed=seed,
-                    )
-                    record = self._one(trial, method)
-                    found[method.engine].append(record)
-                    yield record
-            if number + 1 < len(plan.rungs):
-                kept = plan.rungs[number + 1].rates
-                rates = {name: next_rates(each, plan.target.metric, kept) for name, each in found.items()}
-
-    def _one(self, trial: StudyTrial, method: MethodTrials) -> TrialRecord:
-        out = self._ready.out
-        if exists(trial_path(out, trial.id)):
-            record = load_trial(out, trial.id)
-            if record.end_state != "interrupted":
-                return record
-        plan = self._ready.plans[method.engine]
-        given = method.settings.replaced(learning_rate=trial.learning_rate)
-        length = self._plan.rungs[trial.rung].length
-        limits = self._job.limits
-        seconds = LONGEST_S if length.seconds is None else 4 * length.seconds + SETUP_S
-        job = replace(
-            self._job,
-            seed=trial.seed,
-            warmup_steps=0,
-            limits=replace(limits, timeout_s=max(limits.timeout_s, seconds)),
-        )
-        request = Request(
-            id=trial.id, job=job, shape=self._ready.shape, plan=replace(plan, settings=given),
-            emulated=self._ready.emulated, data_file=self._data_file,
-            learning=None if self._learnings is None else self._learnings[trial.rung],
-        )  # fmt: skip
-        began = datetime.now(UTC).isoformat(timespec="seconds")
-        outcome, learned = self._launch(request, out, self._on_event)
-        reason = outcome.end_reason
-        record = TrialRecord(
-            id=trial.id, engine=trial.engine, rung=trial.rung, learning_rate=trial.learning_rate,
-            seed=trial.seed, end_state=outcome.end_state,
-            end_reason=None if reason is None else without_paths(reason, *paths_of(job)),
-            time=began, learned=learned, setup_s=outcome.summary.setup_s,
-            step_s_median=outcome.summary.step_s_median,
-            peak_gpu_reserved_bytes=outcome.summary.peak_gpu_reserved_bytes,
-            peak_host_bytes=outcome.summary.peak_host_bytes,
-            environment=replace(read_environment(), emulated=self._plan.emulated),
-        )  # fmt: skip
-        write_whole(trial_path(out, trial.id), to_json(record))
-        clear_work(out, trial.id)
-        self._tell(record)
-        if outcome.by_user:
-            raise KeyboardInterrupt
-        return record
-
-    def _tell(self, record: TrialRecord) -> None:
-        target, learned = self._plan.target, record.learned
-        best = learned.best(target.metric)
-        value = "" if best is None else f", {target.metric} {best.metrics[target.metric]:.4g}"
-        steps = f"{learned.steps} steps in {learned.train_s:.3g} s"
-        why = "" if record.end_reason is None else f": {record.end_reason}"
-        self._told(f"{record.id}: {record.end_state}{why}, {steps}{value}")
-        first = learned.evaluations[0].metrics if learned.evaluations else {}
-        if not self._said_zero_shot and target.metric in first and target.is_met(first[target.metric]):
-            self._said_zero_shot = True
-            self._told(
-                f"note: {target} is met before any training ({first[target.metric]:.4g}); set a higher one"
-            )
-
-
-def _launched(request: Request, out: Path, on_event: OnRunEvent) -> tuple[Outcome, LearningOutcome]:
-    outcome = launch_child(request, out, device=open_device(), on_event=on_event)
-    try:
-        learned: LearningOutcome = adapter(LearningOutcome).validate_json(
-            (work_folder(out, request.id) / LEARNED).read_bytes()
-        )
-    except (OSError, ValidationError):
-        learned = LearningOutcome()
-    return outcome, learned
-
-
-def curves(records: Sequence[TrialRecord]) -> str:
-    """A line for each evaluation on development data, as CSV."""
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    names = sorted(
-        {name for record in records for each in record.learned.evaluations for name in each.metrics}
-    )
-    writer.writerow(["engine", "rung", "learning_rate", "seed", "step", "train_s", *names])
-    for record in records:
-        for each in record.learned.evaluations:
-            values = [each.metrics.get(name, "") for name in names]
-            writer.writerow(
-                [
-                    record.engine,
-                    record.rung,
-                    record.learning_rate,
-                    record.seed,
-                    each.step,
-                    each.train_s,
-                    *values,
-                ]
-            )
-    return lines.getvalue()

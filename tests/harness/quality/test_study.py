@@ -23,7 +23,8 @@ from harness.quality.documents import (
     rungs_of,
 )
 from harness.quality.judge import over_seeds, time_to
-from harness.quality.study import PreparedStudy, StudyRequest, prepare_study, run_study
+from harness.quality.study import StudyRequest, prepare_study, run_study
+from harness.quality.trials import PreparedStudy
 from harness.records.job import Job, make_job
 from harness.records.learning import Evaluated, LearningLength, LearningOutcome
 from harness.records.run import EndState, Summary

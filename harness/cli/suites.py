@@ -1,0 +1,127 @@
+"""`compare --suite`: the studies of a suite, one after the other. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from engines.errors import UserError
+from harness.cli.options import JobFlags, engine_names
+from harness.cli.quality import study_seen
+from harness.pipeline import find_machine
+from harness.progress import console
+from harness.quality.documents import parse_budget, parse_quality_target
+from harness.quality.study import StudyRequest, planned_trials, predicted_s, prepare_study
+from harness.quality.suites import Suite, SuiteTask, file_of, job_of_task, load_suite, merged
+from harness.quality.trials import PreparedStudy
+from profiles.documents import to_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SuiteFlags:
+    """What is said of a suite beside the job's flags; what is `None` the suite says."""
+
+    name: str
+    out: Path
+    data_dir: Path | None
+    engines: str | None
+    budget: str | None
+    emulate: Path | None
+    profile: Path | None
+    seeds: int
+    resume: bool
+    quiet: bool
+
+
+def suite_seen(flags: JobFlags, asked: SuiteFlags, *, dry_run: bool, as_json: bool) -> None:
+    """All that can be wrong is looked at before the first study. Raises `UserError`."""
+    suite = load_suite(asked.name)
+    if flags.gives("data") or flags.gives("eval_data"):
+        raise UserError("--suite", "its tasks name their data", "name their folder with --data-dir")
+    ready, why = _prepared(suite, flags, asked)
+    if not ready:
+        raise UserError(f"--suite {asked.name}", "no task of it can be studied", next(iter(why.values())))
+    if dry_run:
+        if as_json:
+            typer.echo(to_json(tuple(each.plan for each in ready.values())), nl=False)
+        else:
+            console().print(suite_table(suite, ready, why))
+            console().print(_total(ready), markup=False, soft_wrap=True)
+        return
+    notes = console(stderr=True, quiet=asked.quiet)
+    for name, reason in why.items():
+        notes.print(f"{name}: left out: {reason}", markup=False, soft_wrap=True)
+    for name, each in ready.items():
+        notes.print(f"task {name}", markup=False)
+        study_seen(each, dry_run=False, as_json=as_json, quiet=asked.quiet)
+
+
+def _prepared(
+    suite: Suite, flags: JobFlags, asked: SuiteFlags
+) -> tuple[dict[str, PreparedStudy], dict[str, str]]:
+    """Studies by task, and why others cannot be."""
+    names = engine_names(asked.engines or (",".join(suite.engines) or None))
+    emulate = asked.emulate or (None if suite.emulate is None else Path(suite.emulate))
+    if asked.profile is not None and asked.emulate is None:
+        emulate = None  # the user says which machine it is
+    base = StudyRequest(
+        engines=names, out=asked.out, target=parse_quality_target("loss<=0"),
+        budget=parse_budget(asked.budget or suite.budget), seeds=asked.seeds, sizes=suite.sizes,
+        profile=asked.profile, emulate=emulate, resume=asked.resume, quiet=asked.quiet,
+    )  # fmt: skip
+    ready: dict[str, PreparedStudy] = {}
+    why: dict[str, str] = {}
+    for task in suite.tasks:
+        if task.missing:
+            why[task.name] = task.missing
+            continue
+        try:
+            values, test = job_of_task(suite, task, asked.data_dir), _test(task, asked.data_dir)
+        except UserError as error:
+            why[task.name] = error.why
+            continue
+        job = replace(flags.job(names, _with_padding(values)), warmup_steps=0)
+        if base.machine is None and base.profile is None and base.emulate is None:
+            base = replace(base, machine=find_machine(None, quiet=asked.quiet))
+        study = replace(base, out=asked.out / task.name, target=parse_quality_target(task.target), test=test)
+        ready[task.name] = prepare_study(job, study)
+    return ready, why
+
+
+def _with_padding(values: Mapping[str, Any]) -> dict[str, Any]:
+    return merged({"padding": "longest"}, values)
+
+
+def _test(task: SuiteTask, folder: Path | None) -> str | None:
+    return None if task.test_data is None else file_of(task, task.test_data, folder)
+
+
+def suite_table(suite: Suite, ready: Mapping[str, PreparedStudy], why: Mapping[str, str]) -> Table:
+    table = Table(title=suite.about, title_justify="left")
+    for heading in ("task", "target", "methods", "do not fit", "trials", "steps of all"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "task")
+    for task in suite.tasks:
+        if task.name in why:
+            table.add_row(task.name, task.target, f"left out: {why[task.name]}")
+            continue
+        plan = ready[task.name].plan
+        runs = [method.engine for method in plan.methods if method.fits]
+        others = [method.engine for method in plan.methods if not method.fits]
+        trials = sum(count for method, _, count in planned_trials(plan) if method.fits)
+        seconds = predicted_s(plan)
+        told = "not known" if seconds is None else f"{seconds / 3600:.2g} h"
+        table.add_row(task.name, task.target, ", ".join(runs), ", ".join(others), str(trials), told)
+    return table
+
+
+def _total(ready: Mapping[str, PreparedStudy]) -> str:
+    known = [predicted_s(each.plan) for each in ready.values()]
+    if any(each is None for each in known):
+        return "total: not known"
+    hours = sum(each for each in known if each is not None) / 3600
+    return f"total: {hours:.2g} h of steps, set-ups and evaluations apart"

@@ -1,0 +1,190 @@
+"""The trials of a study, one after the other, each in its own process with a record of its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engines.files.reading import exists
+from engines.shapes import ModelShape
+from harness.quality.documents import (
+    MethodTrials,
+    StudyPlan,
+    StudyTrial,
+    TrialRecord,
+    load_trial,
+    next_rates,
+    trial_path,
+)
+from harness.records.environment import read_environment
+from harness.records.job import Job
+from harness.records.learning import Learning, LearningOutcome
+from harness.records.shared import paths_of, without_paths
+from harness.runs.emulate import Emulated
+from harness.runs.launch import OnRunEvent, Outcome, clear_work, launch_child, work_folder
+from harness.runs.worker import LEARNED, Request
+from profiles.documents import adapter, to_json, write_whole
+from profiles.machine import Machine
+from profiles.planning.plan import Plan
+from profiles.system.nvml import open_device
+
+SETUP_S = 1800.0
+"""Room for set-up and evaluations in a trial's time limit, beside four times its steps."""
+LONGEST_S = 7 * 24 * 3600.0
+
+Launch = Callable[[Request, Path, OnRunEvent], tuple[Outcome, LearningOutcome]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedStudy:
+    plan: StudyPlan
+    shape: ModelShape
+    machine: Machine
+    plans: dict[str, Plan]
+    """By engine."""
+    emulated: Emulated | None
+    out: Path
+
+
+class StudyTrials:
+    """All that the plan of `ready` has; those that are recorded are taken as they are."""
+
+    def __init__(
+        self,
+        ready: PreparedStudy,
+        job: Job,
+        learnings: Sequence[Learning] | None,
+        data_file: Path,
+        launch: Launch,
+        told: Callable[[str], None],
+        on_event: OnRunEvent,
+    ) -> None:
+        self._ready, self._plan, self._job = ready, ready.plan, job
+        self._learnings = learnings
+        self._data_file = data_file
+        self._launch, self._told, self._on_event = launch, told, on_event
+        self._said_zero_shot = False
+
+    def run(self) -> Iterator[TrialRecord]:
+        plan = self._plan
+        methods = [method for method in plan.methods if method.fits]
+        rates = {method.engine: list(method.rates) for method in methods}
+        for number, rung in enumerate(plan.rungs):
+            seeds = plan.seeds if rung.rates == 1 else plan.seeds[:1]
+            found: dict[str, list[TrialRecord]] = {method.engine: [] for method in methods}
+            for turn, (seed, place) in enumerate((s, p) for s in seeds for p in range(rung.rates)):
+                # Each turn in the other order: a machine that slows down then favours no method.
+                for method in methods if turn % 2 == 0 else methods[::-1]:
+                    if place >= len(rates[method.engine]):
+                        continue
+                    trial = StudyTrial(
+                        engine=method.engine,
+                        rung=number,
+                        learning_rate=rates[method.engine][place],
+                        seed=seed,
+                    )
+                    record = self._one(trial, method)
+                    found[method.engine].append(record)
+                    yield record
+            if number + 1 < len(plan.rungs):
+                kept = plan.rungs[number + 1].rates
+                rates = {name: next_rates(each, plan.target.metric, kept) for name, each in found.items()}
+
+    def _one(self, trial: StudyTrial, method: MethodTrials) -> TrialRecord:
+        out = self._ready.out
+        if exists(trial_path(out, trial.id)):
+            record = load_trial(out, trial.id)
+            if record.end_state != "interrupted":
+                return record
+        plan = self._ready.plans[method.engine]
+        given = method.settings.replaced(learning_rate=trial.learning_rate)
+        length = self._plan.rungs[trial.rung].length
+        limits = self._job.limits
+        seconds = LONGEST_S if length.seconds is None else 4 * length.seconds + SETUP_S
+        job = replace(
+            self._job,
+            seed=trial.seed,
+            warmup_steps=0,
+            limits=replace(limits, timeout_s=max(limits.timeout_s, seconds)),
+        )
+        request = Request(
+            id=trial.id, job=job, shape=self._ready.shape, plan=replace(plan, settings=given),
+            emulated=self._ready.emulated, data_file=self._data_file,
+            learning=None if self._learnings is None else self._learnings[trial.rung],
+        )  # fmt: skip
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        outcome, learned = self._launch(request, out, self._on_event)
+        reason = outcome.end_reason
+        record = TrialRecord(
+            id=trial.id, engine=trial.engine, rung=trial.rung, learning_rate=trial.learning_rate,
+            seed=trial.seed, end_state=outcome.end_state,
+            end_reason=None if reason is None else without_paths(reason, *paths_of(job)),
+            time=began, learned=learned, setup_s=outcome.summary.setup_s,
+            step_s_median=outcome.summary.step_s_median,
+            peak_gpu_reserved_bytes=outcome.summary.peak_gpu_reserved_bytes,
+            peak_host_bytes=outcome.summary.peak_host_bytes,
+            environment=replace(read_environment(), emulated=self._plan.emulated),
+        )  # fmt: skip
+        write_whole(trial_path(out, trial.id), to_json(record))
+        clear_work(out, trial.id)
+        self._tell(record)
+        if outcome.by_user:
+            raise KeyboardInterrupt
+        return record
+
+    def _tell(self, record: TrialRecord) -> None:
+        target, learned = self._plan.target, record.learned
+        best = learned.best(target.metric)
+        value = "" if best is None else f", {target.metric} {best.metrics[target.metric]:.4g}"
+        steps = f"{learned.steps} steps in {learned.train_s:.3g} s"
+        why = "" if record.end_reason is None else f": {record.end_reason}"
+        self._told(f"{record.id}: {record.end_state}{why}, {steps}{value}")
+        first = learned.evaluations[0].metrics if learned.evaluations else {}
+        if not self._said_zero_shot and target.metric in first and target.is_met(first[target.metric]):
+            self._said_zero_shot = True
+            self._told(
+                f"note: {target} is met before any training ({first[target.metric]:.4g}); set a higher one"
+            )
+
+
+def launched(request: Request, out: Path, on_event: OnRunEvent) -> tuple[Outcome, LearningOutcome]:
+    """Run a trial in a child process; what it learned until its end, however it ended."""
+    outcome = launch_child(request, out, device=open_device(), on_event=on_event)
+    try:
+        learned: LearningOutcome = adapter(LearningOutcome).validate_json(
+            (work_folder(out, request.id) / LEARNED).read_bytes()
+        )
+    except (OSError, ValidationError):
+        learned = LearningOutcome()
+    return outcome, learned
+
+
+def curves(records: Sequence[TrialRecord]) -> str:
+    """A line for each evaluation on development data, as CSV."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    names = sorted(
+        {name for record in records for each in record.learned.evaluations for name in each.metrics}
+    )
+    writer.writerow(["engine", "rung", "learning_rate", "seed", "step", "train_s", *names])
+    for record in records:
+        for each in record.learned.evaluations:
+            values = [each.metrics.get(name, "") for name in names]
+            writer.writerow(
+                [
+                    record.engine,
+                    record.rung,
+                    record.learning_rate,
+                    record.seed,
+                    each.step,
+                    each.train_s,
+                    *values,
+                ]
+            )
+    return lines.getvalue()

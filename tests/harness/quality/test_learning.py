@@ -1,0 +1,151 @@
+"""A run that is watched while it learns, and the parts of the data that it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines.base import Batch, Evaluation, StepStats
+from engines.errors import UserError
+from harness.data.batches import batches_of, tokenize
+from harness.data.tokenized import load_tokenized, save_tokenized
+from harness.quality.documents import StudySizes
+from harness.quality.splits import split
+from harness.records.job import Job, make_job
+from harness.records.learning import Learning, LearningLength, LearningOutcome
+from harness.resolve import resolve_shape
+from harness.runs.measure import RunRecording, measure
+from harness.runs.scenarios import Learn
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Engine:
+    """A step takes two seconds, an evaluation five; accuracy on development data plays a script."""
+
+    pinned_bytes = 0
+
+    def __init__(self, clock: Clock, script: Sequence[float]) -> None:
+        self._clock, self._script = clock, iter(script)
+        self.tested_after: list[int] = []
+        self.steps = 0
+
+    def setup(self, blueprint: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def step(self, batches: object) -> StepStats:
+        self._clock.now_s += 2.0
+        self.steps += 1
+        return StepStats(loss=1.0)
+
+    def evaluate(self, batches: Sequence[str]) -> Evaluation:
+        self._clock.now_s += 5.0
+        if batches == TEST:
+            self.tested_after.append(self.steps)
+            return Evaluation(loss=1.0, accuracy=0.01 * self.steps, num_labels=1)
+        return Evaluation(loss=1.0, accuracy=next(self._script), num_labels=1)
+
+
+TEST = ["test"]
+
+
+class Data:
+    evaluation: Any = ("development",)
+    test: Any = TEST
+
+    def step_batches(self, step: int) -> Sequence[Batch]:
+        return ()
+
+
+def learned(length: LearningLength, script: Sequence[float]) -> tuple[LearningOutcome, Engine]:
+    clock, found = Clock(), [LearningOutcome()]
+    engine = Engine(clock, script)
+    learning = Learning(length=length, metric="accuracy")
+    scenario = Learn(learning, Data(), lambda each: {"accuracy": each.accuracy}, found.append)
+    made: Any = engine
+    measure(made, None, scenario, RunRecording(tokens_per_step=1), clock=clock)
+    return found[-1], engine
+
+
+def test_time_is_that_of_steps_and_the_best_evaluation_alone_is_tested() -> None:
+    length = LearningLength(evaluations=4, seconds=16.0)
+    outcome, engine = learned(length, [0.5, 0.6, 0.8, 0.7, 0.75])
+    assert [(each.step, each.train_s) for each in outcome.evaluations] == [
+        (0, 0.0), (2, 4.0), (4, 8.0), (6, 12.0), (8, 16.0),
+    ]  # fmt: skip
+    assert (outcome.steps, outcome.train_s) == (8, 16.0)
+    assert outcome.test_before == {"accuracy": 0.0}
+    assert outcome.test == {"accuracy": pytest.approx(0.04)}
+    assert engine.tested_after == [0, 2, 4]
+    best = outcome.best("accuracy")
+    assert best is not None
+    assert best.step == 4
+
+
+def test_a_step_longer_than_the_time_between_evaluations_is_still_evaluated() -> None:
+    outcome, _ = learned(LearningLength(evaluations=4, seconds=3.0), [0.5, 0.6, 0.7])
+    assert [each.step for each in outcome.evaluations] == [0, 1, 2]
+
+
+def test_steps_in_place_of_time() -> None:
+    outcome, _ = learned(LearningLength(evaluations=2, steps=5), [0.5, 0.6, 0.7])
+    assert [each.step for each in outcome.evaluations] == [0, 3, 5]
+
+
+def job(path: Path, **values: Any) -> Job:
+    given: dict[str, Any] = {
+        "model": {"name": "tiny-llama", "random_weights": True}, "seq_len": 48, "batch_size": 4,
+        "data": {"train": str(path), "template": "{text} It was", "labels": ["bad", "great"]},
+        "padding": "longest", "dtype": "fp32",
+    }  # fmt: skip
+    return make_job(given | values, "test job")
+
+
+def reviews(folder: Path, count: int) -> Path:
+    path = folder / f"reviews{count}.tsv"
+    path.write_text("".join(f"film {'so ' * (i % 7)}{i}\t{i % 2}\n" for i in range(count)))
+    return path
+
+
+def test_development_and_test_data_are_apart_and_the_same_for_every_seed(tmp_path: Path) -> None:
+    one = job(reviews(tmp_path, 400))
+    shape = resolve_shape(one)
+    whole = tokenize(one, shape)
+    assert whole is not None
+    parts = split(one, shape, None, StudySizes(train=100, development=15, test=None))
+    assert parts.test is not None
+    assert (len(parts.train), len(parts.held_out), len(parts.test)) == (100, 15, 20)
+    other = split(job(reviews(tmp_path, 400), seed=7), shape, None, StudySizes(train=100, development=15))
+    assert torch.equal(parts.held_out.tokens, other.held_out.tokens)
+    assert torch.equal(parts.train.tokens, other.train.tokens)
+    both = whole.held_out
+    for number in range(len(parts.test)):
+        mine, its = parts.test.batch([number], 48, 0), both.batch([2 * number + 1], 48, 0)
+        assert all(torch.equal(mine.inputs[name], its.inputs[name]) for name in its.inputs)
+    save_tokenized(parts, tmp_path / "data.safetensors")
+    again = load_tokenized(tmp_path / "data.safetensors")
+    batches, others = (batches_of(each, one).test for each in (parts, again))
+    assert sum(len(batch.inputs["labels"]) for batch in batches) == 20
+    for mine, its in zip(batches, others, strict=True):
+        assert all(torch.equal(mine.inputs[name], its.inputs[name]) for name in mine.inputs)
+
+
+def test_test_data_of_its_own(tmp_path: Path) -> None:
+    one = job(reviews(tmp_path, 40))
+    parts = split(one, resolve_shape(one), str(reviews(tmp_path, 30)), StudySizes())
+    assert parts.test is not None
+    assert (len(parts.held_out), len(parts.test)) == (4, 30)
+    few = job(reviews(tmp_path, 4))
+    with pytest.raises(UserError, match="leaves nothing to choose by"):
+        split(few, resolve_shape(few), None, StudySizes())

@@ -1,0 +1,138 @@
+"""Suites in TOML: those that come along, and a toy of a user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from engines import public_engines
+from engines.errors import UserError
+from harness.cli.app import app
+from harness.quality.suites import job_of_task, load_suite, suite_names
+from harness.records.job import make_job
+from profiles.catalog import find_profile
+from profiles.machine import save_machine
+from run_records import make_machine
+
+TOY = """
+about = "a toy"
+engines = ["mezo"]
+budget = "100ktokens"
+
+[job]
+model = { name = "tiny-llama", random_weights = true }
+batch_size = 2
+seq_len = 32
+dtype = "fp32"
+
+[sizes]
+development = 8
+
+[[tasks]]
+name = "reviews"
+data = "reviews.tsv"
+target = "accuracy>=0.9"
+job.data = { template = "{text} It was", labels = ["bad", "good"] }
+
+[[tasks]]
+name = "elsewhere"
+data = "nothing.tsv"
+target = "accuracy>=0.9"
+
+[[tasks]]
+name = "later"
+missing = "nobody has written it"
+"""
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_suites_that_come_along_are_whole(name: str, tmp_path: Path) -> None:
+    suite = load_suite(name)
+    assert set(suite.engines) <= set(public_engines())
+    if suite.emulate is not None:
+        assert find_profile(Path(suite.emulate)).gpu is not None
+    for task in suite.tasks:
+        if task.missing:
+            continue
+        for file in (task.data, task.eval_data, task.test_data):
+            if file is not None and file != "builtin":
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / file).touch()
+        values = job_of_task(suite, task, tmp_path)
+        job = make_job({"model": {"name": "tiny-llama"}, **values}, "suite")
+        assert bool(job.data.template) == bool(job.data.labels)
+
+
+def test_the_recipe_of_mezo_names_its_nine_tasks() -> None:
+    suite = load_suite("mezo-tasks")
+    assert len(suite.tasks) == 9
+    assert (suite.sizes.train, suite.sizes.development, suite.sizes.test) == (1000, 500, 1000)
+    assert suite.job["batch_size"] == 16
+
+
+def toy(folder: Path, text: str = TOY) -> Path:
+    (folder / "toy.toml").write_text(text)
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data/reviews.tsv").write_text("".join(f"film {i}\t{i % 2}\n" for i in range(40)))
+    save_machine(make_machine(), folder / "machine.json")
+    return folder / "toy.toml"
+
+
+def test_a_toy_suite_says_what_it_would_run(tmp_path: Path) -> None:
+    path = toy(tmp_path)
+    arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    profile = ["--profile", str(tmp_path / "machine.json")]
+    done = CliRunner().invoke(
+        app, ["compare", *arguments, *profile, "--dry-run"], env={"COLUMNS": "200"}, catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    told = " ".join(done.stdout.split())
+    assert "a toy" in told
+    assert "reviews │ accuracy>=0.9 │ mezo │ │ 9" in told
+    assert "left out: needs nothing.tsv" in told
+    assert "left out: nobody has written it" in told
+    assert "total:" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (TOY.replace('"accuracy>=0.9"', '"speed>=1"'), "there is no metric 'speed'"),
+        (TOY.replace("later", "reviews"), "names task 'reviews' twice"),
+        (TOY.replace("budget", "bugdet"), "bugdet"),
+        (TOY.replace("100ktokens", "long"), "is no time"),
+        ('about = "x"\ntasks = []\n', "names no task"),
+        ("about =", "is not valid TOML"),
+    ],
+)
+def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UserError, match=why) as refused:
+        load_suite(str(toy(tmp_path, text)))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="choose from: consumer-24gb, glue"):
+        load_suite("nowhere")
+
+
+@pytest.mark.slow
+def test_a_toy_suite_is_run(tmp_path: Path) -> None:
+    """In processes of their own, as every study is; a second call has nothing left to do."""
+    path = toy(tmp_path, TOY.replace("100ktokens", "10ktokens"))
+    arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    arguments += ["--profile", str(tmp_path / "machine.json"), "--seeds", "1", "--json"]
+    done = CliRunner().invoke(app, ["compare", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    result = json.loads(done.stdout)
+    (method,) = result["methods"]
+    assert method["engine"] == "mezo"
+    assert len(method["test_values"]) == 1
+    assert 0 <= result["zero_shot"] <= 1
+    records = sorted((tmp_path / "out/reviews/trials").glob("*.json"))
+    assert len(records) == 4 + 2 + 1
+    learned = json.loads(records[-1].read_text())["learned"]
+    assert len(learned["evaluations"]) == 1 + 20
+    again = CliRunner().invoke(app, ["compare", *arguments, "--resume"], catch_exceptions=False)
+    assert json.loads(again.stdout) == result
