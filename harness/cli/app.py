@@ -133,7 +133,6 @@ app = typer.Typer(
         "Probe the machine, predict, measure every method in its own process, and write the decision up."
     ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from engines import entry, load_engine, public_engines
+from engines import entry, public_engines, why_not_installed
 from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import approximation
 from harness.models.configs import NAMED_SHAPES, named_shape
@@ -22,6 +22,7 @@ from harness.records.run import Run
 from harness.records.settings import published_presets
 from harness.records.stats import ENOUGH_RUNS
 from harness.runs.emulate import what_is_short
+from profiles.system.nvml import open_device
 from profiles.units import NOT_MEASURED, format_seconds
 
 if TYPE_CHECKING:
@@ -248,11 +249,19 @@ def rates_table(finding: LrSearchResult) -> RenderableType:
 _OF_ROWS = ("target", "summary", "source", "copies", "trains", "masters", "on_gpu", "on_host")
 
 
+def _why_not_here(engine: str) -> str | None:
+    """As its engine would say it, without importing it or torch: a library or a GPU that is missing."""
+    missing = why_not_installed(engine)
+    if missing is None and entry(engine).needs_gpu and open_device() is None:
+        return "needs a GPU, and there is none"
+    return missing
+
+
 def engines_rows() -> list[dict[str, Any]]:
     """What there is, and what is not available here and why."""
     rows = []
     for name in public_engines():
-        row, reason = entry(name), load_engine(name).why_not_available()
+        row, reason = entry(name), _why_not_here(name)
         shown: dict[str, Any] = {
             "name": name,
             **{key: getattr(row, key) for key in _OF_ROWS},

@@ -1,0 +1,38 @@
+"""What a shell completes, and how soon lists are there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("re", {"recommend", "report"}), ("report --la", {"--lang"}), ("comp", {"compare"})]
+)
+def test_a_shell_completes_commands_and_flags(words: str, found: set[str]) -> None:
+    line = f"lspzo-bench {words}"
+    asked = {
+        "_LSPZO_BENCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "harness"], env=os.environ | asked | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == found, done.stderr
+
+
+@pytest.mark.parametrize("command", ["engines", "models", "--help"])
+def test_lists_are_there_without_torch(command: str) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from harness.cli.app import app\n"
+        f"assert CliRunner().invoke(app, ['{command}']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
