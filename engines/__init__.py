@@ -101,6 +101,8 @@ class EngineEntry:
     """Settings that its authors published, by model: a mapping of mappings."""
 
 
+_DEEPSPEED = Library(module="deepspeed", install="pip install --no-build-isolation 'lspzo-bench[deepspeed]'")
+
 ENGINES: dict[str, EngineEntry] = {
     "native": EngineEntry(
         target="engines.methods.native:Native",
@@ -299,6 +301,54 @@ ENGINES: dict[str, EngineEntry] = {
         on_gpu="two or three blocks, embedding and head",
         on_host="weights, gradients and moments",
     ),
+    "zero2-offload": EngineEntry(
+        target="engines.methods.deepspeed_offload:Zero2Offload",
+        settings="engines.settings.libraries:DeepspeedSettings",
+        costs="engines.costs.deepspeed_offload:zero2",
+        summary="AdamW with fp32 masters on the CPU after the backward pass, weights on the GPU",
+        source="ZeRO-Offload, arXiv 2101.06840, by DeepSpeed",
+        order="first",
+        role="baseline",
+        copies="library",
+        library=_DEEPSPEED,
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="weights; gradients in buckets",
+        on_host="fp32 weights, gradients and moments",
+    ),
+    "zero3-offload": EngineEntry(
+        target="engines.methods.deepspeed_offload:Zero3Offload",
+        settings="engines.settings.libraries:DeepspeedSettings",
+        costs="engines.costs.deepspeed_offload:zero3",
+        summary="the same with the weights streamed up for each pass of each module",
+        source="ZeRO-Infinity, arXiv 2104.07857, by DeepSpeed",
+        order="first",
+        role="baseline",
+        copies="library",
+        library=_DEEPSPEED,
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="the modules at work",
+        on_host="weights, fp32 weights, gradients and moments",
+    ),
+    "zenflow": EngineEntry(
+        target="engines.methods.deepspeed_offload:Zenflow",
+        settings="engines.settings.libraries:ZenflowSettings",
+        costs="engines.costs.deepspeed_offload:zenflow",
+        summary="important columns updated in each step, the rest late on the CPU: another training",
+        source="ZenFlow, arXiv 2505.12242, by DeepSpeed",
+        order="first",
+        role="baseline",
+        copies="library",
+        library=_DEEPSPEED,
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="weights, states of the columns chosen; gradients in buckets",
+        on_host="fp32 weights, gradients and moments",
+    ),
     "scripted": EngineEntry(
         target="engines.methods.scripted:Scripted",
         settings="engines.settings.scripted:ScriptedSettings",
@@ -325,6 +375,7 @@ _EXTERNAL = EngineEntry(
     role="external",
     copies="library",
     needs_torch=False,
+    by_default=False,
     trains="what its command says",
     masters="not known",
     on_gpu="not known",
