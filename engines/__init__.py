@@ -20,7 +20,7 @@ _FP32_ADAPTERS = "adapters and their moments in fp32; the weights are not traine
 _NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss scaling"
 
 
-Role = Literal["reference", "baseline", "offload", "test_double"]
+Role = Literal["reference", "baseline", "offload", "external", "test_double"]
 
 Elsewhere = Literal[
     "full", "cpu_adamw", "streamed_cpu_adamw", "adapters", "quantized_adapters", "adamw_8bit",
@@ -67,7 +67,8 @@ class EngineEntry:
     """What a step learns from: gradients, or losses alone. A step of one is not worth one of the other."""
     role: Role
     """`reference`: an algorithm with everything on the GPU. `baseline`: what others stand beside. `offload`:
-    a method that this project is about. `test_double`: for the harness's own tests, not for users."""
+    a method that this project is about. `external`: another trainer, started as a command. `test_double`: for
+    the harness's own tests, not for users."""
     reference: str | None = None
     """The engine, of another row, that takes the same steps with nothing offloaded: losses are compared bit
     for bit."""
@@ -311,12 +312,39 @@ ENGINES: dict[str, EngineEntry] = {
     ),
 }
 
+EXTERNAL_PREFIX = "external:"
+"""Of the names of trainers that are not ours; what follows is the user's."""
+
+_EXTERNAL = EngineEntry(
+    target="harness.runs.external:ExternalTrainer",
+    settings="engines.settings.external:ExternalSettings",
+    costs="engines.costs.external:traffic",
+    summary="another trainer, started as a command",
+    source="the user",
+    order="first",
+    role="external",
+    copies="library",
+    needs_torch=False,
+    trains="what its command says",
+    masters="not known",
+    on_gpu="not known",
+    on_host="not known",
+)
+"""The row of every external trainer; they differ in their settings alone."""
+
 YARDSTICK = "native"
 """The engine that step times and memory of the others are told beside."""
 
 
+def is_external(name: str) -> bool:
+    """Whether `name` is that of a trainer that is not ours."""
+    return name.startswith(EXTERNAL_PREFIX)
+
+
 def entry(name: str) -> EngineEntry:
     """The row of engine `name`. Raises `UserError` for a name that has none."""
+    if is_external(name):
+        return _EXTERNAL
     if name not in ENGINES:
         public = ", ".join(public_engines())
         raise UserError(f"engine '{name}'", "there is no such engine", f"choose from: {public}")
