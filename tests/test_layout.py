@@ -458,6 +458,9 @@ NAMED = {
         ),
         "another program's own word",
     ),
+    "engines.methods.deepspeed_offload -> zero2-offload": "three rows of one library, one file",
+    "engines.methods.deepspeed_offload -> zero3-offload": "three rows of one library, one file",
+    "engines.methods.deepspeed_offload -> zenflow": "three rows of one library; a key of its settings too",
 }
 """`module -> engine` that is none of the above, and why."""
 

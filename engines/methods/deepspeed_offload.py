@@ -14,7 +14,7 @@ moments and gradients in fp32, and with ZeRO-3 the weights. DeepSpeed compiles i
 some minutes, which a C++ compiler and ninja have to be there for.
 
 Deviations: `reduce_bucket_size` is 5e7 and not 5e8 elements, 0.1 GB of GPU memory and not 1; checkpoints are
-not kept, as DeepSpeed's are pickles.
+not kept: DeepSpeed writes them in a form that runs code when it is read.
 """
 
 from __future__ import annotations
@@ -179,10 +179,11 @@ class _Deepspeed:
             yield name, found
 
     def save(self, folder: Path) -> None:
-        """Raises `UserError`: what DeepSpeed saves are pickles, which this program neither writes nor
-        reads."""
+        """Raises `UserError`: what DeepSpeed saves runs code when it is read; this program neither writes
+        nor reads it."""
         raise UserError(
-            f"--save-every with {self.name}", "DeepSpeed's checkpoints are pickles, which are not kept",
+            f"--save-every with {self.name}",
+            "DeepSpeed's checkpoints run code when they are read, so none are kept",
             "leave it out, or use exact-offload",
         )  # fmt: skip
 
