@@ -3,6 +3,8 @@
 The table below is all there is to registration: a row answers every question that the other rooms ask about a
 method, and no name of a method stands anywhere but here and in the method's own files. What a row names as
 `module:Name` is imported when it is asked for.
+
+Longer than 400 lines: a row for each method, and nothing else grows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _FP32_ADAPTERS = "adapters and their moments in fp32; the weights are not traine
 _NO_LOSS_SCALING = "cannot train in fp16, where gradients underflow without loss scaling"
 
 
-Role = Literal["reference", "baseline", "offload", "test_double"]
+Role = Literal["reference", "baseline", "offload", "external", "test_double"]
 
 Elsewhere = Literal[
     "full", "cpu_adamw", "streamed_cpu_adamw", "adapters", "quantized_adapters", "adamw_8bit",
@@ -67,7 +69,8 @@ class EngineEntry:
     """What a step learns from: gradients, or losses alone. A step of one is not worth one of the other."""
     role: Role
     """`reference`: an algorithm with everything on the GPU. `baseline`: what others stand beside. `offload`:
-    a method that this project is about. `test_double`: for the harness's own tests, not for users."""
+    a method that this project is about. `external`: another trainer, started as a command. `test_double`: for
+    the harness's own tests, not for users."""
     reference: str | None = None
     """The engine, of another row, that takes the same steps with nothing offloaded: losses are compared bit
     for bit."""
@@ -99,6 +102,8 @@ class EngineEntry:
     presets: str | None = None
     """Settings that its authors published, by model: a mapping of mappings."""
 
+
+_DEEPSPEED = Library(module="deepspeed", install="pip install --no-build-isolation 'lspzo-bench[deepspeed]'")
 
 ENGINES: dict[str, EngineEntry] = {
     "native": EngineEntry(
@@ -298,6 +303,54 @@ ENGINES: dict[str, EngineEntry] = {
         on_gpu="two or three blocks, embedding and head",
         on_host="weights, gradients and moments",
     ),
+    "zero2-offload": EngineEntry(
+        target="engines.methods.deepspeed_offload:Zero2Offload",
+        settings="engines.settings.libraries:DeepspeedSettings",
+        costs="engines.costs.deepspeed_offload:zero2",
+        summary="ZeRO-2 with offload: AdamW with fp32 masters on the CPU after the backward pass",
+        source="ZeRO-Offload, arXiv 2101.06840, by DeepSpeed",
+        order="first",
+        role="baseline",
+        copies="library",
+        library=_DEEPSPEED,
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="weights; gradients in buckets",
+        on_host="fp32 weights, gradients and moments",
+    ),
+    "zero3-offload": EngineEntry(
+        target="engines.methods.deepspeed_offload:Zero3Offload",
+        settings="engines.settings.libraries:DeepspeedSettings",
+        costs="engines.costs.deepspeed_offload:zero3",
+        summary="ZeRO-3 with offload: weights streamed up for each pass of each module, AdamW on the CPU",
+        source="ZeRO-Infinity, arXiv 2104.07857, by DeepSpeed",
+        order="first",
+        role="baseline",
+        copies="library",
+        library=_DEEPSPEED,
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="the modules at work",
+        on_host="weights, fp32 weights, gradients and moments",
+    ),
+    "zenflow": EngineEntry(
+        target="engines.methods.deepspeed_offload:Zenflow",
+        settings="engines.settings.libraries:ZenflowSettings",
+        costs="engines.costs.deepspeed_offload:zenflow",
+        summary="ZenFlow: important columns updated in each step, the rest late on the CPU; another training",
+        source="ZenFlow, arXiv 2505.12242, by DeepSpeed",
+        order="first",
+        role="baseline",
+        copies="library",
+        library=_DEEPSPEED,
+        refuses={"fp16": _NO_LOSS_SCALING},
+        by_default=False,
+        masters="fp32 weights, with fp32 moments",
+        on_gpu="weights, states of the columns chosen; gradients in buckets",
+        on_host="fp32 weights, gradients and moments",
+    ),
     "scripted": EngineEntry(
         target="engines.methods.scripted:Scripted",
         settings="engines.settings.scripted:ScriptedSettings",
@@ -311,12 +364,40 @@ ENGINES: dict[str, EngineEntry] = {
     ),
 }
 
+EXTERNAL_PREFIX = "external:"
+"""Of the names of trainers that are not ours; what follows is the user's."""
+
+_EXTERNAL = EngineEntry(
+    target="harness.runs.external:ExternalTrainer",
+    settings="engines.settings.external:ExternalSettings",
+    costs="engines.costs.external:traffic",
+    summary="another trainer, started as a command",
+    source="the user",
+    order="first",
+    role="external",
+    copies="library",
+    needs_torch=False,
+    by_default=False,
+    trains="what its command says",
+    masters="not known",
+    on_gpu="not known",
+    on_host="not known",
+)
+"""The row of every external trainer; they differ in their settings alone."""
+
 YARDSTICK = "native"
 """The engine that step times and memory of the others are told beside."""
 
 
+def is_external(name: str) -> bool:
+    """Whether `name` is that of a trainer that is not ours."""
+    return name.startswith(EXTERNAL_PREFIX)
+
+
 def entry(name: str) -> EngineEntry:
     """The row of engine `name`. Raises `UserError` for a name that has none."""
+    if is_external(name):
+        return _EXTERNAL
     if name not in ENGINES:
         public = ", ".join(public_engines())
         raise UserError(f"engine '{name}'", "there is no such engine", f"choose from: {public}")

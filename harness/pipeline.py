@@ -25,6 +25,7 @@ from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.attempt import MatrixRate
 from harness.runs.emulate import Emulated, emulated
+from harness.runs.external import external_plans
 from harness.runs.launch import WORK, launch_probe
 from harness.runs.ranks import check_gpus
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep
@@ -48,6 +49,8 @@ class Sweep:
     """The machine to predict for, by name or file; `None`: the one saved in `out`, or this one, measured."""
     emulate: Path | None = None
     """The smaller machine that runs are held to and predicted for."""
+    external: Sequence[Path] = ()
+    """Files that describe trainers of others, each a method beside `engines`."""
     rounds: int = 3
     criteria: Path | None = None
     check_criteria: Callable[[Path], object]
@@ -177,6 +180,13 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
     for path in (sweep.criteria, sweep.out / "criteria.toml"):
         if path is not None and (path == sweep.criteria or exists(path)):
             sweep.check_criteria(path)
+    if sweep.external and sweep.emulate is not None:
+        raise UserError(
+            "--external",
+            "what another trainer takes of the machine cannot be held to that of another",
+            "leave out --emulate",
+        )
+    external_plans(sweep.external, job)  # what is wrong with them is said before the machine is measured
     like = _like(sweep.emulate, sweep.profile)
     check_gpus(job.limits)
     shape, save_data = _check_job(job, quiet=sweep.quiet)
@@ -186,6 +196,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
         job = without_gpu
         shape, save_data = _check_job(job, quiet=sweep.quiet)
     plans = plan_job(job, shape, machine, sweep.engines, sweep.emulate)
+    plans += external_plans(sweep.external, job)
     return PreparedJob(
         job=job, shape=shape, machine=machine, plans=tuple(plans), emulated=like, in_use=in_use,
         save_data=save_data,

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engines import ENGINES, public_engines
+from engines import ENGINES, is_external, public_engines
 from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes
 from reports.criteria_templates import Purpose, template
@@ -105,7 +105,7 @@ class Criterion:
             raise ValueError("id must not be empty")
         if not math.isfinite(self.threshold):
             raise ValueError("threshold must be a finite number")
-        if not self.is_of_any and self.engine not in ENGINES:
+        if not self.is_of_any and self.engine not in ENGINES and not is_external(self.engine):
             known = ", ".join(public_engines())
             raise ValueError(f"engine must be '{ANY_METHOD}' or one of {known}")
 

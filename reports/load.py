@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engines import ENGINES
+from engines import ENGINES, is_external
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import Job, load_job, make_job
@@ -202,7 +202,7 @@ def _load_runs(folder: Path, broken: list[Broken]) -> tuple[Run, ...]:
 def _impossible(run: Run) -> str | None:
     """Why what passed the schema cannot be reported: an unknown engine, or numbers that cannot have been
     measured."""
-    if run.engine not in ENGINES:
+    if run.engine not in ENGINES and not is_external(run.engine):
         return f"its engine '{run.engine}' is none that this version knows"
     numbers = asdict(run.summary) | {f"samples.{i}": asdict(sample) for i, sample in enumerate(run.samples)}
     for key, value in _flat(numbers, "run"):

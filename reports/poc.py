@@ -13,6 +13,7 @@ from harness.cli.options import (
     CriteriaFlag,
     Emulate,
     Engines,
+    External,
     FailOn,
     JobFlags,
     Lang,
@@ -54,6 +55,7 @@ def poc(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
+    external: External = None,
     rounds: RoundsFlag = 3,
     criteria: CriteriaFlag = None,
     fail_on: FailOn = None,
@@ -77,6 +79,7 @@ def poc(
     sweep = Sweep(
         engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
         check_criteria=load_criteria, resume=resume, trace=trace, quiet=quiet,
+        external=external or (),
     )  # fmt: skip
     notes = console(stderr=True, quiet=quiet)
     ready = prepare(job, sweep, without_gpu=on_cpu)

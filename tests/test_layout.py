@@ -388,8 +388,13 @@ def code_of(path: Path) -> str:
 
 HAZARDS: dict[str, set[str]] = {
     "pynvml": {"profiles.system.nvml"},
-    "subprocess.Popen": {"harness.runs.processes"},
-    "perf_counter": {"harness.runs.measure", "profiles.probe.timing", "engines.transfer.clock"},
+    "subprocess.Popen": {"harness.runs.processes", "harness.runs.external"},
+    "perf_counter": {
+        "harness.runs.measure",
+        "harness.runs.external",
+        "profiles.probe.timing",
+        "engines.transfer.clock",
+    },
     "trust_remote_code=True": set(),
     "pickle": set(),
 }
@@ -409,8 +414,10 @@ def test_one_place_for_each_hazard(call: str) -> None:
 
 PARSES = {
     "engines.settings.parse", "harness.records.settings", "harness.records.job", "profiles.planning.plan",
+    "harness.runs.external",
 }  # fmt: skip
-"""From the command line, a job file and a plan or record; from there on settings are typed."""
+"""From the command line, a job file, a file on an external trainer, a plan or record; from there on settings
+are typed."""
 
 
 def parsing(sources: Sources) -> set[str]:
@@ -451,6 +458,9 @@ NAMED = {
         ),
         "another program's own word",
     ),
+    "engines.methods.deepspeed_offload -> zero2-offload": "three rows of one library, one file",
+    "engines.methods.deepspeed_offload -> zero3-offload": "three rows of one library, one file",
+    "engines.methods.deepspeed_offload -> zenflow": "three rows of one library; a key of its settings too",
 }
 """`module -> engine` that is none of the above, and why."""
 

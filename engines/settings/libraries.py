@@ -89,3 +89,32 @@ class GaloreSettings(BlockPassSettings):
 @dataclass(frozen=True, kw_only=True)
 class Fsdp2OffloadSettings(AdamWSettings):
     """FSDP2 on one GPU, all its state in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepspeedSettings(AdamWSettings):
+    """DeepSpeed's ZeRO with its state in host memory."""
+
+    reduce_bucket_size: int = 50_000_000
+    """Gradients that are gathered on the GPU before they go down, in elements; twice that is held."""
+
+    def __post_init__(self) -> None:
+        AdamWSettings.__post_init__(self)
+        require(self.reduce_bucket_size > 0, "reduce_bucket_size", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZenflowSettings(DeepspeedSettings):
+    """ZenFlow: important columns at once, the rest late."""
+
+    topk_ratio: float = 0.1
+    """Share of the columns that is updated in each step, on the GPU."""
+    update_interval: int = 4
+    """Steps between two updates of the rest, on the CPU."""
+    overlap_step: bool = True
+    """The CPU updates behind the steps that follow, in a process of its own."""
+
+    def __post_init__(self) -> None:
+        DeepspeedSettings.__post_init__(self)
+        require(0 < self.topk_ratio <= 1, "topk_ratio", "must be in (0, 1]")
+        require(self.update_interval > 0, "update_interval", "must be positive")

@@ -44,6 +44,8 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         plan.engine: list(_notes(plan, ways.get(plan.engine), blocked.get(plan.engine), answer.amount))
         for plan in answer.plans
     }
+    for plan in answer.plans:
+        notes[plan.engine] += _compiling(plan, answer.amount)
     parts.append(notes_grid(notes))
     if answer.explanations:
         lines = {each.engine: each.lines for each in answer.explanations}
@@ -227,3 +229,20 @@ def _answers_table(answer: Recommendation) -> Table:
                 ]
         table.add_row(each.outlook.name, *cells)
     return table
+
+
+COMPILING_MATTERS = 0.01
+"""Of a job's time, from where on compiling is told."""
+
+
+def _compiling(plan: Plan, amount: Amount | None) -> Iterator[str]:
+    """What compiling adds to each step of a job, where that is not little."""
+    told = plan.prediction
+    if not plan.fits or amount is None or told.compile_s is None or not told.step_s:
+        return
+    amortised_s = told.amortised_step_s(amount.steps)
+    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * told.step_s:
+        yield (
+            f"compiling takes about {format_seconds(told.compile_s)} once: over this job's {amount.steps:,} "
+            f"steps a step comes to {format_seconds(amortised_s)}"
+        )

@@ -20,6 +20,7 @@ from harness.cli.options import (
     DryRun,
     Emulate,
     Engines,
+    External,
     JobFlags,
     Json,
     Out,
@@ -54,6 +55,7 @@ def compare(
     engines: Engines = None,
     profile: Profile = None,
     emulate: Emulate = None,
+    external: External = None,
     rounds: RoundsFlag = 3,
     criteria: CriteriaFlag = None,
     out: Out = None,
@@ -95,6 +97,10 @@ def compare(
         if target is None or budget is None:
             missing = "--budget" if budget is None else "--target"
             raise UserError(missing, "is missing", "give both --target METRIC>=VALUE and --budget 2h")
+        if external:
+            raise UserError(
+                "--external", "has data of its own, of which --target says nothing", "leave it out"
+            )
         job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
         study = StudyRequest(
             engines=names, out=results_folder(out, "study", job.model.name, resume),
@@ -110,6 +116,7 @@ def compare(
     sweep = Sweep(
         engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
         check_criteria=by_name("reports.criteria:load_criteria"), resume=resume, trace=trace, quiet=quiet,
+        external=external or (),
     )  # fmt: skip
     ready = prepare(job, sweep)
     if dry_run:

@@ -212,6 +212,14 @@ Emulate = Annotated[
         "one, and predict for it: a name from `lspzo-bench profiles`, or a file from `probe`.",
     ),
 ]
+External = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--external",
+        help="A file (TOML) that describes another trainer: its command, and how its steps are read from its "
+        "output. It becomes a method of the comparison. May be repeated; see harness/README.md.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
 RoundsFlag = Annotated[
     int, typer.Option("--rounds", min=1, help="Processes per engine, interleaved A B B A.")

@@ -7,10 +7,12 @@ root or at a home becomes its last part; one that is relative stays, as it says 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,18 @@ def shared_values(values: Mapping[str, Any]) -> dict[str, Any]:
 def _shared(value: Any) -> Any:
     if isinstance(value, Mapping):
         return shared_values(value)
+    if isinstance(value, str) and value.startswith(('["', '{"')):  # a command, or variables
+        with suppress(ValueError):
+            return json.dumps(_shared_words(json.loads(value)))
     return shared_name(value) if isinstance(value, str) else value
+
+
+def _shared_words(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _shared_words(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shared_words(each) for each in value]
+    return without_paths(shared_name(value)) if isinstance(value, str) else value
 
 
 def shared_job(job: Job) -> Job:

@@ -109,7 +109,8 @@ def grid(job: Job, plans: Sequence[Plan], rounds: int, emulated: Emulated | None
     A machine that warms up or slows down then favours no method. Ids say engine, what is run, and
     round; they do not depend on predictions. Raises `UserError` if two plans would run the same.
     """
-    names = [f"{plan.engine}-{_hash(job, plan, emulated)}" for plan in plans]
+    # A name of a file on every system: a colon is none.
+    names = [f"{plan.engine.replace(':', '-')}-{_hash(job, plan, emulated)}" for plan in plans]
     for name, plan in zip(names, plans, strict=True):
         if names.count(name) > 1:
             raise UserError(

@@ -20,6 +20,7 @@ from harness.records.settings import typed_settings
 from harness.records.shared import shared_plan
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
+from harness.runs.external import refuse_changed
 from harness.runs.launch import WORK
 from profiles.documents import NewerDocument, write_whole
 from profiles.planning.plan import Plan, load_plans, save_plans
@@ -77,6 +78,8 @@ def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]
     chosen: list[Plan] = []
     for plan in plans:
         same_engine = [one for one in earlier if one.engine == plan.engine]
+        for one in same_engine:
+            refuse_changed(one, plan, out)
         chosen += [one for one in same_engine or [plan] if one not in chosen]
     return begun, chosen
 

@@ -23,7 +23,7 @@ from typing import IO, Any, NoReturn
 
 from pydantic import TypeAdapter
 
-from engines import entry, load_engine
+from engines import entry, is_external, load_engine
 from engines.base import Batch, Context, Evaluation, StepStats, TellsNotes, TellsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
@@ -219,6 +219,9 @@ def _run(
         on_progress("data and model", 2, 2)
         device = open_device() if context.device != "cpu" else None
         energy_j = None if device is None else device.energy_j
+    if is_external(plan.engine):  # it uses the GPU without torch in this process
+        device = open_device()
+        energy_j = None if device is None else device.energy_j
     engine = engine_class(plan.settings.typed, context)
     # Of several ranks the first: what they do is alike.
     traced = request.trace and isinstance(engine, TellsTrace) and world.rank == 0
@@ -256,6 +259,8 @@ def _scenario(request: Request, data: StepData, folder: Path) -> Scenario:
             )  # fmt: skip
 
         return Learn(learning, data, judge, lambda learned: write_whole(folder / LEARNED, to_json(learned)))
+    if is_external(request.plan.engine):
+        return Train(job=replace(job, eval_batches=0), data=data)
     if request.generation is None:
         return Train(job=job, data=data)
     (batch,) = data.step_batches(0)

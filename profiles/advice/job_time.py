@@ -11,7 +11,7 @@ from profiles.advice.calibration import Calibration, calibrated
 from profiles.advice.money import Cost, Price, costs_of
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
-from profiles.planning.predict import predict
+from profiles.planning.predict import COMPILE_HIGH_S, COMPILE_LOW_S, predict
 from profiles.units import format_bytes
 
 Band = tuple[float, float, float]
@@ -29,7 +29,7 @@ class JobForecast:
     seconds_low: float | None = None
     seconds: float | None = None
     seconds_high: float | None = None
-    """Of training; without set-up, evaluation and checkpoints."""
+    """Of training, compiling included; without the rest of the set-up, evaluation and checkpoints."""
     energy_kwh_low: float | None = None
     energy_kwh: float | None = None
     energy_kwh_high: float | None = None
@@ -71,6 +71,10 @@ def job_forecast(
         basis["seconds"] = plan.prediction.basis
         return JobForecast(engine=plan.engine, steps=amount.steps, tokens=amount.tokens, basis=basis)
     basis["seconds"] = f"{amount.steps:,} steps; {plan.prediction.basis}"
+    if plan.prediction.compile_s is not None and amount.steps > 1:  # else it is not known how many share it
+        low, expected, high = seconds
+        seconds = low + COMPILE_LOW_S, expected + plan.prediction.compile_s, high + COMPILE_HIGH_S
+        basis["seconds"] += f" Compiling, once: {COMPILE_LOW_S:g} to {COMPILE_HIGH_S:g} s."
     kwh = None
     power_w, power_basis = _power(plan.engine, rates, calibration)
     if power_w is not None:

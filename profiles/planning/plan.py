@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ValidationInfo
+from pydantic import Field, ValidationInfo
 
 from engines.settings.given import Documented, GivenSettings, Value
 from engines.settings.parse import settings_of_document
@@ -45,12 +45,19 @@ class Prediction:
     disk_read_bytes: int = 0
     forwards: float | None = None
     """Forward passes that each micro-batch takes."""
+    compile_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """What compiling takes once, in the first steps, beside them; `None`: nothing is compiled, or a plan of
+    before. A job of few steps pays much of it in each (`amortised_step_s`)."""
     floor_s: float | None = None
     """What no engine of this method can undercut with these settings on this machine: the largest of four
     times, each with its resource alone. Reading from disk; uploads at the rate of a link that does nothing
     else; matrix products and attention of the forward and backward passes at the rate of one large product;
     Adam on the CPU. Nothing waits, and noise, optimizers on the GPU, elementwise work, launches and downloads
     take no time."""
+
+    def amortised_step_s(self, steps: int) -> float | None:
+        """A step with its share of the compiling, over a job of so many; `None`: no time is predicted."""
+        return None if self.step_s is None else self.step_s + (self.compile_s or 0.0) / steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

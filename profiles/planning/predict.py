@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
@@ -57,6 +57,11 @@ CPU_MODEL_ERROR = 2.0
 
 WITHOUT_GPU = {"gpu": "compute", "h2d": "copies", "d2h": "copies"}
 """What the resources of a GPU and its link are where the CPU takes their part."""
+
+COMPILE_S, COMPILE_LOW_S, COMPILE_HIGH_S = 10.0, 5.0, 60.0
+"""What torch's compiler takes for one kind of block and the loss, once a process. 5 s were seen on an H200's
+host with blocks of one kind (engines/EXPERIMENTS.md), up to a minute with several forms; records have
+`compile_s`."""
 
 Bound = Literal["low", "value", "high"]
 
@@ -126,6 +131,13 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         disk_read_bytes=traffic.disk_bytes,
         floor_s=floor_s(traffic, machine, workload),
     )
+
+
+def compiling_s(settings: Any, machine: Machine) -> float | None:
+    """Seconds that compiling adds to the first steps with a method's typed `settings`; `None`: nothing is
+    compiled."""
+    compiled = machine.gpu is not None and getattr(settings, "compile", False) is not False
+    return COMPILE_S if compiled else None
 
 
 def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:

@@ -20,7 +20,7 @@ from profiles.planning.budget import why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
-from profiles.planning.predict import predict
+from profiles.planning.predict import compiling_s, predict
 from profiles.planning.ranks import context_of_a_rank
 
 
@@ -101,7 +101,10 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         fits=why_not is None,
         why_not=why_not,
         available=unsuitable is None,
-        prediction=_of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
+        prediction=replace(
+            _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
+            compile_s=compiling_s(settings.typed, context.machine),
+        ),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
     )

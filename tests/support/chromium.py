@@ -34,6 +34,12 @@ class Browser:
         for domain in ("Page", "Network", "Runtime"):
             self.call(f"{domain}.enable")
 
+    def close(self) -> None:
+        """Close the pipes."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._reader.close()
+
     def call(self, method: str, **params: Any) -> Any:
         """The result of a method of the protocol."""
         self._next += 1
@@ -130,7 +136,11 @@ def browser() -> Iterator[Browser]:
         os.close(to_read)
         os.close(to_write)
         try:
-            yield Browser(from_read, from_write)
+            found = Browser(from_read, from_write)
+            try:
+                yield found
+            finally:
+                found.close()
         finally:
             process.terminate()
             process.wait(10)

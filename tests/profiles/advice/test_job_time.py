@@ -14,6 +14,7 @@ from profiles.advice.job_time import JobForecast, Rates, are_tied, job_forecast,
 from profiles.advice.money import parse_price
 from profiles.advice.outlook import JobToPlan
 from profiles.planning.plan import Plan
+from profiles.planning.predict import COMPILE_LOW_S, COMPILE_S
 from profiles.planning.recommend import plan_engine
 
 JOB = JobToPlan(
@@ -42,9 +43,23 @@ def test_a_job_is_as_long_as_its_steps() -> None:
     assert told.step_s_low is not None
     found = forecast()
     assert found.band is not None
-    assert found.band[1] == pytest.approx(1000 * told.step_s)
-    assert found.band[0] == pytest.approx(1000 * told.step_s_low)
+    assert told.compile_s == COMPILE_S
+    assert found.band[1] == pytest.approx(1000 * told.step_s + COMPILE_S)
+    assert found.band[0] == pytest.approx(1000 * told.step_s_low + COMPILE_LOW_S)
     assert "1,000 steps" in found.basis["seconds"]
+    assert "Compiling, once: 5 to 60 s." in found.basis["seconds"]
+
+
+def test_compiling_is_paid_by_all_steps_together() -> None:
+    told = plan().prediction
+    assert told.step_s is not None
+    assert told.amortised_step_s(10) == pytest.approx(told.step_s + COMPILE_S / 10)
+    context = JOB.context("native", H200)
+    eager = plan_engine(context, JOB.settings_of("native").replaced(compile=False)).prediction
+    assert eager.step_s is not None
+    assert (eager.compile_s, eager.amortised_step_s(10)) == (None, eager.step_s)
+    without_gpu = plan_engine(JOB.context("native", replace(H200, gpu=None)), JOB.settings_of("native"))
+    assert without_gpu.prediction.compile_s is None
 
 
 def test_shorter_sequences_take_less_time() -> None:
@@ -86,7 +101,8 @@ def test_records_of_this_machine_scale_the_job_too() -> None:
         job_forecast(plan(), context, amount(((1024, 1.0),)), Rates(), c) for c in (None, calibration)
     )
     assert plain.seconds is not None
-    assert scaled.seconds == pytest.approx(2 * plain.seconds)
+    assert scaled.seconds is not None
+    assert scaled.seconds - COMPILE_S == pytest.approx(2 * (plain.seconds - COMPILE_S))
 
 
 def test_power_that_was_measured_counts_where_none_is_typed() -> None:

@@ -1,0 +1,374 @@
+"""Trainers that are not ours, as rows: `--external FILE.toml` says how one is started and its steps are read.
+
+The trainer runs inside the run's own process group, below `harness.runs.worker`: the same launcher, clock,
+time limit and end states as any method. Its output and errors come through one pipe; what is read from it is
+copied to the run's log. Nothing of it is trusted beyond that: its data are its own, GPU memory is seen from
+outside alone, and no limit on it can be held. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engines import EXTERNAL_PREFIX, is_external
+from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.errors import NotAvailable, UserError
+from engines.files.reading import read_toml
+from engines.settings.external import ExternalSettings
+from engines.settings.given import GivenSettings, Value
+from engines.settings.parse import parse_settings
+from harness.records.job import Job
+from profiles.planning.plan import Plan, Prediction
+
+TAIL_LINES = 20
+"""Of the output, kept for the reason of a failure."""
+
+TOGETHER = 4
+"""Steps that may be shown at once, by a trainer whose steps are short beside what else the machine does."""
+
+_LINE_ENDS = re.compile(rb"[\r\n]+")
+"""Progress bars go back to the start of their line."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_KEYS = ("name", "command", "folder", "env", "needs", "read", "clock", "tokens_per_step", "method")
+_READ, _NEEDS = ("regex", "json"), ("commands", "modules", "install")
+
+
+def external_plans(files: Sequence[Path], job: Job) -> list[Plan]:
+    """A plan for each file: what is started, with the job's figures in the place of `${batch_size}` and the
+    like. Where something that it needs is missing, or it takes other steps than the job's, the plan says so
+    and is not run. Raises `UserError` for a file that is no description, and for two of one name."""
+    plans = [_plan(path, job) for path in files]
+    names = [plan.engine for plan in plans]
+    for path, name in zip(files, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(str(path), f"its name, {name}, is that of another file", "give it another 'name'")
+    return plans
+
+
+def _plan(path: Path, job: Job) -> Plan:
+    described = read_toml(path, "description of an external trainer")
+    _check_keys(described, _KEYS, str(path))
+    name = described.get("name", path.stem)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(
+            f"{path}, name", "must be letters, digits and _.-", 'write for example name = "axolotl"'
+        )
+    engine = f"{EXTERNAL_PREFIX}{name}"
+    values = _values(described, path, job)
+    try:
+        settings = GivenSettings(values, parse_settings(engine, values))
+    except UserError as error:
+        where = error.what.removeprefix("--set ").partition("=")[0]  # or the engine, where no key is told
+        what = str(path) if where == f"engine {engine}" else f"{path}, {where}"
+        raise UserError(what, error.why, "see 'External trainers' in harness/README.md") from None
+    if not settings.typed.words:
+        raise UserError(
+            f"{path}, command", "is missing", 'write for example command = ["python", "train.py"]'
+        )
+    why_not = _why_not(settings.typed, described.get("needs", {}), job)
+    return Plan(
+        engine=engine,
+        settings=settings,
+        fits=why_not is None,
+        why_not=why_not,
+        available=why_not is None,
+        prediction=Prediction(
+            step_s_low=None, step_s=None, step_s_high=None, peak_gpu_bytes=0, peak_host_bytes=0,
+            pinned_bytes=0, h2d_bytes=0, d2h_bytes=0, bottleneck=None,
+            basis="Nothing is predicted of an external trainer.",
+        ),
+        reasons=("external: its data and its loss are its own; no limit on its memory is held",),
+    )  # fmt: skip
+
+
+def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"{where}, {key}", "there is no such key", f"keys are: {', '.join(known)}")
+
+
+def _values(described: Mapping[str, Any], path: Path, job: Job) -> dict[str, Value]:
+    read = _table(described, "read", path)
+    _check_keys(read, _READ, f"{path}, read")
+    keys = _table(read, "json", path)
+    _check_keys(keys, ("loss", "step", "step_s"), f"{path}, read.json")
+    if bool(read.get("regex")) == bool(keys):
+        raise UserError(
+            f"{path}, read", "says how a step is read, by either 'regex' or 'json'",
+            r"""write for example regex = "'loss': (?P<loss>[\\d.]+)" """.strip(),
+        )  # fmt: skip
+    figures = {
+        "model": job.model.name, "batch_size": job.batch_size, "seq_len": job.seq_len,
+        "accumulation": job.accumulation, "dtype": job.dtype, "seed": job.seed,
+        "steps": job.warmup_steps + job.steps,
+    }  # fmt: skip
+    command = described.get("command", [])
+    if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+        raise UserError(
+            f"{path}, command", "must be a list of words", 'write command = ["python", "train.py"]'
+        )
+    values: dict[str, Value] = {
+        "command": json.dumps([string.Template(word).safe_substitute(figures) for word in command]),
+        "folder": str((path.parent / str(described.get("folder", "."))).resolve()),
+        "env": json.dumps(_table(described, "env", path)),
+    }
+    values |= {f"{key}": value for key, value in keys.items()}
+    if "regex" in read:
+        values["regex"] = read["regex"]
+    return values | {
+        key: described[key] for key in ("clock", "tokens_per_step", "method") if key in described
+    }
+
+
+def _table(described: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    found = described.get(key, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{path}, {key}", "must be a table", f"write it below [{key}]")
+    return found
+
+
+def _why_not(settings: ExternalSettings, needs: Mapping[str, Any], job: Job) -> str | None:
+    """Why it cannot be run here, or not beside the others."""
+    _check_keys(needs, _NEEDS, "needs")
+    install = f" ({needs['install']})" if needs.get("install") else ""
+    program = settings.words[0]
+    here = Path(settings.folder)
+    for command in (program, *needs.get("commands", ())):
+        if shutil.which(str(here / command) if "/" in command else command) is None:
+            return f"there is no command '{command}' here{install}"
+    missing = _missing_modules(program, here, [str(each) for each in needs.get("modules", ())])
+    if missing:
+        return f"{', '.join(missing)} cannot be imported by {program}{install}"
+    tokens = job.workload.tokens_per_step
+    if settings.tokens_per_step not in (0, tokens):
+        return f"takes {settings.tokens_per_step:,} tokens a step, and the job's steps have {tokens:,}"
+    if job.limits.gpus * job.limits.nodes > 1:
+        return "is one process here (--gpus 1); which GPUs it uses is its own command's to say"
+    if job.warmup_steps < 1:
+        return "needs a warm-up step (--warmup-steps 1 or more): its start cannot be told from its first step"
+    return None
+
+
+def _missing_modules(program: str, here: Path, modules: Sequence[str]) -> list[str]:
+    """Those of `modules` that the trainer's Python does not find: that of the command, or ours."""
+    if not modules:
+        return []
+    python = program if re.match(r"python[\d.]*$", Path(program).name) else sys.executable
+    told = "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
+    done = subprocess.run(
+        [python, "-c", told, *modules], cwd=here, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    return done.stdout.split() if done.returncode == 0 else list(modules)
+
+
+def refuse_changed(before: Plan, now: Plan, out: Path) -> None:
+    """Raises `UserError` where an external trainer is described otherwise than when its runs began."""
+    if not is_external(now.engine) or dict(before.settings) == dict(now.settings):
+        return
+    keys = dict.fromkeys([*before.settings, *now.settings])
+    changed = next(key for key in keys if before.settings.get(key) != now.settings.get(key))
+    raise UserError(
+        f"--resume {out}", f"{now.engine} differs in '{changed}' from the file its runs began with",
+        "restore the file, give it another name, or name another --out",
+    )  # fmt: skip
+
+
+class ExternalTrainer:
+    """A command whose output shows steps. Implements what of `engines.base.Engine` a sweep asks for."""
+
+    name = "external"
+    pinned_bytes = 0
+
+    def __init__(self, settings: ExternalSettings, context: Context) -> None:
+        self._settings = settings
+        self._context = context
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lines: Iterator[tuple[list[str], float]] = iter(())
+        self._arrived: collections.deque[tuple[StepStats, float]] = collections.deque()
+        """Steps that were shown and not asked for yet, each with the time of its end."""
+        self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self._steps_done = 0
+        self._last_step: int | None = None
+        self._now_s = self._last_s = time.perf_counter()
+        self.notes = ["external: times and losses are as its output tells them"]
+        if context.vram_bytes is not None:
+            self.notes.append("external: GPU memory was not held to the limit")
+
+    @staticmethod
+    def why_not_available() -> str | None:
+        """`None`: what it needs is looked for when it is planned."""
+        return None
+
+    def now(self) -> float:
+        """When the last step that was asked for ended: as its line came, or by what steps told. In
+        seconds."""
+        return self._now_s
+
+    def setup(self, blueprint: Blueprint | None) -> None:
+        """Start the command; `blueprint` is not read. Raises `NotAvailable` where it cannot be started."""
+        settings = self._settings
+        try:
+            self._process = subprocess.Popen(
+                settings.words, cwd=settings.folder or None, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, bufsize=0,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **settings.variables},
+            )  # fmt: skip
+        except OSError as error:
+            why = f"'{settings.words[0]}' cannot be started ({error.strerror or error})"
+            raise NotAvailable(why) from None
+        assert self._process.stdout is not None
+        self._lines = _lines_of(self._process.stdout.fileno())
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        """Wait for the line that shows the next step. `batches` are not read.
+
+        Raises `RuntimeError` for an output that ends before, and `UserError` for one that leaves steps out or
+        comes in bursts, without times to read.
+        """
+        while not self._arrived:
+            self._take(*self._next_lines())
+        self._steps_done += 1
+        stats, self._now_s = self._arrived.popleft()
+        return stats
+
+    def _next_lines(self) -> tuple[list[str], float]:
+        found = next(self._lines, None)
+        if found is None:
+            raise self._ended()
+        return found
+
+    def _take(self, lines: Sequence[str], arrived_s: float) -> None:
+        """Keep the steps that `lines`, which came together, show."""
+        shown = []
+        for line in lines:
+            print(line, flush=True)  # into the run's log
+            self._tail.append(line)
+            found = _shown(self._settings, line)
+            if found is not None and self._is_next(found.get("step")):
+                shown.append(found)
+        before_s = self._last_s
+        if self._settings.clock == "arrival":
+            if len(shown) > TOGETHER:
+                raise UserError(
+                    "the external trainer", f"showed {len(shown)} steps at once: its output is buffered",
+                    'have it flush each line, or read the times it tells (clock = "told")',
+                )  # fmt: skip
+            # A busy machine may hold up this process for longer than a short step: each has its share.
+            times = [before_s + (arrived_s - before_s) * (i + 1) / len(shown) for i in range(len(shown))]
+        else:
+            times = list(itertools.accumulate((each["step_s"] for each in shown), initial=before_s))[1:]
+        for each, at_s in zip(shown, times, strict=True):
+            self._arrived.append((StepStats(loss=each["loss"]), at_s))
+        if times:
+            self._last_s = times[-1]
+
+    def _is_next(self, step: float | None) -> bool:
+        """Whether a shown step is a new one. Raises `UserError` where others were left out before it."""
+        if step is None:
+            return True
+        if self._last_step is not None and step > self._last_step + 1:
+            raise UserError(
+                "the external trainer", f"showed step {step:g} after {self._last_step}",
+                "have it log every step (such as logging_steps: 1)",
+            )  # fmt: skip
+        is_new = self._last_step is None or step > self._last_step
+        self._last_step = int(step) if is_new else self._last_step
+        return is_new
+
+    def _ended(self) -> Exception:
+        """What an output that ended too early comes to; further lines of the message are its last ones."""
+        assert self._process is not None
+        code = self._process.wait()
+        last = next((line for line in reversed(self._tail) if line.strip()), "nothing")[:160]
+        wanted = self._context.total_steps
+        if code != 0:
+            what = (
+                f"the command ended with exit code {code}" if code > 0 else f"it was killed by signal {-code}"
+            )
+        elif self._steps_done == 0:
+            what = "no line of its output showed a step as 'read' says"
+        else:
+            what = f"it ended after {self._steps_done} of {wanted} steps"
+        return RuntimeError("\n".join([f"{what}; its last line: {last}", *self._tail]))
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Never asked for: held-out data are not its own."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Nothing of it is in flight that this process knows of."""
+
+    def close(self) -> None:
+        """End the command and all that it started. May be called twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        family: list[Any] = []
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(process.pid)
+            family = [*parent.children(recursive=True), parent]
+        for each in family:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        if process.stdout is not None:
+            process.stdout.close()
+        process.wait()
+
+
+def _lines_of(descriptor: int) -> Iterator[tuple[list[str], float]]:
+    """Lines of the output that came together, and when, in seconds of `time.perf_counter`."""
+    rest = b""
+    while chunk := os.read(descriptor, 65536):
+        *lines, rest = _LINE_ENDS.split(rest + chunk)
+        yield [line.decode("utf-8", errors="replace") for line in lines], time.perf_counter()
+    if rest:
+        yield [rest.decode("utf-8", errors="replace")], time.perf_counter()
+
+
+def _shown(settings: ExternalSettings, line: str) -> dict[str, float] | None:
+    """What a line shows of a step: `loss`, and `step` and `step_s` where they are told; `None`: no step."""
+    found: Mapping[str, Any]
+    if settings.regex:
+        match = re.search(settings.regex, line)
+        if match is None:
+            return None
+        found = match.groupdict()
+    else:
+        try:
+            document = json.loads(line)
+        except ValueError:
+            return None
+        keys = {"loss": settings.loss, "step": settings.step, "step_s": settings.step_s}
+        found = {name: _at(document, key) for name, key in keys.items() if key}
+    wanted = ["loss", *(["step_s"] if settings.clock == "told" else [])]
+    shown: dict[str, float] = {}
+    for name in ("loss", "step", "step_s"):
+        with contextlib.suppress(TypeError, ValueError):
+            shown[name] = float(found[name]) if name in found else float("x")
+    return shown if all(name in shown for name in wanted) else None
+
+
+def _at(document: Any, key: str) -> Any:
+    """The value at `key`, dots between the keys of inner tables; `None`: there is none."""
+    for part in key.split("."):
+        if not isinstance(document, dict):
+            return None
+        document = document.get(part)
+    return document
