@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engines import YARDSTICK, public_engines
+from engines import YARDSTICK, entry, public_engines
 from engines.errors import UserError
 from harness.records.comparison import Comparison, beside_native
 from harness.records.run import Run
@@ -124,7 +124,8 @@ def decide(
         if engine in measurements.rounds
     }
     standings = [_standing(engine, rows) for engine, rows in judged.items()]
-    ranked = ordered(standings, measurements)
+    # What needs a GPU is no answer where there is none; what is only not installed may be.
+    ranked = sorted(ordered(standings, measurements), key=lambda one: _is_ruled_out(one.engine, measurements))
     beaten = beaten_by(standings, measurements)
     method = ranked[0].engine if ranked and any(one.is_of_any for one in asked_for) else None
     rows = (
@@ -156,6 +157,11 @@ def decide(
         ),
         criteria_sha256=criteria.sha256 if criteria is not None else None,
     )
+
+
+def _is_ruled_out(engine: str, all_: Measurements) -> bool:
+    runs = all_.of(engine).runs
+    return entry(engine).needs_gpu and all(run.environment.gpu_name is None for run in runs)
 
 
 def _standing(engine: str, rows: Sequence[JudgedCriterion]) -> Standing:

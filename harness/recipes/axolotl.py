@@ -29,7 +29,7 @@ def axolotl_recipe(chosen: ChosenMethod) -> Recipe | None:
         "sample_packing": False,
         "micro_batch_size": job.batch_size,
         "gradient_accumulation_steps": job.accumulation,
-        "gradient_checkpointing": job.checkpointing,
+        "gradient_checkpointing": chosen.recomputes,
         "learning_rate": chosen.settings.learning_rate,
         "lr_scheduler": chosen.settings.schedule,
         "warmup_steps": chosen.settings.warmup_steps,

@@ -49,6 +49,11 @@ class ChosenMethod:
         return next((kind for ending, kind in FILE_KINDS.items() if name.endswith(ending)), None)
 
     @property
+    def recomputes(self) -> bool:
+        """Some blocks run again in the backward pass; other programs recompute all or none."""
+        return self.job.checkpointing and getattr(self.settings, "checkpointed_blocks", "all") != 0
+
+    @property
     def streams_weights(self) -> bool:
         """The weights are in host memory too."""
         return self.method == "streamed_cpu_adamw" or getattr(self.settings, "weights", "") == "streamed"

@@ -32,7 +32,7 @@ def llamafactory_recipe(chosen: ChosenMethod) -> Recipe | None:
         "cutoff_len": job.seq_len,
         "per_device_train_batch_size": job.batch_size,
         "gradient_accumulation_steps": job.accumulation,
-        "disable_gradient_checkpointing": not job.checkpointing,
+        "disable_gradient_checkpointing": not chosen.recomputes,
         "learning_rate": chosen.settings.learning_rate,
         "lr_scheduler_type": chosen.settings.schedule,
         "warmup_steps": chosen.settings.warmup_steps,

@@ -202,6 +202,8 @@ def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
     share = None
     if rate is not None and rate.device == device and request.emulated is None:
         share = flops / summary.step_s_median / rate.flops_per_s
+        if share > 1.0:  # the rate was measured on a busier machine than this run had: a share of nothing
+            share = None
     return replace(summary, model_flops=flops, mfu=share)
 
 

@@ -312,10 +312,12 @@ def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
 
 def measured_matrix_rate(machine: Machine, workload: Workload) -> float | None:
     """FLOP/s of one large product in the job's precision, under lasting load, as this machine's profile has
-    measured it; `None`: it was not measured."""
+    measured it; `None`: it was not measured, or on cores that others used."""
     try:
         _, figure = _matmul(machine, workload)
     except _Absent:
+        return None
+    if machine.gpu is None and figure.disturbance is not None:
         return None
     return figure.value if figure.origin == "measured" else None
 

@@ -209,6 +209,18 @@ def test_two_halves_of_two_methods_do_not_make_a_go() -> None:
     assert decide(untried, criteria(small)).state == "INCONCLUSIVE"
 
 
+def test_what_needs_a_gpu_is_no_answer_where_there_is_none() -> None:
+    here = make_environment(gpu_name=None, gpu_driver=None, gpu_total_bytes=None, link=None)
+    runs = [
+        make_run("native", environment=here, end_state="timeout"),
+        make_run("torchao-offload", environment=here, end_state="not_available"),
+    ]
+    verdict = decide(runs, criteria(criterion("runs_ok", 1.0, comparison="at least", engine=ANY_METHOD)))
+    assert verdict.method == "native"
+    assert verdict.state == "NO-GO"
+    assert "torchao" not in verdict.next_command
+
+
 def test_runs_on_both_sides_of_the_threshold_are_unknown() -> None:
     runs = [make_run(round=1, step_s=scaled(1.9)), make_run(round=2, step_s=scaled(2.1))]
     row = one("step_s", runs)
