@@ -25,7 +25,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "native": {"learning_rate": 3e-3},
     "lsp": {"learning_rate": 3e-3, "d": 16, "learn_steps": 5},
     "exact-offload": {"learning_rate": 3e-3},
-    "torchao-offload": {"learning_rate": 3e-3},
     "mezo": {"learning_rate": 1e-5},
     "zo2": {"learning_rate": 1e-5},
 }
@@ -51,7 +50,7 @@ def run(
     resume: bool = False,
     **more: Any,
 ) -> Path:
-    settings = given_settings(engine, SETTINGS[engine] | more)
+    settings = given_settings(engine, SETTINGS.get(engine, {}) | more)
     progress = Progress(quiet=True)
     return train(
         job or tiny_job(), engine, settings, out, save_every=save_every, resume=resume, progress=progress
