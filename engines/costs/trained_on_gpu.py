@@ -31,7 +31,7 @@ behind the passes at 1.3B (0.0705 s), so that they are no more than 9."""
 
 EIGHT_BIT_LAUNCHES = 15
 """The same for one parameter of bitsandbytes' AdamW8bit, 0.5 ms of Python: 0.112 s at 1.3B on an H200, where
-the passes are one graph and the GPU has work for 0.07 s."""
+the passes are one graph and the GPU has work for 0.07 s (engines/EXPERIMENTS.md; one run)."""
 
 
 def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSettings) -> Traffic:

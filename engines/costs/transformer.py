@@ -59,7 +59,7 @@ KERNELS_PER_LAUNCH = 15
 LAUNCHES_WHEN_COMPILED = 0.6
 """What starting a compiled block takes, beside the same block operation by operation: AdamW in the backward
 pass, whose blocks are compiled and not captured, took 0.083 s at 1.3B on an H200, some 20 ms of it for 219
-optimizers. One measurement."""
+optimizers. One run (engines/EXPERIMENTS.md)."""
 
 HEAD_LAUNCHES = 12
 

@@ -309,8 +309,12 @@ class ExternalTrainer:
         return RuntimeError("\n".join([f"{what}; its last line: {last}", *self._tail]))
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Never asked for: held-out data are not its own."""
-        raise NotImplementedError
+        """Raises `UserError`: comparisons leave it out, and a study of quality cannot have such a trainer."""
+        raise UserError(
+            "a study with an external trainer",
+            "its model is out of reach, so nothing held out can be evaluated",
+            "compare it without --target",
+        )
 
     def synchronize(self) -> None:
         """Nothing of it is in flight that this process knows of."""

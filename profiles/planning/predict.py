@@ -22,7 +22,7 @@ from profiles.units import format_elements, format_flops, format_rate
 
 GPU_MATMUL_EFFICIENCY = 0.93
 """Rate of a model's matrix products over that of one large product under lasting load (626 to 650 TFLOP/s on
-H200s). With it, predictions of the steps in reports/results that the GPU decides come to 0.79 to 1.16 of what
+H200s). With it, predictions of the steps in reports/results that the GPU decides come to 0.79 to 1.19 of what
 was measured: too little at 1.3B, where pauses between kernels count, and too much at 175B."""
 
 CPU_MATMUL_EFFICIENCY = 0.7

@@ -15,7 +15,7 @@ from engines.errors import UserError
 from harness.pipeline import Sweep, prepare
 from harness.records.job import Job
 from harness.records.run import Run
-from harness.runs.external import external_plans
+from harness.runs.external import ExternalTrainer, external_plans
 from harness.runs.sweep import SweepOptions, run_sweep
 from profiles.planning.plan import Plan
 
@@ -207,3 +207,9 @@ def test_paths_in_its_command_are_names_in_the_record(tmp_path: Path) -> None:
     found = run(path, tmp_path / "out")
     assert json.loads(str(found.plan.settings["command"]))[1:] == ["toy.py", "6"]
     assert str(tmp_path) not in (tmp_path / "out" / "runs" / f"{found.id}.json").read_text()
+
+
+def test_a_study_of_quality_cannot_have_an_external_trainer() -> None:
+    trainer = ExternalTrainer.__new__(ExternalTrainer)  # nothing of it is looked at
+    with pytest.raises(UserError, match="nothing held out can be evaluated; compare it without --target"):
+        trainer.evaluate([])
