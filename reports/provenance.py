@@ -215,8 +215,8 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
             runs=counted("run", len(runs)),
         ),
     }
-    told = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
-    return (*told, (say("integrity.label"), _about_manifest(loaded)))
+    shown = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
+    return (*shown, (say("integrity.label"), _about_manifest(loaded)))
 
 
 def _about_manifest(loaded: Loaded) -> str:

@@ -25,11 +25,11 @@ def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, 
         return ()
     evidence = ", ".join(run.id for run in all_.of(engine).ok)
     return tuple(
-        say("phrase.with_evidence", text=text, runs=evidence) for text in _told(loaded, engine, all_)
+        say("phrase.with_evidence", text=text, runs=evidence) for text in _own_phrases(loaded, engine, all_)
     )
 
 
-def _told(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[str]:
+def _own_phrases(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[str]:
     rounds, native = all_.of(engine), all_.of(YARDSTICK)
     run = rounds.ok[0]
     model = model_title(loaded.job.model)
