@@ -32,8 +32,8 @@ from reports.criteria import (
     Level,
     Metric,
 )
+from reports.findings.governance import GovernanceLine
 from reports.format import metric_value, span, times
-from reports.governance import GovernanceLine
 from reports.judging.quality import learned
 from reports.judging.ranking import Standing, State, beaten_by, ordered
 from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text

@@ -17,6 +17,7 @@ from engines.files.reading import exists, read_text
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
+from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
@@ -40,7 +41,7 @@ from reports.format import (
 )
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
+from reports.metrics import Measurements, ends, floor_share, group, largest, typical
 from reports.render import markdown_text
 from reports.sharing.public_page import public_page, public_rows
 

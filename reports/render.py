@@ -16,7 +16,7 @@ from profiles.documents import to_json, write_whole
 from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide, state_text
-from reports.governance import governance_lines
+from reports.findings.governance import governance_lines
 from reports.judging.untried import Untried, untried_of
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 
 from engines.errors import UserError
-from harness.cli.options import JobFlags, engine_names
+from harness.cli.job_flags import JobFlags
+from harness.cli.options import engine_names
 from harness.cli.quality import study_seen
 from harness.pipeline import find_machine
 from harness.progress import console

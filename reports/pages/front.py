@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from engines import entry
+from harness.records.memory_limits import (
+    gpu_limit_bytes,
+    host_limit_bytes,
+    imposed_gpu_bytes,
+    imposed_host_bytes,
+)
 from harness.records.stats import Rounds
 from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
@@ -13,15 +19,7 @@ from reports.judging import stated
 from reports.judging.quality import learned, learned_text, why_unknown
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import (
-    Measurements,
-    find,
-    gpu_limit_bytes,
-    held_gpu_bytes,
-    held_host_bytes,
-    host_limit_bytes,
-    is_emulated,
-)
+from reports.metrics import Measurements, find, is_emulated
 from reports.pages.document import FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
@@ -123,13 +121,13 @@ def _memory_tile(engine: str, all_: Measurements) -> Tile:
     gpu = stated.gpu_peak(engine, all_)
     if gpu.value is not None:
         limit = gpu_limit_bytes(run, all_.machine)
-        of = _of(limit, held_gpu_bytes(run)) if limit else ""
+        of = _of(limit, imposed_gpu_bytes(run)) if limit else ""
         return Tile(label=say("tile.gpu"), value=stated.memory_text(gpu), detail=of)
     host = stated.host_peak(engine, all_)
     return Tile(
         label=say("tile.host"),
         value=stated.memory_text(host),
-        detail=_of(host_limit_bytes(run), held_host_bytes(run)),
+        detail=_of(host_limit_bytes(run), imposed_host_bytes(run)),
         known=host.value is not None,
     )
 

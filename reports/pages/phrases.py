@@ -6,16 +6,17 @@ from collections.abc import Iterator
 
 from engines import ENGINES, YARDSTICK
 from harness.records.comparison import beside_native
+from harness.records.memory_limits import gpu_limit_bytes
 from harness.records.run import Run
 from profiles.units import format_bytes
 from reports.decide import Verdict
-from reports.exactness import compare_with_reference
+from reports.findings.exactness import compare_with_reference
 from reports.format import counted, job_in_short, model_title, percent, span, times
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import DOES_NOT_FIT, Measurements, gpu_limit_bytes, is_emulated
+from reports.metrics import DOES_NOT_FIT, Measurements, is_emulated
 
 
 def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
