@@ -91,6 +91,9 @@ def test_shares_that_are_unequal_or_queries_alone(size: int, accumulation: int) 
         {"fold_every": 2, "resident_blocks": 2, "queries": 2},
         {"fold_every": 4, "train": "last:2"},
         {"train": "lora", "base": "int8"},
+        {"fold_every": 2, "sharded_upload": True},
+        {"fold_every": 3, "queries": 2, "resident_blocks": 1, "sharded_upload": True},
+        {"train": "lora", "base": "int8", "sharded_upload": True},
     ],
 )
 def test_blocks_that_ranks_share_are_there_once_and_written_by_one(
