@@ -24,6 +24,9 @@ from profiles.units import format_bytes, format_seconds
 AS_FAST = 1.01
 """A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""
 
+SHARDED_FASTER = 0.95
+"""A step within this factor of that with whole blocks on every link is worth an exchange between GPUs."""
+
 FOLDS = (1, 2, 4, 8, 16)
 """What `fold_every` is chosen from."""
 
@@ -56,7 +59,30 @@ class _Times:
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """Resident blocks, which take their copies off the link, then how often the others go down."""
+    """Resident blocks, which take their copies off the link, then how often the others go down. On several
+    GPUs also whether they bring up shares of each block and exchange them."""
+    whole = _choose(context, given)
+    if context.local_ranks == 1 or context.machine.gpu is None or "sharded_upload" in given:
+        return whole
+    if not (whole.settings.typed.shares_blocks and context.cost(whole.settings.typed).h2d_bytes):
+        return whole
+    sharded = _choose(context, given.completed(sharded_upload=True))
+    before, after = (
+        predict(context.cost(each.settings.typed), context.machine, context.workload) for each in (whole, sharded)
+    )
+    if context.why_missing(sharded.settings.typed) is not None or before.step_s is None:
+        return whole
+    if after.step_s is None:
+        return Choice(whole.settings, (*whole.reasons, f"sharded_upload=false: {after.basis}"))
+    faster = after.step_s < SHARDED_FASTER * before.step_s
+    told = f"{format_seconds(after.step_s)} a step, with whole blocks on every link {format_seconds(before.step_s)}"
+    if not faster:
+        return Choice(whole.settings, (*whole.reasons, f"sharded_upload=false: no faster ({told})"))
+    why = f"sharded_upload=true: each GPU brings up its share of a block and they exchange them: {told}"
+    return Choice(sharded.settings, (*sharded.reasons, why))
+
+
+def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     planner = _Planner(context=context, given=given)
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
@@ -106,6 +132,8 @@ class _Planner:
     @property
     def disk_is_open(self) -> bool:
         """The user did not say how many blocks lie on disk."""
+        if self.given.typed.sharded_upload:
+            return False
         return "disk_blocks" not in self.given or self.given.typed.disk_blocks == "auto"
 
     def placed(self, settings: Zo2Settings) -> Zo2Settings:
