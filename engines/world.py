@@ -1,8 +1,8 @@
 """The processes of one run, one for each GPU, as an engine sees them. Imports no torch.
 
-What goes between hosts is little: losses, a few bytes at the start. GPUs of one machine may exchange what they
-brought up (`all_gather`). `engines.transfer.process_group` does it through torch.distributed; a run of one
-process has `ALONE`, which does nothing.
+What goes between hosts is little: losses, a few bytes at the start. GPUs of one machine may exchange what
+they brought up (`all_gather`). `engines.transfer.process_group` does it through torch.distributed; a run of
+one process has `ALONE`, which does nothing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class World(Protocol):
         """Returns when every rank has called it."""
 
     def all_gather(self, memory: Tensor) -> None:
-        """Among the ranks of this machine: `memory`, (local_size n,) contiguous, has this rank's n elements in
-        their place before, and those of all ranks after. On a GPU in the order of the current stream.
+        """Among the ranks of this machine: `memory`, (local_size n,) contiguous, has this rank's n elements
+        in their place before, and those of all ranks after. On a GPU in the order of the current stream.
 
         Raises `UserError`, the first time, where their GPUs cannot reach each other.
         """

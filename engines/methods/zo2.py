@@ -23,8 +23,8 @@ no more than that.
 
 Ranks of one machine have the blocks on its host once, and divide the writing: a block goes down by one of
 them, to another place than it came from, and all take it from there when all have ended the step
-(`engines.offload.shared_blocks`). With `sharded_upload` each brings up a share of every part over its own link,
-and the GPUs exchange the shares (`engines.transfer.share_exchange`).
+(`engines.offload.shared_blocks`). With `sharded_upload` each brings up a share of every part over its own
+link, and the GPUs exchange the shares (`engines.transfer.share_exchange`).
 
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
@@ -247,6 +247,7 @@ class StreamedBlocks:
     def begin_step(self, window: int | None) -> Callable[[], dict[str, Any]]:
         times = self._cut_times()
         self.make_room_in_log(window)
+        self._ring.begin_pass(by_all=True)
         self._moved_before = self._ring.moved()
         self._copies.exposure.mark()
         return times
@@ -255,7 +256,6 @@ class StreamedBlocks:
         """A block goes down when it is its turn. With low-rank noise windows have their own."""
         lozo = self._settings.estimator == "lozo"
         updates = self._updates
-        self._ring.begin_pass(by_all=True)
         self._ring.begin_writing([i for i in self._due(updates.step) if updates.num_deferred(i)])
         return self._pass(lambda index: not lozo and self._updates.is_due(index), perturb=True, window=window)
 

@@ -211,8 +211,8 @@ class Zo2Settings(MezoSettings):
 
     @property
     def shares_blocks(self) -> bool:
-        """Whether ranks of one machine have the blocks on its host once. Of what they share one writes a block
-        when it is its turn; roundings and windows have other times."""
+        """Whether ranks of one machine have the blocks on its host once. Of what they share one writes a
+        block when it is its turn; roundings and windows have other times."""
         return not (self.trains_quantized or self.estimator == "lozo" or self.disk_blocks != 0)
 
     @property

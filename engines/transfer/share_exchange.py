@@ -1,5 +1,5 @@
-"""What several GPUs of a machine bring up together: each a share over its own link, and the shares change hands
-between the GPUs, on a stream of their own.
+"""What several GPUs of a machine bring up together: each a share over its own link, and they exchange the
+shares, on a stream of their own.
 
 So that N links feed one step, as in ZeRO-Infinity (2104.07857, section 6.1: bandwidth-centric partitioning).
 """
@@ -23,8 +23,8 @@ SHARE_ALIGNMENT_BYTES = 512
 
 
 class ShareExchange:
-    """Copies up, of which every rank of the machine makes its share. All ranks bring up the same memory in the
-    same order.
+    """Copies up, of which every rank of the machine makes its share. All ranks bring up the same memory in
+    the same order.
 
     On a CUDA device through NCCL, which takes some of its multiprocessors while it waits for the others.
     """

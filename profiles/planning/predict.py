@@ -4,6 +4,8 @@
     step time = the layers' times combined as the method overlaps them (`engines.costs.overlap`)
 
 Rates are the machine's own figures. What no probe measures is a named constant below with its source.
+
+Longer than 400 lines: every resource's rate, its time and what is said of it stand side by side.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ AS_FAST = 1.01
 SHARDED_FASTER = 0.95
 """A step within this factor of that with whole blocks on every link is worth an exchange between GPUs."""
 
+OWN_LINK_TIMES = 1.5
+"""GPUs that copy from each other so many times as fast as from the host do not use its link for it."""
+
 FOLDS = (1, 2, 4, 8, 16)
 """What `fold_every` is chosen from."""
 
@@ -54,7 +57,7 @@ class _Times:
         step_s, busy = predict(cost, machine, workload).step_s, resource_s(cost, machine, workload)
         if step_s is None or busy is None:
             return None
-        link_s = max(busy["h2d"], busy["d2h"], busy["host memory"])
+        link_s = max(busy["h2d"], busy["d2h"], busy["host memory"], busy["gpu to gpu"])
         return _Times(step_s=step_s, gpu_s=busy["gpu"], h2d_s=busy["h2d"], link_s=link_s)
 
 
@@ -68,18 +71,32 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         return whole
     sharded = _choose(context, given.completed(sharded_upload=True))
     before, after = (
-        predict(context.cost(each.settings.typed), context.machine, context.workload) for each in (whole, sharded)
+        predict(context.cost(each.settings.typed), context.machine, context.workload)
+        for each in (whole, sharded)
     )
     if context.why_missing(sharded.settings.typed) is not None or before.step_s is None:
         return whole
     if after.step_s is None:
-        return Choice(whole.settings, (*whole.reasons, f"sharded_upload=false: {after.basis}"))
-    faster = after.step_s < SHARDED_FASTER * before.step_s
-    told = f"{format_seconds(after.step_s)} a step, with whole blocks on every link {format_seconds(before.step_s)}"
-    if not faster:
-        return Choice(whole.settings, (*whole.reasons, f"sharded_upload=false: no faster ({told})"))
-    why = f"sharded_upload=true: each GPU brings up its share of a block and they exchange them: {told}"
+        why = "sharded_upload=false: the machine profile has no rate between GPUs"
+        return Choice(whole.settings, (*whole.reasons, why))
+    if not _gpus_have_own_links(context.machine):
+        why = "sharded_upload=false: the GPUs have no fast link of their own between them, such as NVLink"
+        return Choice(whole.settings, (*whole.reasons, why))
+    told = f"(a step {format_seconds(after.step_s)}, with whole blocks {format_seconds(before.step_s)})"
+    if after.step_s >= SHARDED_FASTER * before.step_s:
+        why = f"sharded_upload=false: shares that GPUs exchange are no faster {told}"
+        return Choice(whole.settings, (*whole.reasons, why))
+    why = f"sharded_upload=true: each GPU brings up its share of a block, then they exchange them {told}"
     return Choice(sharded.settings, (*sharded.reasons, why))
+
+
+def _gpus_have_own_links(machine: Machine) -> bool:
+    """Else what they exchange goes over the links to the host, which shares are to relieve."""
+    link = machine.link
+    if link is None:
+        return False
+    least = OWN_LINK_TIMES * (link.h2d_pinned_bytes_per_s.value or 0.0)
+    return all((gpu.from_gpu_bytes_per_s.value or 0.0) >= least for gpu in link.each_gpu)
 
 
 def _choose(context: PlanningContext, given: GivenSettings) -> Choice:

@@ -22,8 +22,6 @@ class Meeting:
         self.size = size
         self.gathered = 0
         """Values that went round, of one rank."""
-        self.exchanged_bytes = 0
-        """Of `all_gather`, what the ranks handed in."""
         self._turn = threading.Condition()
         self._random = random.Random(seed)
         self._running: int | None = None
@@ -92,7 +90,6 @@ class ThreadWorld:
 
     def all_gather(self, memory: torch.Tensor) -> None:
         own = memory.view(self.size, -1)[self.rank].clone()
-        self.meeting.exchanged_bytes += own.nbytes
         for rank, each in enumerate(self.meeting.pass_round(self.rank, own)):
             assert isinstance(each, torch.Tensor)  # else ranks came for unlike things
             memory.view(self.size, -1)[rank].copy_(each)
