@@ -17,11 +17,10 @@ from engines.files.reading import exists, read_text
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
-from harness.records.job import Job
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
-from profiles.units import format_bytes, format_seconds
+from profiles.units import format_seconds
 from reports import charts
 from reports.format import (
     GIB,
@@ -30,6 +29,7 @@ from reports.format import (
     PERCENT,
     TIMES,
     digits,
+    job_in_short,
     middle,
     model_name,
     model_title,
@@ -49,7 +49,7 @@ VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
-CHOSEN = ("d",)
+CHOSEN = ("d", "resident_blocks")
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""
@@ -140,7 +140,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
         yield Published(
             folder=folder.name,
             model=model_title(loaded.job.model),
-            job=_job_in_short(loaded.job),
+            job=job_in_short(loaded.job),
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,
             engine=engine,
@@ -396,10 +396,3 @@ def _machine(loaded: Loaded, rounds: Rounds) -> str:
     if environment.emulated is None:
         return machine
     return say("index.emulated", machine=machine, emulated=environment.emulated)
-
-
-def _job_in_short(job: Job) -> str:
-    text = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
-    if job.limits.vram_bytes is None:
-        return text
-    return say("index.job_capped", job=text, vram=format_bytes(job.limits.vram_bytes))

@@ -26,6 +26,8 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     if environment.gpu_name is not None:
         parts = [environment.gpu_name, format_bytes(environment.gpu_total_bytes), environment.link]
         gpu = ", ".join(part for part in parts if part and part != NOT_MEASURED)
+        if job.limits.gpus > 1:
+            gpu = say("setting.gpus", count=job.limits.gpus, gpu=gpu)
     held = _held(run)
     weights = "random_weights" if job.model.random_weights else "checkpoint"
     accumulation = say("setting.accumulation", count=job.accumulation) if job.accumulation > 1 else ""
@@ -215,8 +217,8 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
             runs=counted("run", len(runs)),
         ),
     }
-    told = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
-    return (*told, (say("integrity.label"), _about_manifest(loaded)))
+    shown = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
+    return (*shown, (say("integrity.label"), _about_manifest(loaded)))
 
 
 def _about_manifest(loaded: Loaded) -> str:

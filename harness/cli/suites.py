@@ -114,8 +114,8 @@ def suite_table(suite: Suite, ready: Mapping[str, PreparedStudy], why: Mapping[s
         others = [method.engine for method in plan.methods if not method.fits]
         trials = sum(count for method, _, count in planned_trials(plan) if method.fits)
         seconds = predicted_s(plan)
-        told = "not known" if seconds is None else f"{seconds / 3600:.2g} h"
-        table.add_row(task.name, task.target, ", ".join(runs), ", ".join(others), str(trials), told)
+        duration = "not known" if seconds is None else f"{seconds / 3600:.2g} h"
+        table.add_row(task.name, task.target, ", ".join(runs), ", ".join(others), str(trials), duration)
     return table
 
 

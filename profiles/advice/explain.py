@@ -55,10 +55,10 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
     )
     for name, amount, formatted, what in amounts:
         if amount and times[name]:
-            told = _amount(name, amount)
+            total = _amount(name, amount)
             more = ", with what is beside products" if name == "gpu" else ""
             rate, taken = formatted(amount / times[name]), format_seconds(times[name])
-            yield f"{name} = {told} {what} / {rate} = {taken}{more}"
+            yield f"{name} = {total} {what} / {rate} = {taken}{more}"
     overlap = cost.overlap.replace("_", " ")
     if plan.prediction.step_s is not None:
         yield (

@@ -390,29 +390,29 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
     parts = []
     if traffic.gpu_flops > 0:
         share = GPU_MATMUL_EFFICIENCY if on_gpu else CPU_MATMUL_EFFICIENCY
-        rate = _told(_matmul(machine, workload), format_flops)
+        rate = _named_figure(_matmul(machine, workload), format_flops)
         parts.append(f"{rate}, of which a model gets {share:.0%}")
     if traffic.gpu_bytes > 0:
-        parts.append(_told(_memory_copy(machine), format_rate))
+        parts.append(_named_figure(_memory_copy(machine), format_rate))
     if on_gpu:
         for direction in _DIRECTIONS:
-            told = _link(machine, traffic, direction)
-            parts += [_told((name, figure), format_rate) for _, name, figure in told]
+            figures = _link(machine, traffic, direction)
+            parts += [_named_figure((name, figure), format_rate) for _, name, figure in figures]
         if traffic.from_gpu_bytes:
-            parts.append(_told(_from_gpu(machine), format_rate))
+            parts.append(_named_figure(_from_gpu(machine), format_rate))
     if traffic.cpu_adam_elements:
-        parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+        parts.append(_named_figure(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
     if traffic.disk_bytes:
-        parts.append(_told(_disk(machine), format_rate))
+        parts.append(_named_figure(_disk(machine), format_rate))
     if traffic.disk_write_bytes:
-        parts.append(_told(_disk(machine, writes=True), format_rate))
+        parts.append(_named_figure(_disk(machine, writes=True), format_rate))
     overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
     error = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
     resources = "; ".join(parts) or "no resource used"
     return f"Closed form, {overlap}: {resources}; model error a factor of {error:g} each way."
 
 
-def _told(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
+def _named_figure(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
     name, figure = named
     disturbed = f", disturbed: {figure.disturbance}" if figure.disturbance else ""
     return f"{name} {formatted(figure.value)} ({figure.origin}{disturbed})"

@@ -17,7 +17,7 @@ from engines.shapes import Workload
 from profiles.machine import Machine
 from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext
-from profiles.planning.fold_every import fold_for_loss, told_of_given
+from profiles.planning.fold_every import fold_for_loss, warning_on_given
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 
@@ -112,7 +112,7 @@ def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if "fold_every" not in given:
         chosen["fold_every"], reason = planner.fold_every(given.completed(**chosen).typed)
         reasons.append(reason)
-    elif (warning := told_of_given(given.typed)) is not None:
+    elif (warning := warning_on_given(given.typed)) is not None:
         reasons.append(warning)
     settings = given.completed(**chosen)
     if planner.disk_is_open:
@@ -217,10 +217,10 @@ class _Planner:
         mine, best = self._step_s(resident), self._step_s(most)
         if mine is None or best is None:
             return f"{most} would fit"
-        told = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
+        text = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
         settings = replace(self.given.typed, resident_blocks=resident)
         prediction = predict(self.cost(settings), self.context.machine, self.context.workload)
-        return f"{told}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else told
+        return f"{text}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else text
 
     def _step_s(self, resident: int) -> float | None:
         """Predicted with so many resident blocks and the `fold_every` that suits them."""
@@ -259,11 +259,11 @@ class _Planner:
         }
         best_s = min(time.step_s for time in fitting.values())
         k = next(k for k, time in fitting.items() if time.step_s <= FOLD_AS_FAST * best_s)
-        told = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
+        balance = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
         down = format_bytes(costs[k].d2h_bytes)
         if k > 1:
             return k, (
-                f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {told}, "
+                f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {balance}, "
                 f"{down} down per step instead of {format_bytes(every.d2h_bytes)}"
             )
         why = "fewer downloads are no faster"
@@ -271,7 +271,7 @@ class _Planner:
             why = "downloads hide behind the GPU's work"
         elif len(fitting) == 1:
             why = "the GPU has no time to replay updates instead"
-        return 1, f"fold_every=1: {why} ({told}, {down} down per step)"
+        return 1, f"fold_every=1: {why} ({balance}, {down} down per step)"
 
 
 def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -78,7 +78,7 @@ def _asides(verdict: Verdict) -> tuple[str, ...]:
     if verdict.settings:
         found.append(say("verdict.settings", settings=verdict.settings))
     if len(verdict.methods) > 1:
-        told = [
+        others = [
             say(
                 "verdict.beaten" if one.beaten_by else "verdict.state",
                 engine=one.engine,
@@ -87,7 +87,7 @@ def _asides(verdict: Verdict) -> tuple[str, ...]:
             )
             for one in verdict.methods
         ]
-        found.append(f"{say('verdict.other_methods')} {say('show.list').join(told)}")
+        found.append(f"{say('verdict.other_methods')} {say('show.list').join(others)}")
     return tuple(found)
 
 
@@ -174,21 +174,21 @@ def money_text(amount: float, prices: Prices) -> str:
 def _effect(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
     rounds = all_.of(engine)
     time = time_of(engine, all_)
-    told = stated.time_text(time)
+    time_text = stated.time_text(time)
     if all_.steps is not None:
-        told = say("front.job_in", time=told, steps=counted("step", round(all_.steps)))
+        time_text = say("front.job_in", time=time_text, steps=counted("step", round(all_.steps)))
     else:
-        told = say("front.step_in", time=told)
+        time_text = say("front.step_in", time=time_text)
     ratio = find("step_time_ratio", engine, all_)
     if ratio.value is not None and ratio.applies and ratio.value != 1:
-        told = say("front.beside", text=told, ratio=times(ratio.value))
+        time_text = say("front.beside", text=time_text, ratio=times(ratio.value))
     elif ratio.note:
-        told = say("front.noted", text=told, note=ratio.note)
+        time_text = say("front.noted", text=time_text, note=ratio.note)
     if all_.steps is None:
-        told = say("front.unsized", text=told)
+        time_text = say("front.unsized", text=time_text)
     found = learned(engine, all_)
     return (
-        (say("front.time"), told),
+        (say("front.time"), time_text),
         (say("front.memory"), _memory_text(engine, all_)),
         (say("front.quality"), learned_text(found) if found else why_unknown(engine, all_)),
         (say("front.confidence"), _confidence(rounds)),
