@@ -51,6 +51,7 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
         ("cpu", cost.cpu_adam_elements, format_elements, "AdamW on the CPU"),
         ("host memory", cost.host_bytes, format_rate, "through host memory"),
         ("disk", cost.disk_bytes, format_rate, "read from disk"),
+        ("gpu to gpu", cost.from_gpu_bytes, format_rate, "from the other GPUs"),
     )
     for name, amount, formatted, what in amounts:
         if amount and times[name]:
