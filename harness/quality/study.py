@@ -221,7 +221,7 @@ def planned_trials(plan: StudyPlan) -> Iterator[tuple[MethodTrials, int, int]]:
 def run_study(
     ready: PreparedStudy,
     *,
-    told: Callable[[str], None],
+    report: Callable[[str], None],
     on_event: OnRunEvent = lambda event: None,
     launch: Launch | None = None,
 ) -> StudyResult:
@@ -240,7 +240,7 @@ def run_study(
 
             tokenized = split(plan.job, ready.shape, plan.test, plan.sizes)
             for line in (*tokenized.readings, tokenized.description):
-                told(line)
+                report(line)
             rows = len(tokenized.held_out)
             job = replace(job, eval_batches=-(-rows // job.batch_size))
             learnings = [
@@ -254,7 +254,7 @@ def run_study(
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
         together = (lambda: nullcontext(launch)) if launch is not None else one_process
-        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, together, told, on_event)
+        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, together, report, on_event)
         records = list(trials.run())
         data_file.unlink(missing_ok=True)
         result = judge_study(plan, records)
