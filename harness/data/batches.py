@@ -20,7 +20,7 @@ from harness.data.examples import examples_of
 from harness.data.lengths import epoch_order
 from harness.data.padding import padded_length
 from harness.data.reading.files import BadRecord
-from harness.data.reading.read import check_bad, told_bad
+from harness.data.reading.read import check_bad, left_out_of
 from harness.data.records import Examples, LabelledExample
 from harness.data.templates import check_template, mask_table, template_table
 from harness.data.token_tables import (
@@ -184,8 +184,8 @@ def _left_out(
     for source, records, rows in parts:
         check_bad(source, records, len(rows), job.data)
         if records:
-            told = told_bad(records)
-            yield f"{Path(source).name}: {told.count:,} left out, the first in {told.first}"
+            left_out = left_out_of(records)
+            yield f"{Path(source).name}: {left_out.count:,} left out, the first in {left_out.first}"
 
 
 def _tokenized(

@@ -199,7 +199,7 @@ def planned_trials(plan: StudyPlan) -> Iterator[tuple[MethodTrials, int, int]]:
 def run_study(
     ready: PreparedStudy,
     *,
-    told: Callable[[str], None],
+    report: Callable[[str], None],
     on_event: OnRunEvent = lambda event: None,
     launch: Launch | None = None,
 ) -> StudyResult:
@@ -218,7 +218,7 @@ def run_study(
 
             tokenized = split(plan.job, ready.shape, plan.test, plan.sizes)
             for line in (*tokenized.readings, tokenized.description):
-                told(line)
+                report(line)
             rows = len(tokenized.held_out)
             job = replace(job, eval_batches=-(-rows // job.batch_size))
             learnings = [
@@ -228,7 +228,7 @@ def run_study(
             save_tokenized(tokenized, data_file)
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
-        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, told, on_event)
+        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, report, on_event)
         records = list(trials.run())
         data_file.unlink(missing_ok=True)
         result = judge_study(plan, records)

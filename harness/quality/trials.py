@@ -62,13 +62,13 @@ class StudyTrials:
         learnings: Sequence[Learning] | None,
         data_file: Path,
         launch: Launch,
-        told: Callable[[str], None],
+        report: Callable[[str], None],
         on_event: OnRunEvent,
     ) -> None:
         self._ready, self._plan, self._job = ready, ready.plan, job
         self._learnings = learnings
         self._data_file = data_file
-        self._launch, self._told, self._on_event = launch, told, on_event
+        self._launch, self._report, self._on_event = launch, report, on_event
         self._said_zero_shot = False
 
     def run(self) -> Iterator[TrialRecord]:
@@ -133,22 +133,22 @@ class StudyTrials:
         )  # fmt: skip
         write_whole(trial_path(out, trial.id), to_json(record))
         clear_work(out, trial.id)
-        self._tell(record)
+        self._report_trial(record)
         if outcome.by_user:
             raise KeyboardInterrupt
         return record
 
-    def _tell(self, record: TrialRecord) -> None:
+    def _report_trial(self, record: TrialRecord) -> None:
         target, learned = self._plan.target, record.learned
         best = learned.best(target.metric)
         value = "" if best is None else f", {target.metric} {best.metrics[target.metric]:.4g}"
         steps = f"{learned.steps} steps in {learned.train_s:.3g} s"
         why = "" if record.end_reason is None else f": {record.end_reason}"
-        self._told(f"{record.id}: {record.end_state}{why}, {steps}{value}")
+        self._report(f"{record.id}: {record.end_state}{why}, {steps}{value}")
         first = learned.evaluations[0].metrics if learned.evaluations else {}
         if not self._said_zero_shot and target.metric in first and target.is_met(first[target.metric]):
             self._said_zero_shot = True
-            self._told(
+            self._report(
                 f"note: {target} is met before any training ({first[target.metric]:.4g}); set a higher one"
             )
 

@@ -23,7 +23,7 @@ from engines.base import Engine, Evaluation, StepStats
 from engines.errors import NonFiniteLoss
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
-from harness.runs.emulate import Held
+from harness.runs.emulate import AppliedLimits
 
 ENERGY_WINDOW_S = 1.0
 """Shortest measured window whose energy is reported: NVML's counter moves every 20 to 100 ms."""
@@ -55,11 +55,11 @@ class RunRecording:
     """The engine keeps a trace, which costs time."""
     notes: tuple[str, ...] | None = None
     """What of the settings the engine could not have, and why; `None`: it was never asked."""
-    held: Held | None = None
+    limits: AppliedLimits | None = None
     """What of an emulated machine the child was held to."""
     contacted: list[str] = field(default_factory=list)
     """Hosts that the child looked for or connected to."""
-    told: Any = None
+    result: Any = None
     """The whole `harness.runs.worker.Result`, from a child that could not write it."""
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
-from engines.base import Batch, Engine, Evaluation, StepStats, TellsLanding
+from engines.base import Batch, Engine, Evaluation, StepStats, SupportsRealizedUpdates
 from engines.decoding import GenerationRequest
 from harness.records.job import Job
 from harness.records.learning import Evaluated, Learning, LearningOutcome
@@ -197,7 +197,7 @@ def _realized_update_fraction(engine: Engine) -> float | None:
     Any other error that the engine raises now is of its last step, whose work may end only here, and ends the
     run.
     """
-    if not isinstance(engine, TellsLanding):
+    if not isinstance(engine, SupportsRealizedUpdates):
         return None
     try:
         share = engine.landed_share()

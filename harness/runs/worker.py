@@ -24,7 +24,7 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, is_external, load_engine
-from engines.base import Batch, Context, Evaluation, StepStats, TellsNotes, TellsTrace
+from engines.base import Batch, Context, Evaluation, StepStats, SupportsNotes, SupportsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
@@ -35,7 +35,7 @@ from harness.records.learning import Learning
 from harness.records.metrics import metrics_of
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
-from harness.runs.emulate import Emulated, Held, limit_cpus
+from harness.runs.emulate import AppliedLimits, Emulated, limit_cpus
 from harness.runs.end_states import classify
 from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
 from harness.runs.processes import of_rank
@@ -185,9 +185,9 @@ def _run(
         on_progress("meeting the other ranks", 1, 1)
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
-        held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
+        limits = _applied_limits(emulated, device_name, vram_bytes, own_copies=own_copies)
         on_progress("measuring the emulated link", 1, 1)
-        report(held=asdict(held))
+        report(limits=asdict(limits))
     context = Context(
         device=device_name,
         workload=job.workload,
@@ -224,7 +224,7 @@ def _run(
         energy_j = None if device is None else device.energy_j
     engine = engine_class(plan.settings.typed, context)
     # Of several ranks the first: what they do is alike.
-    traced = request.trace and isinstance(engine, TellsTrace) and world.rank == 0
+    traced = request.trace and isinstance(engine, SupportsTrace) and world.rank == 0
     if traced:
         report(traced=True)
     try:
@@ -238,7 +238,7 @@ def _run(
             on_sample=on_sample,
         )
     finally:
-        recording.notes = tuple(engine.notes) if isinstance(engine, TellsNotes) else ()
+        recording.notes = tuple(engine.notes) if isinstance(engine, SupportsNotes) else ()
         try:
             if traced:
                 write_trace(engine, folder / TRACE)
@@ -272,7 +272,7 @@ def _scenario(request: Request, data: StepData, folder: Path) -> Scenario:
     return Decode(request=wanted, warmup_steps=job.warmup_steps)
 
 
-def write_trace(engine: TellsTrace, path: Path) -> None:
+def write_trace(engine: SupportsTrace, path: Path) -> None:
     """What `engine` kept, for chrome://tracing and Perfetto. Says on stderr what went wrong, and no more:
     a trace is a help, and after a failure the GPU may have nothing to say."""
     try:
@@ -298,7 +298,9 @@ def _total_steps(request: Request) -> int:
     return request.job.warmup_steps + request.job.steps
 
 
-def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool) -> Held:
+def _applied_limits(
+    emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool
+) -> AppliedLimits:
     """What this process is held to. The link is measured where the engine's copies are ours."""
     rates, gpu_bytes = None, None
     if own_copies:
@@ -312,7 +314,7 @@ def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_c
 
         gpu_bytes = min(vram_bytes, torch.cuda.get_device_properties(0).total_memory)
         torch.cuda.reset_peak_memory_stats()  # of the measurement, not of the run
-    return Held(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
+    return AppliedLimits(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
 
 
 def usable_host_bytes(limit_bytes: int | None) -> int:

@@ -156,7 +156,7 @@ def test_halving_keeps_the_better_rates_and_the_last_rung_has_all_seeds(tmp_path
     ready = prepared(tmp_path / "out")
     launched = Launcher()
     lines: list[str] = []
-    result = run_study(ready, told=lines.append, launch=launched)
+    result = run_study(ready, report=lines.append, launch=launched)
     counts = [sum(f"rung{rung}" in each for each in launched.ids) for rung in range(3)]
     assert counts == [8, 4, 6]
     assert {each for each in launched.ids if "native-rung2" in each} == {
@@ -180,7 +180,7 @@ def test_halving_keeps_the_better_rates_and_the_last_rung_has_all_seeds(tmp_path
 
 def test_methods_take_turns(tmp_path: Path) -> None:
     launched = Launcher()
-    run_study(prepared(tmp_path / "out"), told=lambda line: None, launch=launched)
+    run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
     last = [each.partition("-")[0] for each in launched.ids if "rung2" in each]
     assert last == ["native", "mezo", "mezo", "native", "native", "mezo"]
 
@@ -189,14 +189,14 @@ def test_a_study_that_was_stopped_does_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stops = Launcher(lambda request: "interrupted" if "mezo-rung1" in request.id else "ok")
     with pytest.raises(KeyboardInterrupt):
-        run_study(prepared(out), told=lambda line: None, launch=stops)
+        run_study(prepared(out), report=lambda line: None, launch=stops)
     again = Launcher()
-    result = run_study(prepared(out, resume=True), told=lambda line: None, launch=again)
+    result = run_study(prepared(out, resume=True), report=lambda line: None, launch=again)
     assert set(again.ids) & set(stops.ids) == {stops.ids[-1]}
     assert len(set(again.ids) | set(stops.ids)) == 18
     assert result.methods[0].engine == "native"
     idle = Launcher()
-    assert run_study(prepared(out, resume=True), told=lambda line: None, launch=idle) == result
+    assert run_study(prepared(out, resume=True), report=lambda line: None, launch=idle) == result
     assert idle.ids == []
     with pytest.raises(UserError, match="has another target; give the same flags"):
         prepared(out, resume=True, target=QualityTarget(metric="loss", value=1.0))
@@ -206,7 +206,7 @@ def test_a_study_that_was_stopped_does_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_method_whose_trials_fail_is_a_row_with_its_reason(tmp_path: Path) -> None:
     launched = Launcher(lambda request: "oom_gpu" if request.plan.engine == "mezo" else "ok")
-    result = run_study(prepared(tmp_path / "out"), told=lambda line: None, launch=launched)
+    result = run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
     failed = next(each for each in result.methods if each.engine == "mezo")
     assert failed.why_not == "oom_gpu: it failed"
     assert failed.test is None
@@ -215,7 +215,7 @@ def test_a_method_whose_trials_fail_is_a_row_with_its_reason(tmp_path: Path) -> 
 
 def test_a_rate_that_diverges_is_not_kept(tmp_path: Path) -> None:
     launched = Launcher(lambda request: "nan_loss" if "lr0.0003-" in request.id else "ok")
-    result = run_study(prepared(tmp_path / "out"), told=lambda line: None, launch=launched)
+    result = run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
     assert result.methods[0].learning_rate != 3e-4
 
 
