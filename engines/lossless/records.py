@@ -29,6 +29,9 @@ Torch operations and the Triton kernels (`engines.lossless.lossless_pass_kernels
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 import torch
 from torch import Tensor
 
@@ -107,8 +110,8 @@ def _encode_tiles(weights: Tensor, tables: Tensor) -> Tensor:
     inside = (exponent > base) & (exponent <= base + WINDOW)
     code = torch.where(inside, exponent - base, 0)
     codes, rests, words = _parts(tables)
-    codes.copy_(sum(code[:, row] << (4 * row) for row in range(4)))
-    rests.copy_(sum(_rest(rows[:, row], row) for row in range(4)))
+    codes.copy_(reduce(or_, (code[:, row] << (4 * row) for row in range(4))))
+    rests.copy_(reduce(or_, (_rest(rows[:, row], row) for row in range(4))))
     by_lane = (nonzero & ~inside).transpose(1, 2).reshape(len(tables), -1)
     words.zero_()
     words[:, HEADER] = base.view(-1) | (by_lane.sum(1, dtype=torch.int32) << 8)
