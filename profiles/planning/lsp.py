@@ -78,6 +78,9 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         if missing is not None and context.why_missing(replace(settings, graphs=False)) is None:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
+    settings = given.typed
+    if settings.moments != "fp32":
+        reasons.append(f"approximate: Adam's moments of the subspaces in {settings.moments}")
     published = LSP_PRESETS.get(shape.name)
     if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(

@@ -178,6 +178,17 @@ def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
     assert "d = 0.25 n ended 10.7 %" in quality_reason(0.1)  # the smallest that was measured
 
 
+def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e9)))
+    exact = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
+    overrides = given_for_each({"lsp": {"moments": "bf16"}})
+    (compact,) = recommend(slow, DEEPSEEK_1B, TRAINING, ["lsp"], overrides)
+    assert int(exact.settings["d"]) < int(compact.settings["d"])
+    said = "approximate: Adam's moments of the subspaces in bf16"
+    assert said in compact.reasons
+    assert said not in exact.reasons
+
+
 def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
     slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(4e8)))
     once = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
