@@ -41,25 +41,25 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
         )
 
 
-def decompress(kept: Tensor, segment: Segment, out: Tensor) -> None:
+def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
     """The weights themselves, bit for bit, to `out`, flat memory in bf16 that is laid out as `segment`
     says."""
     if kept.is_cuda and triton_launch.has_triton():
         from engines.lossless import lossless_pass_kernels
 
-        lossless_pass_kernels.decompress(kept, segment, out)
+        lossless_pass_kernels.decode_records(kept, segment, out)
         return
     for mine, _, here in _matrices(kept, segment):
         records.read_records(mine, here.stop - here.start, out[here])
 
 
-def compress(weights: Tensor, kept: Tensor) -> Tensor:
+def encode_records(weights: Tensor, kept: Tensor) -> Tensor:
     """Write bf16 `weights` (n,) of one matrix to its records `kept` (bytes); whether they found room, ()
     bool on the same device."""
     if kept.is_cuda and triton_launch.has_triton():
         from engines.lossless import lossless_pass_kernels
 
-        return lossless_pass_kernels.compress(weights, kept)
+        return lossless_pass_kernels.encode_records(weights, kept)
     return records.write_records(weights, kept)
 
 

@@ -370,8 +370,8 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
         launch(_visit_kernel, grid, *arguments, **flags)
 
 
-def decompress(kept: Tensor, segment: Segment, out: Tensor) -> None:
-    """The kernel of `lossless_pass.decompress`, with the same arguments."""
+def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
+    """The kernel of `lossless_pass.decode_records`, with the same arguments."""
     launch(
         _decode_kernel, (kept.numel() // RECORD_BYTES,),
         kept.view(torch.int16), kept.view(torch.int32), out.view(torch.int16), segment.places(kept.device),
@@ -379,8 +379,8 @@ def decompress(kept: Tensor, segment: Segment, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def compress(weights: Tensor, kept: Tensor) -> Tensor:
-    """The kernels of `lossless_pass.compress`, with the same arguments."""
+def encode_records(weights: Tensor, kept: Tensor) -> Tensor:
+    """The kernels of `lossless_pass.encode_records`, with the same arguments."""
     bits, codes, words = weights.view(torch.int16), kept.view(torch.int16), kept.view(torch.int32)
     num_tiles = kept.numel() // RECORD_BYTES
     launch(_encode_kernel, (num_tiles,), bits, codes, words, weights.numel(), num_warps=NUM_WARPS)

@@ -110,12 +110,12 @@ def study(
         rates = [size / ms / 1e6 for size, ms in zip(moved, (plain_ms, records_ms), strict=True)]
         rows.append(Row(name, plain_ms, records_ms, *rates, equal, decides))
 
-    has_room = [bool(lossless_pass.compress(w, k)) for w, k in zip(weights, kept, strict=True)]
+    has_room = [bool(lossless_pass.encode_records(w, k)) for w, k in zip(weights, kept, strict=True)]
     assert all(has_room), "weights that records have no room for"
     add(
         "frozen: a copy, and decoding",
         lambda i, out: out[0].copy_(weights[i]),
-        lambda i, out: lossless_pass.decompress(kept[i], segments[i], out[0]),
+        lambda i, out: lossless_pass.decode_records(kept[i], segments[i], out[0]),
         (2 * total, kept_total + total), sides=1,
     )  # fmt: skip
     kinds: dict[str, Noise] = {"normals": "gaussian", "signs": "rademacher"}
@@ -136,7 +136,7 @@ def study(
 
     def store(i: int, out: list[Tensor]) -> None:
         lossless_pass.visit_records(kept[i], segments[i], with_one, Outputs(theta=out[0]))
-        lossless_pass.compress(out[0], spare[i])
+        lossless_pass.encode_records(out[0], spare[i])
         weight_pass.visit(
             out[0], segments[i], a_visit(log, 0, "gaussian"), Outputs(plus=out[0], minus=out[1])
         )
@@ -151,7 +151,7 @@ def study(
         (4 * total, 2 * kept_total + 5 * total), decides=False,
     )  # fmt: skip
     last = len(counts) - 1
-    lossless_pass.decompress(spare[last], segments[last], outs[0][0][: counts[last]])
+    lossless_pass.decode_records(spare[last], segments[last], outs[0][0][: counts[last]])
     assert torch.equal(outs[0][0][: counts[last]], theta[: counts[last]])
     return rows
 
