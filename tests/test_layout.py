@@ -28,7 +28,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "files", "world"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
-        ("model",),
+        ("model", "lossless"),
         ("quantized", "first_order", "cpu_updates"),
         ("offload",),
         ("subspace",),
@@ -107,6 +107,7 @@ _TRITON = "Triton is not there on every machine"
 _TRAINS = "imports torch; what is wrong with the arguments is said without it"
 _CHILD = "imports torch; engines without it (the test double) do not wait for it"
 INSIDE_FUNCTIONS = {
+    "engines.lossless.lossless_pass -> engines.lossless.lossless_pass_kernels": _TRITON,
     "engines.noise.weight_pass -> engines.noise.weight_pass_kernels": _TRITON,
     "engines.quantized.quantized_pass -> engines.quantized.quantized_pass_kernels": _TRITON,
     "engines.subspace.apply -> engines.subspace.projector_kernels": _TRITON,
