@@ -43,12 +43,13 @@ class HeadLoss:
         self._model: Any = model
         self.tokens = tokens
         self._head = _plain_head(model)
-        self._own_loss = self._model.loss_function
+        own: Any = self._model
+        self._own_loss: Callable[..., Any] = own.loss_function
         run: ChunkLoss = loss_and_slope
         self._chunk: ChunkLoss = torch.compile(run, dynamic=False) if compiled else run
         self._is_on = True
         vars(self._head)["forward"] = self._forward
-        self._model.loss_function = self._loss
+        own.loss_function = self._loss
 
     def _trains(self) -> bool:
         return bool(self._model.training) and torch.is_grad_enabled()
