@@ -19,8 +19,8 @@ from harness.records.stats import (
     over_runs,
     ratio,
 )
+from harness.runs.emulate import EMULATED_CONTEXT_BYTES
 from profiles.machine import Machine
-from profiles.planning.budget import CONTEXT_BYTES
 from reports.criteria import Criteria, Metric
 from reports.format import GIB
 from reports.load import engine_order
@@ -183,7 +183,7 @@ def held_card_bytes(run: Run) -> int | None:
     """Size of the card that `run` was to do with, CUDA's context included; `None`: the whole card."""
     if run.emulation is None:
         return held_gpu_bytes(run)
-    card = run.emulation.vram_bytes + CONTEXT_BYTES
+    card = run.emulation.vram_bytes + EMULATED_CONTEXT_BYTES
     limit = _job_limit(run, "vram_bytes")
     return card if limit is None else min(card, limit)
 

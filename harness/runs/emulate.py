@@ -12,8 +12,10 @@ from engines.base import LinkRates
 from engines.errors import UserError
 from harness.records.run import Emulation
 from profiles.machine import Figure, LinkFigures, Machine
-from profiles.planning.budget import CONTEXT_BYTES
 from profiles.units import format_bytes, format_rate
+
+EMULATED_CONTEXT_BYTES = 600_000_000
+"""What an emulated card has beside tensors, for CUDA. All records with one hold it; plans have their own."""
 
 WITHIN = 0.05
 """Share by which a rate may miss the one asked for and still count as held."""
@@ -46,7 +48,7 @@ def emulated(machine: Machine) -> Emulated:
     """The caps that make a larger machine like `machine`. Raises `UserError` if its profile lacks one."""
     if machine.gpu is None or machine.link is None:
         raise UserError(f"--emulate '{machine.name}'", "has no GPU or no link", "emulate a machine with both")
-    vram_bytes = min(machine.gpu.free_bytes, machine.gpu.total_bytes) - CONTEXT_BYTES
+    vram_bytes = min(machine.gpu.free_bytes, machine.gpu.total_bytes) - EMULATED_CONTEXT_BYTES
     if vram_bytes <= 0:
         raise UserError(
             f"--emulate '{machine.name}'",
