@@ -522,7 +522,7 @@ def test_a_default_probe_takes_the_rest_too(
     assert machine.gpu is not None
     assert machine.link is not None
     assert machine.disk is not None
-    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)}
+    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)} - ONLY_ON_CUDA
     assert machine.memory.pinned_refused is True
     assert machine.memory.pinned_bytes.method.endswith("steps of 10 MiB until: RuntimeError: CUDA error")
     assert children[0]["most_bytes"] == 32 * MIB, "half of what is available"
@@ -593,7 +593,7 @@ def test_a_real_gpu(tmp_path: Path) -> None:
         assert both_ways.value <= 1.1 * one_way.value
     assert found.generation_loaded is None or found.generation_loaded >= 1
     assert machine.gpu is not None
-    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)}
+    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)} - ONLY_ON_CUDA
     assert machine.gpu.readings
     assert machine.duration_s is not None
     assert torch.cuda.memory_reserved() <= before
