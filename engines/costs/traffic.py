@@ -39,6 +39,8 @@ class LayerTraffic:
     """Triton kernels that engines start from the CPU."""
     gaussians: int = 0
     """Normally distributed numbers drawn on the GPU, for perturbations."""
+    from_gpu_bytes: int = 0
+    """What comes from the memory of the machine's other GPUs."""
 
 
 class GpuMemory(TypedDict):
@@ -66,6 +68,8 @@ class Traffic:
     sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
     gpu_without_triton_bytes: int = 0
     """By how much the peak is larger where there is no Triton."""
+    shards_uploads: bool = False
+    """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
     """What the method takes of the GPU beside what torch reserves and CUDA's context: CUDA graphs."""
     overlap: Overlap = "serial"
@@ -81,19 +85,24 @@ class Traffic:
             return self
         parts = {name: -(-each // local_ranks) for name, each in self.shared_host_bytes.items()}
         alone = sum(self.host_memory_bytes[name] for name in parts)
-        layers = [
-            replace(
-                layer,
-                d2h_bytes=layer.d2h_bytes // local_ranks,
-                host_bytes=layer.host_bytes - layer.d2h_bytes + layer.d2h_bytes // local_ranks,
-            )
-            for layer in self.layers
-        ]
+        layers = [self._layer_of_a_rank(layer, local_ranks) for layer in self.layers]
         return replace(
             self,
             layers=tuple(layers),
             host_memory_bytes={**self.host_memory_bytes, **parts},
             pinned_bytes=self.pinned_bytes - alone + sum(parts.values()),
+        )
+
+    def _layer_of_a_rank(self, layer: LayerTraffic, local_ranks: int) -> LayerTraffic:
+        up, down = layer.h2d_bytes, layer.d2h_bytes // local_ranks
+        if self.shards_uploads:
+            up //= local_ranks
+        return replace(
+            layer,
+            h2d_bytes=up,
+            d2h_bytes=down,
+            host_bytes=layer.host_bytes - layer.h2d_bytes - layer.d2h_bytes + up + down,
+            from_gpu_bytes=layer.h2d_bytes - up,
         )
 
     @property
@@ -111,6 +120,10 @@ class Traffic:
     @property
     def d2h_bytes(self) -> int:
         return sum(layer.d2h_bytes for layer in self.layers)
+
+    @property
+    def from_gpu_bytes(self) -> int:
+        return sum(layer.from_gpu_bytes for layer in self.layers)
 
     @property
     def disk_bytes(self) -> int:

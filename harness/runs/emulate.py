@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 from engines.base import LinkRates
 from engines.errors import UserError
+from harness.records.memory_limits import EMULATED_CONTEXT_BYTES
 from harness.records.run import Emulation
 from profiles.machine import Figure, LinkFigures, Machine
 from profiles.units import format_bytes, format_rate
-
-EMULATED_CONTEXT_BYTES = 600_000_000
-"""What an emulated card has beside tensors, for CUDA. All records with one hold it; plans have their own."""
 
 WITHIN = 0.05
 """Share by which a rate may miss the one asked for and still count as held."""
@@ -34,7 +32,7 @@ class Emulated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class AppliedLimits:
     """What the child was held to, as it found itself."""
 
     threads: int

@@ -82,7 +82,7 @@ def probe_machine(
                 graph_launch_s=each_start.graph_s,
                 triton_launch_s=each_start.triton_s,
             )
-            if num_gpus > 1 and not brief:
+            if num_gpus > 1:
                 budget = memory_budget(cgroup.host_memory(root))
                 each_gpu = multi_gpu.each_gpu(meter, num_gpus, memory_bytes=budget)
                 link_found = replace(link_found, each_gpu=each_gpu)
@@ -136,12 +136,14 @@ def _count(num_gpus: int, *, brief: bool) -> int:
     count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
     if num_gpus > 0:
         count += gpu.NUM_MEASUREMENTS + launches.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
+    if num_gpus > 1:
+        count += multi_gpu.NUM_MEASUREMENTS
     if brief:
         return count
     count += memory.NUM_TRIAD + disk.NUM_MEASUREMENTS
     if num_gpus > 0:
         count += pinned_limit.NUM_MEASUREMENTS
-    return count + (multi_gpu.NUM_MEASUREMENTS if num_gpus > 1 else 0)
+    return count
 
 
 class _Usable:

@@ -6,14 +6,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from harness.records.memory_limits import gpu_limit_bytes, host_limit_bytes
 from harness.records.run import Run
 from harness.records.stats import outer_deciles, over_runs
 from profiles.units import format_bytes, format_seconds
 from reports import charts
-from reports.breakdown import breakdown
+from reports.findings.breakdown import breakdown
 from reports.format import loss, middle, percent
 from reports.messages import say
-from reports.metrics import Measurements, ends, gpu_limit_bytes, host_limit_bytes, predicted
+from reports.metrics import Measurements, ends, predicted
 from reports.pages.document import Drawing
 
 

@@ -16,8 +16,9 @@ from tiny_machine import figure, make_machine
 from engines.base import LinkRates
 from engines.errors import UserError
 from harness.cli import app
+from harness.records.memory_limits import EMULATED_CONTEXT_BYTES
 from harness.records.run import Emulation, load_run
-from harness.runs.emulate import EMULATED_CONTEXT_BYTES, Emulated, emulated, what_is_short
+from harness.runs.emulate import Emulated, emulated, what_is_short
 from harness.runs.sweep import SweepOptions, grid, run_sweep
 from profiles.machine import Machine, absent, save_machine
 from reports.load import load_folder, refuse_unlike
