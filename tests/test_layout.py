@@ -540,13 +540,13 @@ def test_a_public_name_means_one_thing() -> None:
 
 
 def references_only(sources: Sources) -> list[str]:
-    """Functions and classes of whose docstring a reader learns nothing but where another one is."""
+    """Functions and classes whose docstring begins with another one, to be opened first."""
     return [
         f"{module}.{node.name}"
         for module, path in sources.items()
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
-        and re.fullmatch(r"(See|As|Like) `[^`]+`[.,]?", ast.get_docstring(node) or "")
+        and re.match(r"(See|As|Like) `[^`]+`", ast.get_docstring(node) or "")
     ]
 
 
