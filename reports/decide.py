@@ -23,6 +23,7 @@ from engines import YARDSTICK, entry, public_engines
 from engines.errors import UserError
 from harness.records.comparison import Comparison, beside_native
 from harness.records.run import Run
+from profiles.language import translated
 from profiles.machine import Machine
 from reports.criteria import (
     ANY_METHOD,
@@ -35,7 +36,7 @@ from reports.criteria import (
 from reports.format import metric_value, span, times
 from reports.governance import GovernanceLine
 from reports.judging.quality import learned
-from reports.judging.ranking import Standing, State, beaten_by, ordered
+from reports.judging.ranking import Standing, State, beaten_by, ordered, trains_less
 from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text
 from reports.judging.untried import Untried, what_to_run
 from reports.messages import say
@@ -271,14 +272,26 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
             asked=asked(row),
             note=row.note or "",
             because=say("verdict.because", note=row.note) if row.note else "",
+            untold=_untold(method or row.engine, all_),
         )
     if state == "INCONCLUSIVE":
         return say("verdict.nothing_to_judge_by")
     engine = method or next(row.engine for row in rows if row.level == "must" and row.outcome == "pass")
     if answer := _answer(engine, all_):
-        return say("verdict.go", engine=engine, answer=answer)
+        return say("verdict.go", engine=engine, answer=answer, untold=_untold(engine, all_))
     count = sum(row.outcome == "pass" for row in rows)
     return say("verdict.go_plain", engine=engine, count=count)
+
+
+def _untold(engine: str, all_: Measurements) -> str:
+    """Of a method that does not train every weight along its gradient: that how good it gets is not known.
+    Empty where it is known, or trains all."""
+    if not all_.of(engine).ok or learned(engine, all_) is not None:
+        return ""
+    row = entry(engine)
+    if row.order == "first" and not trains_less(engine):
+        return ""
+    return say(f"verdict.untold_{row.order}", trains=translated(row.trains))
 
 
 def measured_value(row: JudgedCriterion) -> str:
