@@ -21,6 +21,7 @@ from harness.data.padding import padded_length
 from harness.progress import console
 from harness.records.job import Job
 from harness.records.run import Run
+from harness.records.shape import MODEL, save_shape
 from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.attempt import MatrixRate
@@ -209,12 +210,13 @@ def planned_cells(ready: PreparedJob, sweep: Sweep) -> list[Cell]:
 
 
 def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEvent], None]) -> list[Run]:
-    """Run the plans, each in its own process. Keeps the machine beside the runs."""
+    """Run the plans, each in its own process. Keeps the machine and the model's sizes beside the runs."""
     data_file = None if ready.save_data is None else (sweep.out / WORK / "data.safetensors").resolve()
     at_end = contextlib.ExitStack()
 
     def before_first() -> None:
         save_machine(shared_machine(ready.machine), sweep.out / "machine.json")
+        save_shape(ready.shape, sweep.out / MODEL)
         if ready.save_data is not None and data_file is not None:
             at_end.callback(_clear, data_file)
             ready.save_data(data_file)

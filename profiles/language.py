@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -96,6 +96,20 @@ def translated(text: str) -> str:
                 **{name: _held(name, value) for name, value in found.groupdict().items()}
             )
     return quantity(text)
+
+
+_LARGE: dict[Language, tuple[tuple[float, str], ...]] = {
+    "en": ((1e9, " B"), (1e6, " M"), (1e3, " K")),
+    "ja": ((1e8, "億"), (1e4, "万")),
+}
+
+
+def large_count(count: int, show: Callable[[float], str]) -> str:
+    """A number of parameters, such as `1.35 B`, in the language's own units; `show` writes the number."""
+    for size, unit in _LARGE[spoken()]:
+        if count >= size:
+            return f"{show(count / size)}{unit}"
+    return str(count)
 
 
 def quantity(text: str) -> str:

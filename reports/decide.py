@@ -107,6 +107,11 @@ class Verdict:
     """The checklist; empty, and then not written, where the records are of before it."""
     schema_version: int = 1
 
+    @property
+    def about(self) -> str:
+        """The method to use; where there is none, the one that was judged; empty: nothing was."""
+        return self.method or (self.rows[0].engine if self.rows else "")
+
 
 def decide(
     runs: Sequence[Run],
@@ -289,9 +294,9 @@ def _untold(engine: str, all_: Measurements) -> str:
     if not all_.of(engine).ok or learned(engine, all_) is not None:
         return ""
     row = entry(engine)
-    if row.order == "first" and not trains_less(engine):
-        return ""
-    return say(f"verdict.untold_{row.order}", trains=translated(row.trains))
+    if row.order == "zeroth":
+        return say("verdict.without_gradients")
+    return say("verdict.trains_fewer", trains=translated(row.trains)) if trains_less(engine) else ""
 
 
 def measured_value(row: JudgedCriterion) -> str:
@@ -302,8 +307,17 @@ def measured_value(row: JudgedCriterion) -> str:
 
 
 def state_text(state: State) -> str:
-    """As a reader sees it."""
-    return say(f"state.{state.lower().replace(' ', '_').replace('-', '_')}")
+    """As a reader sees it in the headline."""
+    return say(f"state.{_key(state)}")
+
+
+def state_word(state: State) -> str:
+    """In a table or a list."""
+    return say(f"state_short.{_key(state)}")
+
+
+def _key(state: State) -> str:
+    return state.lower().replace(" ", "_").replace("-", "_")
 
 
 def asked(row: JudgedCriterion) -> str:

@@ -9,7 +9,7 @@ from harness.records.stats import Rounds
 from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
-from reports.decide import Verdict, state_text
+from reports.decide import Verdict, state_text, state_word
 from reports.format import counted, digits, percent, span, times
 from reports.judging import stated
 from reports.judging.quality import learned, learned_text, why_unknown
@@ -36,7 +36,7 @@ MOST_RISKS = 4
 
 def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measurements) -> FrontPage:
     """Of the method that the verdict is about; where it is about none, of the one judged."""
-    engine = verdict.method or (verdict.rows[0].engine if verdict.rows else "")
+    engine = verdict.about
     question, *conditions = setting(loaded)
     purpose = criteria.question.purpose
     parts: list[tuple[str, tuple[NamedText, ...]]] = [
@@ -85,12 +85,12 @@ def _asides(verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
             say(
                 "verdict.beaten" if one.beaten_by else "verdict.state",
                 engine=one.engine,
-                state=state_text(one.state),
+                state=state_word(one.state),
                 better=one.beaten_by,
             )
             for one in verdict.methods
         ]
-        found.append(f"{say('verdict.other_methods')} {say('show.list').join(told)}")
+        found.append(say("show.sentences").join([say("verdict.other_methods"), say("show.list").join(told)]))
     return (*found, *_of_less_training(verdict, all_))
 
 

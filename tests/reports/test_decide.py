@@ -427,7 +427,7 @@ def test_training_less_in_less_time_is_no_answer_without_quality_and_says_so() -
         "measured."
     )
     zeroth = decide([make_run("zo2")], criteria(criterion("step_s", 9.0, engine=ANY_METHOD)), machine)
-    assert zeroth.sentence.endswith("how many steps it needs and how good it gets was not measured.")
+    assert zeroth.sentence.endswith("how many steps it needs and how good it gets were not measured.")
 
 
 @pytest.mark.parametrize(
