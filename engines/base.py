@@ -261,7 +261,7 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class TellsLanding(Protocol):
+class SupportsRealizedUpdates(Protocol):
     """An engine that can say how much of what it wants to change arrives in the stored weights."""
 
     def landed_share(self) -> float | None:
@@ -275,7 +275,7 @@ class TellsLanding(Protocol):
 
 
 @runtime_checkable
-class TellsNotes(Protocol):
+class SupportsNotes(Protocol):
     """An engine that says what of its settings it could not have."""
 
     @property
@@ -284,7 +284,7 @@ class TellsNotes(Protocol):
 
 
 @runtime_checkable
-class TellsTrace(Protocol):
+class SupportsTrace(Protocol):
     """An engine that keeps what each stream did where `Context.trace` asks for it."""
 
     def trace_events(self) -> list[dict[str, Any]]:

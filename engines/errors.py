@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake that a user can mend. Printed as one line: what, why, what to do."""
+    """A mistake that a user can put right. Printed as one line: what, why, what to do."""
 
     def __init__(self, what: str, why: str, remedy: str) -> None:
         self.what = printable(what)

@@ -1,16 +1,20 @@
 """The processes of one run, one for each GPU, as an engine sees them. Imports no torch.
 
-What goes between them is little: losses, a few bytes at the start. `engines.transfer.process_group` does it
-through torch.distributed; a run of one process has `ALONE`, which does nothing.
+What goes between hosts is little: losses, a few bytes at the start. GPUs of one machine may exchange what
+they brought up (`all_gather`). `engines.transfer.process_group` does it through torch.distributed; a run of
+one process has `ALONE`, which does nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from engines.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Each = TypeVar("Each")
 
@@ -46,6 +50,13 @@ class World(Protocol):
     def barrier(self) -> None:
         """Returns when every rank has called it."""
 
+    def all_gather(self, memory: Tensor) -> None:
+        """Among the ranks of this machine: `memory`, (local_size n,) contiguous, has this rank's n elements
+        in their place before, and those of all ranks after. On a GPU in the order of the current stream.
+
+        Raises `UserError`, the first time, where their GPUs cannot reach each other.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Alone:
@@ -67,6 +78,9 @@ class Alone:
 
     def barrier(self) -> None:
         """There is nobody to wait for."""
+
+    def all_gather(self, memory: Tensor) -> None:
+        """They are its own."""
 
 
 ALONE = Alone()

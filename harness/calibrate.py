@@ -64,10 +64,10 @@ def _seen(path: Path, machine: Machine) -> Seen | str:
         predicted_s = _predicted_s(run, machine)
     except UserError:
         return MODEL_GONE
-    told_s = None if run.predicted is None else run.predicted.step_s
-    if not predicted_s or not told_s:
+    recorded_s = None if run.predicted is None else run.predicted.step_s
+    if not predicted_s or not recorded_s:
         return NOT_PREDICTED
-    if not 1 / SAME_MODEL <= predicted_s / told_s <= SAME_MODEL:
+    if not 1 / SAME_MODEL <= predicted_s / recorded_s <= SAME_MODEL:
         return OTHER_VERSION
     energy_j = run.summary.energy_j
     power_w = None if energy_j is None else energy_j / taken_s

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 
 class _Watch:
-    def __init__(self, tell: Callable[[str], object]) -> None:
+    def __init__(self, on_contact: Callable[[str], object]) -> None:
         self.hosts: dict[str, None] = {}
-        self._tell = tell
+        self._on_contact = on_contact
 
     def note(self, host: str) -> None:
         if host not in self.hosts:
             self.hosts[host] = None
-            self._tell(host)
+            self._on_contact(host)
 
 
 _watches: list[_Watch] = []
@@ -28,12 +28,12 @@ _is_hooked: list[bool] = []
 
 
 @contextmanager
-def contacts_watched(tell: Callable[[str], object] = lambda host: None) -> Iterator[None]:
-    """Within it, `contacted` knows; `tell` is called with each host at its first time, in any thread."""
+def contacts_watched(on_contact: Callable[[str], object] = lambda host: None) -> Iterator[None]:
+    """Within it, `contacted` knows; `on_contact` is called once with each new host, in any thread."""
     if not _is_hooked:
         sys.addaudithook(_on_event)
         _is_hooked.append(True)
-    watch = _Watch(tell)
+    watch = _Watch(on_contact)
     _watches.append(watch)
     try:
         yield

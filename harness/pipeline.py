@@ -145,7 +145,7 @@ def data_lengths(job: Job, shape: ModelShape) -> DataLengths | None:
         sequences=len(lengths),
         tokens=sum(lengths),
         shares=tuple((length, count / len(lengths)) for length, count in sorted(counts.items())),
-        told=tokenized.description,
+        description=tokenized.description,
     )
 
 

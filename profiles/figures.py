@@ -142,11 +142,11 @@ FIGURES: tuple[FigureRow, ...] = (
 """In the order in which they are shown."""
 
 EACH_GPU: tuple[FigureRow, ...] = (
-    # Predictions are of one GPU; on several, a person must know whether their links slow each other down.
-    _row("each_gpu.h2d_bytes_per_s", "to it", format_rate, "default", "person"),
-    _row("each_gpu.d2h_bytes_per_s", "from it", format_rate, "default", "person"),
-    _row("each_gpu.h2d_together_bytes_per_s", "to it, all busy", format_rate, "default", "person"),
-    _row("each_gpu.d2h_together_bytes_per_s", "from it, all busy", format_rate, "default", "person"),
+    _row("each_gpu.h2d_bytes_per_s", "to it", format_rate, "brief", "person"),
+    _row("each_gpu.d2h_bytes_per_s", "from it", format_rate, "brief", "person"),
+    _row("each_gpu.h2d_together_bytes_per_s", "to it, all busy", format_rate, "brief", "person"),
+    _row("each_gpu.d2h_together_bytes_per_s", "from it, all busy", format_rate, "brief", "person"),
+    _row("each_gpu.from_gpu_bytes_per_s", "from the next GPU", format_rate, "brief", "person"),
 )
 """Of each `profiles.machine.GpuLink`, where there are several GPUs."""
 

@@ -57,7 +57,7 @@ class _Phrase:
     """A sentence of this program, as a pattern, and its translation."""
 
     pattern: re.Pattern[str]
-    told: str
+    translation: str
 
 
 @cache
@@ -76,7 +76,7 @@ def _pattern(english: str) -> str:
     return "".join(f"(?P<{part}>.+?)" if place % 2 else re.escape(part) for place, part in enumerate(parts))
 
 
-def _held(name: str, value: str) -> str:
+def _translated_value(name: str, value: str) -> str:
     """What stands for a name: `items` are several, and what begins with `raw_` stays as it is."""
     if name.startswith("raw_"):
         return value
@@ -92,8 +92,8 @@ def translated(text: str) -> str:
         return text
     for phrase in _phrases(spoken()):
         if found := phrase.pattern.fullmatch(text):
-            return phrase.told.format(
-                **{name: _held(name, value) for name, value in found.groupdict().items()}
+            return phrase.translation.format(
+                **{name: _translated_value(name, value) for name, value in found.groupdict().items()}
             )
     return quantity(text)
 

@@ -99,6 +99,9 @@ class GpuLink:
     d2h_bytes_per_s: Figure
     h2d_together_bytes_per_s: Figure = NOT_PROBED
     d2h_together_bytes_per_s: Figure = NOT_PROBED
+    from_gpu_bytes_per_s: Figure = NOT_PROBED
+    """From the next GPU's memory to its own, while every GPU copies likewise: over NVLink several times what
+    the link to the host moves, over PCI Express no more than that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

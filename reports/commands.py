@@ -109,9 +109,9 @@ def export_tables(folder: Path, kind: TableFormat, to: Path | None) -> Path:
     loaded = load_folder(folder)
     for broken in loaded.broken:
         note_left_out(broken)
-    told = written(loaded, loaded.criteria)
+    judged = written(loaded, loaded.criteria)
     there = to or folder / "tables"
-    for path in write_tables(data_of(told.verdict, told.document, loaded.runs), there, kind):
+    for path in write_tables(data_of(judged.verdict, judged.document, loaded.runs), there, kind):
         typer.echo(str(path))
     return there
 

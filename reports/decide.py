@@ -1,6 +1,6 @@
 """The verdict: a pure function of the runs and of the criteria. Never depends on the order of either's runs.
 
-- A must that failed is NO-GO, whatever else is still unknown: no further measurement can mend it.
+- A must that failed is NO-GO, whatever else is still unknown: no further measurement can change that.
 - Else a must that could not be judged is INCONCLUSIVE; it never counts as passed.
 - Else a want that failed or could not be judged is a CONDITIONAL GO.
 - Else GO, if at least one must was passed; with nothing to judge by it is INCONCLUSIVE.
@@ -33,8 +33,8 @@ from reports.criteria import (
     Level,
     Metric,
 )
+from reports.findings.governance import GovernanceLine
 from reports.format import metric_value, span, times
-from reports.governance import GovernanceLine
 from reports.judging.quality import learned
 from reports.judging.ranking import Standing, State, beaten_by, ordered, trains_less
 from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text
@@ -361,10 +361,10 @@ def _beside_native(engine: str, all_: Measurements) -> str:
     values = {"memory": memory_text(memory), "quality": _quality(YARDSTICK, all_)}
     if not ratio.applies:
         return say("verdict.native_memory", **values)
-    told = times(ratio.value)
+    ratio_text = times(ratio.value)
     if ratio.runs == 2 and ratio.low is not None and ratio.high is not None:
-        told = span(times(ratio.low), times(ratio.high))
-    return say("verdict.beside_native", ratio=told, **values)
+        ratio_text = span(times(ratio.low), times(ratio.high))
+    return say("verdict.beside_native", ratio=ratio_text, **values)
 
 
 def _quality(engine: str, all_: Measurements) -> str:

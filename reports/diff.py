@@ -118,7 +118,7 @@ def differing(before: Loaded, after: Loaded) -> tuple[str, ...]:
 
 
 def _sentences(before: Verdict, after: Verdict) -> list[str]:
-    told = [
+    sentences = [
         say(
             "diff.verdict",
             before=state_word(before.state),
@@ -131,7 +131,7 @@ def _sentences(before: Verdict, after: Verdict) -> list[str]:
     for row in after.rows:
         was = outcomes.get(row.id)
         if was is not None and was != row.outcome:
-            told.append(
+            sentences.append(
                 say(
                     "diff.criterion",
                     id=row.id,
@@ -139,17 +139,17 @@ def _sentences(before: Verdict, after: Verdict) -> list[str]:
                     after=say(f"outcome.{row.outcome.replace(' ', '_')}"),
                 )
             )
-    return told
+    return sentences
 
 
 def _unlike(names: Sequence[str]) -> list[str]:
     return [say("diff.unlike", names=say("setting.held_join").join(names))] if names else []
 
 
-def as_lines(told: Sequence[str], table: Table) -> str:
+def as_lines(sentences: Sequence[str], table: Table) -> str:
     """As Markdown, which reads well in a terminal and in a pull request."""
     head = f"| {' | '.join(table.columns)} |"
     marks = ["---:" if place in table.numeric else "---" for place in range(len(table.columns))]
     rule = f"| {' | '.join(marks)} |"
     rows = [f"| {' | '.join(row)} |" for row in table.rows]
-    return "\n".join([*told, "", head, rule, *rows, *(["", table.note] if table.note else [])])
+    return "\n".join([*sentences, "", head, rule, *rows, *(["", table.note] if table.note else [])])

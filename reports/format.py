@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from harness.records.columns import CellValue, Column, RowT, Unit, table_cells
-from harness.records.job import ModelSource
+from harness.records.job import Job, ModelSource
 from harness.records.stats import Spread
 from profiles.language import quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
@@ -22,6 +22,23 @@ def model_name(name: str) -> str:
     parts = name.rstrip("/").split("/")
     is_folder = len(parts) > 2 or parts[0] in ("", ".", "..", "~")
     return parts[-1] if is_folder else name
+
+
+def job_in_short(job: Job) -> str:
+    """Batch, length and precision, with the GPUs and the limit of memory where they were given."""
+    micro_batches = f" x {job.accumulation}" if job.accumulation > 1 else ""
+    text = say(
+        "index.job_told",
+        batch=job.batch_size,
+        seq_len=job.seq_len,
+        micro_batches=micro_batches,
+        dtype=job.dtype,
+    )
+    if job.limits.gpus > 1:
+        text = say("index.job_on_gpus", job=text, count=job.limits.gpus)
+    if job.limits.vram_bytes is None:
+        return text
+    return say("index.job_capped", job=text, vram=format_bytes(job.limits.vram_bytes))
 
 
 def model_title(source: ModelSource) -> str:

@@ -17,11 +17,11 @@ from engines.files.reading import exists, read_text
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
-from harness.records.job import Job
+from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
-from profiles.units import format_bytes, format_seconds
+from profiles.units import format_seconds
 from reports.charts.axes import Axis
 from reports.charts.bars import BarGroup, BarPart, BarRow, grouped_bars
 from reports.charts.marks import standalone
@@ -32,6 +32,7 @@ from reports.format import (
     PERCENT,
     TIMES,
     digits,
+    job_in_short,
     middle,
     model_name,
     model_title,
@@ -42,7 +43,7 @@ from reports.format import (
 )
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, floor_share, gpu_taken_bytes, group, largest, typical
+from reports.metrics import Measurements, ends, floor_share, group, largest, typical
 from reports.render import markdown_text
 from reports.sharing.public_page import public_page, public_rows
 
@@ -51,7 +52,7 @@ VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
-CHOSEN = ("d",)
+CHOSEN = ("d", "resident_blocks")
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""
@@ -142,7 +143,7 @@ def published(folder: Path, on_broken: Callable[[Broken], None] = lambda broken:
         yield Published(
             folder=folder.name,
             model=model_title(loaded.job.model),
-            job=_job_in_short(loaded.job),
+            job=job_in_short(loaded.job),
             machine=_machine(loaded, rounds),
             parameters=rounds.runs[0].model.parameters,
             engine=engine,
@@ -398,10 +399,3 @@ def _machine(loaded: Loaded, rounds: Rounds) -> str:
     if environment.emulated is None:
         return machine
     return say("index.emulated", machine=machine, emulated=environment.emulated)
-
-
-def _job_in_short(job: Job) -> str:
-    text = say("index.job_told", batch=job.batch_size, seq_len=job.seq_len, dtype=job.dtype)
-    if job.limits.vram_bytes is None:
-        return text
-    return say("index.job_capped", job=text, vram=format_bytes(job.limits.vram_bytes))

@@ -1,6 +1,4 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
-
-Longer than 400 lines: a function for each metric, read as one list."""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ from typing import get_args
 
 from engines import YARDSTICK
 from harness.records.job import make_job
+from harness.records.memory_limits import gpu_limit_bytes, gpu_taken_bytes, host_limit_bytes
 from harness.records.run import EndState, Predicted, Run
 from harness.records.stats import (
     Rounds,
@@ -20,7 +19,6 @@ from harness.records.stats import (
     ratio,
 )
 from profiles.machine import Machine
-from profiles.planning.budget import CONTEXT_BYTES
 from reports.criteria import Criteria, Metric
 from reports.format import GIB
 from reports.load import engine_order
@@ -141,12 +139,6 @@ def is_emulated(rounds: Rounds) -> bool:
     return any(run.emulation is not None for run in rounds.ok)
 
 
-def gpu_taken_bytes(run: Run) -> int | None:
-    """Peak GPU memory that the run held: what torch reserved, else what its tensors took."""
-    reserved = run.summary.peak_gpu_reserved_bytes
-    return reserved if reserved is not None else run.summary.peak_gpu_allocated_bytes
-
-
 def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
     """Median of `value` over the runs that ended ok and have it; `None`: none has."""
     found = over_runs(rounds.ok, value)
@@ -157,52 +149,6 @@ def largest(rounds: Rounds, value: Callable[[Run], float | None]) -> float | Non
     """Largest `value` of the runs that ended ok and have it; `None`: none has."""
     found = over_runs(rounds.ok, value)
     return found.high if found else None
-
-
-def reserves_known(rounds: Rounds) -> bool:
-    """Whether what was taken is, for each run, what torch reserved."""
-    return all(run.summary.peak_gpu_reserved_bytes is not None for run in rounds.ok)
-
-
-def held_gpu_bytes(run: Run) -> int | None:
-    """GPU memory that the run was held to, by the emulated machine or by its job; `None`: by neither."""
-    limit = _job_limit(run, "vram_bytes")
-    if run.emulation is None:
-        return limit
-    asked = run.emulation.vram_bytes
-    return run.emulation.vram_bytes_held or (asked if limit is None else min(asked, limit))
-
-
-def gpu_limit_bytes(run: Run, machine: Machine | None) -> int | None:
-    """GPU memory that the run might use: what it was held to, else the whole card."""
-    known = held_gpu_bytes(run) or run.environment.gpu_total_bytes
-    if known:
-        return known
-    return machine.gpu.total_bytes if machine is not None and machine.gpu is not None else None
-
-
-def held_card_bytes(run: Run) -> int | None:
-    """Size of the card that `run` was to do with, CUDA's context included; `None`: the whole card."""
-    if run.emulation is None:
-        return held_gpu_bytes(run)
-    card = run.emulation.vram_bytes + CONTEXT_BYTES
-    limit = _job_limit(run, "vram_bytes")
-    return card if limit is None else min(card, limit)
-
-
-def held_host_bytes(run: Run) -> int | None:
-    """Host memory that the job held the run to; `None`: it named no limit."""
-    return _job_limit(run, "host_bytes")
-
-
-def host_limit_bytes(run: Run) -> int:
-    """Host memory that the run might use."""
-    return held_host_bytes(run) or run.environment.host_memory_bytes
-
-
-def _job_limit(run: Run, name: str) -> int | None:
-    limit = run.job.get("limits", {}).get(name)
-    return int(limit) if limit else None
 
 
 def _from_spread(found: Spread | None, expected: float | None = None) -> MetricFinding:

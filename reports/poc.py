@@ -8,14 +8,13 @@ import typer
 
 from engines.files.reading import exists
 from harness.cli.advice_tables import recommendation_text
+from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
 from harness.cli.options import (
-    OF_TRAINING,
     CriteriaFlag,
     Emulate,
     Engines,
     External,
     FailOn,
-    JobFlags,
     Lang,
     Out,
     Profile,
@@ -28,7 +27,6 @@ from harness.cli.options import (
     exit_for,
     exit_without_gpu,
     results_folder,
-    takes_job,
 )
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import runs_table

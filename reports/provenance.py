@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.records.columns import Column
+from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
 from harness.records.run import Run
 from profiles.figures import reported
 from profiles.language import large_count, translated
@@ -15,7 +16,7 @@ from reports.decide import Verdict
 from reports.format import Table, counted, digits, model_title, span
 from reports.load import Loaded, engine_order
 from reports.messages import say
-from reports.metrics import Measurements, held_gpu_bytes, held_host_bytes, typical
+from reports.metrics import Measurements, typical
 
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
@@ -26,6 +27,8 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     if environment.gpu_name is not None:
         parts = [environment.gpu_name, format_bytes(environment.gpu_total_bytes), environment.link]
         gpu = ", ".join(part for part in parts if part and part != NOT_MEASURED)
+        if job.limits.gpus > 1:
+            gpu = say("setting.gpus", count=job.limits.gpus, gpu=gpu)
     held = _held(run)
     weights = "random_weights" if job.model.random_weights else "checkpoint"
     accumulation = say("setting.accumulation", count=job.accumulation) if job.accumulation > 1 else ""
@@ -215,8 +218,8 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
             runs=counted("run", len(runs)),
         ),
     }
-    told = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
-    return (*told, (say("integrity.label"), _about_manifest(loaded)))
+    shown = tuple((say(f"reproduce.{key}"), text) for key, text in facts.items())
+    return (*shown, (say("integrity.label"), _about_manifest(loaded)))
 
 
 def _about_manifest(loaded: Loaded) -> str:
@@ -263,8 +266,8 @@ def not_measured(loaded: Loaded, all_: Measurements) -> tuple[str, ...]:
 
 def _held(run: Run) -> str:
     """To what less than its machine has `run` was held; empty where to nothing."""
-    caps = {"held_gpu": held_gpu_bytes(run) if run.environment.gpu_name is not None else None,
-            "held_host": held_host_bytes(run)}  # fmt: skip
+    caps = {"held_gpu": imposed_gpu_bytes(run) if run.environment.gpu_name is not None else None,
+            "held_host": imposed_host_bytes(run)}  # fmt: skip
     parts = [say(f"setting.{key}", memory=format_bytes(cap)) for key, cap in caps.items() if cap is not None]
     if run.emulation is not None:
         threads = run.emulation.threads_held or run.emulation.threads

@@ -58,8 +58,8 @@ class JobSize:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        told = [name for name in ("examples", "tokens", "steps") if getattr(self, name) is not None]
-        if len(told) != 1 or not getattr(self, told[0]):
+        given = [name for name in ("examples", "tokens", "steps") if getattr(self, name) is not None]
+        if len(given) != 1 or not getattr(self, given[0]):
             raise ValueError("give one of examples, tokens and steps, more than 0")
 
     def steps_of(self, job: Job) -> float:

@@ -16,7 +16,7 @@ from profiles.documents import to_json, write_whole
 from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide, state_text
-from reports.governance import governance_lines
+from reports.findings.governance import governance_lines
 from reports.judging.untried import Untried, untried_of
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
@@ -67,10 +67,10 @@ def page(folder: Path, language: Language) -> Path:
 def in_short(verdict: Verdict, language: Language) -> str:
     """The verdict as one line, and below it the command that would settle what is open."""
     with speaking(language):
-        told = [say("verdict.line", state=state_text(verdict.state), sentence=verdict.sentence)]
+        lines = [say("verdict.line", state=state_text(verdict.state), sentence=verdict.sentence)]
         if verdict.next_command:
-            told.append(say("verdict.line_next", command=verdict.next_command))
-    return "\n".join(told)
+            lines.append(say("verdict.line_next", command=verdict.next_command))
+    return "\n".join(lines)
 
 
 def what_to_do(folder: Path, language: Language = "en") -> str:
@@ -111,18 +111,18 @@ def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = N
     )
 
 
-def render_markdown(told: WrittenReport) -> str:
+def render_markdown(report: WrittenReport) -> str:
     """For pull requests and wikis. Text from the data is escaped; charts are left to the HTML."""
-    return _markdown().get_template("report.md.j2").render(document=told.document)
+    return _markdown().get_template("report.md.j2").render(document=report.document)
 
 
-def render_html(told: WrittenReport) -> str:
+def render_html(report: WrittenReport) -> str:
     """One file without scripts or anything from outside; its first page prints on one sheet of A4."""
-    tone = told.document.front.state.lower().removesuffix(" go")
+    tone = report.document.front.state.lower().removesuffix(" go")
     return (
         _html()
         .get_template("report.html.j2")
-        .render(document=told.document, tone=tone, language=spoken(), markup=Markup)
+        .render(document=report.document, tone=tone, language=spoken(), markup=Markup)
     )
 
 

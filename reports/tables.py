@@ -13,6 +13,7 @@ from engines.errors import UserError
 from engines.settings.lsp import LspSettings
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.comparison import beside_native
+from harness.records.memory_limits import reserves_known
 from harness.records.run import Run
 from harness.records.stats import Rounds, over_runs
 from profiles.language import quantity, translated
@@ -48,7 +49,6 @@ from reports.metrics import (
     largest,
     over_steps,
     predicted,
-    reserves_known,
     typical,
 )
 
@@ -76,7 +76,7 @@ def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...
         expected = metric_value(row.metric, row.predicted)
     if row.metric in ("gpu_memory_share", "gpu_memory_gib"):
         if row.measured is not None:
-            taken = "reserved" if reserves_known(all_.of(row.engine)) else "tensors"
+            taken = "reserved" if reserves_known(all_.of(row.engine).ok) else "tensors"
             measured = say(f"table.{taken}", value=measured)
         if row.predicted is not None:
             expected = say("table.tensors", value=expected)

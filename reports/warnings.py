@@ -8,25 +8,18 @@ from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.settings.zeroth_order import approximation
 from harness.records.comparison import not_at_its_best
 from harness.records.manifest import FindingKind, ManifestFinding
+from harness.records.memory_limits import gpu_taken_bytes, imposed_card_bytes
 from harness.records.run import Run
 from harness.records.stats import DISTURBED_FACTOR, differing_field, disturbed, faster_or_slower
 from harness.runs.emulate import what_is_short
 from profiles.language import translated
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
-from reports import exactness
 from reports.criteria import Criteria, default_criteria
+from reports.findings import exactness
 from reports.format import middle, span
 from reports.messages import say
-from reports.metrics import (
-    Measurements,
-    ends,
-    gpu_taken_bytes,
-    held_card_bytes,
-    is_emulated,
-    largest,
-    predicted,
-)
+from reports.metrics import Measurements, ends, is_emulated, largest, predicted
 
 FEW_RUNS = 5
 """Below this many runs per method, ranges are shown and called indicative."""
@@ -155,7 +148,7 @@ def _about_the_card(runs: Sequence[Run]) -> str | None:
     beyond: dict[str, int] = {}
     cards: set[int] = set()
     for run in runs:
-        card, used = held_card_bytes(run), run.summary.peak_gpu_nvml_bytes
+        card, used = imposed_card_bytes(run), run.summary.peak_gpu_nvml_bytes
         if run.end_state == "ok" and card is not None and used is not None and used > card:
             beyond[run.engine] = max(used, beyond.get(run.engine, 0))
             cards.add(card)

@@ -30,6 +30,8 @@ class LayerTimes:
     host_s: float
     """Host memory, shared by copies and CPU update; it is busy while they are, never after them."""
     disk_s: float = 0.0
+    from_gpu_s: float = 0.0
+    """Between the machine's GPUs."""
 
 
 def busy_s(layers: Sequence[LayerTimes]) -> dict[str, float]:
@@ -41,6 +43,7 @@ def busy_s(layers: Sequence[LayerTimes]) -> dict[str, float]:
         "cpu": sum(layer.cpu_s for layer in layers),
         "disk": sum(layer.disk_s for layer in layers),
         "host memory": sum(layer.host_s for layer in layers),
+        "gpu to gpu": sum(layer.from_gpu_s for layer in layers),
     }
 
 
@@ -116,9 +119,10 @@ def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float)
         "h2d": piece * max((layer.h2d_s for layer in moving), default=0.0),
         "d2h": piece * max((layer.d2h_s for layer in moving), default=0.0),
         "cpu": piece * max((layer.cpu_s for layer in moving), default=0.0),
+        "gpu to gpu": piece * max((layer.from_gpu_s for layer in moving), default=0.0),
     }
     fill = sum(share.values())
-    others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu"))
+    others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu", "gpu to gpu"))
     # Reading goes on ahead, over the ends of layers and steps: it waits for nobody.
     return max(host, disk, busy["gpu"] + fill - share["gpu"], *others)
 

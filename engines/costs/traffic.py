@@ -35,6 +35,8 @@ class LayerTraffic:
     """Operations that eager PyTorch starts one by one from the CPU."""
     gaussians: int = 0
     """Normally distributed numbers drawn on the GPU, for perturbations."""
+    from_gpu_bytes: int = 0
+    """What comes from the memory of the machine's other GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class Traffic:
     pinned_bytes: int = 0
     shared_host_bytes: Mapping[str, int] = field(default_factory=dict)
     """Of `host_memory_bytes` what ranks of one machine have once, and what that takes then. Pinned."""
+    shards_uploads: bool = False
+    """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
     """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run
     in."""
@@ -65,19 +69,24 @@ class Traffic:
             return self
         parts = {name: -(-each // local_ranks) for name, each in self.shared_host_bytes.items()}
         alone = sum(self.host_memory_bytes[name] for name in parts)
-        layers = [
-            replace(
-                layer,
-                d2h_bytes=layer.d2h_bytes // local_ranks,
-                host_bytes=layer.host_bytes - layer.d2h_bytes + layer.d2h_bytes // local_ranks,
-            )
-            for layer in self.layers
-        ]
+        layers = [self._layer_of_a_rank(layer, local_ranks) for layer in self.layers]
         return replace(
             self,
             layers=tuple(layers),
             host_memory_bytes={**self.host_memory_bytes, **parts},
             pinned_bytes=self.pinned_bytes - alone + sum(parts.values()),
+        )
+
+    def _layer_of_a_rank(self, layer: LayerTraffic, local_ranks: int) -> LayerTraffic:
+        up, down = layer.h2d_bytes, layer.d2h_bytes // local_ranks
+        if self.shards_uploads:
+            up //= local_ranks
+        return replace(
+            layer,
+            h2d_bytes=up,
+            d2h_bytes=down,
+            host_bytes=layer.host_bytes - layer.h2d_bytes - layer.d2h_bytes + up + down,
+            from_gpu_bytes=layer.h2d_bytes - up,
         )
 
     @property
@@ -95,6 +104,10 @@ class Traffic:
     @property
     def d2h_bytes(self) -> int:
         return sum(layer.d2h_bytes for layer in self.layers)
+
+    @property
+    def from_gpu_bytes(self) -> int:
+        return sum(layer.from_gpu_bytes for layer in self.layers)
 
     @property
     def disk_bytes(self) -> int:

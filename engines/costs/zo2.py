@@ -152,8 +152,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
                 host_bytes=float(block + down + read),
                 disk_bytes=read,
             )
-    # As `engines.methods.zo2` has it: of what ranks share one of them writes a block when it is its turn.
-    shares = not on_disk and not settings.trains_quantized and settings.estimator != "lozo"
+    shares = not on_disk and settings.shares_blocks
     spare = max(
         sum(
             index not in resident
@@ -173,6 +172,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
             **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
         },
         shared_host_bytes={"blocks, pinned": host_bytes + spare * block} if shares and streamed else {},
+        shards_uploads=settings.sharded_upload,
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
         overlap="streamed",
         forwards=float(settings.forward_passes),

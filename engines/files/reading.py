@@ -126,10 +126,10 @@ def parse_toml(content: str | bytes, name: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(content if isinstance(content, str) else content.decode("utf-8"))
     except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(name, f"is not valid TOML ({error})", "mend the file") from None
+        raise UserError(name, f"is not valid TOML ({error})", "fix the file") from None
     why = why_not_plain(value)
     if why is not None:
-        raise UserError(name, f"is not valid TOML ({why})", "mend the file")
+        raise UserError(name, f"is not valid TOML ({why})", "fix the file")
     return value
 
 

@@ -9,41 +9,20 @@ CUDA's managed memory, which the driver moves to the host where the GPU has no r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-
-from torch import Tensor
-
 from engines import why_not_installed
-from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.base import Blueprint
 from engines.errors import NotAvailable, UserError
 from engines.first_order.adamw import parameter_groups, weights_dtype
-from engines.first_order.training_loop import TrainingLoop
+from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import materialize
 from engines.model.model_check import check_repeats
 from engines.settings.libraries import AdamW8bitSettings
 
 
-class AdamW8bit:
+class AdamW8bit(LoopedEngine[AdamW8bitSettings]):
     """bitsandbytes' AdamW8bit or PagedAdamW8bit. Implements `engines.base.Engine`."""
 
     name = "adamw-8bit"
-    pinned_bytes = 0
-
-    def __init__(self, settings: AdamW8bitSettings, context: Context) -> None:
-        self.settings = settings
-        self.context = context
-        self.loop = TrainingLoop(self.name, settings, context)
-
-    @staticmethod
-    def why_not_available() -> str | None:
-        """Why this engine cannot run here; `None` if it can."""
-        return why_not_installed(AdamW8bit.name)
-
-    @property
-    def notes(self) -> list[str]:
-        """What of the settings could not be had, and why."""
-        return self.loop.notes
 
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the device. Raises `NotAvailable` without bitsandbytes; `UserError` for fp16 and
@@ -65,31 +44,3 @@ class AdamW8bit:
             eps=self.settings.adam_eps,
         )
         self.loop.begin(model, optimizer)
-
-    def step(self, batches: Sequence[Batch]) -> StepStats:
-        """One AdamW step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
-        return self.loop.step(batches)
-
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Loss and accuracy in evaluation mode."""
-        return self.loop.evaluate(batches)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once, on the host."""
-        return self.loop.weights()
-
-    def save(self, folder: Path) -> None:
-        """Weights, moments as they are, step and random state."""
-        self.loop.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self.loop.load(folder)
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        self.loop.synchronize()
-
-    def close(self) -> None:
-        """Let go of the graphs, and give the blocks their own forward back."""
-        self.loop.close()

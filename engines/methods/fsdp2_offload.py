@@ -13,50 +13,41 @@ and moments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NotAvailable
 from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
-from engines.first_order.training_loop import TrainingLoop
+from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import find_blocks, materialize
 from engines.model.model_check import check_repeats
 from engines.settings.libraries import Fsdp2OffloadSettings
 
 
-class Fsdp2Offload:
+class Fsdp2Offload(LoopedEngine[Fsdp2OffloadSettings]):
     """torch's FSDP2 with one process. Implements `engines.base.Engine`."""
 
     name = "fsdp2-offload"
 
     def __init__(self, settings: Fsdp2OffloadSettings, context: Context) -> None:
-        self.settings = settings
-        self.context = context
-        self.loop = TrainingLoop(self.name, settings, context)
-        self.pinned_bytes = 0
+        super().__init__(settings, context)
         self._owns_group = False
         self._up_bytes = self._down_bytes = 0
 
-    @staticmethod
-    def why_not_available() -> str | None:
+    @classmethod
+    def why_not_available(cls) -> str | None:
         """Why this engine cannot run here; `None` if it can."""
         if not dist.is_available():
             return "this torch was built without torch.distributed"
         if torch.cuda.is_available() and not dist.is_nccl_available():
             return "this torch was built without NCCL, which FSDP2 needs on a GPU"
         return None
-
-    @property
-    def notes(self) -> list[str]:
-        """What of the settings could not be had, and why."""
-        return self.loop.notes
 
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the host and hand it to FSDP2.
@@ -113,14 +104,6 @@ class Fsdp2Offload:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once, on the host."""
-        return self.loop.weights()
-
-    def save(self, folder: Path) -> None:
-        """Weights, moments, step and random state."""
-        self.loop.save(folder)
-
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
         self.loop.load(folder)
@@ -131,10 +114,6 @@ class Fsdp2Offload:
                     sharded: Any = torch.empty_like(parameter, dtype=value.dtype)
                     sharded.to_local().copy_(value)
                     state[key] = sharded
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        self.loop.synchronize()
 
     def close(self) -> None:
         """Leave the process group."""

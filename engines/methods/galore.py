@@ -15,17 +15,14 @@ Deviations from the paper's best case: no 8-bit moments and no update layer by l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from engines import why_not_installed
-from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.base import Blueprint
 from engines.errors import NotAvailable
 from engines.first_order.adamw import parameter_groups, weights_dtype
-from engines.first_order.training_loop import TrainingLoop
+from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import find_blocks, materialize
 from engines.model.model_check import check_repeats
 from engines.settings.libraries import GaloreSettings
@@ -33,26 +30,10 @@ from engines.settings.libraries import GaloreSettings
 _PROJECTION = "projection"
 
 
-class Galore:
+class Galore(LoopedEngine[GaloreSettings]):
     """galore-torch's GaLoreAdamW. Implements `engines.base.Engine`."""
 
     name = "galore"
-    pinned_bytes = 0
-
-    def __init__(self, settings: GaloreSettings, context: Context) -> None:
-        self.settings = settings
-        self.context = context
-        self.loop = TrainingLoop(self.name, settings, context)
-
-    @staticmethod
-    def why_not_available() -> str | None:
-        """Why this engine cannot run here; `None` if it can."""
-        return why_not_installed(Galore.name)
-
-    @property
-    def notes(self) -> list[str]:
-        """What of the settings could not be had, and why."""
-        return self.loop.notes
 
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model on the device. Raises `NotAvailable` without galore-torch; `UserError` for fp16."""
@@ -81,18 +62,6 @@ class Galore:
         )
         self.loop.begin(model, self._optimizer)
 
-    def step(self, batches: Sequence[Batch]) -> StepStats:
-        """One step on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
-        return self.loop.step(batches)
-
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Loss and accuracy in evaluation mode."""
-        return self.loop.evaluate(batches)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once, on the host."""
-        return self.loop.weights()
-
     def save(self, folder: Path) -> None:
         """Weights, moments, projections, step and random state."""
         projectors = {}
@@ -120,11 +89,3 @@ class Galore:
                 )  # fmt: skip
                 projector.ortho_matrix = state.pop(_PROJECTION)
                 state["projector"] = projector
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        self.loop.synchronize()
-
-    def close(self) -> None:
-        """Let go of the graphs, and give the blocks their own forward back."""
-        self.loop.close()

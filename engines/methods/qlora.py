@@ -10,44 +10,27 @@ the batches. `weights` gives the merged model: the weights that the four bits st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engines import why_not_installed
-from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.base import Blueprint
 from engines.errors import NotAvailable, UserError
 from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
-from engines.first_order.training_loop import TrainingLoop
+from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import TORCH_DTYPE, find_blocks, materialize
 from engines.model.model_check import check_repeats
 from engines.settings.libraries import QloraSettings
 
 
-class Qlora:
+class Qlora(LoopedEngine[QloraSettings]):
     """PEFT's LoRA over bitsandbytes' four bits. Implements `engines.base.Engine`."""
 
     name = "qlora"
-    pinned_bytes = 0
-
-    def __init__(self, settings: QloraSettings, context: Context) -> None:
-        self.settings = settings
-        self.context = context
-        self.loop = TrainingLoop(self.name, settings, context)
-
-    @staticmethod
-    def why_not_available() -> str | None:
-        """Why this engine cannot run here; `None` if it can."""
-        return why_not_installed(Qlora.name)
-
-    @property
-    def notes(self) -> list[str]:
-        """What of the settings could not be had, and why."""
-        return self.loop.notes
 
     def setup(self, blueprint: Blueprint) -> None:
         """Quantize the model onto the device and put adapters into it.
@@ -101,34 +84,10 @@ class Qlora:
         parent, _, leaf = name.rpartition(".")
         setattr(blueprint.model.get_submodule(parent), leaf, made)
 
-    def step(self, batches: Sequence[Batch]) -> StepStats:
-        """One AdamW step of the adapters on the mean loss of `batches`. Raises `NonFiniteLoss`."""
-        return self.loop.step(batches)
-
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Loss and accuracy in evaluation mode, with the adapters beside the weights."""
-        return self.loop.evaluate(batches)
-
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter of the model without adapters, made wide, with them merged, on the host."""
         dtype = TORCH_DTYPE[self.context.workload.dtype]
         return merged_weights(self.loop.model, dtype, _weight)
-
-    def save(self, folder: Path) -> None:
-        """Adapters, moments, step and random state."""
-        self.loop.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self.loop.load(folder)
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        self.loop.synchronize()
-
-    def close(self) -> None:
-        """Let go of the graphs, and give the blocks their own forward back."""
-        self.loop.close()
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -158,7 +158,7 @@ class Scripted:
             case "infeasible":
                 raise InfeasiblePlan("scripted: 1 GiB of GPU memory is missing")
             case "user_error":
-                raise UserError("scripted", "a setting is wrong", "mend it")
+                raise UserError("scripted", "a setting is wrong", "fix it")
             case "interrupt":
                 os.kill(os.getpid(), signal.SIGTERM)
             case "kill":

@@ -23,7 +23,8 @@ no more than that.
 
 Ranks of one machine have the blocks on its host once, and divide the writing: a block goes down by one of
 them, to another place than it came from, and all take it from there when all have ended the step
-(`engines.offload.shared_blocks`).
+(`engines.offload.shared_blocks`). With `sharded_upload` each brings up a share of every part over its own
+link, and the GPUs exchange the shares (`engines.transfer.share_exchange`).
 
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
@@ -125,9 +126,7 @@ class StreamedBlocks:
         self._clocks = clocks
         self._copies = copies
         self._delays = link_delay, disk_delay_s
-        # Of what ranks share one writes a block when it is its turn; roundings and windows have other times.
-        world, kept_apart = context.world, settings.trains_quantized or settings.estimator == "lozo"
-        self._world = Alone() if kept_apart or settings.disk_blocks != 0 else world
+        self._world = context.world if settings.shares_blocks else Alone()
         host_bytes = context.host_bytes
         if host_bytes is not None:
             host_bytes *= self._world.local_size
@@ -153,6 +152,8 @@ class StreamedBlocks:
             self.disk,
             self._world,
             most_written=max(len(self._due(turn)) for turn in range(self._settings.fold_every)),
+            sharded=self._settings.sharded_upload,
+            timeline=self._clocks.timeline,
         )
 
     def _due(self, step: int) -> list[int]:
@@ -246,6 +247,7 @@ class StreamedBlocks:
     def begin_step(self, window: int | None) -> Callable[[], dict[str, Any]]:
         times = self._cut_times()
         self.make_room_in_log(window)
+        self._ring.begin_pass(by_all=True)
         self._moved_before = self._ring.moved()
         self._copies.exposure.mark()
         return times
@@ -304,6 +306,7 @@ class StreamedBlocks:
         self._ring.end_pass()
 
     def _pass_with_theta(self, goes_down: Callable[[int], bool], window: int | None = None) -> Iterator[int]:
+        self._ring.begin_pass(by_all=False)
         for index, task in self._pass(goes_down, window=window):
             with self._model.visiting(index, task, self):
                 yield index
@@ -368,6 +371,7 @@ class StreamedBlocks:
         ]
         if not any(task.store for task in tasks):
             return False
+        self._ring.begin_pass(by_all=False)
         for index, task in enumerate(tasks):
             self._ring.begin(write_back=task.store and index not in self._resident)
             with self._model.visiting(index, task, self):
@@ -436,7 +440,7 @@ class StreamedBlocks:
         return task
 
     def synchronize(self) -> None:
-        self.link.synchronize()
+        self._ring.synchronize()
 
     def close(self) -> None:
         if self.stream is not None:

@@ -12,6 +12,13 @@ Streams and events:
 - the upload stream waits, before it writes a slot, for the last reader of what was there before;
 - the download stream waits for the kernel that wrote the chunk;
 - the upload stream waits, before it reads a chunk from the host, for the chunk's last download.
+With `sharded` every rank of the machine brings up a share of a chunk, and the GPUs exchange the shares on a
+stream of their own, behind that of the uploads (`engines.transfer.share_exchange`). All ranks have to do that
+of the same chunks in the same order, so it is done only of what a step that all take reads, and each chunk's
+turn is counted for good, over what a rank does alone: evaluate, save, export. Such a pass brings up whole
+chunks, and what it has left in the ring is dropped at the next step's begin; what the others had exchanged by
+then comes up whole.
+
 The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
 not been read: `engines.offload.disk`. Blocks on disk are never sent down.
 
@@ -37,7 +44,9 @@ from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
 from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.share_exchange import ShareExchange
 from engines.transfer.shared_memory import shared_slabs
+from engines.transfer.trace import Timeline
 from engines.world import ALONE, World
 
 UPLOAD_BYTES = 32_000_000
@@ -93,9 +102,12 @@ class BlockStream:
         disk: DiskBlocks | None = None,
         world: World = ALONE,
         most_written: int = 0,
+        sharded: bool = False,
+        timeline: Timeline | None = None,
     ) -> None:
         """With several ranks on the machine in `world`, those on the host are there once, of which a pass
-        writes `most_written` at most (`engines.offload.shared_blocks`)."""
+        writes `most_written` at most (`engines.offload.shared_blocks`), and which they bring up in shares if
+        `sharded`."""
         self._link = link
         self._disk = disk
         self._clock = clock
@@ -132,6 +144,20 @@ class BlockStream:
         self._ring = torch.empty(self._ring_bytes, dtype=torch.uint8, device=link.device)
         self._disk_bytes = 0
         """Bytes of the chunks from disk that were computed with, so far."""
+        self._exchange: ShareExchange | None = None
+        if sharded and self.shared is not None:
+            self._exchange = ShareExchange(world, link, timeline)
+        self._exchanged = 0
+        """Chunks whose shares the ranks have exchanged, so far."""
+        self._passes_by_all = 0
+        """That have ended."""
+        self._starts: dict[int, int] = {0: 0}
+        """Of a pass by all ranks, under way or to come: the place of its first chunk in the ring.
+
+        HAZARD: the same on all ranks, or they would differ in how many chunks they send ahead.
+        """
+        self._by_all = True
+        """The pass under way, or to come, is one that all ranks make."""
         if disk is not None:
             disk.set_order([(p.block, p.start, p.stop) for p in self._chunks if self.is_on_disk(p.block)])
         self.rewind()
@@ -144,9 +170,8 @@ class BlockStream:
     @property
     def _ahead_bytes(self) -> int:
         """Bytes on their way up, or up, that nobody has computed with yet."""
-        chunks = (self._chunks[ticket % len(self._chunks)] for ticket in self._arrivals)
         begun_bytes = 0 if self._disk is None else self._disk.begun_bytes
-        return begun_bytes + sum(chunk.stop - chunk.start for chunk in chunks)
+        return begun_bytes + sum(self._sent_bytes[ticket] for ticket in self._arrivals)
 
     def moved(self) -> Moved:
         sent_bytes = self._link.h2d_bytes - self._ahead_bytes
@@ -174,20 +199,24 @@ class BlockStream:
 
     def rewind(self) -> None:
         """Wait for all copies and forget what has come up: the next pass starts from host memory."""
-        self._link.synchronize()
+        self.synchronize()
         if self._disk is not None:
             self._disk.rewind()
         self._pass = 0
+        self._first_turn = self._passes_by_all * len(self._chunks)
+        """Of ticket 0, among the chunks of all passes by all ranks."""
         self._first_changed = 0
         """The pass that writes the shared blocks that are changing."""
         self._next = 0
         """Ticket of the next copy up: its chunk is the remainder by the number of chunks."""
-        self._position = 0
+        self._position = 0 if self._exchange is None else self._starts[self._passes_by_all]
         self._slots: deque[_Slot] = deque()
         self._waits: list[Event] = []
         """What the next copy up has to wait for, as far as it is known."""
         self._by_ticket: dict[int, _Slot] = {}
         self._arrivals: dict[int, Event] = {}
+        self._sent_bytes: dict[int, int] = {}
+        """What came over this rank's link of a chunk that nobody has computed with, by ticket."""
         self._left: dict[int, int] = {}
         """Parts of a chunk in use that are still to be read."""
         self._home: dict[int, Event] = {}
@@ -269,8 +298,19 @@ class BlockStream:
         """A visit of the next block begins; with `write_back` its changed weights are sent down."""
         self._write_back = write_back
 
+    def begin_pass(self, *, by_all: bool) -> None:
+        """A pass begins that all ranks make, or one that this rank may make alone."""
+        if by_all and not self._by_all and self._exchange is not None:
+            self.rewind()
+        self._by_all = by_all
+
     def end_pass(self) -> None:
         self._pass += 1
+        if self._by_all and self._exchange is not None:
+            del self._starts[self._passes_by_all]
+            self._passes_by_all += 1
+            # As far as nothing of the next pass has come up, its first chunk is the next.
+            self._starts.setdefault(self._passes_by_all, self._position)
 
     def spans(self, block: int) -> list[tuple[int, int]]:
         """(first, last) of the parts that lie together, in the order in which they come up."""
@@ -304,6 +344,7 @@ class BlockStream:
         chunk = self._chunks[number]
         if ticket in self._arrivals:
             arrival = self._arrivals.pop(ticket)
+            del self._sent_bytes[ticket]
             if not self._link.has_happened(arrival):
                 self._clock.stop()
                 self._link.wait(arrival)
@@ -353,6 +394,8 @@ class BlockStream:
             return False  # a small model: what came up in this pass is not done, and may yet go down
         size = chunk.stop - chunk.start
         begin = self._position
+        if number == 0 and self._by_all and self._exchange is not None:
+            self._starts[(self._first_turn + self._next) // len(self._chunks)] = begin
         if begin % self._ring_bytes + size > self._ring_bytes:
             begin += -begin % self._ring_bytes  # a slot does not wrap around the ring's end
         while self._slots and self._slots[0].begin + self._ring_bytes < begin + size:
@@ -366,16 +409,20 @@ class BlockStream:
             # HAZARD: its download must have ended, or the old weights come up.
             self._waits.append(self._home.pop(number))
         place = begin % self._ring_bytes
-        out, name = self._ring[place : place + size], f"block {chunk.block}"
+        out, name, sent_bytes = self._ring[place : place + size], f"block {chunk.block}", size
         if self._disk is not None and self.is_on_disk(chunk.block):
             arrival = self._disk.send(out, self._waits, name)
             if arrival is None:
                 self._starved = True
                 return False
+        elif (turn := self._turn_to_exchange()) is not None and self._exchange is not None:
+            host = self._host[chunk.block][chunk.start : chunk.stop]
+            arrival = self._exchange.upload(host, out, self._waits, name)
+            self._exchanged, sent_bytes = turn + 1, self._exchange.sent_bytes(size)
         else:
             host = self._host[chunk.block][chunk.start : chunk.stop]
             arrival = self._link.upload(host, out, after=self._waits, name=name)
-        self._arrivals[self._next] = arrival
+        self._arrivals[self._next], self._sent_bytes[self._next] = arrival, sent_bytes
         self._waits = []
         slot = _Slot(self._next, begin)
         self._slots.append(slot)
@@ -383,6 +430,13 @@ class BlockStream:
         self._next += 1
         self._position = begin + size
         return True
+
+    def _turn_to_exchange(self) -> int | None:
+        """The next chunk's, if it is to come up in shares; `None`: whole, by this rank alone."""
+        if self._exchange is None or not self._by_all:
+            return None
+        turn = self._first_turn + self._next
+        return turn if turn >= self._exchanged else None
 
     def _waits_for_ranks(self, block: int) -> bool:
         """HAZARD: a block that is written in this pass is read for the next one only when it is published."""
@@ -395,8 +449,14 @@ class BlockStream:
             self.shared.begin(blocks)
             self._first_changed = self._pass
 
+    def synchronize(self) -> None:
+        """Wait for the copies, for what ranks exchange, and for the current compute stream."""
+        self._link.synchronize()
+        if self._exchange is not None:
+            self._exchange.synchronize()
+
     def close(self) -> None:
-        """Free the pinned memory. After `Link.synchronize`."""
+        """Free the pinned memory. After `synchronize`."""
         self._host.clear()
         self._slabs.close()
 

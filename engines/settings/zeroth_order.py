@@ -187,6 +187,10 @@ class Zo2Settings(MezoSettings):
     """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
     visit; blocks take turns. 1: every block goes down in every step. With a low-bit base also the steps
     between two roundings to its grid, of which rare ones lose less."""
+    sharded_upload: bool = False
+    """With several GPUs on a machine: each brings up its share of every block over its own link, and they
+    exchange the shares (an all-gather over NVLink), so that all links feed every step, as ZeRO-Infinity
+    partitions parameters (2104.07857). Takes NCCL, and blocks that the ranks have once in host memory."""
     disk_blocks: int | Literal["auto"] = 0
     """Blocks that are on disk, not in host memory, spread evenly among the streamed ones; `auto`: as many as
     host memory has no room for."""
@@ -198,6 +202,18 @@ class Zo2Settings(MezoSettings):
         MezoSettings.__post_init__(self)
         require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
         require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
+        require(
+            not self.sharded_upload or self.shares_blocks,
+            "sharded_upload",
+            "needs blocks that ranks have once in host memory",
+            "leave out disk_blocks, estimator=lozo and a trained low-bit base",
+        )
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether ranks of one machine have the blocks on its host once. Of what they share one writes a
+        block when it is its turn; roundings and windows have other times."""
+        return not (self.trains_quantized or self.estimator == "lozo" or self.disk_blocks != 0)
 
     @property
     def named_disk_blocks(self) -> int:

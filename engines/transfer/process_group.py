@@ -1,11 +1,13 @@
-"""The ranks of one run through torch.distributed, over gloo: `engines.world.World`.
+"""The ranks of one run through torch.distributed: `engines.world.World`.
 
-Losses are on the host when they are sent, so nothing here touches a GPU or its streams.
+Losses are on the host when they are sent, over gloo. What GPUs of one machine exchange goes through NCCL, and
+through the host where two ranks share a GPU, which NCCL refuses, or there is none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -35,6 +37,9 @@ class ProcessGroup:
         self.local_rank = local_rank
         self.local_size = local_size
         self._group = group
+        self._local: dist.ProcessGroup | None = None
+        """Of this machine; `None`: nothing was exchanged yet."""
+        self._by_nccl = False
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every rank as fp64, 8 bytes each."""
@@ -59,11 +64,58 @@ class ProcessGroup:
     def barrier(self) -> None:
         self.gather([0.0])
 
+    def all_gather(self, memory: Tensor) -> None:
+        """Through the host it waits for what the current stream has, and for the others."""
+        if self._local is None:
+            self._local = self._meet_on_this_machine(memory.device)
+        own = memory.view(self.local_size, -1)[self.local_rank]
+        with _peers():
+            if self._by_nccl:
+                dist.all_gather_into_tensor(memory, own, group=self._local)
+                return
+            found = [torch.empty_like(own, device="cpu") for _ in range(self.local_size)]
+            dist.all_gather(found, own.cpu(), group=self._local)
+        memory.copy_(torch.cat(found))
+
+    def _meet_on_this_machine(self, device: torch.device) -> dist.ProcessGroup:
+        """Raises `UserError`, on every rank, where ranks have GPUs of their own and one lacks NCCL."""
+        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+        told = [json.loads(each) for each in self.exchange(json.dumps([gpu, _has_nccl()]).encode())]
+        first = self.rank - self.local_rank
+        gpus = [each for each, _ in told[first : first + self.local_size]]
+        self._by_nccl = device.type == "cuda" and len(set(gpus)) == len(gpus)
+        for rank, (_, has_nccl) in enumerate(told):
+            if self._by_nccl and not has_nccl:
+                raise UserError(
+                    f"rank {rank}", "its torch has no NCCL, by which GPUs exchange what they brought up",
+                    "install torch's build for CUDA on Linux, or leave out sharded_upload",
+                )  # fmt: skip
+        found: Any = None
+        for begin in range(0, self.size, self.local_size):  # all ranks ask for every machine's
+            try:
+                made = dist.new_group(
+                    list(range(begin, begin + self.local_size)),
+                    backend="nccl" if self._by_nccl else "gloo",
+                    timeout=timedelta(seconds=ANSWER_S),
+                )
+            except RuntimeError as error:
+                raise UserError(
+                    f"rank {self.rank}", f"its GPU does not reach the others ({_first_line(error)})",
+                    "leave out sharded_upload, or set NCCL_DEBUG=WARN for more",
+                ) from error  # fmt: skip
+            if begin == first:
+                found = made
+        return found  # type: ignore[no-any-return]
+
     def _all(self, own: Tensor) -> list[Tensor]:
         found = [torch.empty_like(own) for _ in range(self.size)]
         with _peers():
             dist.all_gather(found, own, group=self._group)
         return found
+
+
+def _has_nccl() -> bool:
+    return bool(dist.is_nccl_available())
 
 
 @contextlib.contextmanager

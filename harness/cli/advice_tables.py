@@ -58,7 +58,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [Text(_target_title(answer), style="bold"), _answers_table(answer)]
         parts += [Text(sentence) for sentence in target_sentences(answer.answers, _kinds(answer))]
     if answer.calibration is not None:
-        parts.append(Text(answer.calibration.told))
+        parts.append(Text(answer.calibration.summary))
     parts += [Text(sentence) for sentence in answer.verdict.sentences]
     return Group(*parts)
 
@@ -86,15 +86,15 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
     headings += [*(["GPU memory"] if has_gpu else []), "host memory", "limited by"]
     table = plain_table(headings)
     for plan in plans:
-        told, forecast = plan.prediction, forecasts.get(plan.engine)
+        predicted, forecast = plan.prediction, forecasts.get(plan.engine)
         if not plan.available:
             table.add_row(plan.engine, "no", *["-"] * (len(headings) - 2))
             continue
         row = [
             plan.engine,
             "yes" if plan.fits else "no",
-            "not predicted" if told.step_s is None else format_seconds(told.step_s),
-            words.band(told.step_s_low, told.step_s_high),
+            "not predicted" if predicted.step_s is None else format_seconds(predicted.step_s),
+            words.band(predicted.step_s_low, predicted.step_s_high),
         ]
         if of_job:
             row += _job_cells(forecast)
@@ -102,8 +102,8 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
             row.append(_energy(forecast))
         if paid:
             row.append("-" if forecast is None else ", ".join(map(words.money, forecast.costs)) or "-")
-        row += [format_bytes(told.peak_gpu_bytes)] if has_gpu else []
-        table.add_row(*row, format_bytes(told.peak_host_bytes), told.bottleneck or "not known")
+        row += [format_bytes(predicted.peak_gpu_bytes)] if has_gpu else []
+        table.add_row(*row, format_bytes(predicted.peak_host_bytes), predicted.bottleneck or "not known")
     return table
 
 
@@ -122,34 +122,34 @@ def _energy(forecast: JobForecast | None) -> str:
 def _notes(plan: Plan, way: WayOut | None, blocked: str | None, amount: Amount | None) -> Iterator[str]:
     """Why it does not fit, what to change, and the setting that this is about; else its settings and why they
     are so."""
-    told = " ".join(plan.reasons)
+    reasons = " ".join(plan.reasons)
     if plan.why_not is not None:
         yield f"{'does not fit' if plan.available else 'cannot run here'}: {plan.why_not}"
         if way is not None or blocked != plan.why_not:
-            yield _way_told(way, blocked, amount)
-        told = ""
+            yield _way_text(way, blocked, amount)
+        reasons = ""
     if not plan.available:
         return
     if plan.prediction.step_s is None:
         yield plan.prediction.basis.rstrip(".")
-    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in told]
+    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in reasons]
     if unexplained:
         yield f"{'in its nearest setting, ' if plan.why_not else ''}{', '.join(unexplained)}"
     if plan.why_not is None:
         yield from plan.reasons
 
 
-def _way_told(way: WayOut | None, blocked: str | None, amount: Amount | None) -> str:
+def _way_text(way: WayOut | None, blocked: str | None, amount: Amount | None) -> str:
     if way is None:
         return f"no way out: {blocked or 'none was tried'}"
-    told = way.plan.prediction
+    predicted = way.plan.prediction
     time = ""
-    if told.step_s is not None:
+    if predicted.step_s is not None:
         more = "" if way.times is None else f", {way.times:.2f} times that of the setting that does not fit"
         job = ""
         if amount is not None and len(amount.shares) == 1:  # else steps differ in length
-            job = f", {words.duration(amount.steps * told.step_s)} for the job"
-        time = f"; time: {format_seconds(told.step_s)} a step{job}{more}"
+            job = f", {words.duration(amount.steps * predicted.step_s)} for the job"
+        time = f"; time: {format_seconds(predicted.step_s)} a step{job}{more}"
     return f"way out: {way.flags}{time}; quality: {way.quality}"
 
 
@@ -182,8 +182,8 @@ def _what_if_table(answer: Recommendation) -> Table:
 def _kinds(answer: Recommendation) -> dict[str, tuple[str, str]]:
     """Kinds of methods that were planned: heading, and the space that tells the same headings apart."""
     planned = {entry(plan.engine).order for plan in answer.plans}
-    told = {"first": ("with gradients", ""), "zeroth": ("zeroth order", " ")}
-    return {order: heading for order, heading in told.items() if order in planned}
+    headings = {"first": ("with gradients", ""), "zeroth": ("zeroth order", " ")}
+    return {order: heading for order, heading in headings.items() if order in planned}
 
 
 def _largest_table(answer: Recommendation) -> Table:
@@ -237,12 +237,12 @@ COMPILING_MATTERS = 0.01
 
 def _compiling(plan: Plan, amount: Amount | None) -> Iterator[str]:
     """What compiling adds to each step of a job, where that is not little."""
-    told = plan.prediction
-    if not plan.fits or amount is None or told.compile_s is None or not told.step_s:
+    predicted = plan.prediction
+    if not plan.fits or amount is None or predicted.compile_s is None or not predicted.step_s:
         return
-    amortised_s = told.amortised_step_s(amount.steps)
-    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * told.step_s:
+    amortised_s = predicted.amortised_step_s(amount.steps)
+    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * predicted.step_s:
         yield (
-            f"compiling takes about {format_seconds(told.compile_s)} once: over this job's {amount.steps:,} "
-            f"steps a step comes to {format_seconds(amortised_s)}"
+            f"compiling takes about {format_seconds(predicted.compile_s)} once: over this job's "
+            f"{amount.steps:,} steps a step comes to {format_seconds(amortised_s)}"
         )

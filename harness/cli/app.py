@@ -169,13 +169,13 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except _USAGE_ERROR as error:
-        if told := _told(error):  # else there were no arguments, and the help has been printed
-            sys.stderr.write(f"error: {told}\n")
+        if message := _message_of(error):  # else there were no arguments, and the help has been printed
+            sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
     sys.exit(code)
 
 
-def _told(error: Any) -> str:
+def _message_of(error: Any) -> str:
     """A usage error as one line, or nothing where it has no message."""
     message = " ".join(error.format_message().split())
     if not message:
@@ -232,7 +232,7 @@ class _Stdout:
     def write(self, text: str) -> int:
         if self._stream is None:
             raise _CannotPrint("standard output", "is closed", "leave it open, or send it to a file")
-        with self._failures_told():
+        with self._reporting_failures():
             try:
                 return self._stream.write(text)
             except UnicodeEncodeError:  # of a terminal that knows few letters, or a name that is no text
@@ -240,7 +240,7 @@ class _Stdout:
                 return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
-        with self._failures_told():
+        with self._reporting_failures():
             if self._stream is not None:
                 self._stream.flush()
 
@@ -248,7 +248,7 @@ class _Stdout:
         return getattr(self._stream or io.StringIO(), name)
 
     @contextmanager
-    def _failures_told(self) -> Iterator[None]:
+    def _reporting_failures(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:

@@ -12,8 +12,8 @@ import typer
 
 from engines.errors import UserError
 from harness.cli.by_name import by_name
+from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
 from harness.cli.options import (
-    OF_TRAINING,
     BudgetFlag,
     CriteriaFlag,
     DataDir,
@@ -21,7 +21,6 @@ from harness.cli.options import (
     Emulate,
     Engines,
     External,
-    JobFlags,
     Json,
     Out,
     Profile,
@@ -36,7 +35,6 @@ from harness.cli.options import (
     engine_names,
     exit_for,
     results_folder,
-    takes_job,
 )
 from harness.cli.quality import study_seen
 from harness.cli.suites import SuiteFlags, suite_seen

@@ -8,7 +8,8 @@ import typer
 from rich.text import Text
 
 from engines.errors import UserError
-from harness.cli.options import JobFlags, Json, takes_job
+from harness.cli.job_flags import JobFlags, takes_job
+from harness.cli.options import Json
 from harness.progress import console
 from harness.resolve import resolve_shape
 from profiles.documents import to_json

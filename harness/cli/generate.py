@@ -17,11 +17,11 @@ from engines.decoding import Sampling
 from engines.errors import UserError
 from engines.files.reading import read_text
 from engines.settings.parse import defaults
+from harness.cli.job_flags import JobFlags
 from harness.cli.options import (
     BatchSize,
     DtypeFlag,
     HostMemoryFlag,
-    JobFlags,
     Json,
     Model,
     Out,

@@ -1,26 +1,19 @@
-"""The flags that several commands share, those that describe a job among them. Imports no torch.
-
-Longer than 400 lines: each flag is a few lines of text, and they are read as one list."""
+"""The flags that several commands share, those that describe a job among them. Imports no torch."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from engines import default_engines, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
-from harness.data.reading.columns import parse_columns
-from harness.records.job import HeadChoice, Job, Padding, job_values, make_job
-from harness.records.settings import check_settings, left_out, parse_assignments
+from harness.records.job import HeadChoice, Padding
 from profiles.language import Language
-from profiles.units import parse_bytes
 
 Model = Annotated[
     str | None,
@@ -282,159 +275,6 @@ Lang = Annotated[
     ),
 ]
 JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flags override its fields.")]
-
-
-def _flags(
-    *,
-    model: Model = None,
-    random_weights: RandomWeights = None,
-    untied: Untied = None,
-    layers: Layers = None,
-    head: HeadFlag = None,
-    data: DataFlag = None,
-    eval_data: EvalData = None,
-    columns: Columns = None,
-    template: Template = None,
-    labels: Labels = None,
-    strict: Strict = None,
-    skip_bad: SkipBad = None,
-    batch_size: BatchSize = None,
-    seq_len: SeqLen = None,
-    padding: PaddingFlag = None,
-    accumulation: Accumulation = None,
-    steps: Steps = None,
-    warmup_steps: WarmupSteps = None,
-    eval_batches: EvalBatches = None,
-    eval_every: EvalEvery = None,
-    best_by: BestBy = None,
-    patience: Patience = None,
-    dtype: DtypeFlag = None,
-    checkpointing: Checkpointing = None,
-    seed: Seed = None,
-    vram: Vram = None,
-    host_memory: HostMemoryFlag = None,
-    timeout: Timeout = None,
-    gpus: Gpus = None,
-    nodes: Nodes = None,
-    set_: Set = None,
-    job_file: JobFile = None,
-) -> dict[str, Any]:
-    """All job flags in their order in `--help`, and those that were given."""
-    return {name: value for name, value in locals().items() if value is not None}
-
-
-class JobFlags:
-    """What the user said of the job."""
-
-    def __init__(self, flags: Mapping[str, Any]) -> None:
-        given = _flags(**flags)
-        self._assignments: Sequence[str] = given.pop("set_", [])
-        self._file: Path | None = given.pop("job_file", None)
-        self._given = _nested(given)
-
-    def gives(self, name: str) -> bool:
-        """Whether the field of that name was given as a flag."""
-        return name in self._given
-
-    def job(self, engines: Sequence[str], preset: Mapping[str, Any] | None = None) -> Job:
-        """Preset, then job file, then flags; the later wins field by field, but a preset's model as a whole.
-
-        Raises `UserError` for whatever is wrong with them.
-        """
-        values: dict[str, Any] = dict(preset or {})
-        layers = [*([] if self._file is None else [_file_values(self._file, engines)]), self._given]
-        if any(isinstance(layer.get("model"), dict) and "name" in layer["model"] for layer in layers):
-            values.pop("model", None)
-        for layer in layers:
-            values = _merged(values, layer)
-        if self._assignments:
-            assigned = parse_assignments(self._assignments, engines)
-            values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
-            for each in left_out(self._assignments, engines):
-                typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
-        model = values.setdefault("model", {})
-        if isinstance(model, dict) and "name" not in model:
-            raise UserError(
-                "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
-            )
-        return make_job(values, "job")
-
-
-def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
-    """The fields of a job file. Raises `UserError` for its settings; the other fields are not yet checked."""
-    values = job_values(path)
-    settings = values.get("settings")
-    if isinstance(settings, dict) and all(isinstance(each, dict) for each in settings.values()):
-        checked = check_settings(settings, engines, str(path))
-        values["settings"] = {name: dict(given) for name, given in checked.items()}
-    return values
-
-
-OF_TRAINING = ("eval_every", "best_by", "patience")
-"""Job flags that only training in earnest has."""
-
-
-def takes_job(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command all job flags but `without`; it gets them as its first argument, a `JobFlags`."""
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        shared = [p for p in _parameters(_flags) if p.name not in without]
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in _parameters(command)[1:]]
-
-        @functools.wraps(command)
-        def called(**values: Any) -> None:
-            flags = JobFlags({p.name: values.pop(p.name) for p in shared})
-            command(flags, **values)
-
-        # What typer reads: the flags of both, in place of the wrapper's own.
-        called.__dict__["__signature__"] = inspect.Signature([*shared, *own])
-        called.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
-        return called
-
-    return wrap
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return list(inspect.signature(function, eval_str=True).parameters.values())
-
-
-def _nested(given: dict[str, Any]) -> dict[str, Any]:
-    """Flags as fields of `harness.records.job.Job`."""
-    nested: dict[str, Any] = {}
-    if "model" in given:
-        nested.setdefault("model", {})["name"] = given.pop("model")
-    for name in ("random_weights", "untied", "layers", "head"):
-        if name in given:
-            nested.setdefault("model", {})[name] = given.pop(name)
-    for flag, name in (("data", "train"), ("eval_data", "evaluate")):
-        if flag in given:
-            nested.setdefault("data", {})[name] = given.pop(flag)
-    if "columns" in given:
-        nested.setdefault("data", {})["columns"] = parse_columns(given.pop("columns"))
-    if "template" in given:
-        nested.setdefault("data", {})["template"] = given.pop("template")
-    if "labels" in given:
-        words = [word.strip() for word in given.pop("labels").split(",")]
-        nested.setdefault("data", {})["labels"] = words
-    for name in ("strict", "skip_bad"):
-        if name in given:
-            nested.setdefault("data", {})[name] = given.pop(name)
-    for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
-        if flag in given:
-            option = f"--{flag.replace('_', '-')}"
-            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag), option)
-    for flag, name in (("timeout", "timeout_s"), ("gpus", "gpus"), ("nodes", "nodes")):
-        if flag in given:
-            nested.setdefault("limits", {})[name] = given.pop(flag)
-    return {**given, **nested}
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
 
 
 def engine_names(engines: str | None) -> list[str]:

@@ -31,7 +31,7 @@ def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: boo
         return None
     try:
         with TrialProgress(quiet) as progress:
-            result = run_study(ready, told=progress.print, on_event=progress.launched)
+            result = run_study(ready, report=progress.print, on_event=progress.launched)
     except KeyboardInterrupt:
         sys.stderr.write(
             f"stopped: finished trials are kept; go on with the same flags, --resume and --out {ready.out}\n"
@@ -66,9 +66,9 @@ def trials_table(plan: StudyPlan) -> Table:
 
 def cost_line(plan: StudyPlan) -> str:
     total, running = predicted_s(plan), sum(method.fits for method in plan.methods)
-    told = "not known" if total is None else f"{total / 3600:.2g} h"
+    duration = "not known" if total is None else f"{total / 3600:.2g} h"
     apart = "set-ups and evaluations apart"
-    return f"{running} of {len(plan.methods)} methods run; steps of all trials: {told}, {apart}"
+    return f"{running} of {len(plan.methods)} methods run; steps of all trials: {duration}, {apart}"
 
 
 def results_table(result: StudyResult, ready: PreparedStudy) -> Table:

@@ -11,18 +11,8 @@ import typer
 
 from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
-from harness.cli.options import (
-    OF_TRAINING,
-    Engines,
-    JobFlags,
-    Json,
-    Out,
-    Profile,
-    Quiet,
-    engine_names,
-    results_folder,
-    takes_job,
-)
+from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
+from harness.cli.options import Engines, Json, Out, Profile, Quiet, engine_names, results_folder
 from harness.models.tokenizers import tokenizer_files
 from harness.pipeline import data_lengths, find_machine
 from harness.progress import console

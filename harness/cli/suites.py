@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 
 from engines.errors import UserError
-from harness.cli.options import JobFlags, engine_names
+from harness.cli.job_flags import JobFlags
+from harness.cli.options import engine_names
 from harness.cli.quality import study_seen
 from harness.pipeline import find_machine
 from harness.progress import console
@@ -114,8 +115,8 @@ def suite_table(suite: Suite, ready: Mapping[str, PreparedStudy], why: Mapping[s
         others = [method.engine for method in plan.methods if not method.fits]
         trials = sum(count for method, _, count in planned_trials(plan) if method.fits)
         seconds = predicted_s(plan)
-        told = "not known" if seconds is None else f"{seconds / 3600:.2g} h"
-        table.add_row(task.name, task.target, ", ".join(runs), ", ".join(others), str(trials), told)
+        duration = "not known" if seconds is None else f"{seconds / 3600:.2g} h"
+        table.add_row(task.name, task.target, ", ".join(runs), ", ".join(others), str(trials), duration)
     return table
 
 

@@ -105,5 +105,5 @@ class GenerationProgress(Progress):
             self.update("generating", event.sample.step + 1, event.total, note=note)
 
     def ended(self, run: Run) -> None:
-        told = f": {run.end_reason}" if run.end_reason is not None else ""
-        self.print(f"{run.id}: {run.end_state}{told}")
+        reason = f": {run.end_reason}" if run.end_reason is not None else ""
+        self.print(f"{run.id}: {run.end_state}{reason}")

@@ -146,11 +146,11 @@ def _answer(one: Comparison) -> str:
     range_ = f"{one.low:.2f}x to {one.high:.2f}x"
     if one.confidence is None:
         return f"undecided, {_WHY_UNDECIDED['few_runs']} on a side: {range_}"
-    told = f"{one.ratio:.2f}x ({one.confidence:.0%}: {range_})"
+    comparison = f"{one.ratio:.2f}x ({one.confidence:.0%}: {range_})"
     if one.why_undecided is None:
-        return f"{one.answer}: {told}"
+        return f"{one.answer}: {comparison}"
     of_native = f" ({one.native_not_at_best})" if one.why_undecided == "not_at_best" else ""
-    return f"undecided, {_WHY_UNDECIDED[one.why_undecided]}{of_native}: {told}"
+    return f"undecided, {_WHY_UNDECIDED[one.why_undecided]}{of_native}: {comparison}"
 
 
 COMPILING_MATTERS_S = 1.0
@@ -176,13 +176,13 @@ def _run_notes(run: Run) -> Iterator[str]:
 
 def band_missed(run: Run) -> str | None:
     """That a step took less or more than the range that was predicted; `None`: it lay within."""
-    told, taken_s = run.predicted, run.summary.step_s_median
-    if told is None or taken_s is None or told.step_s_low is None or told.step_s_high is None:
+    predicted, taken_s = run.predicted, run.summary.step_s_median
+    if predicted is None or taken_s is None or predicted.step_s_low is None or predicted.step_s_high is None:
         return None
-    if told.step_s_low <= taken_s <= told.step_s_high:
+    if predicted.step_s_low <= taken_s <= predicted.step_s_high:
         return None
-    side = "faster" if taken_s < told.step_s_low else "slower"
-    span = f"{format_seconds(told.step_s_low)} to {format_seconds(told.step_s_high)}"
+    side = "faster" if taken_s < predicted.step_s_low else "slower"
+    span = f"{format_seconds(predicted.step_s_low)} to {format_seconds(predicted.step_s_high)}"
     return (
         f"{side} than the range predicted: {format_seconds(taken_s)}, not {span}; "
         "'recommend --calibrate FOLDER' learns from it"

@@ -33,13 +33,13 @@ def windows(
     examples: Sequence[QuestionExample], tokenizer: Tokenizer, seq_len: int
 ) -> tuple[list[Window], int]:
     """All windows of `examples` in order, each of at most `seq_len` tokens, and how many examples did not fit
-    into one. A question takes at most half of the room and loses its end.
+    into one. A question takes at most half of the tokens and loses its end.
 
     Raises `UserError` for a sequence without room.
     """
     special = len(tokenizer.prefix) + len(tokenizer.between) + len(tokenizer.suffix)
-    room = seq_len - special
-    if room < 2:
+    max_tokens = seq_len - special
+    if max_tokens < 2:
         raise UserError(
             f"--seq-len {seq_len}",
             "leaves no room for a question and a text beside the special tokens",
@@ -50,12 +50,12 @@ def windows(
     found: list[Window] = []
     cut = 0
     for example, question, context in zip(examples, questions, contexts, strict=True):
-        asked = question[: room // 2]
-        pieces = _pieces(len(context.ids), room - len(asked))
-        cut += len(pieces) > 1 or len(asked) < len(question)
+        asked = question[: max_tokens // 2]
+        windows = _windows(len(context.ids), max_tokens - len(asked))
+        cut += len(windows) > 1 or len(asked) < len(question)
         head = (*tokenizer.prefix, *asked, *tokenizer.between)
         ends = _ends(example, context)
-        for first, last in pieces:
+        for first, last in windows:
             start = end = 0
             if ends is not None and first <= ends[0] and ends[1] < last:
                 start, end = (len(head) + place - first for place in ends)
@@ -64,11 +64,11 @@ def windows(
     return found, cut
 
 
-def _pieces(length: int, room: int) -> list[tuple[int, int]]:
-    """From first to before last of pieces that overlap and cover `length` tokens, `room` tokens each."""
-    step = room - min(OVERLAP, room // 2)
-    starts = range(0, max(1, length - room + step), step)
-    return [(start, min(start + room, length)) for start in starts]
+def _windows(length: int, max_tokens: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of windows of `max_tokens` tokens that overlap and cover `length` tokens."""
+    step = max_tokens - min(OVERLAP, max_tokens // 2)
+    starts = range(0, max(1, length - max_tokens + step), step)
+    return [(start, min(start + max_tokens, length)) for start in starts]
 
 
 def _ends(example: QuestionExample, context: Encoded) -> tuple[int, int] | None:

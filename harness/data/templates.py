@@ -56,13 +56,13 @@ def template_table(
         answers = [[candidates.tokens[row.label]] for row in rows]
         return prompt_table(prompts, answers, tokenizer, seq_len)
     longest, classes = max(len(word) for word in candidates.words), len(candidates.words)
-    room = seq_len - len(tokenizer.prefix) - longest
-    if room < 1:
+    max_tokens = seq_len - len(tokenizer.prefix) - longest
+    if max_tokens < 1:
         raise UserError(
             f"--seq-len {seq_len}", f"leaves no room beside a label of {longest} tokens", "use a larger one"
         )
     table = prompt_table(
-        [prompt[-room:] for prompt in prompts for _ in range(classes)],
+        [prompt[-max_tokens:] for prompt in prompts for _ in range(classes)],
         [list(word) for _ in rows for word in candidates.words],
         tokenizer,
         seq_len,
@@ -71,7 +71,7 @@ def template_table(
         table,
         classes=torch.tensor([row.label for row in rows]),
         choices=classes,
-        cut=sum(len(prompt) > room for prompt in prompts),
+        cut=sum(len(prompt) > max_tokens for prompt in prompts),
     )
 
 
@@ -85,8 +85,8 @@ def mask_table(
             f"tokenizer {tokenizer.name}", "has no mask token", "use an encoder that was trained with masks"
         )
     special = len(tokenizer.prefix) + len(tokenizer.suffix)
-    room = seq_len - special - 1
-    if room < 1:
+    max_tokens = seq_len - special - 1
+    if max_tokens < 1:
         raise UserError(
             f"--seq-len {seq_len}", "leaves no room for text beside the special tokens",
             f"use --seq-len {special + 2} or more",
@@ -96,7 +96,7 @@ def mask_table(
     afters = tokenizer.encode([rendered(tail, row) for row in rows])
     sequences, places, cut = [], [], 0
     for before, after in zip(befores, afters, strict=True):
-        kept_before, kept_after = shares(len(before), len(after), room)
+        kept_before, kept_after = shares(len(before), len(after), max_tokens)
         start = [*tokenizer.prefix, *before[len(before) - kept_before :]]
         sequences.append([*start, tokenizer.mask_id, *after[:kept_after], *tokenizer.suffix])
         places.append(len(start))

@@ -249,9 +249,9 @@ def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: 
     paired = any(row.second is not None for row in rows)
     between = tokenizer.between if paired else ()
     special = len(tokenizer.prefix) + len(between) + len(tokenizer.suffix)
-    room = seq_len - special
+    max_tokens = seq_len - special
     least = 2 if paired else 1
-    if room < least:
+    if max_tokens < least:
         raise UserError(
             f"--seq-len {seq_len}",
             "leaves no room for text beside the special tokens",
@@ -261,7 +261,7 @@ def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: 
     seconds = tokenizer.encode([row.second or "" for row in rows]) if paired else [[] for _ in rows]
     sequences, places, cut = [], [], 0
     for first, second in zip(firsts, seconds, strict=True):
-        kept_first, kept_second = shares(len(first), len(second), room)
+        kept_first, kept_second = shares(len(first), len(second), max_tokens)
         head = [*tokenizer.prefix, *first[:kept_first], *between]
         sequences.append([*head, *second[:kept_second], *tokenizer.suffix])
         places.append(len(head))
@@ -272,16 +272,16 @@ def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: 
     return replace(table, second=torch.tensor(places, dtype=torch.int64) if marked else None)
 
 
-def shares(first: int, second: int, room: int) -> tuple[int, int]:
-    """How much of two lengths to keep so that both fit into `room`, taken from the longer one first."""
-    half = room // 2
-    if first + second <= room:
+def shares(first: int, second: int, max_tokens: int) -> tuple[int, int]:
+    """How much of two lengths to keep so that both fit into `max_tokens`, taken from the longer one first."""
+    half = max_tokens // 2
+    if first + second <= max_tokens:
         return first, second
     if first <= half:
-        return first, room - first
-    if second <= room - half:
-        return room - second, second
-    return half, room - half
+        return first, max_tokens - first
+    if second <= max_tokens - half:
+        return max_tokens - second, second
+    return half, max_tokens - half
 
 
 def questions_of(examples: Examples) -> tuple[Sequence[QuestionExample], Sequence[QuestionExample]]:
@@ -347,10 +347,10 @@ def prompt_table(
     end of its answer: the tokens next to the answer's beginning say most about it.
     """
     prefix = list(tokenizer.prefix)
-    room = seq_len - len(prefix)
+    max_tokens = seq_len - len(prefix)
     # The model predicts a label from the tokens before it, so at least one must stand there.
     least = 0 if prefix else 1
-    if room < least + 1:
+    if max_tokens < least + 1:
         raise UserError(
             f"--seq-len {seq_len}",
             "leaves no room for a prompt and an answer",
@@ -358,9 +358,9 @@ def prompt_table(
         )
     sequences, first_labelled, cut = [], [], 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        kept = min(len(prompt), max(room - len(answer), room // 4, least))
+        kept = min(len(prompt), max(max_tokens - len(answer), max_tokens // 4, least))
         shown = prompt[len(prompt) - kept :]
-        labelled = answer[: room - kept]
+        labelled = answer[: max_tokens - kept]
         cut += len(shown) < len(prompt) or len(labelled) < len(answer)
         sequences.append([*prefix, *shown, *labelled])
         first_labelled.append(len(prefix) + kept)

@@ -51,8 +51,8 @@ _LISTS = ("readings", "label_names")
 def save_tokenized(tokenized: Tokenized, path: Path) -> None:
     """Write a safetensors file. Raises `UserError` if it cannot be written."""
     tensors: dict[str, Tensor] = {}
-    told = {"pad_id": str(tokenized.pad_id), "description": tokenized.description}
-    told |= {name: json.dumps(getattr(tokenized, name)) for name in _LISTS}
+    metadata = {"pad_id": str(tokenized.pad_id), "description": tokenized.description}
+    metadata |= {name: json.dumps(getattr(tokenized, name)) for name in _LISTS}
     for part in _PARTS:
         table: TokenTable | None = getattr(tokenized, part)
         if table is None:
@@ -61,11 +61,11 @@ def save_tokenized(tokenized: Tokenized, path: Path) -> None:
             value = getattr(table, field.name)
             if isinstance(value, Tensor):
                 tensors[f"{part}.{field.name}"] = value.contiguous()
-        told |= {f"{part}.packed": str(int(table.packed)), f"{part}.cut": str(table.cut)}
-        told[f"{part}.choices"] = str(table.choices)
+        metadata |= {f"{part}.packed": str(int(table.packed)), f"{part}.cut": str(table.cut)}
+        metadata[f"{part}.choices"] = str(table.choices)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata=told)
+        save_file(tensors, path, metadata=metadata)
     except OSError as error:
         raise UserError(
             str(path), f"cannot be written ({error.strerror or error})", "free space or name another place"
@@ -75,21 +75,21 @@ def save_tokenized(tokenized: Tokenized, path: Path) -> None:
 def load_tokenized(path: Path) -> Tokenized:
     """What `save_tokenized` wrote."""
     with safe_open(path, framework="pt") as file:
-        told: Mapping[str, str] = file.metadata()
+        metadata: Mapping[str, str] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def table(part: str) -> TokenTable:
         names = [field.name for field in fields(TokenTable)]
         own: dict[str, Any] = {name: tensors.get(f"{part}.{name}") for name in names}
-        own |= {"packed": told[f"{part}.packed"] == "1", "cut": int(told[f"{part}.cut"])}
-        own["choices"] = int(told[f"{part}.choices"])
+        own |= {"packed": metadata[f"{part}.packed"] == "1", "cut": int(metadata[f"{part}.cut"])}
+        own["choices"] = int(metadata[f"{part}.choices"])
         return TokenTable(**own)
 
     return Tokenized(
         train=table("train"),
         held_out=table("held_out"),
         test=table("test") if "test.starts" in tensors else None,
-        pad_id=int(told["pad_id"]),
-        description=told["description"],
-        **{name: tuple(json.loads(told[name])) for name in _LISTS},
+        pad_id=int(metadata["pad_id"]),
+        description=metadata["description"],
+        **{name: tuple(json.loads(metadata[name])) for name in _LISTS},
     )

@@ -74,12 +74,14 @@ def _materialize_buffers(model: Any, rebuild: Callable[[], Any]) -> None:
         names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         if not names:
             continue
-        told = [name for name in names if module.get_buffer(name).dtype != torch.bool]
-        for name in told:
+        marked = [name for name in names if module.get_buffer(name).dtype != torch.bool]
+        for name in marked:
             module._buffers[name] = _marked(module.get_buffer(name))
         innermost[path]._init_weights(module)
         unknown += [
-            (module, path, name) for name in names if name not in told or _is_marked(module.get_buffer(name))
+            (module, path, name)
+            for name in names
+            if name not in marked or _is_marked(module.get_buffer(name))
         ]
     if not unknown:
         return
@@ -238,8 +240,8 @@ def _inputs_of_most(matrices: Sequence[MatrixShape]) -> int | None:
 
 def _longest(model: Any, config: Any, family: str) -> int:
     """By the configuration where it says, else by the model's table of positions, if it has one."""
-    told = _number(config, "max_position_embeddings")
-    if told is None:
+    stated = _number(config, "max_position_embeddings")
+    if stated is None:
         tables = [
             module.weight.shape[0]
             for path, module in model.named_modules()
@@ -248,11 +250,11 @@ def _longest(model: Any, config: Any, family: str) -> int:
         return min(tables, default=NO_LIMIT)
     # RoBERTa and its kin count positions from their padding token on.
     table = next(
-        (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == told), None
+        (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == stated), None
     )
     offset = _number(config, "pad_token_id") or 0
     counted = "roberta" in family or family in ("camembert", "mpnet", "xmod", "data2vec-text")
-    return told - (offset + 1 if counted and table is not None else 0)
+    return stated - (offset + 1 if counted and table is not None else 0)
 
 
 def configuration(

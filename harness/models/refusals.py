@@ -41,21 +41,21 @@ def refuse_what_is_not_trained(config: Mapping[str, Any], name: str, folder: Pat
 def _quantised(config: Mapping[str, Any], folder: Path | None) -> str | None:
     """Such as `gptq, 4 bits`; `None` for weights as they were trained."""
     for key in ("quantization_config", "quantization", "compression_config"):
-        told = config.get(key)
-        if isinstance(told, Mapping) and told:
-            return _described(told, str(told.get("quant_method") or told.get("quant_type") or "low-bit"))
+        entry = config.get(key)
+        if isinstance(entry, Mapping) and entry:
+            return _described(entry, str(entry.get("quant_method") or entry.get("quant_type") or "low-bit"))
     for file, method in _OWN_FILES.items():
         if folder is not None and (folder / file).is_file():
-            told = _read(folder / file)
-            return _described(told, str(told.get("quant_method") or method))
+            entry = _read(folder / file)
+            return _described(entry, str(entry.get("quant_method") or method))
     return None
 
 
-def _described(told: Mapping[str, Any], method: str) -> str:
-    bits = next((told[key] for key in _BITS if isinstance(told.get(key), int)), None)
+def _described(entry: Mapping[str, Any], method: str) -> str:
+    bits = next((entry[key] for key in _BITS if isinstance(entry.get(key), int)), None)
     if bits is None:
-        bits = 4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") or method == "fp8" else None
-    groups = told.get("config_groups")
+        bits = 4 if entry.get("load_in_4bit") else 8 if entry.get("load_in_8bit") or method == "fp8" else None
+    groups = entry.get("config_groups")
     for group in groups.values() if bits is None and isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
@@ -65,11 +65,11 @@ def _described(told: Mapping[str, Any], method: str) -> str:
 def no_config(name: str, folder: Path) -> UserError:
     """For a folder without config.json: what it is instead."""
     if (folder / "adapter_config.json").is_file():
-        told = _read(folder / "adapter_config.json")
-        base = str(told.get("base_model_name_or_path") or "another model")[-_LENGTH:]
+        entry = _read(folder / "adapter_config.json")
+        base = str(entry.get("base_model_name_or_path") or "another model")[-_LENGTH:]
         return UserError(
             f"model '{name}'",
-            f"holds an adapter alone ({str(told.get('peft_type', 'LoRA'))[:_LENGTH]} for {base})",
+            f"holds an adapter alone ({str(entry.get('peft_type', 'LoRA'))[:_LENGTH]} for {base})",
             "merge it into that model first, or take that model",
         )
     if (folder / "model_index.json").is_file():

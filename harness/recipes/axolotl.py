@@ -65,12 +65,16 @@ def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:
         case "adamw_8bit":
             return {"optimizer": "paged_adamw_8bit" if settings.paged else "adamw_bnb_8bit"}
         case "projected_gradients":
-            told = {
+            galore = {
                 "rank": settings.rank,
                 "update_proj_gap": settings.update_proj_gap,
                 "scale": settings.scale,
             }
-            return {"optimizer": "galore_adamw", "optim_target_modules": "all_linear", "optim_args": told}
+            return {
+                "optimizer": "galore_adamw",
+                "optim_target_modules": "all_linear",
+                "optim_args": galore,
+            }
         case "adapters" | "quantized_adapters":
             return {
                 "adapter": "qlora" if chosen.method == "quantized_adapters" else "lora",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engines import Elsewhere
+from engines.registry_row import Elsewhere
 from harness.records.job import DataKind, Job
 
 FILE_KINDS = {

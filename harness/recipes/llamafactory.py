@@ -52,7 +52,7 @@ def llamafactory_recipe(chosen: ChosenMethod) -> Recipe | None:
 
 def _data_sets(chosen: ChosenMethod) -> str:
     where = "hf_hub_url" if chosen.data is not None and chosen.file_kind is None else "file_name"
-    told: dict[str, Any] = {where: chosen.data or "YOUR_DATA"}
+    entry: dict[str, Any] = {where: chosen.data or "YOUR_DATA"}
     if chosen.data_kind == "chats":
         tags = {
             "role_tag": "role",
@@ -60,10 +60,10 @@ def _data_sets(chosen: ChosenMethod) -> str:
             "user_tag": "user",
             "assistant_tag": "assistant",
         }
-        told |= {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+        entry |= {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     elif chosen.data_kind == "text":
-        told |= {"columns": {"prompt": "text"}}
-    return json.dumps({DATA_SET: told}, indent=1, ensure_ascii=False) + "\n"
+        entry |= {"columns": {"prompt": "text"}}
+    return json.dumps({DATA_SET: entry}, indent=1, ensure_ascii=False) + "\n"
 
 
 def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:

@@ -65,8 +65,10 @@ def _of_method(chosen: ChosenMethod) -> dict[str, Any] | None:
         case "adamw_8bit":
             return {"optim": "paged_adamw_8bit" if settings.paged else "adamw_bnb_8bit"}
         case "projected_gradients":
-            told = f"rank={settings.rank}, update_proj_gap={settings.update_proj_gap}, scale={settings.scale}"
-            return {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": told}
+            galore = (
+                f"rank={settings.rank}, update_proj_gap={settings.update_proj_gap}, scale={settings.scale}"
+            )
+            return {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": galore}
         case "adapters" | "quantized_adapters":
             own = adapters(settings)
             return own | (

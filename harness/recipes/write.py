@@ -102,5 +102,5 @@ def _why_none(answer: Recommendation, plan: Plan, stack: Stack) -> str:
         for each in answer.plans
         if each.fits and each.engine != plan.engine and recipe_of(answer, each, stack) is not None
     ]
-    told = f"; of those that fit it has {', '.join(others)} (--engine NAME)" if others else ""
-    return f"{stack}: nothing written, it has no {plan.engine}{told}"
+    alternatives = f"; of those that fit it has {', '.join(others)} (--engine NAME)" if others else ""
+    return f"{stack}: nothing written, it has no {plan.engine}{alternatives}"

@@ -97,7 +97,7 @@ def is_better(metric: str, value: float, than: float | None) -> bool:
     return value > than if HIGHER_IS_BETTER[metric] else value < than
 
 
-def told(metrics: Mapping[str, float]) -> str:
+def metrics_text(metrics: Mapping[str, float]) -> str:
     """The metrics in one line for a person."""
     shares = {"accuracy", "majority_class", "f1", "exact_match", "answer_f1"}
     return ", ".join(

@@ -212,11 +212,11 @@ _TOLERANCE = 1e-6
 """Relative: earlier versions may have added in another order."""
 
 
-def differing_field(told: Summary, samples: Sequence[Sample], tokens_per_step: float) -> str | None:
+def differing_field(stored: Summary, samples: Sequence[Sample], tokens_per_step: float) -> str | None:
     """The first field of a summary that does not follow from its samples; `None` where all that can do."""
     expected = step_statistics(samples, tokens_per_step)
     for name in _FROM_SAMPLES:
-        value, computed = getattr(told, name), getattr(expected, name)
+        value, computed = getattr(stored, name), getattr(expected, name)
         if value is None or computed is None:
             if value is not None:
                 return name

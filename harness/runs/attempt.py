@@ -91,9 +91,9 @@ def attempt(
     )  # fmt: skip
     scenario: ScenarioName = "train" if request.generation is None else "decode"
     path = record_path(out, request.id, scenario)
-    room = most_record_bytes(request.job.warmup_steps + request.job.steps)
+    reserved_bytes = most_record_bytes(request.job.warmup_steps + request.job.steps)
     remedy = f"{ELSEWHERE}; a run that has ended is kept for --resume"
-    with whole_file(path, remedy, reserve_bytes=room) as file, record_noted(out, path) as note:
+    with whole_file(path, remedy, reserve_bytes=reserved_bytes) as file, record_noted(out, path) as note:
         if request.plan.fits:
             write_whole(work_folder(out, request.id) / ATTEMPT, to_json(about))
             outcome = launch_child(request, out, device=device, on_event=on_event)
@@ -267,7 +267,7 @@ def _not_run(plan: Plan) -> Outcome:
 
 def _emulation(request: Request, outcome: Outcome) -> Emulation | None:
     """What of the emulated machine, if there is one, was asked for and what held."""
-    asked, held = request.emulated, outcome.held
+    asked, limits = request.emulated, outcome.limits
     if asked is None:
         return None
     copies = entry(request.plan.engine).copies
@@ -276,7 +276,7 @@ def _emulation(request: Request, outcome: Outcome) -> Emulation | None:
         threads=asked.threads,
         rates=asked.rates,
         link="emulated" if copies == "own" else "not emulated" if copies == "library" else "unused",
-        threads_held=None if held is None else held.threads,
-        vram_bytes_held=None if held is None else held.vram_bytes,
-        rates_held=None if held is None else held.rates,
+        threads_held=None if limits is None else limits.threads,
+        vram_bytes_held=None if limits is None else limits.vram_bytes,
+        rates_held=None if limits is None else limits.rates,
     )

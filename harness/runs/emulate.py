@@ -32,7 +32,7 @@ class Emulated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class AppliedLimits:
     """What the child was held to, as it found itself."""
 
     threads: int

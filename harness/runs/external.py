@@ -170,9 +170,9 @@ def _missing_modules(program: str, here: Path, modules: Sequence[str]) -> list[s
     if not modules:
         return []
     python = program if re.match(r"python[\d.]*$", Path(program).name) else sys.executable
-    told = "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
+    script = "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
     done = subprocess.run(
-        [python, "-c", told, *modules], cwd=here, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        [python, "-c", script, *modules], cwd=here, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     return done.stdout.split() if done.returncode == 0 else list(modules)

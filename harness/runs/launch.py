@@ -25,11 +25,11 @@ from engines.errors import PEER_LOST, UserError
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
 from harness.records.shared import paths_of, without_paths
-from harness.runs.emulate import Held
+from harness.runs.emulate import AppliedLimits
 from harness.runs.end_states import REASON_LENGTH
 from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
-from harness.runs.processes import Group, child_environment, of_rank
+from harness.runs.processes import Group, KeptChild, child_environment, of_rank
 from harness.runs.ranks import MEETING, devices_of, of_group, places
 from harness.runs.worker import TRACE, Request, Result
 from profiles.documents import adapter, to_json, write_whole
@@ -82,7 +82,7 @@ class Outcome:
     """The engine kept a trace, which costs time, whether or not it could be written."""
     trace_file: str | None = None
     """Relative to the folder of results."""
-    held: Held | None = None
+    limits: AppliedLimits | None = None
     """What of an emulated machine the run was held to; `None`: nothing, or the child did not say."""
     contacted: tuple[str, ...] | None = None
     """Hosts that the child contacted; `None`: not known."""
@@ -110,8 +110,15 @@ _End = tuple[EndState, str | None]
 OnRunEvent = Callable[[SettingUp | Stepped], None]
 
 
-def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
-    """Run `request` in a child process and wait for its end.
+def launch_child(
+    request: Request,
+    out: Path,
+    *,
+    device: NvmlDevice | None,
+    on_event: OnRunEvent,
+    kept: KeptChild | None = None,
+) -> Outcome:
+    """Run `request` in a child process and wait for its end; in `kept`, which stays if the run goes well.
 
     Every end of the child is an outcome, Ctrl-C included. Where the run failed, `<out>/logs/<id>.log`
     keeps what the child wrote; where it was traced, `<out>/traces/<id>.json` keeps the trace, if the child
@@ -122,13 +129,15 @@ def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_e
     try:
         write_whole(work / REQUEST, to_json(request))
         (work / MEETING).unlink(missing_ok=True)
-        outcome = _run_child(request, work, device, on_event)
+        outcome = _run_child(request, work, device, on_event, kept)
+        if kept is not None and outcome.end_state != "ok":
+            kept.close()
         _join_logs(work, request.job.limits.gpus)
         _clean_log(work / "log", request.job)
         _keep(work / "log", out / "logs" / f"{request.id}.log", wanted=outcome.end_state != "ok")
         trace_file = f"traces/{request.id}.json"
-        kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
-        return replace(outcome, trace_file=trace_file if kept else None)
+        is_kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
+        return replace(outcome, trace_file=trace_file if is_kept else None)
     except UserError:
         clear_work(out, request.id)
         raise
@@ -174,11 +183,14 @@ def launch_probe(*, quiet: bool) -> Machine:
     return TypeAdapter(Machine).validate_json(done.stdout)
 
 
-def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
+def _run_child(
+    request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent, kept: KeptChild | None
+) -> Outcome:
     oom_kills_before = read_oom_kills()
     ranks = places(request.job.limits, work)
     recordings = [RunRecording(tokens_per_step=request.tokens_per_step) for _ in range(max(1, len(ranks)))]
-    group = Group(work, ranks, None if request.emulated is None else request.emulated.threads)
+    threads = None if request.emulated is None else request.emulated.threads
+    group = Group(work, ranks, threads) if kept is None else kept.begin(work, threads)
     sampler = MemorySampler(group.pids, devices_of(ranks, device))
     stop: _Stop | None = None
     try:
@@ -190,7 +202,7 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
     _take_lines(group.read_rest(), request, recordings, lambda event: None)
 
     results = [
-        recording.told or read_result(work / of_rank(RESULT, rank))
+        recording.result or read_result(work / of_rank(RESULT, rank))
         for rank, recording in enumerate(recordings)
     ]
     # A result is complete, even if its process was stopped while it was ending.
@@ -203,19 +215,19 @@ def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event
         recording.summary() if each is None else each.summary
         for each, recording in zip(results, recordings, strict=True)
     ]
-    first, told = results[0], recordings[0]
+    first, recording = results[0], recordings[0]
     summary = of_group(summaries)
     peak_host_bytes = max(sampler.peak_host_bytes, summary.peak_host_bytes or 0)
     return Outcome(
         end_state=state,
         end_reason=reason,
-        samples=told.samples if first is None else first.samples,
+        samples=recording.samples if first is None else first.samples,
         summary=replace(
             summary, peak_host_bytes=peak_host_bytes or None, peak_gpu_nvml_bytes=sampler.peak_gpu_bytes
         ),
         by_user=stop is not None and stop.by_user,
-        traced=told.traced,
-        held=told.held,
+        traced=recording.traced,
+        limits=recording.limits,
         contacted=tuple(dict.fromkeys(host for each in recordings for host in each.contacted)),
         ranks=tuple(summaries) if ranks else (),
         notes=None if first is None else first.notes,
@@ -226,17 +238,17 @@ def _judge(ends: Sequence[_End | None], stop: _Stop | None) -> _End:
     """How a group ended by what is known of each rank, `None` of one that was stopped: the first that failed
     of itself says it, then what stopped them, then one that missed another."""
     several = len(ends) > 1
-    told = [
+    failures = [
         (state, f"rank {rank}: {reason}" if several else reason)
         for rank, (state, reason) in ((rank, end) for rank, end in enumerate(ends) if end is not None)
         if state != "ok"
     ]
-    own = [end for end in told if end[1] is None or not end[1].endswith(PEER_LOST)]
+    own = [end for end in failures if end[1] is None or not end[1].endswith(PEER_LOST)]
     if own:
         return own[0]
     if stop is not None and None in ends:
         return stop.end_state, stop.reason
-    return told[0] if told else ("ok", None)
+    return failures[0] if failures else ("ok", None)
 
 
 def _watch(
@@ -298,27 +310,27 @@ def _take_lines(
 ) -> None:
     """What the ranks have told. Events are those of the first."""
     total = request.job.warmup_steps + request.job.steps
-    told: list[tuple[RunRecording, OnRunEvent]] = [
+    listeners: list[tuple[RunRecording, OnRunEvent]] = [
         (recording, (lambda event: None) if rank else on_event) for rank, recording in enumerate(recordings)
     ]
-    for lines, (recording, tell) in zip(of_ranks, told, strict=True):
+    for lines, (recording, listen) in zip(of_ranks, listeners, strict=True):
         for line in lines:
             event = json.loads(line)
             if "sample" in event:
                 sample = Sample(**event["sample"])
                 stats = event["stats"]
                 recording.steps.append((sample, None if stats is None else StepStats(**stats)))
-                tell(Stepped(run_id=request.id, sample=sample, total=total))
+                listen(Stepped(run_id=request.id, sample=sample, total=total))
             elif "traced" in event:
                 recording.traced = True
             elif "result" in event:
-                recording.told = adapter(Result).validate_python(event["result"])
+                recording.result = adapter(Result).validate_python(event["result"])
             elif "contacted" in event:
                 recording.contacted.append(event["contacted"])
-            elif "held" in event:
-                recording.held = TypeAdapter(Held).validate_python(event["held"])
+            elif "limits" in event:
+                recording.limits = TypeAdapter(AppliedLimits).validate_python(event["limits"])
             else:
-                tell(SettingUp(run_id=request.id, **event))
+                listen(SettingUp(run_id=request.id, **event))
 
 
 def read_result(path: Path) -> Result | None:

@@ -44,7 +44,7 @@ class RankPlace:
     @property
     def environment(self) -> dict[str, str]:
         """What its process is told."""
-        told = {
+        variables = {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
             "LOCAL_RANK": str(self.local_rank),
@@ -53,10 +53,10 @@ class RankPlace:
         }
         gpus = visible_gpus()
         if gpus:  # its own is the only one that it sees, and so its cuda:0
-            told["CUDA_VISIBLE_DEVICES"] = gpus[self.local_rank % len(gpus)]
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[self.local_rank % len(gpus)]
         if self.local_size == self.size and "GLOO_SOCKET_IFNAME" not in os.environ:
-            told["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that leads nowhere does no harm then
-        return told
+            variables["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that leads nowhere does no harm then
+        return variables
 
 
 def places(limits: Limits, folder: Path) -> list[RankPlace]:
@@ -171,12 +171,12 @@ def what_to_agree_on(job: Job, engine: str, settings: Mapping[str, object]) -> d
 
 def check_alike(world: World, own: Mapping[str, str]) -> None:
     """Raises `UserError`, on every rank, where a rank tells something else than rank 0."""
-    told = [json.loads(each) for each in world.exchange(json.dumps(dict(own)).encode("utf-8"))]
-    for rank, each in enumerate(told):
+    of_ranks = [json.loads(each) for each in world.exchange(json.dumps(dict(own)).encode("utf-8"))]
+    for rank, each in enumerate(of_ranks):
         for name, value in each.items():
-            if value != told[0].get(name):
+            if value != of_ranks[0].get(name):
                 raise UserError(
                     f"rank {rank}",
-                    f"its {name} is {value}, that of rank 0 is {told[0].get(name)}",
+                    f"its {name} is {value}, that of rank 0 is {of_ranks[0].get(name)}",
                     "ranks have to be alike, or they would not take the same steps",
                 )

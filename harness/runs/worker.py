@@ -4,7 +4,7 @@
 each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens (where it cannot be
 written, DESCRIPTOR gets what it would hold), and FOLDER/trace.json where a trace was asked for. A child that
 is killed leaves neither; what it had reported is then all there is. PARENT is the process to live no longer
-than.
+than. With `-` for FOLDER it reads folders from stdin, a line each, and says after each that it is idle.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import IO, Any, NoReturn
 from pydantic import TypeAdapter
 
 from engines import entry, is_external, load_engine
-from engines.base import Batch, Context, Evaluation, StepStats, TellsNotes, TellsTrace
+from engines.base import Batch, Context, Evaluation, StepStats, SupportsNotes, SupportsTrace
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
@@ -35,10 +35,10 @@ from harness.records.learning import Learning
 from harness.records.metrics import metrics_of
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
-from harness.runs.emulate import Emulated, Held, limit_cpus
+from harness.runs.emulate import AppliedLimits, Emulated, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
-from harness.runs.processes import of_rank
+from harness.runs.measure import RunRecording, Scenario, compile_s, forget_last_run, gpu_peaks, measure
+from harness.runs.processes import FROM_STDIN, IDLE, of_rank
 from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
 from profiles.documents import to_json, write_whole
@@ -103,24 +103,48 @@ class _NoData:
 
 
 def main(arguments: Sequence[str]) -> int:
-    folder, descriptor, parent_pid = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    folder, descriptor, parent_pid = arguments[0], int(arguments[1]), int(arguments[2])
     end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
+    # Open to the end: the parent takes the end of the pipe for the end of this process.
+    events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+    if folder != FROM_STDIN:
+        _run_in(Path(folder), events)
+        return 0
+    for number, line in enumerate(sys.stdin):
+        next_folder = Path(line.removesuffix("\n"))
+        _write_into(next_folder / "log")
+        peak_is_own = number == 0 or forget_last_run()
+        _run_in(next_folder, events, peak_is_own=peak_is_own)
+        events.write(f"{IDLE}\n")
+    return 0
+
+
+def _run_in(folder: Path, events: IO[str], *, peak_is_own: bool = True) -> None:
+    """The request in `folder`, to its result there."""
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
     several = request.job.limits.gpus * request.job.limits.nodes > 1
     place = place_of(os.environ) if several else None
     if request.emulated is not None:
         limit_cpus(request.emulated.threads)
-    # Open to the end: the parent takes the end of the pipe for the end of this process.
-    events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
     with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):
         result = execute(request, events, folder, place)
+    if not peak_is_own:
+        result = replace(result, summary=replace(result.summary, peak_host_bytes=None))
     try:
         local = 0 if place is None else place.local_rank
         write_whole(folder / of_rank("result.json", local), to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
         events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
-    return 0
+
+
+def _write_into(log: Path) -> None:
+    """What this process and its libraries print goes there from now on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
 
 
 def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | None = None) -> Result:
@@ -185,9 +209,9 @@ def _run(
         on_progress("meeting the other ranks", 1, 1)
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
-        held = _held(emulated, device_name, vram_bytes, own_copies=own_copies)
+        limits = _applied_limits(emulated, device_name, vram_bytes, own_copies=own_copies)
         on_progress("measuring the emulated link", 1, 1)
-        report(held=asdict(held))
+        report(limits=asdict(limits))
     context = Context(
         device=device_name,
         workload=job.workload,
@@ -213,7 +237,8 @@ def _run(
         if request.data_file is None:
             data = make_data(job, request.shape)
         else:
-            data = batches_of(load_tokenized(request.data_file), job)
+            together = None if request.learning is None else request.learning.rows_evaluated_together
+            data = batches_of(load_tokenized(request.data_file), job, evaluated_together=together)
         on_progress("data and model", 1, 2)
         blueprint = make_blueprint(job, request.shape, data.step_batches(0)[0])
         on_progress("data and model", 2, 2)
@@ -224,7 +249,7 @@ def _run(
         energy_j = None if device is None else device.energy_j
     engine = engine_class(plan.settings.typed, context)
     # Of several ranks the first: what they do is alike.
-    traced = request.trace and isinstance(engine, TellsTrace) and world.rank == 0
+    traced = request.trace and isinstance(engine, SupportsTrace) and world.rank == 0
     if traced:
         report(traced=True)
     try:
@@ -238,7 +263,7 @@ def _run(
             on_sample=on_sample,
         )
     finally:
-        recording.notes = tuple(engine.notes) if isinstance(engine, TellsNotes) else ()
+        recording.notes = tuple(engine.notes) if isinstance(engine, SupportsNotes) else ()
         try:
             if traced:
                 write_trace(engine, folder / TRACE)
@@ -272,7 +297,7 @@ def _scenario(request: Request, data: StepData, folder: Path) -> Scenario:
     return Decode(request=wanted, warmup_steps=job.warmup_steps)
 
 
-def write_trace(engine: TellsTrace, path: Path) -> None:
+def write_trace(engine: SupportsTrace, path: Path) -> None:
     """What `engine` kept, for chrome://tracing and Perfetto. Says on stderr what went wrong, and no more:
     a trace is a help, and after a failure the GPU may have nothing to say."""
     try:
@@ -298,7 +323,9 @@ def _total_steps(request: Request) -> int:
     return request.job.warmup_steps + request.job.steps
 
 
-def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool) -> Held:
+def _applied_limits(
+    emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool
+) -> AppliedLimits:
     """What this process is held to. The link is measured where the engine's copies are ours."""
     rates, gpu_bytes = None, None
     if own_copies:
@@ -312,7 +339,7 @@ def _held(emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_c
 
         gpu_bytes = min(vram_bytes, torch.cuda.get_device_properties(0).total_memory)
         torch.cuda.reset_peak_memory_stats()  # of the measurement, not of the run
-    return Held(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
+    return AppliedLimits(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
 
 
 def usable_host_bytes(limit_bytes: int | None) -> int:

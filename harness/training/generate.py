@@ -195,8 +195,8 @@ class _Texts:
 
 def end_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end a text, by the tokenizer and by the model's configuration, which may name several."""
-    told = load_config(source).get("eos_token_id")
-    several = told if isinstance(told, list) else [told]
+    stated = load_config(source).get("eos_token_id")
+    several = stated if isinstance(stated, list) else [stated]
     return tuple(dict.fromkeys(index for index in (tokenizer.end_id, *several) if isinstance(index, int)))
 
 

@@ -99,7 +99,7 @@ def check_same_weights(world: World, engine: Any, num_tensors: int, progress: Pr
             )
 
 
-def tell_state(world: World, out: Path, done: int) -> None:
+def share_state(world: World, out: Path, done: int) -> None:
     """Tell the others from where to go on: after `done` steps of the run in `out`. They are there then."""
     if world.size == 1:
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engines.files.reading import exists
-from harness.records.metrics import told
+from harness.records.metrics import metrics_text
 from harness.training.steps import SUMMARY, TrainingSummary
 from profiles.documents import read_document
 
@@ -30,7 +30,7 @@ def spread_over(folders: Sequence[Path]) -> Iterator[str]:
         rows.append((f"best {best[0].metric}", best[0].metric, [each.value for each in best]))
     for label, name, values in rows:
         middle, least, most = (
-            told({name: value}).removeprefix(name.replace("_", " ")).strip()
+            metrics_text({name: value}).removeprefix(name.replace("_", " ")).strip()
             for value in (statistics.median(values), min(values), max(values))
         )
         yield f"{len(runs)} seeds: {label.replace('_', ' ')} {middle} (median; {least} to {most})"

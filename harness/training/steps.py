@@ -70,7 +70,7 @@ class TrainingSummary:
     """Where what it read and wrote lies, and which hosts this call contacted."""
     schema_version: int = 1
 
-    def told(self) -> str:
+    def one_line(self) -> str:
         """In one line for a person."""
         parts = [f"{self.steps} steps" + (", ended early" if self.ended_early else "")]
         if self.train_loss is not None:
@@ -78,9 +78,9 @@ class TrainingSummary:
         if self.step_s is not None and self.real_tokens_per_s is not None:
             parts.append(f"{self.step_s * 1e3:,.3g} ms a step, {self.real_tokens_per_s:,.0f} tokens/s")
         if self.metrics:
-            parts.append(f"held-out {metrics.told(self.metrics)}")
+            parts.append(f"held-out {metrics.metrics_text(self.metrics)}")
         if self.best is not None:
-            value = metrics.told({self.best.metric: self.best.value})
+            value = metrics.metrics_text({self.best.metric: self.best.value})
             parts.append(f"best {value} after {self.best.step} steps")
         return "; ".join(parts)
 
@@ -178,7 +178,7 @@ def run_steps(engine: Engine, course: Course, done: int) -> None:
             _write(log, step=step + 1, loss=stats.loss)
             if updates is not None:
                 if not stats.updates:
-                    raise RuntimeError(f"{engine.name} told no update of step {step}")
+                    raise RuntimeError(f"{engine.name} reported no update of step {step}")
                 updates.append(*stats.updates)
             course.done = step + 1
             progress.update("training", step + 1, job.steps, note=_note(course, stats.loss))
@@ -232,7 +232,7 @@ def _evaluate(engine: Engine, course: Course, log: IO[str], board: Callable[...,
         _keep_best(course, step)
     _write(log, step=step, eval_loss=result.loss, eval_accuracy=result.accuracy, **more)
     when = f"after {step} steps" if step else "before training"
-    course.progress.print(f"{when}: held-out {metrics.told(found)}")
+    course.progress.print(f"{when}: held-out {metrics.metrics_text(found)}")
     for name, value in found.items():
         board(f"held-out/{name}", value, step)
 
@@ -315,7 +315,7 @@ def _open_log(path: Path) -> Iterator[IO[str]]:
     try:
         yield log
     finally:
-        with suppress(OSError):  # of a line that could not be written, which `_write` has told
+        with suppress(OSError):  # of a line that could not be written, which `_write` has reported
             log.close()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import load_engine
-from engines.base import Batch, Context, Evaluation, TellsTrace
+from engines.base import Batch, Context, Evaluation, SupportsTrace
 from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.files.checksums import check_sums
@@ -41,8 +41,8 @@ from harness.runs.governance_facts import governance_facts
 from harness.runs.ranks import check_gpus
 from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
 from harness.training import restore
-from harness.training.leader import check_same_weights, leading, tell_state
-from harness.training.room import check_room
+from harness.training.free_space import check_free_space
+from harness.training.leader import check_same_weights, leading, share_state
 from harness.training.run_folder import (
     MODEL,
     TrainingRun,
@@ -115,7 +115,7 @@ def _train(
 ) -> None:
     """The steps that are left, and the export, in a folder that is claimed."""
     with given_back_if_refused(out, resume):
-        check_room(out, shape, job, engine_name, typed, save_every)
+        check_free_space(out, shape, job, engine_name, typed, save_every)
         _warn_of_no_compression(typed, shape, progress)
         for note in gpu_notes():
             progress.print(f"note: {note}")
@@ -142,7 +142,7 @@ def _train(
         ):
             num_tensors = len(blueprint.parameter_shapes)
             # Again: blocks on disk have their room now, maybe of the same disk.
-            check_room(out, shape, job, engine_name, typed, save_every)
+            check_free_space(out, shape, job, engine_name, typed, save_every)
 
             def judge(evaluation: Evaluation) -> dict[str, float]:
                 return metrics_of(
@@ -158,7 +158,7 @@ def _train(
                 done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
             else:
                 done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
-            tell_state(world, out, done)
+            share_state(world, out, done)
             with closing(updates) if updates is not None else nullcontext():
                 course = Course(
                     job=job, data=data, out=out, save_every=save_every, updates=updates, progress=progress,
@@ -176,7 +176,7 @@ def _train(
                     # Else the trained weights would end with this process.
                     restore.write_checkpoint(engine, out, course.done)
                 raise
-            progress.print(summary.told())
+            progress.print(summary.one_line())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +265,7 @@ def set_up(
     engine = load_engine(engine_name)(
         settings, context_of(job, progress, trace=trace is not None, world=world)
     )
-    if trace is not None and not isinstance(engine, TellsTrace):
+    if trace is not None and not isinstance(engine, SupportsTrace):
         progress.print(f"note: {engine_name} keeps no trace")
         trace = None
     try:

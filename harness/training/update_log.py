@@ -152,8 +152,8 @@ class UpdateLog:
         cannot be written."""
         wanted = [self._next_step * self._queries + query for query in range(self._queries)]
         if [update.draw for update in updates] != wanted:
-            told = ", ".join(f"step {update.step}, query {update.query}" for update in updates)
-            raise ValueError(f"the updates of {told} cannot follow step {self._next_step - 1}")
+            them = ", ".join(f"step {update.step}, query {update.query}" for update in updates)
+            raise ValueError(f"the updates of {them} cannot follow step {self._next_step - 1}")
         records = b"".join(encode_record(update, self._crc) for update in updates)
         try:
             if self._file.write(records) != len(records):

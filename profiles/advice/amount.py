@@ -45,7 +45,7 @@ class DataLengths:
     """Of all sequences, cut to the sequence length, padding not counted."""
     shares: tuple[tuple[int, float], ...]
     """Length that a batch is padded to -> share of the batches."""
-    told: str
+    description: str
     """One line: what was measured."""
 
 
@@ -90,7 +90,7 @@ def amount_of(workload: Workload, asked: Asked, data: DataLengths | None) -> Amo
     else:
         return None
     whole = math.ceil(sequences - 1e-9)
-    lengths = f"sequences of {workload.seq_len} tokens" if data is None else data.told
+    lengths = f"sequences of {workload.seq_len} tokens" if data is None else data.description
     return Amount(
         steps=max(1, math.ceil(whole / per_step)),
         sequences=whole,

@@ -51,7 +51,7 @@ class Calibration:
     """Engine -> median power of the GPU's board in its steps."""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         parts = [
             f"{engine} x {each.expected:.2f} ({_records(each.count)})"
             for engine, each in self.factors.items()

@@ -51,13 +51,14 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
         ("cpu", cost.cpu_adam_elements, format_elements, "AdamW on the CPU"),
         ("host memory", cost.host_bytes, format_rate, "through host memory"),
         ("disk", cost.disk_bytes, format_rate, "read from disk"),
+        ("gpu to gpu", cost.from_gpu_bytes, format_rate, "from the other GPUs"),
     )
     for name, amount, formatted, what in amounts:
         if amount and times[name]:
-            told = _amount(name, amount)
+            total = _amount(name, amount)
             more = ", with what is beside products" if name == "gpu" else ""
             rate, taken = formatted(amount / times[name]), format_seconds(times[name])
-            yield f"{name} = {told} {what} / {rate} = {taken}{more}"
+            yield f"{name} = {total} {what} / {rate} = {taken}{more}"
     overlap = cost.overlap.replace("_", " ")
     if plan.prediction.step_s is not None:
         yield (

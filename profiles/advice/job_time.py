@@ -119,13 +119,13 @@ def _seconds(
     for seq_len, share in amount.shares:
         workload = replace(context.workload, seq_len=seq_len)
         cost = replace(context, workload=workload).cost(settings.typed)
-        told = calibrated(predict(cost, context.machine, workload), context.engine, calibration)
-        if told.step_s_low is None or told.step_s is None or told.step_s_high is None:
+        prediction = calibrated(predict(cost, context.machine, workload), context.engine, calibration)
+        if prediction.step_s_low is None or prediction.step_s is None or prediction.step_s_high is None:
             return None
         steps = share * amount.steps
-        low += steps * told.step_s_low
-        expected += steps * told.step_s
-        high += steps * told.step_s_high
+        low += steps * prediction.step_s_low
+        expected += steps * prediction.step_s
+        high += steps * prediction.step_s_high
     return low, expected, high
 
 

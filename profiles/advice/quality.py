@@ -49,8 +49,8 @@ def known_of_zeroth_order(parameters: int) -> str:
         if each.parameters / SAME_SIZE <= parameters <= SAME_SIZE * each.parameters
     ]
     if near:
-        told = "; ".join(f"{each.finding} ({each.name}, {each.unit}; {each.source})" for each in near)
-        return f"What a step learns at this size: {told}."
+        findings = "; ".join(f"{each.finding} ({each.name}, {each.unit}; {each.source})" for each in near)
+        return f"What a step learns at this size: {findings}."
     studied = "; ".join(
         f"{each.name}, {format_size(each.parameters)} parameters, {each.unit}: {each.finding}"
         for each in ZEROTH_ORDER

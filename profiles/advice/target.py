@@ -130,10 +130,10 @@ def _largest(engine: str, machine: Machine, job: JobToPlan, by_size: Sequence[Mo
         context = replace(job, shape=shape, workload=workload).context(engine, machine)
         plan = plan_engine(context, job.settings_of(engine))
         if plan.fits:
-            told = plan.prediction
+            prediction = plan.prediction
             return Largest(
-                engine=engine, model=shape.name, parameters=shape.parameters, step_s=told.step_s,
-                on_disk=told.disk_read_bytes > 0,
+                engine=engine, model=shape.name, parameters=shape.parameters, step_s=prediction.step_s,
+                on_disk=prediction.disk_read_bytes > 0,
             )  # fmt: skip
         if not plan.available:
             break

@@ -106,12 +106,12 @@ def _of_kind(
         return [
             f"{kind} {words.names(engines)} fit{'s' if len(engines) == 1 else ''}, without a predicted time."
         ]
-    told = f"{words.duration(best.seconds)} {unit} ({words.band(best.seconds_low, best.seconds_high)})"
+    time = f"{words.duration(best.seconds)} {unit} ({words.band(best.seconds_low, best.seconds_high)})"
     timeless = [each for each in engines if each not in forecasts or forecasts[each].seconds is None]
     if len(engines) == 1:
         verb = "takes" if asked == 1 else "is the only one that fits:"
-        return [f"{kind} {engines[0]} {verb} {told}."]
-    said = [f"{kind} {engines[0]} comes first with {told}."]
+        return [f"{kind} {engines[0]} {verb} {time}."]
+    said = [f"{kind} {engines[0]} comes first with {time}."]
     if ties:
         others = words.names([f"{each} ({words.duration(forecasts[each].seconds)})" for each in ties])
         verb = "is" if len(ties) == 1 else "are"
@@ -138,9 +138,9 @@ def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]
 
 
 def _no_first_order(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> str:
-    told = "No method with gradients fits."
+    outcome = "No method with gradients fits."
     ways = _advice([plan for plan in plans if entry(plan.engine).order == "first"], ways_out)
-    return " ".join([told, *ways])
+    return " ".join([outcome, *ways])
 
 
 def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:

@@ -71,7 +71,7 @@ def way_out(plan: Plan, context: PlanningContext, given: GivenSettings) -> WayOu
         for change in _in_order(context, begun):
             found = _plan(context, change)
             if found.fits:
-                return _told(plan, found, context, change)
+                return _way_out(plan, found, context, change)
     return blocked
 
 
@@ -86,7 +86,7 @@ def _least_of_all(context: PlanningContext, change: _Change) -> Iterator[_Change
     yield from _cheaper_dtype(context, smallest)
 
 
-def _told(plan: Plan, found: Plan, context: PlanningContext, change: _Change) -> WayOut:
+def _way_out(plan: Plan, found: Plan, context: PlanningContext, change: _Change) -> WayOut:
     before, after = plan.prediction.step_s, found.prediction.step_s
     is_like = plan.available and change.workload.tokens_per_step == context.workload.tokens_per_step
     return WayOut(

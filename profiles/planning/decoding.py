@@ -53,14 +53,14 @@ def plan_generation(
 ) -> Plan:
     """The plan of a measured generation; a step is one token of every sequence. Raises as `fitting` does."""
     settings, why_not = fitting(engine, shape, decoding, given, budget)
-    told = predict(traffic(shape, decoding, settings.typed), machine, decoding.step)
+    prediction = predict(traffic(shape, decoding, settings.typed), machine, decoding.step)
     return Plan(
         engine=engine,
         settings=settings,
         fits=why_not is None,
         why_not=why_not,
         prediction=replace(
-            told, floor_s=_floor_s(told.floor_s, shape, decoding, settings.typed.base, machine)
+            prediction, floor_s=_floor_s(prediction.floor_s, shape, decoding, settings.typed.base, machine)
         ),
     )
 

@@ -76,11 +76,11 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if settings.streams:
         on_gpu = f"{element} bytes on the GPU for {WEIGHT_SLOTS} blocks at a time"
     on_host = element + state_bytes(element, settings.moments)
-    told = f"{on_host:.3g} bytes on the host"
+    host_side = f"{on_host:.3g} bytes on the host"
     if settings.disk_blocks:
-        told += f" ({element} of them where the rest is on disk)"
+        host_side += f" ({element} of them where the rest is on disk)"
     reasons.append(
-        f"per parameter of the blocks: {on_gpu}, {told}, and room for "
+        f"per parameter of the blocks: {on_gpu}, {host_side}, and room for "
         f"the gradients of {places} of {context.shape.num_blocks} blocks"
     )
     if (crossover := _crossover(context, settings)) is not None:

@@ -30,7 +30,7 @@ def fold_for_loss(settings: MezoSettings) -> tuple[int, str] | None:
     return min(wanted, most), f"fold_every={min(wanted, most)}: {why}"
 
 
-def told_of_given(settings: MezoSettings) -> str | None:
+def warning_on_given(settings: MezoSettings) -> str | None:
     """What a `fold_every` that the user has set costs the loss; `None`: nothing that is known."""
     best = fold_for_loss(settings)
     if best is None or (settings.fold_every >= best[0] and settings.base != "int4"):

@@ -15,7 +15,7 @@ from profiles.planning.budget import gpu_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
-from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder, told_of_quality
+from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder, quality_reason
 from profiles.units import format_seconds
 
 WAYS_OUT = (
@@ -66,7 +66,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         reasons.append(
             f"r={chosen['r']}: nonzeros per projector row, as published for this size ({shape.hidden} hidden)"
         )
-    reasons.append(told_of_quality(planner.smallest_share(given.completed(**chosen).typed)))
+    reasons.append(quality_reason(planner.smallest_share(given.completed(**chosen).typed)))
     if "schedule_order" not in given:
         chosen["schedule_order"] = "layerwise"
         reasons.append(
@@ -78,6 +78,9 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         if missing is not None and context.why_missing(replace(settings, graphs=False)) is None:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
+    settings = given.typed
+    if settings.moments != "fp32":
+        reasons.append(f"approximate: Adam's moments of the subspaces in {settings.moments}")
     published = LSP_PRESETS.get(shape.name)
     if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(
@@ -133,16 +136,21 @@ class _Planner:
             # Only the last micro-batch has anything to update, so only its compute can hide that.
             micro_batches = 1 if settings.block_major else context.workload.accumulation
             gpu_s = times["gpu"] / micro_batches
-            told = f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
+            balance = (
+                f"{slowest} {format_seconds(times[slowest])} against {format_seconds(gpu_s)} of GPU time"
+            )
             if micro_batches > 1:
-                told += " in one micro-batch"
+                balance += " in one micro-batch"
             streamed_s = self._streamed_s(smallest)
             if streamed_s > gpu_s:
-                told += f" and {format_seconds(streamed_s)} of streaming"
+                balance += f" and {format_seconds(streamed_s)} of streaming"
             elements = context.shape.num_blocks * core_elements(context.shape, settings)
             if hides(times, gpu_s, streamed_s):
-                return d, f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {told})"
-        return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({told})"
+                return (
+                    d,
+                    f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {balance})",
+                )
+        return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({balance})"
 
     def _streamed_s(self, smallest: int) -> float:
         """Seconds that streaming the weights takes with the `smallest` cores; 0 where they stay."""

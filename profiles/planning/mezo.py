@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.settings.given import GivenSettings
 from profiles.planning.context import Choice, PlanningContext, SettingChange
-from profiles.planning.fold_every import fold_for_loss, told_of_given
+from profiles.planning.fold_every import fold_for_loss, warning_on_given
 
 WAYS_OUT = (
     SettingChange(
@@ -28,7 +28,7 @@ WAYS_OUT = (
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """`fold_every`, for the loss's sake; of one that is given, what it may cost the loss."""
     if "fold_every" in given:
-        warning = told_of_given(given.typed)
+        warning = warning_on_given(given.typed)
         return Choice(given, () if warning is None else (warning,))
     best = fold_for_loss(given.typed)
     return Choice(given) if best is None else Choice(given.completed(fold_every=best[0]), (best[1],))

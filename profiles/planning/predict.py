@@ -4,6 +4,8 @@
     step time = the layers' times combined as the method overlaps them (`engines.costs.overlap`)
 
 Rates are the machine's own figures. What no probe measures is a named constant below with its source.
+
+Longer than 400 lines: every resource's rate, its time and what is said of it stand side by side.
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ class _Rates:
     per_host_byte_s: float
     per_disk_byte_s: float
     per_disk_written_byte_s: float
+    per_from_gpu_byte_s: float
 
 
 def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Prediction:
@@ -150,6 +153,7 @@ def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | N
         cpu_adam_elements=traffic.cpu_adam_elements,
         disk_bytes=traffic.disk_bytes,
         disk_write_bytes=traffic.disk_write_bytes,
+        from_gpu_bytes=traffic.from_gpu_bytes,
     )
     busy = resource_s(replace(traffic, layers=(least,)), machine, workload)
     return None if busy is None else max(busy.values())
@@ -230,6 +234,7 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
         # A disk that reads and writes does one after the other, or each at half its rate.
         disk_s=layer.disk_bytes * rates.per_disk_byte_s
         + layer.disk_write_bytes * rates.per_disk_written_byte_s,
+        from_gpu_s=layer.from_gpu_bytes * rates.per_from_gpu_byte_s,
     )
 
 
@@ -262,6 +267,9 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         per_host_byte_s=host_byte_s,
         per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
         per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
+        per_from_gpu_byte_s=0.0
+        if machine.gpu is None
+        else per(traffic.from_gpu_bytes, lambda: _from_gpu(machine)),
     )
 
 
@@ -288,6 +296,16 @@ def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
     if writes:
         return "disk write bandwidth", machine.disk.write_bytes_per_s
     return "disk read bandwidth", machine.disk.read_bytes_per_s
+
+
+def _from_gpu(machine: Machine) -> tuple[str, Figure]:
+    """Of the slowest GPU."""
+    each = () if machine.link is None else machine.link.each_gpu
+    known = [gpu.from_gpu_bytes_per_s for gpu in each if gpu.from_gpu_bytes_per_s.value]
+    if not known:
+        why = each[0].from_gpu_bytes_per_s.method if each else "the profile is of one GPU"
+        raise _Absent("bandwidth between GPUs is not in the machine profile", why)
+    return "bandwidth between GPUs", min(known, key=lambda figure: figure.value or 0.0)
 
 
 def _memory_copy(machine: Machine) -> tuple[str, Figure]:
@@ -372,27 +390,29 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload) -> str:
     parts = []
     if traffic.gpu_flops > 0:
         share = GPU_MATMUL_EFFICIENCY if on_gpu else CPU_MATMUL_EFFICIENCY
-        rate = _told(_matmul(machine, workload), format_flops)
+        rate = _named_figure(_matmul(machine, workload), format_flops)
         parts.append(f"{rate}, of which a model gets {share:.0%}")
     if traffic.gpu_bytes > 0:
-        parts.append(_told(_memory_copy(machine), format_rate))
+        parts.append(_named_figure(_memory_copy(machine), format_rate))
     if on_gpu:
         for direction in _DIRECTIONS:
-            told = _link(machine, traffic, direction)
-            parts += [_told((name, figure), format_rate) for _, name, figure in told]
+            figures = _link(machine, traffic, direction)
+            parts += [_named_figure((name, figure), format_rate) for _, name, figure in figures]
+        if traffic.from_gpu_bytes:
+            parts.append(_named_figure(_from_gpu(machine), format_rate))
     if traffic.cpu_adam_elements:
-        parts.append(_told(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+        parts.append(_named_figure(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
     if traffic.disk_bytes:
-        parts.append(_told(_disk(machine), format_rate))
+        parts.append(_named_figure(_disk(machine), format_rate))
     if traffic.disk_write_bytes:
-        parts.append(_told(_disk(machine, writes=True), format_rate))
+        parts.append(_named_figure(_disk(machine, writes=True), format_rate))
     overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
     error = GPU_MODEL_ERROR if on_gpu else CPU_MODEL_ERROR
     resources = "; ".join(parts) or "no resource used"
     return f"Closed form, {overlap}: {resources}; model error a factor of {error:g} each way."
 
 
-def _told(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
+def _named_figure(named: tuple[str, Figure], formatted: Callable[[float | None], str]) -> str:
     name, figure = named
     disturbed = f", disturbed: {figure.disturbance}" if figure.disturbance else ""
     return f"{name} {formatted(figure.value)} ({figure.origin}{disturbed})"

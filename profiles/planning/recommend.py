@@ -48,7 +48,7 @@ def recommend(
 
     Raises `UserError` for an unknown engine or setting.
     """
-    told = job_arguments or {}
+    arguments = job_arguments or {}
     plans = [
         plan_engine(
             context_of_a_rank(
@@ -63,7 +63,7 @@ def recommend(
                 nodes=nodes,
             ),
             overrides[engine] if engine in overrides else defaults(engine),
-            told.get(engine, ""),
+            arguments.get(engine, ""),
         )
         for engine in engines
     ]
@@ -93,8 +93,8 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
     if (approximate := approximation(settings)) is not None:
         reasons = (*reasons, approximate)
     if given:
-        told = ", ".join(f"{key}={value}" for key, value in given.items())
-        reasons = (*reasons, f"as set: {told}")
+        assigned = ", ".join(f"{key}={value}" for key, value in given.items())
+        reasons = (*reasons, f"as set: {assigned}")
     return Plan(
         engine=engine,
         settings=settings,

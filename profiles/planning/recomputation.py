@@ -24,12 +24,12 @@ def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     if fewest is None:
         return Choice(given)
     if fewest == 0:
-        told = "all activations fit, so that nothing is computed twice"
+        reason = "all activations fit, so that nothing is computed twice"
     elif fewest == count:
-        told = "every block runs again in the backward pass; fewer do not fit"
+        reason = "every block runs again in the backward pass; fewer do not fit"
     else:
-        told = f"the first {fewest} of {count} run again in the backward pass; fewer do not fit"
-    return Choice(given.completed(checkpointed_blocks=fewest), (f"checkpointed_blocks={fewest}: {told}",))
+        reason = f"the first {fewest} of {count} run again in the backward pass; fewer do not fit"
+    return Choice(given.completed(checkpointed_blocks=fewest), (f"checkpointed_blocks={fewest}: {reason}",))
 
 
 def _fits(context: PlanningContext, given: GivenSettings, recomputed: int) -> bool:

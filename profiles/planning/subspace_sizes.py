@@ -92,12 +92,12 @@ def largest_hidden(
             continue
         sizes = SubspaceSizes(d=d, reason="")
         tried.append(sizes)
-        told = cost(sizes.text)
-        if not fits(told):
+        costs = cost(sizes.text)
+        if not fits(costs):
             continue
         if machine.gpu is None:
             return replace(sizes, reason="the largest considered that fit; without a GPU nothing hides")
-        times = _block_s(told, machine, workload)
+        times = _block_s(costs, machine, workload)
         least = _block_s(cost(_smallest(sides).text), machine, workload) if block_major else None
         if times is None:
             return replace(
@@ -146,7 +146,7 @@ def lsp_ladder(hidden: int) -> list[int]:
     return [d for d in ladder if d * LADDER_MIN_SHARE >= hidden]
 
 
-def told_of_quality(share: float) -> str:
+def quality_reason(share: float) -> str:
     """What the loss is known to pay for a subspace; `share` is the smallest d over a weight's smaller
     side."""
     known = max((each for each in QUALITY if each <= share), default=min(QUALITY))

@@ -17,12 +17,18 @@ from engines.shapes import Workload
 from profiles.machine import Machine
 from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext
-from profiles.planning.fold_every import fold_for_loss, told_of_given
+from profiles.planning.fold_every import fold_for_loss, warning_on_given
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 
 AS_FAST = 1.01
 """A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""
+
+SHARDED_FASTER = 0.95
+"""A step within this factor of that with whole blocks on every link is worth an exchange between GPUs."""
+
+OWN_LINK_TIMES = 1.5
+"""GPUs that copy from each other so many times as fast as from the host do not use its link for it."""
 
 FOLDS = (1, 2, 4, 8, 16)
 """What `fold_every` is chosen from."""
@@ -51,12 +57,49 @@ class _Times:
         step_s, busy = predict(cost, machine, workload).step_s, resource_s(cost, machine, workload)
         if step_s is None or busy is None:
             return None
-        link_s = max(busy["h2d"], busy["d2h"], busy["host memory"])
+        link_s = max(busy["h2d"], busy["d2h"], busy["host memory"], busy["gpu to gpu"])
         return _Times(step_s=step_s, gpu_s=busy["gpu"], h2d_s=busy["h2d"], link_s=link_s)
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """Resident blocks, which take their copies off the link, then how often the others go down."""
+    """Resident blocks, which take their copies off the link, then how often the others go down. On several
+    GPUs also whether they bring up shares of each block and exchange them."""
+    whole = _choose(context, given)
+    if context.local_ranks == 1 or context.machine.gpu is None or "sharded_upload" in given:
+        return whole
+    if not (whole.settings.typed.shares_blocks and context.cost(whole.settings.typed).h2d_bytes):
+        return whole
+    sharded = _choose(context, given.completed(sharded_upload=True))
+    before, after = (
+        predict(context.cost(each.settings.typed), context.machine, context.workload)
+        for each in (whole, sharded)
+    )
+    if context.why_missing(sharded.settings.typed) is not None or before.step_s is None:
+        return whole
+    if after.step_s is None:
+        why = "sharded_upload=false: the machine profile has no rate between GPUs"
+        return Choice(whole.settings, (*whole.reasons, why))
+    if not _gpus_have_own_links(context.machine):
+        why = "sharded_upload=false: the GPUs have no fast link of their own between them, such as NVLink"
+        return Choice(whole.settings, (*whole.reasons, why))
+    told = f"(a step {format_seconds(after.step_s)}, with whole blocks {format_seconds(before.step_s)})"
+    if after.step_s >= SHARDED_FASTER * before.step_s:
+        why = f"sharded_upload=false: shares that GPUs exchange are no faster {told}"
+        return Choice(whole.settings, (*whole.reasons, why))
+    why = f"sharded_upload=true: each GPU brings up its share of a block, then they exchange them {told}"
+    return Choice(sharded.settings, (*sharded.reasons, why))
+
+
+def _gpus_have_own_links(machine: Machine) -> bool:
+    """Else what they exchange goes over the links to the host, which shares are to relieve."""
+    link = machine.link
+    if link is None:
+        return False
+    least = OWN_LINK_TIMES * (link.h2d_pinned_bytes_per_s.value or 0.0)
+    return all((gpu.from_gpu_bytes_per_s.value or 0.0) >= least for gpu in link.each_gpu)
+
+
+def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     planner = _Planner(context=context, given=given)
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
@@ -69,7 +112,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if "fold_every" not in given:
         chosen["fold_every"], reason = planner.fold_every(given.completed(**chosen).typed)
         reasons.append(reason)
-    elif (warning := told_of_given(given.typed)) is not None:
+    elif (warning := warning_on_given(given.typed)) is not None:
         reasons.append(warning)
     settings = given.completed(**chosen)
     if planner.disk_is_open:
@@ -106,6 +149,8 @@ class _Planner:
     @property
     def disk_is_open(self) -> bool:
         """The user did not say how many blocks lie on disk."""
+        if self.given.typed.sharded_upload:
+            return False
         return "disk_blocks" not in self.given or self.given.typed.disk_blocks == "auto"
 
     def placed(self, settings: Zo2Settings) -> Zo2Settings:
@@ -172,10 +217,10 @@ class _Planner:
         mine, best = self._step_s(resident), self._step_s(most)
         if mine is None or best is None:
             return f"{most} would fit"
-        told = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
+        text = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
         settings = replace(self.given.typed, resident_blocks=resident)
         prediction = predict(self.cost(settings), self.context.machine, self.context.workload)
-        return f"{told}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else told
+        return f"{text}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else text
 
     def _step_s(self, resident: int) -> float | None:
         """Predicted with so many resident blocks and the `fold_every` that suits them."""
@@ -214,11 +259,11 @@ class _Planner:
         }
         best_s = min(time.step_s for time in fitting.values())
         k = next(k for k, time in fitting.items() if time.step_s <= FOLD_AS_FAST * best_s)
-        told = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
+        balance = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
         down = format_bytes(costs[k].d2h_bytes)
         if k > 1:
             return k, (
-                f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {told}, "
+                f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {balance}, "
                 f"{down} down per step instead of {format_bytes(every.d2h_bytes)}"
             )
         why = "fewer downloads are no faster"
@@ -226,7 +271,7 @@ class _Planner:
             why = "downloads hide behind the GPU's work"
         elif len(fitting) == 1:
             why = "the GPU has no time to replay updates instead"
-        return 1, f"fold_every=1: {why} ({told}, {down} down per step)"
+        return 1, f"fold_every=1: {why} ({balance}, {down} down per step)"
 
 
 def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -31,8 +31,8 @@ def make_optimizer(elements: int, tensor_elements: int = TENSOR_ELEMENTS) -> tup
 def large_elements(memory_bytes: int, cache_bytes: int | None) -> int:
     """Elements whose working set is four times the last-level caches, where memory allows."""
     # Room for one more tensor: the one that is drawn.
-    room_bytes = memory_bytes * 3 // 4
-    return max(min(max(4 * (cache_bytes or 0), BYTES_AT_LEAST), room_bytes) // STATE_BYTES_PER_ELEMENT, 1024)
+    most_bytes = memory_bytes * 3 // 4
+    return max(min(max(4 * (cache_bytes or 0), BYTES_AT_LEAST), most_bytes) // STATE_BYTES_PER_ELEMENT, 1024)
 
 
 def adam_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None) -> Figure:

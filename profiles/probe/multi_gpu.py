@@ -1,14 +1,14 @@
-"""Every GPU's link, alone and while all of them copy."""
+"""Every GPU's link, alone and while all of them copy, and from one GPU to the next."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from profiles.machine import Figure, GpuLink, absent
 from profiles.probe.buffers import Buffers, free, largest_buffers
-from profiles.probe.timing import Meter, cuda_samples, rate_figure
+from profiles.probe.timing import Action, Meter, cuda_samples, rate_figure
 
 BUFFER_BYTES = 128 * 2**20
 ROUNDS = 40
@@ -43,6 +43,7 @@ def _each(count: int, seconds: float, memory_bytes: int) -> tuple[GpuLink, ...]:
             )
     h2d_together = _together(buffers, [own.up for own in buffers])
     d2h_together = _together(buffers, [own.down for own in buffers])
+    from_gpus = _from_next(buffers)
     return tuple(
         GpuLink(
             index=index,
@@ -51,12 +52,37 @@ def _each(count: int, seconds: float, memory_bytes: int) -> tuple[GpuLink, ...]:
             d2h_bytes_per_s=alone[index][1],
             h2d_together_bytes_per_s=h2d_together[index],
             d2h_together_bytes_per_s=d2h_together[index],
+            from_gpu_bytes_per_s=from_gpus[index],
         )
         for index in range(count)
     )
 
 
-def _together(buffers: Sequence[Buffers], copies: Sequence[Callable[[], None]]) -> list[Figure]:
+def _from_next(buffers: Sequence[Buffers]) -> list[Figure]:
+    """Absent where one of the GPUs cannot read another's memory: copies would go through the host then."""
+    import torch
+
+    count = len(buffers)
+    pairs = [(index, (index + 1) % count) for index in range(count)]
+    if not all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
+        return [absent("a GPU cannot read the next one's memory")] * count
+    least = min(own.num_bytes for own in buffers)
+
+    def copy(index: int, other: int) -> Action:
+        to, source = buffers[index].device_up[:least], buffers[other].device_down[:least]
+        return lambda: to.copy_(source, non_blocking=True)
+
+    return _together(
+        buffers, [copy(*pair) for pair in pairs], f"{least / 2**20:.0f} MiB from the next GPU", least
+    )
+
+
+def _together(
+    buffers: Sequence[Buffers],
+    copies: Sequence[Action],
+    what: str | None = None,
+    num_bytes: int | None = None,
+) -> list[Figure]:
     """All GPUs copy at once, each its own. Only copies count that ended before the first GPU was done.
 
     Events of different GPUs cannot be compared, so each GPU's times count from its own first copy, which was
@@ -84,8 +110,9 @@ def _together(buffers: Sequence[Buffers], copies: Sequence[Callable[[], None]]) 
     found = []
     for own, row in zip(buffers, times, strict=True):
         samples = [end - start for start, end in itertools.pairwise(row[1:]) if end <= shortest]
-        method = f"{own.num_bytes / 2**20:.0f} MiB, pinned, all {len(buffers)} GPUs at once"
+        amount = num_bytes or own.num_bytes
+        method = f"{what or f'{amount / 2**20:.0f} MiB, pinned'}, all {len(buffers)} GPUs at once"
         found.append(
-            rate_figure(own.num_bytes, samples, method) if samples else absent("the copies did not overlap")
+            rate_figure(amount, samples, method) if samples else absent("the copies did not overlap")
         )
     return found

@@ -75,7 +75,7 @@ def probe_machine(
                 most, refused = pinned_limit.pinned_limit(meter, full=full, root=root)
                 memory_found = replace(memory_found, pinned_bytes=most, pinned_refused=refused)
             gpu_found, link_found = _device(meter, root, SUSTAINED_S[depth])
-            if num_gpus > 1 and not brief:
+            if num_gpus > 1:
                 budget = memory_budget(cgroup.host_memory(root))
                 each_gpu = multi_gpu.each_gpu(meter, num_gpus, memory_bytes=budget)
                 link_found = replace(link_found, each_gpu=each_gpu)
@@ -129,12 +129,14 @@ def _count(num_gpus: int, *, brief: bool) -> int:
     count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
     if num_gpus > 0:
         count += gpu.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
+    if num_gpus > 1:
+        count += multi_gpu.NUM_MEASUREMENTS
     if brief:
         return count
     count += memory.NUM_TRIAD + disk.NUM_MEASUREMENTS
     if num_gpus > 0:
         count += pinned_limit.NUM_MEASUREMENTS
-    return count + (multi_gpu.NUM_MEASUREMENTS if num_gpus > 1 else 0)
+    return count
 
 
 class _Usable:

@@ -6,17 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.format import both, span
 from reports.messages import say
-from reports.metrics import (
-    Measurements,
-    gpu_taken_bytes,
-    is_emulated,
-    largest,
-    predicted,
-)
+from reports.metrics import Measurements, is_emulated, largest, predicted
 
 NumberOrigin = Literal["measured", "predicted", "unknown"]
 

@@ -60,9 +60,12 @@ def _rows(verdict: Verdict, all_: Measurements, untried: Untried) -> Iterator[Al
         time = stated.job_s(one.engine, all_, all_.steps) if all_.steps else None
         hours = time.value / 3600 if time is not None and time.value is not None else None
         step = stated.step_s(one.engine, all_)
-        told = say(f"alternative.{step.origin}", step=stated.plain_time(step))
+        basis = say(f"alternative.{step.origin}", step=stated.plain_time(step))
         yield Alternative(
-            name=say("alternative.here", engine=one.engine), hours=hours, cost=_own(hours, prices), basis=told
+            name=say("alternative.here", engine=one.engine),
+            hours=hours,
+            cost=_own(hours, prices),
+            basis=basis,
         )
     for engine in untried.first:
         yield Alternative(

@@ -7,10 +7,11 @@ import tomli_w
 from harness.records.job import Job
 from harness.records.stats import DISTURBED_FACTOR
 from profiles.documents import adapter
-from reports import exactness, provenance, tables
-from reports.breakdown import busy_table, overlap_table
+from reports import provenance, tables
 from reports.criteria import Criteria
 from reports.decide import Verdict
+from reports.findings import exactness
+from reports.findings.breakdown import busy_table, overlap_table
 from reports.format import Table, model_title
 from reports.judging.untried import Untried
 from reports.load import Loaded

@@ -7,25 +7,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from harness.records.memory_limits import gpu_limit_bytes, host_limit_bytes
 from harness.records.run import Run
 from harness.records.stats import outer_deciles, over_runs
 from profiles.units import format_bytes, format_seconds
-from reports.breakdown import breakdown
 from reports.charts.axes import Axis, bytes_axis, seconds_axis
 from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
 from reports.charts.lines import Line, lines
+from reports.findings.breakdown import breakdown
 from reports.format import loss, middle, percent
 from reports.judging import stated
 from reports.judging.quality import accuracy, learned
 from reports.messages import say
-from reports.metrics import (
-    Measurements,
-    ends,
-    gpu_limit_bytes,
-    host_limit_bytes,
-    is_emulated,
-    predicted,
-)
+from reports.metrics import Measurements, ends, is_emulated, predicted
 from reports.pages.document import Drawing
 
 

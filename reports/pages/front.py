@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engines import entry, trains_everything
+from harness.records.memory_limits import (
+    gpu_limit_bytes,
+    host_limit_bytes,
+    imposed_gpu_bytes,
+    imposed_host_bytes,
+)
 from harness.records.stats import Rounds
 from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
@@ -16,15 +22,7 @@ from reports.judging.quality import learned, learned_text, why_unknown
 from reports.judging.ranking import is_faster, trains_less
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import (
-    Measurements,
-    find,
-    gpu_limit_bytes,
-    held_gpu_bytes,
-    held_host_bytes,
-    host_limit_bytes,
-    is_emulated,
-)
+from reports.metrics import Measurements, find, is_emulated
 from reports.pages.document import FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
@@ -81,7 +79,7 @@ def _asides(verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
     if verdict.settings:
         found.append(say("verdict.settings", settings=verdict.settings))
     if len(verdict.methods) > 1:
-        told = [
+        others = [
             say(
                 "verdict.beaten" if one.beaten_by else "verdict.state",
                 engine=one.engine,
@@ -90,7 +88,9 @@ def _asides(verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
             )
             for one in verdict.methods
         ]
-        found.append(say("show.sentences").join([say("verdict.other_methods"), say("show.list").join(told)]))
+        found.append(
+            say("show.sentences").join([say("verdict.other_methods"), say("show.list").join(others)])
+        )
     return (*found, *_of_less_training(verdict, all_))
 
 
@@ -161,13 +161,13 @@ def _memory_tile(engine: str, all_: Measurements) -> Tile:
     gpu = stated.gpu_peak(engine, all_)
     if gpu.value is not None:
         limit = gpu_limit_bytes(run, all_.machine)
-        of = _of(limit, held_gpu_bytes(run)) if limit else ""
+        of = _of(limit, imposed_gpu_bytes(run)) if limit else ""
         return Tile(label=say("tile.gpu"), value=stated.memory_text(gpu), detail=of)
     host = stated.host_peak(engine, all_)
     return Tile(
         label=say("tile.host"),
         value=stated.memory_text(host),
-        detail=_of(host_limit_bytes(run), held_host_bytes(run)),
+        detail=_of(host_limit_bytes(run), imposed_host_bytes(run)),
         known=host.value is not None,
     )
 
@@ -212,21 +212,21 @@ def money_text(amount: float, prices: Prices) -> str:
 def _effect(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
     rounds = all_.of(engine)
     time = time_of(engine, all_)
-    told = stated.time_text(time)
+    time_text = stated.time_text(time)
     if all_.steps is not None:
-        told = say("front.job_in", time=told, steps=counted("step", round(all_.steps)))
+        time_text = say("front.job_in", time=time_text, steps=counted("step", round(all_.steps)))
     else:
-        told = say("front.step_in", time=told)
+        time_text = say("front.step_in", time=time_text)
     ratio = find("step_time_ratio", engine, all_)
     if ratio.value is not None and ratio.applies and ratio.value != 1:
-        told = say("front.beside", text=told, ratio=times(ratio.value))
+        time_text = say("front.beside", text=time_text, ratio=times(ratio.value))
     elif ratio.note:
-        told = say("front.noted", text=told, note=ratio.note)
+        time_text = say("front.noted", text=time_text, note=ratio.note)
     if all_.steps is None:
-        told = say("front.unsized", text=told)
+        time_text = say("front.unsized", text=time_text)
     found = learned(engine, all_)
     return (
-        (say("front.time"), told),
+        (say("front.time"), time_text),
         (say("front.memory"), _memory_text(engine, all_)),
         (say("front.quality"), learned_text(found) if found else why_unknown(engine, all_)),
         (say("front.confidence"), _confidence(rounds)),

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 
 from engines import ENGINES, YARDSTICK
 from harness.records.comparison import beside_native
+from harness.records.memory_limits import gpu_limit_bytes
 from harness.records.run import Run
 from profiles.units import format_bytes
 from reports.decide import Verdict
-from reports.exactness import compare_with_reference
-from reports.format import counted, model_title, percent, span, times
+from reports.findings.exactness import compare_with_reference
+from reports.format import counted, job_in_short, model_title, percent, span, times
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import DOES_NOT_FIT, Measurements, gpu_limit_bytes, is_emulated
+from reports.metrics import DOES_NOT_FIT, Measurements, is_emulated
 
 
 def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
@@ -25,11 +26,11 @@ def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, 
         return ()
     evidence = ", ".join(run.id for run in all_.of(engine).ok)
     return tuple(
-        say("phrase.with_evidence", text=text, runs=evidence) for text in _told(loaded, engine, all_)
+        say("phrase.with_evidence", text=text, runs=evidence) for text in _own_phrases(loaded, engine, all_)
     )
 
 
-def _told(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[str]:
+def _own_phrases(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[str]:
     rounds, native = all_.of(engine), all_.of(YARDSTICK)
     run = rounds.ok[0]
     model = model_title(loaded.job.model)
@@ -88,13 +89,16 @@ def _disclosure(loaded: Loaded, engine: str, all_: Measurements) -> str:
         "disclosure.line",
         method=_with_settings(run),
         model=model_title(loaded.job.model),
-        job=say(
-            "index.job_told", batch=loaded.job.batch_size, seq_len=loaded.job.seq_len, dtype=loaded.job.dtype
-        ),
+        job=job_in_short(loaded.job),
         result=stated.time_text(time),
         memory=memory,
         runs=counted("run", len(rounds.ok)),
-        gpu=say("disclosure.gpu", name=environment.gpu_name, driver=environment.gpu_driver or "?")
+        gpu=say(
+            "disclosure.gpu",
+            count=loaded.job.limits.gpus,
+            name=environment.gpu_name,
+            driver=environment.gpu_driver or "?",
+        )
         if environment.gpu_name
         else say("setting.no_gpu"),
         cpu=environment.cpu,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from engines import entry, trains_everything
 from engines.settings.zeroth_order import approximation
 from harness.records.columns import Column
+from harness.records.memory_limits import gpu_limit_bytes, host_limit_bytes
 from profiles.units import format_bytes, format_seconds
 from reports.decide import Verdict
 from reports.format import Table
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.messages import say
-from reports.metrics import Measurements, gpu_limit_bytes, host_limit_bytes, is_emulated
+from reports.metrics import Measurements, is_emulated
 from reports.warnings import FEW_RUNS
 
 STOP_FACTOR = 1.5

@@ -10,11 +10,12 @@ from pathlib import Path
 from engines import public_engines
 from engines.errors import UserError
 from harness.models.configs import NAMED_SHAPES
+from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run
 from harness.records.stats import Rounds, over_runs
 from profiles.documents import read_document
 from reports.load import Loaded
-from reports.metrics import gpu_taken_bytes, group, largest, predicted, typical
+from reports.metrics import group, largest, predicted, typical
 from reports.sharing.bounds import impossible
 from reports.sharing.shared_result import (
     DAY,

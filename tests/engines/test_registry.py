@@ -99,7 +99,7 @@ class TestProtocol:
 
     def test_says_why_it_is_not_available_without_an_instance(self, name: str) -> None:
         kind = load_engine(name)
-        assert isinstance(inspect.getattr_static(kind, "why_not_available"), staticmethod)
+        assert isinstance(inspect.getattr_static(kind, "why_not_available"), staticmethod | classmethod)
         reason = kind.why_not_available()
         assert reason is None or (isinstance(reason, str) and reason)
 

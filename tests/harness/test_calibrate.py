@@ -21,7 +21,7 @@ def test_records_of_this_machine_count() -> None:
     found = calibration_from(FOLDER, load_machine(FOLDER / "machine.json"))
     assert {"mezo", "zo2"} <= set(found.factors)
     assert 0.8 < found.factors["zo2"].expected < 1.25
-    assert "records of this machine" in found.told
+    assert "records of this machine" in found.summary
 
 
 def test_records_of_another_machine_never_count(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from harness.records.run import Run
 from reports.criteria import default_criteria
 from reports.decide import decide
-from reports.exactness import compare_with_reference, exact
+from reports.findings.exactness import compare_with_reference, exact
 from reports.metrics import group
 from run_records import make_plan, make_run, make_test_job
 

@@ -18,7 +18,7 @@ from harness.records.governance import Governance, Place
 from harness.records.job import DataSource, ModelSource
 from harness.runs.governance_facts import governance_facts
 from harness.runs.sweep import run_sweep
-from reports.governance import TO_TICK, governance_lines
+from reports.findings.governance import TO_TICK, governance_lines
 from reports.render import write_report
 from run_records import make_run, write_folder
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from harness.records.columns import SECONDS, Column, optional
-from reports import breakdown, index, provenance, tables
-from reports.breakdown import busy_table, overlap_table
+from reports import index, provenance, tables
+from reports.findings import breakdown
+from reports.findings.breakdown import busy_table, overlap_table
 from reports.format import Table
 from reports.messages import messages
 from reports.metrics import Measurements, group

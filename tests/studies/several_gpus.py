@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mezo": {},
     "zo2": {"fold_every": 1},
     "zo2, fold_every 4": {"fold_every": 4},
+    "zo2, sharded": {"fold_every": 2, "sharded_upload": True},
     "zo2, 2 queries": {"fold_every": 2, "queries": 2},
 }
 MOST_CYCLES = 20_000_000

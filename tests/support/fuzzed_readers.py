@@ -35,7 +35,7 @@ from tiny_tokenizer import write_tokenizer
 from engines.base import Update
 from engines.errors import UserError
 from engines.files.checksums import check_sums
-from harness.cli.options import JobFlags
+from harness.cli.job_flags import JobFlags
 from harness.data.examples import read_examples
 from harness.models.blueprint import make_blueprint
 from harness.models.closed_forms import CLOSED_FORMS

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
+
 from engines.errors import PeerLost
 
 Result = TypeVar("Result")
@@ -85,6 +87,12 @@ class ThreadWorld:
 
     def barrier(self) -> None:
         self.meeting.pass_round(self.rank, None)
+
+    def all_gather(self, memory: torch.Tensor) -> None:
+        own = memory.view(self.size, -1)[self.rank].clone()
+        for rank, each in enumerate(self.meeting.pass_round(self.rank, own)):
+            assert isinstance(each, torch.Tensor)  # else ranks came for unlike things
+            memory.view(self.size, -1)[rank].copy_(each)
 
 
 def in_ranks(size: int, act: Callable[[ThreadWorld], Result], seed: int = 0) -> list[Result]:

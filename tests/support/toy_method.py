@@ -14,9 +14,10 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from engines import ENGINES, EngineEntry
+from engines import ENGINES
 from engines.base import Batch, Context, Evaluation, StepStats
 from engines.costs.traffic import LayerTraffic, Traffic
+from engines.registry_row import EngineEntry
 from engines.settings.checks import require
 from engines.settings.given import GivenSettings
 from engines.shapes import ModelShape, Workload

@@ -25,9 +25,9 @@ def json_records(name: str, text: str, *, lines: bool) -> Records:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and start == "{":
             return _from_lines(name, text)
-        raise UserError(name, f"is not valid JSON ({error})", "mend it") from None
+        raise UserError(name, f"is not valid JSON ({error})", "fix it") from None
     except ValueError as error:  # a number of thousands of digits
-        raise UserError(name, f"is not valid JSON ({error})", "mend it") from None
+        raise UserError(name, f"is not valid JSON ({error})", "fix it") from None
     except RecursionError:
         raise UserError(name, "is nested too deeply to be records", LAYOUTS) from None
     if isinstance(value, dict) and isinstance(value.get("data"), list):

@@ -60,12 +60,13 @@ def read_file(
 
     made, classes = _examples(source, usable, meaning, records, label_ids, earlier, bad, checked)
     checked()
-    told = str(meaning)
+    in_words = str(meaning)
     if classes is not None:  # right behind the label
         numbered = "a number to be predicted" if classes.is_regression else classes.listed()
-        told = f"{str(meaning).removesuffix(meaning.passed_over_too)} ({numbered}){meaning.passed_over_too}"
+        before = in_words.removesuffix(meaning.passed_over_too)
+        in_words = f"{before} ({numbered}){meaning.passed_over_too}"
     reading = Reading(
-        name=name, form=records.form, meaning=told, records=total, left_out=told_bad(bad),
+        name=name, form=records.form, meaning=in_words, records=total, left_out=left_out_of(bad),
         replaced_characters=records.replaced_characters,
     )  # fmt: skip
     return FileExamples(examples=replace(made, readings=(reading,)), classes=classes)
@@ -231,7 +232,7 @@ def _check_columns(
         )
 
 
-def told_bad(bad: Sequence[BadRecord]) -> LeftOut:
+def left_out_of(bad: Sequence[BadRecord]) -> LeftOut:
     if not bad:
         return LeftOut()
     first = min(bad, key=lambda each: each.position)
@@ -244,7 +245,7 @@ def check_bad(source: str, bad: Sequence[BadRecord], total: int, said: DataSourc
         return
     if said.strict:
         first = min(bad, key=lambda each: each.position)
-        raise UserError(f"{source}: {first.place}", first.why, "mend it, or leave out --strict")
+        raise UserError(f"{source}: {first.place}", first.why, "fix it, or leave out --strict")
     if len(bad) >= total or (len(bad) * FEW > total and not said.skip_bad):
         _refuse(source, bad, total, all_of_them=len(bad) >= total)
 
@@ -252,6 +253,6 @@ def check_bad(source: str, bad: Sequence[BadRecord], total: int, said: DataSourc
 def _refuse(source: str, bad: Sequence[BadRecord], total: int, *, all_of_them: bool) -> None:
     first = min(bad, key=lambda each: each.position)
     count = "" if total == 1 else f"; {len(bad):,} of {total:,} records cannot be used"
-    remedy = "mend it" if total == 1 else "mend them"
+    remedy = "fix it" if total == 1 else "fix them"
     more = "" if all_of_them else ", or add --skip-bad to leave them out"
     raise UserError(f"{source}: {first.place}", first.why + count, remedy + more)

@@ -233,6 +233,9 @@ def test_lsp_adam_moves_the_core_and_its_moments_both_ways(dtype: Dtype, element
     assert counted.host_bytes == (2 * element + 2 * element + 4 * 4) * elements
     assert counted.pinned_bytes == counted.host_memory_bytes["cores, pinned"]
     assert 0 <= counted.pinned_bytes - element * elements - 4 * TINY.num_blocks < 64
+    compact = cost("lsp", TINY, replace(TRAINING, dtype=dtype), moments="bf16")
+    assert compact.host_bytes == (2 * element + 2 * element + 4 * 2) * elements
+    assert compact.host_memory_bytes["optimizer"] == 4 * elements
     # The probe's AdamW reads a weight and a gradient besides both moments, and writes all but the gradient.
     if dtype == "fp32":
         assert counted.cpu_adam_factor == 6 / 7

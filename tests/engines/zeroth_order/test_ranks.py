@@ -91,6 +91,9 @@ def test_shares_that_are_unequal_or_queries_alone(size: int, accumulation: int) 
         {"fold_every": 2, "resident_blocks": 2, "queries": 2},
         {"fold_every": 4, "train": "last:2"},
         {"train": "lora", "base": "int8"},
+        {"fold_every": 2, "sharded_upload": True},
+        {"fold_every": 3, "queries": 2, "resident_blocks": 1, "sharded_upload": True},
+        {"train": "lora", "base": "int8", "sharded_upload": True},
     ],
 )
 def test_blocks_that_ranks_share_are_there_once_and_written_by_one(
@@ -157,6 +160,35 @@ def test_what_goes_round_in_a_step_is_a_loss_for_each_pass() -> None:
 
     in_ranks(2, act)
     assert 8 * max(gathered) == 2 * STEPS * 16 * 2 * (ACCUMULATION // 2)
+
+
+def test_shares_that_ranks_exchange_are_each_brought_up_once() -> None:
+    """Together the ranks bring up every block once a step, whatever one of them does in between."""
+    knobs = {"fold_every": 2, "resident_blocks": 1, "sharded_upload": True}
+    where = context(accumulation=4, dtype="bf16")
+    alone = make_zo2(tiny_blueprint("opt", num_blocks=4), where, fold_every=2, resident_blocks=1)
+    groups = in_groups(batches_of(16), 4)
+    expected = [alone.step(group) for group in groups]
+
+    def act(world: ThreadWorld) -> list[int]:
+        made = make_zo2(tiny_blueprint("opt", num_blocks=4), replace(where, world=world), **knobs)
+        found: list[int] = []
+        for number, group in enumerate(groups):
+            stats = made.step(group)
+            assert stats.loss == expected[number].loss
+            found.append(stats.h2d_bytes)
+            if number == 1 and world.rank == 0:
+                made.evaluate(batches_of(2))
+        made.close()
+        return found
+
+    first, second = in_ranks(2, act)
+    whole = expected[0].h2d_bytes
+    for step in (0, 1, 3):
+        assert whole <= first[step] + second[step] <= 1.1 * whole
+    # What the other had exchanged by then came up whole, after the evaluation.
+    assert whole / 2 < first[2] <= whole
+    assert second[2] == second[1]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all() -> None:

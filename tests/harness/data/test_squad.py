@@ -19,7 +19,7 @@ from engines.model.evaluation import evaluate_on_device
 from harness.data.batches import Data, make_data
 from harness.data.builtin import builtin_questions, builtin_reviews
 from harness.data.records import QuestionExample
-from harness.data.squad_windows import _pieces, windows
+from harness.data.squad_windows import _windows, windows
 from harness.models.blueprint import make_blueprint
 from harness.models.configs import NAMED_SHAPES
 from harness.models.tokenizers import ByteTokenizer
@@ -114,7 +114,7 @@ def tokenizer_bytes(tokenizer: ByteTokenizer, ids: tuple[int, ...]) -> bytes:
 
 @given(length=st.integers(1, 5000), room=st.integers(1, 700))
 def test_pieces_overlap_and_leave_nothing_out(length: int, room: int) -> None:
-    pieces = _pieces(length, room)
+    pieces = _windows(length, room)
     assert pieces[0][0] == 0
     assert pieces[-1][1] == length
     assert all(last - first == room for first, last in pieces[:-1])

@@ -17,7 +17,7 @@ from engines.errors import UserError
 from harness.records.run import Emulation, Run, Sample, Summary, load_run
 from harness.runs.attempt import MatrixRate, attempt, record_path
 from harness.runs.decoding_runs import DecodingJob
-from harness.runs.emulate import Emulated, Held
+from harness.runs.emulate import AppliedLimits, Emulated
 from harness.runs.launch import Outcome
 from harness.runs.worker import Request
 from run_records import make_environment
@@ -129,8 +129,8 @@ def test_what_was_asked_of_an_emulation_is_kept_where_the_child_did_not_say_what
     wanted = Emulation(vram_bytes=2**30, threads=4, rates=rates, link="unused")
     run, _ = recorded(request(emulated=like), OUTCOME, tmp_path, monkeypatch)
     assert run.emulation == wanted
-    held = Held(threads=2, vram_bytes=None, rates=None)
-    run, _ = recorded(request(emulated=like), replace(OUTCOME, held=held), tmp_path, monkeypatch)
+    limits = AppliedLimits(threads=2, vram_bytes=None, rates=None)
+    run, _ = recorded(request(emulated=like), replace(OUTCOME, limits=limits), tmp_path, monkeypatch)
     assert run.emulation == replace(wanted, threads_held=2)
 
 

@@ -100,7 +100,7 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
         ("pinned_limit", "pinned_limit", "cudaHostRegister"),
         ("not_available", "not_available", "the library is not installed"),
         ("infeasible", "skipped_infeasible", "1 GiB of GPU memory is missing"),
-        ("user_error", "crash", "scripted: a setting is wrong; mend it"),
+        ("user_error", "crash", "scripted: a setting is wrong; fix it"),
         ("interrupt", "interrupted", "signal"),
         ("kill", "crash", "killed by signal 9"),
     ],

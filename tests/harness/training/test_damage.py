@@ -20,7 +20,7 @@ from engines.files.writing import TEMPORARY
 from harness.contacts import contacts_watched
 from harness.progress import Progress
 from harness.runs import worker
-from harness.training import room
+from harness.training import free_space
 from harness.training import train as module
 from harness.training.run_folder import read_run
 from harness.training.train import export_run
@@ -216,7 +216,7 @@ def test_a_run_that_cannot_save_says_so_before_it_trains(
         values = {name: getattr(full, name) for name in ("f_bavail", "f_frsize", "f_files", "f_favail")} | {
             field: value
         }
-        monkeypatch.setattr(room.os, "statvfs", lambda path, values=values: type("Full", (), values))
+        monkeypatch.setattr(free_space.os, "statvfs", lambda path, values=values: type("Full", (), values))
         with pytest.raises(UserError, match=r"free, the run writes|more files"):
             run(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -231,7 +231,7 @@ def test_a_run_whose_blocks_on_disk_leave_no_room_for_its_export_does_not_train(
 
     def and_then_full(self: Any, blueprint: Any) -> None:
         setup(self, blueprint)
-        monkeypatch.setattr(room.os, "statvfs", lambda path: type("Full", (), values))
+        monkeypatch.setattr(free_space.os, "statvfs", lambda path: type("Full", (), values))
 
     def no_step(self: Any, batches: Any) -> None:
         raise AssertionError("trained")

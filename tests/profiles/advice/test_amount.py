@@ -11,7 +11,9 @@ from engines.shapes import Workload
 from profiles.advice.amount import Amount, Asked, DataLengths, amount_of
 
 WORKLOAD = Workload(batch_size=4, seq_len=512, accumulation=2)
-DATA = DataLengths(sequences=1000, tokens=200_000, shares=((128, 0.25), (256, 0.75)), told="1,000 examples")
+DATA = DataLengths(
+    sequences=1000, tokens=200_000, shares=((128, 0.25), (256, 0.75)), description="1,000 examples"
+)
 
 
 def amount(asked: Asked, data: DataLengths | None = None) -> Amount:

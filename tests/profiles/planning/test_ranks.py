@@ -12,7 +12,8 @@ from engines.costs.table import traffic
 from engines.shapes import Workload
 from harness.models.configs import named_shape
 from profiles.catalog import find_profile
-from profiles.machine import Figure, GpuLink
+from profiles.machine import Figure, GpuLink, Machine
+from profiles.planning.plan import Plan
 from profiles.planning.ranks import context_of_a_rank, machine_of_a_rank, workload_of_a_rank
 from profiles.planning.recommend import recommend
 
@@ -65,6 +66,40 @@ def test_blocks_on_the_host_count_once_and_are_written_by_one() -> None:
     assert part.pinned_bytes == pytest.approx((blocks + spare) / 4)
     assert part.d2h_bytes == pytest.approx(alone.d2h_bytes / 4, rel=1e-3)
     assert part.h2d_bytes == alone.h2d_bytes
+
+
+def with_gpus_linked(rate: float, count: int = 2) -> Machine:
+    """The H200s of one machine, whose links are as fast together as alone."""
+    link = H200.link
+    assert link is not None
+    up, down = link.h2d_pinned_bytes_per_s, link.d2h_pinned_bytes_per_s
+    each = tuple(
+        GpuLink(
+            index=index, name="H200", h2d_bytes_per_s=up, d2h_bytes_per_s=down, h2d_together_bytes_per_s=up,
+            d2h_together_bytes_per_s=down, from_gpu_bytes_per_s=measured(rate),
+        )
+        for index in range(count)
+    )  # fmt: skip
+    return replace(H200, link=replace(link, each_gpu=each))
+
+
+def test_shares_of_blocks_where_gpus_exchange_them_fast() -> None:
+    workload = replace(WORKLOAD, accumulation=2)
+    streamed = {"zo2": given_settings("zo2", resident_blocks=0)}
+
+    def planned(machine: Machine) -> Plan:
+        (plan,) = recommend(machine, SHAPE, workload, ["zo2"], streamed, gpus=2)
+        return plan
+
+    no_rate, slow, fast = planned(H200), planned(with_gpus_linked(30e9)), planned(with_gpus_linked(300e9))
+    assert any("no rate between GPUs" in reason for reason in no_rate.reasons)
+    assert any("no fast link" in reason for reason in slow.reasons)
+    assert "sharded_upload" not in slow.settings
+    assert fast.settings["sharded_upload"] is True
+    assert fast.prediction.h2d_bytes == pytest.approx(slow.prediction.h2d_bytes / 2)
+    assert fast.prediction.step_s is not None
+    assert slow.prediction.step_s is not None
+    assert fast.prediction.step_s < 0.9 * slow.prediction.step_s
 
 
 def test_a_plan_of_four_takes_a_quarter_of_the_micro_batches_and_others_run_on_one() -> None:

@@ -34,7 +34,7 @@ from profiles.planning.budget import CONTEXT_BYTES, gpu_bytes_needed
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import rank, recommend
-from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder, told_of_quality
+from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder, quality_reason
 from profiles.planning.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
@@ -174,8 +174,19 @@ def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
     (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": {"d": 1280}}))
     (told,) = (reason for reason in chosen.reasons if reason.startswith("quality"))
     assert told.startswith("quality: d is 0.62 of n; measured on small models, d = 0.5 n ended 5 % above")
-    assert "d = 0.75 n ended 2.6 %" in told_of_quality(1.0)
-    assert "d = 0.25 n ended 10.7 %" in told_of_quality(0.1)  # the smallest that was measured
+    assert "d = 0.75 n ended 2.6 %" in quality_reason(1.0)
+    assert "d = 0.25 n ended 10.7 %" in quality_reason(0.1)  # the smallest that was measured
+
+
+def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e9)))
+    exact = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
+    overrides = given_for_each({"lsp": {"moments": "bf16"}})
+    (compact,) = recommend(slow, DEEPSEEK_1B, TRAINING, ["lsp"], overrides)
+    assert int(exact.settings["d"]) < int(compact.settings["d"])
+    said = "approximate: Adam's moments of the subspaces in bf16"
+    assert said in compact.reasons
+    assert said not in exact.reasons
 
 
 def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:

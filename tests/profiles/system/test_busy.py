@@ -13,7 +13,7 @@ from tiny_machine import make_machine
 from profiles.doctor.diagnose import diagnose
 from profiles.doctor.findings import Finding
 from profiles.machine import Cpu, HostMemory
-from profiles.planning.predict import _told
+from profiles.planning.predict import _named_figure
 from profiles.probe.run import _marked
 from profiles.system.busy import cores_of_others, cpu_times, disturbance, pressure
 from profiles.units import format_elements
@@ -70,7 +70,7 @@ def test_figures_measured_on_a_busy_machine_are_marked_and_plans_say_so() -> Non
         assert _marked(part, None) == part
     figure = _marked(machine.cpu, why).adam_elements_per_s
     assert figure.disturbance == (why if figure.value is not None else None)
-    assert "disturbed: other processes kept 1.5 of 2 cores busy" in _told(
+    assert "disturbed: other processes kept 1.5 of 2 cores busy" in _named_figure(
         ("CPU Adam", replace(figure, disturbance=why)), format_elements
     )
 

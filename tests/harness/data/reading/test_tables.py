@@ -165,7 +165,7 @@ def test_a_bad_row_is_left_out_and_named(tmp_path: Path) -> None:
     found = examples_in(tmp_path, "x.tsv", table)
     assert len(rows_of(found)) == 20
     assert str(found.readings[0]).endswith("22 records; 2 left out, the first in line 21: has no tab")
-    with pytest.raises(UserError, match="line 21: has no tab; mend it, or leave out --strict"):
+    with pytest.raises(UserError, match="line 21: has no tab; fix it, or leave out --strict"):
         examples_in(tmp_path, "x.tsv", table, strict=True)
     with pytest.raises(UserError, match=r"line 21: has no tab; 3 of 23 .*--skip-bad"):
         examples_in(tmp_path, "x.tsv", table + "again\n")

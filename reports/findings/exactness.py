@@ -44,17 +44,17 @@ def compare_with_reference(engine: str, reference: str, all_: Measurements) -> L
 
 def exact(all_: Measurements) -> str | None:
     """A sentence for each method whose losses are all the same as its reference engine's."""
-    told = [
+    sentences = [
         say("twin.exact", engine=engine, twin=reference, steps=found.steps)
         for engine, reference, found in _compared(all_)
         if not found.differ
     ]
-    return " ".join(told) or None
+    return " ".join(sentences) or None
 
 
 def inexact(all_: Measurements) -> str | None:
     """A warning for each method of which some are not."""
-    told = [
+    sentences = [
         say(
             "warning.inexact", engine=engine, twin=reference, steps=found.steps, differ=found.differ,
             largest=number(found.largest),
@@ -62,7 +62,7 @@ def inexact(all_: Measurements) -> str | None:
         for engine, reference, found in _compared(all_)
         if found.differ
     ]  # fmt: skip
-    return " ".join(told) or None
+    return " ".join(sentences) or None
 
 
 def _compared(all_: Measurements) -> Iterator[tuple[str, str, LossComparison]]:

@@ -48,7 +48,9 @@ def needed(shape: ModelShape, job: Job, engine: str, settings: Any, save_every: 
     }
 
 
-def check_room(out: Path, shape: ModelShape, job: Job, engine: str, settings: Any, save_every: int) -> None:
+def check_free_space(
+    out: Path, shape: ModelShape, job: Job, engine: str, settings: Any, save_every: int
+) -> None:
     """Raises `UserError` if the disk of `out`, which is there, or the limit on sizes of files is too small.
 
     What the run's earlier steps have written is not asked for again.
@@ -61,11 +63,11 @@ def check_room(out: Path, shape: ModelShape, job: Job, engine: str, settings: An
     except OSError:
         return  # then writing says what is wrong
     free = disk.f_bavail * disk.f_frsize + there
-    told = ", ".join(f"{format_bytes(size)} for {name}" for name, size in parts.items() if size)
+    written = ", ".join(f"{format_bytes(size)} for {name}" for name, size in parts.items() if size)
     if free < total:
         raise UserError(
             str(out),
-            f"{format_bytes(free)} are free, the run writes {told}",
+            f"{format_bytes(free)} are free, the run writes {written}",
             "free space or name another --out",
         )
     if disk.f_files and disk.f_favail < _FEW_FILES:

@@ -45,7 +45,7 @@ def governance_lines(runs: Sequence[Run]) -> tuple[GovernanceLine, ...]:
         hosts = {"hosts": ", ".join(each.contacted or ())} if each.hub == "asked" else {}
         note("hub", say(f"governance.hub_{each.hub.replace(' ', '_')}", **hosts))
         note("sent", say("governance.sent_nothing" if each.sent == "nothing" else "governance.sent_names"))
-    told = [
+    known = [
         GovernanceLine(about=say(f"governance.{about}"), text="; ".join(texts), seen=True)
         for about, texts in seen.items()
     ]
@@ -53,7 +53,7 @@ def governance_lines(runs: Sequence[Run]) -> tuple[GovernanceLine, ...]:
         GovernanceLine(about=say(f"governance.{key}"), text=say(f"governance.tick_{key}"), seen=False)
         for key in TO_TICK
     ]
-    return (*told, *asked)
+    return (*known, *asked)
 
 
 def _lies(place: Place) -> str:
