@@ -116,6 +116,7 @@ INSIDE_FUNCTIONS = {
     "engines.zeroth_order.chunked_loss -> engines.zeroth_order.chunked_loss_kernels": _TRITON,
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
+    "profiles.probe.launches -> profiles.probe.triton_kernel": _TRITON,
     "harness.cli.data -> harness.data.preview": _TRAINS,
     "harness.cli.generate -> harness.training.generate": _TRAINS,
     "harness.cli.generate -> harness.training.run_folder": _TRAINS,

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes
-from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
@@ -123,7 +123,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         offloaded = "blockwise" if at_once else "blockwise_after_norm"
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=_gpu_memory(shape, workload, settings, element * trained_on_gpu),
+        **_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
@@ -139,12 +139,15 @@ def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> 
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie
-    there, and nothing else may use it between blocks or in the steps that test projectors, which run without
-    graphs."""
+    return shape.num_blocks * GRAPH_BYTES if lsp_passes(shape, workload, settings).captured else 0
+
+
+def _pool_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    """The one pool in which all graphs run. A block's intermediate values lie there, and nothing else may use
+    it between blocks or in the steps that test projectors, which run without graphs."""
     if not lsp_passes(shape, workload, settings).captured:
         return 0
-    return shape.num_blocks * GRAPH_BYTES + transformer.backward_activation_bytes(shape, workload)
+    return transformer.backward_activation_bytes(shape, workload)
 
 
 def core_moment_bytes(settings: LspSettings) -> int:
@@ -209,7 +212,7 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
 
 def _gpu_memory(
     shape: ModelShape, workload: Workload, settings: LspSettings, trained_bytes: int
-) -> dict[str, int]:
+) -> GpuMemory:
     """GPU memory at the worse of two moments: the loss, the last gradients of a block."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
@@ -255,4 +258,9 @@ def _gpu_memory(
             "scratch": largest,
         },
     )
-    return transformer.peak_moment([{**held, **moment} for moment in moments])
+    kinds = [{**held, **moment} for moment in moments]
+    return GpuMemory(
+        gpu_memory_bytes=transformer.peak_moment(kinds),
+        gpu_apart_bytes=transformer.apart_bytes(kinds) + _pool_bytes(shape, workload, settings),
+        gpu_without_triton_bytes=0,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.traffic import Traffic
+from engines.costs.traffic import GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import BlockPassSettings, CompiledBlockSettings, NativeSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -22,6 +22,11 @@ GRAPH_BYTES = 4_000_000
 """GPU memory of one block's two passes as CUDA graphs outside torch's allocator: on an H200 `lsp` with 32
 blocks took 0.2 GB more than `native` did without, in use by NVML less what torch reserved; a part may be the
 graphs'. Records: reports/results/deepseek-coder-*_20261124."""
+
+POOL_SHARE = 0.1
+"""What the pool of a captured step's passes takes beside what is in it at the loss, as a share of that: 0.05
+of native and 0.13 of LoRA in the records of deepseek-coder-1.3b of 29 November (reports/results), of one
+H200. All kinds find their places in one pool, whose order of use never changes."""
 
 
 def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockSettings) -> BlockPasses:
@@ -48,7 +53,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     updated[-1] = replace(updated[-1], gpu_bytes=updated[-1].gpu_bytes + outer)
     return Traffic(
         layers=tuple(updated),
-        gpu_memory_bytes=training_memory(
+        **training_memory(
             shape,
             workload,
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
@@ -66,7 +71,7 @@ def training_memory(
     held: dict[str, int],
     gradients: int,
     passes: BlockPasses | None = None,
-) -> dict[str, int]:
+) -> GpuMemory:
     """GPU memory at the worse of two moments: the loss, when no gradient is there yet and every block's
     saved activations are, and the end of the backward pass, when it is the other way round.
 
@@ -86,4 +91,10 @@ def training_memory(
         "activations": transformer.backward_activation_bytes(shape, workload, compiled=compiled),
         "logits": 0,
     }
-    return transformer.peak_moment([at_loss, at_end])
+    moments = [at_loss, at_end]
+    apart = transformer.apart_bytes(moments)
+    if passes is not None and passes.captured:
+        apart = int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"]))
+    return GpuMemory(
+        gpu_memory_bytes=transformer.peak_moment(moments), gpu_apart_bytes=apart, gpu_without_triton_bytes=0
+    )

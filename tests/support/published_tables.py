@@ -181,7 +181,7 @@ def predicted(row: Row) -> float:
     given = GivenSettings(dict(row.settings), parse_settings(row.engine, row.settings))
     cost = context.cost(plan_engine(context, given).settings.typed)
     if row.quantity == "GPU memory, GB":
-        return gpu_bytes_needed(cost) / 1e9
+        return gpu_bytes_needed(cost, context.budget) / 1e9
     step_s = predict(cost, machine, row.workload).step_s
     assert step_s is not None
     return step_s if row.quantity == "s/step" else row.workload.tokens_per_step / step_s
