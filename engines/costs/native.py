@@ -7,7 +7,12 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.traffic import GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
-from engines.settings.first_order import BlockPassSettings, CompiledBlockSettings, NativeSettings
+from engines.settings.first_order import (
+    BlockPassSettings,
+    ChunkedLossSettings,
+    CompiledBlockSettings,
+    NativeSettings,
+)
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 ADAM_PASSES = 7
@@ -36,7 +41,14 @@ def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockS
         recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
         compiled=settings.compile is not False,
         captured=isinstance(settings, BlockPassSettings) and settings.graphs,
+        loss_tokens=_loss_tokens(settings),
     )
+
+
+def _loss_tokens(settings: CompiledBlockSettings) -> int | None:
+    if not isinstance(settings, ChunkedLossSettings) or settings.loss_tokens == "all":
+        return None
+    return settings.loss_tokens
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> Traffic:
@@ -79,11 +91,16 @@ def training_memory(
     graph writes them anew in each step, where activations lay before. `passes`: eager ones unless given.
     """
     compiled = passes is not None and passes.compiled
+    loss_tokens = None if passes is None else passes.loss_tokens
+    early = gradients if workload.accumulation > 1 else 0
+    head_gradient = BYTES_PER_ELEMENT[workload.dtype] * shape.head_parameters
+    if loss_tokens is not None and shape.head == "causal_lm" and gradients >= head_gradient:
+        early = max(early, head_gradient)  # which a loss in chunks makes with the logits
     at_loss = {
         **held,
-        "gradients": gradients if workload.accumulation > 1 else 0,
+        "gradients": early,
         "activations": transformer.saved_activation_bytes(shape, workload, passes),
-        "logits": transformer.logits_bytes(shape, workload),
+        "logits": transformer.logits_bytes(shape, workload, loss_tokens),
     }
     at_end = {
         **held,

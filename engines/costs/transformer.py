@@ -153,6 +153,8 @@ class BlockPasses:
     compiled: bool = False
     captured: bool = False
     """As CUDA graphs."""
+    loss_tokens: int | None = None
+    """Positions whose logits are there at once; `None`: those of a micro-batch."""
 
     @classmethod
     def eager(cls, shape: ModelShape, workload: Workload) -> BlockPasses:
@@ -298,9 +300,14 @@ def num_logits(shape: ModelShape, workload: Workload) -> int:
     return workload.batch_size * workload.seq_len * outputs
 
 
-def logits_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Logits and what the loss and its backward pass make of them, one micro-batch."""
-    return num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+def logits_bytes(shape: ModelShape, workload: Workload, loss_tokens: int | None = None) -> int:
+    """Logits and what the loss and its backward pass make of them, one micro-batch; with `loss_tokens` those
+    of so many positions, and what all positions' hidden states get as gradient."""
+    tokens = workload.batch_size * workload.seq_len
+    whole = num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+    if loss_tokens is None or loss_tokens >= tokens or shape.head != "causal_lm":
+        return whole
+    return whole * loss_tokens // tokens + hidden_bytes(shape, workload)
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, opt
+from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama, opt
 
 from engines.costs import mezo, transformer
 from engines.costs.lsp import core_elements
@@ -78,6 +78,17 @@ def test_blocks_that_are_recomputed_keep_their_input_alone(recomputed: int) -> N
     at_loss = recomputed * 4096 * 4096 * 2 + (32 - recomputed) * kept
     passes_of_blocks = transformer.BlockPasses(recomputed=recomputed, compiled=True)
     assert transformer.saved_activation_bytes(DEEPSEEK_7B, TRAINING, passes_of_blocks) == at_loss
+
+
+def test_a_loss_in_chunks_has_the_logits_of_one() -> None:
+    """All recomputed, so that the loss is where memory is at its most."""
+    shape = llama("llama-8b", 4096, 14336, 32, 32, vocabulary=128256)
+    whole = cost("lora", shape, TRAINING).gpu_memory_bytes
+    found = cost("lora", shape, TRAINING, loss_tokens=512).gpu_memory_bytes
+    assert whole["logits"] == 4096 * 128256 * 14
+    assert found["logits"] == 512 * 128256 * 14 + 4096 * 4096 * 2
+    assert found["weights"] == whole["weights"]
+    assert cost("lora", shape, TRAINING, loss_tokens=4096).gpu_memory_bytes["logits"] == whole["logits"]
 
 
 def test_a_classification_head_sees_one_position_per_sequence() -> None:

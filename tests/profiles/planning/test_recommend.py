@@ -16,6 +16,7 @@ from known_shapes import (
     LAPTOP_CPU,
     OPT_13B,
     TINY,
+    llama,
     measured,
     opt,
     with_vram,
@@ -139,6 +140,21 @@ def test_the_command_that_checks_a_plan() -> None:
     assert shlex.split(only.verify_command) == [
         "lspzo-bench", "compare", "--model", "tiny-llama", "--batch-size", "4", "--engine", "lsp",
     ]  # fmt: skip
+
+
+# --- a loss in chunks ---------------------------------------------------------------------------------
+
+
+def test_the_loss_is_in_chunks_where_nothing_fits_without() -> None:
+    shape = llama("llama-8b", 4096, 14336, 32, 32, vocabulary=128256)
+    (chosen,) = recommend(H200, shape, TRAINING, ["lora"], {}, vram_bytes=24 * GB)
+    assert chosen.fits
+    assert chosen.settings["loss_tokens"] == 1024
+    (told,) = (reason for reason in chosen.reasons if reason.startswith("loss_tokens"))
+    assert re.match(r"loss_tokens=1024: without it the job needs .* of GPU memory", told)
+    whole = given_for_each({"lora": {"loss_tokens": "all"}})
+    assert not recommend(H200, shape, TRAINING, ["lora"], whole, vram_bytes=24 * GB)[0].fits
+    assert "loss_tokens" not in plan("lora", shape=shape).settings
 
 
 # --- lsp ----------------------------------------------------------------------------------------------
