@@ -22,7 +22,7 @@ from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
 from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, compress, transport_moments
-from engines.subspace.residual import Residual, make_residual
+from engines.subspace.residual import Residual, make_residual, residual_rooms
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab
 
@@ -237,7 +237,7 @@ class Cores:
             made = [torch.zeros(size, device=device) for size in rooms]
             self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
         self.blocks: list[CoreBlock] = []
-        rooms_for_residuals = _rooms(subspaces, dtype, device) if settings.residual else []
+        rooms_for_residuals = residual_rooms(subspaces, dtype, device) if settings.residual else []
         offset_bytes = head_bytes
         for index, members in enumerate(subspaces):
             core = slots[index % len(slots)][: sizes[index]]
@@ -350,16 +350,6 @@ def _matrices(
         )
         offset += d * d
     return found
-
-
-def _rooms(subspaces: Sequence[Sequence[Subspace]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """(elements,) of the weights' dtype for each place in a block, as the largest matrix there needs."""
-    places = max(len(members) for members in subspaces)
-    sizes = [
-        max(members[place].weight.numel() for members in subspaces if place < len(members))
-        for place in range(places)
-    ]
-    return [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
 
 
 def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:

@@ -13,14 +13,15 @@ link. It has no momentum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engines.kernels.triton_launch import has_triton
-from engines.noise.stochastic_rounding import updated
 from engines.settings.lsp import LspSettings
+from engines.subspace.apply import apply_delta
+from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, decompress
 
 
@@ -67,13 +68,7 @@ class Residual:
 
     def apply(self, weight: Tensor, rate: float, settings: LspSettings, key: int) -> None:
         """Move `weight` (m, n). `key`, 32 bits, seeds the rounding; decay comes with the core's update."""
-        if not (weight.is_cuda and has_triton()):
-            updated(weight, self.left_out, rate, 1.0, settings.rounding, key)
-            return
-        from engines.subspace import projector_kernels
-
-        dither = settings.rounding == "stochastic" and weight.dtype == torch.bfloat16
-        projector_kernels.plain_update(weight, self.left_out, rate, 1.0, dither, key)
+        apply_delta(weight, self.left_out, rate, settings, key)
 
 
 def make_residual(share: float, shape: torch.Size, left_out: Tensor) -> Residual:
@@ -86,3 +81,15 @@ def make_residual(share: float, shape: torch.Size, left_out: Tensor) -> Residual
         ratio=torch.zeros(1, device=device),
         core_norm=torch.zeros(1, device=device),
     )
+
+
+def residual_rooms(
+    subspaces: Sequence[Sequence[Subspace]], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """(elements,) of the weights' dtype for each place in a block, as the largest matrix there needs."""
+    places = max(len(members) for members in subspaces)
+    sizes = [
+        max(members[place].weight.numel() for members in subspaces if place < len(members))
+        for place in range(places)
+    ]
+    return [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
