@@ -16,8 +16,8 @@ zero correlation with every other z, whose sign is in another word. Words whose 
 for signs leave none for rounding, which takes calls of its own, one for 8 neighbours.
 
 Three implementations: torch operations for any device, NumPy's for small tensors on a CPU
-(`engines.noise.philox_on_cpu`), where calls cost most, and Triton kernels (`engines.noise.weight_pass_kernels`) for CUDA.
-Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton steps in
+(`engines.noise.philox_on_cpu`), where calls cost most, and Triton kernels for CUDA
+(`engines.noise.weight_pass_kernels`). Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton steps in
 single precision, written here as separate multiplications and additions in one fixed order. IEEE 754 leaves
 no freedom in those, so all give the same bits on every device, whatever the vector width; library functions
 would differ in the last place, on the CPU even with the position of an element in the vector register.
