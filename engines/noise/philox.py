@@ -17,10 +17,11 @@ for signs leave none for rounding, which takes calls of its own, one for 8 neigh
 
 Three implementations: torch operations for any device, NumPy's for small tensors on a CPU
 (`engines.noise.philox_on_cpu`), where calls cost most, and Triton kernels for CUDA
-(`engines.noise.weight_pass_kernels`). Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton steps in
-single precision, written here as separate multiplications and additions in one fixed order. IEEE 754 leaves
-no freedom in those, so all give the same bits on every device, whatever the vector width; library functions
-would differ in the last place, on the CPU even with the position of an element in the vector register.
+(`engines.noise.weight_pass_kernels`). Beyond the integer stream, logarithm, sine, cosine and square root are
+short polynomials and Newton steps in single precision, written here as separate multiplications and additions
+in one fixed order. IEEE 754 leaves no freedom in those, so all give the same bits on every device, whatever
+the vector width; library functions would differ in the last place, on the CPU even with the position of an
+element in the vector register.
 
 The uniforms have 24 bits, so |z| is at most 5.77; a normal exceeds that once in 1.2e8 draws.
 """
