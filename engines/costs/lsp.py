@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes
-from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
@@ -60,6 +60,9 @@ of which the model's own operations are 0.15."""
 GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
 
+
+RESIDUAL_PASSES = 14
+"""Over a matrix, reads and writes, for what its projectors leave out."""
 
 CHECK_BYTES = 12
 """GPU memory of a check for each element of the gradient."""
@@ -123,7 +126,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         offloaded = "blockwise" if at_once else "blockwise_after_norm"
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=_gpu_memory(shape, workload, settings, element * trained_on_gpu),
+        **_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
@@ -139,12 +142,15 @@ def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> 
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie
-    there, and nothing else may use it between blocks or in the steps that test projectors, which run without
-    graphs."""
+    return shape.num_blocks * GRAPH_BYTES if lsp_passes(shape, workload, settings).captured else 0
+
+
+def _pool_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    """The one pool in which all graphs run. A block's intermediate values lie there, and nothing else may use
+    it between blocks or in the steps that test projectors, which run without graphs."""
     if not lsp_passes(shape, workload, settings).captured:
         return 0
-    return shape.num_blocks * GRAPH_BYTES + transformer.backward_activation_bytes(shape, workload)
+    return transformer.backward_activation_bytes(shape, workload)
 
 
 def core_moment_bytes(settings: LspSettings) -> int:
@@ -191,7 +197,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
 def saved_flops(matrix: MatrixShape, settings: LspSettings, workload: Workload) -> float:
     """Operations of a step less than native's: the gradient's product is a core's, 2 T d^2 for 2 T m n."""
     d = core_size(matrix.rows, matrix.columns, settings)
-    if forms_gradient(matrix.rows, matrix.columns, d, workload):
+    if settings.residual or forms_gradient(matrix.rows, matrix.columns, d, workload):
         return 0.0
     return 2.0 * workload.tokens_per_step * (matrix.parameters - d * d)
 
@@ -200,16 +206,18 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
     """GPU memory traffic of a step to make a matrix's core and to apply its update."""
     element, d = BYTES_PER_ELEMENT[workload.dtype], core_size(matrix.rows, matrix.columns, settings)
     rows, columns = matrix.rows, matrix.columns
-    if forms_gradient(rows, columns, d, workload):
+    if settings.residual or forms_gradient(rows, columns, d, workload):
         made = workload.accumulation * (3 * rows * columns + 2 * rows * d)
     else:
         made = workload.tokens_per_step * (rows + columns + 2 * d)
-    return float(element * (made + 2 * matrix.parameters + 4 * d * d))
+    # Expanded, taken off the gradient, kept, scaled, filled and applied.
+    left_out = (RESIDUAL_PASSES * matrix.parameters + d * d) if settings.residual else 0
+    return float(element * (made + 2 * matrix.parameters + 4 * d * d + left_out))
 
 
 def _gpu_memory(
     shape: ModelShape, workload: Workload, settings: LspSettings, trained_bytes: int
-) -> dict[str, int]:
+) -> GpuMemory:
     """GPU memory at the worse of two moments: the loss, the last gradients of a block."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
@@ -220,6 +228,7 @@ def _gpu_memory(
         (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
+    kept = sum(matrix.parameters for matrix in shape.matrices) if settings.residual else 0
     stores_places = settings.projector != "block"
     on_host = 0
     if settings.streams:
@@ -236,6 +245,7 @@ def _gpu_memory(
         held["cores"] += element * min(WEIGHT_SLOTS, shape.num_blocks) * core
     elif settings.offload:
         held["cores"] += element * UPLOAD_SLOTS * piece
+    held["gradients"] += element * kept  # what one block's projectors leave out
     if workload.accumulation > 1:
         held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core
     # Steps that test projectors are not compiled, and keep more.
@@ -255,4 +265,9 @@ def _gpu_memory(
             "scratch": largest,
         },
     )
-    return transformer.peak_moment([{**held, **moment} for moment in moments])
+    kinds = [{**held, **moment} for moment in moments]
+    return GpuMemory(
+        gpu_memory_bytes=transformer.peak_moment(kinds),
+        gpu_apart_bytes=transformer.apart_bytes(kinds) + _pool_bytes(shape, workload, settings),
+        gpu_without_triton_bytes=0,
+    )

@@ -20,7 +20,7 @@ from engines.costs.mezo import (
     STORED_IN_RECORDS,
     ParameterWork,
     fused_visit,
-    gpu_memory_bytes,
+    gpu_memory,
     num_probes,
     perturb,
     perturbed_layers,
@@ -168,7 +168,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     held = {"weights": outer + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, held),
+        **gpu_memory(shape, workload, settings, held),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "blocks, pinned": host_bytes,

@@ -194,6 +194,8 @@ def _run(
     row, engine_class = entry(plan.engine), load_engine(plan.engine)
     emulated, own_copies = request.emulated, row.copies == "own"
     vram_bytes = job.limits.vram_bytes
+    if vram_bytes is not None:  # of the card, of which CUDA takes its own part
+        vram_bytes = max(1, vram_bytes - (plan.prediction.gpu_bytes_beside or 0))
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
     device_name = prepare_torch(vram_bytes, job.limits.gpus) if row.needs_torch else "cpu"
@@ -351,7 +353,7 @@ def usable_host_bytes(limit_bytes: int | None) -> int:
 def prepare_torch(vram_bytes: int | None, processes: int = 1) -> str:
     """Threads, which so many processes share, and the cap on GPU memory; the device to run on. Imports torch.
 
-    The cap holds torch's allocator; CUDA's own context, some 0.5 GB, comes on top.
+    The cap holds torch's allocator; what CUDA itself takes comes on top.
     """
     import torch
 

@@ -17,7 +17,7 @@ from engines.errors import UserError
 from engines.settings.lsp import LspSettings, sizes_by_shape
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
-from profiles.planning.budget import gpu_bytes_needed
+from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
 from profiles.planning.predict import resource_s
 from profiles.planning.recommend import recommend
@@ -26,6 +26,7 @@ from profiles.planning.subspace_sizes import HIDING_SHARE, SHARES, Sides, size_o
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 AUTO = {"d": "auto"}
 GB = 10**9
+BUDGET = budget_of(H200, None, None, None)
 
 
 def plan(shape: ModelShape = DEEPSEEK_1B, **changes: object) -> Plan:
@@ -136,12 +137,12 @@ def test_graphs_go_off_by_themselves_where_they_do_not_fit() -> None:
     values = {"d": "1280", "r": "4"}
     roomy = plan(values=values)
     assert "graphs" not in roomy.settings
-    with_graphs = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B))
-    without = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B, graphs=False))
+    with_graphs = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B), BUDGET)
+    without = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B, graphs=False), BUDGET)
     assert with_graphs > without
     assert "graphs" not in plan(values=values, vram_bytes=with_graphs).settings
     values = {**values, "checkpointed_blocks": "all"}
-    without = gpu_bytes_needed(cost_of(plan(values=values), DEEPSEEK_1B, graphs=False))
+    without = gpu_bytes_needed(cost_of(plan(values=values), DEEPSEEK_1B, graphs=False), BUDGET)
     tight = plan(values=values, vram_bytes=without)
     assert tight.fits
     assert tight.settings["graphs"] is False
@@ -175,6 +176,22 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert 1.8 * moved < found.prediction.h2d_bytes < 2.5 * moved
     given: dict[str, object] = {**values, "weights": "resident"}
     assert not plan(OPT_13B, values=given, vram_bytes=24 * GB).fits
+
+
+def test_a_residual_costs_work_and_a_block_of_gradients_and_streams_nothing() -> None:
+    values: dict[str, object] = {"d": 512, "r": 4}
+    without, found = plan(values=values), plan(values={**values, "residual": 1.0})
+    assert found.fits
+    assert found.prediction.h2d_bytes == without.prediction.h2d_bytes
+    a_block = 2 * DEEPSEEK_1B.matrix_parameters // DEEPSEEK_1B.num_blocks
+    more, less = (cost_of(each, DEEPSEEK_1B).gpu_memory_bytes for each in (found, without))
+    assert more["gradients"] - less["gradients"] == a_block
+    assert found.prediction.step_s is not None
+    assert without.prediction.step_s is not None
+    assert 1.0 < found.prediction.step_s / without.prediction.step_s < 2.0
+    small = plan(OPT_13B, values={**values, "residual": 1.0}, vram_bytes=24 * GB)
+    assert not small.fits
+    assert "weights" not in small.settings
 
 
 @pytest.mark.parametrize("values", [{}, AUTO])
