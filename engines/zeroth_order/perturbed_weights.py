@@ -1,5 +1,8 @@
 """The memory in which perturbed weights are made, one unit or one block at a time, and the passes over theta
-that make them (`engines.zeroth_order.block_visit`, `engines.zeroth_order.units`)."""
+that make them (`engines.zeroth_order.block_visit`, `engines.zeroth_order.units`).
+
+Longer than 400 lines: a visit of weights in any form is one thing.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ takes it at once, the blocks in their next visits.
 
 With several ranks each computes its share of the micro-batches, or of the queries, and hands its losses
 round: every rank then makes the same update of them, so that weights never go from one to another.
+
+Longer than 400 lines: all that is done with the weights between steps is here.
 """
 
 from __future__ import annotations
