@@ -48,12 +48,37 @@ static void part_bf16(uint16_t *restrict core, float *restrict moment, float *re
     for (int64_t i = 0; i < n; i++) core[i] = narrow(direction(widen(core[i]), moment + i, variance + i, &f));
 }
 
-void core_adam(void *core, int bf16, float *moment, float *variance, int64_t n, Factors f, int threads) {
+/* --- what several processes bring, and how they tell each other: rank_updates.py ----------------------- */
+
+/* In their order, each sum rounded to the elements' dtype. */
+static void add_up(void *restrict out, const void *const *gradients, int count, int bf16, int64_t begin, int64_t n) {
+    for (int from = 0; from < count; from++) {
+        if (bf16) {
+            const uint16_t *its = (const uint16_t *)gradients[from] + begin;
+            uint16_t *sum = (uint16_t *)out;
+            for (int64_t i = 0; i < n; i++) sum[i] = from ? narrow(widen(sum[i]) + widen(its[i])) : its[i];
+        } else {
+            const float *its = (const float *)gradients[from] + begin;
+            float *sum = (float *)out;
+            for (int64_t i = 0; i < n; i++) sum[i] = from ? sum[i] + its[i] : its[i];
+        }
+    }
+}
+
+/* What was written before is seen by who reads this. */
+void tell(int64_t *place, int64_t value) { __atomic_store_n(place, value, __ATOMIC_RELEASE); }
+
+int64_t told(const int64_t *place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
+
+/* `gradients`: of `count` processes, none of them `core`; 0: the gradient is in `core`. */
+void core_adam(void *core, int bf16, float *moment, float *variance, int64_t n, Factors f, int threads,
+               const void *const *gradients, int count) {
     int64_t parts = (n + PART - 1) / PART;
     /* Dynamic: a core that is taken by another thread for a while holds up one part, not all. */
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < parts; i++) {
         int64_t begin = i * PART, size = n - begin < PART ? n - begin : PART;
+        if (count) add_up((char *)core + begin * (bf16 ? 2 : 4), gradients, count, bf16, begin, size);
         if (bf16)
             part_bf16((uint16_t *)core + begin, moment + begin, variance + begin, size, f);
         else
@@ -218,16 +243,24 @@ static inline __attribute__((always_inline)) void whole(const int kind, const in
          (char *)a->variance + begin * moment_size, 0.0f, 0.0f, NULL, NULL, (uint32_t)begin, end - begin, step);
 }
 
-void adamw(Memory memory, int bf16, int kind, int64_t n, Step step, int threads) {
+/* `gradients`: of `count` processes; 0: it is in `memory`. */
+void adamw(Memory memory, int bf16, int kind, int64_t n, Step step, int threads, const void *const *gradients, int count) {
     int64_t parts = (n + PART - 1) / PART;
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < parts; part++) {
         int64_t begin = part * PART, end = n - begin < PART ? n : begin + PART;
-        if (kind == FP32 && bf16) whole(FP32, 1, &memory, begin, end, step);
-        else if (kind == FP32) whole(FP32, 0, &memory, begin, end, step);
-        else if (kind == BF16 && bf16) whole(BF16, 1, &memory, begin, end, step);
-        else if (kind == BF16) whole(BF16, 0, &memory, begin, end, step);
-        else if (bf16) groups(1, &memory, begin, end, step);
-        else groups(0, &memory, begin, end, step);
+        float sum[PART]; /* stays in the thread's cache */
+        Memory own = memory;
+        if (count) {
+            add_up(sum, gradients, count, bf16, begin, end - begin);
+            /* Elements are counted from the first of all. */
+            own.gradient = (const void *)((uintptr_t)sum - (uintptr_t)begin * (bf16 ? 2 : 4));
+        }
+        if (kind == FP32 && bf16) whole(FP32, 1, &own, begin, end, step);
+        else if (kind == FP32) whole(FP32, 0, &own, begin, end, step);
+        else if (kind == BF16 && bf16) whole(BF16, 1, &own, begin, end, step);
+        else if (kind == BF16) whole(BF16, 0, &own, begin, end, step);
+        else if (bf16) groups(1, &own, begin, end, step);
+        else groups(0, &own, begin, end, step);
     }
 }
