@@ -168,8 +168,8 @@ def adam_threads() -> Iterator[None]:
 
 
 def update_piece(state: TravellingPiece, share: StepShare, of_ranks: OfRanks | None = None) -> bool:
-    """Adam on a gradient that is on the host, or those of all ranks: the worker's and the twin's. False: it is
-    not finite."""
+    """Adam on a gradient that is on the host, or those of all ranks: the worker's and the twin's. False: it
+    is not finite."""
     norms = [state.squared_norm] if of_ranks is None else of_ranks.squared_norms
     if share.failed or not share.is_finite() or not all(math.isfinite(float(norm)) for norm in norms):
         share.failed = True

@@ -1,12 +1,12 @@
 """Several processes of one machine, each with a GPU, that update the same pieces on its host.
 
-Each rank downloads its gradient of a piece over its own link to memory that all of them map. One of them, the
-piece's owner, waits for all, adds the gradients up in the order of ranks and makes the update; the others wait
-for it and upload what it has written. Pieces are owned in turn, so that Adam's work is divided.
+Each rank downloads its gradient of a piece over its own link to memory that all of them map. One of them,
+the piece's owner, waits for all, adds the gradients up in the order of ranks and makes the update; the others
+wait for it and upload what it has written. Pieces are owned in turn, so that Adam's work is divided.
 
 They tell each other by numbers in shared memory: the step in which a rank's gradient of a piece has arrived,
-and in which the piece was updated. Nobody holds up another for longer than its own work takes: the thread that
-runs Adam takes what has arrived on all ranks, and the one that uploads what its owner has updated
+and in which the piece was updated. Nobody holds up another for longer than its own work takes: the thread
+that runs Adam takes what has arrived on all ranks, and the one that uploads what its owner has updated
 (`engines.cpu_updates.pipeline`).
 """
 
@@ -89,8 +89,8 @@ class RankUpdates:
     def close(self) -> None:
         self._slabs.close()
 
-    # HAZARD: the numbers are written after, and read before, what they speak of. Without the library the order
-    # is the processor's own: x86 keeps it.
+    # HAZARD: the numbers are written after, and read before, what they speak of. Without the library the
+    # order is the processor's own: x86 keeps it.
     def _tell(self, row: int, piece: int, step: int) -> None:
         if self._library is None:
             self._rows[row, piece] = step + 1

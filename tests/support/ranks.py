@@ -130,8 +130,8 @@ class Round:
 
 
 class SideBySideWorld:
-    """`engines.world.World` of one of several threads that all run at the same time: for engines whose threads
-    wait for those of other ranks."""
+    """`engines.world.World` of one of several threads that all run at the same time: for engines whose
+    threads wait for those of other ranks."""
 
     def __init__(self, rank: int, shared: Round) -> None:
         self.rank = self.local_rank = rank
