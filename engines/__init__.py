@@ -60,6 +60,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="gradients compressed by sparse projectors, Adam on the CPU in the subspace",
         source="LSP-Offload, arXiv 2406.10181",
         order="first",
+        several_gpus=True,
         role="offload",
         trains="the blocks' matrices in subspaces, all else whole",
         masters="none: weights in the job's precision, moments of the subspaces in fp32",

@@ -284,8 +284,10 @@ class BlockStates:
         self.weights.clear()
         self._norms.close()
         self._weights.close()
-        for held in (*self._states, *self._shared):
-            held.close()
+        for slab in self._states:
+            slab.close()
+        for slabs in self._shared:
+            slabs.close()
 
 
 class GradientRoom:

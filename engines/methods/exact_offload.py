@@ -242,7 +242,7 @@ class ExactOffload:
     def _hidden_room(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:
             return None
-        workload = self.context.workload
+        workload = self.context.workload.of_a_rank(self._world.size)
         tokens = workload.batch_size * workload.seq_len
         return HiddenStates(
             self.link,

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import PieceUpdate, StepShare
+from engines.cpu_updates.pipeline import OfRanks, PieceUpdate, StepShare
 from engines.errors import UserError
 from engines.settings.first_order import AdamWSettings
 from engines.shapes import Workload
 from engines.subspace.bias_check import Check, Subspace
 from engines.subspace.projector import Projector, compress, transport_moments
 from engines.transfer.link import Event
-from engines.transfer.pinned import HostSlab
+from engines.transfer.pinned import HostSlab, HostSlabs
+from engines.transfer.shared_memory import shared_slabs
+from engines.world import ALONE, World
 
 
 class Calibrator(Protocol):
@@ -115,8 +118,11 @@ class CoreState:
     """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingPiece`."""
 
     deadline: int
+    number: int
+    incoming: Tensor
+    """(elements,) of the weights' dtype, pinned: where the gradient arrives."""
     outgoing: Tensor
-    """(elements,) of the weights' dtype, pinned: the gradient, then its direction."""
+    """The same memory, or with several ranks what they have together: its direction."""
     moment: Tensor
     variance: Tensor
     """(elements,) fp32."""
@@ -125,7 +131,7 @@ class CoreState:
     updates: int = 0
     """Updates so far, the one under way included, for Adam's bias correction."""
 
-    def update(self, share: StepShare) -> None:
+    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
         self.updates += 1
         core_adam(
             self.outgoing,
@@ -136,6 +142,7 @@ class CoreState:
             beta2=self.settings.beta2,
             eps=self.settings.adam_eps,
             scale=share.scale(),
+            gradients=gradients,
         )
 
 
@@ -155,7 +162,7 @@ class CoreBlock:
     core: Tensor
     """(elements,) on the GPU: all its cores."""
     on_host: Tensor
-    """(elements,) on the host: those of all its pieces."""
+    """(elements,) on the host: what goes up of all its pieces."""
     squared_norm: Tensor
     """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
@@ -197,15 +204,36 @@ class Cores:
         offload: bool,
         block_major: bool,
         progress: Callable[[str, int, int], None],
+        world: World = ALONE,
     ) -> None:
-        """`subspaces` are those of each block that has any, in the order of the blocks. `block_major`: all
+        """Moments and what goes up are there once for the ranks of a machine in `world`.
+
+        `subspaces` are those of each block that has any, in the order of the blocks. `block_major`: all
         micro-batches pass a block together, so that one block's sums are there at a time."""
         sizes = [sum(each.d**2 for each in members) for members in subspaces]
         head_bytes = -(-4 * len(sizes) // 64) * 64
-        self._slab = HostSlab(
-            head_bytes + dtype.itemsize * sum(sizes), device if offload else torch.device("cpu"), progress
-        )
-        norms_on_host = self._slab.view(0, (len(sizes),), torch.float32)
+        wire_bytes = dtype.itemsize * sum(sizes)
+        pinned_for = device if offload else torch.device("cpu")
+        self._moments: HostSlabs | None = None
+        if world.local_size == 1:
+            slab = HostSlab(head_bytes + wire_bytes, pinned_for, progress)
+            self._held = HostSlabs([slab], [slab.view(0, (slab.num_bytes,), torch.uint8)])
+            outgoing = self._held.views[0][head_bytes:].view(dtype)
+        else:
+            each_bytes = [head_bytes + wire_bytes] * world.local_size
+            self._held = shared_slabs([*each_bytes, wire_bytes], pinned_for, progress, world)
+            outgoing = self._held.views[-1].view(dtype)
+            self._moments = shared_slabs([8 * sum(sizes)], torch.device("cpu"), progress, world)
+        of_ranks = self._held.views[: world.local_size]
+        self.norms_of_ranks = [memory[: 4 * len(sizes)].view(torch.float32) for memory in of_ranks]
+        """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
+        self.incoming_of_ranks = [memory[head_bytes:].view(dtype) for memory in of_ranks]
+        """(elements,) of each rank: all its cores."""
+        norms_on_host = self.norms_of_ranks[world.local_rank]
+        incoming = self.incoming_of_ranks[world.local_rank]
+        self._is_first = world.local_rank == 0
+        self.first: list[int] = []
+        """Of each piece, by number: its first element among all cores."""
         self.squared_norms = torch.zeros(len(sizes), device=device)
         """(blocks,) fp32 on the GPU: of the compressed gradients of this step.
 
@@ -226,20 +254,23 @@ class Cores:
             made = [torch.zeros(size, device=device) for size in rooms]
             self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
         self.blocks: list[CoreBlock] = []
-        offset_bytes = head_bytes
+        begin = 0
         for index, members in enumerate(subspaces):
             core = slots[index % len(slots)][: sizes[index]]
-            on_host = self._slab.view(offset_bytes, (sizes[index],), dtype)
+            on_host = outgoing[begin : begin + sizes[index]]
             sums = self._sums[index]
             pieces: list[CorePiece] = []
             first = 0
             for group in _grouped(members):
                 count = sum(each.d**2 for each in group)
+                moment, variance = self._new_moments(begin, count)
                 state = CoreState(
                     deadline=index,
-                    outgoing=self._slab.view(offset_bytes, (count,), dtype),
-                    moment=torch.zeros(count),
-                    variance=torch.zeros(count),
+                    number=len(self.first),
+                    incoming=incoming[begin : begin + count],
+                    outgoing=outgoing[begin : begin + count],
+                    moment=moment,
+                    variance=variance,
                     squared_norm=norms_on_host[index : index + 1],
                     settings=settings,
                 )
@@ -247,12 +278,29 @@ class Cores:
                 of_part = None if sums is None else sums[first : first + count]
                 matrices = _matrices(group, part, of_part, calibrator, workload)
                 pieces.append(CorePiece(state=state, matrices=matrices, core=part))
+                self.first.append(begin)
                 first += count
-                offset_bytes += dtype.itemsize * count
+                begin += count
             norm = self.squared_norms[index : index + 1]
             self.blocks.append(CoreBlock(pieces=pieces, core=core, on_host=on_host, squared_norm=norm))
         self.place = {members[0].block: place for place, members in enumerate(subspaces)}
         """Where in `blocks` a block of the model is, by its index there."""
+
+    def _new_moments(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
+        """Zeros, (count,) fp32 each, of the cores from element `begin` on."""
+        if self._moments is None:
+            return torch.zeros(count), torch.zeros(count)
+        memory = self._moments.views[0].view(torch.float32)[2 * begin : 2 * (begin + count)]
+        return memory[:count], memory[count:]
+
+    def of_ranks(self, place: int, state: CoreState, places: Sequence[int]) -> OfRanks:
+        """What the ranks bring of a piece of the block at `place`; `places` are of no meaning."""
+        begin = self.first[state.number]
+        end = begin + state.incoming.numel()
+        return OfRanks(
+            [each[begin:end] for each in self.incoming_of_ranks],
+            [norms[place : place + 1] for norms in self.norms_of_ranks],
+        )
 
     @property
     def matrices(self) -> list[CoreMatrix]:
@@ -281,12 +329,15 @@ class Cores:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._slab.num_bytes if self._slab.pinned else 0
+        """Counted by the first of the ranks that have it together."""
+        return self._held.pinned_bytes if self._is_first else 0
 
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""
         self.blocks.clear()
-        self._slab.close()
+        self._held.close()
+        if self._moments is not None:
+            self._moments.close()
 
 
 def _matrices(
@@ -353,6 +404,22 @@ def move_moments(state: CoreState, matrix: CoreMatrix, left: Projector, right: P
     for moment, result in zip(moments, moved, strict=True):
         moment.copy_(result)
     return sum(moment.nbytes for moment in moments)
+
+
+def follow_projectors(world: World, matrix: CoreMatrix, is_new: bool) -> bool:
+    """Let every rank have the projectors of rank 0 for a matrix, where they are new there: whether they are.
+    All ranks call it for the same matrix."""
+    subspace, content = matrix.subspace, b""
+    if is_new:
+        content = save({name: tensor.cpu().contiguous() for name, tensor in subspace.tensors().items()})
+    content = world.broadcast(content)
+    if content and world.rank > 0:
+        tensors = load(content)
+        for name, tensor in subspace.tensors().items():
+            tensor.copy_(tensors[name])
+        subspace.assign(subspace.left, subspace.right)
+        subspace.generation += 1
+    return bool(content)
 
 
 def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:

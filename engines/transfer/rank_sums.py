@@ -29,7 +29,7 @@ def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
         total = memory[0]
         for rank in range(1, world.local_size):
             total += memory[rank]
-        for each, part in zip(bucket, total.split(sizes), strict=True):
+        for each, part in zip(bucket, torch.split(total, sizes), strict=True):
             each.copy_(part.view(each.shape))
 
 
