@@ -41,6 +41,13 @@ class Batch:
         mask = self.inputs.get("attention_mask")
         return self.inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
+    def in_parts(self, tokens: int) -> Iterator[Batch]:
+        """The same sequences in batches of up to so many tokens, or of one sequence."""
+        count, length = self.inputs["input_ids"].shape
+        rows = max(1, tokens // length)
+        for begin in range(0, count, rows):
+            yield Batch(inputs={name: each[begin : begin + rows] for name, each in self.inputs.items()})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from profiles.machine import Cpu, Depth, Figure, Gpu, HostMemory, LinkFigures, Machine
-from profiles.units import NOT_MEASURED, format_bytes, format_elements, format_flops, format_rate
+from profiles.units import (
+    NOT_MEASURED,
+    format_bytes,
+    format_elements,
+    format_flops,
+    format_rate,
+    format_seconds,
+)
 
 Format = Callable[[float | None], str]
 """A number for people; `None` is 'not measured'."""
@@ -105,6 +112,8 @@ FIGURES: tuple[FigureRow, ...] = (
     _row("gpu.matmul_fp16_flops", "GPU matrix product fp16", format_flops, "brief", "predict", "report"),
     _row("gpu.matmul_fp32_flops", "GPU matrix product fp32", format_flops, "brief", "predict", "report"),
     _row("gpu.matmul_sustained_flops", "bf16 product sustained", format_flops, "brief", "predict"),
+    _row("gpu.context_bytes", "CUDA itself, a process", format_bytes, "brief", "predict"),
+    _row("gpu.workspace_bytes", "workspaces of products", format_bytes, "brief", "predict"),
     _row("link.replays", "packets sent again", format_count, "brief", "doctor", detail=_during),
     _row(
         "link.h2d_pinned_bytes_per_s", "host to GPU, pinned", format_rate, "brief", "predict", "doctor",
@@ -123,6 +132,10 @@ FIGURES: tuple[FigureRow, ...] = (
     _row("cpu.matmul_fp32_flops", "CPU matrix product fp32", format_flops, "brief", "predict", "report"),
     _row("cpu.matmul_bf16_flops", "CPU matrix product bf16", format_flops, "brief", "predict", "report"),
     _row("cpu.adam_elements_per_s", "CPU AdamW, elements", format_elements, "brief", "predict", "report"),
+    _row("cpu.forward_launch_s", "starting an operation", format_seconds, "brief", "predict"),
+    _row("cpu.training_launch_s", "the same with autograd", format_seconds, "brief", "predict"),
+    _row("cpu.graph_launch_s", "a kernel of a CUDA graph", format_seconds, "brief", "predict"),
+    _row("cpu.triton_launch_s", "starting a Triton kernel", format_seconds, "brief", "predict"),
     _row("memory.total_bytes", "host memory", format_bytes, "brief", "doctor", "report", detail=_total),
     _row("memory.available_bytes", "available", format_bytes, "brief", "predict"),
     _row("memory.swap_bytes", "swap", format_bytes, "brief", "doctor", detail=_swap_used),

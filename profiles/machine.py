@@ -82,6 +82,11 @@ class Gpu:
     """Matrix product rates in FLOP/s on normally distributed data."""
     matmul_sustained_flops: Figure = NOT_PROBED
     """The bf16 product again, at the end of a long run of it: training loads the GPU without a rest."""
+    context_bytes: Figure = NOT_PROBED
+    """What a process takes of the GPU beside torch's memory: CUDA's context, its libraries and kernels. Where
+    it is measured, `free_bytes` is what was free before the probe had one."""
+    workspace_bytes: Figure = NOT_PROBED
+    """What torch reserves for the workspaces of matrix products, beside tensors."""
     sm_clock_max_hz: float | None = None
     ecc_enabled: bool | None = None
     mig_enabled: bool | None = None
@@ -150,6 +155,13 @@ class Cpu:
     matmul_bf16_flops: Figure
     adam_elements_per_s: Figure
     """Fused AdamW in fp32 on tensors larger than the caches."""
+    forward_launch_s: Figure = NOT_PROBED
+    training_launch_s: Figure = NOT_PROBED
+    """What it takes to start one operation of a transformer on the GPU, without and with autograd."""
+    graph_launch_s: Figure = NOT_PROBED
+    """What one kernel of a CUDA graph takes to start."""
+    triton_launch_s: Figure = NOT_PROBED
+    """What it takes to start a Triton kernel by Triton's own Python."""
     cores_physical: int | None = None
     sockets: int | None = None
     numa_nodes: int | None = None

@@ -28,7 +28,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "files", "world"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),
-        ("model",),
+        ("model", "lossless"),
         ("quantized", "first_order", "cpu_updates"),
         ("offload",),
         ("subspace",),
@@ -107,6 +107,7 @@ _TRITON = "Triton is not there on every machine"
 _TRAINS = "imports torch; what is wrong with the arguments is said without it"
 _CHILD = "imports torch; engines without it (the test double) do not wait for it"
 INSIDE_FUNCTIONS = {
+    "engines.lossless.lossless_pass -> engines.lossless.lossless_pass_kernels": _TRITON,
     "engines.noise.weight_pass -> engines.noise.weight_pass_kernels": _TRITON,
     "engines.quantized.quantized_pass -> engines.quantized.quantized_pass_kernels": _TRITON,
     "engines.subspace.apply -> engines.subspace.projector_kernels": _TRITON,
@@ -115,6 +116,7 @@ INSIDE_FUNCTIONS = {
     "engines.zeroth_order.chunked_loss -> engines.zeroth_order.chunked_loss_kernels": _TRITON,
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
+    "profiles.probe.launches -> profiles.probe.triton_kernel": _TRITON,
     "harness.cli.data -> harness.data.preview": _TRAINS,
     "harness.cli.generate -> harness.training.generate": _TRAINS,
     "harness.cli.generate -> harness.training.run_folder": _TRAINS,

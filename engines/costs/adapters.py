@@ -88,7 +88,7 @@ def _traffic(
     rest = shape.parameters - shape.matrix_parameters
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=training_memory(
+        **training_memory(
             shape,
             workload,
             held={

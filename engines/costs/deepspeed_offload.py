@@ -80,7 +80,7 @@ def _offloaded(
         pinned = GRADIENT * shape.parameters + staging
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=training_memory(
+        **training_memory(
             shape,
             workload,
             held={"weights": blocks_up if streams else weights, "buckets": bucket},

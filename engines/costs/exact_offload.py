@@ -34,7 +34,7 @@ from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
-from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -144,7 +144,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     offloaded: Overlap = "blockwise_after_norm" if settings.waits_for_norm else "blockwise"
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=_gpu_memory(shape, workload, settings),
+        **_gpu_memory(shape, workload, settings),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES, **host},
         shared_host_bytes={kind: size for kind, size in host.items() if _is_shared(kind)},
         divided="updates",
@@ -204,7 +204,7 @@ def _layer(
     )
 
 
-def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> dict[str, int]:
+def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> GpuMemory:
     """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     outer = element * shape.outer_parameters
@@ -245,4 +245,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
             "scratch": 4 * shape.largest_tensor * (element < 4 and on_gpu),
         },
     )
-    return transformer.peak_moment([{**held, **moment} for moment in moments])
+    kinds = [{**held, **moment} for moment in moments]
+    return GpuMemory(
+        gpu_memory_bytes=transformer.peak_moment(kinds),
+        gpu_apart_bytes=transformer.apart_bytes(kinds),
+        gpu_without_triton_bytes=0,
+    )

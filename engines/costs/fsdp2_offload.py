@@ -40,9 +40,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
     up_at_once = element * (outer + BLOCKS_UP * block)
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=training_memory(
-            shape, workload, held={"weights": up_at_once}, gradients=element * (outer + block)
-        ),
+        **training_memory(shape, workload, held={"weights": up_at_once}, gradients=element * (outer + block)),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,

@@ -3,10 +3,10 @@ matrix two projections of what those would multiply and a d x d core that goes d
 and comes up.
 
 GPU: weights, projectors, the cores of a few blocks, and gradients and moments of what is not projected. Host:
-per matrix the pinned core, of the weights' dtype, and two moments, fp32. With `weights=streamed` the matrices
-are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both passes and
-goes down once, when its update has landed. The twin (`offload=False`) moves and
-computes the same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
+per matrix the pinned core, of the weights' dtype, and two moments, fp32 or bf16. With `weights=streamed` the
+matrices are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both
+passes and goes down once, when its update has landed. The twin (`offload=False`) moves and computes the same
+with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes
-from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
 
 INDEX_BYTES = 8
 """Per nonzero of a projector that stores its places: by row and by column, int32 each."""
-
-MOMENT_BYTES = 4
 
 NORM_BYTES = 4
 """A block's squared norm goes down before its cores."""
@@ -106,7 +104,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     cores = shape.num_blocks * core_elements(shape, settings)
     norms = -(-NORM_BYTES * shape.num_blocks // 64) * 64
     wire_bytes = element * cores + norms
-    host = {"process": transformer.PROCESS_HOST_BYTES, "optimizer": 2 * MOMENT_BYTES * cores}
+    host = {"process": transformer.PROCESS_HOST_BYTES, "optimizer": core_moment_bytes(settings) * cores}
     host["cores, pinned" if settings.offload else "cores"] = wire_bytes
     if settings.streams:
         host["weights, pinned"] = element * shape.matrix_parameters
@@ -118,13 +116,14 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
+    slowdown = 1.0 if element == 4 else CORE_ADAM_SLOWDOWN
     at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm == 0
     offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
     if settings.block_major:
         offloaded = "blockwise" if at_once else "blockwise_after_norm"
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=_gpu_memory(shape, workload, settings, element * trained_on_gpu),
+        **_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
         # What goes up is there once too, beside what each of them brings down.
@@ -132,7 +131,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         divided="updates",
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
-        cpu_adam_factor=core_adam_bytes(element) / 28 * (1.0 if element == 4 else CORE_ADAM_SLOWDOWN),
+        cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
     )
 
 
@@ -143,18 +142,26 @@ def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> 
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """The graphs themselves, and the one pool in which all of them run. A block's intermediate values lie
-    there, and nothing else may use it between blocks or in the steps that test projectors, which run without
-    graphs."""
+    return shape.num_blocks * GRAPH_BYTES if lsp_passes(shape, workload, settings).captured else 0
+
+
+def _pool_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    """The one pool in which all graphs run. A block's intermediate values lie there, and nothing else may use
+    it between blocks or in the steps that test projectors, which run without graphs."""
     if not lsp_passes(shape, workload, settings).captured:
         return 0
-    return shape.num_blocks * GRAPH_BYTES + transformer.backward_activation_bytes(shape, workload)
+    return transformer.backward_activation_bytes(shape, workload)
 
 
-def core_adam_bytes(element: int) -> int:
+def core_moment_bytes(settings: LspSettings) -> int:
+    """Host memory of both moments of an element."""
+    return {"fp32": 8, "bf16": 4}[settings.moments]
+
+
+def core_adam_bytes(element: int, settings: LspSettings) -> int:
     """Host memory traffic per element of a core's Adam: the core and two moments read and written over.
     torch's fused AdamW in fp32, by which machines are probed, moves 28."""
-    return 2 * element + 4 * MOMENT_BYTES
+    return 2 * (element + core_moment_bytes(settings))
 
 
 def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings) -> LayerTraffic:
@@ -183,7 +190,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
         h2d_bytes=wire + up,
         d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,
-        host_bytes=float(2 * wire + up + down + core_adam_bytes(element) * core),
+        host_bytes=float(2 * wire + up + down + core_adam_bytes(element, settings) * core),
     )
 
 
@@ -208,7 +215,7 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
 
 def _gpu_memory(
     shape: ModelShape, workload: Workload, settings: LspSettings, trained_bytes: int
-) -> dict[str, int]:
+) -> GpuMemory:
     """GPU memory at the worse of two moments: the loss, the last gradients of a block."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
@@ -254,4 +261,9 @@ def _gpu_memory(
             "scratch": largest,
         },
     )
-    return transformer.peak_moment([{**held, **moment} for moment in moments])
+    kinds = [{**held, **moment} for moment in moments]
+    return GpuMemory(
+        gpu_memory_bytes=transformer.peak_moment(kinds),
+        gpu_apart_bytes=transformer.apart_bytes(kinds) + _pool_bytes(shape, workload, settings),
+        gpu_without_triton_bytes=0,
+    )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from engines.costs import transformer
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.traffic import GpuMemory, LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -25,6 +25,11 @@ LORA_LAUNCHES = 4
 SIGN_COST = 0.3
 """A sign of a low-bit matrix, in normals: on an H200 the noise of a step of OPT-13B took 80 ms with signs and
 136 with normals, of which 55 are not for noise; those of steps that round, which are dearer, included."""
+
+APART_SHARE = 0.6
+"""What torch reserves beside a forward-only step's peak, as a share of its activations, which come in few
+sizes and leave places that do not fit each other: 2.4 of 3.7 GB at 8 x 2048 tokens of OPT-13B, 0.25 to 0.4 of
+0.46 at 1 x 2048 (reports/results, one H200)."""
 
 LOOKUPS = 2
 """Gaussians per token and hidden element before the blocks, of each pass: two tables (tokens, positions)."""
@@ -65,7 +70,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Tr
     weights = element * shape.outer_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
-        gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, {"weights": weights}),
+        **gpu_memory(shape, workload, settings, {"weights": weights}),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
         forwards=float(settings.forward_passes),
     )
@@ -256,13 +261,13 @@ def _visited(
         layer,
         gpu_bytes=layer.gpu_bytes + visit.moves * element * parameters,
         gaussians=layer.gaussians + round(visit.gaussians * parameters),
-        launches=layer.launches + launches,
+        triton_launches=layer.triton_launches + launches,
     )
 
 
-def gpu_memory_bytes(
+def gpu_memory(
     shape: ModelShape, workload: Workload, settings: MezoSettings, held: Mapping[str, int]
-) -> dict[str, int]:
+) -> GpuMemory:
     """GPU memory at the worse of two moments: inside a block's feed-forward part, and at the head.
 
     `held` is there throughout, and so are the blocks' scratch and the hidden states of all passes of all
@@ -294,10 +299,18 @@ def gpu_memory_bytes(
         "activations": hidden + (2 - one_sided) * transformer.forward_activation_bytes(shape, workload),
         "logits": 0,
     }
-    at_head = {
-        **kept,
-        "scratch": scratch + head_scratch,
-        "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
-        "logits": transformer.chunked_logits_bytes(shape, workload),
-    }
-    return transformer.peak_moment([in_block, at_head])
+    at_head, without_triton = (
+        {
+            **kept,
+            "scratch": scratch + head_scratch,
+            "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
+            "logits": transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
+        }
+        for has_triton in (True, False)
+    )
+    apart = APART_SHARE * max(in_block["activations"], at_head["activations"])
+    if as_graphs:  # whose pool nothing else may use
+        apart += transformer.apart_bytes([in_block, at_head])
+    peak = transformer.peak_moment([in_block, at_head])
+    more = sum(transformer.peak_moment([in_block, without_triton]).values()) - sum(peak.values())
+    return GpuMemory(gpu_memory_bytes=peak, gpu_apart_bytes=int(apart), gpu_without_triton_bytes=more)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.traffic import Traffic
+from engines.costs.traffic import GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
-from engines.settings.first_order import BlockPassSettings, CompiledBlockSettings, NativeSettings
+from engines.settings.first_order import (
+    BlockPassSettings,
+    ChunkedLossSettings,
+    CompiledBlockSettings,
+    NativeSettings,
+)
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 ADAM_PASSES = 7
@@ -23,6 +28,11 @@ GRAPH_BYTES = 4_000_000
 blocks took 0.2 GB more than `native` did without, in use by NVML less what torch reserved; a part may be the
 graphs'. Records: reports/results/deepseek-coder-*_20261124."""
 
+POOL_SHARE = 0.1
+"""What the pool of a captured step's passes takes beside what is in it at the loss, as a share of that: 0.05
+of native and 0.13 of LoRA in the records of deepseek-coder-1.3b of 29 November (reports/results), of one
+H200. All kinds find their places in one pool, whose order of use never changes."""
+
 
 def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockSettings) -> BlockPasses:
     """How a model's blocks run with these settings. `compile=auto` counts as compiled: planners say `false`
@@ -31,7 +41,14 @@ def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockS
         recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
         compiled=settings.compile is not False,
         captured=isinstance(settings, BlockPassSettings) and settings.graphs,
+        loss_tokens=_loss_tokens(settings),
     )
+
+
+def _loss_tokens(settings: CompiledBlockSettings) -> int | None:
+    if not isinstance(settings, ChunkedLossSettings) or settings.loss_tokens == "all":
+        return None
+    return settings.loss_tokens
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> Traffic:
@@ -48,7 +65,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     updated[-1] = replace(updated[-1], gpu_bytes=updated[-1].gpu_bytes + outer)
     return Traffic(
         layers=tuple(updated),
-        gpu_memory_bytes=training_memory(
+        **training_memory(
             shape,
             workload,
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
@@ -66,7 +83,7 @@ def training_memory(
     held: dict[str, int],
     gradients: int,
     passes: BlockPasses | None = None,
-) -> dict[str, int]:
+) -> GpuMemory:
     """GPU memory at the worse of two moments: the loss, when no gradient is there yet and every block's
     saved activations are, and the end of the backward pass, when it is the other way round.
 
@@ -74,11 +91,16 @@ def training_memory(
     graph writes them anew in each step, where activations lay before. `passes`: eager ones unless given.
     """
     compiled = passes is not None and passes.compiled
+    loss_tokens = None if passes is None else passes.loss_tokens
+    early = gradients if workload.accumulation > 1 else 0
+    head_gradient = BYTES_PER_ELEMENT[workload.dtype] * shape.head_parameters
+    if loss_tokens is not None and shape.head == "causal_lm" and gradients >= head_gradient:
+        early = max(early, head_gradient)  # which a loss in chunks makes with the logits
     at_loss = {
         **held,
-        "gradients": gradients if workload.accumulation > 1 else 0,
+        "gradients": early,
         "activations": transformer.saved_activation_bytes(shape, workload, passes),
-        "logits": transformer.logits_bytes(shape, workload),
+        "logits": transformer.logits_bytes(shape, workload, loss_tokens),
     }
     at_end = {
         **held,
@@ -86,4 +108,10 @@ def training_memory(
         "activations": transformer.backward_activation_bytes(shape, workload, compiled=compiled),
         "logits": 0,
     }
-    return transformer.peak_moment([at_loss, at_end])
+    moments = [at_loss, at_end]
+    apart = transformer.apart_bytes(moments)
+    if passes is not None and passes.captured:
+        apart = int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"]))
+    return GpuMemory(
+        gpu_memory_bytes=transformer.peak_moment(moments), gpu_apart_bytes=apart, gpu_without_triton_bytes=0
+    )

@@ -15,6 +15,17 @@ SCALE_BYTES = 2
 CODE_BITS: dict[Base, int] = {"int8": 8, "fp8": 8, "int4": 4}
 
 
+LOSSLESS_WORDS = 8
+"""Of 32 bits, at the end of a lossless record (`engines.lossless.records`)."""
+LOSSLESS_RECORD_BYTES = TILE_ELEMENTS * 12 // 8 + 4 * LOSSLESS_WORDS
+"""Of one tile in bf16: 3104 in place of 4096."""
+
+
+def lossless_bytes(count: int) -> int:
+    """Of a matrix of `count` elements in lossless records."""
+    return -(-count // TILE_ELEMENTS) * LOSSLESS_RECORD_BYTES
+
+
 def record_bytes(base: Base) -> int:
     """Of one tile: its codes, then its scales. 2080 or 1056."""
     return TILE_ELEMENTS * CODE_BITS[base] // 8 + TILE_ELEMENTS // GROUP_ELEMENTS * SCALE_BYTES

@@ -39,7 +39,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     pinned = 2 * pinned_copy_bytes(shape, element)
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=training_memory(shape, workload, held={"weights": weights}, gradients=gradients),
+        **training_memory(shape, workload, held={"weights": weights}, gradients=gradients),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,

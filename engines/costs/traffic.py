@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 Overlap = Literal[
     "serial", "optimizer_after_backward", "streamed", "layerwise", "blockwise", "blockwise_after_norm"
@@ -33,10 +33,22 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    graph_kernels: int = 0
+    """Kernels that CUDA graphs start."""
+    triton_launches: int = 0
+    """Triton kernels that engines start from the CPU."""
     gaussians: int = 0
     """Normally distributed numbers drawn on the GPU, for perturbations."""
     from_gpu_bytes: int = 0
     """What comes from the memory of the machine's other GPUs."""
+
+
+class GpuMemory(TypedDict):
+    """The fields of `Traffic` that say what of the GPU's memory torch reserves."""
+
+    gpu_memory_bytes: Mapping[str, int]
+    gpu_apart_bytes: int
+    gpu_without_triton_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +66,15 @@ class Traffic:
     divided: Literal["write-back", "updates"] = "write-back"
     """What of their work on the host they divide: what is written there, or Adam's updates, for which each
     brings down all that one process does."""
+    gpu_apart_bytes: int = 0
+    """What torch's allocator takes beside the tensors' peak, since what is there at other moments has other
+    sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
+    gpu_without_triton_bytes: int = 0
+    """By how much the peak is larger where there is no Triton."""
     shards_uploads: bool = False
     """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
-    """What the method takes of the GPU beside tensors and CUDA's context: CUDA graphs and the pool they run
-    in."""
+    """What the method takes of the GPU beside what torch reserves and CUDA's context: CUDA graphs."""
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""

@@ -54,7 +54,7 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
     gradients = element * shape.parameters
     return Traffic(
         layers=tuple(_with_paging(layer, shape) for layer in on_gpu) if settings.paged else on_gpu,
-        gpu_memory_bytes=training_memory(shape, workload, held=held, gradients=gradients, passes=passes),
+        **training_memory(shape, workload, held=held, gradients=gradients, passes=passes),
         gpu_held_bytes=graph_bytes(shape, passes),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
@@ -84,7 +84,7 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
     )
     return Traffic(
         layers=layers,
-        gpu_memory_bytes=training_memory(
+        **training_memory(
             shape,
             workload,
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
@@ -121,7 +121,7 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
     ]
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=training_memory(
+        **training_memory(
             shape,
             workload,
             held={

@@ -53,9 +53,6 @@ CHECKPOINT_LAUNCHES = 20
 """What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
 Estimated; brings native at 1.3B to 0.155 s, where 0.152 to 0.178 s were measured on an H200."""
 
-KERNELS_PER_LAUNCH = 15
-"""Kernels of a CUDA graph that start in the time of a launch from eager PyTorch: 2 us each. Estimated."""
-
 LAUNCHES_WHEN_COMPILED = 0.6
 """What starting a compiled block takes, beside the same block operation by operation: AdamW in the backward
 pass, whose blocks are compiled and not captured, took 0.083 s at 1.3B on an H200, some 20 ms of it for 219
@@ -73,8 +70,8 @@ its gradient and the gradient of its input. Fits the torch peaks of torchao with
 H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
 
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
-"""The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton only the logits
-themselves, 4 and 2 bytes; a GPU without it needs all."""
+"""The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton a language
+model's head needs the logits themselves only."""
 
 HEAD_CHUNK_BYTES = 32_000_000
 """Weights of the output head that `engines.zeroth_order.chunked_loss` perturbs at a time, on each side."""
@@ -156,6 +153,8 @@ class BlockPasses:
     compiled: bool = False
     captured: bool = False
     """As CUDA graphs."""
+    loss_tokens: int | None = None
+    """Positions whose logits are there at once; `None`: those of a micro-batch."""
 
     @classmethod
     def eager(cls, shape: ModelShape, workload: Workload) -> BlockPasses:
@@ -174,8 +173,8 @@ def training_layers(
         gpu_forward_flops=head,
         gpu_backward_flops=2 * head,
         gpu_bytes=2.0 * workload.accumulation * logits_bytes(shape, workload),
-        launches=_started(3 * HEAD_LAUNCHES, how) * workload.accumulation,
     )
+    last = _started(last, 3 * HEAD_LAUNCHES, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
         replace(again if index < how.recomputed else kept, name=f"block.{index}")
@@ -196,20 +195,21 @@ def _training_block(
     runs = 2 if recomputed else 1
     launches = (2 + runs) * block_launches(shape) + (CHECKPOINT_LAUNCHES if recomputed else 0)
     elementwise = elementwise_bytes(shape, workload, compiled=how.compiled)
-    return LayerTraffic(
+    layer = LayerTraffic(
         name="block",
         gpu_forward_flops=forward,
         gpu_backward_flops=2 * forward + again,
         gpu_bytes=(runs + BACKWARD_ELEMENTWISE) * elementwise,
-        launches=_started(launches, how) * workload.accumulation,
     )
+    return _started(layer, launches, how, workload)
 
 
-def _started(launches: int, how: BlockPasses) -> int:
-    """In launches from eager PyTorch."""
+def _started(layer: LayerTraffic, launches: int, how: BlockPasses, workload: Workload) -> LayerTraffic:
+    """`layer` with the operations that each micro-batch starts."""
+    count = launches * workload.accumulation
     if how.captured:
-        return -(-launches // KERNELS_PER_LAUNCH)
-    return int(LAUNCHES_WHEN_COMPILED * launches) if how.compiled else launches
+        return replace(layer, graph_kernels=count)
+    return replace(layer, launches=int(LAUNCHES_WHEN_COMPILED * count) if how.compiled else count)
 
 
 def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
@@ -300,9 +300,14 @@ def num_logits(shape: ModelShape, workload: Workload) -> int:
     return workload.batch_size * workload.seq_len * outputs
 
 
-def logits_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Logits and what the loss and its backward pass make of them, one micro-batch."""
-    return num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+def logits_bytes(shape: ModelShape, workload: Workload, loss_tokens: int | None = None) -> int:
+    """Logits and what the loss and its backward pass make of them, one micro-batch; with `loss_tokens` those
+    of so many positions, and what all positions' hidden states get as gradient."""
+    tokens = workload.batch_size * workload.seq_len
+    whole = num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+    if loss_tokens is None or loss_tokens >= tokens or shape.head != "causal_lm":
+        return whole
+    return whole * loss_tokens // tokens + hidden_bytes(shape, workload)
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
@@ -313,11 +318,13 @@ def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
     return -(-shape.vocabulary // rows), -(-workload.batch_size * workload.seq_len // tokens)
 
 
-def chunked_logits_bytes(shape: ModelShape, workload: Workload) -> int:
+def chunked_logits_bytes(shape: ModelShape, workload: Workload, *, has_triton: bool) -> int:
     """Logits that are there at once in a forward-only method, one side's, and what the loss makes of them."""
     per_logit = LOSS_BYTES_FORWARD[workload.dtype]
     if shape.head != "causal_lm":
         return num_logits(shape, workload) * per_logit
+    if has_triton:
+        per_logit = BYTES_PER_ELEMENT[workload.dtype]
     rows, tokens = _logits_at_once(shape, workload)
     return rows * tokens * per_logit
 
@@ -341,3 +348,13 @@ def _logits_at_once(shape: ModelShape, workload: Workload) -> tuple[int, int]:
 def peak_moment(moments: Sequence[dict[str, int]]) -> dict[str, int]:
     """The moment of a step that holds most memory; its kinds add up to the peak."""
     return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def apart_bytes(moments: Sequence[dict[str, int]]) -> int:
+    """What the peaks of all kinds come to beside the peak of all: the allocator's need where kinds that are
+    there at different moments have no place in common. Eager steps come close to it: gradients leave many
+    small places, and logits need few large ones."""
+    kinds = {kind for moment in moments for kind in moment}
+    return sum(max(moment.get(kind, 0) for moment in moments) for kind in kinds) - sum(
+        peak_moment(moments).values()
+    )

@@ -19,7 +19,7 @@ from engines.costs import disk, transformer
 from engines.costs.mezo import (
     ParameterWork,
     fused_visit,
-    gpu_memory_bytes,
+    gpu_memory,
     num_probes,
     perturb,
     perturbed_layers,
@@ -165,7 +165,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     held = {"weights": outer + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     return Traffic(
         layers=tuple(layers),
-        gpu_memory_bytes=gpu_memory_bytes(shape, workload, settings, held),
+        **gpu_memory(shape, workload, settings, held),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "blocks, pinned": host_bytes,

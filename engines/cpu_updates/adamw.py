@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from engines.cpu_updates.cpu_adam import Memory, Step, add_up, addresses, compiled, factors_of
+from engines.cpu_updates.rounding import keep_by_chance, low_half, noise
 from engines.settings.exact_offload import MOMENT_GROUP, Moments
 
 CHUNK = 512 * MOMENT_GROUP
@@ -203,13 +204,9 @@ def _update(gradient: Tensor, memory: AdamWMemory, step: Any, begin: int) -> Non
         memory.weight.copy_(weight)
     else:
         bits = weight.view(torch.int32)
-        memory.weight.view(torch.int16).copy_(_low_half((bits + 0x8000) >> 16))
-        memory.rest.copy_(_low_half(bits))
+        memory.weight.view(torch.int16).copy_(low_half((bits + 0x8000) >> 16))
+        memory.rest.copy_(low_half(bits))
     _close(memory, moment, variance, root, step.key, begin)
-
-
-def _low_half(bits: Tensor) -> Tensor:
-    return bits.bitwise_and(0xFFFF).to(torch.int32).view(torch.int16)[::2]
 
 
 def opened_moments(memory: AdamWMemory) -> tuple[Tensor, Tensor]:
@@ -236,8 +233,7 @@ def _close(memory: AdamWMemory, moment: Tensor, variance: Tensor, root: Tensor, 
     drawn = noise(key, begin, moment.numel())
     if memory.moment_scales is None or memory.variance_scales is None:
         memory.moment.copy_(moment)
-        raised = variance.view(torch.int32) + torch.from_numpy((drawn & 0xFFFF).view(np.int32))
-        memory.variance.view(torch.int16).copy_(_low_half(raised >> 16))
+        keep_by_chance(memory.variance, variance, drawn)
         return
     up, second_up = (
         part.astype(np.float32) * np.float32(1.0 / 65536.0) for part in (drawn >> 16, drawn & 0xFFFF)
@@ -260,13 +256,3 @@ def _largest(values: Tensor) -> Tensor:
     """Of each group."""
     short = -values.numel() % MOMENT_GROUP
     return torch.nn.functional.pad(values, (0, short)).view(-1, MOMENT_GROUP).amax(dim=1)
-
-
-def noise(key: int, begin: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-    """32 bits for each of `count` elements from number `begin` on: the end of MurmurHash3."""
-    x = np.arange(begin, begin + count, dtype=np.uint32) ^ np.uint32(key)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))

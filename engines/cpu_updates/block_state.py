@@ -22,6 +22,7 @@ from torch import Tensor
 from engines.costs.exact_offload import PIECE_ELEMENTS
 from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
 from engines.cpu_updates.pipeline import WAIT_LIMIT_S, StepShare
+from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
 from engines.settings.exact_offload import ExactOffloadSettings
@@ -76,7 +77,7 @@ class BlockPiece:
             beta2=self.settings.beta2,
             eps=self.settings.adam_eps,
             scale=share.scale(),
-            key=self.key + 0x9E3779B9 * self.updates,
+            key=self.key + NEXT_UPDATE * self.updates,
         )
 
 
@@ -194,7 +195,7 @@ class BlockStates:
             memory=memory,
             weight_decay=settings.weight_decay if decays else 0.0,
             settings=settings,
-            key=(0x85EBCA6B * (seed + 1) + 0xC2B2AE35 * (4096 * index + number)) & 0xFFFFFFFF,
+            key=noise_key(seed, index, number),
         )
 
     def _extents(self, elements: int) -> tuple[dict[str, _Extent], int]:

@@ -31,23 +31,6 @@ static inline uint16_t narrow(float value) {
     return value != value ? (uint16_t)0x7fc0 : rounded;
 }
 
-static inline float direction(float core, float *moment, float *variance, const Factors *f) {
-    float gradient = core * f->scale;
-    float m = *moment * f->keep_moment + gradient * f->take_moment;
-    float v = *variance * f->keep_variance + gradient * gradient * f->take_variance;
-    *moment = m;
-    *variance = v;
-    return m * f->unbias_moment / (sqrtf(v) * f->unbias_root + f->eps);
-}
-
-static void part_fp32(float *restrict core, float *restrict moment, float *restrict variance, int64_t n, Factors f) {
-    for (int64_t i = 0; i < n; i++) core[i] = direction(core[i], moment + i, variance + i, &f);
-}
-
-static void part_bf16(uint16_t *restrict core, float *restrict moment, float *restrict variance, int64_t n, Factors f) {
-    for (int64_t i = 0; i < n; i++) core[i] = narrow(direction(widen(core[i]), moment + i, variance + i, &f));
-}
-
 /* --- what several processes bring, and how they tell each other: rank_updates.py ----------------------- */
 
 /* In their order, each sum rounded to the elements' dtype. */
@@ -70,34 +53,6 @@ void tell(int64_t *place, int64_t value) { __atomic_store_n(place, value, __ATOM
 
 int64_t told(const int64_t *place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
 
-/* `gradients`: of `count` processes, none of them `core`; 0: the gradient is in `core`. */
-void core_adam(void *core, int bf16, float *moment, float *variance, int64_t n, Factors f, int threads,
-               const void *const *gradients, int count) {
-    int64_t parts = (n + PART - 1) / PART;
-    /* Dynamic: a core that is taken by another thread for a while holds up one part, not all. */
-    #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < parts; i++) {
-        int64_t begin = i * PART, size = n - begin < PART ? n - begin : PART;
-        if (count) add_up((char *)core + begin * (bf16 ? 2 : 4), gradients, count, bf16, begin, size);
-        if (bf16)
-            part_bf16((uint16_t *)core + begin, moment + begin, variance + begin, size, f);
-        else
-            part_fp32((float *)core + begin, moment + begin, variance + begin, size, f);
-    }
-}
-
-/* --- AdamW on weights: adamw.py ------------------------------------------------------------------------ */
-
-#define GROUP 128 /* elements of 8-bit moments that share a scale */
-
-typedef struct {
-    Factors adam;
-    float keep_weight, rate;
-    uint32_t key;
-} Step;
-
-enum { FP32, BF16, INT8 };
-
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -119,6 +74,75 @@ static inline uint32_t noise(uint32_t key, uint32_t index) {
     x *= 0xc2b2ae35u;
     return x ^ (x >> 16);
 }
+
+/* To bf16, up or down by chance: a variance that changes by 0.1 % would never reach the nearest. */
+static inline uint16_t raised_or_not(float value, uint32_t key, uint32_t index) {
+    return (uint16_t)((bits_of(value) + (noise(key, index) & 0xffffu)) >> 16);
+}
+
+static inline float direction(float core, float *moment, float *variance, const Factors *f) {
+    float gradient = core * f->scale;
+    float m = *moment * f->keep_moment + gradient * f->take_moment;
+    float v = *variance * f->keep_variance + gradient * gradient * f->take_variance;
+    *moment = m;
+    *variance = v;
+    return m * f->unbias_moment / (sqrtf(v) * f->unbias_root + f->eps);
+}
+
+static void part_fp32(float *restrict core, float *restrict moment, float *restrict variance, int64_t n, Factors f) {
+    for (int64_t i = 0; i < n; i++) core[i] = direction(core[i], moment + i, variance + i, &f);
+}
+
+static void part_bf16(uint16_t *restrict core, float *restrict moment, float *restrict variance, int64_t n, Factors f) {
+    for (int64_t i = 0; i < n; i++) core[i] = narrow(direction(widen(core[i]), moment + i, variance + i, &f));
+}
+
+/* Moments in bf16, as AdamW below keeps them; `first` is the number of the first element. */
+static inline __attribute__((always_inline)) void part_with_bf16_moments(
+    const int bf16, void *restrict core, uint16_t *restrict moment, uint16_t *restrict variance, int64_t n, Factors f,
+    uint32_t key, uint32_t first) {
+    #pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float m = widen(moment[i]), v = widen(variance[i]);
+        float gradient = bf16 ? widen(((uint16_t *)core)[i]) : ((float *)core)[i];
+        float way = direction(gradient, &m, &v, &f);
+        moment[i] = narrow(m);
+        variance[i] = raised_or_not(v, key, first + (uint32_t)i);
+        if (bf16) ((uint16_t *)core)[i] = narrow(way);
+        else ((float *)core)[i] = way;
+    }
+}
+
+/* `gradients`: of `count` processes, none of them `core`; 0: the gradient is in `core`. */
+void core_adam(void *core, int bf16, void *moment, void *variance, int bf16_moments, int64_t n, Factors f, uint32_t key,
+               int threads, const void *const *gradients, int count) {
+    int64_t parts = (n + PART - 1) / PART;
+    /* Dynamic: a core that is taken by another thread for a while holds up one part, not all. */
+    #pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < parts; i++) {
+        int64_t begin = i * PART, size = n - begin < PART ? n - begin : PART;
+        void *here = (char *)core + begin * (bf16 ? 2 : 4);
+        if (count) add_up(here, gradients, count, bf16, begin, size);
+        if (bf16_moments) {
+            uint16_t *m = (uint16_t *)moment + begin, *v = (uint16_t *)variance + begin;
+            if (bf16) part_with_bf16_moments(1, here, m, v, size, f, key, (uint32_t)begin);
+            else part_with_bf16_moments(0, here, m, v, size, f, key, (uint32_t)begin);
+        } else if (bf16) part_bf16(here, (float *)moment + begin, (float *)variance + begin, size, f);
+        else part_fp32(here, (float *)moment + begin, (float *)variance + begin, size, f);
+    }
+}
+
+/* --- AdamW on weights: adamw.py ------------------------------------------------------------------------ */
+
+#define GROUP 128 /* elements of 8-bit moments that share a scale */
+
+typedef struct {
+    Factors adam;
+    float keep_weight, rate;
+    uint32_t key;
+} Step;
+
+enum { FP32, BF16, INT8 };
 
 /* The low half is signed: together they are the bits of the fp32 weight, and the high half is that weight rounded
    to bf16, halves away from zero. */
@@ -177,9 +201,7 @@ static inline __attribute__((always_inline)) void pass(
             ((float *)variance)[i] = v;
         } else if (kind == BF16) {
             ((uint16_t *)moment)[i] = narrow(m);
-            /* Up or down, by chance: a change of 0.1 % would never reach the nearest. */
-            uint32_t chance = noise(step.key, first + (uint32_t)i) & 0xffffu;
-            ((uint16_t *)variance)[i] = (uint16_t)((bits_of(v) + chance) >> 16);
+            ((uint16_t *)variance)[i] = raised_or_not(v, step.key, first + (uint32_t)i);
         } else {
             m_new[i] = m;
             root_new[i] = root;

@@ -1,9 +1,10 @@
 """Adam of a compressed gradient, on the CPU, and what all of Adam on the CPU is compiled from.
 
 Memory decides its speed: two moments in fp32 and the core are read and written, 20 bytes for each element of
-a bf16 core. One pass over them does that, and no operation of torch is one pass: its fused AdamW wants
-everything in one dtype, so that a bf16 core is widened before and narrowed after. `cpu_adam.c` is that pass,
-compiled for this machine when it is first used, which takes some tenths of a second.
+a bf16 core; with moments in bf16, which is approximate (`engines.cpu_updates.adamw`), 12. One pass over them
+does that, and no operation of torch is one pass: its fused AdamW wants everything in one dtype, so that a
+bf16 core is widened before and narrowed after. `cpu_adam.c` is that pass, compiled for this machine when it
+is first used, which takes some tenths of a second.
 
     on an H200's host, 14 of 16 threads, alone: 3.8 G elements/s by torch's fused AdamW on parts that are
     widened in cache, 5.8 by this; at 20 bytes 116 GB/s, where reading and writing in place reaches 107.
@@ -30,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from engines.cpu_updates.rounding import keep_by_chance, noise
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -125,33 +128,38 @@ def core_adam(
     eps: float,
     scale: float = 1.0,
     gradients: Sequence[Tensor] = (),
+    key: int = 0,
 ) -> None:
     """Write Adam's direction m_hat / (sqrt(v_hat) + eps) over the gradient in `core`; moments in place.
     `gradients`, if there are any, are those of several processes, each like `core` and none of them it: it
     gets their sum first, in their order, each addition rounded to their dtype.
 
     Kingma & Ba (1412.6980), Algorithm 1, with eps outside the square root as in torch. All tensors are flat,
-    contiguous, of one size and on the CPU; moments are fp32, `core` is fp32 or bf16, and a bf16 direction is
-    rounded once, at its end. `updates` counts the core's updates from 1, this one included. The gradient is
-    multiplied by `scale` first. The learning rate and the decay are the caller's.
+    contiguous, of one size and on the CPU, fp32 or bf16, both moments alike; a bf16 direction is rounded
+    once, at its end, and made before moments are rounded. Of bf16 moments the first is rounded to nearest,
+    the second up or down by noise of `key`, 32 bits, which is another for each update. `updates` counts the
+    core's updates from 1, this one included. The gradient is multiplied by `scale` first. The learning rate
+    and the decay are the caller's.
 
     Runs on as many threads as the calling thread has from torch. Without the interpreter's lock, but for a
     few microseconds.
     """
-    factors = factors_of(updates, beta1, beta2, eps, scale)
+    factors, key = factors_of(updates, beta1, beta2, eps, scale), key & 0xFFFFFFFF
     library = compiled()
     if library is None:
         if gradients:
             add_up(core, gradients)
-        core_adam_without_compiler(core, moment, variance, factors)
+        core_adam_without_compiler(core, moment, variance, factors, key)
         return
     library.core_adam(
         core.data_ptr(),
         core.dtype == torch.bfloat16,
         moment.data_ptr(),
         variance.data_ptr(),
+        moment.dtype == torch.bfloat16,
         core.numel(),
         factors,
+        key,
         torch.get_num_threads(),
         *addresses(gradients),
     )
@@ -202,7 +210,8 @@ def _compiled_by(compiler: list[str]) -> Any:
         library = ctypes.CDLL(str(made))
     pointer = ctypes.c_void_p
     library.core_adam.argtypes = (
-        pointer, ctypes.c_int, pointer, pointer, ctypes.c_int64, Factors, ctypes.c_int, pointer, ctypes.c_int
+        pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, ctypes.c_int64, Factors, ctypes.c_uint32,
+        ctypes.c_int, pointer, ctypes.c_int,
     )  # fmt: skip
     library.core_adam.restype = None
     library.adamw.argtypes = (
@@ -216,14 +225,21 @@ def _compiled_by(compiler: list[str]) -> Any:
     return library
 
 
-def core_adam_without_compiler(core: Tensor, moment: Tensor, variance: Tensor, factors: Factors) -> None:
-    """What `cpu_adam.c` does, by torch operations: all of (elements,), `core` fp32 or bf16, moments fp32."""
+def core_adam_without_compiler(
+    core: Tensor, moment: Tensor, variance: Tensor, factors: Factors, key: int
+) -> None:
+    """What `cpu_adam.c` does, by torch's operations: all of (elements,), fp32 or bf16."""
     f: Any = factors  # ctypes adds the attributes
     for begin in range(0, core.numel(), CHUNK):
-        part, m, v = (tensor[begin : begin + CHUNK] for tensor in (core, moment, variance))
+        part, kept_m, kept_v = (tensor[begin : begin + CHUNK] for tensor in (core, moment, variance))
         gradient = part.float() * f.scale
-        m.mul_(f.keep_moment).add_(gradient * f.take_moment)
-        v.mul_(f.keep_variance).add_(gradient.square_().mul_(f.take_variance))
+        m = (kept_m.float() * f.keep_moment).add_(gradient * f.take_moment)
+        v = (kept_v.float() * f.keep_variance).add_(gradient.square_().mul_(f.take_variance))
         # HAZARD: torch's own square root is not always the nearest number; numpy's is.
         root = torch.from_numpy(np.sqrt(v.numpy())).mul_(f.unbias_root).add_(f.eps)
         part.copy_((m * f.unbias_moment).div_(root))
+        kept_m.copy_(m)
+        if kept_v.dtype == torch.bfloat16:
+            keep_by_chance(kept_v, v, noise(key, begin, part.numel()))
+        else:
+            kept_v.copy_(v)

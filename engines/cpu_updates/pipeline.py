@@ -142,6 +142,10 @@ SPARE_THREADS = 2
 """CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
 
 
+APPLY_PRIORITY = 0
+"""Of the stream that applies, among the GPU's: below 0 it goes before the one that computes."""
+
+
 def leave_threads_to_adam() -> None:
     """Let go of the calling thread's own pool of OpenMP threads, but for one.
 
@@ -221,7 +225,7 @@ class UpdatePipeline:
         self._ranks = ranks
         self._timeline, self._exposure = clocks.timeline, clocks.exposure
         device = link.device
-        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _cuda.Stream(device, priority=APPLY_PRIORITY) if device.type == "cuda" else None
         # Allocated once: they cross streams, and the caching allocator knows nothing of that.
         self._slots = [torch.empty(slot_elements, dtype=dtype, device=device) for _ in range(slots)]
         self._slot_free = [Event() for _ in self._slots]

@@ -28,13 +28,19 @@ from engines.first_order.checkpoint import (
     rng_state,
     save_checkpoint,
 )
+from engines.first_order.head_loss import HeadLoss
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.attention_masks import has_padding
 from engines.model.blocks import find_blocks, to_device
 from engines.model.evaluation import evaluate_on_device
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
-from engines.settings.first_order import AdamWSettings, BlockPassSettings, CompiledBlockSettings
+from engines.settings.first_order import (
+    AdamWSettings,
+    BlockPassSettings,
+    ChunkedLossSettings,
+    CompiledBlockSettings,
+)
 
 
 class Optimizer(HoldsState, Protocol):
@@ -59,6 +65,7 @@ class TrainingLoop:
         self.notes: list[str] = []
         """What of the settings could not be had, and why."""
         self._regions: TrainingRegions | None = None
+        self._head_loss: HeadLoss | None = None
         self._captured: CapturedPasses | None = None
         self._is_compiled = False
         self._share = 1
@@ -79,10 +86,20 @@ class TrainingLoop:
             prepare_training(model, self.context, settings)
             return
         prepare_training(model, self.context, settings, recompute=False)
-        self._install(settings, compiled=self._compiles(settings))
+        compiled = self._compiles(settings)
+        self._chunk_loss(compiled=compiled)
+        self._install(settings, compiled=compiled)
         graphs = isinstance(settings, BlockPassSettings) and settings.graphs
         if self.device.type == "cuda" and graphs and not draws_random_numbers(model):
             self._captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
+
+    def _chunk_loss(self, *, compiled: bool) -> None:
+        """As the settings say. Raises `UserError` where the model's loss is of another form."""
+        settings, workload = self.settings, self.context.workload
+        if not isinstance(settings, ChunkedLossSettings) or settings.loss_tokens == "all":
+            return
+        if workload.batch_size * workload.seq_len > settings.loss_tokens:
+            self._head_loss = HeadLoss(self.model, settings.loss_tokens, compiled=compiled)
 
     def _compiles(self, settings: CompiledBlockSettings) -> bool:
         why_not = why_not_compiled(self.device)
@@ -99,7 +116,9 @@ class TrainingLoop:
             self.notes.append(f"neither compiled nor recomputed: {error.what} {error.why}")
             return
         recomputed = settings.recomputed(len(blocks), checkpointing=self.context.workload.checkpointing)
-        self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
+        self._regions = TrainingRegions(
+            self.model, compiled=compiled, recomputed=recomputed, compiles_loss=self._head_loss is None
+        )
         self._is_compiled = compiled
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
@@ -145,6 +164,9 @@ class TrainingLoop:
         assert self._regions is not None
         assert isinstance(self.settings, CompiledBlockSettings)
         self._regions.remove()
+        if self._head_loss is not None:
+            self._head_loss.remove()
+            self._chunk_loss(compiled=False)
         self._install(self.settings, compiled=False)
         self.optimizer.zero_grad(set_to_none=True)
         return [self._pass(batch) for batch in batches]
@@ -157,6 +179,8 @@ class TrainingLoop:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode."""
+        if self._head_loss is not None:
+            batches = (part for batch in batches for part in batch.in_parts(self._head_loss.tokens))
         return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -186,6 +210,8 @@ class TrainingLoop:
         self._captured = None
         if self._regions is not None:
             self._regions.remove()
+        if self._head_loss is not None:
+            self._head_loss.remove()
 
 
 def _first_line(error: Exception) -> str:

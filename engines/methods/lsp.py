@@ -15,7 +15,8 @@ the new subspace (lines 18 to 21 and 6 to 9). Only then is G formed, one matrix 
 
 Where things live. GPU: weights, projectors, the compressed gradients of a few blocks on their way down and
 up, and weights, gradients and moments of all that is not a matrix of a block. Host: each matrix's core,
-pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d^2).
+pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d^2), or with `moments=bf16`,
+which is approximate (`engines.cpu_updates.adamw`), 4 d^2.
 
 With `weights=streamed` the matrices stay on the host too and come up for the forward and again for the
 backward pass, through three blocks' room (`engines.subspace.streamed_matrices`): 5 then waits for its block's
@@ -112,14 +113,13 @@ from engines.subspace.bias_check import (
     draw_subspaces,
 )
 from engines.subspace.compressed_linear import compress_gradient, restore
+from engines.subspace.core_checkpoint import load_cores, save_cores
 from engines.subspace.cores import (
     CoreBlock,
     CoreMatrix,
     Cores,
     follow_projectors,
-    load_cores,
     move_moments,
-    save_cores,
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
@@ -195,8 +195,7 @@ class Lsp:
             dtype=self._dtype,
             device=self.device,
             workload=context.workload.of_a_rank(self._world.size),
-            offload=settings.offload,
-            block_major=settings.block_major,
+            seed=context.seed,
             progress=context.progress,
             world=self._world,
         )
@@ -620,8 +619,8 @@ class Lsp:
         save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
-        model, d, r or projector."""
+        """Continue from `save`: all ranks at the same time. Raises `UserError` for another model's, or one of
+        another d, r, projector or moments."""
         self._settle(self._blocks)
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)

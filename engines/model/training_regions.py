@@ -41,11 +41,18 @@ class TrainingRegions:
     """Stands in the place of a model's blocks and loss until `remove`."""
 
     def __init__(
-        self, model: nn.Module, *, compiled: bool, recomputed: int, falls_back: bool = False
+        self,
+        model: nn.Module,
+        *,
+        compiled: bool,
+        recomputed: int,
+        falls_back: bool = False,
+        compiles_loss: bool = True,
     ) -> None:
         """The first `recomputed` blocks are run again in the backward pass. Nothing is compiled yet: that
         happens when a block first meets inputs of a form. `falls_back`: where it fails then, blocks run
-        without from that one on; else the compiler's error is the step's.
+        without from that one on; else the compiler's error is the step's. `compiles_loss`: where blocks are
+        compiled, the loss over the vocabulary is, too.
 
         Raises `UserError` for a model without a row of blocks.
         """
@@ -66,7 +73,7 @@ class TrainingRegions:
             else:
                 continue
             vars(block)["forward"] = run
-        if compiled and getattr(model, "loss_type", None) == "ForCausalLM":
+        if compiled and compiles_loss and getattr(model, "loss_type", None) == "ForCausalLM":
             own: Any = self._model
             self._loss = own.loss_function
             loss = torch.compile(own.loss_function, dynamic=False)

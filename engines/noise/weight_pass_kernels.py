@@ -211,10 +211,26 @@ def _visit_tile_with_signs(
     lane = tl.arange(0, _SIGN_LANES)
     element = lane[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
     e0, e1 = element, element + _SIGN_LANES * _SIGN_WIDTH
-    m0, m1 = e0 < count, e1 < count
     source = weight + base
-    w0 = tl.load(source + e0, mask=m0, other=0.0).to(tl.float32)
-    w1 = tl.load(source + e1, mask=m1, other=0.0).to(tl.float32)
+    w0 = tl.load(source + e0, mask=e0 < count, other=0.0).to(tl.float32)
+    w1 = tl.load(source + e1, mask=e1 < count, other=0.0).to(tl.float32)
+    visit_halves(
+        w0, w1, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed,
+        eps, like, DECAYS, MODE, THETA, PLUS, MINUS,
+    )  # fmt: skip
+
+
+@triton.jit
+def visit_halves(
+    w0, w1, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
+    like, DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr,
+    MINUS: tl.constexpr,
+):  # fmt: skip
+    """What is done to the weights of a tile, (128, 8) fp32 of each half, with signs."""
+    lane = tl.arange(0, _SIGN_LANES)
+    element = lane[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
+    e0, e1 = element, element + _SIGN_LANES * _SIGN_WIDTH
+    m0, m1 = e0 < count, e1 < count
     for i in range(num_updates):
         row = table + ((first + i) % _CAPACITY) * 4
         lr = tl.load(row + 1).to(tl.float32, bitcast=True)
@@ -250,48 +266,62 @@ def _visit_tile(
 ):  # fmt: skip
     # As many lanes at a time as there are threads. With more, Triton would load and compute in different
     # layouts, and move every value through shared memory in between.
+    like = weight.dtype.element_ty
     for group in range(_LANES // _GROUP):
         lane = group * _GROUP + tl.arange(0, _GROUP)
-        counter = tile.to(tl.int64) * _LANES + lane
-        like = weight.dtype.element_ty
         e0, e1, e2, e3 = lane, lane + _LANES, lane + 2 * _LANES, lane + 3 * _LANES
-        m0, m1, m2, m3 = e0 < count, e1 < count, e2 < count, e3 < count
         source = weight + base
-        w0 = tl.load(source + e0, mask=m0, other=0.0).to(tl.float32)
-        w1 = tl.load(source + e1, mask=m1, other=0.0).to(tl.float32)
-        w2 = tl.load(source + e2, mask=m2, other=0.0).to(tl.float32)
-        w3 = tl.load(source + e3, mask=m3, other=0.0).to(tl.float32)
-        for i in range(num_updates):
-            row = table + ((first + i) % _CAPACITY) * 4
-            lr = tl.load(row + 1).to(tl.float32, bitcast=True)
-            g = tl.load(row + 2).to(tl.float32, bitcast=True)
-            decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
-            z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
-            w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
-            w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
-            w2 = _moved(w2, z2, x0 >> 16, lr, g, decay, like, DECAYS, MODE)
-            w3 = _moved(w3, z3, x0 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
-        if THETA:
-            target = theta + base
-            tl.store(target + e0, w0.to(like), mask=m0)
-            tl.store(target + e1, w1.to(like), mask=m1)
-            tl.store(target + e2, w2.to(like), mask=m2)
-            tl.store(target + e3, w3.to(like), mask=m3)
-        if PLUS or MINUS:
-            z0, z1, z2, z3, x0, x2 = normals(counter, tensor, step, seed)
-            z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
-            if PLUS:
-                target = plus + base
-                tl.store(target + e0, (w0 + z0).to(like), mask=m0)
-                tl.store(target + e1, (w1 + z1).to(like), mask=m1)
-                tl.store(target + e2, (w2 + z2).to(like), mask=m2)
-                tl.store(target + e3, (w3 + z3).to(like), mask=m3)
-            if MINUS:
-                target = minus + base
-                tl.store(target + e0, (w0 - z0).to(like), mask=m0)
-                tl.store(target + e1, (w1 - z1).to(like), mask=m1)
-                tl.store(target + e2, (w2 - z2).to(like), mask=m2)
-                tl.store(target + e3, (w3 - z3).to(like), mask=m3)
+        w0 = tl.load(source + e0, mask=e0 < count, other=0.0).to(tl.float32)
+        w1 = tl.load(source + e1, mask=e1 < count, other=0.0).to(tl.float32)
+        w2 = tl.load(source + e2, mask=e2 < count, other=0.0).to(tl.float32)
+        w3 = tl.load(source + e3, mask=e3 < count, other=0.0).to(tl.float32)
+        visit_lanes(
+            w0, w1, w2, w3, lane, theta, plus, minus, base, count, tile, tensor, decays, table, first,
+            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS,
+        )  # fmt: skip
+
+
+@triton.jit
+def visit_lanes(
+    w0, w1, w2, w3, lane, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates,
+    step, seed, eps, like, DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr,
+    MINUS: tl.constexpr,
+):  # fmt: skip
+    """What is done to the weights of some lanes of a tile, fp32 of each row, with normals."""
+    counter = tile.to(tl.int64) * _LANES + lane
+    e0, e1, e2, e3 = lane, lane + _LANES, lane + 2 * _LANES, lane + 3 * _LANES
+    m0, m1, m2, m3 = e0 < count, e1 < count, e2 < count, e3 < count
+    for i in range(num_updates):
+        row = table + ((first + i) % _CAPACITY) * 4
+        lr = tl.load(row + 1).to(tl.float32, bitcast=True)
+        g = tl.load(row + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
+        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
+        w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
+        w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
+        w2 = _moved(w2, z2, x0 >> 16, lr, g, decay, like, DECAYS, MODE)
+        w3 = _moved(w3, z3, x0 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
+    if THETA:
+        target = theta + base
+        tl.store(target + e0, w0.to(like), mask=m0)
+        tl.store(target + e1, w1.to(like), mask=m1)
+        tl.store(target + e2, w2.to(like), mask=m2)
+        tl.store(target + e3, w3.to(like), mask=m3)
+    if PLUS or MINUS:
+        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, step, seed)
+        z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
+        if PLUS:
+            target = plus + base
+            tl.store(target + e0, (w0 + z0).to(like), mask=m0)
+            tl.store(target + e1, (w1 + z1).to(like), mask=m1)
+            tl.store(target + e2, (w2 + z2).to(like), mask=m2)
+            tl.store(target + e3, (w3 + z3).to(like), mask=m3)
+        if MINUS:
+            target = minus + base
+            tl.store(target + e0, (w0 - z0).to(like), mask=m0)
+            tl.store(target + e1, (w1 - z1).to(like), mask=m1)
+            tl.store(target + e2, (w2 - z2).to(like), mask=m2)
+            tl.store(target + e3, (w3 - z3).to(like), mask=m3)
 
 
 _VARYING = ["start_tile", "tensor", "first", "num_updates", "step", "seed", "eps"]

@@ -75,7 +75,20 @@ class BlockPassSettings(CompiledBlockSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeSettings(BlockPassSettings):
+class ChunkedLossSettings(CompiledBlockSettings):
+    """How the loss over a vocabulary is computed."""
+
+    loss_tokens: int | Literal["all"] = "all"
+    """Positions whose logits are there at once in training; `all`: those of a micro-batch. Plans choose
+    chunks where the logits do not fit. A bf16 gradient of the head is then rounded once for each chunk."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.loss_tokens == "all" or self.loss_tokens > 0, "loss_tokens", "must be positive, or all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeSettings(ChunkedLossSettings, BlockPassSettings):
     """Everything on the GPU: the line that all methods are measured against."""
 
 

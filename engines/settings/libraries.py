@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.settings.checks import require
-from engines.settings.first_order import AdamWSettings, BlockPassSettings, CompiledBlockSettings
+from engines.settings.first_order import AdamWSettings, BlockPassSettings, ChunkedLossSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings(BlockPassSettings):
+class LoraSettings(ChunkedLossSettings, BlockPassSettings):
     """Adapters of rank r beside matrices of the blocks; the matrices themselves stay as they are."""
 
     r: int = 16
@@ -23,7 +23,7 @@ class LoraSettings(BlockPassSettings):
     one."""
 
     def __post_init__(self) -> None:
-        BlockPassSettings.__post_init__(self)
+        ChunkedLossSettings.__post_init__(self)
         require(self.r > 0, "r", "must be positive")
         require(self.alpha > 0, "alpha", "must be positive")
         require(0 <= self.lora_dropout < 1, "lora_dropout", "must be in [0, 1)")
@@ -48,7 +48,7 @@ class QloraSettings(LoraSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW8bitSettings(BlockPassSettings):
+class AdamW8bitSettings(ChunkedLossSettings, BlockPassSettings):
     """AdamW with moments of eight bits, a scale for every 256."""
 
     paged: bool = False
@@ -56,11 +56,11 @@ class AdamW8bitSettings(BlockPassSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackwardOptimizerSettings(CompiledBlockSettings):
+class BackwardOptimizerSettings(ChunkedLossSettings):
     """AdamW of each parameter as soon as its gradient is there."""
 
     def __post_init__(self) -> None:
-        CompiledBlockSettings.__post_init__(self)
+        ChunkedLossSettings.__post_init__(self)
         require(
             self.max_grad_norm == 0,
             "max_grad_norm",
@@ -70,7 +70,7 @@ class BackwardOptimizerSettings(CompiledBlockSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaloreSettings(BlockPassSettings):
+class GaloreSettings(ChunkedLossSettings, BlockPassSettings):
     """AdamW of the blocks' matrices on gradients projected to rank `rank`."""
 
     rank: int = 128
@@ -80,7 +80,7 @@ class GaloreSettings(BlockPassSettings):
     """Of what is projected back."""
 
     def __post_init__(self) -> None:
-        BlockPassSettings.__post_init__(self)
+        ChunkedLossSettings.__post_init__(self)
         require(self.rank > 0, "rank", "must be positive")
         require(self.update_proj_gap > 0, "update_proj_gap", "must be positive")
         require(self.scale > 0, "scale", "must be positive")

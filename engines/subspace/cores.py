@@ -7,10 +7,9 @@ A core is made in its block's slot of GPU memory and travels with its neighbours
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from safetensors.torch import load, save
@@ -19,10 +18,11 @@ from torch import Tensor
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.pipeline import OfRanks, PieceUpdate, StepShare
-from engines.errors import UserError
+from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.first_order import AdamWSettings
+from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
-from engines.subspace.bias_check import Check, Subspace
+from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, compress, transport_moments
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab, HostSlabs
@@ -125,9 +125,11 @@ class CoreState:
     """The same memory, or with several ranks what they have together: its direction."""
     moment: Tensor
     variance: Tensor
-    """(elements,) fp32."""
+    """(elements,) fp32 or bf16."""
     squared_norm: Tensor
     settings: AdamWSettings
+    key: int
+    """Of the noise that rounds bf16 moments."""
     updates: int = 0
     """Updates so far, the one under way included, for Adam's bias correction."""
 
@@ -143,6 +145,7 @@ class CoreState:
             eps=self.settings.adam_eps,
             scale=share.scale(),
             gradients=gradients,
+            key=self.key + NEXT_UPDATE * self.updates,
         )
 
 
@@ -196,25 +199,26 @@ class Cores:
         self,
         subspaces: Sequence[Sequence[Subspace]],
         calibrator: Calibrator,
-        settings: AdamWSettings,
+        settings: LspSettings,
         *,
         dtype: torch.dtype,
         device: torch.device,
         workload: Workload,
-        offload: bool,
-        block_major: bool,
+        seed: int,
         progress: Callable[[str, int, int], None],
         world: World = ALONE,
     ) -> None:
         """Moments and what goes up are there once for the ranks of a machine in `world`.
 
-        `subspaces` are those of each block that has any, in the order of the blocks. `block_major`: all
-        micro-batches pass a block together, so that one block's sums are there at a time."""
+        `subspaces` are those of each block that has any, in the order of the blocks. Where all micro-batches
+        pass a block together, one block's sums are there at a time."""
+        offload, block_major = settings.offload, settings.block_major
         sizes = [sum(each.d**2 for each in members) for members in subspaces]
+        kept = torch.bfloat16 if settings.moments == "bf16" else torch.float32
+        self._moments = _Moments(sum(sizes), kept, world, progress)
         head_bytes = -(-4 * len(sizes) // 64) * 64
         wire_bytes = dtype.itemsize * sum(sizes)
         pinned_for = device if offload else torch.device("cpu")
-        self._moments: HostSlabs | None = None
         if world.local_size == 1:
             slab = HostSlab(head_bytes + wire_bytes, pinned_for, progress)
             self._held = HostSlabs([slab], [slab.view(0, (slab.num_bytes,), torch.uint8)])
@@ -223,7 +227,6 @@ class Cores:
             each_bytes = [head_bytes + wire_bytes] * world.local_size
             self._held = shared_slabs([*each_bytes, wire_bytes], pinned_for, progress, world)
             outgoing = self._held.views[-1].view(dtype)
-            self._moments = shared_slabs([8 * sum(sizes)], torch.device("cpu"), progress, world)
         of_ranks = self._held.views[: world.local_size]
         self.norms_of_ranks = [memory[: 4 * len(sizes)].view(torch.float32) for memory in of_ranks]
         """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
@@ -263,7 +266,7 @@ class Cores:
             first = 0
             for group in _grouped(members):
                 count = sum(each.d**2 for each in group)
-                moment, variance = self._new_moments(begin, count)
+                moment, variance = self._moments.take(count)
                 state = CoreState(
                     deadline=index,
                     number=len(self.first),
@@ -273,6 +276,7 @@ class Cores:
                     variance=variance,
                     squared_norm=norms_on_host[index : index + 1],
                     settings=settings,
+                    key=noise_key(seed, index, len(pieces)),
                 )
                 part = core[first : first + count]
                 of_part = None if sums is None else sums[first : first + count]
@@ -285,13 +289,6 @@ class Cores:
             self.blocks.append(CoreBlock(pieces=pieces, core=core, on_host=on_host, squared_norm=norm))
         self.place = {members[0].block: place for place, members in enumerate(subspaces)}
         """Where in `blocks` a block of the model is, by its index there."""
-
-    def _new_moments(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
-        """Zeros, (count,) fp32 each, of the cores from element `begin` on."""
-        if self._moments is None:
-            return torch.zeros(count), torch.zeros(count)
-        memory = self._moments.views[0].view(torch.float32)[2 * begin : 2 * (begin + count)]
-        return memory[:count], memory[count:]
 
     def of_ranks(self, place: int, state: CoreState, places: Sequence[int]) -> OfRanks:
         """What the ranks bring of a piece of the block at `place`; `places` are of no meaning."""
@@ -336,8 +333,35 @@ class Cores:
         """Unpin. The caller has waited for all copies."""
         self.blocks.clear()
         self._held.close()
-        if self._moments is not None:
-            self._moments.close()
+        self._moments.close()
+
+
+class _Moments:
+    """Both moments of all cores: one mapping, which the kernel may back with huge pages. Adam is bound by
+    memory, and through pages of 4 KiB two cores of a virtual machine read and wrote 86 GB/s in place of
+    107."""
+
+    def __init__(
+        self, elements: int, dtype: torch.dtype, world: World, progress: Callable[[str, int, int], None]
+    ) -> None:
+        """There once for the ranks of a machine."""
+        num_bytes, cpu = 2 * elements * dtype.itemsize, torch.device("cpu")
+        if world.local_size == 1:
+            slab = HostSlab(num_bytes, cpu)
+            self._held = HostSlabs([slab], [slab.view(0, (num_bytes,), torch.uint8)])
+            # Written to once, so that what the host cannot hold is missed here.
+            self._held.views[0].zero_()
+        else:
+            self._held = shared_slabs([num_bytes], cpu, progress, world)
+        self._left = self._held.views[0].view(dtype)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """(count,) each, zero: those of the next cores."""
+        moment, variance, self._left = self._left.tensor_split([count, 2 * count])
+        return moment, variance
+
+    def close(self) -> None:
+        self._held.close()
 
 
 def _matrices(
@@ -393,16 +417,16 @@ def warn_of_idle(matrices: Iterable[CoreMatrix]) -> None:
 
 
 def move_moments(state: CoreState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:
-    """Move Adam's moments to the subspace of a new pair, fp32, on the device; the bytes that go each way."""
+    """Move Adam's moments to the subspace of a new pair, in fp32 on the device; bytes that go each way."""
     subspace, dtype, device = matrix.subspace, matrix.core.dtype, matrix.core.device
     moments = [matrix.of(state.moment), matrix.of(state.variance)]
-    on_device = [moment.to(device) for moment in moments]
+    on_device = [moment.to(device).float() for moment in moments]
     # The new pair as it will be stored.
     moved = transport_moments(
         on_device[0], on_device[1], subspace.left, left.cast(dtype), subspace.right, right.cast(dtype)
     )
     for moment, result in zip(moments, moved, strict=True):
-        moment.copy_(result)
+        moment.copy_(result.to(moment.dtype))
     return sum(moment.nbytes for moment in moments)
 
 
@@ -420,43 +444,3 @@ def follow_projectors(world: World, matrix: CoreMatrix, is_new: bool) -> bool:
         subspace.assign(subspace.left, subspace.right)
         subspace.generation += 1
     return bool(content)
-
-
-def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Add all matrices' moments (d, d) and projectors to `state`; returns their counts and checks."""
-    about = {}
-    for piece, matrix in cores.placed():
-        for key, tensor in checkpoint_tensors(piece, matrix).items():
-            state[f"{key}.{matrix.subspace.name}"] = tensor
-        about[matrix.subspace.name] = {
-            "updates": piece.state.updates,
-            "generation": matrix.subspace.generation,
-            "checks": [asdict(check) for check in matrix.subspace.checks],
-        }
-    return about
-
-
-def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
-    """Take back what `save_cores` gave. Raises `UserError`, naming `folder`, for other shapes or dtypes."""
-    for piece, matrix in cores.placed():
-        name = matrix.subspace.name
-        for key, tensor in checkpoint_tensors(piece, matrix).items():
-            found = tensors.get(f"{key}.{name}")
-            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-                raise UserError(
-                    str(folder),
-                    f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
-                    "resume with the same d, r and projector",
-                )
-            tensor.copy_(found)
-        matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
-        entry = about[name]
-        piece.state.updates = int(entry["updates"])
-        matrix.subspace.generation = int(entry["generation"])
-        matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
-
-
-def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
-    """What a checkpoint holds of a matrix: moments (d, d) fp32, and what makes its projectors."""
-    moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
-    return moments | matrix.subspace.tensors()

@@ -221,12 +221,14 @@ def _tokenized(
     )  # fmt: skip
 
 
-def batches_of(tokenized: Tokenized, job: Job) -> Data:
-    """The batches that `job` takes of its data.
+def batches_of(tokenized: Tokenized, job: Job, *, evaluated_together: int | None = None) -> Data:
+    """The batches that `job` takes of its data. Those of an evaluation have `evaluated_together` sequences,
+    by default as many as in training.
 
     The built-in task keeps its batches, whatever `job.padding` says: published runs are on them.
     """
     train, held_out, pad_id = tokenized.train, tokenized.held_out, tokenized.pad_id
+    together = evaluated_together or job.batch_size
     by_length = job.padding == "longest" and job.data.train != "builtin" and not train.packed
     lengths = train.lengths.numpy()
 
@@ -254,14 +256,13 @@ def batches_of(tokenized: Tokenized, job: Job) -> Data:
         rows = list(range(len(table)))
         if by_length:
             rows.sort(key=lambda row: int(table.lengths[row]))
-        firsts = range(0, len(rows), job.batch_size)
-        return [batch_of(table, rows[first : first + job.batch_size]) for first in firsts]
+        firsts = range(0, len(rows), together)
+        return [batch_of(table, rows[first : first + together]) for first in firsts]
 
     evaluated = min(len(held_out), job.eval_batches * job.batch_size)
     chosen = _evaluated_rows(held_out, evaluated, job, by_length=by_length)
     evaluation = [
-        batch_of(held_out, chosen[first : first + job.batch_size])
-        for first in range(0, evaluated, job.batch_size)
+        batch_of(held_out, chosen[first : first + together]) for first in range(0, evaluated, together)
     ]
     return Data(
         micro_batch=micro_batch,

@@ -258,11 +258,13 @@ def load_trial(out: Path, trial_id: str) -> TrialRecord:
 
 
 def next_rates(records: Sequence[TrialRecord], metric: str, kept: int) -> list[float]:
-    """The `kept` best learning rates of a rung, by development data; those of trials that failed come last
-    and are not kept. Of equals the smaller one: it is the safer."""
+    """The `kept` best learning rates of a rung, by development data, none of a trial that failed. Of equals
+    the one with the smaller loss, then the smaller one: it is the safer."""
     ranked = []
     for record in records:
         best = record.learned.best(metric) if record.end_state == "ok" else None
         if best is not None and math.isfinite(value := best.metrics[metric]):
-            ranked.append((-value if HIGHER_IS_BETTER[metric] else value, record.learning_rate))
-    return [rate for _, rate in sorted(ranked)[:kept]]
+            loss = best.metrics["loss"]
+            loss = loss if math.isfinite(loss) else math.inf
+            ranked.append((-value if HIGHER_IS_BETTER[metric] else value, loss, record.learning_rate))
+    return [rate for _, _, rate in sorted(ranked)[:kept]]

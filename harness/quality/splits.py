@@ -56,7 +56,14 @@ def _drawn(table: TokenTable, most: int | None) -> TokenTable:
 
 
 def learning_of(
-    job: Job, shape: ModelShape, tokenized: Tokenized, metric: str, length: LearningLength
+    job: Job,
+    shape: ModelShape,
+    tokenized: Tokenized,
+    metric: str,
+    length: LearningLength,
+    *,
+    tests: bool,
+    rows_evaluated_together: int,
 ) -> Learning:
     """What a trial of that length is to learn."""
     tokenizer = load_tokenizer(job.model, shape.vocabulary)
@@ -72,4 +79,6 @@ def learning_of(
         classes=classes,
         is_regression=kinds is not None and kinds.is_floating_point(),
         is_bytes=tokenizer.name == "bytes",
+        tests=tests,
+        rows_evaluated_together=rows_evaluated_together,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from harness.quality.documents import (
     save_plan,
 )
 from harness.quality.judge import StudyResult, judge_study
-from harness.quality.trials import Launch, PreparedStudy, StudyTrials, curves, launched
+from harness.quality.trials import Launch, PreparedStudy, StudyTrials, curves, launched, one_process
 from harness.records.job import Job
 from harness.records.metrics import INSTALL, has_libraries
 from harness.records.shared import shared_machine
@@ -189,6 +190,27 @@ def predicted_s(plan: StudyPlan) -> float | None:
     return total
 
 
+MOST_EVALUATED_TOKENS = 16384
+"""In one batch of an evaluation: more are no faster on any GPU that is known here."""
+
+
+def rows_together(ready: PreparedStudy) -> int:
+    """Sequences in each batch of an evaluation, alike for every method: more than in training where the GPU
+    has room for them beside what each method is predicted to take. A small batch leaves a GPU idle."""
+    job, shape, gpu = ready.plan.job, ready.shape, ready.machine.gpu
+    if gpu is None:
+        return job.batch_size
+    limit_bytes = min(gpu.total_bytes, job.limits.vram_bytes or gpu.total_bytes)
+    peaks = [each.prediction.peak_gpu_bytes for each in ready.plans.values() if each.fits]
+    used_bytes = max(peaks, default=0)
+    # A forward pass alone: what a block has at once, in fp32; scores, their fp32 copy and its logarithms.
+    scores = shape.vocabulary if shape.predicts_tokens else shape.num_labels
+    token_bytes = 4 * (8 * shape.hidden + 3 * shape.intermediate) + 12 * scores
+    room_bytes = (limit_bytes - used_bytes) // 2  # the other half for the GPU's context and gaps
+    rows = min(room_bytes // (token_bytes * job.seq_len), MOST_EVALUATED_TOKENS // job.seq_len)
+    return max(job.batch_size, rows)
+
+
 def planned_trials(plan: StudyPlan) -> Iterator[tuple[MethodTrials, int, int]]:
     """Method, rung, and how many trials of it there are in the rung."""
     for number, rung in enumerate(plan.rungs):
@@ -222,13 +244,17 @@ def run_study(
             rows = len(tokenized.held_out)
             job = replace(job, eval_batches=-(-rows // job.batch_size))
             learnings = [
-                learning_of(job, ready.shape, tokenized, plan.target.metric, rung.length)
+                learning_of(
+                    job, ready.shape, tokenized, plan.target.metric, rung.length,
+                    tests=rung is plan.rungs[-1], rows_evaluated_together=rows_together(ready),
+                )
                 for rung in plan.rungs
-            ]
+            ]  # fmt: skip
             save_tokenized(tokenized, data_file)
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
-        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, report, on_event)
+        together = (lambda: nullcontext(launch)) if launch is not None else one_process
+        trials = StudyTrials(ready, job, learnings, data_file, launch or launched, together, report, on_event)
         records = list(trials.run())
         data_file.unlink(missing_ok=True)
         result = judge_study(plan, records)

@@ -1,12 +1,18 @@
-"""The trials of a study, one after the other, each in its own process with a record of its own."""
+"""The trials of a study, one after the other, each with a record of its own.
+
+The search for a method's learning rate is one process, method by method, as only its own rates are compared
+in it; final trials, whose times are reported, are a process each, and methods take turns.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,6 +34,7 @@ from harness.records.learning import Learning, LearningOutcome
 from harness.records.shared import paths_of, without_paths
 from harness.runs.emulate import Emulated
 from harness.runs.launch import OnRunEvent, Outcome, clear_work, launch_child, work_folder
+from harness.runs.processes import KeptChild
 from harness.runs.worker import LEARNED, Request
 from profiles.documents import adapter, to_json, write_whole
 from profiles.machine import Machine
@@ -62,41 +69,47 @@ class StudyTrials:
         learnings: Sequence[Learning] | None,
         data_file: Path,
         launch: Launch,
+        together: Callable[[], AbstractContextManager[Launch]],
         report: Callable[[str], None],
         on_event: OnRunEvent,
     ) -> None:
+        """`together` is for trials that may share a process."""
         self._ready, self._plan, self._job = ready, ready.plan, job
         self._learnings = learnings
         self._data_file = data_file
-        self._launch, self._report, self._on_event = launch, report, on_event
+        self._launch, self._together = launch, together
+        self._report, self._on_event = report, on_event
         self._said_zero_shot = False
 
     def run(self) -> Iterator[TrialRecord]:
-        plan = self._plan
-        methods = [method for method in plan.methods if method.fits]
-        rates = {method.engine: list(method.rates) for method in methods}
-        for number, rung in enumerate(plan.rungs):
-            seeds = plan.seeds if rung.rates == 1 else plan.seeds[:1]
-            found: dict[str, list[TrialRecord]] = {method.engine: [] for method in methods}
-            for turn, (seed, place) in enumerate((s, p) for s in seeds for p in range(rung.rates)):
-                # Each turn in the other order: a machine that slows down then favours no method.
-                for method in methods if turn % 2 == 0 else methods[::-1]:
-                    if place >= len(rates[method.engine]):
-                        continue
-                    trial = StudyTrial(
-                        engine=method.engine,
-                        rung=number,
-                        learning_rate=rates[method.engine][place],
-                        seed=seed,
-                    )
-                    record = self._one(trial, method)
-                    found[method.engine].append(record)
-                    yield record
-            if number + 1 < len(plan.rungs):
-                kept = plan.rungs[number + 1].rates
-                rates = {name: next_rates(each, plan.target.metric, kept) for name, each in found.items()}
+        methods = [method for method in self._plan.methods if method.fits]
+        rates: dict[str, list[float]] = {}
+        for method in methods:
+            with self._together() as launch:
+                rates[method.engine] = yield from self._search(method, launch)
+        last = len(self._plan.rungs) - 1
+        for turn, seed in enumerate(self._plan.seeds):
+            # Each turn in the other order: a machine that slows down then favours no method.
+            for method in methods if turn % 2 == 0 else methods[::-1]:
+                for rate in rates[method.engine]:
+                    trial = StudyTrial(engine=method.engine, rung=last, learning_rate=rate, seed=seed)
+                    yield self._one(trial, method, self._launch)
 
-    def _one(self, trial: StudyTrial, method: MethodTrials) -> TrialRecord:
+    def _search(self, method: MethodTrials, launch: Launch) -> Generator[TrialRecord, None, list[float]]:
+        """All rungs but the last; the learning rates that are left."""
+        rates = list(method.rates)
+        for number, rung in enumerate(self._plan.rungs[:-1]):
+            records = []
+            for rate in rates[: rung.rates]:
+                trial = StudyTrial(
+                    engine=method.engine, rung=number, learning_rate=rate, seed=self._plan.seeds[0]
+                )
+                records.append(self._one(trial, method, launch))
+                yield records[-1]
+            rates = next_rates(records, self._plan.target.metric, self._plan.rungs[number + 1].rates)
+        return rates
+
+    def _one(self, trial: StudyTrial, method: MethodTrials, launch: Launch) -> TrialRecord:
         out = self._ready.out
         if exists(trial_path(out, trial.id)):
             record = load_trial(out, trial.id)
@@ -119,7 +132,7 @@ class StudyTrials:
             learning=None if self._learnings is None else self._learnings[trial.rung],
         )  # fmt: skip
         began = datetime.now(UTC).isoformat(timespec="seconds")
-        outcome, learned = self._launch(request, out, self._on_event)
+        outcome, learned = launch(request, out, self._on_event)
         reason = outcome.end_reason
         record = TrialRecord(
             id=trial.id, engine=trial.engine, rung=trial.rung, learning_rate=trial.learning_rate,
@@ -153,9 +166,21 @@ class StudyTrials:
             )
 
 
-def launched(request: Request, out: Path, on_event: OnRunEvent) -> tuple[Outcome, LearningOutcome]:
+@contextmanager
+def one_process() -> Iterator[Launch]:
+    """`launched` in one process for all, which ends with the context."""
+    kept = KeptChild()
+    try:
+        yield partial(launched, kept=kept)
+    finally:
+        kept.close()
+
+
+def launched(
+    request: Request, out: Path, on_event: OnRunEvent, *, kept: KeptChild | None = None
+) -> tuple[Outcome, LearningOutcome]:
     """Run a trial in a child process; what it learned until its end, however it ended."""
-    outcome = launch_child(request, out, device=open_device(), on_event=on_event)
+    outcome = launch_child(request, out, device=open_device(), on_event=on_event, kept=kept)
     try:
         learned: LearningOutcome = adapter(LearningOutcome).validate_json(
             (work_folder(out, request.id) / LEARNED).read_bytes()

@@ -44,6 +44,10 @@ class Learning:
     is_regression: bool = False
     is_bytes: bool = False
     """Tokens are bytes."""
+    tests: bool = True
+    """Evaluate on test data too."""
+    rows_evaluated_together: int | None = None
+    """Of an evaluation's batches; `None`: the batch size of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

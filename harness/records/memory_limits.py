@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from harness.records.run import Run
 from profiles.machine import Machine
-from profiles.planning.budget import CONTEXT_BYTES
+
+EMULATED_CONTEXT_BYTES = 600_000_000
+"""What an emulated card has beside tensors, for CUDA. All records with one hold it; plans have their own."""
 
 
 def gpu_taken_bytes(run: Run) -> int | None:
@@ -42,7 +44,7 @@ def imposed_card_bytes(run: Run) -> int | None:
     """Size of the card that `run` was to do with, CUDA's context included; `None`: the whole card."""
     if run.emulation is None:
         return imposed_gpu_bytes(run)
-    card = run.emulation.vram_bytes + CONTEXT_BYTES
+    card = run.emulation.vram_bytes + EMULATED_CONTEXT_BYTES
     limit = _job_limit(run, "vram_bytes")
     return card if limit is None else min(card, limit)
 

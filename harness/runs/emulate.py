@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from engines.base import LinkRates
 from engines.errors import UserError
+from harness.records.memory_limits import EMULATED_CONTEXT_BYTES
 from harness.records.run import Emulation
 from profiles.machine import Figure, LinkFigures, Machine
-from profiles.planning.budget import CONTEXT_BYTES
 from profiles.units import format_bytes, format_rate
 
 WITHIN = 0.05
@@ -46,7 +46,7 @@ def emulated(machine: Machine) -> Emulated:
     """The caps that make a larger machine like `machine`. Raises `UserError` if its profile lacks one."""
     if machine.gpu is None or machine.link is None:
         raise UserError(f"--emulate '{machine.name}'", "has no GPU or no link", "emulate a machine with both")
-    vram_bytes = min(machine.gpu.free_bytes, machine.gpu.total_bytes) - CONTEXT_BYTES
+    vram_bytes = min(machine.gpu.free_bytes, machine.gpu.total_bytes) - EMULATED_CONTEXT_BYTES
     if vram_bytes <= 0:
         raise UserError(
             f"--emulate '{machine.name}'",

@@ -29,7 +29,7 @@ from harness.runs.emulate import AppliedLimits
 from harness.runs.end_states import REASON_LENGTH
 from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
-from harness.runs.processes import Group, child_environment, of_rank
+from harness.runs.processes import Group, KeptChild, child_environment, of_rank
 from harness.runs.ranks import MEETING, devices_of, of_group, places
 from harness.runs.worker import TRACE, Request, Result
 from profiles.documents import adapter, to_json, write_whole
@@ -110,8 +110,15 @@ _End = tuple[EndState, str | None]
 OnRunEvent = Callable[[SettingUp | Stepped], None]
 
 
-def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
-    """Run `request` in a child process and wait for its end.
+def launch_child(
+    request: Request,
+    out: Path,
+    *,
+    device: NvmlDevice | None,
+    on_event: OnRunEvent,
+    kept: KeptChild | None = None,
+) -> Outcome:
+    """Run `request` in a child process and wait for its end; in `kept`, which stays if the run goes well.
 
     Every end of the child is an outcome, Ctrl-C included. Where the run failed, `<out>/logs/<id>.log`
     keeps what the child wrote; where it was traced, `<out>/traces/<id>.json` keeps the trace, if the child
@@ -122,13 +129,15 @@ def launch_child(request: Request, out: Path, *, device: NvmlDevice | None, on_e
     try:
         write_whole(work / REQUEST, to_json(request))
         (work / MEETING).unlink(missing_ok=True)
-        outcome = _run_child(request, work, device, on_event)
+        outcome = _run_child(request, work, device, on_event, kept)
+        if kept is not None and outcome.end_state != "ok":
+            kept.close()
         _join_logs(work, request.job.limits.gpus)
         _clean_log(work / "log", request.job)
         _keep(work / "log", out / "logs" / f"{request.id}.log", wanted=outcome.end_state != "ok")
         trace_file = f"traces/{request.id}.json"
-        kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
-        return replace(outcome, trace_file=trace_file if kept else None)
+        is_kept = _keep(work / TRACE, out / trace_file, wanted=outcome.traced)
+        return replace(outcome, trace_file=trace_file if is_kept else None)
     except UserError:
         clear_work(out, request.id)
         raise
@@ -174,11 +183,14 @@ def launch_probe(*, quiet: bool) -> Machine:
     return TypeAdapter(Machine).validate_json(done.stdout)
 
 
-def _run_child(request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent) -> Outcome:
+def _run_child(
+    request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent, kept: KeptChild | None
+) -> Outcome:
     oom_kills_before = read_oom_kills()
     ranks = places(request.job.limits, work)
     recordings = [RunRecording(tokens_per_step=request.tokens_per_step) for _ in range(max(1, len(ranks)))]
-    group = Group(work, ranks, None if request.emulated is None else request.emulated.threads)
+    threads = None if request.emulated is None else request.emulated.threads
+    group = Group(work, ranks, threads) if kept is None else kept.begin(work, threads)
     sampler = MemorySampler(group.pids, devices_of(ranks, device))
     stop: _Stop | None = None
     try:

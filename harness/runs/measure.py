@@ -11,12 +11,14 @@ exactly the measured steps were done, no work borrowed from the warm-up and none
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from engines.base import Engine, Evaluation, StepStats
@@ -251,6 +253,25 @@ def gpu_peaks() -> tuple[int | None, int | None]:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None, None
     return int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved())
+
+
+def forget_last_run() -> bool:
+    """Give back what the run before left in this process; whether the peak of host memory begins anew."""
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        # Else its limit on recompilations counts all runs together.
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    try:
+        # VmHWM then starts at what is resident now.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def compile_s() -> float | None:

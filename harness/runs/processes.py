@@ -27,6 +27,12 @@ from profiles.system.cgroup import usable_cores
 ENDING_INTERVAL_S = 0.01
 """Between two looks at a worker that has closed its pipe and is about to end."""
 
+FROM_STDIN = "-"
+"""In place of a worker's folder: it runs one after the other what is in the folders that it reads there."""
+
+IDLE = '{"idle": true}'
+"""The line by which such a worker says that it is done with a folder."""
+
 GUARD = 'read -r groups && { read -r rest; for group in $groups; do kill -s KILL -- "-$group"; done; }'
 """Reads the process groups, then nothing until the pipe ends; then kills the groups."""
 
@@ -40,8 +46,11 @@ def of_rank(name: str, rank: int) -> str:
 class Worker:
     """One worker process and the pipe that it tells on."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        """Start it: `command`, with the pipe's descriptor and this process's id behind. Raises `OSError`."""
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, reads: bool = False
+    ) -> None:
+        """Start it: `command`, with the pipe's descriptor and this process's id behind. With `reads` it is
+        told more on its stdin. Raises `OSError`."""
         self._rest = b""
         self._open = True
         read_end, write_end = os.pipe()
@@ -50,7 +59,7 @@ class Worker:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
                     [*command, str(write_end), str(os.getpid())],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if reads else subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write_end,),
@@ -108,15 +117,18 @@ class Group:
         places: Sequence[RankPlace],
         threads: int | None,
         module: str = "harness.runs.worker",
+        *,
+        reads: bool = False,
     ) -> None:
         """Start `module` for each, with at most `threads` threads together; without `places`, once and alone.
 
-        Raises `UserError` where the system refuses.
+        With `reads` the workers are told their folders on stdin, in place of `work`. Raises `UserError` where
+        the system refuses.
         """
         self.workers: list[Worker] = []
         self._guard: subprocess.Popen[bytes] | None = None
         # -P: a folder `harness` where the user stands must not shadow ours.
-        command = [sys.executable, "-P", "-m", module, str(work.resolve())]
+        command = [sys.executable, "-P", "-m", module, FROM_STDIN if reads else str(work.resolve())]
         alone: list[RankPlace | None] = [None]
         try:
             self._guard = subprocess.Popen(
@@ -128,7 +140,7 @@ class Group:
             )
             for number, place in enumerate([*places] or alone):
                 environment = child_environment(threads, place)
-                self.workers.append(Worker(command, work / of_rank("log", number), environment))
+                self.workers.append(Worker(command, work / of_rank("log", number), environment, reads=reads))
             assert self._guard.stdin is not None
             groups = " ".join(str(worker.process.pid) for worker in self.workers)
             self._guard.stdin.write(f"{groups}\n".encode())
@@ -175,6 +187,83 @@ class Group:
             self._guard.kill()
             self._guard.communicate()
         return codes
+
+
+class KeptGroup(Group):
+    """One worker that stays for several runs, one after the other, with its imports and its GPU context.
+
+    Between `begin` and the worker's word that it is done it is a group as any other; `finish` then lets it
+    live.
+    """
+
+    def __init__(self, work: Path, threads: int | None) -> None:
+        super().__init__(work, (), threads, reads=True)
+        self.threads = threads
+        self._is_idle = True
+        self._family: dict[int, psutil.Process] = {}
+        self._codes: list[int] | None = None
+        """`None`: it was not ended yet."""
+
+    @property
+    def is_usable(self) -> bool:
+        """It lives and has nothing to do."""
+        return self._codes is None and self._is_idle and self.workers[0].exit_status() is None
+
+    def begin(self, work: Path) -> None:
+        """Let it run what is in `work`."""
+        self._is_idle = False
+        pipe = self.workers[0].process.stdin
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died, as the look at its end will show
+            pipe.write(f"{work.resolve()}\n".encode())
+            pipe.flush()
+
+    def has_ended(self) -> bool:
+        return self._is_idle or super().has_ended()
+
+    def read_rest(self) -> list[list[str]]:
+        (lines,) = super().read_rest()
+        self._is_idle = self._is_idle or IDLE in lines
+        return [[line for line in lines if line != IDLE]]
+
+    def finish(self, family: Mapping[int, psutil.Process]) -> list[int]:
+        self._family.update(family)
+        return [0] if self.is_usable else self.close()
+
+    def close(self) -> list[int]:
+        """End it, whatever it does; its exit code."""
+        if self._codes is None:
+            self._codes = super().finish(self._family)
+            pipe = self.workers[0].process.stdin
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        return self._codes
+
+
+class KeptChild:
+    """A child that stays for several runs, so that imports, the GPU's context and kernels are paid for once.
+
+    For runs of one engine that are not timed from their process's start: each begins with a new engine. After
+    a run that did not end well the next has a new process. `close` ends it.
+    """
+
+    def __init__(self) -> None:
+        self._group: KeptGroup | None = None
+
+    def begin(self, work: Path, threads: int | None) -> KeptGroup:
+        """The process that runs what is in `work`."""
+        if self._group is not None and not (self._group.is_usable and self._group.threads == threads):
+            self.close()
+        if self._group is None:
+            self._group = KeptGroup(work, threads)
+        self._group.begin(work)
+        return self._group
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
 
 def child_environment(at_most: int | None = None, place: RankPlace | None = None) -> dict[str, str]:

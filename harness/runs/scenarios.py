@@ -95,6 +95,7 @@ class Learn:
     ) -> None:
         self._learning = learning
         self._data = data
+        self._test = data.test if learning.tests else ()
         self._judge = judge
         self._write = write
         self._clock: Clock = _no_clock
@@ -108,7 +109,7 @@ class Learn:
     def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         self._clock = clock
         self._evaluate(engine)
-        if self._data.test:
+        if self._test:
             self._learned = replace(self._learned, test_before=self._on_test(engine))
             self._write(self._learned)
 
@@ -140,13 +141,13 @@ class Learn:
         learned = self._learned
         found = Evaluated(step=learned.steps, train_s=learned.train_s, metrics=metrics)
         learned = replace(learned, evaluations=(*learned.evaluations, found))
-        if self._data.test and learned.best(self._learning.metric) is found:
+        if self._test and learned.best(self._learning.metric) is found:
             learned = replace(learned, test=self._on_test(engine))
         self._learned = replace(learned, eval_s=learned.eval_s + self._clock() - began_s)
         self._write(self._learned)
 
     def _on_test(self, engine: Engine) -> dict[str, float]:
-        return self._judge(engine.evaluate(self._data.test))
+        return self._judge(engine.evaluate(self._test))
 
 
 def _no_clock() -> float:

@@ -4,7 +4,7 @@
 each step as lines of JSON on DESCRIPTOR, and leaves FOLDER/result.json whatever happens (where it cannot be
 written, DESCRIPTOR gets what it would hold), and FOLDER/trace.json where a trace was asked for. A child that
 is killed leaves neither; what it had reported is then all there is. PARENT is the process to live no longer
-than.
+than. With `-` for FOLDER it reads folders from stdin, a line each, and says after each that it is idle.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import AppliedLimits, Emulated, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import RunRecording, Scenario, compile_s, gpu_peaks, measure
-from harness.runs.processes import of_rank
+from harness.runs.measure import RunRecording, Scenario, compile_s, forget_last_run, gpu_peaks, measure
+from harness.runs.processes import FROM_STDIN, IDLE, of_rank
 from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
 from profiles.documents import to_json, write_whole
@@ -103,24 +103,48 @@ class _NoData:
 
 
 def main(arguments: Sequence[str]) -> int:
-    folder, descriptor, parent_pid = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    folder, descriptor, parent_pid = arguments[0], int(arguments[1]), int(arguments[2])
     end_with_parent(parent_pid)
     signal.signal(signal.SIGTERM, _interrupt)
+    # Open to the end: the parent takes the end of the pipe for the end of this process.
+    events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+    if folder != FROM_STDIN:
+        _run_in(Path(folder), events)
+        return 0
+    for number, line in enumerate(sys.stdin):
+        next_folder = Path(line.removesuffix("\n"))
+        _write_into(next_folder / "log")
+        peak_is_own = number == 0 or forget_last_run()
+        _run_in(next_folder, events, peak_is_own=peak_is_own)
+        events.write(f"{IDLE}\n")
+    return 0
+
+
+def _run_in(folder: Path, events: IO[str], *, peak_is_own: bool = True) -> None:
+    """The request in `folder`, to its result there."""
     request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
     several = request.job.limits.gpus * request.job.limits.nodes > 1
     place = place_of(os.environ) if several else None
     if request.emulated is not None:
         limit_cpus(request.emulated.threads)
-    # Open to the end: the parent takes the end of the pipe for the end of this process.
-    events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
     with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):
         result = execute(request, events, folder, place)
+    if not peak_is_own:
+        result = replace(result, summary=replace(result.summary, peak_host_bytes=None))
     try:
         local = 0 if place is None else place.local_rank
         write_whole(folder / of_rank("result.json", local), to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
         events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
-    return 0
+
+
+def _write_into(log: Path) -> None:
+    """What this process and its libraries print goes there from now on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
 
 
 def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | None = None) -> Result:
@@ -170,6 +194,8 @@ def _run(
     row, engine_class = entry(plan.engine), load_engine(plan.engine)
     emulated, own_copies = request.emulated, row.copies == "own"
     vram_bytes = job.limits.vram_bytes
+    if vram_bytes is not None:  # of the card, of which CUDA takes its own part
+        vram_bytes = max(1, vram_bytes - (plan.prediction.gpu_bytes_beside or 0))
     if emulated is not None:
         vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
     device_name = prepare_torch(vram_bytes, job.limits.gpus) if row.needs_torch else "cpu"
@@ -213,7 +239,8 @@ def _run(
         if request.data_file is None:
             data = make_data(job, request.shape)
         else:
-            data = batches_of(load_tokenized(request.data_file), job)
+            together = None if request.learning is None else request.learning.rows_evaluated_together
+            data = batches_of(load_tokenized(request.data_file), job, evaluated_together=together)
         on_progress("data and model", 1, 2)
         blueprint = make_blueprint(job, request.shape, data.step_batches(0)[0])
         on_progress("data and model", 2, 2)
@@ -326,7 +353,7 @@ def usable_host_bytes(limit_bytes: int | None) -> int:
 def prepare_torch(vram_bytes: int | None, processes: int = 1) -> str:
     """Threads, which so many processes share, and the cap on GPU memory; the device to run on. Imports torch.
 
-    The cap holds torch's allocator; CUDA's own context, some 0.5 GB, comes on top.
+    The cap holds torch's allocator; what CUDA itself takes comes on top.
     """
     import torch
 

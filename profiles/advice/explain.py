@@ -29,9 +29,10 @@ def explained(plan: Plan, context: PlanningContext, forecast: JobForecast | None
 def _memory(cost: Traffic, context: PlanningContext) -> Iterator[str]:
     budget = context.budget
     if budget.gpu_bytes is not None:
+        needed_bytes = gpu_bytes_needed(cost, budget)
         yield (
             f"GPU memory = {sum_of_parts(cost.gpu_memory_bytes)} = {format_bytes(cost.peak_gpu_bytes)} "
-            f"of tensors; with CUDA and what the allocator cannot use {format_bytes(gpu_bytes_needed(cost))} "
+            f"of tensors; with CUDA and what the allocator cannot use {format_bytes(needed_bytes)} "
             f"of {format_bytes(budget.gpu_bytes)}"
         )
     yield (

@@ -6,16 +6,29 @@ from dataclasses import dataclass
 
 from engines.costs.traffic import Traffic
 from engines.costs.transformer import PROCESS_HOST_BYTES_WITHOUT_GPU
-from profiles.machine import Machine
+from profiles.machine import Figure, Gpu, Machine
 from profiles.units import format_bytes
 
-CONTEXT_BYTES = 600_000_000
-"""What CUDA's context and its libraries' workspaces take of a GPU beside tensors: 0.3 to 0.6 GB."""
+CONTEXT_BYTES = 800_000_000
+"""What CUDA's context, libraries and kernels take of a GPU where the machine's profile does not say it. One
+H200's 0.73 to 0.8 GB (NVML's reading in reports/results, less what torch reserved and less the 0.645 GB that
+the card keeps from every process); cards with fewer multiprocessors take less."""
 
-FRAGMENTATION = 0.05
-ALLOCATOR_BYTES = 300_000_000
-"""What torch reserves over the tensors' peak: a share of it, and blocks that are cut in pieces, whatever the
-model's size. With both, 33 of the 44 reserved peaks in reports/results are within 7 % of the prediction."""
+PINNED_BYTES_PER_PAGE_TABLE_BYTE = 512
+"""The GPU keeps 8 bytes for each page of 4 KiB of pinned host memory: 0.34 GB for 178 GB of OPT-175B's
+weights, and in the same proportion in the ten other records of zo2 (reports/results, one H200)."""
+
+WORKSPACE_BYTES = 70_000_000
+"""What torch reserves for the workspaces of matrix products where the machine's profile does not say it:
+twice the 32 MiB that it takes for each on a Hopper GPU, where others take 8."""
+
+TRITON_NEEDS = 7
+"""Major version of CUDA's compute capability."""
+
+FRAGMENTATION = 0.01
+ALLOCATOR_BYTES = 80_000_000
+"""What torch reserves over tensors, over what lies apart (`Traffic.gpu_apart_bytes`) and over workspaces: a
+share, and places that are cut in pieces, whatever the model's size."""
 
 FREE_SHARE = 0.10
 """Share of the GPU that zo2's resident blocks leave free where the user has named no limit."""
@@ -34,21 +47,41 @@ class Budget:
     """Whether the user named the GPU's limit."""
     disk_bytes: int | None = None
     """Free on the disk of the profile; `None`: none is known."""
+    context_bytes: int = CONTEXT_BYTES
+    """What CUDA itself takes of the GPU."""
+    workspace_bytes: int = WORKSPACE_BYTES
+    """What torch reserves for the workspaces of products."""
+    has_triton: bool = True
+    """Its kernels run there."""
 
 
 def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:
     available = machine.memory.available_bytes
-    gpu = None
+    gpu, context, workspaces = None, CONTEXT_BYTES, WORKSPACE_BYTES
     if machine.gpu is not None:
         gpu = min(machine.gpu.free_bytes, machine.gpu.total_bytes)
         gpu = gpu if vram is None else min(gpu, vram)
+        context = _measured_or(machine.gpu.context_bytes, CONTEXT_BYTES)
+        workspaces = _measured_or(machine.gpu.workspace_bytes, WORKSPACE_BYTES)
     return Budget(
         gpu_bytes=gpu,
         host_bytes=available if host is None else min(available, host),
         pinned_bytes=_least(pinned, pinned_limit_bytes(machine)),
         gpu_named=vram is not None,
         disk_bytes=None if machine.disk is None else machine.disk.free_bytes,
+        context_bytes=context,
+        workspace_bytes=workspaces,
+        has_triton=machine.gpu is not None and _runs_triton(machine.gpu),
     )
+
+
+def _runs_triton(gpu: Gpu) -> bool:
+    """Triton's kernels need a GPU of 2017 or later."""
+    return gpu.compute_capability is None or int(gpu.compute_capability.partition(".")[0]) >= TRITON_NEEDS
+
+
+def _measured_or(figure: Figure, default: int) -> int:
+    return default if figure.value is None else int(figure.value)
 
 
 def pinned_limit_bytes(machine: Machine) -> int | None:
@@ -93,7 +126,7 @@ def shortages(cost: Traffic, budget: Budget) -> tuple[Shortage, ...]:
     with what CUDA and fragmentation take; of the disk, what a step reads must have room on it."""
     on_gpu = budget.gpu_bytes is not None
     wanted = (
-        ("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost), budget.gpu_bytes),
+        ("GPU memory, CUDA and fragmentation included", gpu_bytes_needed(cost, budget), budget.gpu_bytes),
         ("pinned memory", cost.pinned_bytes if on_gpu else 0, budget.pinned_bytes),
         ("host memory", host_bytes_needed(cost, budget), budget.host_bytes),
         ("disk", cost.disk_bytes, budget.disk_bytes),
@@ -113,14 +146,25 @@ def host_bytes_without_gpu(cost: Traffic) -> int:
     """What a GPU would hold is there too, but not what a process with CUDA takes."""
     process = cost.host_memory_bytes["process"]
     smaller = min(process, PROCESS_HOST_BYTES_WITHOUT_GPU)
-    return cost.peak_gpu_bytes + cost.peak_host_bytes - process + smaller
+    there = cost.peak_gpu_bytes + cost.gpu_without_triton_bytes
+    return there + cost.peak_host_bytes - process + smaller
 
 
-def gpu_bytes_needed(cost: Traffic) -> int:
-    """GPU memory to reserve: the tensors' peak, fragmentation, CUDA graphs and CUDA's context."""
-    return reserved_bytes(cost) + cost.gpu_held_bytes + CONTEXT_BYTES
+def gpu_bytes_needed(cost: Traffic, budget: Budget) -> int:
+    """GPU memory that the process takes: what torch reserves, and what CUDA takes itself."""
+    return reserved_bytes(cost, budget) + beside_torch_bytes(cost, budget)
 
 
-def reserved_bytes(cost: Traffic) -> int:
+def beside_torch_bytes(cost: Traffic, budget: Budget) -> int:
+    """GPU memory that no allocator of torch's counts: CUDA's context, its graphs, and tables of the pages of
+    pinned memory."""
+    page_tables = cost.pinned_bytes // PINNED_BYTES_PER_PAGE_TABLE_BYTE
+    return budget.context_bytes + cost.gpu_held_bytes + page_tables
+
+
+def reserved_bytes(cost: Traffic, budget: Budget) -> int:
     """What torch's allocator takes from the driver for tensors whose peak the cost model knows."""
-    return int(cost.peak_gpu_bytes * (1 + FRAGMENTATION)) + ALLOCATOR_BYTES
+    tensors = cost.peak_gpu_bytes + cost.gpu_apart_bytes
+    if not budget.has_triton:
+        tensors += cost.gpu_without_triton_bytes
+    return int(tensors * (1 + FRAGMENTATION)) + ALLOCATOR_BYTES + budget.workspace_bytes

@@ -35,7 +35,9 @@ def fitting(
                 (
                     count
                     for count in range(shape.num_blocks - typed.named_disk_blocks, 0, -1)
-                    if gpu_bytes_needed(traffic(shape, decoding, replace(typed, resident_blocks=count)))
+                    if gpu_bytes_needed(
+                        traffic(shape, decoding, replace(typed, resident_blocks=count)), budget
+                    )
                     <= usable
                 ),
                 0,

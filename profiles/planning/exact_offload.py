@@ -132,7 +132,7 @@ def _fitting(
     gpu_bytes = context.budget.gpu_bytes
     least = replace(settings, moments=moments[-1], weights=weights[-1], outer=outer[0])
     exact = replace(least, moments=moments[0], outer=outer[-1], hidden_states=hidden[-1])
-    if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact)) > gpu_bytes:
+    if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact), context.budget) > gpu_bytes:
         return exact
     return least
 
@@ -168,7 +168,7 @@ def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int
     for count in range(blocks + 1):
         cost = context.cost(replace(settings, checkpointed_blocks=count))
         step_s = predict(cost, context.machine, context.workload).step_s
-        if step_s is not None and gpu_bytes_needed(cost) <= usable:
+        if step_s is not None and gpu_bytes_needed(cost, budget) <= usable:
             times[count] = step_s
     return max((k for k in times if times[k] <= AS_FAST * min(times.values())), default=blocks)
 

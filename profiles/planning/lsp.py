@@ -78,6 +78,9 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         if missing is not None and context.why_missing(replace(settings, graphs=False)) is None:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
+    settings = given.typed
+    if settings.moments != "fp32":
+        reasons.append(f"approximate: Adam's moments of the subspaces in {settings.moments}")
     published = LSP_PRESETS.get(shape.name)
     if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(
@@ -97,12 +100,14 @@ def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
     missing = context.why_missing(settings)
     streamed = replace(settings, weights="streamed")
     gpu_bytes = context.budget.gpu_bytes
-    is_gpu_small = gpu_bytes is not None and gpu_bytes_needed(context.cost(settings)) > gpu_bytes
+    is_gpu_small = (
+        gpu_bytes is not None and gpu_bytes_needed(context.cost(settings), context.budget) > gpu_bytes
+    )
     asks_for_graphs = "graphs" in given and settings.graphs
     if missing is None or not settings.offload or not is_gpu_small or asks_for_graphs:
         return Choice(given)
     kept = context.why_missing(streamed)
-    if kept is not None and gpu_bytes_needed(context.cost(streamed)) <= (gpu_bytes or 0):
+    if kept is not None and gpu_bytes_needed(context.cost(streamed), context.budget) <= (gpu_bytes or 0):
         return Choice(given)  # another memory is too small, with them there all the more
     return Choice(given.completed(weights="streamed"), (f"weights=streamed: without it the job {missing}",))
 
@@ -170,9 +175,9 @@ class _Planner:
 
     def fits_without_graphs(self, cost: Traffic) -> bool:
         """CUDA graphs, which only save launches, give way to a larger d."""
-        held = cost.gpu_held_bytes if "graphs" not in self.given else 0
-        without = replace(cost, gpu_held_bytes=cost.gpu_held_bytes - held)
-        return why_missing(without, self.context.budget) is None
+        if "graphs" not in self.given:
+            cost = replace(cost, gpu_held_bytes=0)
+        return why_missing(cost, self.context.budget) is None
 
     def smallest_share(self, settings: LspSettings) -> float:
         """The smallest d over a weight's smaller side."""

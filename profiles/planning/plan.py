@@ -48,6 +48,10 @@ class Prediction:
     compile_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """What compiling takes once, in the first steps, beside them; `None`: nothing is compiled, or a plan of
     before. A job of few steps pays much of it in each (`amortised_step_s`)."""
+    reserved_gpu_bytes: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """What torch reserves for those tensors, as it counts it; `None`: without a GPU, or a plan of before."""
+    gpu_bytes_beside: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """What the process takes of the GPU beside that: CUDA's context, its graphs, tables of pinned pages."""
     floor_s: float | None = None
     """What no engine of this method can undercut with these settings on this machine: the largest of four
     times, each with its resource alone. Reading from disk; uploads at the rate of a link that does nothing

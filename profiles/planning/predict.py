@@ -32,11 +32,22 @@ CPU_MATMUL_EFFICIENCY = 0.7
 
 LAUNCH_S = 35e-6
 """Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
-included. When the GPU is faster than this it waits: on an H200 native takes 0.178 s for the 1.3B LLaMA
-shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s without, 0.151 s with)."""
+included, where the profile does not say it. When the GPU is faster than this it waits: on one H200 native
+takes 0.178 s for the 1.3B LLaMA shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s
+without, 0.151 s with)."""
 
 FORWARD_LAUNCH_S = 12e-6
 """The same where autograd is off, in methods with forward passes only. Assumed, not measured."""
+
+GRAPH_KERNEL_S = 2.3e-6
+"""Time that a kernel of a CUDA graph takes at least, where the profile does not say it. Estimated."""
+
+TRITON_LAUNCH_S = 30e-6
+"""Time the CPU needs to start a Triton kernel by Triton's own Python, where the profile does not say it.
+Estimated; one of a profile of OPT-1.3B took 204 us (`engines.kernels.triton_launch`)."""
+
+OWN_LAUNCH_SHARE = 0.4
+"""What engines' own way of starting a Triton kernel takes of that (`engines.kernels.triton_launch`)."""
 
 GAUSSIAN_BYTES = 6
 """Drawing one normal number on a GPU takes as long as moving this many bytes: 0.9 ms for 629 M numbers at
@@ -179,20 +190,40 @@ def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
 
 
 _SIDES: tuple[Bound, ...] = ("low", "value", "high")
+_OTHER: dict[Bound, Bound] = {"low": "high", "value": "value", "high": "low"}
 _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 
 
 def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> list[LayerTimes]:
     """Raises `_Absent`."""
     rates = _rates(traffic, machine, workload, side)
-    forward_only = all(layer.gpu_backward_flops == 0 for layer in traffic.layers)
-    launch_s = FORWARD_LAUNCH_S if forward_only else LAUNCH_S
     times = [_times(layer, rates) for layer in traffic.layers]
-    return _with_launches(times, traffic, launch_s, hides_launches=machine.gpu is not None)
+    launches = _launches_s(traffic, machine, side)
+    return _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
+
+
+def _launches_s(traffic: Traffic, machine: Machine, side: Bound) -> list[float]:
+    """Seconds that starting each layer's work takes."""
+
+    def each_s(figure: Figure, otherwise_s: float) -> float:
+        # A time and no rate: the low side of a rate is the high one of a time.
+        return otherwise_s if not figure.value else _rate("time to start an operation", figure, _OTHER[side])
+
+    cpu = machine.cpu
+    if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
+        eager_s = each_s(cpu.forward_launch_s, FORWARD_LAUNCH_S)
+    else:
+        eager_s = each_s(cpu.training_launch_s, LAUNCH_S)
+    kernel_s = each_s(cpu.graph_launch_s, GRAPH_KERNEL_S)
+    triton_s = OWN_LAUNCH_SHARE * each_s(cpu.triton_launch_s, TRITON_LAUNCH_S)
+    return [
+        layer.launches * eager_s + layer.graph_kernels * kernel_s + layer.triton_launches * triton_s
+        for layer in traffic.layers
+    ]
 
 
 def _with_launches(
-    times: list[LayerTimes], traffic: Traffic, launch_s: float, *, hides_launches: bool
+    times: list[LayerTimes], traffic: Traffic, launches: list[float], *, hides_launches: bool
 ) -> list[LayerTimes]:
     """GPU times with the time that the CPU needs to start the work.
 
@@ -200,7 +231,6 @@ def _with_launches(
     crosses the link the CPU runs ahead over the whole step; else each layer's work waits for what is copied
     or updated, and its launches count by themselves.
     """
-    launches = [layer.launches * launch_s for layer in traffic.layers]
     on_gpu_alone = traffic.h2d_bytes == traffic.d2h_bytes == traffic.cpu_adam_elements == 0
     if hides_launches and on_gpu_alone:
         work = sum(each.gpu_s for each in times)

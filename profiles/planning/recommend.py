@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypedDict
 
 from engines import entry, load_target
+from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
-from profiles.planning.budget import why_missing
+from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
@@ -104,9 +106,25 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         prediction=replace(
             _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
             compile_s=compiling_s(settings.typed, context.machine),
+            **_gpu_bytes(cost, context),
         ),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
+    )
+
+
+class _GpuBytes(TypedDict):
+    reserved_gpu_bytes: int | None
+    gpu_bytes_beside: int | None
+
+
+def _gpu_bytes(cost: Traffic, context: PlanningContext) -> _GpuBytes:
+    """What the process takes of the GPU: what torch reserves, and the rest."""
+    if context.machine.gpu is None:
+        return _GpuBytes(reserved_gpu_bytes=None, gpu_bytes_beside=None)
+    beside = beside_torch_bytes(cost, context.budget)
+    return _GpuBytes(
+        reserved_gpu_bytes=gpu_bytes_needed(cost, context.budget) - beside, gpu_bytes_beside=beside
     )
 
 

@@ -1,4 +1,5 @@
-"""Which blocks are recomputed, for methods whose settings say how blocks run: as few as fit. No torch."""
+"""Which blocks are recomputed, for methods whose settings say how blocks run: as few as fit; and whether the
+loss is computed in chunks: where nothing fits without. No torch."""
 
 from __future__ import annotations
 
@@ -9,9 +10,21 @@ from engines.settings.given import GivenSettings
 from profiles.planning.budget import FREE_SHARE, why_missing
 from profiles.planning.context import Choice, PlanningContext
 
+LOSS_TOKENS = 1024
+"""Positions of a chunk: enough for full speed in products with a vocabulary."""
+
 
 def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
-    """`checkpointed_blocks`, where --checkpointing allows any, and no compiler where there is no GPU."""
+    """`checkpointed_blocks`, where --checkpointing allows any; `loss_tokens`, where nothing fits without it;
+    and no compiler where there is no GPU."""
+    found = _fewest(context, given)
+    if context.machine.gpu is None or not hasattr(given.typed, "loss_tokens"):
+        return found
+    missing = context.why_missing(found.settings.typed)
+    return found if missing is None else _in_chunks(context, given, missing) or found
+
+
+def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
     if context.machine.gpu is None:
         chosen = {
             name: False for name in ("compile", "graphs") if name not in given and hasattr(given.typed, name)
@@ -30,6 +43,20 @@ def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     else:
         reason = f"the first {fewest} of {count} run again in the backward pass; fewer do not fit"
     return Choice(given.completed(checkpointed_blocks=fewest), (f"checkpointed_blocks={fewest}: {reason}",))
+
+
+def _in_chunks(context: PlanningContext, given: GivenSettings, missing: str) -> Choice | None:
+    """`loss_tokens`, if with it the job fits, and as few recomputed blocks as fit then; `missing` is why it
+    does not fit without."""
+    whole = context.workload.batch_size * context.workload.seq_len
+    if "loss_tokens" in given or context.shape.head != "causal_lm" or whole <= LOSS_TOKENS:
+        return None
+    found = _fewest(context, given.completed(loss_tokens=LOSS_TOKENS))
+    if context.why_missing(found.settings.typed) is not None:
+        return None
+    return Choice(
+        found.settings, (f"loss_tokens={LOSS_TOKENS}: without it the job {missing}", *found.reasons)
+    )
 
 
 def _fits(context: PlanningContext, given: GivenSettings, recomputed: int) -> bool:

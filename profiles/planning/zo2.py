@@ -181,7 +181,9 @@ class _Planner:
         fitting = [count for count in costs if why_missing(costs[count], budget) is None]
         if not fitting:
             return 0, "resident_blocks=0: the least memory; it does not fit"
-        fitting = [count for count in fitting if gpu_bytes_needed(costs[count]) <= usable] or fitting[:1]
+        fitting = [count for count in fitting if gpu_bytes_needed(costs[count], budget) <= usable] or fitting[
+            :1
+        ]
         most = fitting[-1]
         resident = most if budget.gpu_named else self._fewest_as_fast(fitting)
         why = f"as many as {format_bytes(usable)} of GPU memory hold"

@@ -12,6 +12,7 @@ from profiles.probe.timing import (
     Meter,
     burst_samples,
     cuda_samples,
+    figure,
     largest_size,
     once,
     rate_figure,
@@ -23,16 +24,25 @@ from profiles.system.nvml import NvmlDevice
 MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
 COPY_BYTES = 2**30
 SUSTAINED_DTYPE = "bf16"
-NUM_MEASUREMENTS = 5
-"""Four of `probe_gpu`, one of `sustained_flops`."""
+NUM_MEASUREMENTS = 6
+"""Four of `probe_gpu`, workspaces, one of `sustained_flops`."""
+
+WORKSPACE_SIZE = 512
+"""Of the product whose workspace is looked at."""
 
 
-def probe_gpu(meter: Meter, index: int, device: NvmlDevice | None) -> Gpu:
-    """Measures `cuda:<index>`, which is the current device, all but its rate under lasting load."""
+def probe_gpu(
+    meter: Meter, index: int, device: NvmlDevice | None, used_before_bytes: int | None = None
+) -> Gpu:
+    """Measures `cuda:<index>`, which is the current device, all but its rate under lasting load.
+
+    `used_before_bytes` is what NVML said was in use before this process had a CUDA context.
+    """
     import torch
 
     properties: Any = torch.cuda.get_device_properties(index)
     free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    free_bytes += _since_bytes(device, used_before_bytes) or 0
     fixed = device.settings() if device else None
     return Gpu(
         name=properties.name,
@@ -49,6 +59,40 @@ def probe_gpu(meter: Meter, index: int, device: NvmlDevice | None) -> Gpu:
         ecc_enabled=fixed.ecc_enabled if fixed else None,
         mig_enabled=fixed.mig_enabled if fixed else None,
     )
+
+
+def _since_bytes(device: NvmlDevice | None, used_before_bytes: int | None) -> int | None:
+    """By how much the device's memory in use has grown; `None`: NVML does not tell."""
+    used_bytes = None if device is None else device.used_bytes()
+    if used_bytes is None or used_before_bytes is None:
+        return None
+    return max(0, used_bytes - used_before_bytes)
+
+
+def context_bytes(device: NvmlDevice | None, used_before_bytes: int | None) -> Figure:
+    """What this process takes of the device beside torch's memory, when it has used what a training step
+    uses: products, attention, a CUDA graph, a Triton kernel. Page tables of pinned memory come on top."""
+    import torch
+
+    free()
+    since = _since_bytes(device, used_before_bytes)
+    if since is None:
+        return absent("NVML does not tell how much memory is in use")
+    taken = since - int(torch.cuda.memory_reserved())
+    method = "NVML's memory in use, less what was in use before CUDA started and what torch had reserved"
+    return figure([float(max(0, taken))], method)
+
+
+def workspace_bytes(_: float) -> Figure:
+    """What torch still holds when a product's tensors are gone."""
+    import torch
+
+    free()
+    product(SUSTAINED_DTYPE, WORKSPACE_SIZE)()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = float(torch.cuda.memory_reserved())
+    return figure([held], "what torch keeps reserved after a matrix product, its tensors freed")
 
 
 def open_gpu() -> NvmlDevice | None:

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from profiles.machine import Cpu, Depth, Disk, Figure, Gpu, HostMemory, LinkFigures, Machine
-from profiles.probe import cpu, disk, gpu, link, memory, multi_gpu, numa, pinned_limit
+from profiles.machine import Cpu, Depth, Disk, Figure, Gpu, HostMemory, LinkFigures, Machine, absent
+from profiles.probe import cpu, disk, gpu, launches, link, memory, multi_gpu, numa, pinned_limit
 from profiles.probe.timing import Meter, OnMeasurement, clock_s, now, one_line
 from profiles.system import busy, cgroup, nvml
 from profiles.system.topology import Port, port_above, processors
@@ -74,7 +74,14 @@ def probe_machine(
             if not brief:  # before this process has a CUDA context
                 most, refused = pinned_limit.pinned_limit(meter, full=full, root=root)
                 memory_found = replace(memory_found, pinned_bytes=most, pinned_refused=refused)
-            gpu_found, link_found = _device(meter, root, SUSTAINED_S[depth])
+            gpu_found, link_found, each_start = _device(meter, root, SUSTAINED_S[depth])
+            cpu_found = replace(
+                cpu_found,
+                forward_launch_s=each_start.forward_s,
+                training_launch_s=each_start.training_s,
+                graph_launch_s=each_start.graph_s,
+                triton_launch_s=each_start.triton_s,
+            )
             if num_gpus > 1:
                 budget = memory_budget(cgroup.host_memory(root))
                 each_gpu = multi_gpu.each_gpu(meter, num_gpus, memory_bytes=budget)
@@ -128,7 +135,7 @@ def _count(num_gpus: int, *, brief: bool) -> int:
     """How many measurements a probe makes."""
     count = cpu.NUM_MEASUREMENTS + memory.NUM_MEASUREMENTS
     if num_gpus > 0:
-        count += gpu.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
+        count += gpu.NUM_MEASUREMENTS + launches.NUM_MEASUREMENTS + link.NUM_MEASUREMENTS
     if num_gpus > 1:
         count += multi_gpu.NUM_MEASUREMENTS
     if brief:
@@ -200,10 +207,13 @@ def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]
     return cpu_found, memory_found
 
 
-def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigures]:
-    """`cuda:0` and its link; the long load comes last, when nothing is left that its heat could slow down."""
+def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigures, launches.Launches]:
+    """`cuda:0`, its link and what it takes to start its work; the long load comes last, when nothing is left
+    that its heat could slow down."""
     import torch
 
+    before = nvml.open_device(0, None)
+    used_bytes = None if before is None else before.used_bytes()
     with torch.cuda.device(0):
         device = gpu.open_gpu()
         if device is not None:
@@ -212,7 +222,13 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
         port = Port(generation_max=None, width_max=None) if bus_id is None else port_above(bus_id, root)
         idle = device.link() if device else link.UNKNOWN_LINK
         replays = device.replays() if device else None
-        gpu_found = gpu.probe_gpu(meter, 0, device)
+        gpu_found = gpu.probe_gpu(meter, 0, device, used_bytes)
+        each_start = launches.probe_launches(meter)
+        gpu_found = replace(
+            gpu_found,
+            workspace_bytes=meter.measure("workspaces of products", gpu.workspace_bytes, absent),
+            context_bytes=gpu.context_bytes(device, used_bytes),
+        )
         # CUDA's start took some of the memory.
         memory_bytes = memory_budget(cgroup.host_memory(root))
         with numa.near_device(bus_id, root) as placement:
@@ -228,7 +244,7 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
             replays=None if after is None or replays is None else after - replays,
         )
         sustained = gpu.sustained_flops(meter, sustained_s)
-        return replace(gpu_found, matmul_sustained_flops=sustained), link_found
+        return replace(gpu_found, matmul_sustained_flops=sustained), link_found, each_start
 
 
 def _num_gpus() -> int:

@@ -189,6 +189,7 @@ Case = tuple[str, Callable[[], object], bool]
 def cases() -> Iterator[Case]:
     yield from noise_cases()
     yield from base_cases()
+    yield from lossless_cases()
     yield from lozo_cases()
     yield from projector_cases()
     yield from other_cases()
@@ -312,6 +313,40 @@ def base_cases() -> Iterator[Case]:
                 ),
                 sides == 2 and (store or signs),
             )
+
+
+def lossless_cases() -> Iterator[Case]:
+    import torch
+
+    from engines.costs.quantized import lossless_bytes
+    from engines.lossless import lossless_pass_kernels
+    from engines.noise.tiles import one
+    from engines.noise.visits import Outputs
+
+    count = 2048 * 8192
+    kept = torch.zeros(lossless_bytes(count), dtype=torch.uint8, device=DEVICE)  # read on a GPU, too
+    flat, of = flat_tensor(count, "bfloat16"), one(3, count, decays=True)
+    for noise in ("gaussian", "rademacher"):
+        for wanted, rounding in [
+            ("plus+minus", "stochastic"),
+            ("plus+minus", "nearest"),
+            ("theta", "stochastic"),
+            ("plus", "stochastic"),
+        ]:
+
+            def visited(noise: str = noise, wanted: str = wanted, rounding: str = rounding) -> None:
+                outs = {name: torch.empty_like(flat) for name in wanted.split("+")}
+                lossless_pass_kernels.visit_records(
+                    kept, of, visit_how(noise=noise, rounding=rounding), Outputs(**outs)
+                )
+
+            yield (
+                f"visit lossless {noise} {rounding} {wanted}",
+                visited,
+                rounding == "stochastic" and wanted == "plus+minus",
+            )
+    yield "decode lossless", lambda: lossless_pass_kernels.decode_records(kept, of, flat), True
+    yield "encode lossless", lambda: lossless_pass_kernels.encode_records(flat, kept), True
 
 
 def lozo_cases() -> Iterator[Case]:

@@ -62,8 +62,9 @@ def wrong(tool: str) -> None:
 
 def odd_cases() -> Iterator[Callable[[], object]]:
     """Sizes that divide nothing, so that every mask has something to hold back."""
-    from engines.costs.quantized import matrix_bytes
+    from engines.costs.quantized import lossless_bytes, matrix_bytes
     from engines.kernels import paired_layer_norm
+    from engines.lossless import lossless_pass_kernels
     from engines.noise import low_rank_kernels, weight_pass_kernels
     from engines.noise.philox import NoiseKey
     from engines.noise.tiles import Segment, one
@@ -97,6 +98,16 @@ def odd_cases() -> Iterator[Callable[[], object]]:
                 yield lambda r=records, b=base, s=sides, n=noise, k=store: quantized_pass_kernels.visit_tiles(
                     r, one(3, 2501, decays=True), how(noise=n), b, store=k, sides=s, perturb=True
                 )
+    weights = flat(4500, bf16).fill_(1.0)
+    weights[:2000:300] = 2.0**-60  # more escapes than a record has itself
+    kept = torch.zeros(lossless_bytes(4500), dtype=torch.uint8, device=kernel_compiler.DEVICE)
+    yield lambda: lossless_pass_kernels.encode_records(weights, kept)
+    yield lambda: lossless_pass_kernels.decode_records(kept, one(3, 4500), flat(4500, bf16))
+    for noise in ("gaussian", "rademacher"):
+        sides = Outputs(plus=flat(4500, bf16), minus=flat(4500, bf16))
+        yield lambda n=noise, o=sides: lossless_pass_kernels.visit_records(
+            kept, one(3, 4500, decays=True), how(noise=n), o
+        )
     for base in ("int8", "int4", "fp8"):
         records = torch.zeros(matrix_bytes(37 * 53, base), dtype=torch.uint8, device=kernel_compiler.DEVICE)
         rows, columns = flat(3 * 37).view(3, -1), flat(3 * 53).view(3, -1)

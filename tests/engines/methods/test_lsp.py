@@ -245,18 +245,21 @@ class TestTwin:
             assert_same(train(engine, batches), expected)
 
     @pytest.mark.parametrize("order", ["layerwise", "sequential"])
-    @pytest.mark.parametrize("clip", [0.0, 0.5])
-    def test_equal_in_bf16_with_accumulation(self, order: str, clip: float, both_ways: bool) -> None:
+    @pytest.mark.parametrize(("clip", "moments"), [(0.0, "fp32"), (0.5, "fp32"), (0.5, "bf16")])
+    def test_equal_in_bf16_with_accumulation(
+        self, order: str, clip: float, moments: str, both_ways: bool
+    ) -> None:
         batches, ctx = tiny_batches(20, "qwen2"), context("bf16", accumulation=2)
-        with running("qwen2", ctx=ctx, offload=False, max_grad_norm=clip) as twin:
+        changes = {"max_grad_norm": clip, "moments": moments}
+        with running("qwen2", ctx=ctx, offload=False, **changes) as twin:
             expected = train(twin, batches, per_step=2)
-        with running("qwen2", ctx=ctx, schedule_order=order, max_grad_norm=clip) as engine:
+        with running("qwen2", ctx=ctx, schedule_order=order, **changes) as engine:
             assert_same(train(engine, batches, per_step=2), expected)
 
     @pytest.mark.parametrize(
         ("family", "formed", "changes"),
         [
-            ("opt", True, {}),
+            ("opt", True, {"moments": "bf16"}),
             ("llama", False, {"max_grad_norm": 0.5}),
             ("gpt2", False, {"checkpointed_blocks": 1}),
             ("roberta", True, {"train_outer": False, "checkpointed_blocks": 2}),
@@ -460,7 +463,7 @@ class TestTwin:
 
         def plain_adam(
             core: Tensor, moment: Tensor, variance: Tensor, updates: int,
-            *, beta1: float, beta2: float, eps: float, scale: float, gradients: Sequence[Tensor],
+            *, beta1: float, beta2: float, eps: float, scale: float, gradients: tuple[Tensor, ...], key: int,
         ) -> None:  # fmt: skip
             assert scale == 1.0
             assert not gradients
@@ -501,6 +504,7 @@ class TestTwin:
         "changes",
         [
             {"schedule_order": "layerwise"},
+            {"moments": "bf16"},
             {"schedule_order": "sequential"},
             {"weights": "streamed"},
             {"weights": "streamed", "compile": False, "max_grad_norm": 0.5},
@@ -713,6 +717,19 @@ class TestSubspaces:
             torch.testing.assert_close(
                 found[1], 0.999 * expected[1] + 0.001 * core.square(), rtol=1e-3, atol=1e-12
             )
+
+    def test_bf16_moments_move_as_fp32_ones_do(self) -> None:
+        """A new pair after one step: what they then are is that of fp32 moments, rounded."""
+        found = []
+        for moments in ("fp32", "bf16"):
+            with running("opt", check_every=1, moments=moments) as engine:
+                for batch in tiny_batches(2, "opt"):
+                    engine.step([batch])
+                engine.synchronize()
+                found.append([(each.moment.float(), each.variance.float()) for each in states(engine)])
+        for mine, its in zip(*found, strict=True):
+            for one, other in zip(mine, its, strict=True):
+                torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * float(one.abs().max()))
 
     def test_a_closed_form_beats_its_first_draw_and_stays_where_it_is(self) -> None:
         with running("opt", alpha=1e-3) as engine:
@@ -927,6 +944,7 @@ class TestFaults:
                 variance=torch.zeros(8),
                 squared_norm=torch.ones(1),
                 settings=SETTINGS,
+                key=0,
             )
             update = PieceUpdate(
                 state=state,
@@ -993,15 +1011,19 @@ class TestFaults:
 
 class TestResume:
     @pytest.mark.parametrize(
-        ("family", "dtype", "weights"),
-        [("opt", "fp32", "resident"), ("llama", "bf16", "resident"), ("llama", "bf16", "streamed")],
+        ("family", "dtype", "weights", "moments"),
+        [
+            ("opt", "fp32", "resident", "fp32"),
+            ("llama", "bf16", "resident", "bf16"),
+            ("llama", "bf16", "streamed", "fp32"),
+        ],
     )
     def test_at_step_10_equals_the_uninterrupted_run(
-        self, tmp_path: Path, family: str, dtype: Dtype, weights: str
+        self, tmp_path: Path, family: str, dtype: Dtype, weights: str, moments: str
     ) -> None:
         batches, ctx = tiny_batches(STEPS, family), context(dtype)
         blocks = 5 if weights == "streamed" else 2
-        running_one = partial(running, ctx=ctx, weights=weights)
+        running_one = partial(running, ctx=ctx, weights=weights, moments=moments)
         with running_one(tiny_blueprint(family, num_blocks=blocks)) as straight:
             expected = train(straight, batches)
             checks = straight.checks()
@@ -1026,8 +1048,10 @@ class TestResume:
     def test_another_subspace_is_refused(self, tmp_path: Path) -> None:
         with running("opt") as engine:
             engine.save(tmp_path)
-        with running("opt", d=5) as engine, pytest.raises(UserError, match="same d, r and projector"):
-            engine.load(tmp_path)
+        for other in ({"d": 5}, {"moments": "bf16"}):
+            refused = pytest.raises(UserError, match="same d, r, projector and moments")
+            with running("opt", **other) as engine, refused:
+                engine.load(tmp_path)
 
 
 def test_learns_a_fixed_batch() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Context, StepStats
-from engines.costs.mezo import gpu_memory_bytes
+from engines.costs.mezo import gpu_memory
 from engines.costs.zo2 import resident_indices
 from engines.errors import UserError
 from engines.methods.mezo import Mezo
@@ -406,7 +406,7 @@ def test_scratch_is_what_the_cost_model_counts(family: str, train: str) -> None:
     shape = blueprint.shape
     # The head's own scratch is left out.
     headless = replace(shape, head="classification", num_labels=2, head_parameters=0)
-    counted = gpu_memory_bytes(headless, workload, settings, {})["scratch"]
+    counted = gpu_memory(headless, workload, settings, {})["gpu_memory_bytes"]["scratch"]
     matrices = len(shape.matrices)
     slack = sum(each.numel() > 0 for each in memories) * 512 + 4 * 16 * (3 * matrices + 16)
     assert counted <= held <= counted + slack

@@ -68,10 +68,12 @@ class Data:
         return ()
 
 
-def learned(length: LearningLength, script: Sequence[float]) -> tuple[LearningOutcome, Engine]:
+def learned(
+    length: LearningLength, script: Sequence[float], *, tests: bool = True
+) -> tuple[LearningOutcome, Engine]:
     clock, found = Clock(), [LearningOutcome()]
     engine = Engine(clock, script)
-    learning = Learning(length=length, metric="accuracy")
+    learning = Learning(length=length, metric="accuracy", tests=tests)
     scenario = Learn(learning, Data(), lambda each: {"accuracy": each.accuracy}, found.append)
     made: Any = engine
     measure(made, None, scenario, RunRecording(tokens_per_step=1), clock=clock)
@@ -101,6 +103,11 @@ def test_a_step_longer_than_the_time_between_evaluations_is_still_evaluated() ->
 def test_steps_in_place_of_time() -> None:
     outcome, _ = learned(LearningLength(evaluations=2, steps=5), [0.5, 0.6, 0.7])
     assert [each.step for each in outcome.evaluations] == [0, 3, 5]
+
+
+def test_a_search_reads_no_test_data() -> None:
+    outcome, engine = learned(LearningLength(evaluations=2, steps=2), [0.5, 0.6, 0.7], tests=False)
+    assert (outcome.test, outcome.test_before, engine.tested_after) == (None, None, [])
 
 
 def job(path: Path, **values: Any) -> Job:
@@ -139,6 +146,25 @@ def test_development_and_test_data_are_apart_and_the_same_for_every_seed(tmp_pat
     assert sum(len(batch.inputs["labels"]) for batch in batches) == 20
     for mine, its in zip(batches, others, strict=True):
         assert all(torch.equal(mine.inputs[name], its.inputs[name]) for name in mine.inputs)
+
+
+def test_evaluations_in_larger_batches_than_training(tmp_path: Path) -> None:
+    one = job(reviews(tmp_path, 400), eval_batches=10)
+    parts = split(one, resolve_shape(one), None, StudySizes(train=100, development=15, test=None))
+    few, many = batches_of(parts, one), batches_of(parts, one, evaluated_together=12)
+    for each, sizes in ((many.evaluation, [12, 3]), (many.test, [12, 8])):
+        assert [len(batch.inputs["labels"]) for batch in each] == sizes
+    assert [len(batch.inputs["labels"]) for batch in few.evaluation] == [4, 4, 4, 3]
+
+    def labels(batches: Sequence[Batch]) -> list[int]:
+        found = [batch.inputs["labels"] for batch in batches]
+        return [int(each) for batch in found for each in batch[batch != -100]]
+
+    assert labels(many.evaluation) == labels(few.evaluation)
+    assert labels(many.test) == labels(few.test)
+    assert torch.equal(
+        many.step_batches(3)[0].inputs["input_ids"], few.step_batches(3)[0].inputs["input_ids"]
+    )
 
 
 def test_test_data_of_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,23 @@ from harness.quality.documents import (
     KEPT,
     SHARES,
     QualityTarget,
+    TrialRecord,
     load_plan,
+    next_rates,
     parse_budget,
     parse_quality_target,
     rungs_of,
 )
 from harness.quality.judge import over_seeds, time_to
-from harness.quality.study import StudyRequest, prepare_study, run_study
+from harness.quality.study import (
+    MOST_EVALUATED_TOKENS,
+    StudyRequest,
+    prepare_study,
+    rows_together,
+    run_study,
+)
 from harness.quality.trials import PreparedStudy
+from harness.records.environment import read_environment
 from harness.records.job import Job, make_job
 from harness.records.learning import Evaluated, LearningLength, LearningOutcome
 from harness.records.run import EndState, Summary
@@ -75,7 +85,10 @@ def test_all_trials_of_a_method_take_its_budget() -> None:
 
 
 def evaluated(*values: float) -> list[Evaluated]:
-    return [Evaluated(step=i, train_s=10.0 * i, metrics={"accuracy": each}) for i, each in enumerate(values)]
+    return [
+        Evaluated(step=i, train_s=10.0 * i, metrics={"accuracy": each, "loss": 1.0})
+        for i, each in enumerate(values)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,9 +191,11 @@ def test_halving_keeps_the_better_rates_and_the_last_rung_has_all_seeds(tmp_path
     assert json.loads((ready.out / "quality.json").read_text())["target"] == "accuracy>=0.9"
 
 
-def test_methods_take_turns(tmp_path: Path) -> None:
+def test_methods_search_one_after_the_other_and_take_turns_in_final_trials(tmp_path: Path) -> None:
     launched = Launcher()
     run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
+    search = [each.partition("-")[0] for each in launched.ids if "rung2" not in each]
+    assert search == ["native"] * 6 + ["mezo"] * 6
     last = [each.partition("-")[0] for each in launched.ids if "rung2" in each]
     assert last == ["native", "mezo", "mezo", "native", "native", "mezo"]
 
@@ -217,6 +232,38 @@ def test_a_rate_that_diverges_is_not_kept(tmp_path: Path) -> None:
     launched = Launcher(lambda request: "nan_loss" if "lr0.0003-" in request.id else "ok")
     result = run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
     assert result.methods[0].learning_rate != 3e-4
+
+
+def test_of_equal_rates_the_one_with_the_smaller_loss_is_kept() -> None:
+    def trial(rate: float, loss: float, accuracy: float = 0.5) -> TrialRecord:
+        found = Evaluated(step=1, train_s=1.0, metrics={"accuracy": accuracy, "loss": loss})
+        return TrialRecord(
+            id="t", engine="mezo", rung=0, learning_rate=rate, seed=0, end_state="ok", end_reason=None,
+            time="", learned=LearningOutcome(evaluations=(found,)), environment=read_environment(),
+        )  # fmt: skip
+
+    records = [
+        trial(1e-7, 0.7),
+        trial(3e-7, 0.6),
+        trial(1e-6, 0.6),
+        trial(3e-6, math.nan),
+        trial(1e-5, 9, 0.6),
+    ]
+    assert next_rates(records, "accuracy", 4) == [1e-5, 3e-7, 1e-6, 1e-7]
+
+
+def test_evaluations_have_large_batches_where_the_gpu_has_room(tmp_path: Path) -> None:
+    ready = prepared(tmp_path / "out")
+    assert ready.machine.gpu is not None
+    rows = rows_together(ready)
+    assert rows == MOST_EVALUATED_TOKENS // 32
+    (tmp_path / "small").mkdir()
+    used_bytes = max(each.prediction.peak_gpu_bytes for each in ready.plans.values())
+    small = replace(
+        ready, machine=replace(ready.machine, gpu=replace(ready.machine.gpu, total_bytes=used_bytes))
+    )
+    assert rows_together(small) == 2
+    assert rows_together(replace(ready, machine=replace(ready.machine, gpu=None))) == 2
 
 
 def test_what_cannot_be_studied_is_refused_before_the_machine_is_measured(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from tiny_machine import figure, make_machine
 from engines.base import LinkRates
 from engines.errors import UserError
 from harness.cli import app
+from harness.records.memory_limits import EMULATED_CONTEXT_BYTES
 from harness.records.run import Emulation, load_run
 from harness.runs.emulate import Emulated, emulated, what_is_short
 from harness.runs.sweep import SweepOptions, grid, run_sweep
 from profiles.machine import Machine, absent, save_machine
-from profiles.planning.budget import CONTEXT_BYTES
 from reports.load import load_folder, refuse_unlike
 
 RATES = LinkRates(h2d_bytes_per_s=2e9, d2h_bytes_per_s=1e9)
@@ -42,7 +42,7 @@ def small_machine() -> Machine:
 
 def test_caps_are_those_of_the_profile() -> None:
     caps = emulated(make_machine())
-    assert caps.vram_bytes == 22 * GIB - CONTEXT_BYTES  # what is free, less what CUDA takes
+    assert caps.vram_bytes == 22 * GIB - EMULATED_CONTEXT_BYTES  # what is free, less what CUDA takes
     assert caps.threads == 8
     assert caps.rates == LinkRates(
         h2d_bytes_per_s=13e9, d2h_bytes_per_s=12e9, h2d_duplex_bytes_per_s=10e9, d2h_duplex_bytes_per_s=9e9

@@ -25,7 +25,7 @@ def test_as_many_blocks_stay_as_fit() -> None:
     assert isinstance(kept, int)
     assert 0 < kept < 40
     needed = [
-        gpu_bytes_needed(traffic(OPT_13B, ONE, Zo2Settings(resident_blocks=count)))
+        gpu_bytes_needed(traffic(OPT_13B, ONE, Zo2Settings(resident_blocks=count)), BUDGET)
         for count in (kept, kept + 1)
     ]
     assert needed[0] <= 22 * 10**9 < needed[1]

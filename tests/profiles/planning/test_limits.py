@@ -90,7 +90,7 @@ def test_no_number_of_resident_blocks_is_forecast_faster_than_the_chosen(
         typed = replace(chosen.settings.typed, resident_blocks=resident, disk_blocks=0)
         cost = context.cost(typed)
         usable = (1 - FREE_SHARE) * machine.gpu.free_bytes
-        if gpu_bytes_needed(cost) <= usable and context.why_missing(typed) is None:
+        if gpu_bytes_needed(cost, context.budget) <= usable and context.why_missing(typed) is None:
             other_s = predict(cost, machine, workload).step_s
             assert other_s is not None
             assert chosen.prediction.step_s <= 1.001 * AS_FAST * other_s
@@ -128,7 +128,7 @@ def test_a_shortage_is_that_of_the_nearest_setting() -> None:
     workload = Workload(batch_size=2, seq_len=2048)
     (plan,) = plans(find_profile(Path("rtx-4090")), "llama-3.1-8b", workload, "torchao-offload")
     assert plan.settings["offload_gradients"] is True
-    assert "805 MiB missing" in str(plan.why_not)
+    assert "1.96 GiB missing" in str(plan.why_not)
 
 
 def test_every_kind_of_memory_that_is_missing_is_named() -> None:

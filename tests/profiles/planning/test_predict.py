@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_1B, OPT_13B, TINY, measured
+from tiny_machine import figure
 
 from engines.costs import transformer
 from engines.costs.overlap import serial_s
@@ -29,7 +30,10 @@ from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
     GPU_MODEL_ERROR,
+    GRAPH_KERNEL_S,
     LAUNCH_S,
+    OWN_LAUNCH_SHARE,
+    TRITON_LAUNCH_S,
     _layer_times,
     predict,
     resource_s,
@@ -401,3 +405,35 @@ def test_adding_work_to_one_resource_moves_the_bottleneck() -> None:
         )
         seen[resource] = predict(cost, H200, SMALL).bottleneck
     assert seen == {"h2d_bytes": "h2d", "d2h_bytes": "d2h", "cpu_adam_elements": "cpu"}
+
+
+# --- what it takes to start work --------------------------------------------------------------------
+
+
+def test_what_the_probe_measured_of_starting_work_counts() -> None:
+    starts = LayerTraffic(
+        name="block.0", gpu_forward_flops=1.0, launches=1000, graph_kernels=1000, triton_launches=1000
+    )
+    cost = Traffic(layers=(starts,), gpu_memory_bytes={}, host_memory_bytes={})
+
+    def step_s(**figures: float) -> float | None:
+        known = {name: figure(value) for name, value in figures.items()}
+        return predict(cost, replace(H200, cpu=replace(H200.cpu, **known)), SMALL).step_s
+
+    otherwise = 1000 * (FORWARD_LAUNCH_S + GRAPH_KERNEL_S + OWN_LAUNCH_SHARE * TRITON_LAUNCH_S)
+    assert step_s() == pytest.approx(otherwise)
+    measured = step_s(forward_launch_s=5e-6, graph_launch_s=1e-6, triton_launch_s=10e-6)
+    assert measured == pytest.approx(1000 * (5e-6 + 1e-6 + OWN_LAUNCH_SHARE * 10e-6))
+    assert step_s(training_launch_s=1.0) == pytest.approx(otherwise), "there is no backward pass"
+
+
+def test_of_a_time_the_longer_one_is_the_slower_side() -> None:
+    cost = Traffic(
+        layers=(LayerTraffic(name="block.0", gpu_forward_flops=1.0, launches=1000),),
+        gpu_memory_bytes={},
+        host_memory_bytes={},
+    )
+    known = replace(figure(10e-6), low=8e-6, high=15e-6)
+    told = predict(cost, replace(H200, cpu=replace(H200.cpu, forward_launch_s=known)), SMALL)
+    assert told.step_s_low == pytest.approx(1000 * 8e-6 / GPU_MODEL_ERROR)
+    assert told.step_s_high == pytest.approx(1000 * 15e-6 * GPU_MODEL_ERROR)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.costs.table import traffic
+from engines.costs.traffic import Traffic
 from engines.settings.given import Value
 from engines.settings.parse import defaults
 from harness.pipeline import plan_job
@@ -15,6 +17,7 @@ from harness.records.job import Job, load_job
 from harness.records.run import Run, load_run
 from harness.resolve import resolve_shape
 from profiles.machine import load_machine
+from profiles.planning.budget import beside_torch_bytes, budget_of, reserved_bytes
 from profiles.planning.predict import GPU_MODEL_ERROR
 
 RESULTS = Path(__file__).parents[3] / "reports" / "results"
@@ -79,3 +82,52 @@ def test_most_are_within_a_tenth() -> None:
     found = [ratio for folder in FOLDERS for ratio in ratios(folder).values()]
     assert len(found) > 30
     assert sum(0.9 <= ratio <= 1.1 for ratio in found) > 0.7 * len(found)
+
+
+# --- GPU memory: what torch reserves, and what CUDA takes beside it -------------------------------------
+
+BUDGET = budget_of(load_machine(RESULTS / "opt-13b_h200_20261124" / "machine.json"), None, None, None)
+KEPT_BY_THE_CARD_BYTES = 644_939_776
+"""Of an H200's memory, by NVML: no process is told of them, and NVML counts them as in use."""
+GRAPHS_OF_THEIR_OWN = "20261124"
+"""Date of records whose `lsp` ran its graphs in a pool for each."""
+
+
+def memory_runs() -> list[tuple[str, Run, Traffic]]:
+    """Each kind of run once, and what its settings cost today."""
+    found: dict[tuple[str, str], tuple[str, Run, Traffic]] = {}
+    for folder in sorted(RESULTS.glob("*_h200_*")):
+        date = folder.name.rpartition("_")[2]
+        if date < FIRST or "-earlier_" in folder.name or not (folder / "job.toml").exists():
+            continue
+        job = as_it_ran(load_job(folder / "job.toml"), date)
+        for path in sorted(folder.glob("runs/*.json")):
+            run = load_run(path)
+            if run.end_state != "ok" or run.summary.peak_gpu_reserved_bytes is None:
+                continue
+            given = job.settings_of(run.engine)
+            chosen = {name: value for name, value in run.plan.settings.items() if name not in given}
+            cost = traffic(run.engine, resolve_shape(job), job.workload, given.completed(**chosen).typed)
+            found[folder.name, run.engine] = (f"{folder.name} {run.engine}", run, cost)
+    return list(found.values())
+
+
+def test_reserved_memory_is_what_is_predicted() -> None:
+    ratios = {
+        name: reserved_bytes(cost, BUDGET) / (run.summary.peak_gpu_reserved_bytes or 1)
+        for name, run, cost in memory_runs()
+    }
+    assert len(ratios) > 40
+    within = sum(0.93 <= ratio <= 1.07 for ratio in ratios.values())
+    assert within >= 0.8 * len(ratios), ratios
+    assert all(0.85 < ratio < 1.3 for ratio in ratios.values()), ratios
+
+
+def test_what_cuda_takes_beside_it_is_what_is_predicted() -> None:
+    """Within 0.1 GB, page tables of up to 178 GB of pinned memory included."""
+    for name, run, cost in memory_runs():
+        reserved, used = run.summary.peak_gpu_reserved_bytes, run.summary.peak_gpu_nvml_bytes
+        if used is None or reserved is None or (run.engine == "lsp" and GRAPHS_OF_THEIR_OWN in name):
+            continue
+        beside = used - reserved - KEPT_BY_THE_CARD_BYTES
+        assert abs(beside - beside_torch_bytes(cost, BUDGET)) < 0.15e9, name

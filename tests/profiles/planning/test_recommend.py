@@ -16,6 +16,7 @@ from known_shapes import (
     LAPTOP_CPU,
     OPT_13B,
     TINY,
+    llama,
     measured,
     opt,
     with_vram,
@@ -30,7 +31,7 @@ from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine, absent
-from profiles.planning.budget import CONTEXT_BYTES, gpu_bytes_needed
+from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import rank, recommend
@@ -42,6 +43,7 @@ FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
 ON_CPU = Workload(batch_size=4, seq_len=64, dtype="fp32")
 ENGINES = ("native", "torchao-offload", "lsp", "mezo", "zo2")
 GB = 10**9
+BUDGET = budget_of(H200, None, None, None)
 
 
 def plan(
@@ -100,7 +102,7 @@ def test_why_not_names_the_missing_bytes() -> None:
 
 def test_the_context_and_fragmentation_count() -> None:
     cost = traffic("native", DEEPSEEK_1B, TRAINING, parse_settings("native", {}))
-    needed = gpu_bytes_needed(cost)
+    needed = gpu_bytes_needed(cost, BUDGET)
     assert needed > cost.peak_gpu_bytes + CONTEXT_BYTES
     assert plan("native", shape=DEEPSEEK_1B, vram_bytes=needed).fits
     assert not plan("native", shape=DEEPSEEK_1B, vram_bytes=needed - 1).fits
@@ -140,6 +142,21 @@ def test_the_command_that_checks_a_plan() -> None:
     ]  # fmt: skip
 
 
+# --- a loss in chunks ---------------------------------------------------------------------------------
+
+
+def test_the_loss_is_in_chunks_where_nothing_fits_without() -> None:
+    shape = llama("llama-8b", 4096, 14336, 32, 32, vocabulary=128256)
+    (chosen,) = recommend(H200, shape, TRAINING, ["lora"], {}, vram_bytes=24 * GB)
+    assert chosen.fits
+    assert chosen.settings["loss_tokens"] == 1024
+    (told,) = (reason for reason in chosen.reasons if reason.startswith("loss_tokens"))
+    assert re.match(r"loss_tokens=1024: without it the job needs .* of GPU memory", told)
+    whole = given_for_each({"lora": {"loss_tokens": "all"}})
+    assert not recommend(H200, shape, TRAINING, ["lora"], whole, vram_bytes=24 * GB)[0].fits
+    assert "loss_tokens" not in plan("lora", shape=shape).settings
+
+
 # --- lsp ----------------------------------------------------------------------------------------------
 
 
@@ -176,6 +193,17 @@ def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
     assert told.startswith("quality: d is 0.62 of n; measured on small models, d = 0.5 n ended 5 % above")
     assert "d = 0.75 n ended 2.6 %" in quality_reason(1.0)
     assert "d = 0.25 n ended 10.7 %" in quality_reason(0.1)  # the smallest that was measured
+
+
+def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e9)))
+    exact = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
+    overrides = given_for_each({"lsp": {"moments": "bf16"}})
+    (compact,) = recommend(slow, DEEPSEEK_1B, TRAINING, ["lsp"], overrides)
+    assert int(exact.settings["d"]) < int(compact.settings["d"])
+    said = "approximate: Adam's moments of the subspaces in bf16"
+    assert said in compact.reasons
+    assert said not in exact.reasons
 
 
 def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
@@ -230,7 +258,7 @@ def test_zo2_uses_all_of_a_limit_that_the_user_named() -> None:
     assert 0 < resident < 40
     assert chosen.fits
     more = traffic("zo2", OPT_13B, FORWARD_ONLY, parse_settings("zo2", {"resident_blocks": resident + 1}))
-    assert gpu_bytes_needed(more) > 16 * GB
+    assert gpu_bytes_needed(more, BUDGET) > 16 * GB
 
 
 def test_zo2_leaves_a_tenth_free_of_a_gpu_without_a_named_limit() -> None:
@@ -370,12 +398,12 @@ def named_blocks(reason: str) -> set[int]:
 def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     limit = {"vram_bytes": 24 * GB}
     chosen = plan("zo2", shape=OPT_SIZES["13B"], workload=FORWARD_ONLY, **limit)
-    assert chosen.settings["resident_blocks"] == 30
+    assert chosen.settings["resident_blocks"] == 31
     assert chosen.prediction.step_s is not None
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
     several = plan("zo2", shape=OPT_SIZES["13B"], workload=replace(FORWARD_ONLY, accumulation=4), **limit)
-    assert several.settings["resident_blocks"] == 28
+    assert several.settings["resident_blocks"] == 29
     assert several.fits
 
 

@@ -17,7 +17,7 @@ from engines.errors import UserError
 from engines.settings.lsp import LspSettings, sizes_by_shape
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
-from profiles.planning.budget import gpu_bytes_needed
+from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
 from profiles.planning.predict import resource_s
 from profiles.planning.recommend import recommend
@@ -26,6 +26,7 @@ from profiles.planning.subspace_sizes import HIDING_SHARE, SHARES, Sides, size_o
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 AUTO = {"d": "auto"}
 GB = 10**9
+BUDGET = budget_of(H200, None, None, None)
 
 
 def plan(shape: ModelShape = DEEPSEEK_1B, **changes: object) -> Plan:
@@ -136,12 +137,12 @@ def test_graphs_go_off_by_themselves_where_they_do_not_fit() -> None:
     values = {"d": "1280", "r": "4"}
     roomy = plan(values=values)
     assert "graphs" not in roomy.settings
-    with_graphs = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B))
-    without = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B, graphs=False))
+    with_graphs = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B), BUDGET)
+    without = gpu_bytes_needed(cost_of(roomy, DEEPSEEK_1B, graphs=False), BUDGET)
     assert with_graphs > without
     assert "graphs" not in plan(values=values, vram_bytes=with_graphs).settings
     values = {**values, "checkpointed_blocks": "all"}
-    without = gpu_bytes_needed(cost_of(plan(values=values), DEEPSEEK_1B, graphs=False))
+    without = gpu_bytes_needed(cost_of(plan(values=values), DEEPSEEK_1B, graphs=False), BUDGET)
     tight = plan(values=values, vram_bytes=without)
     assert tight.fits
     assert tight.settings["graphs"] is False

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from profiles.figures import FIGURES, FigureRow
 from profiles.machine import Figure, Machine, absent, load_machine, save_machine
-from profiles.probe import adam, buffers, cpu, gpu, link, memory, multi_gpu, numa, pinned_limit, run
+from profiles.probe import adam, buffers, cpu, gpu, launches, link, memory, multi_gpu, numa, pinned_limit, run
 from profiles.probe.run import probe_machine
 from profiles.probe.timing import (
     AT_LEAST,
@@ -322,7 +322,7 @@ class FakeStream:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHost]:
     """A GPU of 64 MiB made of host memory. Shows that the path holds together, not that it measures."""
-    replays = itertools.count()
+    replays, uses = itertools.count(), itertools.count()
     device = nvml.NvmlDevice(
         SimpleNamespace(
             NVMLError=RuntimeError,
@@ -336,6 +336,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
             nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 0,
             nvmlDeviceGetPciInfo_v3=lambda handle: SimpleNamespace(busId="00000000:17:00.0"),
             nvmlDeviceGetEccMode=lambda handle: [1, 1],
+            # A context of 8 MiB is there from the second reading on.
+            nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=(3 + 8 * (next(uses) > 0)) * MIB),
         ),
         0,
     )
@@ -355,6 +357,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
     monkeypatch.setattr(nvml, "open_device", lambda index=0, uuid=None: device)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * MIB)
+    monkeypatch.setattr(run.launches, "DEVICE", "cpu")  # a module goes to no other here
+    monkeypatch.setattr(launches, "BLOCKS", 1)
     monkeypatch.setattr(gpu, "MATMUL_SIZES", (32, 64))
     monkeypatch.setattr(run, "SUSTAINED_S", dict.fromkeys(run.SUSTAINED_S, 0.0))
     with OnTheHost(pin_limit_bytes=2**40) as mode:
@@ -379,6 +384,9 @@ GPU_FIGURES = (
 )  # fmt: skip
 
 
+ONLY_ON_CUDA = {"cpu.graph_launch_s", "cpu.triton_launch_s"}
+
+
 def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     told: list[int] = []
     machine = probe_machine(lambda what, done, total: told.append(done), seconds=0.0, depth="brief")
@@ -386,15 +394,18 @@ def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     assert machine.gpu_absent_reason is None
     assert machine.name.startswith("Fake GPU, ")
     assert (machine.gpu.driver, machine.gpu.compute_capability) == ("570.1", "9.0")
-    assert (machine.gpu.total_bytes, machine.gpu.free_bytes) == (64 * MIB, 48 * MIB)
-    assert set(measured(machine)) == {row.path for row in FIGURES if row.depth == "brief" and is_figure(row)}
+    assert (machine.gpu.total_bytes, machine.gpu.free_bytes) == (64 * MIB, (48 + 8) * MIB), "as it was before"
+    brief = {row.path for row in FIGURES if row.depth == "brief" and is_figure(row)}
+    assert set(measured(machine)) == brief - ONLY_ON_CUDA
+    assert machine.gpu.context_bytes.value == (8 - 2) * MIB
+    assert "no such thing on" in machine.cpu.graph_launch_s.method
     assert machine.link is not None
     for figure in (machine.link.h2d_duplex_bytes_per_s, machine.link.d2h_duplex_bytes_per_s):
         assert "4 MiB, pinned" in figure.method, "an eighth of 64 MiB holds two buffers of 4 MiB"
     assert (machine.link.generation_loaded, machine.link.width_loaded) == (3, 8)
     assert (machine.link.generation_max, machine.link.width_max) == (4, 16)
     assert told == sorted(told)
-    assert told[-1] == 14
+    assert told[-1] == 19
     assert fake_cuda.made
     assert all(made() is None for made in fake_cuda.made), "every buffer is freed"
     path = tmp_path / "machine.json"
@@ -443,7 +454,7 @@ def test_refused_pinning_leaves_the_pageable_figures(fake_cuda: OnTheHost) -> No
     check_measured(found.h2d_pageable_bytes_per_s)
     check_measured(found.d2h_pageable_bytes_per_s)
     assert found.generation_loaded is None
-    assert told[-1] == 14
+    assert told[-1] == 19
 
 
 def test_a_copy_that_changes_data_is_not_measured(
@@ -511,7 +522,7 @@ def test_a_default_probe_takes_the_rest_too(
     assert machine.gpu is not None
     assert machine.link is not None
     assert machine.disk is not None
-    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)}
+    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)} - ONLY_ON_CUDA
     assert machine.memory.pinned_refused is True
     assert machine.memory.pinned_bytes.method.endswith("steps of 10 MiB until: RuntimeError: CUDA error")
     assert children[0]["most_bytes"] == 32 * MIB, "half of what is available"
@@ -582,7 +593,7 @@ def test_a_real_gpu(tmp_path: Path) -> None:
         assert both_ways.value <= 1.1 * one_way.value
     assert found.generation_loaded is None or found.generation_loaded >= 1
     assert machine.gpu is not None
-    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)}
+    assert set(measured(machine)) == {row.path for row in FIGURES if is_figure(row)} - ONLY_ON_CUDA
     assert machine.gpu.readings
     assert machine.duration_s is not None
     assert torch.cuda.memory_reserved() <= before

@@ -1,0 +1,72 @@
+"""What a zeroth-order step does to matrices that are kept as in `engines.lossless.records`, in one pass.
+
+The weights in records are weights in bf16, so this is `engines.noise.weight_pass.visit` with another way of
+reading them, and gives its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engines.costs.quantized import lossless_bytes
+from engines.kernels import triton_launch
+from engines.lossless import records
+from engines.noise import weight_pass
+from engines.noise.tiles import Segment, one
+from engines.noise.visits import Outputs, Visit
+
+
+def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> None:
+    """One pass over the matrices of `segment`, all with weight decay: see `weight_pass.visit`.
+
+    `kept` (bytes) are the records of one matrix after those of the other. They stay as they are; outputs are
+    flat memories in bf16, laid out as `segment` says.
+    """
+    if kept.is_cuda and triton_launch.has_triton():
+        from engines.lossless import lossless_pass_kernels
+
+        lossless_pass_kernels.visit_records(kept, segment, how, out)
+        return
+    for mine, number, here in _matrices(kept, segment):
+        count = here.stop - here.start
+        weight = torch.empty(count, dtype=torch.bfloat16, device=kept.device)
+        records.read_records(mine, count, weight)
+        outs = (None if each is None else each[here] for each in (out.theta, out.plus, out.minus))
+        theta, plus, minus = outs
+        weight_pass.visit(
+            weight, one(number, count, decays=True), how, Outputs(theta=theta, plus=plus, minus=minus)
+        )
+
+
+def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
+    """The weights themselves, bit for bit, to `out`, flat memory in bf16 that is laid out as `segment`
+    says."""
+    if kept.is_cuda and triton_launch.has_triton():
+        from engines.lossless import lossless_pass_kernels
+
+        lossless_pass_kernels.decode_records(kept, segment, out)
+        return
+    for mine, _, here in _matrices(kept, segment):
+        records.read_records(mine, here.stop - here.start, out[here])
+
+
+def encode_records(weights: Tensor, kept: Tensor) -> Tensor:
+    """Write bf16 `weights` (n,) of one matrix to its records `kept` (bytes); whether they found room, ()
+    bool on the same device."""
+    if kept.is_cuda and triton_launch.has_triton():
+        from engines.lossless import lossless_pass_kernels
+
+        return lossless_pass_kernels.encode_records(weights, kept)
+    return records.write_records(weights, kept)
+
+
+def _matrices(kept: Tensor, segment: Segment) -> Iterator[tuple[Tensor, int, slice]]:
+    """Records, number and place in flat memory of each matrix."""
+    start = 0
+    for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
+        stop = start + lossless_bytes(count)
+        yield kept[start:stop], number, slice(offset, offset + count)
+        start = stop

@@ -1,0 +1,181 @@
+"""bf16 matrices in three quarters of their bytes, without losing a bit.
+
+The exponents of trained weights are much alike: of 2048 neighbours nearly all lie in a window of 15, so four
+bits say which. Sign and mantissa, which look like noise, stay as they are. (Fixed lengths, as ZipServ,
+2603.17435, has them for inference; Huffman codes, as in DFloat11, 2504.11651, would save another tenth, but
+cannot be decoded in a few instructions.) A matrix is a row of *records*, one per tile of 2048 elements
+(`engines.noise.tiles`), 3104 bytes each, 12.1 bits a weight:
+
+    1024 bytes   codes: a 16-bit word for each lane, four bits for each row of the tile, the first row lowest
+    2048 bytes   rests: a 32-bit word for each lane, sign and mantissa of each row
+      32 bytes   eight 32-bit words: base + 256 x escapes; the first 5 escapes; where the others are; room
+
+Code 0 is zero, so that pruned weights cost nothing, code c > 0 is exponent base + c, with a base from 0 to
+127 for each tile. Signs and mantissas lie so that a mask leaves those of rows 0 and 1 where two neighbours in
+bf16 have them, and a rotation by 8 and the mask those of rows 2 and 3: bytes m0 s3, m2 s0, m1 s2, m3 s1, the
+lowest first, signs on top. A kernel puts the codes into such a pair's exponents and multiplies by 2^base.
+
+An *escape* is a weight whose exponent is no code's: its place, 4 x lane + row, above its 16 bits. They are in
+order. Escapes of a tile beyond 5 lie in the last words of the matrix's records, from
+the one on that the tile names: each record has room for one.
+Weights of a normal distribution have 0.2 to 0.3 escapes a tile, those of trained models about 1. A matrix
+with more than there is room for, 5 a tile and then 1 more a tile in all, cannot be kept so.
+
+Bits depend on the weights alone: the base is the one with the fewest escapes, or the one below the largest
+exponent where that has 5 or fewer.
+
+Torch operations and the Triton kernels (`engines.lossless.lossless_pass_kernels`) give the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from engines.costs.quantized import LOSSLESS_RECORD_BYTES, TILE_ELEMENTS
+from engines.noise.tiles import LANES
+
+RECORD_BYTES = LOSSLESS_RECORD_BYTES
+CODES_BYTES = LANES * 2
+RESTS_BYTES = LANES * 4
+WINDOW = 15
+"""Exponents that have a code of their own."""
+LARGEST_BASE = 127
+"""2^base is a number in fp32."""
+OWN_ESCAPES = 5
+"""Of a tile, in its record; any more are elsewhere."""
+MOST_TOPS = 32
+"""Windows below so many of the largest exponents of a tile are tried."""
+
+HEADER, ESCAPES, ELSEWHERE, ROOM = 0, 1, 1 + OWN_ESCAPES, 2 + OWN_ESCAPES
+"""Places among the eight words at a record's end."""
+
+_CHUNK_TILES = 1 << 10
+"""Tiles at a time, so that temporaries stay small."""
+
+
+def _parts(records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of (tiles, bytes) records: codes (tiles, 512) int16, rests (tiles, 512) int32, words (tiles, 8)
+    int32."""
+    rests_end = CODES_BYTES + RESTS_BYTES
+    return (
+        records[:, :CODES_BYTES].view(torch.int16),
+        records[:, CODES_BYTES:rests_end].view(torch.int32),
+        records[:, rests_end:].view(torch.int32),
+    )
+
+
+def write_records(weights: Tensor, records: Tensor) -> Tensor:
+    """Write the bits of bf16 `weights` (n,) to `records`, (bytes,) on the same device.
+
+    Returns whether all of them found room, () bool on that device; else the records are of no use.
+    """
+    tables = records.view(-1, RECORD_BYTES)
+    _, _, words = _parts(tables)
+    late: list[Tensor] = []
+    for first in range(0, len(tables), _CHUNK_TILES):
+        here = tables[first : first + _CHUNK_TILES]
+        start = first * TILE_ELEMENTS
+        late.append(_encode_tiles(weights[start : start + len(here) * TILE_ELEMENTS], here))
+    return place_others(words, torch.cat(late))
+
+
+def place_others(words: Tensor, others: Tensor) -> Tensor:
+    """Tell tiles where their escapes beyond the fifth are, and put those, (n,) int32 in order, there."""
+    has_room = find_places(words)
+    kept = others[: len(words)]
+    words[: len(kept), ROOM] = kept
+    return has_room
+
+
+def find_places(words: Tensor) -> Tensor:
+    """Give each tile of a matrix, whose headers are in `words` (tiles, 8), room for its escapes beyond the
+    fifth. Returns whether there is enough, () bool."""
+    more = ((words[:, HEADER] >> 8) - OWN_ESCAPES).clamp_(min=0)
+    ends = more.cumsum(0)
+    words[:, ELSEWHERE] = ends - more
+    return ends[-1] <= len(words)
+
+
+def _encode_tiles(weights: Tensor, tables: Tensor) -> Tensor:
+    """Write all of some tiles but where other escapes are; those, (n,) int32, in order."""
+    bits = torch.zeros(len(tables) * TILE_ELEMENTS, dtype=torch.int32, device=weights.device)
+    bits[: weights.numel()] = weights.view(torch.int16)
+    rows = (bits & 0xFFFF).view(-1, 4, LANES)
+    exponent, nonzero = (rows >> 7) & 0xFF, rows & 0x7FFF > 0
+    base = _bases(torch.where(nonzero, exponent, 256).view(len(tables), -1)).view(-1, 1, 1)
+    inside = (exponent > base) & (exponent <= base + WINDOW)
+    code = torch.where(inside, exponent - base, 0)
+    codes, rests, words = _parts(tables)
+    codes.copy_(reduce(or_, (code[:, row] << (4 * row) for row in range(4))))
+    rests.copy_(reduce(or_, (_rest(rows[:, row], row) for row in range(4))))
+    by_lane = (nonzero & ~inside).transpose(1, 2).reshape(len(tables), -1)
+    words.zero_()
+    words[:, HEADER] = base.view(-1) | (by_lane.sum(1, dtype=torch.int32) << 8)
+    tile, place = by_lane.nonzero(as_tuple=True)
+    lane, row = place // 4, place % 4
+    entry = (place << 16).to(torch.int32) | rows[tile, row, lane]
+    rank = by_lane.cumsum(1)[tile, place] - 1
+    own = rank < OWN_ESCAPES
+    words[tile[own], ESCAPES + rank[own]] = entry[own]
+    return entry[~own]
+
+
+def _rest(bits: Tensor, row: int) -> Tensor:
+    """Sign and mantissa of a row's weights (16 bits in int32), where the word of their lanes has them."""
+    rest = (bits & 0x807F) << (16 * (row % 2))
+    return rest if row < 2 else (rest << 8) | ((rest >> 24) & 0xFF)
+
+
+def _bases(exponent: Tensor) -> Tensor:
+    """The base of each tile, (tiles,) int32, from exponents (tiles, 2048), which of zeros are 256."""
+    counts = torch.zeros((len(exponent), 257), dtype=torch.int64, device=exponent.device)
+    counts.scatter_add_(1, exponent.long(), torch.ones_like(exponent, dtype=torch.int64))
+    upto = counts[:, :256].cumsum(1)
+    bases = (torch.arange(256, device=exponent.device) - WINDOW).clamp(0, LARGEST_BASE)
+    escapes = upto[:, -1:] - (upto[:, bases + WINDOW] - upto[:, bases])
+    # By the exponent that ends the window, from the largest one down.
+    there = counts[:, :256] > 0
+    there[:, 0] = False
+    rank = there.flip(1).cumsum(1).flip(1)
+    escapes = torch.where(there & (rank <= MOST_TOPS), escapes, TILE_ELEMENTS + 1)
+    top = (there.long() * torch.arange(256, device=exponent.device)).amax(1, keepdim=True)
+    best = 255 - escapes.flip(1).argmin(1, keepdim=True)
+    simple = (top == 0) | (escapes.gather(1, top) <= OWN_ESCAPES)
+    return bases[torch.where(simple, top, best)].view(-1).to(torch.int32)
+
+
+def read_records(records: Tensor, count: int, out: Tensor) -> None:
+    """The `count` weights that `records` (bytes) hold, bit for bit: to `out`, (count,) bf16."""
+    tables = records.view(-1, RECORD_BYTES)
+    room = _parts(tables)[2][:, ROOM]
+    for first in range(0, len(tables), _CHUNK_TILES):
+        start = first * TILE_ELEMENTS
+        here = _decode_tiles(tables[first : first + _CHUNK_TILES], room)
+        out[start : start + len(here)].view(torch.int16).copy_(here[: count - start])
+
+
+def _decode_tiles(tables: Tensor, room: Tensor) -> Tensor:
+    codes, rests, words = _parts(tables)
+    header = words[:, HEADER]
+    turned = ((rests >> 8) & 0xFFFFFF) | (rests << 24)
+    pairs = (rests, rests >> 16, turned, turned >> 16)
+    rest = torch.stack([pair & 0x807F for pair in pairs], 1)
+    row = torch.arange(4, device=tables.device, dtype=torch.int32).view(1, 4, 1)
+    code = (codes.to(torch.int32).unsqueeze(1) >> (4 * row)) & 15
+    exponent = torch.where(code > 0, code + (header & 0xFF).view(-1, 1, 1), 0)
+    bits = (rest | exponent << 7).view(len(tables), -1)
+    count = header >> 8
+    most = int(count.max())
+    rank = torch.arange(most, device=tables.device)
+    tile, number = (rank < count.view(-1, 1)).nonzero(as_tuple=True)
+    own = number < OWN_ESCAPES
+    entry = torch.empty(len(tile), dtype=torch.int32, device=tables.device)
+    entry[own] = words[tile[own], ESCAPES + number[own]]
+    entry[~own] = room[words[tile[~own], ELSEWHERE] + number[~own] - OWN_ESCAPES]
+    lane, row = entry >> 18, (entry >> 16) & 3
+    bits[tile, (row * LANES + lane).long()] = entry & 0xFFFF
+    return bits.to(torch.int16).view(-1)

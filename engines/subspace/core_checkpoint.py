@@ -1,0 +1,54 @@
+"""Moments and projectors of compressed gradients in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engines.errors import UserError
+from engines.subspace.bias_check import Check
+from engines.subspace.cores import CoreMatrix, CorePiece, Cores
+
+
+def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Add all matrices' moments (d, d) and projectors to `state`; returns their counts and checks."""
+    about = {}
+    for piece, matrix in cores.placed():
+        for key, tensor in checkpoint_tensors(piece, matrix).items():
+            state[f"{key}.{matrix.subspace.name}"] = tensor
+        about[matrix.subspace.name] = {
+            "updates": piece.state.updates,
+            "generation": matrix.subspace.generation,
+            "checks": [asdict(check) for check in matrix.subspace.checks],
+        }
+    return about
+
+
+def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
+    """Take back what `save_cores` gave. Raises `UserError`, naming `folder`, for other shapes or dtypes."""
+    for piece, matrix in cores.placed():
+        name = matrix.subspace.name
+        for key, tensor in checkpoint_tensors(piece, matrix).items():
+            found = tensors.get(f"{key}.{name}")
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise UserError(
+                    str(folder),
+                    f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
+                    "resume with the same d, r, projector and moments",
+                )
+            tensor.copy_(found)
+        matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
+        entry = about[name]
+        piece.state.updates = int(entry["updates"])
+        matrix.subspace.generation = int(entry["generation"])
+        matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
+
+
+def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
+    """What a checkpoint holds of a matrix: moments (d, d), and what makes its projectors."""
+    moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
+    return moments | matrix.subspace.tensors()

@@ -1,0 +1,500 @@
+"""Predictions against measurement over a grid of jobs: time, reserved GPU memory, host memory, fits or not.
+
+    python tests/studies/prediction_grid.py run --out DIR [--cells 1-20] [--seconds 400] [--machine FILE]
+    python tests/studies/prediction_grid.py table DIR
+
+`prediction_grid.toml` lists the cells; none of them is used for a constant of the cost model. `run` measures
+the machine (`DIR/machine.json`), plans every cell for it as `compare` does, and measures each in a process of
+its own: a copy (fork) of one that has loaded the libraries and has no CUDA context, which spares the ten
+seconds of loading them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over.
+Pages of the libraries that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is
+compared where it is more than a few GB.
+`table` predicts every record anew, with the settings that it ran with, and prints the errors.
+
+A cell with `edge = 1.0` runs with the smallest --vram that the planner calls enough; one with `edge = 0.95`
+runs, against the plan, with that much of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from engines.base import LinkRates  # noqa: E402
+from engines.costs.table import traffic  # noqa: E402
+from engines.settings.parse import parse_settings  # noqa: E402
+from harness.pipeline import find_machine, plan_job  # noqa: E402
+from harness.records.environment import read_environment  # noqa: E402
+from harness.records.job import DataSource, Job, Limits, ModelSource, make_job  # noqa: E402
+from harness.records.run import Run, Summary, load_run, save_run  # noqa: E402
+from harness.resolve import resolve_shape  # noqa: E402
+from harness.runs.attempt import record_of  # noqa: E402
+from harness.runs.emulate import Emulated, Held  # noqa: E402
+from harness.runs.launch import Outcome, read_result  # noqa: E402
+from harness.runs.memory_sampler import MemorySampler  # noqa: E402
+from harness.runs.processes import child_environment  # noqa: E402
+from harness.runs.worker import Request  # noqa: E402
+from profiles.documents import adapter, to_json  # noqa: E402
+from profiles.machine import Figure, Machine, load_machine, save_machine  # noqa: E402
+from profiles.planning.budget import budget_of, reserved_bytes  # noqa: E402
+from profiles.planning.plan import Plan  # noqa: E402
+from profiles.planning.predict import predict  # noqa: E402
+from profiles.system.nvml import open_device  # noqa: E402
+from profiles.units import parse_bytes  # noqa: E402
+
+CELLS = Path(__file__).with_suffix(".toml")
+STEPS, WARMUP = 6, 3
+SAMPLE_S = 0.03
+CELL_S = 120.0
+"""The longest that a cell may take."""
+LEAST_HOST_BYTES = 4_000_000_000
+EDGE_STEP = 10_000_000
+"""Edges are found to this many bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridCell:
+    """One job and the method that runs it."""
+
+    name: str
+    engine: str
+    model: str
+    batch: int
+    tokens: int
+    dtype: str = "bf16"
+    accumulation: int = 1
+    checkpointing: bool = True
+    vram: str | None = None
+    link: str | None = None
+    """Rate of each direction of the emulated link, such as `24GB` a second."""
+    edge: float | None = None
+    settings: dict[str, Any]
+
+    def job(self, vram_bytes: int | None = None) -> Job:
+        limit = vram_bytes if self.vram is None else parse_bytes(self.vram, "vram")
+        return Job(
+            model=ModelSource(name=self.model, random_weights=True),
+            data=DataSource(train="random"),
+            batch_size=self.batch,
+            seq_len=self.tokens,
+            accumulation=self.accumulation,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            checkpointing=self.checkpointing,
+            steps=STEPS,
+            warmup_steps=WARMUP,
+            limits=Limits(vram_bytes=limit, timeout_s=CELL_S),
+            settings=make_job(
+                {"model": {"name": self.model}, "settings": {self.engine: self.settings}}, self.name
+            ).settings
+            if self.settings
+            else {},
+        )
+
+
+def grid_cells(path: Path = CELLS) -> list[GridCell]:
+    """Each cell of the list, with its defaults."""
+    told = tomllib.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [GridCell(**{"settings": {}, **each}) for each in told]
+
+
+def planned(cell: GridCell, machine: Machine) -> tuple[Job, Plan, Machine]:
+    """The cell's job and plan, and the machine that it is planned for."""
+    if cell.link is not None:
+        machine = with_link(machine, parse_bytes(cell.link, "link"))
+    job = cell.job()
+    shape = resolve_shape(job)
+
+    def plan_with(job: Job) -> Plan:
+        (plan,) = plan_job(job, shape, machine, [cell.engine])
+        return plan
+
+    if cell.edge is None:
+        return job, plan_with(job), machine
+    low, high = 0, 160_000_000_000 // EDGE_STEP  # in steps; the high one fits if anything does
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan_with(cell.job(middle * EDGE_STEP)).fits:
+            high = middle
+        else:
+            low = middle
+    job = cell.job(int(cell.edge * high * EDGE_STEP))
+    return job, plan_with(job), machine
+
+
+def with_link(machine: Machine, bytes_per_s: float) -> Machine:
+    """`machine` with a link of that rate in each direction, and nine tenths of it with both busy."""
+
+    def told(rate: float) -> Figure:
+        return Figure(value=rate, origin="datasheet", method="the rate of the emulated link")
+
+    assert machine.link is not None
+    link = replace(
+        machine.link,
+        h2d_pinned_bytes_per_s=told(bytes_per_s),
+        d2h_pinned_bytes_per_s=told(bytes_per_s),
+        h2d_duplex_bytes_per_s=told(0.9 * bytes_per_s),
+        d2h_duplex_bytes_per_s=told(0.9 * bytes_per_s),
+    )
+    return replace(machine, name=f"{machine.name}, link of {bytes_per_s / 1e9:g} GB/s", link=link)
+
+
+def emulated_link(machine: Machine, cell: GridCell) -> Emulated | None:
+    """What holds the run to the cell's link; memory is the card's, or what the job says."""
+    if cell.link is None or machine.gpu is None or machine.link is None:
+        return None
+    rates = [
+        float(getattr(machine.link, name).value or 0.0)
+        for name in (
+            "h2d_pinned_bytes_per_s", "d2h_pinned_bytes_per_s",
+            "h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s",
+        )
+    ]  # fmt: skip
+    return Emulated(
+        machine=machine.name,
+        vram_bytes=machine.gpu.total_bytes,
+        threads=machine.cpu.cores_usable,
+        rates=LinkRates(
+            h2d_bytes_per_s=rates[0], d2h_bytes_per_s=rates[1],
+            h2d_duplex_bytes_per_s=rates[2], d2h_duplex_bytes_per_s=rates[3],
+        ),
+    )  # fmt: skip
+
+
+# --- running ------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Loads the libraries, then runs each folder that stdin names in a copy of this process, one at a time.
+    Says on stdout `ready`, and for each folder the copy's process id and how it ended."""
+    import torch
+    import transformers
+
+    import harness.data.batches
+    import harness.models.blueprint
+    import harness.runs.worker as worker
+    from engines import ENGINES, load_engine
+
+    loaded = (torch, transformers, harness.data.batches, harness.models.blueprint)
+    assert all(loaded)
+    for name, row in ENGINES.items():
+        with contextlib.suppress(Exception):
+            if row.needs_torch:
+                load_engine(name)
+    assert not torch.cuda.is_initialized(), "a copy could not have a context of its own"
+    print("ready", flush=True)
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT, 0o644)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                events = os.open(folder / "events", os.O_WRONLY | os.O_CREAT, 0o644)
+                code = worker.main([str(folder), str(events), str(os.getppid())])
+            finally:
+                os._exit(code)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+class Server:
+    """The loaded process, started anew where it was lost."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def outcome(self, request: Request, folder: Path) -> Outcome:
+        """Of one run in a copy of the loaded process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "request.json").write_text(to_json(request), encoding="utf-8")
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{folder.resolve()}\n")
+        process.stdin.flush()
+        pid = int(process.stdout.readline())
+        device = open_device()
+        sampler = MemorySampler([pid], [] if device is None else [device])
+        ended: list[str] = []
+        deadline_s = time.monotonic() + CELL_S
+        os.set_blocking(process.stdout.fileno(), False)
+        late = False
+        while not ended:
+            sampler.take()
+            if not late and time.monotonic() > deadline_s:
+                late = True
+                os.kill(pid, 9)
+            ended = [line for line in [process.stdout.readline()] if line]
+            time.sleep(SAMPLE_S)
+        os.set_blocking(process.stdout.fileno(), True)
+        result = read_result(folder / "result.json")
+        if result is None:
+            reason = f"took longer than {CELL_S:g} s" if late else f"ended with code {ended[0].strip()}"
+            return Outcome(
+                end_state="timeout" if late else "crash", end_reason=reason, samples=(), summary=Summary(),
+                by_user=False,
+            )  # fmt: skip
+        return Outcome(
+            end_state=result.end_state,
+            end_reason=result.end_reason,
+            samples=result.samples,
+            summary=replace(
+                result.summary,
+                peak_host_bytes=max(sampler.peak_host_bytes, result.summary.peak_host_bytes or 0) or None,
+                peak_gpu_nvml_bytes=sampler.peak_gpu_bytes,
+            ),
+            by_user=False,
+            held=_held(folder / "events"),
+            notes=result.notes,
+        )
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "serve"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=child_environment(),
+            )
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            if line != "ready\n":
+                raise SystemExit("the process that loads the libraries has ended")
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
+
+def _held(events: Path) -> Held | None:
+    """What the run was held to of another machine, if it said so."""
+    with contextlib.suppress(OSError):
+        for line in events.read_text(encoding="utf-8").splitlines():
+            told = json.loads(line)
+            if "held" in told:
+                found: Held = adapter(Held).validate_python(told["held"])
+                return found
+    return None
+
+
+def chosen(cells: Sequence[GridCell], told: str | None) -> Iterator[GridCell]:
+    """Those that `1-20,31` names, counted from 1."""
+    if told is None:
+        yield from cells
+        return
+    for part in told.split(","):
+        first, _, last = part.partition("-")
+        yield from cells[int(first) - 1 : int(last or first)]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    began_s = time.monotonic()
+    known = out / "machine.json"
+    machine = find_machine(arguments.machine, quiet=True, known=known)
+    save_machine(machine, known)
+    environment = read_environment()
+    server = Server()
+    for cell in chosen(grid_cells(arguments.list), arguments.cells):
+        path = out / "runs" / f"{cell.name}.json"
+        if path.exists():
+            continue
+        if arguments.seconds is not None and time.monotonic() - began_s > arguments.seconds:
+            print(f"{arguments.seconds:g} s are used up; the same command goes on", flush=True)
+            break
+        start_s = time.monotonic()
+        job, plan, planned_for = planned(cell, machine)
+        if not plan.available or (not plan.fits and cell.edge in (None, 1.0)):
+            print(f"{cell.name}: no plan ({plan.why_not})", flush=True)
+            continue
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        request = Request(
+            id=cell.name, job=job, shape=resolve_shape(job), plan=plan,
+            emulated=emulated_link(planned_for, cell),
+        )  # fmt: skip
+        outcome = server.outcome(request, out / ".work" / cell.name)
+        told = replace(environment, emulated=None if request.emulated is None else request.emulated.machine)
+        record = record_of(request, 1, began, told, outcome)
+        save_run(record, path)
+        print(f"{line_of(record)}  ({time.monotonic() - start_s:.0f} s)", flush=True)
+    server.close()
+    print(text_of(rows_of(out)))
+    return 0
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A record beside what is predicted for it today. Ratios are predicted over measured."""
+
+    name: str
+    engine: str
+    end_state: str
+    fits: bool
+    """As the plan of its time called it."""
+    step: float | None
+    inside: bool | None
+    """The step took what today's range says."""
+    reserved: float | None
+    host: float | None
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """Of all records in `folder`, each predicted anew with the settings that it ran with."""
+    machine = load_machine(folder / "machine.json")
+    return [row_of(load_run(path), machine) for path in sorted((folder / "runs").glob("*.json"))]
+
+
+def row_of(record: Run, machine: Machine) -> Row:
+    job = make_job(record.job, record.id)
+    shape = resolve_shape(job)
+    if record.emulation is not None:
+        machine = with_link(machine, record.emulation.rates.h2d_bytes_per_s)
+    given = {name: str(value) for name, value in record.plan.settings.items()}
+    cost = traffic(record.engine, shape, job.workload, parse_settings(record.engine, given))
+    budget = budget_of(machine, None, None, None)
+    now, measured = predict(cost, machine, job.workload), record.summary
+    took_s = measured.step_s_median
+
+    def over(predicted: float | None, taken: float | None) -> float | None:
+        return predicted / taken if predicted and taken and record.end_state == "ok" else None
+
+    inside = None
+    if took_s and now.step_s_low is not None and now.step_s_high is not None:
+        inside = now.step_s_low <= took_s <= now.step_s_high
+    return Row(
+        name=record.id,
+        engine=record.engine,
+        end_state=record.end_state,
+        fits=record.plan.fits,
+        step=over(now.step_s, took_s),
+        inside=inside,
+        reserved=over(reserved_bytes(cost, budget), measured.peak_gpu_reserved_bytes),
+        host=over(now.peak_host_bytes, measured.peak_host_bytes)
+        if now.peak_host_bytes > LEAST_HOST_BYTES
+        else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Errors:
+    """Of one quantity over all records that have it."""
+
+    count: int
+    median: float
+    """Of |predicted / measured - 1|."""
+    nine_in_ten: float
+    """Within which nine in ten are."""
+
+
+def errors_of(rows: Sequence[Row], ratio: Callable[[Row], float | None]) -> Errors | None:
+    off = sorted(abs(found - 1) for row in rows if (found := ratio(row)) is not None)
+    if not off:
+        return None
+    last = min(len(off) - 1, -(-9 * len(off) // 10) - 1)
+    return Errors(count=len(off), median=statistics.median(off), nine_in_ten=off[last])
+
+
+QUANTITIES: dict[str, Callable[[Row], float | None]] = {
+    "step": lambda row: row.step,
+    "reserved GPU memory": lambda row: row.reserved,
+    "host memory": lambda row: row.host,
+}
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """The table, for people and as Markdown."""
+
+    def told(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    lines = ["| cell | end | called | step | reserved | host |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row.name} | {row.end_state} | {'fits' if row.fits else 'does not fit'} | {told(row.step)} "
+        f"| {told(row.reserved)} | {told(row.host)} |"
+        for row in rows
+    ]
+    lines += ["", "| predicted over measured | cells | median error | nine in ten within |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for name, ratio in QUANTITIES.items():
+        found = errors_of(rows, ratio)
+        if found is not None:
+            lines.append(f"| {name} | {found.count} | {found.median:.1%} | {found.nine_in_ten:.1%} |")
+    ran_out = [row.name for row in rows if row.fits and row.end_state == "oom_gpu"]
+    unfit = [row for row in rows if not row.fits]
+    ran = [row.name for row in unfit if row.end_state == "ok"]
+    inside = [row.inside for row in rows if row.inside is not None]
+    lines += [
+        "",
+        f"Called fitting and out of memory: {len(ran_out)} {', '.join(ran_out)}".rstrip(),
+        f"Called unfit and ran: {len(ran)} of {len(unfit)} {', '.join(ran)}".rstrip(),
+        f"Steps inside the predicted range: {sum(inside)} of {len(inside)}",
+    ]
+    return "\n".join(lines)
+
+
+def line_of(record: Run) -> str:
+    """A record beside its plan, while it runs."""
+    told, seen = record.plan.prediction, record.summary
+
+    def against(predicted: float | None, taken: float | None, scale: float, unit: str) -> str:
+        first, second = ("-" if each is None else f"{each / scale:.3g}" for each in (predicted, taken))
+        return f"{first} / {second} {unit}"
+
+    return (
+        f"{record.id}: {record.end_state} {record.end_reason or ''} predicted / measured: "
+        f"step {against(told.step_s, seen.step_s_median, 1e-3, 'ms')}, "
+        f"reserved {against(told.reserved_gpu_bytes, seen.peak_gpu_reserved_bytes, 1e9, 'GB')}, "
+        f"allocated {against(told.peak_gpu_bytes, seen.peak_gpu_allocated_bytes, 1e9, 'GB')}, "
+        f"host {against(told.peak_host_bytes, seen.peak_host_bytes, 1e9, 'GB')}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    running = commands.add_parser("run", help="measure the cells that have no record yet")
+    running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--list", type=Path, default=CELLS, help="another list of cells")
+    running.add_argument("--cells", help="such as 1-20,31; all of the list by default")
+    running.add_argument("--seconds", type=float, help="begin no cell after so many")
+    running.add_argument("--machine", type=Path, help="its profile, in place of measuring it")
+    table = commands.add_parser("table", help="the errors of what was measured")
+    table.add_argument("folder", type=Path)
+    commands.add_parser("serve")
+    arguments = parser.parse_args()
+    if arguments.command == "serve":
+        serve()
+        return 0
+    if arguments.command == "run":
+        return run(arguments)
+    print(text_of(rows_of(arguments.folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
