@@ -44,7 +44,7 @@ def lora(shape: ModelShape, workload: Workload, settings: LoraSettings) -> Traff
 
 
 def qlora(shape: ModelShape, workload: Workload, settings: QloraSettings) -> Traffic:
-    """As `lora` with matrices of four bits, one of which is wide at a time."""
+    """Matrices of four bits, one wide at a time; 16 bytes per parameter of adapters; activations."""
     per_weight = NF4_BYTES if settings.double_quant else NF4_PLAIN_BYTES
     widest = max((each.parameters for each in shape.matrices), default=0)
     return _traffic(

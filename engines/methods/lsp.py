@@ -52,6 +52,7 @@ Deviations from the paper, and choices where it is silent:
   size, has G formed and compressed (`engines.costs.lsp.forms_gradient`).
 - What is not a matrix of a block (embeddings, head, norms, biases) is trained by AdamW on the device as in
   native, or frozen with `train_outer=False`. So is a block's matrix that has a second place in the model.
+- `residual`, off by default, is not the paper's: what its projectors leave out takes a step of its own.
 - Micro-batches accumulate in the subspace: the core of the sum is the sum of the cores, in fp32.
 - Decay, bias correction and learning-rate schedules are AdamW's. `max_grad_norm` clips by the norm of all
   compressed gradients and of the gradients outside the subspaces together.
@@ -85,7 +86,7 @@ from engines.cpu_updates.pipeline import (
     update_at_once,
 )
 from engines.cpu_updates.rank_updates import RankUpdates
-from engines.errors import NonFiniteLoss
+from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import accumulate_gradients, prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
     load_checkpoint,
@@ -173,10 +174,13 @@ class Lsp:
     def setup(self, blueprint: Blueprint) -> None:
         """Fill the model, draw projectors, pin the cores' memory, start the CPU worker.
 
-        Raises `UserError` for fp16 and for a model without matrices in its blocks.
+        Raises `UserError` for fp16, for a model without matrices in its blocks, and for a residual with
+        several micro-batches.
         """
         self._dtype = weights_dtype(self.context, self.name)
         settings, context = self.settings, self.context
+        if settings.residual and context.workload.accumulation > 1:
+            raise UserError("--set lsp.residual", "is for one micro-batch a step", "leave out --accumulation")
         (check_block_major if settings.block_major else check_watched)(blueprint, context)
         if settings.streams:
             self.streamed = StreamedMatrices(
@@ -416,6 +420,7 @@ class Lsp:
             return
         block = self._blocks[place]
         block.has_gradient = True
+        self._step_along_residuals(block)
         if self._is_last_micro_batch:
             self._send(place)
 
@@ -449,6 +454,16 @@ class Lsp:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
         slot_free[place % len(slot_free)] = block.pending[-1].downloaded
+
+    def _step_along_residuals(self, block: CoreBlock) -> None:
+        """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
+        behind it, and the backward pass has used the weights."""
+        for matrix in block.matrices:
+            if matrix.residual is not None:
+                subspace, share = matrix.subspace, self._share
+                key = derived_seed(self.context.seed, subspace.name, share.step, "residual") & 0xFFFFFFFF
+                # `data`: as in `_apply`.
+                matrix.residual.apply(subspace.weight.data, share.learning_rate, self.settings, key)
 
     @property
     def _sends_at_once(self) -> bool:
@@ -494,6 +509,8 @@ class Lsp:
         """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
         for matrix in matrices:
             core = matrix.of(direction)
+            if matrix.residual is not None:
+                matrix.residual.follow(core)
             # HAZARD: blocks that take turns in a slot share its count of changes, by which autograd would
             # take one block's update for a change of what another has saved; `data` does not count.
             self._update(matrix.subspace, matrix.subspace.weight.data, core, share)

@@ -227,7 +227,7 @@ def _signs_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
     FORM: tl.constexpr, WORDS: tl.constexpr, SIDES: tl.constexpr, PERTURB: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
-    """As `_visit_kernel` with signs, which does not store. Two threads have elements in the same words, and
+    """Perturbs by signs and does not store. Two threads have elements in the same words, and
     both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
     record = tl.program_id(0).to(tl.int64)
     tile, tensor, base, left = _whose(record, places, num_matrices)

@@ -19,11 +19,11 @@ from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.pipeline import OfRanks, PieceUpdate, StepShare
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
-from engines.settings.first_order import AdamWSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
 from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, compress, transport_moments
+from engines.subspace.residual import Residual, make_residual, residual_rooms
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab, HostSlabs
 from engines.transfer.shared_memory import shared_slabs
@@ -53,6 +53,8 @@ class CoreMatrix:
     """(d, d) on the GPU, in its block's slot: the compressed gradient, of the weights' dtype."""
     sum: Tensor | None
     """(d, d) fp32: the sum over micro-batches, if there are several."""
+    residual: Residual | None
+    """What the core leaves out takes a step too."""
     offset: int
     """Of its core, in elements, in its piece."""
     is_collected: bool = False
@@ -87,7 +89,10 @@ class CoreMatrix:
             formed = above.T @ across
             if self.calibrator.calibrates:
                 self.calibrator.check(self, formed)
-            self._take(compress(formed, subspace.left, subspace.right))
+            core = compress(formed, subspace.left, subspace.right)
+            if self.residual is not None:
+                self.residual.take(formed, core, subspace.left, subspace.right, adds=self.is_collected)
+            self._take(core)
         elif self.sum is not None and above.is_cuda and above.dtype != torch.float32:
             self._take(torch.ops.aten.mm.dtype(above.T, across, torch.float32))
         elif self.sum is None and not self.is_collected:
@@ -111,6 +116,8 @@ class CoreMatrix:
             self.core.copy_(self.sum)
         elif not self.is_collected:
             self.core.zero_()
+        if self.residual is not None:
+            self.residual.finish(self.core if self.is_collected else None)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -127,7 +134,7 @@ class CoreState:
     variance: Tensor
     """(elements,) fp32 or bf16."""
     squared_norm: Tensor
-    settings: AdamWSettings
+    settings: LspSettings
     key: int
     """Of the noise that rounds bf16 moments."""
     updates: int = 0
@@ -258,6 +265,7 @@ class Cores:
             self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
         self.blocks: list[CoreBlock] = []
         begin = 0
+        rooms_for_residuals = residual_rooms(subspaces, dtype, device) if settings.residual else []
         for index, members in enumerate(subspaces):
             core = slots[index % len(slots)][: sizes[index]]
             on_host = outgoing[begin : begin + sizes[index]]
@@ -280,7 +288,8 @@ class Cores:
                 )
                 part = core[first : first + count]
                 of_part = None if sums is None else sums[first : first + count]
-                matrices = _matrices(group, part, of_part, calibrator, workload)
+                left_out = rooms_for_residuals[sum(len(piece.matrices) for piece in pieces) :]
+                matrices = _matrices(group, part, of_part, calibrator, workload, settings.residual, left_out)
                 pieces.append(CorePiece(state=state, matrices=matrices, core=part))
                 self.first.append(begin)
                 first += count
@@ -370,17 +379,21 @@ def _matrices(
     sums: Tensor | None,
     calibrator: Calibrator,
     workload: Workload,
+    residual: float,
+    rooms: Sequence[Tensor],
 ) -> list[CoreMatrix]:
+    """`rooms` are for what `residual`, if any, steps along: for each matrix one."""
     offset, found = 0, []
-    for each in subspaces:
-        d = each.d
+    for place, each in enumerate(subspaces):
+        d, rows, columns = each.d, each.left.rows, each.right.rows
         found.append(
             CoreMatrix(
                 calibrator=calibrator,
                 subspace=each,
-                forms_gradient=forms_gradient(each.left.rows, each.right.rows, d, workload),
+                forms_gradient=residual > 0 or forms_gradient(rows, columns, d, workload),
                 core=core[offset : offset + d * d].view(d, d),
                 sum=None if sums is None else sums[offset : offset + d * d].view(d, d),
+                residual=make_residual(residual, each.weight.shape, rooms[place]) if residual else None,
                 offset=offset,
             )
         )

@@ -154,8 +154,8 @@ def alone(arguments: argparse.Namespace) -> None:
                     )
 
 
-def take_steps(arguments: argparse.Namespace, changed: dict[str, Any]) -> list[list[float | None]]:
-    """Of each step but the first ones: its seconds, and those of GPU, CPU, and CPU exposed."""
+def made_engine(arguments: argparse.Namespace, changed: dict[str, Any], steps: int) -> tuple[Any, Any]:
+    """An engine with random weights that is set up for so many steps, and what gives its batches."""
     from engines import load_engine
     from engines.base import Context
     from engines.settings.parse import parse_settings
@@ -171,19 +171,24 @@ def take_steps(arguments: argparse.Namespace, changed: dict[str, Any]) -> list[l
         seq_len=arguments.seq_len,
         accumulation=arguments.accumulation,
         dtype="bf16",
-        steps=arguments.steps,
+        steps=steps,
         warmup_steps=0,
     )
     given = dict(each.split("=", 1) for each in arguments.set)
     settings = parse_settings(arguments.engine, {"learning_rate": "1e-6", **given, **changed})
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    engine = load_engine(arguments.engine)(
-        settings, Context(device=device, workload=job.workload, seed=0, total_steps=arguments.steps)
-    )
+    context = Context(device=device, workload=job.workload, seed=0, total_steps=steps)
+    engine = load_engine(arguments.engine)(settings, context)
     data = make_data(job, resolve_shape(job))
     blueprint = make_blueprint(job, resolve_shape(job), data.step_batches(0)[0])
     engine.setup(blueprint)
     blueprint.release()
+    return engine, data
+
+
+def take_steps(arguments: argparse.Namespace, changed: dict[str, Any]) -> list[list[float | None]]:
+    """Of each step but the first ones: its seconds, and those of GPU, CPU, and CPU exposed."""
+    engine, data = made_engine(arguments, changed, arguments.steps)
     told = []
     try:
         for step in range(arguments.steps):
