@@ -8,7 +8,10 @@ thread, the upload stream and the stream that applies. The thread takes what has
 block that the next forward pass needs first. Its dependencies only go forward, so it cannot deadlock.
 
 Methods decide what to submit and how it lands; this file decides the order, and keeps failures from hanging
-and from spreading.
+and from spreading. With several ranks the thread takes what has arrived on all, if this rank is to update it,
+and what other ranks have updated is uploaded as it comes (`engines.cpu_updates.rank_updates`).
+
+Longer than 400 lines: a piece's way through both threads, alone and with other ranks, is one thing.
 """
 
 from __future__ import annotations

@@ -119,12 +119,12 @@ from engines.subspace.cores import (
     CoreBlock,
     CoreMatrix,
     Cores,
-    follow_projectors,
     move_moments,
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
 from engines.subspace.projector import Projector
+from engines.subspace.rank_projectors import follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks

@@ -2,6 +2,8 @@
 
 A core is made in its block's slot of GPU memory and travels with its neighbours, as a piece
 (`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
+
+Longer than 400 lines: a core's places on both sides are laid out together.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
@@ -441,19 +442,3 @@ def move_moments(state: CoreState, matrix: CoreMatrix, left: Projector, right: P
     for moment, result in zip(moments, moved, strict=True):
         moment.copy_(result.to(moment.dtype))
     return sum(moment.nbytes for moment in moments)
-
-
-def follow_projectors(world: World, matrix: CoreMatrix, is_new: bool) -> bool:
-    """Let every rank have the projectors of rank 0 for a matrix, where they are new there: whether they are.
-    All ranks call it for the same matrix."""
-    subspace, content = matrix.subspace, b""
-    if is_new:
-        content = save({name: tensor.cpu().contiguous() for name, tensor in subspace.tensors().items()})
-    content = world.broadcast(content)
-    if content and world.rank > 0:
-        tensors = load(content)
-        for name, tensor in subspace.tensors().items():
-            tensor.copy_(tensors[name])
-        subspace.assign(subspace.left, subspace.right)
-        subspace.generation += 1
-    return bool(content)
