@@ -233,7 +233,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         {
             "gradients": held["gradients"] + outer + passing,
             "activations": saved + between,
-            "logits": transformer.logits_bytes(shape, workload),
+            "logits": transformer.logits_bytes(shape, workload, compiled=passes.compiled),
         },
         {
             "gradients": held["gradients"] + outer + made,

@@ -113,6 +113,7 @@ from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out
 from engines.model.hidden_states import HiddenStates
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
+from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.offload.disk import spill_folder
 from engines.offload.disk_states import DiskStates
@@ -179,6 +180,7 @@ class ExactOffload:
         """
         self._dtype = weights_dtype(self.context, self.name)
         check_block_major(blueprint, self.context)
+        give_back(self.device)
         self.model: nn.Module = blueprint.model
         layout = lay_out(self.model, self._dtype)
         outer: list[BlockLayout] = []

@@ -103,6 +103,7 @@ from engines.model.blocks import find_blocks, materialize, no_cache
 from engines.model.evaluation import evaluate_on_device
 from engines.model.model_check import check_block_major, check_watched
 from engines.model.randomness import draws_random_numbers
+from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, landed
@@ -182,6 +183,7 @@ class Lsp:
         if settings.residual and context.workload.accumulation > 1:
             raise UserError("--set lsp.residual", "is for one micro-batch a step", "leave out --accumulation")
         (check_block_major if settings.block_major else check_watched)(blueprint, context)
+        give_back(context.device)
         if settings.streams:
             self.streamed = StreamedMatrices(
                 blueprint, self._dtype, self.link, self._compute, context.progress
