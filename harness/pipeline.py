@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engines import ENGINES, is_external
 from engines.errors import UserError
 from engines.files.locks import locked_folder
 from engines.files.reading import exists
@@ -21,7 +22,9 @@ from harness.data.padding import padded_length
 from harness.progress import console
 from harness.records.job import Job
 from harness.records.run import Run
+from harness.records.shape import MODEL, save_shape
 from harness.records.shared import shared_machine
+from harness.records.upgrades import UPGRADES, save_upgrades
 from harness.resolve import resolve_shape
 from harness.runs.attempt import MatrixRate
 from harness.runs.emulate import Emulated, emulated
@@ -30,7 +33,9 @@ from harness.runs.launch import WORK, launch_probe
 from harness.runs.ranks import check_gpus
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep
 from harness.runs.sweep_folder import check_folder
-from profiles.advice.amount import DataLengths
+from profiles.advice.amount import Amount, DataLengths
+from profiles.advice.outlook import JobToPlan
+from profiles.advice.what_if import StepsOn, steps_with_upgrades
 from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
@@ -209,12 +214,15 @@ def planned_cells(ready: PreparedJob, sweep: Sweep) -> list[Cell]:
 
 
 def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEvent], None]) -> list[Run]:
-    """Run the plans, each in its own process. Keeps the machine beside the runs."""
+    """Run the plans, each in its own process. Keeps beside the runs the machine, the model's sizes, and
+    what upgrades would bring."""
     data_file = None if ready.save_data is None else (sweep.out / WORK / "data.safetensors").resolve()
     at_end = contextlib.ExitStack()
 
     def before_first() -> None:
         save_machine(shared_machine(ready.machine), sweep.out / "machine.json")
+        save_shape(ready.shape, sweep.out / MODEL)
+        save_upgrades(_upgrades(ready), sweep.out / UPGRADES)
         if ready.save_data is not None and data_file is not None:
             at_end.callback(_clear, data_file)
             ready.save_data(data_file)
@@ -224,6 +232,29 @@ def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEven
             ready.job, ready.shape, ready.plans, sweep.out, _options(ready, sweep), on_event=observe,
             before_first=before_first, data_file=data_file,
         )  # fmt: skip
+
+
+def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:
+    return JobToPlan(
+        shape=shape,
+        workload=job.workload,
+        engines=engines,
+        settings=job.settings,
+        amount=amount,
+        vram_bytes=job.limits.vram_bytes,
+        host_bytes=job.limits.host_bytes,
+        gpus=job.limits.gpus,
+        nodes=job.limits.nodes,
+    )
+
+
+def _upgrades(ready: PreparedJob) -> tuple[StepsOn, ...]:
+    """Of the methods that are planned, and of those that most people would use."""
+    planned = [plan.engine for plan in ready.plans if not is_external(plan.engine)]
+    usual = [name for name, row in ENGINES.items() if row.asked_first and name not in planned]
+    return steps_with_upgrades(
+        ready.machine, job_to_plan(ready.job, ready.shape, [*dict.fromkeys(planned), *usual], None)
+    )
 
 
 def _clear(data_file: Path) -> None:

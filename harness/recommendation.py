@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,20 +140,6 @@ def unmeasured_limit(answer: Recommendation) -> str | None:
 
 PINNED_ON_WSL = 500 * 10**6
 """What a process on WSL2 has been refused more than (microsoft/WSL#14078)."""
-
-
-def job_to_plan(job: Job, shape: ModelShape, engines: Sequence[str], amount: Amount | None) -> JobToPlan:
-    return JobToPlan(
-        shape=shape,
-        workload=job.workload,
-        engines=engines,
-        settings=job.settings,
-        amount=amount,
-        vram_bytes=job.limits.vram_bytes,
-        host_bytes=job.limits.host_bytes,
-        gpus=job.limits.gpus,
-        nodes=job.limits.nodes,
-    )
 
 
 def recommended(

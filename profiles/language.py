@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal, get_args
+from typing import Literal
 
 Language = Literal["en", "ja"]
-LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 _spoken: ContextVar[Language] = ContextVar("language", default="en")
 
@@ -45,8 +44,12 @@ def sentences(package: str, language: Language) -> dict[str, str]:
     }
 
 
-_QUANTITY = re.compile(r"([+-]?[\d.,]+(?:e[+-]?\d+)?) (s|min|h|us)", re.ASCII)
-_TIMES = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒"}
+_NUMBER = r"[+-]?[\d.,]+(?:e[+-]?\d+)?"
+_QUANTITY = re.compile(rf"({_NUMBER}) (s|min|h|us|days|JPY)", re.ASCII)
+_UNITS = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒", "days": "日", "JPY": "円"}
+_SHAPES = {"band": "{}\uff5e{}", "bracket": "{}\uff08{}\uff09"}
+_BAND = re.compile(rf"({_NUMBER}(?: [A-Za-z]+)?) to ({_NUMBER}(?: [A-Za-z/]+)?)", re.ASCII)
+_WITH_BAND = re.compile(rf"({_NUMBER}(?: [A-Za-z]+)?) \(({_NUMBER} to {_NUMBER})\)", re.ASCII)
 _RATIO = re.compile(r"([\d.,]+)x", re.ASCII)
 _DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)((?: \d\d:\d\d UTC)?)", re.ASCII)
 _WORDS = {"not measured": "未測定"}
@@ -77,12 +80,48 @@ def _pattern(english: str) -> str:
 
 
 def _translated_value(name: str, value: str) -> str:
-    """What stands for a name: `items` are several, and what begins with `raw_` stays as it is."""
+    """What stands for a name: `items` are several, `methods` are names, each perhaps with a quantity, `parts`
+    are the terms of a sum, and what begins with `raw_` stays as it is."""
     if name.startswith("raw_"):
         return value
+    if name == "methods":
+        return "、".join(_method(one) for one in re.split(r", | and ", value))
+    if name == "parts":
+        return " + ".join(_part(one) for one in value.split(" + "))
     if name == "items":
         return "、".join(translated(item) for item in value.split("; "))
     return translated(value)
+
+
+def _method(told: str) -> str:
+    """`lsp` or `lsp (27.7 min)`."""
+    name, bracket, rest = told.partition(" (")
+    return _SHAPES["bracket"].format(name, quantity(rest.removesuffix(")"))) if bracket else name
+
+
+def _part(told: str) -> str:
+    """`weights, pinned 2.26 GiB`."""
+    found = re.fullmatch(r"(.+?) ([\d.,]+ \w+)", told)
+    return told if found is None else f"{word(found[1])} {found[2]}"
+
+
+@cache
+def _word_list(language: Language) -> dict[str, str]:
+    content = files("profiles").joinpath("text", f"{language}.toml").read_text(encoding="utf-8")
+    found: dict[str, str] = tomllib.loads(content)["word"]
+    return found
+
+
+def word(text: str) -> str:
+    """A heading or a cell of a table, in the language spoken: of the list of words, else as a sentence, else
+    as it is."""
+    if spoken() == "en":
+        return text
+    words = _word_list(spoken())
+    key = text.strip()
+    if key in words:
+        return words[key] + text[len(text.rstrip()) :]
+    return translated(text)
 
 
 def translated(text: str) -> str:
@@ -98,6 +137,20 @@ def translated(text: str) -> str:
     return quantity(text)
 
 
+_LARGE: dict[Language, tuple[tuple[float, str], ...]] = {
+    "en": ((1e9, " B"), (1e6, " M"), (1e3, " K")),
+    "ja": ((1e8, "億"), (1e4, "万")),
+}
+
+
+def large_count(count: int, show: Callable[[float], str]) -> str:
+    """A number of parameters, such as `1.35 B`, in the language's own units; `show` writes the number."""
+    for size, unit in _LARGE[spoken()]:
+        if count >= size:
+            return f"{show(count / size)}{unit}"
+    return str(count)
+
+
 def quantity(text: str) -> str:
     """`text`, if it is a number with its unit, a date or 'not measured', as the language writes it."""
     if spoken() == "en":
@@ -105,7 +158,11 @@ def quantity(text: str) -> str:
     if text in _WORDS:
         return _WORDS[text]
     if found := _QUANTITY.fullmatch(text):
-        return f"{found[1]} {_TIMES[found[2]]}"
+        return f"{found[1]} {_UNITS[found[2]]}"
+    if found := _BAND.fullmatch(text):
+        return _SHAPES["band"].format(quantity(found[1]), quantity(found[2]))
+    if found := _WITH_BAND.fullmatch(text):
+        return _SHAPES["bracket"].format(quantity(found[1]), quantity(found[2]))
     if found := _RATIO.fullmatch(text):
         return f"{found[1]} 倍"
     if found := _DAY.fullmatch(text):

@@ -23,6 +23,7 @@ from engines import YARDSTICK, entry, public_engines
 from engines.errors import UserError
 from harness.records.comparison import Comparison, beside_native
 from harness.records.run import Run
+from profiles.language import translated
 from profiles.machine import Machine
 from reports.criteria import (
     ANY_METHOD,
@@ -35,7 +36,7 @@ from reports.criteria import (
 from reports.findings.governance import GovernanceLine
 from reports.format import metric_value, span, times
 from reports.judging.quality import learned
-from reports.judging.ranking import Standing, State, beaten_by, ordered
+from reports.judging.ranking import Standing, State, beaten_by, ordered, trains_less
 from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text
 from reports.judging.untried import Untried, what_to_run
 from reports.messages import say
@@ -105,6 +106,11 @@ class Verdict:
     governance: Annotated[tuple[GovernanceLine, ...], Field(exclude_if=lambda lines: not lines)] = ()
     """The checklist; empty, and then not written, where the records are of before it."""
     schema_version: int = 1
+
+    @property
+    def about(self) -> str:
+        """The method to use; where there is none, the one that was judged; empty: nothing was."""
+        return self.method or (self.rows[0].engine if self.rows else "")
 
 
 def decide(
@@ -271,14 +277,26 @@ def _sentence(state: State, rows: Sequence[JudgedCriterion], method: str | None,
             asked=asked(row),
             note=row.note or "",
             because=say("verdict.because", note=row.note) if row.note else "",
+            untold=_untold(method or row.engine, all_),
         )
     if state == "INCONCLUSIVE":
         return say("verdict.nothing_to_judge_by")
     engine = method or next(row.engine for row in rows if row.level == "must" and row.outcome == "pass")
     if answer := _answer(engine, all_):
-        return say("verdict.go", engine=engine, answer=answer)
+        return say("verdict.go", engine=engine, answer=answer, untold=_untold(engine, all_))
     count = sum(row.outcome == "pass" for row in rows)
     return say("verdict.go_plain", engine=engine, count=count)
+
+
+def _untold(engine: str, all_: Measurements) -> str:
+    """Of a method that does not train every weight along its gradient: that how good it gets is not known.
+    Empty where it is known, or trains all."""
+    if not all_.of(engine).ok or learned(engine, all_) is not None:
+        return ""
+    row = entry(engine)
+    if row.order == "zeroth":
+        return say("verdict.without_gradients")
+    return say("verdict.trains_fewer", trains=translated(row.trains)) if trains_less(engine) else ""
 
 
 def measured_value(row: JudgedCriterion) -> str:
@@ -289,8 +307,17 @@ def measured_value(row: JudgedCriterion) -> str:
 
 
 def state_text(state: State) -> str:
-    """As a reader sees it."""
-    return say(f"state.{state.lower().replace(' ', '_').replace('-', '_')}")
+    """As a reader sees it in the headline."""
+    return say(f"state.{_key(state)}")
+
+
+def state_word(state: State) -> str:
+    """In a table or a list."""
+    return say(f"state_short.{_key(state)}")
+
+
+def _key(state: State) -> str:
+    return state.lower().replace(" ", "_").replace("-", "_")
 
 
 def asked(row: JudgedCriterion) -> str:

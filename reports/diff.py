@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.records.columns import BYTES, SECONDS, CellValue, Column
 from harness.records.stats import Rounds, faster_or_slower
 from reports.criteria import default_criteria
-from reports.decide import Verdict, state_text
+from reports.decide import Verdict, state_word
 from reports.format import TIMES, Table
 from reports.judging import stated
 from reports.judging.quality import learned
@@ -121,8 +121,8 @@ def _sentences(before: Verdict, after: Verdict) -> list[str]:
     sentences = [
         say(
             "diff.verdict",
-            before=state_text(before.state),
-            after=state_text(after.state),
+            before=state_word(before.state),
+            after=state_word(after.state),
             method_before=before.method or say("tile.none"),
             method_after=after.method or say("tile.none"),
         )

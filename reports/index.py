@@ -22,7 +22,9 @@ from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
 from profiles.units import format_seconds
-from reports import charts
+from reports.charts.axes import Axis
+from reports.charts.bars import BarGroup, BarPart, BarRow, grouped_bars
+from reports.charts.marks import standalone
 from reports.format import (
     GIB,
     LOSS,
@@ -216,27 +218,27 @@ def overview(found: Sequence[Published]) -> str:
         mine = [one for one in shown if (one[0].model, one[0].job, one[0].machine, one[0].variant) == head]
         mine.sort(key=lambda one: engine_order(one[0].engine))
         groups.append(
-            charts.BarGroup(
+            BarGroup(
                 label="",
                 text=_joined(*head),
                 rows=tuple(
-                    charts.BarRow(
+                    BarRow(
                         label=each.engine,
                         engine=each.engine,
-                        parts=(charts.BarPart(value=100 * share),),
+                        parts=(BarPart(value=100 * share),),
                         text=percent(share),
                     )
                     for each, share in mine
                 ),
             )
         )
-    drawn = charts.grouped_bars(
+    drawn = grouped_bars(
         say("index.picture"),
         say("index.described"),
         groups,
-        lambda _: charts.Axis(name=say("index.axis"), unit="%"),
+        lambda _: Axis(name=say("index.axis"), unit="%"),
     )
-    return charts.standalone(drawn)
+    return standalone(drawn)
 
 
 def _newest_first(columns: Sequence[Column[IndexRowT]], found: Sequence[IndexRowT]) -> Iterator[str]:

@@ -12,10 +12,14 @@ from typing import Any, TypeVar
 from engines import ENGINES, is_external
 from engines.errors import UserError
 from engines.files.reading import exists
+from engines.shapes import ModelShape
 from harness.records.job import Job, load_job, make_job
 from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
+from harness.records.shape import MODEL, load_shape
 from harness.records.shared import shared_job, shared_plan, shared_values
+from harness.records.upgrades import UPGRADES, load_upgrades
+from profiles.advice.what_if import StepsOn
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
 from reports.criteria import Criteria, load_criteria
@@ -44,6 +48,11 @@ class Loaded:
     broken: tuple[Broken, ...]
     criteria: Criteria | None
     """`None`: the folder holds none."""
+    shape: ModelShape | None = None
+    """Sizes of the model; `None`: the folder does not keep them, as earlier ones did not."""
+    upgrades: tuple[StepsOn, ...] = ()
+    """The machine as it is, then with single upgrades, as predicted when the sweep began; empty: nothing is
+    kept of it."""
     findings: tuple[ManifestFinding, ...] = ()
     """What is not as the folder's manifest says."""
 
@@ -70,6 +79,7 @@ def load_folder(folder: Path) -> Loaded:
     machine = _optional(folder / "machine.json", load_machine, broken)
     plans = _optional(folder / "plans.json", _shown_plans, broken)
     job = _optional(folder / "job.toml", lambda path: shared_job(load_job(path)), broken)
+    shape = _optional(folder / MODEL, load_shape, broken)
     criteria = folder / "criteria.toml"
     return Loaded(
         name=folder.resolve().name,
@@ -81,6 +91,8 @@ def load_folder(folder: Path) -> Loaded:
             )
         ),
         runs=runs,
+        shape=shape,
+        upgrades=_optional(folder / UPGRADES, load_upgrades, broken) or (),
         findings=_findings(folder, broken),
         criteria=load_criteria(criteria) if exists(criteria) else None,
         broken=tuple(broken),

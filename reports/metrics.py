@@ -107,7 +107,9 @@ def ends(runs: Sequence[Run]) -> str:
     """`1 ok, 2 out of GPU memory`: how many runs ended how."""
     states = [run.end_state for run in runs]
     return ", ".join(
-        f"{states.count(state)} {say(f'end.{state}')}" for state in get_args(EndState) if state in states
+        say("count.ended", count=states.count(state), end=say(f"end.{state}"))
+        for state in get_args(EndState)
+        if state in states
     )
 
 

@@ -30,9 +30,9 @@ from harness.cli.options import (
 )
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import runs_table
-from harness.pipeline import Sweep, prepare
+from harness.pipeline import Sweep, job_to_plan, prepare
 from harness.progress import console
-from harness.recommendation import job_to_plan, recommended
+from harness.recommendation import recommended
 from harness.records.presets import preset_values
 from profiles.advice.job_time import Rates
 from profiles.display.tables import machine_table

@@ -9,7 +9,7 @@ from harness.records.columns import Column
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
 from harness.records.run import Run
 from profiles.figures import reported
-from profiles.language import translated
+from profiles.language import large_count, translated
 from profiles.machine import Figure
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
@@ -51,7 +51,7 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
             say("setting.workload_label"),
             say(
                 "setting.workload", batch_size=job.batch_size, seq_len=job.seq_len, accumulation=accumulation,
-                dtype=job.dtype, steps=job.steps, warmup_steps=job.warmup_steps, data=job.data.train,
+                dtype=job.dtype, steps=job.steps, warmup_steps=job.warmup_steps, data=_data(job.data.train),
                 checkpointing=say(f"setting.checkpointing_{'on' if job.checkpointing else 'off'}"),
             ),
         ),
@@ -275,15 +275,18 @@ def _held(run: Run) -> str:
     return say("setting.held_join").join(parts)
 
 
+_TOLD = {"random": "setting.random_data", "builtin": "setting.builtin_data"}
+
+
+def _data(name: str) -> str:
+    return say(_TOLD[name]) if name in _TOLD else name
+
+
 def _parameters(runs: Sequence[Run]) -> str:
     counts = [run.model.parameters for run in runs if run.model.parameters > 0]
     if not counts:
         return say("setting.parameters_unknown")
-    count = max(counts)
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return say("setting.parameters", count=f"{digits(count / size)} {unit}")
-    return say("setting.parameters", count=str(count))
+    return say("setting.parameters", count=large_count(max(counts), digits))
 
 
 def _lanes(generation: int | None, width: int | None) -> str:

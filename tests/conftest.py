@@ -31,6 +31,18 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that runs tests has a core of its own. What it trains, here and in processes that it starts,
+    then takes one thread: two wait for each other at every operation while the other core is busy, and take
+    up to ten times as long. On a machine with a GPU nothing is changed: there the CPU's work counts."""
+    starts_others = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
+    if starts_others or not hasattr(os, "sched_setaffinity") or Path("/dev/nvidiactl").exists():
+        return
+    usable = sorted(os.sched_getaffinity(0))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}").removeprefix("gw"))
+    os.sched_setaffinity(0, {usable[number % len(usable)]})
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -61,6 +61,9 @@ GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
 
 
+RESIDUAL_PASSES = 14
+"""Over a matrix, reads and writes, for what its projectors leave out."""
+
 CHECK_BYTES = 12
 """GPU memory of a check for each element of the gradient."""
 
@@ -126,6 +129,9 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         **_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
+        # What goes up is there once too, beside what each of them brings down.
+        shared_host_bytes={"optimizer": host["optimizer"] + wire_bytes} if settings.offload else {},
+        divided="updates",
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
@@ -194,7 +200,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
 def saved_flops(matrix: MatrixShape, settings: LspSettings, workload: Workload) -> float:
     """Operations of a step less than native's: the gradient's product is a core's, 2 T d^2 for 2 T m n."""
     d = core_size(matrix.rows, matrix.columns, settings)
-    if forms_gradient(matrix.rows, matrix.columns, d, workload):
+    if settings.residual or forms_gradient(matrix.rows, matrix.columns, d, workload):
         return 0.0
     return 2.0 * workload.tokens_per_step * (matrix.parameters - d * d)
 
@@ -203,11 +209,13 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
     """GPU memory traffic of a step to make a matrix's core and to apply its update."""
     element, d = BYTES_PER_ELEMENT[workload.dtype], core_size(matrix.rows, matrix.columns, settings)
     rows, columns = matrix.rows, matrix.columns
-    if forms_gradient(rows, columns, d, workload):
+    if settings.residual or forms_gradient(rows, columns, d, workload):
         made = workload.accumulation * (3 * rows * columns + 2 * rows * d)
     else:
         made = workload.tokens_per_step * (rows + columns + 2 * d)
-    return float(element * (made + 2 * matrix.parameters + 4 * d * d))
+    # Expanded, taken off the gradient, kept, scaled, filled and applied.
+    left_out = (RESIDUAL_PASSES * matrix.parameters + d * d) if settings.residual else 0
+    return float(element * (made + 2 * matrix.parameters + 4 * d * d + left_out))
 
 
 def _gpu_memory(
@@ -223,6 +231,7 @@ def _gpu_memory(
         (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
+    kept = sum(matrix.parameters for matrix in shape.matrices) if settings.residual else 0
     stores_places = settings.projector != "block"
     on_host = 0
     if settings.streams:
@@ -239,6 +248,7 @@ def _gpu_memory(
         held["cores"] += element * min(WEIGHT_SLOTS, shape.num_blocks) * core
     elif settings.offload:
         held["cores"] += element * UPLOAD_SLOTS * piece
+    held["gradients"] += element * kept  # what one block's projectors leave out
     if workload.accumulation > 1:
         held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core
     # Steps that test projectors are not compiled, and keep more.

@@ -25,7 +25,8 @@ _binaries: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: Any) -> None:
-    """As `kernel[grid](*arguments, **flags)` on the device of the first argument, a tensor.
+    """Start a Triton kernel on the device of the first argument, a tensor. `kernel[grid](*arguments)` would
+    do the same at many times the cost for the host.
 
     `flags` are the kernel's constants, which are its last parameters, and options of the compiler. Without a
     GPU, for the interpreter, this is just that.

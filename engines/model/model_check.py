@@ -122,7 +122,8 @@ def _compare(
 
 
 def check_block_major(blueprint: Blueprint, context: Context) -> None:
-    """As `check_watched`, of the passes of `engines.model.block_major`. Raises `UserError`."""
+    """Raises `UserError` for a model whose loss or gradients are others where its passes are those of
+    `engines.model.block_major`, in fp32 on stand-in weights."""
     model = blueprint.model
     _, blocks = find_blocks(model)
     turn_off_randomness(model)

@@ -42,6 +42,11 @@ class LspSettings(BlockPassSettings):
     moments: Literal["fp32", "bf16"] = "fp32"
     """Precision of Adam's moments on the host. `bf16` is approximate, and lets the CPU move 12 bytes for each
     element of a bf16 core in place of 20."""
+    residual: float = 0.0
+    """What the projectors leave out of a gradient takes a step too, on the GPU, without momentum: of the
+    length that Adam gives to what they keep, times this (`engines.subspace.residual`); 0: none, as in the
+    paper. The gradient of each matrix is then formed. With weights=resident, one micro-batch a step, and no
+    clipping."""
     max_grad_norm: float = 0.0
     """Clip the gradient to this norm; 0: not at all. It is that of all compressed gradients and those outside
     the subspaces together. The CPU's updates then begin when backward has ended."""
@@ -70,6 +75,9 @@ class LspSettings(BlockPassSettings):
         require(self.learn_rate > 0, "learn_rate", "must be positive")
         require(self.learn_beta >= 0, "learn_beta", "must not be negative")
         require(self.learn_timeout_s >= 0, "learn_timeout_s", "must not be negative")
+        require(self.residual >= 0, "residual", "must not be negative")
+        fits = self.residual == 0 or (self.weights == "resident" and self.max_grad_norm == 0)
+        require(fits, "residual", "needs weights=resident, and max_grad_norm=0")
 
     @property
     def block_major(self) -> bool:

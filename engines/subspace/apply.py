@@ -37,6 +37,17 @@ def apply_core(
         projector_kernels.plain_update(weight, delta, rate, decay, dither, key)
 
 
+def apply_delta(weight: Tensor, delta: Tensor, rate: float, settings: LspSettings, key: int) -> None:
+    """Move `weight` (m, n) by minus `rate` times `delta`, of its shape and dtype, without decay."""
+    if not (weight.is_cuda and has_triton()):
+        updated(weight, delta, rate, 1.0, settings.rounding, key)
+        return
+    from engines.subspace import projector_kernels
+
+    dither = settings.rounding == "stochastic" and weight.dtype == torch.bfloat16
+    projector_kernels.plain_update(weight, delta, rate, 1.0, dither, key)
+
+
 def landed(
     subspace: Subspace, moved: Tensor, core: Tensor, rate: float, settings: LspSettings
 ) -> float | None:

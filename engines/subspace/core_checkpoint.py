@@ -49,6 +49,8 @@ def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
-    """What a checkpoint holds of a matrix: moments (d, d), and what makes its projectors."""
+    """What a checkpoint holds of a matrix: moments (d, d), what makes its projectors, and the length of its
+    residual's next step."""
     moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
-    return moments | matrix.subspace.tensors()
+    ratio = {} if matrix.residual is None else {"residual_ratio": matrix.residual.ratio}
+    return moments | ratio | matrix.subspace.tensors()

@@ -14,11 +14,10 @@ from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
 from harness.cli.options import Engines, Json, Out, Profile, Quiet, engine_names, results_folder
 from harness.models.tokenizers import tokenizer_files
-from harness.pipeline import data_lengths, find_machine
+from harness.pipeline import data_lengths, find_machine, job_to_plan
 from harness.progress import console
 from harness.recipes.write import Stack, write_recipe
 from harness.recommendation import (
-    job_to_plan,
     limits_beyond,
     recommended,
     schema,

@@ -1,7 +1,8 @@
 """The trials of a study, one after the other, each with a record of its own.
 
 The search for a method's learning rate is one process, method by method, as only its own rates are compared
-in it; final trials, whose times are reported, are a process each, and methods take turns.
+in it. Final trials, whose times are reported, are a process each, and methods take turns; where they are so
+short that most of the time would go into starting processes, they stay in the method's.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from profiles.system.nvml import open_device
 
 SETUP_S = 1800.0
 """Room for set-up and evaluations in a trial's time limit, beside four times its steps."""
+SHORT_S = 60.0
+"""Final trials that are predicted to take less stay in the process of their method's search."""
 LONGEST_S = 7 * 24 * 3600.0
 
 Launch = Callable[[Request, Path, OnRunEvent], tuple[Outcome, LearningOutcome]]
@@ -83,17 +86,33 @@ class StudyTrials:
 
     def run(self) -> Iterator[TrialRecord]:
         methods = [method for method in self._plan.methods if method.fits]
+        together = all(self._is_short(method) for method in methods)
         rates: dict[str, list[float]] = {}
         for method in methods:
             with self._together() as launch:
                 rates[method.engine] = yield from self._search(method, launch)
-        last = len(self._plan.rungs) - 1
-        for turn, seed in enumerate(self._plan.seeds):
+                for seed in self._plan.seeds if together else ():
+                    yield from self._final(method, rates[method.engine], seed, launch)
+        for turn, seed in enumerate(() if together else self._plan.seeds):
             # Each turn in the other order: a machine that slows down then favours no method.
             for method in methods if turn % 2 == 0 else methods[::-1]:
-                for rate in rates[method.engine]:
-                    trial = StudyTrial(engine=method.engine, rung=last, learning_rate=rate, seed=seed)
-                    yield self._one(trial, method, self._launch)
+                yield from self._final(method, rates[method.engine], seed, self._launch)
+
+    def _is_short(self, method: MethodTrials) -> bool:
+        length = self._plan.rungs[-1].length
+        if length.seconds is not None:
+            return length.seconds < SHORT_S
+        return method.step_s is not None and (length.steps or 0) * method.step_s < SHORT_S
+
+    def _final(
+        self, method: MethodTrials, rates: Sequence[float], seed: int, launch: Launch
+    ) -> Iterator[TrialRecord]:
+        """With the rate that the search chose, if it chose one."""
+        for rate in rates:
+            trial = StudyTrial(
+                engine=method.engine, rung=len(self._plan.rungs) - 1, learning_rate=rate, seed=seed
+            )
+            yield self._one(trial, method, launch)
 
     def _search(self, method: MethodTrials, launch: Launch) -> Generator[TrialRecord, None, list[float]]:
         """All rungs but the last; the learning rates that are left."""

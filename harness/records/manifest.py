@@ -17,11 +17,12 @@ from engines.files.checksums import sha256_of
 from engines.files.reading import exists, is_file, names_in
 from engines.files.writing import whole_file
 from harness.records.run import Environment
+from harness.records.shape import MODEL
 from profiles.documents import read_document, to_json, write_whole
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-DOCUMENTS = ("job.toml", "plans.json", "machine.json", "criteria.toml")
+DOCUMENTS = ("job.toml", "plans.json", "machine.json", MODEL, "criteria.toml")
 RECORDS = "runs"
 
 

@@ -17,7 +17,9 @@ from engines.files.writing import is_leftover
 from harness.records.job import Job, load_job, save_job
 from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
+from harness.records.shape import MODEL
 from harness.records.shared import shared_plan
+from harness.records.upgrades import UPGRADES
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
 from harness.runs.external import refuse_changed
@@ -25,7 +27,7 @@ from harness.runs.launch import WORK
 from profiles.documents import NewerDocument, write_whole
 from profiles.planning.plan import Plan, load_plans, save_plans
 
-WRITTEN_BEFORE = frozenset({"machine.json", "criteria.toml", WORK})
+WRITTEN_BEFORE = frozenset({"machine.json", MODEL, UPGRADES, "criteria.toml", WORK})
 """Files that may lie in a new folder for results."""
 
 

@@ -57,8 +57,8 @@ class Rates:
 def job_forecast(
     plan: Plan, context: PlanningContext, amount: Amount, rates: Rates, calibration: Calibration | None = None
 ) -> JobForecast:
-    """Of `plan`, which was made in `context`. Steps of shorter sequences are forecast by themselves, with the
-    plan's settings."""
+    """What the whole job takes by `plan`, which was made in `context`. Steps of shorter sequences are
+    forecast by themselves, with the plan's settings."""
     seconds = _seconds(plan.settings, context, amount, calibration)
     cost = context.cost(plan.settings.typed)
     basis = {

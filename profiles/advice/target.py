@@ -36,7 +36,7 @@ class TargetAnswer:
 
 
 def parse_target(text: str) -> Target:
-    """Of `hours=8` or `model=70b`. Raises `UserError`."""
+    """The target that `hours=8` or `model=70b` names. Raises `UserError`."""
     key, _, value = text.partition("=")
     what = f"--target '{text}'"
     if key == "model" and value:
@@ -118,7 +118,8 @@ class Largest:
 
 
 def largest_models(machine: Machine, job: JobToPlan, shapes: Sequence[ModelShape]) -> tuple[Largest, ...]:
-    """Of `shapes`, for each method, with the job's batches; sequences as long as a model takes."""
+    """For each method the largest of `shapes` that fits with the job's batches; sequences as long as a model
+    takes."""
     by_size = sorted(shapes, key=lambda shape: shape.parameters, reverse=True)
     return tuple(_largest(engine, machine, job, by_size) for engine in job.engines)
 

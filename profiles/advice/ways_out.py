@@ -56,7 +56,7 @@ class Blocked:
 
 
 def way_out(plan: Plan, context: PlanningContext, given: GivenSettings) -> WayOut | Blocked | None:
-    """Of `plan`, which was made in `context` with `given`; `None`: it fits."""
+    """The smallest change that lets `plan` fit, which was made in `context` with `given`; `None`: it fits."""
     if plan.fits:
         return None
     start = _Change(workload=context.workload, settings=given, ranks=context.ranks)

@@ -11,6 +11,7 @@ from profiles.advice import words
 from profiles.advice.outlook import JobToPlan, Outlook, outlook
 from profiles.machine import Cpu, Figure, Machine
 from profiles.planning.predict import COPY_WRITE_ALLOCATE
+from profiles.planning.recommend import plan_engine
 
 LIMITS = frozenset({"vram_bytes", "host_bytes"})
 
@@ -129,12 +130,40 @@ def what_if(
     return tuple(_row(now, each, job) for each in tried)
 
 
-def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan) -> WhatIf:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepsOn:
+    """What is predicted of each method on one machine, with settings chosen anew."""
+
+    name: str
+    """Of the upgrade; empty: the machine as it is."""
+    step_s: dict[str, float | None]
+    """By method that fits; `None`: no time is predicted."""
+
+
+def steps_with_upgrades(machine: Machine, job: JobToPlan) -> tuple[StepsOn, ...]:
+    """The machine as it is, then every single upgrade of it."""
+    return (
+        _steps_on("", machine, job),
+        *(_steps_on(each.name, each.machine, _with_upgrade(job, each)) for each in upgrades(machine)),
+    )
+
+
+def _steps_on(name: str, machine: Machine, job: JobToPlan) -> StepsOn:
+    plans = [plan_engine(job.context(engine, machine), job.settings_of(engine)) for engine in job.engines]
+    return StepsOn(name=name, step_s={plan.engine: plan.prediction.step_s for plan in plans if plan.fits})
+
+
+def _with_upgrade(job: JobToPlan, upgrade: Upgrade) -> JobToPlan:
     gone: dict[str, Any] = dict.fromkeys(upgrade.lifts)
     job = replace(job, **gone)
     if upgrade.is_second_gpu:
-        job = replace(job, gpus=2 * job.gpus, workload=_in_twice_as_many(job.workload, job.gpus * job.nodes))
-    then = outlook(upgrade.name, upgrade.machine, job)
+        workload = _in_twice_as_many(job.workload, job.gpus * job.nodes)
+        job = replace(job, gpus=2 * job.gpus, workload=workload)
+    return job
+
+
+def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan) -> WhatIf:
+    then = outlook(upgrade.name, upgrade.machine, _with_upgrade(job, upgrade))
     return WhatIf(
         outlook=then,
         first_saved_s=_saved(now, then, "first"),

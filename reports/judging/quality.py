@@ -13,12 +13,18 @@ from reports.metrics import Measurements, typical
 
 Field = Callable[[Run], float | None]
 
+
+def accuracy(share: float | None) -> str:
+    """`81.2 %`."""
+    return say("show.nothing") if share is None else f"{100 * share:.1f} %"
+
+
 _KINDS: tuple[tuple[str, Field, Field, Callable[[float | None], str]], ...] = (
     (
         "accuracy",
         lambda run: run.summary.eval_accuracy_first,
         lambda run: run.summary.eval_accuracy_last,
-        lambda share: say("show.nothing") if share is None else f"{100 * share:.1f} %",
+        accuracy,
     ),
     ("heldout_loss", lambda run: run.summary.eval_loss_first, lambda run: run.summary.eval_loss_last, loss),
 )

@@ -1,8 +1,9 @@
 """Which method is the answer: the order of methods that were judged, and which of them another beats. Pure.
 
 Methods of one verdict are told apart by quality where it was measured on held-out data, and else by kind: a
-step with gradients before one without, and what most people would use before the rest. Only then by time, in
-which ranges that overlap are a tie.
+step with gradients before one without, what most people would use before the rest, and what trains all
+weights before what trains fewer, which is as good only where that was measured. Only then by time, in which
+ranges that overlap are a tie.
 """
 
 from __future__ import annotations
@@ -41,10 +42,15 @@ def quality(engine: str, all_: Measurements) -> float | None:
     return found.median if found else None
 
 
+def trains_less(engine: str) -> bool:
+    """Whether it has gradients and does not train every weight along them: adapters, or a subspace."""
+    return entry(engine).order == "first" and not trains_everything(engine)
+
+
 def beats(one: str, other: str, all_: Measurements) -> bool:
     """Whether `one` is better than `other` in time, memory and quality. Quality that was not measured counts
     as better only for a method that trains everything, against one that does not or does just the same."""
-    if not _faster(one, other, all_) or not _smaller(one, other, all_):
+    if not is_faster(one, other, all_) or not _smaller(one, other, all_):
         return False
     mine, others = quality(one, all_), quality(other, all_)
     if mine is not None and others is not None:
@@ -52,7 +58,8 @@ def beats(one: str, other: str, all_: Measurements) -> bool:
     return trains_everything(one) or (entry(one).order == entry(other).order == "zeroth")
 
 
-def _faster(one: str, other: str, all_: Measurements) -> bool:
+def is_faster(one: str, other: str, all_: Measurements) -> bool:
+    """In a step, beyond what the runs of either leave open."""
     mine, others = all_.of(one), all_.of(other)
     if not is_emulated(mine) and not is_emulated(others):
         found = ratio(mine.step_times, others.step_times)
@@ -89,15 +96,15 @@ def ordered(standings: Sequence[Standing], all_: Measurements) -> list[Standing]
     """The best first; none that another beats before that one."""
     reference = _best_quality(standings, all_)
 
-    def kind(each: Standing) -> tuple[int, int, float, bool, bool]:
+    def kind(each: Standing) -> tuple[int, int, float, bool, bool, bool]:
         """What tells before time does."""
         loss = quality(each.engine, all_)
         if loss is not None and reference is not None:
             worse = loss > reference * AS_GOOD
-            return BEST_FIRST.index(each.state), each.missed, loss if worse else 0.0, False, False
+            return BEST_FIRST.index(each.state), each.missed, loss if worse else 0.0, False, False, False
         row = entry(each.engine)
-        zeroth, rare = row.order == "zeroth", not row.asked_first
-        return BEST_FIRST.index(each.state), each.missed, float("inf"), zeroth, rare
+        zeroth, rare, less = row.order == "zeroth", not row.asked_first, trains_less(each.engine)
+        return BEST_FIRST.index(each.state), each.missed, float("inf"), zeroth, rare, less
 
     def by_time(each: Standing) -> tuple[float, float, int]:
         seconds = step_s(each.engine, all_).value

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 from engines import ENGINES, YARDSTICK, entry
 from engines.errors import UserError
-from engines.shapes import Dtype
+from engines.shapes import Dtype, ModelShape
 from harness.models.configs import NAMED_SHAPES
 from harness.pipeline import plan_job
-from harness.records.job import DataSource, Job
+from harness.records.job import DataSource
 from harness.resolve import resolve_shape
-from profiles.machine import Machine
 from profiles.planning.plan import Plan
 from reports.criteria import Metric
 from reports.load import Loaded
@@ -39,10 +38,11 @@ class Untried:
 
 
 def untried_of(loaded: Loaded) -> Untried:
-    """By the machine's profile beside the runs, for named shapes; of others nothing is predicted here."""
+    """By the profile of the machine and the sizes of the model beside the runs; where these were not kept,
+    for named shapes, and of others nothing is predicted."""
     ran = {run.engine for run in loaded.runs}
     first = [name for name, row in ENGINES.items() if row.asked_first and name not in ran]
-    plans = {name: _plan(name, loaded.job, loaded.machine) for name in first}
+    plans = {name: _plan(name, loaded) for name in first}
     yardstick = plans.get(YARDSTICK)
     out = yardstick is not None and yardstick.available and not yardstick.fits
     refuses = YARDSTICK in first and loaded.job.dtype in entry(YARDSTICK).refuses
@@ -53,14 +53,28 @@ def untried_of(loaded: Loaded) -> Untried:
     )
 
 
-def _plan(engine: str, job: Job, machine: Machine | None) -> Plan | None:
-    """`None` where nothing can be predicted without reading what is not in the folder."""
-    if machine is None or job.model.name not in NAMED_SHAPES or not job.model.random_weights:
+def shape_of(loaded: Loaded) -> ModelShape | None:
+    """Sizes of the model that was run; `None` where that would need what is not in the folder."""
+    if loaded.shape is not None:
+        return loaded.shape
+    job = loaded.job
+    if job.model.name not in NAMED_SHAPES or not job.model.random_weights:
+        return None
+    try:
+        return resolve_shape(replace(job, data=DataSource(train="random"), settings={}))
+    except UserError:
+        return None
+
+
+def _plan(engine: str, loaded: Loaded) -> Plan | None:
+    """`None` where nothing can be predicted."""
+    shape, job = shape_of(loaded), loaded.job
+    if loaded.machine is None or shape is None:
         return None
     dtype = OTHER_DTYPE if job.dtype in entry(engine).refuses else job.dtype
     alone = replace(job, data=DataSource(train="random"), settings={}, dtype=dtype)
     try:
-        (plan,) = plan_job(alone, resolve_shape(alone), machine, [engine])
+        (plan,) = plan_job(alone, shape, loaded.machine, [engine])
     except UserError:
         return None
     return plan

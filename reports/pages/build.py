@@ -32,25 +32,26 @@ from reports.pages.document import (
 )
 from reports.pages.drawn import figures
 from reports.pages.front import front_page
-from reports.pages.methods import methods_table
+from reports.pages.methods import best_first, methods_table
 from reports.pages.phrases import disclosures, phrases
 from reports.pages.risks import gates_table, risks_table
+from reports.pages.upgrades import what_upgrades_bring
 
 
 def document(
     loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measurements, untried: Untried
 ) -> Document:
     """In the language spoken."""
-    charts = figures(all_)
+    charts = figures(best_first(verdict, all_), all_)
     blocks: dict[str, list[Block]] = {
         "methods": _methods(verdict, all_, charts),
-        "quality": _of(charts, "loss"),
+        "quality": _of(charts, "quality", "loss"),
         "prediction": _prediction(loaded, all_),
         "time": [
             *_sheets(busy=busy_table(all_), overlap=overlap_table(all_)),
             *_of(charts, "busy"),
         ],
-        "alternatives": _alternatives(verdict, criteria, all_, untried),
+        "alternatives": _alternatives(loaded, verdict, criteria, all_, untried),
         "risks": _risks(verdict, all_),
         "gates": [
             *_sheets(gates=gates_table(verdict, all_)),
@@ -101,7 +102,7 @@ def _of(charts: dict[str, Drawing], *names: str) -> list[Block]:
 
 def _methods(verdict: Verdict, all_: Measurements, charts: dict[str, Drawing]) -> list[Block]:
     blocks = _sheets(methods=methods_table(verdict, all_))
-    blocks += _of(charts, "step", "gpu", "host")
+    blocks += _of(charts, "job", "step", "gpu", "host")
     blocks += _sheets(speed=tables.speed_table(all_), memory=tables.memory_table(all_))
     if same := exactness.exact(all_):
         blocks.append(Paragraph(text=same, small=True))
@@ -114,9 +115,15 @@ def _prediction(loaded: Loaded, all_: Measurements) -> list[Block]:
     return [*blocks, *([Bullets(items=notes, small=True)] if notes else [])]
 
 
-def _alternatives(verdict: Verdict, criteria: Criteria, all_: Measurements, untried: Untried) -> list[Block]:
-    found = alternatives_table(verdict, all_, untried)
-    return _sheets(alternatives=found, break_even=break_even_table(criteria.prices))
+def _alternatives(
+    loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measurements, untried: Untried
+) -> list[Block]:
+    blocks = _sheets(
+        alternatives=alternatives_table(verdict, all_, untried),
+        break_even=break_even_table(criteria.prices),
+    )
+    found = what_upgrades_bring(loaded, verdict.about, all_)
+    return [*blocks, *([Paragraph(text=found)] if isinstance(found, str) else _sheets(upgrades=found))]
 
 
 def _risks(verdict: Verdict, all_: Measurements) -> list[Block]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from engines import entry
+from collections.abc import Iterator
+
+from engines import entry, trains_everything
 from harness.records.memory_limits import (
     gpu_limit_bytes,
     host_limit_bytes,
@@ -13,10 +15,11 @@ from harness.records.stats import Rounds
 from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
-from reports.decide import Verdict, state_text
+from reports.decide import Verdict, state_text, state_word
 from reports.format import counted, digits, percent, span, times
 from reports.judging import stated
 from reports.judging.quality import learned, learned_text, why_unknown
+from reports.judging.ranking import is_faster, trains_less
 from reports.load import Loaded
 from reports.messages import say
 from reports.metrics import Measurements, find, is_emulated
@@ -31,7 +34,7 @@ MOST_RISKS = 4
 
 def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measurements) -> FrontPage:
     """Of the method that the verdict is about; where it is about none, of the one judged."""
-    engine = verdict.method or (verdict.rows[0].engine if verdict.rows else "")
+    engine = verdict.about
     question, *conditions = setting(loaded)
     purpose = criteria.question.purpose
     parts: list[tuple[str, tuple[NamedText, ...]]] = [
@@ -53,7 +56,7 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
         state=verdict.state,
         state_text=state_text(verdict.state),
         sentence=verdict.sentence,
-        asides=_asides(verdict),
+        asides=_asides(verdict, all_),
         command=verdict.next_command,
         tiles=_tiles(engine, all_) if rounds.ok else (),
         tiles_title=say("section.key_figures", method=engine),
@@ -69,7 +72,7 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
     )
 
 
-def _asides(verdict: Verdict) -> tuple[str, ...]:
+def _asides(verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
     found = []
     if verdict.method is not None:
         found.append(say("verdict.method", summary=translated(entry(verdict.method).summary)))
@@ -80,13 +83,50 @@ def _asides(verdict: Verdict) -> tuple[str, ...]:
             say(
                 "verdict.beaten" if one.beaten_by else "verdict.state",
                 engine=one.engine,
-                state=state_text(one.state),
+                state=state_word(one.state),
                 better=one.beaten_by,
             )
             for one in verdict.methods
         ]
-        found.append(f"{say('verdict.other_methods')} {say('show.list').join(others)}")
-    return tuple(found)
+        found.append(
+            say("show.sentences").join([say("verdict.other_methods"), say("show.list").join(others)])
+        )
+    return (*found, *_of_less_training(verdict, all_))
+
+
+def _of_less_training(verdict: Verdict, all_: Measurements) -> Iterator[str]:
+    """Where quality was not measured and some methods of the same verdict train all weights and others fewer:
+    what the answer's time or memory is beside that of the best of the other kind."""
+    method = verdict.method
+    if method is None or entry(method).order == "zeroth" or learned(method, all_) is not None:
+        return
+    equals = [one.engine for one in verdict.methods if one.state == verdict.state and one.engine != method]
+    if trains_less(method):
+        for engine in equals:
+            if trains_everything(engine):
+                yield say("verdict.trains_all", engine=engine, **_taken(engine, all_))
+                return
+    for engine in equals:
+        if trains_less(engine) and is_faster(engine, method, all_):
+            mine, others = (stated.step_s(one, all_).value for one in (engine, method))
+            if mine and others:
+                yield say(
+                    "verdict.trains_less", engine=engine, trains=translated(entry(engine).trains),
+                    ratio=times(mine / others), method=method, memory=_taken(engine, all_)["memory"],
+                )  # fmt: skip
+            return
+
+
+def _taken(engine: str, all_: Measurements) -> dict[str, str]:
+    """Time and memory, as the verdict says them."""
+    gpu = stated.gpu_peak(engine, all_)
+    kind = "host" if gpu.value is None else "gpu"
+    peak = stated.host_peak(engine, all_) if gpu.value is None else gpu
+    takes = say(
+        "verdict.per_step" if all_.steps is None else "verdict.whole_job",
+        time=stated.time_text(time_of(engine, all_)),
+    )
+    return {"time": takes, "memory": say(f"verdict.{kind}_memory", memory=stated.memory_text(peak))}
 
 
 def _tiles(engine: str, all_: Measurements) -> tuple[Tile, ...]:

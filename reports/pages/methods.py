@@ -9,7 +9,7 @@ from engines import entry
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
 from harness.records.stats import Rounds
 from profiles.language import translated
-from reports.decide import Verdict, state_text
+from reports.decide import Verdict, state_word
 from reports.format import JOULES, NUMBER, PERCENT, Table
 from reports.judging import stated
 from reports.judging.quality import learned
@@ -78,7 +78,7 @@ def _quality(kind: str) -> Column[MethodInShort]:
 def _state(one: MethodInShort) -> CellValue:
     if one.state is None:
         return None
-    return state_text(one.state)
+    return state_word(one.state)
 
 
 SHORT: tuple[Column[MethodInShort], ...] = (
@@ -100,9 +100,17 @@ SHORT: tuple[Column[MethodInShort], ...] = (
 )
 
 
+def best_first(verdict: Verdict, all_: Measurements) -> list[str]:
+    """Methods that were run, as the verdict ranks them; then those that it does not speak of."""
+    ranked = [one.engine for one in verdict.methods]
+    return [*ranked, *(engine for engine in all_.engines if engine not in ranked)]
+
+
 def methods_table(verdict: Verdict, all_: Measurements) -> Table:
     """The best first, by the verdict; methods that were planned and not run are not here."""
     states = {one.engine: one.state for one in verdict.methods}
-    engines = [*states, *(engine for engine in all_.engines if engine not in states)]
-    rows = [MethodInShort(engine=engine, state=states.get(engine), all_=all_) for engine in engines]
+    rows = [
+        MethodInShort(engine=engine, state=states.get(engine), all_=all_)
+        for engine in best_first(verdict, all_)
+    ]
     return Table.of(SHORT, rows, say("tablenote.methods"))

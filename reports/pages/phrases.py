@@ -38,9 +38,14 @@ def _own_phrases(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[st
     where = run.environment.emulated or run.environment.gpu_name or run.environment.cpu
     if gpu.value is not None and limit:
         yield say(
-            "phrase.gpu", model=model, where=where, method=engine, memory=stated.memory_text(gpu),
-            limit=format_bytes(limit), share=percent(gpu.value / limit),
-        )  # fmt: skip
+            "phrase.gpu_random" if run.model.random_weights else "phrase.gpu",
+            model=model,
+            where=where,
+            method=engine,
+            memory=stated.memory_text(gpu),
+            limit=format_bytes(limit),
+            share=percent(gpu.value / limit),
+        )
     ended = {one.end_state for one in native.runs}
     if engine != YARDSTICK and ended & (DOES_NOT_FIT - {"skipped_infeasible"}):
         yield say("phrase.native_out", method=engine)

@@ -26,6 +26,8 @@ from harness.pipeline import (
     training_settings,
 )  # fmt: skip
 from harness.records.job import DataSource, Job, make_job
+from harness.records.shape import load_shape
+from harness.records.upgrades import load_upgrades
 from harness.resolve import resolve_shape
 from profiles.machine import Machine, load_machine, save_machine
 
@@ -226,3 +228,5 @@ def test_the_sweep_is_told_to_whoever_watches(
     assert (job, shape, plans, out, event) == (ready.job, ready.shape, ready.plans, sweep.out, "an event")
     assert (options.rounds, options.trace, options.resume) == (2, True, False)
     assert load_machine(out / "machine.json") == ready.machine
+    assert load_shape(out / "model.json").parameters == ready.shape.parameters
+    assert load_upgrades(out / "upgrades.json")[0].step_s.keys() >= {"native"}

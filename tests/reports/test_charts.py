@@ -7,24 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.charts import (
-    FONT,
-    WIDTH,
+from reports.charts.axes import (
     Axis,
-    BarGroup,
-    BarPart,
-    BarRow,
-    Line,
-    bars,
+    bar_scale,
     bytes_axis,
-    fitted,
-    grouped_bars,
-    lines,
+    log_ticks,
     nice_range,
     nice_ticks,
     seconds_axis,
-    thinned,
 )
+from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
+from reports.charts.lines import Line, lines, thinned
+from reports.charts.marks import FONT, WIDTH, fitted
 
 HOSTILE = "<script>alert(\"1\")</script> & 'more'"
 amounts = st.floats(min_value=1e-9, max_value=1e15)
@@ -193,8 +187,64 @@ def test_a_row_without_a_bar_says_why_beside_its_prediction() -> None:
 
 def test_a_far_limit_is_left_out() -> None:
     rows = [BarRow(label="lsp", engine="lsp", parts=(BarPart(value=1.0),))]
-    assert "limit" in bars("t", "d", rows, lambda top: bytes_axis("m", top), (2.9, "limit"))
-    assert "limit" not in bars("t", "d", rows, lambda top: bytes_axis("m", top), (3.1, "limit"))
+    assert "limit" in bars("t", "d", rows, lambda top: bytes_axis("m", top), (11.9, "limit"))
+    assert "limit" not in bars("t", "d", rows, lambda top: bytes_axis("m", top), (12.1, "limit"))
+
+
+def test_a_row_that_would_hide_the_others_makes_the_axis_logarithmic() -> None:
+    def drawn(*values: float) -> str:
+        rows = [
+            BarRow(label=f"m{i}", engine="lsp", parts=(BarPart(value=each),)) for i, each in enumerate(values)
+        ]
+        return bars("t", "d", rows, lambda top: seconds_axis("s", top))
+
+    assert "(logarithmic)" not in drawn(1.0, 24.0)
+    far = drawn(0.3, 1.0, 300.0)
+    assert "s (min) (logarithmic)" in far
+    root = check_layout(far)
+    widths = [float(rect.attrib["width"]) for rect in root.iter("rect")]
+    assert widths == sorted(widths)
+    assert min(widths) > 0.1 * max(widths)  # each can be seen
+    groups = [
+        BarGroup(
+            label="a",
+            text="",
+            rows=(BarRow(label="gpu", engine="lsp", parts=(BarPart(value=one),)),),
+            whole=one,
+        )
+        for one in (1.0, 100.0)
+    ]
+    assert "(logarithmic)" in grouped_bars("t", "d", groups, lambda top: seconds_axis("s", top))
+
+
+@given(st.lists(amounts, min_size=2, max_size=6))
+def test_a_scale_keeps_the_order_and_stays_on_the_axis(values: list[float]) -> None:
+    scale = bar_scale(values, values, lambda top: seconds_axis("s", top), 400.0)
+    places = [scale.place(value) for value in sorted(values)]
+    assert places == sorted(places)
+    assert all(-1e-6 <= place <= 400.0 + 1e-6 for place in places)
+
+
+@given(amounts, st.floats(1.0, 1e12))
+def test_powers_of_ten_cover(low: float, factor: float) -> None:
+    ticks = log_ticks(low, low * factor)
+    assert ticks[0] < low
+    assert ticks[-1] >= low * factor * (1 - 1e-9)
+    assert 2 <= len(ticks) <= 10
+
+
+def test_lines_are_told_apart_by_more_than_their_colour() -> None:
+    """By dashes and by the symbols at their ends, of all methods that a default comparison runs."""
+    names = ["native", "lora", "lsp", "mezo", "zo2", "exact-offload"]
+    series = [
+        Line(label=name, engine=name, points=((0.0, 1.0), (1.0, float(i)))) for i, name in enumerate(names)
+    ]
+    root = ElementTree.fromstring(
+        lines("t", "d", series, lambda top: seconds_axis("s", top), Axis(name="Loss"), (2.0, "before"))
+    )
+    dashes = [one.attrib["stroke-dasharray"] for one in root.iter("polyline")]
+    assert len(set(dashes)) == len(names)
+    assert "before" in [node.text for node in root.iter("text")]
 
 
 @given(amounts)

@@ -412,6 +412,24 @@ def test_quality_decides_before_time_and_time_before_memory() -> None:
     assert chosen(run("zo2", 0.1, 2, None), run("exact-offload", 5.0, 8, None)) == "exact-offload"
 
 
+def test_training_less_in_less_time_is_no_answer_without_quality_and_says_so() -> None:
+    native, lora = make_run("native"), make_run("lora", step_s=scaled(0.25), peak_gpu_reserved_bytes=2**30)
+    exact = make_run("exact-offload", step_s=scaled(2.0), peak_gpu_reserved_bytes=2**29)
+    asked, machine = default_criteria(), make_machine()
+    both = decide([native, lora, exact], asked, machine)
+    assert [each.engine for each in both.methods] == ["native", "lora", "exact-offload"]
+    assert "not measured" not in both.sentence
+    lora_first = decide([lora, exact], criteria(criterion("runs_ok", 1.0, engine=ANY_METHOD,
+                                                          comparison="at least")), machine)  # fmt: skip
+    assert lora_first.method == "lora"
+    assert lora_first.sentence.endswith(
+        "It trains adapters, and a head that is new: how good that gets beside training all weights was not "
+        "measured."
+    )
+    zeroth = decide([make_run("zo2")], criteria(criterion("step_s", 9.0, engine=ANY_METHOD)), machine)
+    assert zeroth.sentence.endswith("how many steps it needs and how good it gets were not measured.")
+
+
 @pytest.mark.parametrize(
     ("asked", "run", "command"),
     [

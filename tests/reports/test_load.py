@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from engines.errors import UserError
-from harness.records.run import Run, save_run
+from harness.models.configs import named_shape
+from harness.records.run import Run
+from harness.records.shape import save_shape
 from reports.criteria import init_text
+from reports.judging.untried import untried_of
 from reports.load import load_folder, refuse_unlike
 from run_records import (
     make_environment,
@@ -18,6 +21,7 @@ from run_records import (
     make_run,
     make_sweep,
     make_test_job,
+    save_run,
     sha256_of,
     write_folder,
 )
@@ -166,3 +170,19 @@ def test_what_may_differ_between_runs() -> None:
             replace(make_run("native"), environment=make_environment(commit="e" * 40)),
         ]
     )
+
+
+def test_sizes_of_the_model_beside_the_runs_are_planned_with(tmp_path: Path) -> None:
+    """Those of a folder of the user's own, too: by its name alone nothing could be said of it."""
+    own = make_test_job(model={"name": "own-model"})
+    runs = [make_run("zo2", job=own)]
+    folder = write_folder(tmp_path / "sweep", runs, machine=make_machine(), job=own)
+    assert untried_of(load_folder(folder)).yardstick_is_out is None
+    save_shape(named_shape("opt-30b"), folder / "model.json")
+    loaded = load_folder(folder)
+    assert loaded.shape is not None
+    assert "GPU memory" in (untried_of(loaded).yardstick_is_out or "")
+    (folder / "model.json").write_text("{")
+    broken = load_folder(folder)
+    assert broken.shape is None
+    assert [one.file for one in broken.broken] == ["model.json"]

@@ -30,7 +30,7 @@ def text_of(values: Mapping[str, Any], role: str, shown: str) -> str:
 
 
 def optional_text(values: Mapping[str, Any], role: str, shown: str) -> str:
-    """As `text_of`; nothing where it is missing or empty."""
+    """The text of a role, empty where it is missing. Raises `UnusableError` for what is no text."""
     value = values.get(role)
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""

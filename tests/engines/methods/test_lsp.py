@@ -32,6 +32,7 @@ from engines.errors import NonFiniteLoss, UserError
 from engines.methods.lsp import Lsp
 from engines.methods.native import Native
 from engines.model.activation_checkpointing import TrainedBlocks
+from engines.settings.checks import Refused
 from engines.settings.first_order import NativeSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import Dtype, Workload
@@ -39,6 +40,7 @@ from engines.subspace import cores
 from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
 from engines.subspace.cores import CoreState, IdleMatrixWarning
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
+from engines.subspace.residual import make_residual
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
@@ -463,9 +465,10 @@ class TestTwin:
 
         def plain_adam(
             core: Tensor, moment: Tensor, variance: Tensor, updates: int,
-            *, beta1: float, beta2: float, eps: float, scale: float, key: int,
+            *, beta1: float, beta2: float, eps: float, scale: float, gradients: tuple[Tensor, ...], key: int,
         ) -> None:  # fmt: skip
             assert scale == 1.0
+            assert not gradients
             g, m, v = (tensor.to(device) for tensor in (core, moment, variance))
             m = beta1 * m + (1 - beta1) * g
             v = beta2 * v + (1 - beta2) * g.square()
@@ -660,6 +663,109 @@ class TestOneStep:
             assert engine._pipeline is not None
             assert engine._pipeline.take_busy_s() >= 0.0
         assert threads == {"lsp-core-adam"}
+
+
+class TestResidual:
+    """What projectors leave out takes a step too."""
+
+    @pytest.mark.parametrize("family", ["gpt2", "llama"])
+    def test_is_its_formula(self, family: str) -> None:
+        """Written out over three steps from plain gradients; the ratio is the last step's."""
+        batches = tiny_batches(3, family)
+        given = {
+            "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "train_outer": False,
+            "check_every": 1000, "residual": 0.5,
+        }  # fmt: skip
+        with running(family, **given) as engine:
+            for batch in batches:
+                engine.step([batch])
+            found = weights(engine)
+            pairs = {each.name: (copied(each.left), copied(each.right)) for each in subspaces(engine)}
+        model = tiny_blueprint(family, num_blocks=2).reference.train()
+        state = {name: [0.0, 0.0, 0.0] for name in pairs}
+        for step, batch in enumerate(batches, 1):
+            model.zero_grad()
+            model(**batch.inputs).loss.backward()
+            for name, (left, right) in pairs.items():
+                weight = model.get_parameter(name)
+                gradient = weight.grad
+                assert gradient is not None
+                moment, variance, ratio = state[name]
+                core = compress(gradient, left, right)
+                moment, variance = 0.9 * moment + 0.1 * core, 0.999 * variance + 0.001 * core.square()
+                direction = moment / (1 - 0.9**step) / ((variance / (1 - 0.999**step)).sqrt() + 1e-8)
+                left_out = gradient - decompress(core.contiguous(), left, right)
+                delta = decompress(direction.contiguous(), left, right) + 0.5 * ratio * left_out
+                state[name] = [moment, variance, float(direction.norm() / core.norm())]
+                weight.data.sub_(3e-3 * delta)
+        for name in pairs:
+            torch.testing.assert_close(found[name], model.get_parameter(name).detach(), rtol=1e-4, atol=2e-4)
+
+    @pytest.mark.parametrize(
+        ("family", "dtype", "changes"),
+        [
+            ("opt", "fp32", {}),
+            ("gpt2", "bf16", {"schedule_order": "sequential"}),
+            ("roberta", "fp32", {"projector": "paper", "checkpointed_blocks": 1}),
+        ],
+    )
+    def test_offloaded_equals_in_memory(self, family: str, dtype: Dtype, changes: dict[str, Any]) -> None:
+        batches, ctx = tiny_batches(STEPS, family), context(dtype)
+        with running(family, ctx=ctx, offload=False, residual=1.0, **changes) as twin:
+            expected = train(twin, batches)
+        with running(family, ctx=ctx, residual=1.0, **changes) as engine:
+            found = train(engine, batches)
+        assert_same(found, expected)
+        with running(family, ctx=ctx, **changes) as engine:
+            plain = train(engine, batches)
+        assert [each.d2h_bytes for each in plain.stats] == [each.d2h_bytes for each in found.stats]
+        assert plain.losses != found.losses
+
+    def test_equal_with_late_downloads(self) -> None:
+        batches = tiny_batches(6, "llama")
+        with running(tiny_blueprint("llama", num_blocks=6), offload=False, residual=1.0) as twin:
+            expected = train(twin, batches)
+        with lagging("llama", 6, 0.005, residual=1.0) as engine:
+            assert_same(train(engine, batches), expected)
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    def test_equal_with_compiled_blocks(self) -> None:
+        batches, outcomes = tiny_batches(6, "llama"), []
+        for offload in (False, True):
+            with running("llama", compile=True, offload=offload, residual=1.0) as engine:
+                outcomes.append(train(engine, batches))
+        assert_same(*outcomes)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_equal_as_graphs_on_a_gpu(self, dtype: Dtype) -> None:
+        batches, ctx = tiny_batches(STEPS, "llama"), context(dtype, device="cuda:0")
+        with running("llama", ctx=ctx, offload=False, residual=1.0) as twin:
+            expected = train(twin, batches)
+        with running("llama", ctx=ctx, residual=1.0) as engine:
+            assert_same(train(engine, batches), expected)
+
+    def test_what_is_not_finite_changes_no_weight(self) -> None:
+        residual = make_residual(1.0, torch.Size((3, 2)), torch.ones(6))
+        residual.ratio.fill_(2.0)
+        residual.finish(torch.ones(1, 1))
+        assert torch.equal(residual.left_out, torch.full((3, 2), 2.0))
+        residual.finish(torch.full((1, 1), math.inf))
+        assert torch.equal(residual.left_out, torch.zeros(3, 2))
+        residual.core_norm.zero_()
+        residual.follow(torch.ones(1, 1))
+        assert float(residual.ratio) == 0.0
+
+    def test_is_refused_where_it_cannot_be(self) -> None:
+        for changes in ({"weights": "streamed"}, {"max_grad_norm": 1.0}, {"residual": -1.0}):
+            with pytest.raises(Refused, match="residual"):
+                replace(SETTINGS, **{"residual": 1.0, **changes})  # type: ignore[arg-type]
+        with (
+            pytest.raises(UserError, match="is for one micro-batch a step"),
+            running("llama", ctx=context(accumulation=2), residual=1.0),
+        ):
+            pass
 
 
 class TestSubspaces:
@@ -936,6 +1042,8 @@ class TestFaults:
         for _ in range(2):
             state = CoreState(
                 deadline=0,
+                number=0,
+                incoming=torch.ones(8),
                 outgoing=torch.ones(8),
                 moment=torch.zeros(8),
                 variance=torch.zeros(8),
@@ -1008,19 +1116,19 @@ class TestFaults:
 
 class TestResume:
     @pytest.mark.parametrize(
-        ("family", "dtype", "weights", "moments"),
+        ("family", "dtype", "weights", "moments", "residual"),
         [
-            ("opt", "fp32", "resident", "fp32"),
-            ("llama", "bf16", "resident", "bf16"),
-            ("llama", "bf16", "streamed", "fp32"),
+            ("opt", "fp32", "resident", "fp32", 0.0),
+            ("llama", "bf16", "resident", "bf16", 1.0),
+            ("llama", "bf16", "streamed", "fp32", 0.0),
         ],
     )
     def test_at_step_10_equals_the_uninterrupted_run(
-        self, tmp_path: Path, family: str, dtype: Dtype, weights: str, moments: str
+        self, tmp_path: Path, family: str, dtype: Dtype, weights: str, moments: str, residual: float
     ) -> None:
         batches, ctx = tiny_batches(STEPS, family), context(dtype)
         blocks = 5 if weights == "streamed" else 2
-        running_one = partial(running, ctx=ctx, weights=weights, moments=moments)
+        running_one = partial(running, ctx=ctx, weights=weights, moments=moments, residual=residual)
         with running_one(tiny_blueprint(family, num_blocks=blocks)) as straight:
             expected = train(straight, batches)
             checks = straight.checks()

@@ -13,7 +13,8 @@ from rich.console import Console, RenderableType
 from tiny_machine import make_machine
 
 from harness.cli.advice_tables import recommendation_text
-from harness.recommendation import Recommendation, job_to_plan, recommended, with_target, with_what_if
+from harness.pipeline import job_to_plan
+from harness.recommendation import Recommendation, recommended, with_target, with_what_if
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_price

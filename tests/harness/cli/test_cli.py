@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_machine import make_machine
 
 from engines import ENGINES, default_engines, public_engines
@@ -23,7 +21,6 @@ from harness.records.job import Job
 from harness.records.run import Run, load_run
 from profiles.documents import to_json
 from profiles.machine import Machine, load_machine
-from profiles.system.cgroup import UsableCores
 from run_records import make_sweep, write_folder
 
 TINY = (
@@ -312,7 +309,6 @@ def test_a_seed_is_one_that_all_generators_take(call, command: tuple[str, ...], 
     assert "must be between 0 and 2^63 - 1" in said
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("engine", ["native", "lsp", "mezo", "zo2"])
 def test_the_largest_seed_trains(call, engine: str, tmp_path: Path) -> None:
     seed = str(2**63 - 1)
@@ -580,7 +576,6 @@ def test_run_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
     assert again.err == ""
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("engine", "flags"),
     [
@@ -601,7 +596,6 @@ def test_a_run_that_is_refused_leaves_its_folder_to_the_corrected_command(
     assert call(*command).code == 0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_export_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert call("run", "--engine", "zo2", *TINY, "--steps", "2", "--out", out).code == 0
@@ -613,17 +607,11 @@ def test_export_prints_the_folder_alone_on_stdout(call, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two would wait for each other where other tests run beside these."""
-    monkeypatch.setattr(
-        "harness.runs.worker.usable_cores", lambda: UsableCores(count=1, basis="test", total=1)
-    )
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def two_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 3))
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("two_rates")
 def test_find_lr_prints_the_flag_to_use_and_trains_nothing(call, tmp_path: Path) -> None:
     done = call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr")
     assert done.code == 0, done.err
@@ -633,7 +621,7 @@ def test_find_lr_prints_the_flag_to_use_and_trains_nothing(call, tmp_path: Path)
     assert done.out == call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr", "--quiet").out
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("two_rates")
 def test_find_lr_prints_json_for_programs(call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call("run", "--engine", "native", *TINY, "--steps", "4", "--find-lr", "--json", "--out", out)
@@ -643,7 +631,6 @@ def test_find_lr_prints_json_for_programs(call, tmp_path: Path) -> None:
     assert finding["recommended"] in [trial["learning_rate"] for trial in finding["trials"]]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("engine", ["zo2", "mezo", "native"])
 def test_run_traces_what_it_is_asked_to(call, engine: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -658,7 +645,7 @@ def test_run_traces_what_it_is_asked_to(call, engine: str, tmp_path: Path) -> No
         assert {"before the blocks", "block 0", "update"} <= {event["name"] for event in events}
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("two_rates")
 def test_find_lr_says_so_where_nothing_helps(call) -> None:
     done = call(
         "run", "--engine", "native", *TINY, "--steps", "2", "--find-lr", "--quiet", "--set",
@@ -668,7 +655,6 @@ def test_find_lr_says_so_where_nothing_helps(call) -> None:
     assert "nan_loss" in done.out
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_flat_loss_is_a_note_and_no_error(call, tmp_path: Path) -> None:
     done = call(
         "run", "--engine", "mezo", *TINY, "--steps", "12", "--set", "eps=1e-30", "--out", tmp_path / "o"

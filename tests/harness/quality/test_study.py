@@ -193,11 +193,19 @@ def test_halving_keeps_the_better_rates_and_the_last_rung_has_all_seeds(tmp_path
 
 def test_methods_search_one_after_the_other_and_take_turns_in_final_trials(tmp_path: Path) -> None:
     launched = Launcher()
-    run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
+    run_study(
+        prepared(tmp_path / "out", budget=parse_budget("1h")), report=lambda line: None, launch=launched
+    )
     search = [each.partition("-")[0] for each in launched.ids if "rung2" not in each]
     assert search == ["native"] * 6 + ["mezo"] * 6
     last = [each.partition("-")[0] for each in launched.ids if "rung2" in each]
     assert last == ["native", "mezo", "mezo", "native", "native", "mezo"]
+
+
+def test_short_final_trials_follow_their_methods_search(tmp_path: Path) -> None:
+    launched = Launcher()
+    run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=launched)
+    assert [each.partition("-")[0] for each in launched.ids] == ["native"] * 9 + ["mezo"] * 9
 
 
 def test_a_study_that_was_stopped_does_what_is_missing(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from known_shapes import H200, OPT_1B
 from engines import ENGINES, public_engines
 from engines.errors import UserError
 from harness.models.configs import named_shape
+from harness.pipeline import job_to_plan
 from harness.recipes.write import STACKS, Stack, recipe_of, write_recipe
-from harness.recommendation import Recommendation, job_to_plan, recommended
+from harness.recommendation import Recommendation, recommended
 from harness.records.job import load_job, make_job
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.job_time import Rates

@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,11 @@ from engines.files.checksums import SUMS
 from engines.files.writing import TEMPORARY
 from harness.contacts import contacts_watched
 from harness.progress import Progress
-from harness.runs import worker
 from harness.training import free_space
 from harness.training import train as module
 from harness.training.run_folder import read_run
 from harness.training.train import export_run
 from harness.training.update_log import HEADER_BYTES, RECORD_BYTES, damaged_copy, read_update_log
-from profiles.system.cgroup import UsableCores
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def flip(path: Path, position: int) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from settings_given import given_settings
@@ -19,17 +18,7 @@ from engines import load_engine
 from engines.base import Evaluation
 from engines.errors import NonFiniteLoss, UserError
 from harness.progress import Progress
-from harness.runs import worker
 from harness.training.find_lr import PLATEAU, LrSearchResult, Trial, find_lr, rates_around, recommended_rate
-from profiles.system.cgroup import UsableCores
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def search(engine: str, out: Path | None = None, job: Any = None, **settings: Any) -> LrSearchResult:
@@ -89,7 +78,10 @@ def test_the_flag_is_what_was_tried() -> None:
 
 
 @pytest.mark.parametrize("engine", list(SETTINGS))
-def test_every_engine_is_searched_and_the_same_each_time(tmp_path: Path, engine: str) -> None:
+def test_every_engine_is_searched_and_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1 / 30, 1, 30))
     more = {"d": 16, "learn_steps": 5} if engine == "lsp" else {}
     finding = search(engine, tmp_path / "out", **more)
     assert len({t.loss_before for t in finding.trials}) == 1  # from the same weights
@@ -102,8 +94,11 @@ def test_every_engine_is_searched_and_the_same_each_time(tmp_path: Path, engine:
 
 
 @pytest.mark.parametrize("engine", ["mezo", "native"])
-def test_a_candidate_is_what_a_run_at_that_rate_would_have_done(tmp_path: Path, engine: str) -> None:
+def test_a_candidate_is_what_a_run_at_that_rate_would_have_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
     """Apart from warm-up and schedule, which a few steps would see nothing but."""
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 3))
     finding = search(engine, schedule="linear", warmup_steps=100, learning_rate=1e-5)
     last = next(t for t in finding.trials if t.learning_rate == 1e-5)
     run(tmp_path / "out", engine, tiny_job(eval_batches=2), learning_rate=1e-5)
@@ -194,7 +189,10 @@ def test_finished_trials_are_kept_if_a_later_one_fails(
     assert kept["recommended"] is None
 
 
-def test_without_held_out_batches_those_of_the_first_steps_are_compared() -> None:
+def test_without_held_out_batches_those_of_the_first_steps_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 3))
     finding = search("native", job=tiny_job(eval_batches=0))
     assert finding.measured_on == "training"
     assert finding.recommended is not None
@@ -208,7 +206,8 @@ def test_what_cannot_be_searched_is_one_line(tmp_path: Path) -> None:
         search("mezo", tmp_path / "file")
 
 
-def test_the_folder_of_a_search_can_be_trained_into(tmp_path: Path) -> None:
+def test_the_folder_of_a_search_can_be_trained_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1,))
     search("native", tmp_path / "out")
     run(tmp_path / "out", "native", tiny_job(steps=1))
     assert {"find_lr.json", "model"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from train_runs import (
     Killed,
@@ -31,22 +30,12 @@ from engines import load_engine
 from engines.errors import UserError
 from engines.files.checksums import SUMS
 from harness.progress import Progress
-from harness.runs import worker
 from harness.training import restore
 from harness.training.train import export_run
 from harness.training.update_log import HEADER_BYTES, RECORD_BYTES, read_update_log
-from profiles.system.cgroup import UsableCores
 
 ZEROTH_ORDER = ("mezo", "zo2")
 OTHER = {"mezo": "zo2", "zo2": "mezo"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def export(out: Path, to: Path | None = None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,9 @@ from engines import load_engine
 from engines.base import Batch, Evaluation
 from engines.errors import UserError
 from harness.progress import Progress
-from harness.runs import worker
 from harness.training.repeats import spread_over
 from harness.training.steps import SUMMARY, real_tokens
 from harness.training.train import Length, train
-from profiles.system.cgroup import UsableCores
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two would wait for each other where other tests run beside these."""
-    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def summary_of(out: Path) -> dict[str, Any]:

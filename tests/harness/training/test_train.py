@@ -35,22 +35,10 @@ from engines.settings.parse import parse_settings
 from harness.models.auto_classes import auto_class
 from harness.pipeline import training_settings
 from harness.progress import Progress
-from harness.runs import worker
 from harness.training import train as module
 from harness.training.run_folder import carried_over
 from harness.training.train import train
 from profiles.machine import save_machine
-from profiles.system.cgroup import UsableCores
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two would wait for each other where other tests run beside these, and be slower than one."""
-    monkeypatch.setattr(worker, "usable_cores", lambda: UsableCores(count=1, basis="test", total=1))
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
 
 # --- learning and exporting ---------------------------------------------------------------------------
 
