@@ -10,10 +10,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal, get_args
+from typing import Literal
 
 Language = Literal["en", "ja"]
-LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 _spoken: ContextVar[Language] = ContextVar("language", default="en")
 

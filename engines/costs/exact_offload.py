@@ -146,10 +146,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         layers=tuple(layers),
         **_gpu_memory(shape, workload, settings),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES, **host},
+        shared_host_bytes={kind: size for kind, size in host.items() if _is_shared(kind)},
+        divided="updates",
         pinned_bytes=pinned,
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES,
     )
+
+
+def _is_shared(kind: str) -> bool:
+    """Ranks of one machine have it once: weights and states, not what each of them brings down."""
+    return kind.startswith("weights") or kind == "optimizer"
 
 
 def _layer(
@@ -226,7 +233,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         {
             "gradients": held["gradients"] + outer + passing,
             "activations": saved + between,
-            "logits": transformer.logits_bytes(shape, workload),
+            "logits": transformer.logits_bytes(shape, workload, compiled=passes.compiled),
         },
         {
             "gradients": held["gradients"] + outer + made,

@@ -26,6 +26,9 @@ SIGN_COST = 0.3
 """A sign of a low-bit matrix, in normals: on an H200 the noise of a step of OPT-13B took 80 ms with signs and
 136 with normals, of which 55 are not for noise; those of steps that round, which are dearer, included."""
 
+TRIAL_BYTES = 100_000_000
+"""What trying the model takes beside its stand-in for weights: 0.09 GB at Qwen2.5 3B."""
+
 APART_SHARE = 0.6
 """What torch reserves beside a forward-only step's peak, as a share of its activations, which come in few
 sizes and leave places that do not fit each other: 2.4 of 3.7 GB at 8 x 2048 tokens of OPT-13B, 0.25 to 0.4 of
@@ -311,6 +314,8 @@ def gpu_memory(
     apart = APART_SHARE * max(in_block["activations"], at_head["activations"])
     if as_graphs:  # whose pool nothing else may use
         apart += transformer.apart_bytes([in_block, at_head])
-    peak = transformer.peak_moment([in_block, at_head])
-    more = sum(transformer.peak_moment([in_block, without_triton]).values()) - sum(peak.values())
+    # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
+    trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}
+    peak = transformer.peak_moment([in_block, at_head, trial])
+    more = sum(transformer.peak_moment([in_block, without_triton, trial]).values()) - sum(peak.values())
     return GpuMemory(gpu_memory_bytes=peak, gpu_apart_bytes=int(apart), gpu_without_triton_bytes=more)

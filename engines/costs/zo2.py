@@ -152,7 +152,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
                 host_bytes=float(block + down + read),
                 disk_bytes=read,
             )
-    shares = not on_disk and settings.shares_blocks
+    shares = not on_disk and replace(settings, disk_blocks=0).shares_blocks
     spare = max(
         sum(
             index not in resident

@@ -49,6 +49,11 @@ Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed
 checkpointing asks for it (`engines.model.training_regions`). Nothing is captured as a CUDA graph: where a
 step is so short that launches count, the CPU's update takes longer than they do.
 
+Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
+host has weights and states once; one rank adds up a piece's gradients, in the order of ranks, and updates it
+for all (`engines.cpu_updates.rank_updates`). What the GPU updates outside the blocks, it updates on every
+rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them.
+
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
 copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
 deterministic. In fp32 it is `native`'s arithmetic, in another order of rounding.
@@ -81,12 +86,14 @@ from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import (
     GradientNotFinite,
     Landing,
+    OfRanks,
     PieceUpdate,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
     update_at_once,
 )
+from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import InfeasiblePlan, NonFiniteLoss
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -106,6 +113,7 @@ from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out
 from engines.model.hidden_states import HiddenStates
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
+from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.offload.disk import spill_folder
 from engines.offload.disk_states import DiskStates
@@ -114,7 +122,8 @@ from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
-from engines.transfer.pinned import HostSlabs, host_slabs
+from engines.transfer.rank_sums import check_ranks, sum_of_losses
+from engines.world import divide
 
 
 class ExactOffload:
@@ -137,12 +146,16 @@ class ExactOffload:
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
         self._room: GradientRoom | None = None
-        self._outer_room: HostSlabs | None = None
+        self._outer_room: GradientRoom | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._kept: KeptStates | None = None
         self.hidden_states: HiddenStates | None = None
         """`None`: those between blocks stay on the GPU."""
+        self._world = context.world
+        check_ranks(self.name, settings, self._world, disk_blocks=settings.disk_blocks)
+        self._ranks: RankUpdates | None = None
+        """`None`: one process."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
@@ -167,6 +180,7 @@ class ExactOffload:
         """
         self._dtype = weights_dtype(self.context, self.name)
         check_block_major(blueprint, self.context)
+        give_back(self.device)
         self.model: nn.Module = blueprint.model
         layout = lay_out(self.model, self._dtype)
         outer: list[BlockLayout] = []
@@ -183,16 +197,20 @@ class ExactOffload:
             seed=self.context.seed,
             progress=self.context.progress,
             elsewhere=on_disk,
+            world=self._world,
         )
+        if self._world.size > 1:
+            count = sum(len(pieces) for pieces in self._states.pieces)
+            self._ranks = RankUpdates(count, self._world, self.context.progress)
         self._kept = KeptStates(self._states, on_disk, self._make_disk)
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
-        self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
+        where = (self._dtype, on_host, self.context.progress, self._world)
+        self._room = GradientRoom([max(sizes)] * places, *where)
         self._num_blocks = len(sizes)
         self._pending = [[] for _ in (*sizes, *outer)]
         self._place_weights(blueprint, layout, outer)
-        outer_bytes = [self._dtype.itemsize * each.size for each in outer]
-        self._outer_room = host_slabs(outer_bytes, on_host, self.context.progress)
+        self._outer_room = GradientRoom([each.size for each in outer], *where)
         self._names = parameter_names(self.model)
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
@@ -212,7 +230,7 @@ class ExactOffload:
         self._loss_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
         if self.settings.offload:
             leave_threads_to_adam()
-            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
+            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
         self.hidden_states = self._hidden_room(blueprint.shape.hidden)
@@ -221,11 +239,12 @@ class ExactOffload:
         if self.settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
+        self._world.barrier()  # HAZARD: what the host has is whole from here on
 
     def _hidden_room(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:
             return None
-        workload = self.context.workload
+        workload = self.context.workload.of_a_rank(self._world.size)
         tokens = workload.batch_size * workload.seq_len
         return HiddenStates(
             self.link,
@@ -255,6 +274,9 @@ class ExactOffload:
         """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters and
         `outer` outside them."""
         held = host_bytes(sizes, outer, self._dtype.itemsize, self.settings)
+        for kind in held:
+            if not kind.startswith("gradients"):  # ranks have it together
+                held[kind] //= self._world.local_size
         needed = PROCESS_HOST_BYTES + sum(held.values())
         usable = self.context.host_bytes
         if usable is not None and needed > usable:
@@ -290,7 +312,8 @@ class ExactOffload:
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
-            self.host.weights[index].copy_(memory)
+            if index % self._world.local_size == self._world.local_rank:
+                self.host.weights[index].copy_(memory)
             self.on_gpu.append(memory)
             tensors |= its
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
@@ -351,16 +374,18 @@ class ExactOffload:
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         hidden_bytes = 0 if self.hidden_states is None else self.hidden_states.moved_bytes
         came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
+        world, count = self._world, len(batches)
+        batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
         self._begin_outer(self.last_outer)
         with no_cache(self.model):
-            self._run(batches)
+            self._run(batches, count)
         self._compute.go_on_with("optimizer")
         self._finish()
         self._compute.stop()
         self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
-        value = float(self._loss_on_host)
+        value = sum_of_losses(world, float(self._loss_on_host))
         if not math.isfinite(value):
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
@@ -383,9 +408,10 @@ class ExactOffload:
             **self._clocks.take_s(self.link),
         )
 
-    def _run(self, batches: Sequence[Batch]) -> None:
+    def _run(self, batches: Sequence[Batch], count: int) -> None:
+        """Forward and backward of this rank's of `count` micro-batches."""
         try:
-            self._passes.run(batches, self.device, self._take_loss)
+            self._passes.run(batches, self.device, self._take_loss, of=count)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Found before the first block has passed anything on.
             if not self._is_compiled or self.steps_done > 0 or any(self._pending):
@@ -395,7 +421,7 @@ class ExactOffload:
             assert self._regions is not None
             self._regions.remove()
             self._install(compiled=False)
-            self._passes.run(batches, self.device, self._take_loss)
+            self._passes.run(batches, self.device, self._take_loss, of=count)
 
     def _take_loss(self, loss: Tensor) -> None:
         """Bring it to the host: known long before the step's end, so that the next one can be started."""
@@ -424,7 +450,7 @@ class ExactOffload:
             gradient = self._outer_gradients[number]
             for piece in self.host.pieces[index]:
                 piece.deadline = -1 if index in self.last_outer else self._num_blocks
-            self._send(index, gradient, self._outer_room.views[number].view(self._dtype), lands=True)
+            self._send(index, gradient, self._outer_room, number, lands=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -477,20 +503,24 @@ class ExactOffload:
         with self._compute.standing():
             place = self._room.take()
         give = partial(self._room.give, place)
-        self._slot_free[slot] = self._send(index, gradient, place, lands=self.streamed is None, consumed=give)
+        self._slot_free[slot] = self._send(
+            index, gradient, self._room, place, lands=self.streamed is None, consumed=give
+        )
 
     def _send(
         self,
         index: int,
         gradient: Tensor,
-        place: Tensor,
+        room: GradientRoom,
+        number: int,
         *,
         lands: bool,
         consumed: Callable[[], None] = lambda: None,
     ) -> Event:
-        """Download a gradient (elements,) to `place` on the host and hand it to the worker; the event of its
-        arrival. `lands`: the weights go up then. `consumed` is called when `place` is free."""
-        kept = self._kept
+        """Download a gradient (elements,) to the place of that `number` in `room` and hand it to the worker;
+        the event of its arrival. `lands`: the weights go up then. `consumed` is called when the place is
+        free."""
+        kept, place = self._kept, room.own[number]
         assert kept is not None
         pieces, weights = self.host.pieces[index], self.on_gpu[index]
         norm = self._norms.take(index, gradient)
@@ -510,6 +540,8 @@ class ExactOffload:
                 share=self._share,
                 landing=Landing(memory=weights[piece.begin : piece.end], free=ready) if lands else None,
                 consumed=give,
+                place=number,
+                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, piece, room),
             )
             for piece in pieces
         ]
@@ -531,10 +563,17 @@ class ExactOffload:
             kept.submit(index, updates, self._pipeline)
         return updates[-1].downloaded
 
+    def _of_ranks(self, index: int, piece: BlockPiece, room: GradientRoom, places: Sequence[int]) -> OfRanks:
+        return OfRanks(
+            [place[piece.begin : piece.end] for place in room.of_ranks(places)],
+            [norms[index : index + 1] for norms in self.host.norms_of_ranks],
+        )
+
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
         self._send_outer(sorted(self.last_outer))
+        self._outer.sum_over_ranks(self._world)
         squared = self._norms.of_groups.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
@@ -607,7 +646,10 @@ class ExactOffload:
         save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
+        """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
+        model, dtype or moments."""
+        self._settle_all()
+        self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
@@ -621,6 +663,9 @@ class ExactOffload:
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
             self._norms.last(self.steps_done).copy_(tensors["total"])
+        if self._ranks is not None:
+            self._ranks.forget()  # as all of them do, and have written the same states
+        self._world.barrier()
 
     def squared_norm(self) -> float:
         """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
@@ -649,10 +694,10 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._pending = []
-        for each in (self._room, self._states, self._outer_room, self.hidden_states):
+        for each in (self._room, self._states, self._outer_room, self.hidden_states, self._ranks):
             if each is not None:
                 each.close()
-        self._room = self._states = self._outer_room = self.hidden_states = None
+        self._room = self._states = self._outer_room = self.hidden_states = self._ranks = None
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

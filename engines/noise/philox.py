@@ -15,12 +15,13 @@ pair's radius: they are uniform and independent of the element's own z, cost no 
 zero correlation with every other z, whose sign is in another word. Words whose bits are taken as finely as
 for signs leave none for rounding, which takes calls of its own, one for 8 neighbours.
 
-Two implementations: torch operations for any device, and Triton kernels (`engines.noise.weight_pass_kernels`)
-for CUDA. Beyond the integer stream, logarithm, sine, cosine and square root are short polynomials and Newton
-steps in single precision, written here as separate multiplications and additions in one fixed order. IEEE 754
-leaves no freedom in those, so both give the same bits on every device, whatever the vector width; library
-functions would differ in the last place, on the CPU even with the position of an element in the vector
-register.
+Three implementations: torch operations for any device, NumPy's for small tensors on a CPU
+(`engines.noise.philox_on_cpu`), where calls cost most, and Triton kernels for CUDA
+(`engines.noise.weight_pass_kernels`). Beyond the integer stream, logarithm, sine, cosine and square root are
+short polynomials and Newton steps in single precision, written here as separate multiplications and additions
+in one fixed order. IEEE 754 leaves no freedom in those, so all give the same bits on every device, whatever
+the vector width; library functions would differ in the last place, on the CPU even with the position of an
+element in the vector register.
 
 The uniforms have 24 bits, so |z| is at most 5.77; a normal exceeds that once in 1.2e8 draws.
 """
@@ -33,6 +34,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.noise.philox_constants import (
+    COS_C,
+    LOG_Q,
+    MINUS_2_LN_2,
+    MULTIPLIERS,
+    ROOT_BITS,
+    ROUNDS,
+    SIN_S,
+    SQRT_HALF_BITS,
+    WEYL,
+)
+from engines.noise.philox_on_cpu import MOST_LANES, philox_rounds, transform_to_normals
 from engines.noise.tiles import CHUNK_LANES, LANES, TILE, Piece, chunks, one, scatter
 
 SIGN_LANES = 128
@@ -43,27 +56,7 @@ SIGN_TILES = 8
 """Tiles whose signs one Philox call has: 2 `SIGN_WIDTH` bits of it each."""
 DITHER = 1 << 62
 """Added to a counter: a stream apart, for the rounding of updates whose noise are signs."""
-
-ROUNDS = 7
-"""The fewest that pass all of BigCrush (Salmon et al., table 2)."""
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-
-# Least-squares fits on Chebyshev nodes, rounded to single precision, from the lowest power up. They are as
-# short as the noise allows, since arithmetic is what limits its rate on a GPU: a perturbation of 1e-5
-# relative error is far below what rounding the perturbed weight to 16 bits does.
-# -2 ln(1 + f) = f (-2 + f Q(f)) for f in [sqrt(1/2) - 1, sqrt(2) - 1], relative error 1e-5;
-LOG_Q = (0.999794602394104, -0.6655375361442566, 0.508656919002533, -0.4378918409347534, 0.2794889211654663)
-# sin(pi w) = w S(w^2) for |w| <= 1/2, error 1.1e-6;
-SIN_S = (3.1415903568267822, -5.1674065589904785, 2.5440104007720947, -0.5594624280929565)
-# cos(pi w) = C(w^2) for |w| <= 1/2, error 6.8e-6.
-COS_C = (0.9999932646751404, -4.933934688568115, 4.041248321533203, -1.2220317125320435)
-MINUS_2_LN_2 = -1.3862943649291992
-ROOT_BITS = 0x5F3759DF
-"""1 / sqrt(x) is about the float of bits `ROOT_BITS` - bits(x) / 2; two Newton steps make its error 5e-6."""
-SQRT_HALF_BITS = 0x3F3504F3
-"""sqrt(1/2) as a float's bits: mantissas are taken from [sqrt(1/2), sqrt(2)), where ln is smallest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,11 +242,10 @@ def philox(even: Tensor, odd: Tensor, key: tuple[int, int]) -> tuple[Tensor, Ten
     upper and lower words are right all the same. A product is kept whole as the words that a round only
     passes on, until the mask of the next round takes its upper half off.
     """
-    k0, k1 = key
-    keys = torch.tensor(
-        [[(k + i * w) & _WORD for k, w in zip((k0, k1), WEYL, strict=True)] for i in range(ROUNDS)],
-        device=even.device,
-    )
+    of_rounds = [[(k + i * w) & _WORD for k, w in zip(key, WEYL, strict=True)] for i in range(ROUNDS)]
+    if _is_small(even):
+        return philox_rounds(even, odd, of_rounds)
+    keys = torch.tensor(of_rounds, device=even.device)
     product = torch.empty_like(even)
     for each in keys.unsqueeze(2).unbind():
         torch.mul(even[1], MULTIPLIERS[1], out=product[0])
@@ -271,6 +263,8 @@ def _box_muller(words: tuple[Tensor, Tensor]) -> Tensor:
     second gives the angle pi w, w in [-1/2, 1/2) from its bits 7 to 30, and a sign from bit 31.
     """
     even, odd = words
+    if _is_small(even):
+        return transform_to_normals(even, odd)
     # u = 2^exponent (1 + f) by the bits of the float that holds u 2^24, which is exact.
     bits = even.bitwise_right_shift_(8).add_(1).to(torch.float32).view(torch.int32).sub_(SQRT_HALF_BITS)
     exponent = (bits >> 23).sub_(24).to(torch.float32)
@@ -292,6 +286,10 @@ def _box_muller(words: tuple[Tensor, Tensor]) -> Tensor:
     torch.mul(radius, cosine, out=z[:, 0])
     torch.mul(radius, sine, out=z[:, 1])
     return z.view(4, -1)
+
+
+def _is_small(words: Tensor) -> bool:
+    return words.device.type == "cpu" and words.shape[1] <= MOST_LANES
 
 
 def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

@@ -24,20 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.kernels.triton_launch import launch
-from engines.noise import philox, visits
+from engines.noise import philox, philox_constants, visits
 from engines.noise.philox import NoiseKey
 from engines.noise.tiles import LANES, TILE, Segment
 from engines.noise.visits import LOG_CAPACITY, Outputs, Visit
 
-_L0, _L1, _L2, _L3, _L4 = (tl.constexpr(value) for value in philox.LOG_Q)
-_S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in philox.SIN_S)
-_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in philox.COS_C)
-_M0, _M1 = (tl.constexpr(value) for value in philox.MULTIPLIERS)
-_W0, _W1 = (tl.constexpr(value) for value in philox.WEYL)
-_ROUNDS = tl.constexpr(philox.ROUNDS)
-_MINUS_2_LN_2 = tl.constexpr(philox.MINUS_2_LN_2)
-_SQRT_HALF_BITS = tl.constexpr(philox.SQRT_HALF_BITS)
-_ROOT_BITS = tl.constexpr(philox.ROOT_BITS)
+_L0, _L1, _L2, _L3, _L4 = (tl.constexpr(value) for value in philox_constants.LOG_Q)
+_S0, _S1, _S2, _S3 = (tl.constexpr(value) for value in philox_constants.SIN_S)
+_C0, _C1, _C2, _C3 = (tl.constexpr(value) for value in philox_constants.COS_C)
+_M0, _M1 = (tl.constexpr(value) for value in philox_constants.MULTIPLIERS)
+_W0, _W1 = (tl.constexpr(value) for value in philox_constants.WEYL)
+_ROUNDS = tl.constexpr(philox_constants.ROUNDS)
+_MINUS_2_LN_2 = tl.constexpr(philox_constants.MINUS_2_LN_2)
+_SQRT_HALF_BITS = tl.constexpr(philox_constants.SQRT_HALF_BITS)
+_ROOT_BITS = tl.constexpr(philox_constants.ROOT_BITS)
 _INV_2_24 = tl.constexpr(2.0**-24)
 
 _LANES = tl.constexpr(LANES)

@@ -32,6 +32,7 @@ from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import lay_out
 from engines.model.model_check import check_driven
+from engines.model.stand_ins import give_back
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import landed_on_grid, plain_weights
@@ -192,6 +193,7 @@ class ZerothOrder(ABC):
         for a model whose blocks cannot be driven."""
         check_driven(blueprint, self.context)
         apart = blocks_apart(blueprint, self.context)
+        give_back(self.device)
         adapters, self._layout = beside(
             blueprint.model,
             lay_out(blueprint.model, self._dtype, self.settings.train),

@@ -92,9 +92,9 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
 
 def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
     """`weights`, where nothing says where they are."""
-    if "weights" in given or context.machine.gpu is None:
-        return Choice(given)
     settings: LspSettings = given.completed(graphs=False).typed
+    if "weights" in given or context.machine.gpu is None or settings.residual:
+        return Choice(given)
     if "d" not in given or (settings.d == "auto" and not settings.d_by_shape):
         settings = replace(settings, d=lsp_ladder(context.shape.hidden)[0])
     missing = context.why_missing(settings)

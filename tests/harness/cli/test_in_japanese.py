@@ -33,7 +33,8 @@ def printed(*arguments: str) -> str:
         ["--model", "opt-30b", "--profile", "rtx-a1000-laptop", "--dtype", "fp16"],
         ["--model", "llama-3.1-8b", "--profile", "t4", "--vram", "90GB"],
         ["--model", "opt-6.7b", "--profile", "l4", "--seq-len", "2048", "--batch-size", "8",
-         "--target", "hours=8", "--steps", "50", "--engines", "mezo", "--price", "30JPY/kWh@2026-11-01", "--power", "400W"],
+         "--target", "hours=8", "--steps", "50", "--engines", "mezo", "--power", "400W",
+         "--price", "30JPY/kWh@2026-11-01"],
     ],
     ids=" ".join,
 )  # fmt: skip

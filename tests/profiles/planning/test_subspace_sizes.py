@@ -178,6 +178,22 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert not plan(OPT_13B, values=given, vram_bytes=24 * GB).fits
 
 
+def test_a_residual_costs_work_and_a_block_of_gradients_and_streams_nothing() -> None:
+    values: dict[str, object] = {"d": 512, "r": 4}
+    without, found = plan(values=values), plan(values={**values, "residual": 1.0})
+    assert found.fits
+    assert found.prediction.h2d_bytes == without.prediction.h2d_bytes
+    a_block = 2 * DEEPSEEK_1B.matrix_parameters // DEEPSEEK_1B.num_blocks
+    more, less = (cost_of(each, DEEPSEEK_1B).gpu_memory_bytes for each in (found, without))
+    assert more["gradients"] - less["gradients"] == a_block
+    assert found.prediction.step_s is not None
+    assert without.prediction.step_s is not None
+    assert 1.0 < found.prediction.step_s / without.prediction.step_s < 2.0
+    small = plan(OPT_13B, values={**values, "residual": 1.0}, vram_bytes=24 * GB)
+    assert not small.fits
+    assert "weights" not in small.settings
+
+
 @pytest.mark.parametrize("values", [{}, AUTO])
 @pytest.mark.parametrize("tokens", [4096, 65536])
 def test_streamed_cores_hide_behind_the_weights_or_the_gpu(values: dict[str, object], tokens: int) -> None:
