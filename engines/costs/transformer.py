@@ -19,6 +19,10 @@ GELU or ReLU), bytes per token and hidden element at 2 bytes each. Counted kerne
 8, two residuals 12, the activation 16, biases and copies the rest. Fits OPT-13B's two forwards, 0.184 s on
 an H200."""
 
+LONG_ACTIVATION_BYTES = 128
+"""What GPT-2's activation adds: eight operations that read 10 times and write 8, where one reads and writes,
+on 4 h elements. Counted."""
+
 GATED_ELEMENTWISE_BYTES = 200
 """The same for a gated block with RMSNorm in fp32, rotary embedding and SwiGLU, each a row of separate
 kernels in eager PyTorch. Fits forward and backward of the 6.7B LLaMA shape, 0.470 s on an H200."""
@@ -46,8 +50,9 @@ GRAPH_SCRATCH_BYTES = 400_000_000
 """`engines.zeroth_order.perturbed_model` runs blocks as CUDA graphs up to this size of a block's perturbed
 copies."""
 
-GRAPH_LAUNCHES = 8
-"""What it starts for a block then: copies in and out, the graph, and noise piece by piece. Counted there."""
+GRAPH_LAUNCHES = 28
+"""What it takes to start a block then, in launches: copies in and out, the graph, noise piece by piece, and
+the engine's Python around them. One H200's host needs 0.6 ms for a block of OPT-125M (reports/results)."""
 
 CHECKPOINT_LAUNCHES = 20
 """What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
@@ -68,6 +73,10 @@ LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
 """GPU bytes per logit at the peak of cross-entropy's backward pass: the logits, their log-softmax in fp32,
 its gradient and the gradient of its input. Fits the torch peaks of torchao with offloaded gradients on an
 H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
+
+LOSS_BYTES_COMPILED = {"fp32": 8, "bf16": 4, "fp16": 4}
+"""The same where a compiler fuses the loss: the logits and their gradient. `exact-offload`'s tensors at 1.3B
+took 5.66 GB on an H200 (reports/results, 29 November), of which 5.27 are counted without logits."""
 
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
 """The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton a language
@@ -118,8 +127,15 @@ def elementwise_bytes(shape: ModelShape, workload: Workload, *, compiled: bool =
     gated = COMPILED_GATED_ELEMENTWISE_BYTES if compiled else GATED_ELEMENTWISE_BYTES
     plain = COMPILED_PLAIN_ELEMENTWISE_BYTES if compiled else PLAIN_ELEMENTWISE_BYTES
     per_element = gated if shape.gated_mlp else plain
+    if has_long_activation(shape) and not compiled:
+        per_element += LONG_ACTIVATION_BYTES
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return per_element * scale * workload.tokens_per_step * shape.hidden
+
+
+def has_long_activation(shape: ModelShape) -> bool:
+    """Whether the activation is a row of operations in place of one: GELU by tanh, written out."""
+    return shape.family == "gpt2"
 
 
 def block_launches(shape: ModelShape) -> int:
@@ -257,16 +273,19 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
 
     At 2 bytes a value: 34 h per token for a plain block (2205.05198 without the 5 a s term); for a gated one
     12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention,
-    4 bytes per head and token. Compiled regions keep what products and attention need and compute the rest
-    again: 12 h + 4 h_kv + 4 f, of a plain block 26 h (0.23 GB a block at 1.3B were measured, and come out).
+    4 bytes per head and token. Compiled regions keep what products and attention need and compute most of the
+    rest again: 16 h + 4 h_kv + 5 f, of a plain block 26 h. (The peaks of native and LoRA at 1.3B, and of
+    Qwen2.5 0.5B and 1.5B, one H200, come out within 5 % with them; 12 h + 4 h_kv + 4 f, which a compiler
+    needs, is a fifth too little.) GPT-2's activation is eight operations, of which eager PyTorch keeps three
+    results more, 24 h.
     """
     tokens = workload.batch_size * workload.seq_len
     if shape.gated_mlp:
         kv = shape.hidden * shape.num_kv_heads / max(1, shape.num_heads)
-        own, wide = (12, 4) if compiled else (20, 8)
+        own, wide = (16, 5) if compiled else (20, 8)
         per_token = own * shape.hidden + 4 * kv + wide * shape.intermediate
     else:
-        per_token = (26 if compiled else 34) * shape.hidden
+        per_token = (26 if compiled else 34 + 24 * has_long_activation(shape)) * shape.hidden
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return int(tokens * (per_token * scale + 4 * shape.num_heads))
 
@@ -288,7 +307,8 @@ def forward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """Transient activations of one forward pass without a backward pass, beside the block's input: inside the
     feed-forward part, where the residual and the norm's result are there with the widened states, before and
     after the activation and, in a gated block, the gate's partner."""
-    width = 2 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
+    wide = 3 if shape.gated_mlp else 2 + 3 * has_long_activation(shape)
+    width = 2 * shape.hidden + wide * shape.intermediate
     return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
 
 
@@ -300,14 +320,16 @@ def num_logits(shape: ModelShape, workload: Workload) -> int:
     return workload.batch_size * workload.seq_len * outputs
 
 
-def logits_bytes(shape: ModelShape, workload: Workload, loss_tokens: int | None = None) -> int:
+def logits_bytes(
+    shape: ModelShape, workload: Workload, loss_tokens: int | None = None, *, compiled: bool = False
+) -> int:
     """Logits and what the loss and its backward pass make of them, one micro-batch; with `loss_tokens` those
     of so many positions, and what all positions' hidden states get as gradient."""
     tokens = workload.batch_size * workload.seq_len
-    whole = num_logits(shape, workload) * LOSS_BYTES_TRAINING[workload.dtype]
+    count = num_logits(shape, workload)
     if loss_tokens is None or loss_tokens >= tokens or shape.head != "causal_lm":
-        return whole
-    return whole * loss_tokens // tokens + hidden_bytes(shape, workload)
+        return count * (LOSS_BYTES_COMPILED if compiled else LOSS_BYTES_TRAINING)[workload.dtype]
+    return count * LOSS_BYTES_TRAINING[workload.dtype] * loss_tokens // tokens + hidden_bytes(shape, workload)
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import materialize
 from engines.model.model_check import check_repeats
+from engines.model.stand_ins import give_back
 from engines.settings.first_order import NativeSettings
 
 
@@ -41,5 +42,6 @@ class Native(LoopedEngine[NativeSettings]):
         """Fill the model on the device. Raises `UserError` for fp16."""
         dtype = weights_dtype(self.context, self.name)
         check_repeats(blueprint, self.context)
+        give_back(self.loop.device)
         model = materialize(blueprint, self.loop.device, dtype)
         self.loop.begin(model, make_adamw(model.parameters(), self.settings))

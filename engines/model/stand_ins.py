@@ -57,6 +57,13 @@ def on_stand_ins(
         model.train(was_training)
 
 
+def give_back(device: torch.device | str) -> None:
+    """What trials took goes back to the driver. What is allocated next would be cut from its memory, which is
+    as large as the largest tensor in fp32, and leave pieces that nothing fits into."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _stand_ins(
     parameters: list[nn.Parameter], dtype: torch.dtype, device: torch.device, *, std: float
 ) -> dict[int, nn.Parameter]:

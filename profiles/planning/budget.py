@@ -22,6 +22,10 @@ WORKSPACE_BYTES = 70_000_000
 """What torch reserves for the workspaces of matrix products where the machine's profile does not say it:
 twice the 32 MiB that it takes for each on a Hopper GPU, where others take 8."""
 
+FIT_MARGIN = 0.03
+"""What a plan must have left of what torch is predicted to reserve: a prediction is as often too small as too
+large, and what is called fitting must run."""
+
 TRITON_NEEDS = 7
 """Major version of CUDA's compute capability."""
 
@@ -151,8 +155,8 @@ def host_bytes_without_gpu(cost: Traffic) -> int:
 
 
 def gpu_bytes_needed(cost: Traffic, budget: Budget) -> int:
-    """GPU memory that the process takes: what torch reserves, and what CUDA takes itself."""
-    return reserved_bytes(cost, budget) + beside_torch_bytes(cost, budget)
+    """GPU memory that a plan asks for: what torch reserves, with a margin, and what CUDA takes itself."""
+    return int(reserved_bytes(cost, budget) * (1 + FIT_MARGIN)) + beside_torch_bytes(cost, budget)
 
 
 def beside_torch_bytes(cost: Traffic, budget: Budget) -> int:

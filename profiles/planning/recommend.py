@@ -18,7 +18,7 @@ from engines.settings.parse import defaults
 from engines.settings.zeroth_order import approximation
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
-from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, why_missing
+from profiles.planning.budget import beside_torch_bytes, reserved_bytes, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
@@ -122,9 +122,9 @@ def _gpu_bytes(cost: Traffic, context: PlanningContext) -> _GpuBytes:
     """What the process takes of the GPU: what torch reserves, and the rest."""
     if context.machine.gpu is None:
         return _GpuBytes(reserved_gpu_bytes=None, gpu_bytes_beside=None)
-    beside = beside_torch_bytes(cost, context.budget)
     return _GpuBytes(
-        reserved_gpu_bytes=gpu_bytes_needed(cost, context.budget) - beside, gpu_bytes_beside=beside
+        reserved_gpu_bytes=reserved_bytes(cost, context.budget),
+        gpu_bytes_beside=beside_torch_bytes(cost, context.budget),
     )
 
 

@@ -3,13 +3,13 @@
     python tests/studies/prediction_grid.py run --out DIR [--cells 1-20] [--seconds 400] [--machine FILE]
     python tests/studies/prediction_grid.py table DIR
 
-`prediction_grid.toml` lists the cells; none of them is used for a constant of the cost model. `run` measures
-the machine (`DIR/machine.json`), plans every cell for it as `compare` does, and measures each in a process of
-its own: a copy (fork) of one that has loaded the libraries and has no CUDA context, which spares the ten
-seconds of loading them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over.
-Pages of the libraries that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is
-compared where it is more than a few GB.
-`table` predicts every record anew, with the settings that it ran with, and prints the errors.
+`prediction_grid.toml` lists the cells. Those in `prediction_grid_h200` were looked at when constants of the
+cost model were changed, and are no test of them; none of the others was. `run` measures the machine
+(`DIR/machine.json`), plans every cell for it as `compare` does, and measures each in a process of its own: a
+copy (fork) of one that has loaded the libraries and has no CUDA context, which spares ten seconds of loading
+them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over. Pages of libraries
+that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is compared where it is
+several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors.
 
 A cell with `edge = 1.0` runs with the smallest --vram that the planner calls enough; one with `edge = 0.95`
 runs, against the plan, with that much of it.
@@ -37,14 +37,15 @@ sys.path.insert(0, str(ROOT))
 
 from engines.base import LinkRates  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
+from engines.costs.traffic import Traffic  # noqa: E402
 from engines.settings.parse import parse_settings  # noqa: E402
 from harness.pipeline import find_machine, plan_job  # noqa: E402
 from harness.records.environment import read_environment  # noqa: E402
 from harness.records.job import DataSource, Job, Limits, ModelSource, make_job  # noqa: E402
-from harness.records.run import Run, Summary, load_run, save_run  # noqa: E402
+from harness.records.run import Run, Summary, load_run  # noqa: E402
 from harness.resolve import resolve_shape  # noqa: E402
 from harness.runs.attempt import record_of  # noqa: E402
-from harness.runs.emulate import Emulated, Held  # noqa: E402
+from harness.runs.emulate import AppliedLimits, Emulated  # noqa: E402
 from harness.runs.launch import Outcome, read_result  # noqa: E402
 from harness.runs.memory_sampler import MemorySampler  # noqa: E402
 from harness.runs.processes import child_environment  # noqa: E402
@@ -56,6 +57,7 @@ from profiles.planning.plan import Plan  # noqa: E402
 from profiles.planning.predict import predict  # noqa: E402
 from profiles.system.nvml import open_device  # noqa: E402
 from profiles.units import parse_bytes  # noqa: E402
+from run_records import save_run  # noqa: E402
 
 CELLS = Path(__file__).with_suffix(".toml")
 STEPS, WARMUP = 6, 3
@@ -262,7 +264,7 @@ class Server:
                 peak_gpu_nvml_bytes=sampler.peak_gpu_bytes,
             ),
             by_user=False,
-            held=_held(folder / "events"),
+            limits=_applied(folder / "events"),
             notes=result.notes,
         )
 
@@ -287,13 +289,13 @@ class Server:
             self._process.wait()
 
 
-def _held(events: Path) -> Held | None:
+def _applied(events: Path) -> AppliedLimits | None:
     """What the run was held to of another machine, if it said so."""
     with contextlib.suppress(OSError):
         for line in events.read_text(encoding="utf-8").splitlines():
             told = json.loads(line)
-            if "held" in told:
-                found: Held = adapter(Held).validate_python(told["held"])
+            if "limits" in told:
+                found: AppliedLimits = adapter(AppliedLimits).validate_python(told["limits"])
                 return found
     return None
 
@@ -371,11 +373,9 @@ def rows_of(folder: Path) -> list[Row]:
 
 def row_of(record: Run, machine: Machine) -> Row:
     job = make_job(record.job, record.id)
-    shape = resolve_shape(job)
     if record.emulation is not None:
         machine = with_link(machine, record.emulation.rates.h2d_bytes_per_s)
-    given = {name: str(value) for name, value in record.plan.settings.items()}
-    cost = traffic(record.engine, shape, job.workload, parse_settings(record.engine, given))
+    cost = cost_of(record, job)
     budget = budget_of(machine, None, None, None)
     now, measured = predict(cost, machine, job.workload), record.summary
     took_s = measured.step_s_median
@@ -398,6 +398,13 @@ def row_of(record: Run, machine: Machine) -> Row:
         if now.peak_host_bytes > LEAST_HOST_BYTES
         else None,
     )
+
+
+def cost_of(record: Run, job: Job) -> Traffic:
+    """Of a step with the settings that it ran with, as they cost today."""
+    given = {name: str(value) for name, value in record.plan.settings.items()}
+    settings = parse_settings(record.engine, given)
+    return traffic(record.engine, resolve_shape(job), job.workload, settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,7 +39,7 @@ def way(engine: str, model: str, profile: str, values: dict[str, Any] | None = N
 
 def test_micro_batches_first_since_they_cost_no_quality() -> None:
     found = way("lora", "llama-3.1-8b", "rtx-4090", workload={"batch_size": 8, "seq_len": 2048})
-    assert found.flags == "--batch-size 1 --accumulation 8"
+    assert found.flags == "--batch-size 4 --accumulation 2"
     assert found.quality == "none: a step is on the same sequences"
     assert found.times is not None
 
@@ -49,7 +49,7 @@ def test_the_authors_laptop_is_told_to_leave_embeddings_alone() -> None:
         "lsp", "deepseek-coder-1.3b", "rtx-a1000-laptop",
         {"d": 1280, "r": 4, "projector": "paper", "weights": "resident"}, workload={"seq_len": 384},
     )  # fmt: skip
-    assert found.flags == "--set lsp.train_outer=false"
+    assert found.flags.startswith("--set lsp.train_outer=false")
     assert "embeddings" in found.quality
 
 

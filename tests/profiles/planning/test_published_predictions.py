@@ -103,7 +103,7 @@ def memory_runs() -> list[tuple[str, Run, Traffic]]:
         job = as_it_ran(load_job(folder / "job.toml"), date)
         for path in sorted(folder.glob("runs/*.json")):
             run = load_run(path)
-            if run.end_state != "ok" or run.summary.peak_gpu_reserved_bytes is None:
+            if run.end_state != "ok" or run.summary.peak_gpu_reserved_bytes is None or job.limits.gpus > 1:
                 continue
             given = job.settings_of(run.engine)
             chosen = {name: value for name, value in run.plan.settings.items() if name not in given}

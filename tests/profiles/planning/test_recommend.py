@@ -147,13 +147,14 @@ def test_the_command_that_checks_a_plan() -> None:
 
 def test_the_loss_is_in_chunks_where_nothing_fits_without() -> None:
     shape = llama("llama-8b", 4096, 14336, 32, 32, vocabulary=128256)
-    (chosen,) = recommend(H200, shape, TRAINING, ["lora"], {}, vram_bytes=24 * GB)
+    many = Workload(batch_size=8, seq_len=2048, dtype="bf16")
+    (chosen,) = recommend(H200, shape, many, ["lora"], {}, vram_bytes=30 * GB)
     assert chosen.fits
     assert chosen.settings["loss_tokens"] == 1024
     (told,) = (reason for reason in chosen.reasons if reason.startswith("loss_tokens"))
     assert re.match(r"loss_tokens=1024: without it the job needs .* of GPU memory", told)
     whole = given_for_each({"lora": {"loss_tokens": "all"}})
-    assert not recommend(H200, shape, TRAINING, ["lora"], whole, vram_bytes=24 * GB)[0].fits
+    assert not recommend(H200, shape, many, ["lora"], whole, vram_bytes=30 * GB)[0].fits
     assert "loss_tokens" not in plan("lora", shape=shape).settings
 
 
@@ -398,12 +399,12 @@ def named_blocks(reason: str) -> set[int]:
 def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     limit = {"vram_bytes": 24 * GB}
     chosen = plan("zo2", shape=OPT_SIZES["13B"], workload=FORWARD_ONLY, **limit)
-    assert chosen.settings["resident_blocks"] == 31
+    assert chosen.settings["resident_blocks"] == 30
     assert chosen.prediction.step_s is not None
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
     several = plan("zo2", shape=OPT_SIZES["13B"], workload=replace(FORWARD_ONLY, accumulation=4), **limit)
-    assert several.settings["resident_blocks"] == 29
+    assert several.settings["resident_blocks"] == 28
     assert several.fits
 
 
