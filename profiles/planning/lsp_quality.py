@@ -12,9 +12,6 @@ from typing import Literal
 SAME_SIZE = 3.0
 """A study speaks of models of up to so many times its own parameters, and down to as small a part."""
 
-Spread = tuple[float, float, float]
-"""Of three seeds: mean, lowest, highest."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubspaceStudy:
@@ -23,9 +20,9 @@ class SubspaceStudy:
     name: str
     parameters: float
     unit: Literal["per byte", "accuracy", "gain per byte"]
-    found: Mapping[float, Spread]
+    found: Mapping[float, tuple[float, float, float]]
     """By d over a weight's smaller side: percent of perplexity above native's mean, points of accuracy
-    below it, or percent of native's gain in loss."""
+    below it, or percent of native's gain in loss. Mean, lowest and highest of three seeds."""
     source: str
     """File below the repository's root."""
 
