@@ -63,6 +63,8 @@ class EngineEntry:
     nobody."""
     several_gpus: bool = False
     """Its steps can be divided among several processes with a GPU each (`engines.world`)."""
+    several_machines: bool = False
+    """These may be on several machines."""
     generates: bool = False
     """It continues prompts too."""
     needs_torch: bool = True

@@ -5,7 +5,7 @@ A model is an embedding, like blocks one after the other, and a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -115,3 +115,8 @@ class Workload:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len * self.accumulation
+
+    def of_a_rank(self, ranks: int) -> Workload:
+        """What the one of so many processes with the most to do computes of a step: a micro-batch at least,
+        as ranks that divide the queries of one have it."""
+        return replace(self, accumulation=max(1, -(-self.accumulation // ranks)))

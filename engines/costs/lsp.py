@@ -129,6 +129,9 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         **_gpu_memory(shape, workload, settings, element * trained_on_gpu),
         gpu_held_bytes=_graph_bytes(shape, workload, settings),
         host_memory_bytes=host,
+        # What goes up is there once too, beside what each of them brings down.
+        shared_host_bytes={"optimizer": host["optimizer"] + wire_bytes} if settings.offload else {},
+        divided="updates",
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,

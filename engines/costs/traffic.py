@@ -62,7 +62,10 @@ class Traffic:
     """By kind; what is pinned is also counted in `pinned_bytes`."""
     pinned_bytes: int = 0
     shared_host_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Of `host_memory_bytes` what ranks of one machine have once, and what that takes then. Pinned."""
+    """Of `host_memory_bytes` what ranks of one machine have once, and what that takes then."""
+    divided: Literal["write-back", "updates"] = "write-back"
+    """What of their work on the host they divide: what is written there, or Adam's updates, for which each
+    brings down all that one process does."""
     gpu_apart_bytes: int = 0
     """What torch's allocator takes beside the tensors' peak, since what is there at other moments has other
     sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
@@ -80,20 +83,29 @@ class Traffic:
 
     def of_a_rank(self, local_ranks: int) -> Traffic:
         """What one of several ranks of a machine asks for: its part of the memory that they share, and of
-        what they write there."""
+        what they do there together."""
         if local_ranks == 1 or not self.shared_host_bytes:
             return self
         parts = {name: -(-each // local_ranks) for name, each in self.shared_host_bytes.items()}
-        alone = sum(self.host_memory_bytes[name] for name in parts)
+        less = sum(self.host_memory_bytes[name] - part for name, part in parts.items() if _is_pinned(name))
         layers = [self._layer_of_a_rank(layer, local_ranks) for layer in self.layers]
         return replace(
             self,
             layers=tuple(layers),
             host_memory_bytes={**self.host_memory_bytes, **parts},
-            pinned_bytes=self.pinned_bytes - alone + sum(parts.values()),
+            pinned_bytes=self.pinned_bytes - less,
         )
 
     def _layer_of_a_rank(self, layer: LayerTraffic, local_ranks: int) -> LayerTraffic:
+        if self.divided == "updates":
+            copies = layer.h2d_bytes + layer.d2h_bytes
+            # Of a piece its owner reads the gradients of all.
+            more = layer.d2h_bytes * (1 - 1 / local_ranks) if layer.cpu_adam_elements else 0.0
+            return replace(
+                layer,
+                cpu_adam_elements=-(-layer.cpu_adam_elements // local_ranks),
+                host_bytes=copies + (layer.host_bytes - copies) / local_ranks + more,
+            )
         up, down = layer.h2d_bytes, layer.d2h_bytes // local_ranks
         if self.shards_uploads:
             up //= local_ranks
@@ -148,3 +160,7 @@ class Traffic:
     @property
     def peak_host_bytes(self) -> int:
         return sum(self.host_memory_bytes.values())
+
+
+def _is_pinned(kind: str) -> bool:
+    return kind.endswith(", pinned")

@@ -30,6 +30,7 @@ machine; EPYC with AVX-512), where 16 cores share some 110 GB/s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.cpu_adam import Memory, Step, compiled, factors_of
+from engines.cpu_updates.cpu_adam import Memory, Step, add_up, addresses, compiled, factors_of
 from engines.cpu_updates.rounding import keep_by_chance, low_half, noise
 from engines.settings.exact_offload import MOMENT_GROUP, Moments
 
@@ -114,7 +115,7 @@ def state_tensors(
 
 
 def adamw(
-    gradient: Tensor,
+    gradient: Tensor | Sequence[Tensor],
     memory: AdamWMemory,
     updates: int,
     *,
@@ -127,6 +128,8 @@ def adamw(
     key: int,
 ) -> None:
     """One update in place of all that `memory` holds; `gradient` (n,), of the weights' dtype, is only read.
+    Where it is several, those of as many processes, their sum counts, in their order, each addition rounded
+    to their dtype.
 
     `updates` counts from 1, this one included. The gradient, which is finite, is multiplied by `scale` first.
     `key`, 32 bits, is that of the noise that rounds moments.
@@ -141,7 +144,12 @@ def adamw(
         key=key & 0xFFFFFFFF,
     )
     library = compiled()
+    several = () if isinstance(gradient, Tensor) else gradient
     if library is None:
+        if not isinstance(gradient, Tensor):
+            summed = torch.empty_like(gradient[0])
+            add_up(summed, gradient)
+            gradient = summed
         adamw_without_compiler(gradient, memory, step)
         return
 
@@ -156,13 +164,14 @@ def adamw(
             variance=address(memory.variance),
             moment_scales=address(memory.moment_scales),
             variance_scales=address(memory.variance_scales),
-            gradient=address(gradient),
+            gradient=address(gradient if isinstance(gradient, Tensor) else None),
         ),
         memory.weight.dtype == torch.bfloat16,
         _KINDS[memory.kind],
         memory.weight.numel(),
         step,
         torch.get_num_threads(),
+        *addresses(several),
     )
 
 

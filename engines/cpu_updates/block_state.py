@@ -10,8 +10,9 @@ while it is updated (`attach`).
 
 from __future__ import annotations
 
+import itertools
 import queue
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -25,9 +26,15 @@ from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
 from engines.settings.exact_offload import ExactOffloadSettings
-from engines.transfer.pinned import HostSlab, ReportProgress, host_slabs
+from engines.transfer.pinned import HostSlab, HostSlabs, ReportProgress, host_slabs
+from engines.transfer.shared_memory import shared_slabs
+from engines.world import ALONE, World
 
 _ALIGNMENT_BYTES = 64
+
+HEAD_ALIGNMENT_BYTES = 4096
+"""Weights that are elsewhere with their state come first there, in a multiple of this: they are also read
+alone, past the page cache."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,6 +42,7 @@ class BlockPiece:
     """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.TravellingPiece`."""
 
     deadline: int
+    number: int
     squared_norm: Tensor
     begin: int
     end: int
@@ -57,14 +65,14 @@ class BlockPiece:
     def outgoing(self) -> Tensor:
         return self.weight
 
-    def update(self, share: StepShare) -> None:
+    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
         assert self.gradient is not None, "nothing has been downloaded"
         if self.failure is not None:
             raise self.failure
         assert self.memory is not None, "its state is elsewhere"
         self.updates += 1
         adamw(
-            self.gradient,
+            gradients or self.gradient,
             self.memory,
             self.updates,
             learning_rate=share.learning_rate,
@@ -112,23 +120,50 @@ class BlockStates:
         seed: int,
         progress: ReportProgress,
         elsewhere: Collection[int] = (),
+        weights_elsewhere: Collection[int] = (),
+        world: World = ALONE,
     ) -> None:
-        """Nothing is pinned for a `device` that is the CPU. Weights are what the memory happens to hold; the
+        """All of it is there once for the ranks of a machine in `world`, but for norms, of which each has its
+        own.
+
+        Nothing is pinned for a `device` that is the CPU. Weights are what the memory happens to hold; the
         rest is zero. All of it is written to once, so that what the host cannot hold is missed here.
 
-        The states of the blocks that `elsewhere` names, by index, are the caller's.
+        The states of the blocks that `elsewhere` names, by index, are the caller's; of those among them that
+        `weights_elsewhere` names the weights are, too.
         """
         self._elsewhere = frozenset(elsewhere)
+        self._weights_elsewhere = frozenset(weights_elsewhere)
         self._dtype, self._kind = dtype, settings.moments
-        self._norms = HostSlab(4 * len(layouts), device)
-        norms = self._norms.view(0, (len(layouts),), torch.float32)
-        self._weights = host_slabs([dtype.itemsize * each.size for each in layouts], device, progress)
+        here = [each.size for index, each in enumerate(layouts) if index not in self._weights_elsewhere]
+        weights_bytes = [dtype.itemsize * size for size in here]
+        self._shared: list[HostSlabs] = []
+        if world.local_size == 1:
+            slab = HostSlab(4 * len(layouts), device)
+            self._norms = HostSlabs([slab], [slab.view(0, (4 * len(layouts),), torch.uint8)])
+            self._weights = host_slabs(weights_bytes, device, progress)
+        else:
+            norms_bytes = [4 * len(layouts)] * world.local_size
+            self._norms = shared_slabs(norms_bytes, device, progress, world)
+            self._weights = shared_slabs(weights_bytes, device, progress, world)
+        self.norms_of_ranks = [view.view(torch.float32) for view in self._norms.views]
+        """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
+        norms = self.norms_of_ranks[world.local_rank]
+        self._is_first = world.local_rank == 0
         self._states: list[HostSlab] = []
+        self._memories: Iterator[Tensor] | None = None
+        if world.local_size > 1:
+            sizes = [self._extents(end - begin)[1] for each in layouts for begin, end, _ in spans(each)]
+            self._shared = [shared_slabs(sizes, torch.device("cpu"), progress, world)]
+            self._memories = iter(self._shared[0].views)
+        self._numbers = itertools.count()
         self.pieces: list[list[BlockPiece]] = []
         self.weights: list[Tensor] = []
-        """Of each block, (elements,): what the model computes with."""
-        for index, (layout, memory) in enumerate(zip(layouts, self._weights.views, strict=True)):
-            weight = memory.view(dtype)
+        """Of each block, (elements,): what the model computes with; on no device while it is elsewhere."""
+        views = iter(self._weights.views)
+        for index, layout in enumerate(layouts):
+            away = index in self._weights_elsewhere
+            weight = _nowhere(layout.size, dtype) if away else next(views).view(dtype)
             self.weights.append(weight)
             self.pieces.append(
                 [
@@ -151,8 +186,10 @@ class BlockStates:
         begin, end, decays = span
         weight = weights[begin:end]
         memory = None
-        if index not in self._elsewhere:
-            extents, size = self._extents(weight.numel())
+        extents, size = self._extents(weight.numel())
+        if self._memories is not None:  # shared, and zero
+            memory = self._on(weight, extents, next(self._memories))
+        elif index not in self._elsewhere:
             slab = HostSlab(size, torch.device("cpu"))
             self._states.append(slab)
             memory = self._on(weight, extents, slab.view(0, (size,), torch.uint8))
@@ -160,6 +197,7 @@ class BlockStates:
                 tensor.zero_()
         return BlockPiece(
             deadline=index,
+            number=next(self._numbers),
             squared_norm=squared_norm,
             begin=begin,
             end=end,
@@ -195,27 +233,44 @@ class BlockStates:
             variance_scales=state.get("variance_scales"),
         )
 
+    def head_bytes(self, index: int) -> int:
+        """Of a block's weights at the beginning of what is elsewhere of it."""
+        if index not in self._weights_elsewhere:
+            return 0
+        size = self.weights[index].numel() * self._dtype.itemsize
+        return -(-size // HEAD_ALIGNMENT_BYTES) * HEAD_ALIGNMENT_BYTES
+
     def state_bytes(self, index: int) -> int:
-        """Of a block's state."""
-        return sum(self._extents(piece.weight.numel())[1] for piece in self.pieces[index])
+        """Of a block's state, and of its weights where they are elsewhere with it."""
+        states = sum(self._extents(piece.weight.numel())[1] for piece in self.pieces[index])
+        return self.head_bytes(index) + states
 
     def attach(self, index: int, memory: Tensor | None, failure: UserError | None = None) -> None:
         """The state of a block that is elsewhere is in `memory`, (bytes,), or no longer; `failure` is what
         kept it from coming there."""
-        begin = 0
+        begin = self.head_bytes(index)
+        if begin:
+            size = self.weights[index].numel()
+            weights = _nowhere(size, self._dtype)
+            if memory is not None:
+                weights = memory[: size * self._dtype.itemsize].view(self._dtype)
+            self.weights[index] = weights
+        at = begin
         for piece in self.pieces[index]:
             piece.failure = failure
+            if begin:
+                piece.weight = self.weights[index][piece.begin : piece.end]
             if memory is None:
                 piece.memory = None
                 continue
             extents, size = self._extents(piece.weight.numel())
-            piece.memory = self._on(piece.weight, extents, memory[begin : begin + size])
-            begin += size
+            piece.memory = self._on(piece.weight, extents, memory[at : at + size])
+            at += size
 
     @property
     def pinned_bytes(self) -> int:
-        norms = self._norms.num_bytes if self._norms.pinned else 0
-        return self._weights.pinned_bytes + norms
+        """Counted by the first of the ranks that have it together."""
+        return self._weights.pinned_bytes + self._norms.pinned_bytes if self._is_first else 0
 
     @property
     def pageable_bytes(self) -> int:
@@ -223,13 +278,16 @@ class BlockStates:
         return sum(slab.num_bytes for slab in self._states)
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """What belongs to a block's weights and is here, by the names of checkpoints."""
-        return {
-            f"{name}.{index}.{number}": tensor
-            for number, piece in enumerate(self.pieces[index])
-            if piece.memory is not None
-            for name, tensor in piece.memory.state().items()
-        }
+        """What belongs to a block's weights and is here, by the names of checkpoints; with the weights where
+        they are elsewhere at other times."""
+        found: dict[str, Tensor] = {}
+        for number, piece in enumerate(self.pieces[index]):
+            if piece.memory is not None:
+                named = piece.memory.state()
+                if index in self._weights_elsewhere:
+                    named["weight"] = piece.weight
+                found |= {f"{name}.{index}.{number}": tensor for name, tensor in named.items()}
+        return found
 
     def updates(self) -> list[int]:
         """How often each block was updated."""
@@ -247,7 +305,7 @@ class BlockStates:
                 raise UserError(
                     folder,
                     f"has no {key} of {tuple(tensor.shape)} {tensor.dtype} for block {index}",
-                    "resume with the same dtype and moments",
+                    "resume with the same dtype, moments and disk_weights",
                 )
             tensor.copy_(found)
 
@@ -259,35 +317,63 @@ class BlockStates:
         self._weights.close()
         for slab in self._states:
             slab.close()
+        for slabs in self._shared:
+            slabs.close()
+
+
+def _nowhere(elements: int, dtype: torch.dtype) -> Tensor:
+    """Says how many there are of what is not here."""
+    return torch.empty(elements, dtype=dtype, device="meta")
 
 
 class GradientRoom:
-    """Host memory for the gradients of some blocks, pinned for a CUDA `device`. Used from several threads."""
+    """Host memory for the gradients of some blocks, pinned for a CUDA `device`. Used from several threads.
+
+    With several ranks each has its own places, which all can read."""
 
     def __init__(
-        self, places: int, elements: int, dtype: torch.dtype, device: torch.device, progress: ReportProgress
-    ):
-        self._slabs = host_slabs([dtype.itemsize * elements] * places, device, progress)
-        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for memory in self._slabs.views:
-            self._free.put(memory.view(dtype))
+        self,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: ReportProgress,
+        world: World = ALONE,
+    ) -> None:
+        """`sizes`: of the places, in elements."""
+        sizes_bytes = [dtype.itemsize * size for size in sizes]
+        if world.local_size == 1:
+            self._slabs = host_slabs(sizes_bytes, device, progress)
+        else:
+            self._slabs = shared_slabs(sizes_bytes * world.local_size, device, progress, world)
+        views = [view.view(dtype) for view in self._slabs.views]
+        count = len(sizes)
+        self._of_ranks = [views[rank * count : (rank + 1) * count] for rank in range(world.local_size)]
+        self.own = self._of_ranks[world.local_rank]
+        self._is_first = world.local_rank == 0
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(count):
+            self._free.put(number)
 
     @property
     def pinned_bytes(self) -> int:
-        return self._slabs.pinned_bytes
+        """Counted by the first of the ranks that have it together."""
+        return self._slabs.pinned_bytes if self._is_first else 0
 
-    def take(self) -> Tensor:
-        """(elements,): a free place, once there is one. Raises `RuntimeError` if none gets free."""
+    def of_ranks(self, places: Sequence[int]) -> list[Tensor]:
+        """The place of each rank that has that number there, (elements,)."""
+        return [own[place] for own, place in zip(self._of_ranks, places, strict=True)]
+
+    def take(self) -> int:
+        """The number of a free place, once there is one. Raises `RuntimeError` if none gets free."""
         try:
             return self._free.get(timeout=WAIT_LIMIT_S)
         except queue.Empty:
             raise RuntimeError(f"the CPU freed no gradient within {WAIT_LIMIT_S:.0f} s") from None
 
-    def give(self, place: Tensor) -> None:
+    def give(self, place: int) -> None:
         self._free.put(place)
 
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""
-        while not self._free.empty():
-            self._free.get()
+        self.own, self._of_ranks = [], []
         self._slabs.close()

@@ -31,6 +31,28 @@ static inline uint16_t narrow(float value) {
     return value != value ? (uint16_t)0x7fc0 : rounded;
 }
 
+/* --- what several processes bring, and how they tell each other: rank_updates.py ----------------------- */
+
+/* In their order, each sum rounded to the elements' dtype. */
+static void add_up(void *restrict out, const void *const *gradients, int count, int bf16, int64_t begin, int64_t n) {
+    for (int from = 0; from < count; from++) {
+        if (bf16) {
+            const uint16_t *its = (const uint16_t *)gradients[from] + begin;
+            uint16_t *sum = (uint16_t *)out;
+            for (int64_t i = 0; i < n; i++) sum[i] = from ? narrow(widen(sum[i]) + widen(its[i])) : its[i];
+        } else {
+            const float *its = (const float *)gradients[from] + begin;
+            float *sum = (float *)out;
+            for (int64_t i = 0; i < n; i++) sum[i] = from ? sum[i] + its[i] : its[i];
+        }
+    }
+}
+
+/* What was written before is seen by who reads this. */
+void tell(int64_t *place, int64_t value) { __atomic_store_n(place, value, __ATOMIC_RELEASE); }
+
+int64_t told(const int64_t *place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
+
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -91,14 +113,16 @@ static inline __attribute__((always_inline)) void part_with_bf16_moments(
     }
 }
 
+/* `gradients`: of `count` processes, none of them `core`; 0: the gradient is in `core`. */
 void core_adam(void *core, int bf16, void *moment, void *variance, int bf16_moments, int64_t n, Factors f, uint32_t key,
-               int threads) {
+               int threads, const void *const *gradients, int count) {
     int64_t parts = (n + PART - 1) / PART;
     /* Dynamic: a core that is taken by another thread for a while holds up one part, not all. */
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < parts; i++) {
         int64_t begin = i * PART, size = n - begin < PART ? n - begin : PART;
         void *here = (char *)core + begin * (bf16 ? 2 : 4);
+        if (count) add_up(here, gradients, count, bf16, begin, size);
         if (bf16_moments) {
             uint16_t *m = (uint16_t *)moment + begin, *v = (uint16_t *)variance + begin;
             if (bf16) part_with_bf16_moments(1, here, m, v, size, f, key, (uint32_t)begin);
@@ -241,16 +265,24 @@ static inline __attribute__((always_inline)) void whole(const int kind, const in
          (char *)a->variance + begin * moment_size, 0.0f, 0.0f, NULL, NULL, (uint32_t)begin, end - begin, step);
 }
 
-void adamw(Memory memory, int bf16, int kind, int64_t n, Step step, int threads) {
+/* `gradients`: of `count` processes; 0: it is in `memory`. */
+void adamw(Memory memory, int bf16, int kind, int64_t n, Step step, int threads, const void *const *gradients, int count) {
     int64_t parts = (n + PART - 1) / PART;
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < parts; part++) {
         int64_t begin = part * PART, end = n - begin < PART ? n : begin + PART;
-        if (kind == FP32 && bf16) whole(FP32, 1, &memory, begin, end, step);
-        else if (kind == FP32) whole(FP32, 0, &memory, begin, end, step);
-        else if (kind == BF16 && bf16) whole(BF16, 1, &memory, begin, end, step);
-        else if (kind == BF16) whole(BF16, 0, &memory, begin, end, step);
-        else if (bf16) groups(1, &memory, begin, end, step);
-        else groups(0, &memory, begin, end, step);
+        float sum[PART]; /* stays in the thread's cache */
+        Memory own = memory;
+        if (count) {
+            add_up(sum, gradients, count, bf16, begin, end - begin);
+            /* Elements are counted from the first of all. */
+            own.gradient = (const void *)((uintptr_t)sum - (uintptr_t)begin * (bf16 ? 2 : 4));
+        }
+        if (kind == FP32 && bf16) whole(FP32, 1, &own, begin, end, step);
+        else if (kind == FP32) whole(FP32, 0, &own, begin, end, step);
+        else if (kind == BF16 && bf16) whole(BF16, 1, &own, begin, end, step);
+        else if (kind == BF16) whole(BF16, 0, &own, begin, end, step);
+        else if (bf16) groups(1, &own, begin, end, step);
+        else groups(0, &own, begin, end, step);
     }
 }

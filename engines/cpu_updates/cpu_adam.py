@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -126,9 +127,12 @@ def core_adam(
     beta2: float,
     eps: float,
     scale: float = 1.0,
+    gradients: Sequence[Tensor] = (),
     key: int = 0,
 ) -> None:
     """Write Adam's direction m_hat / (sqrt(v_hat) + eps) over the gradient in `core`; moments in place.
+    `gradients`, if there are any, are those of several processes, each like `core` and none of them it: it
+    gets their sum first, in their order, each addition rounded to their dtype.
 
     Kingma & Ba (1412.6980), Algorithm 1, with eps outside the square root as in torch. All tensors are flat,
     contiguous, of one size and on the CPU, fp32 or bf16, both moments alike; a bf16 direction is rounded
@@ -143,6 +147,8 @@ def core_adam(
     factors, key = factors_of(updates, beta1, beta2, eps, scale), key & 0xFFFFFFFF
     library = compiled()
     if library is None:
+        if gradients:
+            add_up(core, gradients)
         core_adam_without_compiler(core, moment, variance, factors, key)
         return
     library.core_adam(
@@ -155,7 +161,22 @@ def core_adam(
         factors,
         key,
         torch.get_num_threads(),
+        *addresses(gradients),
     )
+
+
+def addresses(gradients: Sequence[Tensor]) -> tuple[Any, int]:
+    """Of the memory of each, as C takes them, and how many there are."""
+    found = (ctypes.c_void_p * len(gradients))(*(each.data_ptr() for each in gradients))
+    return found, len(gradients)
+
+
+def add_up(out: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Write the sum of one or more `gradients` to `out`, in their order, each addition rounded to their
+    dtype."""
+    out.copy_(gradients[0])
+    for each in gradients[1:]:
+        out.add_(each)
 
 
 @cache
@@ -190,11 +211,17 @@ def _compiled_by(compiler: list[str]) -> Any:
     pointer = ctypes.c_void_p
     library.core_adam.argtypes = (
         pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, ctypes.c_int64, Factors, ctypes.c_uint32,
-        ctypes.c_int,
+        ctypes.c_int, pointer, ctypes.c_int,
     )  # fmt: skip
     library.core_adam.restype = None
-    library.adamw.argtypes = (Memory, ctypes.c_int, ctypes.c_int, ctypes.c_int64, Step, ctypes.c_int)
+    library.adamw.argtypes = (
+        Memory, ctypes.c_int, ctypes.c_int, ctypes.c_int64, Step, ctypes.c_int, pointer, ctypes.c_int
+    )  # fmt: skip
     library.adamw.restype = None
+    library.tell.argtypes = (pointer, ctypes.c_int64)
+    library.tell.restype = None
+    library.told.argtypes = (pointer,)
+    library.told.restype = ctypes.c_int64
     return library
 
 

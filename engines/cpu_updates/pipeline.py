@@ -8,7 +8,10 @@ thread, the upload stream and the stream that applies. The thread takes what has
 block that the next forward pass needs first. Its dependencies only go forward, so it cannot deadlock.
 
 Methods decide what to submit and how it lands; this file decides the order, and keeps failures from hanging
-and from spreading.
+and from spreading. With several ranks the thread takes what has arrived on all, if this rank is to update it,
+and what other ranks have updated is uploaded as it comes (`engines.cpu_updates.rank_updates`).
+
+Longer than 400 lines: a piece's way through both threads, alone and with other ranks, is one thing.
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ import itertools
 import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from engines.cpu_updates.cpu_adam import compiled
-from engines.errors import NonFiniteLoss, UserError
+from engines.cpu_updates.rank_updates import POLL_S, RankUpdates
+from engines.errors import NonFiniteLoss, PeerLost, UserError
 from engines.transfer.clock import now_s
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
@@ -79,15 +84,29 @@ class TravellingPiece(Protocol):
 
     deadline: int
     """Index of its block: its place in the next forward pass."""
+    number: int
+    """Among all pieces."""
     squared_norm: Tensor
     """(1,) fp32, pinned: of the block's gradient, which it arrives before."""
+    updates: int
+    """Of it, so far."""
 
     @property
     def outgoing(self) -> Tensor:
         """(elements,) of the weights' dtype, pinned: what goes up after an update."""
 
-    def update(self, share: StepShare) -> None:
-        """One step of Adam on the gradient that has arrived. May take all threads of the caller."""
+    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
+        """One step of Adam on the gradient that has arrived, or on the sum of the `gradients` of all ranks,
+        (elements,) each. May take all threads of the caller."""
+
+
+class OfRanks(NamedTuple):
+    """What the ranks bring of a piece, in their order."""
+
+    gradients: Sequence[Tensor]
+    """(elements,) each."""
+    squared_norms: Sequence[Tensor]
+    """(1,) each: of the block's gradients."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -111,6 +130,10 @@ class PieceUpdate:
     applies it to the weights; `None`: it stays on the host."""
     consumed: Callable[[], None] = lambda: None
     """Called when the downloaded gradient is needed no more, whatever came of it; from any thread."""
+    place: int = 0
+    """Where its gradient is, among the places of this rank: for other ranks."""
+    of_ranks: Callable[[Sequence[int]], OfRanks] | None = None
+    """With several ranks: the gradients of all, by the place that it has on each."""
     downloaded: Event = field(default_factory=Event)
     applied: Event = field(default_factory=Event)
     """Valid once `done` is set."""
@@ -151,12 +174,14 @@ def adam_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def update_piece(state: TravellingPiece, share: StepShare) -> bool:
-    """Adam on a gradient that is on the host: the worker's and the twin's. False: it is not finite."""
-    if share.failed or not share.is_finite() or not math.isfinite(float(state.squared_norm)):
+def update_piece(state: TravellingPiece, share: StepShare, of_ranks: OfRanks | None = None) -> bool:
+    """Adam on a gradient that is on the host, or those of all ranks: the worker's and the twin's. False: it
+    is not finite."""
+    norms = [state.squared_norm] if of_ranks is None else of_ranks.squared_norms
+    if share.failed or not share.is_finite() or not all(math.isfinite(float(norm)) for norm in norms):
         share.failed = True
         return False
-    state.update(share)
+    state.update(share, () if of_ranks is None else of_ranks.gradients)
     return True
 
 
@@ -193,10 +218,14 @@ class UpdatePipeline:
         slot_elements: int = 0,
         dtype: torch.dtype = torch.float32,
         name: str = "cpu-updates",
+        ranks: RankUpdates | None = None,
     ) -> None:
-        """`slots` are for pieces that are applied on the GPU, each of up to `slot_elements` of `dtype`.
+        """With `ranks` every piece is updated by one of them, for all.
+
+        `slots` are for pieces that are applied on the GPU, each of up to `slot_elements` of `dtype`.
         Threads are named after `name`."""
         self._link = link
+        self._ranks = ranks
         self._timeline, self._exposure = clocks.timeline, clocks.exposure
         device = link.device
         self._stream = _cuda.Stream(device, priority=APPLY_PRIORITY) if device.type == "cuda" else None
@@ -246,8 +275,8 @@ class UpdatePipeline:
     def compute_waits(self, update: PieceUpdate, clock: ComputeClock) -> None:
         """Let the compute stream wait for a piece's application, which is no compute.
 
-        Raises `NonFiniteLoss` for a gradient that was not finite, the `UserError` that kept the worker from
-        it, and what `wait` raises.
+        Raises `NonFiniteLoss` for a gradient that was not finite, the `UserError` or `PeerLost` that kept the
+        worker from it, and what `wait` raises.
         """
         try:
             with clock.standing():
@@ -255,7 +284,7 @@ class UpdatePipeline:
         except GradientNotFinite as error:
             raise NonFiniteLoss(str(error)) from None
         except RuntimeError as error:
-            if isinstance(error.__cause__, UserError):
+            if isinstance(error.__cause__, UserError | PeerLost):
                 raise error.__cause__ from None
             raise
 
@@ -289,7 +318,8 @@ class UpdatePipeline:
                     except BaseException as error:  # it belongs to the thread that waits
                         self._error = error
                     for update in job:
-                        update.consumed()
+                        if self._ranks is None:
+                            update.consumed()
                         self._updated.put(update)
         finally:
             self._updated.put(None)
@@ -297,7 +327,7 @@ class UpdatePipeline:
     def _return(self) -> None:
         """Upload and apply, in the order of the updates, while Adam goes on: starting a piece's kernels takes
         the CPU up to a millisecond, half of what its Adam takes."""
-        while (update := self._updated.get()) is not None:
+        for update in self._to_bring_back():
             try:
                 if self._error is None and not update.failed:
                     self._bring_back(update)
@@ -306,21 +336,82 @@ class UpdatePipeline:
             finally:
                 update.done.set()
 
+    def _to_bring_back(self) -> Iterator[PieceUpdate]:
+        """What has been updated, also by other ranks, and the earliest deadline first of what has then."""
+        if self._ranks is None:
+            while (update := self._updated.get()) is not None:
+                yield update
+            return
+        waiting: list[PieceUpdate] = []
+        goes_on = True
+        while goes_on or waiting:
+            with suppress(queue.Empty):
+                while goes_on:
+                    found = self._updated.get(timeout=POLL_S) if waiting else self._updated.get()
+                    goes_on = found is not None
+                    waiting += [found] if found is not None else []
+            ready = [each for each in waiting if self._is_updated(each)]
+            if not ready and not goes_on:
+                time.sleep(POLL_S)
+            for update in sorted(ready, key=lambda each: each.state.deadline):
+                waiting.remove(update)
+                update.consumed()
+                yield update
+
+    def _is_updated(self, update: PieceUpdate) -> bool:
+        """Also what will not be, after an error."""
+        if self._error is not None or self._ranks is None:
+            return True
+        number, step = update.state.number, update.share.step
+        if self._ranks.is_updated(number, step):
+            update.failed = self._ranks.has_failed(number, step)
+            return True
+        try:
+            self._ranks.look_for_peers()
+        except PeerLost as error:
+            if not self._ranks.is_updated(number, step):  # else it has ended since, having done its part
+                self._error = error
+        return self._error is not None
+
     def _take(self) -> list[PieceUpdate] | None:
         """The next job; `None` once closed and empty."""
         with self._changed:
-            while not (self._arriving or self._ready):
-                if self._is_closed:
-                    return None
-                self._changed.wait()
-            try:
-                # Downloads end in the order of submission: they share a stream.
-                while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
-                    job = self._arriving.popleft()
-                    heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
-            except BaseException as error:  # an earlier kernel's, told by any call to the driver
-                self._error = error
-            return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
+            while True:
+                while not (self._arriving or self._ready):
+                    if self._is_closed:
+                        return None
+                    self._changed.wait()
+                try:
+                    # Downloads end in the order of submission: they share a stream.
+                    while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
+                        job = self._arriving.popleft()
+                        self._tell_arrived(job)
+                        heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
+                    if self._ranks is not None and self._error is None:
+                        if (found := self._arrived_on_all_ranks(self._ranks)) is not None:
+                            return found
+                        self._ranks.look_for_peers()
+                        self._changed.wait(POLL_S)
+                        continue
+                except BaseException as error:  # an earlier kernel's, told by any call to the driver
+                    self._error = error
+                return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
+
+    def _tell_arrived(self, job: Sequence[PieceUpdate]) -> None:
+        for update in job if self._ranks is not None else ():
+            assert self._ranks is not None
+            self._ranks.tell_arrived(update.state.number, update.share.step, update.place)
+
+    def _arrived_on_all_ranks(self, ranks: RankUpdates) -> list[PieceUpdate] | None:
+        """The first job by deadline of which that can be said, or which is other ranks' to update."""
+        for entry in sorted(self._ready):
+            job = entry[2]
+            own = [update for update in job if ranks.owns(update.state.number)]
+            if all(ranks.all_arrived(update.state.number, update.share.step) for update in own):
+                self._ready.remove(entry)
+                heapq.heapify(self._ready)
+                return job
+        return None
 
     def _process(self, job: Sequence[PieceUpdate]) -> None:
         for update in job:
@@ -328,13 +419,23 @@ class UpdatePipeline:
         self._link.host_wait(job[0].share.total_known)
         begin_s = now_s()
         for update in job:
-            update.failed = not update_piece(update.state, update.share)
+            self._update(update)
         end_s = now_s()
         with self._changed:
             self._busy_s += end_s - begin_s
         self._exposure.on_host(begin_s, end_s)
         if self._timeline is not None:
             self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
+
+    def _update(self, update: PieceUpdate) -> None:
+        state, ranks, of_ranks = update.state, self._ranks, update.of_ranks
+        if ranks is None or of_ranks is None:
+            update.failed = not update_piece(state, update.share)
+        elif ranks.owns(state.number):
+            update.failed = not update_piece(state, update.share, of_ranks(ranks.places(state.number)))
+            ranks.tell_updated(state.number, update.share.step, failed=update.failed)
+        else:
+            state.updates += 1
 
     def _bring_back(self, update: PieceUpdate) -> None:
         name = f"block {update.state.deadline}"

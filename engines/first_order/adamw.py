@@ -100,16 +100,17 @@ def run_passes(model: nn.Module, inputs: Mapping[str, Tensor], padded: bool, sha
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], device: torch.device
+    model: nn.Module, batches: Sequence[Batch], device: torch.device, of: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Forward and backward of each micro-batch; yields its index and share of the loss before its backward.
 
-    The loss is the mean of the micro-batches' losses, so each counts alike, whatever labels it has.
+    The loss is the mean of the losses of `of` micro-batches, by default those that are given, so each counts
+    alike, whatever labels it has.
     Shares are fp32 on the device: nothing here waits for the GPU.
     """
     arguments = without_cache(model)
     for index, batch in enumerate(batches):
         with known_padding(has_padding(batch.inputs)):
-            loss = model(**with_mask(to_device(batch, device)), **arguments).loss / len(batches)
+            loss = model(**with_mask(to_device(batch, device)), **arguments).loss / (of or len(batches))
         yield index, loss.detach().float()
         loss.backward()

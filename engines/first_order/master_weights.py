@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from engines.first_order.adamw import make_adamw, set_learning_rate
 from engines.first_order.checkpoint import adamw_state, load_adamw_state
 from engines.settings.first_order import AdamWSettings
+from engines.transfer.rank_sums import sum_gradients
+from engines.world import World
 
 
 class MasterWeights:
@@ -24,6 +26,10 @@ class MasterWeights:
             for each in self._parameters
         ]
         self._adam = make_adamw(self._masters, settings) if self._masters else None
+
+    def sum_over_ranks(self, world: World) -> None:
+        """Let every rank have the sum of all ranks' gradients."""
+        sum_gradients(world, self._parameters)
 
     @torch.no_grad()
     def squared_norm(self, device: torch.device) -> Tensor:

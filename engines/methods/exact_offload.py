@@ -34,7 +34,8 @@ With `hidden_states=host` those between blocks wait for the backward pass in pin
 (`engines.model.hidden_states`), where a step of many tokens would not fit.
 
 Where host memory ends, low halves and moments of the last blocks are on disk (`disk_blocks`,
-`engines.offload.disk_states`): read when their gradient is down, updated, written.
+`engines.offload.disk_states`): read when their gradient is down, updated, written. With `disk_weights` their
+weights are there with them, and come up from there for both passes (`engines.offload.disk_weights`).
 
 Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
 and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
@@ -48,6 +49,11 @@ nothing waits. The first step has none before it, and is not clipped.
 Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed where activation
 checkpointing asks for it (`engines.model.training_regions`). Nothing is captured as a CUDA graph: where a
 step is so short that launches count, the CPU's update takes longer than they do.
+
+Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
+host has weights and states once; one rank adds up a piece's gradients, in the order of ranks, and updates it
+for all (`engines.cpu_updates.rank_updates`). What the GPU updates outside the blocks, it updates on every
+rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them.
 
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
 copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
@@ -67,6 +73,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +81,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
@@ -81,12 +89,14 @@ from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import (
     GradientNotFinite,
     Landing,
+    OfRanks,
     PieceUpdate,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
     update_at_once,
 )
+from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import InfeasiblePlan, NonFiniteLoss
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -110,12 +120,14 @@ from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.offload.disk import spill_folder
 from engines.offload.disk_states import DiskStates
+from engines.offload.disk_weights import DiskWeights
 from engines.offload.kept_states import KeptStates
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
-from engines.transfer.pinned import HostSlabs, host_slabs
+from engines.transfer.rank_sums import check_ranks, sum_of_losses
+from engines.world import divide
 
 
 class ExactOffload:
@@ -138,12 +150,18 @@ class ExactOffload:
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
         self._room: GradientRoom | None = None
-        self._outer_room: HostSlabs | None = None
+        self._outer_room: GradientRoom | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._kept: KeptStates | None = None
         self.hidden_states: HiddenStates | None = None
         """`None`: those between blocks stay on the GPU."""
+        self._disk_weights: DiskWeights | None = None
+        """`None`: no block's weights are on disk."""
+        self._world = context.world
+        check_ranks(self.name, settings, self._world, disk_blocks=settings.disk_blocks)
+        self._ranks: RankUpdates | None = None
+        """`None`: one process."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
         self.on_gpu: list[Tensor] = []
@@ -185,16 +203,21 @@ class ExactOffload:
             seed=self.context.seed,
             progress=self.context.progress,
             elsewhere=on_disk,
+            weights_elsewhere=self.settings.weights_on_disk(len(layout.blocks)),
+            world=self._world,
         )
+        if self._world.size > 1:
+            count = sum(len(pieces) for pieces in self._states.pieces)
+            self._ranks = RankUpdates(count, self._world, self.context.progress)
         self._kept = KeptStates(self._states, on_disk, self._make_disk)
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
-        self._room = GradientRoom(places, max(sizes), self._dtype, on_host, self.context.progress)
-        self._num_blocks = len(sizes)
+        where = (self._dtype, on_host, self.context.progress, self._world)
+        self._room = GradientRoom([max(sizes)] * places, *where)
+        self._num_blocks, self._layouts = len(sizes), layout.blocks
         self._pending = [[] for _ in (*sizes, *outer)]
         self._place_weights(blueprint, layout, outer)
-        outer_bytes = [self._dtype.itemsize * each.size for each in outer]
-        self._outer_room = host_slabs(outer_bytes, on_host, self.context.progress)
+        self._outer_room = GradientRoom([each.size for each in outer], *where)
         self._names = parameter_names(self.model)
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
@@ -214,7 +237,7 @@ class ExactOffload:
         self._loss_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
         if self.settings.offload:
             leave_threads_to_adam()
-            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload")
+            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
         self.hidden_states = self._hidden_room(blueprint.shape.hidden)
@@ -223,11 +246,12 @@ class ExactOffload:
         if self.settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
+        self._world.barrier()  # HAZARD: what the host has is whole from here on
 
     def _hidden_room(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:
             return None
-        workload = self.context.workload
+        workload = self.context.workload.of_a_rank(self._world.size)
         tokens = workload.batch_size * workload.seq_len
         return HiddenStates(
             self.link,
@@ -245,6 +269,23 @@ class ExactOffload:
             sizes_bytes, folder, setting, delay_s=self.disk_delay_s, timeline=self._clocks.timeline
         )
 
+    def _make_disk_weights(self) -> DiskWeights | None:
+        """For the blocks that come up from disk, if any do."""
+        blocks = self.settings.weights_on_disk(self._num_blocks)
+        if not blocks:
+            return None
+        assert self._kept is not None
+        assert self._kept.disk is not None
+        head_bytes = {index: self.host.head_bytes(index) for index in blocks}
+        disk = self._kept.disk
+        return DiskWeights(
+            lambda index, memory: disk.read_head(index, memory[: head_bytes[index]]),
+            max(head_bytes.values()),
+            min(WEIGHT_PLACES, len(blocks)),
+            self.link,
+            self.context.progress,
+        )
+
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
         recomputed = self.settings.recomputed(
@@ -257,6 +298,9 @@ class ExactOffload:
         """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters and
         `outer` outside them."""
         held = host_bytes(sizes, outer, self._dtype.itemsize, self.settings)
+        for kind in held:
+            if not kind.startswith("gradients"):  # ranks have it together
+                held[kind] //= self._world.local_size
         needed = PROCESS_HOST_BYTES + sum(held.values())
         usable = self.context.host_bytes
         if usable is not None and needed > usable:
@@ -276,23 +320,28 @@ class ExactOffload:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
+            self._disk_weights = self._make_disk_weights()
             self.streamed = StreamedWeights(
                 dict(enumerate(layout.blocks)),
                 self.host.weights[: self._num_blocks],
                 self.link,
                 self._compute,
                 self._is_on_host,
+                self._disk_weights,
             )
         for index, block in enumerate((*layout.blocks, *outer)):
             if self.streamed is not None and index < self._num_blocks:
-                tensors |= self.streamed.fill(index, blueprint)
+                assert self._kept is not None
+                with self._kept.here(index, changes=True):
+                    tensors |= self.streamed.fill(index, blueprint, self.host.weights[index])
                 self.on_gpu.append(self.streamed.memory(index))
                 continue
             memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
-            self.host.weights[index].copy_(memory)
+            if index % self._world.local_size == self._world.local_rank:
+                self.host.weights[index].copy_(memory)
             self.on_gpu.append(memory)
             tensors |= its
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
@@ -332,7 +381,7 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._room, self._outer_room, self.hidden_states)
+        held = (self._states, self._room, self._outer_room, self.hidden_states, self._disk_weights)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -353,16 +402,19 @@ class ExactOffload:
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         hidden_bytes = 0 if self.hidden_states is None else self.hidden_states.moved_bytes
         came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
+        from_disk = 0 if self._disk_weights is None else self._disk_weights.sent_bytes
+        world, count = self._world, len(batches)
+        batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
         self._begin_outer(self.last_outer)
         with no_cache(self.model):
-            self._run(batches)
+            self._run(batches, count)
         self._compute.go_on_with("optimizer")
         self._finish()
         self._compute.stop()
         self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
-        value = float(self._loss_on_host)
+        value = sum_of_losses(world, float(self._loss_on_host))
         if not math.isfinite(value):
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
@@ -374,20 +426,23 @@ class ExactOffload:
             self._step_h2d_bytes += moved
             self._step_d2h_bytes += moved
         disk = None if self._kept is None else self._kept.disk
+        if self._disk_weights is not None:
+            from_disk = self._disk_weights.sent_bytes - from_disk
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
-            disk_read_bytes=0 if disk is None else disk.total_bytes,
+            disk_read_bytes=0 if disk is None else disk.total_bytes + from_disk,
             disk_s=None if disk is None else disk.take_busy_s(),
             disk_direct=None if disk is None else disk.direct,
             **self._clocks.take_s(self.link),
         )
 
-    def _run(self, batches: Sequence[Batch]) -> None:
+    def _run(self, batches: Sequence[Batch], count: int) -> None:
+        """Forward and backward of this rank's of `count` micro-batches."""
         try:
-            self._passes.run(batches, self.device, self._take_loss)
+            self._passes.run(batches, self.device, self._take_loss, of=count)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Found before the first block has passed anything on.
             if not self._is_compiled or self.steps_done > 0 or any(self._pending):
@@ -397,7 +452,7 @@ class ExactOffload:
             assert self._regions is not None
             self._regions.remove()
             self._install(compiled=False)
-            self._passes.run(batches, self.device, self._take_loss)
+            self._passes.run(batches, self.device, self._take_loss, of=count)
 
     def _take_loss(self, loss: Tensor) -> None:
         """Bring it to the host: known long before the step's end, so that the next one can be started."""
@@ -426,7 +481,7 @@ class ExactOffload:
             gradient = self._outer_gradients[number]
             for piece in self.host.pieces[index]:
                 piece.deadline = -1 if index in self.last_outer else self._num_blocks
-            self._send(index, gradient, self._outer_room.views[number].view(self._dtype), lands=True)
+            self._send(index, gradient, self._outer_room, number, lands=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -479,20 +534,24 @@ class ExactOffload:
         with self._compute.standing():
             place = self._room.take()
         give = partial(self._room.give, place)
-        self._slot_free[slot] = self._send(index, gradient, place, lands=self.streamed is None, consumed=give)
+        self._slot_free[slot] = self._send(
+            index, gradient, self._room, place, lands=self.streamed is None, consumed=give
+        )
 
     def _send(
         self,
         index: int,
         gradient: Tensor,
-        place: Tensor,
+        room: GradientRoom,
+        number: int,
         *,
         lands: bool,
         consumed: Callable[[], None] = lambda: None,
     ) -> Event:
-        """Download a gradient (elements,) to `place` on the host and hand it to the worker; the event of its
-        arrival. `lands`: the weights go up then. `consumed` is called when `place` is free."""
-        kept = self._kept
+        """Download a gradient (elements,) to the place of that `number` in `room` and hand it to the worker;
+        the event of its arrival. `lands`: the weights go up then. `consumed` is called when the place is
+        free."""
+        kept, place = self._kept, room.own[number]
         assert kept is not None
         pieces, weights = self.host.pieces[index], self.on_gpu[index]
         norm = self._norms.take(index, gradient)
@@ -512,6 +571,8 @@ class ExactOffload:
                 share=self._share,
                 landing=Landing(memory=weights[piece.begin : piece.end], free=ready) if lands else None,
                 consumed=give,
+                place=number,
+                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, piece, room),
             )
             for piece in pieces
         ]
@@ -533,10 +594,17 @@ class ExactOffload:
             kept.submit(index, updates, self._pipeline)
         return updates[-1].downloaded
 
+    def _of_ranks(self, index: int, piece: BlockPiece, room: GradientRoom, places: Sequence[int]) -> OfRanks:
+        return OfRanks(
+            [place[piece.begin : piece.end] for place in room.of_ranks(places)],
+            [norms[index : index + 1] for norms in self.host.norms_of_ranks],
+        )
+
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
         self._send_outer(sorted(self.last_outer))
+        self._outer.sum_over_ranks(self._world)
         squared = self._norms.of_groups.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
@@ -587,12 +655,19 @@ class ExactOffload:
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once, on the host, every update applied."""
+        """Each parameter once, on the host, every update applied; what is on disk a block at a time."""
         self._settle_all()
-        return model_weights(self._stored())
+        return chain(model_weights(self._stored()), self._weights_on_disk())
+
+    def _weights_on_disk(self) -> Iterator[tuple[str, Tensor]]:
+        for index in self.settings.weights_on_disk(self._num_blocks):
+            assert self._kept is not None
+            with self._kept.here(index, changes=False):
+                for name, tensor in self._layouts[index].views(self.host.weights[index]).items():
+                    yield name, tensor.clone()
 
     def _stored(self) -> nn.Module:
-        """The model, or what has its names and weights where those are streamed."""
+        """The model, or what has its names and weights where those are streamed, but for what is on disk."""
         return self.model if self.streamed is None else self.streamed.stored(self.model)
 
     def save(self, folder: Path) -> None:
@@ -609,7 +684,10 @@ class ExactOffload:
         save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` for a checkpoint of another model, dtype or moments."""
+        """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
+        model, dtype or moments."""
+        self._settle_all()
+        self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
@@ -623,6 +701,9 @@ class ExactOffload:
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
             self._norms.last(self.steps_done).copy_(tensors["total"])
+        if self._ranks is not None:
+            self._ranks.forget()  # as all of them do, and have written the same states
+        self._world.barrier()
 
     def squared_norm(self) -> float:
         """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
@@ -651,10 +732,12 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._pending = []
-        for each in (self._room, self._states, self._outer_room, self.hidden_states):
+        held = (self._room, self._states, self._outer_room, self.hidden_states)
+        for each in (self._disk_weights, *held, self._ranks):
             if each is not None:
                 each.close()
-        self._room = self._states = self._outer_room = self.hidden_states = None
+        self._room = self._states = self._outer_room = self.hidden_states = self._ranks = None
+        self._disk_weights = None
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

@@ -85,6 +85,7 @@ from engines.cpu_updates.pipeline import (
     leave_threads_to_adam,
     update_at_once,
 )
+from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import accumulate_gradients, prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -123,9 +124,13 @@ from engines.subspace.cores import (
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
+from engines.subspace.projector import Projector
+from engines.subspace.rank_projectors import follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
+from engines.transfer.rank_sums import check_ranks, sum_of_losses
+from engines.world import divide
 
 
 class Lsp:
@@ -153,6 +158,10 @@ class Lsp:
         """In the place of `_trained` where micro-batches pass a block together."""
         self._regions: TrainingRegions | None = None
         self.streamed: StreamedMatrices | None = None
+        self._world = context.world
+        check_ranks(self.name, settings, self._world)
+        self._ranks: RankUpdates | None = None
+        """`None`: one process."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
 
@@ -191,11 +200,14 @@ class Lsp:
             settings,
             dtype=self._dtype,
             device=self.device,
-            workload=context.workload,
+            workload=context.workload.of_a_rank(self._world.size),
             seed=context.seed,
             progress=context.progress,
+            world=self._world,
         )
         self._blocks = self._cores.blocks
+        if self._world.size > 1:
+            self._ranks = RankUpdates(len(self._cores.first), self._world, context.progress)
         self._dense = DenseParameters(self.model, subspaces, settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
@@ -214,9 +226,11 @@ class Lsp:
                 slot_elements=largest,
                 dtype=self._dtype,
                 name="lsp-core",
+                ranks=self._ranks,
             )
         prepare_training(self.model, context, settings, recompute=False)
         self._install()
+        self._world.barrier()
 
     def _install(self) -> None:
         """Let the model's blocks run as a training step runs them."""
@@ -285,11 +299,13 @@ class Lsp:
         )
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         before = self._streamed_bytes()
+        world, count = self._world, len(batches)
+        batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._begin_step()
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
         with no_cache(self.model):
-            self._run(batches)
+            self._run(batches, count)
         self.calibrates = False
         self._compute.go_on_with("optimizer")
         self._finish_backward()
@@ -298,7 +314,7 @@ class Lsp:
         after = self._streamed_bytes()
         self._step_h2d_bytes += after[0] - before[0]
         self._step_d2h_bytes += after[1] - before[1]
-        value = float(self._loss_on_host)
+        value = sum_of_losses(world, float(self._loss_on_host))
         if not math.isfinite(value):
             self._discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
@@ -319,17 +335,17 @@ class Lsp:
             return 0, 0
         return self.streamed.weights.slots.h2d_bytes, self.streamed.weights.slots.d2h_bytes
 
-    def _run(self, batches: Sequence[Batch]) -> None:
-        """Forward and backward of all micro-batches."""
+    def _run(self, batches: Sequence[Batch], count: int) -> None:
+        """Forward and backward of this rank's of `count` micro-batches."""
         if self._passes is not None:
             self._micro_batch, self._is_last_micro_batch = 0, True
             compiler: Any = torch.compiler  # its methods are without annotations
             # Steps that test projectors do what compiled code does not.
             with compiler.set_stance("force_eager") if self.calibrates else nullcontext():
-                self._passes.run(batches, self.device, self._take_loss)
+                self._passes.run(batches, self.device, self._take_loss, of=count)
             return
         total = torch.zeros(1, device=self.device)
-        for index, loss in accumulate_gradients(self.model, batches, self.device):
+        for index, loss in accumulate_gradients(self.model, batches, self.device, of=count):
             total += loss
             self._micro_batch = index
             self._is_last_micro_batch = index == len(batches) - 1
@@ -421,18 +437,21 @@ class Lsp:
                 state=piece.state,
                 share=self._share,
                 landing=None if self.streamed is not None else partial(self._apply, piece.matrices),
+                of_ranks=None
+                if self._ranks is None
+                else partial(self._laid_out.of_ranks, place, piece.state),
             )
             for piece in block.pieces
         ]
         if self._pipeline is None:
             for piece in block.pieces:
-                piece.state.outgoing.copy_(piece.core)
+                piece.state.incoming.copy_(piece.core)
             block.pieces[0].state.squared_norm.copy_(block.squared_norm)
             return
         ready, name = self.link.record(), f"block {place}"
         self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
         for piece, update in zip(block.pieces, block.pending, strict=True):
-            update.downloaded = self.link.download(piece.core, piece.state.outgoing, after=ready, name=name)
+            update.downloaded = self.link.download(piece.core, piece.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
@@ -462,6 +481,7 @@ class Lsp:
             elif not (block.pending and block.pending[0].share is self._share):
                 self._settle([block])  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
+        self._dense.sum_over_ranks(self._world)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
@@ -554,16 +574,21 @@ class Lsp:
         """Test the pair on this gradient (m, n); take a better one if it is wanting, and move the moments."""
         if matrix.is_collected or self._micro_batch > 0:
             return
-        found = self._round.check(matrix.subspace, gradient)
-        if found is None:
-            return
+        found = self._round.check(matrix.subspace, gradient) if self._world.rank == 0 else None
+        if found is not None:
+            self._take_projectors(matrix, *found)
+        if self._world.size > 1:
+            follow_projectors(self._world, matrix, found is not None)
+
+    def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:
+        """Move the moments to the subspace of a new pair, and take it."""
         state = self._laid_out.piece_of(matrix).state
         if state.updates > 0:
             # The moments are the worker's no more: this block's forward pass has waited for its last update.
-            moved_bytes = move_moments(state, matrix, *found)
+            moved_bytes = move_moments(state, matrix, left, right)
             self._step_h2d_bytes += moved_bytes
             self._step_d2h_bytes += moved_bytes
-        matrix.subspace.assign(*found)
+        matrix.subspace.assign(left, right)
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
@@ -613,8 +638,10 @@ class Lsp:
         save_checkpoint(folder, self._stored(), state, about)
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` for another model's, or one of another d, r, projector or
-        moments."""
+        """Continue from `save`: all ranks at the same time. Raises `UserError` for another model's, or one of
+        another d, r, projector or moments."""
+        self._settle(self._blocks)
+        self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         if self.streamed is not None:
             self.streamed.weights.slots.forget_all()
@@ -622,6 +649,9 @@ class Lsp:
         self._dense.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
+        if self._ranks is not None:
+            self._ranks.forget()  # as all of them do, and have written the same states
+        self._world.barrier()
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""
@@ -653,6 +683,9 @@ class Lsp:
         if self._cores is not None:
             self._cores.close()
             self._cores = None
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
         if self.streamed is not None:
             self.streamed.close()
             self.streamed = None

@@ -93,8 +93,15 @@ class BlockMajor:
         self._knows_form = False
         self._passing: list[_MicroBatch] = []
 
-    def run(self, batches: Sequence[Batch], device: torch.device, told: Callable[[Tensor], None]) -> None:
-        """Forward and backward of the mean loss of `batches`; nothing here waits for the GPU.
+    def run(
+        self,
+        batches: Sequence[Batch],
+        device: torch.device,
+        told: Callable[[Tensor], None],
+        of: int | None = None,
+    ) -> None:
+        """Forward and backward of the mean loss of `batches`, or of their share in the mean of `of` ones;
+        nothing here waits for the GPU.
 
         `told` is called with that loss, fp32 on the device, before the backward passes of the blocks.
         """
@@ -111,7 +118,7 @@ class BlockMajor:
             self._watcher.after_forward(index)
             if away is not None:
                 away.empty(index - 1)
-        losses = [self._turn(each, len(passing)) for each in passing]
+        losses = [self._turn(each, of or len(passing)) for each in passing]
         told(torch.stack(losses).sum())
         for index in reversed(range(len(self._own))):
             self._watcher.before_backward(index)

@@ -2,6 +2,8 @@
 
 A core is made in its block's slot of GPU memory and travels with its neighbours, as a piece
 (`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
+
+Longer than 400 lines: a core's places on both sides are laid out together.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import PieceUpdate, StepShare
+from engines.cpu_updates.pipeline import OfRanks, PieceUpdate, StepShare
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
@@ -24,7 +26,9 @@ from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, compress, transport_moments
 from engines.subspace.residual import Residual, make_residual, residual_rooms
 from engines.transfer.link import Event
-from engines.transfer.pinned import HostSlab
+from engines.transfer.pinned import HostSlab, HostSlabs
+from engines.transfer.shared_memory import shared_slabs
+from engines.world import ALONE, World
 
 
 class Calibrator(Protocol):
@@ -122,8 +126,11 @@ class CoreState:
     """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingPiece`."""
 
     deadline: int
+    number: int
+    incoming: Tensor
+    """(elements,) of the weights' dtype, pinned: where the gradient arrives."""
     outgoing: Tensor
-    """(elements,) of the weights' dtype, pinned: the gradient, then its direction."""
+    """The same memory, or with several ranks what they have together: its direction."""
     moment: Tensor
     variance: Tensor
     """(elements,) fp32 or bf16."""
@@ -134,7 +141,7 @@ class CoreState:
     updates: int = 0
     """Updates so far, the one under way included, for Adam's bias correction."""
 
-    def update(self, share: StepShare) -> None:
+    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
         self.updates += 1
         core_adam(
             self.outgoing,
@@ -145,6 +152,7 @@ class CoreState:
             beta2=self.settings.beta2,
             eps=self.settings.adam_eps,
             scale=share.scale(),
+            gradients=gradients,
             key=self.key + NEXT_UPDATE * self.updates,
         )
 
@@ -165,7 +173,7 @@ class CoreBlock:
     core: Tensor
     """(elements,) on the GPU: all its cores."""
     on_host: Tensor
-    """(elements,) on the host: those of all its pieces."""
+    """(elements,) on the host: what goes up of all its pieces."""
     squared_norm: Tensor
     """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
@@ -206,17 +214,37 @@ class Cores:
         workload: Workload,
         seed: int,
         progress: Callable[[str, int, int], None],
+        world: World = ALONE,
     ) -> None:
-        """`subspaces` are those of each block that has any, in the order of the blocks. Where all
-        micro-batches pass a block together, one block's sums are there at a time."""
+        """Moments and what goes up are there once for the ranks of a machine in `world`.
+
+        `subspaces` are those of each block that has any, in the order of the blocks. Where all micro-batches
+        pass a block together, one block's sums are there at a time."""
         offload, block_major = settings.offload, settings.block_major
         sizes = [sum(each.d**2 for each in members) for members in subspaces]
-        self._moments = _Moments(sum(sizes), torch.bfloat16 if settings.moments == "bf16" else torch.float32)
+        kept = torch.bfloat16 if settings.moments == "bf16" else torch.float32
+        self._moments = _Moments(sum(sizes), kept, world, progress)
         head_bytes = -(-4 * len(sizes) // 64) * 64
-        self._slab = HostSlab(
-            head_bytes + dtype.itemsize * sum(sizes), device if offload else torch.device("cpu"), progress
-        )
-        norms_on_host = self._slab.view(0, (len(sizes),), torch.float32)
+        wire_bytes = dtype.itemsize * sum(sizes)
+        pinned_for = device if offload else torch.device("cpu")
+        if world.local_size == 1:
+            slab = HostSlab(head_bytes + wire_bytes, pinned_for, progress)
+            self._held = HostSlabs([slab], [slab.view(0, (slab.num_bytes,), torch.uint8)])
+            outgoing = self._held.views[0][head_bytes:].view(dtype)
+        else:
+            each_bytes = [head_bytes + wire_bytes] * world.local_size
+            self._held = shared_slabs([*each_bytes, wire_bytes], pinned_for, progress, world)
+            outgoing = self._held.views[-1].view(dtype)
+        of_ranks = self._held.views[: world.local_size]
+        self.norms_of_ranks = [memory[: 4 * len(sizes)].view(torch.float32) for memory in of_ranks]
+        """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
+        self.incoming_of_ranks = [memory[head_bytes:].view(dtype) for memory in of_ranks]
+        """(elements,) of each rank: all its cores."""
+        norms_on_host = self.norms_of_ranks[world.local_rank]
+        incoming = self.incoming_of_ranks[world.local_rank]
+        self._is_first = world.local_rank == 0
+        self.first: list[int] = []
+        """Of each piece, by number: its first element among all cores."""
         self.squared_norms = torch.zeros(len(sizes), device=device)
         """(blocks,) fp32 on the GPU: of the compressed gradients of this step.
 
@@ -237,11 +265,11 @@ class Cores:
             made = [torch.zeros(size, device=device) for size in rooms]
             self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
         self.blocks: list[CoreBlock] = []
+        begin = 0
         rooms_for_residuals = residual_rooms(subspaces, dtype, device) if settings.residual else []
-        offset_bytes = head_bytes
         for index, members in enumerate(subspaces):
             core = slots[index % len(slots)][: sizes[index]]
-            on_host = self._slab.view(offset_bytes, (sizes[index],), dtype)
+            on_host = outgoing[begin : begin + sizes[index]]
             sums = self._sums[index]
             pieces: list[CorePiece] = []
             first = 0
@@ -250,7 +278,9 @@ class Cores:
                 moment, variance = self._moments.take(count)
                 state = CoreState(
                     deadline=index,
-                    outgoing=self._slab.view(offset_bytes, (count,), dtype),
+                    number=len(self.first),
+                    incoming=incoming[begin : begin + count],
+                    outgoing=outgoing[begin : begin + count],
                     moment=moment,
                     variance=variance,
                     squared_norm=norms_on_host[index : index + 1],
@@ -262,12 +292,22 @@ class Cores:
                 left_out = rooms_for_residuals[sum(len(piece.matrices) for piece in pieces) :]
                 matrices = _matrices(group, part, of_part, calibrator, workload, settings.residual, left_out)
                 pieces.append(CorePiece(state=state, matrices=matrices, core=part))
+                self.first.append(begin)
                 first += count
-                offset_bytes += dtype.itemsize * count
+                begin += count
             norm = self.squared_norms[index : index + 1]
             self.blocks.append(CoreBlock(pieces=pieces, core=core, on_host=on_host, squared_norm=norm))
         self.place = {members[0].block: place for place, members in enumerate(subspaces)}
         """Where in `blocks` a block of the model is, by its index there."""
+
+    def of_ranks(self, place: int, state: CoreState, places: Sequence[int]) -> OfRanks:
+        """What the ranks bring of a piece of the block at `place`; `places` are of no meaning."""
+        begin = self.first[state.number]
+        end = begin + state.incoming.numel()
+        return OfRanks(
+            [each[begin:end] for each in self.incoming_of_ranks],
+            [norms[place : place + 1] for norms in self.norms_of_ranks],
+        )
 
     @property
     def matrices(self) -> list[CoreMatrix]:
@@ -296,12 +336,13 @@ class Cores:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._slab.num_bytes if self._slab.pinned else 0
+        """Counted by the first of the ranks that have it together."""
+        return self._held.pinned_bytes if self._is_first else 0
 
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""
         self.blocks.clear()
-        self._slab.close()
+        self._held.close()
         self._moments.close()
 
 
@@ -310,10 +351,19 @@ class _Moments:
     memory, and through pages of 4 KiB two cores of a virtual machine read and wrote 86 GB/s in place of
     107."""
 
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        self._slab = HostSlab(2 * elements * dtype.itemsize, torch.device("cpu"))
-        # Written to once, so that what the host cannot hold is missed here.
-        self._left = self._slab.view(0, (2 * elements,), dtype).zero_()
+    def __init__(
+        self, elements: int, dtype: torch.dtype, world: World, progress: Callable[[str, int, int], None]
+    ) -> None:
+        """There once for the ranks of a machine."""
+        num_bytes, cpu = 2 * elements * dtype.itemsize, torch.device("cpu")
+        if world.local_size == 1:
+            slab = HostSlab(num_bytes, cpu)
+            self._held = HostSlabs([slab], [slab.view(0, (num_bytes,), torch.uint8)])
+            # Written to once, so that what the host cannot hold is missed here.
+            self._held.views[0].zero_()
+        else:
+            self._held = shared_slabs([num_bytes], cpu, progress, world)
+        self._left = self._held.views[0].view(dtype)
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         """(count,) each, zero: those of the next cores."""
@@ -321,7 +371,7 @@ class _Moments:
         return moment, variance
 
     def close(self) -> None:
-        self._slab.close()
+        self._held.close()
 
 
 def _matrices(

@@ -12,6 +12,8 @@ from engines.first_order.adamw import make_adamw, set_learning_rate
 from engines.first_order.checkpoint import adamw_state, load_adamw_state
 from engines.settings.lsp import LspSettings
 from engines.subspace.bias_check import Subspace
+from engines.transfer.rank_sums import sum_gradients
+from engines.world import World
 
 
 class DenseParameters:
@@ -32,6 +34,10 @@ class DenseParameters:
         if not settings.train_outer:
             for parameter in parameters:
                 parameter.requires_grad_(False)
+
+    def sum_over_ranks(self, world: World) -> None:
+        """Let every rank have the sum of all ranks' gradients."""
+        sum_gradients(world, self._parameters)
 
     @torch.no_grad()
     def clip(self, squared_total: Tensor, most: float) -> None:

@@ -122,6 +122,12 @@ def check_gpus(limits: Limits, engines: Sequence[str] = ()) -> None:
             raise UserError(
                 f"--gpus {limits.gpus}", f"{name} runs on one GPU", "leave out --gpus and --nodes"
             )
+        if limits.nodes > 1 and not entry(name).several_machines:
+            raise UserError(
+                f"--nodes {limits.nodes}",
+                f"{name} runs on one machine",
+                "leave out --nodes, or use mezo or zo2",
+            )
 
 
 def devices_of(ranks: Sequence[RankPlace], first: NvmlDevice | None) -> list[NvmlDevice]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines import load_engine
+from engines import entry, load_engine
 from engines.base import Batch, Context, Evaluation, SupportsTrace
 from engines.costs.lsp import core_size
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
@@ -82,6 +82,12 @@ def train(
     new run that has logged nothing leaves nothing.
     """
     check_gpus(job.limits, [engine_name])
+    if job.limits.gpus * job.limits.nodes > 1 and entry(engine_name).order == "first":
+        raise UserError(
+            f"run --gpus {job.limits.gpus}",
+            f"{engine_name} is measured on several GPUs by compare, and trains on one",
+            "leave out --gpus, or use mezo or zo2",
+        )
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
     if length is not None:
         job = replace(job, steps=length.steps(job, make_data(job, shape).num_examples))

@@ -35,7 +35,7 @@ def context_of_a_rank(
         engine=engine,
         machine=part,
         shape=shape,
-        workload=workload_of_a_rank(workload, gpus * nodes),
+        workload=workload.of_a_rank(gpus * nodes),
         budget=budget_of(part, vram_bytes, of(host_bytes), of(pinned_limit_bytes)),
         ranks=gpus * nodes,
         local_ranks=gpus,
@@ -70,12 +70,6 @@ def machine_of_a_rank(machine: Machine, gpus: int) -> Machine:
             triad_bytes_per_s=_shared(memory.triad_bytes_per_s, gpus),
         ),
     )
-
-
-def workload_of_a_rank(workload: Workload, ranks: int) -> Workload:
-    """What the rank with the most to do computes of a step: a micro-batch at least, as ranks that divide the
-    queries of one have it."""
-    return replace(workload, accumulation=max(1, -(-workload.accumulation // ranks)))
 
 
 def _shared(figure: Figure, count: int) -> Figure:

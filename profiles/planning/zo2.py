@@ -254,10 +254,13 @@ class _Planner:
         first = times[1]
         if first is None:
             return 1, "fold_every=1: the machine profile lacks figures, so the published schedule is kept"
+        # Links that are fed in shares are slowed down by what goes down on all of them, more than predicted:
+        # replaying may take what it takes away from them.
         fitting = {
             k: time
             for k, time in times.items()
-            if time and (k == 1 or time.gpu_s <= FOLD_GPU_SHARE * time.link_s)
+            if time
+            and (k == 1 or time.gpu_s <= FOLD_GPU_SHARE * (first if settings.sharded_upload else time).link_s)
         }
         best_s = min(time.step_s for time in fitting.values())
         k = next(k for k, time in fitting.items() if time.step_s <= FOLD_AS_FAST * best_s)

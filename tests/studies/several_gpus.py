@@ -30,6 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "zo2, sharded": {"fold_every": 2, "sharded_upload": True},
     "zo2, 2 queries": {"fold_every": 2, "queries": 2},
 }
+FIRST_ORDER: dict[str, dict[str, Any]] = {
+    "exact-offload": {"learning_rate": 1e-4},
+    "exact-offload, streamed": {"learning_rate": 1e-4, "weights": "streamed", "moments": "int8"},
+    "lsp": {"learning_rate": 1e-4, "check_every": 5},
+}
+"""By name only: with a micro-batch for each of the most ranks (--accumulation), lsp in fp32, whose sums over
+micro-batches one process does not round."""
 MOST_CYCLES = 20_000_000
 """Of the GPU's clock, for which a copy is held up at most: about 10 ms."""
 
@@ -44,6 +51,7 @@ def take_steps(
     from engines.base import Context
     from engines.settings.parse import parse_settings
     from engines.transfer.clock import now_s
+    from engines.transfer.link import Link
     from engines.transfer.process_group import leave, meet
     from engines.world import ALONE, World
     from harness.data.batches import make_data
@@ -70,9 +78,12 @@ def take_steps(
         engine_class.link_delay = staticmethod(
             lambda: drawn.randrange(MOST_CYCLES) if drawn.random() < 0.1 else 0
         )
-    settings = parse_settings(engine_name, {"learning_rate": 1e-6, **METHODS[method]})
+    settings = parse_settings(engine_name, {"learning_rate": 1e-6, **(METHODS | FIRST_ORDER)[method]})
     context = Context(device=device, workload=job.workload, seed=0, total_steps=arguments.steps, world=world)
     engine = engine_class(settings, context)
+    if device != "cpu" and method in FIRST_ORDER:
+        torch.set_num_threads(max(2, len(os.sched_getaffinity(0)) // size))
+        engine.link = Link(engine.device, lambda: drawn.randrange(MOST_CYCLES) if drawn.random() < 0.1 else 0)
     data = make_data(job, resolve_shape(job))
     blueprint = make_blueprint(job, resolve_shape(job), data.step_batches(0)[0])
     engine.setup(blueprint)

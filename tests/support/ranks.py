@@ -118,3 +118,73 @@ def in_ranks(size: int, act: Callable[[ThreadWorld], Result], seed: int = 0) -> 
     for error in sorted(errors.values(), key=lambda each: isinstance(each, PeerLost)):
         raise error
     return [results[rank] for rank in range(size)]
+
+
+class Round:
+    """What ranks that run side by side share."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.content: list[object] = [None] * size
+
+
+class SideBySideWorld:
+    """`engines.world.World` of one of several threads that all run at the same time: for engines whose
+    threads wait for those of other ranks."""
+
+    def __init__(self, rank: int, shared: Round) -> None:
+        self.rank = self.local_rank = rank
+        self.size = self.local_size = shared.size
+        self._shared = shared
+
+    def _pass_round(self, content: object) -> list[object]:
+        try:
+            self._shared.content[self.rank] = content
+            self._shared.barrier.wait()
+            found = list(self._shared.content)
+            self._shared.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise PeerLost from None
+        return found
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        return [list(each) for each in self._pass_round(tuple(values))]  # type: ignore[call-overload]
+
+    def exchange(self, content: bytes) -> list[bytes]:
+        return [each for each in self._pass_round(content) if isinstance(each, bytes)]
+
+    def broadcast(self, content: bytes) -> bytes:
+        return self.exchange(content)[0]
+
+    def barrier(self) -> None:
+        self._pass_round(None)
+
+    def all_gather(self, memory: torch.Tensor) -> None:
+        own = memory.view(self.size, -1)[self.rank].clone()
+        for rank, each in enumerate(self._pass_round(own)):
+            assert isinstance(each, torch.Tensor)
+            memory.view(self.size, -1)[rank].copy_(each)
+
+
+def side_by_side(size: int, act: Callable[[SideBySideWorld], Result]) -> list[Result]:
+    """What `act` gives on every rank. Raises what the first rank that failed of itself raised."""
+    shared = Round(size)
+    results: dict[int, Result] = {}
+    errors: dict[int, BaseException] = {}
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = act(SideBySideWorld(rank, shared))
+        except BaseException as error:
+            errors[rank] = error
+            shared.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors.values(), key=lambda each: isinstance(each, PeerLost)):
+        raise error
+    return [results[rank] for rank in range(size)]

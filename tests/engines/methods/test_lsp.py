@@ -465,9 +465,10 @@ class TestTwin:
 
         def plain_adam(
             core: Tensor, moment: Tensor, variance: Tensor, updates: int,
-            *, beta1: float, beta2: float, eps: float, scale: float, key: int,
+            *, beta1: float, beta2: float, eps: float, scale: float, gradients: tuple[Tensor, ...], key: int,
         ) -> None:  # fmt: skip
             assert scale == 1.0
+            assert not gradients
             g, m, v = (tensor.to(device) for tensor in (core, moment, variance))
             m = beta1 * m + (1 - beta1) * g
             v = beta2 * v + (1 - beta2) * g.square()
@@ -1041,6 +1042,8 @@ class TestFaults:
         for _ in range(2):
             state = CoreState(
                 deadline=0,
+                number=0,
+                incoming=torch.ones(8),
                 outgoing=torch.ones(8),
                 moment=torch.zeros(8),
                 variance=torch.zeros(8),

@@ -84,7 +84,10 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     assert_same_weights(tmp_path / "whole" / "model", out / "model")
 
 
-def test_methods_for_one_gpu_say_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="native runs on one GPU"):
-        run(tmp_path / "out", "native", job_of(2))
+@pytest.mark.parametrize(
+    ("engine", "why"), [("native", "native runs on one GPU"), ("exact-offload", "measured on several GPUs")]
+)
+def test_methods_for_one_gpu_say_so(engine: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=why):
+        run(tmp_path / "out", engine, job_of(2))
     assert not (tmp_path / "out").exists()

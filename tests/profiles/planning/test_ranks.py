@@ -14,7 +14,7 @@ from harness.models.configs import named_shape
 from profiles.catalog import find_profile
 from profiles.machine import Figure, GpuLink, Machine
 from profiles.planning.plan import Plan
-from profiles.planning.ranks import context_of_a_rank, machine_of_a_rank, workload_of_a_rank
+from profiles.planning.ranks import context_of_a_rank, machine_of_a_rank
 from profiles.planning.recommend import recommend
 
 H200 = find_profile(Path("h200"))
@@ -28,7 +28,7 @@ def measured(rate: float) -> Figure:
 
 def test_one_process_has_the_whole_machine() -> None:
     assert machine_of_a_rank(H200, 1) is H200
-    assert workload_of_a_rank(WORKLOAD, 1) == WORKLOAD
+    assert WORKLOAD.of_a_rank(1) == WORKLOAD
 
 
 def test_links_are_those_of_the_slowest_gpu_while_all_copy() -> None:
@@ -100,6 +100,19 @@ def test_shares_of_blocks_where_gpus_exchange_them_fast() -> None:
     assert fast.prediction.step_s is not None
     assert slow.prediction.step_s is not None
     assert fast.prediction.step_s < 0.9 * slow.prediction.step_s
+
+
+def test_ranks_divide_the_updates_and_each_brings_down_its_gradient() -> None:
+    shape, workload = named_shape("deepseek-coder-1.3b"), replace(WORKLOAD, dtype="bf16", accumulation=2)
+    for engine in ("exact-offload", "lsp"):
+        settings = given_settings(engine).typed
+        alone = traffic(engine, shape, workload, settings)
+        part = context_of_a_rank(engine, H200, shape, workload, gpus=2).cost(settings)
+        assert (part.h2d_bytes, part.d2h_bytes) == (alone.h2d_bytes, alone.d2h_bytes)
+        assert part.cpu_adam_elements == pytest.approx(alone.cpu_adam_elements / 2, rel=1e-6)
+        assert alone.host_bytes / 2 < part.host_bytes < alone.host_bytes
+        assert part.peak_host_bytes < alone.peak_host_bytes
+        assert part.pinned_bytes <= alone.pinned_bytes
 
 
 def test_a_plan_of_four_takes_a_quarter_of_the_micro_batches_and_others_run_on_one() -> None:

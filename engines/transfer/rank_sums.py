@@ -1,0 +1,82 @@
+"""Sums over the ranks of a machine, in their order: every rank has the same bits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.errors import UserError
+from engines.world import World
+
+BUCKET_BYTES = 128_000_000
+"""Gradients are exchanged together up to about this size, which is there once for each rank meanwhile."""
+
+
+@torch.no_grad()
+def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
+    """In place, each addition rounded to the tensors' dtype, which is one. All ranks call it with tensors of
+    the same shapes; on a GPU in the order of the current stream.
+    """
+    for bucket in _buckets(tensors):
+        sizes = [each.numel() for each in bucket]
+        memory = bucket[0].new_empty((world.local_size, sum(sizes)))
+        own = memory[world.local_rank]
+        torch.cat([each.reshape(-1) for each in bucket], out=own)
+        world.all_gather(memory.view(-1))
+        total = memory[0]
+        for rank in range(1, world.local_size):
+            total += memory[rank]
+        for each, part in zip(bucket, torch.split(total, sizes), strict=True):
+            each.copy_(part.view(each.shape))
+
+
+def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
+    """Let each parameter's gradient be the sum over the ranks: of those that have one anywhere."""
+    if world.size == 1 or not parameters:
+        return
+    told = world.gather([float(each.grad is not None) for each in parameters])
+    found: list[Tensor] = []
+    for number, parameter in enumerate(parameters):
+        if any(has[number] for has in told):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+    sum_over_ranks(world, found)
+
+
+def sum_of_losses(world: World, share: float) -> float:
+    """Of what each rank's micro-batches add to the mean loss, in fp32, as one process has it."""
+    shares = [own for (own,) in world.gather([share])]
+    total = torch.tensor(shares[0])
+    for own in shares[1:]:
+        total += torch.tensor(own)
+    return float(total)
+
+
+def check_ranks(engine: str, settings: Any, world: World, disk_blocks: int = 0) -> None:
+    """Raises `UserError` for what CPU updates cannot do on several ranks."""
+    if world.size == 1:
+        return
+    where = f"{engine} on {world.size} ranks"
+    if world.local_size < world.size:
+        raise UserError(where, "updates in the memory of one machine", "use one machine, or mezo or zo2")
+    if settings.max_grad_norm > 0:
+        raise UserError(where, "does not clip gradients", f"leave out --set {engine}.max_grad_norm")
+    if disk_blocks:
+        raise UserError(where, "has no states on disk", f"leave out --set {engine}.disk_blocks")
+    if not settings.offload:
+        raise UserError(where, "has no twin", f"leave out --set {engine}.offload=false")
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+    for each in tensors:
+        if found and sum(other.nbytes for other in found) + each.nbytes > BUCKET_BYTES:
+            yield found
+            found = []
+        found.append(each)
+    if found:
+        yield found

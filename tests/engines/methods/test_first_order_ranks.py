@@ -1,0 +1,205 @@
+"""exact-offload and lsp on several ranks of a machine, which update in the memory of its host together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SideBySideWorld, side_by_side
+from torch import Tensor
+
+from engines.base import Batch, Context
+from engines.cpu_updates import block_state
+from engines.errors import NonFiniteLoss, UserError
+from engines.methods.exact_offload import ExactOffload
+from engines.methods.lsp import Lsp
+from engines.settings.exact_offload import ExactOffloadSettings
+from engines.settings.lsp import LspSettings
+from engines.shapes import Dtype, Workload
+from engines.subspace import cores
+from engines.world import ALONE, World
+from tiny_models import tiny_batches, tiny_blueprint
+
+STEPS = 5
+EXACT = ExactOffloadSettings(
+    learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2, gradient_blocks=2
+)
+
+
+LSP = LspSettings(learning_rate=3e-3, weight_decay=0.1, d=32, r=4, check_every=2, alpha=0.2)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny block's matrices are then several pieces, of several owners."""
+    monkeypatch.setattr(block_state, "PIECE_ELEMENTS", 512)
+    monkeypatch.setattr(cores, "PIECE_ELEMENTS", 2048)
+
+
+def context(world: World, accumulation: int, dtype: Dtype) -> Context:
+    workload = Workload(batch_size=2, seq_len=16, dtype=dtype, checkpointing=True, accumulation=accumulation)
+    return Context(device="cpu", workload=workload, seed=7, total_steps=2 * STEPS, world=world)
+
+
+Run = tuple[list[float], dict[str, Tensor]]
+Make = Callable[[Context], Any]
+
+
+def exact(**changes: Any) -> Make:
+    return lambda where: ExactOffload(replace(EXACT, **changes), where)
+
+
+def model_of(family: str = "llama") -> Any:
+    return tiny_blueprint(family, num_blocks=4)
+
+
+def models_of(size: int) -> list[Any]:
+    """To be made before the ranks are: models are drawn from torch's own generator, which threads share."""
+    return [model_of() for _ in range(size)]
+
+
+def lsp(**changes: Any) -> Make:
+    return lambda where: Lsp(replace(LSP, **changes), where)
+
+
+def take_steps(engine: Any, batches: list[Batch], per_step: int) -> Run:
+    losses = [engine.step(batches[at : at + per_step]).loss for at in range(0, len(batches), per_step)]
+    return losses, {name: weight.clone() for name, weight in engine.weights()}
+
+
+def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32") -> list[Run]:
+    """Of every rank."""
+    models, batches = models_of(size), tiny_batches(STEPS * per_step, "llama")
+
+    def act(world: World) -> Run:
+        engine = make(context(world, per_step, dtype))
+        try:
+            engine.setup(models[world.rank])
+            found = take_steps(engine, batches, per_step)
+            world.barrier()  # nobody goes before all have looked at what they share
+            return found
+        finally:
+            engine.close()
+
+    return [act(ALONE)] if size == 1 else side_by_side(size, act)
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        assert torch.equal(found[1][name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "changes"),
+    [
+        (2, "fp32", {}),
+        (2, "bf16", {"moments": "int8", "weights": "streamed"}),
+        (3, "bf16", {"outer": "host", "hidden_states": "host"}),
+    ],
+)
+def test_ranks_of_exact_offload_take_the_steps_of_one_process(
+    size: int, dtype: Dtype, changes: dict[str, Any]
+) -> None:
+    """One micro-batch each; the embeddings are not tied, whose gradients would add up in another order."""
+    (expected,) = run_on(1, exact(**changes), size, dtype)
+    for found in run_on(size, exact(**changes), size, dtype):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"projector": "paper", "learn_steps": 5}, {"weights": "streamed"}],
+)
+def test_ranks_of_lsp_take_the_steps_of_one_process(changes: dict[str, Any]) -> None:
+    """In fp32, where sums are not rounded otherwise; with new projectors on the way."""
+    (expected,) = run_on(1, lsp(**changes), 2)
+    for found in run_on(2, lsp(**changes), 2):
+        assert_same(found, expected)
+
+
+def test_ranks_with_several_micro_batches_agree_among_themselves_and_nearly_with_one() -> None:
+    (expected,) = run_on(1, exact(), 4)
+    first, second = run_on(2, exact(), 4)
+    assert_same(second, first)
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(first[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [exact(moments="bf16"), lsp()])
+def test_a_checkpoint_of_one_rank_is_gone_on_with_by_all_and_by_one(make: Make, tmp_path: Path) -> None:
+    batches, models = tiny_batches(4 * 2, "llama"), models_of(2)
+
+    def begin(world: World) -> Run:
+        engine = make(context(world, 2, "fp32"))
+        engine.setup(models[world.rank])
+        take_steps(engine, batches[:4], 2)
+        if world.rank == 1:
+            engine.save(tmp_path)
+        world.barrier()
+        found = take_steps(engine, batches[4:], 2)
+        world.barrier()
+        engine.close()
+        return found
+
+    def go_on(world: World) -> Run:
+        engine = make(context(world, 2, "fp32"))
+        engine.setup(models[world.rank])
+        engine.load(tmp_path)
+        found = take_steps(engine, batches[4:], 2)
+        world.barrier()
+        engine.close()
+        return found
+
+    expected = side_by_side(2, begin)[0]
+    models = models_of(2)
+    found = side_by_side(2, go_on)
+    models = models_of(1)
+    for each in (*found, go_on(ALONE)):
+        assert_same(each, expected)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_ends_all() -> None:
+    batches, models = tiny_batches(4, "llama"), models_of(2)
+
+    def act(world: SideBySideWorld) -> str:
+        engine = exact()(context(world, 2, "fp32"))
+        engine.setup(models[world.rank])
+        if world.rank == 1:
+            gradients = engine.gradients
+
+            def broken(index: int, found: Any, *, first: bool) -> None:
+                for each in found if index == 2 else ():
+                    each.fill_(float("inf"))
+                gradients(index, found, first=first)
+
+            engine.gradients = broken
+        engine.step(batches[:2])
+        with pytest.raises(NonFiniteLoss) as raised:
+            engine.step(batches[2:])
+        engine.close()
+        return str(raised.value)
+
+    assert set(side_by_side(2, act)) == {"a gradient of step 0 is not finite"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"max_grad_norm": 1.0}, "does not clip"),
+        ({"disk_blocks": 1}, "no states on disk"),
+        ({"offload": False}, "no twin"),
+    ],
+)
+def test_what_ranks_cannot_do_is_said(changes: dict[str, Any], what: str) -> None:
+    class Two:
+        rank = local_rank = 0
+        size = local_size = 2
+
+    with pytest.raises(UserError, match=what):
+        exact(**changes)(context(Two(), 2, "fp32"))  # type: ignore[arg-type]
