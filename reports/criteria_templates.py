@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 Purpose = Literal["any", "memory", "deadline", "quality", "cost"]
-PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 def _criterion(id_: str, metric: str, comparison: str, threshold: str, level: str, why: str) -> str:

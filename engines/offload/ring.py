@@ -190,9 +190,6 @@ class BlockStream:
             "disk_direct": None if self._disk is None else self._disk.direct,
         }
 
-    def is_resident(self, block: int) -> bool:
-        return block in self._on_gpu
-
     def is_on_disk(self, block: int) -> bool:
         """It is never written back in a pass."""
         return self._disk is not None and block in self._disk.blocks

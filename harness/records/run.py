@@ -12,7 +12,7 @@ from engines.base import LinkRates
 from engines.decoding import Sampling
 from engines.errors import UserError
 from harness.records.governance import Governance
-from profiles.documents import read_document, to_json, write_whole
+from profiles.documents import read_document, to_json
 from profiles.planning.plan import Plan, Prediction
 
 SCHEMA_VERSION = 1
@@ -300,11 +300,6 @@ def load_run(path: Path, scenario: ScenarioName = "train") -> Run:
         why = f"is a {_RECORDS[run.scenario]}, not a {_RECORDS[scenario]}"
         raise UserError(str(path), why, "move it to the folder of its kind")
     return run
-
-
-def save_run(run: Run, path: Path) -> None:
-    """Whole or not at all. Raises `UserError` if `path` cannot be written."""
-    write_whole(path, encode_run(run))
 
 
 def encode_run(run: Run) -> bytes:

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from engines.errors import UserError
 from engines.files.writing import write_whole
@@ -17,7 +17,6 @@ from reports.decide import Verdict
 from reports.pages.document import Document
 
 TableFormat = Literal["csv", "parquet"]
-TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,10 @@ import pytest
 
 from engines.errors import UserError
 from harness.calibrate import calibration_from
-from harness.records.run import load_run, save_run
+from harness.records.run import load_run
 from profiles.catalog import find_profile
 from profiles.machine import load_machine
+from run_records import save_run
 
 RESULTS = Path(__file__).parents[2] / "reports" / "results"
 FOLDER = RESULTS / "opt-13b_h200_20261124"

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from mutations import as_json, change_value
 
 from engines.errors import UserError
-from harness.records.run import encode_run, save_run
+from harness.records.run import encode_run
 from reports.load import load_folder
 from reports.render import render_html, render_markdown, written
-from run_records import make_sweep
+from run_records import make_sweep, save_run
 
 FUZZ = int(os.environ.get("LSPZO_FUZZ", "1"))
 

@@ -20,11 +20,11 @@ from harness.records.manifest import (
     load_manifest,
     record_noted,
 )
-from harness.records.run import encode_run, load_run, save_run
+from harness.records.run import encode_run, load_run
 from harness.records.stats import differing_field
 from reports.load import load_folder
 from reports.render import render_html, render_markdown, write_report, written
-from run_records import make_environment, make_machine, make_sweep, write_folder
+from run_records import make_environment, make_machine, make_sweep, save_run, write_folder
 
 RUNS = {f"runs/{run.id}.json": run for run in make_sweep()}
 

@@ -6,14 +6,14 @@ import json
 import re
 import string
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from engines import ENGINES
 from harness.records.run import load_run
 from profiles.documents import adapter
-from profiles.language import LANGUAGES, quantity, sentences, speaking, translated
+from profiles.language import Language, quantity, sentences, speaking, translated
 from profiles.planning.plan import Plan
 from reports.load import load_folder
 from reports.render import render_html, render_markdown, write_report, written
@@ -36,7 +36,7 @@ def names(text: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", get_args(Language))
 def test_every_sentence_is_there_in_every_language(language: str) -> None:
     english, other = sentences("reports", "en"), sentences("reports", language)  # type: ignore[arg-type]
     assert list(english) == sorted(english, key=list(english).index)

@@ -9,7 +9,7 @@ import pytest
 
 from engines.errors import UserError
 from harness.models.configs import named_shape
-from harness.records.run import Run, save_run
+from harness.records.run import Run
 from harness.records.shape import save_shape
 from reports.criteria import init_text
 from reports.judging.untried import untried_of
@@ -21,6 +21,7 @@ from run_records import (
     make_run,
     make_sweep,
     make_test_job,
+    save_run,
     sha256_of,
     write_folder,
 )

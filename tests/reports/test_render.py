@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from engines.errors import UserError
 from harness.records.comparison import comparisons
-from harness.records.run import Run, save_run
+from harness.records.run import Run
 from profiles.figures import reported
 from profiles.machine import Figure
 from reports.criteria import default_criteria, init_text
@@ -45,6 +45,7 @@ from run_records import (
     make_run,
     make_sweep,
     make_test_job,
+    save_run,
     scaled,
     sha256_of,
     write_folder,

@@ -42,7 +42,7 @@ from engines.settings.parse import parse_settings  # noqa: E402
 from harness.pipeline import find_machine, plan_job  # noqa: E402
 from harness.records.environment import read_environment  # noqa: E402
 from harness.records.job import DataSource, Job, Limits, ModelSource, make_job  # noqa: E402
-from harness.records.run import Run, Summary, load_run, save_run  # noqa: E402
+from harness.records.run import Run, Summary, load_run  # noqa: E402
 from harness.resolve import resolve_shape  # noqa: E402
 from harness.runs.attempt import record_of  # noqa: E402
 from harness.runs.emulate import AppliedLimits, Emulated  # noqa: E402
@@ -57,6 +57,7 @@ from profiles.planning.plan import Plan  # noqa: E402
 from profiles.planning.predict import predict  # noqa: E402
 from profiles.system.nvml import open_device  # noqa: E402
 from profiles.units import parse_bytes  # noqa: E402
+from run_records import save_run  # noqa: E402
 
 CELLS = Path(__file__).with_suffix(".toml")
 STEPS, WARMUP = 6, 3

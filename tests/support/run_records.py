@@ -25,9 +25,10 @@ from harness.records.run import (
     RunModel,
     Sample,
     Summary,
-    save_run,
+    encode_run,
 )
 from harness.records.stats import step_statistics
+from profiles.documents import write_whole
 from profiles.machine import Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine, absent, save_machine
 from profiles.planning.plan import Plan, Prediction
 
@@ -345,6 +346,10 @@ def write_folder(
     if criteria is not None:
         (folder / "criteria.toml").write_text(criteria, encoding="utf-8")
     return folder
+
+
+def save_run(run: Run, path: Path) -> None:
+    write_whole(path, encode_run(run))
 
 
 def sha256_of(text: str) -> str:

@@ -127,14 +127,14 @@ def test_every_visit_finds_what_the_last_one_stored(
             link.crossed.clear()
             for index, layout in enumerate(layouts):
                 stores = turn[index]
-                stream.begin(write_back=stores and not stream.is_resident(index))
+                stream.begin(write_back=stores and index not in resident)
                 for part, own in enumerate(layout.parts):
                     weight = stream.take(index, part, part + 1)
                     assert torch.equal(weight, expected[index][own.start : own.start + own.size])
-                    if stores or stream.is_resident(index):
+                    if stores or index in resident:
                         weight.add_(1.0)
                     stream.done(index, part, part + 1)
-                if stores or stream.is_resident(index):
+                if stores or index in resident:
                     expected[index] += 1.0
             stream.end_pass()
             down = sum(4 * layouts[i].size for i in streamed if turn[i])

@@ -10,9 +10,9 @@ import pytest
 
 from engines.decoding import Sampling
 from engines.errors import UserError
-from harness.records.run import Predicted, Run, ScenarioName, load_run, save_run
+from harness.records.run import Predicted, Run, ScenarioName, load_run
 from harness.records.stats import step_statistics
-from run_records import make_plan, make_run, make_test_job
+from run_records import make_plan, make_run, make_test_job, save_run
 
 RESULTS = Path(__file__).parents[3] / "reports" / "results"
 

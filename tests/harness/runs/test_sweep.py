@@ -21,11 +21,12 @@ from engines.errors import UserError
 from engines.files.writing import is_leftover
 from harness.records.job import Job, load_job, save_job
 from harness.records.manifest import MANIFEST, check_manifest
-from harness.records.run import EndState, Run, Summary, load_run, save_run
+from harness.records.run import EndState, Run, Summary, load_run
 from harness.runs.launch import Outcome, Stepped
 from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, grid, missing, run_sweep
 from harness.runs.worker import Request
 from profiles.planning.plan import Plan, load_plans
+from run_records import save_run
 
 JOB = scripted_job()
 A, B = scripted_plan(step_s=0.25), scripted_plan(step_s=0.5)
