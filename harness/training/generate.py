@@ -105,8 +105,8 @@ def generate_from_run(
         with TemporaryDirectory(prefix=".generate-", dir=run.out) as folder:
             exported = export_run(run.out, Path(folder) / "model", progress)
             of_export = replace(job, model=ModelSource(name=str(exported)), settings={engine_name: given})
-            made = generate_from_model(of_export, engine_name, wanted, progress)
-        return replace(made, model=job.model.name, step=run.step)
+            found = generate_from_model(of_export, engine_name, wanted, progress)
+        return replace(found, model=job.model.name, step=run.step)
     typed = _settings_of_run(run, engine_name, given)
     shape = check_decoder(job)
     texts = _Texts(job.model, shape, wanted)
