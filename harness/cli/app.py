@@ -161,7 +161,7 @@ def fold_help() -> None:
                 column.overflow = "fold"
 
     for module in (typer.rich_utils, rich.columns):
-        module.Table = Folding  # type: ignore[misc, attr-defined]
+        module.Table = Folding  # type: ignore[attr-defined]
 
 
 def main() -> None:
