@@ -62,13 +62,19 @@ ONE_SIDED = ParameterWork(gaussians=1, moves=2)
 FROZEN = ParameterWork(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
+STORED_IN_RECORDS = 10
+"""What storing a parameter in lossless records takes beside the bytes of those, in reads or writes of it:
+theta is written to scratch, encoded from there, and read once more to be perturbed. 1.6 ms for the 314.6 M
+weights of a block of OPT-13B on an H200 (engines/EXPERIMENTS.md, 'A lossless base')."""
+
 
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     block = block_bytes(shape, workload.dtype, settings.base)
     visit = update(settings) + perturb(settings)
     if settings.base != "full":
-        visit = fused_visit(settings, settings.fold_every, block / (element * shape.block_parameters))
+        turn = settings.fold_every if settings.is_quantized else 1
+        visit = fused_visit(settings, turn, block / (element * shape.block_parameters))
     visits = [visit] * shape.num_blocks
     weights = element * shape.outer_parameters + shape.num_blocks * block
     return Traffic(
@@ -107,11 +113,12 @@ def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> P
     """
     moved, queries = perturb(settings), settings.queries
     written, steps = 1 / fold_every, (fold_every + 1) / 2
-    if settings.base != "full":
+    if settings.is_quantized:
         steps = num_probes(settings) * (fold_every - 1) / 2 + 1
     elif settings.forward_passes > 2:
         written = 1
-    moves = moved.moves - (1 - kept) * num_probes(settings) + kept * written
+    stored = kept + STORED_IN_RECORDS if settings.base == "lossless" else kept
+    moves = moved.moves - (1 - kept) * num_probes(settings) + stored * written
     return ParameterWork(gaussians=queries * steps + moved.gaussians, moves=moves)
 
 
@@ -170,7 +177,7 @@ def perturbed_layers(
         # Signs cost less than the memory they are written to. A pass over low-bit matrices moves fewer bytes,
         # and makes several: there they count.
         first, *blocks, last = layers
-        kept = 0.0 if settings.base == "full" else SIGN_COST
+        kept = SIGN_COST if settings.is_quantized else 0.0
         blocks = [replace(block, gaussians=round(kept * block.gaussians)) for block in blocks]
         return [replace(first, gaussians=0), *blocks, replace(last, gaussians=0)]
     return layers
@@ -202,7 +209,12 @@ def _block(
     )
     if trained and settings.estimator == "lozo":
         return _with_low_rank(layer, visit, shape, workload, settings)
-    layer = _visited(layer, visit if trained else FROZEN, shape.block_parameters, launches, workload)
+    frozen = FROZEN
+    if settings.base == "lossless":
+        block = block_bytes(shape, workload.dtype, settings.base)
+        kept = block / (BYTES_PER_ELEMENT[workload.dtype] * shape.block_parameters)
+        frozen = ParameterWork(gaussians=0, moves=1 + kept)
+    layer = _visited(layer, visit if trained else frozen, shape.block_parameters, launches, workload)
     return layer if settings.train != "lora" else _with_adapters(layer, shape, workload, settings)
 
 

@@ -1,4 +1,5 @@
-"""Bytes of matrices that are kept as low-bit values with a scale per group: see `engines.quantized.codec`."""
+"""Bytes of matrices that are kept in records: as low-bit values with a scale per group
+(`engines.quantized.codec`), or to the bit (`engines.lossless.records`)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def lossless_bytes(count: int) -> int:
 
 
 def record_bytes(base: Base) -> int:
-    """Of one tile: its codes, then its scales. 2080 or 1056."""
+    """Of one tile: its codes, then its scales. 2080 or 1056; 3104 where nothing is lost."""
+    if base == "lossless":
+        return LOSSLESS_RECORD_BYTES
     return TILE_ELEMENTS * CODE_BITS[base] // 8 + TILE_ELEMENTS // GROUP_ELEMENTS * SCALE_BYTES
 
 
@@ -37,7 +40,7 @@ def matrix_bytes(count: int, base: Base) -> int:
 
 
 def block_bytes(shape: ModelShape, dtype: Dtype, base: Base) -> int:
-    """Of one block: its matrices low-bit, its vectors in `dtype`."""
+    """Of one block: its matrices as `base` says, its vectors in `dtype`."""
     element = BYTES_PER_ELEMENT[dtype]
     if base == "full":
         return element * shape.block_parameters

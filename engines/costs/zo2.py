@@ -17,6 +17,7 @@ from typing import Literal
 
 from engines.costs import disk, transformer
 from engines.costs.mezo import (
+    STORED_IN_RECORDS,
     ParameterWork,
     fused_visit,
     gpu_memory,
@@ -107,9 +108,11 @@ def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> ParameterWork:
     copy); what no rounding has taken is replayed by every probe.
     """
     moved, replayed = perturb(settings), (disk.REPLAYED_UPDATES + 1) / 2
-    if settings.base == "full":
+    if not settings.is_quantized:
         written = 0 if settings.forward_passes == 2 else 1
-        return ParameterWork(gaussians=replayed + moved.gaussians, moves=moved.moves + written)
+        stored = kept + STORED_IN_RECORDS if settings.base == "lossless" else 1
+        moves = moved.moves - (1 - kept) * num_probes(settings) + stored * written
+        return ParameterWork(gaussians=replayed + moved.gaussians, moves=moves)
     probes, queries = num_probes(settings), settings.queries
     again = (probes - 1) * queries * (settings.fold_every - 1) / 2
     roundings = replayed / (queries * settings.fold_every)
@@ -131,7 +134,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     turn = settings.lozo_window if settings.estimator == "lozo" else settings.fold_every
     kept = block / (element * shape.block_parameters)
     # Where resident blocks are low-bit, they keep the schedule of the others.
-    keeps_turns = settings.base != "full"
+    keeps_turns = settings.is_quantized
     visits = [
         fused_visit(settings, 1 if i in resident and not keeps_turns else turn, kept)
         for i in range(shape.num_blocks)

@@ -6,12 +6,9 @@ reading them, and gives its bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from engines.costs.quantized import lossless_bytes
 from engines.kernels import triton_launch
 from engines.lossless import records
 from engines.noise import weight_pass
@@ -30,7 +27,7 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
 
         lossless_pass_kernels.visit_records(kept, segment, how, out)
         return
-    for mine, number, here in _matrices(kept, segment):
+    for mine, number, here in records.matrices(kept, segment):
         count = here.stop - here.start
         weight = torch.empty(count, dtype=torch.bfloat16, device=kept.device)
         records.read_records(mine, count, weight)
@@ -49,24 +46,16 @@ def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
 
         lossless_pass_kernels.decode_records(kept, segment, out)
         return
-    for mine, _, here in _matrices(kept, segment):
+    for mine, _, here in records.matrices(kept, segment):
         records.read_records(mine, here.stop - here.start, out[here])
 
 
-def encode_records(weights: Tensor, kept: Tensor) -> Tensor:
-    """Write bf16 `weights` (n,) of one matrix to its records `kept` (bytes); whether they found room, ()
-    bool on the same device."""
+def encode_records(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
+    """Write the matrices in `weights`, flat memory in bf16 that is laid out as `segment` says, to records
+    (bytes); whether all of them found room, () bool on the same device."""
     if kept.is_cuda and triton_launch.has_triton():
         from engines.lossless import lossless_pass_kernels
 
-        return lossless_pass_kernels.encode_records(weights, kept)
-    return records.write_records(weights, kept)
-
-
-def _matrices(kept: Tensor, segment: Segment) -> Iterator[tuple[Tensor, int, slice]]:
-    """Records, number and place in flat memory of each matrix."""
-    start = 0
-    for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
-        stop = start + lossless_bytes(count)
-        yield kept[start:stop], number, slice(offset, offset + count)
-        start = stop
+        return lossless_pass_kernels.encode_records(weights, segment, kept)
+    found = [records.write_records(weights[here], mine) for mine, _, here in records.matrices(kept, segment)]
+    return torch.stack(found).all()

@@ -119,26 +119,29 @@ def _opened(codes, words, header, matrix, lane, number, limit):
 
 
 @triton.jit
-def _whose(record, places, num_matrices):
+def _whose(record, places, num_matrices, GRID: tl.constexpr):
     """Of a record: tile, tensor, place of its first element, elements from there on, and the first record of
-    its matrix: see `Segment.places`."""
+    its matrix: see `Segment.places`. Matrices begin at multiples of GRID."""
     mine = places
     for i in range(1, num_matrices):
         mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
     begin = tl.load(mine)
     tile = record - begin
     left = tl.minimum(tl.load(mine + 3) - tile * _TILE, _TILE).to(tl.int32)
-    return tile, tl.load(mine + 2), tl.load(mine + 1) + tile * _TILE, left, begin
+    # Said here, where the sum is made: the compiler forgets it of what a function returns.
+    start = tl.multiple_of(tl.load(mine + 1) + tile * _TILE, GRID)
+    return tile, tl.load(mine + 2), start, left, begin
 
 
 @triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
 def _visit_kernel(
     codes, words, theta, plus, minus, places, num_matrices, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+    GRID: tl.constexpr,
 ):  # fmt: skip
     """`codes` and `words` are the same memory, as int16 and as int32."""
     record = tl.program_id(0).to(tl.int64)
-    tile, tensor, start, left, begin = _whose(record, places, num_matrices)
+    tile, tensor, start, left, begin = _whose(record, places, num_matrices, GRID)
     matrix = words + begin * _STRIDE + _WORDS
     mine = words + record * _STRIDE + _WORDS
     header = tl.load(mine)
@@ -164,8 +167,7 @@ def _signs_kernel(
 ):  # fmt: skip
     """Likewise with signs. Two threads have elements in the same words, and both load them."""
     record = tl.program_id(0).to(tl.int64)
-    tile, tensor, start, left, begin = _whose(record, places, num_matrices)
-    start = tl.multiple_of(start, GRID)
+    tile, tensor, start, left, begin = _whose(record, places, num_matrices, GRID)
     matrix = words + begin * _STRIDE + _WORDS
     mine = words + record * _STRIDE + _WORDS
     header = tl.load(mine)
@@ -201,8 +203,7 @@ def _signs_kernel(
 def _decode_kernel(codes, words, out, places, num_matrices, GRID: tl.constexpr):
     """To `out` (int16). Nothing but bits is moved, so that every NaN stays the one it is."""
     record = tl.program_id(0).to(tl.int64)
-    _, _, start, left, begin = _whose(record, places, num_matrices)
-    start = tl.multiple_of(start, GRID)
+    _, _, start, left, begin = _whose(record, places, num_matrices, GRID)
     mine = words + record * _STRIDE + _WORDS
     header = tl.load(mine)
     lane = tl.arange(0, _LANES)
@@ -364,10 +365,8 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
         how.eps,
     )  # fmt: skip
     grid = (kept.numel() // RECORD_BYTES,)
-    if how.noise == "rademacher":
-        launch(_signs_kernel, grid, *arguments, **flags, GRID=segment.grid)
-    else:
-        launch(_visit_kernel, grid, *arguments, **flags)
+    kernel = _signs_kernel if how.noise == "rademacher" else _visit_kernel
+    launch(kernel, grid, *arguments, **flags, GRID=segment.grid)
 
 
 def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
@@ -379,8 +378,13 @@ def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def encode_records(weights: Tensor, kept: Tensor) -> Tensor:
+def encode_records(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
     """The kernels of `lossless_pass.encode_records`, with the same arguments."""
+    found = [_encode_matrix(weights[here], mine) for mine, _, here in records.matrices(kept, segment)]
+    return torch.stack(found).all()
+
+
+def _encode_matrix(weights: Tensor, kept: Tensor) -> Tensor:
     bits, codes, words = weights.view(torch.int16), kept.view(torch.int16), kept.view(torch.int32)
     num_tiles = kept.numel() // RECORD_BYTES
     launch(_encode_kernel, (num_tiles,), bits, codes, words, weights.numel(), num_warps=NUM_WARPS)

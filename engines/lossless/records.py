@@ -29,14 +29,15 @@ Torch operations and the Triton kernels (`engines.lossless.lossless_pass_kernels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 
 import torch
 from torch import Tensor
 
-from engines.costs.quantized import LOSSLESS_RECORD_BYTES, TILE_ELEMENTS
-from engines.noise.tiles import LANES
+from engines.costs.quantized import LOSSLESS_RECORD_BYTES, TILE_ELEMENTS, lossless_bytes
+from engines.noise.tiles import LANES, Segment
 
 RECORD_BYTES = LOSSLESS_RECORD_BYTES
 CODES_BYTES = LANES * 2
@@ -93,11 +94,15 @@ def place_others(words: Tensor, others: Tensor) -> Tensor:
 
 def find_places(words: Tensor) -> Tensor:
     """Give each tile of a matrix, whose headers are in `words` (tiles, 8), room for its escapes beyond the
-    fifth. Returns whether there is enough, () bool."""
-    more = ((words[:, HEADER] >> 8) - OWN_ESCAPES).clamp_(min=0)
+    fifth. Returns whether there is enough, () bool; if not, no tile has any escapes."""
+    header = words[:, HEADER]
+    more = ((header >> 8) - OWN_ESCAPES).clamp_(min=0)
     ends = more.cumsum(0)
     words[:, ELSEWHERE] = ends - more
-    return ends[-1] <= len(words)
+    has_room = ends[-1] <= len(words)
+    # HAZARD: whoever reads the records all the same must not read past their end.
+    header.copy_(torch.where(has_room, header, header & 0xFF))
+    return has_room
 
 
 def _encode_tiles(weights: Tensor, tables: Tensor) -> Tensor:
@@ -179,3 +184,12 @@ def _decode_tiles(tables: Tensor, room: Tensor) -> Tensor:
     lane, row = entry >> 18, (entry >> 16) & 3
     bits[tile, (row * LANES + lane).long()] = entry & 0xFFFF
     return bits.to(torch.int16).view(-1)
+
+
+def matrices(kept: Tensor, segment: Segment) -> Iterator[tuple[Tensor, int, slice]]:
+    """Records, number and place in flat memory of each matrix."""
+    start = 0
+    for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
+        stop = start + lossless_bytes(count)
+        yield kept[start:stop], number, slice(offset, offset + count)
+        start = stop

@@ -82,16 +82,17 @@ class GpuBlocks:
         self._device = device
         self._memory = [torch.empty(form.size_bytes, dtype=torch.uint8, device=device) for form in forms]
 
+        is_lossless = self._is_lossless = any(form.base == "lossless" for form in forms)
         self._trained_runs = [
             [
                 (self.take(i, *run), form.layout.segment(*run))
                 for run in form.layout.runs(0, len(form.layout.own_parts))
-                if form.layout.parts[run[0]].trained and not updates.quantized
+                if form.layout.parts[run[0]].trained and not (updates.quantized or is_lossless)
             ]
             for i, form in enumerate(forms)
         ]
-        """Of each block the memory of what is trained, in pieces, and what lies there. Not of a low-bit base
-        that is trained."""
+        """Of each block the memory of what is trained, in pieces, and what lies there. Not where trained
+        matrices are in records."""
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
         self._model = model
@@ -163,11 +164,12 @@ class GpuBlocks:
 
     def apply_deferred(self, last_step: int, window: int | None = None, *, by_all: bool = False) -> None:
         updates = self._updates
-        if updates.quantized or window is not None:
+        if updates.quantized or self._is_lossless or window is not None:
             for index in range(len(self._forms)):
                 task = updates.task_of_roundings(index, last_step)
                 if not updates.quantized:
-                    task = Task(how=updates.lacking(index), store=True, perturb=False, ends_window=window)
+                    stores = window is not None or updates.num_deferred(index) > 0
+                    task = Task(how=updates.lacking(index), store=stores, perturb=False, ends_window=window)
                 if task.store:
                     with self._model.visiting(index, task, self):
                         pass

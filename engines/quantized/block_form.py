@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from engines.costs.quantized import (
-    matrix_bytes,
-    record_bytes,
-)
+from engines.costs.quantized import matrix_bytes, record_bytes
+from engines.lossless import lossless_pass
 from engines.model.flat_layout import BlockLayout, Part
 from engines.noise import visits, weight_pass
 from engines.noise.visits import Visit
@@ -24,25 +23,38 @@ class BlockForm:
     """Where the parts of a block lie in its memory, in bytes, and in which form.
 
     With a full base as `engines.model.flat_layout` has them; else the vectors in the model's dtype, then each
-    matrix in records.
+    matrix in records, of low bits or lossless. Matrices that are named in `unlike`, by first name, are as
+    with a full base: lossless records have no room for their weights.
     """
 
-    def __init__(self, layout: BlockLayout, base: Base, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: BlockLayout, base: Base, dtype: torch.dtype, unlike: Collection[str] = ()
+    ) -> None:
         self.layout = layout
+        self._unlike = frozenset(unlike)
         self.base: Base = base
         self.dtype = dtype
         self._ends = [0]
         for part in layout.own_parts:
-            size = matrix_bytes(part.size, base) if self.is_low_bit(part) else dtype.itemsize * part.size
+            size = matrix_bytes(part.size, base) if self.in_records(part) else dtype.itemsize * part.size
             self._ends.append(self._ends[-1] + size)
 
     @property
     def size_bytes(self) -> int:
         return self._ends[-1]
 
-    def is_low_bit(self, part: Part) -> bool:
+    def in_records(self, part: Part) -> bool:
         """A matrix is, unless it is shared with what lies outside the block."""
-        return self.base != "full" and part.segment.decays[0] and not part.shared
+        is_own_matrix = part.segment.decays[0] and not part.shared
+        return self.base != "full" and is_own_matrix and part.names[0] not in self._unlike
+
+    def alike(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Own parts `first` to `last` - 1, in groups of neighbours that are all in records, or none is."""
+        parts = self.layout.parts
+        edges = [
+            i for i in range(first + 1, last) if self.in_records(parts[i]) != self.in_records(parts[i - 1])
+        ]
+        return [run for run in pairwise((first, *edges, last)) if run[0] < run[1]]
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """First byte, and the one after the last, of own parts `first` to `last` - 1."""
@@ -50,8 +62,8 @@ class BlockForm:
 
     def opened(self, memory: Tensor, first: int) -> Tensor:
         """`memory` (bytes) of parts from `first` on as it is computed with: records (bytes), where that is a
-        low-bit matrix, or of the full dtype."""
-        return memory if self.is_low_bit(self.layout.parts[first]) else memory.view(self.dtype)
+        matrix in some, or of the full dtype."""
+        return memory if self.in_records(self.layout.parts[first]) else memory.view(self.dtype)
 
     def part(self, memory: Tensor, index: int) -> Tensor:
         """One part in `memory`, the block's bytes, `opened`."""
@@ -63,7 +75,7 @@ class BlockForm:
         found: dict[str, Tensor] = {}
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index)
-            if self.is_low_bit(part):
+            if self.in_records(part):
                 found[part.names[0]] = kept.view(-1, record_bytes(self.base))
             else:
                 found |= part.views(kept)
@@ -71,21 +83,27 @@ class BlockForm:
 
     def fill(
         self, memory: Tensor, fill: Callable[[str, Tensor], object], room: Callable[[int], Tensor]
-    ) -> None:
+    ) -> list[str]:
         """Write the block's weights to its `memory`, matrix by matrix.
 
         `fill` writes a tensor of the full dtype; `room` gives memory for so many elements of it, on the
-        device of `memory`, in which one matrix at a time is made.
+        device of `memory`, in which one matrix at a time is made. Returns the first names of the matrices
+        that lossless records have no room for, whose records are of no use.
         """
+        crowded: list[str] = []
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index)
-            if not self.is_low_bit(part):
+            if not self.in_records(part):
                 for name, weight in part.views(kept).items():
                     fill(name, weight)
                 continue
             values = room(part.segment.counts[0])
             fill(part.names[0], values.view(part.shapes[0]))
-            pack(values, self.base, kept)
+            if self.base != "lossless":
+                pack(values, self.base, kept)
+            elif not lossless_pass.encode_records(values, part.segment, kept):
+                crowded.append(part.names[0])
+        return crowded
 
     def plain(self, memory: Tensor, how: Visit, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Each own tensor with the pending updates of `how`, of the full dtype, on `device`; `memory` stays
@@ -94,7 +112,12 @@ class BlockForm:
             kept = self.part(memory, index).to(device)
             mine = how if part.trained else replace(how, first=how.last)
             out = torch.empty(part.size, dtype=self.dtype, device=device)
-            if self.is_low_bit(part):
+            if self.in_records(part) and self.base == "lossless":
+                if mine.first < mine.last:
+                    lossless_pass.visit_records(kept, part.segment, mine, visits.Outputs(theta=out))
+                else:
+                    lossless_pass.decode_records(kept, part.segment, out)
+            elif self.in_records(part):
                 visit_tiles(kept, part.segment, mine, self.base, store=False, sides=(out,))
             elif mine.first < mine.last:
                 weight_pass.visit(kept, part.segment, mine, visits.Outputs(theta=out))
@@ -103,5 +126,7 @@ class BlockForm:
             yield from part.views(out).items()
 
 
-def block_forms(layouts: Iterable[BlockLayout], base: Base, dtype: torch.dtype) -> list[BlockForm]:
-    return [BlockForm(layout, base, dtype) for layout in layouts]
+def block_forms(
+    layouts: Iterable[BlockLayout], base: Base, dtype: torch.dtype, unlike: Collection[str] = ()
+) -> list[BlockForm]:
+    return [BlockForm(layout, base, dtype, unlike) for layout in layouts]

@@ -1,4 +1,5 @@
-"""A model on a low-bit base from outside: its weights in plain form, and what share of an update lands."""
+"""A model whose matrices are in records from outside: its weights in plain form, and what share of an update
+lands."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def landed_on_grid(
         (part.size, -index, number)
         for index, form in enumerate(forms)
         for number, part in enumerate(form.layout.own_parts)
-        if part.trained and form.is_low_bit(part)
+        if part.trained and form.in_records(part)
     ]
     if not found:
         return None

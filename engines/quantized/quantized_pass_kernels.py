@@ -119,14 +119,16 @@ def _moved(w, z, lr, g, decay):
 
 
 @triton.jit
-def _whose(record, places, num_matrices):
+def _whose(record, places, num_matrices, GRID: tl.constexpr):
     """Tile, tensor, place of its first element, and elements from there on, of a record: see
-    `Segment.places`."""
+    `Segment.places`. Matrices begin at multiples of GRID."""
     mine = places
     for i in range(1, num_matrices):
         mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
     tile, tensor = record - tl.load(mine), tl.load(mine + 2)
-    return tile, tensor, tl.load(mine + 1) + tile * _TILE, tl.load(mine + 3) - tile * _TILE
+    # Said here, where the sum is made: the compiler forgets it of what a function returns.
+    base = tl.multiple_of(tl.load(mine + 1) + tile * _TILE, GRID)
+    return tile, tensor, base, tl.load(mine + 3) - tile * _TILE
 
 
 @triton.jit
@@ -161,12 +163,12 @@ def _dithers(tile, lane, tensor, step, seed):
 def _visit_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
     FORM: tl.constexpr, WORDS: tl.constexpr, STORE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr,
+    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
     `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
     record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _whose(record, places, num_matrices)
+    tile, tensor, base, left = _whose(record, places, num_matrices, GRID)
     words, kept = _places(codes, scales, record, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
@@ -230,8 +232,7 @@ def _signs_kernel(
     """Perturbs by signs and does not store. Two threads have elements in the same words, and
     both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
     record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _whose(record, places, num_matrices)
-    base = tl.multiple_of(base, GRID)
+    tile, tensor, base, left = _whose(record, places, num_matrices, GRID)
     words, kept = _places(codes, scales, record, FORM, WORDS)
     width: tl.constexpr = 4 if FORM == _INT4 else 8
     mask: tl.constexpr = 15 if FORM == _INT4 else 255
@@ -324,11 +325,11 @@ def visit_tiles(
     )  # fmt: skip
     flags: dict[str, Any] = {
         "FORM": _FORMS[base], "WORDS": record_bytes(base) // word.itemsize, "SIDES": len(sides),
-        "PERTURB": perturb, "enable_fp_fusion": False, "num_warps": NUM_WARPS,
+        "PERTURB": perturb, "GRID": segment.grid, "enable_fp_fusion": False, "num_warps": NUM_WARPS,
     }  # fmt: skip
     signs = how.noise == "rademacher"
     if signs and sides and not store:
-        launch(_signs_kernel, grid, *arguments, GRID=segment.grid, **flags)
+        launch(_signs_kernel, grid, *arguments, **flags)
         return
     stochastic = how.rounding == "stochastic"
     launch(_visit_kernel, grid, *arguments, STORE=store, STOCHASTIC=stochastic, SIGNS=signs, **flags)

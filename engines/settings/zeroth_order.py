@@ -12,7 +12,9 @@ from pydantic import ConfigDict
 from engines.errors import UserError
 from engines.settings.checks import Schedule, require, require_finite
 
-Base = Literal["full", "int8", "fp8", "int4"]
+Base = Literal["full", "lossless", "int8", "fp8", "int4"]
+EXACT_BASES: tuple[Base, ...] = ("full", "lossless")
+"""Weights are kept to the bit."""
 
 
 MOST_QUERIES = 32
@@ -65,8 +67,9 @@ class MezoSettings:
     lora_alpha: float = 16.0
     """An adapter's product is scaled by `lora_alpha` / `lora_rank`."""
     base: Base = "full"
-    """How the matrices of the blocks are kept: as they are, or, approximately, as 8-bit or 4-bit values with
-    a scale per 128 (`fp8` is e4m3). Vectors stay as they are. Passes compute in the full precision."""
+    """How the matrices of the blocks are kept: as they are; with the same bits in three quarters of the bytes
+    (`lossless`, of bf16 alone); or, approximately, as 8-bit or 4-bit values with a scale per 128 (`fp8` is
+    e4m3). Vectors stay as they are. Passes compute in the full precision."""
     fold_every: int = 1
     """With a low-bit base, steps between two roundings of a block to its grid; until then its updates are in
     the log and replayed exactly at every visit. Rare roundings lose less. Blocks take turns."""
@@ -83,17 +86,24 @@ class MezoSettings:
         return self.queries + 1 if self.is_one_sided else 2 * self.queries
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether matrices are kept approximately, as low-bit values."""
+        return self.base not in EXACT_BASES
+
+    @property
     def trains_quantized(self) -> bool:
         """Whether trained matrices are kept as low-bit values, so that a block takes its updates at the times
         that `fold_every` sets, and at no other. With adapters, or with low-rank noise, such matrices are
         only read until a window ends."""
-        return self.base != "full" and self.train != "lora" and self.estimator != "lozo"
+        return self.is_quantized and self.train != "lora" and self.estimator != "lozo"
 
     @property
     def decides_updates(self) -> dict[str, Any]:
         """The settings, by name, that decide the bits of a run: all of MeZO's, but `fold_every` only where it
-        says when trained matrices are rounded. Those of `Zo2Settings` alone say where things lie."""
+        says when trained matrices are rounded. Those of `Zo2Settings` alone say where things lie, and so does
+        a lossless base: it counts as a full one."""
         values = {field.name: getattr(self, field.name) for field in fields(MezoSettings)}
+        values["base"] = self.base if self.is_quantized else "full"
         if not self.trains_quantized:
             del values["fold_every"]
         return values
@@ -130,7 +140,7 @@ class MezoSettings:
             1 <= self.fold_every <= MOST_FOLD_EVERY, "fold_every", f"must be between 1 and {MOST_FOLD_EVERY}"
         )
         require(
-            self.fold_every == 1 or self.base != "full" or isinstance(self, Zo2Settings),
+            self.fold_every == 1 or self.is_quantized or isinstance(self, Zo2Settings),
             "fold_every",
             "is of use to mezo with a low-bit base only: nothing goes down",
             "leave fold_every out, or set base=int8",
@@ -248,9 +258,19 @@ def check_blocks(engine: str, settings: Any, model: str, num_blocks: int) -> Non
         )
 
 
+def check_base(engine: str, settings: Any, dtype: str) -> None:
+    """Raises `UserError` if the typed `settings` want a base that weights in `dtype` cannot have."""
+    if isinstance(settings, MezoSettings) and settings.base == "lossless" and dtype != "bf16":
+        raise UserError(
+            f"--set {engine}.base=lossless",
+            f"keeps bf16 in fewer bytes, and the job is in {dtype}, of which little is saved",
+            "use --dtype bf16, or leave base out",
+        )
+
+
 def approximation(settings: Mapping[str, object]) -> str | None:
     """What is approximate about a method with these settings (as a `Plan` holds them); `None`: nothing."""
     base = settings.get("base", "full")
-    if base == "full":
+    if base in EXACT_BASES:
         return None
     return f"approximate: {'4' if base == 'int4' else '8'}-bit base ({base})"

@@ -311,7 +311,7 @@ def beside(
         for part in block.own_parts
         if part.trained and part.segment.decays[0]
     ]
-    if settings.base != "full" and others:
+    if settings.is_quantized and others:
         raise UserError(
             type(model).__name__,
             f"has trained matrices that are not of linear layers ('{others[0]}')",

@@ -46,7 +46,7 @@ from engines.model.flat_layout import ModelLayout
 from engines.noise import weight_pass
 from engines.noise.realized_updates import realized_fraction
 from engines.noise.visits import Outputs, Visit
-from engines.settings.zeroth_order import Base
+from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.chunked_loss import Targets, multiply, plain_head, targets_of
@@ -87,7 +87,7 @@ class PerturbedModel:
         layout: ModelLayout,
         adapters: Adapters | LowRank,
         clock: ComputeClock,
-        base: Base = "full",
+        forms: Sequence[BlockForm],
         apart: Collection[int] = (),
     ) -> None:
         """`apart`: blocks that cannot be run for both sides at once (`engines.zeroth_order.stacking`)."""
@@ -118,7 +118,7 @@ class PerturbedModel:
         self._apart = frozenset(
             unit.block for unit in units if unit.module is self._driver.blocks[unit.block]
         )
-        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, base)
+        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, forms)
         if isinstance(adapters, LowRank):
             self.scratch.fold = adapters.fold
         self._graphs: BlockGraphs | None = None

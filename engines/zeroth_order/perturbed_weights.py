@@ -1,5 +1,8 @@
 """The memory in which perturbed weights are made, one unit or one block at a time, and the passes over theta
-that make them (`engines.zeroth_order.block_visit`, `engines.zeroth_order.units`)."""
+that make them (`engines.zeroth_order.block_visit`, `engines.zeroth_order.units`).
+
+Longer than 400 lines: a visit of weights in any form is one thing.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from engines.costs.quantized import matrix_bytes
+from engines.errors import UserError
+from engines.lossless import lossless_pass
 from engines.model.flat_layout import ModelLayout
 from engines.noise import weight_pass
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
-from engines.settings.zeroth_order import Base
+from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.units import ModuleUnit
@@ -35,10 +40,14 @@ class BlockScratch:
         device: torch.device,
         outer: Mapping[str, Tensor],
         clock: ComputeClock,
-        base: Base = "full",
+        forms: Sequence[BlockForm],
     ) -> None:
         self._layout = layout
-        self._base: Base = base
+        self._forms = forms
+        self._base = forms[0].base
+        self._has_room: Tensor | None = None
+        """Whether all weights that were stored found room in lossless records, () bool on the device; `None`:
+        none were."""
         self._units = units
         self._dtype = dtype
         self._device = device
@@ -69,6 +78,23 @@ class BlockScratch:
         self._made: set[int] = set()
         self._seen: set[int] = set()
         self.take_form(whole=False, sides=2)
+
+    def set_forms(self, forms: Sequence[BlockForm]) -> None:
+        """Other matrices than before are in records."""
+        self._forms = forms
+
+    def check_room(self) -> None:
+        """Waits for the device if weights were stored in lossless records since it was called last.
+
+        Raises `UserError` where some of them found no room there.
+        """
+        found, self._has_room = self._has_room, None
+        if found is not None and not found:
+            raise UserError(
+                "base=lossless",
+                "an update made weights that it has no room for, of sizes too far apart",
+                "go on from the last checkpoint with base=full",
+            )
 
     def take_form(self, *, whole: bool, sides: int) -> None:
         """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
@@ -158,7 +184,11 @@ class BlockScratch:
             weight = self._source.take(self._block, index, index + 1)
             self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
-                if weight.dtype == torch.uint8:
+                if weight.dtype == torch.uint8 and self._base == "lossless":
+                    room = self._room_of(index)
+                    lossless_pass.visit_records(weight, part.segment, self._task.how, Outputs(theta=room))
+                    self._encode(room, part.segment, weight)
+                elif weight.dtype == torch.uint8:
                     quantized_pass.visit_tiles(weight, part.segment, self._task.how, self._base, store=True)
                 else:
                     weight_pass.visit(weight, part.segment, self._task.how, Outputs(theta=weight))
@@ -183,7 +213,8 @@ class BlockScratch:
         if self._base != "full":
             for first, last in self._source.spans(self._block):
                 for run in layout.runs(first, last):
-                    self._make_run(*run)
+                    for alike in self._forms[self._block].alike(*run):
+                        self._make_run(*alike)
             for index, part in enumerate(layout.parts):
                 if part.shared:
                     self._make(index)
@@ -215,15 +246,15 @@ class BlockScratch:
                 self._make(index)
 
     def _make_run(self, first: int, last: int) -> None:
-        """Own parts `first` to `last` - 1, all of them trained or none: the low-bit ones in one pass."""
-        if not self._is_large(self._block, first):
-            self._make(first)
-            first += 1
-        if first == last:
+        """Own parts `first` to `last` - 1, all of them trained or none, and all in records, which are made in
+        one pass, or none."""
+        layout, task = self._layout.blocks[self._block], self._task
+        if not self._forms[self._block].in_records(layout.parts[first]):
+            for index in range(first, last):
+                self._make(index)
             return
         assert self._source is not None
-        assert self._task is not None
-        layout, task = self._layout.blocks[self._block], self._task
+        assert task is not None
         records = self._source.take(self._block, first, last)
         begin = 0
         for index in range(first, last):
@@ -251,9 +282,18 @@ class BlockScratch:
         if self._task is None or self._task.ends_window is None or self.fold is None or part.trained:
             return
         self._clock.start()
-        for name, offset, count in zip(part.names, part.segment.offsets, part.segment.counts, strict=True):
-            kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
-            self.fold(name, kept, self._task.ends_window, self._task.how.seed)
+        window, seed = self._task.ends_window, self._task.how.seed
+        if weight.dtype == torch.uint8 and self._base == "lossless":
+            room = self._room_of(index)
+            lossless_pass.decode_records(weight, part.segment, room)
+            self.fold(part.names[0], room[: part.segment.counts[0]], window, seed)
+            self._encode(room, part.segment, weight)
+        else:
+            for name, offset, count in zip(
+                part.names, part.segment.offsets, part.segment.counts, strict=True
+            ):
+                kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
+                self.fold(name, kept, window, seed)
         self._clock.stop()
 
     def _make(self, index: int) -> None:
@@ -321,17 +361,56 @@ class BlockScratch:
         trained: bool,
         store: bool,
     ) -> None:
-        """Make the perturbed weights of matrices in 8 or 4 bits, and store their update if `store`."""
+        """Make the perturbed weights of matrices in records, and store their update if `store`."""
         assert self._task is not None
         self._clock.start()
         if not trained:
             how, store = without_updates(how), False
         perturb = trained and self._task.perturb
         sides = rooms if perturb and not self._task.plus_only else rooms[:1]
-        quantized_pass.visit_tiles(
-            records, segment, how, self._base, store=store, sides=sides, perturb=perturb
-        )
+        if self._base == "lossless":
+            self._write_lossless(records, segment, how, sides, store=store, perturb=perturb)
+        else:
+            quantized_pass.visit_tiles(
+                records, segment, how, self._base, store=store, sides=sides, perturb=perturb
+            )
         self._clock.stop()
+
+    def _write_lossless(
+        self,
+        records: Tensor,
+        segment: Segment,
+        how: Visit,
+        sides: Sequence[Tensor],
+        *,
+        store: bool,
+        perturb: bool,
+    ) -> None:
+        """Theta is made in the room of the plus side where it is to be stored, and perturbed there."""
+        plus, minus = sides[0], sides[1] if len(sides) > 1 else None
+        stores = store and how.first < how.last
+        if stores:
+            lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
+            self._encode(plus, segment, records)
+            if perturb:
+                weight_pass.visit(plus, segment, without_updates(how), Outputs(plus=plus, minus=minus))
+        elif perturb:
+            lossless_pass.visit_records(records, segment, how, Outputs(plus=plus, minus=minus))
+        elif how.first < how.last:
+            lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
+        else:
+            lossless_pass.decode_records(records, segment, plus)
+
+    def _encode(self, weights: Tensor, segment: Segment, records: Tensor) -> None:
+        has_room = lossless_pass.encode_records(weights, segment, records)
+        self._has_room = has_room if self._has_room is None else self._has_room & has_room
+
+    def _room_of(self, index: int) -> Tensor:
+        """Memory for a part of the block, apart from what was made for others."""
+        if (self._block, index) in self._places:
+            return self._room(self._block, index, 0)
+        size = self._layout.blocks[self._block].parts[index].size
+        return torch.empty(size, dtype=self._dtype, device=self._device)
 
     def _store_roundings(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:
         """On the first time that parts of the block are met in its visit."""

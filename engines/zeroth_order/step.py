@@ -11,6 +11,8 @@ takes it at once, the blocks in their next visits.
 
 With several ranks each computes its share of the micro-batches, or of the queries, and hands its losses
 round: every rank then makes the same update of them, so that weights never go from one to another.
+
+Longer than 400 lines: all that is done with the weights between steps is here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.decoding import Decoded, GenerationRequest
+from engines.errors import UserError
 from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import lay_out
@@ -36,7 +39,7 @@ from engines.model.stand_ins import give_back
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import landed_on_grid, plain_weights
-from engines.settings.zeroth_order import MezoSettings
+from engines.settings.zeroth_order import Base, MezoSettings, check_base
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
 from engines.world import divide
@@ -160,6 +163,7 @@ class ZerothOrder(ABC):
     name: ClassVar[str]
 
     def __init__(self, settings: MezoSettings, context: Context, clocks: StepClocks) -> None:
+        check_base(self.name, settings, context.workload.dtype)
         self.settings = settings
         self.context = context
         self.device = torch.device(context.device)
@@ -202,21 +206,42 @@ class ZerothOrder(ABC):
             self.device,
             self.context.seed,
         )
-        blocks, base = self._layout.blocks, self.settings.base
-        self._forms = block_forms(blocks, base, self._dtype)
+        blocks = self._layout.blocks
+        self._forms = block_forms(blocks, self.settings.base, self._dtype)
         trained = [i for i, block in enumerate(blocks) if any(part.trained for part in block.parts)]
         self._updates = DeferredUpdates(self.settings, self.context.seed, len(blocks), trained, self.device)
         made = self._make_blocks(self._forms, self._updates)
         self._model = PerturbedModel(
-            blueprint.model, self._dtype, self.device, self._layout, adapters, self._clocks.noise, base, apart
-        )
+            blueprint.model, self._dtype, self.device, self._layout, adapters, self._clocks.noise,
+            self._forms, apart,
+        )  # fmt: skip
         self._blocks = made
         made.set_up(self._model, blueprint)
         for name, weight in self._model.outer.items():
             blueprint.fill(name, weight)
-        made.fill(
-            lambda form, memory: form.fill(memory, blueprint.fill, self._model.scratch.room), anew=False
+        crowded = self._fill(blueprint.fill, anew=False)
+        if self.settings.base == "lossless":
+            told = self.context.world.exchange("\n".join(crowded).encode())
+            crowded = [name for names in told for name in names.decode().split("\n") if name]
+        if crowded:
+            # Only now are sizes known: those matrices stay as they are, and all is made anew.
+            made.close()
+            self._blocks = None
+            del made  # before the new one is taken
+            self._forms = block_forms(blocks, self.settings.base, self._dtype, unlike=crowded)
+            self._model.scratch.set_forms(self._forms)
+            self._blocks = self._make_blocks(self._forms, self._updates)
+            self._blocks.set_up(self._model, blueprint)
+            self._fill(blueprint.fill, anew=False)
+
+    def _fill(self, fill: Callable[[str, Tensor], object], *, anew: bool) -> list[str]:
+        """Write the blocks' weights, each tensor by `fill`. Returns the names of matrices that lossless
+        records have no room for."""
+        crowded: list[str] = []
+        self.blocks.fill(
+            lambda form, memory: crowded.extend(form.fill(memory, fill, self._model.scratch.room)), anew=anew
         )
+        return crowded
 
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
@@ -246,6 +271,7 @@ class ZerothOrder(ABC):
             self.blocks.before_ranks_meet()
             losses = mean_over_ranks(each, world, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
+        self._model.scratch.check_room()
         updates = next_updates(step, settings, self.context.total_steps, losses)
         for update in updates:
             self._append(update)
@@ -296,16 +322,7 @@ class ZerothOrder(ABC):
         """Each parameter by its first name, on the host, with every update and its adapter."""
         last_step, merged = self._updates.step - 1, self._model.adapters.merged
         if self.settings.base != "full":
-            self.synchronize()
-            plain = plain_weights(
-                self._layout,
-                self._forms,
-                self._model.outer,
-                lambda index: self.blocks.stored(index, last_step),
-                lambda index: self.blocks.lacking(index, last_step),
-                self.device,
-            )
-            for name, weight in plain:
+            for name, weight in self._plain(last_step):
                 yield name, merged(name, weight, self._updates.none())
             return
         self.blocks.apply_deferred(last_step)
@@ -313,6 +330,19 @@ class ZerothOrder(ABC):
         where = self.blocks.tensors(last_step)
         for name in self._layout.shapes:
             yield name, merged(name, where[name].cpu(), self._updates.none())
+
+    def _plain(self, last_step: int) -> Iterator[tuple[str, Tensor]]:
+        """The model's own tensors of the full dtype, on the host, where blocks have some in records."""
+        self.synchronize()
+        self._model.scratch.check_room()
+        return plain_weights(
+            self._layout,
+            self._forms,
+            self._model.outer,
+            lambda index: self.blocks.stored(index, last_step),
+            lambda index: self.blocks.lacking(index, last_step),
+            self.device,
+        )
 
     @torch.no_grad()
     def landed_share(self) -> float | None:
@@ -346,23 +376,29 @@ class ZerothOrder(ABC):
 
     def save(self, folder: Path) -> None:
         last_step = self._updates.step - 1
-        self.blocks.apply_deferred(last_step)
-        self.synchronize()
-        weights = ((name, weight.cpu()) for name, weight in self.blocks.tensors(last_step).items())
+        weights: Iterable[tuple[str, Tensor]]
+        if self.settings.base == "lossless":
+            adapters = ((name, weight.cpu()) for name, weight in self._model.adapters.tensors.items())
+            weights = chain(self._plain(last_step), adapters)
+        else:
+            self.blocks.apply_deferred(last_step)
+            self.synchronize()
+            weights = ((name, weight.cpu()) for name, weight in self.blocks.tensors(last_step).items())
         save_weights(
             folder,
             weights,
             step=self._updates.step,
             seed=self._updates.seed,
             lora=self._model.adapters.form,
-            base=self.settings.base,
+            base=self._saved_base,
             deferred=self._updates.to_save(last_step),
         )
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        form, base = self._model.adapters.form, self.settings.base
-        checkpoint = open_checkpoint(folder, self.blocks.like_tensors(), form, base)
+        is_lossless, outer = self.settings.base == "lossless", self._model.outer
+        like = self._like_plain() if is_lossless else self.blocks.like_tensors()
+        checkpoint = open_checkpoint(folder, like, self._model.adapters.form, self._saved_base)
 
         def read(name: str, out: Tensor) -> None:
             out.copy_(checkpoint.tensor(name))
@@ -371,10 +407,28 @@ class ZerothOrder(ABC):
             for name, out in form.views(memory).items():
                 read(name, out)
 
-        for name, weight in (self._model.outer | self._model.adapters.tensors).items():
+        for name, weight in (outer | self._model.adapters.tensors).items():
             read(name, weight)
         self._updates.restore(checkpoint.step, checkpoint.seed, checkpoint.deferred)
-        self.blocks.fill(read_block, anew=True)
+        if not is_lossless:
+            self.blocks.fill(read_block, anew=True)
+        elif crowded := self._fill(read, anew=True):
+            raise UserError(
+                str(folder),
+                f"base=lossless has no room for the weights of '{crowded[0]}' there",
+                "resume with base=full",
+            )
+
+    @property
+    def _saved_base(self) -> Base:
+        """A checkpoint has plain weights where nothing is lost."""
+        return self.settings.base if self.settings.is_quantized else "full"
+
+    def _like_plain(self) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtype of all that a checkpoint of plain weights has."""
+        shapes = self._layout.shapes.items()
+        own = {name: torch.empty(shape, dtype=self._dtype, device="meta") for name, shape in shapes}
+        return own | self._model.adapters.tensors
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Chrome trace events so far, if `Context.trace` asked for them."""

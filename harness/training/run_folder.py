@@ -160,12 +160,15 @@ def method_of(engine: str, settings: Any) -> Method:
 
 def carried_over(earlier: Any, new: Any) -> Any:
     """Settings with which the engine of `new` takes the same steps as one with the settings `earlier` did:
-    those of MeZO are kept, those that only say where things lie are its own. `None` if it is another
+    those of MeZO are kept, those that only say where and how things lie are its own. `None` if it is another
     algorithm.
     """
     if not isinstance(earlier, MezoSettings) or not isinstance(new, MezoSettings):
         return None
-    return replace(new, **earlier.decides_updates)
+    kept = earlier.decides_updates
+    if not (earlier.is_quantized or new.is_quantized):
+        kept["base"] = new.base
+    return replace(new, **kept)
 
 
 def _read_method(out: Path) -> Method:

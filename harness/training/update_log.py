@@ -191,7 +191,7 @@ def _digest(job: Job, settings: MezoSettings, *, fold_every: int) -> bytes:
     values = adapter(Job).dump_python(job, mode="json")
     parts = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
     decides = {"fold_every": fold_every, **settings.decides_updates, "layer_share": 1.0}
-    if settings.base == "full":
+    if not settings.is_quantized:
         del decides["base"], decides["fold_every"]
     parts["knobs"] = decides
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).digest()
@@ -200,7 +200,7 @@ def _digest(job: Job, settings: MezoSettings, *, fold_every: int) -> bytes:
 def _digests(job: Job, settings: MezoSettings) -> Iterator[bytes]:
     """What logs of the run may have: earlier versions named the `fold_every` of every low-bit base."""
     yield run_digest(job, settings)
-    if settings.base != "full" and not settings.trains_quantized:
+    if settings.is_quantized and not settings.trains_quantized:
         for fold_every in range(2, MOST_FOLD_EVERY + 1):
             yield _digest(job, settings, fold_every=fold_every)
 

@@ -110,7 +110,9 @@ def study(
         rates = [size / ms / 1e6 for size, ms in zip(moved, (plain_ms, records_ms), strict=True)]
         rows.append(Row(name, plain_ms, records_ms, *rates, equal, decides))
 
-    has_room = [bool(lossless_pass.encode_records(w, k)) for w, k in zip(weights, kept, strict=True)]
+    has_room = [
+        bool(lossless_pass.encode_records(*each)) for each in zip(weights, segments, kept, strict=True)
+    ]
     assert all(has_room), "weights that records have no room for"
     add(
         "frozen: a copy, and decoding",
@@ -136,7 +138,7 @@ def study(
 
     def store(i: int, out: list[Tensor]) -> None:
         lossless_pass.visit_records(kept[i], segments[i], with_one, Outputs(theta=out[0]))
-        lossless_pass.encode_records(out[0], spare[i])
+        lossless_pass.encode_records(out[0], segments[i], spare[i])
         weight_pass.visit(
             out[0], segments[i], a_visit(log, 0, "gaussian"), Outputs(plus=out[0], minus=out[1])
         )

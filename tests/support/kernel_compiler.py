@@ -346,7 +346,7 @@ def lossless_cases() -> Iterator[Case]:
                 rounding == "stochastic" and wanted == "plus+minus",
             )
     yield "decode lossless", lambda: lossless_pass_kernels.decode_records(kept, of, flat), True
-    yield "encode lossless", lambda: lossless_pass_kernels.encode_records(flat, kept), True
+    yield "encode lossless", lambda: lossless_pass_kernels.encode_records(flat, of, kept), True
 
 
 def lozo_cases() -> Iterator[Case]:
