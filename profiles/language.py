@@ -81,9 +81,11 @@ def _pattern(english: str) -> str:
 
 def _translated_value(name: str, value: str) -> str:
     """What stands for a name: `items` are several, `methods` are names, each perhaps with a quantity, `parts`
-    are the terms of a sum, and what begins with `raw_` stays as it is."""
+    are the terms of a sum, `parameters` a number of them, and what begins with `raw_` stays as it is."""
     if name.startswith("raw_"):
         return value
+    if name == "parameters":
+        return _parameters(value)
     if name == "methods":
         return "、".join(_method(one) for one in re.split(r", | and ", value))
     if name == "parts":
@@ -97,6 +99,15 @@ def _method(told: str) -> str:
     """`lsp` or `lsp (27.7 min)`."""
     name, bracket, rest = told.partition(" (")
     return _SHAPES["bracket"].format(name, quantity(rest.removesuffix(")"))) if bracket else name
+
+
+def _parameters(told: str) -> str:
+    """`1.35 B` or `125.2 M`, in the language's own units."""
+    found = re.fullmatch(r"([\d.,]+) ([BM])", told)
+    if found is None:
+        return told
+    count = float(found[1].replace(",", "")) * (1e9 if found[2] == "B" else 1e6)
+    return large_count(count, lambda number: f"{number:,.4g}")
 
 
 def _part(told: str) -> str:
@@ -143,12 +154,12 @@ _LARGE: dict[Language, tuple[tuple[float, str], ...]] = {
 }
 
 
-def large_count(count: int, show: Callable[[float], str]) -> str:
+def large_count(count: float, show: Callable[[float], str]) -> str:
     """A number of parameters, such as `1.35 B`, in the language's own units; `show` writes the number."""
     for size, unit in _LARGE[spoken()]:
         if count >= size:
             return f"{show(count / size)}{unit}"
-    return str(count)
+    return f"{count:g}"
 
 
 def quantity(text: str) -> str:

@@ -43,10 +43,27 @@ from reports.criteria import init_text, load_criteria
 from reports.decide import exit_code, parse_fail_on
 from reports.render import in_short, page, write_report
 
+OF_PRESET = {
+    "model": "the preset's: opt-125m, on a CPU tiny-llama, with random weights",
+    **dict.fromkeys(
+        (
+            "batch_size",
+            "seq_len",
+            "dtype",
+            "steps",
+            "warmup_steps",
+            "eval_batches",
+            "timeout",
+            "random_weights",
+        ),
+        "the preset's",
+    ),
+}
+
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
 
 
-@takes_job(without=OF_TRAINING)
+@takes_job(without=OF_TRAINING, defaults=OF_PRESET)
 def poc(
     flags: JobFlags,
     preset: Preset = "quick",

@@ -15,6 +15,10 @@ STATE_PLACES = 3
 """Blocks whose optimizer state is in host memory at once where it is on disk: one is read, one updated, one
 written."""
 
+WEIGHT_PLACES = 4
+"""Blocks whose weights are in pinned memory at once on their way from disk to the GPU: one goes up, the next
+ones are read."""
+
 REPLAYED_UPDATES = 64
 """Updates that a block on disk may be behind: the capacity of `engines.noise.visits.DeviceUpdateLog`."""
 

@@ -18,7 +18,8 @@ With `weights=streamed` the weights of the blocks come up twice, but for a few, 
 bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
 
 States on disk (`disk_blocks`) are read and written in each step: 10 bytes per parameter each way with fp32
-moments, 6 and 4 with the others.
+moments, 6 and 4 with the others. With their weights there too (`disk_weights`) 2 more go each way, and 2 come
+for each of both passes.
 
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
 between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
@@ -31,7 +32,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.disk import STATE_PLACES
+from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
 from engines.costs.native import block_passes
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
@@ -99,11 +100,17 @@ def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOfflo
     kept = "pinned" if settings.offload else "pageable"
     places = gradient_places(len(blocks), settings)
     on_disk = [blocks[index] for index in settings.on_disk(len(blocks))]
-    in_memory = total - sum(on_disk) + min(STATE_PLACES, len(on_disk)) * max(on_disk, default=0)
+    passing = min(STATE_PLACES, len(on_disk)) * max(on_disk, default=0)
+    in_memory = total - sum(on_disk) + passing
+    weights = total
+    if settings.weights_on_disk(len(blocks)):
+        weights += min(WEIGHT_PLACES, len(on_disk)) * max(on_disk) - sum(on_disk)
+    else:
+        passing = 0
     return {
-        f"weights, {kept}": element * total,
+        f"weights, {kept}": element * weights,
         f"gradients, {kept}": element * (places * max(blocks, default=0) + outer),
-        "optimizer": int(state_bytes(element, settings.moments) * in_memory),
+        "optimizer": int(state_bytes(element, settings.moments) * in_memory) + element * passing,
     }
 
 
@@ -187,20 +194,26 @@ def _layer(
     times = uploads[index]
     if not 0 < index < len(uploads) - STAYING_INPUTS:
         hidden = 0
-    on_disk = 0
+    written = 0
     if index in settings.on_disk(len(uploads)):
-        on_disk = int(state_bytes(element, settings.moments) * size)
+        written = int(state_bytes(element, settings.moments) * size)
+    read = written
+    if index in settings.weights_on_disk(len(uploads)):
+        written += element * size
+        read = written + times * element * size
     return replace(
         layer,
-        disk_bytes=on_disk,
-        disk_write_bytes=on_disk,
+        disk_bytes=read,
+        disk_write_bytes=written,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size + hidden,
         d2h_bytes=element * size + NORM_BYTES + hidden,
         cpu_adam_elements=size,
         host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size
-        + 2 * (on_disk + hidden),
+        + read
+        + written
+        + 2 * hidden,
     )
 
 

@@ -32,6 +32,10 @@ from engines.world import ALONE, World
 
 _ALIGNMENT_BYTES = 64
 
+HEAD_ALIGNMENT_BYTES = 4096
+"""Weights that are elsewhere with their state come first there, in a multiple of this: they are also read
+alone, past the page cache."""
+
 
 @dataclass(kw_only=True, eq=False)
 class BlockPiece:
@@ -116,6 +120,7 @@ class BlockStates:
         seed: int,
         progress: ReportProgress,
         elsewhere: Collection[int] = (),
+        weights_elsewhere: Collection[int] = (),
         world: World = ALONE,
     ) -> None:
         """All of it is there once for the ranks of a machine in `world`, but for norms, of which each has its
@@ -124,11 +129,14 @@ class BlockStates:
         Nothing is pinned for a `device` that is the CPU. Weights are what the memory happens to hold; the
         rest is zero. All of it is written to once, so that what the host cannot hold is missed here.
 
-        The states of the blocks that `elsewhere` names, by index, are the caller's.
+        The states of the blocks that `elsewhere` names, by index, are the caller's; of those among them that
+        `weights_elsewhere` names the weights are, too.
         """
         self._elsewhere = frozenset(elsewhere)
+        self._weights_elsewhere = frozenset(weights_elsewhere)
         self._dtype, self._kind = dtype, settings.moments
-        weights_bytes = [dtype.itemsize * each.size for each in layouts]
+        here = [each.size for index, each in enumerate(layouts) if index not in self._weights_elsewhere]
+        weights_bytes = [dtype.itemsize * size for size in here]
         self._shared: list[HostSlabs] = []
         if world.local_size == 1:
             slab = HostSlab(4 * len(layouts), device)
@@ -151,9 +159,11 @@ class BlockStates:
         self._numbers = itertools.count()
         self.pieces: list[list[BlockPiece]] = []
         self.weights: list[Tensor] = []
-        """Of each block, (elements,): what the model computes with."""
-        for index, (layout, memory) in enumerate(zip(layouts, self._weights.views, strict=True)):
-            weight = memory.view(dtype)
+        """Of each block, (elements,): what the model computes with; on no device while it is elsewhere."""
+        views = iter(self._weights.views)
+        for index, layout in enumerate(layouts):
+            away = index in self._weights_elsewhere
+            weight = _nowhere(layout.size, dtype) if away else next(views).view(dtype)
             self.weights.append(weight)
             self.pieces.append(
                 [
@@ -223,22 +233,39 @@ class BlockStates:
             variance_scales=state.get("variance_scales"),
         )
 
+    def head_bytes(self, index: int) -> int:
+        """Of a block's weights at the beginning of what is elsewhere of it."""
+        if index not in self._weights_elsewhere:
+            return 0
+        size = self.weights[index].numel() * self._dtype.itemsize
+        return -(-size // HEAD_ALIGNMENT_BYTES) * HEAD_ALIGNMENT_BYTES
+
     def state_bytes(self, index: int) -> int:
-        """Of a block's state."""
-        return sum(self._extents(piece.weight.numel())[1] for piece in self.pieces[index])
+        """Of a block's state, and of its weights where they are elsewhere with it."""
+        states = sum(self._extents(piece.weight.numel())[1] for piece in self.pieces[index])
+        return self.head_bytes(index) + states
 
     def attach(self, index: int, memory: Tensor | None, failure: UserError | None = None) -> None:
         """The state of a block that is elsewhere is in `memory`, (bytes,), or no longer; `failure` is what
         kept it from coming there."""
-        begin = 0
+        begin = self.head_bytes(index)
+        if begin:
+            size = self.weights[index].numel()
+            weights = _nowhere(size, self._dtype)
+            if memory is not None:
+                weights = memory[: size * self._dtype.itemsize].view(self._dtype)
+            self.weights[index] = weights
+        at = begin
         for piece in self.pieces[index]:
             piece.failure = failure
+            if begin:
+                piece.weight = self.weights[index][piece.begin : piece.end]
             if memory is None:
                 piece.memory = None
                 continue
             extents, size = self._extents(piece.weight.numel())
-            piece.memory = self._on(piece.weight, extents, memory[begin : begin + size])
-            begin += size
+            piece.memory = self._on(piece.weight, extents, memory[at : at + size])
+            at += size
 
     @property
     def pinned_bytes(self) -> int:
@@ -251,13 +278,16 @@ class BlockStates:
         return sum(slab.num_bytes for slab in self._states)
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """What belongs to a block's weights and is here, by the names of checkpoints."""
-        return {
-            f"{name}.{index}.{number}": tensor
-            for number, piece in enumerate(self.pieces[index])
-            if piece.memory is not None
-            for name, tensor in piece.memory.state().items()
-        }
+        """What belongs to a block's weights and is here, by the names of checkpoints; with the weights where
+        they are elsewhere at other times."""
+        found: dict[str, Tensor] = {}
+        for number, piece in enumerate(self.pieces[index]):
+            if piece.memory is not None:
+                named = piece.memory.state()
+                if index in self._weights_elsewhere:
+                    named["weight"] = piece.weight
+                found |= {f"{name}.{index}.{number}": tensor for name, tensor in named.items()}
+        return found
 
     def updates(self) -> list[int]:
         """How often each block was updated."""
@@ -275,7 +305,7 @@ class BlockStates:
                 raise UserError(
                     folder,
                     f"has no {key} of {tuple(tensor.shape)} {tensor.dtype} for block {index}",
-                    "resume with the same dtype and moments",
+                    "resume with the same dtype, moments and disk_weights",
                 )
             tensor.copy_(found)
 
@@ -289,6 +319,11 @@ class BlockStates:
             slab.close()
         for slabs in self._shared:
             slabs.close()
+
+
+def _nowhere(elements: int, dtype: torch.dtype) -> Tensor:
+    """Says how many there are of what is not here."""
+    return torch.empty(elements, dtype=dtype, device="meta")
 
 
 class GradientRoom:

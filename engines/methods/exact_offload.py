@@ -34,7 +34,8 @@ With `hidden_states=host` those between blocks wait for the backward pass in pin
 (`engines.model.hidden_states`), where a step of many tokens would not fit.
 
 Where host memory ends, low halves and moments of the last blocks are on disk (`disk_blocks`,
-`engines.offload.disk_states`): read when their gradient is down, updated, written.
+`engines.offload.disk_states`): read when their gradient is down, updated, written. With `disk_weights` their
+weights are there with them, and come up from there for both passes (`engines.offload.disk_weights`).
 
 Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
 and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
@@ -72,6 +73,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
+from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
@@ -117,6 +120,7 @@ from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.offload.disk import spill_folder
 from engines.offload.disk_states import DiskStates
+from engines.offload.disk_weights import DiskWeights
 from engines.offload.kept_states import KeptStates
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
@@ -152,6 +156,8 @@ class ExactOffload:
         self._kept: KeptStates | None = None
         self.hidden_states: HiddenStates | None = None
         """`None`: those between blocks stay on the GPU."""
+        self._disk_weights: DiskWeights | None = None
+        """`None`: no block's weights are on disk."""
         self._world = context.world
         check_ranks(self.name, settings, self._world, disk_blocks=settings.disk_blocks)
         self._ranks: RankUpdates | None = None
@@ -197,6 +203,7 @@ class ExactOffload:
             seed=self.context.seed,
             progress=self.context.progress,
             elsewhere=on_disk,
+            weights_elsewhere=self.settings.weights_on_disk(len(layout.blocks)),
             world=self._world,
         )
         if self._world.size > 1:
@@ -207,7 +214,7 @@ class ExactOffload:
         places = gradient_places(len(sizes), self.settings)
         where = (self._dtype, on_host, self.context.progress, self._world)
         self._room = GradientRoom([max(sizes)] * places, *where)
-        self._num_blocks = len(sizes)
+        self._num_blocks, self._layouts = len(sizes), layout.blocks
         self._pending = [[] for _ in (*sizes, *outer)]
         self._place_weights(blueprint, layout, outer)
         self._outer_room = GradientRoom([each.size for each in outer], *where)
@@ -262,6 +269,23 @@ class ExactOffload:
             sizes_bytes, folder, setting, delay_s=self.disk_delay_s, timeline=self._clocks.timeline
         )
 
+    def _make_disk_weights(self) -> DiskWeights | None:
+        """For the blocks that come up from disk, if any do."""
+        blocks = self.settings.weights_on_disk(self._num_blocks)
+        if not blocks:
+            return None
+        assert self._kept is not None
+        assert self._kept.disk is not None
+        head_bytes = {index: self.host.head_bytes(index) for index in blocks}
+        disk = self._kept.disk
+        return DiskWeights(
+            lambda index, memory: disk.read_head(index, memory[: head_bytes[index]]),
+            max(head_bytes.values()),
+            min(WEIGHT_PLACES, len(blocks)),
+            self.link,
+            self.context.progress,
+        )
+
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
         recomputed = self.settings.recomputed(
@@ -296,16 +320,20 @@ class ExactOffload:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
+            self._disk_weights = self._make_disk_weights()
             self.streamed = StreamedWeights(
                 dict(enumerate(layout.blocks)),
                 self.host.weights[: self._num_blocks],
                 self.link,
                 self._compute,
                 self._is_on_host,
+                self._disk_weights,
             )
         for index, block in enumerate((*layout.blocks, *outer)):
             if self.streamed is not None and index < self._num_blocks:
-                tensors |= self.streamed.fill(index, blueprint)
+                assert self._kept is not None
+                with self._kept.here(index, changes=True):
+                    tensors |= self.streamed.fill(index, blueprint, self.host.weights[index])
                 self.on_gpu.append(self.streamed.memory(index))
                 continue
             memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
@@ -353,7 +381,7 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._room, self._outer_room, self.hidden_states)
+        held = (self._states, self._room, self._outer_room, self.hidden_states, self._disk_weights)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -374,6 +402,7 @@ class ExactOffload:
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         hidden_bytes = 0 if self.hidden_states is None else self.hidden_states.moved_bytes
         came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
+        from_disk = 0 if self._disk_weights is None else self._disk_weights.sent_bytes
         world, count = self._world, len(batches)
         batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._clocks.exposure.mark()
@@ -397,12 +426,14 @@ class ExactOffload:
             self._step_h2d_bytes += moved
             self._step_d2h_bytes += moved
         disk = None if self._kept is None else self._kept.disk
+        if self._disk_weights is not None:
+            from_disk = self._disk_weights.sent_bytes - from_disk
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
             cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
-            disk_read_bytes=0 if disk is None else disk.total_bytes,
+            disk_read_bytes=0 if disk is None else disk.total_bytes + from_disk,
             disk_s=None if disk is None else disk.take_busy_s(),
             disk_direct=None if disk is None else disk.direct,
             **self._clocks.take_s(self.link),
@@ -624,12 +655,19 @@ class ExactOffload:
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once, on the host, every update applied."""
+        """Each parameter once, on the host, every update applied; what is on disk a block at a time."""
         self._settle_all()
-        return model_weights(self._stored())
+        return chain(model_weights(self._stored()), self._weights_on_disk())
+
+    def _weights_on_disk(self) -> Iterator[tuple[str, Tensor]]:
+        for index in self.settings.weights_on_disk(self._num_blocks):
+            assert self._kept is not None
+            with self._kept.here(index, changes=False):
+                for name, tensor in self._layouts[index].views(self.host.weights[index]).items():
+                    yield name, tensor.clone()
 
     def _stored(self) -> nn.Module:
-        """The model, or what has its names and weights where those are streamed."""
+        """The model, or what has its names and weights where those are streamed, but for what is on disk."""
         return self.model if self.streamed is None else self.streamed.stored(self.model)
 
     def save(self, folder: Path) -> None:
@@ -694,10 +732,12 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._pending = []
-        for each in (self._room, self._states, self._outer_room, self.hidden_states, self._ranks):
+        held = (self._room, self._states, self._outer_room, self.hidden_states)
+        for each in (self._disk_weights, *held, self._ranks):
             if each is not None:
                 each.close()
         self._room = self._states = self._outer_room = self.hidden_states = self._ranks = None
+        self._disk_weights = None
 
 
 def _extents(block: BlockLayout) -> tuple[object, ...]:

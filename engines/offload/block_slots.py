@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from engines.offload.disk_weights import DiskWeights, as_weights
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
 
@@ -31,13 +32,15 @@ class BlockSlots:
         link: Link,
         clock: ComputeClock,
         is_ready: Callable[[int, bool], bool],
+        on_disk: DiskWeights | None = None,
     ) -> None:
-        """`host` is each block's memory there, flat. `is_ready(block, wait)` says whether that may be read;
-        asked to wait, it returns when it may."""
+        """`host` is each block's memory there, flat; of blocks that `on_disk` reads it is on no device.
+        `is_ready(block, wait)` says whether that may be read; asked to wait, it returns when it may."""
         self._host = host
         self._link = link
         self._clock = clock
         self._is_ready = is_ready
+        self._on_disk = on_disk
         self.count = min(slots, len(host))
         largest = max(each.numel() for each in host)
         self._memory = [
@@ -81,6 +84,10 @@ class BlockSlots:
             if each % self.count == self._used or not self._fetch(each, wait=False):
                 break
 
+    def holds(self, block: int) -> bool:
+        """The block is on the GPU, or on its way up."""
+        return self._holds[block % self.count] == block
+
     def leave(self, block: int) -> None:
         """All that uses `block` for now has been enqueued."""
         self._free[block % self.count] = self._link.record()
@@ -103,6 +110,8 @@ class BlockSlots:
     def forget_all(self) -> None:
         """All blocks have changed on the host."""
         self._holds = [None] * self.count
+        if self._on_disk is not None:
+            self._on_disk.drop()
 
     def _fetch(self, block: int, *, wait: bool) -> bool:
         slot = block % self.count
@@ -110,12 +119,22 @@ class BlockSlots:
             return True
         if not self._is_ready(block, wait):
             return False
+        source = self._host[block]
+        is_staged = source.is_meta
+        if is_staged:
+            assert self._on_disk is not None
+            found = self._on_disk.take(block, wait=wait)
+            if found is None:
+                return False
+            source = as_weights(found, source.numel(), source.dtype)
         # HAZARD: not through a view that shares the parameters' version counter. Autograd would take what
         # lies there in the backward pass for another block; it is the same, brought up a second time.
         out = self.memory(block).data
         # HAZARD: what was there may still be on its way down, and so may this block's own last state.
         after = [self._free[slot], self._drained[slot], self._stored[block]]
-        self._arrived[slot] = self._link.upload(self._host[block], out, after=after, name=f"block {block}")
+        self._arrived[slot] = self._link.upload(source, out, after=after, name=f"block {block}")
+        if is_staged and self._on_disk is not None:
+            self._on_disk.sent(block, source.nbytes, self._arrived[slot])
         self._holds[slot] = block
         self.h2d_bytes += out.nbytes
         return True

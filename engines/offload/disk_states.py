@@ -74,6 +74,8 @@ class DiskStates:
         """Blocks that have been handed over, and their places."""
         self._wanted: list[tuple[int, int, Ready]] = []
         self._order = count()
+        self._changing: set[int] = set()
+        """Blocks that have been asked for, until what became of them is written."""
         self._error: UserError | None = None
         self._is_closed = False
         self._clock = BusyClock()
@@ -126,6 +128,7 @@ class DiskStates:
         """Read a block's state, and hand it over by `ready`, from another thread. Does not wait."""
         with self._changed:
             heapq.heappush(self._wanted, (block, next(self._order), ready))
+            self._changing.add(block)
             self._changed.notify_all()
 
     def release(self, block: int) -> None:
@@ -134,10 +137,30 @@ class DiskStates:
             if self._is_closed:
                 return
             place = self._held.pop(block)
-            chunks = self._chunks(block)
+            chunks = self._chunks(self._sizes_bytes[block])
             left = [len(chunks)]
             for begin, end in chunks:
                 self._pool.submit(self._write_and_free, block, place, begin, end, left)
+
+    def read_head(self, block: int, memory: Tensor) -> None:
+        """Fill `memory`, (bytes,), aligned as for direct I/O, with the beginning of a block's state, as the
+        updates that were asked for leave it. Waits for those. Raises `UserError` if the disk fails."""
+        with self._changed:
+            while block in self._changing and self._error is None and not self._is_closed:
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+        try:
+            span = self._files[block]
+            with self._at_work("read", block):
+                self._each_chunk(
+                    memory.numel(),
+                    lambda begin, end: span.file.read(
+                        memory[begin:end].numpy().data, span.offset_bytes + begin, end - begin
+                    ),
+                )
+        except OSError as error:
+            raise self._unusable("cannot be read", error) from error
 
     @contextmanager
     def borrowed(self, block: int, *, changes: bool) -> Iterator[Tensor]:
@@ -155,7 +178,7 @@ class DiskStates:
             self._read(block, place)
             yield self._memory(block, place)
             if changes:
-                for begin, end in self._chunks(block):
+                for begin, end in self._chunks(self._sizes_bytes[block]):
                     self._write(block, place, begin, end)
         except OSError as error:
             raise self._unusable("cannot be read or written", error) from error
@@ -216,14 +239,20 @@ class DiskStates:
     def _memory(self, block: int, place: int) -> Tensor:
         return self._places[place].view(0, (self._sizes_bytes[block],), torch.uint8)
 
-    def _chunks(self, block: int) -> list[tuple[int, int]]:
-        size = _aligned(self._sizes_bytes[block])
+    def _chunks(self, size_bytes: int) -> list[tuple[int, int]]:
+        size = _aligned(size_bytes)
         return [(begin, min(begin + CHUNK_BYTES, size)) for begin in range(0, size, CHUNK_BYTES)]
 
     def _read(self, block: int, place: int) -> None:
         """Raises `OSError`."""
-        reads = [self._pool.submit(self._read_chunk, block, place, *chunk) for chunk in self._chunks(block)]
-        errors = [read.exception() for read in reads]
+        self._each_chunk(
+            self._sizes_bytes[block], lambda begin, end: self._read_chunk(block, place, begin, end)
+        )
+
+    def _each_chunk(self, size_bytes: int, act: Callable[[int, int], None]) -> None:
+        """In the pool; waits for all. Raises the first `OSError`."""
+        pending = [self._pool.submit(act, *chunk) for chunk in self._chunks(size_bytes)]
+        errors = [each.exception() for each in pending]
         for error in errors:
             if error is not None:
                 raise error
@@ -247,6 +276,7 @@ class DiskStates:
             left[0] -= 1
             # HAZARD: only when all of it is on disk: another block is read into the place then.
             if left[0] == 0:
+                self._changing.discard(block)
                 self._set_free(place)
 
     def _bytes(self, place: int, begin: int, end: int) -> memoryview:

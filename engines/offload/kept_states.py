@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -58,7 +58,7 @@ class KeptStates:
         state: dict[str, Tensor] = {}
         for index in range(len(self.host.pieces)):
             if index in self._on_disk:
-                with self._borrowed(index, changes=False):
+                with self.here(index, changes=False):
                     save_file(self.host.state(index), _own_file(folder, index))
             else:
                 state |= self.host.state(index)
@@ -69,13 +69,16 @@ class KeptStates:
         for index, count in enumerate(updates):
             own = _own_file(folder, index)
             found = load_file(own) if own.exists() else tensors
-            with self._borrowed(index, changes=True) if index in self._on_disk else nullcontext():
+            with self.here(index, changes=True):
                 self.host.load(index, found, count, str(folder))
 
     @contextmanager
-    def _borrowed(self, index: int, *, changes: bool) -> Iterator[None]:
-        """The state of a block on disk is there; with `changes` it is written back."""
-        assert self.disk is not None
+    def here(self, index: int, *, changes: bool) -> Iterator[None]:
+        """What is on disk of a block is in memory, while nothing is updated; with `changes` it is written
+        back."""
+        if self.disk is None or index not in self._on_disk:
+            yield
+            return
         with self.disk.borrowed(index, changes=changes) as memory:
             self.host.attach(index, memory)
             try:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Blueprint
+from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.lsp import WEIGHT_SLOTS
 from engines.model.blocks import find_blocks
 from engines.model.flat_layout import BlockLayout
 from engines.offload.block_slots import BlockSlots
+from engines.offload.disk_weights import DiskWeights
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Link
 
@@ -33,15 +35,17 @@ class StreamedWeights:
         link: Link,
         clock: ComputeClock,
         is_ready: Callable[[int, bool], bool],
+        on_disk: DiskWeights | None = None,
     ) -> None:
-        """`layouts`, by block and in their order, say what of each is in `host`, (elements,) each;
-        `is_ready` is that of `BlockSlots`, of a block of the model."""
+        """`layouts`, by block and in their order, say what of each is in `host`, (elements,) each; `is_ready`
+        is that of `BlockSlots`, of a block of the model, and `on_disk` its own, of blocks by their order."""
         self._layouts = dict(layouts)
         self._host = host
         self._blocks = list(layouts)
         self._places = {block: place for place, block in enumerate(self._blocks)}
+        self._on_disk = on_disk
         self.slots = BlockSlots(
-            host, WEIGHT_SLOTS, link, clock, lambda place, wait: is_ready(self._blocks[place], wait)
+            host, WEIGHT_SLOTS, link, clock, lambda place, wait: is_ready(self._blocks[place], wait), on_disk
         )
 
     def memory(self, block: int) -> Tensor:
@@ -49,14 +53,15 @@ class StreamedWeights:
         return self.slots.memory(self._places[block])
 
     @torch.no_grad()
-    def fill(self, block: int, blueprint: Blueprint) -> dict[str, Tensor]:
-        """Write a block's weights to the host; by name, where they are on the GPU from now on."""
+    def fill(self, block: int, blueprint: Blueprint, out: Tensor | None = None) -> dict[str, Tensor]:
+        """Write a block's weights to the host, or to `out`; by name, where they are on the GPU from now
+        on."""
         memory = self.memory(block)
         memory.zero_()
         its = self._layouts[block].views(memory)
         for name, tensor in its.items():
             blueprint.fill(name, tensor)
-        self._host[self._places[block]].copy_(memory)
+        (self._host[self._places[block]] if out is None else out).copy_(memory)
         return its
 
     def enter_forward(self, block: int) -> None:
@@ -70,6 +75,11 @@ class StreamedWeights:
             self._enter(place, range(place - 1, -1, -1))
 
     def _enter(self, place: int, ahead: Sequence[int]) -> None:
+        if self._on_disk is not None:
+            coming = (place, *ahead[:WEIGHT_PLACES])
+            self._on_disk.ahead(
+                [each for each in coming if self._host[each].is_meta and not self.slots.holds(each)]
+            )
         self.slots.enter(place, ahead[: self.slots.count - 1])
 
     def leave(self, block: int) -> None:
@@ -103,11 +113,13 @@ class StreamedWeights:
                 hook.remove()
 
     def stored(self, model: nn.Module) -> nn.Module:
-        """What has the names of `model` and its weights, those of blocks on the host."""
+        """What has the names of `model` and its weights, those of blocks on the host, without what is on
+        disk."""
         on_host: dict[str, Tensor] = {}
         for layout, memory in zip(self._layouts.values(), self._host, strict=True):
             on_host |= layout.views(memory)
-        return _Named({name: on_host.get(name, each) for name, each in model.named_parameters()})
+        named = {name: on_host.get(name, each) for name, each in model.named_parameters()}
+        return _Named({name: each for name, each in named.items() if not each.is_meta})
 
 
 class _Named(nn.Module):

@@ -44,6 +44,9 @@ class ExactOffloadSettings(CompiledBlockSettings):
     disk_blocks: int = 0
     """Blocks whose masters' low halves and moments are on disk, not in host memory: the last ones, whose
     updates have most time. Plans choose as many as host memory has no room for."""
+    disk_weights: bool = False
+    """With weights=streamed: the weights of those blocks are on disk, too, from where they come up for both
+    passes. Plans choose it where host memory has no room for the weights alone."""
     disk_folder: str = ""
     """Where, on a local disk that stands much writing; the files have no name and are gone when the run
     ends, however it does. By default lspzo-bench/spill below $XDG_CACHE_HOME or ~/.cache."""
@@ -55,6 +58,12 @@ class ExactOffloadSettings(CompiledBlockSettings):
         require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
         require(self.disk_blocks >= 0, "disk_blocks", "must not be negative")
         require(
+            not self.disk_weights or (self.weights == "streamed" and self.disk_blocks > 0),
+            "disk_weights",
+            "is for blocks that are streamed and have their states on disk",
+            "set weights=streamed and disk_blocks=N, too",
+        )
+        require(
             self.gradient_blocks == "auto" or self.gradient_blocks > 0, "gradient_blocks", "must be positive"
         )
 
@@ -62,6 +71,10 @@ class ExactOffloadSettings(CompiledBlockSettings):
         """Which of a model's blocks have their states on disk."""
         count = min(self.disk_blocks, num_blocks) if self.offload else 0
         return range(num_blocks - count, num_blocks)
+
+    def weights_on_disk(self, num_blocks: int) -> range:
+        """Which of a model's blocks have their weights there, too."""
+        return self.on_disk(num_blocks) if self.disk_weights else range(0)
 
     @property
     def streams(self) -> bool:

@@ -1,8 +1,8 @@
-"""What `recommend` says, for a terminal. Imports no torch."""
+"""What `recommend` says, for a terminal, in the language spoken. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,6 +17,7 @@ from profiles.advice.job_time import JobForecast
 from profiles.advice.outlook import BestMethod
 from profiles.advice.target import target_sentences
 from profiles.advice.ways_out import WayOut
+from profiles.language import translated, word
 from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
 
@@ -26,10 +27,10 @@ WITHOUT_GRADIENTS = "Without gradients (zeroth order): a step is not worth one o
 
 def recommendation_text(answer: Recommendation) -> RenderableType:
     """Both tables, notes, ways out, and the closing sentences."""
-    parts: list[RenderableType] = [Text(_title(answer), style="bold")]
+    parts: list[RenderableType] = [_said(_title(answer), bold=True)]
     if answer.amount is not None:
         parts.append(
-            Text(
+            _said(
                 f"The job: {answer.amount.steps:,} steps, {answer.amount.tokens:,} tokens "
                 f"({answer.amount.basis})"
             )
@@ -37,7 +38,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
     for order, heading in (("first", WITH_GRADIENTS), ("zeroth", WITHOUT_GRADIENTS)):
         plans = [plan for plan in answer.plans if entry(plan.engine).order == order]
         if plans:
-            parts += [Text(heading), plans_of_kind(answer, plans)]
+            parts += [_said(heading), plans_of_kind(answer, plans)]
     ways = {each.engine: each for each in answer.ways_out}
     blocked = {each.engine: each.why for each in answer.blocked}
     notes = {
@@ -46,21 +47,37 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
     }
     for plan in answer.plans:
         notes[plan.engine] += _compiling(plan, answer.amount)
-    parts.append(notes_grid(notes))
+    parts.append(_notes_grid(notes))
     if answer.explanations:
         lines = {each.engine: each.lines for each in answer.explanations}
-        parts += [Text("How the numbers come about", style="bold"), notes_grid(lines)]
+        parts += [_said("How the numbers come about", bold=True), _notes_grid(lines)]
     if answer.what_if:
-        parts += [Text("What if, one change at a time", style="bold"), _what_if_table(answer)]
+        parts += [_said("What if, one change at a time", bold=True), _what_if_table(answer)]
     if answer.largest:
-        parts += [Text("The largest model that each method fits here", style="bold"), _largest_table(answer)]
+        parts += [_said("The largest model that each method fits here", bold=True), _largest_table(answer)]
     if answer.answers:
-        parts += [Text(_target_title(answer), style="bold"), _answers_table(answer)]
-        parts += [Text(sentence) for sentence in target_sentences(answer.answers, _kinds(answer))]
+        parts += [_said(_target_title(answer), bold=True), _answers_table(answer)]
+        parts += [_said(sentence) for sentence in target_sentences(answer.answers, _kinds(answer))]
     if answer.calibration is not None:
-        parts.append(Text(answer.calibration.summary))
-    parts += [Text(sentence) for sentence in answer.verdict.sentences]
+        parts.append(_said(answer.calibration.summary))
+    parts += [_said(sentence) for sentence in answer.verdict.sentences]
     return Group(*parts)
+
+
+def _said(text: str, *, bold: bool = False) -> Text:
+    return Text(translated(text), style="bold" if bold else "")
+
+
+def _table(headings: Sequence[str], whole: Collection[str] = ("method",)) -> Table:
+    return plain_table([word(one) for one in headings], whole=[word(one) for one in whole])
+
+
+def _cells(cells: Iterable[str]) -> list[str]:
+    return [word(one) for one in cells]
+
+
+def _notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
+    return notes_grid({engine: [translated(line) for line in lines] for engine, lines in notes.items()})
 
 
 def _title(answer: Recommendation) -> str:
@@ -84,11 +101,11 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
     paid = of_job and any(each.costs for each in forecasts.values())
     headings += ["cost"] if paid else []
     headings += [*(["GPU memory"] if has_gpu else []), "host memory", "limited by"]
-    table = plain_table(headings)
+    table = _table(headings)
     for plan in plans:
         predicted, forecast = plan.prediction, forecasts.get(plan.engine)
         if not plan.available:
-            table.add_row(plan.engine, "no", *["-"] * (len(headings) - 2))
+            table.add_row(*_cells([plan.engine, "no", *["-"] * (len(headings) - 2)]))
             continue
         row = [
             plan.engine,
@@ -103,7 +120,8 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
         if paid:
             row.append("-" if forecast is None else ", ".join(map(words.money, forecast.costs)) or "-")
         row += [format_bytes(predicted.peak_gpu_bytes)] if has_gpu else []
-        table.add_row(*row, format_bytes(predicted.peak_host_bytes), predicted.bottleneck or "not known")
+        row.append(format_bytes(predicted.peak_host_bytes))
+        table.add_row(*_cells(row), translated(predicted.bottleneck or word("not known")))
     return table
 
 
@@ -170,12 +188,12 @@ def _what_if_table(answer: Recommendation) -> Table:
     headings = ["change"]
     for heading, apart in kinds.values():
         headings += [heading, time + apart, "saved" + apart]
-    table = plain_table([*headings, "fits then"], whole=())
+    table = _table([*headings, "fits then"], whole=())
     for row in answer.what_if:
         cells: list[str] = []
         for order in kinds:
             cells += _best_cells(getattr(row.outlook, order), getattr(row, f"{order}_saved_s"))
-        table.add_row(row.outlook.name, *cells, ", ".join(row.now_fits) or "-")
+        table.add_row(*_cells([row.outlook.name, *cells, ", ".join(row.now_fits) or "-"]))
     return table
 
 
@@ -187,11 +205,12 @@ def _kinds(answer: Recommendation) -> dict[str, tuple[str, str]]:
 
 
 def _largest_table(answer: Recommendation) -> Table:
-    table = plain_table(["method", "largest model", "step"])
+    table = _table(["method", "largest model", "step"])
     for each in answer.largest:
         name = "none" if each.model is None else f"{each.model} ({format_parameters(each.parameters)})"
         name += ", partly on disk" if each.on_disk else ""
-        table.add_row(each.engine, name, "-" if each.step_s is None else format_seconds(each.step_s))
+        step = "-" if each.step_s is None else format_seconds(each.step_s)
+        table.add_row(*_cells([each.engine, name, step]))
     return table
 
 
@@ -211,7 +230,7 @@ def _answers_table(answer: Recommendation) -> Table:
     kinds = _kinds(answer)
     for kind, apart in kinds.values():
         headings += [kind, time + apart, "low to high" + apart, meets + apart]
-    table = plain_table(headings, whole=("machine",))
+    table = _table(headings, whole=("machine",))
     for each in answer.answers:
         cells: list[str] = []
         for order in kinds:
@@ -227,7 +246,7 @@ def _answers_table(answer: Recommendation) -> Table:
                     words.band(best.seconds[0], best.seconds[2]),
                     met,
                 ]
-        table.add_row(each.outlook.name, *cells)
+        table.add_row(*_cells([each.outlook.name, *cells]))
     return table
 
 

@@ -4,11 +4,14 @@ Preset, job file and flags come together here. Imports no torch."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -48,7 +51,7 @@ from harness.cli.options import (
     WarmupSteps,
 )
 from harness.data.reading.columns import parse_columns
-from harness.records.job import Job, job_values, make_job
+from harness.records.job import DataSource, Job, Limits, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
 from profiles.units import parse_bytes
 
@@ -139,15 +142,58 @@ def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def _told_defaults() -> dict[str, str]:
+    """What a job has where neither a flag nor --job says it, by flag, as `--help` tells it."""
+    of_job = {each.name: each.default for each in fields(Job)}
+    told = {name: str(of_job[name]) for name in _FLAT if name in of_job and of_job[name] is not None}
+    told |= {
+        "data": DataSource().train,
+        "timeout": f"{Limits().timeout_s:g}",
+        "gpus": str(Limits().gpus),
+        "nodes": str(Limits().nodes),
+        "vram": "all that is free",
+        "host_memory": "all that is free",
+        "eval_data": "a part of --data",
+        "checkpointing": "--checkpointing" if of_job["checkpointing"] else "--no-checkpointing",
+        "random_weights": "--pretrained",
+        "untied": "--as-published",
+        "strict": "--lenient",
+        "skip_bad": "--mostly-good",
+    }
+    return told
+
+
+_FLAT = (
+    "batch_size", "seq_len", "accumulation", "steps", "warmup_steps", "eval_batches", "eval_every",
+    "patience", "dtype", "seed",
+)  # fmt: skip
+"""Flags that are fields of the job by the same name."""
+
+
+def _with_default(parameter: inspect.Parameter, told: Mapping[str, str]) -> inspect.Parameter:
+    """`parameter`, whose help says its default too."""
+    kind, option = get_args(parameter.annotation)
+    if parameter.name not in told or "[default:" in (option.help or ""):
+        return parameter
+    option = copy.copy(option)
+    option.help = f"{option.help} [default: {told[parameter.name]}]"
+    return parameter.replace(annotation=Annotated[kind, option])
+
+
 OF_TRAINING = ("eval_every", "best_by", "patience")
 """Job flags that only training in earnest has."""
 
 
-def takes_job(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command all job flags but `without`; it gets them as its first argument, a `JobFlags`."""
+def takes_job(
+    *, without: Collection[str] = (), defaults: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command all job flags but `without`; it gets them as its first argument, a `JobFlags`.
+
+    `defaults` are what its help says of flags whose default there is not the job's own."""
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        shared = [p for p in _parameters(_flags) if p.name not in without]
+        told = {**_told_defaults(), **defaults}
+        shared = [_with_default(p, told) for p in _parameters(_flags) if p.name not in without]
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in _parameters(command)[1:]]
 
         @functools.wraps(command)

@@ -9,7 +9,7 @@ import typer
 
 from engines.errors import UserError
 from harness import __version__
-from harness.cli.options import Json, Quiet, RequireGpu, exit_without_gpu
+from harness.cli.options import Json, Lang, Quiet, RequireGpu, exit_without_gpu
 from harness.progress import ProbeProgress, console
 from harness.runs.launch import launch_probe
 from profiles.catalog import find_profile, machine_names
@@ -18,6 +18,7 @@ from profiles.display.compare import compare_machines, comparison_table, list_ma
 from profiles.display.tables import machine_table
 from profiles.doctor.diagnose import diagnose, diagnosis_text
 from profiles.documents import check_writable, to_json
+from profiles.language import speaking
 from profiles.machine import save_machine
 from profiles.probe.disk import require_measurable_disk
 from profiles.probe.run import probe_machine, why_no_gpu
@@ -74,6 +75,7 @@ def doctor(
         Path | None,
         typer.Option("--profile", help="Judge a saved machine, by name or file. [default: this one, now]"),
     ] = None,
+    lang: Lang = "en",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -87,8 +89,11 @@ def doctor(
     else:
         machine, system = launch_probe(quiet=quiet), read_system(Path())
     diagnosis = diagnose(machine, system)
-    text = to_json(diagnosis) if as_json else diagnosis_text(diagnosis, machine, __version__)
-    typer.echo(text, nl=False)
+    if as_json:
+        typer.echo(to_json(diagnosis), nl=False)
+        return
+    with speaking(lang):
+        typer.echo(diagnosis_text(diagnosis, machine, __version__), nl=False)
 
 
 def probe(

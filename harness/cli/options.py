@@ -180,7 +180,9 @@ Set = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for results.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder for results. [default: a new one below out/]")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Engines = Annotated[
     str | None,

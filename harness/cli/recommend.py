@@ -12,7 +12,7 @@ import typer
 from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
-from harness.cli.options import Engines, Json, Out, Profile, Quiet, engine_names, results_folder
+from harness.cli.options import Engines, Json, Lang, Out, Profile, Quiet, engine_names, results_folder
 from harness.models.tokenizers import tokenizer_files
 from harness.pipeline import data_lengths, find_machine, job_to_plan
 from harness.progress import console
@@ -33,6 +33,7 @@ from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_power, parse_price
 from profiles.advice.target import parse_target
 from profiles.documents import to_json
+from profiles.language import Language, speaking, translated, word
 
 IN_BYTES = (
     "so its data is counted in bytes: a tokenizer makes about a quarter as many tokens of English; "
@@ -101,6 +102,7 @@ def recommend(
     engines: Engines = None,
     profile: Profile = None,
     out: Out = None,
+    lang: Lang = "en",
     as_json: Json = False,
     schema_: SchemaFlag = False,
     quiet: Quiet = False,
@@ -128,15 +130,15 @@ def recommend(
     lengths = data_lengths(as_run, shape)
     amount = amount_of(job.workload, asked, lengths)
     if lengths is not None and not tokenizer_files(job.model):
-        typer.echo(f"note: {job.model.name} comes without a tokenizer here, {IN_BYTES}", err=True)
+        _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}", lang)
     machine = find_machine(profile, quiet=quiet)
     for note in limits_beyond(job, machine):
-        typer.echo(f"note: {note}", err=True)
+        _note(note, lang)
     planned = job_to_plan(job, shape, names, amount)
     calibration = None if calibrate is None else calibration_from(calibrate, machine)
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
     if (unmeasured := unmeasured_limit(answer)) is not None:
-        typer.echo(f"note: {unmeasured}", err=True)
+        _note(unmeasured, lang)
     if explain:
         answer = with_explanations(answer, planned)
     if what_if:
@@ -146,10 +148,16 @@ def recommend(
     if as_json:
         typer.echo(to_json(answer), nl=False)
     else:
-        console().print(recommendation_text(answer))
+        with speaking(lang):
+            console().print(recommendation_text(answer))
     if recipe is not None:
         written = write_recipe(answer, recipe, results_folder(out, "recipe", job.model.name, resume=False))
         for line in written.lines:
             typer.echo(line, err=True)
         if not as_json:
             typer.echo(str(written.folder))
+
+
+def _note(text: str, lang: Language) -> None:
+    with speaking(lang):
+        typer.echo(f"{word('note')}: {translated(text)}", err=True)

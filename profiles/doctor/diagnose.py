@@ -34,6 +34,7 @@ from profiles.doctor.checks_link import (
     check_slot,
 )
 from profiles.doctor.findings import Finding, MachineCheck, Severity, of_gpu, of_link, of_machine
+from profiles.language import translated, word
 from profiles.machine import Gpu, Machine
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate
@@ -101,23 +102,24 @@ def diagnosis_text(diagnosis: Diagnosis, machine: Machine, version: str) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     driver = machine.gpu.driver if machine.gpu is not None else None
     lines = [
-        f"lspzo-bench {version} doctor: {diagnosis.machine}",
-        f"{machine.platform}; driver {driver or 'not known'}; {versions or 'no versions'}",
-        _in_short(machine.gpu, machine),
+        f"lspzo-bench {version} doctor: {translated(diagnosis.machine)}",
+        translated(f"{machine.platform}; driver {driver or 'not known'}; {versions or 'no versions'}"),
+        translated(_in_short(machine.gpu, machine)),
         "",
     ]
     if not diagnosis.findings:
-        lines += ["Nothing found.", ""]
+        lines += [translated("Nothing found."), ""]
     for finding in diagnosis.findings:
         lines += [
-            f"{finding.severity.upper()}: {finding.title} [{finding.name}]",
-            f"  evidence: {finding.evidence}",
-            f"  likely cause: {finding.cause}",
-            f"  remedy: {finding.remedy}",
+            f"{word(finding.severity).upper()}: {translated(finding.title)} [{word(finding.name)}]",
+            f"  {translated(f'evidence: {finding.evidence}')}",
+            f"  {translated(f'likely cause: {finding.cause}')}",
+            f"  {translated(f'remedy: {finding.remedy}')}",
             "",
         ]
-    lines.append(f"In order: {', '.join(diagnosis.in_order) or 'nothing'}.")
-    lines += [f"Not judged: {name}: {why}." for name, why in diagnosis.not_judged.items()]
+    in_order = ", ".join(map(word, diagnosis.in_order)) or word("nothing")
+    lines.append(translated(f"In order: {in_order}."))
+    lines += [translated(f"Not judged: {word(name)}: {why}.") for name, why in diagnosis.not_judged.items()]
     return "\n".join(lines) + "\n"
 
 

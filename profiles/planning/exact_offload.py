@@ -42,16 +42,26 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["compile"] = False
     settings: ExactOffloadSettings = given.completed(**chosen).typed
     found = _fitting(context, given, settings)
-    for key in ("moments", "weights", "outer", "hidden_states", "disk_blocks"):
+    for key in ("moments", "weights", "outer", "hidden_states", "disk_blocks", "disk_weights"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
-            without: Any = replace(found, **{key: getattr(settings, key)})
+            changes = {key: getattr(settings, key)}
+            if key in ("weights", "disk_blocks"):
+                changes["disk_weights"] = False  # which asks for both
+            without: Any = replace(found, **changes)
             missing = context.why_missing(without)
-            reasons.append(f"{key}={chosen[key]}: without it the job {missing}")
+            reasons.append(f"{key}={str(chosen[key]).lower()}: without it the job {missing}")
     settings = found
-    if moved_bytes := context.cost(settings).disk_bytes:
+    cost = context.cost(settings)
+    read = format_bytes(cost.disk_bytes)
+    if settings.disk_weights:
         reasons.append(
-            f"disk: {format_bytes(moved_bytes)} are read and written in each step, where disk_folder says; "
+            f"disk: {read} are read and {format_bytes(cost.disk_write_bytes)} written in each step, where "
+            "disk_folder says; weights come from there, too"
+        )
+    elif cost.disk_bytes:
+        reasons.append(
+            f"disk: {read} are read and written in each step, where disk_folder says; "
             "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
         )
     if settings.moments != "fp32":
@@ -126,9 +136,18 @@ def _fitting(
             return _fastest(context, fitting)
     if "disk_blocks" not in given and settings.offload:
         exact_ones = [each for each in tried if each.moments == moments[0]]
-        on_disk = [found for each in exact_ones if (found := _partly_on_disk(context, each)) is not None]
-        if on_disk:
-            return _fastest(context, on_disk)
+        # Their states alone, and where that is not enough their weights, too.
+        for disk_weights in (False, True):
+            if disk_weights and "disk_weights" in given:
+                break
+            on_disk = [
+                found
+                for each in exact_ones
+                if each.weights == "streamed" or not disk_weights
+                if (found := _partly_on_disk(context, each, disk_weights=disk_weights)) is not None
+            ]
+            if on_disk:
+                return _fastest(context, on_disk)
     gpu_bytes = context.budget.gpu_bytes
     least = replace(settings, moments=moments[-1], weights=weights[-1], outer=outer[0])
     exact = replace(least, moments=moments[0], outer=outer[-1], hidden_states=hidden[-1])
@@ -143,17 +162,22 @@ def _fastest(context: PlanningContext, fitting: Sequence[ExactOffloadSettings]) 
     return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times))
 
 
-def _partly_on_disk(context: PlanningContext, settings: ExactOffloadSettings) -> ExactOffloadSettings | None:
+def _partly_on_disk(
+    context: PlanningContext, settings: ExactOffloadSettings, *, disk_weights: bool
+) -> ExactOffloadSettings | None:
     """`settings` with the states of as few blocks on disk as must be; `None`: they do not fit even so."""
 
+    def with_blocks(count: int) -> ExactOffloadSettings:
+        return replace(settings, disk_blocks=count, disk_weights=settings.disk_weights or disk_weights)
+
     def fits(count: int) -> bool:
-        return context.why_missing(replace(settings, disk_blocks=count)) is None
+        return context.why_missing(with_blocks(count)) is None
 
     blocks = context.shape.num_blocks
     if not fits(blocks):
         return None
     fewest = bisect_left(range(1, blocks), True, key=fits) + 1
-    return replace(settings, disk_blocks=fewest)
+    return with_blocks(fewest)
 
 
 def _recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> int:

@@ -43,6 +43,7 @@ SETTINGS = ExactOffloadSettings(
 STEPS = 12
 FAMILIES = ["opt", "llama", "gpt2", "qwen2", "roberta", "deberta-v2"]
 BLOCKS = 5
+WEIGHTS_ON_DISK = {"weights": "streamed", "disk_weights": True}
 CLIPS: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "clip_by": "previous"}]
 
 
@@ -193,6 +194,8 @@ class TestTwin:
             ("llama", {"disk_blocks": 3, "max_grad_norm": 0.5, "moments": "bf16"}),
             ("gpt2", {"disk_blocks": 4, "weights": "streamed", "moments": "int8"}),
             ("qwen2", {"disk_blocks": 5, "outer": "host", "max_grad_norm": 0.5, "clip_by": "previous"}),
+            ("llama", {"disk_blocks": 5, **WEIGHTS_ON_DISK}),
+            ("opt", {"disk_blocks": 3, **WEIGHTS_ON_DISK, "max_grad_norm": 0.5, "moments": "int8"}),
         ],
     )
     def test_states_on_disk_equal_in_memory(
@@ -213,7 +216,16 @@ class TestTwin:
         folder = tmp_path / "spill"
         with running(family, ctx, disk_folder=str(folder), **changes) as engine:
             found = train(engine, batches, 2)
-            read = sum(engine.host.state_bytes(index) for index in range(BLOCKS)[-changes["disk_blocks"] :])
+            on_disk = range(BLOCKS)[-changes["disk_blocks"] :]
+            read = sum(engine.host.state_bytes(index) for index in on_disk)
+            if engine.settings.disk_weights:
+                times = costs.uploads_per_step(BLOCKS, engine.settings)
+                read += sum(times[index] * 2 * engine.host.weights[index].numel() for index in on_disk)
+            evaluated = engine.evaluate(batches[:3])
+            assert weights(engine).keys() == expected.weights.keys()
+        with running(family, ctx, offload=False, **changes) as twin:
+            train(twin, batches, 2)
+            assert twin.evaluate(batches[:3]) == evaluated
         assert_same(found, expected)
         assert {each.disk_read_bytes for each in found.stats} == {read}
         assert list(folder.iterdir()) == []
@@ -361,7 +373,13 @@ class TestTwin:
 
     @pytest.mark.gpu
     @pytest.mark.parametrize(
-        "changes", [{}, {"weights": "streamed", "hidden_states": "host"}, {"checkpointed_blocks": 1}]
+        "changes",
+        [
+            {},
+            {"weights": "streamed", "hidden_states": "host"},
+            {"checkpointed_blocks": 1},
+            {"disk_blocks": 5, **WEIGHTS_ON_DISK},
+        ],
     )
     def test_equal_on_the_gpu_compiled(self, changes: dict[str, Any]) -> None:
         batches, ctx = tiny_batches(2 * STEPS, "llama"), context("bf16", 2, device="cuda:0")
@@ -483,6 +501,7 @@ class TestLife:
             ("bf16", {"moments": "int8"}),
             ("bf16", {"weights": "streamed", "outer": "host"}),
             ("bf16", {"disk_blocks": 4}),
+            ("bf16", {"disk_blocks": 4, **WEIGHTS_ON_DISK}),
             ("bf16", {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"}),
         ],
     )
@@ -524,7 +543,7 @@ class TestLife:
             engine.save(tmp_path)
         with (
             running("opt", moments="bf16") as engine,
-            pytest.raises(UserError, match="same dtype and moments"),
+            pytest.raises(UserError, match="same dtype, moments and disk_weights"),
         ):
             engine.load(tmp_path)
 
@@ -604,11 +623,12 @@ class TestFaults:
         assert list((tmp_path / "spill").iterdir()) == []
 
     @pytest.mark.parametrize("what", ["read", "write"])
+    @pytest.mark.parametrize("changes", [{}, WEIGHTS_ON_DISK], ids=["states", "weights"])
     def test_a_disk_that_fails_ends_the_run_in_one_line(
-        self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, changes: dict[str, Any], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         batches = tiny_batches(6, "opt")
-        with running("opt", disk_blocks=5, disk_folder=str(tmp_path / "spill")) as engine:
+        with running("opt", disk_blocks=5, disk_folder=str(tmp_path / "spill"), **changes) as engine:
             engine.step(batches[:1])
             engine.synchronize()
 

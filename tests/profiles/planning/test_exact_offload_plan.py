@@ -127,6 +127,7 @@ def large_host(total_bytes: int) -> Machine:
         (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
         (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "moments": "int8"}),
         (LLAMA_70B, 32768, 240, 141, {"weights": "streamed", "disk_blocks": 77}),
+        (LLAMA_70B, 32768, 128, 141, {"weights": "streamed", "disk_blocks": 76, "disk_weights": True}),
     ],
 )
 def test_thirty_and_seventy_billion_on_large_hosts(
@@ -137,7 +138,7 @@ def test_thirty_and_seventy_billion_on_large_hosts(
     assert found.fits, found.why_not
     settings = {
         key: found.settings.get(key)
-        for key in ("weights", "moments", "outer", "hidden_states", "disk_blocks")
+        for key in ("weights", "moments", "outer", "hidden_states", "disk_blocks", "disk_weights")
     }
     assert {key: value for key, value in settings.items() if value is not None} == expected
     assert found.prediction.peak_gpu_bytes <= vram_gb * GB
