@@ -39,6 +39,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
         ("contacts", "progress", "records", "signals"),
         ("models",),
+        ("sharing",),
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
@@ -97,7 +98,7 @@ TORCH_FREE = (
     "harness.resolve",
     "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
     "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
-    "harness.calibrate", "harness.recipes",
+    "harness.calibrate", "harness.recipes", "harness.sharing",
     "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
