@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -16,6 +17,7 @@ from harness.records.stats import (
     aggregate,
     loss_change,
     over_runs,
+    rare_step_s,
     ratio,
 )
 from profiles.machine import Machine
@@ -210,11 +212,29 @@ def _scaled(found: MetricFinding, factor: float) -> MetricFinding:
 
 
 def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    """The whole job at the median step. The same examples for every method; what they are worth is another
-    question, which a zeroth-order step answers with less."""
+    """The whole job at the median step, and what one step in so many takes beside. The same examples for
+    every method; what they are worth is another question, which a zeroth-order step answers with less."""
     if all_.steps is None:
         return MetricFinding(note=say("note.no_size"))
-    return _scaled(_step_s(rounds, all_), all_.steps / 3600)
+    found = _scaled(_step_s(rounds, all_), all_.steps / 3600)
+    expected, measured = predicted(rounds), over_runs(rounds.ok, rare_step_s)
+    if expected is None or expected.rare_every is None:
+        return found
+    times = math.ceil(all_.steps / expected.rare_every)
+
+    def plus(hours: float | None, rare_s: float | None) -> float | None:
+        return None if hours is None else hours + times * (rare_s or 0.0) / 3600
+
+    low_s, middle_s, high_s = (
+        (None, None, None) if measured is None else (measured.low, measured.median, measured.high)
+    )
+    return replace(
+        found,
+        value=plus(found.value, middle_s),
+        low=plus(found.low, low_s),
+        high=plus(found.high, high_s),
+        predicted=plus(found.predicted, expected.rare_s),
+    )
 
 
 def _job_cost(rounds: Rounds, all_: Measurements) -> MetricFinding:

@@ -147,6 +147,9 @@ class Predicted:
     floor_s: float | None = None
     """What the step's least work needs of the resource that needs most; no engine of the method could be
     faster. Of a decoding step it also counts one read of weights and cache from GPU memory."""
+    rare_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    rare_every: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """One step in so many takes `rare_s` beside, the first among them; `None`: all steps are alike."""
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:
@@ -160,6 +163,8 @@ class Predicted:
             bottleneck=prediction.bottleneck,
             basis=prediction.basis,
             floor_s=prediction.floor_s,
+            rare_s=prediction.rare_s,
+            rare_every=prediction.rare_every,
         )
 
 

@@ -106,11 +106,24 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         prediction=replace(
             _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
             compile_s=compiling_s(settings.typed, context.machine),
+            **_rare(cost, context),
             **_gpu_bytes(cost, context),
         ),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
     )
+
+
+class _Rare(TypedDict):
+    rare_s: float | None
+    rare_every: int | None
+
+
+def _rare(cost: Traffic, context: PlanningContext) -> _Rare:
+    """What one step in so many takes beside: known of GPUs alone."""
+    if cost.rare is None or context.machine.gpu is None:
+        return _Rare(rare_s=None, rare_every=None)
+    return _Rare(rare_s=cost.rare.gpu_s, rare_every=cost.rare.every_steps)
 
 
 class _GpuBytes(TypedDict):
