@@ -135,6 +135,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="AdamW on adapters of low rank beside the blocks' matrices, everything on the GPU",
         source="LoRA, arXiv 2106.09685, by PEFT",
         order="first",
+        several_gpus=True,
         role="baseline",
         library=Library(module="peft", install="pip install 'lspzo-bench[lora]'"),
         refuses={"fp16": _NO_LOSS_SCALING},
@@ -152,6 +153,7 @@ ENGINES: dict[str, EngineEntry] = {
         summary="adapters of low rank beside matrices of four bits (NF4), everything on the GPU",
         source="QLoRA, arXiv 2305.14314, by PEFT and bitsandbytes",
         order="first",
+        several_gpus=True,
         role="baseline",
         library=Library(
             module="peft", also=("bitsandbytes",), install="pip install 'lspzo-bench[lora,bitsandbytes]'"

@@ -41,6 +41,8 @@ from engines.settings.first_order import (
     ChunkedLossSettings,
     CompiledBlockSettings,
 )
+from engines.transfer.rank_sums import sum_gradients, sum_of_losses
+from engines.world import divide
 
 
 class Optimizer(HoldsState, Protocol):
@@ -54,7 +56,11 @@ class Optimizer(HoldsState, Protocol):
 
 
 class TrainingLoop:
-    """Trains one model with one optimizer, one wait for the device a step."""
+    """Trains one model with one optimizer, one wait for the device a step.
+
+    Several ranks of a machine each have the model, take their micro-batches and add up the gradients of what
+    is trained, as DistributedDataParallel does, in the order of ranks.
+    """
 
     def __init__(self, engine: str, settings: AdamWSettings, context: Context) -> None:
         self.engine = engine
@@ -125,24 +131,28 @@ class TrainingLoop:
         """One update on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
         rate = learning_rate_at(self.steps_done, self.settings, self.context.total_steps)
         set_learning_rate(self.optimizer.param_groups, rate)
+        world = self.context.world
+        self._share = len(batches)
+        batches = divide(world.size, len(batches))[world.rank].of_batches(batches)
         total = torch.zeros((), device=self.device)
         for loss in self._losses(batches):
             total += loss
+        sum_gradients(world, [each for each in self.model.parameters() if each.requires_grad])
         if self.settings.max_grad_norm > 0:
             # On the device and in place: the norm is not waited for, and graphs find their gradients again.
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         if not self._has_replayed:  # graphs write gradients anew, where they lie
             self.optimizer.zero_grad(set_to_none=True)
-        value = float(total)
+        value = sum_of_losses(world, float(total)) if world.size > 1 else float(total)
         if not math.isfinite(value):
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
         return StepStats(loss=value)
 
     def _losses(self, batches: Sequence[Batch]) -> Sequence[Tensor]:
-        """Losses of the micro-batches, as shares of their mean; gradients are where the optimizer looks."""
-        self._share = len(batches)
+        """Losses of this rank's micro-batches, as shares of the mean of all; gradients are where the
+        optimizer looks."""
         self._has_replayed = False
         if self._captured is not None:
             try:

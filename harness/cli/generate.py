@@ -64,8 +64,8 @@ def generate(
         Path | None,
         typer.Option(
             "--run",
-            help="A folder that `run` wrote with mezo or zo2, in place of --model: the weights after the "
-            "last step in its log, also of a run that was killed or is going on.",
+            help="A folder that `run` wrote, in place of --model: its newest weights (mezo, zo2: after the "
+            "last step in its log), also of a run that was killed or is going on.",
         ),
     ] = None,
     prompts_file: Annotated[
@@ -162,7 +162,8 @@ def generate(
             found = read_run(run)
             if engine is not None:
                 _check_generates(engine)
-            name = engine or found.method.engine
+            own = found.method.engine
+            name = engine or (own if own in generating_engines() else generating_engines()[0])
             given = parse_assignments(set_ or [], [name]).get(name, defaults(name))
             made = generate_from_run(found, name, given, _limits(vram, host_memory), wanted, progress)
     if as_json:

@@ -54,8 +54,9 @@ class RankPlace:
         gpus = visible_gpus()
         if gpus:  # its own is the only one that it sees, and so its cuda:0
             variables["CUDA_VISIBLE_DEVICES"] = gpus[self.local_rank % len(gpus)]
-        if self.local_size == self.size and "GLOO_SOCKET_IFNAME" not in os.environ:
-            variables["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that leads nowhere does no harm then
+        if self.local_size == self.size:  # a host name that leads nowhere does no harm, nor a slow network
+            own = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+            variables |= {name: value for name, value in own.items() if name not in os.environ}
         return variables
 
 

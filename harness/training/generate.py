@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from harness.records.job import Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.worker import usable_host_bytes
 from harness.training.run_folder import TrainingRun, carried_over
-from harness.training.train import rebuilt, set_up, user_errors
+from harness.training.train import export_run, rebuilt, set_up, user_errors
 from profiles.planning.budget import Budget
 from profiles.planning.decoding import fitting
 from profiles.planning.plan import EngineSettings
@@ -91,10 +93,20 @@ def generate_from_run(
 ) -> Generation:  # fmt: skip
     """Continue prompts with the weights of a training run, which may be going on.
 
-    `given` are settings that say where weights lie. Raises `UserError`.
+    `given` are settings that say where weights lie. What a method that does not generate has trained is
+    exported beside the run for the time. Raises `UserError`.
     """
     # What it was trained to choose among is no limit to what it may say.
     job = replace(run.job, limits=limits, data=replace(run.job.data, template="", labels=()))
+    if run.method.engine not in generating_engines():
+        _check_settings(given)
+        shape = check_decoder(job)
+        _Texts(job.model, shape, wanted)  # what can be refused is, before weights are read
+        with TemporaryDirectory(prefix=".generate-", dir=run.out) as folder:
+            exported = export_run(run.out, Path(folder) / "model", progress)
+            of_export = replace(job, model=ModelSource(name=str(exported)), settings={engine_name: given})
+            found = generate_from_model(of_export, engine_name, wanted, progress)
+        return replace(found, model=job.model.name, step=run.step)
     typed = _settings_of_run(run, engine_name, given)
     shape = check_decoder(job)
     texts = _Texts(job.model, shape, wanted)
@@ -202,14 +214,16 @@ def end_ids(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _settings_of_run(run: TrainingRun, engine_name: str, given: GivenSettings) -> Any:
     """Typed settings with which the engine takes the steps of `run`. Raises `UserError`."""
-    for name in {run.method.engine, engine_name}:
-        if name not in generating_engines():
-            raise UserError(
-                str(run.out) if name == run.method.engine else f"--engine {name}",
-                f"{name} does not generate",
-                f"use {' or '.join(generating_engines())}; a model of another method can be exported, and "
-                "named with --model",
-            )
+    if engine_name not in generating_engines():
+        raise UserError(
+            f"--engine {engine_name}", "it does not generate", f"use {' or '.join(generating_engines())}"
+        )
+    _check_settings(given)
+    return carried_over(run.settings, given.typed)
+
+
+def _check_settings(given: GivenSettings) -> None:
+    """Raises `UserError` for one that does not say where weights lie."""
     fixed = {field.name for field in fields(MezoSettings)} & set(given)
     if fixed:
         raise UserError(
@@ -217,7 +231,6 @@ def _settings_of_run(run: TrainingRun, engine_name: str, given: GivenSettings) -
             "is settled by the run",
             f"set only where weights lie ({', '.join(CHOSEN)})",
         )
-    return carried_over(run.settings, given.typed)
 
 
 def _fitting(

@@ -79,7 +79,7 @@ def job_forecast(
         seconds = low + COMPILE_LOW_S, expected + plan.prediction.compile_s, high + COMPILE_HIGH_S
         basis["seconds"] += f" Compiling, once: {COMPILE_LOW_S:g} to {COMPILE_HIGH_S:g} s."
     rare_s = plan.prediction.rare_job_s(amount.steps)
-    if rare_s > 0:
+    if rare_s > 0 and amount.steps > 1:
         low, expected, high = seconds
         seconds = low + rare_s / RARE_ERROR, expected + rare_s, high + rare_s * RARE_ERROR
         basis["seconds"] += (

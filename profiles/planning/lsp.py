@@ -13,9 +13,10 @@ from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import gpu_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext, SettingChange
+from profiles.planning.lsp_quality import quality_reasons
 from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
-from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder, quality_reason
+from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder
 from profiles.units import format_seconds
 
 WAYS_OUT = (
@@ -66,7 +67,8 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         reasons.append(
             f"r={chosen['r']}: nonzeros per projector row, as published for this size ({shape.hidden} hidden)"
         )
-    reasons.append(quality_reason(planner.smallest_share(given.completed(**chosen).typed)))
+    typed: LspSettings = given.completed(**chosen).typed
+    reasons += quality_reasons(planner.smallest_share(typed), shape.parameters, residual=typed.residual > 0)
     if "schedule_order" not in given:
         chosen["schedule_order"] = "layerwise"
         reasons.append(

@@ -42,10 +42,6 @@ SHARES = 64
 MOST_WITHOUT_GPU = SHARES * 9 // 16
 """d = 3 n / 4 for a square weight, where nothing hides: more brings little of native's quality back."""
 
-QUALITY = {0.25: (10.7, 1.3), 0.5: (5.0, 0.4), 0.75: (2.6, 0.3)}
-"""By d over the smaller side of a weight: percent of perplexity and points of accuracy behind native, of a
-small decoder on WikiText-2 and of MiniLM on SST-2, three seeds (engines/EXPERIMENTS.md)."""
-
 LADDER_STEP = 128
 LADDER_MIN_SHARE = 8
 """The smallest single d considered is hidden / 8: published runs go from hidden / 12 to more than hidden /
@@ -144,14 +140,3 @@ def lsp_ladder(hidden: int) -> list[int]:
     else:
         ladder = [2**k for k in range(top.bit_length()) if 2**k <= top]
     return [d for d in ladder if d * LADDER_MIN_SHARE >= hidden]
-
-
-def quality_reason(share: float) -> str:
-    """What the loss is known to pay for a subspace; `share` is the smallest d over a weight's smaller
-    side."""
-    known = max((each for each in QUALITY if each <= share), default=min(QUALITY))
-    percent, points = QUALITY[known]
-    return (
-        f"quality: d is {share:.2f} of n; measured on small models, d = {known:g} n ended {percent:g} % "
-        f"above native's perplexity on text and {points:g} points below its accuracy on SST-2"
-    )

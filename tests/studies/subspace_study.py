@@ -63,6 +63,9 @@ class Variant:
     """Rows and columns of what is projected away are brought to like lengths first."""
     by_spectrum: bool = False
     """The d of each matrix by the singular values of its first gradient, as many elements together."""
+    pairs: str = ""
+    """Pairs that are kept for all steps: found on the `own` text or the `other` one, with the weights before
+    the first step, or `random`; empty: found in the first step, and renewed."""
     one_sided: bool = False
     """P alone, with as many elements: d' = d d / n columns."""
 
@@ -83,6 +86,15 @@ VARIANTS = (
     ),
     Variant(name="block d=n/4, residual of this step's scale", share=QUARTER, residual=1.0),
     Variant(name="block d=n/4, residual x 2", share=QUARTER, residual=2.0, late=True),
+    Variant(name="block d=n/4, residual x 4", share=QUARTER, residual=4.0, late=True),
+    Variant(name="block d=n/2, residual x 2", share=HALF, residual=2.0, late=True),
+    Variant(name="block d=n/32, residual x 2", share=1 / 32, residual=2.0, late=True),
+    Variant(name="block d=n/32", share=1 / 32),
+    *(
+        Variant(name=f"block d=n/4, {pairs} pairs, kept{told}", share=QUARTER, pairs=pairs, **more)
+        for told, more in (("", {}), (", residual x 2", {"residual": 2.0, "late": True}))
+        for pairs in ("own", "other", "random")
+    ),
     Variant(name="exact d=n/4", share=QUARTER, exact=True),
     Variant(name="exact d=n/4, residual", share=QUARTER, exact=True, residual=1.0, late=True),
     Variant(name="exact one-sided, elements of d=n/4", share=QUARTER, exact=True, one_sided=True),
@@ -121,7 +133,7 @@ class Matrix:
         self.away = torch.zeros_like(weight) if variant.feedback else None
         self.scale = 0.0
 
-    def _renew(self, gradient: Tensor) -> None:
+    def renew(self, gradient: Tensor) -> None:
         new = pair_of(gradient, self.d, self.variant)
         if self.pair is None or self.variant.moments == "reset":
             shape = (new[0].shape[1], new[1].shape[1])
@@ -138,8 +150,8 @@ class Matrix:
         assert gradient is not None
         if self.away is not None:
             gradient = gradient + variant.feedback * self.away
-        if self.pair is None or number % variant.renew_every == 0:
-            self._renew(gradient)
+        if self.pair is None or (number % variant.renew_every == 0 and not variant.pairs):
+            self.renew(gradient)
         assert self.pair is not None
         p, q = self.pair
         core = p.T @ gradient @ q
@@ -254,6 +266,17 @@ def run(variant: Variant, text: Text, start: Mapping[str, Tensor], rate: float, 
     if variant.share is not None:
         found = sizes(named, variant, model, text.batch(text.tuned_on, seed + 1, 0))
         inside = [Matrix(weight, found[name], variant) for name, weight in named.items()]
+        if variant.pairs:
+            ids = text.batch(text.begun_on if variant.pairs == "other" else text.tuned_on, seed + 1, STEPS)
+            model(input_ids=ids, labels=ids).loss.backward()
+            generator = torch.Generator().manual_seed(seed)
+            for matrix in inside:
+                gradient = matrix.weight.grad
+                assert gradient is not None
+                if variant.pairs == "random":
+                    gradient = torch.randn(gradient.shape, generator=generator)
+                matrix.renew(gradient)
+            model.zero_grad()
     taken = {id(each.weight) for each in inside}
     others = [each for each in model.parameters() if id(each) not in taken]
     optimizer = torch.optim.AdamW(others, lr=rate, weight_decay=0.0)
@@ -270,10 +293,10 @@ def run(variant: Variant, text: Text, start: Mapping[str, Tensor], rate: float, 
         for matrix in inside:
             matrix.step(number, now)
         model.zero_grad()
-    loss = judged(model, text)
+    loss = round(judged(model, text), 6)
     return {
         "variant": variant.name, "rate": rate, "seed": seed, "loss": loss if math.isfinite(loss) else None,
-        "cpu_s": time.process_time() - began_s,
+        "cpu_s": round(time.process_time() - began_s, 2),
     }  # fmt: skip
 
 
@@ -311,7 +334,9 @@ def study(given: argparse.Namespace, path: Path) -> None:
             return
         rows.append(run(variant, text, start, rate, seed))
         print(rows[-1], file=sys.stderr, flush=True)
-        path.write_text(json.dumps({**about, "rows": rows}, indent=0) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        head = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in about.items())
+        path.write_text(f'{{{head}, "rows": [\n{lines}\n]}}\n')
 
     chosen = [each for each in VARIANTS if not given.only or any(part in each.name for part in given.only)]
     for variant in chosen:

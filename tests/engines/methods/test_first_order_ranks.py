@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from engines.base import Batch, Context
 from engines.cpu_updates import block_state
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
+from engines.methods.lora import Lora
 from engines.methods.lsp import Lsp
 from engines.settings.exact_offload import ExactOffloadSettings
+from engines.settings.libraries import LoraSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import Dtype, Workload
 from engines.subspace import cores
@@ -121,6 +124,26 @@ def test_ranks_of_lsp_take_the_steps_of_one_process(changes: dict[str, Any]) -> 
     (expected,) = run_on(1, lsp(**changes), 2)
     for found in run_on(2, lsp(**changes), 2):
         assert_same(found, expected)
+
+
+def test_ranks_of_lora_add_up_the_gradients_of_their_adapters() -> None:
+    """As one process accumulates them: one micro-batch each, in fp32."""
+    pytest.importorskip("peft")
+    models, batches, one_at_a_time = models_of(3), tiny_batches(STEPS * 3, "llama"), threading.Lock()
+
+    def act(world: World) -> Run:
+        engine = Lora(LoraSettings(learning_rate=1e-3, max_grad_norm=0.1), context(world, 3, "fp32"))
+        with one_at_a_time:  # adapters are drawn from torch's own generator, which threads share
+            engine.setup(models[world.rank])
+        world.barrier()
+        found = take_steps(engine, batches, 3)
+        engine.close()
+        return found
+
+    found = side_by_side(3, act)
+    models = models_of(1)
+    for each in (*found[1:], act(ALONE)):
+        assert_same(each, found[0])
 
 
 def test_ranks_with_several_micro_batches_agree_among_themselves_and_nearly_with_one() -> None:

@@ -240,9 +240,18 @@ def test_mistakes_are_one_line(call: Call, arguments: tuple[str, ...], expected:
     assert expected in one_line(call(*arguments, "--quiet"))
 
 
-def test_a_run_of_another_method_is_refused(call: Call, tmp_path: Path) -> None:
-    run(tmp_path / "run", "native", save_every=3)
-    assert "native does not generate; use zo2 or mezo" in one_line(call("x", "--run", tmp_path / "run"))
+@pytest.mark.parametrize("name", ["native", "exact-offload"])
+def test_a_run_of_another_method_is_continued_with_what_it_trained(
+    call: Call, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "run"
+    run(out, name, save_every=3, learning_rate=LR)
+    before = sorted(path.name for path in out.iterdir())
+    done = call(*PROMPTS, "--run", out, "--max-new-tokens", "8", "--json")
+    assert tokens_in(done) == plainly(out / "model")
+    said = json.loads(done.out)
+    assert (said["step"], said["engine"], said["model"]) == (6, "zo2", "tiny-llama")
+    assert sorted(path.name for path in out.iterdir()) == before
 
 
 def test_what_the_run_settled_is_not_set_again(call: Call, trained: Path) -> None:

@@ -1,0 +1,81 @@
+"""What is known of how good models get in subspaces, from our own studies by name, size, unit and range.
+
+A study says something of models of about its own size, and of no smaller subspace than it tried. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+SAME_SIZE = 3.0
+"""A study speaks of models of up to so many times its own parameters, and down to as small a part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubspaceStudy:
+    """Native's result beside that of subspaces of several sizes."""
+
+    name: str
+    parameters: float
+    unit: Literal["per byte", "accuracy", "gain per byte"]
+    found: Mapping[float, tuple[float, float, float]]
+    """By d over a weight's smaller side: percent of perplexity above native's mean, points of accuracy
+    below it, or percent of native's gain in loss. Mean, lowest and highest of three seeds."""
+    source: str
+    """File below the repository's root."""
+
+
+PLAIN = (
+    SubspaceStudy(
+        name="Llama 4 x 256, WikiText-2",
+        parameters=3.3e6,
+        unit="per byte",
+        found={0.25: (10.7, 10.3, 11.3), 0.5: (5.0, 4.3, 5.8), 0.75: (2.6, 2.5, 2.7), 1.0: (2.2, 2.1, 2.4)},
+        source="tests/studies/quality/quality.json",
+    ),
+    SubspaceStudy(
+        name="MiniLM-L6, SST-2",
+        parameters=22.7e6,
+        unit="accuracy",
+        found={0.25: (1.3, 1.3, 1.3), 0.5: (0.4, -1.1, 1.1), 0.75: (0.3, 0.0, 0.6), 1.0: (0.2, -0.3, 0.5)},
+        source="tests/studies/quality/quality.json",
+    ),
+)
+RESIDUAL = SubspaceStudy(
+    name="a decoder of 2 x 128, WikiText-2 and then instruction records",
+    parameters=0.46e6,
+    unit="gain per byte",
+    found={0.25: (98.6, 98.4, 98.8), 0.5: (99.2, 98.6, 99.9)},
+    source="tests/studies/subspaces/subspace.json",
+)
+
+
+def quality_reasons(share: float, parameters: int, *, residual: bool) -> tuple[str, ...]:
+    """Sentences; `share` is the smallest d over a weight's smaller side."""
+    studies = (RESIDUAL,) if residual else PLAIN
+    sizes = [each for each in studies[0].found if each <= share + 1e-9]
+    if not sizes:
+        least = min(studies[0].found)
+        return (f"quality: d is {share:.2f} of n; below {least:g} n nothing was studied: not known",)
+    known = max(sizes)
+    told = [f"quality: d is {share:.2f} of n, and d = {known:g} n was studied, over three seeds"]
+    for study in studies:
+        middle, low, high = (f"{each:g}" for each in study.found[known])
+        on = f"quality: on {study.name} ({_millions(study.parameters)} parameters)"
+        if study.unit == "per byte":
+            told.append(f"{on} it ended {middle} % ({low} to {high}) above native's perplexity per byte")
+        elif study.unit == "accuracy":
+            told.append(f"{on} it ended {middle} points ({low} to {high}) below native's accuracy")
+        else:
+            told.append(
+                f"{on} with a residual it kept {middle} % ({low} to {high}) of native's gain per byte"
+            )
+    if not any(each.parameters / SAME_SIZE <= parameters <= SAME_SIZE * each.parameters for each in studies):
+        told.append(f"quality: of {_millions(parameters)} parameters it is not known")
+    return tuple(told)
+
+
+def _millions(parameters: float) -> str:
+    return f"{parameters / 1e6:,.3g} M" if parameters < 1e9 else f"{parameters / 1e9:.3g} B"
