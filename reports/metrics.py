@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -17,7 +16,7 @@ from harness.records.stats import (
     aggregate,
     loss_change,
     over_runs,
-    rare_step_s,
+    rare_job_s,
     ratio,
 )
 from profiles.machine import Machine
@@ -217,23 +216,17 @@ def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
     if all_.steps is None:
         return MetricFinding(note=say("note.no_size"))
     found = _scaled(_step_s(rounds, all_), all_.steps / 3600)
-    expected, measured = predicted(rounds), over_runs(rounds.ok, rare_step_s)
-    if expected is None or expected.rare_every is None:
+    expected, rare = predicted(rounds), over_runs(rounds.ok, lambda run: rare_job_s(run, all_.steps or 0))
+    if expected is None or rare is None or found.value is None:
         return found
-    times = math.ceil(all_.steps / expected.rare_every)
-
-    def plus(hours: float | None, rare_s: float | None) -> float | None:
-        return None if hours is None else hours + times * (rare_s or 0.0) / 3600
-
-    low_s, middle_s, high_s = (
-        (None, None, None) if measured is None else (measured.low, measured.median, measured.high)
-    )
     return replace(
         found,
-        value=plus(found.value, middle_s),
-        low=plus(found.low, low_s),
-        high=plus(found.high, high_s),
-        predicted=plus(found.predicted, expected.rare_s),
+        value=found.value + rare.median / 3600,
+        low=None if found.low is None else found.low + rare.low / 3600,
+        high=None if found.high is None else found.high + rare.high / 3600,
+        predicted=None
+        if found.predicted is None
+        else found.predicted + expected.rare_job_s(all_.steps) / 3600,
     )
 
 

@@ -224,6 +224,14 @@ def rare_step_s(run: Run) -> float | None:
     return max(0.0, first.step_s - usual_s - (run.summary.compile_s or 0.0))
 
 
+def rare_job_s(run: Run, steps: int) -> float | None:
+    """Seconds of that in a job of `steps`."""
+    rare_s, predicted = rare_step_s(run), run.predicted
+    if rare_s is None or predicted is None or predicted.rare_every is None:
+        return None
+    return math.ceil(steps / predicted.rare_every) * rare_s
+
+
 def differing_field(stored: Summary, samples: Sequence[Sample], tokens_per_step: float) -> str | None:
     """The first field of a summary that does not follow from its samples; `None` where all that can do."""
     expected = step_statistics(samples, tokens_per_step)
