@@ -211,8 +211,8 @@ def _scaled(found: MetricFinding, factor: float) -> MetricFinding:
 
 
 def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    """The whole job at the median step, and what one step in so many takes beside. The same examples for
-    every method; what they are worth is another question, which a zeroth-order step answers with less."""
+    """The whole job at the median step, and what one step in so many takes beside. What the same examples are
+    worth is another question, which a zeroth-order step answers with less."""
     if all_.steps is None:
         return MetricFinding(note=say("note.no_size"))
     found = _scaled(_step_s(rounds, all_), all_.steps / 3600)
@@ -224,9 +224,7 @@ def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
         value=found.value + rare.median / 3600,
         low=None if found.low is None else found.low + rare.low / 3600,
         high=None if found.high is None else found.high + rare.high / 3600,
-        predicted=None
-        if found.predicted is None
-        else found.predicted + expected.rare_job_s(all_.steps) / 3600,
+        predicted=found.predicted and found.predicted + expected.rare_job_s(all_.steps) / 3600,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from engines.errors import UserError
 from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
@@ -23,11 +24,14 @@ from harness.recommendation import (
     schema,
     unmeasured_limit,
     with_explanations,
+    with_like_machines,
     with_target,
     with_what_if,
     without_weights,
 )
 from harness.resolve import resolve_shape
+from harness.sharing.like_machines import SHARED
+from harness.sharing.reading import shared_results
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_power, parse_price
@@ -139,6 +143,10 @@ def recommend(
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
     if (unmeasured := unmeasured_limit(answer)) is not None:
         _note(unmeasured, lang)
+    try:
+        answer = with_like_machines(answer, [each for _, each in shared_results(SHARED)])
+    except UserError as error:
+        _note(f"shared results are left out: {error}", lang)
     if explain:
         answer = with_explanations(answer, planned)
     if what_if:
