@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -151,9 +152,9 @@ class Predicted:
     rare_every: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     """One step in so many takes `rare_s` beside, the first among them; `None`: all steps are alike."""
 
-    def rare_job_s(self, steps: int) -> float:
+    def rare_job_s(self, steps: float) -> float:
         """What is done now and then takes so much in a job of `steps`."""
-        return -(-steps // self.rare_every) * self.rare_s if self.rare_s and self.rare_every else 0.0
+        return math.ceil(steps / self.rare_every) * self.rare_s if self.rare_s and self.rare_every else 0.0
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:

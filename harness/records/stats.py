@@ -224,7 +224,7 @@ def rare_step_s(run: Run) -> float | None:
     return max(0.0, first.step_s - usual_s - (run.summary.compile_s or 0.0))
 
 
-def rare_job_s(run: Run, steps: int) -> float | None:
+def rare_job_s(run: Run, steps: float) -> float | None:
     """Seconds of that in a job of `steps`."""
     rare_s, predicted = rare_step_s(run), run.predicted
     if rare_s is None or predicted is None or predicted.rare_every is None:
