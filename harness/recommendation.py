@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
 from harness.pipeline import job_arguments
 from harness.records.job import Job, ModelSource
 from harness.resolve import resolve_shape
+from harness.sharing.like_machines import LikeMachines, beside_like_machines
+from harness.sharing.shared_result import Submission
 from profiles.advice.amount import Amount
 from profiles.advice.calibration import Calibration, calibrated
 from profiles.advice.explain import explained
@@ -80,6 +83,8 @@ class Recommendation:
     answers: tuple[TargetAnswer, ...] = ()
     """Machines of the catalogue against `target`."""
     target: Target | None = None
+    like_machines: tuple[LikeMachines, ...] = ()
+    """What others measured of this job on machines with the same card, by method."""
     schema_version: int = RECOMMENDATION_VERSION
 
 
@@ -192,6 +197,11 @@ def _by_end(plan: Plan, forecast: JobForecast | None) -> tuple[bool, bool, bool,
     fits, kind, is_timeless, step_s = rank(plan)
     seconds = None if forecast is None else forecast.seconds
     return fits, kind, is_timeless, step_s if seconds is None else seconds
+
+
+def with_like_machines(answer: Recommendation, shared: Sequence[Submission]) -> Recommendation:
+    found = beside_like_machines(answer.job, answer.machine, answer.plans, shared)
+    return replace(answer, like_machines=found)
 
 
 def with_explanations(answer: Recommendation, planned: JobToPlan) -> Recommendation:

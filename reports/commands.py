@@ -12,6 +12,8 @@ import typer
 from engines.errors import UserError
 from engines.files.reading import exists, is_folder
 from harness.cli.options import CriteriaFlag, FailOn, Json, Lang
+from harness.sharing.reading import check
+from harness.sharing.shared_result import Submission
 from profiles.documents import to_json, write_whole
 from profiles.language import speaking
 from reports.criteria import init_text
@@ -22,8 +24,7 @@ from reports.index import write_index
 from reports.load import Broken, load_folder
 from reports.pages.data import TableFormat, data_of, report_schema, write_tables
 from reports.render import in_short, page, write_report, written
-from reports.sharing.shared_result import Submission
-from reports.sharing.submission import check, submission_of
+from reports.sharing.submission import submission_of
 
 SHARED = Path("reports/community")
 

@@ -39,6 +39,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
         ("contacts", "progress", "records", "signals"),
         ("models",),
+        ("sharing",),
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
@@ -97,7 +98,7 @@ TORCH_FREE = (
     "harness.resolve",
     "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
     "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
-    "harness.calibrate", "harness.recipes",
+    "harness.calibrate", "harness.recipes", "harness.sharing",
     "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip
@@ -344,8 +345,10 @@ def test_every_package_folder_is_a_package() -> None:
     assert folders_that_are_no_package(ROOT) == []
 
 
-MOST_MODULES = 19
-"""Rooms that have a file for each method (methods, costs, planning) have some more than the others."""
+MOST_MODULES = 17
+MOST_OF_METHODS = 20
+OF_METHODS = {"engines.methods", "engines.costs", "engines.settings", "profiles.planning"}
+"""Rooms that have a file for each method, and so some more than the others."""
 MOST_LINES = 400
 LONGER = re.compile(r"Longer than \d+ lines: ")
 
@@ -354,7 +357,11 @@ def heaps(sources: Sources) -> list[str]:
     sizes = Counter(
         module.rpartition(".")[0] for module, path in sources.items() if path.name != "__init__.py"
     )
-    return [folder for folder, size in sizes.items() if size > MOST_MODULES]
+    return [
+        folder
+        for folder, size in sizes.items()
+        if size > (MOST_OF_METHODS if folder in OF_METHODS else MOST_MODULES)
+    ]
 
 
 def test_no_folder_is_a_heap() -> None:

@@ -139,7 +139,7 @@ class Scripted:
             time.sleep(duration_s)
 
     def _fail(self) -> None:
-        if self._settings.fail_on_rank != self._context.world.rank:
+        if self._settings.fail_on_rank not in (-1, self._context.world.rank):
             return
         match self._settings.failure:
             case "crash":

@@ -67,7 +67,7 @@ class ScriptedSettings:
         "hang",
     ] = "crash"
     fail_on_rank: int = 0
-    """The one that fails, where there are several."""
+    """The one that fails, where there are several; -1: all of them."""
 
     def __post_init__(self) -> None:
         require_finite(self)

@@ -60,6 +60,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [_said(sentence) for sentence in target_sentences(answer.answers, _kinds(answer))]
     if answer.calibration is not None:
         parts.append(_said(answer.calibration.summary))
+    parts += [_said(each.told) for each in answer.like_machines]
     parts += [_said(sentence) for sentence in answer.verdict.sentences]
     return Group(*parts)
 

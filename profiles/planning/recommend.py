@@ -17,7 +17,7 @@ from engines.costs.network import network_s
 from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
-from engines.settings.zeroth_order import approximation
+from engines.settings.zeroth_order import approximation, why_no_base
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import beside_torch_bytes, reserved_bytes, why_missing
@@ -88,6 +88,8 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
     settings, reasons = _choose(context, given)
     cost = context.cost(settings.typed)
     unsuitable = _unsuitable(context)
+    if unsuitable is None and (why := why_no_base(settings.typed, context.workload.dtype)) is not None:
+        unsuitable = f"base=lossless {why}"
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
         passes = "two" if cost.forwards == 2 else f"{cost.forwards:g}"

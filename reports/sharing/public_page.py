@@ -14,12 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from engines.errors import UserError
+from harness.sharing.reading import shared_results
+from harness.sharing.shared_result import SharedMethod, Submission
 from profiles.units import format_bytes, format_seconds
 from reports.format import digits, times
 from reports.load import load_folder
 from reports.messages import say
-from reports.sharing.shared_result import SharedMethod, Submission
-from reports.sharing.submission import shared_results, submission_of
+from reports.sharing.submission import submission_of
 
 COMMUNITY = "community"
 """Beside the published folders: what others shared."""

@@ -1,11 +1,8 @@
-"""From a folder of runs to one small file to share, and back, with checks. What it says can be held against
-what hardware can do."""
+"""From a folder of runs to what one small file to share holds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
 
 from engines import public_engines
 from engines.errors import UserError
@@ -13,19 +10,9 @@ from harness.models.configs import NAMED_SHAPES
 from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run
 from harness.records.stats import Rounds, over_runs
-from profiles.documents import read_document
+from harness.sharing.shared_result import OWN_MODEL, TEXT, SharedMachine, SharedMethod, Submission
 from reports.load import Loaded
 from reports.metrics import group, largest, predicted, typical
-from reports.sharing.bounds import impossible
-from reports.sharing.shared_result import (
-    DAY,
-    OWN_MODEL,
-    SUBMISSION_VERSION,
-    TEXT,
-    SharedMachine,
-    SharedMethod,
-    Submission,
-)
 
 
 def submission_of(loaded: Loaded) -> Submission:
@@ -110,50 +97,3 @@ def _is_plain(value: object) -> bool:
 def _plain(text: str) -> str:
     """Letters that a name of hardware has."""
     return re.sub(r"[^\w .,()@+:=%'-]", " ", text, flags=re.ASCII)[:100].strip() or "unnamed"
-
-
-def load_submission(path: Path) -> Submission:
-    """Raises `UserError` if `path` is not what `submit` writes, or says what no hardware can do."""
-    found = read_document(path, Submission, SUBMISSION_VERSION, "shared result")
-    check(found, str(path))
-    return found
-
-
-def check(found: Submission, origin: str) -> None:
-    """Raises `UserError` naming the first thing that cannot be."""
-    machine = found.machine
-    texts = [machine.gpu, machine.link, machine.cpu, found.model, found.program, found.torch, found.dtype]
-    texts += [found.commit, found.data, *(method.engine for method in found.methods)]
-    texts += [
-        value for method in found.methods for value in method.settings.values() if isinstance(value, str)
-    ]
-    texts += [key for method in found.methods for key in method.settings]
-    for text in texts:
-        if text is not None and TEXT.fullmatch(text) is None:
-            raise UserError(origin, "holds a text that is no name of a machine or setting", "write it anew")
-    if not DAY.fullmatch(found.day):
-        raise UserError(origin, "its day is none", "write it anew with 'lspzo-bench submit'")
-    for method in found.methods:
-        if method.engine not in public_engines():
-            raise UserError(origin, "names a method that this version does not know", "update lspzo-bench")
-        if (why := impossible(found, method)) is not None:
-            raise UserError(
-                f"{origin}: {method.engine}", why, "measure again; this is not what hardware does"
-            )
-
-
-def shared_results(folder: Path) -> tuple[tuple[Path, Submission], ...]:
-    """Every shared result below `folder`, by machine. Raises `UserError` for the first that is none."""
-    return tuple((path, load_submission(path)) for path in sorted(folder.glob("*/*.json")))
-
-
-def alike(submission: Submission, method: SharedMethod, others: Sequence[Submission]) -> tuple[float, ...]:
-    """Median steps of the same method on the same job by others with the same kind of card."""
-    return tuple(
-        other.median_s
-        for each in others
-        if (each.machine.gpu, each.model, each.layers, each.job)
-        == (submission.machine.gpu, submission.model, submission.layers, submission.job)
-        for other in each.methods
-        if other.engine == method.engine and other.median_s is not None
-    )

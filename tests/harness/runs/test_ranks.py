@@ -114,6 +114,12 @@ def test_the_rank_that_fails_says_how_the_run_ended(
         assert "--- rank 1" in (tmp_path / "logs" / "scripted-r1.log").read_text()
 
 
+def test_of_ranks_that_all_fail_the_first_says_it(tmp_path: Path) -> None:
+    outcome = scripted(tmp_path, 2, fail_at_step=2, failure="oom_gpu", fail_on_rank=-1)
+    assert outcome.end_state == "oom_gpu"
+    assert str(outcome.end_reason).startswith("rank 0: CUDA out of memory")
+
+
 def test_ranks_that_hang_when_one_has_failed_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

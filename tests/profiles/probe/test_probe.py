@@ -397,7 +397,7 @@ def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     assert (machine.gpu.total_bytes, machine.gpu.free_bytes) == (64 * MIB, (48 + 8) * MIB), "as it was before"
     brief = {row.path for row in FIGURES if row.depth == "brief" and is_figure(row)}
     assert set(measured(machine)) == brief - ONLY_ON_CUDA
-    assert machine.gpu.context_bytes.value == (8 - 2) * MIB
+    assert machine.gpu.process_bytes.value == (8 - 2) * MIB
     assert "no such thing on" in machine.cpu.graph_launch_s.method
     assert machine.link is not None
     for figure in (machine.link.h2d_duplex_bytes_per_s, machine.link.d2h_duplex_bytes_per_s):

@@ -10,8 +10,8 @@ from engines.shapes import ModelShape, Workload
 from harness.models.closed_forms import shape_of_config
 from harness.models.configs import NAMED_SHAPES, load_config
 from harness.records.job import ModelSource
+from harness.sharing.shared_result import SharedMethod, Submission
 from profiles.units import format_bytes, format_seconds
-from reports.sharing.shared_result import SharedMethod, Submission
 
 MOST_FLOPS = {"bf16": 2.6e15, "fp16": 2.6e15, "fp32": 1.3e15}
 """Of one GPU, dense; fp32 as TF32. No card of 2026 reaches them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import ConfigDict
 
@@ -97,5 +98,21 @@ class Submission:
 
     @property
     def job(self) -> str:
-        micro = f" x {self.accumulation}" if self.accumulation > 1 else ""
-        return f"{self.batch_size} x {self.seq_len}{micro} {self.dtype}"
+        return batches_in_short(self)
+
+
+class _Batches(Protocol):
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def batches_in_short(job: _Batches) -> str:
+    """`4 x 1024 bf16`, with micro-batches `4 x 1024 x 2 bf16`."""
+    micro = f" x {job.accumulation}" if job.accumulation > 1 else ""
+    return f"{job.batch_size} x {job.seq_len}{micro} {job.dtype}"
