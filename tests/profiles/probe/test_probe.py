@@ -343,6 +343,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
     )
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
+        "can_device_access_peer": lambda one, other: True,
         "device": lambda index: FakeStream(),
         "device_count": lambda: 1,
         "get_device_properties": lambda index: SimpleNamespace(name="Fake GPU", major=9, minor=0, uuid="u"),
