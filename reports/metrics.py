@@ -229,9 +229,18 @@ def heldout_loss(run: Run) -> float | None:
     return None if run.job.get("data", {}).get("train") == "random" else run.summary.eval_loss_last
 
 
+def _of_random_weights(rounds: Rounds) -> MetricFinding | None:
+    """Where the weights were random, what was evaluated says nothing of the real model: not known."""
+    if any(run.model.random_weights for run in rounds.ok):
+        return MetricFinding(note=say("note.random_weights"))
+    return None
+
+
 def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
     if _is_random(rounds):
         return MetricFinding(applies=False, note=say("note.random_data"))
+    if (unknown := _of_random_weights(rounds)) is not None:
+        return unknown
 
     def change(run: Run) -> float | None:
         first, last = run.summary.eval_loss_first, run.summary.eval_loss_last
@@ -246,6 +255,8 @@ def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
 def _heldout_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     if _is_random(rounds):
         return MetricFinding(applies=False, note=say("note.random_data"))
+    if (unknown := _of_random_weights(rounds)) is not None:
+        return unknown
     native = all_.of(YARDSTICK)
     mine, other = over_runs(rounds.ok, heldout_loss), over_runs(native.ok, heldout_loss)
     if mine is not None and other is not None and other.low > 0:
@@ -346,6 +357,8 @@ def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
+    if (unknown := _of_random_weights(rounds)) is not None:
+        return unknown
     found = over_runs(rounds.ok, lambda run: run.summary.eval_accuracy_last)
     if found is None and rounds.ok:
         return MetricFinding(note=say("note.no_evaluation"))
