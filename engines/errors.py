@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+import re
 
 
 def printable(text: str) -> str:
@@ -15,6 +12,34 @@ def printable(text: str) -> str:
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii")
         for each in text
     )
+
+
+_PLAIN = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"^Value error, ", ""),
+        (r"Input should be a valid integer.*", "must be a whole number"),
+        (r"Input should be a valid number.*", "must be a number"),
+        (r"Input should be a valid boolean.*", "must be true or false"),
+        (r"Input should be a valid string.*", "must be text"),
+        (r"Input should be a valid (dictionary|mapping).*", "must be a table"),
+        (r"Input should be a valid (list|tuple).*", "must be a list"),
+        (r"Input should be greater than or equal to (.+)", r"must be at least \1"),
+        (r"Input should be greater than (.+)", r"must be more than \1"),
+        (r"Input should be less than or equal to (.+)", r"must be at most \1"),
+        (r"Input should be less than (.+)", r"must be less than \1"),
+        (r"Input should be (.+)", r"must be \1"),
+        (r"Field required", "is missing"),
+        (r"Extra inputs are not permitted|Unexpected keyword argument", "there is no such field"),
+    )
+)
+
+
+def plainly(message: str) -> str:
+    """What a library that reads values says of one (pydantic, in English), in this program's words."""
+    for pattern, plain in _PLAIN:
+        message = pattern.sub(plain, message)
+    return message
 
 
 class UserError(Exception):

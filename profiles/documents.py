@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from engines.errors import UserError
+from engines.errors import UserError, plainly
 from engines.files.reading import read_json, without_controls
 from engines.files.writing import ELSEWHERE as ELSEWHERE
 from engines.files.writing import TEMPORARY, unwritable
@@ -60,7 +60,7 @@ def read_document(path: Path, kind: type[T], version: int, what: str) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            str(path), f"field '{where}': {first['msg']}", f"restore or delete this {what}"
+            str(path), f"field '{where}' {plainly(first['msg'])}", f"restore or delete this {what}"
         ) from None
 
 
@@ -70,6 +70,12 @@ def to_json(document: Any) -> str:
     if isinstance(document, tuple) and document:
         kind = tuple[type(document[0]), ...]  # type: ignore[misc]
     return adapter(kind).dump_json(document, indent=1).decode("utf-8") + "\n"
+
+
+def require_folder(path: Path) -> None:
+    """Raises `UserError` if a file is at `path`: before the work whose result goes there. Writes nothing."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path}", "is a file, and a folder is needed", "name another place")
 
 
 def check_writable(path: Path, *, is_folder: bool = False, remedy: str = ELSEWHERE) -> None:

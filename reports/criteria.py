@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from engines import ENGINES, is_external, public_engines
-from engines.errors import UserError
+from engines.errors import UserError, plainly
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes
 from reports.criteria_templates import Purpose, template
 from reports.question import JobSize, Prices, Question
@@ -235,7 +235,7 @@ def parse_criteria(content: bytes, origin: str) -> Criteria:
         document = TypeAdapter(_Document).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        why = first["msg"].removeprefix("Value error, ")
+        why = plainly(first["msg"])
         raise UserError(f"{origin}: {_where(first['loc'], values)}", why, _remedy()) from None
     _refuse_repeated([criterion.id for criterion in document.criterion], origin)
     _refuse_unpriced(document, origin)

@@ -16,6 +16,7 @@ from harness.records.stats import (
     aggregate,
     loss_change,
     over_runs,
+    rare_job_s,
     ratio,
 )
 from profiles.machine import Machine
@@ -210,11 +211,21 @@ def _scaled(found: MetricFinding, factor: float) -> MetricFinding:
 
 
 def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    """The whole job at the median step. The same examples for every method; what they are worth is another
-    question, which a zeroth-order step answers with less."""
+    """The whole job at the median step, and what one step in so many takes beside. What the same examples are
+    worth is another question, which a zeroth-order step answers with less."""
     if all_.steps is None:
         return MetricFinding(note=say("note.no_size"))
-    return _scaled(_step_s(rounds, all_), all_.steps / 3600)
+    found = _scaled(_step_s(rounds, all_), all_.steps / 3600)
+    expected, rare = predicted(rounds), over_runs(rounds.ok, lambda run: rare_job_s(run, all_.steps or 0))
+    if expected is None or rare is None or found.value is None:
+        return found
+    return replace(
+        found,
+        value=found.value + rare.median / 3600,
+        low=None if found.low is None else found.low + rare.low / 3600,
+        high=None if found.high is None else found.high + rare.high / 3600,
+        predicted=found.predicted and found.predicted + expected.rare_job_s(all_.steps) / 3600,
+    )
 
 
 def _job_cost(rounds: Rounds, all_: Measurements) -> MetricFinding:

@@ -121,6 +121,17 @@ def test_every_step_moves_what_the_cost_model_says(
         assert_moved(steps(made, family, workload, count=values.get("fold_every", 1) + 1), told, values)
 
 
+@pytest.mark.parametrize(
+    "values", [{"fold_every": 2}, {"train": "lora"}, {"resident_blocks": 1}, {"disk_blocks": 2, "queries": 2}]
+)
+def test_a_lossless_base_moves_what_the_cost_model_says(values: dict[str, Any]) -> None:
+    blueprint, values = tiny_blueprint("llama"), {"base": "lossless", **values}
+    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype="bf16", checkpointing=False)
+    told = traffic("zo2", blueprint.shape, workload, parse_settings("zo2", values))
+    with running("zo2", values, blueprint, workload) as made:
+        assert_moved(steps(made, "llama", workload, count=values.get("fold_every", 1) + 1), told, values)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("engine", "values"), VARIANTS, ids=lambda value: str(value))
 def test_accumulation_and_checkpointing_move_no_more(

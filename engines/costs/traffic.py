@@ -43,6 +43,15 @@ class LayerTraffic:
     """What comes from the memory of the machine's other GPUs."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RareWork:
+    """What one step in so many does beside what every step does, the first step among them."""
+
+    every_steps: int
+    gpu_s: float
+    """Time of it on an H200; half or twice of that elsewhere is no surprise."""
+
+
 class GpuMemory(TypedDict):
     """The fields of `Traffic` that say what of the GPU's memory torch reserves."""
 
@@ -80,6 +89,8 @@ class Traffic:
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
+    rare: RareWork | None = None
+    """`None`: all steps do the same."""
 
     def of_a_rank(self, local_ranks: int) -> Traffic:
         """What one of several ranks of a machine asks for: its part of the memory that they share, and of

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.traffic import LayerTraffic, RareWork, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.libraries import AdamW8bitSettings, BackwardOptimizerSettings, GaloreSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -28,6 +28,10 @@ shape took 0.178 s without and 0.197 s with 219 of them."""
 GALORE_LAUNCHES = 4
 """The same for one parameter of galore-torch's AdamW: 12 operations without autograd. On an H200 they hide
 behind the passes at 1.3B (0.0705 s), so that they are no more than 9."""
+
+DECOMPOSITION_S = 1.6e-11
+"""A singular value decomposition of an (m, n) matrix over m n min(m, n): those of the 168 matrices of the
+1.3B LLaMA shape took 40 s on an H200 (engines/EXPERIMENTS.md; two runs)."""
 
 EIGHT_BIT_LAUNCHES = 15
 """The same for one parameter of bitsandbytes' AdamW8bit, 0.5 ms of Python: 0.112 s at 1.3B on an H200, where
@@ -96,10 +100,8 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
 
 
 def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> Traffic:
-    """4 bytes per parameter in bf16, moments and projections of low rank, and activations.
-
-    The decompositions are left out: one step in `update_proj_gap` makes them, the first one among them.
-    """
+    """4 bytes per parameter in bf16, moments and projections of low rank, and activations; the singular value
+    decompositions of one step in `update_proj_gap` apart."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     low_rank = sum(
         min(settings.rank, each.rows, each.columns)
@@ -134,6 +136,12 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
         ),
         gpu_held_bytes=graph_bytes(shape, passes),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
+        rare=RareWork(
+            every_steps=settings.update_proj_gap,
+            gpu_s=DECOMPOSITION_S
+            * shape.num_blocks
+            * sum(each.parameters * min(each.rows, each.columns) for each in shape.matrices),
+        ),
     )
 
 

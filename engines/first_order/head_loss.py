@@ -88,6 +88,10 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk: ChunkLoss,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        ctx.dtype = hidden.dtype
+        # What is compiled sees plain tensors, of one dtype also where autocast would make them that.
+        hidden, weight = hidden.detach().to(weight.dtype), weight.detach()
+        bias = None if bias is None else bias.detach()
         share = (labels != NO_LABEL).sum().float().reciprocal()
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -108,9 +112,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        found = ctx.gradients
+        found = [None if each is None else each.mul_(gradient) for each in ctx.gradients]
         ctx.gradients = None
-        return *(None if each is None else each.mul_(gradient) for each in found), None, None, None
+        of_hidden = None if found[0] is None else found[0].to(ctx.dtype)
+        return of_hidden, found[1], found[2], None, None, None
 
 
 def loss_and_slope(
@@ -128,8 +133,10 @@ def loss_and_slope(
     log_sum = wide.logsumexp(1, keepdim=True)
     missed = (log_sum - wide.gather(1, place)).squeeze(1)
     loss = torch.where(labelled, missed, 0.0).sum() * share
-    slope = (wide - log_sum).exp_().scatter_add_(1, place, -torch.ones_like(log_sum))
-    slope.mul_((labelled * share).unsqueeze(1))
+    slope = (wide - log_sum).exp()
+    # Compared and not scattered: compiled, it is all one pass from the logits to their gradient.
+    words = torch.arange(wide.shape[1], device=wide.device)
+    slope = torch.where(words == place, slope - 1.0, slope) * (labelled * share).unsqueeze(1)
     return loss, slope.to(logits.dtype)
 
 

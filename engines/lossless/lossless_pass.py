@@ -38,16 +38,20 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
         )
 
 
-def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
-    """The weights themselves, bit for bit, to `out`, flat memory in bf16 that is laid out as `segment`
-    says."""
+def decode_records(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor) -> None:
+    """The weights themselves, bit for bit, to `out`, flat memory in bf16 that is laid out as `segment` says.
+
+    `damaged`, (1,) int32 on the same device, becomes 1 if the records are not what was written to them; what
+    `out` holds is then of no use.
+    """
     if kept.is_cuda and triton_launch.has_triton():
         from engines.lossless import lossless_pass_kernels
 
-        lossless_pass_kernels.decode_records(kept, segment, out)
+        lossless_pass_kernels.decode_records(kept, segment, out, damaged)
         return
     for mine, _, here in records.matrices(kept, segment):
-        records.read_records(mine, here.stop - here.start, out[here])
+        if not records.read_records(mine, here.stop - here.start, out[here]):
+            damaged.fill_(1)
 
 
 def encode_records(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:

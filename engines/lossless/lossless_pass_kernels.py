@@ -6,6 +6,8 @@ One program takes one record. A thread has the weights that its noise is for, as
 `engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals one lane, of which it loads the
 four codes in one word and the four rests in another; with signs 8 neighbours in each half of the tile. With
 TRITON_INTERPRET=1 they run on CPU tensors.
+
+Longer than 400 lines: one form of records is written and read here.
 """
 
 from __future__ import annotations
@@ -91,10 +93,22 @@ def _patched(w0, w1, w2, w3, lane, entry):
 
 
 @triton.jit
+def _num_escapes_of(header):
+    return (header >> 8) & 0xFFF
+
+
+@triton.jit
+def _check(codes, rests, header):
+    """The check bits of a tile, from its lanes' words and its header without them."""
+    total = tl.sum((rests + ((codes.to(tl.int32) & 0xFFFF) << 13)).to(tl.uint32), 0) + header.to(tl.uint32)
+    return ((total ^ (total >> 12) ^ (total >> 24)) & 0xFFF).to(tl.int32)
+
+
+@triton.jit
 def _entry(words, header, matrix, number):
     """An escape of a tile, or `_NONE`. `words` are those at the end of the tile's record, `matrix` those of
     the first record of its matrix."""
-    inside = number < header >> 8
+    inside = number < _num_escapes_of(header)
     if number < _OWN:
         entry = tl.load(words + _ESCAPES + number, mask=inside, other=_NONE)
     else:
@@ -200,8 +214,9 @@ def _signs_kernel(
 
 
 @triton.jit(do_not_specialize=["num_matrices"])
-def _decode_kernel(codes, words, out, places, num_matrices, GRID: tl.constexpr):
-    """To `out` (int16). Nothing but bits is moved, so that every NaN stays the one it is."""
+def _decode_kernel(codes, words, out, damaged, places, num_matrices, GRID: tl.constexpr):
+    """To `out` (int16). Nothing but bits is moved, so that every NaN stays the one it is. `damaged` becomes 1
+    if a record is not what was written."""
     record = tl.program_id(0).to(tl.int64)
     _, _, start, left, begin = _whose(record, places, num_matrices, GRID)
     mine = words + record * _STRIDE + _WORDS
@@ -209,6 +224,13 @@ def _decode_kernel(codes, words, out, places, num_matrices, GRID: tl.constexpr):
     lane = tl.arange(0, _LANES)
     matrix = words + begin * _STRIDE + _WORDS
     w0, w1, w2, w3, _ = _opened(codes + record * _CODE_STRIDE, mine, header, matrix, lane, header * 0, _END)
+    # The words are those that `_opened` has loaded.
+    found = _check(
+        tl.load(codes + record * _CODE_STRIDE + lane),
+        tl.load(mine - _WORDS + _RESTS + lane),
+        header & 0xFFFFF,
+    )
+    tl.store(damaged, 1, mask=found != (header >> 20) & 0xFFF)
     target = out + start + lane
     if left == _TILE:  # only then can a thread store 4 neighbours in one go
         tl.store(target, _high_half(w0))
@@ -325,9 +347,11 @@ def _encode_kernel(weights, codes, words, count):
     rests = first.to(tl.uint32) | (second << 8) | (second >> 24)
     mine = words + tile * _STRIDE
     tl.store(codes + tile * _CODE_STRIDE + lane, all_codes.to(tl.int16))
-    tl.store(mine + _RESTS + lane, rests.to(tl.int32, bitcast=True))
+    rests = rests.to(tl.int32, bitcast=True)
+    tl.store(mine + _RESTS + lane, rests)
     mine += _WORDS
-    tl.store(mine, base | (fewest << 8))
+    header = base | (fewest << 8)
+    tl.store(mine, header | (_check(all_codes, rests, header) << 20))
     word = tl.arange(0, 8)
     tl.store(mine + word, word * 0, mask=word >= tl.minimum(fewest, _OWN) + _ESCAPES)
     if fewest > 0:
@@ -340,7 +364,7 @@ def _others_kernel(weights, words, count, num_tiles):
     tile = tl.program_id(0).to(tl.int64)
     mine = words + tile * _STRIDE + _WORDS
     header = tl.load(mine)
-    if header >> 8 > _OWN:
+    if _num_escapes_of(header) > _OWN:
         lane = tl.arange(0, _LANES)
         b0, b1, b2, b3 = _weights(weights, tile, count, lane)
         _put_escapes(mine, words + _WORDS, lane, b0, b1, b2, b3, header & 0xFF, num_tiles, True)
@@ -369,12 +393,12 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
     launch(kernel, grid, *arguments, **flags, GRID=segment.grid)
 
 
-def decode_records(kept: Tensor, segment: Segment, out: Tensor) -> None:
+def decode_records(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor) -> None:
     """The kernel of `lossless_pass.decode_records`, with the same arguments."""
     launch(
         _decode_kernel, (kept.numel() // RECORD_BYTES,),
-        kept.view(torch.int16), kept.view(torch.int32), out.view(torch.int16), segment.places(kept.device),
-        len(segment.numbers), GRID=segment.grid, num_warps=NUM_WARPS,
+        kept.view(torch.int16), kept.view(torch.int32), out.view(torch.int16), damaged,
+        segment.places(kept.device), len(segment.numbers), GRID=segment.grid, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 

@@ -8,10 +8,14 @@ cannot be decoded in a few instructions.) A matrix is a row of *records*, one pe
 
     1024 bytes   codes: a 16-bit word for each lane, four bits for each row of the tile, the first row lowest
     2048 bytes   rests: a 32-bit word for each lane, sign and mantissa of each row
-      32 bytes   eight 32-bit words: base + 256 x escapes; the first 5 escapes; where the others are; room
+      32 bytes   eight 32-bit words: a header; the first 5 escapes; where the others are; room
 
 Code 0 is zero, so that pruned weights cost nothing, code c > 0 is exponent base + c, with a base from 0 to
-127 for each tile. Signs and mantissas lie so that a mask leaves those of rows 0 and 1 where two neighbours in
+127 for each tile. The header is the base in 8 bits, the number of escapes in 12 and 12 of check, so that what
+memory, disk or link have damaged is not trained on: the sum of rests, codes x 2^13 and the header's lower
+bits, mod 2^32, with its three parts of 12 bits put together by exclusive or.
+
+Signs and mantissas lie so that a mask leaves those of rows 0 and 1 where two neighbours in
 bf16 have them, and a rotation by 8 and the mask those of rows 2 and 3: bytes m0 s3, m2 s0, m1 s2, m3 s1, the
 lowest first, signs on top. A kernel puts the codes into such a pair's exponents and multiplies by 2^base.
 
@@ -96,7 +100,7 @@ def find_places(words: Tensor) -> Tensor:
     """Give each tile of a matrix, whose headers are in `words` (tiles, 8), room for its escapes beyond the
     fifth. Returns whether there is enough, () bool; if not, no tile has any escapes."""
     header = words[:, HEADER]
-    more = ((header >> 8) - OWN_ESCAPES).clamp_(min=0)
+    more = (num_escapes(header) - OWN_ESCAPES).clamp_(min=0)
     ends = more.cumsum(0)
     words[:, ELSEWHERE] = ends - more
     has_room = ends[-1] <= len(words)
@@ -119,7 +123,8 @@ def _encode_tiles(weights: Tensor, tables: Tensor) -> Tensor:
     rests.copy_(reduce(or_, (_rest(rows[:, row], row) for row in range(4))))
     by_lane = (nonzero & ~inside).transpose(1, 2).reshape(len(tables), -1)
     words.zero_()
-    words[:, HEADER] = base.view(-1) | (by_lane.sum(1, dtype=torch.int32) << 8)
+    header = base.view(-1) | (by_lane.sum(1, dtype=torch.int32) << 8)
+    words[:, HEADER] = header | (_check(codes, rests, header) << 20)
     tile, place = by_lane.nonzero(as_tuple=True)
     lane, row = place // 4, place % 4
     entry = (place << 16).to(torch.int32) | rows[tile, row, lane]
@@ -127,6 +132,16 @@ def _encode_tiles(weights: Tensor, tables: Tensor) -> Tensor:
     own = rank < OWN_ESCAPES
     words[tile[own], ESCAPES + rank[own]] = entry[own]
     return entry[~own]
+
+
+def num_escapes(header: Tensor) -> Tensor:
+    return (header >> 8) & 0xFFF
+
+
+def _check(codes: Tensor, rests: Tensor, header: Tensor) -> Tensor:
+    """The check bits of tiles, (tiles,) int32, from (tiles, 512) of each and headers without them."""
+    total = (rests.long() + ((codes.long() & 0xFFFF) << 13)).sum(1) + header
+    return ((total ^ (total >> 12) ^ ((total >> 24) & 0xFF)) & 0xFFF).to(torch.int32)
 
 
 def _rest(bits: Tensor, row: int) -> Tensor:
@@ -153,14 +168,20 @@ def _bases(exponent: Tensor) -> Tensor:
     return bases[torch.where(simple, top, best)].view(-1).to(torch.int32)
 
 
-def read_records(records: Tensor, count: int, out: Tensor) -> None:
-    """The `count` weights that `records` (bytes) hold, bit for bit: to `out`, (count,) bf16."""
+def read_records(records: Tensor, count: int, out: Tensor) -> Tensor:
+    """The `count` weights that `records` (bytes) hold, bit for bit: to `out`, (count,) bf16. Returns whether
+    they are what was written, () bool."""
     tables = records.view(-1, RECORD_BYTES)
-    room = _parts(tables)[2][:, ROOM]
+    codes, rests, words = _parts(tables)
+    room, header = words[:, ROOM], words[:, HEADER]
+    intact = (_check(codes, rests, header & 0xFFFFF) == (header >> 20) & 0xFFF).all()
+    if not intact:
+        return intact
     for first in range(0, len(tables), _CHUNK_TILES):
         start = first * TILE_ELEMENTS
         here = _decode_tiles(tables[first : first + _CHUNK_TILES], room)
         out[start : start + len(here)].view(torch.int16).copy_(here[: count - start])
+    return intact
 
 
 def _decode_tiles(tables: Tensor, room: Tensor) -> Tensor:
@@ -173,7 +194,7 @@ def _decode_tiles(tables: Tensor, room: Tensor) -> Tensor:
     code = (codes.to(torch.int32).unsqueeze(1) >> (4 * row)) & 15
     exponent = torch.where(code > 0, code + (header & 0xFF).view(-1, 1, 1), 0)
     bits = (rest | exponent << 7).view(len(tables), -1)
-    count = header >> 8
+    count = num_escapes(header)
     most = int(count.max())
     rank = torch.arange(most, device=tables.device)
     tile, number = (rank < count.view(-1, 1)).nonzero(as_tuple=True)

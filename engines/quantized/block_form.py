@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.costs.quantized import matrix_bytes, record_bytes
+from engines.errors import UserError
 from engines.lossless import lossless_pass
 from engines.model.flat_layout import BlockLayout, Part
 from engines.noise import visits, weight_pass
@@ -17,6 +18,15 @@ from engines.noise.visits import Visit
 from engines.quantized.codec import pack
 from engines.quantized.quantized_pass import visit_tiles
 from engines.settings.zeroth_order import Base
+
+
+def damaged_records() -> UserError:
+    """Lossless records are not what was written to them."""
+    return UserError(
+        "base=lossless",
+        "its weights are not those that were stored: memory, disk or link have damaged them",
+        "test the hardware, and go on from the last checkpoint",
+    )
 
 
 class BlockForm:
@@ -116,7 +126,10 @@ class BlockForm:
                 if mine.first < mine.last:
                     lossless_pass.visit_records(kept, part.segment, mine, visits.Outputs(theta=out))
                 else:
-                    lossless_pass.decode_records(kept, part.segment, out)
+                    damaged = torch.zeros(1, dtype=torch.int32, device=device)
+                    lossless_pass.decode_records(kept, part.segment, out, damaged)
+                    if damaged:
+                        raise damaged_records()
             elif self.in_records(part):
                 visit_tiles(kept, part.segment, mine, self.base, store=False, sides=(out,))
             elif mine.first < mine.last:

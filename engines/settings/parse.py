@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from engines import entry, load_target
-from engines.errors import UserError
+from engines.errors import UserError, plainly
 from engines.settings.checks import Refused
 from engines.settings.given import GivenSettings, Value
 
@@ -80,15 +80,20 @@ def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
     try:
         return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        first = found[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        why = first["msg"].removeprefix("Value error, ")
-        known = ", ".join(setting_names(engine))
+        # One for each kind of value that it may have.
+        whys = dict.fromkeys(plainly(each["msg"]) for each in found if each["loc"][:1] == first["loc"][:1])
+        why = " or ".join([next(iter(whys)), *(each.removeprefix("must be ") for each in list(whys)[1:])])
         refused = first.get("ctx", {}).get("error")
+        known = f"settings of {engine} are: {', '.join(setting_names(engine))}"
+        if key in setting_names(engine):
+            known = f"'lspzo-bench engines' lists the settings of {engine}"
         raise UserError(
             f"--set {key}={values.get(key, '')}" if key else f"engine {engine}",
             why,
-            (refused.remedy if isinstance(refused, Refused) else "") or f"settings of {engine} are: {known}",
+            (refused.remedy if isinstance(refused, Refused) else "") or known,
         ) from None
 
 

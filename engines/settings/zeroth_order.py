@@ -258,14 +258,17 @@ def check_blocks(engine: str, settings: Any, model: str, num_blocks: int) -> Non
         )
 
 
+def why_no_base(settings: Any, dtype: str) -> str | None:
+    """Why weights in `dtype` cannot have the base of these typed settings; `None`: they can."""
+    if isinstance(settings, MezoSettings) and settings.base == "lossless" and dtype != "bf16":
+        return f"keeps bf16 in fewer bytes, and the job is in {dtype}, of which little is saved"
+    return None
+
+
 def check_base(engine: str, settings: Any, dtype: str) -> None:
     """Raises `UserError` if the typed `settings` want a base that weights in `dtype` cannot have."""
-    if isinstance(settings, MezoSettings) and settings.base == "lossless" and dtype != "bf16":
-        raise UserError(
-            f"--set {engine}.base=lossless",
-            f"keeps bf16 in fewer bytes, and the job is in {dtype}, of which little is saved",
-            "use --dtype bf16, or leave base out",
-        )
+    if (why := why_no_base(settings, dtype)) is not None:
+        raise UserError(f"--set {engine}.base=lossless", why, "use --dtype bf16, or leave base out")
 
 
 def approximation(settings: Mapping[str, object]) -> str | None:

@@ -20,7 +20,7 @@ from engines.noise import weight_pass
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
-from engines.quantized.block_form import BlockForm
+from engines.quantized.block_form import BlockForm, damaged_records
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.units import ModuleUnit
@@ -48,6 +48,8 @@ class BlockScratch:
         self._has_room: Tensor | None = None
         """Whether all weights that were stored found room in lossless records, () bool on the device; `None`:
         none were."""
+        self._damaged = torch.zeros(1, dtype=torch.int32, device=device)
+        """1: lossless records were not what was written."""
         self._units = units
         self._dtype = dtype
         self._device = device
@@ -83,11 +85,14 @@ class BlockScratch:
         """Other matrices than before are in records."""
         self._forms = forms
 
-    def check_room(self) -> None:
-        """Waits for the device if weights were stored in lossless records since it was called last.
+    def check_records(self) -> None:
+        """With a lossless base, waits for the device.
 
-        Raises `UserError` where some of them found no room there.
+        Raises `UserError` where weights that were stored found no room in their records, or frozen ones that
+        were read are not what was stored.
         """
+        if self._base != "lossless":
+            return
         found, self._has_room = self._has_room, None
         if found is not None and not found:
             raise UserError(
@@ -95,6 +100,8 @@ class BlockScratch:
                 "an update made weights that it has no room for, of sizes too far apart",
                 "go on from the last checkpoint with base=full",
             )
+        if self._damaged:
+            raise damaged_records()
 
     def take_form(self, *, whole: bool, sides: int) -> None:
         """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
@@ -285,7 +292,7 @@ class BlockScratch:
         window, seed = self._task.ends_window, self._task.how.seed
         if weight.dtype == torch.uint8 and self._base == "lossless":
             room = self._room_of(index)
-            lossless_pass.decode_records(weight, part.segment, room)
+            lossless_pass.decode_records(weight, part.segment, room, self._damaged)
             self.fold(part.names[0], room[: part.segment.counts[0]], window, seed)
             self._encode(room, part.segment, weight)
         else:
@@ -399,7 +406,7 @@ class BlockScratch:
         elif how.first < how.last:
             lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
         else:
-            lossless_pass.decode_records(records, segment, plus)
+            lossless_pass.decode_records(records, segment, plus, self._damaged)
 
     def _encode(self, weights: Tensor, segment: Segment, records: Tensor) -> None:
         has_room = lossless_pass.encode_records(weights, segment, records)

@@ -271,7 +271,7 @@ class ZerothOrder(ABC):
             self.blocks.before_ranks_meet()
             losses = mean_over_ranks(each, world, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
-        self._model.scratch.check_room()
+        self._model.scratch.check_records()
         updates = next_updates(step, settings, self.context.total_steps, losses)
         for update in updates:
             self._append(update)
@@ -300,6 +300,7 @@ class ZerothOrder(ABC):
                     hidden[i] = self._model.run(index, each_calls, hidden[i])
             for each, last in zip(group, hidden, strict=True):
                 self._model.evaluate(each, last, total)
+        self._model.scratch.check_records()
         self.blocks.forget_times()
         return total.result()
 
@@ -315,6 +316,7 @@ class ZerothOrder(ABC):
         compute = self._clocks.compute
         self.blocks.begin_tokens()
         for tokens in generate_tokens(self._model, request, blocks, compute, self.context.vram_bytes):
+            self._model.scratch.check_records()
             yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
         self.blocks.forget_times()
 
@@ -334,7 +336,7 @@ class ZerothOrder(ABC):
     def _plain(self, last_step: int) -> Iterator[tuple[str, Tensor]]:
         """The model's own tensors of the full dtype, on the host, where blocks have some in records."""
         self.synchronize()
-        self._model.scratch.check_room()
+        self._model.scratch.check_records()
         return plain_weights(
             self._layout,
             self._forms,

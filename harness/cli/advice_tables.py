@@ -256,12 +256,20 @@ COMPILING_MATTERS = 0.01
 
 
 def _compiling(plan: Plan, amount: Amount | None) -> Iterator[str]:
-    """What compiling adds to each step of a job, where that is not little."""
+    """What compiling, and what is done now and then, add to each step of a job, where that is not little."""
     predicted = plan.prediction
-    if not plan.fits or amount is None or predicted.compile_s is None or not predicted.step_s:
+    if not plan.fits or amount is None or not predicted.step_s:
         return
+    rare_s = predicted.rare_job_s(amount.steps)
     amortised_s = predicted.amortised_step_s(amount.steps)
-    if amortised_s is not None and amortised_s >= (1 + COMPILING_MATTERS) * predicted.step_s:
+    if rare_s >= COMPILING_MATTERS * predicted.step_s * amount.steps:
+        yield (
+            f"one step in {predicted.rare_every} takes about {format_seconds(predicted.rare_s)} more, "
+            f"{format_seconds(rare_s)} over this job"
+        )
+    if predicted.compile_s is None or amortised_s is None:
+        return
+    if predicted.compile_s >= COMPILING_MATTERS * predicted.step_s * amount.steps:
         yield (
             f"compiling takes about {format_seconds(predicted.compile_s)} once: over this job's "
             f"{amount.steps:,} steps a step comes to {format_seconds(amortised_s)}"

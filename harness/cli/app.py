@@ -18,7 +18,7 @@ import typer
 import typer.core
 import typer.main
 
-from engines.errors import UserError
+from engines.errors import UserError, plainly
 from harness import __version__
 from harness.cli.by_name import by_name
 from harness.contacts import contacts_watched
@@ -147,11 +147,30 @@ def _root(
         raise typer.Exit
 
 
+def fold_help() -> None:
+    """Long words of the options' table go on in the next line, where typer's table cuts them: at 80 columns
+    that was every third example."""
+    import rich.columns
+    import typer.rich_utils
+    from rich.table import Table
+
+    class Folding(Table):
+        def add_row(self, *cells: Any, **styles: Any) -> None:
+            super().add_row(*cells, **styles)
+            for column in self.columns:
+                column.overflow = "fold"
+
+    for module in (typer.rich_utils, rich.columns):
+        module.Table = Folding  # type: ignore[attr-defined]
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a signal is exit code 130."""
     _open_standard_streams()
     no_core_dumps()
     stdout, stderr = sys.stdout, sys.stderr
+    if "--help" in sys.argv or len(sys.argv) == 1:
+        fold_help()
     try:
         with (
             redirect_stdout(cast(TextIO, _Stdout(stdout))),
@@ -180,7 +199,8 @@ def _message_of(error: Any) -> str:
     message = " ".join(error.format_message().split())
     if not message:
         return ""
-    message = message.replace(": Value error, ", ": ")  # pydantic's word
+    before, colon, said = message.partition(": ")
+    message = f"{before}{colon}{plainly(said)}"
     message = re.sub(r"\. Did you mean (.*)\?$", r" (did you mean \1?)", message).removesuffix(".")
     command = PROGRAM if error.ctx is None else error.ctx.command_path
     return str(UserError(command, message[0].lower() + message[1:], f"see '{command} --help'"))

@@ -98,7 +98,8 @@ def _flags(
 class JobFlags:
     """What the user said of the job."""
 
-    def __init__(self, flags: Mapping[str, Any]) -> None:
+    def __init__(self, flags: Mapping[str, Any], command: str = "compare") -> None:
+        self._command = command
         given = _flags(**flags)
         self._assignments: Sequence[str] = given.pop("set_", [])
         self._file: Path | None = given.pop("job_file", None)
@@ -129,7 +130,26 @@ class JobFlags:
             raise UserError(
                 "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
             )
-        return make_job(values, "job")
+        try:
+            return make_job(values, "job")
+        except UserError as error:
+            raise self._of_a_flag(error) from None
+
+    def _of_a_flag(self, error: UserError) -> UserError:
+        """`error` of the flag that its field was given by, if it was."""
+        remedy = f"see 'lspzo-bench {self._command} --help'"
+        flat = {**self._given, **self._given.get("limits", {})}
+        field, _, why = error.why.removeprefix("limits.").partition(" ")
+        if field not in flat:
+            field, why = error.what.removeprefix("job, ").removeprefix("limits."), error.why
+        if field not in flat or isinstance(flat[field], dict):
+            return UserError(error.what, error.why, remedy if "--help" in error.remedy else error.remedy)
+        flag = _OTHER_FLAGS.get(field, field).replace("_", "-")
+        return UserError(f"--{flag} {flat[field]}", why, remedy)
+
+
+_OTHER_FLAGS = {"timeout_s": "timeout", "vram_bytes": "vram", "host_bytes": "host-memory"}
+"""Flags that are not called as their field."""
 
 
 def _file_values(path: Path, engines: Sequence[str]) -> dict[str, Any]:
@@ -198,7 +218,7 @@ def takes_job(
 
         @functools.wraps(command)
         def called(**values: Any) -> None:
-            flags = JobFlags({p.name: values.pop(p.name) for p in shared})
+            flags = JobFlags({p.name: values.pop(p.name) for p in shared}, command.__name__)
             command(flags, **values)
 
         # What typer reads: the flags of both, in place of the wrapper's own.

@@ -36,13 +36,19 @@ from profiles.advice.amount import Asked, amount_of
 from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_power, parse_price
 from profiles.advice.target import parse_target
-from profiles.documents import to_json
+from profiles.documents import require_folder, to_json
 from profiles.language import Language, speaking, translated, word
 
 IN_BYTES = (
     "so its data is counted in bytes: a tokenizer makes about a quarter as many tokens of English; "
     "name a folder that has one"
 )
+
+MEASURED_HERE = (
+    "this machine is measured first, some 15 s, and plans are for it; --profile NAME is for one that "
+    "'lspzo-bench profiles' lists, --profile FILE for one that 'lspzo-bench probe --out FILE' measured"
+)
+NO_GPU_HERE = "torch can use no GPU here, so plans are for the CPU; --profile rtx-4090, say, is for a card"
 
 ExamplesFlag = Annotated[
     int | None, typer.Option("--examples", help="Examples in an epoch, for the whole job's hours.")
@@ -135,7 +141,14 @@ def recommend(
     amount = amount_of(job.workload, asked, lengths)
     if lengths is not None and not tokenizer_files(job.model):
         _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}", lang)
+    folder = None if recipe is None else results_folder(out, "recipe", job.model.name, resume=False)
+    if folder is not None:
+        require_folder(folder)
+    if profile is None:
+        _note(MEASURED_HERE, lang)
     machine = find_machine(profile, quiet=quiet)
+    if profile is None and machine.gpu is None:
+        _note(NO_GPU_HERE, lang)
     for note in limits_beyond(job, machine):
         _note(note, lang)
     planned = job_to_plan(job, shape, names, amount)
@@ -158,8 +171,8 @@ def recommend(
     else:
         with speaking(lang):
             console().print(recommendation_text(answer))
-    if recipe is not None:
-        written = write_recipe(answer, recipe, results_folder(out, "recipe", job.model.name, resume=False))
+    if recipe is not None and folder is not None:
+        written = write_recipe(answer, recipe, folder)
         for line in written.lines:
             typer.echo(line, err=True)
         if not as_json:

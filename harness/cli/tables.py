@@ -20,7 +20,7 @@ from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, w
 from harness.records.comparison import Comparison, WhyUndecided, comparisons
 from harness.records.run import Run
 from harness.records.settings import published_presets
-from harness.records.stats import ENOUGH_RUNS
+from harness.records.stats import ENOUGH_RUNS, rare_step_s
 from harness.runs.emulate import what_is_short
 from profiles.system.nvml import open_device
 from profiles.units import NOT_MEASURED, format_seconds
@@ -157,6 +157,10 @@ COMPILING_MATTERS_S = 1.0
 """From where on it is told how long compiling took."""
 
 
+RARE_MATTERS_S = 1.0
+"""From where on what one step in so many takes beside is told."""
+
+
 def _run_notes(run: Run) -> Iterator[str]:
     """What to know of a run beside its numbers."""
     if run.traced:
@@ -168,6 +172,12 @@ def _run_notes(run: Run) -> Iterator[str]:
     yield from run.notes or ()
     if run.summary.compile_s is not None and run.summary.compile_s >= COMPILING_MATTERS_S:
         yield f"compiled for {format_seconds(run.summary.compile_s)}, in its first steps"
+    rare_s, predicted = rare_step_s(run), run.predicted
+    if rare_s is not None and predicted is not None and rare_s >= RARE_MATTERS_S:
+        yield (
+            f"one step in {predicted.rare_every} takes {format_seconds(rare_s)} more, "
+            "which the median does not show"
+        )
     if run.emulation is not None:
         yield from what_is_short(run.emulation)
     if run.end_reason is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
-from engines.errors import UserError
+from engines.errors import UserError, plainly
 from engines.files.reading import exists, parse_toml, read_text
 from harness.quality.documents import StudySizes, parse_budget, parse_quality_target
 from profiles.documents import adapter
@@ -85,7 +85,9 @@ def load_suite(name: str) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"suite {name}, {where}", first["msg"], "see harness/quality/suite_files") from None
+        raise UserError(
+            f"suite {name}, {where}", plainly(first["msg"]), "see harness/quality/suite_files"
+        ) from None
     names = [task.name for task in suite.tasks]
     twice = next((each for each in names if names.count(each) > 1), None)
     if twice is not None or not names:

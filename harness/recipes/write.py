@@ -53,6 +53,7 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
     job = _job(answer, plan)
     save_job(job, folder / JOB_FILE)
     lines = [f"here: lspzo-bench run --engine {best} --job {folder / JOB_FILE}"]
+    lines += _stand_ins(job)
     recipe = recipe_of(answer, plan, stack)
     if recipe is None:
         lines.append(_why_none(answer, plan, stack))
@@ -61,6 +62,16 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
             write_whole(folder / name, text)
         lines.append(f"{stack}, in {folder}: {recipe.command}")
     return Written(folder, tuple(lines))
+
+
+def _stand_ins(job: Job) -> list[str]:
+    """What our job has in place of a model's weights and of data, where nobody named any."""
+    found = []
+    if job.model.random_weights:
+        found.append(f"random weights ({job.model.name} has none here: --model FOLDER or a hub id has)")
+    if job.data.train in ("random", "builtin"):
+        found.append(f"{job.data.train} data (--data FILE for yours)")
+    return [f"note: {JOB_FILE} trains on " + " and ".join(found)] if found else []
 
 
 def recipe_of(answer: Recommendation, plan: Plan, stack: Stack) -> Recipe | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo
 
-from engines.errors import UserError
+from engines.errors import UserError, plainly
 from engines.files.reading import read_toml
 from engines.settings.given import Documented, GivenSettings, Value
 from engines.settings.parse import defaults, settings_of_document
@@ -174,7 +174,7 @@ def make_job(values: dict[str, Any], origin: str) -> Job:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         # What a field's own check says names the field already.
-        why = first["msg"].removeprefix("Value error, ")
+        why = plainly(first["msg"])
         raise UserError(
             f"{origin}, {where}" if where else origin, why, "see 'lspzo-bench compare --help'"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -147,6 +148,13 @@ class Predicted:
     floor_s: float | None = None
     """What the step's least work needs of the resource that needs most; no engine of the method could be
     faster. Of a decoding step it also counts one read of weights and cache from GPU memory."""
+    rare_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    rare_every: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """One step in so many takes `rare_s` beside, the first among them; `None`: all steps are alike."""
+
+    def rare_job_s(self, steps: float) -> float:
+        """What is done now and then takes so much in a job of `steps`."""
+        return math.ceil(steps / self.rare_every) * self.rare_s if self.rare_s and self.rare_every else 0.0
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:
@@ -160,6 +168,8 @@ class Predicted:
             bottleneck=prediction.bottleneck,
             basis=prediction.basis,
             floor_s=prediction.floor_s,
+            rare_s=prediction.rare_s,
+            rare_every=prediction.rare_every,
         )
 
 

@@ -212,6 +212,26 @@ _TOLERANCE = 1e-6
 """Relative: earlier versions may have added in another order."""
 
 
+def rare_step_s(run: Run) -> float | None:
+    """Seconds that the first step took beyond the median and beside compiling, where the plan says that one
+    step in `rare_every` has more to do; `None`: all steps are alike, or the first was not taken here."""
+    usual_s, predicted = run.summary.step_s_median, run.predicted
+    if predicted is None or predicted.rare_every is None or usual_s is None:
+        return None
+    first = next((sample for sample in run.samples if sample.step == 0), None)
+    if first is None:
+        return None
+    return max(0.0, first.step_s - usual_s - (run.summary.compile_s or 0.0))
+
+
+def rare_job_s(run: Run, steps: float) -> float | None:
+    """Seconds of that in a job of `steps`."""
+    rare_s, predicted = rare_step_s(run), run.predicted
+    if rare_s is None or predicted is None or predicted.rare_every is None:
+        return None
+    return math.ceil(steps / predicted.rare_every) * rare_s
+
+
 def differing_field(stored: Summary, samples: Sequence[Sample], tokens_per_step: float) -> str | None:
     """The first field of a summary that does not follow from its samples; `None` where all that can do."""
     expected = step_statistics(samples, tokens_per_step)

@@ -14,6 +14,9 @@ from profiles.planning.plan import Plan
 from profiles.planning.predict import COMPILE_HIGH_S, COMPILE_LOW_S, predict
 from profiles.units import format_bytes
 
+RARE_ERROR = 2.0
+"""Factor each way of what one step in so many takes beside: the figures are of one H200."""
+
 Band = tuple[float, float, float]
 """Low, expected, high."""
 
@@ -75,6 +78,13 @@ def job_forecast(
         low, expected, high = seconds
         seconds = low + COMPILE_LOW_S, expected + plan.prediction.compile_s, high + COMPILE_HIGH_S
         basis["seconds"] += f" Compiling, once: {COMPILE_LOW_S:g} to {COMPILE_HIGH_S:g} s."
+    rare_s = plan.prediction.rare_job_s(amount.steps)
+    if rare_s > 0 and amount.steps > 1:
+        low, expected, high = seconds
+        seconds = low + rare_s / RARE_ERROR, expected + rare_s, high + rare_s * RARE_ERROR
+        basis["seconds"] += (
+            f" One step in {plan.prediction.rare_every} has more to do: {rare_s:.3g} s in all."
+        )
     kwh = None
     power_w, power_basis = _power(plan.engine, rates, calibration)
     if power_w is not None:

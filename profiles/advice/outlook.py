@@ -12,7 +12,7 @@ from engines.shapes import ModelShape, Workload
 from profiles.advice.amount import Amount
 from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ranked
 from profiles.machine import Machine
-from profiles.planning.context import PlanningContext
+from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.ranks import context_of_a_rank
 from profiles.planning.recommend import plan_engine
@@ -36,6 +36,8 @@ class JobToPlan:
     gpus: int = 1
     nodes: int = 1
     """Processes on each machine, and machines, that share out every step."""
+    network_bytes_per_s: float = GIGABIT_BYTES_PER_S
+    """Between the machines."""
 
     def settings_of(self, engine: str) -> GivenSettings:
         return self.settings[engine] if engine in self.settings else defaults(engine)
@@ -51,6 +53,7 @@ class JobToPlan:
             host_bytes=self.host_bytes,
             gpus=self.gpus,
             nodes=self.nodes,
+            network_bytes_per_s=self.network_bytes_per_s,
         )
 
     @property

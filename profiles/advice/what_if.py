@@ -15,6 +15,8 @@ from profiles.planning.recommend import plan_engine
 
 LIMITS = frozenset({"vram_bytes", "host_bytes"})
 
+NETWORKS_GBIT = (1, 10)
+
 CARD_GIB = (8, 12, 16, 24, 32, 48, 80, 96, 141)
 """Sizes that cards come in."""
 
@@ -30,6 +32,8 @@ class Upgrade:
     lifts: frozenset[str] = frozenset()
     """Limits of the user's own (fields of `JobToPlan`) that are gone with it."""
     is_second_gpu: bool = False
+    network_bytes_per_s: float | None = None
+    """To a second machine like it; `None`: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +66,10 @@ def upgrades(machine: Machine) -> tuple[Upgrade, ...]:
         found.append(
             Upgrade(name=words.UPGRADE_GPU, machine=replace(machine, gpu=second), is_second_gpu=True)
         )
+        found += [
+            Upgrade(name=words.upgrade_machine(gbit), machine=machine, network_bytes_per_s=gbit * 1e9 / 8)
+            for gbit in NETWORKS_GBIT
+        ]
     doubled = replace(
         memory,
         total_bytes=2 * memory.total_bytes,
@@ -159,6 +167,10 @@ def _with_upgrade(job: JobToPlan, upgrade: Upgrade) -> JobToPlan:
     if upgrade.is_second_gpu:
         workload = _in_twice_as_many(job.workload, job.gpus * job.nodes)
         job = replace(job, gpus=2 * job.gpus, workload=workload)
+    if upgrade.network_bytes_per_s is not None:
+        workload = _in_twice_as_many(job.workload, job.gpus * job.nodes)
+        rate = upgrade.network_bytes_per_s
+        job = replace(job, nodes=2 * job.nodes, workload=workload, network_bytes_per_s=rate)
     return job
 
 

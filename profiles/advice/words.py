@@ -37,6 +37,10 @@ def of_shorter(tokens: int) -> str:
     return f"sequences beyond {tokens} tokens are cut"
 
 
+def upgrade_machine(gbit_per_s: int) -> str:
+    return f"a second machine like it, over {gbit_per_s} Gbit/s"
+
+
 def upgrade_vram(before: int, after: int) -> str:
     return f"{UPGRADE_VRAM} {format_bytes(before)} to {format_bytes(after)}"
 

@@ -65,7 +65,7 @@ def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int 
     if machine.gpu is not None:
         gpu = min(machine.gpu.free_bytes, machine.gpu.total_bytes)
         gpu = gpu if vram is None else min(gpu, vram)
-        context = _measured_or(machine.gpu.context_bytes, CONTEXT_BYTES)
+        context = _measured_or(machine.gpu.process_bytes, CONTEXT_BYTES)
         workspaces = _measured_or(machine.gpu.workspace_bytes, WORKSPACE_BYTES)
     return Budget(
         gpu_bytes=gpu,

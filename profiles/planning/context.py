@@ -18,6 +18,9 @@ from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import Budget, shortages, why_missing
 
+GIGABIT_BYTES_PER_S = 125e6
+"""What every network between workstations does at least."""
+
 
 @lru_cache(maxsize=2048)
 def _cost(engine: str, shape: ModelShape, workload: Workload, settings: Any) -> Traffic:
@@ -58,6 +61,12 @@ class PlanningContext:
     (`profiles.planning.ranks`)."""
     local_ranks: int = 1
     """Those on its machine, which have some memory together."""
+    network_bytes_per_s: float = GIGABIT_BYTES_PER_S
+    """Between machines, where there are several. No probe measures it."""
+
+    @property
+    def nodes(self) -> int:
+        return self.ranks // self.local_ranks
 
     def cost(self, settings: Any) -> Traffic:
         """Of one step with these typed settings."""

@@ -48,6 +48,10 @@ class Prediction:
     compile_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """What compiling takes once, in the first steps, beside them; `None`: nothing is compiled, or a plan of
     before. A job of few steps pays much of it in each (`amortised_step_s`)."""
+    rare_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """What one step in `rare_every` takes beside, the first step among them; `None`: all steps are alike, or
+    nobody can tell, or a plan of before."""
+    rare_every: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     reserved_gpu_bytes: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     """What torch reserves for those tensors, as it counts it; `None`: without a GPU, or a plan of before."""
     gpu_bytes_beside: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
@@ -60,8 +64,17 @@ class Prediction:
     take no time."""
 
     def amortised_step_s(self, steps: int) -> float | None:
-        """A step with its share of the compiling, over a job of so many; `None`: no time is predicted."""
-        return None if self.step_s is None else self.step_s + (self.compile_s or 0.0) / steps
+        """A step with its share of the compiling and of what is done now and then, over a job of so many;
+        `None`: no time is predicted."""
+        if self.step_s is None:
+            return None
+        return self.step_s + ((self.compile_s or 0.0) + self.rare_job_s(steps)) / steps
+
+    def rare_job_s(self, steps: int) -> float:
+        """What is done now and then takes so much in a job of `steps`."""
+        if self.rare_s is None or self.rare_every is None:
+            return 0.0
+        return -(-steps // self.rare_every) * self.rare_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

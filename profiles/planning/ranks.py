@@ -9,7 +9,7 @@ from typing import Any
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Figure, LinkFigures, Machine
 from profiles.planning.budget import budget_of
-from profiles.planning.context import PlanningContext
+from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
 
 
 def context_of_a_rank(
@@ -23,6 +23,7 @@ def context_of_a_rank(
     pinned_limit_bytes: int | None = None,
     gpus: int = 1,
     nodes: int = 1,
+    network_bytes_per_s: float = GIGABIT_BYTES_PER_S,
 ) -> PlanningContext:
     """What the plan of the slowest of `gpus` processes on each of `nodes` machines is made for: its part of
     the step, on its part of the machine. The limits are the machine's."""
@@ -39,6 +40,7 @@ def context_of_a_rank(
         budget=budget_of(part, vram_bytes, of(host_bytes), of(pinned_limit_bytes)),
         ranks=gpus * nodes,
         local_ranks=gpus,
+        network_bytes_per_s=network_bytes_per_s,
     )
 
 

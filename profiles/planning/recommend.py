@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict
+from functools import partial
+from typing import Any, TypedDict
 
 from engines import entry, load_target
+from engines.costs.network import network_s
 from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
-from engines.settings.zeroth_order import approximation
+from engines.settings.zeroth_order import approximation, why_no_base
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import beside_torch_bytes, reserved_bytes, why_missing
@@ -24,6 +26,7 @@ from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
 from profiles.planning.predict import compiling_s, predict
 from profiles.planning.ranks import context_of_a_rank
+from profiles.units import format_seconds
 
 
 def recommend(
@@ -51,24 +54,24 @@ def recommend(
     Raises `UserError` for an unknown engine or setting.
     """
     arguments = job_arguments or {}
-    plans = [
-        plan_engine(
-            context_of_a_rank(
-                engine,
-                machine,
-                shape,
-                workload,
-                vram_bytes=vram_bytes,
-                host_bytes=host_bytes,
-                pinned_limit_bytes=pinned_limit_bytes,
-                gpus=gpus,
-                nodes=nodes,
-            ),
-            overrides[engine] if engine in overrides else defaults(engine),
-            arguments.get(engine, ""),
+    plans: list[Plan] = []
+    for engine in engines:
+        given = overrides[engine] if engine in overrides else defaults(engine)
+        of_a_rank = partial(
+            context_of_a_rank,
+            engine,
+            machine,
+            shape,
+            workload,
+            vram_bytes=vram_bytes,
+            host_bytes=host_bytes,
+            pinned_limit_bytes=pinned_limit_bytes,
         )
-        for engine in engines
-    ]
+        context = of_a_rank(gpus=gpus, nodes=nodes)
+        plan = plan_engine(context, given, arguments.get(engine, ""))
+        if context.ranks > 1 and plan.fits:
+            plan = replace(plan, reasons=(*plan.reasons, *_scaling(plan, context, of_a_rank(), given)))
+        plans.append(plan)
     return sorted(plans, key=rank)
 
 
@@ -85,6 +88,8 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
     settings, reasons = _choose(context, given)
     cost = context.cost(settings.typed)
     unsuitable = _unsuitable(context)
+    if unsuitable is None and (why := why_no_base(settings.typed, context.workload.dtype)) is not None:
+        unsuitable = f"base=lossless {why}"
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
         passes = "two" if cost.forwards == 2 else f"{cost.forwards:g}"
@@ -104,13 +109,30 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         why_not=why_not,
         available=unsuitable is None,
         prediction=replace(
-            _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
+            _with_network(
+                _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
+                cost,
+                context,
+            ),
             compile_s=compiling_s(settings.typed, context.machine),
+            **_rare(cost, context),
             **_gpu_bytes(cost, context),
         ),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
     )
+
+
+class _Rare(TypedDict):
+    rare_s: float | None
+    rare_every: int | None
+
+
+def _rare(cost: Traffic, context: PlanningContext) -> _Rare:
+    """What one step in so many takes beside: known of GPUs alone."""
+    if cost.rare is None or context.machine.gpu is None:
+        return _Rare(rare_s=None, rare_every=None)
+    return _Rare(rare_s=cost.rare.gpu_s, rare_every=cost.rare.every_steps)
 
 
 class _GpuBytes(TypedDict):
@@ -137,6 +159,32 @@ def _of_machine(prediction: Prediction, local_ranks: int) -> Prediction:
     )
 
 
+def _with_network(prediction: Prediction, cost: Traffic, context: PlanningContext) -> Prediction:
+    """The step's times with what it waits for other machines."""
+    more_s = network_s(cost, context.workload, context.ranks, context.nodes, context.network_bytes_per_s)
+    times: dict[str, Any] = {
+        name: None if (time_s := getattr(prediction, name)) is None else time_s + more_s
+        for name in ("step_s_low", "step_s", "step_s_high")
+    }
+    return replace(prediction, **times) if more_s else prediction
+
+
+def _scaling(
+    plan: Plan, context: PlanningContext, one: PlanningContext, given: GivenSettings
+) -> tuple[str, ...]:
+    """What several GPUs bring, by the plans of one: for the same step, and for a GPU's part of it alone."""
+    whole = plan_engine(one, given)
+    part = plan_engine(replace(one, workload=context.workload), given)
+    step_s, alone_s, part_s = (each.prediction.step_s for each in (plan, whole, part))
+    if not (whole.fits and step_s and alone_s and part_s):
+        return ()
+    return (
+        f"on {context.ranks} GPUs a step is {alone_s / step_s:.2f} times as fast as on one "
+        f"({format_seconds(alone_s)}): strong scaling {alone_s / step_s / context.ranks:.0%}, weak "
+        f"{part_s / step_s:.0%}",
+    )
+
+
 def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """By the method's own planner, if it has one."""
     planner = entry(context.engine).planner
@@ -152,6 +200,8 @@ def _unsuitable(context: PlanningContext) -> str | None:
     row = entry(engine)
     if context.ranks > 1 and not row.several_gpus:
         return "runs on one GPU"
+    if context.nodes > 1 and not row.several_machines:
+        return "runs on one machine"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     others = dtypes_for(engine, machine)

@@ -69,7 +69,7 @@ def _since_bytes(device: NvmlDevice | None, used_before_bytes: int | None) -> in
     return max(0, used_bytes - used_before_bytes)
 
 
-def context_bytes(device: NvmlDevice | None, used_before_bytes: int | None) -> Figure:
+def process_bytes(device: NvmlDevice | None, used_before_bytes: int | None) -> Figure:
     """What this process takes of the device beside torch's memory, when it has used what a training step
     uses: products, attention, a CUDA graph, a Triton kernel. Page tables of pinned memory come on top."""
     import torch

@@ -227,7 +227,7 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
         gpu_found = replace(
             gpu_found,
             workspace_bytes=meter.measure("workspaces of products", gpu.workspace_bytes, absent),
-            context_bytes=gpu.context_bytes(device, used_bytes),
+            process_bytes=gpu.process_bytes(device, used_bytes),
         )
         # CUDA's start took some of the memory.
         memory_bytes = memory_budget(cgroup.host_memory(root))

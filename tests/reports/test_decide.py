@@ -472,6 +472,18 @@ def test_where_native_is_predicted_not_to_fit_nothing_is_missing() -> None:
     assert "native is predicted not to fit and was not run" in verdict.sentence
 
 
+def test_hours_count_what_one_step_in_many_does() -> None:
+    asked = parse_criteria(init_text("cost").encode(), "cost")
+    run = make_run("galore", step_s=scaled(2.0))  # its first step took 10 s
+    rare = replace(run.predicted, rare_s=6.0, rare_every=100) if run.predicted else None
+    every = decide([replace(run, predicted=rare)], asked, make_machine())
+    found = {row.metric: row for row in every.rows}["job_hours"]
+    assert found.measured == pytest.approx((15000 * 2.0 + 150 * (10.0 - 2.0)) / 3600)
+    compiled = replace(run, predicted=rare, summary=replace(run.summary, compile_s=3.0))
+    found = {row.metric: row for row in decide([compiled], asked, make_machine()).rows}["job_hours"]
+    assert found.measured == pytest.approx((15000 * 2.0 + 150 * (10.0 - 2.0 - 3.0)) / 3600)
+
+
 def test_hours_and_cost_of_the_whole_job() -> None:
     text = init_text("cost").replace("power_w = 600 ", "power_w = 500 ")
     asked = parse_criteria(text.encode(), "cost")

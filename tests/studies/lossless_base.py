@@ -86,6 +86,7 @@ def study(
     outs = [[torch.empty(room, dtype=torch.bfloat16, device=device) for _ in range(2)] for _ in range(2)]
     total, kept_total = 2 * sum(counts), sum(each.numel() for each in kept)
     rows: list[Row] = []
+    damaged = torch.zeros(1, dtype=torch.int32, device=device)
 
     def add(
         name: str, plain: Pass, records: Pass, moved: tuple[int, int], *, sides: int = 2, decides: bool = True
@@ -117,7 +118,7 @@ def study(
     add(
         "frozen: a copy, and decoding",
         lambda i, out: out[0].copy_(weights[i]),
-        lambda i, out: lossless_pass.decode_records(kept[i], segments[i], out[0]),
+        lambda i, out: lossless_pass.decode_records(kept[i], segments[i], out[0], damaged),
         (2 * total, kept_total + total), sides=1,
     )  # fmt: skip
     kinds: dict[str, Noise] = {"normals": "gaussian", "signs": "rademacher"}
@@ -153,7 +154,8 @@ def study(
         (4 * total, 2 * kept_total + 5 * total), decides=False,
     )  # fmt: skip
     last = len(counts) - 1
-    lossless_pass.decode_records(spare[last], segments[last], outs[0][0][: counts[last]])
+    lossless_pass.decode_records(spare[last], segments[last], outs[0][0][: counts[last]], damaged)
+    assert not damaged
     assert torch.equal(outs[0][0][: counts[last]], theta[: counts[last]])
     return rows
 

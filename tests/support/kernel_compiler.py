@@ -326,6 +326,7 @@ def lossless_cases() -> Iterator[Case]:
     count = 2048 * 8192
     kept = torch.zeros(lossless_bytes(count), dtype=torch.uint8, device=DEVICE)  # read on a GPU, too
     flat, of = flat_tensor(count, "bfloat16"), one(3, count, decays=True)
+    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for noise in ("gaussian", "rademacher"):
         for wanted, rounding in [
             ("plus+minus", "stochastic"),
@@ -345,7 +346,7 @@ def lossless_cases() -> Iterator[Case]:
                 visited,
                 rounding == "stochastic" and wanted == "plus+minus",
             )
-    yield "decode lossless", lambda: lossless_pass_kernels.decode_records(kept, of, flat), True
+    yield "decode lossless", lambda: lossless_pass_kernels.decode_records(kept, of, flat, flag), True
     yield "encode lossless", lambda: lossless_pass_kernels.encode_records(flat, of, kept), True
 
 

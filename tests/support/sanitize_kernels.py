@@ -102,7 +102,9 @@ def odd_cases() -> Iterator[Callable[[], object]]:
     weights[:2000:300] = 2.0**-60  # more escapes than a record has itself
     kept = torch.zeros(lossless_bytes(4500), dtype=torch.uint8, device=kernel_compiler.DEVICE)
     yield lambda: lossless_pass_kernels.encode_records(weights, one(3, 4500), kept)
-    yield lambda: lossless_pass_kernels.decode_records(kept, one(3, 4500), flat(4500, bf16))
+    yield lambda: lossless_pass_kernels.decode_records(
+        kept, one(3, 4500), flat(4500, bf16), torch.zeros(1, dtype=torch.int32, device=kernel_compiler.DEVICE)
+    )
     for noise in ("gaussian", "rademacher"):
         sides = Outputs(plus=flat(4500, bf16), minus=flat(4500, bf16))
         yield lambda n=noise, o=sides: lossless_pass_kernels.visit_records(

@@ -122,5 +122,5 @@ def stop_after(process: subprocess.Popen[str], out: Path, lines: int, number: in
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err

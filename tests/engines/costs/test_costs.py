@@ -29,6 +29,7 @@ from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
+BF16_FORWARD = Workload(batch_size=1, seq_len=2048, dtype="bf16")
 
 
 def cost(engine: str, shape: ModelShape, workload: Workload, **values: object) -> Traffic:
@@ -382,6 +383,23 @@ def test_175b_on_a_low_bit_base_needs_18_gb_and_an_ordinary_host(
     assert counted.d2h_bytes == pytest.approx(counted.h2d_bytes / 4, rel=1e-6)
     assert counted.peak_gpu_bytes < 12e9
     assert counted.peak_host_bytes < 0.75 * host_gib * 2**30
+
+
+def test_a_lossless_base_takes_three_quarters_and_draws_no_more() -> None:
+    """12.58e9 matrix elements at 3104 bytes for 2048, and 26 M others at 2."""
+    full, lossless = (
+        cost("zo2", OPT_13B, BF16_FORWARD, fold_every=8, base=base) for base in ("full", "lossless")
+    )
+    assert lossless.h2d_bytes == pytest.approx(19.07e9, rel=1e-3)
+    assert lossless.pinned_bytes == lossless.h2d_bytes
+    assert lossless.d2h_bytes == pytest.approx(full.d2h_bytes * lossless.h2d_bytes / full.h2d_bytes, rel=1e-3)
+    assert gaussians(lossless) == gaussians(full)
+    often = cost("zo2", OPT_13B, BF16_FORWARD, base="lossless")
+    assert often.gpu_bytes > lossless.gpu_bytes
+    frozen = [
+        cost("zo2", OPT_13B, BF16_FORWARD, train="lora", base=base).gpu_bytes for base in ("full", "lossless")
+    ]
+    assert frozen[0] - frozen[1] == pytest.approx(25.17e9 - 19.07e9, rel=1e-2)
 
 
 @pytest.mark.parametrize("base", ["int8", "fp8", "int4"])

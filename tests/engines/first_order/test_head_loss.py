@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -141,12 +142,20 @@ def trained(name: str, dtype: Dtype, **settings: Any) -> tuple[list[float], Any,
     return losses, evaluation, weights
 
 
-@pytest.mark.parametrize("name", ["native", "lora", "qlora", "adamw-8bit", "galore", "backward-optimizer"])
-def test_a_run_in_chunks_is_the_run_without(name: str) -> None:
-    losses, evaluation, weights = trained(name, "fp32")
-    its_losses, its_evaluation, its_weights = trained(name, "fp32", loss_tokens=8)
-    assert its_losses == pytest.approx(losses, rel=2e-4)
-    assert its_evaluation.loss == pytest.approx(evaluation.loss, rel=2e-4)
+@pytest.mark.parametrize(
+    ("name", "dtype", "rel"),
+    [
+        *((name, "fp32", 2e-4) for name in ("native", "lora", "qlora", "adamw-8bit", "galore")),
+        ("backward-optimizer", "fp32", 2e-4),
+        ("native", "bf16", 5e-3),
+        ("lora", "bf16", 5e-3),
+    ],
+)
+def test_a_run_in_chunks_is_the_run_without(name: str, dtype: Dtype, rel: float) -> None:
+    losses, evaluation, weights = trained(name, dtype)
+    its_losses, its_evaluation, its_weights = trained(name, dtype, loss_tokens=8)
+    assert its_losses == pytest.approx(losses, rel=rel)
+    assert its_evaluation.loss == pytest.approx(evaluation.loss, rel=rel)
     assert (its_evaluation.num_labels, its_weights.keys()) == (evaluation.num_labels, weights.keys())
 
 
@@ -166,6 +175,9 @@ def test_compiled_as_not() -> None:
 
 
 @pytest.mark.gpu
+# Both from within torch's compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["native", "lora", "backward-optimizer"])
 def test_on_a_gpu_it_takes_less_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled and captured where the method is; so many words that logits are most of the memory."""
@@ -181,7 +193,10 @@ def test_on_a_gpu_it_takes_less_memory(name: str, monkeypatch: pytest.MonkeyPatc
         torch.cuda.reset_peak_memory_stats()
         losses = [engine.step([Batch(inputs={"input_ids": ids, "labels": ids})]).loss for _ in range(5)]
         found.append((losses, torch.cuda.max_memory_allocated()))
+        assert engine.notes == []
         engine.close()
+        del engine
+        gc.collect()
     (losses, peak), (its_losses, its_peak) = found
     assert its_losses == pytest.approx(losses, rel=2e-3)
-    assert its_peak < peak / 3
+    assert its_peak < peak / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_an_update_without_room_ends_the_run(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(lossless_pass, "encode_records", lambda *each: torch.tensor(False))
     with pytest.raises(UserError, match=r"has no room for.*last checkpoint"):
         lossless.step(tiny_batches(1, "opt"))
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_frozen_weights_that_were_damaged_end_the_step(device: str) -> None:
+    """Where they lie on the host, and in an export."""
+    damaged = make_zo2(tiny_blueprint("opt"), context(device, "bf16"), base="lossless", train="lora")
+    damaged.step(tiny_batches(1, "opt"))
+    damaged.synchronize()
+    damaged.blocks.tensors(0)["model.decoder.layers.2.fc1.weight"].view(-1)[77] ^= 8
+    batches = tiny_batches(1, "opt")
+
+    def twice(use: Callable[[], object]) -> None:
+        for _ in range(2):  # what had come up already was read before
+            use()
+
+    uses: list[Callable[[], object]] = [
+        lambda: damaged.step(batches), lambda: damaged.evaluate(batches), lambda: list(damaged.weights())
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(UserError, match=r"are not those that were stored.*last checkpoint") as raised:
+            twice(use)
+        assert len(str(raised.value)) < 200
 
 
 def test_a_log_is_replayed_to_the_same_bits() -> None:

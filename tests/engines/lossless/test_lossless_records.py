@@ -87,7 +87,7 @@ def encoded(weights: Tensor) -> tuple[Tensor, bool]:
 
 def decoded(kept: Tensor, count: int) -> Tensor:
     out = torch.empty(count, dtype=torch.bfloat16, device=kept.device)
-    records.read_records(kept, count, out)
+    assert records.read_records(kept, count, out)
     return out
 
 
@@ -132,7 +132,7 @@ def test_a_tile_has_the_window_with_the_fewest_escapes(num_tops: int, lowest: in
     exponents[: 1 + seed % 9] = min(lowest + num_tops + seed % 20, 255)
     kept, has_room = encoded(of_bits(exponents << 7))
     header = int(kept.view(-1, 3104)[0, 3072:].view(torch.int32)[0])
-    base, escapes = header & 0xFF, header >> 8
+    base, escapes = header & 0xFF, (header >> 8) & 0xFFF
     counted = [int(((exponents <= b) | (exponents > b + 15)).sum()) for b in range(128)]
     simple = min(max(int(exponents.max()) - 15, 0), 127)
     assert escapes == (counted[base] if has_room else 0)
@@ -244,7 +244,9 @@ def test_the_kernels_give_the_same_bits(kind: str) -> None:
     assert torch.equal(there.cpu(), expected)
     for function in (lossless_pass.decode_records, lossless_pass_kernels.decode_records):
         out = torch.zeros(6464, dtype=torch.bfloat16, device=where)
-        function(there, SEGMENT, out)
+        damaged = torch.zeros(1, dtype=torch.int32, device=where)
+        function(there, SEGMENT, out, damaged)
+        assert not damaged
         assert same_bits(out.cpu(), flat)
 
 
@@ -255,6 +257,25 @@ def test_the_kernel_finds_no_room_where_there_is_none() -> None:
     bits = torch.randint(0, 1 << 16, (5000,), generator=torch.Generator().manual_seed(0))
     kept = torch.zeros(3 * 3104, dtype=torch.uint8, device=kernel_device())
     assert not lossless_pass_kernels.encode_records(of_bits(bits).to(kernel_device()), one(3, 5000), kept)
+
+
+@settings(max_examples=20, deadline=None)
+@given(byte=st.integers(0, 3072), bit=st.integers(0, 7), tile=st.integers(0, 2))
+def test_a_bit_that_was_damaged_is_found(byte: int, bit: int, tile: int) -> None:
+    """By torch and by the kernel: one of codes, rests or the base."""
+    pytest.importorskip("triton")
+    from engines.lossless import lossless_pass_kernels
+
+    kept, _ = encoded(some_weights(5000))
+    kept[tile * 3104 + byte] ^= 1 << bit
+    out = torch.empty(5000, dtype=torch.bfloat16)
+    for where, function in (
+        (CPU, lossless_pass.decode_records),
+        (kernel_device(), lossless_pass_kernels.decode_records),
+    ):
+        damaged = torch.zeros(1, dtype=torch.int32, device=where)
+        function(kept.to(where), one(3, 5000), out.to(where), damaged)
+        assert damaged
 
 
 @pytest.mark.gpu
@@ -268,5 +289,7 @@ def test_the_compiled_kernels_give_the_same_bits_as_the_cpu(kind: str) -> None:
     assert bool(lossless_pass.encode_records(weights.cuda(), one(3, 3_000_001), there)) == has_room
     assert torch.equal(there.cpu(), expected)
     out = torch.empty(3_000_001, dtype=torch.bfloat16, device="cuda")
-    lossless_pass.decode_records(there, one(3, 3_000_001), out)
+    damaged = torch.zeros(1, dtype=torch.int32, device="cuda")
+    lossless_pass.decode_records(there, one(3, 3_000_001), out, damaged)
+    assert not damaged
     assert same_bits(out.cpu(), weights)

@@ -40,7 +40,7 @@ from engines.settings.parse import parse_recorded, parse_settings, without_retir
     ],
 )
 def test_a_senseless_value_is_the_users_error(engine: str, key: str, value: str) -> None:
-    with pytest.raises(UserError, match=rf"{key}.*settings of {engine} are: .*{key}"):
+    with pytest.raises(UserError, match=rf"{key}.*settings of {engine}"):
         parse_settings(engine, {key: value})
 
 

@@ -86,8 +86,8 @@ def one_line(done: Done) -> str:
         ((*TINY, "--data", "missing.tsv"), ("missing.tsv",)),
         ((*TINY, "--data", "table.xlsx"), ("table.xlsx",)),
         ((*TINY, "--seq-len", "100000"), ("100000", "256")),
-        ((*TINY, "--batch-size", "0"), ("batch_size", "positive")),
-        ((*TINY, "--seq-len", "-4"), ("seq_len", "positive")),
+        ((*TINY, "--batch-size", "0"), ("--batch-size 0", "positive")),
+        ((*TINY, "--seq-len", "-4"), ("--seq-len -4", "positive")),
         ((*TINY, "--vram", "24 apples"), ("24 apples",)),
         ((*TINY, "--set", "lsp.dd=3"), ("dd", "settings of lsp")),
         ((*TINY, "--set", "lsp.d=-3"), ("d", "positive")),
@@ -319,7 +319,7 @@ def test_the_largest_seed_trains(call, engine: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
 def test_a_time_limit_is_a_number_of_seconds(call, profile: Path, seconds: str) -> None:
-    assert "timeout_s" in one_line(call("compare", *TINY, "--timeout", seconds, "--profile", profile))
+    assert "--timeout" in one_line(call("compare", *TINY, "--timeout", seconds, "--profile", profile))
 
 
 @pytest.mark.parametrize("limit", ["vram_bytes", "host_bytes"])
@@ -442,10 +442,10 @@ def test_a_job_file_with_an_unknown_field(call, profile: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("batch_size = true", "batch_size: Input should be a valid integer"),
-        ('steps = "3"', "steps: Input should be a valid integer"),
-        ("checkpointing = 1", "checkpointing: Input should be a valid boolean"),
-        ("limits.timeout_s = true", "limits.timeout_s: Input should be a valid number"),
+        ("batch_size = true", "batch_size: must be a whole number"),
+        ('steps = "3"', "steps: must be a whole number"),
+        ("checkpointing = 1", "checkpointing: must be true or false"),
+        ("limits.timeout_s = true", "limits.timeout_s: must be a number"),
         ("settings.foo.d = 1", "settings.foo: there is no engine 'foo'"),
         ("settings.lsp.d = -1", "settings.lsp: d must be positive"),
         ("settings.lsp.r = true", "settings.lsp.r: must be a number, not true or false"),
@@ -804,3 +804,58 @@ def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Pa
     assert "Traceback" not in err
     (record,) = (out / "runs").glob("*.json")
     assert load_run(record).end_state == "interrupted"
+
+
+# --- what a newcomer types ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--set", "lsp.d=abc"], "--set lsp.d=abc: must be a whole number or 'auto'; "),
+        (["--gpus", "0"], "invalid value for '--gpus': must be at least 1; "),
+        (["--batch-size", "0"], "--batch-size 0: must be positive; see 'lspzo-bench recommend --help'"),
+        (["--seq-len", "-1"], "--seq-len -1: must be positive; see 'lspzo-bench recommend --help'"),
+    ],
+)
+def test_a_wrong_value_is_told_in_our_words_and_by_its_flag(
+    call, profile: Path, flags: list[str], told: str
+) -> None:
+    said = one_line(call("recommend", *TINY, "--profile", profile, *flags))
+    assert told in said
+    assert len(said) < 200
+
+
+def test_a_profile_that_is_none_is_not_to_be_deleted(call, tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text("hello")
+    said = one_line(call("recommend", *TINY, "--profile", path))
+    assert "is not valid JSON" in said
+    assert "delete" not in said
+    assert "probe --out FILE" in said
+
+
+def test_a_file_in_place_of_a_folder_is_told_before_anything_is_planned(
+    call, profile: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes"
+    path.write_text("hello")
+    done = call("recommend", *TINY, "--profile", profile, "--recipe", "trl", "--out", path)
+    assert "is a file, and a folder is needed" in one_line(done)
+    assert done.out == ""
+
+
+def test_a_recipe_says_what_stands_in_for_weights_and_data(call, profile: Path, tmp_path: Path) -> None:
+    done = call("recommend", *TINY, "--profile", profile, "--recipe", "trl", "--out", tmp_path / "recipe")
+    assert done.code == 0
+    assert "note: job.toml trains on random weights" in done.err
+    assert "builtin data (--data FILE for yours)" in done.err
+
+
+def test_help_cuts_no_word_on_a_narrow_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "harness", "recommend", "--help"],
+        env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout
+    assert len(done.stdout) > 5000

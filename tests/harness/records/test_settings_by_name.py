@@ -71,7 +71,7 @@ def test_values_get_the_types_that_the_engine_gives_them() -> None:
         (
             "native.warmup_steps=true",
             {"native": {"warmup_steps": True}},
-            "(valid integer|must be a number, not true)",
+            "(whole number|must be a number, not true)",
         ),
     ],
 )

@@ -178,7 +178,7 @@ def test_a_changed_description_is_refused_on_resume(tmp_path: Path) -> None:
         ({"read": {"regex": "loss"}}, r"regex has no group \(\?P<loss>"),
         ({"read": {"regex": "("}}, "regex is no regular expression"),
         ({"read": {"regex": "(?P<loss>.)"}, "clock": "told"}, r"regex has no group \(\?P<step_s>"),
-        ({"clock": "guessed"}, "clock: Input should be 'arrival' or 'told'"),
+        ({"clock": "guessed"}, "clock: must be 'arrival' or 'told'"),
         ({"name": "a b"}, "name: must be letters, digits"),
     ],
 )

@@ -62,6 +62,24 @@ def test_compiling_is_paid_by_all_steps_together() -> None:
     assert without_gpu.prediction.compile_s is None
 
 
+def test_what_one_step_in_many_does_is_paid_as_often_as_it_comes() -> None:
+    context = JOB.context("galore", H200)
+    its = plan_engine(context, JOB.settings_of("galore").replaced(update_proj_gap=400))
+    told = its.prediction
+    assert told.step_s is not None
+    assert told.rare_s is not None
+    assert told.rare_s > 10 * told.step_s
+    assert told.rare_every == 400
+    found = job_forecast(its, context, amount(((1024, 1.0),), steps=1000), Rates())
+    # Steps 0, 400 and 800.
+    assert found.seconds == pytest.approx(1000 * told.step_s + COMPILE_S + 3 * told.rare_s)
+    assert told.amortised_step_s(1000) == pytest.approx(found.seconds / 1000)
+    assert "One step in 400" in found.basis["seconds"]
+    assert plan().prediction.rare_s is None
+    without_gpu = plan_engine(JOB.context("galore", replace(H200, gpu=None)), JOB.settings_of("galore"))
+    assert without_gpu.prediction.rare_s is None
+
+
 def test_shorter_sequences_take_less_time() -> None:
     whole, half = forecast().seconds, forecast(((256, 0.5), (1024, 0.5))).seconds
     short = forecast(((256, 1.0),)).seconds

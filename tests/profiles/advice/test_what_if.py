@@ -36,8 +36,12 @@ def job(
 
 def test_each_upgrade_changes_one_thing() -> None:
     found = {each.name: each.machine for each in upgrades(RTX_3090)}
-    assert len(found) == 7
-    for machine in found.values():
+    assert len(found) == 9
+    assert [name for name, machine in found.items() if machine == RTX_3090] == [
+        "a second machine like it, over 1 Gbit/s",
+        "a second machine like it, over 10 Gbit/s",
+    ]
+    for machine in (each for each in found.values() if each != RTX_3090):
         differing = [
             part
             for part in ("gpu", "link", "cpu", "memory")
@@ -58,6 +62,22 @@ def test_a_second_gpu_halves_a_step_that_can_be_shared() -> None:
     assert now.zeroth.seconds is not None
     assert second.zeroth_saved_s is not None
     assert 0.3 < second.zeroth_saved_s / now.zeroth.seconds[1] < 0.6
+
+
+def test_a_second_machine_over_any_network_shares_steps_without_gradients() -> None:
+    """Losses go between them: what the step waits does not depend on the network's rate."""
+    workload = Workload(batch_size=2, seq_len=1024, dtype="fp16")
+    amount = amount_of(workload, Asked(examples=10_000), None)
+    planned = replace(job("opt-1.3b", ("native", "zo2", "lsp")), workload=workload, amount=amount)
+    now = outlook("now", RTX_3090, planned)
+    slow, fast = [row for row in what_if(now, RTX_3090, planned, {}) if "second machine" in row.outlook.name]
+    assert slow.outlook.fits == fast.outlook.fits == ("zo2",)
+    assert now.zeroth is not None
+    assert now.zeroth.seconds is not None
+    for row in (slow, fast):
+        assert row.zeroth_saved_s is not None
+        assert 0.3 < row.zeroth_saved_s / now.zeroth.seconds[1] < 0.6
+    assert slow.zeroth_saved_s == pytest.approx(fast.zeroth_saved_s, rel=1e-3)
 
 
 def test_what_an_upgrade_brings() -> None:

@@ -102,6 +102,16 @@ def test_shares_of_blocks_where_gpus_exchange_them_fast() -> None:
     assert fast.prediction.step_s < 0.9 * slow.prediction.step_s
 
 
+def test_plans_of_several_say_how_they_scale() -> None:
+    (plan,) = recommend(with_gpus_linked(300e9), SHAPE, WORKLOAD, ["zo2"], {}, gpus=2)
+    assert any(reason.startswith("on 2 GPUs a step is ") for reason in plan.reasons)
+    (far,) = recommend(H200, SHAPE, WORKLOAD, ["zo2"], {}, gpus=1, nodes=2)
+    assert far.prediction.step_s is not None
+    assert plan.prediction.step_s is not None
+    plans = recommend(H200, named_shape("opt-1.3b"), WORKLOAD, ["zo2", "lora"], {}, gpus=1, nodes=2)
+    assert {each.engine: each.why_not for each in plans}["lora"] == "runs on one machine"
+
+
 def test_ranks_divide_the_updates_and_each_brings_down_its_gradient() -> None:
     shape, workload = named_shape("deepseek-coder-1.3b"), replace(WORKLOAD, dtype="bf16", accumulation=2)
     for engine in ("exact-offload", "lsp"):

@@ -343,6 +343,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
     )
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
+        "can_device_access_peer": lambda one, other: True,
         "device": lambda index: FakeStream(),
         "device_count": lambda: 1,
         "get_device_properties": lambda index: SimpleNamespace(name="Fake GPU", major=9, minor=0, uuid="u"),
@@ -397,7 +398,7 @@ def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:
     assert (machine.gpu.total_bytes, machine.gpu.free_bytes) == (64 * MIB, (48 + 8) * MIB), "as it was before"
     brief = {row.path for row in FIGURES if row.depth == "brief" and is_figure(row)}
     assert set(measured(machine)) == brief - ONLY_ON_CUDA
-    assert machine.gpu.context_bytes.value == (8 - 2) * MIB
+    assert machine.gpu.process_bytes.value == (8 - 2) * MIB
     assert "no such thing on" in machine.cpu.graph_launch_s.method
     assert machine.link is not None
     for figure in (machine.link.h2d_duplex_bytes_per_s, machine.link.d2h_duplex_bytes_per_s):
