@@ -1,4 +1,6 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
+
+Longer than 400 lines: a function for each metric, read as one list."""
 
 from __future__ import annotations
 
@@ -91,6 +93,9 @@ def group(
     )
 
 
+_OF_QUALITY: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
+
+
 def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
     """`metric` of `engine`."""
     rounds = all_.of(engine)
@@ -98,6 +103,8 @@ def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
     if not rounds.runs:
         return MetricFinding(note=say("note.no_runs", engine=engine))
     finding = _METRICS[metric](rounds, all_)
+    if metric in _OF_QUALITY and finding.applies and any(run.model.random_weights for run in rounds.ok):
+        finding = MetricFinding(note=say("note.random_weights"))  # it is not the real model's
     if finding.value is None and finding.note is None:
         note = say("note.not_recorded") if rounds.ok else say("note.none_ok", ends=ends(rounds.runs))
         finding = replace(finding, note=note)
@@ -240,18 +247,9 @@ def heldout_loss(run: Run) -> float | None:
     return None if run.job.get("data", {}).get("train") == "random" else run.summary.eval_loss_last
 
 
-def _of_random_weights(rounds: Rounds) -> MetricFinding | None:
-    """Where the weights were random, what was evaluated says nothing of the real model: not known."""
-    if any(run.model.random_weights for run in rounds.ok):
-        return MetricFinding(note=say("note.random_weights"))
-    return None
-
-
 def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
     if _is_random(rounds):
         return MetricFinding(applies=False, note=say("note.random_data"))
-    if (unknown := _of_random_weights(rounds)) is not None:
-        return unknown
 
     def change(run: Run) -> float | None:
         first, last = run.summary.eval_loss_first, run.summary.eval_loss_last
@@ -266,8 +264,6 @@ def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
 def _heldout_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     if _is_random(rounds):
         return MetricFinding(applies=False, note=say("note.random_data"))
-    if (unknown := _of_random_weights(rounds)) is not None:
-        return unknown
     native = all_.of(YARDSTICK)
     mine, other = over_runs(rounds.ok, heldout_loss), over_runs(native.ok, heldout_loss)
     if mine is not None and other is not None and other.low > 0:
@@ -368,8 +364,6 @@ def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    if (unknown := _of_random_weights(rounds)) is not None:
-        return unknown
     found = over_runs(rounds.ok, lambda run: run.summary.eval_accuracy_last)
     if found is None and rounds.ok:
         return MetricFinding(note=say("note.no_evaluation"))
