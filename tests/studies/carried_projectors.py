@@ -32,7 +32,7 @@ from engines.subspace.projector_search import block_pair, relative_bias
 
 SHARES = (0.25, 0.5)
 """d over a matrix's smaller side."""
-R, BATCH_SIZE, WORDS, STEPS, JUDGED, RATE = 4, 16, 48, 60, 3, 5e-5
+R, BATCH_SIZE, WORDS, STEPS, JUDGED, RATE = 4, 8, 32, 30, 3, 5e-5
 SEEDS = (0, 1, 2)
 
 Gradients = dict[str, Tensor]

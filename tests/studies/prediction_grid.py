@@ -42,7 +42,7 @@ from engines.settings.parse import parse_settings  # noqa: E402
 from harness.pipeline import find_machine, plan_job  # noqa: E402
 from harness.records.environment import read_environment  # noqa: E402
 from harness.records.job import DataSource, Job, Limits, ModelSource, make_job  # noqa: E402
-from harness.records.run import Run, Summary, load_run  # noqa: E402
+from harness.records.run import Run, Summary, encode_run, load_run  # noqa: E402
 from harness.resolve import resolve_shape  # noqa: E402
 from harness.runs.attempt import record_of  # noqa: E402
 from harness.runs.emulate import AppliedLimits, Emulated  # noqa: E402
@@ -50,14 +50,13 @@ from harness.runs.launch import Outcome, read_result  # noqa: E402
 from harness.runs.memory_sampler import MemorySampler  # noqa: E402
 from harness.runs.processes import child_environment  # noqa: E402
 from harness.runs.worker import Request  # noqa: E402
-from profiles.documents import adapter, to_json  # noqa: E402
+from profiles.documents import adapter, to_json, write_whole  # noqa: E402
 from profiles.machine import Figure, Machine, load_machine, save_machine  # noqa: E402
 from profiles.planning.budget import budget_of, reserved_bytes  # noqa: E402
 from profiles.planning.plan import Plan  # noqa: E402
 from profiles.planning.predict import predict  # noqa: E402
 from profiles.system.nvml import open_device  # noqa: E402
 from profiles.units import parse_bytes  # noqa: E402
-from run_records import save_run  # noqa: E402
 
 CELLS = Path(__file__).with_suffix(".toml")
 STEPS, WARMUP = 6, 3
@@ -339,7 +338,7 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = server.outcome(request, out / ".work" / cell.name)
         told = replace(environment, emulated=None if request.emulated is None else request.emulated.machine)
         record = record_of(request, 1, began, told, outcome)
-        save_run(record, path)
+        write_whole(path, encode_run(record))
         print(f"{line_of(record)}  ({time.monotonic() - start_s:.0f} s)", flush=True)
     server.close()
     print(text_of(rows_of(out)))

@@ -91,8 +91,7 @@ VARIANTS = (
     Variant(name="block d=n/32, residual x 2", share=1 / 32, residual=2.0, late=True),
     Variant(name="block d=n/32", share=1 / 32),
     *(
-        Variant(name=f"block d=n/4, {pairs} pairs, kept{told}", share=QUARTER, pairs=pairs, **more)
-        for told, more in (("", {}), (", residual x 2", {"residual": 2.0, "late": True}))
+        Variant(name=f"block d=n/4, {pairs} pairs, kept", share=QUARTER, pairs=pairs)
         for pairs in ("own", "other", "random")
     ),
     Variant(name="exact d=n/4", share=QUARTER, exact=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,11 @@ def test_the_list_has_what_was_promised() -> None:
     assert len({cell.name for cell in cells}) == len(cells)
     assert len({cell.model.partition("-")[0].rstrip("0123456789.") for cell in cells}) >= 5
     assert sum(cell.edge == 1.0 for cell in cells) == sum(cell.edge == 0.95 for cell in cells) >= 20
+
+
+def test_the_table_is_made_by_one_command() -> None:
+    script = FOLDER.parent / "prediction_grid.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "table", str(FOLDER)], capture_output=True, text=True, check=True
+    )
+    assert "| reserved GPU memory | 18 |" in done.stdout

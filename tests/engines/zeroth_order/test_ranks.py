@@ -26,6 +26,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "lozo": {"estimator": "lozo", "lozo_window": 3, "weight_decay": 0.0},
     "lora": {"train": "lora"},
     "int8": {"base": "int8", "fold_every": 2},
+    "lossless": {"base": "lossless"},
 }
 STEPS, ACCUMULATION = 3, 4
 
@@ -91,9 +92,10 @@ def test_shares_that_are_unequal_or_queries_alone(size: int, accumulation: int) 
         {"fold_every": 2, "resident_blocks": 2, "queries": 2},
         {"fold_every": 4, "train": "last:2"},
         {"train": "lora", "base": "int8"},
+        {"fold_every": 2, "base": "lossless"},
         {"fold_every": 2, "sharded_upload": True},
         {"fold_every": 3, "queries": 2, "resident_blocks": 1, "sharded_upload": True},
-        {"train": "lora", "base": "int8", "sharded_upload": True},
+        {"train": "lora", "base": "lossless", "sharded_upload": True},
     ],
 )
 def test_blocks_that_ranks_share_are_there_once_and_written_by_one(

@@ -393,4 +393,8 @@ def test_a_run_goes_on_with_its_own_steps_and_the_new_engines_places() -> None:
     assert carried_over(low_bit, parse_settings("mezo", {})).fold_every == 3
     adapters = parse_settings("zo2", {"fold_every": 3, "base": "int8", "train": "lora"})
     assert carried_over(adapters, parse_settings("mezo", {})).fold_every == 1
+    full, lossless = (parse_settings("zo2", {"base": base}) for base in ("full", "lossless"))
+    assert carried_over(full, lossless).base == "lossless"
+    assert carried_over(lossless, full).base == "full"
+    assert carried_over(low_bit, lossless).base == low_bit.base
     assert carried_over(parse_settings("lsp", {}), parse_settings("mezo", {})) is None

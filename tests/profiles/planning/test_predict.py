@@ -29,8 +29,9 @@ from profiles.machine import Figure, Gpu, LinkFigures, Machine, absent
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
-    GPU_MODEL_ERROR,
+    GPU_ERROR,
     GRAPH_KERNEL_S,
+    LAUNCH_ERROR,
     LAUNCH_S,
     OWN_LAUNCH_SHARE,
     TRITON_LAUNCH_S,
@@ -280,9 +281,9 @@ def test_the_spread_of_the_figures_widens_the_range() -> None:
     )
     assert narrow.step_s == wide.step_s
     assert narrow.step_s is not None
-    assert narrow.step_s_low == pytest.approx(narrow.step_s / GPU_MODEL_ERROR)
-    assert narrow.step_s_high == pytest.approx(narrow.step_s * GPU_MODEL_ERROR)
-    assert wide.step_s_high == pytest.approx(2 * narrow.step_s * GPU_MODEL_ERROR)
+    assert narrow.step_s_low == pytest.approx(narrow.step_s / GPU_ERROR)
+    assert narrow.step_s_high == pytest.approx(narrow.step_s * GPU_ERROR)
+    assert wide.step_s_high == pytest.approx(2 * narrow.step_s * GPU_ERROR)
     assert wide.step_s_low is not None
     assert wide.step_s_low < narrow.step_s_low
 
@@ -435,5 +436,5 @@ def test_of_a_time_the_longer_one_is_the_slower_side() -> None:
     )
     known = replace(figure(10e-6), low=8e-6, high=15e-6)
     told = predict(cost, replace(H200, cpu=replace(H200.cpu, forward_launch_s=known)), SMALL)
-    assert told.step_s_low == pytest.approx(1000 * 8e-6 / GPU_MODEL_ERROR)
-    assert told.step_s_high == pytest.approx(1000 * 15e-6 * GPU_MODEL_ERROR)
+    assert told.step_s_low == pytest.approx(1000 * 8e-6 / LAUNCH_ERROR)
+    assert told.step_s_high == pytest.approx(1000 * 15e-6 * LAUNCH_ERROR)

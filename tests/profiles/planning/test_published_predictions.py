@@ -84,6 +84,20 @@ def test_most_are_within_a_tenth() -> None:
     assert sum(0.9 <= ratio <= 1.1 for ratio in found) > 0.7 * len(found)
 
 
+def test_nine_in_ten_took_what_their_range_says() -> None:
+    inside = []
+    for folder in FOLDERS:
+        job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
+        job = as_it_ran(job, folder.name.rpartition("_")[2])
+        measured_s = {run.engine: run.summary.step_s_median for run in runs(folder)}
+        for plan in plan_job(job, resolve_shape(job), machine, list(measured_s)):
+            taken_s, told = measured_s[plan.engine], plan.prediction
+            if taken_s is not None and told.step_s_low is not None and told.step_s_high is not None:
+                inside.append(told.step_s_low <= taken_s <= told.step_s_high)
+    assert len(inside) > 40
+    assert sum(inside) >= 0.9 * len(inside)
+
+
 # --- GPU memory: what torch reserves, and what CUDA takes beside it -------------------------------------
 
 BUDGET = budget_of(load_machine(RESULTS / "opt-13b_h200_20261124" / "machine.json"), None, None, None)
