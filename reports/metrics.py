@@ -1,4 +1,6 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
+
+Longer than 400 lines: a function for each metric, read as one list."""
 
 from __future__ import annotations
 
@@ -91,6 +93,9 @@ def group(
     )
 
 
+_OF_QUALITY: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
+
+
 def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
     """`metric` of `engine`."""
     rounds = all_.of(engine)
@@ -98,6 +103,8 @@ def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
     if not rounds.runs:
         return MetricFinding(note=say("note.no_runs", engine=engine))
     finding = _METRICS[metric](rounds, all_)
+    if metric in _OF_QUALITY and finding.applies and any(run.model.random_weights for run in rounds.ok):
+        finding = MetricFinding(note=say("note.random_weights"))  # it is not the real model's
     if finding.value is None and finding.note is None:
         note = say("note.not_recorded") if rounds.ok else say("note.none_ok", ends=ends(rounds.runs))
         finding = replace(finding, note=note)

@@ -104,7 +104,7 @@ def _about_failures(all_: Measurements) -> str | None:
 def _about_native_at_best(all_: Measurements) -> str | None:
     """Native could have been faster, so that being faster than it would say little."""
     reasons = [why for run in all_.of(YARDSTICK).ok if (why := not_at_its_best(run)) is not None]
-    return say("warning.native_not_at_best", reason=reasons[0]) if reasons else None
+    return say("warning.native_not_at_best", reason=translated(reasons[0])) if reasons else None
 
 
 def _about_references(all_: Measurements) -> str | None:

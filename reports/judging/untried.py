@@ -110,6 +110,8 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
             if untried.other_dtype:
                 return _again(YARDSTICK, f"--dtype {OTHER_DTYPE} --engines {YARDSTICK}")
             return _more([YARDSTICK], rounds=max(3, len(rounds.runs)))
+        if metric in _NEED_EVALUATION and any(run.model.random_weights for run in rounds.ok):
+            continue  # it takes the real weights, and where those are nobody here knows
         if metric in _NEED_EVALUATION and rounds.ok:
             return _again("evaluated", f"--eval-batches {EVAL_BATCHES} --engines {_names(all_)}")
         if rounds.ok:

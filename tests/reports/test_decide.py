@@ -250,8 +250,8 @@ def test_values_and_predictions_of_each_metric() -> None:
         row = one(metric, runs)
         assert row.measured == pytest.approx(measured), metric
         assert row.predicted == (None if predicted is None else pytest.approx(predicted)), metric
-    assert one("accuracy", runs).note == "the job has no evaluation"
-    with_evaluation = [make_run(eval_accuracy_last=0.875)]
+    assert one("accuracy", [make_run(job=REAL)]).note == "the job has no evaluation"
+    with_evaluation = [make_run(job=REAL, eval_accuracy_last=0.875)]
     assert one("accuracy", with_evaluation).measured == 0.875
 
 
@@ -433,7 +433,7 @@ def test_training_less_in_less_time_is_no_answer_without_quality_and_says_so() -
 @pytest.mark.parametrize(
     ("asked", "run", "command"),
     [
-        ("accuracy", make_run("lsp"), "--eval-batches 16 --engines lsp --out evaluated"),
+        ("accuracy", make_run("lsp", job=REAL), "--eval-batches 16 --engines lsp --out evaluated"),
         ("step_time_ratio", make_run("lsp"), "--engines native --rounds 3 --out . --resume"),
         (
             "runs_ok",
@@ -448,6 +448,21 @@ def test_what_is_not_known_comes_with_the_command_that_tells_it(
     verdict = decide([run], criteria(criterion(asked, engine=ANY_METHOD)))
     assert verdict.state == "INCONCLUSIVE"
     assert command in verdict.next_command
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "heldout_change", "heldout_ratio"])
+def test_quality_of_random_weights_is_not_known(metric: Metric) -> None:
+    """However much of it was measured: it is not that of the real model. No command here tells it."""
+    runs = [
+        make_run(engine, eval_loss_first=9.0, eval_loss_last=1.0, eval_accuracy_last=0.9)
+        for engine in ("native", "lora")
+    ]
+    asked = criteria(criterion(metric, 99.0, engine=ANY_METHOD))
+    verdict = decide(runs, asked, make_machine())
+    assert (verdict.state, verdict.next_command) == ("INCONCLUSIVE", "")
+    assert "the weights are random" in verdict.sentence
+    real = [replace(run, model=replace(run.model, random_weights=False)) for run in runs]
+    assert decide(real, asked, make_machine()).state == "GO"
 
 
 def test_where_native_is_predicted_not_to_fit_nothing_is_missing() -> None:
