@@ -12,6 +12,7 @@ knows the causal form, else a boolean one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,25 +47,64 @@ def known_padding(padded: bool) -> Iterator[None]:
 
     While a CUDA graph is captured too: transformers would build a mask then that it leaves out otherwise, and
     the graph would run other attention kernels than the steps before it.
+    Several threads may be within, each with a batch of its own.
     """
-    usual = {form: ALL_MASK_ATTENTION_FUNCTIONS[form] for form in _FORMS}
-    is_capturing = import_utils.is_cuda_stream_capturing
-    for form, build in usual.items():
-        ALL_MASK_ATTENTION_FUNCTIONS[form] = _told(build, padded)
-    import_utils.is_cuda_stream_capturing = lambda: False
+    _KNOWN.enter(padded)
     try:
         yield
     finally:
-        import_utils.is_cuda_stream_capturing = is_capturing
-        for form, build in usual.items():
-            ALL_MASK_ATTENTION_FUNCTIONS[form] = build
+        _KNOWN.leave()
 
 
-def _told(build: Callable[..., Any], padded: bool) -> Callable[..., Any]:
-    def build_mask(**arguments: Any) -> Any:
-        if not padded:
-            return build(**{**arguments, "attention_mask": None})
-        # A mask that leaves something out can never be skipped, so there is nothing to look for.
-        return build(**{**arguments, **_NEVER_SKIP})
+class _Known:
+    """What is known of padding, by thread. While any thread is within, transformers' functions are replaced;
+    the last one to leave puts them back, in whatever order they came."""
 
-    return build_mask
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_thread = threading.local()
+        self._within = 0
+        self._latest = False
+        self._usual: dict[str, Callable[..., Any]] = {}
+        self._is_capturing: Callable[[], bool] = import_utils.is_cuda_stream_capturing
+
+    def enter(self, padded: bool) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._usual = {form: ALL_MASK_ATTENTION_FUNCTIONS[form] for form in _FORMS}
+                self._is_capturing = import_utils.is_cuda_stream_capturing
+                for form, build in self._usual.items():
+                    ALL_MASK_ATTENTION_FUNCTIONS[form] = self._told(build)
+                import_utils.is_cuda_stream_capturing = lambda: False
+            self._within += 1
+            self._latest = padded
+        self._known().append(padded)
+
+    def leave(self) -> None:
+        self._known().pop()
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                import_utils.is_cuda_stream_capturing = self._is_capturing
+                for form, build in self._usual.items():
+                    ALL_MASK_ATTENTION_FUNCTIONS[form] = build
+
+    def _known(self) -> list[bool]:
+        if not hasattr(self._of_thread, "known"):
+            self._of_thread.known = []
+        known: list[bool] = self._of_thread.known
+        return known
+
+    def _told(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_mask(**arguments: Any) -> Any:
+            # Autograd's own threads run blocks again for the one that entered last.
+            known = self._known()
+            if not (known[-1] if known else self._latest):
+                return build(**{**arguments, "attention_mask": None})
+            # A mask that leaves something out can never be skipped, so there is nothing to look for.
+            return build(**{**arguments, **_NEVER_SKIP})
+
+        return build_mask
+
+
+_KNOWN = _Known()

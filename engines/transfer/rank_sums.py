@@ -49,6 +49,8 @@ def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
 
 def sum_of_losses(world: World, share: float) -> float:
     """Of what each rank's micro-batches add to the mean loss, in fp32, as one process has it."""
+    if world.size == 1:
+        return share
     shares = [own for (own,) in world.gather([share])]
     total = torch.tensor(shares[0])
     for own in shares[1:]:

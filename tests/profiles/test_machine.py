@@ -158,7 +158,7 @@ def test_fields_of_a_later_minor_version_are_ignored(tmp_path: Path) -> None:
 NO_LONGER_MEASURED = {
     "gpu": (
         "matmul_tf32_flops", "matmul_fp8_flops", "matmul_int8_ops", "matmul_burst_flops",
-        "matmul_during_copies_flops", "noise_elements_per_s", "launch_s", "usable_bytes",
+        "matmul_during_copies_flops", "noise_elements_per_s", "launch_s", "usable_bytes", "context_bytes",
         "idle_power_w", "load_power_w", "load_energy_w", "power_limit_w", "persistence_enabled",
     ),
     "link": (

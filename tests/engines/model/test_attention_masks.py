@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,6 +120,34 @@ def test_the_registry_is_as_it_was() -> None:
     before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
     with pytest.raises(KeyError), known_padding(True), known_padding(False):
         raise KeyError
+    assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
+
+
+def test_threads_know_each_their_own_and_leave_nothing_behind() -> None:
+    """One enters, another enters, the first leaves: what it took for usual is not what is left at the end."""
+    before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
+    seen: list[bool] = []
+
+    def build(**arguments: Any) -> None:
+        seen.append(arguments["attention_mask"] is not None)
+
+    first, second = known_padding(True), known_padding(False)
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = build
+    try:
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+            one.submit(first.__enter__).result()
+            other.submit(second.__enter__).result()
+            for each in (one, other):
+                each.submit(
+                    lambda: ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](attention_mask=torch.ones(1))
+                ).result()
+            one.submit(first.__exit__, None, None, None).result()
+            assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is not build
+            other.submit(second.__exit__, None, None, None).result()
+        assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is build
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = before["sdpa"]
+    assert seen == [True, False]
     assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
 
 
