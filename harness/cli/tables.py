@@ -20,7 +20,7 @@ from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, w
 from harness.records.comparison import Comparison, WhyUndecided, comparisons
 from harness.records.run import Run
 from harness.records.settings import published_presets
-from harness.records.stats import ENOUGH_RUNS, rare_step_s
+from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, rare_step_s
 from harness.runs.emulate import what_is_short
 from profiles.system.nvml import open_device
 from profiles.units import NOT_MEASURED, format_seconds
@@ -125,7 +125,7 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
         lines += [line for line in dict.fromkeys(_run_notes(run)) if line not in lines]
     likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
-    answers = {one.engine: [_answer(one)] for one in comparisons(runs)}
+    answers = {one.engine: [_answer(one), *_with_rare_work(one, runs)] for one in comparisons(runs)}
     return Group(
         Text(title, style="bold"), _measured_table(RUNS, runs), notes_grid(reasons),
         *((Text("Step time beside native", style="bold"), notes_grid(answers)) if answers else ()),
@@ -139,6 +139,18 @@ _WHY_UNDECIDED: dict[WhyUndecided, str] = {
     "emulated": "on an emulated machine",
     "not_at_best": "native was not at its best",
 }
+
+
+def _with_rare_work(one: Comparison, runs: Sequence[Run]) -> Iterator[str]:
+    """What the ratio of medians comes to with what one step in so many does beside, where that changes it."""
+    for run in runs:
+        usual_s, rare_s, predicted = run.summary.step_s_median, rare_step_s(run), run.predicted
+        if run.engine != one.engine or predicted is None or not predicted.rare_every or not usual_s:
+            continue
+        factor = 1 + (rare_s or 0.0) / predicted.rare_every / usual_s
+        if factor >= SAME_FACTOR:
+            yield f"with what one step in {predicted.rare_every} does beside: {factor * one.ratio:.2f}x"
+        return
 
 
 def _answer(one: Comparison) -> str:

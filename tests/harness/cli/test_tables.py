@@ -115,3 +115,16 @@ def test_a_step_outside_the_range_that_was_predicted_is_told() -> None:
     assert "slower than the range predicted" in " ".join(drawn(tables.runs_table([slower]), 200).split())
     faster = replace(run, predicted=replace(run.predicted, step_s_low=1e8, step_s_high=1e9))
     assert "faster than" in str(tables.band_missed(faster))
+
+
+def test_what_one_step_in_many_does_is_told_beside_the_ratio_of_medians() -> None:
+    rows = [make_run("native", round=each) for each in (1, 2, 3)]
+    for each in (1, 2, 3):
+        row = make_run("galore", round=each, step_s=(1.0,) * 8)  # its first step took 5 s
+        assert row.predicted is not None
+        rows.append(replace(row, predicted=replace(row.predicted, rare_s=40.0, rare_every=4)))
+    said = " ".join(drawn(tables.runs_table(rows), 200).split())
+    assert "one step in 4 takes 4.00 s more, which the median does not show" in said
+    assert "with what one step in 4 does beside: 2.00x" in said
+    few = [replace(row, predicted=row.predicted and replace(row.predicted, rare_every=400)) for row in rows]
+    assert "does beside:" not in " ".join(drawn(tables.runs_table(few), 200).split())
