@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,7 +13,7 @@ from engines.decoding import Sampling
 from engines.errors import UserError
 from harness.records.governance import Governance
 from profiles.documents import read_document, to_json
-from profiles.planning.plan import Plan, Prediction
+from profiles.planning.plan import Plan, Prediction, rare_work_s
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0).
@@ -154,7 +153,7 @@ class Predicted:
 
     def rare_job_s(self, steps: float) -> float:
         """What is done now and then takes so much in a job of `steps`."""
-        return math.ceil(steps / self.rare_every) * self.rare_s if self.rare_s and self.rare_every else 0.0
+        return rare_work_s(self.rare_s, self.rare_every, steps)
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:

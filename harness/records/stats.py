@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from harness.records.run import Run, Sample, Summary
+from profiles.planning.plan import rare_work_s
 
 SAME_FACTOR = 1.05
 """Two methods whose ratio stays within this factor of 1 are called the same, because two launches of
@@ -226,10 +227,10 @@ def rare_step_s(run: Run) -> float | None:
 
 def rare_job_s(run: Run, steps: float) -> float | None:
     """Seconds of that in a job of `steps`."""
-    rare_s, predicted = rare_step_s(run), run.predicted
-    if rare_s is None or predicted is None or predicted.rare_every is None:
+    rare_s = rare_step_s(run)
+    if rare_s is None or run.predicted is None:
         return None
-    return math.ceil(steps / predicted.rare_every) * rare_s
+    return rare_work_s(rare_s, run.predicted.rare_every, steps)
 
 
 def differing_field(stored: Summary, samples: Sequence[Sample], tokens_per_step: float) -> str | None:

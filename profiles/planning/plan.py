@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +73,12 @@ class Prediction:
 
     def rare_job_s(self, steps: int) -> float:
         """What is done now and then takes so much in a job of `steps`."""
-        if self.rare_s is None or self.rare_every is None:
-            return 0.0
-        return -(-steps // self.rare_every) * self.rare_s
+        return rare_work_s(self.rare_s, self.rare_every, steps)
+
+
+def rare_work_s(rare_s: float | None, every: int | None, steps: float) -> float:
+    """Seconds in a job of `steps` of which the first, and one in `every` after it, takes `rare_s` more."""
+    return 0.0 if rare_s is None or every is None else math.ceil(steps / every) * rare_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
