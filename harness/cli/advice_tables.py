@@ -46,7 +46,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         for plan in answer.plans
     }
     for plan in answer.plans:
-        notes[plan.engine] += _compiling(plan, answer.amount)
+        notes[plan.engine] += _beside_the_steps(plan, answer.amount)
     parts.append(_notes_grid(notes))
     if answer.explanations:
         lines = {each.engine: each.lines for each in answer.explanations}
@@ -251,25 +251,25 @@ def _answers_table(answer: Recommendation) -> Table:
     return table
 
 
-COMPILING_MATTERS = 0.01
-"""Of a job's time, from where on compiling is told."""
+MATTERS = 0.01
+"""Of a job's time, from where on compiling, and what is done now and then, are told."""
 
 
-def _compiling(plan: Plan, amount: Amount | None) -> Iterator[str]:
+def _beside_the_steps(plan: Plan, amount: Amount | None) -> Iterator[str]:
     """What compiling, and what is done now and then, add to each step of a job, where that is not little."""
     predicted = plan.prediction
     if not plan.fits or amount is None or not predicted.step_s:
         return
     rare_s = predicted.rare_job_s(amount.steps)
     amortised_s = predicted.amortised_step_s(amount.steps)
-    if rare_s >= COMPILING_MATTERS * predicted.step_s * amount.steps:
+    if rare_s >= MATTERS * predicted.step_s * amount.steps:
         yield (
             f"one step in {predicted.rare_every} takes about {format_seconds(predicted.rare_s)} more, "
             f"{format_seconds(rare_s)} over this job"
         )
     if predicted.compile_s is None or amortised_s is None:
         return
-    if predicted.compile_s >= COMPILING_MATTERS * predicted.step_s * amount.steps:
+    if predicted.compile_s >= MATTERS * predicted.step_s * amount.steps:
         yield (
             f"compiling takes about {format_seconds(predicted.compile_s)} once: over this job's "
             f"{amount.steps:,} steps a step comes to {format_seconds(amortised_s)}"
