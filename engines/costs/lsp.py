@@ -5,8 +5,8 @@ and comes up.
 GPU: weights, projectors, the cores of a few blocks, and gradients and moments of what is not projected. Host:
 per matrix the pinned core, of the weights' dtype, and two moments, fp32 or bf16. With `weights=streamed` the
 matrices are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both
-passes and goes down once, when its update has landed. The twin (`offload=False`) moves and computes the same
-with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
+passes and goes down once, when its update has been applied. The twin (`offload=False`) moves and computes the
+same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
 """
 
 from __future__ import annotations

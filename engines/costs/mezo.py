@@ -103,13 +103,13 @@ def num_probes(settings: MezoSettings) -> int:
 
 
 def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> ParameterWork:
-    """Pending updates, storing and the perturbed copies of the first probe in one pass over theta; those of
+    """Deferred updates, storing and the perturbed copies of the first probe in one pass over theta; those of
     the others in one pass each.
 
-    Between two turns the updates of 1 to `fold_every` steps are pending, (fold_every + 1) / 2 on average, and
-    theta is written back in the last visit only, or where there are several probes in each. A low-bit theta
-    is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over that of a
-    copy.
+    Between two turns the updates of 1 to `fold_every` steps are deferred, (fold_every + 1) / 2 on average,
+    and theta is written back in the last visit only, or where there are several probes in each. A low-bit
+    theta is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over
+    that of a copy.
     """
     moved, queries = perturb(settings), settings.queries
     written, steps = 1 / fold_every, (fold_every + 1) / 2

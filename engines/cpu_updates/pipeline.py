@@ -7,7 +7,7 @@ slot, from which the GPU applies them. Four resources, each with one queue: the 
 thread, the upload stream and the stream that applies. The thread takes what has arrived by deadline: the
 block that the next forward pass needs first. Its dependencies only go forward, so it cannot deadlock.
 
-Methods decide what to submit and how it lands; this file decides the order, and keeps failures from hanging
+Methods decide what to submit and where it goes; this file decides the order, and keeps failures from hanging
 and from spreading. With several ranks the thread takes what has arrived on all, if this rank is to update it,
 and what other ranks have updated is uploaded as it comes (`engines.cpu_updates.rank_updates`).
 
@@ -110,7 +110,7 @@ class OfRanks(NamedTuple):
 
 
 @dataclass(kw_only=True, eq=False)
-class Landing:
+class UploadTarget:
     """Where what goes up belongs as it is."""
 
     memory: Tensor
@@ -125,7 +125,7 @@ class PieceUpdate:
 
     state: TravellingPiece
     share: StepShare
-    landing: Landing | Callable[[Tensor, StepShare], None] | None
+    destination: UploadTarget | Callable[[Tensor, StepShare], None] | None
     """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
     applies it to the weights; `None`: it stays on the host."""
     consumed: Callable[[], None] = lambda: None
@@ -193,10 +193,10 @@ def update_at_once(updates: Sequence[PieceUpdate], device: torch.device) -> None
     for update in updates:
         if update.failed:
             continue
-        if isinstance(update.landing, Landing):
-            update.landing.memory.copy_(update.state.outgoing)
-        elif update.landing is not None:
-            update.landing(update.state.outgoing.to(device), update.share)
+        if isinstance(update.destination, UploadTarget):
+            update.destination.memory.copy_(update.state.outgoing)
+        elif update.destination is not None:
+            update.destination(update.state.outgoing.to(device), update.share)
 
 
 class UpdatePipeline:
@@ -439,24 +439,26 @@ class UpdatePipeline:
 
     def _bring_back(self, update: PieceUpdate) -> None:
         name = f"block {update.state.deadline}"
-        outgoing, landing = update.state.outgoing, update.landing
-        if landing is None:
+        outgoing, destination = update.state.outgoing, update.destination
+        if destination is None:
             return
-        if isinstance(landing, Landing):
-            update.applied = self._link.upload(outgoing, landing.memory, after=landing.free, name=name)
+        if isinstance(destination, UploadTarget):
+            update.applied = self._link.upload(
+                outgoing, destination.memory, after=destination.free, name=name
+            )
             return
         slot = next(self._turn) % len(self._slots)
         direction = self._slots[slot][: outgoing.numel()]
         # HAZARD: the slot's last direction must have been applied before this one is written over it.
         arrived = self._link.upload(outgoing, direction, after=self._slot_free[slot], name=name)
         if self._stream is None:
-            landing(direction, update.share)
+            destination(direction, update.share)
             return
         with torch.cuda.stream(self._stream):
             self._link.wait(arrived)
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
-            landing(direction, update.share)
+            destination(direction, update.share)
             self._exposure.between("gpu", start, _timed_event(self._stream))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)

@@ -88,11 +88,11 @@ from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoo
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import (
     GradientNotFinite,
-    Landing,
     OfRanks,
     PieceUpdate,
     StepShare,
     UpdatePipeline,
+    UploadTarget,
     leave_threads_to_adam,
     update_at_once,
 )
@@ -168,7 +168,7 @@ class ExactOffload:
         """Of each block, (elements,): where its weights are, or are when they have come up."""
         self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
-        self._pending: list[list[PieceUpdate]] = []
+        self._in_flight: list[list[PieceUpdate]] = []
         """Of each block."""
 
     @staticmethod
@@ -215,7 +215,7 @@ class ExactOffload:
         where = (self._dtype, on_host, self.context.progress, self._world)
         self._room = GradientRoom([max(sizes)] * places, *where)
         self._num_blocks, self._layouts = len(sizes), layout.blocks
-        self._pending = [[] for _ in (*sizes, *outer)]
+        self._in_flight = [[] for _ in (*sizes, *outer)]
         self._place_weights(blueprint, layout, outer)
         self._outer_room = GradientRoom([each.size for each in outer], *where)
         self._names = parameter_names(self.model)
@@ -231,7 +231,7 @@ class ExactOffload:
             for index, block in enumerate(layout.blocks)
         ]
         """Of each block's own parameters, in its gradient slot."""
-        self._norms = GradientNorms(len(self._pending), self.settings, self.link)
+        self._norms = GradientNorms(len(self._in_flight), self.settings, self.link)
         """Of the blocks, and of the tensors outside them that the host updates."""
         self._loss_known = Event()
         self._loss_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
@@ -362,12 +362,12 @@ class ExactOffload:
             memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
             (parameter.grad,) = each.views(memory).values()
             self._outer_gradients.append(memory)
-        self.last_outer = set(range(self._num_blocks, len(self._pending)))
-        """Those of `_pending` whose gradients were complete at the end of the last step, by index."""
+        self.last_outer = set(range(self._num_blocks, len(self._in_flight)))
+        """Those of `_in_flight` whose gradients were complete at the end of the last step, by index."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
-        if wait or all(update.done.is_set() for update in self._pending[index]):
+        if wait or all(update.done.is_set() for update in self._in_flight[index]):
             self._settle(index)
             return True
         return False
@@ -445,7 +445,7 @@ class ExactOffload:
             self._passes.run(batches, self.device, self._take_loss, of=count)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Found before the first block has passed anything on.
-            if not self._is_compiled or self.steps_done > 0 or any(self._pending):
+            if not self._is_compiled or self.steps_done > 0 or any(self._in_flight):
                 raise
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.notes.append(f"not compiled: {first_line}")
@@ -460,7 +460,7 @@ class ExactOffload:
         self._loss_known = self.link.record()
         if self.outer_parameters:
             used = self._passes.used_before()
-            every = range(self._num_blocks, len(self._pending))
+            every = range(self._num_blocks, len(self._in_flight))
             later = {index for index in every if self.outer_parameters[index - self._num_blocks] in used}
             self.last_outer = later
             self._send_outer(each for each in every if each not in later)
@@ -481,7 +481,7 @@ class ExactOffload:
             gradient = self._outer_gradients[number]
             for piece in self.host.pieces[index]:
                 piece.deadline = -1 if index in self.last_outer else self._num_blocks
-            self._send(index, gradient, self._outer_room, number, lands=True)
+            self._send(index, gradient, self._outer_room, number, goes_up=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -495,7 +495,7 @@ class ExactOffload:
         if self.streamed is not None:
             self.streamed.leave(index)
         if index == self._num_blocks - 1:
-            every = range(self._num_blocks, len(self._pending))
+            every = range(self._num_blocks, len(self._in_flight))
             self._begin_outer(each for each in every if each not in self.last_outer)
 
     def before_backward(self, index: int) -> None:
@@ -535,7 +535,7 @@ class ExactOffload:
             place = self._room.take()
         give = partial(self._room.give, place)
         self._slot_free[slot] = self._send(
-            index, gradient, self._room, place, lands=self.streamed is None, consumed=give
+            index, gradient, self._room, place, goes_up=self.streamed is None, consumed=give
         )
 
     def _send(
@@ -545,19 +545,19 @@ class ExactOffload:
         room: GradientRoom,
         number: int,
         *,
-        lands: bool,
+        goes_up: bool,
         consumed: Callable[[], None] = lambda: None,
     ) -> Event:
         """Download a gradient (elements,) to the place of that `number` in `room` and hand it to the worker;
-        the event of its arrival. `lands`: the weights go up then. `consumed` is called when the place is
-        free."""
+        the event of its arrival. `goes_up`: the new weights do, when they are made. `consumed` is called when
+        the place is free."""
         kept, place = self._kept, room.own[number]
         assert kept is not None
         pieces, weights = self.host.pieces[index], self.on_gpu[index]
         norm = self._norms.take(index, gradient)
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
-        if lands:
+        if goes_up:
             self._step_h2d_bytes += weights.nbytes
 
         def all_consumed() -> None:
@@ -569,14 +569,16 @@ class ExactOffload:
             PieceUpdate(
                 state=piece,
                 share=self._share,
-                landing=Landing(memory=weights[piece.begin : piece.end], free=ready) if lands else None,
+                destination=UploadTarget(memory=weights[piece.begin : piece.end], free=ready)
+                if goes_up
+                else None,
                 consumed=give,
                 place=number,
                 of_ranks=None if self._ranks is None else partial(self._of_ranks, index, piece, room),
             )
             for piece in pieces
         ]
-        self._pending[index] = updates
+        self._in_flight[index] = updates
         for piece in pieces:
             piece.gradient = place[piece.begin : piece.end]
         if self._pipeline is None:
@@ -609,23 +611,23 @@ class ExactOffload:
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
             self._step_d2h_bytes += squared.nbytes
-        updates = [update for block in self._pending for update in block]
+        updates = [update for block in self._in_flight for update in block]
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.waits_for_norm:
             assert self._kept is not None
-            for index, of_block in enumerate(self._pending):
+            for index, of_block in enumerate(self._in_flight):
                 self._kept.submit(index, of_block, self._pipeline)
         self._outer.step(self._share.learning_rate, scale, squared)
 
     def _settle(self, index: int) -> None:
         """Let the compute stream wait for a block's weights."""
-        pending, self._pending[index] = self._pending[index], []
-        for update in pending:
+        in_flight, self._in_flight[index] = self._in_flight[index], []
+        for update in in_flight:
             self._wait_for(update)
 
     def _settle_all(self) -> None:
-        for index in range(len(self._pending)):
+        for index in range(len(self._in_flight)):
             self._settle(index)
 
     def _wait_for(self, update: PieceUpdate) -> None:
@@ -641,10 +643,10 @@ class ExactOffload:
 
     def _discard(self) -> None:
         """Wait for what is on its way, whatever comes of it."""
-        for index, pending in enumerate(self._pending):
-            self._pending[index] = []
+        for index, in_flight in enumerate(self._in_flight):
+            self._in_flight[index] = []
             if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.wait)
+                self._pipeline.wait_out(in_flight, self.link.wait)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -692,7 +694,7 @@ class ExactOffload:
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
         on_gpu_first = 0 if self.streamed is None else self._num_blocks
-        for index in range(on_gpu_first, len(self._pending)):
+        for index in range(on_gpu_first, len(self._in_flight)):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()
@@ -715,9 +717,9 @@ class ExactOffload:
 
     def synchronize(self) -> None:
         """Wait until nothing is in flight and the device is idle."""
-        for pending in self._pending:
+        for in_flight in self._in_flight:
             if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.host_wait)  # the next step says what failed
+                self._pipeline.wait_out(in_flight, self.link.host_wait)  # the next step says what failed
         self.link.synchronize()
 
     def close(self) -> None:
@@ -731,7 +733,7 @@ class ExactOffload:
             self._pipeline.close()
             self._pipeline = None
         self.link.synchronize()
-        self._pending = []
+        self._in_flight = []
         held = (self._room, self._states, self._outer_room, self.hidden_states)
         for each in (self._disk_weights, *held, self._ranks):
             if each is not None:

@@ -106,7 +106,7 @@ from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
-from engines.subspace.apply import apply_core, landed
+from engines.subspace.apply import apply_core, realized_fraction
 from engines.subspace.bias_check import (
     Check,
     Round,
@@ -432,11 +432,11 @@ class Lsp:
         block.has_gradient = False
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
-        block.pending = [
+        block.in_flight = [
             PieceUpdate(
                 state=piece.state,
                 share=self._share,
-                landing=None if self.streamed is not None else partial(self._apply, piece.matrices),
+                destination=None if self.streamed is not None else partial(self._apply, piece.matrices),
                 of_ranks=None
                 if self._ranks is None
                 else partial(self._laid_out.of_ranks, place, piece.state),
@@ -450,12 +450,12 @@ class Lsp:
             return
         ready, name = self.link.record(), f"block {place}"
         self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
-        for piece, update in zip(block.pieces, block.pending, strict=True):
+        for piece, update in zip(block.pieces, block.in_flight, strict=True):
             update.downloaded = self.link.download(piece.core, piece.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
-        slot_free[place % len(slot_free)] = block.pending[-1].downloaded
+        slot_free[place % len(slot_free)] = block.in_flight[-1].downloaded
 
     def _step_along_residuals(self, block: CoreBlock) -> None:
         """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
@@ -478,14 +478,14 @@ class Lsp:
                 self.before_backward(block.index)
                 self.finish(block.index)
                 self._send(place)
-            elif not (block.pending and block.pending[0].share is self._share):
+            elif not (block.in_flight and block.in_flight[0].share is self._share):
                 self._settle([block])  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
         self._dense.sum_over_ranks(self._world)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
-        updates = [update for block in self._blocks for update in block.pending]
+        updates = [update for block in self._blocks for update in block.in_flight]
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.schedule_order == "sequential":
@@ -522,30 +522,30 @@ class Lsp:
         apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
 
     def _settle(self, blocks: Iterable[CoreBlock]) -> None:
-        """Let the compute stream wait for pending updates."""
+        """Let the compute stream wait for updates in flight."""
         for block in blocks:
-            if not block.pending:
+            if not block.in_flight:
                 continue
             if self.streamed is not None:
-                self.streamed.land(self._laid_out.place[block.index], self._land)
+                self.streamed.apply_update(self._laid_out.place[block.index], self._apply_streamed)
                 continue
-            pending, block.pending = block.pending, []
-            for update in pending:
+            in_flight, block.in_flight = block.in_flight, []
+            for update in in_flight:
                 self._wait_for(update)
 
-    def _land(self, block: CoreBlock, directions: Tensor) -> None:
-        """Apply a streamed block's pending update, whose `directions` (elements,) have come up."""
-        pending, block.pending = block.pending, []
+    def _apply_streamed(self, block: CoreBlock, directions: Tensor) -> None:
+        """Apply a streamed block's update, whose `directions` (elements,) have come up."""
+        in_flight, block.in_flight = block.in_flight, []
         begin = 0
-        for piece, update in zip(block.pieces, pending, strict=True):
+        for piece, update in zip(block.pieces, in_flight, strict=True):
             end = begin + piece.core.numel()
             self._apply(piece.matrices, directions[begin:end], update.share)
             begin = end
 
     def _is_updated(self, block: CoreBlock, wait: bool) -> bool:
         """Whether the CPU has made the block's directions; with `wait`, when it has."""
-        if block.pending and (wait or all(update.done.is_set() for update in block.pending)):
-            for update in block.pending:
+        if block.in_flight and (wait or all(update.done.is_set() for update in block.in_flight)):
+            for update in block.in_flight:
                 self._wait_for(update)
             return True
         return False
@@ -564,9 +564,9 @@ class Lsp:
     def _discard(self) -> None:
         """Wait for what is on its way, whatever comes of it."""
         for block in self._blocks:
-            pending, block.pending = block.pending, []
+            in_flight, block.in_flight = block.in_flight, []
             if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.wait)
+                self._pipeline.wait_out(in_flight, self.link.wait)
 
     # --- subspaces ------------------------------------------------------------------------------------
 
@@ -591,7 +591,7 @@ class Lsp:
         matrix.subspace.assign(left, right)
 
     @torch.no_grad()
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Of the last update of the largest matrix: how much of it the stored weights would take,
         repeated."""
         self._settle(self._blocks)
@@ -604,7 +604,7 @@ class Lsp:
         core = matrix.of(self._laid_out.piece_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
-        return landed(subspace, trial, core, self._share.learning_rate, self.settings)
+        return realized_fraction(subspace, trial, core, self._share.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -661,7 +661,8 @@ class Lsp:
         """Wait until no core is in flight and the device is idle."""
         for block in self._blocks:
             if self._pipeline is not None:
-                self._pipeline.wait_out(block.pending, self.link.host_wait)  # the next step says what failed
+                # What failed the next step says.
+                self._pipeline.wait_out(block.in_flight, self.link.host_wait)
         self.link.synchronize()
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ Deviations from the paper and its code, beside those of `engines.methods.mezo`:
 - Noise is computed from counters; no generator states are kept, and tied tensors have one perturbation.
 - Downloads are not needed in every step (`fold_every`); the paper's schedule is 1.
 - Blocks may be on disk; the paper has all in host memory.
-- The pending updates are applied wherever weights are looked at: evaluating, exporting, saving.
+- The deferred updates are applied wherever weights are looked at: evaluating, exporting, saving.
 
 Longer than 400 lines: where blocks lie and what is done with them there is one store.
 """

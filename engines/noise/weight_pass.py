@@ -2,7 +2,7 @@
 
 `visit`, z being the noise of the tensor (`engines.noise.philox`):
 
-    w <- round(w - lr (g z_s + wd w))      for each pending update, z_s being the noise of its step s
+    w <- round(w - lr (g z_s + wd w))      for each deferred update, z_s being the noise of its step s
     theta = w,   plus = w + eps z,   minus = w - eps z
 
 `round` is to the weights' dtype, by default stochastic: up with the probability that is the distance to the

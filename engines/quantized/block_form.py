@@ -116,7 +116,7 @@ class BlockForm:
         return crowded
 
     def plain(self, memory: Tensor, how: Visit, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Each own tensor with the pending updates of `how`, of the full dtype, on `device`; `memory` stays
+        """Each own tensor with the deferred updates of `how`, of the full dtype, on `device`; `memory` stays
         as it is."""
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index).to(device)

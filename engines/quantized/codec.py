@@ -15,7 +15,7 @@ A group that is all zero stays zero.
 
 `visit_tiles` is one pass over a matrix, as `engines.noise.weight_pass.visit` is for one in 16 bits:
 
-    w = code scale - sum of lr (g z + wd w) over the pending updates, in fp32, not rounded in between
+    w = code scale - sum of lr (g z + wd w) over the deferred updates, in fp32, not rounded in between
     if it is to be stored: w <- round(w) to the grid, stochastically; the codes are written back
     plus = w + eps z,   minus = w - eps z,   rounded to nearest
 

@@ -16,7 +16,7 @@ from engines.quantized import quantized_pass
 from engines.quantized.block_form import BlockForm
 from engines.quantized.codec import unpack
 
-LANDED_SAMPLE_TILES = 1 << 12
+REALIZED_SAMPLE_TILES = 1 << 12
 
 
 def plain_weights(
@@ -27,7 +27,7 @@ def plain_weights(
     how: Callable[[int], Visit],
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the model's order, of the full dtype, on the host, with its pending updates (`how`).
+    """Every tensor in the model's order, of the full dtype, on the host, with its deferred updates (`how`).
 
     `memory` gives a block's bytes; they are not written. Made on `device`, block by block.
     """
@@ -49,7 +49,7 @@ def plain_weights(
         yield name, made[name]
 
 
-def landed_on_grid(
+def realized_of_quantized(
     forms: Sequence[BlockForm],
     memory: Callable[[int], Tensor],
     how: Callable[[int], Visit],
@@ -58,8 +58,8 @@ def landed_on_grid(
     """Share of the change that a block's updates (`how`) want which a rounding to the grid makes: its
     projection.
 
-    On up to `LANDED_SAMPLE_TILES` tiles of the largest trained low-bit matrix of a block. Nothing is stored.
-    `None` without such a matrix, an update or a change.
+    On up to `REALIZED_SAMPLE_TILES` tiles of the largest trained low-bit matrix of a block. Nothing is
+    stored. `None` without such a matrix, an update or a change.
     """
     found = [
         (part.size, -index, number)
@@ -74,7 +74,7 @@ def landed_on_grid(
     if visit.first == visit.last:
         return None
     part = form.layout.parts[number]
-    count = min(part.segment.counts[0], LANDED_SAMPLE_TILES * TILE_ELEMENTS)
+    count = min(part.segment.counts[0], REALIZED_SAMPLE_TILES * TILE_ELEMENTS)
     kept = form.part(memory(-index), number)[: -(-count // TILE_ELEMENTS) * record_bytes(form.base)]
     records = kept.to(device, copy=True)
     segment = one(part.segment.numbers[0], count, decays=True)
@@ -83,5 +83,5 @@ def landed_on_grid(
     quantized_pass.visit_tiles(records, segment, visit, form.base, store=True)
     change = (wanted - before).double()
     norm = float(change.square().sum())
-    landed = float(((unpack(records, form.base, count) - before).double() * change).sum())
-    return landed / norm if norm > 0.0 else None
+    realized = float(((unpack(records, form.base, count) - before).double() * change).sum())
+    return realized / norm if norm > 0.0 else None

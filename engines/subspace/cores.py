@@ -178,7 +178,7 @@ class CoreBlock:
     """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
     """It has gradient of this step that has not been submitted."""
-    pending: list[PieceUpdate] = field(default_factory=list)
+    in_flight: list[PieceUpdate] = field(default_factory=list)
 
     @property
     def matrices(self) -> list[CoreMatrix]:

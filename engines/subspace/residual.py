@@ -40,7 +40,8 @@ class Residual:
     core_norm: Tensor
     """(1,) fp32: ||S||.
 
-    HAZARD: it must not change before the core's update has landed, which the block's next forward waits for.
+    HAZARD: it must not change before the core's update has been applied, which the block's next forward waits
+    for.
     """
 
     def take(self, gradient: Tensor, core: Tensor, left: Projector, right: Projector, *, adds: bool) -> None:

@@ -56,7 +56,7 @@ class Task:
     """What a visit does with a block."""
 
     how: Visit
-    """Pending updates and perturbation of the block."""
+    """Deferred updates and perturbation of the block."""
     store: bool
     """Write the updated weights back to the source's memory."""
     perturb: bool

@@ -2,7 +2,7 @@
 micro-batch.
 
 A block is visited once, for all of them: the first probe's perturbed weights are made in the same pass that
-applies the pending updates, the next one's then take their place in the scratch. So several queries share
+applies the deferred updates, the next one's then take their place in the scratch. So several queries share
 one trip over the link, and cost hidden states, noise and forward passes. Where the updates are not stored, as
 between two roundings of a low-bit base, each of them applies them again.
 """
@@ -105,7 +105,7 @@ class Streams:
         return replace(self._how, step=probe.draw)
 
     def visit(self, index: int, task: Task, source: Source) -> None:
-        """All streams through block `index`. `task` tells pending updates and whether they are stored."""
+        """All streams through block `index`. `task` tells deferred updates and whether they are stored."""
         for number, probe in enumerate(self._probes):
             last = number == len(self._probes) - 1
             how = without_updates(task.how) if number > 0 and task.store else task.how

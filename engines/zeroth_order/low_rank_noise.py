@@ -241,7 +241,7 @@ class LowRank(TwoSided):
         weight_pass.visit(self._v, self._v_segments[block], of, Outputs(plus=self._v))
 
     def update(self, how: Visit) -> None:
-        """Apply pending updates to all accumulators."""
+        """Apply deferred updates to all accumulators."""
         weight_pass.visit(self._flat, self._segment, how, Outputs(theta=self._flat))
 
     def start_fold(self, block: int, window: int, how: Visit) -> None:

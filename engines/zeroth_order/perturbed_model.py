@@ -271,7 +271,7 @@ class PerturbedModel:
         return reached.hidden
 
     def update_outer(self, how: Visit) -> None:
-        """Apply pending updates to what is outside the blocks, and to adapters."""
+        """Apply deferred updates to what is outside the blocks, and to adapters."""
         for name, weight in self.outer.items():
             if name in self.layout.trained:
                 flat = weight.view(-1)

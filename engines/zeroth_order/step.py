@@ -38,7 +38,7 @@ from engines.model.model_check import check_driven
 from engines.model.stand_ins import give_back
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
-from engines.quantized.export import landed_on_grid, plain_weights
+from engines.quantized.export import plain_weights, realized_of_quantized
 from engines.settings.zeroth_order import Base, MezoSettings, check_base
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
@@ -347,14 +347,14 @@ class ZerothOrder(ABC):
         )
 
     @torch.no_grad()
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Share of the wanted change that the last updates made to the weights as they are stored; of a
         low-bit base that is trained, of its matrices. `None`: not known."""
         share = None
         if self._updates.quantized:
             self.synchronize()
             last_step, entries = self._updates.step - 1, self.settings.fold_every * self.settings.queries
-            share = landed_on_grid(
+            share = realized_of_quantized(
                 self._forms,
                 lambda index: self.blocks.stored(index, last_step),
                 lambda index: self._updates.latest(entries),

@@ -428,8 +428,8 @@ def test_each_probe_of_fzoo_replays_what_pends_on_a_low_bit_base() -> None:
     """Of q = 3: theta itself and three sides, four visits; 7 of 8 steps leave updates to all of them."""
     knobs = {"estimator": "fzoo", "noise": "rademacher", "queries": 3, "base": "int8"}
     counted = cost("mezo", OPT_13B, FORWARD_ONLY, fold_every=8, **knobs)
-    pending = [3 * steps for steps in range(1, 9)]
-    drawn = (sum(pending) + 3 * sum(pending[:-1])) / 8 + 3
+    deferred = [3 * steps for steps in range(1, 9)]
+    drawn = (sum(deferred) + 3 * sum(deferred[:-1])) / 8 + 3
     assert counted.layers[1].gaussians == round(mezo.SIGN_COST * drawn * OPT_13B.block_parameters)
 
 
@@ -473,7 +473,7 @@ def gaussians(counted: Traffic) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("fold_every", "draws"), [(1, 2), (2, 2.5), (4, 3.5), (8, 5.5), (16, 9.5)])
-def test_pending_updates_are_drawn_again_at_every_visit(fold_every: int, draws: float) -> None:
+def test_deferred_updates_are_drawn_again_at_every_visit(fold_every: int, draws: float) -> None:
     counted = cost("zo2", OPT_13B, FORWARD_ONLY, fold_every=fold_every, resident_blocks=1)
     by_layer = gaussians(counted)
     assert by_layer["block.0"] == pytest.approx(draws * OPT_13B.block_parameters, abs=1)

@@ -737,7 +737,7 @@ def test_the_pipeline_gives_room_back_whatever_comes_of_an_update() -> None:
             update = pipeline.PieceUpdate(
                 state=piece,
                 share=pipeline.StepShare(step=0, learning_rate=1e-3),
-                landing=pipeline.Landing(memory=memory, free=link.record()),
+                destination=pipeline.UploadTarget(memory=memory, free=link.record()),
                 consumed=lambda number=number: given.put(number),
             )
             own.submit([update])

@@ -282,7 +282,7 @@ class TestTwin:
             found = train(engine, batches, per_step=2)
             assert_same(found, expected)
             assert engine.evaluate(batches[:4]) == evaluated
-            assert engine.landed_share() is not None
+            assert engine.realized_update_fraction() is not None
             assert engine.streamed is not None
             slots = engine.streamed.weights.slots
             block, wire = slots.memory(0).nbytes, engine._blocks[0].core.nbytes
@@ -1054,7 +1054,7 @@ class TestFaults:
             update = PieceUpdate(
                 state=state,
                 share=StepShare(step=0, learning_rate=1e-3),
-                landing=lambda *_: None,
+                destination=lambda *_: None,
                 downloaded=Event(broken),
             )
             pipeline.submit([update])
@@ -1148,7 +1148,7 @@ class TestResume:
             engine.save(tmp_path)
         with running("opt") as engine:
             engine.load(tmp_path)
-            assert engine.landed_share() is None
+            assert engine.realized_update_fraction() is None
 
     def test_another_subspace_is_refused(self, tmp_path: Path) -> None:
         with running("opt") as engine:

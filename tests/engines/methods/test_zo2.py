@@ -204,7 +204,7 @@ def test_the_last_update_is_in_all_that_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_replaces_what_has_been_trained(tmp_path: Path) -> None:
-    """`load` drops the pending update and the blocks that have come up already."""
+    """`load` drops the deferred update and the blocks that have come up already."""
     batches = tiny_batches(6, "gpt2")
     mezo, streamed = make_mezo(tiny_blueprint("gpt2")), make_zo2(tiny_blueprint("gpt2"))
     assert_same_steps(mezo, streamed, batches[:2])

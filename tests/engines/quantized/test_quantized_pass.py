@@ -378,7 +378,7 @@ def test_zo2_equals_mezo(base: Base, fold_every: int, resident: int) -> None:
     for batch in batches:
         undisturbed.step([batch])
     assert_same_weights(streamed, undisturbed)
-    assert streamed.landed_share() == mezo.landed_share() is not None
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction() is not None
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "fp32"), ("gpt2", "fp16"), ("bert", "fp16")])
@@ -414,7 +414,7 @@ def test_a_log_is_replayed_to_the_same_bits(
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("resume", [make_mezo, make_zo2])
-def test_a_checkpoint_holds_the_low_bit_form_and_what_is_pending(
+def test_a_checkpoint_holds_the_low_bit_form_and_what_is_deferred(
     base: Base, resume: Any, tmp_path: Path
 ) -> None:
     where, knobs = context(dtype="fp16"), {"base": base, "fold_every": 4}
@@ -529,7 +529,7 @@ def test_equals_mezo_on_the_gpu(
     replayed = delayed(seed=0)
     replayed.replay(updates)
     assert_same_weights(streamed, replayed)
-    assert streamed.landed_share() == mezo.landed_share() is not None
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction() is not None
     streamed.close()
     assert_same_steps(mezo, resumed, batches[10:])
     assert_same_weights(mezo, resumed)

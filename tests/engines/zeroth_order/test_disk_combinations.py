@@ -69,7 +69,7 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
     assert {each.disk_read_bytes for each in stats} == {sum(sizes[i] for i in streamed.blocks.on_disk)}
     assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
     assert_same_weights(mezo, streamed)
-    assert streamed.landed_share() == mezo.landed_share()
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction()
     assert_same_steps(mezo, streamed, batches[7:14])
     resumed = make(tiny_blueprint("opt", seed=5), tmp_path, context(dtype="bf16", seed=1), **knobs)
     resumed.load(save(streamed, tmp_path / "of-zo2"))
@@ -187,7 +187,7 @@ def test_equals_mezo_on_the_gpu(
     assert all(each.disk_s is not None for each in stats)
     assert streamed.evaluate(batches[:3]) == mezo.evaluate(batches[:3])
     assert_same_weights(mezo, streamed)
-    assert streamed.landed_share() == mezo.landed_share()
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction()
     resumed = delayed(99)
     resumed.load(save(streamed, tmp_path / "at-14"))
     streamed.close()
