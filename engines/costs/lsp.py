@@ -185,7 +185,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
-        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.outer_parameters)
+        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     core = core_elements(shape, settings)

@@ -76,7 +76,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Tr
         turn = settings.fold_every if settings.is_quantized else 1
         visit = fused_visit(settings, turn, block / (element * shape.block_parameters))
     visits = [visit] * shape.num_blocks
-    weights = element * shape.outer_parameters + shape.num_blocks * block
+    weights = element * shape.non_block_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         **gpu_memory(shape, workload, settings, {"weights": weights}),
@@ -136,7 +136,7 @@ def adapter_parameters(shape: ModelShape, settings: MezoSettings) -> int:
     return settings.lora_rank * sum(matrix.rows + matrix.columns for matrix in shape.matrices)
 
 
-def trained_outer_parameters(shape: ModelShape, settings: MezoSettings) -> tuple[int, int]:
+def trained_non_block_parameters(shape: ModelShape, settings: MezoSettings) -> tuple[int, int]:
     """Parameters outside the blocks that are updated, and those among them that the head multiplies with.
 
     With `last:N` embeddings are frozen, a head that is tied to them included. What remains is the head and a
@@ -145,10 +145,10 @@ def trained_outer_parameters(shape: ModelShape, settings: MezoSettings) -> tuple
     if settings.train == "lora":
         return 0, 0
     if settings.train == "all":
-        return shape.outer_parameters, shape.head_parameters
+        return shape.non_block_parameters, shape.head_parameters
     head = 0 if shape.tied else shape.head_parameters
     norm = shape.hidden if shape.gated_mlp else 2 * shape.hidden
-    return min(head + norm, shape.outer_parameters), head
+    return min(head + norm, shape.non_block_parameters), head
 
 
 def perturbed_layers(
@@ -159,7 +159,7 @@ def perturbed_layers(
     `visits` is what is done to each block's weights where they are trained. What is outside the blocks is
     updated once, and perturbed for each micro-batch.
     """
-    updated, head = trained_outer_parameters(shape, settings)
+    updated, head = trained_non_block_parameters(shape, settings)
     passes = settings.forward_passes
     drawn = passes - settings.is_one_sided
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
@@ -298,7 +298,7 @@ def gpu_memory(
     # With adapters every block is frozen, and both sides compute with one copy.
     one_sided = settings.is_one_sided
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
-    _, trained_head = trained_outer_parameters(shape, settings)
+    _, trained_head = trained_non_block_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
     kept_states = settings.forward_passes * workload.accumulation + 2 * as_graphs

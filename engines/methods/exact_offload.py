@@ -150,7 +150,7 @@ class ExactOffload:
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
         self._room: GradientRoom | None = None
-        self._outer_room: GradientRoom | None = None
+        self._non_block_room: GradientRoom | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._kept: KeptStates | None = None
@@ -189,14 +189,14 @@ class ExactOffload:
         give_back(self.device)
         self.model: nn.Module = blueprint.model
         layout = lay_out(self.model, self._dtype)
-        outer: list[BlockLayout] = []
+        non_block: list[BlockLayout] = []
         if self.settings.outer == "host":
-            outer = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.outer]
+            non_block = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.non_block]
         on_disk = self.settings.on_disk(len(layout.blocks))
-        self._check_host([block.size for block in layout.blocks], sum(each.size for each in outer))
+        self._check_host([block.size for block in layout.blocks], sum(each.size for each in non_block))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
-            [*layout.blocks, *outer],
+            [*layout.blocks, *non_block],
             self.settings,
             dtype=self._dtype,
             device=on_host,
@@ -215,9 +215,9 @@ class ExactOffload:
         where = (self._dtype, on_host, self.context.progress, self._world)
         self._room = GradientRoom([max(sizes)] * places, *where)
         self._num_blocks, self._layouts = len(sizes), layout.blocks
-        self._in_flight = [[] for _ in (*sizes, *outer)]
-        self._place_weights(blueprint, layout, outer)
-        self._outer_room = GradientRoom([each.size for each in outer], *where)
+        self._in_flight = [[] for _ in (*sizes, *non_block)]
+        self._place_weights(blueprint, layout, non_block)
+        self._non_block_room = GradientRoom([each.size for each in non_block], *where)
         self._names = parameter_names(self.model)
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
@@ -294,10 +294,10 @@ class ExactOffload:
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 
-    def _check_host(self, sizes: list[int], outer: int) -> None:
+    def _check_host(self, sizes: list[int], non_block: int) -> None:
         """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters and
-        `outer` outside them."""
-        held = host_bytes(sizes, outer, self._dtype.itemsize, self.settings)
+        `non_block` outside them."""
+        held = host_bytes(sizes, non_block, self._dtype.itemsize, self.settings)
         for kind in held:
             if not kind.startswith("gradients"):  # ranks have it together
                 held[kind] //= self._world.local_size
@@ -312,11 +312,13 @@ class ExactOffload:
             )
 
     @torch.no_grad()
-    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout, outer: Sequence[BlockLayout]) -> None:
-        """Weights of each block, and of each tensor of `outer`, in flat memory on the GPU, and a copy on the
-        host."""
+    def _place_weights(
+        self, blueprint: Blueprint, layout: ModelLayout, non_block: Sequence[BlockLayout]
+    ) -> None:
+        """Weights of each block, and of each tensor of `non_block`, in flat memory on the GPU, and a copy on
+        the host."""
         tensors: dict[str, Tensor] = {}
-        for name in () if outer else layout.outer:
+        for name in () if non_block else layout.non_block:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
@@ -329,7 +331,7 @@ class ExactOffload:
                 self._is_on_host,
                 self._disk_weights,
             )
-        for index, block in enumerate((*layout.blocks, *outer)):
+        for index, block in enumerate((*layout.blocks, *non_block)):
             if self.streamed is not None and index < self._num_blocks:
                 assert self._kept is not None
                 with self._kept.here(index, changes=True):
@@ -351,18 +353,18 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
-        by_gpu = [] if outer else layout.outer
-        self._outer = MasterWeights([parameters[name] for name in by_gpu], self.settings)
+        by_gpu = [] if non_block else layout.non_block
+        self._non_block = MasterWeights([parameters[name] for name in by_gpu], self.settings)
         """Of what the GPU updates outside the blocks."""
-        self.outer_parameters = [parameters[name] for each in outer for name in each.parts[0].names]
+        self.non_block_parameters = [parameters[name] for each in non_block for name in each.parts[0].names]
         """What the host updates there."""
-        self._outer_gradients: list[Tensor] = []
+        self._non_block_gradients: list[Tensor] = []
         """(elements,) on the GPU, of each of them: where autograd adds them up."""
-        for each, parameter in zip(outer, self.outer_parameters, strict=True):
+        for each, parameter in zip(non_block, self.non_block_parameters, strict=True):
             memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
             (parameter.grad,) = each.views(memory).values()
-            self._outer_gradients.append(memory)
-        self.last_outer = set(range(self._num_blocks, len(self._in_flight)))
+            self._non_block_gradients.append(memory)
+        self.last_non_block = set(range(self._num_blocks, len(self._in_flight)))
         """Those of `_in_flight` whose gradients were complete at the end of the last step, by index."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
@@ -381,7 +383,7 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._room, self._outer_room, self.hidden_states, self._disk_weights)
+        held = (self._states, self._room, self._non_block_room, self.hidden_states, self._disk_weights)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -407,7 +409,7 @@ class ExactOffload:
         batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
-        self._begin_outer(self.last_outer)
+        self._begin_non_block(self.last_non_block)
         with no_cache(self.model):
             self._run(batches, count)
         self._compute.go_on_with("optimizer")
@@ -458,30 +460,30 @@ class ExactOffload:
         """Bring it to the host: known long before the step's end, so that the next one can be started."""
         self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
         self._loss_known = self.link.record()
-        if self.outer_parameters:
+        if self.non_block_parameters:
             used = self._passes.used_before()
             every = range(self._num_blocks, len(self._in_flight))
-            later = {index for index in every if self.outer_parameters[index - self._num_blocks] in used}
-            self.last_outer = later
-            self._send_outer(each for each in every if each not in later)
+            later = {index for index in every if self.non_block_parameters[index - self._num_blocks] in used}
+            self.last_non_block = later
+            self._send_non_block(each for each in every if each not in later)
 
     @torch.no_grad()
-    def _begin_outer(self, indices: Iterable[int]) -> None:
+    def _begin_non_block(self, indices: Iterable[int]) -> None:
         """Tensors outside the blocks are about to be used and to get gradients."""
         for index in indices:
             self._settle(index)
-            self._outer_gradients[index - self._num_blocks].zero_()
+            self._non_block_gradients[index - self._num_blocks].zero_()
 
     @torch.no_grad()
-    def _send_outer(self, indices: Iterable[int]) -> None:
+    def _send_non_block(self, indices: Iterable[int]) -> None:
         """Gradients of tensors outside the blocks are complete."""
-        assert self._outer_room is not None
+        assert self._non_block_room is not None
         for index in indices:
             number = index - self._num_blocks
-            gradient = self._outer_gradients[number]
+            gradient = self._non_block_gradients[number]
             for piece in self.host.pieces[index]:
-                piece.deadline = -1 if index in self.last_outer else self._num_blocks
-            self._send(index, gradient, self._outer_room, number, goes_up=True)
+                piece.deadline = -1 if index in self.last_non_block else self._num_blocks
+            self._send(index, gradient, self._non_block_room, number, goes_up=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -496,7 +498,7 @@ class ExactOffload:
             self.streamed.leave(index)
         if index == self._num_blocks - 1:
             every = range(self._num_blocks, len(self._in_flight))
-            self._begin_outer(each for each in every if each not in self.last_outer)
+            self._begin_non_block(each for each in every if each not in self.last_non_block)
 
     def before_backward(self, index: int) -> None:
         if self.streamed is not None:
@@ -605,9 +607,9 @@ class ExactOffload:
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
-        self._send_outer(sorted(self.last_outer))
-        self._outer.sum_over_ranks(self._world)
-        squared = self._norms.of_groups.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
+        self._send_non_block(sorted(self.last_non_block))
+        self._non_block.sum_over_ranks(self._world)
+        squared = self._norms.of_groups.sum(0, keepdim=True) + self._non_block.squared_norm(self.device)
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
             self._step_d2h_bytes += squared.nbytes
@@ -618,7 +620,7 @@ class ExactOffload:
             assert self._kept is not None
             for index, of_block in enumerate(self._in_flight):
                 self._kept.submit(index, of_block, self._pipeline)
-        self._outer.step(self._share.learning_rate, scale, squared)
+        self._non_block.step(self._share.learning_rate, scale, squared)
 
     def _settle(self, index: int) -> None:
         """Let the compute stream wait for a block's weights."""
@@ -676,7 +678,7 @@ class ExactOffload:
         """Weights, low halves of masters, moments, step and random state."""
         self._settle_all()
         self.synchronize()
-        state = rng_state(self.device) | self._outer.state(self._names)
+        state = rng_state(self.device) | self._non_block.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         assert self._kept is not None
         states, about["updates"] = self._kept.save(folder)
@@ -698,7 +700,7 @@ class ExactOffload:
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()
-        self._outer.load(self._names, tensors)
+        self._non_block.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
@@ -734,11 +736,11 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._in_flight = []
-        held = (self._room, self._states, self._outer_room, self.hidden_states)
+        held = (self._room, self._states, self._non_block_room, self.hidden_states)
         for each in (self._disk_weights, *held, self._ranks):
             if each is not None:
                 each.close()
-        self._room = self._states = self._outer_room = self.hidden_states = self._ranks = None
+        self._room = self._states = self._non_block_room = self.hidden_states = self._ranks = None
         self._disk_weights = None
 
 

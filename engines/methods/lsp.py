@@ -496,7 +496,7 @@ class Lsp:
         self._dense.step(self._share.learning_rate, self._squared_total)
 
     def _clip(self, most: float) -> None:
-        """Scale the outer gradients, and let the worker know the norm of all."""
+        """Scale the gradients outside the blocks, and let the worker know the norm of all."""
         self._dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host

@@ -187,7 +187,7 @@ class GpuBlocks:
         return self._updates.lacking(block)
 
     def tensors(self, last_step: int) -> Mapping[str, Tensor]:
-        where = dict(self._model.outer)
+        where = dict(self._model.non_block)
         for form, memory in zip(self._forms, self._memory, strict=True):
             where |= form.views(memory)
         return where | self._model.adapters.tensors

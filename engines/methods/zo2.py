@@ -412,7 +412,7 @@ class StreamedBlocks:
         return like
 
     def _in_memory(self, left_out: frozenset[int]) -> dict[str, Tensor]:
-        where = dict(self._model.outer)
+        where = dict(self._model.non_block)
         for index, form in enumerate(self._forms):
             if index not in left_out:
                 where |= form.views(self._ring.at_rest(index))

@@ -22,7 +22,7 @@ REALIZED_SAMPLE_TILES = 1 << 12
 def plain_weights(
     layout: ModelLayout,
     forms: Sequence[BlockForm],
-    outer: Mapping[str, Tensor],
+    non_block: Mapping[str, Tensor],
     memory: Callable[[int], Tensor],
     how: Callable[[int], Visit],
     device: torch.device,
@@ -39,8 +39,8 @@ def plain_weights(
     }
     made: dict[str, Tensor] = {}
     for name in layout.shapes:
-        if name in outer:
-            yield name, outer[name].cpu()
+        if name in non_block:
+            yield name, non_block[name].cpu()
             continue
         if name not in made:
             index = homes[name]

@@ -112,7 +112,7 @@ class LossHead:
         self,
         hidden: Mapping[Side, Tensor],
         targets: Targets,
-        outer: Mapping[str, Tensor],
+        non_block: Mapping[str, Tensor],
         trained: Collection[str],
         how: Visit,
     ) -> list[Tensor]:
@@ -120,7 +120,7 @@ class LossHead:
 
         What is not in `trained` is not perturbed.
         """
-        weight = outer[self._weight]
+        weight = non_block[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
         moved = [side for side in hidden if side is not Side.PLAIN]
@@ -129,7 +129,7 @@ class LossHead:
             torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
             for _ in range(trains * len(moved))
         ]
-        biases = self._biases(outer, how, trained, moved) if moved else [self._bias_of(outer)]
+        biases = self._biases(non_block, how, trained, moved) if moved else [self._bias_of(non_block)]
 
         def chunk(first: int, last: int) -> list[Tensor]:
             if not trains:
@@ -144,22 +144,22 @@ class LossHead:
         scores = _scores(list(hidden.values()), targets, vocabulary, rows, chunk, biases)
         return [each.loss_sum / targets.labels.numel() for each in scores]
 
-    def evaluate(self, hidden: Tensor, targets: Targets, outer: Mapping[str, Tensor]) -> Scores:
+    def evaluate(self, hidden: Tensor, targets: Targets, non_block: Mapping[str, Tensor]) -> Scores:
         """With the weights as they are."""
-        weight = outer[self._weight]
+        weight = non_block[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        biases = [self._bias_of(outer)]
+        biases = [self._bias_of(non_block)]
         (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], biases)
         return scores
 
-    def _bias_of(self, outer: Mapping[str, Tensor]) -> Tensor | None:
-        return None if self._bias is None else outer[self._bias]
+    def _bias_of(self, non_block: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._bias is None else non_block[self._bias]
 
     def _biases(
-        self, outer: Mapping[str, Tensor], how: Visit, trained: Collection[str], sides: Sequence[Side]
+        self, non_block: Mapping[str, Tensor], how: Visit, trained: Collection[str], sides: Sequence[Side]
     ) -> Sequence[Tensor | None]:
-        bias = self._bias_of(outer)
+        bias = self._bias_of(non_block)
         if bias is None or self._bias is None or self._bias not in trained:
             return [bias] * len(sides)
         moved = [torch.empty_like(bias) for _ in sides]

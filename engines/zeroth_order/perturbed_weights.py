@@ -38,7 +38,7 @@ class BlockScratch:
         units: Sequence[ModuleUnit],
         dtype: torch.dtype,
         device: torch.device,
-        outer: Mapping[str, Tensor],
+        non_block: Mapping[str, Tensor],
         clock: ComputeClock,
         forms: Sequence[BlockForm],
     ) -> None:
@@ -53,7 +53,7 @@ class BlockScratch:
         self._units = units
         self._dtype = dtype
         self._device = device
-        self._outer = outer
+        self._non_block = non_block
         self._clock = clock
         self.fold: Callable[[str, Tensor, int, int], None] | None = None
         """(name, memory, window, seed): adds what the window has gathered to the tensor of that first name,
@@ -311,7 +311,7 @@ class BlockScratch:
         rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
         how, store = task.how, task.store
         if part.shared:
-            weight, how, store = self._outer[part.names[0]].view(-1), without_updates(how), False
+            weight, how, store = self._non_block[part.names[0]].view(-1), without_updates(how), False
         else:
             weight = source.take(self._block, index, index + 1)
             if index not in self._seen:

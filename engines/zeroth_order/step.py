@@ -217,7 +217,7 @@ class ZerothOrder(ABC):
         )  # fmt: skip
         self._blocks = made
         made.set_up(self._model, blueprint)
-        for name, weight in self._model.outer.items():
+        for name, weight in self._model.non_block.items():
             blueprint.fill(name, weight)
         crowded = self._fill(blueprint.fill, anew=False)
         if self.settings.base == "lossless":
@@ -285,7 +285,7 @@ class ZerothOrder(ABC):
         self._clocks.compute.start()
         self._clocks.noise.start()
         self._updates.append(update)
-        self._model.update_outer(self._updates.latest())
+        self._model.update_non_block(self._updates.latest())
         self._clocks.noise.stop()
         self._clocks.compute.stop()
 
@@ -340,7 +340,7 @@ class ZerothOrder(ABC):
         return plain_weights(
             self._layout,
             self._forms,
-            self._model.outer,
+            self._model.non_block,
             lambda index: self.blocks.stored(index, last_step),
             lambda index: self.blocks.lacking(index, last_step),
             self.device,
@@ -398,7 +398,7 @@ class ZerothOrder(ABC):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        is_lossless, outer = self.settings.base == "lossless", self._model.outer
+        is_lossless, non_block = self.settings.base == "lossless", self._model.non_block
         like = self._like_plain() if is_lossless else self.blocks.like_tensors()
         checkpoint = open_checkpoint(folder, like, self._model.adapters.form, self._saved_base)
 
@@ -409,7 +409,7 @@ class ZerothOrder(ABC):
             for name, out in form.views(memory).items():
                 read(name, out)
 
-        for name, weight in (outer | self._model.adapters.tensors).items():
+        for name, weight in (non_block | self._model.adapters.tensors).items():
             read(name, weight)
         self._updates.restore(checkpoint.step, checkpoint.seed, checkpoint.deferred)
         if not is_lossless:

@@ -273,10 +273,10 @@ def test_lsp_twin_does_the_same_work_with_nothing_pinned_or_overlapped() -> None
     assert twin.gpu_memory_bytes["cores"] == 2 * twin.cpu_adam_elements  # all blocks' at once
 
 
-def test_lsp_without_outer_parameters_holds_no_adam_states_on_the_gpu() -> None:
+def test_lsp_without_parameters_outside_the_blocks_holds_no_adam_states_on_the_gpu() -> None:
     assert cost("lsp", DEEPSEEK_1B, TRAINING, train_outer=False).gpu_memory_bytes["optimizer"] == 0
-    outer = DEEPSEEK_1B.parameters - DEEPSEEK_1B.matrix_parameters
-    assert cost("lsp", DEEPSEEK_1B, TRAINING).gpu_memory_bytes["optimizer"] == 2 * 2 * outer
+    non_block = DEEPSEEK_1B.parameters - DEEPSEEK_1B.matrix_parameters
+    assert cost("lsp", DEEPSEEK_1B, TRAINING).gpu_memory_bytes["optimizer"] == 2 * 2 * non_block
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_exact_offload_by_its_states(moments: str, held: float, moved: float) ->
 def test_exact_offload_holds_two_bytes_a_parameter_and_three_blocks_of_gradients() -> None:
     kinds = cost("exact-offload", DEEPSEEK_7B, TRAINING).gpu_memory_bytes
     assert kinds["weights"] == 2 * DEEPSEEK_7B.parameters
-    assert kinds["optimizer"] == 12 * DEEPSEEK_7B.outer_parameters
-    made = 4 * 2 * DEEPSEEK_7B.block_parameters + 2 * DEEPSEEK_7B.outer_parameters
+    assert kinds["optimizer"] == 12 * DEEPSEEK_7B.non_block_parameters
+    made = 4 * 2 * DEEPSEEK_7B.block_parameters + 2 * DEEPSEEK_7B.non_block_parameters
     assert kinds["gradients"] in (made, made - 2 * DEEPSEEK_7B.block_parameters)
     four = cost("exact-offload", DEEPSEEK_7B, replace(TRAINING, accumulation=4))
     assert four.h2d_bytes == cost("exact-offload", DEEPSEEK_7B, TRAINING).h2d_bytes
@@ -407,7 +407,7 @@ def test_a_low_bit_base_takes_fewer_bytes_and_no_fewer_draws(base: str) -> None:
     full, low = (cost("mezo", OPT_13B, FORWARD_ONLY, base=each) for each in ("full", base))
     share = (1056 if base == "int4" else 2080) / 4096
     assert low.gpu_memory_bytes["weights"] == pytest.approx(
-        2 * OPT_13B.outer_parameters + share * 40 * 2 * OPT_13B.block_parameters, rel=1e-3
+        2 * OPT_13B.non_block_parameters + share * 40 * 2 * OPT_13B.block_parameters, rel=1e-3
     )
     assert gaussians(low) == gaussians(full)
     assert low.gpu_bytes < full.gpu_bytes

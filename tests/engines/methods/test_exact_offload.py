@@ -140,11 +140,11 @@ class TestTwin:
             assert engine.streamed.slots.gpu_bytes == 3 * block
         uploads = costs.uploads_per_step(BLOCKS, engine.settings)
         assert uploads == [2, 2, 1, 1, 1]
-        outer = 0
+        non_block = 0
         if changes.get("outer") == "host":
-            outer = sum(each.nbytes for each in engine.on_gpu[BLOCKS:])
-            assert outer > 0
-        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block + outer}
+            non_block = sum(each.nbytes for each in engine.on_gpu[BLOCKS:])
+            assert non_block > 0
+        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block + non_block}
 
     @pytest.mark.parametrize(
         ("family", "tied", "changes"),
@@ -155,7 +155,7 @@ class TestTwin:
             ("deberta-v2", False, {"moments": "bf16"}),
         ],
     )
-    def test_equal_with_outer_parameters_on_the_host(
+    def test_equal_with_parameters_outside_the_blocks_on_the_host(
         self, family: str, tied: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Late updates too: the head's is wanted before the losses, an embedding's before the first block."""
@@ -172,13 +172,13 @@ class TestTwin:
         with running(family, ctx, outer="host", **changes) as engine:
             assert_same(train(engine, batches, 2), expected)
             names = {each: name for name, each in engine.model.named_parameters()}
-            outer = {names[each]: index for index, each in enumerate(engine.outer_parameters, BLOCKS)}
-            last = {name for name, index in outer.items() if index in engine.last_outer}
+            non_block = {names[each]: index for index, each in enumerate(engine.non_block_parameters, BLOCKS)}
+            last = {name for name, index in non_block.items() if index in engine.last_non_block}
         assert any("embed" in name or "wte" in name for name in last)
         if family != "deberta-v2":  # whose blocks use what is outside them
-            assert tied or any("norm" in name or "ln_f" in name for name in outer.keys() - last)
+            assert tied or any("norm" in name or "ln_f" in name for name in non_block.keys() - last)
 
-    def test_outer_parameters_on_the_host_learn_what_those_on_the_gpu_do(self) -> None:
+    def test_parameters_outside_the_blocks_on_the_host_learn_what_those_on_the_gpu_do(self) -> None:
         batches, outcomes = tiny_batches(8, "llama"), []
         for outer in ("gpu", "host"):
             with running("llama", context(), outer=outer) as engine:
