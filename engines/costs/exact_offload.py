@@ -24,7 +24,7 @@ for each of both passes.
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
 between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
 them (`outer=host`), fp32 masters and moments. Host memory: weights, pinned; the low halves of fp32 masters;
-moments; and pinned room for gradients that wait for the CPU.
+moments; and pinned buffers for gradients that wait for the CPU.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
-PIECE_ELEMENTS = 16 << 20
-"""Gradients and weights cross the link in pieces of up to this size: a copy takes 0.6 ms or more, and the
+CHUNK_ELEMENTS = 16 << 20
+"""Gradients and weights cross the link in chunks of up to this size: a copy takes 0.6 ms or more, and the
 CPU's update some milliseconds."""
 
 GRADIENT_SLOTS = 3

@@ -43,9 +43,9 @@ CORE_SLOTS = 4
 """Blocks whose compressed gradients are on the GPU at once."""
 
 UPLOAD_SLOTS = 4
-"""Pieces that are on the GPU between their upload and their application."""
+"""Chunks that are on the GPU between their upload and their application."""
 
-PIECE_ELEMENTS = 8 << 20
+CHUNK_ELEMENTS = 8 << 20
 """Cores of neighbouring matrices travel together up to about this size."""
 
 FLOPS_PER_BYTE = 150.0
@@ -238,7 +238,7 @@ def _gpu_memory(
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
     core = sum(d * d for d in sizes)
-    piece = min(core, max(PIECE_ELEMENTS, max(d * d for d in sizes)))
+    chunk = min(core, max(CHUNK_ELEMENTS, max(d * d for d in sizes)))
     slots = min(CORE_SLOTS, shape.num_blocks) if settings.offload else shape.num_blocks
     nonzeros = shape.num_blocks * sum(
         (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
@@ -260,7 +260,7 @@ def _gpu_memory(
     if settings.streams:
         held["cores"] += element * min(WEIGHT_SLOTS, shape.num_blocks) * core
     elif settings.offload:
-        held["cores"] += element * UPLOAD_SLOTS * piece
+        held["cores"] += element * UPLOAD_SLOTS * chunk
     held["gradients"] += element * kept  # what one block's projectors leave out
     if workload.accumulation > 1:
         held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core

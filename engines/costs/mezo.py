@@ -202,7 +202,7 @@ def _block(
     visit: ParameterWork,
 ) -> LayerTraffic:
     trained = trains_block(settings, index, shape.num_blocks)
-    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in pieces,
+    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in chunks,
     # which `forward.GRAPH_LAUNCHES` counts.
     launches = (
         0 if transformer.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)

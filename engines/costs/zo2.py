@@ -6,7 +6,7 @@ and never goes down. (What a full log or the end of a window of LOZO writes anew
 so, is not counted.)
 
 On the GPU: what lies outside the blocks, the resident blocks, a ring through which the streamed ones pass in
-pieces, and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
+chunks, and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
 """
 
 from __future__ import annotations

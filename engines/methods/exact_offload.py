@@ -16,7 +16,7 @@ in a step however many there are, and 3 to 5 have a whole step's compute to hide
 step they do (`engines.costs.exact_offload`).
 
 With `weights=streamed` (ZeRO-Infinity, 2104.07857, and the vertical order of GreedySnake, 2512.17570) the
-blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' room on the GPU
+blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' buffers on the GPU
 (`engines.offload.block_slots`); 5 is left out. GPU memory is then that of a few blocks, hidden states and
 what is outside the blocks, whatever the model's size.
 
@@ -24,7 +24,7 @@ Where things live. GPU: the bf16 weights of the model, gradients of three blocks
 blocks; of what lies outside the blocks (embeddings, final norm, head) also gradients, fp32 masters and
 moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinned) and the 16 bits that make
 it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
-Gradients of some blocks have pinned room there.
+Gradients of some blocks have pinned buffers there.
 
 With `outer=host` what lies outside the blocks has its masters and moments on the host too, each tensor for
 itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
@@ -51,7 +51,7 @@ checkpointing asks for it (`engines.model.training_regions`). Nothing is capture
 step is so short that launches count, the CPU's update takes longer than they do.
 
 Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
-host has weights and states once; one rank adds up a piece's gradients, in the order of ranks, and updates it
+host has weights and states once; one rank adds up a chunk's gradients, in the order of ranks, and updates it
 for all (`engines.cpu_updates.rank_updates`). What the GPU updates outside the blocks, it updates on every
 rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them.
 
@@ -84,12 +84,12 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
-from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
+from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import (
+    ChunkUpdate,
     GradientNotFinite,
     OfRanks,
-    PieceUpdate,
     StepShare,
     UpdatePipeline,
     UploadTarget,
@@ -149,8 +149,8 @@ class ExactOffload:
         """What of the settings could not be had, and why."""
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
-        self._room: GradientRoom | None = None
-        self._non_block_room: GradientRoom | None = None
+        self._buffers: GradientBuffers | None = None
+        self._non_block_buffers: GradientBuffers | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._kept: KeptStates | None = None
@@ -168,7 +168,7 @@ class ExactOffload:
         """Of each block, (elements,): where its weights are, or are when they have come up."""
         self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
-        self._in_flight: list[list[PieceUpdate]] = []
+        self._in_flight: list[list[ChunkUpdate]] = []
         """Of each block."""
 
     @staticmethod
@@ -179,7 +179,7 @@ class ExactOffload:
     # --- set-up ---------------------------------------------------------------------------------------
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model, make room on the host, start the CPU worker.
+        """Fill the model, take memory on the host, start the CPU worker.
 
         Raises `UserError` for fp16 and a model whose blocks cannot be driven, `InfeasiblePlan` where the host
         lacks the memory.
@@ -207,17 +207,17 @@ class ExactOffload:
             world=self._world,
         )
         if self._world.size > 1:
-            count = sum(len(pieces) for pieces in self._states.pieces)
+            count = sum(len(chunks) for chunks in self._states.chunks)
             self._ranks = RankUpdates(count, self._world, self.context.progress)
         self._kept = KeptStates(self._states, on_disk, self._make_disk)
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         where = (self._dtype, on_host, self.context.progress, self._world)
-        self._room = GradientRoom([max(sizes)] * places, *where)
+        self._buffers = GradientBuffers([max(sizes)] * places, *where)
         self._num_blocks, self._layouts = len(sizes), layout.blocks
         self._in_flight = [[] for _ in (*sizes, *non_block)]
         self._place_weights(blueprint, layout, non_block)
-        self._non_block_room = GradientRoom([each.size for each in non_block], *where)
+        self._non_block_buffers = GradientBuffers([each.size for each in non_block], *where)
         self._names = parameter_names(self.model)
         # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
         self._alike = len({_extents(block) for block in layout.blocks}) == 1
@@ -240,7 +240,7 @@ class ExactOffload:
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
-        self.hidden_states = self._hidden_room(blueprint.shape.hidden)
+        self.hidden_states = self._make_hidden_states(blueprint.shape.hidden)
         self._passes = BlockMajor(self.model, self.own, self, draws=draws, hidden_states=self.hidden_states)
         why_not = why_not_compiled(self.device)
         if self.settings.compile and why_not is not None:
@@ -248,7 +248,7 @@ class ExactOffload:
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
 
-    def _hidden_room(self, width: int) -> HiddenStates | None:
+    def _make_hidden_states(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:
             return None
         workload = self.context.workload.of_a_rank(self._world.size)
@@ -383,7 +383,7 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._room, self._non_block_room, self.hidden_states, self._disk_weights)
+        held = (self._states, self._buffers, self._non_block_buffers, self.hidden_states, self._disk_weights)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -477,13 +477,13 @@ class ExactOffload:
     @torch.no_grad()
     def _send_non_block(self, indices: Iterable[int]) -> None:
         """Gradients of tensors outside the blocks are complete."""
-        assert self._non_block_room is not None
+        assert self._non_block_buffers is not None
         for index in indices:
             number = index - self._num_blocks
             gradient = self._non_block_gradients[number]
-            for piece in self.host.pieces[index]:
-                piece.deadline = -1 if index in self.last_non_block else self._num_blocks
-            self._send(index, gradient, self._non_block_room, number, goes_up=True)
+            for chunk in self.host.chunks[index]:
+                chunk.deadline = -1 if index in self.last_non_block else self._num_blocks
+            self._send(index, gradient, self._non_block_buffers, number, goes_up=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
@@ -532,30 +532,30 @@ class ExactOffload:
         if self.streamed is not None:
             self.streamed.leave(index)
             self.streamed.forget(index)
-        assert self._room is not None
+        assert self._buffers is not None
         with self._compute.standing():
-            place = self._room.take()
-        give = partial(self._room.give, place)
+            place = self._buffers.take()
+        give = partial(self._buffers.give, place)
         self._slot_free[slot] = self._send(
-            index, gradient, self._room, place, goes_up=self.streamed is None, consumed=give
+            index, gradient, self._buffers, place, goes_up=self.streamed is None, consumed=give
         )
 
     def _send(
         self,
         index: int,
         gradient: Tensor,
-        room: GradientRoom,
+        buffers: GradientBuffers,
         number: int,
         *,
         goes_up: bool,
         consumed: Callable[[], None] = lambda: None,
     ) -> Event:
-        """Download a gradient (elements,) to the place of that `number` in `room` and hand it to the worker;
-        the event of its arrival. `goes_up`: the new weights do, when they are made. `consumed` is called when
-        the place is free."""
-        kept, place = self._kept, room.own[number]
+        """Download a gradient (elements,) to the place of that `number` in `buffers` and hand it to the
+        worker; the event of its arrival. `goes_up`: the new weights do, when they are made. `consumed` is
+        called when the place is free."""
+        kept, place = self._kept, buffers.own[number]
         assert kept is not None
-        pieces, weights = self.host.pieces[index], self.on_gpu[index]
+        chunks, weights = self.host.chunks[index], self.on_gpu[index]
         norm = self._norms.take(index, gradient)
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
@@ -566,41 +566,43 @@ class ExactOffload:
             consumed()
             kept.updated(index)
 
-        give = _once_all(len(pieces), all_consumed)
+        give = _once_all(len(chunks), all_consumed)
         updates = [
-            PieceUpdate(
-                state=piece,
+            ChunkUpdate(
+                state=chunk,
                 share=self._share,
-                destination=UploadTarget(memory=weights[piece.begin : piece.end], free=ready)
+                destination=UploadTarget(memory=weights[chunk.begin : chunk.end], free=ready)
                 if goes_up
                 else None,
                 consumed=give,
                 place=number,
-                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, piece, room),
+                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, chunk, buffers),
             )
-            for piece in pieces
+            for chunk in chunks
         ]
         self._in_flight[index] = updates
-        for piece in pieces:
-            piece.gradient = place[piece.begin : piece.end]
+        for chunk in chunks:
+            chunk.gradient = place[chunk.begin : chunk.end]
         if self._pipeline is None:
-            pieces[0].squared_norm.copy_(norm)
+            chunks[0].squared_norm.copy_(norm)
             place[: gradient.numel()].copy_(gradient)
             return Event()
         name = f"block {index}" if index < self._num_blocks else "outside the blocks"
-        self.link.download(norm, pieces[0].squared_norm, after=ready, name="norm")
-        for piece, update in zip(pieces, updates, strict=True):
-            its = gradient[piece.begin : piece.end]
-            update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
+        self.link.download(norm, chunks[0].squared_norm, after=ready, name="norm")
+        for chunk, update in zip(chunks, updates, strict=True):
+            its = gradient[chunk.begin : chunk.end]
+            update.downloaded = self.link.download(its, _arriving(chunk), after=ready, name=name)
             if not self.settings.waits_for_norm and kept.comes_by_itself(index):
                 self._pipeline.submit([update])
         if not (self.settings.waits_for_norm or kept.comes_by_itself(index)):
             kept.submit(index, updates, self._pipeline)
         return updates[-1].downloaded
 
-    def _of_ranks(self, index: int, piece: BlockPiece, room: GradientRoom, places: Sequence[int]) -> OfRanks:
+    def _of_ranks(
+        self, index: int, chunk: BlockChunk, buffers: GradientBuffers, places: Sequence[int]
+    ) -> OfRanks:
         return OfRanks(
-            [place[piece.begin : piece.end] for place in room.of_ranks(places)],
+            [place[chunk.begin : chunk.end] for place in buffers.of_ranks(places)],
             [norms[index : index + 1] for norms in self.host.norms_of_ranks],
         )
 
@@ -632,7 +634,7 @@ class ExactOffload:
         for index in range(len(self._in_flight)):
             self._settle(index)
 
-    def _wait_for(self, update: PieceUpdate) -> None:
+    def _wait_for(self, update: ChunkUpdate) -> None:
         if self._pipeline is None:
             if update.failed:
                 raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
@@ -736,11 +738,11 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._in_flight = []
-        held = (self._room, self._states, self._non_block_room, self.hidden_states)
+        held = (self._buffers, self._states, self._non_block_buffers, self.hidden_states)
         for each in (self._disk_weights, *held, self._ranks):
             if each is not None:
                 each.close()
-        self._room = self._states = self._non_block_room = self.hidden_states = self._ranks = None
+        self._buffers = self._states = self._non_block_buffers = self.hidden_states = self._ranks = None
         self._disk_weights = None
 
 
@@ -748,9 +750,9 @@ def _extents(block: BlockLayout) -> tuple[object, ...]:
     return tuple((part.start, *part.segment.offsets, *part.segment.counts) for part in block.own_parts)
 
 
-def _arriving(piece: BlockPiece) -> Tensor:
-    assert piece.gradient is not None
-    return piece.gradient
+def _arriving(chunk: BlockChunk) -> Tensor:
+    assert chunk.gradient is not None
+    return chunk.gradient
 
 
 def _once_all(count: int, act: Callable[[], None]) -> Callable[[], None]:

@@ -19,8 +19,8 @@ pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d
 which is approximate (`engines.cpu_updates.adamw`), 4 d^2.
 
 With `weights=streamed` the matrices stay on the host too and come up for the forward and again for the
-backward pass, through three blocks' room (`engines.subspace.streamed_matrices`): 5 then waits for its block's
-next forward pass, and the new weights go down. All micro-batches pass a block together
+backward pass, through three blocks' buffers (`engines.subspace.streamed_matrices`): 5 then waits for its
+block's next forward pass, and the new weights go down. All micro-batches pass a block together
 (`engines.model.block_major`), so that a step moves each weight three times however many there are. GPU memory
 is that of a few blocks, hidden states, projectors and what is no matrix of a block.
 
@@ -78,8 +78,8 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
 from engines.cpu_updates.pipeline import (
+    ChunkUpdate,
     GradientNotFinite,
-    PieceUpdate,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
@@ -217,7 +217,7 @@ class Lsp:
         if self.streamed is not None:
             self.streamed.follow(self._blocks, self._is_updated)
         if settings.offload:
-            largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
+            largest = max(chunk.core.numel() for block in self._blocks for chunk in block.chunks)
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(
                 self.link,
@@ -433,25 +433,25 @@ class Lsp:
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
         block.in_flight = [
-            PieceUpdate(
-                state=piece.state,
+            ChunkUpdate(
+                state=chunk.state,
                 share=self._share,
-                destination=None if self.streamed is not None else partial(self._apply, piece.matrices),
+                destination=None if self.streamed is not None else partial(self._apply, chunk.matrices),
                 of_ranks=None
                 if self._ranks is None
-                else partial(self._laid_out.of_ranks, place, piece.state),
+                else partial(self._laid_out.of_ranks, place, chunk.state),
             )
-            for piece in block.pieces
+            for chunk in block.chunks
         ]
         if self._pipeline is None:
-            for piece in block.pieces:
-                piece.state.incoming.copy_(piece.core)
-            block.pieces[0].state.squared_norm.copy_(block.squared_norm)
+            for chunk in block.chunks:
+                chunk.state.incoming.copy_(chunk.core)
+            block.chunks[0].state.squared_norm.copy_(block.squared_norm)
             return
         ready, name = self.link.record(), f"block {place}"
-        self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
-        for piece, update in zip(block.pieces, block.in_flight, strict=True):
-            update.downloaded = self.link.download(piece.core, piece.state.incoming, after=ready, name=name)
+        self.link.download(block.squared_norm, block.chunks[0].state.squared_norm, after=ready, name="norm")
+        for chunk, update in zip(block.chunks, block.in_flight, strict=True):
+            update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
@@ -508,7 +508,7 @@ class Lsp:
 
     @torch.no_grad()
     def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
-        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
+        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the chunk."""
         for matrix in matrices:
             core = matrix.of(direction)
             if matrix.residual is not None:
@@ -537,9 +537,9 @@ class Lsp:
         """Apply a streamed block's update, whose `directions` (elements,) have come up."""
         in_flight, block.in_flight = block.in_flight, []
         begin = 0
-        for piece, update in zip(block.pieces, in_flight, strict=True):
-            end = begin + piece.core.numel()
-            self._apply(piece.matrices, directions[begin:end], update.share)
+        for chunk, update in zip(block.chunks, in_flight, strict=True):
+            end = begin + chunk.core.numel()
+            self._apply(chunk.matrices, directions[begin:end], update.share)
             begin = end
 
     def _is_updated(self, block: CoreBlock, wait: bool) -> bool:
@@ -550,7 +550,7 @@ class Lsp:
             return True
         return False
 
-    def _wait_for(self, update: PieceUpdate) -> None:
+    def _wait_for(self, update: ChunkUpdate) -> None:
         if self._pipeline is None:
             if update.failed:
                 raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
@@ -582,7 +582,7 @@ class Lsp:
 
     def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:
         """Move the moments to the subspace of a new pair, and take it."""
-        state = self._laid_out.piece_of(matrix).state
+        state = self._laid_out.chunk_of(matrix).state
         if state.updates > 0:
             # The moments are the worker's no more: this block's forward pass has waited for its last update.
             moved_bytes = move_moments(state, matrix, left, right)
@@ -601,7 +601,7 @@ class Lsp:
         subspace = matrix.subspace
         if self.streamed is not None:
             self.streamed.weights.enter_forward(subspace.block)
-        core = matrix.of(self._laid_out.piece_of(matrix).state.outgoing).to(self.device)
+        core = matrix.of(self._laid_out.chunk_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
         return realized_fraction(subspace, trial, core, self._share.learning_rate, self.settings)

@@ -91,7 +91,7 @@ class GpuBlocks:
             ]
             for i, form in enumerate(forms)
         ]
-        """Of each block the memory of what is trained, in pieces, and what lies there. Not where trained
+        """Of each block the memory of each run of trained parts, and what lies there. Not where trained
         matrices are in records."""
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:

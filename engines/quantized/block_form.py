@@ -92,11 +92,11 @@ class BlockForm:
         return found
 
     def fill(
-        self, memory: Tensor, fill: Callable[[str, Tensor], object], room: Callable[[int], Tensor]
+        self, memory: Tensor, fill: Callable[[str, Tensor], object], buffer: Callable[[int], Tensor]
     ) -> list[str]:
         """Write the block's weights to its `memory`, matrix by matrix.
 
-        `fill` writes a tensor of the full dtype; `room` gives memory for so many elements of it, on the
+        `fill` writes a tensor of the full dtype; `buffer` gives memory for so many elements of it, on the
         device of `memory`, in which one matrix at a time is made. Returns the first names of the matrices
         that lossless records have no room for, whose records are of no use.
         """
@@ -107,7 +107,7 @@ class BlockForm:
                 for name, weight in part.views(kept).items():
                     fill(name, weight)
                 continue
-            values = room(part.segment.counts[0])
+            values = buffer(part.segment.counts[0])
             fill(part.names[0], values.view(part.shapes[0]))
             if self.base != "lossless":
                 pack(values, self.base, kept)

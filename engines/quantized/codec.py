@@ -2,7 +2,7 @@
 
 A matrix is a row of *records*, one per tile of 2048 elements (`engines.noise.tiles`), each with all that the
 tile's elements need: first their codes, then 16 scales in bf16, one for each 128 neighbours. A matrix is thus
-one piece of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four
+one stretch of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four
 elements, one in each row of the tile, lie in one word: a kernel loads it at once, and 4-bit codes need no
 sorting.
 
@@ -66,9 +66,9 @@ def pack(values: Tensor, base: Base, records: Tensor) -> None:
     """Quantise `values` (n,) of any float dtype to nearest, into `records`, (bytes,) on the same device."""
     tables = records.view(-1, record_bytes(base))
     for first, last in tile_ranges(tables):
-        piece = values[first * TILE_ELEMENTS : last * TILE_ELEMENTS].float()
+        chunk = values[first * TILE_ELEMENTS : last * TILE_ELEMENTS].float()
         groups = torch.zeros((last - first) * TILE_ELEMENTS, dtype=torch.float32, device=values.device)
-        groups[: piece.numel()] = piece
+        groups[: chunk.numel()] = chunk
         groups = groups.view(-1, SCALES_PER_TILE, GROUP_ELEMENTS)
         scales = scales_of(groups.abs().amax(2), base)
         tables[first:last, -SCALES_PER_TILE * SCALE_BYTES :] = scales.to(torch.bfloat16).view(torch.uint8)

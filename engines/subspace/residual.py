@@ -73,7 +73,8 @@ class Residual:
 
 
 def make_residual(share: float, shape: torch.Size, left_out: Tensor) -> Residual:
-    """For a matrix of `shape` (m, n); `left_out` is room for the largest matrix at its place in a block."""
+    """For a matrix of `shape` (m, n); `left_out` is a buffer for the largest matrix at its place in a
+    block."""
     rows, columns = shape
     device = left_out.device
     return Residual(
@@ -84,7 +85,7 @@ def make_residual(share: float, shape: torch.Size, left_out: Tensor) -> Residual
     )
 
 
-def residual_rooms(
+def residual_buffers(
     subspaces: Sequence[Sequence[Subspace]], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """(elements,) of the weights' dtype for each place in a block, as the largest matrix there needs."""

@@ -1,4 +1,4 @@
-"""The end of a causal language model in pieces: logits only where labels are, and never all of them at once.
+"""The end of a causal language model in chunks: logits only where labels are, and never all of them at once.
 
 Most models end in one linear layer, whose outputs are the logits, and in the mean cross-entropy of the next
 token. For those (`plain_head` finds out) the loss is computed over chunks of the vocabulary with a running
@@ -134,12 +134,12 @@ class LossHead:
         def chunk(first: int, last: int) -> list[Tensor]:
             if not trains:
                 return [weight[first:last]] * len(hidden)
-            piece = weight[first:last].view(-1)
-            rooms = [memory[: last - first] for memory in scratch]
-            segment = one(self._numbers[self._weight], piece.numel(), decays=True)
-            out = _outputs(moved, [room.view(-1) for room in rooms])
-            weight_pass.visit(piece, segment, how, out, start=first * width)
-            return rooms
+            theta = weight[first:last].view(-1)
+            buffers = [memory[: last - first] for memory in scratch]
+            segment = one(self._numbers[self._weight], theta.numel(), decays=True)
+            out = _outputs(moved, [buffer.view(-1) for buffer in buffers])
+            weight_pass.visit(theta, segment, how, out, start=first * width)
+            return buffers
 
         scores = _scores(list(hidden.values()), targets, vocabulary, rows, chunk, biases)
         return [each.loss_sum / targets.labels.numel() for each in scores]
@@ -203,13 +203,13 @@ def _scores(
         last = min(first + rows, vocabulary)
         weights = chunk(first, last)
         for state, weight, bias, running in zip(states, weights, biases, sides, strict=True):
-            piece = None if bias is None else bias[first:last]
+            chunk_bias = None if bias is None else bias[first:last]
             for begin in range(0, count, HEAD_TOKENS):
                 tokens = state[begin : begin + HEAD_TOKENS]
                 logits = torch.empty(
                     (tokens.shape[0], last - first), dtype=weight.dtype, device=weight.device
                 )
-                multiply(tokens, weight.t(), piece, logits)
+                multiply(tokens, weight.t(), chunk_bias, logits)
                 running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
     return [running.scores(targets.labels) for running in sides]
 

@@ -68,9 +68,9 @@ def mean_over_ranks(
     """
     first_side = [sum(sides[:number]) for number in range(len(sides) + 1)]
     columns = [range(first_side[each.probes.start], first_side[each.probes.stop]) for each in division]
-    room = max(len(each.batches) * len(sides) for each, sides in zip(division, columns, strict=True))
+    width = max(len(each.batches) * len(sides) for each, sides in zip(division, columns, strict=True))
     values: list[float] = own.flatten().tolist()
-    found = world.gather([*values, *([0.0] * (room - len(values)))])
+    found = world.gather([*values, *([0.0] * (width - len(values)))])
     count = max(each.batches.stop for each in division)
     losses = [[0.0] * first_side[-1] for _ in range(count)]
     for each, sides_of, row in zip(division, columns, found, strict=True):

@@ -104,8 +104,8 @@ class BlockScratch:
             raise damaged_records()
 
     def take_form(self, *, whole: bool, sides: int) -> None:
-        """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
-        sides, or on the one that frozen weights and passes with theta itself use."""
+        """Memory for one unit at a time, or, for several micro-batches in one visit, for a whole block; on
+        both sides, or on the one that frozen weights and passes with theta itself use."""
         whole = whole or self._always_whole
         sides = min(sides, self._most_sides)
         if self._form == (whole, sides):
@@ -122,7 +122,7 @@ class BlockScratch:
                 for part in unit.parts:
                     of = self._layout.blocks[unit.block].parts[part]
                     # What is not trained is there once, for both sides.
-                    views |= of.views(self._room(unit.block, part, side if of.trained else 0))
+                    views |= of.views(self._buffer(unit.block, part, side if of.trained else 0))
                 unit.weights[side].extend(
                     nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
                 )
@@ -159,7 +159,7 @@ class BlockScratch:
         grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
         return -(-size // grid) * grid
 
-    def room(self, size: int) -> Tensor:
+    def buffer(self, size: int) -> Tensor:
         """Memory for a matrix of `size` elements, until the next visit."""
         if size > self._memory[0].numel():  # of a matrix that no unit computes with
             return torch.empty(size, dtype=self._dtype, device=self._device)
@@ -192,9 +192,9 @@ class BlockScratch:
             self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8 and self._base == "lossless":
-                    room = self._room_of(index)
-                    lossless_pass.visit_records(weight, part.segment, self._task.how, Outputs(theta=room))
-                    self._encode(room, part.segment, weight)
+                    buffer = self._buffer_of(index)
+                    lossless_pass.visit_records(weight, part.segment, self._task.how, Outputs(theta=buffer))
+                    self._encode(buffer, part.segment, weight)
                 elif weight.dtype == torch.uint8:
                     quantized_pass.visit_tiles(weight, part.segment, self._task.how, self._base, store=True)
                 else:
@@ -271,8 +271,8 @@ class BlockScratch:
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
         segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
         self._store_roundings(records, segment, trained=trained)
-        rooms = [memory[start:stop] for memory in self._memory]
-        self._write_records(records, segment, task.how, rooms, trained=trained, store=task.store)
+        buffers = [memory[start:stop] for memory in self._memory]
+        self._write_records(records, segment, task.how, buffers, trained=trained, store=task.store)
         self._source.done(self._block, first, last)
         self._made.update(range(first, last))
         self._seen.update(range(first, last))
@@ -291,10 +291,10 @@ class BlockScratch:
         self._clock.start()
         window, seed = self._task.ends_window, self._task.how.seed
         if weight.dtype == torch.uint8 and self._base == "lossless":
-            room = self._room_of(index)
-            lossless_pass.decode_records(weight, part.segment, room, self._damaged)
-            self.fold(part.names[0], room[: part.segment.counts[0]], window, seed)
-            self._encode(room, part.segment, weight)
+            buffer = self._buffer_of(index)
+            lossless_pass.decode_records(weight, part.segment, buffer, self._damaged)
+            self.fold(part.names[0], buffer[: part.segment.counts[0]], window, seed)
+            self._encode(buffer, part.segment, weight)
         else:
             for name, offset, count in zip(
                 part.names, part.segment.offsets, part.segment.counts, strict=True
@@ -308,7 +308,7 @@ class BlockScratch:
         assert task is not None
         assert source is not None
         part = self._layout.blocks[self._block].parts[index]
-        rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
+        buffers = [self._buffer(self._block, index, side) for side in range(len(self._memory))]
         how, store = task.how, task.store
         if part.shared:
             weight, how, store = self._non_block[part.names[0]].view(-1), without_updates(how), False
@@ -320,9 +320,9 @@ class BlockScratch:
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
-            self._write_records(weight, part.segment, how, rooms, trained=part.trained, store=store)
+            self._write_records(weight, part.segment, how, buffers, trained=part.trained, store=store)
         else:
-            self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
+            self._write(weight, part.segment, how, buffers, trained=part.trained, store=store)
         if not part.shared and index not in self._seen:
             source.done(self._block, index, index + 1)
         self._seen.add(index)
@@ -333,13 +333,13 @@ class BlockScratch:
         weight: Tensor,
         segment: Segment,
         how: Visit,
-        rooms: Sequence[Tensor],
+        buffers: Sequence[Tensor],
         *,
         trained: bool,
         store: bool,
     ) -> None:
-        """The one pass over theta. `rooms`: plus and, if both passes are to run, minus."""
-        plus, minus = rooms[0], rooms[-1]
+        """The one pass over theta. `buffers`: plus and, if both passes are to run, minus."""
+        plus, minus = buffers[0], buffers[-1]
         assert self._task is not None
         self._clock.start()
         if not trained:
@@ -363,7 +363,7 @@ class BlockScratch:
         records: Tensor,
         segment: Segment,
         how: Visit,
-        rooms: Sequence[Tensor],
+        buffers: Sequence[Tensor],
         *,
         trained: bool,
         store: bool,
@@ -374,7 +374,7 @@ class BlockScratch:
         if not trained:
             how, store = without_updates(how), False
         perturb = trained and self._task.perturb
-        sides = rooms if perturb and not self._task.plus_only else rooms[:1]
+        sides = buffers if perturb and not self._task.plus_only else buffers[:1]
         if self._base == "lossless":
             self._write_lossless(records, segment, how, sides, store=store, perturb=perturb)
         else:
@@ -393,7 +393,7 @@ class BlockScratch:
         store: bool,
         perturb: bool,
     ) -> None:
-        """Theta is made in the room of the plus side where it is to be stored, and perturbed there."""
+        """Theta is made in the buffer of the plus side where it is to be stored, and perturbed there."""
         plus, minus = sides[0], sides[1] if len(sides) > 1 else None
         stores = store and how.first < how.last
         if stores:
@@ -412,10 +412,10 @@ class BlockScratch:
         has_room = lossless_pass.encode_records(weights, segment, records)
         self._has_room = has_room if self._has_room is None else self._has_room & has_room
 
-    def _room_of(self, index: int) -> Tensor:
+    def _buffer_of(self, index: int) -> Tensor:
         """Memory for a part of the block, apart from what was made for others."""
         if (self._block, index) in self._places:
-            return self._room(self._block, index, 0)
+            return self._buffer(self._block, index, 0)
         size = self._layout.blocks[self._block].parts[index].size
         return torch.empty(size, dtype=self._dtype, device=self._device)
 
@@ -438,6 +438,6 @@ class BlockScratch:
         """A matrix, or shared: anything but the block's packed vectors."""
         return part > 0 or self._layout.blocks[block].parts[part].segment.decays[0]
 
-    def _room(self, block: int, part: int, side: int) -> Tensor:
+    def _buffer(self, block: int, part: int, side: int) -> Tensor:
         place = self._places[block, part]
         return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]

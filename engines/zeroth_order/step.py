@@ -239,7 +239,8 @@ class ZerothOrder(ABC):
         records have no room for."""
         crowded: list[str] = []
         self.blocks.fill(
-            lambda form, memory: crowded.extend(form.fill(memory, fill, self._model.scratch.room)), anew=anew
+            lambda form, memory: crowded.extend(form.fill(memory, fill, self._model.scratch.buffer)),
+            anew=anew,
         )
         return crowded
 

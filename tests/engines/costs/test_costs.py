@@ -17,7 +17,7 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama,
 
 from engines.costs import mezo, transformer
 from engines.costs.lsp import core_elements
-from engines.costs.overlap import PIECE, STEP_TIME, LayerTimes, busy_s, serial_s
+from engines.costs.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.table import traffic
 from engines.costs.torchao_offload import power_of_two
 from engines.costs.traffic import Traffic
@@ -705,7 +705,7 @@ def test_layerwise_shows_one_layers_tail() -> None:
 
 def test_streamed_fills_and_drains_once() -> None:
     layer = LayerTimes(gpu_s=2.0, backward_s=0.0, h2d_s=5.0, d2h_s=5.0, cpu_s=0.0, host_s=0.0)
-    assert STEP_TIME["streamed"]([layer] * 10, 1) == 50 + PIECE * (2 + 5)
+    assert STEP_TIME["streamed"]([layer] * 10, 1) == 50 + CHUNK_SHARE * (2 + 5)
     resident = replace(layer, h2d_s=0.0, d2h_s=0.0)
     assert STEP_TIME["streamed"]([resident] * 10, 1) == 20
 

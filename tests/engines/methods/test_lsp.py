@@ -27,7 +27,7 @@ from engines.base import Batch, Context, StepStats
 from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import PieceUpdate, StepShare, UpdatePipeline
+from engines.cpu_updates.pipeline import ChunkUpdate, StepShare, UpdatePipeline
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.lsp import Lsp
 from engines.methods.native import Native
@@ -100,7 +100,7 @@ def subspaces(engine: Lsp) -> list[Subspace]:
 
 
 def states(engine: Lsp) -> list[CoreState]:
-    return [piece.state for block in engine._blocks for piece in block.pieces]
+    return [chunk.state for block in engine._blocks for chunk in block.chunks]
 
 
 def core_threads() -> list[str]:
@@ -1051,7 +1051,7 @@ class TestFaults:
                 settings=SETTINGS,
                 key=0,
             )
-            update = PieceUpdate(
+            update = ChunkUpdate(
                 state=state,
                 share=StepShare(step=0, learning_rate=1e-3),
                 destination=lambda *_: None,

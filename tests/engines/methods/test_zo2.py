@@ -408,7 +408,7 @@ def test_equals_mezo_on_the_gpu(
 
 @pytest.mark.gpu
 def test_delays_on_both_streams_change_no_bit_in_200_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large matrices, so that layers take their own scratch and blocks are cut into pieces."""
+    """Large matrices, so that layers take their own scratch and blocks are cut into chunks."""
     monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)
     monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)

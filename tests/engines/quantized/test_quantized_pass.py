@@ -317,9 +317,9 @@ def test_matrices_that_lie_together_are_visited_as_one_by_one(
             else:
                 pieces = records.split([len(mine) for mine in each])
                 for mine, number, at, count in zip(pieces, numbers, offsets, counts, strict=True):
-                    rooms = [out[at : at + count] for out in outs]
+                    buffers = [out[at : at + count] for out in outs]
                     of = one(number, count, decays=True)
-                    function(mine, of, how, base, store=store, sides=rooms, perturb=perturb)
+                    function(mine, of, how, base, store=store, sides=buffers, perturb=perturb)
             results.append([kept.cpu() for kept in (records, *outs)])
     for found in results[1:]:
         assert all(map(torch.equal, found, results[0]))

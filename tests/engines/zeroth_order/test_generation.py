@@ -347,7 +347,7 @@ def test_the_host_reads_nothing_of_what_a_decoding_step_computes(family: str, pr
 def test_zo2_and_mezo_agree_on_the_gpu(
     family: str, graphs: bool, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The link held up at random, blocks in small pieces, between training steps."""
+    """The link held up at random, blocks in small chunks, between training steps."""
     monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
