@@ -62,8 +62,8 @@ ONE_SIDED = ParameterWork(gaussians=1, moves=2)
 FROZEN = ParameterWork(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
-STORED_IN_RECORDS = 10
-"""What storing a parameter in lossless records takes beside the bytes of those, in reads or writes of it:
+STORED_IN_TILES = 10
+"""What storing a parameter in lossless tiles takes beside the bytes of those, in reads or writes of it:
 theta is written to scratch, encoded from there, and read once more to be perturbed. 1.6 ms for the 314.6 M
 weights of a block of OPT-13B on an H200 (engines/EXPERIMENTS.md, 'A lossless base')."""
 
@@ -117,7 +117,7 @@ def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> P
         steps = num_probes(settings) * (fold_every - 1) / 2 + 1
     elif settings.forward_passes > 2:
         written = 1
-    stored = kept + STORED_IN_RECORDS if settings.base == "lossless" else kept
+    stored = kept + STORED_IN_TILES if settings.base == "lossless" else kept
     moves = moved.moves - (1 - kept) * num_probes(settings) + stored * written
     return ParameterWork(gaussians=queries * steps + moved.gaussians, moves=moves)
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from engines.costs import disk, transformer
 from engines.costs.mezo import (
-    STORED_IN_RECORDS,
+    STORED_IN_TILES,
     ParameterWork,
     fused_visit,
     gpu_memory,
@@ -110,7 +110,7 @@ def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> ParameterWork:
     moved, replayed = perturb(settings), (disk.REPLAYED_UPDATES + 1) / 2
     if not settings.is_quantized:
         written = 0 if settings.forward_passes == 2 else 1
-        stored = kept + STORED_IN_RECORDS if settings.base == "lossless" else 1
+        stored = kept + STORED_IN_TILES if settings.base == "lossless" else 1
         moves = moved.moves - (1 - kept) * num_probes(settings) + stored * written
         return ParameterWork(gaussians=replayed + moved.gaussians, moves=moves)
     probes, queries = num_probes(settings), settings.queries

@@ -106,7 +106,7 @@ from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
-from engines.subspace.apply import apply_core, realized_fraction
+from engines.subspace.apply import apply_core, realized_of_core
 from engines.subspace.bias_check import (
     Check,
     Round,
@@ -604,7 +604,7 @@ class Lsp:
         core = matrix.of(self._laid_out.chunk_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
-        return realized_fraction(subspace, trial, core, self._share.learning_rate, self.settings)
+        return realized_of_core(subspace, trial, core, self._share.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 

@@ -92,7 +92,7 @@ class GpuBlocks:
             for i, form in enumerate(forms)
         ]
         """Of each block the memory of each run of trained parts, and what lies there. Not where trained
-        matrices are in records."""
+        matrices are in tiles."""
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
         self._model = model

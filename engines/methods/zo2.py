@@ -29,9 +29,10 @@ link, and the GPUs exchange the shares (`engines.transfer.share_exchange`).
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
 
-With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.records`, to the bit.
-With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates pend exactly and
-join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are kept.
+With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.lossless_codec`, to
+the bit. With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates are
+deferred exactly and join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are
+kept.
 
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
 hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or

@@ -1,4 +1,4 @@
-"""A model whose matrices are in records from outside: its weights in plain form, and what share of an update
+"""A model whose matrices are in tiles from outside: its weights in plain form, and what share of an update
 lands."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engines.costs.quantized import TILE_ELEMENTS, record_bytes
+from engines.costs.quantized import TILE_ELEMENTS, tile_bytes
 from engines.model.flat_layout import ModelLayout
 from engines.noise.tiles import one
 from engines.noise.visits import Visit
@@ -65,7 +65,7 @@ def realized_of_quantized(
         (part.size, -index, number)
         for index, form in enumerate(forms)
         for number, part in enumerate(form.layout.own_parts)
-        if part.trained and form.in_records(part)
+        if part.trained and form.in_tiles(part)
     ]
     if not found:
         return None
@@ -75,13 +75,13 @@ def realized_of_quantized(
         return None
     part = form.layout.parts[number]
     count = min(part.segment.counts[0], REALIZED_SAMPLE_TILES * TILE_ELEMENTS)
-    kept = form.part(memory(-index), number)[: -(-count // TILE_ELEMENTS) * record_bytes(form.base)]
-    records = kept.to(device, copy=True)
+    kept = form.part(memory(-index), number)[: -(-count // TILE_ELEMENTS) * tile_bytes(form.base)]
+    tiles = kept.to(device, copy=True)
     segment = one(part.segment.numbers[0], count, decays=True)
-    before, wanted = unpack(records, form.base, count), torch.empty(count, device=device)
-    quantized_pass.visit_tiles(records, segment, visit, form.base, store=False, sides=(wanted,))
-    quantized_pass.visit_tiles(records, segment, visit, form.base, store=True)
+    before, wanted = unpack(tiles, form.base, count), torch.empty(count, device=device)
+    quantized_pass.visit_tiles(tiles, segment, visit, form.base, store=False, sides=(wanted,))
+    quantized_pass.visit_tiles(tiles, segment, visit, form.base, store=True)
     change = (wanted - before).double()
     norm = float(change.square().sum())
-    realized = float(((unpack(records, form.base, count) - before).double() * change).sum())
+    realized = float(((unpack(tiles, form.base, count) - before).double() * change).sum())
     return realized / norm if norm > 0.0 else None

@@ -254,7 +254,7 @@ class LowRank(TwoSided):
             matrix.accumulator.zero_()
 
     def fold(self, name: str, weight: Tensor, window: int, seed: int) -> None:
-        """W += A V^T / rank in place, for the flat memory of a matrix, or its records; nothing for another
+        """W += A V^T / rank in place, for the flat memory of a matrix, or its tiles; nothing for another
         tensor."""
         matrix = self._by_name.get(name)
         if matrix is None:

@@ -20,7 +20,7 @@ from engines.noise import weight_pass
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
-from engines.quantized.block_form import BlockForm, damaged_records
+from engines.quantized.block_form import BlockForm, damaged_tiles
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.units import ModuleUnit
@@ -46,10 +46,10 @@ class BlockScratch:
         self._forms = forms
         self._base = forms[0].base
         self._has_room: Tensor | None = None
-        """Whether all weights that were stored found room in lossless records, () bool on the device; `None`:
+        """Whether all weights that were stored found room in lossless tiles, () bool on the device; `None`:
         none were."""
         self._damaged = torch.zeros(1, dtype=torch.int32, device=device)
-        """1: lossless records were not what was written."""
+        """1: lossless tiles were not what was written."""
         self._units = units
         self._dtype = dtype
         self._device = device
@@ -57,7 +57,7 @@ class BlockScratch:
         self._clock = clock
         self.fold: Callable[[str, Tensor, int, int], None] | None = None
         """(name, memory, window, seed): adds what the window has gathered to the tensor of that first name,
-        in its flat memory or its records."""
+        in its flat memory or its tiles."""
         for unit in units:
             used = {name for _, _, name in unit.places}
             parts = layout.blocks[unit.block].parts
@@ -82,13 +82,13 @@ class BlockScratch:
         self.take_form(whole=False, sides=2)
 
     def set_forms(self, forms: Sequence[BlockForm]) -> None:
-        """Other matrices than before are in records."""
+        """Other matrices than before are in tiles."""
         self._forms = forms
 
-    def check_records(self) -> None:
+    def check_tiles(self) -> None:
         """With a lossless base, waits for the device.
 
-        Raises `UserError` where weights that were stored found no room in their records, or frozen ones that
+        Raises `UserError` where weights that were stored found no room in their tiles, or frozen ones that
         were read are not what was stored.
         """
         if self._base != "lossless":
@@ -101,7 +101,7 @@ class BlockScratch:
                 "go on from the last checkpoint with base=full",
             )
         if self._damaged:
-            raise damaged_records()
+            raise damaged_tiles()
 
     def take_form(self, *, whole: bool, sides: int) -> None:
         """Memory for one unit at a time, or, for several micro-batches in one visit, for a whole block; on
@@ -193,7 +193,7 @@ class BlockScratch:
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8 and self._base == "lossless":
                     buffer = self._buffer_of(index)
-                    lossless_pass.visit_records(weight, part.segment, self._task.how, Outputs(theta=buffer))
+                    lossless_pass.visit_lossless(weight, part.segment, self._task.how, Outputs(theta=buffer))
                     self._encode(buffer, part.segment, weight)
                 elif weight.dtype == torch.uint8:
                     quantized_pass.visit_tiles(weight, part.segment, self._task.how, self._base, store=True)
@@ -253,26 +253,26 @@ class BlockScratch:
                 self._make(index)
 
     def _make_run(self, first: int, last: int) -> None:
-        """Own parts `first` to `last` - 1, all of them trained or none, and all in records, which are made in
+        """Own parts `first` to `last` - 1, all of them trained or none, and all in tiles, which are made in
         one pass, or none."""
         layout, task = self._layout.blocks[self._block], self._task
-        if not self._forms[self._block].in_records(layout.parts[first]):
+        if not self._forms[self._block].in_tiles(layout.parts[first]):
             for index in range(first, last):
                 self._make(index)
             return
         assert self._source is not None
         assert task is not None
-        records = self._source.take(self._block, first, last)
+        tiles = self._source.take(self._block, first, last)
         begin = 0
         for index in range(first, last):
             size = matrix_bytes(layout.parts[index].size, self._base)
-            self._fold(index, records[begin : begin + size])
+            self._fold(index, tiles[begin : begin + size])
             begin += size
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
         segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
-        self._store_roundings(records, segment, trained=trained)
+        self._store_roundings(tiles, segment, trained=trained)
         buffers = [memory[start:stop] for memory in self._memory]
-        self._write_records(records, segment, task.how, buffers, trained=trained, store=task.store)
+        self._write_tiles(tiles, segment, task.how, buffers, trained=trained, store=task.store)
         self._source.done(self._block, first, last)
         self._made.update(range(first, last))
         self._seen.update(range(first, last))
@@ -292,7 +292,7 @@ class BlockScratch:
         window, seed = self._task.ends_window, self._task.how.seed
         if weight.dtype == torch.uint8 and self._base == "lossless":
             buffer = self._buffer_of(index)
-            lossless_pass.decode_records(weight, part.segment, buffer, self._damaged)
+            lossless_pass.decode_lossless(weight, part.segment, buffer, self._damaged)
             self.fold(part.names[0], buffer[: part.segment.counts[0]], window, seed)
             self._encode(buffer, part.segment, weight)
         else:
@@ -320,7 +320,7 @@ class BlockScratch:
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
-            self._write_records(weight, part.segment, how, buffers, trained=part.trained, store=store)
+            self._write_tiles(weight, part.segment, how, buffers, trained=part.trained, store=store)
         else:
             self._write(weight, part.segment, how, buffers, trained=part.trained, store=store)
         if not part.shared and index not in self._seen:
@@ -358,9 +358,9 @@ class BlockScratch:
                 plus.copy_(weight)
         self._clock.stop()
 
-    def _write_records(
+    def _write_tiles(
         self,
-        records: Tensor,
+        tiles: Tensor,
         segment: Segment,
         how: Visit,
         buffers: Sequence[Tensor],
@@ -368,7 +368,7 @@ class BlockScratch:
         trained: bool,
         store: bool,
     ) -> None:
-        """Make the perturbed weights of matrices in records, and store their update if `store`."""
+        """Make the perturbed weights of matrices in tiles, and store their update if `store`."""
         assert self._task is not None
         self._clock.start()
         if not trained:
@@ -376,16 +376,16 @@ class BlockScratch:
         perturb = trained and self._task.perturb
         sides = buffers if perturb and not self._task.plus_only else buffers[:1]
         if self._base == "lossless":
-            self._write_lossless(records, segment, how, sides, store=store, perturb=perturb)
+            self._write_lossless(tiles, segment, how, sides, store=store, perturb=perturb)
         else:
             quantized_pass.visit_tiles(
-                records, segment, how, self._base, store=store, sides=sides, perturb=perturb
+                tiles, segment, how, self._base, store=store, sides=sides, perturb=perturb
             )
         self._clock.stop()
 
     def _write_lossless(
         self,
-        records: Tensor,
+        tiles: Tensor,
         segment: Segment,
         how: Visit,
         sides: Sequence[Tensor],
@@ -397,19 +397,19 @@ class BlockScratch:
         plus, minus = sides[0], sides[1] if len(sides) > 1 else None
         stores = store and how.first < how.last
         if stores:
-            lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
-            self._encode(plus, segment, records)
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
+            self._encode(plus, segment, tiles)
             if perturb:
                 weight_pass.visit(plus, segment, without_updates(how), Outputs(plus=plus, minus=minus))
         elif perturb:
-            lossless_pass.visit_records(records, segment, how, Outputs(plus=plus, minus=minus))
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(plus=plus, minus=minus))
         elif how.first < how.last:
-            lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
         else:
-            lossless_pass.decode_records(records, segment, plus, self._damaged)
+            lossless_pass.decode_lossless(tiles, segment, plus, self._damaged)
 
-    def _encode(self, weights: Tensor, segment: Segment, records: Tensor) -> None:
-        has_room = lossless_pass.encode_records(weights, segment, records)
+    def _encode(self, weights: Tensor, segment: Segment, tiles: Tensor) -> None:
+        has_room = lossless_pass.encode_lossless(weights, segment, tiles)
         self._has_room = has_room if self._has_room is None else self._has_room & has_room
 
     def _buffer_of(self, index: int) -> Tensor:

@@ -236,7 +236,7 @@ class ZerothOrder(ABC):
 
     def _fill(self, fill: Callable[[str, Tensor], object], *, anew: bool) -> list[str]:
         """Write the blocks' weights, each tensor by `fill`. Returns the names of matrices that lossless
-        records have no room for."""
+        tiles have no room for."""
         crowded: list[str] = []
         self.blocks.fill(
             lambda form, memory: crowded.extend(form.fill(memory, fill, self._model.scratch.buffer)),
@@ -272,7 +272,7 @@ class ZerothOrder(ABC):
             self.blocks.before_ranks_meet()
             losses = mean_over_ranks(each, world, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
-        self._model.scratch.check_records()
+        self._model.scratch.check_tiles()
         updates = next_updates(step, settings, self.context.total_steps, losses)
         for update in updates:
             self._append(update)
@@ -301,7 +301,7 @@ class ZerothOrder(ABC):
                     hidden[i] = self._model.run(index, each_calls, hidden[i])
             for each, last in zip(group, hidden, strict=True):
                 self._model.evaluate(each, last, total)
-        self._model.scratch.check_records()
+        self._model.scratch.check_tiles()
         self.blocks.forget_times()
         return total.result()
 
@@ -317,7 +317,7 @@ class ZerothOrder(ABC):
         compute = self._clocks.compute
         self.blocks.begin_tokens()
         for tokens in generate_tokens(self._model, request, blocks, compute, self.context.vram_bytes):
-            self._model.scratch.check_records()
+            self._model.scratch.check_tiles()
             yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
         self.blocks.forget_times()
 
@@ -335,9 +335,9 @@ class ZerothOrder(ABC):
             yield name, merged(name, where[name].cpu(), self._updates.none())
 
     def _plain(self, last_step: int) -> Iterator[tuple[str, Tensor]]:
-        """The model's own tensors of the full dtype, on the host, where blocks have some in records."""
+        """The model's own tensors of the full dtype, on the host, where blocks have some in tiles."""
         self.synchronize()
-        self._model.scratch.check_records()
+        self._model.scratch.check_tiles()
         return plain_weights(
             self._layout,
             self._forms,

@@ -82,7 +82,9 @@ def test_equals_mezo_for_any_number_of_blocks_and_residents(num_blocks: int, res
     block_bytes = 4 * blueprint.shape.block_parameters
     assert {each.h2d_bytes for each in stats} == {(num_blocks - resident_blocks) * block_bytes}
     downloads = [each.d2h_bytes for each in stats]
-    assert downloads == [0] + 3 * [(num_blocks - resident_blocks) * block_bytes]  # at first nothing pends
+    assert downloads == [0] + 3 * [
+        (num_blocks - resident_blocks) * block_bytes
+    ]  # at first nothing is deferred
     assert streamed.evaluate(batches) == mezo.evaluate(batches)
     assert_same_weights(mezo, streamed)
 
@@ -186,7 +188,8 @@ def test_perturbing_never_changes_the_weights(dtype: Dtype) -> None:
 
 
 def test_the_last_update_is_in_all_that_is_seen(tmp_path: Path) -> None:
-    """An update pends until the block comes up again; evaluating, exporting and saving do not wait for it."""
+    """An update is deferred until the block comes up again; evaluating, exporting and saving do not wait for
+    it."""
     batches = tiny_batches(4, "llama")
     mezo = make_mezo(tiny_blueprint("llama"))
     evaluating, exporting, saving = (make_zo2(tiny_blueprint("llama")) for _ in range(3))

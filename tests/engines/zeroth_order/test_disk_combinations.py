@@ -123,7 +123,7 @@ def test_a_low_bit_base_on_disk_is_never_written(tmp_path: Path) -> None:
 
 
 def test_a_models_file_is_asked_for_no_low_bit_block(tmp_path: Path) -> None:
-    """The records are made from its weights, once, in files of our own."""
+    """The tiles are made from its weights, once, in files of our own."""
     blueprint = tiny_blueprint("opt")
     blueprint.locate = lambda name: pytest.fail(name)  # type: ignore[attr-defined]
     assert isinstance(blueprint, LocatesWeights)
