@@ -77,10 +77,11 @@ def nonzeros_per_row(settings: LspSettings) -> int:
 
 
 def core_size(rows: int, columns: int, settings: LspSettings) -> int:
-    """Side of a matrix's core: d, or its own smaller side, to a multiple of r. See `LspSettings.size_for`."""
-    side = min(settings.size_for(rows, columns), rows, columns)
-    r = min(nonzeros_per_row(settings), side)
-    return side // r * r
+    """Rows and columns of a matrix's core: d, or its own smaller dimension, to a multiple of r. See
+    `LspSettings.size_for`."""
+    d = min(settings.size_for(rows, columns), rows, columns)
+    r = min(nonzeros_per_row(settings), d)
+    return d // r * r
 
 
 def core_elements(shape: ModelShape, settings: LspSettings) -> int:

@@ -225,7 +225,7 @@ def _with_low_rank(
     its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
     matrices = sum(matrix.parameters for matrix in shape.matrices)
     passes, rank, q = settings.forward_passes, settings.lozo_rank, settings.queries
-    rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
+    rows, columns = (sum(getattr(each, extent) for each in shape.matrices) for extent in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
         layer,

@@ -45,7 +45,7 @@ test holds against float64.
 Deviations from the paper, and choices where it is silent:
 
 - `projector=paper` is the text of the paper; the default, `block`, has another form of the same (d, r), with
-  values in closed form. A matrix smaller than d x d uses its own smaller side, to a multiple of r.
+  values in closed form. A matrix smaller than d x d uses its own smaller dimension, to a multiple of r.
 - The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
 - A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
 - A matrix for which forming G costs less than two projections and their product, since its d is nearly its

@@ -3,7 +3,7 @@
 A core is made in its block's slot of GPU memory and travels with its neighbours, as a chunk
 (`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
 
-Longer than 400 lines: a core's places on both sides are laid out together.
+Longer than 400 lines: a core's places on the GPU and on the host are laid out together.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CoreMatrix:
 
     @torch.no_grad()
     def collect(self, kept: Tensor, gradient: Tensor) -> None:
-        """S = (dY P)^T (X Q), (d, d), of dY (tokens, out); with the sides swapped where W^T is stored."""
+        """S = (dY P)^T (X Q), (d, d), of dY (tokens, out); with P and Q swapped where W^T is stored."""
         subspace = self.subspace
         whole = self.forms_gradient or self.calibrator.calibrates
         if not whole:
@@ -198,7 +198,7 @@ class CoreBlock:
 
 
 class Cores:
-    """Memory of all cores, on both sides.
+    """Memory of all cores, on the GPU and on the host.
 
     Blocks take turns on a few slots of GPU memory; without `offload` each has its own.
     """

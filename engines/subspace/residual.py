@@ -1,8 +1,8 @@
 """What projectors leave out of a gradient, as a step of its own.
 
-LSP-Offload (2406.10181) drops G - P P^T G Q Q^T. Fira (2410.01623) does not, for projectors of one side: it
+LSP-Offload (2406.10181) drops G - P P^T G Q Q^T. Fira (2410.01623) does not, for one projector a matrix: it
 takes a step along it too, of the length that Adam gives to what is kept, without any state for it. Here, for
-two sides:
+two:
 
     R = G - P S Q^T with S = P^T G Q        W <- W - lr share (||dS|| / ||S||) R
 

@@ -52,7 +52,7 @@ def _finite(losses: list[float], step: int) -> list[float]:
         told = ", ".join(map(str, losses[:-1]))
         bad = next(loss for loss in losses if not math.isfinite(loss))
         good = next((loss for loss in losses if math.isfinite(loss)), bad)
-        raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", sides=(good, bad))
+        raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", losses=(good, bad))
     return losses
 
 
