@@ -71,7 +71,7 @@ def streamed_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
 
     max over resources R of (total of R + `CHUNK_SHARE` of the largest layer's share of every other resource)
     """
-    return _pipelined_s(layers, micro_batches=1, share=CHUNK_SHARE)
+    return _pipelined_s(layers, micro_batches=1, chunk_share=CHUNK_SHARE)
 
 
 def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
@@ -81,7 +81,7 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     max(L (f + b) + c + u + h, max(L c, L u, L h) + fill), the fill being one layer's way through the others
     and all micro-batches but one, during which there is nothing to update.
     """
-    return _pipelined_s(layers, micro_batches, share=1.0)
+    return _pipelined_s(layers, micro_batches, chunk_share=1.0)
 
 
 def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
@@ -90,7 +90,7 @@ def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
 
     max over resources R of (total of R + `CHUNK_SHARE` of the largest layer's share of every other resource)
     """
-    return _pipelined_s(layers, micro_batches=1, share=CHUNK_SHARE)
+    return _pipelined_s(layers, micro_batches=1, chunk_share=CHUNK_SHARE)
 
 
 def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
@@ -108,18 +108,18 @@ def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1)
     return max(max(backward, busy["d2h"]) + after, busy["host memory"], busy["disk"])
 
 
-def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, share: float) -> float:
-    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `share`."""
+def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, chunk_share: float) -> float:
+    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `chunk_share`."""
     busy = busy_s(layers)
     host, disk = busy.pop("host memory"), busy.pop("disk")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
     moving = [layer for layer in layers if layer.h2d_s + layer.d2h_s + layer.cpu_s > 0]
     share = {
-        "gpu": share * max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
-        "h2d": share * max((layer.h2d_s for layer in moving), default=0.0),
-        "d2h": share * max((layer.d2h_s for layer in moving), default=0.0),
-        "cpu": share * max((layer.cpu_s for layer in moving), default=0.0),
-        "gpu to gpu": share * max((layer.from_gpu_s for layer in moving), default=0.0),
+        "gpu": chunk_share * max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
+        "h2d": chunk_share * max((layer.h2d_s for layer in moving), default=0.0),
+        "d2h": chunk_share * max((layer.d2h_s for layer in moving), default=0.0),
+        "cpu": chunk_share * max((layer.cpu_s for layer in moving), default=0.0),
+        "gpu to gpu": chunk_share * max((layer.from_gpu_s for layer in moving), default=0.0),
     }
     fill = sum(share.values())
     others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu", "gpu to gpu"))
