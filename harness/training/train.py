@@ -143,7 +143,7 @@ def _train(
         ):
             # Steps of a zeroth-order method are updates, which the others replay.
             is_led = world.size > 1 and entry(engine_name).order == "first"
-            engine = LedEngine(own_engine, world) if is_led else own_engine
+            engine: Any = LedEngine(own_engine, world) if is_led else own_engine
             num_tensors = len(blueprint.parameter_shapes)
             # Again: blocks on disk have their room now, maybe of the same disk.
             check_free_space(out, shape, job, engine_name, typed, save_every)
