@@ -188,8 +188,10 @@ def _with_governance(
 
 
 def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
-    """The summary with what the model's products come to over all ranks, and their share of `rate`, that of one
-    device, times the devices of the group, if it is of the device that ran."""
+    """The summary with what the model's products come to over all ranks, and their share of what all devices reach.
+
+    `rate` is that of one device; without one, or of another device than ran, there is no share.
+    """
     summary = run.summary
     if request.generation is not None or not summary.step_s_median or not entry(run.engine).needs_torch:
         return summary
