@@ -188,7 +188,7 @@ def _with_governance(
 
 
 def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
-    """The summary with what the model's products come to over all ranks, and their share of what all devices reach.
+    """The summary with what the model's products come to over all ranks, as a share of all devices' rate.
 
     `rate` is that of one device; without one, or of another device than ran, there is no share.
     """
