@@ -23,7 +23,7 @@ ADAM_SLOWDOWN = 1.5
 at 1.3B in bf16 on an H200."""
 
 
-BLOCK_GATHERED, OUTER_GATHERED = 3, 2
+BLOCK_GATHERED, NON_BLOCK_GATHERED = 3, 2
 """How often several GPUs exchange parts in a micro-batch: of a block's weights in the forward and in the
 backward pass, of its gradients, and of what is outside once each."""
 
@@ -66,7 +66,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     element = BYTES_PER_ELEMENT[workload.dtype]
     passes = block_passes(shape, workload, settings)
     layers = transformer.training_layers(shape, workload, passes)
-    outer = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.outer_parameters
+    non_block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.non_block_parameters
     block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
     together = workload.accumulation * element
     updated = [
@@ -82,11 +82,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     ]
     updated[-1] = replace(
         updated[-1],
-        gpu_bytes=updated[-1].gpu_bytes + outer,
-        divided_gpu_bytes=outer,
-        gathered_bytes=OUTER_GATHERED * together * shape.outer_parameters,
+        gpu_bytes=updated[-1].gpu_bytes + non_block,
+        divided_gpu_bytes=non_block,
+        gathered_bytes=NON_BLOCK_GATHERED * together * shape.non_block_parameters,
     )
-    whole = element * (2 * shape.outer_parameters + 3 * shape.block_parameters)
+    whole = element * (2 * shape.non_block_parameters + 3 * shape.block_parameters)
     return Traffic(
         layers=tuple(updated),
         **training_memory(

@@ -146,7 +146,7 @@ def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
     assert part.gpu_memory_bytes["weights"] == alone.gpu_memory_bytes["weights"] / 2
     assert part.gpu_memory_bytes["optimizer"] == alone.gpu_memory_bytes["optimizer"] / 2
     element = 2
-    inside, outside = shape.num_blocks * shape.block_parameters, shape.outer_parameters
+    inside, outside = shape.num_blocks * shape.block_parameters, shape.non_block_parameters
     # Half of a block's weights twice, of its gradient once, of what is outside once each.
     assert part.from_gpu_bytes == element * (3 * inside + 2 * outside) // 2
     assert alone.from_gpu_bytes == 0
