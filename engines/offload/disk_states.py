@@ -27,7 +27,7 @@ from torch import Tensor
 from engines.costs.disk import CHUNK_BYTES, STATE_PLACES
 from engines.errors import InfeasiblePlan, UserError
 from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, make_file
-from engines.offload.reader_thread import Job, ReaderThread
+from engines.offload.reader_thread import ReaderThread, ReadJob
 from engines.transfer.busy_clock import BusyClock
 from engines.transfer.clock import now_s
 from engines.transfer.pinned import HostSlab
@@ -208,7 +208,7 @@ class DiskStates:
 
     # --- the threads ------------------------------------------------------------------------------------
 
-    def _next_read(self) -> Job | None:
+    def _next_read(self) -> ReadJob | None:
         # HAZARD: a block that is still being written would be read half as it was.
         whole = [wanted for wanted in self._wanted if wanted[0] not in self._writing]
         if not (whole and self._free):

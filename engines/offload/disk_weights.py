@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import UserError
-from engines.offload.reader_thread import Job, ReaderThread
+from engines.offload.reader_thread import ReaderThread, ReadJob
 from engines.transfer.link import Event, Link
 from engines.transfer.pinned import ReportProgress, host_slabs
 
@@ -102,7 +102,7 @@ class DiskWeights:
         self._reader.close()
         self._slabs.close()
 
-    def _next_read(self) -> Job | None:
+    def _next_read(self) -> ReadJob | None:
         if not (self._wanted and self._free):
             return None
         block = self._reading = self._wanted.popleft()

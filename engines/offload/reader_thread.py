@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-Job = Callable[[], None]
+ReadJob = Callable[[], None]
 
 
 class ReaderThread:
@@ -15,7 +15,7 @@ class ReaderThread:
     notifies.
     """
 
-    def __init__(self, name: str, next_job: Callable[[], Job | None]) -> None:
+    def __init__(self, name: str, next_job: Callable[[], ReadJob | None]) -> None:
         """`next_job` takes a job out of what there is to do, or gives `None`; it is called with `changed`
         held. A job is done without it and raises nothing."""
         self.changed = threading.Condition()
@@ -34,7 +34,7 @@ class ReaderThread:
             self.changed.notify_all()
 
     def close(self) -> None:
-        """As `stop`; wait for the job under way. May be called twice."""
+        """Begin no further job, wait for the one under way. May be called twice."""
         self.stop()
         self._thread.join()
 
@@ -42,7 +42,7 @@ class ReaderThread:
         while (job := self._wait_for_job()) is not None:
             job()
 
-    def _wait_for_job(self) -> Job | None:
+    def _wait_for_job(self) -> ReadJob | None:
         with self.changed:
             while not self.is_closed:
                 job = self._next_job()
