@@ -61,7 +61,7 @@ class UpdatesInFlight:
             self.settle(place)
 
     def wait(self, place: int) -> None:
-        """Let the compute stream wait for a block's updates; they stay: what they made is still to be applied.
+        """Let the compute stream wait for a block's updates, which stay, as they are still to be applied.
 
         Raises `NonFiniteLoss` for a gradient that was not finite, when all other updates have been waited for
         and dropped, and what kept the pipeline from updating.
