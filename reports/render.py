@@ -23,11 +23,12 @@ from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import group
 from reports.pages.build import document
-from reports.pages.data import DataTable, ReportData, data_of, runs_table
+from reports.pages.data import DataTable, ReportData, data_of, table_of_runs
 from reports.pages.document import Document
 from reports.studies.answer import study_verdict
-from reports.studies.pages import evaluations_table, study_document
+from reports.studies.pages import study_document
 from reports.studies.read import LoadedStudy, is_study, load_study
+from reports.studies.tables import evaluations_table
 from reports.warnings import about_integrity
 
 
@@ -86,7 +87,7 @@ def _source(folder: Path, criteria_path: Path | None) -> _Source:
     loaded = load_folder(folder)
     criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
     return _Source(
-        broken=loaded.broken, told=lambda: written(loaded, criteria), more=(runs_table(loaded.runs),)
+        broken=loaded.broken, told=lambda: written(loaded, criteria), more=(table_of_runs(loaded.runs),)
     )
 
 

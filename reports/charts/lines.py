@@ -36,7 +36,7 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Level:
+class LevelLine:
     """A line across, with its name in the legend."""
 
     value: float
@@ -50,7 +50,7 @@ def lines(
     series: Sequence[Line],
     x: Callable[[float], Axis],
     y: Axis,
-    levels: Sequence[Level] = (),
+    levels: Sequence[LevelLine] = (),
     logarithmic: str = "",
 ) -> str:
     """Lines over a common x from zero, with a legend of the labels to the right. Every series has a point.

@@ -58,7 +58,7 @@ RUN_FIELDS: tuple[tuple[str, Callable[[Run], CellValue]], ...] = (
 """Of each run, as its record has it."""
 
 
-def runs_table(runs: Sequence[Run]) -> DataTable:
+def table_of_runs(runs: Sequence[Run]) -> DataTable:
     """A row of each run. A cell of `None` was not measured."""
     return DataTable(
         key="runs",

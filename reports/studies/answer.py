@@ -80,7 +80,7 @@ def state_of_method(study: LoadedStudy, result: MethodResult) -> State:
     return "NO-GO" if hits == 0 and (is_done or not fits) else "INCONCLUSIVE"
 
 
-def best_first(study: LoadedStudy) -> tuple[MethodResult, ...]:
+def answer_first(study: LoadedStudy) -> tuple[MethodResult, ...]:
     """The answer, then by time to the target, then by the metric on test data."""
     answer = _answer(study)
     others = (each for each in study.result.methods if each is not answer)
@@ -105,7 +105,7 @@ def _answer(study: LoadedStudy) -> MethodResult | None:
 
 def study_verdict(study: LoadedStudy) -> Verdict:
     """In the language spoken."""
-    methods = best_first(study)
+    methods = answer_first(study)
     states = tuple(MethodState(engine=each.engine, state=state_of_method(study, each)) for each in methods)
     method = methods[0] if methods and methods[0].reached is not None else None
     state = states[0].state if method is not None else _without_answer(states)

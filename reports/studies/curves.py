@@ -12,13 +12,13 @@ from profiles.language import quantity
 from profiles.units import format_seconds
 from reports.charts.axes import Axis, seconds_axis
 from reports.charts.bars import BarPart, BarRow, bars
-from reports.charts.lines import Level, Line, lines
+from reports.charts.lines import LevelLine, Line, lines
 from reports.messages import say
 from reports.pages.document import Drawing
 from reports.studies.answer import metric_text, reached_text
 from reports.studies.read import LoadedStudy
 
-Point = tuple[float, float]
+_Point = tuple[float, float]
 
 
 def quality_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawing | None:
@@ -56,9 +56,9 @@ def quality_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawin
             name=say(f"study_metric.{metric}"), unit="%" if is_share else "", size=0.01 if is_share else 1.0
         ),
         [
-            Level(value=target.value, name=say("study.level", value=metric_text(metric, target.value))),
+            LevelLine(value=target.value, name=say("study.level", value=metric_text(metric, target.value))),
             *(
-                [Level(value=start, name=say("chart.zero_shot"), dash="2 3")]
+                [LevelLine(value=start, name=say("chart.zero_shot"), dash="2 3")]
                 if (start := _start(study)) is not None
                 else []
             ),
@@ -68,7 +68,7 @@ def quality_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawin
     return Drawing(title=say("chart.study"), svg=svg, caption=say("chart.key_study"))
 
 
-def curve(trial: TrialRecord, metric: str) -> tuple[Point, ...]:
+def curve(trial: TrialRecord, metric: str) -> tuple[_Point, ...]:
     """(seconds of steps, value on development data) of every evaluation whose value is finite."""
     return tuple(
         (each.train_s, each.metrics[metric])
@@ -77,7 +77,7 @@ def curve(trial: TrialRecord, metric: str) -> tuple[Point, ...]:
     )
 
 
-def middle_curve(found: Sequence[Sequence[Point]]) -> tuple[Point, ...]:
+def middle_curve(found: Sequence[Sequence[_Point]]) -> tuple[_Point, ...]:
     """Medians of time and value over the curves, evaluation by evaluation, as far as all of them go."""
     return tuple(
         (statistics.median(x for x, _ in each), statistics.median(y for _, y in each))

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import tomli_w
 
 from engines import entry
-from harness.quality.documents import TrialRecord
-from harness.quality.judge import MethodResult
-from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
+from harness.records.columns import Column
 from harness.records.job import Job
 from harness.records.run import Environment
 from profiles.documents import adapter
 from profiles.language import quantity, translated
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.decide import Judgement, Verdict, state_text, state_word
-from reports.format import Table, digits, model_title, span
+from reports.format import Table, model_title
 from reports.judging.ranking import State
 from reports.messages import say
-from reports.pages.data import DataTable
 from reports.pages.document import (
     AskedRow,
     Block,
@@ -38,7 +34,7 @@ from reports.pages.document import (
 )
 from reports.provenance import data_name, machine_facts, period
 from reports.studies.answer import (
-    best_first,
+    answer_first,
     budget_text,
     command,
     metric_text,
@@ -47,108 +43,23 @@ from reports.studies.answer import (
     state_of_method,
     target_text,
 )
-from reports.studies.curves import curve, quality_chart, target_chart
+from reports.studies.curves import quality_chart, target_chart
 from reports.studies.read import LoadedStudy
+from reports.studies.tables import (
+    WITHOUT,
+    StudiedMethod,
+    median_of,
+    method_columns,
+    trial_columns,
+    without_result,
+)
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudiedMethod:
-    result: MethodResult
-    study: LoadedStudy
-
-    def largest(self, field: str) -> float | None:
-        """Over the final trials."""
-        found = [getattr(each, field) for each in self.study.finals(self.result.engine)]
-        return max((value for value in found if value is not None), default=None)
-
-
-def _metric_unit(metric: str) -> Unit:
-    return Unit(show=lambda value: metric_text(metric, value))
-
-
-def _methods(study: LoadedStudy) -> tuple[Column[StudiedMethod], ...]:
-    metric = _metric_unit(study.result.metric)
-
-    def reached(one: StudiedMethod) -> CellValue:
-        return reached_text(one.result) if one.result.test is not None else None
-
-    return (
-        Column("method", lambda one: one.result.engine),
-        Column("verdict", lambda one: state_word(state_of_method(study, one.result))),
-        Column("trains", lambda one: translated(entry(one.result.engine).trains)),
-        Column("study_rate", lambda one: one.result.learning_rate, Unit(show=digits)),
-        Column("study_target", reached),
-        Column("study_test", lambda one: _median(one.result.test), metric),
-        Column("study_range", lambda one: _range(one.result.test, study.result.metric)),
-        Column("study_development", lambda one: _median(one.result.development), metric),
-        Column("study_beside", _beside),
-        Column("study_step", lambda one: one.largest("step_s_median"), SECONDS),
-        Column("gpu_peak", lambda one: one.largest("peak_gpu_reserved_bytes"), BYTES),
-        Column("host", lambda one: one.largest("peak_host_bytes"), BYTES),
-        Column("study_search", lambda one: one.result.search_s or None, SECONDS),
-        Column("study_train", lambda one: one.result.train_s or None, SECONDS),
-        Column("study_eval", lambda one: one.result.eval_s or None, SECONDS),
-    )
-
-
-def _median(spread: object) -> float | None:
-    return getattr(spread, "median", None)
-
-
-def _range(spread: object, metric: str) -> str | None:
-    low, high = getattr(spread, "low", None), getattr(spread, "high", None)
-    return None if low is None or high is None else span(metric_text(metric, low), metric_text(metric, high))
-
-
-def _beside(one: StudiedMethod) -> CellValue:
-    if one.result.test is None:
-        return None
-    return say(f"study.beside_{one.result.beside_best or 'best'}")
-
-
-def _trial_columns(metric: str) -> tuple[Column[TrialRecord], ...]:
-    unit = _metric_unit(metric)
-    return (
-        Column("method", lambda one: one.engine),
-        Column("study_rate", lambda one: one.learning_rate, Unit(show=digits)),
-        Column("study_seed", lambda one: one.seed, Unit(show=lambda seed: f"{seed:.0f}")),
-        Column("end", lambda one: say(f"end.{one.end_state}")),
-        Column("study_steps", lambda one: one.learned.steps, Unit(show=lambda steps: f"{steps:,.0f}")),
-        Column("study_train", lambda one: one.learned.train_s, SECONDS),
-        Column("study_first", lambda one: _value(one, metric, first=True), unit),
-        Column("study_development", lambda one: _value(one, metric, first=False), unit),
-        Column("study_test", lambda one: (one.learned.test or {}).get(metric), unit),
-    )
-
-
-def _value(one: TrialRecord, metric: str, *, first: bool) -> float | None:
-    if first:
-        return curve(one, metric)[0][1] if curve(one, metric) else None
-    best = one.learned.best(metric)
-    return None if best is None else best.metrics[metric]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Without:
-    """A trial, a file or a method that gave no result."""
-
-    what: str
-    meaning: str
-    reason: str
-
-
-WITHOUT: tuple[Column[Without], ...] = (
-    Column("run", lambda one: one.what),
-    Column("meaning", lambda one: one.meaning),
-    Column("reason", lambda one: translated(one.reason)),
-)
-
-
 def study_document(study: LoadedStudy, verdict: Verdict) -> Document:
     """In the language spoken."""
-    methods = best_first(study)
+    methods = answer_first(study)
     metric = study.result.metric
     rows = [StudiedMethod(result=each, study=study) for each in methods]
     searched = [each for each in study.trials if each.rung < study.last_rung]
@@ -158,15 +69,15 @@ def study_document(study: LoadedStudy, verdict: Verdict) -> Document:
             Sheet(
                 key="study_methods",
                 title=say("sheet.study_methods"),
-                table=Table.of(_methods(study), rows, say("tablenote.study_methods")),
+                table=Table.of(method_columns(study), rows, say("tablenote.study_methods")),
             ),
             *_there(target_chart(study, methods)),
         ],
         "quality": _there(quality_chart(study, methods)),
-        "seeds": _sheet("study_seeds", _trial_columns(metric), finals),
-        "search": _sheet("study_search", _trial_columns(metric), searched),
+        "seeds": _sheet("study_seeds", trial_columns(metric), finals),
+        "search": _sheet("study_search", trial_columns(metric), searched),
         "risks": [Bullets(items=verdict.warnings)] if verdict.warnings else [],
-        "failures": _sheet("failures", WITHOUT, _without(study))
+        "failures": _sheet("failures", WITHOUT, without_result(study))
         or [Paragraph(text=say("section.no_failures"))],
         "machine": [
             Sheet(
@@ -338,7 +249,7 @@ def _tiles(one: StudiedMethod) -> tuple[Tile, ...]:
         ),
         Tile(
             label=say("study.test_label", metric=say(f"study_metric.{metric}")),
-            value=quantity(metric_text(metric, _median(result.test))),
+            value=quantity(metric_text(metric, median_of(result.test))),
             detail=say(
                 "tile.quality_before", value=metric_text(metric, one.study.result.zero_shot), native=""
             ),
@@ -386,23 +297,6 @@ def _asked(study: LoadedStudy, one: StudiedMethod) -> AskedRow:
     )  # fmt: skip
 
 
-def _without(study: LoadedStudy) -> list[Without]:
-    rows = [
-        Without(what=each.id, meaning=say(f"end.{each.end_state}"), reason=each.end_reason or "")
-        for each in study.trials
-        if each.end_state != "ok"
-    ]
-    rows += [
-        Without(what=each.file, meaning=say("end.unreadable"), reason=each.reason) for each in study.broken
-    ]
-    rows += [
-        Without(what=each.engine, meaning=say("end.not_run"), reason=each.why_not or "")
-        for each in study.plan.methods
-        if not each.fits
-    ]
-    return rows
-
-
 def _reproduce(study: LoadedStudy) -> list[Block]:
     environment = _environment(study)
     missing = say("reproduce.not_known")
@@ -433,23 +327,3 @@ def _reproduce(study: LoadedStudy) -> list[Block]:
         Paragraph(text=say("section.job")),
         Lines(text=tomli_w.dumps(job), kind="toml"),
     ]
-
-
-def evaluations_table(study: LoadedStudy) -> DataTable:
-    """Every evaluation of every trial, for programs."""
-    names = sorted(
-        {name for each in study.trials for one in each.learned.evaluations for name in one.metrics}
-    )
-    return DataTable(
-        key="evaluations",
-        title="Evaluations",
-        columns=("method", "rung", "learning_rate", "seed", "step", "train_s", *names),
-        rows=tuple(
-            (
-                each.engine, float(each.rung), each.learning_rate, float(each.seed), float(one.step),
-                one.train_s, *(one.metrics.get(name) for name in names),
-            )
-            for each in study.trials
-            for one in each.learned.evaluations
-        ),
-    )  # fmt: skip

@@ -17,7 +17,7 @@ from reports.charts.axes import (
     seconds_axis,
 )
 from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
-from reports.charts.lines import Level, Line, lines, thinned
+from reports.charts.lines import LevelLine, Line, lines, thinned
 from reports.charts.marks import FONT, WIDTH, fitted
 
 HOSTILE = "<script>alert(\"1\")</script> & 'more'"
@@ -246,7 +246,7 @@ def test_lines_are_told_apart_by_more_than_their_colour() -> None:
             series,
             lambda top: seconds_axis("s", top),
             Axis(name="Loss"),
-            [Level(value=2.0, name="before")],
+            [LevelLine(value=2.0, name="before")],
         )
     )
     dashes = [one.attrib["stroke-dasharray"] for one in root.iter("polyline")]
