@@ -95,6 +95,11 @@ PROCESS_HOST_BYTES_WITHOUT_GPU = 600_000_000
 """The same without CUDA: at 22 M to 125 M parameters, runs on a CPU held 0.45 GB (mezo, zo2) to 1.0 GB
 (native, lsp) beside what is counted by kind."""
 
+COMPILER_HOST_BYTES = 700_000_000
+"""Host memory of torch's compiler: 0.11 GB in the process itself, and 0.53 GB of a helper with eight forks
+that compile Triton kernels for an H200, each page once. Measured on a machine without a GPU (torch 2.13,
+Triton 3.6); torch with CUDA has larger libraries."""
+
 
 def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
     """One forward pass of one block over all tokens of a step.

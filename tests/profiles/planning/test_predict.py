@@ -203,7 +203,10 @@ def test_without_a_gpu_everything_is_host_memory_and_serial(engine: str) -> None
     prediction = predict(cost, LAPTOP_CPU, workload)
     assert prediction.peak_gpu_bytes == prediction.pinned_bytes == 0
     without_cuda = (
-        cost.peak_host_bytes - transformer.PROCESS_HOST_BYTES + transformer.PROCESS_HOST_BYTES_WITHOUT_GPU
+        cost.peak_host_bytes
+        - cost.host_memory_bytes.get("compiler", 0)
+        - transformer.PROCESS_HOST_BYTES
+        + transformer.PROCESS_HOST_BYTES_WITHOUT_GPU
     )
     assert prediction.peak_host_bytes == cost.peak_gpu_bytes + without_cuda
     busy = resource_s(cost, LAPTOP_CPU, workload)
