@@ -154,7 +154,8 @@ def _checks(shape: ModelShape, settings: LspSettings) -> RareWork | None:
 def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> BlockPasses:
     """How blocks run; the twin has no graphs, nor have blocks that all micro-batches pass together."""
     passes = block_passes(shape, workload, settings)
-    return replace(passes, captured=passes.captured and settings.offload and not settings.block_major)
+    captured = passes.captured and settings.offload and not settings.block_major
+    return replace(passes, captured=captured, loss_compiled=False)
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
