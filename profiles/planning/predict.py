@@ -131,7 +131,10 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
     low = expected = high = None
     bottleneck = None
     try:
-        times = {side: _layer_times(traffic, machine, workload, side) for side in _SIDES}
+        times = {
+            side: _with_pause(_layer_times(traffic, machine, workload, side), traffic, machine, side)
+            for side in _SIDES
+        }
     except _Absent as error:
         basis = f"No step time: {error}."
     else:
@@ -214,10 +217,16 @@ def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: B
     rates = _rates(traffic, machine, workload, side)
     times = [_times(layer, rates) for layer in traffic.layers]
     launches = _launches_s(traffic, machine, side)
-    if machine.gpu is not None and times:
-        between_s = STEP_LAUNCHES * _seconds(machine.cpu.forward_launch_s, FORWARD_LAUNCH_S, side)
-        times[0] = replace(times[0], gpu_s=times[0].gpu_s + between_s)
     return _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
+
+
+def _with_pause(times: list[LayerTimes], traffic: Traffic, machine: Machine, side: Bound) -> list[LayerTimes]:
+    """With what a GPU that computes waits between two steps, as the first layer's."""
+    if machine.gpu is None or traffic.gpu_flops == 0:
+        return times
+    first, *rest = times
+    pause_s = STEP_LAUNCHES * _seconds(machine.cpu.forward_launch_s, FORWARD_LAUNCH_S, side)
+    return [replace(first, gpu_s=first.gpu_s + pause_s), *rest]
 
 
 def _launches_s(traffic: Traffic, machine: Machine, side: Bound) -> list[float]:
