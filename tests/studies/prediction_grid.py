@@ -376,7 +376,8 @@ def run(arguments: argparse.Namespace) -> int:
     running = Running(arguments, machine)
     cells = list(chosen(grid_cells(arguments.list), arguments.cells))
     if arguments.skip is not None:
-        known_names = {path.stem for path in (arguments.skip / "runs").glob("*.json")}
+        records = [load_run(path) for path in (arguments.skip / "runs").glob("*.json")]
+        known_names = {record.id for record in records if record.end_state == "ok"}
         cells = [cell for cell in cells if cell.edge is not None or cell.name not in known_names]
     if arguments.edges_at_once > 1:
         run_edges([cell for cell in cells if cell.edge is not None], running, arguments.edges_at_once)
