@@ -4,7 +4,7 @@ Philox 4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 (c low, tensor, step, c high), c = 512 tile + lane, under the key (seed low, seed high) into four 32-bit
 words, and Box-Muller turns those into the normals of the elements of that lane in the tile's four rows
 (`engines.noise.tiles`). Therefore noise is never stored, does not depend on the order of calls, and a tensor
-may be processed in pieces of whole tiles.
+may be processed in ranges of whole tiles.
 
 A sign takes one random bit per element instead of a normal. A Philox call has 128 of them, 16 for each of
 eight tiles in a row: for elements 8 l to 8 l + 7 of each half of the tile, l being the lane that calls. So a
@@ -46,7 +46,7 @@ from engines.noise.philox_constants import (
     WEYL,
 )
 from engines.noise.philox_on_cpu import MOST_LANES, philox_rounds, transform_to_normals
-from engines.noise.tiles import CHUNK_LANES, LANES, TILE, Piece, chunks, one, scatter
+from engines.noise.tiles import CHUNK_LANES, LANES, TILE, TileRange, chunks, one, scatter
 
 SIGN_LANES = 128
 """Lanes that call Philox for the signs of a tile, or of eight tiles in a row."""
@@ -77,16 +77,16 @@ def normal(key: NoiseKey, count: int, device: torch.device | str = "cpu", start:
     """Elements `start` to `start + count` of the noise named by `key`: (count,) fp32, by torch operations."""
     out = torch.empty(count, dtype=torch.float32, device=device)
     segment = one(key.tensor, count)
-    for pieces in chunks(segment, start, CHUNK_LANES[out.device.type]):
-        scatter(draw_normals(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
+    for ranges in chunks(segment, start, CHUNK_LANES[out.device.type]):
+        scatter(draw_normals(key.seed, key.step, ranges, out.device, uniform=False)[0], out, ranges)
     return out
 
 
 def signs(key: NoiseKey, count: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
     """Elements `start` to `start + count` of `key`'s Rademacher noise: (count,) fp32, each 1 or -1."""
     out = torch.empty(count, dtype=torch.float32, device=device)
-    for pieces in chunks(one(key.tensor, count), start, CHUNK_LANES[out.device.type]):
-        scatter(draw_signs(key.seed, key.step, pieces, out.device, uniform=False)[0], out, pieces)
+    for ranges in chunks(one(key.tensor, count), start, CHUNK_LANES[out.device.type]):
+        scatter(draw_signs(key.seed, key.step, ranges, out.device, uniform=False)[0], out, ranges)
     return out
 
 
@@ -95,8 +95,8 @@ def dither_bits(key: NoiseKey, count: int, device: torch.device, start: int) -> 
 
     `start`, a multiple of `TILE`, is the element that the first ones are for.
     """
-    pieces = next(chunks(one(key.tensor, count), start, count + LANES))
-    spans = [(piece, start // TILE, start // TILE + -(-count // TILE)) for piece in pieces]
+    ranges = next(chunks(one(key.tensor, count), start, count + LANES))
+    spans = [(tiles, start // TILE, start // TILE + -(-count // TILE)) for tiles in ranges]
     return _dither_bits(key.seed, key.step, spans, device)
 
 
@@ -108,31 +108,31 @@ def philox_words(key: NoiseKey, first_lane: int, num_lanes: int, device: torch.d
 
 
 def draw_normals(
-    seed: int, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
+    seed: int, step: int, ranges: Sequence[TileRange], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Normals of all pieces, (count,) fp32; 16 random bits for rounding each, (count,) int32, if wanted."""
-    words = _words(pieces, step, seed, device)
+    """Normals of all ranges, (count,) fp32; 16 random bits for rounding each, (count,) int32, if wanted."""
+    words = _words(ranges, step, seed, device)
     bits = _other_radius(words[0]) if uniform else None  # before the words are overwritten
     normals = _box_muller(words)
-    return _by_element(normals, pieces), None if bits is None else _by_element(bits, pieces)
+    return _by_element(normals, ranges), None if bits is None else _by_element(bits, ranges)
 
 
 def draw_signs(
-    seed: int, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
+    seed: int, step: int, ranges: Sequence[TileRange], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Signs of all pieces, (count,) fp32; 16 random bits for rounding each, (count,) int32, if wanted."""
+    """Signs of all ranges, (count,) fp32; 16 random bits for rounding each, (count,) int32, if wanted."""
     spans = []
-    for piece in pieces:
-        tile = piece.first_lane // LANES
-        spans.append((piece, tile, tile + -(-piece.count // TILE)))
+    for tiles in ranges:
+        tile = tiles.first_lane // LANES
+        spans.append((tiles, tile, tile + -(-tiles.count // TILE)))
     calls = [
-        _Counted(piece.number, _counters(first // SIGN_TILES, -(-last // SIGN_TILES), device))
-        for piece, first, last in spans
+        _Counted(tiles.number, _counters(first // SIGN_TILES, -(-last // SIGN_TILES), device))
+        for tiles, first, last in spans
     ]
     even, odd = _words(calls, step, seed, device)
     found, begin = [], 0
     shift = torch.arange(2 * SIGN_WIDTH, device=device).view(2, 1, SIGN_WIDTH)
-    for (piece, first, last), call in zip(spans, calls, strict=True):
+    for (tiles, first, last), call in zip(spans, calls, strict=True):
         here = slice(begin, begin + call.num_lanes)
         begin += call.num_lanes
         words = torch.stack((even[0, here], odd[0, here], even[1, here], odd[1, here]))
@@ -140,24 +140,24 @@ def draw_signs(
         skipped = first % SIGN_TILES
         of_tiles = halves.transpose(0, 1).reshape(-1, SIGN_LANES)[skipped : skipped + last - first]
         bits = (of_tiles.to(torch.int32).view(-1, 1, SIGN_LANES, 1) >> shift) & 1
-        found.append(bits.view(-1)[: piece.count])
+        found.append(bits.view(-1)[: tiles.count])
     z = torch.cat(found).to(torch.float32).mul_(-2.0).add_(1.0)
     return z, _dither_bits(seed, step, spans, device) if uniform else None
 
 
 def _dither_bits(
-    seed: int, step: int, spans: Sequence[tuple[Piece, int, int]], device: torch.device
+    seed: int, step: int, spans: Sequence[tuple[TileRange, int, int]], device: torch.device
 ) -> Tensor:
     calls = [
-        _Counted(piece.number, _counters(2 * first, 2 * last, device) + DITHER)
-        for piece, first, last in spans
+        _Counted(tiles.number, _counters(2 * first, 2 * last, device) + DITHER)
+        for tiles, first, last in spans
     ]
     even, odd = _words(calls, step, seed, device)
     words = torch.stack((even[0], odd[0], even[1], odd[1]), 1).unsqueeze(2)
     bits = torch.cat((words & 0xFFFF, words >> 16), 2).to(torch.int32).view(-1, SIGN_WIDTH)
     found, begin = [], 0
-    for (piece, _, _), call in zip(spans, calls, strict=True):
-        found.append(bits[begin : begin + call.num_lanes].view(-1)[: piece.count])
+    for (tiles, _, _), call in zip(spans, calls, strict=True):
+        found.append(bits[begin : begin + call.num_lanes].view(-1)[: tiles.count])
         begin += call.num_lanes
     return torch.cat(found)
 
@@ -199,11 +199,11 @@ def _counters(first: int, last: int, device: torch.device) -> Tensor:
     return torch.arange(first * SIGN_LANES, last * SIGN_LANES, device=device)
 
 
-def _by_element(values: Tensor, pieces: Sequence[Piece]) -> Tensor:
+def _by_element(values: Tensor, ranges: Sequence[TileRange]) -> Tensor:
     first, parts = 0, []
-    for piece in pieces:
-        parts.append(piece.elements(values[:, first : first + piece.num_lanes]))
-        first += piece.num_lanes
+    for tiles in ranges:
+        parts.append(tiles.elements(values[:, first : first + tiles.num_lanes]))
+        first += tiles.num_lanes
     return torch.cat(parts)
 
 
@@ -214,21 +214,21 @@ def _other_radius(even: Tensor) -> Tensor:
 
 
 def _words(
-    pieces: Sequence[Piece | _Counted], step: int, seed: int, device: torch.device
+    ranges: Sequence[TileRange | _Counted], step: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Words 0 and 2, and words 1 and 3, of the Philox calls of all pieces."""
-    total = sum(piece.num_lanes for piece in pieces)
+    """Words 0 and 2, and words 1 and 3, of the Philox calls of all ranges."""
+    total = sum(tiles.num_lanes for tiles in ranges)
     even = torch.empty((2, total), dtype=torch.int64, device=device)
     odd = torch.empty_like(even)
     first = 0
-    for piece in pieces:
-        here = slice(first, first + piece.num_lanes)
-        if isinstance(piece, _Counted):
-            even[0, here] = piece.counters
+    for tiles in ranges:
+        here = slice(first, first + tiles.num_lanes)
+        if isinstance(tiles, _Counted):
+            even[0, here] = tiles.counters
         else:
-            torch.arange(piece.first_lane, piece.first_lane + piece.num_lanes, out=even[0, here])
-        odd[0, here].fill_(piece.number)
-        first += piece.num_lanes
+            torch.arange(tiles.first_lane, tiles.first_lane + tiles.num_lanes, out=even[0, here])
+        odd[0, here].fill_(tiles.number)
+        first += tiles.num_lanes
     torch.bitwise_right_shift(even[0], 32, out=odd[1])
     even[0].bitwise_and_(_WORD)
     even[1].fill_(step)
