@@ -52,7 +52,8 @@ def report(
     before: Annotated[
         Path | None,
         typer.Option(
-            "--diff", help="An earlier folder: print what changed from it to FOLDER, write nothing."
+            "--diff",
+            help="An earlier folder: print what changed from it to FOLDER, write nothing. [default: none]",
         ),
     ] = None,
     schema: Annotated[

@@ -173,6 +173,12 @@ def _told_defaults() -> dict[str, str]:
         "nodes": str(Limits().nodes),
         "vram": "all that is free",
         "host_memory": "all that is free",
+        "model": "that of --job",
+        "columns": "by their names",
+        "template": "none",
+        "labels": "none",
+        "set_": "as planned",
+        "job_file": "none",
         "eval_data": "a part of --data",
         "checkpointing": "--checkpointing" if of_job["checkpointing"] else "--no-checkpointing",
         "random_weights": "--pretrained",
@@ -224,6 +230,23 @@ def takes_job(
         # What typer reads: the flags of both, in place of the wrapper's own.
         called.__dict__["__signature__"] = inspect.Signature([*shared, *own])
         called.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+        return called
+
+    return wrap
+
+
+def tells_defaults(told: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives the help of a command that declares job flags itself the defaults that they have there."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        shown = [_with_default(each, told) for each in _parameters(command)]
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            command(**values)
+
+        called.__dict__["__signature__"] = inspect.Signature(shown)
+        called.__annotations__ = {each.name: each.annotation for each in shown}
         return called
 
     return wrap

@@ -98,7 +98,7 @@ def doctor(
 
 def probe(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also save the profile to this JSON file.")
+        Path | None, typer.Option("--out", help="Also save the profile to this JSON file. [default: none]")
     ] = None,
     disk: Annotated[
         Path | None,

@@ -52,21 +52,33 @@ MEASURED_HERE = (
 NO_GPU_HERE = "torch can use no GPU here, so plans are for the CPU; --profile rtx-4090, say, is for a card"
 
 ExamplesFlag = Annotated[
-    int | None, typer.Option("--examples", help="Examples in an epoch, for the whole job's hours.")
+    int | None,
+    typer.Option(
+        "--examples",
+        help="Examples in an epoch, for the whole job's hours. [default: those of --data, if it is a file]",
+    ),
 ]
 EpochsFlag = Annotated[
-    float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file.")
+    float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file. [default: 1]")
 ]
-TokensFlag = Annotated[int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted.")]
-JobSteps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps of the whole job.")]
+TokensFlag = Annotated[
+    int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted. [default: not said]")
+]
+JobSteps = Annotated[
+    int | None, typer.Option("--steps", help="Optimizer steps of the whole job. [default: not said]")
+]
 PowerFlag = Annotated[
-    str | None, typer.Option("--power", help="What the machine takes under load, such as 450W; gives kWh.")
+    str | None,
+    typer.Option(
+        "--power", help="What the machine takes under load, such as 450W; gives kWh. [default: not said]"
+    ),
 ]
 PriceFlags = Annotated[
     list[str] | None,
     typer.Option(
         "--price",
-        help="Of an hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29.",
+        help="Of an hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29. "
+        "[default: none is built in]",
     ),
 ]
 WhatIfFlag = Annotated[
@@ -74,12 +86,16 @@ WhatIfFlag = Annotated[
 ]
 TargetFlag = Annotated[
     str | None,
-    typer.Option("--target", help="Backwards, the least machine of the catalogue: `hours=8` or `model=70b`."),
+    typer.Option(
+        "--target",
+        help="Backwards, the least machine of the catalogue: `hours=8` or `model=70b`. [default: none]",
+    ),
 ]
 CalibrateFlag = Annotated[
     Path | None,
     typer.Option(
-        "--calibrate", help="A folder that `compare` wrote on this machine: its runs correct predictions."
+        "--calibrate",
+        help="A folder that `compare` wrote on this machine: its runs correct predictions. [default: none]",
     ),
 ]
 ExplainFlag = Annotated[
@@ -90,7 +106,7 @@ RecipeFlag = Annotated[
     typer.Option(
         "--recipe",
         help="Write the recommended method as a configuration of that program, where it has it, and as our "
-        "job.toml, into --out.",
+        "job.toml, into --out. [default: none]",
     ),
 ]
 SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of --json, and stop.")]
