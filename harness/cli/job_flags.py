@@ -53,6 +53,7 @@ from harness.cli.options import (
 from harness.data.reading.columns import parse_columns
 from harness.records.job import DataSource, Job, Limits, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
+from profiles.language import translated, word
 from profiles.units import parse_bytes
 
 
@@ -124,7 +125,8 @@ class JobFlags:
             assigned = parse_assignments(self._assignments, engines)
             values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
             for each in left_out(self._assignments, engines):
-                typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
+                note = translated(f"--set {each}: that engine does not run, so it changes nothing")
+                typer.echo(f"{word('note')}: {note}", err=True)
         model = values.setdefault("model", {})
         if isinstance(model, dict) and "name" not in model:
             raise UserError(

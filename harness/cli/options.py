@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -13,7 +14,7 @@ from engines import default_engines, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import HeadChoice, Padding
-from profiles.language import Language
+from profiles.language import Language, speaking
 
 Model = Annotated[
     str | None,
@@ -285,6 +286,8 @@ FailOn = Annotated[
         "[default: exit 0 on each]",
     ),
 ]
+
+
 Lang = Annotated[
     Language,
     typer.Option(
@@ -337,3 +340,14 @@ def exit_for(end_states: Iterable[str]) -> None:
     """Exits 8 if a run failed; what cannot run here was not a failure."""
     if any(state not in ("ok", "not_available", "skipped_infeasible") for state in end_states):
         raise typer.Exit(8)
+
+
+def speaks(command: Callable[..., None]) -> Callable[..., None]:
+    """All that a command with --lang prints is in that language."""
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        with speaking(values["lang"]):
+            command(**values)
+
+    return called
