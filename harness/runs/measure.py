@@ -36,6 +36,33 @@ Clock = Callable[[], float]
 OnSample = Callable[[Sample, StepStats | None], None]
 
 
+class SetUpParts:
+    """How long each part of a set-up takes, by what is told of its progress: the time since it was last told
+    of anything belongs to what is told of now."""
+
+    def __init__(self) -> None:
+        self.parts_s: dict[str, float] = {}
+        self._clock: Clock | None = None
+        self._told_s = 0.0
+
+    def begin(self, clock: Clock) -> None:
+        self._clock, self._told_s = clock, clock()
+
+    def tell(self, what: str) -> None:
+        """Some of `what` has been done. Before `begin` and after `end`: of no meaning."""
+        if self._clock is None:
+            return
+        name = what.partition(" (")[0]  # what it is counted in
+        now_s = self._clock()
+        self.parts_s[name] = self.parts_s.get(name, 0.0) + now_s - self._told_s
+        self._told_s = now_s
+
+    def end(self) -> None:
+        if self.parts_s:
+            self.tell("the rest")
+        self._clock = None
+
+
 @dataclass(kw_only=True)
 class RunRecording:
     """What a run has yielded so far. Outlives the exception that ends the run."""
@@ -46,6 +73,8 @@ class RunRecording:
     padded_share: float | None = None
     steps: list[tuple[Sample, StepStats | None]] = field(default_factory=list)
     setup_s: float | None = None
+    setup_parts: SetUpParts | None = None
+    """`None`: nobody tells of parts."""
     evaluations: list[Evaluation] = field(default_factory=list)
     eval_s: list[float] = field(default_factory=list)
     """Time of each evaluation."""
@@ -87,6 +116,7 @@ class RunRecording:
             # Of the last: the first one loads kernels.
             eval_s=self.eval_s[-1] if last is not None else None,
             setup_s=self.setup_s,
+            setup_parts_s={} if self.setup_parts is None else dict(self.setup_parts.parts_s),
             pinned_bytes=self.pinned_bytes,
             energy_j=self.energy_j,
             gpu_s=_median([stats.gpu_s for _, stats in measured]),
@@ -176,8 +206,12 @@ def measure(
 
 def _set_up(engine: Engine, blueprint: Any, recording: RunRecording, clock: Clock) -> None:
     started_s = clock()
+    if recording.setup_parts is not None:
+        recording.setup_parts.begin(clock)
     engine.setup(blueprint)
     engine.synchronize()
+    if recording.setup_parts is not None:
+        recording.setup_parts.end()
     recording.setup_s = clock() - started_s
     if blueprint is not None:
         blueprint.release()  # or the peak of host memory would hold a checkpoint that nobody reads any more

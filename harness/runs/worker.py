@@ -37,7 +37,15 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import AppliedLimits, Emulated, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import RunRecording, Scenario, compile_s, forget_last_run, gpu_peaks, measure
+from harness.runs.measure import (
+    RunRecording,
+    Scenario,
+    SetUpParts,
+    compile_s,
+    forget_last_run,
+    gpu_peaks,
+    measure,
+)
 from harness.runs.processes import FROM_STDIN, IDLE, of_rank
 from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
@@ -184,7 +192,10 @@ def _run(
     def report(**event: object) -> None:
         events.write(json.dumps(event) + "\n")
 
+    parts = recording.setup_parts = SetUpParts()
+
     def on_progress(what: str, done: int, total: int) -> None:
+        parts.tell(what)
         report(what=what, done=done, total=total)
 
     def on_sample(sample: Sample, stats: StepStats | None) -> None:
