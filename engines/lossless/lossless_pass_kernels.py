@@ -3,7 +3,7 @@
 """Triton kernels of `engines.lossless`, bit for bit the same. Imported only where Triton is there.
 
 One program takes one record. A thread has the weights that its noise is for, as in
-`engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals one lane, of which it loads the
+`engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals or binomial draws one lane, of which it loads the
 four codes in one word and the four rests in another; with signs 8 neighbours in each half of the tile. With
 TRITON_INTERPRET=1 they run on CPU tensors.
 
@@ -151,7 +151,7 @@ def _whose(record, places, num_matrices, GRID: tl.constexpr):
 def _visit_kernel(
     codes, words, theta, plus, minus, places, num_matrices, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    GRID: tl.constexpr,
+    COINS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """`codes` and `words` are the same memory, as int16 and as int32."""
     record = tl.program_id(0).to(tl.int64)
@@ -169,7 +169,7 @@ def _visit_kernel(
         )
         visit_lanes(
             w0, w1, w2, w3, lane, theta, plus, minus, start, left, tile, tensor, 1.0, table, first,
-            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS,
+            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS, COINS,
         )  # fmt: skip
 
 
@@ -375,7 +375,7 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
     any_out = next(each for each in (out.theta, out.plus, out.minus) if each is not None)
     theta, plus, minus = (any_out if each is None else each for each in (out.theta, out.plus, out.minus))
     flags: dict[str, Any] = {
-        "DECAYS": True,
+        "DECAYS": how.decays,
         "MODE": 1 if how.rounding == "stochastic" else 0,
         "THETA": out.theta is not None,
         "PLUS": out.plus is not None,
@@ -389,8 +389,12 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
         how.eps,
     )  # fmt: skip
     grid = (kept.numel() // RECORD_BYTES,)
-    kernel = _signs_kernel if how.noise == "rademacher" else _visit_kernel
-    launch(kernel, grid, *arguments, **flags, GRID=segment.grid)
+    if how.noise == "rademacher":
+        launch(_signs_kernel, grid, *arguments, **flags, GRID=segment.grid)
+    else:
+        launch(
+            _visit_kernel, grid, *arguments, **flags, COINS=how.noise == "binomial", GRID=segment.grid
+        )  # fmt: skip
 
 
 def decode_records(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from engines.base import Batch
 from engines.methods.mezo import Mezo
-from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.settings.zeroth_order import MezoSettings
 from tiny_models import TinyBlueprint
 
@@ -99,7 +99,8 @@ class PlainLoop:
 
     def _normal(self, name: str, draw: int, like: Tensor) -> Tensor:
         key = NoiseKey(seed=SEED, step=draw, tensor=self.numbers[name])
-        kind = signs if self.settings.noise == "rademacher" and draw != LAST_STEP else normal
+        kinds = {"gaussian": normal, "binomial": binomials, "rademacher": signs}
+        kind = normal if draw == LAST_STEP else kinds[self.settings.noise]
         return kind(key, like.numel()).view(like.shape)
 
     def _low_rank_noise(self, name: str, draw: int) -> Tensor:
