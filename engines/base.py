@@ -271,7 +271,7 @@ class Engine(Protocol):
 class SupportsRealizedUpdates(Protocol):
     """An engine that can say how much of what it wants to change arrives in the stored weights."""
 
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Share of the wanted update that reaches the weights as they are stored; `None`: not known.
 
         1: all of it; 0: all of it was lost in rounding, which may also bring it a little beyond either. Asked

@@ -85,7 +85,7 @@ def running(
 
 
 def steps(made: Any, family: str, workload: Workload, count: int) -> list[StepStats]:
-    """After a first one, in which no update pends yet."""
+    """After a first one, in which no update is deferred yet."""
     batches = tiny_batches((1 + count) * workload.accumulation, family, batch_size=workload.batch_size)
     return [
         made.step(batches[i * workload.accumulation : (i + 1) * workload.accumulation])

@@ -5,8 +5,8 @@ and comes up.
 GPU: weights, projectors, the cores of a few blocks, and gradients and moments of what is not projected. Host:
 per matrix the pinned core, of the weights' dtype, and two moments, fp32 or bf16. With `weights=streamed` the
 matrices are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both
-passes and goes down once, when its update has landed. The twin (`offload=False`) moves and computes the same
-with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
+passes and goes down once, when its update has been applied. The twin (`offload=False`) moves and computes the
+same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ CORE_SLOTS = 4
 """Blocks whose compressed gradients are on the GPU at once."""
 
 UPLOAD_SLOTS = 4
-"""Pieces that are on the GPU between their upload and their application."""
+"""Chunks that are on the GPU between their upload and their application."""
 
-PIECE_ELEMENTS = 8 << 20
+CHUNK_ELEMENTS = 8 << 20
 """Cores of neighbouring matrices travel together up to about this size."""
 
 FLOPS_PER_BYTE = 150.0
@@ -77,10 +77,11 @@ def nonzeros_per_row(settings: LspSettings) -> int:
 
 
 def core_size(rows: int, columns: int, settings: LspSettings) -> int:
-    """Side of a matrix's core: d, or its own smaller side, to a multiple of r. See `LspSettings.size_for`."""
-    side = min(settings.size_for(rows, columns), rows, columns)
-    r = min(nonzeros_per_row(settings), side)
-    return side // r * r
+    """Rows and columns of a matrix's core: d, or its own smaller dimension, to a multiple of r. See
+    `LspSettings.size_for`."""
+    d = min(settings.size_for(rows, columns), rows, columns)
+    r = min(nonzeros_per_row(settings), d)
+    return d // r * r
 
 
 def core_elements(shape: ModelShape, settings: LspSettings) -> int:
@@ -185,7 +186,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
-        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.outer_parameters)
+        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     core = core_elements(shape, settings)
@@ -238,7 +239,7 @@ def _gpu_memory(
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
     core = sum(d * d for d in sizes)
-    piece = min(core, max(PIECE_ELEMENTS, max(d * d for d in sizes)))
+    chunk = min(core, max(CHUNK_ELEMENTS, max(d * d for d in sizes)))
     slots = min(CORE_SLOTS, shape.num_blocks) if settings.offload else shape.num_blocks
     nonzeros = shape.num_blocks * sum(
         (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
@@ -260,7 +261,7 @@ def _gpu_memory(
     if settings.streams:
         held["cores"] += element * min(WEIGHT_SLOTS, shape.num_blocks) * core
     elif settings.offload:
-        held["cores"] += element * UPLOAD_SLOTS * piece
+        held["cores"] += element * UPLOAD_SLOTS * chunk
     held["gradients"] += element * kept  # what one block's projectors leave out
     if workload.accumulation > 1:
         held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core

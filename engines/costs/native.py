@@ -61,13 +61,13 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     element = BYTES_PER_ELEMENT[workload.dtype]
     passes = block_passes(shape, workload, settings)
     layers = transformer.training_layers(shape, workload, passes)
-    outer = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.outer_parameters
+    non_block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.non_block_parameters
     block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
     updated = [
         replace(layer, gpu_bytes=layer.gpu_bytes + (block if layer.name.startswith("block.") else 0))
         for layer in layers
     ]
-    updated[-1] = replace(updated[-1], gpu_bytes=updated[-1].gpu_bytes + outer)
+    updated[-1] = replace(updated[-1], gpu_bytes=updated[-1].gpu_bytes + non_block)
     return Traffic(
         layers=tuple(updated),
         **training_memory(

@@ -110,7 +110,7 @@ class Traffic:
     def _layer_of_a_rank(self, layer: LayerTraffic, local_ranks: int) -> LayerTraffic:
         if self.divided == "updates":
             copies = layer.h2d_bytes + layer.d2h_bytes
-            # Of a piece its owner reads the gradients of all.
+            # Of a chunk its owner reads the gradients of all.
             more = layer.d2h_bytes * (1 - 1 / local_ranks) if layer.cpu_adam_elements else 0.0
             return replace(
                 layer,

@@ -51,7 +51,7 @@ GRAPH_SCRATCH_BYTES = 400_000_000
 copies."""
 
 GRAPH_LAUNCHES = 28
-"""What it takes to start a block then, in launches: copies in and out, the graph, noise piece by piece, and
+"""What it takes to start a block then, in launches: copies in and out, the graph, noise chunk by chunk, and
 the engine's Python around them. One H200's host needs 0.6 ms for a block of OPT-125M (reports/results)."""
 
 CHECKPOINT_LAUNCHES = 20
@@ -66,7 +66,7 @@ optimizers. One run (engines/EXPERIMENTS.md)."""
 HEAD_LAUNCHES = 12
 
 CHUNK_LAUNCHES = 3
-"""The head for one side, chunk of the vocabulary and piece of the tokens, in launches: the product, the
+"""The head for one side, chunk of the vocabulary and chunk of the tokens, in launches: the product, the
 running log-sum-exp, and the Python around them. Counted in `engines.zeroth_order.chunked_loss`."""
 
 LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
@@ -243,7 +243,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         gpu_bytes=2 * elementwise_bytes(shape, workload),
         launches=launches * workload.accumulation,
     )
-    chunks, pieces = head_chunks(shape, workload)
+    of_vocabulary, of_tokens = head_chunks(shape, workload)
     # Logits are written by the product and read once by the loss.
     logit_bytes = (
         2.0 * BYTES_PER_ELEMENT[workload.dtype] * workload.accumulation * num_logits(shape, workload)
@@ -252,7 +252,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         name="head",
         gpu_forward_flops=2 * head_forward_flops(shape, workload),
         gpu_bytes=2 * logit_bytes,
-        launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * chunks * pieces) * workload.accumulation,
+        launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * of_vocabulary * of_tokens) * workload.accumulation,
     )
     return _with_blocks(block, last, shape)
 
@@ -333,7 +333,7 @@ def logits_bytes(
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
-    """Chunks of the vocabulary and pieces of the tokens in which forward-only methods compute the logits."""
+    """Chunks of the vocabulary and of the tokens in which forward-only methods compute the logits."""
     if shape.head != "causal_lm":
         return 1, 1
     rows, tokens = _logits_at_once(shape, workload)

@@ -19,8 +19,8 @@ pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d
 which is approximate (`engines.cpu_updates.adamw`), 4 d^2.
 
 With `weights=streamed` the matrices stay on the host too and come up for the forward and again for the
-backward pass, through three blocks' room (`engines.subspace.streamed_matrices`): 5 then waits for its block's
-next forward pass, and the new weights go down. All micro-batches pass a block together
+backward pass, through three blocks' buffers (`engines.subspace.streamed_matrices`): 5 then waits for its
+block's next forward pass, and the new weights go down. All micro-batches pass a block together
 (`engines.model.block_major`), so that a step moves each weight three times however many there are. GPU memory
 is that of a few blocks, hidden states, projectors and what is no matrix of a block.
 
@@ -45,7 +45,7 @@ test holds against float64.
 Deviations from the paper, and choices where it is silent:
 
 - `projector=paper` is the text of the paper; the default, `block`, has another form of the same (d, r), with
-  values in closed form. A matrix smaller than d x d uses its own smaller side, to a multiple of r.
+  values in closed form. A matrix smaller than d x d uses its own smaller dimension, to a multiple of r.
 - The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
 - A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
 - A matrix for which forming G costs less than two projections and their product, since its d is nearly its
@@ -78,8 +78,8 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
 from engines.cpu_updates.pipeline import (
+    ChunkUpdate,
     GradientNotFinite,
-    PieceUpdate,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
@@ -106,7 +106,7 @@ from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
-from engines.subspace.apply import apply_core, landed
+from engines.subspace.apply import apply_core, realized_of_core
 from engines.subspace.bias_check import (
     Check,
     Round,
@@ -217,7 +217,7 @@ class Lsp:
         if self.streamed is not None:
             self.streamed.follow(self._blocks, self._is_updated)
         if settings.offload:
-            largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
+            largest = max(chunk.core.numel() for block in self._blocks for chunk in block.chunks)
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(
                 self.link,
@@ -432,30 +432,30 @@ class Lsp:
         block.has_gradient = False
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
-        block.pending = [
-            PieceUpdate(
-                state=piece.state,
+        block.in_flight = [
+            ChunkUpdate(
+                state=chunk.state,
                 share=self._share,
-                landing=None if self.streamed is not None else partial(self._apply, piece.matrices),
+                destination=None if self.streamed is not None else partial(self._apply, chunk.matrices),
                 of_ranks=None
                 if self._ranks is None
-                else partial(self._laid_out.of_ranks, place, piece.state),
+                else partial(self._laid_out.of_ranks, place, chunk.state),
             )
-            for piece in block.pieces
+            for chunk in block.chunks
         ]
         if self._pipeline is None:
-            for piece in block.pieces:
-                piece.state.incoming.copy_(piece.core)
-            block.pieces[0].state.squared_norm.copy_(block.squared_norm)
+            for chunk in block.chunks:
+                chunk.state.incoming.copy_(chunk.core)
+            block.chunks[0].state.squared_norm.copy_(block.squared_norm)
             return
         ready, name = self.link.record(), f"block {place}"
-        self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
-        for piece, update in zip(block.pieces, block.pending, strict=True):
-            update.downloaded = self.link.download(piece.core, piece.state.incoming, after=ready, name=name)
+        self.link.download(block.squared_norm, block.chunks[0].state.squared_norm, after=ready, name="norm")
+        for chunk, update in zip(block.chunks, block.in_flight, strict=True):
+            update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
-        slot_free[place % len(slot_free)] = block.pending[-1].downloaded
+        slot_free[place % len(slot_free)] = block.in_flight[-1].downloaded
 
     def _step_along_residuals(self, block: CoreBlock) -> None:
         """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
@@ -478,14 +478,14 @@ class Lsp:
                 self.before_backward(block.index)
                 self.finish(block.index)
                 self._send(place)
-            elif not (block.pending and block.pending[0].share is self._share):
+            elif not (block.in_flight and block.in_flight[0].share is self._share):
                 self._settle([block])  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
         self._dense.sum_over_ranks(self._world)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
-        updates = [update for block in self._blocks for update in block.pending]
+        updates = [update for block in self._blocks for update in block.in_flight]
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.schedule_order == "sequential":
@@ -496,7 +496,7 @@ class Lsp:
         self._dense.step(self._share.learning_rate, self._squared_total)
 
     def _clip(self, most: float) -> None:
-        """Scale the outer gradients, and let the worker know the norm of all."""
+        """Scale the gradients outside the blocks, and let the worker know the norm of all."""
         self._dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
@@ -508,7 +508,7 @@ class Lsp:
 
     @torch.no_grad()
     def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
-        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
+        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the chunk."""
         for matrix in matrices:
             core = matrix.of(direction)
             if matrix.residual is not None:
@@ -522,35 +522,35 @@ class Lsp:
         apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
 
     def _settle(self, blocks: Iterable[CoreBlock]) -> None:
-        """Let the compute stream wait for pending updates."""
+        """Let the compute stream wait for updates in flight."""
         for block in blocks:
-            if not block.pending:
+            if not block.in_flight:
                 continue
             if self.streamed is not None:
-                self.streamed.land(self._laid_out.place[block.index], self._land)
+                self.streamed.apply_update(self._laid_out.place[block.index], self._apply_streamed)
                 continue
-            pending, block.pending = block.pending, []
-            for update in pending:
+            in_flight, block.in_flight = block.in_flight, []
+            for update in in_flight:
                 self._wait_for(update)
 
-    def _land(self, block: CoreBlock, directions: Tensor) -> None:
-        """Apply a streamed block's pending update, whose `directions` (elements,) have come up."""
-        pending, block.pending = block.pending, []
+    def _apply_streamed(self, block: CoreBlock, directions: Tensor) -> None:
+        """Apply a streamed block's update, whose `directions` (elements,) have come up."""
+        in_flight, block.in_flight = block.in_flight, []
         begin = 0
-        for piece, update in zip(block.pieces, pending, strict=True):
-            end = begin + piece.core.numel()
-            self._apply(piece.matrices, directions[begin:end], update.share)
+        for chunk, update in zip(block.chunks, in_flight, strict=True):
+            end = begin + chunk.core.numel()
+            self._apply(chunk.matrices, directions[begin:end], update.share)
             begin = end
 
     def _is_updated(self, block: CoreBlock, wait: bool) -> bool:
         """Whether the CPU has made the block's directions; with `wait`, when it has."""
-        if block.pending and (wait or all(update.done.is_set() for update in block.pending)):
-            for update in block.pending:
+        if block.in_flight and (wait or all(update.done.is_set() for update in block.in_flight)):
+            for update in block.in_flight:
                 self._wait_for(update)
             return True
         return False
 
-    def _wait_for(self, update: PieceUpdate) -> None:
+    def _wait_for(self, update: ChunkUpdate) -> None:
         if self._pipeline is None:
             if update.failed:
                 raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
@@ -564,9 +564,9 @@ class Lsp:
     def _discard(self) -> None:
         """Wait for what is on its way, whatever comes of it."""
         for block in self._blocks:
-            pending, block.pending = block.pending, []
+            in_flight, block.in_flight = block.in_flight, []
             if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.wait)
+                self._pipeline.wait_out(in_flight, self.link.wait)
 
     # --- subspaces ------------------------------------------------------------------------------------
 
@@ -582,7 +582,7 @@ class Lsp:
 
     def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:
         """Move the moments to the subspace of a new pair, and take it."""
-        state = self._laid_out.piece_of(matrix).state
+        state = self._laid_out.chunk_of(matrix).state
         if state.updates > 0:
             # The moments are the worker's no more: this block's forward pass has waited for its last update.
             moved_bytes = move_moments(state, matrix, left, right)
@@ -591,7 +591,7 @@ class Lsp:
         matrix.subspace.assign(left, right)
 
     @torch.no_grad()
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Of the last update of the largest matrix: how much of it the stored weights would take,
         repeated."""
         self._settle(self._blocks)
@@ -601,10 +601,10 @@ class Lsp:
         subspace = matrix.subspace
         if self.streamed is not None:
             self.streamed.weights.enter_forward(subspace.block)
-        core = matrix.of(self._laid_out.piece_of(matrix).state.outgoing).to(self.device)
+        core = matrix.of(self._laid_out.chunk_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
-        return landed(subspace, trial, core, self._share.learning_rate, self.settings)
+        return realized_of_core(subspace, trial, core, self._share.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -661,7 +661,8 @@ class Lsp:
         """Wait until no core is in flight and the device is idle."""
         for block in self._blocks:
             if self._pipeline is not None:
-                self._pipeline.wait_out(block.pending, self.link.host_wait)  # the next step says what failed
+                # What failed the next step says.
+                self._pipeline.wait_out(block.in_flight, self.link.host_wait)
         self.link.synchronize()
 
     def close(self) -> None:

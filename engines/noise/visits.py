@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Update
-from engines.settings.zeroth_order import MOST_PENDING
+from engines.settings.zeroth_order import MOST_DEFERRED
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -18,8 +18,8 @@ Rounding = Literal["stochastic", "nearest"]
 Noise = Literal["gaussian", "binomial", "rademacher"]
 
 
-LOG_CAPACITY = MOST_PENDING
-"""Updates that can be pending at once."""
+LOG_CAPACITY = MOST_DEFERRED
+"""Updates that can be deferred at once."""
 
 
 FP16_NORMAL = 2.0**-14
@@ -99,7 +99,7 @@ class Visit:
     log: DeviceUpdateLog
     first: int
     last: int
-    """Positions of the pending updates in the log, the last one excluded."""
+    """Positions of the deferred updates in the log, the last one excluded."""
     rounding: Rounding = "stochastic"
     step: int = 0
     eps: float = 0.0

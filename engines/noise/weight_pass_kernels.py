@@ -463,12 +463,13 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
             grid = (triton.cdiv(count, TILE),)
             launch(
                 _matrix_kernel, grid, *memories, count, start // TILE, number, *log, *noise_of,
-                DECAYS=decays and how.decays, **flags,
+                DECAYS=how.decays and decays, **flags,
             )  # fmt: skip
     if not alone and len(tiles := segment.tiles(weight.device)):
         launch(
             _tensors_kernel, (len(tiles),), flat, theta, plus, minus, tiles, *log, *noise_of,
-            DECAYS=any(segment.decays) and how.decays, GRID=gcd(segment.grid, 16 // weight.element_size()), **flags,
+            DECAYS=how.decays and any(segment.decays), GRID=gcd(segment.grid, 16 // weight.element_size()),
+            **flags,
         )  # fmt: skip
 
 

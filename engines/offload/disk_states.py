@@ -251,8 +251,8 @@ class DiskStates:
 
     def _each_chunk(self, size_bytes: int, act: Callable[[int, int], None]) -> None:
         """In the pool; waits for all. Raises the first `OSError`."""
-        pending = [self._pool.submit(act, *chunk) for chunk in self._chunks(size_bytes)]
-        errors = [each.exception() for each in pending]
+        submitted = [self._pool.submit(act, *chunk) for chunk in self._chunks(size_bytes)]
+        errors = [each.exception() for each in submitted]
         for error in errors:
             if error is not None:
                 raise error

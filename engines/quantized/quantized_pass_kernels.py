@@ -3,7 +3,7 @@
 """Triton kernels of `engines.quantized.codec`, bit for bit the same arithmetic. Imported only where Triton
 is.
 
-One program takes one record: 128 lanes at a time, which share a scale in each row of the tile, load their
+One program takes one tile: 128 lanes at a time, which share a scale in each row of the tile, load their
 codes as one word each. Where noise is signs and nothing is written back, a thread has the elements whose
 signs its one Philox call gives: 8 neighbours in each half of the tile. Launched without contraction of
 multiply and add. With TRITON_INTERPRET=1 they run on CPU tensors.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.costs.quantized import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
+from engines.costs.quantized import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, tile_bytes
 from engines.kernels.triton_launch import launch
 from engines.noise.low_rank_kernels import low_rank
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH, NoiseKey
@@ -86,7 +86,7 @@ def _encoded(w, scale, uniform, STOCHASTIC: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def _places(codes, scales, tile, FORM: tl.constexpr, WORDS: tl.constexpr):
-    """Where a record has its codes, and where the scales that are its end."""
+    """Where a tile has its codes, and where the scales that are its end."""
     return codes + tile * WORDS, scales + (tile + 1) * (WORDS * (1 if FORM == _INT4 else 2)) - 4 * _GROUPS
 
 
@@ -122,13 +122,13 @@ def _moved(w, z, lr, g, decay, DECAYS: tl.constexpr):
 
 
 @triton.jit
-def _whose(record, places, num_matrices, GRID: tl.constexpr):
-    """Tile, tensor, place of its first element, and elements from there on, of a record: see
-    `Segment.places`. Matrices begin at multiples of GRID."""
+def _whose(index, places, num_matrices, GRID: tl.constexpr):
+    """Tile, tensor, place of its first element, and elements from there on, of a tile by its index among all:
+    see `Segment.places`. Matrices begin at multiples of GRID."""
     mine = places
     for i in range(1, num_matrices):
-        mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
-    tile, tensor = record - tl.load(mine), tl.load(mine + 2)
+        mine = tl.where(tl.load(places + i * 4) <= index, places + i * 4, mine)
+    tile, tensor = index - tl.load(mine), tl.load(mine + 2)
     # Said here, where the sum is made: the compiler forgets it of what a function returns.
     base = tl.multiple_of(tl.load(mine + 1) + tile * _TILE, GRID)
     return tile, tensor, base, tl.load(mine + 3) - tile * _TILE
@@ -169,11 +169,11 @@ def _visit_kernel(
     SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr, COINS: tl.constexpr,
     DECAYS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
-    """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
-    `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
-    record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _whose(record, places, num_matrices, GRID)
-    words, kept = _places(codes, scales, record, FORM, WORDS)
+    """`codes` is the tiles' memory as words of one lane's codes (int16 or int32), `WORDS` to a tile;
+    `scales` is the same memory as bf16. `places` tells whose tiles those are (`Segment.places`)."""
+    index = tl.program_id(0).to(tl.int64)
+    tile, tensor, base, left = _whose(index, places, num_matrices, GRID)
+    words, kept = _places(codes, scales, index, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
         s0, s1, s2, s3, w0, w1, w2, w3 = _opened(words, kept, group, FORM)
@@ -236,9 +236,9 @@ def _signs_kernel(
 ):  # fmt: skip
     """Perturbs by signs and does not store. Two threads have elements in the same words, and
     both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
-    record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _whose(record, places, num_matrices, GRID)
-    words, kept = _places(codes, scales, record, FORM, WORDS)
+    index = tl.program_id(0).to(tl.int64)
+    tile, tensor, base, left = _whose(index, places, num_matrices, GRID)
+    words, kept = _places(codes, scales, index, FORM, WORDS)
     width: tl.constexpr = 4 if FORM == _INT4 else 8
     mask: tl.constexpr = 15 if FORM == _INT4 else 255
     thread = tl.arange(0, _SIGN_LANES)
@@ -285,7 +285,7 @@ def _add_kernel(
     codes, scales, rows, columns, count, height, width, tensor, step, seed,
     FORM: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Add a product of low rank to an (height, width) matrix in records, laid out as for a visit."""
+    """Add a product of low rank to an (height, width) matrix in tiles, laid out as for a visit."""
     tile = tl.program_id(0).to(tl.int64)
     words, kept = _places(codes, scales, tile, FORM, WORDS)
     for group in range(_GROUPS):
@@ -309,7 +309,7 @@ def _add_kernel(
 
 
 def visit_tiles(
-    records: Tensor,
+    tiles: Tensor,
     segment: Segment,
     how: Visit,
     base: Base,
@@ -320,36 +320,46 @@ def visit_tiles(
 ) -> None:
     """The kernel of `quantized_pass.visit_tiles`, with the same arguments."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
-    scales = records.view(torch.bfloat16)
+    scales = tiles.view(torch.bfloat16)
     side, other = (sides[0], sides[-1]) if sides else (scales, scales)
-    places = segment.places(records.device)
-    grid = (records.numel() // record_bytes(base),)
+    places = segment.places(tiles.device)
+    grid = (tiles.numel() // tile_bytes(base),)
     arguments = (
-        records.view(word), scales, side, other, places, len(segment.numbers),
+        tiles.view(word), scales, side, other, places, len(segment.numbers),
         how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed), how.eps,
     )  # fmt: skip
     flags: dict[str, Any] = {
-        "FORM": _FORMS[base], "WORDS": record_bytes(base) // word.itemsize, "SIDES": len(sides),
-        "PERTURB": perturb, "DECAYS": how.decays, "GRID": segment.grid, "enable_fp_fusion": False, "num_warps": NUM_WARPS,
+        "FORM": _FORMS[base], "WORDS": tile_bytes(base) // word.itemsize, "SIDES": len(sides),
+        "PERTURB": perturb, "DECAYS": how.decays, "GRID": segment.grid, "enable_fp_fusion": False,
+        "num_warps": NUM_WARPS,
     }  # fmt: skip
     signs = how.noise == "rademacher"
     if signs and sides and not store:
         launch(_signs_kernel, grid, *arguments, **flags)
         return
     stochastic = how.rounding == "stochastic"
-    launch(_visit_kernel, grid, *arguments, STORE=store, STOCHASTIC=stochastic, SIGNS=signs, COINS=how.noise == "binomial", **flags)
+    launch(
+        _visit_kernel,
+        grid,
+        *arguments,
+        STORE=store,
+        STOCHASTIC=stochastic,
+        SIGNS=signs,
+        COINS=how.noise == "binomial",
+        **flags,
+    )
 
 
 def add_low_rank_to_tiles(
-    records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
+    tiles: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
 ) -> None:
     """The kernel of `quantized_pass.add_low_rank_to_tiles`, with the same arguments."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
     (rank, height), width = rows.shape, columns.shape[1]
     launch(
-        _add_kernel, (records.numel() // record_bytes(base),),
-        records.view(word), records.view(torch.bfloat16), rows, columns, height * width, height, width,
+        _add_kernel, (tiles.numel() // tile_bytes(base),),
+        tiles.view(word), tiles.view(torch.bfloat16), rows, columns, height * width, height, width,
         key.tensor, key.step, _seed(key.seed), FORM=_FORMS[base],
-        WORDS=record_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
+        WORDS=tile_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
         enable_fp_fusion=False, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -26,7 +26,7 @@ MOST_RANK = 64
 MOST_FOLD_EVERY = 64
 
 
-MOST_PENDING = 64
+MOST_DEFERRED = 64
 """Entries of updates that a block can be behind."""
 
 
@@ -154,10 +154,10 @@ class MezoSettings:
             "leave fold_every out",
         )
         require(
-            self.fold_every * self.queries <= MOST_PENDING,
+            self.fold_every * self.queries <= MOST_DEFERRED,
             "fold_every",
-            f"times queries must be {MOST_PENDING} at most: the log of pending updates holds no more",
-            f"with queries={self.queries} set fold_every={MOST_PENDING // self.queries} or less",
+            f"times queries must be {MOST_DEFERRED} at most: the log of deferred updates holds no more",
+            f"with queries={self.queries} set fold_every={MOST_DEFERRED // self.queries} or less",
         )
 
     def _check_lozo(self) -> None:
@@ -182,10 +182,10 @@ class MezoSettings:
         require(1 <= self.lozo_rank <= MOST_RANK, "lozo_rank", f"must be between 1 and {MOST_RANK}")
         require(self.lozo_window >= 1, "lozo_window", "must be positive")
         require(
-            self.lozo_window * self.queries <= MOST_PENDING,
+            self.lozo_window * self.queries <= MOST_DEFERRED,
             "lozo_window",
-            f"times queries must be {MOST_PENDING} at most: the log of pending updates holds no more",
-            f"with queries={self.queries} set lozo_window={MOST_PENDING // self.queries} or less",
+            f"times queries must be {MOST_DEFERRED} at most: the log of deferred updates holds no more",
+            f"with queries={self.queries} set lozo_window={MOST_DEFERRED // self.queries} or less",
         )
 
 

@@ -1,8 +1,9 @@
 """Weight matrices in subspaces that stay on the host: what `engines.methods.lsp` trains larger models with.
 
-A block's matrices come up for the forward pass and again for the backward pass. The update of a step lands
-when its block comes up for the next forward pass: its directions come up beside it, are applied to it there,
-and the new weights go down while the pass goes on. What else a block has, its vectors, stays on the GPU.
+A block's matrices come up for the forward pass and again for the backward pass. The update of a step is
+applied when its block comes up for the next forward pass: its directions come up beside it, are applied to it
+there, and the new weights go down while the pass goes on. What else a block has, its vectors, stays on the
+GPU.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class StreamedMatrices:
             lambda place, wait: is_updated(blocks[place], wait),
         )
 
-    def land(self, place: int, apply: Callable[[CoreBlock, Tensor], None]) -> None:
-        """Let the block's pending update land, in the order of the compute stream: `apply` is given its
+    def apply_update(self, place: int, apply: Callable[[CoreBlock, Tensor], None]) -> None:
+        """Apply the block's update, in the order of the compute stream: `apply` is given its
         directions on the GPU, (elements,), when the block's weights are there too."""
         assert self._directions is not None
         block, slots = self._blocks[place], self._directions

@@ -49,13 +49,13 @@ class ProcessGroup:
 
     def exchange(self, content: bytes) -> list[bytes]:
         lengths = [int(count) for (count,) in self.gather([len(content)])]
-        room = torch.zeros(max(lengths), dtype=torch.uint8)
+        buffer = torch.zeros(max(lengths), dtype=torch.uint8)
         if content:
-            room[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if not room.numel():
+            buffer[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if not buffer.numel():
             return [b""] * self.size
         return [
-            each[:length].numpy().tobytes() for each, length in zip(self._all(room), lengths, strict=True)
+            each[:length].numpy().tobytes() for each, length in zip(self._all(buffer), lengths, strict=True)
         ]
 
     def broadcast(self, content: bytes) -> bytes:

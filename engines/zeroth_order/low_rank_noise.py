@@ -241,7 +241,7 @@ class LowRank(TwoSided):
         weight_pass.visit(self._v, self._v_segments[block], of, Outputs(plus=self._v))
 
     def update(self, how: Visit) -> None:
-        """Apply pending updates to all accumulators."""
+        """Apply deferred updates to all accumulators."""
         weight_pass.visit(self._flat, self._segment, how, Outputs(theta=self._flat))
 
     def start_fold(self, block: int, window: int, how: Visit) -> None:
@@ -254,7 +254,7 @@ class LowRank(TwoSided):
             matrix.accumulator.zero_()
 
     def fold(self, name: str, weight: Tensor, window: int, seed: int) -> None:
-        """W += A V^T / rank in place, for the flat memory of a matrix, or its records; nothing for another
+        """W += A V^T / rank in place, for the flat memory of a matrix, or its tiles; nothing for another
         tensor."""
         matrix = self._by_name.get(name)
         if matrix is None:
@@ -334,17 +334,17 @@ def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *
         return
     width = columns.shape[1]
     for start in range(0, weight.numel(), FOLD_CHUNK):
-        piece = weight[start : start + FOLD_CHUNK]
-        element = torch.arange(start, start + piece.numel(), device=weight.device)
+        chunk = weight[start : start + FOLD_CHUNK]
+        element = torch.arange(start, start + chunk.numel(), device=weight.device)
         row, column = element // width, element % width
         change = rows[0, row] * columns[0, column]
         for k in range(1, rows.shape[0]):
             change = change + rows[k, row] * columns[k, column]
-        moved = piece.float() + change
+        moved = chunk.float() + change
         if stochastic:
-            bits = philox.dither_bits(key, piece.numel(), weight.device, start)
+            bits = philox.dither_bits(key, chunk.numel(), weight.device, start)
             moved = weight_pass.dither(moved, bits, weight.dtype)
-        piece.copy_(moved)
+        chunk.copy_(moved)
 
 
 def _up(count: int, grid: int) -> int:

@@ -296,7 +296,7 @@ def user_errors(engine_name: str, job: Job, out: Path | None) -> Iterator[None]:
         yield
     except NonFiniteLoss as error:
         history = [] if out is None else restore.history_of(out)
-        why = why_not_finite(history, engine_name, job.dtype, error.sides)
+        why = why_not_finite(history, engine_name, job.dtype, error.losses)
         raise UserError(engine_name, f"{error}: {why.cause}", why.remedy) from None
     except (NotAvailable, InfeasiblePlan) as error:
         raise UserError(engine_name, str(error), "see 'lspzo-bench recommend' for what can run") from None
@@ -338,7 +338,7 @@ def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progr
     ):
         progress.print(
             f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {max(sides)} at most "
-            "on their smaller side; set a smaller one with --set d=..., or give --profile"
+            "on their smaller dimension; set a smaller one with --set d=..., or give --profile"
         )
 
 

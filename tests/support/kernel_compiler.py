@@ -270,23 +270,23 @@ def base_cases() -> Iterator[Case]:
     count = 2048 * 8192
 
     def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool, noise: str) -> None:
-        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
-        rooms = [flat_tensor(count, dtype) for _ in range(sides)]
+        tiles = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
+        buffers = [flat_tensor(count, dtype) for _ in range(sides)]
         how = visit_how(rounding=rounding, noise=noise)
         of, perturb = one(3, count, decays=True), sides == 2 or noise == "rademacher"
-        quantized_pass_kernels.visit_tiles(records, of, how, base, store=store, sides=rooms, perturb=perturb)
+        quantized_pass_kernels.visit_tiles(tiles, of, how, base, store=store, sides=buffers, perturb=perturb)
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
     bases: tuple[Base, ...] = ("int8", "int4", "fp8")
     for base in bases:
-        records = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
+        tiles = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
         for rank, stochastic in ((4, True), (2, False)):
             factors = flat_tensor(rank * 2048).view(rank, -1), flat_tensor(rank * 8192).view(rank, -1)
             yield (
                 f"add_low_rank {base} rank {rank}{' stochastic' if stochastic else ''}",
-                lambda records=records, base=base, factors=factors, stochastic=stochastic: (
+                lambda tiles=tiles, base=base, factors=factors, stochastic=stochastic: (
                     quantized_pass_kernels.add_low_rank_to_tiles(
-                        records, base, *factors, key, stochastic=stochastic
+                        tiles, base, *factors, key, stochastic=stochastic
                     )
                 ),
                 stochastic,
@@ -339,7 +339,7 @@ def lossless_cases() -> Iterator[Case]:
 
             def visited(noise: str = noise, wanted: str = wanted, rounding: str = rounding) -> None:
                 outs = {name: torch.empty_like(flat) for name in wanted.split("+")}
-                lossless_pass_kernels.visit_records(
+                lossless_pass_kernels.visit_lossless(
                     kept, of, visit_how(noise=noise, rounding=rounding), Outputs(**outs)
                 )
 
@@ -348,8 +348,8 @@ def lossless_cases() -> Iterator[Case]:
                 visited,
                 rounding == "stochastic" and wanted == "plus+minus",
             )
-    yield "decode lossless", lambda: lossless_pass_kernels.decode_records(kept, of, flat, flag), True
-    yield "encode lossless", lambda: lossless_pass_kernels.encode_records(flat, of, kept), True
+    yield "decode lossless", lambda: lossless_pass_kernels.decode_lossless(kept, of, flat, flag), True
+    yield "encode lossless", lambda: lossless_pass_kernels.encode_lossless(flat, of, kept), True
 
 
 def lozo_cases() -> Iterator[Case]:

@@ -168,8 +168,8 @@ def test_an_infinite_loss_ends_the_run() -> None:
     made.step([first])
     with pytest.raises(NonFiniteLoss, match="losses of step 1") as caught:
         made.step([second])
-    assert caught.value.sides is not None
-    assert not all(math.isfinite(side) for side in caught.value.sides)
+    assert caught.value.losses is not None
+    assert not all(math.isfinite(loss) for loss in caught.value.losses)
 
 
 def test_evaluation_changes_nothing() -> None:

@@ -119,7 +119,7 @@ def test_moments_are_those_of_32_fair_coins() -> None:
     assert abs(z.mean()) < 4 * sigma
     assert abs(z.var() - 1) < 4 * math.sqrt(2) * sigma
     assert abs((z**4).mean() - 2.9375) < 4 * math.sqrt(90) * sigma
-    piece = [tiles.Piece(2, 0, count // TILE * TILE, 0, decays=False)]
+    piece = [tiles.TileRange(2, 0, count // TILE * TILE, 0, decays=False)]
     found, bits = philox.draw_binomials(11, 3, piece, CPU, uniform=True)
     assert bits is not None
     assert torch.equal(found.double(), z[: len(found)])
