@@ -95,15 +95,14 @@ def update(settings: MezoSettings) -> ParameterWork:
 
 
 def perturb(settings: MezoSettings) -> ParameterWork:
-    """For all probes of a step; one-sided ones have a copy of theta itself among them."""
-    if settings.is_one_sided:
-        return ONE_SIDED * settings.queries + FROZEN
-    return PERTURB * settings.queries
+    """For all probes of a step, of which one may be a copy of theta itself."""
+    moved = (ONE_SIDED if settings.is_one_sided else PERTURB) * settings.queries
+    return moved + FROZEN if settings.has_clean_pass else moved
 
 
 def num_probes(settings: MezoSettings) -> int:
-    """Times that a step makes perturbed copies, a one-sided step's of theta itself included."""
-    return settings.queries + settings.is_one_sided
+    """Times that a step makes perturbed copies, one of theta itself included."""
+    return settings.queries + settings.has_clean_pass
 
 
 def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> ParameterWork:
@@ -165,7 +164,7 @@ def perturbed_layers(
     """
     updated, head = trained_non_block_parameters(shape, settings)
     passes = settings.forward_passes
-    drawn = passes - settings.is_one_sided
+    drawn = passes - settings.has_clean_pass
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = transformer.head_chunks(shape, workload)
     first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))

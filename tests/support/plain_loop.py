@@ -151,6 +151,15 @@ class PlainLoop:
             sigma = statistics.stdev(plus)
             return [(each - middle) / (eps * sigma) for each in plus], statistics.fmean([middle, *plus])
         minus = [self.loss(z, -eps, group) for z in noises]
+        if self.settings.estimator == "1.5-spsa":
+            middle = self.loss({}, 0.0, group)
+            power, floor = self.settings.curvature_alpha, self.settings.curvature_floor
+            bends = [abs(p - 2 * middle + m) / eps**2 for p, m in zip(plus, minus, strict=True)]
+            slopes = [
+                (p - m) / (2 * eps * max(bend**power, floor))
+                for p, m, bend in zip(plus, minus, bends, strict=True)
+            ]
+            return slopes, statistics.fmean([middle, *plus, *minus])
         return [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)], statistics.fmean(plus + minus)
 
     def update(self, z: dict[str, Tensor], gradient: float, *, decays: bool) -> None:
