@@ -311,7 +311,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
         per_from_gpu_byte_s=0.0
         if machine.gpu is None
-        else per(traffic.from_gpu_bytes, lambda: _from_gpu(machine)),
+        else per(traffic.from_gpu_bytes, lambda: _from_gpu(traffic, machine)),
     )
 
 
@@ -340,10 +340,13 @@ def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
     return "disk read bandwidth", machine.disk.read_bytes_per_s
 
 
-def _from_gpu(machine: Machine) -> tuple[str, Figure]:
-    """Of the slowest GPU."""
+def _from_gpu(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
+    """Of the slowest GPU; for weights that GPUs divide, where the profile is of one alone, that of its link,
+    which is what two GPUs have at least."""
     each = () if machine.link is None else machine.link.each_gpu
     known = [gpu.from_gpu_bytes_per_s for gpu in each if gpu.from_gpu_bytes_per_s.value]
+    if not known and traffic.divided_weights and machine.link is not None and not each:
+        return "bandwidth between GPUs, taken for that of the link", machine.link.d2h_pinned_bytes_per_s
     if not known:
         why = each[0].from_gpu_bytes_per_s.method if each else "the profile is of one GPU"
         raise _Absent("bandwidth between GPUs is not in the machine profile", why)
@@ -456,7 +459,7 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
             figures = _link(machine, traffic, direction)
             parts += [_named_figure((name, figure), format_rate) for _, name, figure in figures]
         if traffic.from_gpu_bytes:
-            parts.append(_named_figure(_from_gpu(machine), format_rate))
+            parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
         parts.append(_named_figure(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
     if traffic.disk_bytes:
