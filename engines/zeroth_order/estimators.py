@@ -76,11 +76,11 @@ def next_updates(
         sigma = statistics.stdev(moved)
         gradients = [(loss - plain) / (settings.eps * sigma) if sigma else 0.0 for loss in moved]
     else:
-        clean, moved = (losses[0], losses[1:]) if settings.has_clean_pass else (None, losses)
-        pairs = list(zip(moved[::2], moved[1::2], strict=True))
+        first = int(settings.has_clean_pass)
+        pairs = list(zip(losses[first::2], losses[first + 1 :: 2], strict=True))
         gradients = [(plus - minus) / (2 * settings.eps) for plus, minus in pairs]
-        if clean is not None:
-            bends = [abs(plus - 2 * clean + minus) / settings.eps**2 for plus, minus in pairs]
+        if settings.has_clean_pass:
+            bends = [abs(plus - 2 * losses[0] + minus) / settings.eps**2 for plus, minus in pairs]
             gradients = [
                 gradient / max(bend**settings.curvature_alpha, settings.curvature_floor)
                 for gradient, bend in zip(gradients, bends, strict=True)
