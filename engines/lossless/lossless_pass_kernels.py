@@ -388,12 +388,10 @@ def visit_lossless(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> 
         how.eps,
     )  # fmt: skip
     grid = (kept.numel() // TILE_BYTES,)
-    if how.noise == "rademacher":
-        launch(_signs_kernel, grid, *arguments, **flags, GRID=segment.grid)
-    else:
-        launch(
-            _visit_kernel, grid, *arguments, **flags, COINS=how.noise == "binomial", GRID=segment.grid
-        )  # fmt: skip
+    kernel = _signs_kernel
+    if how.noise != "rademacher":
+        kernel, flags["COINS"] = _visit_kernel, how.noise == "binomial"
+    launch(kernel, grid, *arguments, **flags, GRID=segment.grid)
 
 
 def decode_lossless(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor) -> None:

@@ -141,7 +141,7 @@ def draw_binomials(
     wanted."""
     even, odd = _words(ranges, step, seed, device)
     bits = _halves(even ^ odd) if uniform else None
-    return _by_element(_heads(even, odd), ranges), None if bits is None else _by_element(bits, ranges)
+    return _by_element(binomials_of(even, odd), ranges), None if bits is None else _by_element(bits, ranges)
 
 
 def draw_signs(
@@ -200,7 +200,7 @@ def binomials_at(element: Tensor, number: int, step: int, seed: int) -> Tensor:
     """Binomial draws of any elements of tensor `number`, (n,) int64: (n,) fp32."""
     tile, place = element // TILE, element % TILE
     words = _words([_Counted(number, tile * LANES + place % LANES)], step, seed, element.device)
-    return _heads(*words).gather(0, (place // LANES).view(1, -1)).view(-1)
+    return binomials_of(*words).gather(0, (place // LANES).view(1, -1)).view(-1)
 
 
 def signs_at(element: Tensor, number: int, step: int, seed: int) -> Tensor:
@@ -323,7 +323,7 @@ def _box_muller(words: tuple[Tensor, Tensor]) -> Tensor:
     return z.view(4, -1)
 
 
-def _heads(even: Tensor, odd: Tensor) -> Tensor:
+def binomials_of(even: Tensor, odd: Tensor) -> Tensor:
     """Binomial draws of (2, n) words each: (4, n) fp32, by word."""
     words = torch.stack((even, odd), 1)
     if words.device.type == "cpu":
