@@ -6,6 +6,8 @@ One program takes one tile. A thread has the weights that its noise is for, as i
 `engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals or binomial draws one lane, of
 which it loads the four codes in one word and the four rests in another; with signs 8 neighbours in each half
 of the tile. With TRITON_INTERPRET=1 they run on CPU tensors.
+
+Longer than 400 lines: one form of tiles is written and read here.
 """
 
 from __future__ import annotations
