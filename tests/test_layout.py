@@ -68,6 +68,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("tables",),
         ("provenance",),
         ("pages",),
+        ("studies",),
         ("render",),
         ("diff",),
         ("sharing",),

@@ -24,6 +24,7 @@ from harness.recommendation import (
     schema,
     unmeasured_limit,
     with_explanations,
+    with_like_catalogue,
     with_like_machines,
     with_target,
     with_what_if,
@@ -157,7 +158,10 @@ def recommend(
     if (unmeasured := unmeasured_limit(answer)) is not None:
         _note(unmeasured, lang)
     try:
-        answer = with_like_machines(answer, [each for _, each in shared_results(SHARED)])
+        shared = [each for _, each in shared_results(SHARED)]
+        answer = with_like_machines(answer, shared)
+        if what_if or (aim is not None and aim.model is None):
+            answer = with_like_catalogue(answer, planned, shared)
     except UserError as error:
         _note(f"shared results are left out: {error}", lang)
     if explain:
