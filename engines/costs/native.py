@@ -50,6 +50,7 @@ def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockS
         recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
         compiled=settings.compile is not False,
         captured=isinstance(settings, BlockPassSettings) and settings.graphs,
+        loss_compiled=settings.compile is not False,
         loss_tokens=_loss_tokens(settings),
     )
 

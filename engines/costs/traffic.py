@@ -34,8 +34,10 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    products: int = 0
+    """Matrix products, one after the other on the GPU."""
     graph_kernels: int = 0
-    """Kernels that CUDA graphs start."""
+    """Kernels that CUDA graphs start, products apart."""
     triton_launches: int = 0
     """Triton kernels that engines start from the CPU."""
     gaussians: int = 0
