@@ -162,7 +162,7 @@ def large_count(count: float, show: Callable[[float], str]) -> str:
     return f"{count:g}"
 
 
-def listed(parts: Iterable[str]) -> str:
+def enumerated(parts: Iterable[str]) -> str:
     """`a, b` as the language spoken writes it."""
     return (", " if spoken() == "en" else "、").join(parts)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from profiles.figures import EACH_GPU, Format, figures_of
-from profiles.language import listed, translated, word
+from profiles.language import enumerated, translated, word
 from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
@@ -112,7 +112,7 @@ def _link_rows(link: LinkFigures) -> list[Cells]:
     rows += _measured("link", link)
     for gpu in link.each_gpu:
         rows += _figures(
-            (listed([f"GPU {gpu.index}", word(row.label)]), row.of(gpu), row.form) for row in EACH_GPU
+            (enumerated([f"GPU {gpu.index}", word(row.label)]), row.of(gpu), row.form) for row in EACH_GPU
         )
     return rows
 
@@ -121,7 +121,7 @@ def _cpu_rows(cpu: Cpu) -> list[Cells]:
     counts = (
         (cpu.cores_physical, "physical core"), (cpu.sockets, "socket"), (cpu.numa_nodes, "NUMA node"),
     )  # fmt: skip
-    known = listed(
+    known = enumerated(
         word(f"{count} {name}{'' if count == 1 else 's'}") for count, name in counts if count is not None
     )
     rows: list[Cells] = [
@@ -174,7 +174,7 @@ def _measured(part: str, holder: object) -> list[Cells]:
     for row in figures_of(part):
         found, label = row.of(holder), row.label
         if row.detail is not None and isinstance(found, Figure) and found.value is not None:
-            label = listed([word(label), word(row.detail(holder))])
+            label = enumerated([word(label), word(row.detail(holder))])
         named.append((label, found, row.form))
     return _figures(named)
 
