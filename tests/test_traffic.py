@@ -52,6 +52,7 @@ VARIANTS: list[Method] = [
     ("zo2", {"queries": 3, "fold_every": 2}),
     ("zo2", {"estimator": "lozo", "lozo_window": 1}),
     ("zo2", {"base": "int8", "estimator": "lozo", "lozo_window": 1}),
+    ("zo2", {"estimator": "grzo", "noise": "rademacher", "grzo_window": 1}),
     ("zo2", {"base": "int4", "queries": 2, "fold_every": 2}),
     ("zo2", {"estimator": "fzoo", "noise": "rademacher", "queries": 4}),
     ("zo2", {"disk_blocks": 3}),
