@@ -268,10 +268,21 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class ActsTogether(Protocol):
+    """An engine of which, with several ranks, no one has everything."""
+
+    @property
+    def acts_together(self) -> bool:
+        """`evaluate`, `weights` and `save` are to be called on all ranks at the same time, with the same
+        arguments; each finds the same, and together they write one checkpoint. `False`: any one may call them
+        alone. After `setup`."""
+
+
+@runtime_checkable
 class SupportsRealizedUpdates(Protocol):
     """An engine that can say how much of what it wants to change arrives in the stored weights."""
 
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Share of the wanted update that reaches the weights as they are stored; `None`: not known.
 
         1: all of it; 0: all of it was lost in rounding, which may also bring it a little beyond either. Asked

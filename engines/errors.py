@@ -59,9 +59,9 @@ class NotAvailable(Exception):
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the run ends in the state `nan_loss`."""
 
-    def __init__(self, message: str, *, sides: tuple[float, float] | None = None) -> None:
+    def __init__(self, message: str, *, losses: tuple[float, float] | None = None) -> None:
         super().__init__(message)
-        self.sides = sides
+        self.losses = losses
         """Zeroth-order methods: losses of two passes of the step, one that is not finite among them."""
 
 

@@ -67,11 +67,10 @@ class ModelShape:
     a language model."""
     block_parameters: int
     """All parameters of one block, matrices, norms and biases; of the largest where they differ in size."""
-    outer_parameters: int
+    non_block_parameters: int
     """All parameters outside the blocks (embeddings, final norm, head), a tied tensor counted once."""
     head_parameters: int
-    """Those of the outer parameters that multiply every token on the way out (the output matrix,
-    tied or not)."""
+    """Those outside the blocks that multiply every token on the way out (the output matrix, tied or not)."""
     matrices: tuple[MatrixShape, ...]
     """The weight matrices of one block."""
     largest_tensor: int
@@ -90,7 +89,7 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         in_blocks = sum(self.block_sizes) or self.num_blocks * self.block_parameters
-        return in_blocks + self.outer_parameters
+        return in_blocks + self.non_block_parameters
 
     @property
     def matrix_parameters(self) -> int:

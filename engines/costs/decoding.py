@@ -80,7 +80,7 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
     resident, on_disk = (
         _places(shape, settings) if isinstance(settings, Zo2Settings) else (every, frozenset())
     )
-    held = {"weights": element * shape.outer_parameters + len(resident) * block}
+    held = {"weights": element * shape.non_block_parameters + len(resident) * block}
     host = {"process": transformer.PROCESS_HOST_BYTES}
     host_bytes = (shape.num_blocks - len(resident) - len(on_disk)) * block
     ring_on_host = disk.host_ring_bytes(len(on_disk) * block)

@@ -60,7 +60,7 @@ def _offloaded(
     for layer in transformer.training_layers(shape, workload):
         is_block = layer.name.startswith("block.")
         parameters = (
-            shape.block_parameters if is_block else shape.outer_parameters if layer.name == "head" else 0
+            shape.block_parameters if is_block else shape.non_block_parameters if layer.name == "head" else 0
         )
         up = int(uploads * element * parameters)
         down = workload.accumulation * element * parameters
@@ -73,7 +73,7 @@ def _offloaded(
         )  # fmt: skip
     weights = element * shape.parameters
     bucket = 2 * element * settings.reduce_bucket_size
-    blocks_up = element * (shape.outer_parameters + BLOCKS_UP * shape.block_parameters)
+    blocks_up = element * (shape.non_block_parameters + BLOCKS_UP * shape.block_parameters)
     staging = element * shape.parameters
     pinned = (MASTER + GRADIENT) * shape.parameters + staging
     if streams:

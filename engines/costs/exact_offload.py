@@ -24,7 +24,7 @@ for each of both passes.
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
 between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
 them (`outer=host`), fp32 masters and moments. Host memory: weights, pinned; the low halves of fp32 masters;
-moments; and pinned room for gradients that wait for the CPU.
+moments; and pinned buffers for gradients that wait for the CPU.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
-PIECE_ELEMENTS = 16 << 20
-"""Gradients and weights cross the link in pieces of up to this size: a copy takes 0.6 ms or more, and the
+CHUNK_ELEMENTS = 16 << 20
+"""Gradients and weights cross the link in chunks of up to this size: a copy takes 0.6 ms or more, and the
 CPU's update some milliseconds."""
 
 GRADIENT_SLOTS = 3
@@ -51,6 +51,10 @@ STAYING_INPUTS = 2
 before they would have gone."""
 
 LEAST_GRADIENT_BLOCKS = 4
+
+LAUNCHES = 100
+"""Per block, in launches of a model's own operations: Python around its pieces, events and the CPU's queue.
+On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
 
 FUSED_ADAM_BYTES = 28
 """Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed. Ours counts
@@ -93,10 +97,12 @@ def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
     return min(num_blocks, settings.gradient_blocks)
 
 
-def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOffloadSettings) -> dict[str, int]:
-    """Host memory by kind, for blocks of so many parameters each, and `outer` outside them that the host
+def host_bytes(
+    blocks: list[int], non_block: int, element: int, settings: ExactOffloadSettings
+) -> dict[str, int]:
+    """Host memory by kind, for blocks of so many parameters each, and `non_block` outside them that the host
     updates."""
-    total = sum(blocks) + outer
+    total = sum(blocks) + non_block
     kept = "pinned" if settings.offload else "pageable"
     places = gradient_places(len(blocks), settings)
     on_disk = [blocks[index] for index in settings.on_disk(len(blocks))]
@@ -109,7 +115,7 @@ def host_bytes(blocks: list[int], outer: int, element: int, settings: ExactOfflo
         passing = 0
     return {
         f"weights, {kept}": element * weights,
-        f"gradients, {kept}": element * (places * max(blocks, default=0) + outer),
+        f"gradients, {kept}": element * (places * max(blocks, default=0) + non_block),
         "optimizer": int(state_bytes(element, settings.moments) * in_memory) + element * passing,
     }
 
@@ -132,8 +138,8 @@ def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[in
 def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     blocks = [shape.block_parameters] * shape.num_blocks
-    outer = shape.outer_parameters if settings.outer == "host" else 0
-    host = host_bytes(blocks, outer, element, settings)
+    non_block = shape.non_block_parameters if settings.outer == "host" else 0
+    host = host_bytes(blocks, non_block, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
     passes = block_passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
@@ -175,18 +181,18 @@ def _layer(
     hidden: int,
 ) -> LayerTraffic:
     if layer.name == "head" and settings.outer == "host":
-        outer = shape.outer_parameters
+        non_block = shape.non_block_parameters
         return replace(
             layer,
-            gpu_bytes=layer.gpu_bytes + 4 * element * outer,  # cleared, added to, and read for its norm
-            h2d_bytes=element * outer,
-            d2h_bytes=element * outer,
-            cpu_adam_elements=outer,
-            host_bytes=(2 * element + adam_bytes(element, settings.moments)) * outer,
+            gpu_bytes=layer.gpu_bytes + 4 * element * non_block,  # cleared, added to, and read for its norm
+            h2d_bytes=element * non_block,
+            d2h_bytes=element * non_block,
+            cpu_adam_elements=non_block,
+            host_bytes=(2 * element + adam_bytes(element, settings.moments)) * non_block,
         )
     if layer.name == "head":
         own = MASTER_TRAFFIC_BYTES if element < 4 else FUSED_ADAM_BYTES
-        return replace(layer, gpu_bytes=layer.gpu_bytes + own * shape.outer_parameters)
+        return replace(layer, gpu_bytes=layer.gpu_bytes + own * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     size = shape.block_parameters
@@ -205,6 +211,7 @@ def _layer(
         layer,
         disk_bytes=read,
         disk_write_bytes=written,
+        launches=layer.launches + LAUNCHES * settings.offload,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size + hidden,
@@ -220,14 +227,14 @@ def _layer(
 def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> GpuMemory:
     """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    outer = element * shape.outer_parameters
+    non_block = element * shape.non_block_parameters
     on_gpu = settings.outer == "gpu"
-    masters = (MASTER_BYTES if element < 4 else 8) * shape.outer_parameters if on_gpu else 0
+    masters = (MASTER_BYTES if element < 4 else 8) * shape.non_block_parameters if on_gpu else 0
     passing = 0 if on_gpu else element * shape.largest_tensor  # before they are added to those of others
     slots = min(GRADIENT_SLOTS, shape.num_blocks)
     blocks = min(WEIGHT_SLOTS, shape.num_blocks) if settings.streams else shape.num_blocks
     held = {
-        "weights": outer + element * blocks * shape.block_parameters,
+        "weights": non_block + element * blocks * shape.block_parameters,
         "optimizer": masters,
         "gradients": slots * element * shape.block_parameters,
     }
@@ -244,17 +251,17 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     moments = (
         {
-            "gradients": held["gradients"] + outer + passing,
+            "gradients": held["gradients"] + non_block + passing,
             "activations": saved + between,
             "logits": transformer.logits_bytes(shape, workload, compiled=passes.compiled),
         },
         {
-            "gradients": held["gradients"] + outer + made,
+            "gradients": held["gradients"] + non_block + made,
             "activations": saved + between + in_backward + transformer.hidden_bytes(shape, workload),
             "logits": 0,
         },
         {
-            "gradients": held["gradients"] + outer + passing,
+            "gradients": held["gradients"] + non_block + passing,
             "scratch": 4 * shape.largest_tensor * (element < 4 and on_gpu),
         },
     )

@@ -19,11 +19,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
     """Blocks go up in the forward and in the backward pass, what stands outside of them once; every
     micro-batch does it anew. States have the weights' precision."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    block, outer = shape.block_parameters, shape.outer_parameters
+    block, non_block = shape.block_parameters, shape.non_block_parameters
     layers = []
     for layer in transformer.training_layers(shape, workload):
         is_block = layer.name.startswith("block.")
-        parameters = block if is_block else outer if layer.name == "head" else 0
+        parameters = block if is_block else non_block if layer.name == "head" else 0
         up = workload.accumulation * element * parameters * (2 if is_block else 1)
         down = workload.accumulation * element * parameters
         layers.append(
@@ -37,10 +37,12 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
         )
     weights = element * shape.parameters
     pinned = 2 * pinned_copy_bytes(shape, element)
-    up_at_once = element * (outer + BLOCKS_UP * block)
+    up_at_once = element * (non_block + BLOCKS_UP * block)
     return Traffic(
         layers=tuple(layers),
-        **training_memory(shape, workload, held={"weights": up_at_once}, gradients=element * (outer + block)),
+        **training_memory(
+            shape, workload, held={"weights": up_at_once}, gradients=element * (non_block + block)
+        ),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,

@@ -5,8 +5,8 @@ and comes up.
 GPU: weights, projectors, the cores of a few blocks, and gradients and moments of what is not projected. Host:
 per matrix the pinned core, of the weights' dtype, and two moments, fp32 or bf16. With `weights=streamed` the
 matrices are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both
-passes and goes down once, when its update has landed. The twin (`offload=False`) moves and computes the same
-with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
+passes and goes down once, when its update has been applied. The twin (`offload=False`) moves and computes the
+same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ CORE_SLOTS = 4
 """Blocks whose compressed gradients are on the GPU at once."""
 
 UPLOAD_SLOTS = 4
-"""Pieces that are on the GPU between their upload and their application."""
+"""Chunks that are on the GPU between their upload and their application."""
 
-PIECE_ELEMENTS = 8 << 20
+CHUNK_ELEMENTS = 8 << 20
 """Cores of neighbouring matrices travel together up to about this size."""
 
 FLOPS_PER_BYTE = 150.0
@@ -56,6 +56,10 @@ LAUNCHES = 9
 """Per matrix, in launches of a model's own operations: two projections, the product, and Python around them.
 Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took 0.212 and 0.216 s,
 of which the model's own operations are 0.15."""
+
+STREAM_LAUNCHES = 16
+"""The same for a matrix whose weights are streamed. Counted: such a block starts 50 to 56 operations of torch
+more for each matrix, of which a model's own launches have three to four each."""
 
 GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
@@ -77,10 +81,11 @@ def nonzeros_per_row(settings: LspSettings) -> int:
 
 
 def core_size(rows: int, columns: int, settings: LspSettings) -> int:
-    """Side of a matrix's core: d, or its own smaller side, to a multiple of r. See `LspSettings.size_for`."""
-    side = min(settings.size_for(rows, columns), rows, columns)
-    r = min(nonzeros_per_row(settings), side)
-    return side // r * r
+    """Rows and columns of a matrix's core: d, or its own smaller dimension, to a multiple of r. See
+    `LspSettings.size_for`."""
+    d = min(settings.size_for(rows, columns), rows, columns)
+    r = min(nonzeros_per_row(settings), d)
+    return d // r * r
 
 
 def core_elements(shape: ModelShape, settings: LspSettings) -> int:
@@ -154,7 +159,8 @@ def _checks(shape: ModelShape, settings: LspSettings) -> RareWork | None:
 def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> BlockPasses:
     """How blocks run; the twin has no graphs, nor have blocks that all micro-batches pass together."""
     passes = block_passes(shape, workload, settings)
-    return replace(passes, captured=passes.captured and settings.offload and not settings.block_major)
+    captured = passes.captured and settings.offload and not settings.block_major
+    return replace(passes, captured=captured, loss_compiled=False)
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
@@ -185,7 +191,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
-        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.outer_parameters)
+        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     core = core_elements(shape, settings)
@@ -193,7 +199,8 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
     moved = sum(projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
-    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
+    each = LAUNCHES + STREAM_LAUNCHES * settings.streams
+    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + each * len(shape.matrices)
     wire, up, down = element * core, 0, 0
     if settings.streams:
         down = element * sum(matrix.parameters for matrix in shape.matrices)
@@ -238,7 +245,7 @@ def _gpu_memory(
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
     core = sum(d * d for d in sizes)
-    piece = min(core, max(PIECE_ELEMENTS, max(d * d for d in sizes)))
+    chunk = min(core, max(CHUNK_ELEMENTS, max(d * d for d in sizes)))
     slots = min(CORE_SLOTS, shape.num_blocks) if settings.offload else shape.num_blocks
     nonzeros = shape.num_blocks * sum(
         (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
@@ -260,7 +267,7 @@ def _gpu_memory(
     if settings.streams:
         held["cores"] += element * min(WEIGHT_SLOTS, shape.num_blocks) * core
     elif settings.offload:
-        held["cores"] += element * UPLOAD_SLOTS * piece
+        held["cores"] += element * UPLOAD_SLOTS * chunk
     held["gradients"] += element * kept  # what one block's projectors leave out
     if workload.accumulation > 1:
         held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core

@@ -26,6 +26,10 @@ SIGN_COST = 0.3
 """A sign of a low-bit matrix, in normals: on an H200 the noise of a step of OPT-13B took 80 ms with signs and
 136 with normals, of which 55 are not for noise; those of steps that round, which are dearer, included."""
 
+BINOMIAL_COST = 0.45
+"""A binomial draw, in normals: of 41.5 instructions for each element and update of a low-bit matrix 18.5 are
+left, compiled for sm_90 (engines/EXPERIMENTS.md, 'Binomial noise'). Not measured on a GPU."""
+
 TRIAL_BYTES = 100_000_000
 """What trying the model takes beside its stand-in for weights: 0.09 GB at Qwen2.5 3B."""
 
@@ -62,8 +66,8 @@ ONE_SIDED = ParameterWork(gaussians=1, moves=2)
 FROZEN = ParameterWork(gaussians=0, moves=2)
 """Copied to scratch as it is, so that both sides compute with it and its room in a ring is free."""
 
-STORED_IN_RECORDS = 10
-"""What storing a parameter in lossless records takes beside the bytes of those, in reads or writes of it:
+STORED_IN_TILES = 10
+"""What storing a parameter in lossless tiles takes beside the bytes of those, in reads or writes of it:
 theta is written to scratch, encoded from there, and read once more to be perturbed. 1.6 ms for the 314.6 M
 weights of a block of OPT-13B on an H200 (engines/EXPERIMENTS.md, 'A lossless base')."""
 
@@ -76,7 +80,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Tr
         turn = settings.fold_every if settings.is_quantized else 1
         visit = fused_visit(settings, turn, block / (element * shape.block_parameters))
     visits = [visit] * shape.num_blocks
-    weights = element * shape.outer_parameters + shape.num_blocks * block
+    weights = element * shape.non_block_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
         **gpu_memory(shape, workload, settings, {"weights": weights}),
@@ -91,25 +95,24 @@ def update(settings: MezoSettings) -> ParameterWork:
 
 
 def perturb(settings: MezoSettings) -> ParameterWork:
-    """For all probes of a step; one-sided ones have a copy of theta itself among them."""
-    if settings.is_one_sided:
-        return ONE_SIDED * settings.queries + FROZEN
-    return PERTURB * settings.queries
+    """For all probes of a step, of which one may be a copy of theta itself."""
+    moved = (ONE_SIDED if settings.is_one_sided else PERTURB) * settings.queries
+    return moved + FROZEN if settings.has_clean_pass else moved
 
 
 def num_probes(settings: MezoSettings) -> int:
-    """Times that a step makes perturbed copies, a one-sided step's of theta itself included."""
-    return settings.queries + settings.is_one_sided
+    """Times that a step makes perturbed copies, one of theta itself included."""
+    return settings.queries + settings.has_clean_pass
 
 
 def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> ParameterWork:
-    """Pending updates, storing and the perturbed copies of the first probe in one pass over theta; those of
+    """Deferred updates, storing and the perturbed copies of the first probe in one pass over theta; those of
     the others in one pass each.
 
-    Between two turns the updates of 1 to `fold_every` steps are pending, (fold_every + 1) / 2 on average, and
-    theta is written back in the last visit only, or where there are several probes in each. A low-bit theta
-    is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over that of a
-    copy.
+    Between two turns the updates of 1 to `fold_every` steps are deferred, (fold_every + 1) / 2 on average,
+    and theta is written back in the last visit only, or where there are several probes in each. A low-bit
+    theta is not, so that each of them replays the updates. `kept` is the size of theta as it is kept over
+    that of a copy.
     """
     moved, queries = perturb(settings), settings.queries
     written, steps = 1 / fold_every, (fold_every + 1) / 2
@@ -117,7 +120,7 @@ def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> P
         steps = num_probes(settings) * (fold_every - 1) / 2 + 1
     elif settings.forward_passes > 2:
         written = 1
-    stored = kept + STORED_IN_RECORDS if settings.base == "lossless" else kept
+    stored = kept + STORED_IN_TILES if settings.base == "lossless" else kept
     moves = moved.moves - (1 - kept) * num_probes(settings) + stored * written
     return ParameterWork(gaussians=queries * steps + moved.gaussians, moves=moves)
 
@@ -136,7 +139,7 @@ def adapter_parameters(shape: ModelShape, settings: MezoSettings) -> int:
     return settings.lora_rank * sum(matrix.rows + matrix.columns for matrix in shape.matrices)
 
 
-def trained_outer_parameters(shape: ModelShape, settings: MezoSettings) -> tuple[int, int]:
+def trained_non_block_parameters(shape: ModelShape, settings: MezoSettings) -> tuple[int, int]:
     """Parameters outside the blocks that are updated, and those among them that the head multiplies with.
 
     With `last:N` embeddings are frozen, a head that is tied to them included. What remains is the head and a
@@ -145,10 +148,10 @@ def trained_outer_parameters(shape: ModelShape, settings: MezoSettings) -> tuple
     if settings.train == "lora":
         return 0, 0
     if settings.train == "all":
-        return shape.outer_parameters, shape.head_parameters
+        return shape.non_block_parameters, shape.head_parameters
     head = 0 if shape.tied else shape.head_parameters
     norm = shape.hidden if shape.gated_mlp else 2 * shape.hidden
-    return min(head + norm, shape.outer_parameters), head
+    return min(head + norm, shape.non_block_parameters), head
 
 
 def perturbed_layers(
@@ -159,9 +162,9 @@ def perturbed_layers(
     `visits` is what is done to each block's weights where they are trained. What is outside the blocks is
     updated once, and perturbed for each micro-batch.
     """
-    updated, head = trained_outer_parameters(shape, settings)
+    updated, head = trained_non_block_parameters(shape, settings)
     passes = settings.forward_passes
-    drawn = passes - settings.is_one_sided
+    drawn = passes - settings.has_clean_pass
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = transformer.head_chunks(shape, workload)
     first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))
@@ -173,6 +176,8 @@ def perturbed_layers(
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
         _visited(last, perturbed, probes * head, probes * chunks, workload),
     ]
+    if settings.noise == "binomial":
+        layers = [replace(layer, gaussians=round(BINOMIAL_COST * layer.gaussians)) for layer in layers]
     if settings.noise == "rademacher":
         # Signs cost less than the memory they are written to. A pass over low-bit matrices moves fewer bytes,
         # and makes several: there they count.
@@ -189,6 +194,8 @@ def _passes(layer: LayerTraffic, passes: int) -> LayerTraffic:
         layer,
         gpu_forward_flops=layer.gpu_forward_flops * passes / 2,
         gpu_bytes=layer.gpu_bytes * passes / 2,
+        products=layer.products * passes // 2,
+        graph_kernels=layer.graph_kernels * passes // 2,
         launches=layer.launches * passes // 2,
     )
 
@@ -202,7 +209,7 @@ def _block(
     visit: ParameterWork,
 ) -> LayerTraffic:
     trained = trains_block(settings, index, shape.num_blocks)
-    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in pieces,
+    # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in chunks,
     # which `forward.GRAPH_LAUNCHES` counts.
     launches = (
         0 if transformer.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)
@@ -313,7 +320,7 @@ def gpu_memory(
     # With adapters every block is frozen, and both sides compute with one copy.
     one_sided = settings.is_one_sided
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
-    _, trained_head = trained_outer_parameters(shape, settings)
+    _, trained_head = trained_non_block_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
     # A graph has its input at a place of its own.
     kept_states = settings.forward_passes * workload.accumulation + 2 * as_graphs

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from engines.costs.traffic import Overlap
 
-PIECE = 0.25
-"""Share of a block that crosses the link at a time where blocks are streamed in pieces
+CHUNK_SHARE = 0.25
+"""Share of a block that crosses the link at a time where blocks are streamed in chunks
 (`engines.offload.ring`): a matrix of the feed-forward part is a third of a plain block and a little under a
 quarter of a gated one."""
 
@@ -53,6 +53,14 @@ def serial_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     return max(sum(busy.values()) - busy["host memory"], busy["host memory"])
 
 
+def gathered_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """A layer's weights come together while the one before it computes; the first one is waited for, and the
+    last one's gradient. FSDP (2304.11277)."""
+    busy = busy_s(layers)
+    waited = max((layer.from_gpu_s for layer in layers), default=0.0)
+    return max(busy["gpu"], busy["gpu to gpu"]) + waited
+
+
 def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """Gradients go down under the backward passes; then the CPU updates, then the weights come up.
 
@@ -65,13 +73,13 @@ def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int 
 
 
 def streamed_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
-    """Layers follow each other through all resources in pieces: the busiest one is never idle, but for one
-    piece's way through the others. ZO2 (2503.12668): upload, both forward passes, download; before them, for
+    """Layers follow each other through all resources in chunks: the busiest one is never idle, but for one
+    chunk's way through the others. ZO2 (2503.12668): upload, both forward passes, download; before them, for
     some, the disk.
 
-    max over resources R of (total of R + `PIECE` of the largest layer's share of every other resource)
+    max over resources R of (total of R + `CHUNK_SHARE` of the largest layer's share of every other resource)
     """
-    return _pipelined_s(layers, micro_batches=1, piece=PIECE)
+    return _pipelined_s(layers, micro_batches=1, chunk_share=CHUNK_SHARE)
 
 
 def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
@@ -81,45 +89,45 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     max(L (f + b) + c + u + h, max(L c, L u, L h) + fill), the fill being one layer's way through the others
     and all micro-batches but one, during which there is nothing to update.
     """
-    return _pipelined_s(layers, micro_batches, piece=1.0)
+    return _pipelined_s(layers, micro_batches, chunk_share=1.0)
 
 
 def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """All micro-batches pass a block together, so that its gradients have the rest of the step to go down,
-    through the CPU and up again, into the next forward pass, in pieces.
+    through the CPU and up again, into the next forward pass, in chunks.
 
-    max over resources R of (total of R + `PIECE` of the largest layer's share of every other resource)
+    max over resources R of (total of R + `CHUNK_SHARE` of the largest layer's share of every other resource)
     """
-    return _pipelined_s(layers, micro_batches=1, piece=PIECE)
+    return _pipelined_s(layers, micro_batches=1, chunk_share=CHUNK_SHARE)
 
 
 def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """The same where the CPU begins when backward has ended: only the next forward pass hides it.
 
-    backward + max(forward, CPU or uploads, whichever takes longer, and a piece of the other)
+    backward + max(forward, CPU or uploads, whichever takes longer, and a chunk of the other)
     """
     busy = busy_s(layers)
     backward = sum(layer.backward_s for layer in layers)
     of_cpu, of_link = (
-        PIECE * max(times, default=0.0)
+        CHUNK_SHARE * max(times, default=0.0)
         for times in ([layer.cpu_s for layer in layers], [layer.h2d_s for layer in layers])
     )
     after = max(busy["gpu"] - backward, busy["cpu"] + of_link, busy["h2d"] + of_cpu)
     return max(max(backward, busy["d2h"]) + after, busy["host memory"], busy["disk"])
 
 
-def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float) -> float:
-    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `piece`."""
+def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, chunk_share: float) -> float:
+    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `chunk_share`."""
     busy = busy_s(layers)
     host, disk = busy.pop("host memory"), busy.pop("disk")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
     moving = [layer for layer in layers if layer.h2d_s + layer.d2h_s + layer.cpu_s > 0]
     share = {
-        "gpu": piece * max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
-        "h2d": piece * max((layer.h2d_s for layer in moving), default=0.0),
-        "d2h": piece * max((layer.d2h_s for layer in moving), default=0.0),
-        "cpu": piece * max((layer.cpu_s for layer in moving), default=0.0),
-        "gpu to gpu": piece * max((layer.from_gpu_s for layer in moving), default=0.0),
+        "gpu": chunk_share * max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
+        "h2d": chunk_share * max((layer.h2d_s for layer in moving), default=0.0),
+        "d2h": chunk_share * max((layer.d2h_s for layer in moving), default=0.0),
+        "cpu": chunk_share * max((layer.cpu_s for layer in moving), default=0.0),
+        "gpu to gpu": chunk_share * max((layer.from_gpu_s for layer in moving), default=0.0),
     }
     fill = sum(share.values())
     others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu", "gpu to gpu"))
@@ -129,6 +137,7 @@ def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, piece: float)
 
 STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {
     "serial": serial_s,
+    "gathered": gathered_s,
     "optimizer_after_backward": optimizer_after_backward_s,
     "streamed": streamed_s,
     "layerwise": layerwise_s,

@@ -20,10 +20,10 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     and the update, bound by memory, takes half the time.
     """
     element = BYTES_PER_ELEMENT[workload.dtype]
-    block, outer = shape.block_parameters, shape.outer_parameters
+    block, non_block = shape.block_parameters, shape.non_block_parameters
     layers = []
     for layer in transformer.training_layers(shape, workload):
-        parameters = block if layer.name.startswith("block.") else outer if layer.name == "head" else 0
+        parameters = block if layer.name.startswith("block.") else non_block if layer.name == "head" else 0
         layers.append(
             replace(
                 layer,
@@ -54,13 +54,14 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
 def pinned_copy_bytes(shape: ModelShape, element: int) -> int:
     """A pinned copy of every parameter, each rounded up to a power of two as torch's allocator does.
 
-    The outer parameters count as embedding and head of one size; norms and biases are not rounded.
+    The parameters outside the blocks count as embedding and head of one size; norms and biases are not
+    rounded.
     """
     matrices = sum(power_of_two(element * matrix.parameters) for matrix in shape.matrices)
     rest = element * (shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices))
-    outer = element * shape.outer_parameters
-    largest = min(element * shape.largest_tensor, outer)
-    whole, remainder = divmod(outer, largest) if largest else (0, 0)
+    non_block = element * shape.non_block_parameters
+    largest = min(element * shape.largest_tensor, non_block)
+    whole, remainder = divmod(non_block, largest) if largest else (0, 0)
     return shape.num_blocks * (matrices + rest) + whole * power_of_two(largest) + remainder
 
 

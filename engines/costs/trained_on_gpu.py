@@ -69,8 +69,8 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
 
 def _with_paging(layer: LayerTraffic, shape: ModelShape) -> LayerTraffic:
     """The driver moves pages at half of what the link does (bitsandbytes' documentation)."""
-    outer = shape.outer_parameters if layer.name == "head" else 0
-    parameters = shape.block_parameters if layer.name.startswith("block.") else outer
+    non_block = shape.non_block_parameters if layer.name == "head" else 0
+    parameters = shape.block_parameters if layer.name.startswith("block.") else non_block
     paged = int(PAGED_FACTOR * EIGHT_BIT_MOMENTS * parameters)
     return replace(layer, h2d_bytes=paged, d2h_bytes=paged)
 
@@ -108,7 +108,7 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
         * (2 * max(each.rows, each.columns) + min(each.rows, each.columns))
         for each in shape.matrices
     )
-    plain = shape.num_blocks * transformer.vector_parameters(shape) + shape.outer_parameters
+    plain = shape.num_blocks * transformer.vector_parameters(shape) + shape.non_block_parameters
     states = element * (shape.num_blocks * low_rank + 2 * plain)
     largest = max((each.parameters for each in shape.matrices), default=0)
     passes = block_passes(shape, workload, settings)
@@ -163,7 +163,7 @@ def _updated(
     launches: int = 0,
 ) -> tuple[LayerTraffic, ...]:
     """Forward and backward of every layer with an update of its parameters."""
-    parameters = {"embedding": 0, "head": shape.outer_parameters}
+    parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
         replace(
             layer,

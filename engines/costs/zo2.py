@@ -5,8 +5,8 @@ take turns in going down, so every step downloads the same share. One that is on
 and never goes down. (What a full log or the end of a window of LOZO writes anew on disk, once in 50 steps or
 so, is not counted.)
 
-On the GPU: the outer parameters, the resident blocks, a ring through which the streamed ones pass in pieces,
-and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
+On the GPU: what lies outside the blocks, the resident blocks, a ring through which the streamed ones pass in
+chunks, and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 from engines.costs import disk, transformer
 from engines.costs.mezo import (
-    STORED_IN_RECORDS,
+    STORED_IN_TILES,
     ParameterWork,
     fused_visit,
     gpu_memory,
@@ -110,7 +110,7 @@ def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> ParameterWork:
     moved, replayed = perturb(settings), (disk.REPLAYED_UPDATES + 1) / 2
     if not settings.is_quantized:
         written = 0 if settings.forward_passes == 2 else 1
-        stored = kept + STORED_IN_RECORDS if settings.base == "lossless" else 1
+        stored = kept + STORED_IN_TILES if settings.base == "lossless" else 1
         moves = moved.moves - (1 - kept) * num_probes(settings) + stored * written
         return ParameterWork(gaussians=replayed + moved.gaussians, moves=moves)
     probes, queries = num_probes(settings), settings.queries
@@ -128,7 +128,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     on_disk = disk_indices(shape.num_blocks, resident, settings.named_disk_blocks)
     streamed = shape.num_blocks - len(resident)
     block = block_bytes(shape, workload.dtype, settings.base)
-    outer = element * shape.outer_parameters
+    non_block = element * shape.non_block_parameters
     disk_bytes = len(on_disk) * block
     host_bytes = (streamed - len(on_disk)) * block
     turn = settings.noise_window or settings.fold_every
@@ -165,7 +165,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         )
         for step in range(settings.fold_every)
     )
-    held = {"weights": outer + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
+    held = {"weights": non_block + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     return Traffic(
         layers=tuple(layers),
         **gpu_memory(shape, workload, settings, held),

@@ -1,7 +1,7 @@
-"""Blocks whose optimizer lives on the host: their weights there, AdamW's state, and room for gradients.
+"""Blocks whose optimizer lives on the host: their weights there, AdamW's state, and buffers for gradients.
 
-Each block is flat, as `engines.model.flat_layout` lays it out, and cut into pieces that travel by themselves:
-its vectors, which are not decayed, and its matrices in pieces of up to `PIECE_ELEMENTS`.
+Each block is flat, as `engines.model.flat_layout` lays it out, and cut into chunks that travel by themselves:
+its vectors, which are not decayed, and its matrices in chunks of up to `CHUNK_ELEMENTS`.
 
 Pinned: the weights that go up, and gradients of some blocks, which wait there for the CPU. Pageable: the low
 halves of master weights and both moments, the state; that of some blocks may be elsewhere, and is here only
@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from engines.costs.exact_offload import PIECE_ELEMENTS
+from engines.costs.exact_offload import CHUNK_ELEMENTS
 from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
 from engines.cpu_updates.pipeline import WAIT_LIMIT_S, StepShare
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
@@ -38,8 +38,8 @@ alone, past the page cache."""
 
 
 @dataclass(kw_only=True, eq=False)
-class BlockPiece:
-    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.TravellingPiece`."""
+class BlockChunk:
+    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.TravellingChunk`."""
 
     deadline: int
     number: int
@@ -96,14 +96,14 @@ class _Extent:
 
 
 def spans(layout: BlockLayout) -> list[tuple[int, int, bool]]:
-    """Pieces of a block: begin, end, and whether they decay."""
+    """Chunks of a block: begin, end, and whether they decay."""
     found: list[tuple[int, int, bool]] = []
     for decays in (False, True):
         parts = [part for part in layout.own_parts if part.segment.decays[0] is decays]
         if not parts:
             continue
         begin, end = parts[0].start, parts[-1].start + parts[-1].size
-        found += [(at, min(at + PIECE_ELEMENTS, end), decays) for at in range(begin, end, PIECE_ELEMENTS)]
+        found += [(at, min(at + CHUNK_ELEMENTS, end), decays) for at in range(begin, end, CHUNK_ELEMENTS)]
     return found
 
 
@@ -157,7 +157,7 @@ class BlockStates:
             self._shared = [shared_slabs(sizes, torch.device("cpu"), progress, world)]
             self._memories = iter(self._shared[0].views)
         self._numbers = itertools.count()
-        self.pieces: list[list[BlockPiece]] = []
+        self.chunks: list[list[BlockChunk]] = []
         self.weights: list[Tensor] = []
         """Of each block, (elements,): what the model computes with; on no device while it is elsewhere."""
         views = iter(self._weights.views)
@@ -165,15 +165,15 @@ class BlockStates:
             away = index in self._weights_elsewhere
             weight = _nowhere(layout.size, dtype) if away else next(views).view(dtype)
             self.weights.append(weight)
-            self.pieces.append(
+            self.chunks.append(
                 [
-                    self._piece(weight, index, number, span, settings, norms[index : index + 1], seed)
+                    self._make_chunk(weight, index, number, span, settings, norms[index : index + 1], seed)
                     for number, span in enumerate(spans(layout))
                 ]
             )
             progress("making room for the optimizer (blocks)", index + 1, len(layouts))
 
-    def _piece(
+    def _make_chunk(
         self,
         weights: Tensor,
         index: int,
@@ -182,7 +182,7 @@ class BlockStates:
         settings: ExactOffloadSettings,
         squared_norm: Tensor,
         seed: int,
-    ) -> BlockPiece:
+    ) -> BlockChunk:
         begin, end, decays = span
         weight = weights[begin:end]
         memory = None
@@ -195,7 +195,7 @@ class BlockStates:
             memory = self._on(weight, extents, slab.view(0, (size,), torch.uint8))
             for tensor in memory.state().values():
                 tensor.zero_()
-        return BlockPiece(
+        return BlockChunk(
             deadline=index,
             number=next(self._numbers),
             squared_norm=squared_norm,
@@ -242,7 +242,7 @@ class BlockStates:
 
     def state_bytes(self, index: int) -> int:
         """Of a block's state, and of its weights where they are elsewhere with it."""
-        states = sum(self._extents(piece.weight.numel())[1] for piece in self.pieces[index])
+        states = sum(self._extents(chunk.weight.numel())[1] for chunk in self.chunks[index])
         return self.head_bytes(index) + states
 
     def attach(self, index: int, memory: Tensor | None, failure: UserError | None = None) -> None:
@@ -256,15 +256,15 @@ class BlockStates:
                 weights = memory[: size * self._dtype.itemsize].view(self._dtype)
             self.weights[index] = weights
         at = begin
-        for piece in self.pieces[index]:
-            piece.failure = failure
+        for chunk in self.chunks[index]:
+            chunk.failure = failure
             if begin:
-                piece.weight = self.weights[index][piece.begin : piece.end]
+                chunk.weight = self.weights[index][chunk.begin : chunk.end]
             if memory is None:
-                piece.memory = None
+                chunk.memory = None
                 continue
-            extents, size = self._extents(piece.weight.numel())
-            piece.memory = self._on(piece.weight, extents, memory[at : at + size])
+            extents, size = self._extents(chunk.weight.numel())
+            chunk.memory = self._on(chunk.weight, extents, memory[at : at + size])
             at += size
 
     @property
@@ -281,23 +281,23 @@ class BlockStates:
         """What belongs to a block's weights and is here, by the names of checkpoints; with the weights where
         they are elsewhere at other times."""
         found: dict[str, Tensor] = {}
-        for number, piece in enumerate(self.pieces[index]):
-            if piece.memory is not None:
-                named = piece.memory.state()
+        for number, chunk in enumerate(self.chunks[index]):
+            if chunk.memory is not None:
+                named = chunk.memory.state()
                 if index in self._weights_elsewhere:
-                    named["weight"] = piece.weight
+                    named["weight"] = chunk.weight
                 found |= {f"{name}.{index}.{number}": tensor for name, tensor in named.items()}
         return found
 
     def updates(self) -> list[int]:
         """How often each block was updated."""
-        return [pieces[0].updates if pieces else 0 for pieces in self.pieces]
+        return [chunks[0].updates if chunks else 0 for chunks in self.chunks]
 
     def load(self, index: int, tensors: Mapping[str, Tensor], updates: int, folder: str) -> None:
         """Take back what `state` gave, of a block that was updated so often. Raises `UserError`, naming
         `folder`, where that is of other moments."""
-        for piece in self.pieces[index]:
-            piece.updates = updates
+        for chunk in self.chunks[index]:
+            chunk.updates = updates
         for name, tensor in self.state(index).items():
             found = tensors.get(name)
             if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
@@ -311,7 +311,7 @@ class BlockStates:
 
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""
-        self.pieces.clear()
+        self.chunks.clear()
         self.weights.clear()
         self._norms.close()
         self._weights.close()
@@ -326,7 +326,7 @@ def _nowhere(elements: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(elements, dtype=dtype, device="meta")
 
 
-class GradientRoom:
+class GradientBuffers:
     """Host memory for the gradients of some blocks, pinned for a CUDA `device`. Used from several threads.
 
     With several ranks each has its own places, which all can read."""

@@ -1,17 +1,17 @@
 """The way of gradients from the GPU through Adam on the CPU and of what that makes back to the GPU.
 
-What travels is a piece: neighbouring elements of one block in flat memory, whole gradients
-(`engines.cpu_updates.block_state`) or compressed ones (`engines.subspace.cores`). A piece is downloaded, Adam
+What travels is a chunk: neighbouring elements of one block in flat memory, whole gradients
+(`engines.cpu_updates.block_state`) or compressed ones (`engines.subspace.cores`). A chunk is downloaded, Adam
 runs on it, and what it leaves is uploaded: weights straight to where the model has them, or directions into a
 slot, from which the GPU applies them. Four resources, each with one queue: the download stream, this file's
 thread, the upload stream and the stream that applies. The thread takes what has arrived by deadline: the
 block that the next forward pass needs first. Its dependencies only go forward, so it cannot deadlock.
 
-Methods decide what to submit and how it lands; this file decides the order, and keeps failures from hanging
+Methods decide what to submit and where it goes; this file decides the order, and keeps failures from hanging
 and from spreading. With several ranks the thread takes what has arrived on all, if this rank is to update it,
 and what other ranks have updated is uploaded as it comes (`engines.cpu_updates.rank_updates`).
 
-Longer than 400 lines: a piece's way through both threads, alone and with other ranks, is one thing.
+Longer than 400 lines: a chunk's way through both threads, alone and with other ranks, is one thing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GradientNotFinite(Exception):
 
 @dataclass(kw_only=True, eq=False)
 class StepShare:
-    """What the pieces of one step have in common."""
+    """What the chunks of one step have in common."""
 
     step: int
     learning_rate: float
@@ -79,13 +79,13 @@ class StepShare:
         return self.max_norm / norm if norm > self.max_norm else 1.0
 
 
-class TravellingPiece(Protocol):
+class TravellingChunk(Protocol):
     """Neighbouring elements of a block, on the host, and their optimizer's state."""
 
     deadline: int
     """Index of its block: its place in the next forward pass."""
     number: int
-    """Among all pieces."""
+    """Among all chunks."""
     squared_norm: Tensor
     """(1,) fp32, pinned: of the block's gradient, which it arrives before."""
     updates: int
@@ -101,7 +101,7 @@ class TravellingPiece(Protocol):
 
 
 class OfRanks(NamedTuple):
-    """What the ranks bring of a piece, in their order."""
+    """What the ranks bring of a chunk, in their order."""
 
     gradients: Sequence[Tensor]
     """(elements,) each."""
@@ -110,7 +110,7 @@ class OfRanks(NamedTuple):
 
 
 @dataclass(kw_only=True, eq=False)
-class Landing:
+class UploadTarget:
     """Where what goes up belongs as it is."""
 
     memory: Tensor
@@ -120,12 +120,12 @@ class Landing:
 
 
 @dataclass(kw_only=True, eq=False)
-class PieceUpdate:
-    """One piece on its way."""
+class ChunkUpdate:
+    """One chunk on its way."""
 
-    state: TravellingPiece
+    state: TravellingChunk
     share: StepShare
-    landing: Landing | Callable[[Tensor, StepShare], None] | None
+    destination: UploadTarget | Callable[[Tensor, StepShare], None] | None
     """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
     applies it to the weights; `None`: it stays on the host."""
     consumed: Callable[[], None] = lambda: None
@@ -174,7 +174,7 @@ def adam_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def update_piece(state: TravellingPiece, share: StepShare, of_ranks: OfRanks | None = None) -> bool:
+def update_chunk(state: TravellingChunk, share: StepShare, of_ranks: OfRanks | None = None) -> bool:
     """Adam on a gradient that is on the host, or those of all ranks: the worker's and the twin's. False: it
     is not finite."""
     norms = [state.squared_norm] if of_ranks is None else of_ranks.squared_norms
@@ -185,24 +185,24 @@ def update_piece(state: TravellingPiece, share: StepShare, of_ranks: OfRanks | N
     return True
 
 
-def update_at_once(updates: Sequence[PieceUpdate], device: torch.device) -> None:
+def update_at_once(updates: Sequence[ChunkUpdate], device: torch.device) -> None:
     """The twin's way: all of it in the calling thread, then all is applied."""
     for update in updates:
-        update.failed = not update_piece(update.state, update.share)
+        update.failed = not update_chunk(update.state, update.share)
         update.consumed()
     for update in updates:
         if update.failed:
             continue
-        if isinstance(update.landing, Landing):
-            update.landing.memory.copy_(update.state.outgoing)
-        elif update.landing is not None:
-            update.landing(update.state.outgoing.to(device), update.share)
+        if isinstance(update.destination, UploadTarget):
+            update.destination.memory.copy_(update.state.outgoing)
+        elif update.destination is not None:
+            update.destination(update.state.outgoing.to(device), update.share)
 
 
 class UpdatePipeline:
-    """A thread that updates pieces, one that sends them back, and the stream that applies them.
+    """A thread that updates chunks, one that sends them back, and the stream that applies them.
 
-    Jobs are lists of pieces: a list's downloads are awaited together, then all are updated, then all are
+    Jobs are lists of chunks: a list's downloads are awaited together, then all are updated, then all are
     uploaded. Among the jobs whose downloads have ended, the one with the earliest deadline is next; if none
     has, the oldest.
 
@@ -220,9 +220,9 @@ class UpdatePipeline:
         name: str = "cpu-updates",
         ranks: RankUpdates | None = None,
     ) -> None:
-        """With `ranks` every piece is updated by one of them, for all.
+        """With `ranks` every chunk is updated by one of them, for all.
 
-        `slots` are for pieces that are applied on the GPU, each of up to `slot_elements` of `dtype`.
+        `slots` are for chunks that are applied on the GPU, each of up to `slot_elements` of `dtype`.
         Threads are named after `name`."""
         self._link = link
         self._ranks = ranks
@@ -235,13 +235,13 @@ class UpdatePipeline:
         compiled()  # here, and not in the first step
         self._turn = itertools.count()
         self._changed = threading.Condition()
-        self._arriving: deque[list[PieceUpdate]] = deque()
-        self._ready: list[tuple[int, int, list[PieceUpdate]]] = []
+        self._arriving: deque[list[ChunkUpdate]] = deque()
+        self._ready: list[tuple[int, int, list[ChunkUpdate]]] = []
         self._order = itertools.count()
         self._error: BaseException | None = None
         self._is_closed = False
         self._busy_s = 0.0
-        self._updated: queue.SimpleQueue[PieceUpdate | None] = queue.SimpleQueue()
+        self._updated: queue.SimpleQueue[ChunkUpdate | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-adam", daemon=True),
             threading.Thread(target=self._return, name=f"{name}-return", daemon=True),
@@ -249,7 +249,7 @@ class UpdatePipeline:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, updates: Sequence[PieceUpdate]) -> None:
+    def submit(self, updates: Sequence[ChunkUpdate]) -> None:
         """Take a job whose downloads are enqueued. Does not wait."""
         if not updates:
             return
@@ -257,8 +257,8 @@ class UpdatePipeline:
             self._arriving.append(list(updates))
             self._changed.notify()
 
-    def wait(self, update: PieceUpdate) -> Event:
-        """Hold the calling thread until the piece's application is enqueued; the event of its end.
+    def wait(self, update: ChunkUpdate) -> Event:
+        """Hold the calling thread until the chunk's application is enqueued; the event of its end.
 
         Raises `GradientNotFinite`, `RuntimeError` with its cause if the worker failed, and one if the update
         does not come.
@@ -272,8 +272,8 @@ class UpdatePipeline:
             raise GradientNotFinite(update.share.step)
         return update.applied
 
-    def compute_waits(self, update: PieceUpdate, clock: ComputeClock) -> None:
-        """Let the compute stream wait for a piece's application, which is no compute.
+    def compute_waits(self, update: ChunkUpdate, clock: ComputeClock) -> None:
+        """Let the compute stream wait for a chunk's application, which is no compute.
 
         Raises `NonFiniteLoss` for a gradient that was not finite, the `UserError` or `PeerLost` that kept the
         worker from it, and what `wait` raises.
@@ -288,7 +288,7 @@ class UpdatePipeline:
                 raise error.__cause__ from None
             raise
 
-    def wait_out(self, updates: Sequence[PieceUpdate], wait: Callable[[Event], None]) -> None:
+    def wait_out(self, updates: Sequence[ChunkUpdate], wait: Callable[[Event], None]) -> None:
         """Wait until all `updates` are applied, finite or not; the argument `wait` waits for an event."""
         for update in updates:
             with suppress(GradientNotFinite):
@@ -325,7 +325,7 @@ class UpdatePipeline:
             self._updated.put(None)
 
     def _return(self) -> None:
-        """Upload and apply, in the order of the updates, while Adam goes on: starting a piece's kernels takes
+        """Upload and apply, in the order of the updates, while Adam goes on: starting a chunk's kernels takes
         the CPU up to a millisecond, half of what its Adam takes."""
         for update in self._to_bring_back():
             try:
@@ -336,13 +336,13 @@ class UpdatePipeline:
             finally:
                 update.done.set()
 
-    def _to_bring_back(self) -> Iterator[PieceUpdate]:
+    def _to_bring_back(self) -> Iterator[ChunkUpdate]:
         """What has been updated, also by other ranks, and the earliest deadline first of what has then."""
         if self._ranks is None:
             while (update := self._updated.get()) is not None:
                 yield update
             return
-        waiting: list[PieceUpdate] = []
+        waiting: list[ChunkUpdate] = []
         goes_on = True
         while goes_on or waiting:
             with suppress(queue.Empty):
@@ -358,7 +358,7 @@ class UpdatePipeline:
                 update.consumed()
                 yield update
 
-    def _is_updated(self, update: PieceUpdate) -> bool:
+    def _is_updated(self, update: ChunkUpdate) -> bool:
         """Also what will not be, after an error."""
         if self._error is not None or self._ranks is None:
             return True
@@ -373,7 +373,7 @@ class UpdatePipeline:
                 self._error = error
         return self._error is not None
 
-    def _take(self) -> list[PieceUpdate] | None:
+    def _take(self) -> list[ChunkUpdate] | None:
         """The next job; `None` once closed and empty."""
         with self._changed:
             while True:
@@ -397,12 +397,12 @@ class UpdatePipeline:
                     self._error = error
                 return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
 
-    def _tell_arrived(self, job: Sequence[PieceUpdate]) -> None:
+    def _tell_arrived(self, job: Sequence[ChunkUpdate]) -> None:
         for update in job if self._ranks is not None else ():
             assert self._ranks is not None
             self._ranks.tell_arrived(update.state.number, update.share.step, update.place)
 
-    def _arrived_on_all_ranks(self, ranks: RankUpdates) -> list[PieceUpdate] | None:
+    def _arrived_on_all_ranks(self, ranks: RankUpdates) -> list[ChunkUpdate] | None:
         """The first job by deadline of which that can be said, or which is other ranks' to update."""
         for entry in sorted(self._ready):
             job = entry[2]
@@ -413,7 +413,7 @@ class UpdatePipeline:
                 return job
         return None
 
-    def _process(self, job: Sequence[PieceUpdate]) -> None:
+    def _process(self, job: Sequence[ChunkUpdate]) -> None:
         for update in job:
             self._link.host_wait(update.downloaded)
         self._link.host_wait(job[0].share.total_known)
@@ -427,36 +427,38 @@ class UpdatePipeline:
         if self._timeline is not None:
             self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
 
-    def _update(self, update: PieceUpdate) -> None:
+    def _update(self, update: ChunkUpdate) -> None:
         state, ranks, of_ranks = update.state, self._ranks, update.of_ranks
         if ranks is None or of_ranks is None:
-            update.failed = not update_piece(state, update.share)
+            update.failed = not update_chunk(state, update.share)
         elif ranks.owns(state.number):
-            update.failed = not update_piece(state, update.share, of_ranks(ranks.places(state.number)))
+            update.failed = not update_chunk(state, update.share, of_ranks(ranks.places(state.number)))
             ranks.tell_updated(state.number, update.share.step, failed=update.failed)
         else:
             state.updates += 1
 
-    def _bring_back(self, update: PieceUpdate) -> None:
+    def _bring_back(self, update: ChunkUpdate) -> None:
         name = f"block {update.state.deadline}"
-        outgoing, landing = update.state.outgoing, update.landing
-        if landing is None:
+        outgoing, destination = update.state.outgoing, update.destination
+        if destination is None:
             return
-        if isinstance(landing, Landing):
-            update.applied = self._link.upload(outgoing, landing.memory, after=landing.free, name=name)
+        if isinstance(destination, UploadTarget):
+            update.applied = self._link.upload(
+                outgoing, destination.memory, after=destination.free, name=name
+            )
             return
         slot = next(self._turn) % len(self._slots)
         direction = self._slots[slot][: outgoing.numel()]
         # HAZARD: the slot's last direction must have been applied before this one is written over it.
         arrived = self._link.upload(outgoing, direction, after=self._slot_free[slot], name=name)
         if self._stream is None:
-            landing(direction, update.share)
+            destination(direction, update.share)
             return
         with torch.cuda.stream(self._stream):
             self._link.wait(arrived)
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
-            landing(direction, update.share)
+            destination(direction, update.share)
             self._exposure.between("gpu", start, _timed_event(self._stream))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)

@@ -1,11 +1,11 @@
-"""Several processes of one machine, each with a GPU, that update the same pieces on its host.
+"""Several processes of one machine, each with a GPU, that update the same chunks on its host.
 
-Each rank downloads its gradient of a piece over its own link to memory that all of them map. One of them,
-the piece's owner, waits for all, adds the gradients up in the order of ranks and makes the update; the others
-wait for it and upload what it has written. Pieces are owned in turn, so that Adam's work is divided.
+Each rank downloads its gradient of a chunk over its own link to memory that all of them map. One of them,
+the chunk's owner, waits for all, adds the gradients up in the order of ranks and makes the update; the others
+wait for it and upload what it has written. Chunks are owned in turn, so that Adam's work is divided.
 
-They tell each other by numbers in shared memory: the step in which a rank's gradient of a piece has arrived,
-and in which the piece was updated. Nobody holds up another for longer than its own work takes: the thread
+They tell each other by numbers in shared memory: the step in which a rank's gradient of a chunk has arrived,
+and in which the chunk was updated. Nobody holds up another for longer than its own work takes: the thread
 that runs Adam takes what has arrived on all ranks, and the one that uploads what its owner has updated
 (`engines.cpu_updates.pipeline`).
 """
@@ -32,47 +32,47 @@ LOOK_FOR_PEERS_S = 0.5
 
 
 class RankUpdates:
-    """What the ranks of a machine tell each other of `pieces` pieces. All ranks make it at the same time."""
+    """What the ranks of a machine tell each other of `chunks` chunks. All ranks make it at the same time."""
 
-    def __init__(self, pieces: int, world: World, progress: ReportProgress) -> None:
+    def __init__(self, chunks: int, world: World, progress: ReportProgress) -> None:
         self.rank, self.size = world.local_rank, world.local_size
         self._library: Any = compiled()
-        self._slabs = shared_slabs([8 * pieces * (2 * self.size + 2)], torch.device("cpu"), progress, world)
-        self._rows: Any = self._slabs.views[0].view(torch.int64).numpy().reshape(-1, pieces)
-        """(2 size + 2, pieces) int64: by rank the step in which it arrived, by rank its place, the step in
+        self._slabs = shared_slabs([8 * chunks * (2 * self.size + 2)], torch.device("cpu"), progress, world)
+        self._rows: Any = self._slabs.views[0].view(torch.int64).numpy().reshape(-1, chunks)
+        """(2 size + 2, chunks) int64: by rank the step in which it arrived, by rank its place, the step in
         which it was updated, and in which that failed. Steps are counted from 1."""
         told = [int.from_bytes(each, "little") for each in world.exchange(os.getpid().to_bytes(8, "little"))]
         first = world.rank - world.local_rank
         self._peers = [pid for pid in told[first : first + self.size] if pid != os.getpid()]
         self._next_look_s = now_s()
 
-    def owns(self, piece: int) -> bool:
-        return piece % self.size == self.rank
+    def owns(self, chunk: int) -> bool:
+        return chunk % self.size == self.rank
 
-    def tell_arrived(self, piece: int, step: int, place: int) -> None:
-        """This rank's gradient of the piece lies at its place of that number."""
-        self._rows[self.size + self.rank, piece] = place
-        self._tell(self.rank, piece, step)
+    def tell_arrived(self, chunk: int, step: int, place: int) -> None:
+        """This rank's gradient of the chunk lies at its place of that number."""
+        self._rows[self.size + self.rank, chunk] = place
+        self._tell(self.rank, chunk, step)
 
-    def all_arrived(self, piece: int, step: int) -> bool:
-        return all(self._told(rank, piece) > step for rank in range(self.size))
+    def all_arrived(self, chunk: int, step: int) -> bool:
+        return all(self._told(rank, chunk) > step for rank in range(self.size))
 
-    def places(self, piece: int) -> list[int]:
+    def places(self, chunk: int) -> list[int]:
         """Of each rank, after `all_arrived`."""
-        return [int(place) for place in self._rows[self.size : 2 * self.size, piece]]
+        return [int(place) for place in self._rows[self.size : 2 * self.size, chunk]]
 
-    def tell_updated(self, piece: int, step: int, *, failed: bool) -> None:
+    def tell_updated(self, chunk: int, step: int, *, failed: bool) -> None:
         """By the owner: what goes up is written, or stays as it was, since a gradient was not finite."""
         if failed:
-            self._rows[-1, piece] = step + 1
-        self._tell(-2, piece, step)
+            self._rows[-1, chunk] = step + 1
+        self._tell(-2, chunk, step)
 
-    def is_updated(self, piece: int, step: int) -> bool:
-        return self._told(-2, piece) > step
+    def is_updated(self, chunk: int, step: int) -> bool:
+        return self._told(-2, chunk) > step
 
-    def has_failed(self, piece: int, step: int) -> bool:
+    def has_failed(self, chunk: int, step: int) -> bool:
         """After `is_updated`."""
-        return bool(self._rows[-1, piece] == step + 1)
+        return bool(self._rows[-1, chunk] == step + 1)
 
     def forget(self) -> None:
         """Steps are counted anew. By one rank, while the others wait for it."""
@@ -91,20 +91,20 @@ class RankUpdates:
 
     # HAZARD: the numbers are written after, and read before, what they speak of. Without the library the
     # order is the processor's own: x86 keeps it.
-    def _tell(self, row: int, piece: int, step: int) -> None:
+    def _tell(self, row: int, chunk: int, step: int) -> None:
         if self._library is None:
-            self._rows[row, piece] = step + 1
+            self._rows[row, chunk] = step + 1
         else:
-            self._library.tell(self._address(row, piece), step + 1)
+            self._library.tell(self._address(row, chunk), step + 1)
 
-    def _told(self, row: int, piece: int) -> int:
+    def _told(self, row: int, chunk: int) -> int:
         if self._library is None:
-            return int(self._rows[row, piece])
-        return int(self._library.told(self._address(row, piece)))
+            return int(self._rows[row, chunk])
+        return int(self._library.told(self._address(row, chunk)))
 
-    def _address(self, row: int, piece: int) -> int:
-        rows, pieces = self._rows.shape
-        return int(self._rows.ctypes.data + 8 * (row % rows * pieces + piece))
+    def _address(self, row: int, chunk: int) -> int:
+        rows, chunks = self._rows.shape
+        return int(self._rows.ctypes.data + 8 * (row % rows * chunks + chunk))
 
 
 def _lives(pid: int) -> bool:

@@ -10,9 +10,9 @@ NEXT_UPDATE = 0x9E3779B9
 """What the key of the noise grows by from one update to the next."""
 
 
-def noise_key(seed: int, block: int, piece: int) -> int:
-    """32 bits, another for each piece of a block: of the noise of its first update."""
-    return (0x85EBCA6B * (seed + 1) + 0xC2B2AE35 * (4096 * block + piece)) & 0xFFFFFFFF
+def noise_key(seed: int, block: int, chunk: int) -> int:
+    """32 bits, another for each chunk of a block: of the noise of its first update."""
+    return (0x85EBCA6B * (seed + 1) + 0xC2B2AE35 * (4096 * block + chunk)) & 0xFFFFFFFF
 
 
 def noise(key: int, begin: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:

@@ -2,12 +2,12 @@
 # The compiler of Triton takes annotations of kernels for code, so kernels have none.
 """Triton kernels of `engines.lossless`, bit for bit the same. Imported only where Triton is there.
 
-One program takes one record. A thread has the weights that its noise is for, as in
-`engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals one lane, of which it loads the
-four codes in one word and the four rests in another; with signs 8 neighbours in each half of the tile. With
-TRITON_INTERPRET=1 they run on CPU tensors.
+One program takes one tile. A thread has the weights that its noise is for, as in
+`engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals or binomial draws one lane, of
+which it loads the four codes in one word and the four rests in another; with signs 8 neighbours in each half
+of the tile. With TRITON_INTERPRET=1 they run on CPU tensors.
 
-Longer than 400 lines: one form of records is written and read here.
+Longer than 400 lines: one form of tiles is written and read here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from engines.costs.quantized import LOSSLESS_WORDS, TILE_ELEMENTS
 from engines.kernels.triton_launch import launch
-from engines.lossless import records
-from engines.lossless.records import CODES_BYTES, RECORD_BYTES, find_places
+from engines.lossless import lossless_codec
+from engines.lossless.lossless_codec import CODES_BYTES, TILE_BYTES, find_places
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import Outputs, Visit
@@ -33,19 +33,19 @@ _TILE = tl.constexpr(TILE_ELEMENTS)
 _GROUP = tl.constexpr(32 * NUM_WARPS)
 _SIGN_LANES = tl.constexpr(SIGN_LANES)
 _SIGN_WIDTH = tl.constexpr(SIGN_WIDTH)
-_WINDOW = tl.constexpr(records.WINDOW)
-_LARGEST_BASE = tl.constexpr(records.LARGEST_BASE)
-_OWN = tl.constexpr(records.OWN_ESCAPES)
-_MOST_TOPS = tl.constexpr(records.MOST_TOPS)
-_CODE_STRIDE = tl.constexpr(RECORD_BYTES // 2)
-"""Of a record, in codes of a lane."""
-_STRIDE = tl.constexpr(RECORD_BYTES // 4)
-"""Of a record, in words."""
+_WINDOW = tl.constexpr(lossless_codec.WINDOW)
+_LARGEST_BASE = tl.constexpr(lossless_codec.LARGEST_BASE)
+_OWN = tl.constexpr(lossless_codec.OWN_ESCAPES)
+_MOST_TOPS = tl.constexpr(lossless_codec.MOST_TOPS)
+_CODE_STRIDE = tl.constexpr(TILE_BYTES // 2)
+"""Of a tile, in codes of a lane."""
+_STRIDE = tl.constexpr(TILE_BYTES // 4)
+"""Of a tile, in words."""
 _RESTS = tl.constexpr(CODES_BYTES // 4)
-_WORDS = tl.constexpr(RECORD_BYTES // 4 - LOSSLESS_WORDS)
-_ESCAPES = tl.constexpr(records.ESCAPES)
-_ELSEWHERE = tl.constexpr(records.ELSEWHERE)
-_ROOM = tl.constexpr(records.ROOM)
+_WORDS = tl.constexpr(TILE_BYTES // 4 - LOSSLESS_WORDS)
+_ESCAPES = tl.constexpr(lossless_codec.ESCAPES)
+_ELSEWHERE = tl.constexpr(lossless_codec.ELSEWHERE)
+_ROOM = tl.constexpr(lossless_codec.ROOM)
 _NONE = tl.constexpr(0x7FFFFFFF)
 """Above every escape."""
 _END = tl.constexpr(TILE_ELEMENTS << 16)
@@ -106,8 +106,8 @@ def _check(codes, rests, header):
 
 @triton.jit
 def _entry(words, header, matrix, number):
-    """An escape of a tile, or `_NONE`. `words` are those at the end of the tile's record, `matrix` those of
-    the first record of its matrix."""
+    """An escape of a tile, or `_NONE`. `words` are those at the end of the tile, `matrix` those of
+    the first tile of its matrix."""
     inside = number < _num_escapes_of(header)
     if number < _OWN:
         entry = tl.load(words + _ESCAPES + number, mask=inside, other=_NONE)
@@ -133,14 +133,15 @@ def _opened(codes, words, header, matrix, lane, number, limit):
 
 
 @triton.jit
-def _whose(record, places, num_matrices, GRID: tl.constexpr):
-    """Of a record: tile, tensor, place of its first element, elements from there on, and the first record of
-    its matrix: see `Segment.places`. Matrices begin at multiples of GRID."""
+def _whose(index, places, num_matrices, GRID: tl.constexpr):
+    """Of a tile by its index among all: its number in its matrix, tensor, place of its first element,
+    elements from there on, and the index of the first tile of its matrix: see `Segment.places`. Matrices
+    begin at multiples of GRID."""
     mine = places
     for i in range(1, num_matrices):
-        mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
+        mine = tl.where(tl.load(places + i * 4) <= index, places + i * 4, mine)
     begin = tl.load(mine)
-    tile = record - begin
+    tile = index - begin
     left = tl.minimum(tl.load(mine + 3) - tile * _TILE, _TILE).to(tl.int32)
     # Said here, where the sum is made: the compiler forgets it of what a function returns.
     start = tl.multiple_of(tl.load(mine + 1) + tile * _TILE, GRID)
@@ -151,13 +152,13 @@ def _whose(record, places, num_matrices, GRID: tl.constexpr):
 def _visit_kernel(
     codes, words, theta, plus, minus, places, num_matrices, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    GRID: tl.constexpr,
+    COINS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """`codes` and `words` are the same memory, as int16 and as int32."""
-    record = tl.program_id(0).to(tl.int64)
-    tile, tensor, start, left, begin = _whose(record, places, num_matrices, GRID)
+    index = tl.program_id(0).to(tl.int64)
+    tile, tensor, start, left, begin = _whose(index, places, num_matrices, GRID)
     matrix = words + begin * _STRIDE + _WORDS
-    mine = words + record * _STRIDE + _WORDS
+    mine = words + index * _STRIDE + _WORDS
     header = tl.load(mine)
     like = plus.dtype.element_ty
     escape = header * 0
@@ -165,11 +166,11 @@ def _visit_kernel(
         lane = group * _GROUP + tl.arange(0, _GROUP)
         limit = (group + 1) * (_GROUP * 4 << 16)
         w0, w1, w2, w3, escape = _opened(
-            codes + record * _CODE_STRIDE, mine, header, matrix, lane, escape, limit
+            codes + index * _CODE_STRIDE, mine, header, matrix, lane, escape, limit
         )
         visit_lanes(
             w0, w1, w2, w3, lane, theta, plus, minus, start, left, tile, tensor, 1.0, table, first,
-            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS,
+            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS, COINS,
         )  # fmt: skip
 
 
@@ -180,17 +181,17 @@ def _signs_kernel(
     GRID: tl.constexpr,
 ):  # fmt: skip
     """Likewise with signs. Two threads have elements in the same words, and both load them."""
-    record = tl.program_id(0).to(tl.int64)
-    tile, tensor, start, left, begin = _whose(record, places, num_matrices, GRID)
+    index = tl.program_id(0).to(tl.int64)
+    tile, tensor, start, left, begin = _whose(index, places, num_matrices, GRID)
     matrix = words + begin * _STRIDE + _WORDS
-    mine = words + record * _STRIDE + _WORDS
+    mine = words + index * _STRIDE + _WORDS
     header = tl.load(mine)
     like = plus.dtype.element_ty
     thread, neighbour = tl.arange(0, _SIGN_LANES), tl.arange(0, _SIGN_WIDTH)[None, :]
     is_upper = (thread * _SIGN_WIDTH >= _LANES)[:, None]
     lane = (thread * _SIGN_WIDTH % _LANES)[:, None] + neighbour
     scale = _scale(header)
-    low, high = _pairs(tl.load(codes + record * _CODE_STRIDE + lane), tl.load(mine - _WORDS + _RESTS + lane))
+    low, high = _pairs(tl.load(codes + index * _CODE_STRIDE + lane), tl.load(mine - _WORDS + _RESTS + lane))
     w0 = tl.where(is_upper, _upper(low, scale), _lower(low, scale))
     w1 = tl.where(is_upper, _upper(high, scale), _lower(high, scale))
     here, escape = lane * 4 + is_upper.to(tl.int32), header * 0
@@ -216,17 +217,17 @@ def _signs_kernel(
 @triton.jit(do_not_specialize=["num_matrices"])
 def _decode_kernel(codes, words, out, damaged, places, num_matrices, GRID: tl.constexpr):
     """To `out` (int16). Nothing but bits is moved, so that every NaN stays the one it is. `damaged` becomes 1
-    if a record is not what was written."""
-    record = tl.program_id(0).to(tl.int64)
-    _, _, start, left, begin = _whose(record, places, num_matrices, GRID)
-    mine = words + record * _STRIDE + _WORDS
+    if a tile is not what was written."""
+    index = tl.program_id(0).to(tl.int64)
+    _, _, start, left, begin = _whose(index, places, num_matrices, GRID)
+    mine = words + index * _STRIDE + _WORDS
     header = tl.load(mine)
     lane = tl.arange(0, _LANES)
     matrix = words + begin * _STRIDE + _WORDS
-    w0, w1, w2, w3, _ = _opened(codes + record * _CODE_STRIDE, mine, header, matrix, lane, header * 0, _END)
+    w0, w1, w2, w3, _ = _opened(codes + index * _CODE_STRIDE, mine, header, matrix, lane, header * 0, _END)
     # The words are those that `_opened` has loaded.
     found = _check(
-        tl.load(codes + record * _CODE_STRIDE + lane),
+        tl.load(codes + index * _CODE_STRIDE + lane),
         tl.load(mine - _WORDS + _RESTS + lane),
         header & 0xFFFFF,
     )
@@ -288,7 +289,7 @@ def _code(bits, base):
 
 @triton.jit
 def _put(words, matrix, place, bits, escapes, rank, num_tiles, OTHERS: tl.constexpr):
-    """Write the escapes of one row: those in the record or, with `OTHERS`, those that are elsewhere."""
+    """Write the escapes of one row: those in the tile or, with `OTHERS`, those that are elsewhere."""
     entry = (place << 16) | bits
     if OTHERS:
         at = tl.load(words + _ELSEWHERE) + rank - _OWN
@@ -326,7 +327,7 @@ def _weights(weights, tile, count, lane):
 
 @triton.jit
 def _encode_kernel(weights, codes, words, count):
-    """All of a record but where its other escapes are, and its word of room for others. `weights` (int16),
+    """All of a tile but where its other escapes are, and its word of room for others. `weights` (int16),
     `codes` and `words` as for `_visit_kernel`."""
     tile = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, _LANES)
@@ -360,7 +361,7 @@ def _encode_kernel(weights, codes, words, count):
 
 @triton.jit
 def _others_kernel(weights, words, count, num_tiles):
-    """Escapes beyond the fifth of each tile, which `records.find_places` has given places."""
+    """Escapes beyond the fifth of each tile, which `lossless_codec.find_places` has given places."""
     tile = tl.program_id(0).to(tl.int64)
     mine = words + tile * _STRIDE + _WORDS
     header = tl.load(mine)
@@ -370,12 +371,12 @@ def _others_kernel(weights, words, count, num_tiles):
         _put_escapes(mine, words + _WORDS, lane, b0, b1, b2, b3, header & 0xFF, num_tiles, True)
 
 
-def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> None:
-    """The kernel of `lossless_pass.visit_records`, with the same arguments."""
+def visit_lossless(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> None:
+    """The kernel of `lossless_pass.visit_lossless`, with the same arguments."""
     any_out = next(each for each in (out.theta, out.plus, out.minus) if each is not None)
     theta, plus, minus = (any_out if each is None else each for each in (out.theta, out.plus, out.minus))
     flags: dict[str, Any] = {
-        "DECAYS": True,
+        "DECAYS": how.decays,
         "MODE": 1 if how.rounding == "stochastic" else 0,
         "THETA": out.theta is not None,
         "PLUS": out.plus is not None,
@@ -388,29 +389,31 @@ def visit_records(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> N
         len(segment.numbers), how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed),
         how.eps,
     )  # fmt: skip
-    grid = (kept.numel() // RECORD_BYTES,)
-    kernel = _signs_kernel if how.noise == "rademacher" else _visit_kernel
+    grid = (kept.numel() // TILE_BYTES,)
+    kernel = _signs_kernel
+    if how.noise != "rademacher":
+        kernel, flags["COINS"] = _visit_kernel, how.noise == "binomial"
     launch(kernel, grid, *arguments, **flags, GRID=segment.grid)
 
 
-def decode_records(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor) -> None:
-    """The kernel of `lossless_pass.decode_records`, with the same arguments."""
+def decode_lossless(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor) -> None:
+    """The kernel of `lossless_pass.decode_lossless`, with the same arguments."""
     launch(
-        _decode_kernel, (kept.numel() // RECORD_BYTES,),
+        _decode_kernel, (kept.numel() // TILE_BYTES,),
         kept.view(torch.int16), kept.view(torch.int32), out.view(torch.int16), damaged,
         segment.places(kept.device), len(segment.numbers), GRID=segment.grid, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-def encode_records(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
-    """The kernels of `lossless_pass.encode_records`, with the same arguments."""
-    found = [_encode_matrix(weights[here], mine) for mine, _, here in records.matrices(kept, segment)]
+def encode_lossless(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
+    """The kernels of `lossless_pass.encode_lossless`, with the same arguments."""
+    found = [_encode_matrix(weights[here], mine) for mine, _, here in lossless_codec.matrices(kept, segment)]
     return torch.stack(found).all()
 
 
 def _encode_matrix(weights: Tensor, kept: Tensor) -> Tensor:
     bits, codes, words = weights.view(torch.int16), kept.view(torch.int16), kept.view(torch.int32)
-    num_tiles = kept.numel() // RECORD_BYTES
+    num_tiles = kept.numel() // TILE_BYTES
     launch(_encode_kernel, (num_tiles,), bits, codes, words, weights.numel(), num_warps=NUM_WARPS)
     has_room = find_places(words.view(num_tiles, -1)[:, -LOSSLESS_WORDS:])
     launch(_others_kernel, (num_tiles,), bits, words, weights.numel(), num_tiles, num_warps=NUM_WARPS)

@@ -16,7 +16,7 @@ in a step however many there are, and 3 to 5 have a whole step's compute to hide
 step they do (`engines.costs.exact_offload`).
 
 With `weights=streamed` (ZeRO-Infinity, 2104.07857, and the vertical order of GreedySnake, 2512.17570) the
-blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' room on the GPU
+blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' buffers on the GPU
 (`engines.offload.block_slots`); 5 is left out. GPU memory is then that of a few blocks, hidden states and
 what is outside the blocks, whatever the model's size.
 
@@ -24,7 +24,7 @@ Where things live. GPU: the bf16 weights of the model, gradients of three blocks
 blocks; of what lies outside the blocks (embeddings, final norm, head) also gradients, fp32 masters and
 moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinned) and the 16 bits that make
 it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
-Gradients of some blocks have pinned room there.
+Gradients of some blocks have pinned buffers there.
 
 With `outer=host` what lies outside the blocks has its masters and moments on the host too, each tensor for
 itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
@@ -51,7 +51,7 @@ checkpointing asks for it (`engines.model.training_regions`). Nothing is capture
 step is so short that launches count, the CPU's update takes longer than they do.
 
 Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
-host has weights and states once; one rank adds up a piece's gradients, in the order of ranks, and updates it
+host has weights and states once; one rank adds up a chunk's gradients, in the order of ranks, and updates it
 for all (`engines.cpu_updates.rank_updates`). What the GPU updates outside the blocks, it updates on every
 rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them.
 
@@ -81,22 +81,22 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
-from engines.cpu_updates.block_state import BlockPiece, BlockStates, GradientRoom
+from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
+from engines.cpu_updates.gradient_slots import GradientSlots
 from engines.cpu_updates.pipeline import (
-    GradientNotFinite,
-    Landing,
+    ChunkUpdate,
     OfRanks,
-    PieceUpdate,
     StepShare,
     UpdatePipeline,
+    UploadTarget,
     leave_threads_to_adam,
     update_at_once,
 )
 from engines.cpu_updates.rank_updates import RankUpdates
+from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import InfeasiblePlan, NonFiniteLoss
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -126,6 +126,7 @@ from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
+from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
 from engines.world import divide
 
@@ -149,8 +150,8 @@ class ExactOffload:
         """What of the settings could not be had, and why."""
         self._regions: TrainingRegions | None = None
         self._states: BlockStates | None = None
-        self._room: GradientRoom | None = None
-        self._outer_room: GradientRoom | None = None
+        self._buffers: GradientBuffers | None = None
+        self._non_block_buffers: GradientBuffers | None = None
         """For the gradients of what the host updates outside the blocks."""
         self._pipeline: UpdatePipeline | None = None
         self._kept: KeptStates | None = None
@@ -168,8 +169,8 @@ class ExactOffload:
         """Of each block, (elements,): where its weights are, or are when they have come up."""
         self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
-        self._pending: list[list[PieceUpdate]] = []
-        """Of each block."""
+        self._in_flight = UpdatesInFlight(self.link, self._compute)
+        """Of each block, and of each tensor outside them that the host updates."""
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -179,7 +180,7 @@ class ExactOffload:
     # --- set-up ---------------------------------------------------------------------------------------
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model, make room on the host, start the CPU worker.
+        """Fill the model, take memory on the host, start the CPU worker.
 
         Raises `UserError` for fp16 and a model whose blocks cannot be driven, `InfeasiblePlan` where the host
         lacks the memory.
@@ -189,14 +190,14 @@ class ExactOffload:
         give_back(self.device)
         self.model: nn.Module = blueprint.model
         layout = lay_out(self.model, self._dtype)
-        outer: list[BlockLayout] = []
+        non_block: list[BlockLayout] = []
         if self.settings.outer == "host":
-            outer = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.outer]
+            non_block = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.non_block]
         on_disk = self.settings.on_disk(len(layout.blocks))
-        self._check_host([block.size for block in layout.blocks], sum(each.size for each in outer))
+        self._check_host([block.size for block in layout.blocks], sum(each.size for each in non_block))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
-            [*layout.blocks, *outer],
+            [*layout.blocks, *non_block],
             self.settings,
             dtype=self._dtype,
             device=on_host,
@@ -207,40 +208,29 @@ class ExactOffload:
             world=self._world,
         )
         if self._world.size > 1:
-            count = sum(len(pieces) for pieces in self._states.pieces)
+            count = sum(len(chunks) for chunks in self._states.chunks)
             self._ranks = RankUpdates(count, self._world, self.context.progress)
         self._kept = KeptStates(self._states, on_disk, self._make_disk)
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
         where = (self._dtype, on_host, self.context.progress, self._world)
-        self._room = GradientRoom([max(sizes)] * places, *where)
+        self._buffers = GradientBuffers([max(sizes)] * places, *where)
         self._num_blocks, self._layouts = len(sizes), layout.blocks
-        self._pending = [[] for _ in (*sizes, *outer)]
-        self._place_weights(blueprint, layout, outer)
-        self._outer_room = GradientRoom([each.size for each in outer], *where)
+        self._num_groups = len(sizes) + len(non_block)
+        """Blocks, and tensors outside them that the host updates."""
+        self._place_weights(blueprint, layout, non_block)
+        self._non_block_buffers = GradientBuffers([each.size for each in non_block], *where)
         self._names = parameter_names(self.model)
-        # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
-        self._alike = len({_extents(block) for block in layout.blocks}) == 1
-        self._slots = [
-            torch.zeros(max(sizes), dtype=self._dtype, device=self.device)
-            for _ in range(min(GRADIENT_SLOTS, len(sizes)))
-        ]
-        self._slot_free = [Event() for _ in self._slots]
-        self._sums = [
-            list(block.views(self._slots[index % len(self._slots)]).values())
-            for index, block in enumerate(layout.blocks)
-        ]
-        """Of each block's own parameters, in its gradient slot."""
-        self._norms = GradientNorms(len(self._pending), self.settings, self.link)
-        """Of the blocks, and of the tensors outside them that the host updates."""
-        self._loss_known = Event()
-        self._loss_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
+        self._slots = GradientSlots(layout.blocks, GRADIENT_SLOTS, self._dtype, self.link)
+        self._norms = GradientNorms(self._num_groups, self.settings, self.link)
+        self._loss = LossOnHost(self.link)
         if self.settings.offload:
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
+        self._in_flight.set_up(self._num_groups, self._pipeline)
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
-        self.hidden_states = self._hidden_room(blueprint.shape.hidden)
+        self.hidden_states = self._make_hidden_states(blueprint.shape.hidden)
         self._passes = BlockMajor(self.model, self.own, self, draws=draws, hidden_states=self.hidden_states)
         why_not = why_not_compiled(self.device)
         if self.settings.compile and why_not is not None:
@@ -248,7 +238,7 @@ class ExactOffload:
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
 
-    def _hidden_room(self, width: int) -> HiddenStates | None:
+    def _make_hidden_states(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:
             return None
         workload = self.context.workload.of_a_rank(self._world.size)
@@ -269,23 +259,6 @@ class ExactOffload:
             sizes_bytes, folder, setting, delay_s=self.disk_delay_s, timeline=self._clocks.timeline
         )
 
-    def _make_disk_weights(self) -> DiskWeights | None:
-        """For the blocks that come up from disk, if any do."""
-        blocks = self.settings.weights_on_disk(self._num_blocks)
-        if not blocks:
-            return None
-        assert self._kept is not None
-        assert self._kept.disk is not None
-        head_bytes = {index: self.host.head_bytes(index) for index in blocks}
-        disk = self._kept.disk
-        return DiskWeights(
-            lambda index, memory: disk.read_head(index, memory[: head_bytes[index]]),
-            max(head_bytes.values()),
-            min(WEIGHT_PLACES, len(blocks)),
-            self.link,
-            self.context.progress,
-        )
-
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
         recomputed = self.settings.recomputed(
@@ -294,10 +267,10 @@ class ExactOffload:
         self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 
-    def _check_host(self, sizes: list[int], outer: int) -> None:
+    def _check_host(self, sizes: list[int], non_block: int) -> None:
         """Raises `InfeasiblePlan` if the host has too little memory for blocks of so many parameters and
-        `outer` outside them."""
-        held = host_bytes(sizes, outer, self._dtype.itemsize, self.settings)
+        `non_block` outside them."""
+        held = host_bytes(sizes, non_block, self._dtype.itemsize, self.settings)
         for kind in held:
             if not kind.startswith("gradients"):  # ranks have it together
                 held[kind] //= self._world.local_size
@@ -312,15 +285,20 @@ class ExactOffload:
             )
 
     @torch.no_grad()
-    def _place_weights(self, blueprint: Blueprint, layout: ModelLayout, outer: Sequence[BlockLayout]) -> None:
-        """Weights of each block, and of each tensor of `outer`, in flat memory on the GPU, and a copy on the
-        host."""
+    def _place_weights(
+        self, blueprint: Blueprint, layout: ModelLayout, non_block: Sequence[BlockLayout]
+    ) -> None:
+        """Weights of each block, and of each tensor of `non_block`, in flat memory on the GPU, and a copy on
+        the host."""
         tensors: dict[str, Tensor] = {}
-        for name in () if outer else layout.outer:
+        for name in () if non_block else layout.non_block:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
-            self._disk_weights = self._make_disk_weights()
+            assert self._kept is not None
+            self._disk_weights = self._kept.weights_ahead(
+                self.settings.weights_on_disk(self._num_blocks), self.link, self.context.progress
+            )
             self.streamed = StreamedWeights(
                 dict(enumerate(layout.blocks)),
                 self.host.weights[: self._num_blocks],
@@ -329,7 +307,7 @@ class ExactOffload:
                 self._is_on_host,
                 self._disk_weights,
             )
-        for index, block in enumerate((*layout.blocks, *outer)):
+        for index, block in enumerate((*layout.blocks, *non_block)):
             if self.streamed is not None and index < self._num_blocks:
                 assert self._kept is not None
                 with self._kept.here(index, changes=True):
@@ -351,24 +329,30 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
-        by_gpu = [] if outer else layout.outer
-        self._outer = MasterWeights([parameters[name] for name in by_gpu], self.settings)
+        self._take_non_block(non_block, [] if non_block else layout.non_block, parameters)
+
+    def _take_non_block(
+        self, by_host: Sequence[BlockLayout], by_gpu: Sequence[str], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Outside the blocks: masters of what the GPU updates, memory of the gradients of what the host
+        does."""
+        self._non_block = MasterWeights([parameters[name] for name in by_gpu], self.settings)
         """Of what the GPU updates outside the blocks."""
-        self.outer_parameters = [parameters[name] for each in outer for name in each.parts[0].names]
+        self.non_block_parameters = [parameters[name] for each in by_host for name in each.parts[0].names]
         """What the host updates there."""
-        self._outer_gradients: list[Tensor] = []
+        self._non_block_gradients: list[Tensor] = []
         """(elements,) on the GPU, of each of them: where autograd adds them up."""
-        for each, parameter in zip(outer, self.outer_parameters, strict=True):
+        for each, parameter in zip(by_host, self.non_block_parameters, strict=True):
             memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
             (parameter.grad,) = each.views(memory).values()
-            self._outer_gradients.append(memory)
-        self.last_outer = set(range(self._num_blocks, len(self._pending)))
-        """Those of `_pending` whose gradients were complete at the end of the last step, by index."""
+            self._non_block_gradients.append(memory)
+        self.last_non_block = set(range(self._num_blocks, self._num_groups))
+        """By index, those whose gradients were complete at the end of the last step, by index."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
-        if wait or all(update.done.is_set() for update in self._pending[index]):
-            self._settle(index)
+        if wait or self._in_flight.are_made(index):
+            self._in_flight.settle(index)
             return True
         return False
 
@@ -381,7 +365,7 @@ class ExactOffload:
     @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._room, self._outer_room, self.hidden_states, self._disk_weights)
+        held = (self._states, self._buffers, self._non_block_buffers, self.hidden_states, self._disk_weights)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -407,16 +391,15 @@ class ExactOffload:
         batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
-        self._begin_outer(self.last_outer)
+        self._begin_non_block(self.last_non_block)
         with no_cache(self.model):
             self._run(batches, count)
         self._compute.go_on_with("optimizer")
         self._finish()
         self._compute.stop()
-        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
-        value = sum_of_losses(world, float(self._loss_on_host))
+        value = sum_of_losses(world, self._loss.read())  # the step's only wait for the GPU
         if not math.isfinite(value):
-            self._discard()
+            self._in_flight.discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
         if self.streamed is not None:
@@ -445,7 +428,7 @@ class ExactOffload:
             self._passes.run(batches, self.device, self._take_loss, of=count)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Found before the first block has passed anything on.
-            if not self._is_compiled or self.steps_done > 0 or any(self._pending):
+            if not self._is_compiled or self.steps_done > 0 or self._in_flight.any():
                 raise
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.notes.append(f"not compiled: {first_line}")
@@ -455,38 +438,37 @@ class ExactOffload:
             self._passes.run(batches, self.device, self._take_loss, of=count)
 
     def _take_loss(self, loss: Tensor) -> None:
-        """Bring it to the host: known long before the step's end, so that the next one can be started."""
-        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
-        self._loss_known = self.link.record()
-        if self.outer_parameters:
+        """The loss is known, and with it the gradients of what only its computation uses."""
+        self._loss.send(loss)
+        if self.non_block_parameters:
             used = self._passes.used_before()
-            every = range(self._num_blocks, len(self._pending))
-            later = {index for index in every if self.outer_parameters[index - self._num_blocks] in used}
-            self.last_outer = later
-            self._send_outer(each for each in every if each not in later)
+            every = range(self._num_blocks, self._num_groups)
+            later = {index for index in every if self.non_block_parameters[index - self._num_blocks] in used}
+            self.last_non_block = later
+            self._send_non_block(each for each in every if each not in later)
 
     @torch.no_grad()
-    def _begin_outer(self, indices: Iterable[int]) -> None:
+    def _begin_non_block(self, indices: Iterable[int]) -> None:
         """Tensors outside the blocks are about to be used and to get gradients."""
         for index in indices:
-            self._settle(index)
-            self._outer_gradients[index - self._num_blocks].zero_()
+            self._in_flight.settle(index)
+            self._non_block_gradients[index - self._num_blocks].zero_()
 
     @torch.no_grad()
-    def _send_outer(self, indices: Iterable[int]) -> None:
+    def _send_non_block(self, indices: Iterable[int]) -> None:
         """Gradients of tensors outside the blocks are complete."""
-        assert self._outer_room is not None
+        assert self._non_block_buffers is not None
         for index in indices:
             number = index - self._num_blocks
-            gradient = self._outer_gradients[number]
-            for piece in self.host.pieces[index]:
-                piece.deadline = -1 if index in self.last_outer else self._num_blocks
-            self._send(index, gradient, self._outer_room, number, lands=True)
+            gradient = self._non_block_gradients[number]
+            for chunk in self.host.chunks[index]:
+                chunk.deadline = -1 if index in self.last_non_block else self._num_blocks
+            self._send(index, gradient, self._non_block_buffers, number, goes_up=True)
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
         if self.streamed is None:
-            self._settle(index)
+            self._in_flight.settle(index)
         else:
             self.streamed.enter_forward(index)
         self._compute.go_on_with(f"forward {index}")
@@ -495,168 +477,133 @@ class ExactOffload:
         if self.streamed is not None:
             self.streamed.leave(index)
         if index == self._num_blocks - 1:
-            every = range(self._num_blocks, len(self._pending))
-            self._begin_outer(each for each in every if each not in self.last_outer)
+            every = range(self._num_blocks, self._num_groups)
+            self._begin_non_block(each for each in every if each not in self.last_non_block)
 
     def before_backward(self, index: int) -> None:
         if self.streamed is not None:
             self.streamed.enter_backward(index)
         self._compute.go_on_with(f"backward {index}")
-        # HAZARD: the block that last had this slot must have left it.
-        self.link.wait(self._slot_free[index % len(self._slots)])
+        self._slots.enter(index)
 
-    @torch.no_grad()
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
         """Sum a micro-batch's gradients in the block's slot."""
-        pairs = [(place, its) for place, its in zip(self._sums[index], found, strict=True) if its is not None]
-        if first and not self._alike:
-            self._slots[index % len(self._slots)].zero_()
-        elif first:
-            for place, its in zip(self._sums[index], found, strict=True):
-                if its is None:
-                    place.zero_()
-        if pairs:
-            places, gradients = [place for place, _ in pairs], [its for _, its in pairs]
-            if first:
-                torch._foreach_copy_(places, gradients)
-            else:
-                torch._foreach_add_(places, gradients)
+        self._slots.add(index, found, first=first)
 
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
         """The block's gradient is complete: download it and hand it to the worker."""
-        slot = index % len(self._slots)
-        gradient = self._slots[slot][: self.on_gpu[index].numel()]
         if self.streamed is not None:
             self.streamed.leave(index)
             self.streamed.forget(index)
-        assert self._room is not None
+        assert self._buffers is not None
         with self._compute.standing():
-            place = self._room.take()
-        give = partial(self._room.give, place)
-        self._slot_free[slot] = self._send(
-            index, gradient, self._room, place, lands=self.streamed is None, consumed=give
+            place = self._buffers.take()
+        give = partial(self._buffers.give, place)
+        downloaded = self._send(
+            index,
+            self._slots.gradient(index),
+            self._buffers,
+            place,
+            goes_up=self.streamed is None,
+            consumed=give,
         )
+        self._slots.leave(index, downloaded)
 
     def _send(
         self,
         index: int,
         gradient: Tensor,
-        room: GradientRoom,
+        buffers: GradientBuffers,
         number: int,
         *,
-        lands: bool,
+        goes_up: bool,
         consumed: Callable[[], None] = lambda: None,
     ) -> Event:
-        """Download a gradient (elements,) to the place of that `number` in `room` and hand it to the worker;
-        the event of its arrival. `lands`: the weights go up then. `consumed` is called when the place is
-        free."""
-        kept, place = self._kept, room.own[number]
+        """Download a gradient (elements,) to the place of that `number` in `buffers` and hand it to the
+        worker; the event of its arrival. `goes_up`: the new weights do, when they are made. `consumed` is
+        called when the place is free."""
+        kept, place = self._kept, buffers.own[number]
         assert kept is not None
-        pieces, weights = self.host.pieces[index], self.on_gpu[index]
+        chunks, weights = self.host.chunks[index], self.on_gpu[index]
         norm = self._norms.take(index, gradient)
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
         ready = self.link.record()
-        if lands:
+        if goes_up:
             self._step_h2d_bytes += weights.nbytes
 
         def all_consumed() -> None:
             consumed()
             kept.updated(index)
 
-        give = _once_all(len(pieces), all_consumed)
+        give = _once_all(len(chunks), all_consumed)
         updates = [
-            PieceUpdate(
-                state=piece,
+            ChunkUpdate(
+                state=chunk,
                 share=self._share,
-                landing=Landing(memory=weights[piece.begin : piece.end], free=ready) if lands else None,
+                destination=UploadTarget(memory=weights[chunk.begin : chunk.end], free=ready)
+                if goes_up
+                else None,
                 consumed=give,
                 place=number,
-                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, piece, room),
+                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, chunk, buffers),
             )
-            for piece in pieces
+            for chunk in chunks
         ]
-        self._pending[index] = updates
-        for piece in pieces:
-            piece.gradient = place[piece.begin : piece.end]
+        self._in_flight.put(index, updates)
+        for chunk in chunks:
+            chunk.gradient = place[chunk.begin : chunk.end]
         if self._pipeline is None:
-            pieces[0].squared_norm.copy_(norm)
+            chunks[0].squared_norm.copy_(norm)
             place[: gradient.numel()].copy_(gradient)
             return Event()
         name = f"block {index}" if index < self._num_blocks else "outside the blocks"
-        self.link.download(norm, pieces[0].squared_norm, after=ready, name="norm")
-        for piece, update in zip(pieces, updates, strict=True):
-            its = gradient[piece.begin : piece.end]
-            update.downloaded = self.link.download(its, _arriving(piece), after=ready, name=name)
+        self.link.download(norm, chunks[0].squared_norm, after=ready, name="norm")
+        for chunk, update in zip(chunks, updates, strict=True):
+            its = gradient[chunk.begin : chunk.end]
+            update.downloaded = self.link.download(its, _arriving(chunk), after=ready, name=name)
             if not self.settings.waits_for_norm and kept.comes_by_itself(index):
                 self._pipeline.submit([update])
         if not (self.settings.waits_for_norm or kept.comes_by_itself(index)):
             kept.submit(index, updates, self._pipeline)
         return updates[-1].downloaded
 
-    def _of_ranks(self, index: int, piece: BlockPiece, room: GradientRoom, places: Sequence[int]) -> OfRanks:
+    def _of_ranks(
+        self, index: int, chunk: BlockChunk, buffers: GradientBuffers, places: Sequence[int]
+    ) -> OfRanks:
         return OfRanks(
-            [place[piece.begin : piece.end] for place in room.of_ranks(places)],
+            [place[chunk.begin : chunk.end] for place in buffers.of_ranks(places)],
             [norms[index : index + 1] for norms in self.host.norms_of_ranks],
         )
 
     @torch.no_grad()
     def _finish(self) -> None:
         """What is left of the step once backward has been enqueued."""
-        self._send_outer(sorted(self.last_outer))
-        self._outer.sum_over_ranks(self._world)
-        squared = self._norms.of_groups.sum(0, keepdim=True) + self._outer.squared_norm(self.device)
+        self._send_non_block(sorted(self.last_non_block))
+        self._non_block.sum_over_ranks(self._world)
+        squared = self._norms.of_groups.sum(0, keepdim=True) + self._non_block.squared_norm(self.device)
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
             self._step_d2h_bytes += squared.nbytes
-        updates = [update for block in self._pending for update in block]
         if self._pipeline is None:
-            update_at_once(updates, self.device)
+            update_at_once(self._in_flight.all(), self.device)
         elif self.settings.waits_for_norm:
             assert self._kept is not None
-            for index, of_block in enumerate(self._pending):
-                self._kept.submit(index, of_block, self._pipeline)
-        self._outer.step(self._share.learning_rate, scale, squared)
-
-    def _settle(self, index: int) -> None:
-        """Let the compute stream wait for a block's weights."""
-        pending, self._pending[index] = self._pending[index], []
-        for update in pending:
-            self._wait_for(update)
-
-    def _settle_all(self) -> None:
-        for index in range(len(self._pending)):
-            self._settle(index)
-
-    def _wait_for(self, update: PieceUpdate) -> None:
-        if self._pipeline is None:
-            if update.failed:
-                raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
-            return
-        try:
-            self._pipeline.compute_waits(update, self._compute)
-        except NonFiniteLoss:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        """Wait for what is on its way, whatever comes of it."""
-        for index, pending in enumerate(self._pending):
-            self._pending[index] = []
-            if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.wait)
+            for index in range(self._num_groups):
+                self._kept.submit(index, self._in_flight.of(index), self._pipeline)
+        self._non_block.step(self._share.learning_rate, scale, squared)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
-        self._settle_all()
+        self._in_flight.settle_all()
         with nullcontext() if self.streamed is None else self.streamed.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied; what is on disk a block at a time."""
-        self._settle_all()
+        self._in_flight.settle_all()
         return chain(model_weights(self._stored()), self._weights_on_disk())
 
     def _weights_on_disk(self) -> Iterator[tuple[str, Tensor]]:
@@ -672,9 +619,9 @@ class ExactOffload:
 
     def save(self, folder: Path) -> None:
         """Weights, low halves of masters, moments, step and random state."""
-        self._settle_all()
+        self._in_flight.settle_all()
         self.synchronize()
-        state = rng_state(self.device) | self._outer.state(self._names)
+        state = rng_state(self.device) | self._non_block.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         assert self._kept is not None
         states, about["updates"] = self._kept.save(folder)
@@ -686,17 +633,17 @@ class ExactOffload:
     def load(self, folder: Path) -> None:
         """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
         model, dtype or moments."""
-        self._settle_all()
+        self._in_flight.settle_all()
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
         on_gpu_first = 0 if self.streamed is None else self._num_blocks
-        for index in range(on_gpu_first, len(self._pending)):
+        for index in range(on_gpu_first, self._num_groups):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()
-        self._outer.load(self._names, tensors)
+        self._non_block.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
@@ -715,9 +662,7 @@ class ExactOffload:
 
     def synchronize(self) -> None:
         """Wait until nothing is in flight and the device is idle."""
-        for pending in self._pending:
-            if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.host_wait)  # the next step says what failed
+        self._in_flight.synchronize()
         self.link.synchronize()
 
     def close(self) -> None:
@@ -731,22 +676,18 @@ class ExactOffload:
             self._pipeline.close()
             self._pipeline = None
         self.link.synchronize()
-        self._pending = []
-        held = (self._room, self._states, self._outer_room, self.hidden_states)
+        self._in_flight.clear()
+        held = (self._buffers, self._states, self._non_block_buffers, self.hidden_states)
         for each in (self._disk_weights, *held, self._ranks):
             if each is not None:
                 each.close()
-        self._room = self._states = self._outer_room = self.hidden_states = self._ranks = None
+        self._buffers = self._states = self._non_block_buffers = self.hidden_states = self._ranks = None
         self._disk_weights = None
 
 
-def _extents(block: BlockLayout) -> tuple[object, ...]:
-    return tuple((part.start, *part.segment.offsets, *part.segment.counts) for part in block.own_parts)
-
-
-def _arriving(piece: BlockPiece) -> Tensor:
-    assert piece.gradient is not None
-    return piece.gradient
+def _arriving(chunk: BlockChunk) -> Tensor:
+    assert chunk.gradient is not None
+    return chunk.gradient
 
 
 def _once_all(count: int, act: Callable[[], None]) -> Callable[[], None]:

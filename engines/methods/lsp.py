@@ -19,8 +19,8 @@ pinned, of the weights' dtype (2 d^2 bytes in bf16), and both moments, fp32 (8 d
 which is approximate (`engines.cpu_updates.adamw`), 4 d^2.
 
 With `weights=streamed` the matrices stay on the host too and come up for the forward and again for the
-backward pass, through three blocks' room (`engines.subspace.streamed_matrices`): 5 then waits for its block's
-next forward pass, and the new weights go down. All micro-batches pass a block together
+backward pass, through three blocks' buffers (`engines.subspace.streamed_matrices`): 5 then waits for its
+block's next forward pass, and the new weights go down. All micro-batches pass a block together
 (`engines.model.block_major`), so that a step moves each weight three times however many there are. GPU memory
 is that of a few blocks, hidden states, projectors and what is no matrix of a block.
 
@@ -45,7 +45,7 @@ test holds against float64.
 Deviations from the paper, and choices where it is silent:
 
 - `projector=paper` is the text of the paper; the default, `block`, has another form of the same (d, r), with
-  values in closed form. A matrix smaller than d x d uses its own smaller side, to a multiple of r.
+  values in closed form. A matrix smaller than d x d uses its own smaller dimension, to a multiple of r.
 - The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
 - A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
 - A matrix for which forming G costs less than two projections and their product, since its d is nearly its
@@ -78,14 +78,14 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
 from engines.cpu_updates.pipeline import (
-    GradientNotFinite,
-    PieceUpdate,
+    ChunkUpdate,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
     update_at_once,
 )
 from engines.cpu_updates.rank_updates import RankUpdates
+from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import accumulate_gradients, prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -106,7 +106,7 @@ from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
-from engines.subspace.apply import apply_core, landed
+from engines.subspace.apply import apply_core, realized_of_core
 from engines.subspace.bias_check import (
     Check,
     Round,
@@ -129,6 +129,7 @@ from engines.subspace.rank_projectors import follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
+from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
 from engines.world import divide
 
@@ -149,6 +150,8 @@ class Lsp:
         """The backward pass under way tests the bias of every matrix."""
         self._clock = now_s
         self._compute = self._clocks.compute
+        self._in_flight = UpdatesInFlight(self.link, self._compute)
+        """Of each block that has cores, by its place among those."""
         self._cores: Cores | None = None
         self._blocks: list[CoreBlock] = []
         self._pipeline: UpdatePipeline | None = None
@@ -212,12 +215,12 @@ class Lsp:
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
         self._squared_total = torch.zeros(1, device=self.device)
-        self._loss_on_host = self._small_host_tensor()
-        self._total_on_host = self._small_host_tensor()
+        self._loss = LossOnHost(self.link)
+        self._total_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
         if self.streamed is not None:
             self.streamed.follow(self._blocks, self._is_updated)
         if settings.offload:
-            largest = max(piece.core.numel() for block in self._blocks for piece in block.pieces)
+            largest = max(chunk.core.numel() for block in self._blocks for chunk in block.chunks)
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(
                 self.link,
@@ -228,6 +231,7 @@ class Lsp:
                 name="lsp-core",
                 ranks=self._ranks,
             )
+        self._in_flight.set_up(len(self._blocks), self._pipeline)
         prepare_training(self.model, context, settings, recompute=False)
         self._install()
         self._world.barrier()
@@ -261,9 +265,6 @@ class Lsp:
         runs = self._trained or self._regions
         failed = None if runs is None else runs.why_not_compiled
         return self._notes if failed is None else [*self._notes, f"not compiled: {failed}"]
-
-    def _small_host_tensor(self) -> Tensor:
-        return torch.zeros(1, pin_memory=self.device.type == "cuda")
 
     def checks(self) -> dict[str, list[Check]]:
         """Every bias check so far, by matrix."""
@@ -309,14 +310,14 @@ class Lsp:
         self.calibrates = False
         self._compute.go_on_with("optimizer")
         self._finish_backward()
-        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
+        loss = self._loss.read()  # the step's only wait for the GPU
         self._compute.stop()
         after = self._streamed_bytes()
         self._step_h2d_bytes += after[0] - before[0]
         self._step_d2h_bytes += after[1] - before[1]
-        value = sum_of_losses(world, float(self._loss_on_host))
+        value = sum_of_losses(world, loss)
         if not math.isfinite(value):
-            self._discard()
+            self._in_flight.discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         if self.steps_done == 0:  # without graphs, so that it is known what layers have collected
             warn_of_idle(self._matrices())
@@ -342,7 +343,7 @@ class Lsp:
             compiler: Any = torch.compiler  # its methods are without annotations
             # Steps that test projectors do what compiled code does not.
             with compiler.set_stance("force_eager") if self.calibrates else nullcontext():
-                self._passes.run(batches, self.device, self._take_loss, of=count)
+                self._passes.run(batches, self.device, self._loss.send, of=count)
             return
         total = torch.zeros(1, device=self.device)
         for index, loss in accumulate_gradients(self.model, batches, self.device, of=count):
@@ -350,12 +351,7 @@ class Lsp:
             self._micro_batch = index
             self._is_last_micro_batch = index == len(batches) - 1
             if self._is_last_micro_batch:
-                self._take_loss(total)
-
-    def _take_loss(self, loss: Tensor) -> None:
-        """Bring the step's loss to the host: known long before the step's end."""
-        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
-        self._loss_known = self.link.record()
+                self._loss.send(total)
 
     def _begin_step(self) -> None:
         settings = self.settings
@@ -379,7 +375,7 @@ class Lsp:
             self.streamed.weights.enter_forward(index)
         place = self._laid_out.place.get(index)
         if place is not None:
-            self._settle(self._blocks[place : place + 1])
+            self._settle(place)
         if torch.is_grad_enabled():
             self._compute.go_on_with(f"forward {index}")
 
@@ -432,30 +428,31 @@ class Lsp:
         block.has_gradient = False
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
-        block.pending = [
-            PieceUpdate(
-                state=piece.state,
+        updates = [
+            ChunkUpdate(
+                state=chunk.state,
                 share=self._share,
-                landing=None if self.streamed is not None else partial(self._apply, piece.matrices),
+                destination=None if self.streamed is not None else partial(self._apply, chunk.matrices),
                 of_ranks=None
                 if self._ranks is None
-                else partial(self._laid_out.of_ranks, place, piece.state),
+                else partial(self._laid_out.of_ranks, place, chunk.state),
             )
-            for piece in block.pieces
+            for chunk in block.chunks
         ]
+        self._in_flight.put(place, updates)
         if self._pipeline is None:
-            for piece in block.pieces:
-                piece.state.incoming.copy_(piece.core)
-            block.pieces[0].state.squared_norm.copy_(block.squared_norm)
+            for chunk in block.chunks:
+                chunk.state.incoming.copy_(chunk.core)
+            block.chunks[0].state.squared_norm.copy_(block.squared_norm)
             return
         ready, name = self.link.record(), f"block {place}"
-        self.link.download(block.squared_norm, block.pieces[0].state.squared_norm, after=ready, name="norm")
-        for piece, update in zip(block.pieces, block.pending, strict=True):
-            update.downloaded = self.link.download(piece.core, piece.state.incoming, after=ready, name=name)
+        self.link.download(block.squared_norm, block.chunks[0].state.squared_norm, after=ready, name="norm")
+        for chunk, update in zip(block.chunks, updates, strict=True):
+            update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
-        slot_free[place % len(slot_free)] = block.pending[-1].downloaded
+        slot_free[place % len(slot_free)] = updates[-1].downloaded
 
     def _step_along_residuals(self, block: CoreBlock) -> None:
         """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
@@ -478,14 +475,14 @@ class Lsp:
                 self.before_backward(block.index)
                 self.finish(block.index)
                 self._send(place)
-            elif not (block.pending and block.pending[0].share is self._share):
-                self._settle([block])  # it took no part, so that nothing has waited for its last update
+            elif not any(update.share is self._share for update in self._in_flight.of(place)):
+                self._settle(place)  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
         self._dense.sum_over_ranks(self._world)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
-        updates = [update for block in self._blocks for update in block.pending]
+        updates = self._in_flight.all()
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.schedule_order == "sequential":
@@ -496,7 +493,7 @@ class Lsp:
         self._dense.step(self._share.learning_rate, self._squared_total)
 
     def _clip(self, most: float) -> None:
-        """Scale the outer gradients, and let the worker know the norm of all."""
+        """Scale the gradients outside the blocks, and let the worker know the norm of all."""
         self._dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
@@ -508,7 +505,7 @@ class Lsp:
 
     @torch.no_grad()
     def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
-        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the piece."""
+        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the chunk."""
         for matrix in matrices:
             core = matrix.of(direction)
             if matrix.residual is not None:
@@ -521,52 +518,31 @@ class Lsp:
         key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
         apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
 
-    def _settle(self, blocks: Iterable[CoreBlock]) -> None:
-        """Let the compute stream wait for pending updates."""
-        for block in blocks:
-            if not block.pending:
-                continue
-            if self.streamed is not None:
-                self.streamed.land(self._laid_out.place[block.index], self._land)
-                continue
-            pending, block.pending = block.pending, []
-            for update in pending:
-                self._wait_for(update)
+    def _settle(self, place: int) -> None:
+        """Let the compute stream wait for a block's updates in flight, and apply those of a streamed one."""
+        if self.streamed is None:
+            self._in_flight.settle(place)
+        elif self._in_flight.of(place):
+            self.streamed.apply_update(place, self._apply_streamed)
 
-    def _land(self, block: CoreBlock, directions: Tensor) -> None:
-        """Apply a streamed block's pending update, whose `directions` (elements,) have come up."""
-        pending, block.pending = block.pending, []
+    def _settle_all(self) -> None:
+        for place in range(len(self._blocks)):
+            self._settle(place)
+
+    def _apply_streamed(self, place: int, directions: Tensor) -> None:
+        """Apply a streamed block's update, whose `directions` (elements,) have come up."""
         begin = 0
-        for piece, update in zip(block.pieces, pending, strict=True):
-            end = begin + piece.core.numel()
-            self._apply(piece.matrices, directions[begin:end], update.share)
+        for chunk, update in zip(self._blocks[place].chunks, self._in_flight.take(place), strict=True):
+            end = begin + chunk.core.numel()
+            self._apply(chunk.matrices, directions[begin:end], update.share)
             begin = end
 
-    def _is_updated(self, block: CoreBlock, wait: bool) -> bool:
+    def _is_updated(self, place: int, wait: bool) -> bool:
         """Whether the CPU has made the block's directions; with `wait`, when it has."""
-        if block.pending and (wait or all(update.done.is_set() for update in block.pending)):
-            for update in block.pending:
-                self._wait_for(update)
+        if self._in_flight.of(place) and (wait or self._in_flight.are_made(place)):
+            self._in_flight.wait(place)
             return True
         return False
-
-    def _wait_for(self, update: PieceUpdate) -> None:
-        if self._pipeline is None:
-            if update.failed:
-                raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
-            return
-        try:
-            self._pipeline.compute_waits(update, self._compute)
-        except NonFiniteLoss:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        """Wait for what is on its way, whatever comes of it."""
-        for block in self._blocks:
-            pending, block.pending = block.pending, []
-            if self._pipeline is not None:
-                self._pipeline.wait_out(pending, self.link.wait)
 
     # --- subspaces ------------------------------------------------------------------------------------
 
@@ -582,7 +558,7 @@ class Lsp:
 
     def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:
         """Move the moments to the subspace of a new pair, and take it."""
-        state = self._laid_out.piece_of(matrix).state
+        state = self._laid_out.chunk_of(matrix).state
         if state.updates > 0:
             # The moments are the worker's no more: this block's forward pass has waited for its last update.
             moved_bytes = move_moments(state, matrix, left, right)
@@ -591,33 +567,33 @@ class Lsp:
         matrix.subspace.assign(left, right)
 
     @torch.no_grad()
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Of the last update of the largest matrix: how much of it the stored weights would take,
         repeated."""
-        self._settle(self._blocks)
+        self._settle_all()
         if self.steps_done == 0 or self._share.failed or self._share.learning_rate == 0.0:
             return None
         matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
         subspace = matrix.subspace
         if self.streamed is not None:
             self.streamed.weights.enter_forward(subspace.block)
-        core = matrix.of(self._laid_out.piece_of(matrix).state.outgoing).to(self.device)
+        core = matrix.of(self._laid_out.chunk_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
         self._update(subspace, trial, core, self._share)
-        return landed(subspace, trial, core, self._share.learning_rate, self.settings)
+        return realized_of_core(subspace, trial, core, self._share.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
-        self._settle(self._blocks)
+        self._settle_all()
         weights = None if self.streamed is None else self.streamed.weights
         with nullcontext() if weights is None else weights.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
-        self._settle(self._blocks)
+        self._settle_all()
         return model_weights(self._stored())
 
     def _stored(self) -> nn.Module:
@@ -630,7 +606,7 @@ class Lsp:
 
     def save(self, folder: Path) -> None:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
-        self._settle(self._blocks)
+        self._settle_all()
         self.synchronize()
         state = rng_state(self.device) | self._dense.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
@@ -640,7 +616,7 @@ class Lsp:
     def load(self, folder: Path) -> None:
         """Continue from `save`: all ranks at the same time. Raises `UserError` for another model's, or one of
         another d, r, projector or moments."""
-        self._settle(self._blocks)
+        self._settle_all()
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         if self.streamed is not None:
@@ -659,9 +635,7 @@ class Lsp:
 
     def synchronize(self) -> None:
         """Wait until no core is in flight and the device is idle."""
-        for block in self._blocks:
-            if self._pipeline is not None:
-                self._pipeline.wait_out(block.pending, self.link.host_wait)  # the next step says what failed
+        self._in_flight.synchronize()
         self.link.synchronize()
 
     def close(self) -> None:
@@ -679,6 +653,7 @@ class Lsp:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
+        self._in_flight.clear()
         self.link.synchronize()
         if self._cores is not None:
             self._cores.close()

@@ -91,8 +91,8 @@ class GpuBlocks:
             ]
             for i, form in enumerate(forms)
         ]
-        """Of each block the memory of what is trained, in pieces, and what lies there. Not where trained
-        matrices are in records."""
+        """Of each block the memory of each run of trained parts, and what lies there. Not where trained
+        matrices are in tiles."""
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
         self._model = model
@@ -187,7 +187,7 @@ class GpuBlocks:
         return self._updates.lacking(block)
 
     def tensors(self, last_step: int) -> Mapping[str, Tensor]:
-        where = dict(self._model.outer)
+        where = dict(self._model.non_block)
         for form, memory in zip(self._forms, self._memory, strict=True):
             where |= form.views(memory)
         return where | self._model.adapters.tensors

@@ -40,7 +40,7 @@ class Scripted:
         self._step = 0
         self._evaluations = 0
         self._now_s = 0.0
-        self._pending_s = 0.0
+        self._undrained_s = 0.0
         self._memory = bytearray()
         self._children: list[int] = []
         self._steps: list[tuple[float, float]] = []
@@ -76,7 +76,7 @@ class Scripted:
         self._spend(_at(settings.step_s, self._step))
         if self._context.trace:
             self._steps.append((began_s, self._now_s))
-        self._pending_s += settings.drain_s
+        self._undrained_s += settings.drain_s
         if settings.fail_at_step == self._step:
             self._fail()
         stats = StepStats(
@@ -123,8 +123,8 @@ class Scripted:
 
     def synchronize(self) -> None:
         """Spends what `drain_s` left in flight; steps overlap, so only one step's worth is left."""
-        self._spend(min(self._pending_s, self._settings.drain_s))
-        self._pending_s = 0.0
+        self._spend(min(self._undrained_s, self._settings.drain_s))
+        self._undrained_s = 0.0
 
     def close(self) -> None:
         for child in self._children:

@@ -29,9 +29,10 @@ link, and the GPUs exchange the shares (`engines.transfer.share_exchange`).
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
 
-With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.records`, to the bit.
-With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates pend exactly and
-join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are kept.
+With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.lossless_codec`, to
+the bit. With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates are
+deferred exactly and join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are
+kept.
 
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
 hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or
@@ -41,7 +42,7 @@ Deviations from the paper and its code, beside those of `engines.methods.mezo`:
 - Noise is computed from counters; no generator states are kept, and tied tensors have one perturbation.
 - Downloads are not needed in every step (`fold_every`); the paper's schedule is 1.
 - Blocks may be on disk; the paper has all in host memory.
-- The pending updates are applied wherever weights are looked at: evaluating, exporting, saving.
+- The deferred updates are applied wherever weights are looked at: evaluating, exporting, saving.
 
 Longer than 400 lines: where blocks lie and what is done with them there is one store.
 """
@@ -414,7 +415,7 @@ class StreamedBlocks:
         return like
 
     def _in_memory(self, left_out: frozenset[int]) -> dict[str, Tensor]:
-        where = dict(self._model.outer)
+        where = dict(self._model.non_block)
         for index, form in enumerate(self._forms):
             if index not in left_out:
                 where |= form.views(self._ring.at_rest(index))

@@ -82,7 +82,7 @@ class ModelLayout:
     """Of every tensor, by first name, in the model's order."""
     numbers: Mapping[str, int]
     blocks: tuple[BlockLayout, ...]
-    outer: tuple[str, ...]
+    non_block: tuple[str, ...]
     """First names of the tensors that belong to no block."""
     trained: frozenset[str]
 
@@ -113,7 +113,7 @@ def lay_out(model: nn.Module, dtype: torch.dtype, train: str = "all") -> ModelLa
         shapes=shapes,
         numbers=numbers,
         blocks=tuple(_lay_out_block(names, shapes, numbers, shared, trained, grid) for names in used),
-        outer=tuple(name for name in shapes if name in shared or homes[name] == {""}),
+        non_block=tuple(name for name in shapes if name in shared or homes[name] == {""}),
         trained=trained,
     )
 
@@ -137,12 +137,12 @@ def _trained(
     count = int(train.removeprefix("last:"))
     in_blocks = {name for names in used for name in names}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    outer = {
+    outside = {
         name
         for name, parameter in model.named_parameters()
         if name not in in_blocks and id(parameter) not in looked_up
     }
-    return frozenset(outer.union(*used[-count:]))
+    return frozenset(outside.union(*used[-count:]))
 
 
 def _lay_out_block(

@@ -27,7 +27,7 @@ class _Away:
 
 
 class HiddenStates:
-    """Room for them on the host, and the copies."""
+    """Buffers for them on the host, and the copies."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class HiddenStates:
         self._blocks = range(1, num_blocks - STAYING_INPUTS)
         """Whose inputs go down. What enters the first block may be kept by what made it."""
         count = micro_batches * len(self._blocks)
-        self._room = host_slabs([most_bytes] * count, link.device, progress)
+        self._slabs = host_slabs([most_bytes] * count, link.device, progress)
         self._micro_batches = micro_batches
         self._away: dict[int, list[_Away]] = {}
         self.moved_bytes = 0
@@ -51,28 +51,28 @@ class HiddenStates:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._room.pinned_bytes
+        return self._slabs.pinned_bytes
 
     def take(self, block: int, number: int, tensor: Tensor, result: Tensor) -> None:
         """All that uses `tensor`, what enters `block`, of the micro-batch of that number, has been enqueued
         for now; `result` is what left the block. One whose memory is not its own stays."""
         if block not in self._blocks or number >= self._micro_batches:
             return
-        storage, room = tensor.untyped_storage(), self._rooms(block)[number]
+        storage, buffer = tensor.untyped_storage(), self._buffers_of(block)[number]
         is_alone = storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
-        if not is_alone or tensor.nbytes > room.numel():
+        if not is_alone or tensor.nbytes > buffer.numel():
             return
         if result.untyped_storage().data_ptr() == storage.data_ptr():
             return
         flat = tensor.detach().view(-1)
-        host = room[: flat.nbytes].view(flat.dtype)
+        host = buffer[: flat.nbytes].view(flat.dtype)
         gone = self._link.download(flat, host, after=self._link.record(), name=f"hidden {block}")
         self.moved_bytes += flat.nbytes
         self._away.setdefault(block, []).append(_Away(tensor, host, gone))
 
-    def _rooms(self, block: int) -> list[Tensor]:
+    def _buffers_of(self, block: int) -> list[Tensor]:
         begin = self._blocks.index(block) * self._micro_batches
-        return self._room.views[begin : begin + self._micro_batches]
+        return self._slabs.views[begin : begin + self._micro_batches]
 
     def empty(self, block: int) -> None:
         """Give the GPU memory of what enters `block` back.
@@ -112,4 +112,4 @@ class HiddenStates:
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""
         self._away.clear()
-        self._room.close()
+        self._slabs.close()

@@ -59,7 +59,7 @@ def on_stand_ins(
 
 def give_back(device: torch.device | str) -> None:
     """What trials took goes back to the driver. What is allocated next would be cut from its memory, which is
-    as large as the largest tensor in fp32, and leave pieces that nothing fits into."""
+    as large as the largest tensor in fp32, and leave gaps that nothing fits into."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
@@ -70,16 +70,16 @@ def _stand_ins(
     """By identity of the parameter that it stands for. Vectors are about one half, all else normal with
     deviation `std`: large enough that what a block adds to the hidden state counts beside it."""
     distinct = list({id(each): each for each in parameters}.values())
-    room = _STEP * len(distinct)
+    slack = _STEP * len(distinct)
     largest = {False: 0, True: 0}
     for each in distinct:
         is_vector = each.dim() < 2
         largest[is_vector] = max(largest[is_vector], each.numel())
-    period = min(_PERIOD, max(largest.values()) + room)
+    period = min(_PERIOD, max(largest.values()) + slack)
     pattern = torch.randn(period, generator=torch.Generator().manual_seed(0)).to(device)
 
     def memory(numel: int, values: Tensor) -> Tensor:
-        return values.to(dtype).repeat(-(-(numel + room) // period))
+        return values.to(dtype).repeat(-(-(numel + slack) // period))
 
     normal = memory(largest[False], std * pattern)
     vectors = memory(largest[True], 0.5 + 0.1 * pattern)

@@ -1,4 +1,4 @@
-"""Tensors one after the other in flat memory, and the pieces of them that noise is made for.
+"""Tensors one after the other in flat memory, and the ranges of them that noise is made for.
 
 A tensor's elements are taken in tiles of 2048, four rows of 512 lanes.
 """
@@ -90,7 +90,7 @@ def one(number: int, count: int, *, decays: bool = False) -> Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TileRange:
     """Whole tiles of one tensor, or its last, shorter one."""
 
     number: int
@@ -118,28 +118,28 @@ class Piece:
         return values.view(4, -1, LANES).transpose(0, 1).reshape(-1)[: self.count]
 
 
-def chunks(segment: Segment, start: int, most_lanes: int) -> Iterator[list[Piece]]:
-    """Pieces of the tensors in order, as many at a time as make up about `most_lanes`."""
-    pieces: list[Piece] = []
-    room = most_lanes
+def chunks(segment: Segment, start: int, most_lanes: int) -> Iterator[list[TileRange]]:
+    """Ranges of the tensors in order, as many at a time as make up about `most_lanes`."""
+    ranges: list[TileRange] = []
+    left = most_lanes
     tensors = zip(segment.numbers, segment.offsets, segment.counts, segment.decays, strict=True)
     for number, offset, count, decays in tensors:
         done = 0
         while done < count:
-            take = min(count - done, max(1, room // LANES) * TILE)
-            pieces.append(Piece(number, offset + done, take, (start + done) // TILE * LANES, decays))
+            take = min(count - done, max(1, left // LANES) * TILE)
+            ranges.append(TileRange(number, offset + done, take, (start + done) // TILE * LANES, decays))
             done += take
-            room -= pieces[-1].num_lanes
-            if room <= 0:
-                yield pieces
-                pieces, room = [], most_lanes
-    if pieces:
-        yield pieces
+            left -= ranges[-1].num_lanes
+            if left <= 0:
+                yield ranges
+                ranges, left = [], most_lanes
+    if ranges:
+        yield ranges
 
 
-def scatter(values: Tensor, out: Tensor, pieces: Sequence[Piece]) -> None:
-    """Write `values`, (elements of all pieces,) one piece after the other, to their places in `out`."""
+def scatter(values: Tensor, out: Tensor, ranges: Sequence[TileRange]) -> None:
+    """Write `values`, (elements of all ranges,) one range after the other, to their places in `out`."""
     first = 0
-    for piece in pieces:
-        piece.of(out).copy_(values[first : first + piece.count])
-        first += piece.count
+    for tiles in ranges:
+        tiles.of(out).copy_(values[first : first + tiles.count])
+        first += tiles.count

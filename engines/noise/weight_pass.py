@@ -2,7 +2,7 @@
 
 `visit`, z being the noise of the tensor (`engines.noise.philox`):
 
-    w <- round(w - lr (g z_s + wd w))      for each pending update, z_s being the noise of its step s
+    w <- round(w - lr (g z_s + wd w))      for each deferred update, z_s being the noise of its step s
     theta = w,   plus = w + eps z,   minus = w - eps z
 
 `round` is to the weights' dtype, by default stochastic: up with the probability that is the distance to the
@@ -11,7 +11,8 @@ weight, so that updates far below half a unit in the last place arrive (nearest 
 fp32 is rounded to nearest; its unit is small enough.
 
 With `noise="rademacher"` z is a sign, the perturbation of SPSA (Spall, IEEE Trans. Automatic Control 37(3),
-1992), and E z z^T = I as well.
+1992), and E z z^T = I as well. With `noise="binomial"` it is the sum of 32 signs over sqrt(32): near a
+normal, at half its instructions.
 
 Two implementations: torch operations for any device, and Triton kernels (`engines.noise.weight_pass_kernels`)
 for CUDA, which give the same bits.
@@ -25,8 +26,15 @@ import torch
 from torch import Tensor
 
 from engines.kernels.triton_launch import has_triton
-from engines.noise.philox import draw_normals, draw_signs, normals_at, signs_at
-from engines.noise.tiles import CHUNK_LANES, LANES, TILE, Piece, Segment, chunks, scatter
+from engines.noise.philox import (
+    binomials_at,
+    draw_binomials,
+    draw_normals,
+    draw_signs,
+    normals_at,
+    signs_at,
+)
+from engines.noise.tiles import CHUNK_LANES, LANES, TILE, Segment, TileRange, chunks, scatter
 from engines.noise.visits import FP16_NORMAL, Outputs, Visit
 
 
@@ -37,7 +45,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     `start`, a multiple of `TILE`, is where the memory begins within the one tensor of the segment.
     """
     if start % TILE:
-        raise ValueError(f"a piece of a tensor begins at a multiple of {TILE}")
+        raise ValueError(f"a range of a tensor begins at a multiple of {TILE}")
     if weight.is_cuda and has_triton():
         from engines.noise import weight_pass_kernels
 
@@ -46,26 +54,26 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
     stochastic = how.rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16)
     updates = how.log.in_fp32(how.first, how.last)
     perturbed = out.plus is not None or out.minus is not None
-    for pieces in chunks(segment, start, CHUNK_LANES[weight.device.type]):
-        current = torch.cat([piece.of(weight) for piece in pieces]).float()
+    for ranges in chunks(segment, start, CHUNK_LANES[weight.device.type]):
+        current = torch.cat([tiles.of(weight) for tiles in ranges]).float()
         for update in updates:
-            z, uniform = _draw(how, update.draw, pieces, weight.device, uniform=stochastic)
+            z, uniform = _draw(how, update.draw, ranges, weight.device, uniform=stochastic)
             z.mul_(update.coefficient)
             if update.weight_decay != 0.0:
-                _decay(z, current, update.weight_decay, pieces)
+                _decay(z, current, update.weight_decay, ranges)
             moved = current - z.mul_(update.learning_rate)
             current = (
                 moved.to(weight.dtype).float() if uniform is None else dither(moved, uniform, weight.dtype)
             )
         if out.theta is not None:
-            scatter(current, out.theta, pieces)
+            scatter(current, out.theta, ranges)
         if perturbed:
-            z, _ = _draw(how, how.step, pieces, weight.device, uniform=False)
+            z, _ = _draw(how, how.step, ranges, weight.device, uniform=False)
             z.mul_(how.eps)  # not torch.add(..., alpha=eps): it may fuse the two roundings into one, or not
             if out.plus is not None:
-                scatter(current + z, out.plus, pieces)
+                scatter(current + z, out.plus, ranges)
             if out.minus is not None:
-                scatter(current - z, out.minus, pieces)
+                scatter(current - z, out.minus, ranges)
 
 
 def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
@@ -81,8 +89,8 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
     flat = indices.reshape(-1)
     used, places = torch.unique(flat, return_inverse=True)
     element = used.unsqueeze(1) * width + torch.arange(width, device=weight.device)
-    draw = signs_at if how.noise == "rademacher" else normals_at
-    z = draw(element.view(-1), number, how.step, how.seed).view(-1, width)
+    draws = {"gaussian": normals_at, "binomial": binomials_at, "rademacher": signs_at}
+    z = draws[how.noise](element.view(-1), number, how.step, how.seed).view(-1, width)
     moved = (z.mul_(how.eps) + weight[used].float()).to(weight.dtype)
     return moved[places].view(*indices.shape, width)
 
@@ -92,25 +100,25 @@ def tile_noise(
 ) -> tuple[Tensor, Tensor | None]:
     """Noise of tiles `first` to `last` - 1 of a tensor, (2048 each,) fp32; and 16 random bits, (2048 each,)
     int32, of each element if wanted."""
-    piece = Piece(number, 0, (last - first) * TILE, first * LANES, decays=False)
-    return _draw(how, step, [piece], device, uniform=uniform)
+    tiles = TileRange(number, 0, (last - first) * TILE, first * LANES, decays=False)
+    return _draw(how, step, [tiles], device, uniform=uniform)
 
 
 def _draw(
-    how: Visit, step: int, pieces: Sequence[Piece], device: torch.device, *, uniform: bool
+    how: Visit, step: int, ranges: Sequence[TileRange], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Normals or signs of all pieces, (count,) fp32; 16 random bits each, (count,) int32, if wanted."""
-    draw = draw_signs if how.noise == "rademacher" else draw_normals
-    return draw(how.seed, step, pieces, device, uniform=uniform)
+    """Noise of all ranges, (count,) fp32; 16 random bits each, (count,) int32, if wanted."""
+    draws = {"gaussian": draw_normals, "binomial": draw_binomials, "rademacher": draw_signs}
+    return draws[how.noise](how.seed, step, ranges, device, uniform=uniform)
 
 
-def _decay(z: Tensor, current: Tensor, weight_decay: float, pieces: Sequence[Piece]) -> None:
+def _decay(z: Tensor, current: Tensor, weight_decay: float, ranges: Sequence[TileRange]) -> None:
     first = 0
-    for piece in pieces:
-        here = slice(first, first + piece.count)
-        if piece.decays:
+    for tiles in ranges:
+        here = slice(first, first + tiles.count)
+        if tiles.decays:
             z[here].add_(current[here] * weight_decay)
-        first += piece.count
+        first += tiles.count
 
 
 def dither(value: Tensor, uniform: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """Files of raw weights on local storage, past the page cache. Imports no torch.
 
-Direct I/O (`O_DIRECT`) moves whole, aligned pieces between storage and the caller's memory: the page cache
+Direct I/O (`O_DIRECT`) moves whole, aligned chunks between storage and the caller's memory: the page cache
 would take the host memory that the disk is to spare, and a core to copy out of it. A file system that
 refuses is used through its cache, which is dropped after each read; `direct` is False then.
 
@@ -39,7 +39,7 @@ class FileSpan:
 
 
 class RawFile:
-    """An open file that is read and written in aligned pieces, by several threads at once."""
+    """An open file that is read and written in aligned chunks, by several threads at once."""
 
     def __init__(self, descriptor: int, *, direct: bool) -> None:
         self.direct = direct

@@ -1,4 +1,5 @@
-"""Optimizer states of all blocks, in memory or on disk: their way to whoever updates them; checkpoints."""
+"""Optimizer states of all blocks, in memory or on disk: their way to whoever updates them or brings up the
+weights among them; checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engines.costs.disk import WEIGHT_PLACES
 from engines.cpu_updates.block_state import BlockStates
-from engines.cpu_updates.pipeline import PieceUpdate, UpdatePipeline
+from engines.cpu_updates.pipeline import ChunkUpdate, UpdatePipeline
 from engines.errors import UserError
 from engines.offload.disk_states import DiskStates
+from engines.offload.disk_weights import DiskWeights
+from engines.transfer.link import Link
+from engines.transfer.pinned import ReportProgress
 
 
 class KeptStates:
@@ -28,7 +33,7 @@ class KeptStates:
         if self._on_disk:
             self.disk = make_disk({index: host.state_bytes(index) for index in on_disk})
 
-    def submit(self, index: int, updates: Sequence[PieceUpdate], pipeline: UpdatePipeline) -> None:
+    def submit(self, index: int, updates: Sequence[ChunkUpdate], pipeline: UpdatePipeline) -> None:
         """Hand a block's updates to the worker, those of one on disk when its state has come."""
         if self.disk is None or index not in self._on_disk:
             for update in updates:
@@ -49,14 +54,32 @@ class KeptStates:
             self.disk.release(index)
 
     def comes_by_itself(self, index: int) -> bool:
-        """A block's state is there: its pieces may be handed over one by one."""
+        """A block's state is there: its chunks may be handed over one by one."""
         return index not in self._on_disk
+
+    def weights_ahead(
+        self, blocks: Sequence[int], link: Link, progress: ReportProgress
+    ) -> DiskWeights | None:
+        """Reads the weights of those `blocks` ahead of their passes, from the beginning of their states on
+        disk; `None` without any."""
+        if not blocks:
+            return None
+        assert self.disk is not None
+        disk = self.disk
+        head_bytes = {index: self.host.head_bytes(index) for index in blocks}
+        return DiskWeights(
+            lambda index, memory: disk.read_head(index, memory[: head_bytes[index]]),
+            max(head_bytes.values()),
+            min(WEIGHT_PLACES, len(blocks)),
+            link,
+            progress,
+        )
 
     def save(self, folder: Path) -> tuple[dict[str, Tensor], list[int]]:
         """What a checkpoint holds, and how often each block was updated. What is on disk is copied to a file
         for each block: all at once may be too much for memory."""
         state: dict[str, Tensor] = {}
-        for index in range(len(self.host.pieces)):
+        for index in range(len(self.host.chunks)):
             if index in self._on_disk:
                 with self.here(index, changes=False):
                     save_file(self.host.state(index), _own_file(folder, index))

@@ -317,7 +317,7 @@ class BlockStream:
         return [(0, own)] if own else []
 
     def take(self, block: int, first: int, last: int) -> Tensor:
-        """Parts `first` to `last` - 1 on the GPU, flat or in records; the compute stream waits for them."""
+        """Parts `first` to `last` - 1 on the GPU, flat or in tiles; the compute stream waits for them."""
         form = self._forms[block]
         start, stop = form.span(first, last)
         if block in self._on_gpu:

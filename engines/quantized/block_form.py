@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engines.costs.quantized import matrix_bytes, record_bytes
+from engines.costs.quantized import matrix_bytes, tile_bytes
 from engines.errors import UserError
 from engines.lossless import lossless_pass
 from engines.model.flat_layout import BlockLayout, Part
@@ -20,8 +20,8 @@ from engines.quantized.quantized_pass import visit_tiles
 from engines.settings.zeroth_order import Base
 
 
-def damaged_records() -> UserError:
-    """Lossless records are not what was written to them."""
+def damaged_tiles() -> UserError:
+    """Lossless tiles are not what was written to them."""
     return UserError(
         "base=lossless",
         "its weights are not those that were stored: memory, disk or link have damaged them",
@@ -33,8 +33,8 @@ class BlockForm:
     """Where the parts of a block lie in its memory, in bytes, and in which form.
 
     With a full base as `engines.model.flat_layout` has them; else the vectors in the model's dtype, then each
-    matrix in records, of low bits or lossless. Matrices that are named in `unlike`, by first name, are as
-    with a full base: lossless records have no room for their weights.
+    matrix in tiles, of low bits or lossless. Matrices that are named in `unlike`, by first name, are as
+    with a full base: lossless tiles have no room for their weights.
     """
 
     def __init__(
@@ -46,24 +46,22 @@ class BlockForm:
         self.dtype = dtype
         self._ends = [0]
         for part in layout.own_parts:
-            size = matrix_bytes(part.size, base) if self.in_records(part) else dtype.itemsize * part.size
+            size = matrix_bytes(part.size, base) if self.in_tiles(part) else dtype.itemsize * part.size
             self._ends.append(self._ends[-1] + size)
 
     @property
     def size_bytes(self) -> int:
         return self._ends[-1]
 
-    def in_records(self, part: Part) -> bool:
+    def in_tiles(self, part: Part) -> bool:
         """A matrix is, unless it is shared with what lies outside the block."""
         is_own_matrix = part.segment.decays[0] and not part.shared
         return self.base != "full" and is_own_matrix and part.names[0] not in self._unlike
 
     def alike(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Own parts `first` to `last` - 1, in groups of neighbours that are all in records, or none is."""
+        """Own parts `first` to `last` - 1, in groups of neighbours that are all in tiles, or none is."""
         parts = self.layout.parts
-        edges = [
-            i for i in range(first + 1, last) if self.in_records(parts[i]) != self.in_records(parts[i - 1])
-        ]
+        edges = [i for i in range(first + 1, last) if self.in_tiles(parts[i]) != self.in_tiles(parts[i - 1])]
         return [run for run in pairwise((first, *edges, last)) if run[0] < run[1]]
 
     def span(self, first: int, last: int) -> tuple[int, int]:
@@ -71,9 +69,9 @@ class BlockForm:
         return self._ends[first], self._ends[last]
 
     def opened(self, memory: Tensor, first: int) -> Tensor:
-        """`memory` (bytes) of parts from `first` on as it is computed with: records (bytes), where that is a
+        """`memory` (bytes) of parts from `first` on as it is computed with: tiles (bytes), where that is a
         matrix in some, or of the full dtype."""
-        return memory if self.in_records(self.layout.parts[first]) else memory.view(self.dtype)
+        return memory if self.in_tiles(self.layout.parts[first]) else memory.view(self.dtype)
 
     def part(self, memory: Tensor, index: int) -> Tensor:
         """One part in `memory`, the block's bytes, `opened`."""
@@ -81,56 +79,56 @@ class BlockForm:
         return self.opened(memory[start:stop], index)
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """The block's own tensors as they are kept: of their shapes, or (tiles, bytes of a record) uint8."""
+        """The block's own tensors as they are kept: of their shapes, or (tiles, bytes of a tile) uint8."""
         found: dict[str, Tensor] = {}
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index)
-            if self.in_records(part):
-                found[part.names[0]] = kept.view(-1, record_bytes(self.base))
+            if self.in_tiles(part):
+                found[part.names[0]] = kept.view(-1, tile_bytes(self.base))
             else:
                 found |= part.views(kept)
         return found
 
     def fill(
-        self, memory: Tensor, fill: Callable[[str, Tensor], object], room: Callable[[int], Tensor]
+        self, memory: Tensor, fill: Callable[[str, Tensor], object], buffer: Callable[[int], Tensor]
     ) -> list[str]:
         """Write the block's weights to its `memory`, matrix by matrix.
 
-        `fill` writes a tensor of the full dtype; `room` gives memory for so many elements of it, on the
+        `fill` writes a tensor of the full dtype; `buffer` gives memory for so many elements of it, on the
         device of `memory`, in which one matrix at a time is made. Returns the first names of the matrices
-        that lossless records have no room for, whose records are of no use.
+        that lossless tiles have no room for, whose tiles are of no use.
         """
         crowded: list[str] = []
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index)
-            if not self.in_records(part):
+            if not self.in_tiles(part):
                 for name, weight in part.views(kept).items():
                     fill(name, weight)
                 continue
-            values = room(part.segment.counts[0])
+            values = buffer(part.segment.counts[0])
             fill(part.names[0], values.view(part.shapes[0]))
             if self.base != "lossless":
                 pack(values, self.base, kept)
-            elif not lossless_pass.encode_records(values, part.segment, kept):
+            elif not lossless_pass.encode_lossless(values, part.segment, kept):
                 crowded.append(part.names[0])
         return crowded
 
     def plain(self, memory: Tensor, how: Visit, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Each own tensor with the pending updates of `how`, of the full dtype, on `device`; `memory` stays
+        """Each own tensor with the deferred updates of `how`, of the full dtype, on `device`; `memory` stays
         as it is."""
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index).to(device)
             mine = how if part.trained else replace(how, first=how.last)
             out = torch.empty(part.size, dtype=self.dtype, device=device)
-            if self.in_records(part) and self.base == "lossless":
+            if self.in_tiles(part) and self.base == "lossless":
                 if mine.first < mine.last:
-                    lossless_pass.visit_records(kept, part.segment, mine, visits.Outputs(theta=out))
+                    lossless_pass.visit_lossless(kept, part.segment, mine, visits.Outputs(theta=out))
                 else:
                     damaged = torch.zeros(1, dtype=torch.int32, device=device)
-                    lossless_pass.decode_records(kept, part.segment, out, damaged)
+                    lossless_pass.decode_lossless(kept, part.segment, out, damaged)
                     if damaged:
-                        raise damaged_records()
-            elif self.in_records(part):
+                        raise damaged_tiles()
+            elif self.in_tiles(part):
                 visit_tiles(kept, part.segment, mine, self.base, store=False, sides=(out,))
             elif mine.first < mine.last:
                 weight_pass.visit(kept, part.segment, mine, visits.Outputs(theta=out))

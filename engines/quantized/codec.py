@@ -1,8 +1,8 @@
 """Matrices as low-bit values with a scale per group, and what a zeroth-order step does to them.
 
-A matrix is a row of *records*, one per tile of 2048 elements (`engines.noise.tiles`), each with all that the
-tile's elements need: first their codes, then 16 scales in bf16, one for each 128 neighbours. A matrix is thus
-one piece of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four
+A matrix is a row of tiles of 2048 elements (`engines.noise.tiles`), each stored with all that its elements
+need: first their codes, then 16 scales in bf16, one for each 128 neighbours. A matrix is thus
+one stretch of memory of whole tiles, 1.016 bytes an element with 8 bits and 0.516 with 4. A lane's four
 elements, one in each row of the tile, lie in one word: a kernel loads it at once, and 4-bit codes need no
 sorting.
 
@@ -15,7 +15,7 @@ A group that is all zero stays zero.
 
 `visit_tiles` is one pass over a matrix, as `engines.noise.weight_pass.visit` is for one in 16 bits:
 
-    w = code scale - sum of lr (g z + wd w) over the pending updates, in fp32, not rounded in between
+    w = code scale - sum of lr (g z + wd w) over the deferred updates, in fp32, not rounded in between
     if it is to be stored: w <- round(w) to the grid, stochastically; the codes are written back
     plus = w + eps z,   minus = w - eps z,   rounded to nearest
 
@@ -38,7 +38,7 @@ from engines.costs.quantized import (
     GROUP_ELEMENTS,
     SCALE_BYTES,
     TILE_ELEMENTS,
-    record_bytes,
+    tile_bytes,
 )
 from engines.noise.tiles import LANES
 from engines.settings.zeroth_order import Base
@@ -62,13 +62,13 @@ _CHUNK_TILES = {"cpu": 128, "cuda": 1 << 11}
 """Tiles at a time: see `engines.noise.tiles`. Packing, too, needs some 30 bytes per element of them."""
 
 
-def pack(values: Tensor, base: Base, records: Tensor) -> None:
-    """Quantise `values` (n,) of any float dtype to nearest, into `records`, (bytes,) on the same device."""
-    tables = records.view(-1, record_bytes(base))
+def pack(values: Tensor, base: Base, tiles: Tensor) -> None:
+    """Quantise `values` (n,) of any float dtype to nearest, into `tiles`, (bytes,) on the same device."""
+    tables = tiles.view(-1, tile_bytes(base))
     for first, last in tile_ranges(tables):
-        piece = values[first * TILE_ELEMENTS : last * TILE_ELEMENTS].float()
+        chunk = values[first * TILE_ELEMENTS : last * TILE_ELEMENTS].float()
         groups = torch.zeros((last - first) * TILE_ELEMENTS, dtype=torch.float32, device=values.device)
-        groups[: piece.numel()] = piece
+        groups[: chunk.numel()] = chunk
         groups = groups.view(-1, SCALES_PER_TILE, GROUP_ELEMENTS)
         scales = scales_of(groups.abs().amax(2), base)
         tables[first:last, -SCALES_PER_TILE * SCALE_BYTES :] = scales.to(torch.bfloat16).view(torch.uint8)
@@ -76,9 +76,9 @@ def pack(values: Tensor, base: Base, records: Tensor) -> None:
         put_codes(codes.view(last - first, 4, LANES), base, tables[first:last])
 
 
-def unpack(records: Tensor, base: Base, count: int) -> Tensor:
-    """The `count` elements that `records` (bytes) hold: (count,) fp32."""
-    tables = records.view(-1, record_bytes(base))
+def unpack(tiles: Tensor, base: Base, count: int) -> Tensor:
+    """The `count` elements that `tiles` (bytes) hold: (count,) fp32."""
+    tables = tiles.view(-1, tile_bytes(base))
     return decode_codes(codes_of(tables, base), expanded_scales(tables), base).reshape(-1)[:count]
 
 
@@ -100,13 +100,13 @@ def scales_of(largest: Tensor, base: Base) -> Tensor:
 
 
 def expanded_scales(tables: Tensor) -> Tensor:
-    """Scales of (n, bytes) records for each element: (n, 4, 512) fp32."""
+    """Scales of stored tiles (n, bytes) for each element: (n, 4, 512) fp32."""
     kept = tables[:, -SCALES_PER_TILE * SCALE_BYTES :].contiguous().view(torch.bfloat16).float()
     return kept.view(-1, 4, GROUPS_PER_ROW, 1).expand(-1, -1, -1, GROUP_ELEMENTS).reshape(-1, 4, LANES)
 
 
 def codes_of(tables: Tensor, base: Base) -> Tensor:
-    """Codes of (n, bytes) records by row and lane: (n, 4, 512) int32, of 8 or 4 unsigned bits."""
+    """Codes of stored tiles (n, bytes) by row and lane: (n, 4, 512) int32, of 8 or 4 unsigned bits."""
     stored = tables[:, : TILE_ELEMENTS * CODE_BITS[base] // 8].to(torch.int32)
     if base == "int4":
         pairs = stored.view(-1, LANES, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from engines.costs.quantized import (
     TILE_ELEMENTS,
     matrix_bytes,
-    record_bytes,
+    tile_bytes,
 )
 from engines.kernels import triton_launch
 from engines.noise import philox, weight_pass
@@ -23,7 +23,7 @@ from engines.settings.zeroth_order import Base
 
 
 def visit_tiles(
-    records: Tensor,
+    tiles: Tensor,
     segment: Segment,
     how: Visit,
     base: Base,
@@ -34,28 +34,28 @@ def visit_tiles(
 ) -> None:
     """One pass over the matrices of `segment`, all with weight decay: see the module's docstring.
 
-    `records` (bytes), those of one matrix after those of the other, are rewritten with `store`. `sides` are
+    `tiles` (bytes), those of one matrix after those of the other, are rewritten with `store`. `sides` are
     flat memories of the full dtype, laid out as `segment` says: none, one for w itself or, with `perturb`,
     for w + eps z, and one for w - eps z.
     """
-    if records.is_cuda and triton_launch.has_triton():
+    if tiles.is_cuda and triton_launch.has_triton():
         from engines.quantized import quantized_pass_kernels
 
         quantized_pass_kernels.visit_tiles(
-            records, segment, how, base, store=store, sides=sides, perturb=perturb
+            tiles, segment, how, base, store=store, sides=sides, perturb=perturb
         )
         return
     start = 0
     for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
         size = matrix_bytes(count, base)
         mine = [side[offset : offset + count] for side in sides]
-        here = records[start : start + size]
+        here = tiles[start : start + size]
         _visit_one(here, number, count, how, base, store=store, sides=mine, perturb=perturb)
         start += size
 
 
 def _visit_one(
-    records: Tensor,
+    tiles: Tensor,
     number: int,
     count: int,
     how: Visit,
@@ -66,7 +66,7 @@ def _visit_one(
     perturb: bool,
 ) -> None:
     updates = how.log.in_fp32(how.first, how.last)
-    tables = records.view(-1, record_bytes(base))
+    tables = tiles.view(-1, tile_bytes(base))
     for first, last in tile_ranges(tables):
         here = tables[first:last]
         scales = expanded_scales(here)
@@ -98,21 +98,21 @@ def _visit_one(
 
 
 def add_low_rank_to_tiles(
-    records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
+    tiles: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
 ) -> None:
     """Add the sum over k of rows[k] x columns[k], (rank, m) and (rank, n) fp32, to an (m, n) matrix in
-    records, in place, with the bits of `key`'s rounding stream where `stochastic`.
+    tiles, in place, with the bits of `key`'s rounding stream where `stochastic`.
 
     The sum is rounded to the grid once.
     """
-    if records.is_cuda and triton_launch.has_triton():
+    if tiles.is_cuda and triton_launch.has_triton():
         from engines.quantized import quantized_pass_kernels
 
-        quantized_pass_kernels.add_low_rank_to_tiles(records, base, rows, columns, key, stochastic=stochastic)
+        quantized_pass_kernels.add_low_rank_to_tiles(tiles, base, rows, columns, key, stochastic=stochastic)
         return
     width = columns.shape[1]
     count = rows.shape[1] * width
-    tables = records.view(-1, record_bytes(base))
+    tables = tiles.view(-1, tile_bytes(base))
     for first, last in tile_ranges(tables):
         here = tables[first:last]
         scales = expanded_scales(here)

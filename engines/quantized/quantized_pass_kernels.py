@@ -3,7 +3,7 @@
 """Triton kernels of `engines.quantized.codec`, bit for bit the same arithmetic. Imported only where Triton
 is.
 
-One program takes one record: 128 lanes at a time, which share a scale in each row of the tile, load their
+One program takes one tile: 128 lanes at a time, which share a scale in each row of the tile, load their
 codes as one word each. Where noise is signs and nothing is written back, a thread has the elements whose
 signs its one Philox call gives: 8 neighbours in each half of the tile. Launched without contraction of
 multiply and add. With TRITON_INTERPRET=1 they run on CPU tensors.
@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engines.costs.quantized import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, record_bytes
+from engines.costs.quantized import CODE_BITS, GROUP_ELEMENTS, TILE_ELEMENTS, tile_bytes
 from engines.kernels.triton_launch import launch
 from engines.noise.low_rank_kernels import low_rank
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH, NoiseKey
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import LOG_CAPACITY, Visit
-from engines.noise.weight_pass_kernels import NUM_WARPS, _seed, _signs, dither_at, normals, sign_bits
+from engines.noise.weight_pass_kernels import NUM_WARPS, _seed, _signs, dither_at, drawn, sign_bits
 from engines.quantized import codec
 from engines.settings.zeroth_order import Base
 
@@ -86,7 +86,7 @@ def _encoded(w, scale, uniform, STOCHASTIC: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def _places(codes, scales, tile, FORM: tl.constexpr, WORDS: tl.constexpr):
-    """Where a record has its codes, and where the scales that are its end."""
+    """Where a tile has its codes, and where the scales that are its end."""
     return codes + tile * WORDS, scales + (tile + 1) * (WORDS * (1 if FORM == _INT4 else 2)) - 4 * _GROUPS
 
 
@@ -114,26 +114,29 @@ def _word(c0, c1, c2, c3, FORM: tl.constexpr):
 
 
 @triton.jit
-def _moved(w, z, lr, g, decay):
-    return w - (z * g + w * decay) * lr
+def _moved(w, z, lr, g, decay, DECAYS: tl.constexpr):
+    change = z * g
+    if DECAYS:
+        change = change + w * decay
+    return w - change * lr
 
 
 @triton.jit
-def _whose(record, places, num_matrices, GRID: tl.constexpr):
-    """Tile, tensor, place of its first element, and elements from there on, of a record: see
-    `Segment.places`. Matrices begin at multiples of GRID."""
+def _whose(index, places, num_matrices, GRID: tl.constexpr):
+    """Tile, tensor, place of its first element, and elements from there on, of a tile by its index among all:
+    see `Segment.places`. Matrices begin at multiples of GRID."""
     mine = places
     for i in range(1, num_matrices):
-        mine = tl.where(tl.load(places + i * 4) <= record, places + i * 4, mine)
-    tile, tensor = record - tl.load(mine), tl.load(mine + 2)
+        mine = tl.where(tl.load(places + i * 4) <= index, places + i * 4, mine)
+    tile, tensor = index - tl.load(mine), tl.load(mine + 2)
     # Said here, where the sum is made: the compiler forgets it of what a function returns.
     base = tl.multiple_of(tl.load(mine + 1) + tile * _TILE, GRID)
     return tile, tensor, base, tl.load(mine + 3) - tile * _TILE
 
 
 @triton.jit
-def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr):
-    """Noise of lanes in each row of the tile and, with normals, their two radius words."""
+def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr, COINS: tl.constexpr):
+    """Noise of lanes in each row of the tile and, unless it is signs, the two words that round it."""
     if SIGNS:
         # Neighbours ask for the same bits: moving values between threads would take longer.
         there = lane // _SIGN_WIDTH
@@ -141,7 +144,7 @@ def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr):
         odd = sign_bits(tile, there + _SIGN_LANES // 2, tensor, step, seed) >> lane % _SIGN_WIDTH
         unused = (lane * 0).to(tl.uint32)
         return _sign(even), _sign(odd), _sign(even >> _SIGN_WIDTH), _sign(odd >> _SIGN_WIDTH), unused, unused
-    return normals(tile * _LANES + lane, tensor, step, seed)
+    return drawn(tile * _LANES + lane, tensor, step, seed, COINS)
 
 
 @triton.jit
@@ -163,13 +166,14 @@ def _dithers(tile, lane, tensor, step, seed):
 def _visit_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
     FORM: tl.constexpr, WORDS: tl.constexpr, STORE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr, GRID: tl.constexpr,
+    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr, COINS: tl.constexpr,
+    DECAYS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
-    """`codes` is the records' memory as words of one lane's codes (int16 or int32), `WORDS` to a record;
-    `scales` is the same memory as bf16. `places` tells whose records those are (`Segment.places`)."""
-    record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _whose(record, places, num_matrices, GRID)
-    words, kept = _places(codes, scales, record, FORM, WORDS)
+    """`codes` is the tiles' memory as words of one lane's codes (int16 or int32), `WORDS` to a tile;
+    `scales` is the same memory as bf16. `places` tells whose tiles those are (`Segment.places`)."""
+    index = tl.program_id(0).to(tl.int64)
+    tile, tensor, base, left = _whose(index, places, num_matrices, GRID)
+    words, kept = _places(codes, scales, index, FORM, WORDS)
     for group in range(_GROUPS):
         lane = group * _GROUP + tl.arange(0, _GROUP)
         s0, s1, s2, s3, w0, w1, w2, w3 = _opened(words, kept, group, FORM)
@@ -180,11 +184,11 @@ def _visit_kernel(
             lr = tl.load(row + 1).to(tl.float32, bitcast=True)
             g = tl.load(row + 2).to(tl.float32, bitcast=True)
             decay = tl.load(row + 3).to(tl.float32, bitcast=True)
-            z0, z1, z2, z3, x0, x2 = _drawn(tile, lane, tensor, tl.load(row), seed, SIGNS)
-            w0 = _moved(w0, z0, lr, g, decay)
-            w1 = _moved(w1, z1, lr, g, decay)
-            w2 = _moved(w2, z2, lr, g, decay)
-            w3 = _moved(w3, z3, lr, g, decay)
+            z0, z1, z2, z3, x0, x2 = _drawn(tile, lane, tensor, tl.load(row), seed, SIGNS, COINS)
+            w0 = _moved(w0, z0, lr, g, decay, DECAYS)
+            w1 = _moved(w1, z1, lr, g, decay, DECAYS)
+            w2 = _moved(w2, z2, lr, g, decay, DECAYS)
+            w3 = _moved(w3, z3, lr, g, decay, DECAYS)
         m0, m1 = lane < left, lane + _LANES < left
         m2, m3 = lane + 2 * _LANES < left, lane + 3 * _LANES < left
         if STORE:
@@ -208,7 +212,7 @@ def _visit_kernel(
             tl.store(target + 2 * _LANES, w2.to(like), mask=m2)
             tl.store(target + 3 * _LANES, w3.to(like), mask=m3)
         if SIDES > 0 and PERTURB:
-            z0, z1, z2, z3, _, _ = _drawn(tile, lane, tensor, step, seed, SIGNS)
+            z0, z1, z2, z3, _, _ = _drawn(tile, lane, tensor, step, seed, SIGNS, COINS)
             z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
             like = side.dtype.element_ty
             target = side + base + lane
@@ -227,13 +231,14 @@ def _visit_kernel(
 @triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
 def _signs_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
-    FORM: tl.constexpr, WORDS: tl.constexpr, SIDES: tl.constexpr, PERTURB: tl.constexpr, GRID: tl.constexpr,
+    FORM: tl.constexpr, WORDS: tl.constexpr, SIDES: tl.constexpr, PERTURB: tl.constexpr,
+    DECAYS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """Perturbs by signs and does not store. Two threads have elements in the same words, and
     both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
-    record = tl.program_id(0).to(tl.int64)
-    tile, tensor, base, left = _whose(record, places, num_matrices, GRID)
-    words, kept = _places(codes, scales, record, FORM, WORDS)
+    index = tl.program_id(0).to(tl.int64)
+    tile, tensor, base, left = _whose(index, places, num_matrices, GRID)
+    words, kept = _places(codes, scales, index, FORM, WORDS)
     width: tl.constexpr = 4 if FORM == _INT4 else 8
     mask: tl.constexpr = 15 if FORM == _INT4 else 255
     thread = tl.arange(0, _SIGN_LANES)
@@ -250,8 +255,8 @@ def _signs_kernel(
         g = tl.load(entry + 2).to(tl.float32, bitcast=True)
         decay = tl.load(entry + 3).to(tl.float32, bitcast=True)
         bits = sign_bits(tile, thread, tensor, tl.load(entry), seed)
-        w0 = _moved(w0, _signs(bits, 0), lr, g, decay)
-        w1 = _moved(w1, _signs(bits, 1), lr, g, decay)
+        w0 = _moved(w0, _signs(bits, 0), lr, g, decay, DECAYS)
+        w1 = _moved(w1, _signs(bits, 1), lr, g, decay, DECAYS)
     like = side.dtype.element_ty
     e0 = thread[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
     e1 = e0 + _SIGN_LANES * _SIGN_WIDTH
@@ -280,7 +285,7 @@ def _add_kernel(
     codes, scales, rows, columns, count, height, width, tensor, step, seed,
     FORM: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Add a product of low rank to an (height, width) matrix in records, laid out as for a visit."""
+    """Add a product of low rank to an (height, width) matrix in tiles, laid out as for a visit."""
     tile = tl.program_id(0).to(tl.int64)
     words, kept = _places(codes, scales, tile, FORM, WORDS)
     for group in range(_GROUPS):
@@ -304,7 +309,7 @@ def _add_kernel(
 
 
 def visit_tiles(
-    records: Tensor,
+    tiles: Tensor,
     segment: Segment,
     how: Visit,
     base: Base,
@@ -315,36 +320,46 @@ def visit_tiles(
 ) -> None:
     """The kernel of `quantized_pass.visit_tiles`, with the same arguments."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
-    scales = records.view(torch.bfloat16)
+    scales = tiles.view(torch.bfloat16)
     side, other = (sides[0], sides[-1]) if sides else (scales, scales)
-    places = segment.places(records.device)
-    grid = (records.numel() // record_bytes(base),)
+    places = segment.places(tiles.device)
+    grid = (tiles.numel() // tile_bytes(base),)
     arguments = (
-        records.view(word), scales, side, other, places, len(segment.numbers),
+        tiles.view(word), scales, side, other, places, len(segment.numbers),
         how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed), how.eps,
     )  # fmt: skip
     flags: dict[str, Any] = {
-        "FORM": _FORMS[base], "WORDS": record_bytes(base) // word.itemsize, "SIDES": len(sides),
-        "PERTURB": perturb, "GRID": segment.grid, "enable_fp_fusion": False, "num_warps": NUM_WARPS,
+        "FORM": _FORMS[base], "WORDS": tile_bytes(base) // word.itemsize, "SIDES": len(sides),
+        "PERTURB": perturb, "DECAYS": how.decays, "GRID": segment.grid, "enable_fp_fusion": False,
+        "num_warps": NUM_WARPS,
     }  # fmt: skip
     signs = how.noise == "rademacher"
     if signs and sides and not store:
         launch(_signs_kernel, grid, *arguments, **flags)
         return
     stochastic = how.rounding == "stochastic"
-    launch(_visit_kernel, grid, *arguments, STORE=store, STOCHASTIC=stochastic, SIGNS=signs, **flags)
+    launch(
+        _visit_kernel,
+        grid,
+        *arguments,
+        STORE=store,
+        STOCHASTIC=stochastic,
+        SIGNS=signs,
+        COINS=how.noise == "binomial",
+        **flags,
+    )
 
 
 def add_low_rank_to_tiles(
-    records: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
+    tiles: Tensor, base: Base, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool
 ) -> None:
     """The kernel of `quantized_pass.add_low_rank_to_tiles`, with the same arguments."""
     word = torch.int16 if CODE_BITS[base] == 4 else torch.int32
     (rank, height), width = rows.shape, columns.shape[1]
     launch(
-        _add_kernel, (records.numel() // record_bytes(base),),
-        records.view(word), records.view(torch.bfloat16), rows, columns, height * width, height, width,
+        _add_kernel, (tiles.numel() // tile_bytes(base),),
+        tiles.view(word), tiles.view(torch.bfloat16), rows, columns, height * width, height, width,
         key.tensor, key.step, _seed(key.seed), FORM=_FORMS[base],
-        WORDS=record_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
+        WORDS=tile_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
         enable_fp_fusion=False, num_warps=NUM_WARPS,
     )  # fmt: skip

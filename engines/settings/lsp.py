@@ -18,10 +18,10 @@ class LspSettings(BlockPassSettings):
     """LSP-Offload (2406.10181). Symbols d, r and alpha are the paper's."""
 
     d: int | Literal["auto"] = 512
-    """Size of the subspace; a matrix smaller than d x d uses its own smaller side, to a multiple of r.
+    """Size of the subspace; a matrix smaller than d x d uses its own smaller dimension, to a multiple of r.
     `auto`: one for each shape of weights, as `recommend` chooses them for the machine."""
     d_by_shape: str = ""
-    """For d=auto: such as `2048x2048:1024,5504x2048:1664`, the larger side of a weight first."""
+    """For d=auto: such as `2048x2048:1024,5504x2048:1664`, the larger dimension of a weight first."""
     r: int = 4
     """Nonzeros per projector row."""
     projector: Literal["block", "one_hot", "paper"] = "block"
@@ -96,12 +96,12 @@ class LspSettings(BlockPassSettings):
         """
         if self.d != "auto":
             return self.d
-        sides = max(rows, columns), min(rows, columns)
-        found = sizes_by_shape(self.d_by_shape).get(sides)
+        shape = max(rows, columns), min(rows, columns)
+        found = sizes_by_shape(self.d_by_shape).get(shape)
         if found is None:
             raise UserError(
                 "--set lsp.d=auto",
-                f"nothing says which d suits weights of {sides[0]} x {sides[1]} on this machine",
+                f"nothing says which d suits weights of {shape[0]} x {shape[1]} on this machine",
                 "add --profile, use 'compare', which plans for this machine, or give a number",
             )
         return found
@@ -109,11 +109,11 @@ class LspSettings(BlockPassSettings):
 
 @cache
 def sizes_by_shape(text: str) -> dict[tuple[int, int], int]:
-    """`LspSettings.d_by_shape` by the weight's sides, the larger first."""
+    """`LspSettings.d_by_shape` by the weight's dimensions, the larger first."""
     found = {}
     for part in text.split(",") if text else ():
-        sides, _, d = part.partition(":")
-        one, other = (int(side) for side in sides.split("x"))
+        shape, _, d = part.partition(":")
+        one, other = (int(each) for each in shape.split("x"))
         found[max(one, other), min(one, other)] = int(d)
     return found
 

@@ -48,7 +48,7 @@ def apply_delta(weight: Tensor, delta: Tensor, rate: float, settings: LspSetting
     projector_kernels.plain_update(weight, delta, rate, 1.0, dither, key)
 
 
-def landed(
+def realized_of_core(
     subspace: Subspace, moved: Tensor, core: Tensor, rate: float, settings: LspSettings
 ) -> float | None:
     """How much of the wanted update is in `moved`, the weight (m, n) after `core` was applied to it.

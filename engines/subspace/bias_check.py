@@ -67,8 +67,8 @@ class Subspace:
     def tensors(self) -> dict[str, Tensor]:
         """What makes both projectors, as `left.values` (m, r) and `right.values` (n, r); indices likewise."""
         return {
-            f"{side}.{key}": tensor
-            for side, projector in (("left", self.left), ("right", self.right))
+            f"{name}.{key}": tensor
+            for name, projector in (("left", self.left), ("right", self.right))
             for key, tensor in projector.tensors().items()
         }
 
@@ -130,7 +130,7 @@ def draw_pair(
     rows, columns = shape
     kind = settings.projector
     r = min(settings.r, d)
-    seeds = [derived_seed(seed, name, side, generation) for side in ("left", "right")]
+    seeds = [derived_seed(seed, name, place, generation) for place in ("left", "right")]
     if kind == "one_hot":
         return one_hot_projector(rows, d, seeds[0]), one_hot_projector(columns, d, seeds[1])
     make = random_block_projector if kind == "block" else random_projector
@@ -157,7 +157,7 @@ def draw_subspaces(
         weight: Any = module.weight  # Conv1D is without annotations
         d = core_size(weight.shape[0], weight.shape[1], settings)
         pair = draw_pair(name, weight.shape, d, settings, seed, generation=0)
-        left, right = (side.cast(dtype, device) for side in pair)
+        left, right = (projector.cast(dtype, device) for projector in pair)
         by_block.setdefault(index, []).append(
             Subspace(name=name, block=index, module=module, weight=weight, left=left, right=right)
         )
@@ -194,7 +194,7 @@ class Round:
         left, right, steps, stop = self._find(subspace, gradient)
         self.time_left_s -= self.clock() - begin_s
         dtype = subspace.weight.dtype
-        learned = relative_bias(gradient, *(side.cast(dtype) for side in (left, right)))
+        learned = relative_bias(gradient, *(projector.cast(dtype) for projector in (left, right)))
         # A round that ran out of time, or a form that is fitted in one go, may have nothing better to offer.
         if stop in ("timeout", "closed_form") and learned >= found:
             subspace.checks.append(Check(step=self.step, bias=found, learn_steps=steps, stop=stop))
@@ -210,7 +210,7 @@ class Round:
         if settings.projector == "block":
             return *block_pair(gradient, d, subspace.left.r), 0, "closed_form"
         pair = draw_pair(subspace.name, subspace.weight.shape, d, settings, self.seed, subspace.generation)
-        left, right = (side.cast(torch.float32, gradient.device) for side in pair)
+        left, right = (projector.cast(torch.float32, gradient.device) for projector in pair)
         if not (settings.projector == "paper" and isinstance(left, SparseProjector)):
             return left, right, 0, "redrawn"
         assert isinstance(right, SparseProjector)

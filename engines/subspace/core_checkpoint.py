@@ -11,17 +11,17 @@ from torch import Tensor
 
 from engines.errors import UserError
 from engines.subspace.bias_check import Check
-from engines.subspace.cores import CoreMatrix, CorePiece, Cores
+from engines.subspace.cores import CoreChunk, CoreMatrix, Cores
 
 
 def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
     """Add all matrices' moments (d, d) and projectors to `state`; returns their counts and checks."""
     about = {}
-    for piece, matrix in cores.placed():
-        for key, tensor in checkpoint_tensors(piece, matrix).items():
+    for chunk, matrix in cores.placed():
+        for key, tensor in checkpoint_tensors(chunk, matrix).items():
             state[f"{key}.{matrix.subspace.name}"] = tensor
         about[matrix.subspace.name] = {
-            "updates": piece.state.updates,
+            "updates": chunk.state.updates,
             "generation": matrix.subspace.generation,
             "checks": [asdict(check) for check in matrix.subspace.checks],
         }
@@ -30,9 +30,9 @@ def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
 
 def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
     """Take back what `save_cores` gave. Raises `UserError`, naming `folder`, for other shapes or dtypes."""
-    for piece, matrix in cores.placed():
+    for chunk, matrix in cores.placed():
         name = matrix.subspace.name
-        for key, tensor in checkpoint_tensors(piece, matrix).items():
+        for key, tensor in checkpoint_tensors(chunk, matrix).items():
             found = tensors.get(f"{key}.{name}")
             if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
                 raise UserError(
@@ -43,14 +43,14 @@ def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, 
             tensor.copy_(found)
         matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
         entry = about[name]
-        piece.state.updates = int(entry["updates"])
+        chunk.state.updates = int(entry["updates"])
         matrix.subspace.generation = int(entry["generation"])
         matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
 
 
-def checkpoint_tensors(piece: CorePiece, matrix: CoreMatrix) -> dict[str, Tensor]:
+def checkpoint_tensors(chunk: CoreChunk, matrix: CoreMatrix) -> dict[str, Tensor]:
     """What a checkpoint holds of a matrix: moments (d, d), what makes its projectors, and the length of its
     residual's next step."""
-    moments = {"moment": matrix.of(piece.state.moment), "variance": matrix.of(piece.state.variance)}
+    moments = {"moment": matrix.of(chunk.state.moment), "variance": matrix.of(chunk.state.variance)}
     ratio = {} if matrix.residual is None else {"residual_ratio": matrix.residual.ratio}
     return moments | ratio | matrix.subspace.tensors()

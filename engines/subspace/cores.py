@@ -1,30 +1,30 @@
 """Compressed gradients: how they are made, and where they lie on the GPU and on the host.
 
-A core is made in its block's slot of GPU memory and travels with its neighbours, as a piece
+A core is made in its block's slot of GPU memory and travels with its neighbours, as a chunk
 (`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
 
-Longer than 400 lines: a core's places on both sides are laid out together.
+Longer than 400 lines: a core's places on the GPU and on the host are laid out together.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engines.costs.lsp import CORE_SLOTS, PIECE_ELEMENTS, forms_gradient
+from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS, forms_gradient
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import OfRanks, PieceUpdate, StepShare
+from engines.cpu_updates.pipeline import OfRanks, StepShare
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
 from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, compress, transport_moments
-from engines.subspace.residual import Residual, make_residual, residual_rooms
+from engines.subspace.residual import Residual, make_residual, residual_buffers
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab, HostSlabs
 from engines.transfer.shared_memory import shared_slabs
@@ -57,14 +57,14 @@ class CoreMatrix:
     residual: Residual | None
     """What the core leaves out takes a step too."""
     offset: int
-    """Of its core, in elements, in its piece."""
+    """Of its core, in elements, in its chunk."""
     is_collected: bool = False
     """The core holds gradient of the backward pass under way."""
 
-    def of(self, piece: Tensor) -> Tensor:
-        """Its part, (d, d), of what a piece holds, (elements,)."""
+    def of(self, chunk: Tensor) -> Tensor:
+        """Its part, (d, d), of what a chunk holds, (elements,)."""
         d = self.subspace.d
-        return piece[self.offset : self.offset + d * d].view(d, d)
+        return chunk[self.offset : self.offset + d * d].view(d, d)
 
     @property
     def kept_width(self) -> int | None:
@@ -80,7 +80,7 @@ class CoreMatrix:
 
     @torch.no_grad()
     def collect(self, kept: Tensor, gradient: Tensor) -> None:
-        """S = (dY P)^T (X Q), (d, d), of dY (tokens, out); with the sides swapped where W^T is stored."""
+        """S = (dY P)^T (X Q), (d, d), of dY (tokens, out); with P and Q swapped where W^T is stored."""
         subspace = self.subspace
         whole = self.forms_gradient or self.calibrator.calibrates
         if not whole:
@@ -123,7 +123,7 @@ class CoreMatrix:
 
 @dataclass(kw_only=True, eq=False)
 class CoreState:
-    """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingPiece`."""
+    """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingChunk`."""
 
     deadline: int
     number: int
@@ -158,7 +158,7 @@ class CoreState:
 
 
 @dataclass(kw_only=True, eq=False)
-class CorePiece:
+class CoreChunk:
     """Matrices whose cores travel together."""
 
     state: CoreState
@@ -169,20 +169,19 @@ class CorePiece:
 
 @dataclass(kw_only=True, eq=False)
 class CoreBlock:
-    pieces: list[CorePiece]
+    chunks: list[CoreChunk]
     core: Tensor
     """(elements,) on the GPU: all its cores."""
     on_host: Tensor
-    """(elements,) on the host: what goes up of all its pieces."""
+    """(elements,) on the host: what goes up of all its chunks."""
     squared_norm: Tensor
     """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
     """It has gradient of this step that has not been submitted."""
-    pending: list[PieceUpdate] = field(default_factory=list)
 
     @property
     def matrices(self) -> list[CoreMatrix]:
-        return [matrix for piece in self.pieces for matrix in piece.matrices]
+        return [matrix for chunk in self.chunks for matrix in chunk.matrices]
 
     @property
     def index(self) -> int:
@@ -198,7 +197,7 @@ class CoreBlock:
 
 
 class Cores:
-    """Memory of all cores, on both sides.
+    """Memory of all cores, on the GPU and on the host.
 
     Blocks take turns on a few slots of GPU memory; without `offload` each has its own.
     """
@@ -244,7 +243,7 @@ class Cores:
         incoming = self.incoming_of_ranks[world.local_rank]
         self._is_first = world.local_rank == 0
         self.first: list[int] = []
-        """Of each piece, by number: its first element among all cores."""
+        """Of each chunk, by number: its first element among all cores."""
         self.squared_norms = torch.zeros(len(sizes), device=device)
         """(blocks,) fp32 on the GPU: of the compressed gradients of this step.
 
@@ -261,17 +260,17 @@ class Cores:
         self._sums: list[Tensor | None] = [None] * len(sizes)
         """(elements,) fp32, of each block; block by block it is the same memory."""
         if workload.accumulation > 1:
-            rooms = [max(sizes)] if block_major else sizes
-            made = [torch.zeros(size, device=device) for size in rooms]
+            buffer_sizes = [max(sizes)] if block_major else sizes
+            made = [torch.zeros(size, device=device) for size in buffer_sizes]
             self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
         self.blocks: list[CoreBlock] = []
         begin = 0
-        rooms_for_residuals = residual_rooms(subspaces, dtype, device) if settings.residual else []
+        buffers_for_residuals = residual_buffers(subspaces, dtype, device) if settings.residual else []
         for index, members in enumerate(subspaces):
             core = slots[index % len(slots)][: sizes[index]]
             on_host = outgoing[begin : begin + sizes[index]]
             sums = self._sums[index]
-            pieces: list[CorePiece] = []
+            chunks: list[CoreChunk] = []
             first = 0
             for group in _grouped(members):
                 count = sum(each.d**2 for each in group)
@@ -285,23 +284,23 @@ class Cores:
                     variance=variance,
                     squared_norm=norms_on_host[index : index + 1],
                     settings=settings,
-                    key=noise_key(seed, index, len(pieces)),
+                    key=noise_key(seed, index, len(chunks)),
                 )
                 part = core[first : first + count]
                 of_part = None if sums is None else sums[first : first + count]
-                left_out = rooms_for_residuals[sum(len(piece.matrices) for piece in pieces) :]
+                left_out = buffers_for_residuals[sum(len(chunk.matrices) for chunk in chunks) :]
                 matrices = _matrices(group, part, of_part, calibrator, workload, settings.residual, left_out)
-                pieces.append(CorePiece(state=state, matrices=matrices, core=part))
+                chunks.append(CoreChunk(state=state, matrices=matrices, core=part))
                 self.first.append(begin)
                 first += count
                 begin += count
             norm = self.squared_norms[index : index + 1]
-            self.blocks.append(CoreBlock(pieces=pieces, core=core, on_host=on_host, squared_norm=norm))
+            self.blocks.append(CoreBlock(chunks=chunks, core=core, on_host=on_host, squared_norm=norm))
         self.place = {members[0].block: place for place, members in enumerate(subspaces)}
         """Where in `blocks` a block of the model is, by its index there."""
 
     def of_ranks(self, place: int, state: CoreState, places: Sequence[int]) -> OfRanks:
-        """What the ranks bring of a piece of the block at `place`; `places` are of no meaning."""
+        """What the ranks bring of a chunk of the block at `place`; `places` are of no meaning."""
         begin = self.first[state.number]
         end = begin + state.incoming.numel()
         return OfRanks(
@@ -313,14 +312,14 @@ class Cores:
     def matrices(self) -> list[CoreMatrix]:
         return [matrix for _, matrix in self.placed()]
 
-    def placed(self) -> list[tuple[CorePiece, CoreMatrix]]:
-        """Every matrix, with the piece that it is in."""
-        return [(piece, m) for block in self.blocks for piece in block.pieces for m in piece.matrices]
+    def placed(self) -> list[tuple[CoreChunk, CoreMatrix]]:
+        """Every matrix, with the chunk that it is in."""
+        return [(chunk, m) for block in self.blocks for chunk in block.chunks for m in chunk.matrices]
 
-    def piece_of(self, matrix: CoreMatrix) -> CorePiece:
-        """The piece that a matrix is in."""
-        pieces = self.blocks[self.place[matrix.subspace.block]].pieces
-        return next(piece for piece in pieces if matrix in piece.matrices)
+    def chunk_of(self, matrix: CoreMatrix) -> CoreChunk:
+        """The chunk that a matrix is in."""
+        chunks = self.blocks[self.place[matrix.subspace.block]].chunks
+        return next(chunk for chunk in chunks if matrix in chunk.matrices)
 
     def begin_step(self) -> None:
         """No block has gradient."""
@@ -381,9 +380,9 @@ def _matrices(
     calibrator: Calibrator,
     workload: Workload,
     residual: float,
-    rooms: Sequence[Tensor],
+    buffers: Sequence[Tensor],
 ) -> list[CoreMatrix]:
-    """`rooms` are for what `residual`, if any, steps along: for each matrix one."""
+    """`buffers` are for what `residual`, if any, steps along: for each matrix one."""
     offset, found = 0, []
     for place, each in enumerate(subspaces):
         d, rows, columns = each.d, each.left.rows, each.right.rows
@@ -394,7 +393,7 @@ def _matrices(
                 forms_gradient=residual > 0 or forms_gradient(rows, columns, d, workload),
                 core=core[offset : offset + d * d].view(d, d),
                 sum=None if sums is None else sums[offset : offset + d * d].view(d, d),
-                residual=make_residual(residual, each.weight.shape, rooms[place]) if residual else None,
+                residual=make_residual(residual, each.weight.shape, buffers[place]) if residual else None,
                 offset=offset,
             )
         )
@@ -403,10 +402,10 @@ def _matrices(
 
 
 def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
-    """Neighbours whose cores make up `PIECE_ELEMENTS` at most, or a single larger one."""
+    """Neighbours whose cores make up `CHUNK_ELEMENTS` at most, or a single larger one."""
     group: list[Subspace] = []
     for each in subspaces:
-        if group and sum(member.d**2 for member in group) + each.d**2 > PIECE_ELEMENTS:
+        if group and sum(member.d**2 for member in group) + each.d**2 > CHUNK_ELEMENTS:
             yield group
             group = []
         group.append(each)

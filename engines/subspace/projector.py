@@ -291,7 +291,7 @@ def random_block_projector(rows: int, d: int, r: int, seed: int) -> BlockProject
 
 def compress(gradient: Tensor, left: Projector, right: Projector) -> Tensor:
     """P^T G Q (d, d), of `gradient` (m, n), all of one dtype. Sums are in fp32, each product is rounded."""
-    if left.rows >= right.rows:  # the larger side goes first: the second product is then the smaller one
+    if left.rows >= right.rows:  # the larger dimension goes first: the second product is then the smaller one
         return right.project(left.project(gradient.T).T.contiguous())
     return left.project(right.project(gradient).T.contiguous()).T
 

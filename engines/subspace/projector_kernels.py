@@ -41,7 +41,8 @@ class ProgramSizes:
     """Of a program."""
 
     edge: int
-    """Rows of x, rows of a projector at a time, and both sides of the piece of a weight that it updates."""
+    """Rows of x, rows of a projector at a time, and both dimensions of the tile of a weight that it
+    updates."""
     warps: int
 
 

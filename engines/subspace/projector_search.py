@@ -53,11 +53,11 @@ def block_pair(gradient: Tensor, d: int, r: int) -> tuple[BlockProjector, BlockP
     `ValueError` if r does not divide d or d is larger than m or n.
     """
     gradient = gradient.float()
-    left = _block_side(gradient, d, r)
-    return left, _block_side(left.project(gradient.T), d, r)
+    left = _rows_projector(gradient, d, r)
+    return left, _rows_projector(left.project(gradient.T), d, r)
 
 
-def _block_side(gradient: Tensor, d: int, r: int) -> BlockProjector:
+def _rows_projector(gradient: Tensor, d: int, r: int) -> BlockProjector:
     """The projector of the rows of `gradient` (rows, t), fp32."""
     places = block_rows(gradient.shape[0], count_blocks(gradient.shape[0], r, d)).to(gradient.device)
     used = places >= 0
@@ -148,7 +148,7 @@ def learn(
     end_s = clock() + time_limit_s
     target = gradient.float()
     target = target / torch.linalg.vector_norm(target)
-    left, right = (side.with_values(side.values.clone().requires_grad_()) for side in (left, right))
+    left, right = (each.with_values(each.values.clone().requires_grad_()) for each in (left, right))
     adam = torch.optim.Adam([left.values, right.values], lr=rate)
     best = (math.inf, left.values, right.values)
     before = math.nan

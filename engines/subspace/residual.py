@@ -1,8 +1,8 @@
 """What projectors leave out of a gradient, as a step of its own.
 
-LSP-Offload (2406.10181) drops G - P P^T G Q Q^T. Fira (2410.01623) does not, for projectors of one side: it
+LSP-Offload (2406.10181) drops G - P P^T G Q Q^T. Fira (2410.01623) does not, for one projector a matrix: it
 takes a step along it too, of the length that Adam gives to what is kept, without any state for it. Here, for
-two sides:
+two:
 
     R = G - P S Q^T with S = P^T G Q        W <- W - lr share (||dS|| / ||S||) R
 
@@ -40,7 +40,8 @@ class Residual:
     core_norm: Tensor
     """(1,) fp32: ||S||.
 
-    HAZARD: it must not change before the core's update has landed, which the block's next forward waits for.
+    HAZARD: it must not change before the core's update has been applied, which the block's next forward waits
+    for.
     """
 
     def take(self, gradient: Tensor, core: Tensor, left: Projector, right: Projector, *, adds: bool) -> None:
@@ -72,7 +73,8 @@ class Residual:
 
 
 def make_residual(share: float, shape: torch.Size, left_out: Tensor) -> Residual:
-    """For a matrix of `shape` (m, n); `left_out` is room for the largest matrix at its place in a block."""
+    """For a matrix of `shape` (m, n); `left_out` is a buffer for the largest matrix at its place in a
+    block."""
     rows, columns = shape
     device = left_out.device
     return Residual(
@@ -83,7 +85,7 @@ def make_residual(share: float, shape: torch.Size, left_out: Tensor) -> Residual
     )
 
 
-def residual_rooms(
+def residual_buffers(
     subspaces: Sequence[Sequence[Subspace]], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """(elements,) of the weights' dtype for each place in a block, as the largest matrix there needs."""

@@ -1,12 +1,13 @@
 """The leading eigenvectors of many small symmetric matrices at once, by orthogonal iteration.
 
-In place of a batched `eigh`, to which 40 to 70 ms for each side of a matrix point on an H200 (first steps of
+In place of a batched `eigh`, to which 40 to 70 ms for each projector point on an H200 (first steps of
 reports/results/deepseek-coder-*_h200_20261124), and GPU memory outside torch's. All that is used here are
 batched products and sums over fp32: no workspace, the same bits in each run on the same device.
 
 Expected cost for `b` matrices h x h: b (8 h^3 + 14 h^2 r + 28 h r^2) floating-point operations, 0.2 GFLOP for
 the largest blocks of a 6.7B model (b = 256, h = 43, r = 8), so what counts is the start of some 7 (1 + 8 r)
-kernels: 4 ms a call at 8 microseconds each, 1.6 s for the 448 sides of such a model. Estimated, not measured.
+kernels: 4 ms a call at 8 microseconds each, 1.6 s for the 448 projectors of such a model. Estimated, not
+measured.
 """
 
 from __future__ import annotations

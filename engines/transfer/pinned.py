@@ -20,8 +20,8 @@ ReportProgress = Callable[[str, int, int], None]
 """Told of slow work: what, units done, units in total."""
 
 
-TOUCH_PIECE_BYTES = 2**30
-"""Host memory is touched in pieces of this size, for its progress to be seen."""
+TOUCH_CHUNK_BYTES = 2**30
+"""Host memory is touched in chunks of this size, for its progress to be seen."""
 
 
 class PageableMemoryWarning(UserWarning):
@@ -70,11 +70,11 @@ class HostSlab:
     def _touch(self, progress: ReportProgress | None) -> None:
         assert self._memory is not None
         what = "touching host memory to pin (bytes)"
-        for start in range(0, self.num_bytes, TOUCH_PIECE_BYTES):
-            piece = self._memory[start : start + TOUCH_PIECE_BYTES]
-            piece.fill_(0)  # with all threads; the driver would touch the pages with one
+        for start in range(0, self.num_bytes, TOUCH_CHUNK_BYTES):
+            chunk = self._memory[start : start + TOUCH_CHUNK_BYTES]
+            chunk.fill_(0)  # with all threads; the driver would touch the pages with one
             if progress is not None:
-                progress(what, start + piece.numel(), self.num_bytes)
+                progress(what, start + chunk.numel(), self.num_bytes)
 
     def _pin(self, device: torch.device) -> None:
         assert self._memory is not None

@@ -37,8 +37,8 @@ class ShareExchange:
         is_cuda = link.device.type == "cuda"
         # Before the compute stream's: kernels of a collective that are not started hold up all ranks.
         self._stream = torch_cuda.Stream(link.device, -1) if is_cuda else None
-        room = torch.zeros(world.local_size, dtype=torch.uint8, device=link.device)
-        self._gather(room, Event())  # here, and not in the first step, it is found out what cannot be
+        buffer = torch.zeros(world.local_size, dtype=torch.uint8, device=link.device)
+        self._gather(buffer, Event())  # here, and not in the first step, it is found out what cannot be
         self.synchronize()
 
     def share_bytes(self, size_bytes: int) -> int:

@@ -23,7 +23,7 @@ class Source(Protocol):
 
     def take(self, block: int, first: int, last: int) -> Tensor:
         """The flat memory of parts of one span, on the device, ready in the order of the compute stream; of
-        a low-bit matrix, its records (see `engines.quantized.codec`).
+        a low-bit matrix, its tiles (see `engines.quantized.codec`).
 
         Raises `UserError` if they are gone already.
         """
@@ -56,7 +56,7 @@ class Task:
     """What a visit does with a block."""
 
     how: Visit
-    """Pending updates and perturbation of the block."""
+    """Deferred updates and perturbation of the block."""
     store: bool
     """Write the updated weights back to the source's memory."""
     perturb: bool

@@ -1,4 +1,4 @@
-"""The end of a causal language model in pieces: logits only where labels are, and never all of them at once.
+"""The end of a causal language model in chunks: logits only where labels are, and never all of them at once.
 
 Most models end in one linear layer, whose outputs are the logits, and in the mean cross-entropy of the next
 token. For those (`plain_head` finds out) the loss is computed over chunks of the vocabulary with a running
@@ -114,7 +114,7 @@ class LossHead:
         self,
         hidden: Mapping[Side, Tensor],
         targets: Targets,
-        outer: Mapping[str, Tensor],
+        non_block: Mapping[str, Tensor],
         trained: Collection[str],
         how: Visit,
         *,
@@ -125,7 +125,7 @@ class LossHead:
 
         What is not in `trained` is not perturbed.
         """
-        weight = outer[self._weight]
+        weight = non_block[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
         moved = [side for side in hidden if side is not Side.PLAIN]
@@ -134,17 +134,17 @@ class LossHead:
             torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
             for _ in range(trains * len(moved))
         ]
-        biases = self._biases(outer, how, trained, moved) if moved else [self._bias_of(outer)]
+        biases = self._biases(non_block, how, trained, moved) if moved else [self._bias_of(non_block)]
 
         def chunk(first: int, last: int) -> list[Tensor]:
             if not trains:
                 return [weight[first:last]] * len(hidden)
-            piece = weight[first:last].view(-1)
-            rooms = [memory[: last - first] for memory in scratch]
-            segment = one(self._numbers[self._weight], piece.numel(), decays=True)
-            out = _outputs(moved, [room.view(-1) for room in rooms])
-            weight_pass.visit(piece, segment, how, out, start=first * width)
-            return rooms
+            theta = weight[first:last].view(-1)
+            buffers = [memory[: last - first] for memory in scratch]
+            segment = one(self._numbers[self._weight], theta.numel(), decays=True)
+            out = _outputs(moved, [buffer.view(-1) for buffer in buffers])
+            weight_pass.visit(theta, segment, how, out, start=first * width)
+            return buffers
 
         scores = _scores(list(hidden.values()), targets, vocabulary, rows, chunk, biases)
         if of_each:
@@ -152,22 +152,22 @@ class LossHead:
             return [of_sequences(each.losses, targets, batch, length) for each in scores]
         return [each.loss_sum / targets.labels.numel() for each in scores]
 
-    def evaluate(self, hidden: Tensor, targets: Targets, outer: Mapping[str, Tensor]) -> Scores:
+    def evaluate(self, hidden: Tensor, targets: Targets, non_block: Mapping[str, Tensor]) -> Scores:
         """With the weights as they are."""
-        weight = outer[self._weight]
+        weight = non_block[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        biases = [self._bias_of(outer)]
+        biases = [self._bias_of(non_block)]
         (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], biases)
         return scores
 
-    def _bias_of(self, outer: Mapping[str, Tensor]) -> Tensor | None:
-        return None if self._bias is None else outer[self._bias]
+    def _bias_of(self, non_block: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._bias is None else non_block[self._bias]
 
     def _biases(
-        self, outer: Mapping[str, Tensor], how: Visit, trained: Collection[str], sides: Sequence[Side]
+        self, non_block: Mapping[str, Tensor], how: Visit, trained: Collection[str], sides: Sequence[Side]
     ) -> Sequence[Tensor | None]:
-        bias = self._bias_of(outer)
+        bias = self._bias_of(non_block)
         if bias is None or self._bias is None or self._bias not in trained:
             return [bias] * len(sides)
         moved = [torch.empty_like(bias) for _ in sides]
@@ -219,13 +219,13 @@ def _scores(
         last = min(first + rows, vocabulary)
         weights = chunk(first, last)
         for state, weight, bias, running in zip(states, weights, biases, sides, strict=True):
-            piece = None if bias is None else bias[first:last]
+            chunk_bias = None if bias is None else bias[first:last]
             for begin in range(0, count, HEAD_TOKENS):
                 tokens = state[begin : begin + HEAD_TOKENS]
                 logits = torch.empty(
                     (tokens.shape[0], last - first), dtype=weight.dtype, device=weight.device
                 )
-                multiply(tokens, weight.t(), piece, logits)
+                multiply(tokens, weight.t(), chunk_bias, logits)
                 running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
     return [running.scores(targets.labels) for running in sides]
 

@@ -10,9 +10,9 @@ and for each matrix W (m, n) of a linear layer in the blocks:
 
 The paper has z_i = U * (r_i s_i^T), element by element, with one Gaussian U (m, n) for all examples (formulae
 of its README and `estimation_side=two_norm` of optimizers/flipout.py, LiyanTan111/GRZO-public 2eb8021; the
-paper itself was not at hand). Here U is ones: E z_i z_i^T = I as there, no noise has the size of a matrix, and
-there is no second product. All examples go through the model at once, each with its own direction, so a step
-takes the two forward passes of `spsa`.
+paper itself was not at hand). Here U is ones: E z_i z_i^T = I as there, no noise has the size of a matrix,
+and there is no second product. All examples go through the model at once, each with its own direction, so a
+step takes the two forward passes of `spsa`.
 
 Within a window all updates of example i's place in the batch have s_i in common: their sum is A_i s_i^T, with
 A (B, m) in fp32. W itself stays as it was, and row x of example i gets

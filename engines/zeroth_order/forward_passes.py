@@ -2,7 +2,7 @@
 micro-batch.
 
 A block is visited once, for all of them: the first probe's perturbed weights are made in the same pass that
-applies the pending updates, the next one's then take their place in the scratch. So several queries share
+applies the deferred updates, the next one's then take their place in the scratch. So several queries share
 one trip over the link, and cost hidden states, noise and forward passes. Where the updates are not stored, as
 between two roundings of a low-bit base, each of them applies them again.
 """
@@ -55,9 +55,9 @@ def _finite(losses: list[float], step: int) -> list[float]:
         bad = next(loss for loss in losses if not math.isfinite(loss))
         good = next((loss for loss in losses if math.isfinite(loss)), bad)
         if len(losses) > MOST_TOLD:
-            raise NonFiniteLoss(f"{bad} is among the {len(losses)} losses of step {step}", sides=(good, bad))
+            raise NonFiniteLoss(f"{bad} is among the {len(losses)} losses of step {step}", losses=(good, bad))
         told = ", ".join(map(str, losses[:-1]))
-        raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", sides=(good, bad))
+        raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", losses=(good, bad))
     return losses
 
 
@@ -84,9 +84,9 @@ def each_over_ranks(
     """
     first_side = [sum(sides[:number]) for number in range(len(sides) + 1)]
     columns = [range(first_side[each.probes.start], first_side[each.probes.stop]) for each in division]
-    room = max(len(each.batches) * len(sides) for each, sides in zip(division, columns, strict=True))
+    width = max(len(each.batches) * len(sides) for each, sides in zip(division, columns, strict=True))
     values: list[float] = own.flatten().tolist()
-    found = world.gather([*values, *([0.0] * (room - len(values)))])
+    found = world.gather([*values, *([0.0] * (width - len(values)))])
     count = max(each.batches.stop for each in division)
     losses = [[0.0] * first_side[-1] for _ in range(count)]
     for each, sides_of, row in zip(division, columns, found, strict=True):
@@ -119,7 +119,7 @@ class Streams:
         return replace(self._how, step=probe.draw)
 
     def visit(self, index: int, task: Task, source: Source) -> None:
-        """All streams through block `index`. `task` tells pending updates and whether they are stored."""
+        """All streams through block `index`. `task` tells deferred updates and whether they are stored."""
         for number, probe in enumerate(self._probes):
             last = number == len(self._probes) - 1
             how = without_updates(task.how) if number > 0 and task.store else task.how

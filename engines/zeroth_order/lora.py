@@ -5,7 +5,7 @@
 The model's own weights are frozen: both sides of a step share one product with W, over the stacked batch, and
 each half then takes the products with its own A and B. The adapters of all blocks are on the GPU in both
 engines. They are perturbed when the visit of their block begins, and take an update as soon as it is known,
-so that none is ever pending.
+so that none is ever deferred.
 
 Their tensors are numbered after the model's own, in the order of their names. A matrix that is used twice in
 its block has one adapter; one that is also used elsewhere has none.
@@ -243,7 +243,7 @@ class Adapters(TwoSided):
             weight_pass.visit(flat, self._segments[block], without_updates(task.how), out)
 
     def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
-        """Apply pending updates in place; those of a step's examples are others'."""
+        """Apply deferred updates in place; those of a step's examples are others'."""
         for flat, segment in zip(self._memory, self._segments, strict=True):
             weight_pass.visit(flat, segment, how, Outputs(theta=flat))
 

@@ -29,8 +29,8 @@ Deviations from the paper:
 A low-bit base (`engines.quantized.codec`) is written likewise when a window ends: the sum is rounded to its
 grid, once in so many steps.
 
-`LowRank` is what `engines.zeroth_order.example_noise` has in common with it: the layers' forward, windows, what
-is added to weights, and checkpoints.
+`LowRank` is what `engines.zeroth_order.example_noise` has in common with it: forwards of layers,
+windows, what is added to weights, and checkpoints.
 
 Longer than 400 lines: layout, windows and weights of low-rank noise are one thing.
 """
@@ -282,7 +282,7 @@ class LowRank(TwoSided):
 
     @abstractmethod
     def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
-        """Apply to all accumulators the pending updates of `how`, or those of a step's examples."""
+        """Apply to all accumulators the deferred updates of `how`, or those of a step's examples."""
 
     def _window_of(self, task: Task) -> int:
         """A perturbed pass is that of the window that goes on, one with theta itself may be at its end."""
@@ -303,7 +303,7 @@ class LowRank(TwoSided):
             matrix.accumulator.zero_()
 
     def fold(self, name: str, weight: Tensor, window: int, seed: int) -> None:
-        """W += A V^T, scaled, in place, for the flat memory of a matrix, or its records; nothing for another
+        """W += A V^T, scaled, in place, for the flat memory of a matrix, or its tiles; nothing for another
         tensor."""
         matrix = self._by_name.get(name)
         if matrix is None:
@@ -413,17 +413,17 @@ def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *
         return
     width = columns.shape[1]
     for start in range(0, weight.numel(), FOLD_CHUNK):
-        piece = weight[start : start + FOLD_CHUNK]
-        element = torch.arange(start, start + piece.numel(), device=weight.device)
+        chunk = weight[start : start + FOLD_CHUNK]
+        element = torch.arange(start, start + chunk.numel(), device=weight.device)
         row, column = element // width, element % width
         change = rows[0, row] * columns[0, column]
         for k in range(1, rows.shape[0]):
             change = change + rows[k, row] * columns[k, column]
-        moved = piece.float() + change
+        moved = chunk.float() + change
         if stochastic:
-            bits = philox.dither_bits(key, piece.numel(), weight.device, start)
+            bits = philox.dither_bits(key, chunk.numel(), weight.device, start)
             moved = weight_pass.dither(moved, bits, weight.dtype)
-        piece.copy_(moved)
+        chunk.copy_(moved)
 
 
 def _up(count: int, grid: int) -> int:

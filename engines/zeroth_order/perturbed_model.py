@@ -96,8 +96,8 @@ class PerturbedModel:
         """`apart`: blocks that cannot be run for both sides at once (`engines.zeroth_order.stacking`)."""
         self.layout = layout
         self.adapters = adapters
-        self.outer = {
-            name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.outer
+        self.non_block = {
+            name: torch.empty(layout.shapes[name], dtype=dtype, device=device) for name in layout.non_block
         }
         self.num_blocks = len(layout.blocks)
         self.device = device
@@ -121,7 +121,7 @@ class PerturbedModel:
         self._apart = frozenset(
             unit.block for unit in units if unit.module is self._driver.blocks[unit.block]
         )
-        self.scratch = BlockScratch(layout, units, dtype, device, self.outer, clock, forms)
+        self.scratch = BlockScratch(layout, units, dtype, device, self.non_block, clock, forms)
         if isinstance(adapters, LowRank):
             self.scratch.fold = adapters.fold
         self._graphs: BlockGraphs | None = None
@@ -140,7 +140,7 @@ class PerturbedModel:
             unit.module.forward = self._block_forward(unit)
         for path, module in owners.items():
             if not path.startswith(f"{block_path}."):
-                module.forward = self._outer_forward(path, module, names)
+                module.forward = self._non_block_forward(path, module, names)
         self._example_losses = ExampleLosses(type(model).__name__)
         # After the units are in place: models with experts look at how their weights lie, NaN or not.
         self._head = plain_head(model, self._driver, places, layout.numbers)
@@ -249,7 +249,7 @@ class PerturbedModel:
 
     def losses(self, batch: Prepared, hidden: Tensor, how: Visit, sides: Sequence[Side]) -> Sequence[Tensor]:
         """Loss of a micro-batch on each of `sides`, () fp64 or fp32, from the hidden state of all of them.
-        Where examples have directions of their own: that of the first on each of `sides`, then of the next."""
+        Where examples have directions of their own: of the first on each of `sides`, then of the next."""
         self._how = how
         states = dict(zip(sides, hidden.chunk(len(sides)), strict=True))
         of_each = isinstance(self.adapters, ExampleNoise)
@@ -262,8 +262,8 @@ class PerturbedModel:
         else:
             assert batch.targets is not None
             reached = {side: self._reach_head(batch, state, side) for side, state in states.items()}
-            outer, trained = self.outer, self.layout.trained
-            found = self._head.losses(reached, batch.targets, outer, trained, how, of_each=of_each)
+            non_block, trained = self.non_block, self.layout.trained
+            found = self._head.losses(reached, batch.targets, non_block, trained, how, of_each=of_each)
         return torch.stack(tuple(found), 1).flatten().unbind() if of_each else found
 
     def evaluate(self, batch: Prepared, hidden: Tensor, total: EvaluationSum) -> None:
@@ -271,7 +271,7 @@ class PerturbedModel:
         if self._head is not None:
             assert batch.targets is not None
             reached = self._reach_head(batch, hidden, Side.PLAIN)
-            scores = self._head.evaluate(reached, batch.targets, self.outer)
+            scores = self._head.evaluate(reached, batch.targets, self.non_block)
             total.add_sums(float(scores.loss_sum), int(scores.correct), batch.targets.labels.numel())
         else:
             total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs)
@@ -286,10 +286,10 @@ class PerturbedModel:
             self._driver.finish(batch.inputs, hidden)
         return reached.hidden
 
-    def update_outer(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
-        """Apply pending updates to what is outside the blocks, and to what stands beside them; there those of
-        a step's examples, if these have their own."""
-        for name, weight in self.outer.items():
+    def update_non_block(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
+        """Apply deferred updates to what is outside the blocks, and to what stands beside them; there those
+        of a step's examples, if these have their own."""
+        for name, weight in self.non_block.items():
             if name in self.layout.trained:
                 flat = weight.view(-1)
                 weight_pass.visit(flat, self.layout.segment(name), how, Outputs(theta=flat))
@@ -299,8 +299,8 @@ class PerturbedModel:
         """Of the updates of `how` to the largest trained tensor outside the blocks, or of an adapter:
         `engines.noise.realized_updates.realized_fraction`. `None` without any."""
         trained = [
-            (self.outer[name], self.layout.numbers[name])
-            for name in self.outer
+            (self.non_block[name], self.layout.numbers[name])
+            for name in self.non_block
             if name in self.layout.trained
         ]
         trained += [(self.adapters.tensors[name], number) for name, number in self.adapters.numbers.items()]
@@ -385,13 +385,15 @@ class PerturbedModel:
 
         return forward
 
-    def _outer_forward(
+    def _non_block_forward(
         self, path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
     ) -> Callable[..., Any]:
         original = module.forward
         # Where the blocks are inside it, only what it has itself.
         places = [
-            place for place in places_in(path, module, names) if place[0] is module or place[2] in self.outer
+            place
+            for place in places_in(path, module, names)
+            if place[0] is module or place[2] in self.non_block
         ]
         looks_up = type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", None) is None
         shape: torch.Size | None = None
@@ -400,15 +402,15 @@ class PerturbedModel:
             nonlocal shape
             if self._in_tail and shape is not None and isinstance(module, nn.Embedding):
                 # The model's forward begins anew to get to its end; what enters the blocks is not used.
-                anything, ids = next(iter(self.outer.values())), args[0] if args else None
+                anything, ids = next(iter(self.non_block.values())), args[0] if args else None
                 return anything.new_zeros((*ids.shape, shape[-1]) if isinstance(ids, Tensor) else shape)
             (_, _, name), ids = places[0], args[0] if args else None
             if looks_up and ids is not None and self._side is not Side.PLAIN and name in self.layout.trained:
                 result: Any = weight_pass.rows(
-                    self.outer[name], self.layout.numbers[name], ids, self._signed()
+                    self.non_block[name], self.layout.numbers[name], ids, self._signed()
                 )
             else:
-                weights = [self._outer_weight(name) for _, _, name in places]
+                weights = [self._non_block_weight(name) for _, _, name in places]
                 with swapped(places, weights):
                     result = original(*args, **kwargs)
             shape = result.shape if isinstance(result, Tensor) else None
@@ -420,9 +422,9 @@ class PerturbedModel:
         assert self._how is not None
         return replace(self._how, eps=self._side.value * self._how.eps)
 
-    def _outer_weight(self, name: str) -> nn.Parameter:
+    def _non_block_weight(self, name: str) -> nn.Parameter:
         """A tensor outside the blocks as the present side has it."""
-        weight = self.outer[name]
+        weight = self.non_block[name]
         if self._side is not Side.PLAIN and name in self.layout.trained:
             assert self._how is not None
             moved = torch.empty_like(weight)

@@ -20,7 +20,7 @@ from engines.noise import weight_pass
 from engines.noise.tiles import Segment
 from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
-from engines.quantized.block_form import BlockForm, damaged_records
+from engines.quantized.block_form import BlockForm, damaged_tiles
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.units import ModuleUnit
@@ -38,7 +38,7 @@ class BlockScratch:
         units: Sequence[ModuleUnit],
         dtype: torch.dtype,
         device: torch.device,
-        outer: Mapping[str, Tensor],
+        non_block: Mapping[str, Tensor],
         clock: ComputeClock,
         forms: Sequence[BlockForm],
     ) -> None:
@@ -46,18 +46,18 @@ class BlockScratch:
         self._forms = forms
         self._base = forms[0].base
         self._has_room: Tensor | None = None
-        """Whether all weights that were stored found room in lossless records, () bool on the device; `None`:
+        """Whether all weights that were stored found room in lossless tiles, () bool on the device; `None`:
         none were."""
         self._damaged = torch.zeros(1, dtype=torch.int32, device=device)
-        """1: lossless records were not what was written."""
+        """1: lossless tiles were not what was written."""
         self._units = units
         self._dtype = dtype
         self._device = device
-        self._outer = outer
+        self._non_block = non_block
         self._clock = clock
         self.fold: Callable[[str, Tensor, int, int], None] | None = None
         """(name, memory, window, seed): adds what the window has gathered to the tensor of that first name,
-        in its flat memory or its records."""
+        in its flat memory or its tiles."""
         for unit in units:
             used = {name for _, _, name in unit.places}
             parts = layout.blocks[unit.block].parts
@@ -82,13 +82,13 @@ class BlockScratch:
         self.take_form(whole=False, sides=2)
 
     def set_forms(self, forms: Sequence[BlockForm]) -> None:
-        """Other matrices than before are in records."""
+        """Other matrices than before are in tiles."""
         self._forms = forms
 
-    def check_records(self) -> None:
+    def check_tiles(self) -> None:
         """With a lossless base, waits for the device.
 
-        Raises `UserError` where weights that were stored found no room in their records, or frozen ones that
+        Raises `UserError` where weights that were stored found no room in their tiles, or frozen ones that
         were read are not what was stored.
         """
         if self._base != "lossless":
@@ -101,11 +101,11 @@ class BlockScratch:
                 "go on from the last checkpoint with base=full",
             )
         if self._damaged:
-            raise damaged_records()
+            raise damaged_tiles()
 
     def take_form(self, *, whole: bool, sides: int) -> None:
-        """Room for one unit at a time, or, for several micro-batches in one visit, for a whole block; on both
-        sides, or on the one that frozen weights and passes with theta itself use."""
+        """Memory for one unit at a time, or, for several micro-batches in one visit, for a whole block; on
+        both sides, or on the one that frozen weights and passes with theta itself use."""
         whole = whole or self._always_whole
         sides = min(sides, self._most_sides)
         if self._form == (whole, sides):
@@ -122,7 +122,7 @@ class BlockScratch:
                 for part in unit.parts:
                     of = self._layout.blocks[unit.block].parts[part]
                     # What is not trained is there once, for both sides.
-                    views |= of.views(self._room(unit.block, part, side if of.trained else 0))
+                    views |= of.views(self._buffer(unit.block, part, side if of.trained else 0))
                 unit.weights[side].extend(
                     nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
                 )
@@ -159,7 +159,7 @@ class BlockScratch:
         grid = SCRATCH_ALIGNMENT_BYTES // self._dtype.itemsize
         return -(-size // grid) * grid
 
-    def room(self, size: int) -> Tensor:
+    def buffer(self, size: int) -> Tensor:
         """Memory for a matrix of `size` elements, until the next visit."""
         if size > self._memory[0].numel():  # of a matrix that no unit computes with
             return torch.empty(size, dtype=self._dtype, device=self._device)
@@ -192,9 +192,9 @@ class BlockScratch:
             self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8 and self._base == "lossless":
-                    room = self._room_of(index)
-                    lossless_pass.visit_records(weight, part.segment, self._task.how, Outputs(theta=room))
-                    self._encode(room, part.segment, weight)
+                    buffer = self._buffer_of(index)
+                    lossless_pass.visit_lossless(weight, part.segment, self._task.how, Outputs(theta=buffer))
+                    self._encode(buffer, part.segment, weight)
                 elif weight.dtype == torch.uint8:
                     quantized_pass.visit_tiles(weight, part.segment, self._task.how, self._base, store=True)
                 else:
@@ -253,26 +253,26 @@ class BlockScratch:
                 self._make(index)
 
     def _make_run(self, first: int, last: int) -> None:
-        """Own parts `first` to `last` - 1, all of them trained or none, and all in records, which are made in
+        """Own parts `first` to `last` - 1, all of them trained or none, and all in tiles, which are made in
         one pass, or none."""
         layout, task = self._layout.blocks[self._block], self._task
-        if not self._forms[self._block].in_records(layout.parts[first]):
+        if not self._forms[self._block].in_tiles(layout.parts[first]):
             for index in range(first, last):
                 self._make(index)
             return
         assert self._source is not None
         assert task is not None
-        records = self._source.take(self._block, first, last)
+        tiles = self._source.take(self._block, first, last)
         begin = 0
         for index in range(first, last):
             size = matrix_bytes(layout.parts[index].size, self._base)
-            self._fold(index, records[begin : begin + size])
+            self._fold(index, tiles[begin : begin + size])
             begin += size
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
         segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
-        self._store_roundings(records, segment, trained=trained)
-        rooms = [memory[start:stop] for memory in self._memory]
-        self._write_records(records, segment, task.how, rooms, trained=trained, store=task.store)
+        self._store_roundings(tiles, segment, trained=trained)
+        buffers = [memory[start:stop] for memory in self._memory]
+        self._write_tiles(tiles, segment, task.how, buffers, trained=trained, store=task.store)
         self._source.done(self._block, first, last)
         self._made.update(range(first, last))
         self._seen.update(range(first, last))
@@ -291,10 +291,10 @@ class BlockScratch:
         self._clock.start()
         window, seed = self._task.ends_window, self._task.how.seed
         if weight.dtype == torch.uint8 and self._base == "lossless":
-            room = self._room_of(index)
-            lossless_pass.decode_records(weight, part.segment, room, self._damaged)
-            self.fold(part.names[0], room[: part.segment.counts[0]], window, seed)
-            self._encode(room, part.segment, weight)
+            buffer = self._buffer_of(index)
+            lossless_pass.decode_lossless(weight, part.segment, buffer, self._damaged)
+            self.fold(part.names[0], buffer[: part.segment.counts[0]], window, seed)
+            self._encode(buffer, part.segment, weight)
         else:
             for name, offset, count in zip(
                 part.names, part.segment.offsets, part.segment.counts, strict=True
@@ -308,10 +308,10 @@ class BlockScratch:
         assert task is not None
         assert source is not None
         part = self._layout.blocks[self._block].parts[index]
-        rooms = [self._room(self._block, index, side) for side in range(len(self._memory))]
+        buffers = [self._buffer(self._block, index, side) for side in range(len(self._memory))]
         how, store = task.how, task.store
         if part.shared:
-            weight, how, store = self._outer[part.names[0]].view(-1), without_updates(how), False
+            weight, how, store = self._non_block[part.names[0]].view(-1), without_updates(how), False
         else:
             weight = source.take(self._block, index, index + 1)
             if index not in self._seen:
@@ -320,9 +320,9 @@ class BlockScratch:
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
-            self._write_records(weight, part.segment, how, rooms, trained=part.trained, store=store)
+            self._write_tiles(weight, part.segment, how, buffers, trained=part.trained, store=store)
         else:
-            self._write(weight, part.segment, how, rooms, trained=part.trained, store=store)
+            self._write(weight, part.segment, how, buffers, trained=part.trained, store=store)
         if not part.shared and index not in self._seen:
             source.done(self._block, index, index + 1)
         self._seen.add(index)
@@ -333,13 +333,13 @@ class BlockScratch:
         weight: Tensor,
         segment: Segment,
         how: Visit,
-        rooms: Sequence[Tensor],
+        buffers: Sequence[Tensor],
         *,
         trained: bool,
         store: bool,
     ) -> None:
-        """The one pass over theta. `rooms`: plus and, if both passes are to run, minus."""
-        plus, minus = rooms[0], rooms[-1]
+        """The one pass over theta. `buffers`: plus and, if both passes are to run, minus."""
+        plus, minus = buffers[0], buffers[-1]
         assert self._task is not None
         self._clock.start()
         if not trained:
@@ -358,34 +358,34 @@ class BlockScratch:
                 plus.copy_(weight)
         self._clock.stop()
 
-    def _write_records(
+    def _write_tiles(
         self,
-        records: Tensor,
+        tiles: Tensor,
         segment: Segment,
         how: Visit,
-        rooms: Sequence[Tensor],
+        buffers: Sequence[Tensor],
         *,
         trained: bool,
         store: bool,
     ) -> None:
-        """Make the perturbed weights of matrices in records, and store their update if `store`."""
+        """Make the perturbed weights of matrices in tiles, and store their update if `store`."""
         assert self._task is not None
         self._clock.start()
         if not trained:
             how, store = without_updates(how), False
         perturb = trained and self._task.perturb
-        sides = rooms if perturb and not self._task.plus_only else rooms[:1]
+        sides = buffers if perturb and not self._task.plus_only else buffers[:1]
         if self._base == "lossless":
-            self._write_lossless(records, segment, how, sides, store=store, perturb=perturb)
+            self._write_lossless(tiles, segment, how, sides, store=store, perturb=perturb)
         else:
             quantized_pass.visit_tiles(
-                records, segment, how, self._base, store=store, sides=sides, perturb=perturb
+                tiles, segment, how, self._base, store=store, sides=sides, perturb=perturb
             )
         self._clock.stop()
 
     def _write_lossless(
         self,
-        records: Tensor,
+        tiles: Tensor,
         segment: Segment,
         how: Visit,
         sides: Sequence[Tensor],
@@ -393,29 +393,29 @@ class BlockScratch:
         store: bool,
         perturb: bool,
     ) -> None:
-        """Theta is made in the room of the plus side where it is to be stored, and perturbed there."""
+        """Theta is made in the buffer of the plus side where it is to be stored, and perturbed there."""
         plus, minus = sides[0], sides[1] if len(sides) > 1 else None
         stores = store and how.first < how.last
         if stores:
-            lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
-            self._encode(plus, segment, records)
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
+            self._encode(plus, segment, tiles)
             if perturb:
                 weight_pass.visit(plus, segment, without_updates(how), Outputs(plus=plus, minus=minus))
         elif perturb:
-            lossless_pass.visit_records(records, segment, how, Outputs(plus=plus, minus=minus))
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(plus=plus, minus=minus))
         elif how.first < how.last:
-            lossless_pass.visit_records(records, segment, how, Outputs(theta=plus))
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
         else:
-            lossless_pass.decode_records(records, segment, plus, self._damaged)
+            lossless_pass.decode_lossless(tiles, segment, plus, self._damaged)
 
-    def _encode(self, weights: Tensor, segment: Segment, records: Tensor) -> None:
-        has_room = lossless_pass.encode_records(weights, segment, records)
+    def _encode(self, weights: Tensor, segment: Segment, tiles: Tensor) -> None:
+        has_room = lossless_pass.encode_lossless(weights, segment, tiles)
         self._has_room = has_room if self._has_room is None else self._has_room & has_room
 
-    def _room_of(self, index: int) -> Tensor:
+    def _buffer_of(self, index: int) -> Tensor:
         """Memory for a part of the block, apart from what was made for others."""
         if (self._block, index) in self._places:
-            return self._room(self._block, index, 0)
+            return self._buffer(self._block, index, 0)
         size = self._layout.blocks[self._block].parts[index].size
         return torch.empty(size, dtype=self._dtype, device=self._device)
 
@@ -438,6 +438,6 @@ class BlockScratch:
         """A matrix, or shared: anything but the block's packed vectors."""
         return part > 0 or self._layout.blocks[block].parts[part].segment.decays[0]
 
-    def _room(self, block: int, part: int, side: int) -> Tensor:
+    def _buffer(self, block: int, part: int, side: int) -> Tensor:
         place = self._places[block, part]
         return self._memory[side][place : place + self._layout.blocks[block].parts[part].size]

@@ -73,8 +73,8 @@ def blocks_apart(blueprint: Blueprint, context: Context) -> frozenset[int]:
 
 @torch.no_grad()
 def check_rows_of_sequences(blueprint: Blueprint, context: Context) -> None:
-    """Raises `UserError` unless the linear layers of all blocks see the rows of each sequence together: another
-    first sequence must change the first rows that come to them, and no others."""
+    """Raises `UserError` unless the linear layers of all blocks see the rows of each sequence together:
+    another first sequence must change the first rows that come to them, and no others."""
     model = blueprint.model
     _, blocks = find_blocks(model)
     with on_stand_ins(blueprint, context, torch.float32) as inputs:

@@ -38,7 +38,7 @@ from engines.model.model_check import check_driven
 from engines.model.stand_ins import give_back
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
-from engines.quantized.export import landed_on_grid, plain_weights
+from engines.quantized.export import plain_weights, realized_of_quantized
 from engines.settings.zeroth_order import Base, MezoSettings, check_base, check_examples
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
@@ -224,7 +224,7 @@ class ZerothOrder(ABC):
         )  # fmt: skip
         self._blocks = made
         made.set_up(self._model, blueprint)
-        for name, weight in self._model.outer.items():
+        for name, weight in self._model.non_block.items():
             blueprint.fill(name, weight)
         crowded = self._fill(blueprint.fill, anew=False)
         if self.settings.base == "lossless":
@@ -243,10 +243,11 @@ class ZerothOrder(ABC):
 
     def _fill(self, fill: Callable[[str, Tensor], object], *, anew: bool) -> list[str]:
         """Write the blocks' weights, each tensor by `fill`. Returns the names of matrices that lossless
-        records have no room for."""
+        tiles have no room for."""
         crowded: list[str] = []
         self.blocks.fill(
-            lambda form, memory: crowded.extend(form.fill(memory, fill, self._model.scratch.room)), anew=anew
+            lambda form, memory: crowded.extend(form.fill(memory, fill, self._model.scratch.buffer)),
+            anew=anew,
         )
         return crowded
 
@@ -282,7 +283,7 @@ class ZerothOrder(ABC):
             self.blocks.before_ranks_meet()
             losses = self._losses_of_all(each, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
-        self._model.scratch.check_records()
+        self._model.scratch.check_tiles()
         updates = next_updates(step, settings, self.context.total_steps, losses)
         for update in updates:
             self._append(update)
@@ -313,7 +314,7 @@ class ZerothOrder(ABC):
         self._clocks.compute.start()
         self._clocks.noise.start()
         self._updates.append(update)
-        self._model.update_outer(self._updates.latest(), of_examples)
+        self._model.update_non_block(self._updates.latest(), of_examples)
         self._clocks.noise.stop()
         self._clocks.compute.stop()
 
@@ -328,7 +329,7 @@ class ZerothOrder(ABC):
                     hidden[i] = self._model.run(index, each_calls, hidden[i])
             for each, last in zip(group, hidden, strict=True):
                 self._model.evaluate(each, last, total)
-        self._model.scratch.check_records()
+        self._model.scratch.check_tiles()
         self.blocks.forget_times()
         return total.result()
 
@@ -344,7 +345,7 @@ class ZerothOrder(ABC):
         compute = self._clocks.compute
         self.blocks.begin_tokens()
         for tokens in generate_tokens(self._model, request, blocks, compute, self.context.vram_bytes):
-            self._model.scratch.check_records()
+            self._model.scratch.check_tiles()
             yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
         self.blocks.forget_times()
 
@@ -362,27 +363,27 @@ class ZerothOrder(ABC):
             yield name, merged(name, where[name].cpu(), self._updates.none())
 
     def _plain(self, last_step: int) -> Iterator[tuple[str, Tensor]]:
-        """The model's own tensors of the full dtype, on the host, where blocks have some in records."""
+        """The model's own tensors of the full dtype, on the host, where blocks have some in tiles."""
         self.synchronize()
-        self._model.scratch.check_records()
+        self._model.scratch.check_tiles()
         return plain_weights(
             self._layout,
             self._forms,
-            self._model.outer,
+            self._model.non_block,
             lambda index: self.blocks.stored(index, last_step),
             lambda index: self.blocks.lacking(index, last_step),
             self.device,
         )
 
     @torch.no_grad()
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         """Share of the wanted change that the last updates made to the weights as they are stored; of a
         low-bit base that is trained, of its matrices. `None`: not known."""
         share = None
         if self._updates.quantized:
             self.synchronize()
             last_step, entries = self._updates.step - 1, self.settings.fold_every * self.settings.queries
-            share = landed_on_grid(
+            share = realized_of_quantized(
                 self._forms,
                 lambda index: self.blocks.stored(index, last_step),
                 lambda index: self._updates.latest(entries),
@@ -426,7 +427,7 @@ class ZerothOrder(ABC):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        is_lossless, outer = self.settings.base == "lossless", self._model.outer
+        is_lossless, non_block = self.settings.base == "lossless", self._model.non_block
         like = self._like_plain() if is_lossless else self.blocks.like_tensors()
         checkpoint = open_checkpoint(folder, like, self._model.adapters.form, self._saved_base)
 
@@ -437,7 +438,7 @@ class ZerothOrder(ABC):
             for name, out in form.views(memory).items():
                 read(name, out)
 
-        for name, weight in (outer | self._model.adapters.tensors).items():
+        for name, weight in (non_block | self._model.adapters.tensors).items():
             read(name, weight)
         self._updates.restore(checkpoint.step, checkpoint.seed, checkpoint.deferred)
         if not is_lossless:

@@ -46,8 +46,8 @@ def _assemble(
     matrices: list[tuple[str, int, int]],
     block_vectors: int,
     embeddings: list[int],
-    outer_others: list[int],
-    outer_vectors: int,
+    non_block_matrices: list[int],
+    non_block_vectors: int,
     head_inputs: int,
 ) -> ModelShape:
     """Counts from matrices (name, outputs, inputs), tables (elements each) and sums of vectors."""
@@ -55,9 +55,9 @@ def _assemble(
     predicts_tokens = head in ("causal_lm", "masked_lm")
     head_parameters = (vocabulary if predicts_tokens else num_labels) * head_inputs
     tied = tied and predicts_tokens
-    tables = embeddings + outer_others
+    tables = embeddings + non_block_matrices
     # transformers gives a question-answering head of any family a bias, a decoder's other heads none.
-    outer_vectors += num_labels if head == "question_answering" else 0
+    non_block_vectors += num_labels if head == "question_answering" else 0
     return ModelShape(
         name=name,
         family=family,
@@ -73,7 +73,7 @@ def _assemble(
         tied=tied,
         num_labels=0 if predicts_tokens else num_labels,
         block_parameters=sum(matrix.parameters for matrix in shapes) + block_vectors,
-        outer_parameters=sum(tables) + outer_vectors + (0 if tied else head_parameters),
+        non_block_parameters=sum(tables) + non_block_vectors + (0 if tied else head_parameters),
         head_parameters=head_parameters,
         matrices=shapes,
         largest_tensor=max(*tables, head_parameters, *(matrix.parameters for matrix in shapes)),
@@ -97,8 +97,8 @@ def _opt_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int, unt
         block_vectors=biases * (5 * h + ffn) + norms * 4 * h,
         # OPT's learned positions begin at index 2.
         embeddings=[vocabulary * projected, (positions + 2) * h],
-        outer_others=[h * projected] * 2 if projected != h else [],
-        outer_vectors=norms * 2 * h if final_norm else 0,
+        non_block_matrices=[h * projected] * 2 if projected != h else [],
+        non_block_vectors=norms * 2 * h if final_norm else 0,
         head_inputs=projected,
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def _gated_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int, u
             ("mlp.gate_proj.weight", intermediate, h), ("mlp.up_proj.weight", intermediate, h),
             ("mlp.down_proj.weight", h, intermediate),
         ],
-        block_vectors=2 * h + biases, embeddings=[vocabulary * h], outer_others=[], outer_vectors=h,
+        block_vectors=2 * h + biases, embeddings=[vocabulary * h], non_block_matrices=[], non_block_vectors=h,
         head_inputs=h,
     )  # fmt: skip
 
@@ -166,8 +166,8 @@ def _gpt2_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int, un
             ("attn.c_attn.weight", 3 * h, h), ("attn.c_proj.weight", h, h),
             ("mlp.c_fc.weight", inner, h), ("mlp.c_proj.weight", h, inner),
         ],
-        block_vectors=9 * h + inner, embeddings=[vocabulary * h, positions * h], outer_others=[],
-        outer_vectors=2 * h, head_inputs=h,
+        block_vectors=9 * h + inner, embeddings=[vocabulary * h, positions * h], non_block_matrices=[],
+        non_block_vectors=2 * h, head_inputs=h,
     )  # fmt: skip
 
 
@@ -193,8 +193,8 @@ def _encoder_shape(c: Mapping[str, Any], name: str, head: Head, num_labels: int,
         embeddings=[vocabulary * h, positions * h, types * h],
         # One dense layer before the classes (BERT's pooler, RoBERTa's classification head), and before the
         # words, there with a norm.
-        outer_others=[h * h] if classifies or fills_in else [],
-        outer_vectors=2 * h + (h + num_labels if classifies else 3 * h + vocabulary if fills_in else 0),
+        non_block_matrices=[h * h] if classifies or fills_in else [],
+        non_block_vectors=2 * h + (h + num_labels if classifies else 3 * h + vocabulary if fills_in else 0),
         head_inputs=h,
     )  # fmt: skip
 

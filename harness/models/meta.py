@@ -192,7 +192,7 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         num_labels=0 if predicts_tokens else num_labels,
         block_parameters=max(sizes_of_blocks),
         block_sizes=() if like else sizes_of_blocks,
-        outer_parameters=sum(sizes) - (sum(sizes_of_blocks) if like else sum(in_blocks.values())),
+        non_block_parameters=sum(sizes) - (sum(sizes_of_blocks) if like else sum(in_blocks.values())),
         head_parameters=output[-1].weight.numel() if output else 0,
         matrices=matrices,
         largest_tensor=max(sizes),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from engines.errors import UserError
 from engines.shapes import ModelShape
@@ -20,9 +22,16 @@ MOST_ELEMENTS = 10**14
 """Of any one size: far beyond every model, and little enough to count with."""
 
 
+def _by_todays_names(shape: Any) -> Any:
+    """Files until 29 November 2026 say `outer_parameters`."""
+    if isinstance(shape, dict) and "outer_parameters" in shape:
+        return {"non_block_parameters" if key == "outer_parameters" else key: shape[key] for key in shape}
+    return shape
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedShape:
-    shape: ModelShape
+    shape: Annotated[ModelShape, BeforeValidator(_by_todays_names)]
     schema_version: int = SCHEMA_VERSION
 
 

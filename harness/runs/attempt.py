@@ -188,8 +188,10 @@ def _with_governance(
 
 
 def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
-    """The summary with what the model's products come to, and their share of `rate`, if it is of the device
-    that ran."""
+    """The summary with what the model's products come to over all ranks, as a share of all devices' rate.
+
+    `rate` is that of one device; without one, or of another device than ran, there is no share.
+    """
     summary = run.summary
     if request.generation is not None or not summary.step_s_median or not entry(run.engine).needs_torch:
         return summary
@@ -201,7 +203,9 @@ def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
     device = run.environment.gpu_name or run.environment.cpu
     share = None
     if rate is not None and rate.device == device and request.emulated is None:
-        share = flops / summary.step_s_median / rate.flops_per_s
+        limits = request.job.limits
+        devices = limits.gpus * limits.nodes if run.environment.gpu_name else limits.nodes
+        share = flops / summary.step_s_median / (devices * rate.flops_per_s)
         if share > 1.0:  # the rate was measured on a busier machine than this run had: a share of nothing
             share = None
     return replace(summary, model_flops=flops, mfu=share)

@@ -201,7 +201,7 @@ def _realized_update_fraction(engine: Engine) -> float | None:
     if not isinstance(engine, SupportsRealizedUpdates):
         return None
     try:
-        share = engine.landed_share()
+        share = engine.realized_update_fraction()
     except (MemoryError, RuntimeError) as error:
         # One with a cause is of a thread of the engine, and not of the asking.
         if error.__cause__ is not None or classify(error)[0] not in OUT_OF_MEMORY:

@@ -315,7 +315,7 @@ def _why_not_finite(request: Request, recording: RunRecording, error: NonFiniteL
         for sample, stats in recording.steps
         if sample.loss is not None
     ]
-    return why_not_finite(history, request.plan.engine, request.job.dtype, error.sides)
+    return why_not_finite(history, request.plan.engine, request.job.dtype, error.losses)
 
 
 def _total_steps(request: Request) -> int:

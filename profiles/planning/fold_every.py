@@ -6,7 +6,7 @@ that an engine and its twin compute the same on every machine.
 
 from __future__ import annotations
 
-from engines.settings.zeroth_order import MOST_PENDING, Base, MezoSettings
+from engines.settings.zeroth_order import MOST_DEFERRED, Base, MezoSettings
 
 WANTED: dict[Base, int] = {"int8": 8, "fp8": 16, "int4": 16}
 """Steps between two roundings. 8 with int8 cost no loss that could be measured, and 1 a quarter of what was
@@ -17,7 +17,7 @@ def fold_for_loss(settings: MezoSettings) -> tuple[int, str] | None:
     """`fold_every` and why, or `None` where no trained matrix is rounded to a grid."""
     if not settings.trains_quantized:
         return None
-    wanted, most = WANTED[settings.base], MOST_PENDING // settings.queries
+    wanted, most = WANTED[settings.base], MOST_DEFERRED // settings.queries
     if settings.base == "int4":
         why = (
             "rare roundings lose less, but with int4 even they undo what is learned; "

@@ -182,6 +182,6 @@ class _Planner:
         return why_missing(cost, self.context.budget) is None
 
     def smallest_share(self, settings: LspSettings) -> float:
-        """The smallest d over a weight's smaller side."""
+        """The smallest d over a weight's smaller dimension."""
         sides = [(each.rows, each.columns) for each in self.context.shape.matrices]
         return min(core_size(*each, settings) / min(each) for each in sides)

@@ -21,7 +21,7 @@ class SubspaceStudy:
     parameters: float
     unit: Literal["per byte", "accuracy", "gain per byte"]
     found: Mapping[float, tuple[float, float, float]]
-    """By d over a weight's smaller side: percent of perplexity above native's mean, points of accuracy
+    """By d over a weight's smaller dimension: percent of perplexity above native's mean, points of accuracy
     below it, or percent of native's gain in loss. Mean, lowest and highest of three seeds."""
     source: str
     """File below the repository's root."""
@@ -53,7 +53,7 @@ RESIDUAL = SubspaceStudy(
 
 
 def quality_reasons(share: float, parameters: int, *, residual: bool) -> tuple[str, ...]:
-    """Sentences; `share` is the smallest d over a weight's smaller side."""
+    """Sentences; `share` is the smallest d over a weight's smaller dimension."""
     studies = (RESIDUAL,) if residual else PLAIN
     sizes = [each for each in studies[0].found if each <= share + 1e-9]
     if not sizes:

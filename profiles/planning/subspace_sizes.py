@@ -9,7 +9,7 @@ own GPU time. s is the largest for which, over one block, no resource is predict
 `HIDING_SHARE` of the GPU's time, and memory suffices.
 
 d is rounded down to a multiple of 64, which suits tensor cores (of 8 below 64), and is at most the weight's
-smaller side.
+smaller dimension.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _block_s(cost: Traffic, machine: Machine, workload: Workload) -> dict[str, f
 
 
 def size_of(sides: Sides, k: int) -> int:
-    """d for s = k / 64, at least one and at most the smaller side."""
+    """d for s = k / 64, at least one and at most the smaller dimension."""
     wanted = isqrt(k * sides[0] * sides[1] // SHARES)
     if wanted >= sides[1]:
         return sides[1]

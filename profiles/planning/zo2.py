@@ -12,7 +12,7 @@ from engines.costs.disk import fewest_on_disk
 from engines.costs.traffic import Traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings.given import GivenSettings, Value
-from engines.settings.zeroth_order import MOST_PENDING, Zo2Settings
+from engines.settings.zeroth_order import MOST_DEFERRED, Zo2Settings
 from engines.shapes import Workload
 from profiles.machine import Machine
 from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
@@ -243,7 +243,7 @@ class _Planner:
         costs = {
             k: self.cost(replace(settings, fold_every=k))
             for k in FOLDS
-            if k * settings.queries <= MOST_PENDING
+            if k * settings.queries <= MOST_DEFERRED
         }
         every = costs[1]
         if machine.gpu is None:

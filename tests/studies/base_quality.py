@@ -66,7 +66,7 @@ def fine_tune(
         # After those that AdamW has seen, other ones for each seed.
         (batch,) = batches(source, source.stages[-1] + seed * steps + step, 1)
         engine.step([batch])
-    after, landed, last = engine.evaluate(judged), engine.landed_share(), matrices(engine)
+    after, landed, last = engine.evaluate(judged), engine.realized_update_fraction(), matrices(engine)
     engine.close()
     return {
         "source": source.name, "seed": seed, "steps": steps, "learning_rate": settings.learning_rate,

@@ -31,7 +31,7 @@ from engines.subspace.projector import Projector, random_block_projector
 from engines.subspace.projector_search import block_pair, relative_bias
 
 SHARES = (0.25, 0.5)
-"""d over a matrix's smaller side."""
+"""d over a matrix's smaller dimension."""
 R, BATCH_SIZE, WORDS, STEPS, JUDGED, RATE = 4, 8, 32, 30, 3, 5e-5
 SEEDS = (0, 1, 2)
 

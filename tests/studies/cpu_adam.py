@@ -66,10 +66,10 @@ def spare_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def pieces_of(elements: int) -> Iterator[None]:
+def chunks_of(elements: int) -> Iterator[None]:
     from engines.subspace import cores
 
-    with mock.patch.object(cores, "PIECE_ELEMENTS", elements):
+    with mock.patch.object(cores, "CHUNK_ELEMENTS", elements):
         yield
 
 
@@ -86,7 +86,7 @@ VARIANTS: dict[str, Variant] = {
     "bf16, switching, urgent": (BF16, [often_switching, urgent_applying]),
     "bf16, switching, 4 threads spared": (BF16, [often_switching, lambda: spare_threads(4)]),
     "bf16, switching, 8 threads spared": (BF16, [often_switching, lambda: spare_threads(8)]),
-    "bf16, switching, pieces of 4 M": (BF16, [often_switching, lambda: pieces_of(4 << 20)]),
+    "bf16, switching, chunks of 4 M": (BF16, [often_switching, lambda: chunks_of(4 << 20)]),
 }
 """Settings, and what is otherwise while the engine lives."""
 

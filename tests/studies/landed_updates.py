@@ -57,12 +57,12 @@ def noise_of(step: int) -> Tensor:
 
 def summed(start: Tensor, size: float) -> Tensor:
     """A log whose updates are summed in fp32 and rounded to nearest every `FOLD_EVERY` steps."""
-    stored, pending = start, torch.zeros(COUNT)
+    stored, deferred = start, torch.zeros(COUNT)
     for step in range(UPDATES):
-        pending -= size * noise_of(step)
+        deferred -= size * noise_of(step)
         if (step + 1) % FOLD_EVERY == 0:
-            stored = (stored.float() + pending).to(start.dtype)
-            pending.zero_()
+            stored = (stored.float() + deferred).to(start.dtype)
+            deferred.zero_()
     return stored
 
 

@@ -1,8 +1,8 @@
-"""What reading weights from lossless records costs a visit: one block of OPT-13B, 314.6 M weights, on a GPU.
+"""What reading weights from lossless tiles costs a visit: one block of OPT-13B, 314.6 M weights, on a GPU.
 
     python tests/studies/lossless_base.py --out FILE.json
 
-Each pass over weights in bf16 beside the same pass over records (`engines.lossless`), matrix by matrix as the
+Each pass over weights in bf16 beside the same pass over tiles (`engines.lossless`), matrix by matrix as the
 engines make it, its bits compared. Ends with 0 and the word `go` where no visit takes 5 % longer than over
 plain weights (1 and 5 Gaussians, and signs), else with 1 and `no`; with 2 where bits differ. About 10 seconds
 of GPU time.
@@ -33,7 +33,7 @@ from engines.noise.visits import DeviceUpdateLog, Noise, Outputs, Visit  # noqa:
 
 MATRICES = (5120 * 5120,) * 4 + (5120 * 20480,) * 2
 MOST_MORE = 0.05
-"""Of a visit's time over plain weights, that one over records may take in addition."""
+"""Of a visit's time over plain weights, that one over tiles may take in addition."""
 REPEATS = 20
 
 
@@ -45,16 +45,16 @@ Pass = Callable[[int, list[Tensor]], object]
 class Row:
     name: str
     plain_ms: float
-    records_ms: float
+    tiled_ms: float
     plain_gb_s: float
     """Bytes read and written, in GB a second."""
-    records_gb_s: float
+    tiled_gb_s: float
     equal: bool
     decides: bool
 
     @property
     def ratio(self) -> float:
-        return self.records_ms / self.plain_ms
+        return self.tiled_ms / self.plain_ms
 
 
 def median_ms(work: Callable[[], object], repeats: int) -> float:
@@ -89,12 +89,12 @@ def study(
     damaged = torch.zeros(1, dtype=torch.int32, device=device)
 
     def add(
-        name: str, plain: Pass, records: Pass, moved: tuple[int, int], *, sides: int = 2, decides: bool = True
+        name: str, plain: Pass, tiled: Pass, moved: tuple[int, int], *, sides: int = 2, decides: bool = True
     ) -> None:
         equal = True
         for index, n in enumerate(counts):
             plain(index, [out[:n] for out in outs[0]])
-            records(index, [out[:n] for out in outs[1]])
+            tiled(index, [out[:n] for out in outs[1]])
             equal &= all(
                 torch.equal(a[:n].view(torch.int16), b[:n].view(torch.int16))
                 for a, b in zip(outs[0][:sides], outs[1][:sides], strict=True)
@@ -107,18 +107,18 @@ def study(
 
             return run
 
-        plain_ms, records_ms = clock(all_of(plain)), clock(all_of(records))
-        rates = [size / ms / 1e6 for size, ms in zip(moved, (plain_ms, records_ms), strict=True)]
-        rows.append(Row(name, plain_ms, records_ms, *rates, equal, decides))
+        plain_ms, tiled_ms = clock(all_of(plain)), clock(all_of(tiled))
+        rates = [size / ms / 1e6 for size, ms in zip(moved, (plain_ms, tiled_ms), strict=True)]
+        rows.append(Row(name, plain_ms, tiled_ms, *rates, equal, decides))
 
     has_room = [
-        bool(lossless_pass.encode_records(*each)) for each in zip(weights, segments, kept, strict=True)
+        bool(lossless_pass.encode_lossless(*each)) for each in zip(weights, segments, kept, strict=True)
     ]
-    assert all(has_room), "weights that records have no room for"
+    assert all(has_room), "weights that tiles have no room for"
     add(
         "frozen: a copy, and decoding",
         lambda i, out: out[0].copy_(weights[i]),
-        lambda i, out: lossless_pass.decode_records(kept[i], segments[i], out[0], damaged),
+        lambda i, out: lossless_pass.decode_lossless(kept[i], segments[i], out[0], damaged),
         (2 * total, kept_total + total), sides=1,
     )  # fmt: skip
     kinds: dict[str, Noise] = {"normals": "gaussian", "signs": "rademacher"}
@@ -128,18 +128,18 @@ def study(
             def plain(i: int, out: list[Tensor], how: Visit = a_visit(log, updates, noise)) -> None:  # noqa: B008
                 weight_pass.visit(weights[i], segments[i], how, Outputs(plus=out[0], minus=out[1]))
 
-            def records(i: int, out: list[Tensor], how: Visit = a_visit(log, updates, noise)) -> None:  # noqa: B008
-                lossless_pass.visit_records(kept[i], segments[i], how, Outputs(plus=out[0], minus=out[1]))
+            def tiled(i: int, out: list[Tensor], how: Visit = a_visit(log, updates, noise)) -> None:  # noqa: B008
+                lossless_pass.visit_lossless(kept[i], segments[i], how, Outputs(plus=out[0], minus=out[1]))
 
             moved = (3 * total, kept_total + 2 * total)
-            add(f"{name}, {updates} updates, both sides", plain, records, moved)
-    # Storing: over records the updated weights are made in one side's room, encoded, and then perturbed.
+            add(f"{name}, {updates} updates, both sides", plain, tiled, moved)
+    # Storing: over tiles the updated weights are made in one side's buffer, encoded, and then perturbed.
     spare = [each.clone() for each in kept]
     theta = torch.empty(room, dtype=torch.bfloat16, device=device)
 
     def store(i: int, out: list[Tensor]) -> None:
-        lossless_pass.visit_records(kept[i], segments[i], with_one, Outputs(theta=out[0]))
-        lossless_pass.encode_records(out[0], segments[i], spare[i])
+        lossless_pass.visit_lossless(kept[i], segments[i], with_one, Outputs(theta=out[0]))
+        lossless_pass.encode_lossless(out[0], segments[i], spare[i])
         weight_pass.visit(
             out[0], segments[i], a_visit(log, 0, "gaussian"), Outputs(plus=out[0], minus=out[1])
         )
@@ -154,7 +154,7 @@ def study(
         (4 * total, 2 * kept_total + 5 * total), decides=False,
     )  # fmt: skip
     last = len(counts) - 1
-    lossless_pass.decode_records(spare[last], segments[last], outs[0][0][: counts[last]], damaged)
+    lossless_pass.decode_lossless(spare[last], segments[last], outs[0][0][: counts[last]], damaged)
     assert not damaged
     assert torch.equal(outs[0][0][: counts[last]], theta[: counts[last]])
     return rows
@@ -171,13 +171,11 @@ def main() -> int:
     options = parser.parse_args()
     rows = study(MATRICES, torch.device("cuda"), lambda work: median_ms(work, options.repeats))
     size = sum(lossless_bytes(n) for n in MATRICES) / (2 * sum(MATRICES))
-    print(
-        f"{torch.cuda.get_device_name()}: {sum(MATRICES):,} weights, records take {size:.4f} of their bytes"
-    )
+    print(f"{torch.cuda.get_device_name()}: {sum(MATRICES):,} weights, tiles take {size:.4f} of their bytes")
     for row in rows:
         print(
-            f"{row.name:44} plain {row.plain_ms:7.3f} ms {row.plain_gb_s:6.0f} GB/s   records "
-            f"{row.records_ms:7.3f} ms {row.records_gb_s:6.0f} GB/s   x {row.ratio:.3f}   "
+            f"{row.name:44} plain {row.plain_ms:7.3f} ms {row.plain_gb_s:6.0f} GB/s   tiles "
+            f"{row.tiled_ms:7.3f} ms {row.tiled_gb_s:6.0f} GB/s   x {row.ratio:.3f}   "
             f"{'same bits' if row.equal else 'BITS DIFFER'}"
         )
     if options.out:

@@ -53,7 +53,7 @@ class Method:
     engine: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     d_share: float | None = None
-    """d over the smaller side of a matrix of attention."""
+    """d over the smaller dimension of a matrix of attention."""
 
 
 METHODS = (

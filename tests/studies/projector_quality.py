@@ -7,7 +7,7 @@ Without sources it prints the tables of what lies in the folder `--out`.
 A projector is made from gradients of calibration batches and judged on them and on what training sees later:
 gradients of other batches at the same weights, their mean, and after 50 and 200 steps. *bias* is
 ||P P^T G Q Q^T - G|| / ||G||, *cosine* that of P P^T G Q Q^T with G: the fairer one, as Adam hides the scale.
-Both are means over the matrices of the blocks. d is a share of a matrix's smaller side.
+Both are means over the matrices of the blocks. d is a share of a matrix's smaller dimension.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def variants(stage: Stage, d_share: float, r: int) -> Iterator[tuple[str, dict[s
 
 
 def one_sided(gradient: Tensor, d: int, r: int) -> Pair:
-    """Only the smaller side is projected."""
+    """Only the smaller dimension is projected."""
     m, n = gradient.shape
     if m > n:
         return one_sided(gradient.T.contiguous(), d, r)[::-1]

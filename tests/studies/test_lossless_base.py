@@ -1,4 +1,4 @@
-"""The study of visits over lossless records runs."""
+"""The study of visits over lossless tiles runs."""
 
 from __future__ import annotations
 

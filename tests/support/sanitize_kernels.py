@@ -79,7 +79,7 @@ def odd_cases() -> Iterator[Callable[[], object]]:
         NoiseKey(seed=3, step=1, tensor=5),
     )
     bf16 = "bfloat16"
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "binomial", "rademacher"):
         for segment in (one(3, 5003, decays=True), Segment((1, 2), (0, 7), (7, 2501), (True, False))):
             weight, size = flat(5003, bf16), sum(segment.counts)
             outs = Outputs(theta=weight[:size], plus=flat(size, bf16), minus=flat(size, bf16))
@@ -92,28 +92,28 @@ def odd_cases() -> Iterator[Callable[[], object]]:
         )
         yield lambda t=table, p=places, n=noise: weight_pass_kernels.rows(t, 1, p, how(noise=n))
         for base in ("int8", "int4", "fp8"):
-            records = torch.zeros(matrix_bytes(2501, base), dtype=torch.uint8, device=kernel_compiler.DEVICE)
+            tiles = torch.zeros(matrix_bytes(2501, base), dtype=torch.uint8, device=kernel_compiler.DEVICE)
             sides = [flat(2501, bf16) for _ in range(2)]
             for store in (False, True):
-                yield lambda r=records, b=base, s=sides, n=noise, k=store: quantized_pass_kernels.visit_tiles(
+                yield lambda r=tiles, b=base, s=sides, n=noise, k=store: quantized_pass_kernels.visit_tiles(
                     r, one(3, 2501, decays=True), how(noise=n), b, store=k, sides=s, perturb=True
                 )
     weights = flat(4500, bf16).fill_(1.0)
     weights[:2000:300] = 2.0**-60  # more escapes than a record has itself
     kept = torch.zeros(lossless_bytes(4500), dtype=torch.uint8, device=kernel_compiler.DEVICE)
-    yield lambda: lossless_pass_kernels.encode_records(weights, one(3, 4500), kept)
-    yield lambda: lossless_pass_kernels.decode_records(
+    yield lambda: lossless_pass_kernels.encode_lossless(weights, one(3, 4500), kept)
+    yield lambda: lossless_pass_kernels.decode_lossless(
         kept, one(3, 4500), flat(4500, bf16), torch.zeros(1, dtype=torch.int32, device=kernel_compiler.DEVICE)
     )
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "binomial", "rademacher"):
         sides = Outputs(plus=flat(4500, bf16), minus=flat(4500, bf16))
-        yield lambda n=noise, o=sides: lossless_pass_kernels.visit_records(
+        yield lambda n=noise, o=sides: lossless_pass_kernels.visit_lossless(
             kept, one(3, 4500, decays=True), how(noise=n), o
         )
     for base in ("int8", "int4", "fp8"):
-        records = torch.zeros(matrix_bytes(37 * 53, base), dtype=torch.uint8, device=kernel_compiler.DEVICE)
+        tiles = torch.zeros(matrix_bytes(37 * 53, base), dtype=torch.uint8, device=kernel_compiler.DEVICE)
         rows, columns = flat(3 * 37).view(3, -1), flat(3 * 53).view(3, -1)
-        yield lambda r=records, b=base, x=rows, y=columns: quantized_pass_kernels.add_low_rank_to_tiles(
+        yield lambda r=tiles, b=base, x=rows, y=columns: quantized_pass_kernels.add_low_rank_to_tiles(
             r, b, x, y, key, stochastic=True
         )
     yield lambda: low_rank_kernels.add_low_rank(

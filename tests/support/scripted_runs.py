@@ -13,7 +13,7 @@ from profiles.planning.plan import Plan, Prediction
 SHAPE = ModelShape(
     name="scripted", family="opt", head="causal_lm", num_blocks=2, hidden=4, intermediate=8, num_heads=1,
     num_kv_heads=1, vocabulary=16, max_seq_len=64, gated_mlp=False, tied=True, num_labels=0,
-    block_parameters=100, outer_parameters=64, head_parameters=64, matrices=(), largest_tensor=64,
+    block_parameters=100, non_block_parameters=64, head_parameters=64, matrices=(), largest_tensor=64,
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def tiny_blueprint(
         num_blocks=num_blocks, hidden=16, intermediate=32, num_heads=2, num_kv_heads=2, vocabulary=VOCABULARY,
         max_seq_len=64, gated_mlp=family in ("llama", "qwen2"), tied=tied,
         num_labels=0 if head == "causal_lm" else 2,
-        block_parameters=block_parameters, outer_parameters=total - num_blocks * block_parameters,
+        block_parameters=block_parameters, non_block_parameters=total - num_blocks * block_parameters,
         head_parameters=(VOCABULARY if head == "causal_lm" else 2) * 16,
         matrices=tuple(
             MatrixShape(name=name, rows=p.shape[0], columns=p.shape[1])

@@ -44,7 +44,7 @@ COMBINATIONS: list[dict[str, Any]] = [
 
 
 def alike(made: Engine) -> list[str]:
-    """Names of the matrices in records."""
+    """Names of the matrices in tiles."""
     kept = made.blocks.tensors(0)
     return [name for name, weight in kept.items() if weight.dtype == torch.uint8]
 
@@ -92,7 +92,7 @@ def test_copies_that_are_late_change_nothing() -> None:
 
 
 def wild(blueprint: TinyBlueprint, *names: str) -> TinyBlueprint:
-    """With matrices that lossless records have no room for: of sizes anywhere between 2^-60 and 1."""
+    """With matrices that lossless tiles have no room for: of sizes anywhere between 2^-60 and 1."""
     made = torch.Generator().manual_seed(0)
     for name in names:
         weight = blueprint.reference.get_parameter(name)
@@ -165,7 +165,7 @@ def test_an_update_without_room_ends_the_run(monkeypatch: pytest.MonkeyPatch) ->
     """Never with other weights than they should be."""
     lossless = make_mezo(tiny_blueprint("opt"), BF16, base="lossless")
     lossless.step(tiny_batches(1, "opt"))
-    monkeypatch.setattr(lossless_pass, "encode_records", lambda *each: torch.tensor(False))
+    monkeypatch.setattr(lossless_pass, "encode_lossless", lambda *each: torch.tensor(False))
     with pytest.raises(UserError, match=r"has no room for.*last checkpoint"):
         lossless.step(tiny_batches(1, "opt"))
 

@@ -71,9 +71,9 @@ def running(
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny block's matrices are then several pieces."""
-    monkeypatch.setattr(block_state, "PIECE_ELEMENTS", 512)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny block's matrices are then several chunks."""
+    monkeypatch.setattr(block_state, "CHUNK_ELEMENTS", 512)
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
@@ -140,11 +140,11 @@ class TestTwin:
             assert engine.streamed.slots.gpu_bytes == 3 * block
         uploads = costs.uploads_per_step(BLOCKS, engine.settings)
         assert uploads == [2, 2, 1, 1, 1]
-        outer = 0
+        non_block = 0
         if changes.get("outer") == "host":
-            outer = sum(each.nbytes for each in engine.on_gpu[BLOCKS:])
-            assert outer > 0
-        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block + outer}
+            non_block = sum(each.nbytes for each in engine.on_gpu[BLOCKS:])
+            assert non_block > 0
+        assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block + non_block}
 
     @pytest.mark.parametrize(
         ("family", "tied", "changes"),
@@ -155,7 +155,7 @@ class TestTwin:
             ("deberta-v2", False, {"moments": "bf16"}),
         ],
     )
-    def test_equal_with_outer_parameters_on_the_host(
+    def test_equal_with_parameters_outside_the_blocks_on_the_host(
         self, family: str, tied: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Late updates too: the head's is wanted before the losses, an embedding's before the first block."""
@@ -172,13 +172,13 @@ class TestTwin:
         with running(family, ctx, outer="host", **changes) as engine:
             assert_same(train(engine, batches, 2), expected)
             names = {each: name for name, each in engine.model.named_parameters()}
-            outer = {names[each]: index for index, each in enumerate(engine.outer_parameters, BLOCKS)}
-            last = {name for name, index in outer.items() if index in engine.last_outer}
+            non_block = {names[each]: index for index, each in enumerate(engine.non_block_parameters, BLOCKS)}
+            last = {name for name, index in non_block.items() if index in engine.last_non_block}
         assert any("embed" in name or "wte" in name for name in last)
         if family != "deberta-v2":  # whose blocks use what is outside them
-            assert tied or any("norm" in name or "ln_f" in name for name in outer.keys() - last)
+            assert tied or any("norm" in name or "ln_f" in name for name in non_block.keys() - last)
 
-    def test_outer_parameters_on_the_host_learn_what_those_on_the_gpu_do(self) -> None:
+    def test_parameters_outside_the_blocks_on_the_host_learn_what_those_on_the_gpu_do(self) -> None:
         batches, outcomes = tiny_batches(8, "llama"), []
         for outer in ("gpu", "host"):
             with running("llama", context(), outer=outer) as engine:
@@ -436,8 +436,8 @@ class TestNative:
         with running("llama", context("bf16"), **settings) as engine:
             found = train(engine, batches)
             flat = {
-                index: torch.cat([master(piece.memory.weight, piece.memory.rest) for piece in pieces])
-                for index, pieces in enumerate(engine.host.pieces)
+                index: torch.cat([master(chunk.memory.weight, chunk.memory.rest) for chunk in chunks])
+                for index, chunks in enumerate(engine.host.chunks)
             }
         assert found.losses == pytest.approx(losses, rel=2e-3)
         for (name, parameter), each in zip(model.named_parameters(), masters, strict=True):
@@ -479,12 +479,12 @@ class TestNative:
         monkeypatch.setattr(block_state, "adamw", spy)
         norms = []
         with running("llama", max_grad_norm=0.5, clip_by="previous") as engine:
-            pieces = sum(len(each) for each in engine.host.pieces)
+            chunks = sum(len(each) for each in engine.host.chunks)
             for batch in tiny_batches(3, "llama"):
                 engine.step([batch])
                 engine.synchronize()
                 norms.append(math.sqrt(engine.squared_norm()))
-        by_step = [set(scales[i * pieces : (i + 1) * pieces]) for i in range(3)]
+        by_step = [set(scales[i * chunks : (i + 1) * chunks]) for i in range(3)]
         assert by_step[0] == {1.0}
         assert min(norms) > 0.5
         for found, norm in zip(by_step[1:], norms, strict=False):
@@ -694,7 +694,7 @@ class TestFaults:
             batches = tiny_batches(3, "opt")
             engine.step(batches[:1])
             before = weights(engine)
-            moments = [piece.memory.moment.clone() for piece in engine.host.pieces[0]]
+            moments = [chunk.memory.moment.clone() for chunk in engine.host.chunks[0]]
             embedding = engine.model.get_input_embeddings().weight
             first = engine.own[0][0]
             hook = first.register_hook(lambda gradient: gradient * value)
@@ -707,8 +707,8 @@ class TestFaults:
                 if id(parameter) in own:
                     assert torch.equal(parameter.detach(), before[name]), name
             assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
-            for piece, moment in zip(engine.host.pieces[0], moments, strict=True):
-                assert torch.equal(piece.memory.moment, moment)
+            for chunk, moment in zip(engine.host.chunks[0], moments, strict=True):
+                assert torch.equal(chunk.memory.moment, moment)
 
     def test_a_loss_that_is_not_finite_is_told_at_once(self) -> None:
         with running("opt") as engine:
@@ -730,14 +730,14 @@ def test_the_pipeline_gives_room_back_whatever_comes_of_an_update() -> None:
     link = Link(torch.device("cpu"))
     with running("opt") as engine:
         own = pipeline.UpdatePipeline(link, Clocks(context(), link.device), name="exact-offload-test")
-        piece = engine.host.pieces[0][0]
-        piece.gradient = None  # an update without one fails
-        memory = torch.zeros(piece.end - piece.begin)
+        chunk = engine.host.chunks[0][0]
+        chunk.gradient = None  # an update without one fails
+        memory = torch.zeros(chunk.end - chunk.begin)
         for number in range(2):
-            update = pipeline.PieceUpdate(
-                state=piece,
+            update = pipeline.ChunkUpdate(
+                state=chunk,
                 share=pipeline.StepShare(step=0, learning_rate=1e-3),
-                landing=pipeline.Landing(memory=memory, free=link.record()),
+                destination=pipeline.UploadTarget(memory=memory, free=link.record()),
                 consumed=lambda number=number: given.put(number),
             )
             own.submit([update])

@@ -37,10 +37,10 @@ LSP = LspSettings(learning_rate=3e-3, weight_decay=0.1, d=32, r=4, check_every=2
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny block's matrices are then several pieces, of several owners."""
-    monkeypatch.setattr(block_state, "PIECE_ELEMENTS", 512)
-    monkeypatch.setattr(cores, "PIECE_ELEMENTS", 2048)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny block's matrices are then several chunks, of several owners."""
+    monkeypatch.setattr(block_state, "CHUNK_ELEMENTS", 512)
+    monkeypatch.setattr(cores, "CHUNK_ELEMENTS", 2048)
 
 
 def context(world: World, accumulation: int, dtype: Dtype) -> Context:

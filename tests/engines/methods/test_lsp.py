@@ -27,7 +27,7 @@ from engines.base import Batch, Context, StepStats
 from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import PieceUpdate, StepShare, UpdatePipeline
+from engines.cpu_updates.pipeline import ChunkUpdate, StepShare, UpdatePipeline
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.lsp import Lsp
 from engines.methods.native import Native
@@ -100,7 +100,7 @@ def subspaces(engine: Lsp) -> list[Subspace]:
 
 
 def states(engine: Lsp) -> list[CoreState]:
-    return [piece.state for block in engine._blocks for piece in block.pieces]
+    return [chunk.state for block in engine._blocks for chunk in block.chunks]
 
 
 def core_threads() -> list[str]:
@@ -282,7 +282,7 @@ class TestTwin:
             found = train(engine, batches, per_step=2)
             assert_same(found, expected)
             assert engine.evaluate(batches[:4]) == evaluated
-            assert engine.landed_share() is not None
+            assert engine.realized_update_fraction() is not None
             assert engine.streamed is not None
             slots = engine.streamed.weights.slots
             block, wire = slots.memory(0).nbytes, engine._blocks[0].core.nbytes
@@ -1051,10 +1051,10 @@ class TestFaults:
                 settings=SETTINGS,
                 key=0,
             )
-            update = PieceUpdate(
+            update = ChunkUpdate(
                 state=state,
                 share=StepShare(step=0, learning_rate=1e-3),
-                landing=lambda *_: None,
+                destination=lambda *_: None,
                 downloaded=Event(broken),
             )
             pipeline.submit([update])
@@ -1148,7 +1148,7 @@ class TestResume:
             engine.save(tmp_path)
         with running("opt") as engine:
             engine.load(tmp_path)
-            assert engine.landed_share() is None
+            assert engine.realized_update_fraction() is None
 
     def test_another_subspace_is_refused(self, tmp_path: Path) -> None:
         with running("opt") as engine:

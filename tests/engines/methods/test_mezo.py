@@ -45,7 +45,9 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 PAPERS = {
     "mezo": SETTINGS,
     "signs": replace(SETTINGS, noise="rademacher"),
+    "binomial": replace(SETTINGS, noise="binomial"),
     "n-spsa": replace(SETTINGS, queries=3),
+    "1.5-spsa": replace(SETTINGS, estimator="1.5-spsa", queries=2, eps=0.03, noise="rademacher"),
     "fzoo": replace(SETTINGS, estimator="fzoo", queries=4, noise="rademacher", learning_rate=1e-6),
     "lozo": replace(SETTINGS, estimator="lozo", queries=2, lozo_rank=2, lozo_window=2, weight_decay=0.0),
     "grzo": replace(
@@ -174,8 +176,8 @@ def test_an_infinite_loss_ends_the_run() -> None:
     made.step([first])
     with pytest.raises(NonFiniteLoss, match="losses of step 1") as caught:
         made.step([second])
-    assert caught.value.sides is not None
-    assert not all(math.isfinite(side) for side in caught.value.sides)
+    assert caught.value.losses is not None
+    assert not all(math.isfinite(loss) for loss in caught.value.losses)
 
 
 def test_evaluation_changes_nothing() -> None:

@@ -58,7 +58,7 @@ def test_equals_mezo_over_twenty_steps_an_evaluation_and_a_resume(
     assert_same_weights(mezo, resumed)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "binomial", "rademacher"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_equals_mezo_in_half_precision(dtype: Dtype, noise: str) -> None:
     where = context(dtype=dtype)
@@ -82,7 +82,9 @@ def test_equals_mezo_for_any_number_of_blocks_and_residents(num_blocks: int, res
     block_bytes = 4 * blueprint.shape.block_parameters
     assert {each.h2d_bytes for each in stats} == {(num_blocks - resident_blocks) * block_bytes}
     downloads = [each.d2h_bytes for each in stats]
-    assert downloads == [0] + 3 * [(num_blocks - resident_blocks) * block_bytes]  # at first nothing pends
+    assert downloads == [0] + 3 * [
+        (num_blocks - resident_blocks) * block_bytes
+    ]  # at first nothing is deferred
     assert streamed.evaluate(batches) == mezo.evaluate(batches)
     assert_same_weights(mezo, streamed)
 
@@ -186,7 +188,8 @@ def test_perturbing_never_changes_the_weights(dtype: Dtype) -> None:
 
 
 def test_the_last_update_is_in_all_that_is_seen(tmp_path: Path) -> None:
-    """An update pends until the block comes up again; evaluating, exporting and saving do not wait for it."""
+    """An update is deferred until the block comes up again; evaluating, exporting and saving do not wait for
+    it."""
     batches = tiny_batches(4, "llama")
     mezo = make_mezo(tiny_blueprint("llama"))
     evaluating, exporting, saving = (make_zo2(tiny_blueprint("llama")) for _ in range(3))
@@ -204,7 +207,7 @@ def test_the_last_update_is_in_all_that_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_replaces_what_has_been_trained(tmp_path: Path) -> None:
-    """`load` drops the pending update and the blocks that have come up already."""
+    """`load` drops the deferred update and the blocks that have come up already."""
     batches = tiny_batches(6, "gpt2")
     mezo, streamed = make_mezo(tiny_blueprint("gpt2")), make_zo2(tiny_blueprint("gpt2"))
     assert_same_steps(mezo, streamed, batches[:2])
@@ -408,7 +411,7 @@ def test_equals_mezo_on_the_gpu(
 
 @pytest.mark.gpu
 def test_delays_on_both_streams_change_no_bit_in_200_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large matrices, so that layers take their own scratch and blocks are cut into pieces."""
+    """Large matrices, so that layers take their own scratch and blocks are cut into chunks."""
     monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)
     monkeypatch.setattr("engines.offload.ring.ring_bytes", lambda sizes: -(-max(sizes) * 5 // 4 // 512) * 512)
@@ -441,7 +444,7 @@ def test_graphs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "binomial", "rademacher"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_equals_mezo_on_the_gpu_without_delay_and_with_unequal_blocks(dtype: Dtype, noise: str) -> None:
     where = context("cuda:0", dtype)

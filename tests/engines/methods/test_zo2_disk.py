@@ -455,7 +455,7 @@ def test_a_file_in_another_precision_is_copied(tmp_path: Path) -> None:
 def test_equals_mezo_on_the_gpu(
     dtype: Dtype, fold_every: int, graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a link and a disk that are late at random, in pieces smaller than a block."""
+    """With a link and a disk that are late at random, in chunks smaller than a block."""
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
     monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)

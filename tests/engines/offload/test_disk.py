@@ -56,16 +56,16 @@ def whole(sizes: dict[int, int]) -> list[disk.ByteRange]:
     return [(index, 0, size) for index, size in sizes.items()]
 
 
-def next_piece(blocks: DiskBlocks, num_bytes: int) -> Tensor:
+def next_chunk(blocks: DiskBlocks, num_bytes: int) -> Tensor:
     out = torch.zeros(num_bytes, dtype=torch.uint8)
-    while blocks.send(out, (), "piece") is None:
+    while blocks.send(out, (), "chunk") is None:
         blocks.wait()
     return out
 
 
 def three_passes(blocks: DiskBlocks, num_bytes: int) -> None:
     for _ in range(3):
-        next_piece(blocks, num_bytes)
+        next_chunk(blocks, num_bytes)
 
 
 def filled(folder: Path, sizes: dict[int, int], **how: Any) -> tuple[DiskBlocks, dict[int, Tensor]]:
@@ -90,20 +90,20 @@ def test_as_many_updates_are_replayed_as_the_log_holds() -> None:
 def test_pieces_of_any_size_come_up_in_order_pass_after_pass(
     tmp_path: Path, cuts: list[list[int]], passes: int, seed: int
 ) -> None:
-    sizes = {3 * number: sum(pieces) for number, pieces in enumerate(cuts)}
+    sizes = {3 * number: sum(chunks) for number, chunks in enumerate(cuts)}
     delays = random.Random(seed)
     blocks, contents = filled(tmp_path, sizes, delay_s=lambda: delays.choice((0.0, 0.0, 0.001)))
     order: list[disk.ByteRange] = []
-    for index, pieces in zip(sizes, cuts, strict=True):
+    for index, chunks in zip(sizes, cuts, strict=True):
         start = 0
-        for size in pieces:
+        for size in chunks:
             order.append((index, start, start + size))
             start += size
     blocks.set_order(order)
     try:
         for _ in range(passes):
             for index, start, stop in order:
-                assert torch.equal(next_piece(blocks, stop - start), contents[index][start:stop])
+                assert torch.equal(next_chunk(blocks, stop - start), contents[index][start:stop])
     finally:
         blocks.close()
 
@@ -121,7 +121,7 @@ def test_no_more_is_read_ahead_than_there_are_slots(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RawFile, "read", counted)
         out = torch.zeros(sizes[0], dtype=torch.uint8)
-        while blocks.send(out, (), "piece") is None:
+        while blocks.send(out, (), "chunk") is None:
             blocks.wait()
         blocks.rewind()  # waits for what is being read ahead
         chunks = 11  # of two pages each, but for the first, which begins behind the header
@@ -162,7 +162,7 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
     blocks.set_order(whole(sizes))
     outs = []
     for index, size in [*sizes.items(), *sizes.items()]:
-        outs.append((index, next_piece(blocks, size)))
+        outs.append((index, next_chunk(blocks, size)))
     link.synchronize()
     for index, out in outs:
         assert torch.equal(out, contents[index])
@@ -177,8 +177,8 @@ def test_a_second_file_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     blocks.rewind()
     blocks.write_back(0, changed)
     blocks.rewind()
-    assert torch.equal(next_piece(blocks, sizes[0]), changed)
-    assert torch.equal(next_piece(blocks, sizes[1]), contents[1])
+    assert torch.equal(next_chunk(blocks, sizes[0]), changed)
+    assert torch.equal(next_chunk(blocks, sizes[1]), contents[1])
     blocks.rewind()
     out = torch.zeros(sizes[0], dtype=torch.uint8)
     blocks.fetch(0, out)
@@ -225,11 +225,11 @@ def test_a_block_in_a_file_of_somebody_else_is_read_there(tmp_path: Path) -> Non
     assert blocks.holds(0)
     expected = torch.cat((tensors["a"], tensors["b"]))
     for _ in range(2):
-        assert torch.equal(next_piece(blocks, start), expected)
+        assert torch.equal(next_chunk(blocks, start), expected)
     blocks.rewind()
     blocks.write_back(0, expected.flip(0))
     blocks.rewind()
-    assert torch.equal(next_piece(blocks, start), expected.flip(0))
+    assert torch.equal(next_chunk(blocks, start), expected.flip(0))
     blocks.close()
     assert path.read_bytes() == before
 
@@ -276,7 +276,7 @@ def test_a_file_that_ends_early_is_an_error_not_a_loop(tmp_path: Path) -> None:
     blocks, _ = filled(tmp_path, {0: 60_000})
     blocks._own[0].file.resize(30_000)
     with pytest.raises(UserError, match=r"cannot be read \(the file ends too early\)"):
-        next_piece(blocks, 60_000)
+        next_chunk(blocks, 60_000)
     blocks.close()
 
 
@@ -373,7 +373,7 @@ def test_where_direct_io_is_refused_the_page_cache_is_used_and_told_of(tmp_path:
     with pytest.warns(PageCacheWarning, match="refuses direct I/O"):
         blocks, contents = filled(tmp_path, {0: 50_000})
     assert not blocks.direct
-    assert torch.equal(next_piece(blocks, 50_000), contents[0])
+    assert torch.equal(next_chunk(blocks, 50_000), contents[0])
     blocks.close()
 
 
@@ -382,7 +382,7 @@ def test_a_disk_that_is_memory_is_told_of() -> None:
     with pytest.warns(PageCacheWarning, match="it is in host memory"):
         blocks, contents = filled(Path("/dev/shm"), {0: 50_000})
     assert not blocks.direct
-    assert torch.equal(next_piece(blocks, 50_000), contents[0])
+    assert torch.equal(next_chunk(blocks, 50_000), contents[0])
     blocks.close()
 
 
@@ -392,7 +392,7 @@ def test_without_nameless_files_a_name_is_taken_away_at_once(
     monkeypatch.setattr("engines.offload.direct_io._NAMELESS", 0)
     blocks, contents = filled(tmp_path, {0: 50_000})
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(next_piece(blocks, 50_000), contents[0])
+    assert torch.equal(next_chunk(blocks, 50_000), contents[0])
     blocks.close()
 
 
@@ -404,14 +404,14 @@ def test_the_depth_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     blocks.choose_depth()
     assert blocks.rate_bytes_per_s is not None
     assert blocks.rate_bytes_per_s > 0
-    assert torch.equal(next_piece(blocks, 150_000), contents[0])
+    assert torch.equal(next_chunk(blocks, 150_000), contents[0])
     assert blocks.take_busy_s() > 0
     blocks.close()
 
 
 def test_closing_while_reads_wait_does_not_hang(tmp_path: Path) -> None:
     blocks, _ = filled(tmp_path, {0: 60_000}, delay_s=lambda: 0.05)
-    blocks.send(torch.zeros(60_000, dtype=torch.uint8), (), "piece")
+    blocks.send(torch.zeros(60_000, dtype=torch.uint8), (), "chunk")
     blocks.close()
     blocks.close()
 
@@ -444,14 +444,14 @@ def test_pinned_slots_and_real_copies(tmp_path: Path) -> None:
     for index, content in contents.items():
         blocks.fill(index, content)
     blocks.set_order(whole(sizes))
-    room, used = torch.zeros(100_000, dtype=torch.uint8, device=device), link.record()
+    buffer, used = torch.zeros(100_000, dtype=torch.uint8, device=device), link.record()
     for _ in range(20):
         for index, size in sizes.items():
-            while (arrived := blocks.send(room[:size], (used,), "piece")) is None:
+            while (arrived := blocks.send(buffer[:size], (used,), "chunk")) is None:
                 blocks.wait()
             link.wait(arrived)
-            assert torch.equal(room[:size], contents[index])
-            room.fill_(255)
+            assert torch.equal(buffer[:size], contents[index])
+            buffer.fill_(255)
             used = link.record()
     link.synchronize()
     blocks.close()

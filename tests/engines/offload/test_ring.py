@@ -98,21 +98,21 @@ blocks_of_parts = st.lists(
 @given(
     blocks=blocks_of_parts,
     resident=st.sets(st.integers(0, 4), max_size=2),
-    piece_elements=st.integers(1, 40),
+    chunk_elements=st.integers(1, 40),
     ring_share=st.floats(1.2, 4.0),
     folds=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=5),
 )
 def test_every_visit_finds_what_the_last_one_stored(
     blocks: list[list[int]],
     resident: set[int],
-    piece_elements: int,
+    chunk_elements: int,
     ring_share: float,
     folds: list[list[bool]],
 ) -> None:
     layouts = [layout_of(sizes) for sizes in blocks]
     resident = {index for index in resident if index < len(blocks)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring, "UPLOAD_BYTES", 4 * piece_elements)
+        patch.setattr(ring, "UPLOAD_BYTES", 4 * chunk_elements)
         patch.setattr(ring, "ring_bytes", lambda sizes: 4 * int(ring_share * max(sizes, default=0) / 4))
         link = LazyLink()
         stream = BlockStream(forms_of(layouts), frozenset(resident), link, ComputeClock(CPU), lambda *_: None)

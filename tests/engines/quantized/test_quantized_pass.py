@@ -30,7 +30,7 @@ from engines.costs.quantized import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
 from engines.errors import InfeasiblePlan, UserError
 from engines.methods.zo2 import Zo2
 from engines.noise import visits, weight_pass
-from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.noise.tiles import Segment, one
 from engines.noise.visits import DeviceUpdateLog, Visit
 from engines.quantized import codec
@@ -42,14 +42,14 @@ from engines.shapes import Dtype
 from tiny_models import tiny_batches, tiny_blueprint
 
 BASES: list[Base] = ["int8", "fp8", "int4"]
-KINDS: list[visits.Noise] = ["gaussian", "rademacher"]
+KINDS: list[visits.Noise] = ["gaussian", "binomial", "rademacher"]
 CPU = torch.device("cpu")
 
 
 def packed(values: Tensor, base: Base) -> Tensor:
-    records = torch.full((matrix_bytes(values.numel(), base),), 255, dtype=torch.uint8, device=values.device)
-    pack(values, base, records)
-    return records
+    tiles = torch.full((matrix_bytes(values.numel(), base),), 255, dtype=torch.uint8, device=values.device)
+    pack(values, base, tiles)
+    return tiles
 
 
 def some_weights(count: int, seed: int = 0) -> Tensor:
@@ -129,9 +129,9 @@ def test_what_is_on_the_grid_stays_there(base: Base) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_zeros_stay_zeros_and_are_finite(base: Base) -> None:
-    records = packed(torch.zeros(300), base)
-    visit_tiles(records, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True)
-    assert unpack(records, base, 300).abs().max() < 1e-20
+    tiles = packed(torch.zeros(300), base)
+    visit_tiles(tiles, one(3, 300, decays=True), a_visit((1e-3, 1.0)), base, store=True)
+    assert unpack(tiles, base, 300).abs().max() < 1e-20
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -143,11 +143,11 @@ def test_pieces_make_up_the_whole(
     results = []
     for tiles in (1, 7, 1000):
         monkeypatch.setitem(codec._CHUNK_TILES, "cpu", tiles)
-        records = packed(some_weights(count), base)
+        tiles = packed(some_weights(count), base)
         sides = [torch.zeros(count, dtype=torch.float16) for _ in range(2)]
         how = a_visit((1e-3, 0.5), (1e-4, -3.0), kind=kind)
-        visit_tiles(records, one(3, count), how, base, store=True, sides=sides, perturb=True)
-        results.append([records, *sides])
+        visit_tiles(tiles, one(3, count), how, base, store=True, sides=sides, perturb=True)
+        results.append([tiles, *sides])
     assert all(
         torch.equal(each, whole)
         for piece in results[:2]
@@ -161,9 +161,10 @@ def test_pieces_make_up_the_whole(
 def test_formulas_in_fp32_between_the_grid_and_one_rounding(
     base: Base, kind: visits.Noise, store: bool
 ) -> None:
-    count, draw = 3000, normal if kind == "gaussian" else signs
-    records = packed(some_weights(count), base)
-    value = unpack(records, base, count).double()
+    draws = {"gaussian": normal, "binomial": binomials, "rademacher": signs}
+    count, draw = 3000, draws[kind]
+    tiles = packed(some_weights(count), base)
+    value = unpack(tiles, base, count).double()
     updates = [(1e-3, 0.7), (2e-3, -0.4)]
     for step, (lr, g) in enumerate(updates):
         z = draw(NoiseKey(seed=-5, step=step, tensor=3), count).double()
@@ -171,12 +172,12 @@ def test_formulas_in_fp32_between_the_grid_and_one_rounding(
     how = a_visit(*updates, kind=kind)
     plain, plus, minus, one_side = (torch.empty(count) for _ in range(4))
     of = one(3, count, decays=True)
-    visit_tiles(records.clone(), of, how, base, store=store, sides=(plain,))
-    visit_tiles(records.clone(), of, how, base, store=store, sides=(one_side,), perturb=True)
-    visit_tiles(records, of, how, base, store=store, sides=(plus, minus), perturb=True)
+    visit_tiles(tiles.clone(), of, how, base, store=store, sides=(plain,))
+    visit_tiles(tiles.clone(), of, how, base, store=store, sides=(one_side,), perturb=True)
+    visit_tiles(tiles, of, how, base, store=store, sides=(plus, minus), perturb=True)
     assert torch.equal(one_side, plus)
     if store:
-        rounded = unpack(records, base, count).double()
+        rounded = unpack(tiles, base, count).double()
         assert torch.equal(plain.double(), rounded)
         step = steps_of(torch.maximum(value.abs(), rounded.abs()), some_weights(count), base)
         assert ((rounded - value).abs() < step)[is_inside(some_weights(count), base)].all()
@@ -194,14 +195,14 @@ def test_a_store_is_unbiased(base: Base, kind: visits.Noise, size: float) -> Non
     """The mean of what rounding adds is zero, over all elements and in the direction of the update, within
     5 standard errors; elements near the end of their grid are left out, where updates are cut off."""
     count = 1 << 20
-    records = packed(some_weights(count), base)
-    before = unpack(records, base, count)
+    tiles = packed(some_weights(count), base)
+    before = unpack(tiles, base, count)
     inside = is_inside(before, base)
     how = a_visit((size, 1.0), (size, 1.0), kind=kind)
     wanted = torch.empty(count)
-    visit_tiles(records.clone(), one(3, count), how, base, store=False, sides=(wanted,))
-    visit_tiles(records, one(3, count), how, base, store=True)
-    added = (unpack(records, base, count) - wanted).double()[inside]
+    visit_tiles(tiles.clone(), one(3, count), how, base, store=False, sides=(wanted,))
+    visit_tiles(tiles, one(3, count), how, base, store=True)
+    added = (unpack(tiles, base, count) - wanted).double()[inside]
     assert added.abs().max() > 0
     assert added.mean().abs() < 5 * added.std() / math.sqrt(len(added))
     direction = (wanted - before).double()[inside]
@@ -210,16 +211,16 @@ def test_a_store_is_unbiased(base: Base, kind: visits.Noise, size: float) -> Non
 
 
 def test_rounding_to_nearest_loses_small_updates() -> None:
-    records = packed(some_weights(5000), "int8")
-    before = records.clone()
+    tiles = packed(some_weights(5000), "int8")
+    before = tiles.clone()
     how = a_visit((1e-6, 1.0), rounding="nearest")
-    visit_tiles(records, one(3, 5000), how, "int8", store=True)
-    assert torch.equal(records, before)
+    visit_tiles(tiles, one(3, 5000), how, "int8", store=True)
+    assert torch.equal(tiles, before)
 
 
 def test_the_cost_models_tiles_are_those_of_the_noise() -> None:
     assert TILE_ELEMENTS == weight_pass.TILE
-    assert [quantized.record_bytes(base) for base in BASES] == [2080, 2080, 1056]
+    assert [quantized.tile_bytes(base) for base in BASES] == [2080, 2080, 1056]
 
 
 def kernel_device() -> torch.device:
@@ -242,11 +243,11 @@ def check_kernel(
     results = []
     for where, function in ((CPU, visit_tiles), (kernel_device(), quantized_pass_kernels.visit_tiles)):
         how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding, kind=kind)
-        records = packed(some_weights(count), base).to(where)
+        tiles = packed(some_weights(count), base).to(where)
         outs = [torch.zeros(count, dtype=dtype, device=where) for _ in range(sides)]
         of = one(3, count, decays=True)
-        function(records, of, how, base, store=store, sides=outs, perturb=perturb)
-        results.append([each.cpu() for each in (records, *outs)])
+        function(tiles, of, how, base, store=store, sides=outs, perturb=perturb)
+        results.append([each.cpu() for each in (tiles, *outs)])
     assert all(map(torch.equal, *results))
 
 
@@ -310,17 +311,17 @@ def test_matrices_that_lie_together_are_visited_as_one_by_one(
         how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, kind=kind)
         perturb = sides == 2
         for together in (True, False):
-            records = torch.cat(each).to(where)
+            tiles = torch.cat(each).to(where)
             outs = [torch.zeros(6464, dtype=torch.float16, device=where) for _ in range(sides)]
             if together:
-                function(records, segment, how, base, store=store, sides=outs, perturb=perturb)
+                function(tiles, segment, how, base, store=store, sides=outs, perturb=perturb)
             else:
-                pieces = records.split([len(mine) for mine in each])
-                for mine, number, at, count in zip(pieces, numbers, offsets, counts, strict=True):
-                    rooms = [out[at : at + count] for out in outs]
+                chunks = tiles.split([len(mine) for mine in each])
+                for mine, number, at, count in zip(chunks, numbers, offsets, counts, strict=True):
+                    buffers = [out[at : at + count] for out in outs]
                     of = one(number, count, decays=True)
-                    function(mine, of, how, base, store=store, sides=rooms, perturb=perturb)
-            results.append([kept.cpu() for kept in (records, *outs)])
+                    function(mine, of, how, base, store=store, sides=buffers, perturb=perturb)
+            results.append([kept.cpu() for kept in (tiles, *outs)])
     for found in results[1:]:
         assert all(map(torch.equal, found, results[0]))
 
@@ -342,10 +343,10 @@ def test_the_kernel_of_a_low_rank_sum_gives_the_same_bits(
         (CPU, add_low_rank_to_tiles),
         (kernel_device(), quantized_pass_kernels.add_low_rank_to_tiles),
     ):
-        records = before.clone().to(where)
+        tiles = before.clone().to(where)
         key = NoiseKey(seed=-5, step=3, tensor=2)
-        function(records, base, rows.to(where), columns.to(where), key, stochastic=stochastic)
-        results.append(records.cpu())
+        function(tiles, base, rows.to(where), columns.to(where), key, stochastic=stochastic)
+        results.append(tiles.cpu())
     assert torch.equal(*results)
     assert not torch.equal(results[0], before)
 
@@ -378,7 +379,7 @@ def test_zo2_equals_mezo(base: Base, fold_every: int, resident: int) -> None:
     for batch in batches:
         undisturbed.step([batch])
     assert_same_weights(streamed, undisturbed)
-    assert streamed.landed_share() == mezo.landed_share() is not None
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction() is not None
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "fp32"), ("gpt2", "fp16"), ("bert", "fp16")])
@@ -396,7 +397,7 @@ def test_zo2_equals_mezo_for_any_family_and_with_micro_batches(family: str, dtyp
 def test_a_log_is_replayed_to_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, fold_every: int, train: str
 ) -> None:
-    """More updates than pend at once: a replay rounds at several steps in one visit."""
+    """More updates than are deferred at once: a replay rounds at several steps in one visit."""
     monkeypatch.setattr("engines.zeroth_order.deferred_updates.LOG_CAPACITY", 5)
     where, knobs = context(), {"base": "int8", "fold_every": fold_every, "train": train}
     live = make_zo2(tiny_blueprint("opt", num_blocks=2), where, **knobs)
@@ -414,7 +415,7 @@ def test_a_log_is_replayed_to_the_same_bits(
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("resume", [make_mezo, make_zo2])
-def test_a_checkpoint_holds_the_low_bit_form_and_what_is_pending(
+def test_a_checkpoint_holds_the_low_bit_form_and_what_is_deferred(
     base: Base, resume: Any, tmp_path: Path
 ) -> None:
     where, knobs = context(dtype="fp16"), {"base": base, "fold_every": 4}
@@ -502,7 +503,7 @@ def test_folding_is_no_knob_of_mezo_with_a_full_base() -> None:
 def test_equals_mezo_on_the_gpu(
     base: Base, fold_every: int, graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a full base: small pieces, a small ring, and a link that is held up at random."""
+    """As for a full base: small chunks, a small ring, and a link that is held up at random."""
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)
         monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 3000)
@@ -529,7 +530,7 @@ def test_equals_mezo_on_the_gpu(
     replayed = delayed(seed=0)
     replayed.replay(updates)
     assert_same_weights(streamed, replayed)
-    assert streamed.landed_share() == mezo.landed_share() is not None
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction() is not None
     streamed.close()
     assert_same_steps(mezo, resumed, batches[10:])
     assert_same_weights(mezo, resumed)

@@ -41,7 +41,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     )
     monkeypatch.setattr(pinned, "torch_cuda", module)
     monkeypatch.setattr(pinned, "_clear_cuda_error", lambda device: None)
-    monkeypatch.setattr(pinned, "TOUCH_PIECE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(pinned, "TOUCH_CHUNK_BYTES", PAGE_BYTES)
     return runtime
 
 
@@ -259,7 +259,7 @@ def test_the_compute_clock_sees_the_gpu() -> None:
 @pytest.mark.gpu
 def test_a_slab_of_many_pieces_is_copied_in_one_go() -> None:
     device = torch.device("cuda", 0)
-    size = 3 * pinned.TOUCH_PIECE_BYTES
+    size = 3 * pinned.TOUCH_CHUNK_BYTES
     slab, link = HostSlab(size, device), Link(device)
     try:
         block = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)

@@ -71,7 +71,7 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
     assert {each.disk_read_bytes for each in stats} == {sum(sizes[i] for i in streamed.blocks.on_disk)}
     assert streamed.evaluate(batches[:2]) == mezo.evaluate(batches[:2])
     assert_same_weights(mezo, streamed)
-    assert streamed.landed_share() == mezo.landed_share()
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction()
     assert_same_steps(mezo, streamed, batches[7:14])
     resumed = make(tiny_blueprint("opt", seed=5), tmp_path, context(dtype="bf16", seed=1), **knobs)
     resumed.load(save(streamed, tmp_path / "of-zo2"))
@@ -125,7 +125,7 @@ def test_a_low_bit_base_on_disk_is_never_written(tmp_path: Path) -> None:
 
 
 def test_a_models_file_is_asked_for_no_low_bit_block(tmp_path: Path) -> None:
-    """The records are made from its weights, once, in files of our own."""
+    """The tiles are made from its weights, once, in files of our own."""
     blueprint = tiny_blueprint("opt")
     blueprint.locate = lambda name: pytest.fail(name)  # type: ignore[attr-defined]
     assert isinstance(blueprint, LocatesWeights)
@@ -189,7 +189,7 @@ def test_equals_mezo_on_the_gpu(
     assert all(each.disk_s is not None for each in stats)
     assert streamed.evaluate(batches[:3]) == mezo.evaluate(batches[:3])
     assert_same_weights(mezo, streamed)
-    assert streamed.landed_share() == mezo.landed_share()
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction()
     resumed = delayed(99)
     resumed.load(save(streamed, tmp_path / "at-14"))
     streamed.close()

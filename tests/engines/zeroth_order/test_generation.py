@@ -124,7 +124,7 @@ def test_zo2_and_mezo_draw_the_same_tokens(family: str) -> None:
 
 
 @pytest.mark.parametrize("resident_blocks", [0, 2])
-def test_blocks_on_disk_are_read_in_every_step_with_their_pending_updates(resident_blocks: int) -> None:
+def test_blocks_on_disk_are_read_in_every_step_with_their_deferred_updates(resident_blocks: int) -> None:
     blueprint = sharp("llama", num_blocks=6)
     knobs = {"resident_blocks": resident_blocks, "disk_blocks": 2, "learning_rate": 1e-2}
     streamed = make_zo2(blueprint, **knobs)
@@ -227,7 +227,7 @@ def test_every_step_uploads_every_streamed_block_once() -> None:
         {"base": "int8", "queries": 2, "fold_every": 3},
     ],
 )  # fmt: skip
-def test_pending_updates_are_in_what_generates_and_training_goes_on_as_if_it_had_not(knobs: Any) -> None:
+def test_deferred_updates_are_in_what_generates_and_training_goes_on_as_if_it_had_not(knobs: Any) -> None:
     made = {**knobs, "learning_rate": 1e-2}
     blueprint = sharp("llama")
     streamed = make_zo2(blueprint, **made)
@@ -347,7 +347,7 @@ def test_the_host_reads_nothing_of_what_a_decoding_step_computes(family: str, pr
 def test_zo2_and_mezo_agree_on_the_gpu(
     family: str, graphs: bool, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The link held up at random, blocks in small pieces, between training steps."""
+    """The link held up at random, blocks in small chunks, between training steps."""
     monkeypatch.setattr("engines.offload.ring.UPLOAD_BYTES", 500)
     if not graphs:
         monkeypatch.setattr("engines.zeroth_order.perturbed_model.GRAPH_SCRATCH_BYTES", 0)

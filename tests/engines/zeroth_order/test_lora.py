@@ -281,9 +281,9 @@ def test_lowers_the_loss(engine: str) -> None:
 
 def test_the_landed_share_is_that_of_an_adapter() -> None:
     made = make_mezo(tiny_blueprint("opt"))
-    assert made.landed_share() is None
+    assert made.realized_update_fraction() is None
     made.step(tiny_batches(1, "opt"))
-    share = made.landed_share()
+    share = made.realized_update_fraction()
     assert share is not None
     assert share == pytest.approx(1.0, abs=1e-2)
 

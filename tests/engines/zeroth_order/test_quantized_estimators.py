@@ -64,7 +64,7 @@ def test_zo2_equals_mezo(case: str, resident_blocks: int) -> None:
         undisturbed.step([batch])
     assert_same_weights(mezo, streamed)
     assert_same_weights(streamed, undisturbed)
-    assert streamed.landed_share() == mezo.landed_share()
+    assert streamed.realized_update_fraction() == mezo.realized_update_fraction()
 
 
 @pytest.fixture
@@ -135,13 +135,13 @@ def test_a_low_rank_sum_is_rounded_to_the_grid_without_bias(base: Base) -> None:
     made = torch.Generator().manual_seed(0)
     weight = torch.randn(rows * columns, generator=made) * 0.02
     left, right = torch.randn(rank, rows, generator=made) * 2e-3, torch.randn(rank, columns, generator=made)
-    records = torch.empty(matrix_bytes(weight.numel(), base), dtype=torch.uint8)
-    pack(weight, base, records)
-    before = unpack(records, base, weight.numel())
+    tiles = torch.empty(matrix_bytes(weight.numel(), base), dtype=torch.uint8)
+    pack(weight, base, tiles)
+    before = unpack(tiles, base, weight.numel())
     change = (left.t() @ right).reshape(-1)
     mean = torch.zeros_like(before)
     for step in range(400):
-        moved = records.clone()
+        moved = tiles.clone()
         add_low_rank_to_tiles(
             moved, base, left, right, NoiseKey(seed=1, step=step, tensor=4), stochastic=True
         )
@@ -151,9 +151,9 @@ def test_a_low_rank_sum_is_rounded_to_the_grid_without_bias(base: Base) -> None:
     unit = before.abs().max() / 7 if base == "int4" else before.abs().max() / 16
     assert error.abs().mean() < 0.05 * unit
     assert abs(float(error.mean())) < 1e-3 * unit
-    nearest = records.clone()
+    nearest = tiles.clone()
     add_low_rank_to_tiles(nearest, base, left, right, NoiseKey(seed=1, step=0, tensor=4), stochastic=False)
-    again = torch.empty_like(records)
+    again = torch.empty_like(tiles)
     add_low_rank_to_tiles(
         again.copy_(nearest), base, 0 * left, right, NoiseKey(seed=1, step=0, tensor=4), stochastic=True
     )
@@ -162,15 +162,15 @@ def test_a_low_rank_sum_is_rounded_to_the_grid_without_bias(base: Base) -> None:
 
 def test_pieces_of_a_low_rank_sum_make_up_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = torch.randn(2, 90) * 1e-2, torch.randn(2, 111)
-    records = torch.empty(matrix_bytes(90 * 111, "int8"), dtype=torch.uint8)
-    pack(torch.randn(90 * 111) * 0.02, "int8", records)
-    whole, pieces = records.clone(), records.clone()
+    tiles = torch.empty(matrix_bytes(90 * 111, "int8"), dtype=torch.uint8)
+    pack(torch.randn(90 * 111) * 0.02, "int8", tiles)
+    whole, chunks = tiles.clone(), tiles.clone()
     key = NoiseKey(seed=3, step=2, tensor=1)
     add_low_rank_to_tiles(whole, "int8", rows, columns, key, stochastic=True)
     monkeypatch.setattr("engines.quantized.codec._CHUNK_TILES", {"cpu": 1})
-    add_low_rank_to_tiles(pieces, "int8", rows, columns, key, stochastic=True)
-    assert torch.equal(whole, pieces)
-    assert not torch.equal(whole, records)
+    add_low_rank_to_tiles(chunks, "int8", rows, columns, key, stochastic=True)
+    assert torch.equal(whole, chunks)
+    assert not torch.equal(whole, tiles)
 
 
 def test_within_a_window_nothing_goes_down() -> None:

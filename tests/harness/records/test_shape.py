@@ -23,6 +23,13 @@ def test_sizes_come_back_without_paths_and_names_of_classes(tmp_path: Path) -> N
         assert "ill" not in text.replace("llama", "")
 
 
+def test_sizes_written_before_a_field_was_renamed_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    save_shape(named_shape("opt-125m"), path)
+    path.write_text(path.read_text().replace("non_block_parameters", "outer_parameters"))
+    assert load_shape(path) == named_shape("opt-125m")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

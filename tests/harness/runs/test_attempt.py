@@ -81,6 +81,9 @@ def test_a_record_tells_the_share_of_the_machines_matrix_rate_over_real_tokens(
     assert run.summary.model_flops == passes * forward / 2
     assert run.summary.mfu == pytest.approx(passes * forward / 2 / 0.25 / 1e6)
     assert run.notes == ("not compiled: no",)
+    two = replace(asked, job=replace(asked.job, limits=replace(asked.job.limits, gpus=2)))
+    run, _ = recorded(two, outcome, tmp_path, monkeypatch, matrix_rate=rate)  # of both cards together
+    assert run.summary.mfu == pytest.approx(passes * forward / 2 / 0.25 / 2e6)
     other = replace(rate, device="NVIDIA H200")  # a profile of elsewhere says nothing of this card
     run, _ = recorded(asked, outcome, tmp_path, monkeypatch, matrix_rate=other)
     assert (run.summary.mfu, run.summary.model_flops) == (None, passes * forward / 2)

@@ -263,12 +263,12 @@ def test_what_was_read_from_disk_and_how_near_it_came_to_reading_alone() -> None
     assert (without.disk_s, without.disk_direct, without.disk_floor_share) == (None, None, None)
 
 
-class LandingEngine(Scripted):
+class RealizingEngine(Scripted):
     """Says what is asked of it how much of its update arrived, and when it was asked."""
 
     told: Any = None
 
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         self.asked_s = self.now()
         if isinstance(self.told, BaseException):
             raise self.told
@@ -276,9 +276,9 @@ class LandingEngine(Scripted):
         return share
 
 
-def landing_engine(job: Job, told: object) -> LandingEngine:
+def realizing_engine(job: Job, told: object) -> RealizingEngine:
     context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
-    engine = LandingEngine(ScriptedSettings(step_s=(1.0,), drain_s=0.5), context)
+    engine = RealizingEngine(ScriptedSettings(step_s=(1.0,), drain_s=0.5), context)
     engine.told = told
     return engine
 
@@ -298,7 +298,7 @@ def test_the_share_that_landed_is_asked_last_and_too_little_memory_for_it_fails_
     told: object, kept: float | None
 ) -> None:
     job = scripted_job(eval_batches=1)
-    engine = landing_engine(job, told)
+    engine = realizing_engine(job, told)
     recording = RunRecording(tokens_per_step=8)
     run(job, engine, recording)
     assert recording.summary().landed_share == kept
@@ -319,7 +319,7 @@ def test_what_the_last_step_comes_to_when_the_share_is_asked_ends_the_run(error:
     job = scripted_job()
     recording = RunRecording(tokens_per_step=8)
     with pytest.raises(type(error)):
-        run(job, landing_engine(job, error), recording)
+        run(job, realizing_engine(job, error), recording)
     assert len(recording.samples) == 6
 
 

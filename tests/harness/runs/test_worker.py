@@ -86,7 +86,7 @@ def test_a_trace_that_fails_does_not_hide_what_ended_the_run(
 class Overflowing(Scripted):
     """Finds out after the last step that its gradient was not finite."""
 
-    def landed_share(self) -> float | None:
+    def realized_update_fraction(self) -> float | None:
         raise NonFiniteLoss("the core of step 5 is not finite")
 
 

@@ -250,7 +250,7 @@ def test_a_perturbed_loss_on_one_side_only_is_put_down_to_eps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def step(self: Any, batches: Any) -> None:
-        raise NonFiniteLoss("one loss is not finite", sides=(2.5, float("inf")))
+        raise NonFiniteLoss("one loss is not finite", losses=(2.5, float("inf")))
 
     monkeypatch.setattr(load_engine("mezo"), "step", step)
     with pytest.raises(UserError, match=r"eps is likely too large; lower it with --set mezo.eps="):

@@ -70,7 +70,7 @@ def with_vocabulary(size: int) -> ModelShape:
         DEEPSEEK_7B,
         vocabulary=size,
         head_parameters=matrix,
-        outer_parameters=2 * matrix + DEEPSEEK_7B.hidden,
+        non_block_parameters=2 * matrix + DEEPSEEK_7B.hidden,
         largest_tensor=matrix,
     )
 
@@ -177,10 +177,10 @@ def test_what_is_outside_the_blocks_is_updated_on_the_host_where_that_makes_it_f
     found = plan(4096, wide, given, vram_bytes=32 * GB)
     assert (found.fits, found.settings["outer"]) == (True, "host")
     on_gpu = plan(4096, wide, {"outer": "gpu", **given})
-    assert found.prediction.peak_gpu_bytes < on_gpu.prediction.peak_gpu_bytes - 8 * wide.outer_parameters
-    outer = 2 * wide.outer_parameters
-    assert found.prediction.h2d_bytes == on_gpu.prediction.h2d_bytes + outer
-    assert found.prediction.d2h_bytes == on_gpu.prediction.d2h_bytes + outer
+    assert found.prediction.peak_gpu_bytes < on_gpu.prediction.peak_gpu_bytes - 8 * wide.non_block_parameters
+    non_block = 2 * wide.non_block_parameters
+    assert found.prediction.h2d_bytes == on_gpu.prediction.h2d_bytes + non_block
+    assert found.prediction.d2h_bytes == on_gpu.prediction.d2h_bytes + non_block
 
 
 def test_four_bytes_a_parameter_on_the_gpu_beside_activations() -> None:

@@ -1,4 +1,4 @@
-"""bf16 matrices without losing a bit: the records, and passes over them."""
+"""bf16 matrices without losing a bit: the tiles, and passes over them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from engines.base import Update
 from engines.costs.quantized import lossless_bytes
-from engines.lossless import lossless_pass, records
+from engines.lossless import lossless_codec, lossless_pass
 from engines.noise import weight_pass
 from engines.noise.tiles import Segment, one
 from engines.noise.visits import DeviceUpdateLog, Noise, Outputs, Rounding, Visit
 
 CPU = torch.device("cpu")
 SIZES = [1, 3, 511, 2047, 2048, 2049, 5000]
-KINDS: list[Noise] = ["gaussian", "rademacher"]
+KINDS: list[Noise] = ["gaussian", "binomial", "rademacher"]
 
 
 def kernel_device() -> torch.device:
@@ -82,12 +82,12 @@ AWKWARD = ["usual", "zeros", "pruned", "special", "outliers", "large", "small"]
 
 def encoded(weights: Tensor) -> tuple[Tensor, bool]:
     kept = torch.full((lossless_bytes(weights.numel()),), 255, dtype=torch.uint8, device=weights.device)
-    return kept, bool(records.write_records(weights, kept))
+    return kept, bool(lossless_codec.write_tiles(weights, kept))
 
 
 def decoded(kept: Tensor, count: int) -> Tensor:
     out = torch.empty(count, dtype=torch.bfloat16, device=kept.device)
-    assert records.read_records(kept, count, out)
+    assert lossless_codec.read_tiles(kept, count, out)
     return out
 
 
@@ -210,8 +210,8 @@ def test_a_pass_gives_the_bits_of_one_over_plain_weights(
     flat = flat_memory()
     kept = kept_from(flat)
     for where, plain, function in (
-        (CPU, weight_pass.visit, lossless_pass.visit_records),
-        (kernel_device(), weight_pass_kernels.visit, lossless_pass_kernels.visit_records),
+        (CPU, weight_pass.visit, lossless_pass.visit_lossless),
+        (kernel_device(), weight_pass_kernels.visit, lossless_pass_kernels.visit_lossless),
     ):
         how = a_visit((1e-3, 0.7), (1e-2, -2.0), device=where, rounding=rounding, noise=noise)
         expected, found = outputs(wanted, where), outputs(wanted, where)
@@ -227,7 +227,7 @@ def test_a_pass_gives_the_bits_of_one_over_plain_weights(
 
 @pytest.mark.parametrize("kind", AWKWARD)
 def test_the_kernels_give_the_same_bits(kind: str) -> None:
-    """Of records, and of what comes back, NaN included. Escapes elsewhere in the matrix, too."""
+    """Of tiles, and of what comes back, NaN included. Escapes elsewhere in the matrix, too."""
     pytest.importorskip("triton")
     from engines.lossless import lossless_pass_kernels
 
@@ -238,11 +238,11 @@ def test_the_kernels_give_the_same_bits(kind: str) -> None:
     for offset, count in zip(OFFSETS, COUNTS, strict=True):
         made = torch.full((lossless_bytes(count),), 255, dtype=torch.uint8, device=where)
         weights = flat[offset : offset + count].to(where)
-        assert bool(lossless_pass_kernels.encode_records(weights, one(3, count), made))
+        assert bool(lossless_pass_kernels.encode_lossless(weights, one(3, count), made))
         found.append(made)
     there = torch.cat(found)
     assert torch.equal(there.cpu(), expected)
-    for function in (lossless_pass.decode_records, lossless_pass_kernels.decode_records):
+    for function in (lossless_pass.decode_lossless, lossless_pass_kernels.decode_lossless):
         out = torch.zeros(6464, dtype=torch.bfloat16, device=where)
         damaged = torch.zeros(1, dtype=torch.int32, device=where)
         function(there, SEGMENT, out, damaged)
@@ -256,7 +256,7 @@ def test_the_kernel_finds_no_room_where_there_is_none() -> None:
 
     bits = torch.randint(0, 1 << 16, (5000,), generator=torch.Generator().manual_seed(0))
     kept = torch.zeros(3 * 3104, dtype=torch.uint8, device=kernel_device())
-    assert not lossless_pass_kernels.encode_records(of_bits(bits).to(kernel_device()), one(3, 5000), kept)
+    assert not lossless_pass_kernels.encode_lossless(of_bits(bits).to(kernel_device()), one(3, 5000), kept)
 
 
 @settings(max_examples=20, deadline=None)
@@ -270,8 +270,8 @@ def test_a_bit_that_was_damaged_is_found(byte: int, bit: int, tile: int) -> None
     kept[tile * 3104 + byte] ^= 1 << bit
     out = torch.empty(5000, dtype=torch.bfloat16)
     for where, function in (
-        (CPU, lossless_pass.decode_records),
-        (kernel_device(), lossless_pass_kernels.decode_records),
+        (CPU, lossless_pass.decode_lossless),
+        (kernel_device(), lossless_pass_kernels.decode_lossless),
     ):
         damaged = torch.zeros(1, dtype=torch.int32, device=where)
         function(kept.to(where), one(3, 5000), out.to(where), damaged)
@@ -286,10 +286,10 @@ def test_the_compiled_kernels_give_the_same_bits_as_the_cpu(kind: str) -> None:
     weights[10_000:10_030] = 2.0**-70
     expected, has_room = encoded(weights)
     there = torch.empty_like(expected, device="cuda")
-    assert bool(lossless_pass.encode_records(weights.cuda(), one(3, 3_000_001), there)) == has_room
+    assert bool(lossless_pass.encode_lossless(weights.cuda(), one(3, 3_000_001), there)) == has_room
     assert torch.equal(there.cpu(), expected)
     out = torch.empty(3_000_001, dtype=torch.bfloat16, device="cuda")
     damaged = torch.zeros(1, dtype=torch.int32, device="cuda")
-    lossless_pass.decode_records(there, one(3, 3_000_001), out, damaged)
+    lossless_pass.decode_lossless(there, one(3, 3_000_001), out, damaged)
     assert not damaged
     assert same_bits(out.cpu(), weights)

@@ -3,8 +3,8 @@
 The exponents of trained weights are much alike: of 2048 neighbours nearly all lie in a window of 15, so four
 bits say which. Sign and mantissa, which look like noise, stay as they are. (Fixed lengths, as ZipServ,
 2603.17435, has them for inference; Huffman codes, as in DFloat11, 2504.11651, would save another tenth, but
-cannot be decoded in a few instructions.) A matrix is a row of *records*, one per tile of 2048 elements
-(`engines.noise.tiles`), 3104 bytes each, 12.1 bits a weight:
+cannot be decoded in a few instructions.) A matrix is a row of tiles of 2048 elements (`engines.noise.tiles`),
+stored in 3104 bytes each, 12.1 bits a weight:
 
     1024 bytes   codes: a 16-bit word for each lane, four bits for each row of the tile, the first row lowest
     2048 bytes   rests: a 32-bit word for each lane, sign and mantissa of each row
@@ -20,8 +20,8 @@ bf16 have them, and a rotation by 8 and the mask those of rows 2 and 3: bytes m0
 lowest first, signs on top. A kernel puts the codes into such a pair's exponents and multiplies by 2^base.
 
 An *escape* is a weight whose exponent is no code's: its place, 4 x lane + row, above its 16 bits. They are in
-order. Escapes of a tile beyond 5 lie in the last words of the matrix's records, from
-the one on that the tile names: each record has room for one.
+order. Escapes of a tile beyond 5 lie in the last words of the matrix's tiles, from the
+one on that the tile names: each has room for one.
 Weights of a normal distribution have 0.2 to 0.3 escapes a tile, those of trained models about 1. A matrix
 with more than there is room for, 5 a tile and then 1 more a tile in all, cannot be kept so.
 
@@ -40,10 +40,10 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from engines.costs.quantized import LOSSLESS_RECORD_BYTES, TILE_ELEMENTS, lossless_bytes
+from engines.costs.quantized import LOSSLESS_TILE_BYTES, TILE_ELEMENTS, lossless_bytes
 from engines.noise.tiles import LANES, Segment
 
-RECORD_BYTES = LOSSLESS_RECORD_BYTES
+TILE_BYTES = LOSSLESS_TILE_BYTES
 CODES_BYTES = LANES * 2
 RESTS_BYTES = LANES * 4
 WINDOW = 15
@@ -51,34 +51,34 @@ WINDOW = 15
 LARGEST_BASE = 127
 """2^base is a number in fp32."""
 OWN_ESCAPES = 5
-"""Of a tile, in its record; any more are elsewhere."""
+"""Of a tile, in its own words; any more are elsewhere."""
 MOST_TOPS = 32
 """Windows below so many of the largest exponents of a tile are tried."""
 
 HEADER, ESCAPES, ELSEWHERE, ROOM = 0, 1, 1 + OWN_ESCAPES, 2 + OWN_ESCAPES
-"""Places among the eight words at a record's end."""
+"""Places among the eight words at a stored tile's end."""
 
 _CHUNK_TILES = 1 << 10
 """Tiles at a time, so that temporaries stay small."""
 
 
-def _parts(records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of (tiles, bytes) records: codes (tiles, 512) int16, rests (tiles, 512) int32, words (tiles, 8)
-    int32."""
+def _parts(tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of stored tiles, (tiles, bytes): codes (tiles, 512) int16, rests (tiles, 512) int32, words
+    (tiles, 8) int32."""
     rests_end = CODES_BYTES + RESTS_BYTES
     return (
-        records[:, :CODES_BYTES].view(torch.int16),
-        records[:, CODES_BYTES:rests_end].view(torch.int32),
-        records[:, rests_end:].view(torch.int32),
+        tiles[:, :CODES_BYTES].view(torch.int16),
+        tiles[:, CODES_BYTES:rests_end].view(torch.int32),
+        tiles[:, rests_end:].view(torch.int32),
     )
 
 
-def write_records(weights: Tensor, records: Tensor) -> Tensor:
-    """Write the bits of bf16 `weights` (n,) to `records`, (bytes,) on the same device.
+def write_tiles(weights: Tensor, tiles: Tensor) -> Tensor:
+    """Write the bits of bf16 `weights` (n,) to `tiles`, (bytes,) on the same device.
 
-    Returns whether all of them found room, () bool on that device; else the records are of no use.
+    Returns whether all of them found room, () bool on that device; else the tiles are of no use.
     """
-    tables = records.view(-1, RECORD_BYTES)
+    tables = tiles.view(-1, TILE_BYTES)
     _, _, words = _parts(tables)
     late: list[Tensor] = []
     for first in range(0, len(tables), _CHUNK_TILES):
@@ -104,7 +104,7 @@ def find_places(words: Tensor) -> Tensor:
     ends = more.cumsum(0)
     words[:, ELSEWHERE] = ends - more
     has_room = ends[-1] <= len(words)
-    # HAZARD: whoever reads the records all the same must not read past their end.
+    # HAZARD: whoever reads the tiles all the same must not read past their end.
     header.copy_(torch.where(has_room, header, header & 0xFF))
     return has_room
 
@@ -168,10 +168,10 @@ def _bases(exponent: Tensor) -> Tensor:
     return bases[torch.where(simple, top, best)].view(-1).to(torch.int32)
 
 
-def read_records(records: Tensor, count: int, out: Tensor) -> Tensor:
-    """The `count` weights that `records` (bytes) hold, bit for bit: to `out`, (count,) bf16. Returns whether
+def read_tiles(tiles: Tensor, count: int, out: Tensor) -> Tensor:
+    """The `count` weights that `tiles` (bytes) hold, bit for bit: to `out`, (count,) bf16. Returns whether
     they are what was written, () bool."""
-    tables = records.view(-1, RECORD_BYTES)
+    tables = tiles.view(-1, TILE_BYTES)
     codes, rests, words = _parts(tables)
     room, header = words[:, ROOM], words[:, HEADER]
     intact = (_check(codes, rests, header & 0xFFFFF) == (header >> 20) & 0xFFF).all()
@@ -208,7 +208,7 @@ def _decode_tiles(tables: Tensor, room: Tensor) -> Tensor:
 
 
 def matrices(kept: Tensor, segment: Segment) -> Iterator[tuple[Tensor, int, slice]]:
-    """Records, number and place in flat memory of each matrix."""
+    """Stored tiles, number and place in flat memory of each matrix."""
     start = 0
     for number, offset, count in zip(segment.numbers, segment.offsets, segment.counts, strict=True):
         stop = start + lossless_bytes(count)
