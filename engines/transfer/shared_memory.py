@@ -69,10 +69,10 @@ def _opened(num_bytes: int, world: World) -> int:
             os.truncate(own, num_bytes)
         except OSError as error:
             why = f"shared host memory cannot be made ({error.strerror or error})"
-    told = [json.loads(each) for each in world.exchange(json.dumps([os.getpid(), own]).encode())]
+    of_ranks = [json.loads(each) for each in world.exchange(json.dumps([os.getpid(), own]).encode())]
     found = own
     if world.local_rank > 0:
-        pid, descriptor = told[world.rank - world.local_rank]
+        pid, descriptor = of_ranks[world.rank - world.local_rank]
         try:
             found = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
