@@ -287,7 +287,7 @@ def _visited(
     )
 
 
-def state_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> list[int]:
+def hidden_state_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> list[int]:
     """Of each hidden state that a step has between two blocks: of every micro-batch and every probe, whose
     sides lie together."""
     one = transformer.hidden_bytes(shape, workload)
@@ -321,7 +321,7 @@ def gpu_memory(
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_non_block_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
-    hidden = sum(state_bytes(shape, workload, settings)) if hidden_bytes is None else hidden_bytes
+    hidden = sum(hidden_state_bytes(shape, workload, settings)) if hidden_bytes is None else hidden_bytes
     # A graph has its input at a place of its own.
     hidden += 2 * as_graphs * transformer.hidden_bytes(shape, workload)
     kept = {**held}

@@ -21,10 +21,10 @@ from engines.costs.mezo import (
     ParameterWork,
     fused_visit,
     gpu_memory,
+    hidden_state_bytes,
     num_probes,
     perturb,
     perturbed_layers,
-    state_bytes,
     trains_block,
 )
 from engines.costs.quantized import block_bytes
@@ -194,7 +194,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         for step in range(settings.fold_every)
     )
     held = {"weights": non_block + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
-    states = state_bytes(shape, workload, settings)
+    states = hidden_state_bytes(shape, workload, settings)
     away = states[num_staying(states) :] if settings.hidden_states == "host" else []
     if away:
         layers = _with_moved_states(layers, sum(away))

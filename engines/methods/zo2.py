@@ -59,7 +59,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Blueprint, Context
-from engines.costs.mezo import num_probes, state_bytes
+from engines.costs.mezo import hidden_state_bytes, num_probes
 from engines.costs.zo2 import choose_on_disk, folds, folds_disk, num_staying, resident_indices
 from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
@@ -169,7 +169,7 @@ class StreamedBlocks:
     def _make_states(self, shape: ModelShape) -> States:
         """In host memory, but for those that stay, of this rank's part of a step."""
         workload, settings, world = self._context.workload, self._settings, self._context.world
-        sizes = state_bytes(shape, workload, settings)
+        sizes = hidden_state_bytes(shape, workload, settings)
         mine = divide(world.size, workload.accumulation, num_probes(settings))[world.rank]
         count, staying = len(mine.batches) * len(mine.probes), num_staying(sizes)
         if count <= staying:

@@ -19,7 +19,7 @@ from zeroth_order_runs import (
 )
 
 from engines.costs import zo2 as costs
-from engines.costs.mezo import state_bytes
+from engines.costs.mezo import hidden_state_bytes
 from engines.methods.zo2 import Zo2
 from engines.model.waiting_states import WaitingStates
 from engines.noise.visits import LOG_CAPACITY
@@ -112,7 +112,7 @@ def test_states_on_the_host_change_no_bit(
 ) -> None:
     where, knobs = context(accumulation=accumulation), ESTIMATORS[name]
     blueprint = tiny_blueprint("opt")
-    sizes = state_bytes(blueprint.shape, where.workload, MezoSettings(**knobs))  # type: ignore[arg-type]
+    sizes = hidden_state_bytes(blueprint.shape, where.workload, MezoSettings(**knobs))  # type: ignore[arg-type]
     monkeypatch.setattr(costs, "STAYING_BYTES", 2 * max(sizes))
     mezo = make_mezo(tiny_blueprint("opt"), where, **knobs)
     here = make_zo2(tiny_blueprint("opt"), where, resident_blocks=1, **knobs)
@@ -149,7 +149,7 @@ def test_what_stays_is_bounded_by_its_bytes() -> None:
     workload = Workload(batch_size=1, seq_len=16, dtype="fp16")
     settings = Zo2Settings(queries=3, estimator="1.5-spsa")
     one = 16 * shape.hidden * 2
-    assert state_bytes(shape, workload, settings) == [one, 2 * one, 2 * one, 2 * one]
+    assert hidden_state_bytes(shape, workload, settings) == [one, 2 * one, 2 * one, 2 * one]
     assert costs.num_staying([one, 2 * one]) == 2
     assert costs.num_staying([costs.STAYING_BYTES // 2] * 5) == 2
     assert costs.num_staying([costs.STAYING_BYTES + 1] * 5) == 0
