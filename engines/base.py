@@ -268,6 +268,17 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class ActsTogether(Protocol):
+    """An engine of which, with several ranks, no one has everything."""
+
+    @property
+    def acts_together(self) -> bool:
+        """`evaluate`, `weights` and `save` are to be called on all ranks at the same time, with the same
+        arguments; each finds the same, and together they write one checkpoint. `False`: any one may call them
+        alone. After `setup`."""
+
+
+@runtime_checkable
 class SupportsRealizedUpdates(Protocol):
     """An engine that can say how much of what it wants to change arrives in the stored weights."""
 

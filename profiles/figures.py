@@ -112,6 +112,7 @@ FIGURES: tuple[FigureRow, ...] = (
     _row("gpu.matmul_fp16_flops", "GPU matrix product fp16", format_flops, "brief", "predict", "report"),
     _row("gpu.matmul_fp32_flops", "GPU matrix product fp32", format_flops, "brief", "predict", "report"),
     _row("gpu.matmul_sustained_flops", "bf16 product sustained", format_flops, "brief", "predict"),
+    _row("gpu.product_s", "a product, beside that rate", format_seconds, "brief", "predict"),
     _row("gpu.process_bytes", "CUDA itself, a process", format_bytes, "brief", "predict"),
     _row("gpu.workspace_bytes", "workspaces of products", format_bytes, "brief", "predict"),
     _row("link.replays", "packets sent again", format_count, "brief", "doctor", detail=_during),

@@ -82,6 +82,8 @@ class Gpu:
     """Matrix product rates in FLOP/s on normally distributed data."""
     matmul_sustained_flops: Figure = NOT_PROBED
     """The bf16 product again, at the end of a long run of it: training loads the GPU without a rest."""
+    product_s: Figure = NOT_PROBED
+    """What a product of middling size takes longer than its operations at the rate of a large one."""
     process_bytes: Figure = NOT_PROBED
     """What a process takes of the GPU beside torch's memory: CUDA's context, its libraries and kernels. Where
     it is measured, `free_bytes` is what was free before the probe had one."""

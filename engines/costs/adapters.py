@@ -81,6 +81,10 @@ def _traffic(
                 + (ADAPTER_BYTES_COMPILED if how.compiled else ADAPTER_BYTES_PER_VALUE) * passes / 2 * values
                 + ADAM_PASSES * 4 * adapters
                 + widened,
+                products=layer.products - len(shape.matrices) * workload.accumulation,
+                # Products of an adapter are narrow, and take what they move.
+                graph_kernels=layer.graph_kernels
+                + (int(2 * passes) * len(adapted) * workload.accumulation if how.captured else 0),
                 launches=layer.launches
                 + (0 if how.captured else int((passes - 1) * ADAPTER_LAUNCHES) * len(adapted))
                 * workload.accumulation,

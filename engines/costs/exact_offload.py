@@ -52,6 +52,10 @@ before they would have gone."""
 
 LEAST_GRADIENT_BLOCKS = 4
 
+LAUNCHES = 100
+"""Per block, in launches of a model's own operations: Python around its pieces, events and the CPU's queue.
+On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
+
 FUSED_ADAM_BYTES = 28
 """Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed. Ours counts
 at the same bytes per second, beside copies and threads that start kernels: 0.84 of that time in the record of
@@ -208,6 +212,7 @@ def _layer(
         layer,
         disk_bytes=read,
         disk_write_bytes=written,
+        launches=layer.launches + LAUNCHES * settings.offload,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size + hidden,

@@ -57,6 +57,10 @@ LAUNCHES = 9
 Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took 0.212 and 0.216 s,
 of which the model's own operations are 0.15."""
 
+STREAM_LAUNCHES = 16
+"""The same for a matrix whose weights are streamed. Counted: such a block starts 50 to 56 operations of torch
+more for each matrix, of which a model's own launches have three to four each."""
+
 GRAPH_LAUNCHES = 24
 """Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
 
@@ -155,7 +159,8 @@ def _checks(shape: ModelShape, settings: LspSettings) -> RareWork | None:
 def lsp_passes(shape: ModelShape, workload: Workload, settings: LspSettings) -> BlockPasses:
     """How blocks run; the twin has no graphs, nor have blocks that all micro-batches pass together."""
     passes = block_passes(shape, workload, settings)
-    return replace(passes, captured=passes.captured and settings.offload and not settings.block_major)
+    captured = passes.captured and settings.offload and not settings.block_major
+    return replace(passes, captured=captured, loss_compiled=False)
 
 
 def _graph_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
@@ -194,7 +199,8 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
     moved = sum(projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
-    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + LAUNCHES * len(shape.matrices)
+    each = LAUNCHES + STREAM_LAUNCHES * settings.streams
+    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + each * len(shape.matrices)
     wire, up, down = element * core, 0, 0
     if settings.streams:
         down = element * sum(matrix.parameters for matrix in shape.matrices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.traffic import GpuMemory, Traffic
+from engines.costs.traffic import DividedWeights, GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
     BlockPassSettings,
@@ -22,6 +22,10 @@ ADAM_SLOWDOWN = 1.5
 """Time of torch's fused AdamW on a GPU over that of a copy of as many bytes: 2.7 TB/s where copies reach 4.1,
 at 1.3B in bf16 on an H200."""
 
+
+BLOCK_GATHERED, NON_BLOCK_GATHERED = 3, 2
+"""How often several GPUs exchange parts in a micro-batch: of a block's weights in the forward and in the
+backward pass, of its gradients, and of what is outside once each."""
 
 GRAPH_BYTES = 4_000_000
 """GPU memory of one block's two passes as CUDA graphs outside torch's allocator: on an H200 `lsp` with 32
@@ -46,6 +50,7 @@ def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockS
         recomputed=settings.recomputed(shape.num_blocks, checkpointing=workload.checkpointing),
         compiled=settings.compile is not False,
         captured=isinstance(settings, BlockPassSettings) and settings.graphs,
+        loss_compiled=settings.compile is not False,
         loss_tokens=_loss_tokens(settings),
     )
 
@@ -57,17 +62,32 @@ def _loss_tokens(settings: CompiledBlockSettings) -> int | None:
 
 
 def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> Traffic:
-    """8 bytes per parameter in bf16, 16 in fp32, and activations."""
+    """8 bytes per parameter in bf16, 16 in fp32, and activations. Several GPUs have a part each of the first:
+    two blocks and a gradient are whole at a time, and what is outside of them."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     passes = block_passes(shape, workload, settings)
     layers = transformer.training_layers(shape, workload, passes)
     non_block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.non_block_parameters
     block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
+    together = workload.accumulation * element
     updated = [
-        replace(layer, gpu_bytes=layer.gpu_bytes + (block if layer.name.startswith("block.") else 0))
+        replace(
+            layer,
+            gpu_bytes=layer.gpu_bytes + block,
+            divided_gpu_bytes=block,
+            gathered_bytes=BLOCK_GATHERED * together * shape.block_parameters,
+        )
+        if layer.name.startswith("block.")
+        else layer
         for layer in layers
     ]
-    updated[-1] = replace(updated[-1], gpu_bytes=updated[-1].gpu_bytes + non_block)
+    updated[-1] = replace(
+        updated[-1],
+        gpu_bytes=updated[-1].gpu_bytes + non_block,
+        divided_gpu_bytes=non_block,
+        gathered_bytes=NON_BLOCK_GATHERED * together * shape.non_block_parameters,
+    )
+    whole = element * (2 * shape.non_block_parameters + 3 * shape.block_parameters)
     return Traffic(
         layers=tuple(updated),
         **training_memory(
@@ -79,6 +99,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if passes.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
+        divided_weights=DividedWeights(kinds=("weights", "gradients", "optimizer"), whole_bytes=whole),
     )
 
 

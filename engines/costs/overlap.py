@@ -53,6 +53,14 @@ def serial_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     return max(sum(busy.values()) - busy["host memory"], busy["host memory"])
 
 
+def gathered_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
+    """A layer's weights come together while the one before it computes; the first one is waited for, and the
+    last one's gradient. FSDP (2304.11277)."""
+    busy = busy_s(layers)
+    waited = max((layer.from_gpu_s for layer in layers), default=0.0)
+    return max(busy["gpu"], busy["gpu to gpu"]) + waited
+
+
 def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """Gradients go down under the backward passes; then the CPU updates, then the weights come up.
 
@@ -129,6 +137,7 @@ def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, chunk_share: 
 
 STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {
     "serial": serial_s,
+    "gathered": gathered_s,
     "optimizer_after_backward": optimizer_after_backward_s,
     "streamed": streamed_s,
     "layerwise": layerwise_s,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from engines import entry, load_target
 from engines.costs.traffic import Traffic
+from engines.costs.transformer import COMPILER_HOST_BYTES
 from engines.shapes import ModelShape, Workload
 
 
@@ -15,4 +17,6 @@ def traffic(engine: str, shape: ModelShape, workload: Workload, settings: Any) -
     Raises `UserError` for an unknown engine.
     """
     cost: Traffic = load_target(entry(engine).costs)(shape, workload, settings)
-    return cost
+    if getattr(settings, "compile", False) is False:
+        return cost
+    return replace(cost, host_memory_bytes={**cost.host_memory_bytes, "compiler": COMPILER_HOST_BYTES})

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 Overlap = Literal[
-    "serial", "optimizer_after_backward", "streamed", "layerwise", "blockwise", "blockwise_after_norm"
-]
+    "serial", "gathered", "optimizer_after_backward", "streamed", "layerwise", "blockwise",
+    "blockwise_after_norm",
+]  # fmt: skip
 """How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
 
 
@@ -33,14 +34,30 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    products: int = 0
+    """Matrix products, one after the other on the GPU."""
     graph_kernels: int = 0
-    """Kernels that CUDA graphs start."""
+    """Kernels that CUDA graphs start, products apart."""
     triton_launches: int = 0
     """Triton kernels that engines start from the CPU."""
     gaussians: int = 0
     """Normally distributed numbers drawn on the GPU, for perturbations."""
     from_gpu_bytes: int = 0
     """What comes from the memory of the machine's other GPUs."""
+    gathered_bytes: int = 0
+    """Where several GPUs divide the weights: of these and of their gradients, what each has to have whole."""
+    divided_gpu_bytes: float = 0.0
+    """Of `gpu_bytes` what they divide then: the optimizer's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DividedWeights:
+    """How several GPUs of a machine divide what one has: each holds a part of every weight."""
+
+    kinds: tuple[str, ...]
+    """Of `gpu_memory_bytes`."""
+    whole_bytes: int
+    """Weights and gradients that each has whole for a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +97,8 @@ class Traffic:
     sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
     gpu_without_triton_bytes: int = 0
     """By how much the peak is larger where there is no Triton."""
+    divided_weights: DividedWeights | None = None
+    """`None`: every GPU has all of its own."""
     shards_uploads: bool = False
     """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
@@ -97,6 +116,8 @@ class Traffic:
     def of_a_rank(self, local_ranks: int) -> Traffic:
         """What one of several ranks of a machine asks for: its part of the memory that they share, and of
         what they do there together."""
+        if local_ranks > 1 and self.divided_weights is not None:
+            return self._with_a_part(self.divided_weights, local_ranks)
         if local_ranks == 1 or not self.shared_host_bytes:
             return self
         parts = {name: -(-each // local_ranks) for name, each in self.shared_host_bytes.items()}
@@ -108,6 +129,22 @@ class Traffic:
             host_memory_bytes={**self.host_memory_bytes, **parts},
             pinned_bytes=self.pinned_bytes - less,
         )
+
+    def _with_a_part(self, weights: DividedWeights, local_ranks: int) -> Traffic:
+        layers = [
+            replace(
+                layer,
+                gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
+                from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
+            )
+            for layer in self.layers
+        ]
+        memory = {
+            kind: -(-size // local_ranks) if kind in weights.kinds else size
+            for kind, size in self.gpu_memory_bytes.items()
+        }
+        memory["whole for a time"] = weights.whole_bytes
+        return replace(self, layers=tuple(layers), gpu_memory_bytes=memory, overlap="gathered")
 
     def _layer_of_a_rank(self, layer: LayerTraffic, local_ranks: int) -> LayerTraffic:
         if self.divided == "updates":

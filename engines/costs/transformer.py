@@ -3,6 +3,8 @@
 Counts follow Korthikanti et al. (2205.05198) and hold for any Hugging Face model of the shape. A layer
 is the embedding, one block or the head; counts are per optimizer step, all micro-batches together,
 unless said otherwise.
+
+Longer than 400 lines: constants stand beside what they count, and every method's costs rest on them.
 """
 
 from __future__ import annotations
@@ -46,13 +48,22 @@ STACKED_GATED_LAUNCHES = 45
 """Kernels of both forward passes of a block in one batch, every product started once per half, without those
 that make noise. Counted from the modules, not traced."""
 
+COMPILED_KERNELS = 6
+"""Kernels of one forward pass of a compiled block beside its products: attention, both norms with their
+residuals, rotary embedding or biases, the activation. Counted."""
+
 GRAPH_SCRATCH_BYTES = 400_000_000
 """`engines.zeroth_order.perturbed_model` runs blocks as CUDA graphs up to this size of a block's perturbed
 copies."""
 
-GRAPH_LAUNCHES = 28
+GRAPH_LAUNCHES = 22
 """What it takes to start a block then, in launches: copies in and out, the graph, noise chunk by chunk, and
-the engine's Python around them. One H200's host needs 0.6 ms for a block of OPT-125M (reports/results)."""
+the engine's Python around them. One H200's host needs 0.6 ms for a block of OPT-125M (reports/results), and
+28 us for an operation by the probe."""
+
+STEP_LAUNCHES = 30
+"""What nothing hides between two steps, in launches without autograd: the loss is read, the next batch goes
+up, and the GPU waits. 0.4 to 1.4 ms of mezo and zo2 on H200s (`idle_s` in reports/results)."""
 
 CHECKPOINT_LAUNCHES = 20
 """What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
@@ -78,6 +89,10 @@ LOSS_BYTES_COMPILED = {"fp32": 8, "bf16": 4, "fp16": 4}
 """The same where a compiler fuses the loss: the logits and their gradient. `exact-offload`'s tensors at 1.3B
 took 5.66 GB on an H200 (reports/results, 29 November), of which 5.27 are counted without logits."""
 
+LOGIT_MOVES = 6
+"""Reads and writes of a logit where a compiler fuses the loss: its product writes it, the loss reads it, the
+backward pass reads it and writes its gradient, and two products read that. Counted."""
+
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
 """The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton a language
 model's head needs the logits themselves only."""
@@ -94,6 +109,11 @@ PROCESS_HOST_BYTES = 1_700_000_000
 PROCESS_HOST_BYTES_WITHOUT_GPU = 600_000_000
 """The same without CUDA: at 22 M to 125 M parameters, runs on a CPU held 0.45 GB (mezo, zo2) to 1.0 GB
 (native, lsp) beside what is counted by kind."""
+
+COMPILER_HOST_BYTES = 700_000_000
+"""Host memory of torch's compiler: 0.11 GB in the process itself, and 0.53 GB of a helper with eight forks
+that compile Triton kernels for an H200, each page once. Measured on a machine without a GPU (torch 2.13,
+Triton 3.6); torch with CUDA has larger libraries."""
 
 
 def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
@@ -169,6 +189,7 @@ class BlockPasses:
     compiled: bool = False
     captured: bool = False
     """As CUDA graphs."""
+    loss_compiled: bool = False
     loss_tokens: int | None = None
     """Positions whose logits are there at once; `None`: those of a micro-batch."""
 
@@ -188,15 +209,22 @@ def training_layers(
         name="head",
         gpu_forward_flops=head,
         gpu_backward_flops=2 * head,
-        gpu_bytes=2.0 * workload.accumulation * logits_bytes(shape, workload),
+        gpu_bytes=workload.accumulation * _loss_traffic_bytes(shape, workload, how),
     )
-    last = _started(last, 3 * HEAD_LAUNCHES, how, workload)
+    last = _started(last, 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
         replace(again if index < how.recomputed else kept, name=f"block.{index}")
         for index in range(shape.num_blocks)
     ]
     return [LayerTraffic(name="embedding"), *blocks, last]
+
+
+def _loss_traffic_bytes(shape: ModelShape, workload: Workload, how: BlockPasses) -> float:
+    """GPU memory traffic of the loss and its backward pass, one micro-batch."""
+    if how.loss_compiled:
+        return LOGIT_MOVES * BYTES_PER_ELEMENT[workload.dtype] * float(num_logits(shape, workload))
+    return 2.0 * logits_bytes(shape, workload)
 
 
 def _training_block(
@@ -209,7 +237,9 @@ def _training_block(
         unneeded = 2.0 * shape.hidden * shape.intermediate * workload.tokens_per_step if how.compiled else 0.0
         again = max(0.0, forward - unneeded)
     runs = 2 if recomputed else 1
-    launches = (2 + runs) * block_launches(shape) + (CHECKPOINT_LAUNCHES if recomputed else 0)
+    captured = COMPILED_KERNELS + len(shape.matrices) if how.compiled else block_launches(shape)
+    launches = (2 + runs) * (captured if how.captured else block_launches(shape))
+    launches += CHECKPOINT_LAUNCHES if recomputed and not how.captured else 0
     elementwise = elementwise_bytes(shape, workload, compiled=how.compiled)
     layer = LayerTraffic(
         name="block",
@@ -217,14 +247,17 @@ def _training_block(
         gpu_backward_flops=2 * forward + again,
         gpu_bytes=(runs + BACKWARD_ELEMENTWISE) * elementwise,
     )
-    return _started(layer, launches, how, workload)
+    return _started(layer, launches, (2 + runs) * len(shape.matrices), how, workload)
 
 
-def _started(layer: LayerTraffic, launches: int, how: BlockPasses, workload: Workload) -> LayerTraffic:
-    """`layer` with the operations that each micro-batch starts."""
+def _started(
+    layer: LayerTraffic, launches: int, products: int, how: BlockPasses, workload: Workload
+) -> LayerTraffic:
+    """`layer` with the operations that each micro-batch starts, so many products among them."""
     count = launches * workload.accumulation
+    layer = replace(layer, products=products * workload.accumulation)
     if how.captured:
-        return replace(layer, graph_kernels=count)
+        return replace(layer, graph_kernels=max(0, count - layer.products))
     return replace(layer, launches=int(LAUNCHES_WHEN_COMPILED * count) if how.compiled else count)
 
 
@@ -233,14 +266,16 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
 
     A micro-batch goes through the head by itself, and so does each side of it.
     """
+    launches = STACKED_GATED_LAUNCHES if shape.gated_mlp else STACKED_PLAIN_LAUNCHES
+    products, kernels = 2 * len(shape.matrices), 0
     if runs_as_graphs(shape, workload):
-        launches = GRAPH_LAUNCHES
-    else:
-        launches = STACKED_GATED_LAUNCHES if shape.gated_mlp else STACKED_PLAIN_LAUNCHES
+        launches, kernels = GRAPH_LAUNCHES, max(0, launches - products)
     block = LayerTraffic(
         name="block",
         gpu_forward_flops=2 * block_forward_flops(shape, workload),
         gpu_bytes=2 * elementwise_bytes(shape, workload),
+        products=products * workload.accumulation,
+        graph_kernels=kernels * workload.accumulation,
         launches=launches * workload.accumulation,
     )
     of_vocabulary, of_tokens = head_chunks(shape, workload)
@@ -252,6 +287,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         name="head",
         gpu_forward_flops=2 * head_forward_flops(shape, workload),
         gpu_bytes=2 * logit_bytes,
+        products=2 * of_vocabulary * of_tokens * workload.accumulation,
         launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * of_vocabulary * of_tokens) * workload.accumulation,
     )
     return _with_blocks(block, last, shape)

@@ -87,8 +87,9 @@ def prepare_training(
     torch.manual_seed(context.seed)
 
 
-def run_passes(model: nn.Module, inputs: Mapping[str, Tensor], padded: bool, share: int) -> Tensor:
-    """Forward and backward of one of `share` micro-batches, whose `inputs` are on the device.
+def run_passes(model: nn.Module, inputs: Mapping[str, Tensor], padded: bool, share: float) -> Tensor:
+    """Forward and backward of one micro-batch, whose `inputs` are on the device and whose loss is divided by
+    `share`.
 
     Its share of the mean loss, () fp32. Gradients are added to those of the parameters. Nothing waits for the
     GPU.

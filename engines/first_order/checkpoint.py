@@ -62,7 +62,7 @@ def optimizer_state(optimizer: HoldsState, names: Mapping[Tensor, str]) -> dict[
     places: set[int] = set()
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            held = _local(value.detach()) if isinstance(value, Tensor) else torch.tensor(int(value))
+            held = whole(value.detach()) if isinstance(value, Tensor) else torch.tensor(int(value))
             # What all parameters share (bitsandbytes on a GPU) becomes copies: safetensors has no aliases.
             found[f"{key}.{names[parameter]}"] = held.clone() if held.data_ptr() in places else held
             places.add(held.data_ptr())
@@ -79,14 +79,43 @@ def load_optimizer_state(
         key, _, name = place.partition(".")
         if name in members:
             is_count = tensor.dtype == torch.int64 and tensor.dim() == 0
-            kept = int(tensor) if is_count else tensor.to(members[name].device, copy=True)
+            kept = int(tensor) if is_count else _like(members[name], tensor)
             optimizer.state.setdefault(members[name], {})[key] = kept
 
 
+def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of `tensor` where the parameter lies, and in parts as that is."""
+    if not hasattr(parameter, "to_local") or tensor.dim() == 0:
+        return tensor.to(parameter.device, copy=True)
+    made = torch.empty_like(parameter, dtype=tensor.dtype)
+    _local(made).copy_(own_part(parameter, tensor))
+    return made
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which ranks have parts, from all of them, who ask for it at the same time; any other as it
+    is. With one process its part is the whole, wherever that lies."""
+    sharded: Any = tensor
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    found: Tensor = sharded.full_tensor() if sharded.device_mesh.size() > 1 else sharded.to_local()
+    return found
+
+
 def _local(tensor: Tensor) -> Tensor:
-    """A tensor that torch.distributed holds, as the one process here has it: whole."""
+    """What is here of a tensor."""
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
+
+
+def own_part(like: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of a whole `tensor`, where it has a part of `like`; else all of it."""
+    sharded: Any = like
+    if not hasattr(like, "to_local") or sharded.device_mesh.size() == 1:
+        return tensor
+    parts = torch.chunk(tensor, sharded.device_mesh.size(), dim=0)
+    rank = sharded.device_mesh.get_local_rank()
+    return parts[rank] if rank < len(parts) else tensor[:0]
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -111,7 +140,7 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 def model_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, on the host. The caller has waited for its updates."""
     for name, parameter in model.named_parameters():
-        yield name, _local(parameter.detach()).cpu()
+        yield name, whole(parameter.detach()).cpu()
 
 
 def _kept(model: nn.Module, only_trained: bool) -> dict[str, nn.Parameter]:
@@ -126,11 +155,15 @@ def save_checkpoint(
     about: Mapping[str, Any],
     *,
     only_trained: bool = False,
+    writes: bool = True,
 ) -> None:
     """Write `weights.safetensors`, `state.safetensors` and `engine.json`. With `only_trained` weights without
-    a gradient are left out: they are what they were when the model was filled."""
+    a gradient are left out: they are what they were when the model was filled. Where ranks have parts of the
+    weights all of them come here, and one `writes`."""
     kept = _kept(model, only_trained)
-    weights = {name: _local(parameter.detach()).contiguous() for name, parameter in kept.items()}
+    weights = {name: whole(parameter.detach()).contiguous() for name, parameter in kept.items()}
+    if not writes:
+        return
     save_file(weights, folder / "weights.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
     (folder / "engine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -162,5 +195,5 @@ def load_checkpoint(
                 "resume with the same model and dtype",
             )
         with torch.no_grad():
-            _local(parameter).copy_(found)
+            _local(parameter).copy_(own_part(parameter, found))
     return state, about

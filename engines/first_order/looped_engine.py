@@ -42,6 +42,11 @@ class LoopedEngine(Generic[SettingsT]):
         """What of the settings could not be had, and why."""
         return self.loop.notes
 
+    @property
+    def acts_together(self) -> bool:
+        """Ranks have parts of the weights: see `engines.base.ActsTogether`."""
+        return self.loop.is_sharded
+
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One update on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
         return self.loop.step(batches)

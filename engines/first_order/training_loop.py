@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from engines.first_order.checkpoint import (
 )
 from engines.first_order.head_loss import HeadLoss
 from engines.first_order.lr_schedule import learning_rate_at
+from engines.first_order.sharded_model import put_down
 from engines.model.attention_masks import has_padding
 from engines.model.blocks import find_blocks, to_device
 from engines.model.evaluation import evaluate_on_device
@@ -41,6 +43,7 @@ from engines.settings.first_order import (
     ChunkedLossSettings,
     CompiledBlockSettings,
 )
+from engines.transfer.process_group import library_peers
 from engines.transfer.rank_sums import sum_gradients, sum_of_losses
 from engines.world import divide
 
@@ -59,7 +62,8 @@ class TrainingLoop:
     """Trains one model with one optimizer, one wait for the device a step.
 
     Several ranks of a machine each have the model, take their micro-batches and add up the gradients of what
-    is trained, as DistributedDataParallel does, in the order of ranks.
+    is trained, as DistributedDataParallel does, in the order of ranks. Or they have parts of it
+    (`engines.first_order.sharded_model`), whose gradients FSDP2 averages.
     """
 
     def __init__(self, engine: str, settings: AdamWSettings, context: Context) -> None:
@@ -74,8 +78,10 @@ class TrainingLoop:
         self._head_loss: HeadLoss | None = None
         self._captured: CapturedPasses | None = None
         self._is_compiled = False
-        self._share = 1
+        self._share = 1.0
         self._has_replayed = False
+        self.is_sharded = False
+        """Several ranks have parts of the weights, and act together."""
 
     def begin(self, model: nn.Module, optimizer: Optimizer, *, only_trained: bool = False) -> None:
         """Train `model` from now on, whose weights are filled, as the workload says; settings that say how
@@ -87,6 +93,7 @@ class TrainingLoop:
         self.model = model
         self.optimizer = optimizer
         self._only_trained = only_trained
+        self.is_sharded = self.context.world.size > 1 and any(map(_has_parts, model.parameters()))
         settings = self.settings
         if not isinstance(settings, CompiledBlockSettings):
             prepare_training(model, self.context, settings)
@@ -96,7 +103,9 @@ class TrainingLoop:
         self._chunk_loss(compiled=compiled)
         self._install(settings, compiled=compiled)
         graphs = isinstance(settings, BlockPassSettings) and settings.graphs
-        if self.device.type == "cuda" and graphs and not draws_random_numbers(model):
+        if graphs and self.is_sharded and self.device.type == "cuda":
+            self.notes.append("no CUDA graph: several GPUs bring a block's weights together while it waits")
+        elif self.device.type == "cuda" and graphs and not draws_random_numbers(model):
             self._captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
 
     def _chunk_loss(self, *, compiled: bool) -> None:
@@ -129,15 +138,24 @@ class TrainingLoop:
 
     def step(self, batches: Sequence[Batch]) -> StepStats:
         """One update on the mean loss of `batches`. Raises `NonFiniteLoss`, the update made."""
+        with library_peers() if self.is_sharded else nullcontext():
+            return self._step(batches)
+
+    def _step(self, batches: Sequence[Batch]) -> StepStats:
         rate = learning_rate_at(self.steps_done, self.settings, self.context.total_steps)
         set_learning_rate(self.optimizer.param_groups, rate)
         world = self.context.world
-        self._share = len(batches)
-        batches = divide(world.size, len(batches))[world.rank].of_batches(batches)
+        count = len(batches)
+        # A mean over the ranks of what each has of the sum is taken of gradients that are in parts.
+        self._share = count / world.size if self.is_sharded else count
+        batches = divide(world.size, count)[world.rank].of_batches(batches)
         total = torch.zeros((), device=self.device)
         for loss in self._losses(batches):
             total += loss
-        sum_gradients(world, [each for each in self.model.parameters() if each.requires_grad])
+        if self.is_sharded:
+            total /= world.size
+        else:
+            sum_gradients(world, [each for each in self.model.parameters() if each.requires_grad])
         if self.settings.max_grad_norm > 0:
             # On the device and in place: the norm is not waited for, and graphs find their gradients again.
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
@@ -191,7 +209,10 @@ class TrainingLoop:
         """Loss and accuracy in evaluation mode."""
         if self._head_loss is not None:
             batches = (part for batch in batches for part in batch.in_parts(self._head_loss.tokens))
-        return evaluate_on_device(self.model, batches, self.device)
+        found = evaluate_on_device(self.model, batches, self.device)
+        if self.is_sharded:
+            put_down(self.model)
+        return found
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host."""
@@ -201,7 +222,8 @@ class TrainingLoop:
         """Weights, the optimizer's state, step and random state."""
         state = optimizer_state(self.optimizer, parameter_names(self.model)) | rng_state(self.device)
         about = {"engine": self.engine, "steps_done": self.steps_done}
-        save_checkpoint(folder, self.model, state, about, only_trained=self._only_trained)
+        writes = not self.is_sharded or self.context.world.rank == 0
+        save_checkpoint(folder, self.model, state, about, only_trained=self._only_trained, writes=writes)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
@@ -222,6 +244,10 @@ class TrainingLoop:
             self._regions.remove()
         if self._head_loss is not None:
             self._head_loss.remove()
+
+
+def _has_parts(parameter: Tensor) -> bool:
+    return hasattr(parameter, "to_local")
 
 
 def _first_line(error: Exception) -> str:

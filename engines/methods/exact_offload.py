@@ -81,14 +81,13 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
+from engines.cpu_updates.gradient_slots import GradientSlots
 from engines.cpu_updates.pipeline import (
     ChunkUpdate,
-    GradientNotFinite,
     OfRanks,
     StepShare,
     UpdatePipeline,
@@ -97,6 +96,7 @@ from engines.cpu_updates.pipeline import (
     update_at_once,
 )
 from engines.cpu_updates.rank_updates import RankUpdates
+from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import InfeasiblePlan, NonFiniteLoss
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -126,6 +126,7 @@ from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
+from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
 from engines.world import divide
 
@@ -168,8 +169,8 @@ class ExactOffload:
         """Of each block, (elements,): where its weights are, or are when they have come up."""
         self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
-        self._in_flight: list[list[ChunkUpdate]] = []
-        """Of each block."""
+        self._in_flight = UpdatesInFlight(self.link, self._compute)
+        """Of each block, and of each tensor outside them that the host updates."""
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -215,29 +216,18 @@ class ExactOffload:
         where = (self._dtype, on_host, self.context.progress, self._world)
         self._buffers = GradientBuffers([max(sizes)] * places, *where)
         self._num_blocks, self._layouts = len(sizes), layout.blocks
-        self._in_flight = [[] for _ in (*sizes, *non_block)]
+        self._num_groups = len(sizes) + len(non_block)
+        """Blocks, and tensors outside them that the host updates."""
         self._place_weights(blueprint, layout, non_block)
         self._non_block_buffers = GradientBuffers([each.size for each in non_block], *where)
         self._names = parameter_names(self.model)
-        # Gaps between tensors are zero for good, as no gradient is written there: in blocks that are alike.
-        self._alike = len({_extents(block) for block in layout.blocks}) == 1
-        self._slots = [
-            torch.zeros(max(sizes), dtype=self._dtype, device=self.device)
-            for _ in range(min(GRADIENT_SLOTS, len(sizes)))
-        ]
-        self._slot_free = [Event() for _ in self._slots]
-        self._sums = [
-            list(block.views(self._slots[index % len(self._slots)]).values())
-            for index, block in enumerate(layout.blocks)
-        ]
-        """Of each block's own parameters, in its gradient slot."""
-        self._norms = GradientNorms(len(self._in_flight), self.settings, self.link)
-        """Of the blocks, and of the tensors outside them that the host updates."""
-        self._loss_known = Event()
-        self._loss_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
+        self._slots = GradientSlots(layout.blocks, GRADIENT_SLOTS, self._dtype, self.link)
+        self._norms = GradientNorms(self._num_groups, self.settings, self.link)
+        self._loss = LossOnHost(self.link)
         if self.settings.offload:
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
+        self._in_flight.set_up(self._num_groups, self._pipeline)
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
         self.hidden_states = self._make_hidden_states(blueprint.shape.hidden)
@@ -267,23 +257,6 @@ class ExactOffload:
         folder = spill_folder(self.settings.disk_folder, setting)
         return DiskStates(
             sizes_bytes, folder, setting, delay_s=self.disk_delay_s, timeline=self._clocks.timeline
-        )
-
-    def _make_disk_weights(self) -> DiskWeights | None:
-        """For the blocks that come up from disk, if any do."""
-        blocks = self.settings.weights_on_disk(self._num_blocks)
-        if not blocks:
-            return None
-        assert self._kept is not None
-        assert self._kept.disk is not None
-        head_bytes = {index: self.host.head_bytes(index) for index in blocks}
-        disk = self._kept.disk
-        return DiskWeights(
-            lambda index, memory: disk.read_head(index, memory[: head_bytes[index]]),
-            max(head_bytes.values()),
-            min(WEIGHT_PLACES, len(blocks)),
-            self.link,
-            self.context.progress,
         )
 
     def _install(self, *, compiled: bool) -> None:
@@ -322,7 +295,10 @@ class ExactOffload:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
-            self._disk_weights = self._make_disk_weights()
+            assert self._kept is not None
+            self._disk_weights = self._kept.weights_ahead(
+                self.settings.weights_on_disk(self._num_blocks), self.link, self.context.progress
+            )
             self.streamed = StreamedWeights(
                 dict(enumerate(layout.blocks)),
                 self.host.weights[: self._num_blocks],
@@ -353,24 +329,30 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
-        by_gpu = [] if non_block else layout.non_block
+        self._take_non_block(non_block, [] if non_block else layout.non_block, parameters)
+
+    def _take_non_block(
+        self, by_host: Sequence[BlockLayout], by_gpu: Sequence[str], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Outside the blocks: masters of what the GPU updates, memory of the gradients of what the host
+        does."""
         self._non_block = MasterWeights([parameters[name] for name in by_gpu], self.settings)
         """Of what the GPU updates outside the blocks."""
-        self.non_block_parameters = [parameters[name] for each in non_block for name in each.parts[0].names]
+        self.non_block_parameters = [parameters[name] for each in by_host for name in each.parts[0].names]
         """What the host updates there."""
         self._non_block_gradients: list[Tensor] = []
         """(elements,) on the GPU, of each of them: where autograd adds them up."""
-        for each, parameter in zip(non_block, self.non_block_parameters, strict=True):
+        for each, parameter in zip(by_host, self.non_block_parameters, strict=True):
             memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
             (parameter.grad,) = each.views(memory).values()
             self._non_block_gradients.append(memory)
-        self.last_non_block = set(range(self._num_blocks, len(self._in_flight)))
-        """Those of `_in_flight` whose gradients were complete at the end of the last step, by index."""
+        self.last_non_block = set(range(self._num_blocks, self._num_groups))
+        """By index, those whose gradients were complete at the end of the last step, by index."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
-        if wait or all(update.done.is_set() for update in self._in_flight[index]):
-            self._settle(index)
+        if wait or self._in_flight.are_made(index):
+            self._in_flight.settle(index)
             return True
         return False
 
@@ -415,10 +397,9 @@ class ExactOffload:
         self._compute.go_on_with("optimizer")
         self._finish()
         self._compute.stop()
-        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
-        value = sum_of_losses(world, float(self._loss_on_host))
+        value = sum_of_losses(world, self._loss.read())  # the step's only wait for the GPU
         if not math.isfinite(value):
-            self._discard()
+            self._in_flight.discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
         if self.streamed is not None:
@@ -447,7 +428,7 @@ class ExactOffload:
             self._passes.run(batches, self.device, self._take_loss, of=count)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Found before the first block has passed anything on.
-            if not self._is_compiled or self.steps_done > 0 or any(self._in_flight):
+            if not self._is_compiled or self.steps_done > 0 or self._in_flight.any():
                 raise
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.notes.append(f"not compiled: {first_line}")
@@ -457,12 +438,11 @@ class ExactOffload:
             self._passes.run(batches, self.device, self._take_loss, of=count)
 
     def _take_loss(self, loss: Tensor) -> None:
-        """Bring it to the host: known long before the step's end, so that the next one can be started."""
-        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
-        self._loss_known = self.link.record()
+        """The loss is known, and with it the gradients of what only its computation uses."""
+        self._loss.send(loss)
         if self.non_block_parameters:
             used = self._passes.used_before()
-            every = range(self._num_blocks, len(self._in_flight))
+            every = range(self._num_blocks, self._num_groups)
             later = {index for index in every if self.non_block_parameters[index - self._num_blocks] in used}
             self.last_non_block = later
             self._send_non_block(each for each in every if each not in later)
@@ -471,7 +451,7 @@ class ExactOffload:
     def _begin_non_block(self, indices: Iterable[int]) -> None:
         """Tensors outside the blocks are about to be used and to get gradients."""
         for index in indices:
-            self._settle(index)
+            self._in_flight.settle(index)
             self._non_block_gradients[index - self._num_blocks].zero_()
 
     @torch.no_grad()
@@ -488,7 +468,7 @@ class ExactOffload:
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
         if self.streamed is None:
-            self._settle(index)
+            self._in_flight.settle(index)
         else:
             self.streamed.enter_forward(index)
         self._compute.go_on_with(f"forward {index}")
@@ -497,38 +477,22 @@ class ExactOffload:
         if self.streamed is not None:
             self.streamed.leave(index)
         if index == self._num_blocks - 1:
-            every = range(self._num_blocks, len(self._in_flight))
+            every = range(self._num_blocks, self._num_groups)
             self._begin_non_block(each for each in every if each not in self.last_non_block)
 
     def before_backward(self, index: int) -> None:
         if self.streamed is not None:
             self.streamed.enter_backward(index)
         self._compute.go_on_with(f"backward {index}")
-        # HAZARD: the block that last had this slot must have left it.
-        self.link.wait(self._slot_free[index % len(self._slots)])
+        self._slots.enter(index)
 
-    @torch.no_grad()
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
         """Sum a micro-batch's gradients in the block's slot."""
-        pairs = [(place, its) for place, its in zip(self._sums[index], found, strict=True) if its is not None]
-        if first and not self._alike:
-            self._slots[index % len(self._slots)].zero_()
-        elif first:
-            for place, its in zip(self._sums[index], found, strict=True):
-                if its is None:
-                    place.zero_()
-        if pairs:
-            places, gradients = [place for place, _ in pairs], [its for _, its in pairs]
-            if first:
-                torch._foreach_copy_(places, gradients)
-            else:
-                torch._foreach_add_(places, gradients)
+        self._slots.add(index, found, first=first)
 
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
         """The block's gradient is complete: download it and hand it to the worker."""
-        slot = index % len(self._slots)
-        gradient = self._slots[slot][: self.on_gpu[index].numel()]
         if self.streamed is not None:
             self.streamed.leave(index)
             self.streamed.forget(index)
@@ -536,9 +500,15 @@ class ExactOffload:
         with self._compute.standing():
             place = self._buffers.take()
         give = partial(self._buffers.give, place)
-        self._slot_free[slot] = self._send(
-            index, gradient, self._buffers, place, goes_up=self.streamed is None, consumed=give
+        downloaded = self._send(
+            index,
+            self._slots.gradient(index),
+            self._buffers,
+            place,
+            goes_up=self.streamed is None,
+            consumed=give,
         )
+        self._slots.leave(index, downloaded)
 
     def _send(
         self,
@@ -580,7 +550,7 @@ class ExactOffload:
             )
             for chunk in chunks
         ]
-        self._in_flight[index] = updates
+        self._in_flight.put(index, updates)
         for chunk in chunks:
             chunk.gradient = place[chunk.begin : chunk.end]
         if self._pipeline is None:
@@ -615,54 +585,25 @@ class ExactOffload:
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
             self._step_d2h_bytes += squared.nbytes
-        updates = [update for block in self._in_flight for update in block]
         if self._pipeline is None:
-            update_at_once(updates, self.device)
+            update_at_once(self._in_flight.all(), self.device)
         elif self.settings.waits_for_norm:
             assert self._kept is not None
-            for index, of_block in enumerate(self._in_flight):
-                self._kept.submit(index, of_block, self._pipeline)
+            for index in range(self._num_groups):
+                self._kept.submit(index, self._in_flight.of(index), self._pipeline)
         self._non_block.step(self._share.learning_rate, scale, squared)
-
-    def _settle(self, index: int) -> None:
-        """Let the compute stream wait for a block's weights."""
-        in_flight, self._in_flight[index] = self._in_flight[index], []
-        for update in in_flight:
-            self._wait_for(update)
-
-    def _settle_all(self) -> None:
-        for index in range(len(self._in_flight)):
-            self._settle(index)
-
-    def _wait_for(self, update: ChunkUpdate) -> None:
-        if self._pipeline is None:
-            if update.failed:
-                raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
-            return
-        try:
-            self._pipeline.compute_waits(update, self._compute)
-        except NonFiniteLoss:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        """Wait for what is on its way, whatever comes of it."""
-        for index, in_flight in enumerate(self._in_flight):
-            self._in_flight[index] = []
-            if self._pipeline is not None:
-                self._pipeline.wait_out(in_flight, self.link.wait)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
-        self._settle_all()
+        self._in_flight.settle_all()
         with nullcontext() if self.streamed is None else self.streamed.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied; what is on disk a block at a time."""
-        self._settle_all()
+        self._in_flight.settle_all()
         return chain(model_weights(self._stored()), self._weights_on_disk())
 
     def _weights_on_disk(self) -> Iterator[tuple[str, Tensor]]:
@@ -678,7 +619,7 @@ class ExactOffload:
 
     def save(self, folder: Path) -> None:
         """Weights, low halves of masters, moments, step and random state."""
-        self._settle_all()
+        self._in_flight.settle_all()
         self.synchronize()
         state = rng_state(self.device) | self._non_block.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
@@ -692,13 +633,13 @@ class ExactOffload:
     def load(self, folder: Path) -> None:
         """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
         model, dtype or moments."""
-        self._settle_all()
+        self._in_flight.settle_all()
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
         on_gpu_first = 0 if self.streamed is None else self._num_blocks
-        for index in range(on_gpu_first, len(self._in_flight)):
+        for index in range(on_gpu_first, self._num_groups):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()
@@ -721,9 +662,7 @@ class ExactOffload:
 
     def synchronize(self) -> None:
         """Wait until nothing is in flight and the device is idle."""
-        for in_flight in self._in_flight:
-            if self._pipeline is not None:
-                self._pipeline.wait_out(in_flight, self.link.host_wait)  # the next step says what failed
+        self._in_flight.synchronize()
         self.link.synchronize()
 
     def close(self) -> None:
@@ -737,17 +676,13 @@ class ExactOffload:
             self._pipeline.close()
             self._pipeline = None
         self.link.synchronize()
-        self._in_flight = []
+        self._in_flight.clear()
         held = (self._buffers, self._states, self._non_block_buffers, self.hidden_states)
         for each in (self._disk_weights, *held, self._ranks):
             if each is not None:
                 each.close()
         self._buffers = self._states = self._non_block_buffers = self.hidden_states = self._ranks = None
         self._disk_weights = None
-
-
-def _extents(block: BlockLayout) -> tuple[object, ...]:
-    return tuple((part.start, *part.segment.offsets, *part.segment.counts) for part in block.own_parts)
 
 
 def _arriving(chunk: BlockChunk) -> Tensor:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.errors import NotAvailable
 from engines.first_order.adamw import check_checkpointing, make_adamw, weights_dtype
 from engines.first_order.looped_engine import LoopedEngine
+from engines.first_order.sharded_model import put_down
 from engines.model.blocks import find_blocks, materialize
 from engines.model.model_check import check_repeats
 from engines.settings.libraries import Fsdp2OffloadSettings
@@ -93,27 +92,8 @@ class Fsdp2Offload(LoopedEngine[Fsdp2OffloadSettings]):
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode."""
         found = self.loop.evaluate(batches)
-        self._put_down()
+        put_down(self.loop.model)
         return found
-
-    def _put_down(self) -> None:
-        """What a forward pass without a backward pass leaves up."""
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self.loop.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-    def load(self, folder: Path) -> None:
-        """Continue from `save`. Raises `UserError` if `folder` is not a checkpoint of this model."""
-        self.loop.load(folder)
-        for parameter, state in self.loop.optimizer.state.items():
-            for key, value in state.items():
-                if value.dim() > 0:
-                    # Of the parameter's kind and where it lies: a tensor made a shard goes to the GPU.
-                    sharded: Any = torch.empty_like(parameter, dtype=value.dtype)
-                    sharded.to_local().copy_(value)
-                    state[key] = sharded
 
     def close(self) -> None:
         """Leave the process group."""

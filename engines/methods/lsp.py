@@ -79,13 +79,13 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
 from engines.cpu_updates.pipeline import (
     ChunkUpdate,
-    GradientNotFinite,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
     update_at_once,
 )
 from engines.cpu_updates.rank_updates import RankUpdates
+from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import NonFiniteLoss, UserError
 from engines.first_order.adamw import accumulate_gradients, prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
@@ -129,6 +129,7 @@ from engines.subspace.rank_projectors import follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
+from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
 from engines.world import divide
 
@@ -149,6 +150,8 @@ class Lsp:
         """The backward pass under way tests the bias of every matrix."""
         self._clock = now_s
         self._compute = self._clocks.compute
+        self._in_flight = UpdatesInFlight(self.link, self._compute)
+        """Of each block that has cores, by its place among those."""
         self._cores: Cores | None = None
         self._blocks: list[CoreBlock] = []
         self._pipeline: UpdatePipeline | None = None
@@ -212,8 +215,8 @@ class Lsp:
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
         self._squared_total = torch.zeros(1, device=self.device)
-        self._loss_on_host = self._small_host_tensor()
-        self._total_on_host = self._small_host_tensor()
+        self._loss = LossOnHost(self.link)
+        self._total_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
         if self.streamed is not None:
             self.streamed.follow(self._blocks, self._is_updated)
         if settings.offload:
@@ -228,6 +231,7 @@ class Lsp:
                 name="lsp-core",
                 ranks=self._ranks,
             )
+        self._in_flight.set_up(len(self._blocks), self._pipeline)
         prepare_training(self.model, context, settings, recompute=False)
         self._install()
         self._world.barrier()
@@ -261,9 +265,6 @@ class Lsp:
         runs = self._trained or self._regions
         failed = None if runs is None else runs.why_not_compiled
         return self._notes if failed is None else [*self._notes, f"not compiled: {failed}"]
-
-    def _small_host_tensor(self) -> Tensor:
-        return torch.zeros(1, pin_memory=self.device.type == "cuda")
 
     def checks(self) -> dict[str, list[Check]]:
         """Every bias check so far, by matrix."""
@@ -309,14 +310,14 @@ class Lsp:
         self.calibrates = False
         self._compute.go_on_with("optimizer")
         self._finish_backward()
-        self.link.host_wait(self._loss_known)  # the step's only wait for the GPU
+        loss = self._loss.read()  # the step's only wait for the GPU
         self._compute.stop()
         after = self._streamed_bytes()
         self._step_h2d_bytes += after[0] - before[0]
         self._step_d2h_bytes += after[1] - before[1]
-        value = sum_of_losses(world, float(self._loss_on_host))
+        value = sum_of_losses(world, loss)
         if not math.isfinite(value):
-            self._discard()
+            self._in_flight.discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         if self.steps_done == 0:  # without graphs, so that it is known what layers have collected
             warn_of_idle(self._matrices())
@@ -342,7 +343,7 @@ class Lsp:
             compiler: Any = torch.compiler  # its methods are without annotations
             # Steps that test projectors do what compiled code does not.
             with compiler.set_stance("force_eager") if self.calibrates else nullcontext():
-                self._passes.run(batches, self.device, self._take_loss, of=count)
+                self._passes.run(batches, self.device, self._loss.send, of=count)
             return
         total = torch.zeros(1, device=self.device)
         for index, loss in accumulate_gradients(self.model, batches, self.device, of=count):
@@ -350,12 +351,7 @@ class Lsp:
             self._micro_batch = index
             self._is_last_micro_batch = index == len(batches) - 1
             if self._is_last_micro_batch:
-                self._take_loss(total)
-
-    def _take_loss(self, loss: Tensor) -> None:
-        """Bring the step's loss to the host: known long before the step's end."""
-        self._loss_on_host.copy_(loss.reshape(1), non_blocking=True)
-        self._loss_known = self.link.record()
+                self._loss.send(total)
 
     def _begin_step(self) -> None:
         settings = self.settings
@@ -379,7 +375,7 @@ class Lsp:
             self.streamed.weights.enter_forward(index)
         place = self._laid_out.place.get(index)
         if place is not None:
-            self._settle(self._blocks[place : place + 1])
+            self._settle(place)
         if torch.is_grad_enabled():
             self._compute.go_on_with(f"forward {index}")
 
@@ -432,7 +428,7 @@ class Lsp:
         block.has_gradient = False
         self._step_h2d_bytes += block.core.nbytes
         self._step_d2h_bytes += block.core.nbytes + block.squared_norm.nbytes
-        block.in_flight = [
+        updates = [
             ChunkUpdate(
                 state=chunk.state,
                 share=self._share,
@@ -443,6 +439,7 @@ class Lsp:
             )
             for chunk in block.chunks
         ]
+        self._in_flight.put(place, updates)
         if self._pipeline is None:
             for chunk in block.chunks:
                 chunk.state.incoming.copy_(chunk.core)
@@ -450,12 +447,12 @@ class Lsp:
             return
         ready, name = self.link.record(), f"block {place}"
         self.link.download(block.squared_norm, block.chunks[0].state.squared_norm, after=ready, name="norm")
-        for chunk, update in zip(block.chunks, block.in_flight, strict=True):
+        for chunk, update in zip(block.chunks, updates, strict=True):
             update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
         slot_free = self._laid_out.slot_free
-        slot_free[place % len(slot_free)] = block.in_flight[-1].downloaded
+        slot_free[place % len(slot_free)] = updates[-1].downloaded
 
     def _step_along_residuals(self, block: CoreBlock) -> None:
         """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
@@ -478,14 +475,14 @@ class Lsp:
                 self.before_backward(block.index)
                 self.finish(block.index)
                 self._send(place)
-            elif not (block.in_flight and block.in_flight[0].share is self._share):
-                self._settle([block])  # it took no part, so that nothing has waited for its last update
+            elif not any(update.share is self._share for update in self._in_flight.of(place)):
+                self._settle(place)  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
         self._dense.sum_over_ranks(self._world)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
-        updates = [update for block in self._blocks for update in block.in_flight]
+        updates = self._in_flight.all()
         if self._pipeline is None:
             update_at_once(updates, self.device)
         elif self.settings.schedule_order == "sequential":
@@ -521,52 +518,31 @@ class Lsp:
         key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
         apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
 
-    def _settle(self, blocks: Iterable[CoreBlock]) -> None:
-        """Let the compute stream wait for updates in flight."""
-        for block in blocks:
-            if not block.in_flight:
-                continue
-            if self.streamed is not None:
-                self.streamed.apply_update(self._laid_out.place[block.index], self._apply_streamed)
-                continue
-            in_flight, block.in_flight = block.in_flight, []
-            for update in in_flight:
-                self._wait_for(update)
+    def _settle(self, place: int) -> None:
+        """Let the compute stream wait for a block's updates in flight, and apply those of a streamed one."""
+        if self.streamed is None:
+            self._in_flight.settle(place)
+        elif self._in_flight.of(place):
+            self.streamed.apply_update(place, self._apply_streamed)
 
-    def _apply_streamed(self, block: CoreBlock, directions: Tensor) -> None:
+    def _settle_all(self) -> None:
+        for place in range(len(self._blocks)):
+            self._settle(place)
+
+    def _apply_streamed(self, place: int, directions: Tensor) -> None:
         """Apply a streamed block's update, whose `directions` (elements,) have come up."""
-        in_flight, block.in_flight = block.in_flight, []
         begin = 0
-        for chunk, update in zip(block.chunks, in_flight, strict=True):
+        for chunk, update in zip(self._blocks[place].chunks, self._in_flight.take(place), strict=True):
             end = begin + chunk.core.numel()
             self._apply(chunk.matrices, directions[begin:end], update.share)
             begin = end
 
-    def _is_updated(self, block: CoreBlock, wait: bool) -> bool:
+    def _is_updated(self, place: int, wait: bool) -> bool:
         """Whether the CPU has made the block's directions; with `wait`, when it has."""
-        if block.in_flight and (wait or all(update.done.is_set() for update in block.in_flight)):
-            for update in block.in_flight:
-                self._wait_for(update)
+        if self._in_flight.of(place) and (wait or self._in_flight.are_made(place)):
+            self._in_flight.wait(place)
             return True
         return False
-
-    def _wait_for(self, update: ChunkUpdate) -> None:
-        if self._pipeline is None:
-            if update.failed:
-                raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
-            return
-        try:
-            self._pipeline.compute_waits(update, self._compute)
-        except NonFiniteLoss:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        """Wait for what is on its way, whatever comes of it."""
-        for block in self._blocks:
-            in_flight, block.in_flight = block.in_flight, []
-            if self._pipeline is not None:
-                self._pipeline.wait_out(in_flight, self.link.wait)
 
     # --- subspaces ------------------------------------------------------------------------------------
 
@@ -594,7 +570,7 @@ class Lsp:
     def realized_update_fraction(self) -> float | None:
         """Of the last update of the largest matrix: how much of it the stored weights would take,
         repeated."""
-        self._settle(self._blocks)
+        self._settle_all()
         if self.steps_done == 0 or self._share.failed or self._share.learning_rate == 0.0:
             return None
         matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
@@ -610,14 +586,14 @@ class Lsp:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
-        self._settle(self._blocks)
+        self._settle_all()
         weights = None if self.streamed is None else self.streamed.weights
         with nullcontext() if weights is None else weights.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied."""
-        self._settle(self._blocks)
+        self._settle_all()
         return model_weights(self._stored())
 
     def _stored(self) -> nn.Module:
@@ -630,7 +606,7 @@ class Lsp:
 
     def save(self, folder: Path) -> None:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
-        self._settle(self._blocks)
+        self._settle_all()
         self.synchronize()
         state = rng_state(self.device) | self._dense.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
@@ -640,7 +616,7 @@ class Lsp:
     def load(self, folder: Path) -> None:
         """Continue from `save`: all ranks at the same time. Raises `UserError` for another model's, or one of
         another d, r, projector or moments."""
-        self._settle(self._blocks)
+        self._settle_all()
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
         if self.streamed is not None:
@@ -659,10 +635,7 @@ class Lsp:
 
     def synchronize(self) -> None:
         """Wait until no core is in flight and the device is idle."""
-        for block in self._blocks:
-            if self._pipeline is not None:
-                # What failed the next step says.
-                self._pipeline.wait_out(block.in_flight, self.link.host_wait)
+        self._in_flight.synchronize()
         self.link.synchronize()
 
     def close(self) -> None:
@@ -680,6 +653,7 @@ class Lsp:
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
+        self._in_flight.clear()
         self.link.synchronize()
         if self._cores is not None:
             self._cores.close()

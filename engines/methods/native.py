@@ -13,6 +13,10 @@ On the device: everything. On the host: nothing but the batches. A step reads th
 that is its only wait for the GPU. With `max_grad_norm` the gradient of all micro-batches together is scaled
 to that norm before the update (Pascanu et al., arXiv 1211.5063). What cannot be compiled or captured runs
 without, and `notes` say so.
+
+On several GPUs of a machine each rank takes its micro-batches, and they divide weights, gradients and moments
+by torch's FSDP2 (`engines.first_order.sharded_model`); nothing is captured then. Gradients are averaged over
+the ranks as FSDP2 does it: ranks have the same weights, those of one process but for the rounding of sums.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ from __future__ import annotations
 from torch import nn
 
 from engines.base import Blueprint
+from engines.errors import UserError
 from engines.first_order.adamw import make_adamw, weights_dtype
 from engines.first_order.looped_engine import LoopedEngine
+from engines.first_order.sharded_model import materialize_sharded
 from engines.model.blocks import materialize
 from engines.model.model_check import check_repeats
 from engines.model.stand_ins import give_back
@@ -39,9 +45,21 @@ class Native(LoopedEngine[NativeSettings]):
         return self.loop.model
 
     def setup(self, blueprint: Blueprint) -> None:
-        """Fill the model on the device. Raises `UserError` for fp16."""
+        """Fill the model on the device. Raises `UserError` for fp16, and for what several ranks cannot do."""
         dtype = weights_dtype(self.context, self.name)
         check_repeats(blueprint, self.context)
         give_back(self.loop.device)
-        model = materialize(blueprint, self.loop.device, dtype)
+        world = self.context.world
+        if world.size > 1:
+            self._check_ranks()
+            model = materialize_sharded(blueprint, self.loop.device, dtype, world)
+        else:
+            model = materialize(blueprint, self.loop.device, dtype)
         self.loop.begin(model, make_adamw(model.parameters(), self.settings))
+
+    def _check_ranks(self) -> None:
+        if self.settings.loss_tokens != "all":
+            raise UserError(
+                f"{self.name} on {self.context.world.size} ranks", "computes no loss in chunks",
+                f"leave out --set {self.name}.loss_tokens",
+            )  # fmt: skip

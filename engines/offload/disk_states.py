@@ -10,12 +10,13 @@ nameless: they are gone however the run ends.
 from __future__ import annotations
 
 import errno
-import heapq
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import sleep
@@ -26,6 +27,7 @@ from torch import Tensor
 from engines.costs.disk import CHUNK_BYTES, STATE_PLACES
 from engines.errors import InfeasiblePlan, UserError
 from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, make_file
+from engines.offload.reader_thread import ReaderThread, ReadJob
 from engines.transfer.busy_clock import BusyClock
 from engines.transfer.clock import now_s
 from engines.transfer.pinned import HostSlab
@@ -68,20 +70,21 @@ class DiskStates:
         self._places = [
             HostSlab(size, torch.device("cpu")) for _ in range(min(STATE_PLACES, len(self._sizes_bytes)))
         ]
-        self._changed = threading.Condition()
+        self._reader = ReaderThread("disk-states", self._next_read)
+        self._changed = self._reader.changed
         self._free = list(range(len(self._places)))
         self._held: dict[int, int] = {}
         """Blocks that have been handed over, and their places."""
         self._wanted: list[tuple[int, int, Ready]] = []
         self._order = count()
-        self._changing: set[int] = set()
-        """Blocks that have been asked for, until what became of them is written."""
+        self._changing: Counter[int] = Counter()
+        """Of each block, how often it has been asked for without what became of it being written yet."""
+        self._writing: set[int] = set()
+        """Blocks on their way to the disk."""
         self._error: UserError | None = None
-        self._is_closed = False
         self._clock = BusyClock()
         self._pool = ThreadPoolExecutor(DEPTH, "disk")
-        self._thread = threading.Thread(target=self._run, name="disk-states", daemon=True)
-        self._thread.start()
+        self._reader.start()
 
     def _make_files(self) -> None:
         needed_bytes = sum(map(_aligned, self._sizes_bytes.values()))
@@ -127,16 +130,17 @@ class DiskStates:
     def request(self, block: int, ready: Ready) -> None:
         """Read a block's state, and hand it over by `ready`, from another thread. Does not wait."""
         with self._changed:
-            heapq.heappush(self._wanted, (block, next(self._order), ready))
-            self._changing.add(block)
+            self._wanted.append((block, next(self._order), ready))
+            self._changing[block] += 1
             self._changed.notify_all()
 
     def release(self, block: int) -> None:
         """A block that was handed over has been updated: write it, then its place is free. Does not wait."""
         with self._changed:
-            if self._is_closed:
+            if self._reader.is_closed:
                 return
             place = self._held.pop(block)
+            self._writing.add(block)
             chunks = self._chunks(self._sizes_bytes[block])
             left = [len(chunks)]
             for begin, end in chunks:
@@ -146,7 +150,7 @@ class DiskStates:
         """Fill `memory`, (bytes,), aligned as for direct I/O, with the beginning of a block's state, as the
         updates that were asked for leave it. Waits for those. Raises `UserError` if the disk fails."""
         with self._changed:
-            while block in self._changing and self._error is None and not self._is_closed:
+            while self._changing[block] and self._error is None and not self._reader.is_closed:
                 self._changed.wait()
             if self._error is not None:
                 raise self._error
@@ -191,11 +195,8 @@ class DiskStates:
 
     def close(self) -> None:
         """Stop reading and writing, let go of the files. May be called twice."""
-        with self._changed:
-            self._is_closed = True
-            self._wanted.clear()
-            self._changed.notify_all()
-        self._thread.join()
+        self._reader.close()
+        self._wanted.clear()
         self._pool.shutdown(cancel_futures=True)
         self._close_files()
         for slab in self._places:
@@ -207,24 +208,27 @@ class DiskStates:
 
     # --- the threads ------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._is_closed or (self._wanted and self._free)):
-                    self._changed.wait()
-                if self._is_closed:
-                    return
-                block, _, ready = heapq.heappop(self._wanted)
-                place = self._free.pop()
-            try:
-                self._read(block, place)
-            except OSError as error:
-                self._fail("cannot be read", error)
-            except RuntimeError:  # the pool is closed
-                return
-            with self._changed:
-                self._held[block] = place
-            ready(self._memory(block, place), self._error)
+    def _next_read(self) -> ReadJob | None:
+        # HAZARD: a block that is still being written would be read half as it was.
+        whole = [wanted for wanted in self._wanted if wanted[0] not in self._writing]
+        if not (whole and self._free):
+            return None
+        wanted = min(whole)
+        self._wanted.remove(wanted)
+        block, _, ready = wanted
+        return partial(self._read_and_hand_over, block, self._free.pop(), ready)
+
+    def _read_and_hand_over(self, block: int, place: int, ready: Ready) -> None:
+        try:
+            self._read(block, place)
+        except OSError as error:
+            self._fail("cannot be read", error)
+        except RuntimeError:  # the pool is closed
+            self._reader.stop()
+            return
+        with self._changed:
+            self._held[block] = place
+        ready(self._memory(block, place), self._error)
 
     def _fail(self, why: str, error: OSError) -> None:
         with self._changed:
@@ -276,7 +280,8 @@ class DiskStates:
             left[0] -= 1
             # HAZARD: only when all of it is on disk: another block is read into the place then.
             if left[0] == 0:
-                self._changing.discard(block)
+                self._writing.discard(block)
+                self._changing[block] -= 1
                 self._set_free(place)
 
     def _bytes(self, place: int, begin: int, end: int) -> memoryview:

@@ -8,14 +8,15 @@ has `drop` forget what was read of them before.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engines.errors import UserError
+from engines.offload.reader_thread import ReaderThread, ReadJob
 from engines.transfer.link import Event, Link
 from engines.transfer.pinned import ReportProgress, host_slabs
 
@@ -36,7 +37,8 @@ class DiskWeights:
         self._read = read
         self._link = link
         self._slabs = host_slabs([size_bytes] * places, link.device, progress)
-        self._changed = threading.Condition()
+        self._reader = ReaderThread("disk-weights", self._next_read)
+        self._changed = self._reader.changed
         self._wanted: deque[int] = deque()
         self._reading: int | None = None
         self._staged: dict[int, int] = {}
@@ -44,11 +46,9 @@ class DiskWeights:
         self._free: deque[tuple[int, Event]] = deque((place, Event()) for place in range(places))
         """Places, and until when each may be in use."""
         self._error: UserError | None = None
-        self._is_closed = False
         self.sent_bytes = 0
         """Read and sent up so far."""
-        self._thread = threading.Thread(target=self._run, name="disk-weights", daemon=True)
-        self._thread.start()
+        self._reader.start()
 
     @property
     def pinned_bytes(self) -> int:
@@ -99,39 +99,33 @@ class DiskWeights:
 
     def close(self) -> None:
         """Read no more, unpin. The caller has waited for all copies. May be called twice."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._reader.close()
         self._slabs.close()
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._is_closed or (self._wanted and self._free)):
-                    self._changed.wait()
-                if self._is_closed:
-                    return
-                block = self._reading = self._wanted.popleft()
-                place, in_use = self._free.popleft()
-                memory = self._slabs.views[place]
-            error = None
-            try:
-                # HAZARD: what was there may still be on its way up.
-                self._link.host_wait(in_use)
-                self._read(block, memory)
-            except UserError as failure:
-                error = failure
-            except BaseException as failure:  # it belongs to the thread that waits
-                error = UserError("a block's weights", f"could not be read ({failure!r})", "see the log")
-            with self._changed:
-                self._reading = None
-                if error is None:
-                    self._staged[block] = place
-                else:
-                    self._error = self._error or error
-                    self._free.append((place, Event()))
-                self._changed.notify_all()
+    def _next_read(self) -> ReadJob | None:
+        if not (self._wanted and self._free):
+            return None
+        block = self._reading = self._wanted.popleft()
+        return partial(self._bring, block, *self._free.popleft())
+
+    def _bring(self, block: int, place: int, in_use: Event) -> None:
+        error = None
+        try:
+            # HAZARD: what was there may still be on its way up.
+            self._link.host_wait(in_use)
+            self._read(block, self._slabs.views[place])
+        except UserError as failure:
+            error = failure
+        except BaseException as failure:  # it belongs to the thread that waits
+            error = UserError("a block's weights", f"could not be read ({failure!r})", "see the log")
+        with self._changed:
+            self._reading = None
+            if error is None:
+                self._staged[block] = place
+            else:
+                self._error = self._error or error
+                self._free.append((place, Event()))
+            self._changed.notify_all()
 
 
 def as_weights(memory: Tensor, elements: int, dtype: torch.dtype) -> Tensor:

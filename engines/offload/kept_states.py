@@ -1,4 +1,5 @@
-"""Optimizer states of all blocks, in memory or on disk: their way to whoever updates them; checkpoints."""
+"""Optimizer states of all blocks, in memory or on disk: their way to whoever updates them or brings up the
+weights among them; checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engines.costs.disk import WEIGHT_PLACES
 from engines.cpu_updates.block_state import BlockStates
 from engines.cpu_updates.pipeline import ChunkUpdate, UpdatePipeline
 from engines.errors import UserError
 from engines.offload.disk_states import DiskStates
+from engines.offload.disk_weights import DiskWeights
+from engines.transfer.link import Link
+from engines.transfer.pinned import ReportProgress
 
 
 class KeptStates:
@@ -51,6 +56,24 @@ class KeptStates:
     def comes_by_itself(self, index: int) -> bool:
         """A block's state is there: its chunks may be handed over one by one."""
         return index not in self._on_disk
+
+    def weights_ahead(
+        self, blocks: Sequence[int], link: Link, progress: ReportProgress
+    ) -> DiskWeights | None:
+        """Reads the weights of those `blocks` ahead of their passes, from the beginning of their states on
+        disk; `None` without any."""
+        if not blocks:
+            return None
+        assert self.disk is not None
+        disk = self.disk
+        head_bytes = {index: self.host.head_bytes(index) for index in blocks}
+        return DiskWeights(
+            lambda index, memory: disk.read_head(index, memory[: head_bytes[index]]),
+            max(head_bytes.values()),
+            min(WEIGHT_PLACES, len(blocks)),
+            link,
+            progress,
+        )
 
     def save(self, folder: Path) -> tuple[dict[str, Tensor], list[int]]:
         """What a checkpoint holds, and how often each block was updated. What is on disk is copied to a file

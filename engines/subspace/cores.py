@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS, forms_gradient
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import ChunkUpdate, OfRanks, StepShare
+from engines.cpu_updates.pipeline import OfRanks, StepShare
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
@@ -178,7 +178,6 @@ class CoreBlock:
     """(1,) fp32 on the GPU: of the block's compressed gradient in this step."""
     has_gradient: bool = False
     """It has gradient of this step that has not been submitted."""
-    in_flight: list[ChunkUpdate] = field(default_factory=list)
 
     @property
     def matrices(self) -> list[CoreMatrix]:

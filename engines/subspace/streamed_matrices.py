@@ -71,7 +71,7 @@ class StreamedMatrices:
         self._blocks: Sequence[CoreBlock] = ()
         self._directions: BlockSlots | None = None
 
-    def follow(self, blocks: Sequence[CoreBlock], is_updated: Callable[[CoreBlock, bool], bool]) -> None:
+    def follow(self, blocks: Sequence[CoreBlock], is_updated: Callable[[int, bool], bool]) -> None:
         """Bring up the directions of `blocks`. `is_updated(block, wait)` says whether a block's have been
         made; asked to wait, it returns when they have."""
         self._blocks = blocks
@@ -80,17 +80,17 @@ class StreamedMatrices:
             WEIGHT_SLOTS,
             self._link,
             self._clock,
-            lambda place, wait: is_updated(blocks[place], wait),
+            is_updated,
         )
 
-    def apply_update(self, place: int, apply: Callable[[CoreBlock, Tensor], None]) -> None:
+    def apply_update(self, place: int, apply: Callable[[int, Tensor], None]) -> None:
         """Apply the block's update, in the order of the compute stream: `apply` is given its
         directions on the GPU, (elements,), when the block's weights are there too."""
         assert self._directions is not None
         block, slots = self._blocks[place], self._directions
         self.weights.enter_forward(block.index)
         slots.enter(place, range(place + 1, min(place + slots.count, len(self._blocks))))
-        apply(block, slots.memory(place))
+        apply(place, slots.memory(place))
         slots.leave(place)
         slots.forget(place)
         self.weights.write_back(block.index)

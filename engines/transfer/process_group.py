@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from engines.errors import PeerLost, UserError
+from engines.world import World
 
 JOIN_S = 300.0
 """For which the ranks wait for each other at the start."""
@@ -66,16 +68,27 @@ class ProcessGroup:
 
     def all_gather(self, memory: Tensor) -> None:
         """Through the host it waits for what the current stream has, and for the others."""
-        if self._local is None:
-            self._local = self._meet_on_this_machine(memory.device)
+        group = self.of_this_machine(memory.device)
         own = memory.view(self.local_size, -1)[self.local_rank]
-        with _peers():
+        with peers():
             if self._by_nccl:
-                dist.all_gather_into_tensor(memory, own, group=self._local)
+                dist.all_gather_into_tensor(memory, own, group=group)
                 return
             found = [torch.empty_like(own, device="cpu") for _ in range(self.local_size)]
-            dist.all_gather(found, own.cpu(), group=self._local)
+            dist.all_gather(found, own.cpu(), group=group)
         memory.copy_(torch.cat(found))
+
+    def of_this_machine(self, device: torch.device) -> dist.ProcessGroup:
+        """The group of this machine's ranks, whose tensors lie on `device`. All ranks ask for it at the same
+        time. Raises `UserError`, the first time, where their GPUs cannot reach each other."""
+        if self._local is None:
+            self._local = self._meet_on_this_machine(device)
+        return self._local
+
+    @property
+    def has_gpus_of_their_own(self) -> bool:
+        """After `of_this_machine`: each of this machine's ranks has another GPU."""
+        return self._by_nccl
 
     def _meet_on_this_machine(self, device: torch.device) -> dist.ProcessGroup:
         """Raises `UserError`, on every rank, where ranks have GPUs of their own and one lacks NCCL."""
@@ -87,8 +100,8 @@ class ProcessGroup:
         for rank, (_, has_nccl) in enumerate(told):
             if self._by_nccl and not has_nccl:
                 raise UserError(
-                    f"rank {rank}", "its torch has no NCCL, by which GPUs exchange what they brought up",
-                    "install torch's build for CUDA on Linux, or leave out sharded_upload",
+                    f"rank {rank}", "its torch has no NCCL, through which GPUs exchange what they have",
+                    "install torch's build for CUDA on Linux, or leave out --gpus (zo2: sharded_upload)",
                 )  # fmt: skip
         found: Any = None
         for begin in range(0, self.size, self.local_size):  # all ranks ask for every machine's
@@ -101,7 +114,7 @@ class ProcessGroup:
             except RuntimeError as error:
                 raise UserError(
                     f"rank {self.rank}", f"its GPU does not reach the others ({_first_line(error)})",
-                    "leave out sharded_upload, or set NCCL_DEBUG=WARN for more",
+                    "leave out --gpus (zo2: sharded_upload), or set NCCL_DEBUG=WARN for more",
                 ) from error  # fmt: skip
             if begin == first:
                 found = made
@@ -109,9 +122,24 @@ class ProcessGroup:
 
     def _all(self, own: Tensor) -> list[Tensor]:
         found = [torch.empty_like(own) for _ in range(self.size)]
-        with _peers():
+        with peers():
             dist.all_gather(found, own, group=self._group)
         return found
+
+
+def mesh_of(world: World, device: torch.device) -> DeviceMesh:
+    """This machine's ranks as torch's FSDP takes them. All ranks ask for it at the same time.
+
+    Raises `UserError` where two of them share a GPU, or cannot reach each other.
+    """
+    assert isinstance(world, ProcessGroup), "its ranks are no processes"
+    group = world.of_this_machine(device)
+    if device.type == "cuda" and not world.has_gpus_of_their_own:
+        raise UserError(
+            f"--gpus {world.size}", "two ranks share a GPU, between which FSDP2 divides nothing",
+            "use as many GPUs as ranks",
+        )  # fmt: skip
+    return DeviceMesh.from_group(group, device.type)
 
 
 def _has_nccl() -> bool:
@@ -119,7 +147,20 @@ def _has_nccl() -> bool:
 
 
 @contextlib.contextmanager
-def _peers() -> Iterator[None]:
+def library_peers() -> Iterator[None]:
+    """Where a library lets ranks exchange something in the midst of other work: what tells of one that is
+    gone is `PeerLost`, all else stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "by peer" in str(error):  # gloo's are without a class
+            raise PeerLost from error
+        raise
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Where ranks exchange something: an error of it is `PeerLost`."""
     try:
         yield
     except RuntimeError as error:

@@ -33,6 +33,10 @@ FROM_STDIN = "-"
 IDLE = '{"idle": true}'
 """The line by which such a worker says that it is done with a folder."""
 
+COMPILE_WORKERS = 8
+"""Processes of torch's compiler beside a run, at most: a kind of block has some twenty kernels, and each
+process takes some 25 MB of its own. torch would start one for each core, up to 32."""
+
 GUARD = 'read -r groups && { read -r rest; for group in $groups; do kill -s KILL -- "-$group"; done; }'
 """Reads the process groups, then nothing until the pipe ends; then kills the groups."""
 
@@ -280,6 +284,9 @@ def child_environment(at_most: int | None = None, place: RankPlace | None = None
         # Read when the libraries are loaded, before torch can be told.
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get(
+            "TORCHINDUCTOR_COMPILE_THREADS", str(min(int(threads), COMPILE_WORKERS))
+        ),
         "PYTHONFAULTHANDLER": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **({} if place is None else place.environment),

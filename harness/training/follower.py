@@ -31,8 +31,8 @@ from harness.runs.ranks import RankPlace, check_gpus, place_of, places
 from harness.runs.worker import end_with_parent
 from harness.training import restore
 from harness.training.leader import FOLLOW, MODULE, Following, check_same_weights, met, who_ended
+from harness.training.led_engine import END, STATE, STEP, obey
 from harness.training.run_folder import method_of
-from harness.training.steps import STEP
 from harness.training.train import set_up, user_errors
 from harness.training.update_log import decode
 from profiles.documents import to_json, write_whole
@@ -89,17 +89,22 @@ def follow(following: Following, place: RankPlace, progress: Progress) -> int:
     sample = data.step_batches(0)[0]
     with set_up(job, shape, method.engine, settings, progress, None, sample, world) as (engine, blueprint):
         check_same_weights(world, engine, len(blueprint.parameter_shapes), progress)
-        step = _catch_up(engine, world)
-        while world.broadcast(b"") == STEP:
-            engine.step(data.step_batches(step))
-            step += 1
+        step = 0
+        while (order := world.broadcast(b"")) != END:
+            if order == STATE:
+                step = _catch_up(engine, world)
+            elif order == STEP:
+                engine.step(data.step_batches(step))
+                step += 1
+            else:
+                obey(engine, order, data.evaluation)
     return step
 
 
 def _catch_up(engine: Any, world: World) -> int:
     """Bring `engine` to where the leader is; how many steps are done. Raises `UserError`."""
     state = json.loads(world.broadcast(b""))
-    contents = decode(world.broadcast(b""), "the update log")
+    log = world.broadcast(b"")
     name, step = f"rank {world.rank}", 0
     if state["checkpoint"] is not None:
         checkpoint = Path(state["checkpoint"])
@@ -109,7 +114,8 @@ def _catch_up(engine: Any, world: World) -> int:
             )
         engine.load(checkpoint)
         step = restore.step_of(checkpoint)
-    if contents.end_step > step:
+    contents = decode(log, "the update log") if log else None
+    if contents is not None and contents.end_step > step:
         engine.replay(contents.updates(step))
         engine.synchronize()
     world.barrier()

@@ -28,6 +28,7 @@ from harness.records.job import Job
 from harness.runs.processes import Group, of_rank
 from harness.runs.ranks import RankPlace, check_alike, places, what_to_agree_on
 from harness.training import restore
+from harness.training.led_engine import END, STATE
 from harness.training.run_folder import Method, method_of
 from profiles.documents import to_json, write_whole
 
@@ -66,7 +67,7 @@ def leading(job: Job, engine_name: str, settings: Any, out: Path) -> Iterator[Wo
         try:
             world = met(ranks[0], job, engine_name, settings)
             yield world
-            world.broadcast(b"")  # no further step
+            world.broadcast(END)
         except PeerLost:
             remedy = f"go on with --resume --out {out}, with as many GPUs as there are"
             raise who_ended(others, work, remedy) from None
@@ -99,12 +100,14 @@ def check_same_weights(world: World, engine: Any, num_tensors: int, progress: Pr
             )
 
 
-def share_state(world: World, out: Path, done: int) -> None:
-    """Tell the others from where to go on: after `done` steps of the run in `out`. They are there then."""
+def share_state(world: World, out: Path, done: int, *, is_loaded: bool) -> None:
+    """Tell the others from where to go on: after `done` steps of the run in `out`. They are there then.
+    `is_loaded`: its checkpoint they have loaded already, when this rank did."""
     if world.size == 1:
         return
-    checkpoint = restore.newest_checkpoint(out)
+    checkpoint = None if is_loaded else restore.newest_checkpoint(out)
     at = None if checkpoint is None else str(checkpoint.resolve())
+    world.broadcast(STATE)
     world.broadcast(json.dumps({"done": done, "checkpoint": at}).encode("utf-8"))
     log = out / restore.UPDATE_LOG
     world.broadcast(log.read_bytes() if exists(log) else b"")

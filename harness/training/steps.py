@@ -29,10 +29,9 @@ from harness.records.governance import Governance
 from harness.records.job import Job
 from harness.signals import on_first_signal
 from harness.training import restore
+from harness.training.led_engine import STEP
 from harness.training.update_log import UpdateLog, cannot_write
 
-STEP = b"step"
-"""What ranks that follow are told before each step."""
 BEST, SUMMARY, BOARD = "best", "summary.json", "tensorboard"
 RECENT = 50
 """Steps whose times and losses say how it goes."""

@@ -43,6 +43,7 @@ from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_t
 from harness.training import restore
 from harness.training.free_space import check_free_space
 from harness.training.leader import check_same_weights, leading, share_state
+from harness.training.led_engine import LedEngine
 from harness.training.run_folder import (
     MODEL,
     TrainingRun,
@@ -82,12 +83,6 @@ def train(
     new run that has logged nothing leaves nothing.
     """
     check_gpus(job.limits, [engine_name])
-    if job.limits.gpus * job.limits.nodes > 1 and entry(engine_name).order == "first":
-        raise UserError(
-            f"run --gpus {job.limits.gpus}",
-            f"{engine_name} is measured on several GPUs by compare, and trains on one",
-            "leave out --gpus, or use mezo or zo2",
-        )
     shape = resolve_shape(job)  # before the folder is claimed: a mistake in the job must leave it free
     if length is not None:
         job = replace(job, steps=length.steps(job, make_data(job, shape).num_examples))
@@ -142,10 +137,13 @@ def _train(
             leading(job, engine_name, typed, out) as world,
             user_errors(engine_name, job, out),
             set_up(job, shape, engine_name, typed, progress, kept, data.step_batches(0)[0], world) as (
-                engine,
+                own_engine,
                 blueprint,
             ),
         ):
+            # Steps of a zeroth-order method are updates, which the others replay.
+            is_led = world.size > 1 and entry(engine_name).order == "first"
+            engine: Any = LedEngine(own_engine, world) if is_led else own_engine
             num_tensors = len(blueprint.parameter_shapes)
             # Again: blocks on disk have their room now, maybe of the same disk.
             check_free_space(out, shape, job, engine_name, typed, save_every)
@@ -159,12 +157,12 @@ def _train(
             def export(folder: Path) -> None:
                 export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
 
-            check_same_weights(world, engine, num_tensors, progress)
+            check_same_weights(world, own_engine, num_tensors, progress)
             if resume:
                 done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
             else:
                 done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
-            share_state(world, out, done)
+            share_state(world, out, done, is_loaded=is_led)
             with closing(updates) if updates is not None else nullcontext():
                 course = Course(
                     job=job, data=data, out=out, save_every=save_every, updates=updates, progress=progress,

@@ -147,11 +147,13 @@ def host_bytes_needed(cost: Traffic, budget: Budget) -> int:
 
 
 def host_bytes_without_gpu(cost: Traffic) -> int:
-    """What a GPU would hold is there too, but not what a process with CUDA takes."""
+    """What a GPU would hold is there too, but neither what a process with CUDA takes nor a compiler, which is
+    for a GPU's kernels."""
     process = cost.host_memory_bytes["process"]
     smaller = min(process, PROCESS_HOST_BYTES_WITHOUT_GPU)
     there = cost.peak_gpu_bytes + cost.gpu_without_triton_bytes
-    return there + cost.peak_host_bytes - process + smaller
+    compiler = cost.host_memory_bytes.get("compiler", 0)
+    return there + cost.peak_host_bytes - process - compiler + smaller
 
 
 def gpu_bytes_needed(cost: Traffic, budget: Budget) -> int:

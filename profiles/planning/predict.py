@@ -16,19 +16,16 @@ from typing import Any, Literal
 
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Gpu, Machine
 from profiles.planning.budget import host_bytes_without_gpu
 from profiles.planning.plan import Prediction
 from profiles.units import format_elements, format_flops, format_rate
 
-GPU_MATMUL_EFFICIENCY = 0.93
-"""Rate of a model's matrix products over that of one large product under lasting load (626 to 650 TFLOP/s on
-H200s). With it, predictions of the steps in reports/results that the GPU decides come to 0.79 to 1.19 of what
-was measured: too little at 1.3B, where pauses between kernels count, and too much at 175B."""
-
 CPU_MATMUL_EFFICIENCY = 0.7
-"""The same on a CPU, where attention and small products weigh more. Assumed, not measured."""
+"""Rate of a model's matrix products on a CPU over that of one large product: attention and small products
+weigh more. Assumed, not measured."""
 
 LAUNCH_S = 35e-6
 """Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
@@ -36,9 +33,13 @@ included, where the profile does not say it. When the GPU is faster than this it
 takes 0.178 s for the 1.3B LLaMA shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s
 without, 0.151 s with)."""
 
-FORWARD_LAUNCH_S = 21e-6
-"""The same where autograd is off, in methods with forward passes only: between the fastest and the middle
-sample of the probe on one H200's host, 15 and 28 us."""
+FORWARD_LAUNCH_S = 28e-6
+"""The same where autograd is off, in methods with forward passes only: what the probe found on one H200's
+host, whose samples were 15 to 40 us."""
+
+PRODUCT_S = 5e-6
+"""What a matrix product takes beside its operations at the rate of a large one: the GPU fills and drains, and
+its last row of tiles leaves a part of it idle. Where the profile does not say it; estimated."""
 
 GRAPH_KERNEL_S = 2.3e-6
 """Time that a kernel of a CUDA graph takes at least, where the profile does not say it. Estimated."""
@@ -103,6 +104,8 @@ class _Rates:
     """Seconds per unit of each resource; only those that the traffic needs are looked up."""
 
     per_flop_s: float
+    per_product_s: float
+    per_kernel_s: float
     per_gpu_byte_s: float
     per_gaussian_s: float
     per_h2d_byte_s: float
@@ -128,7 +131,10 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
     low = expected = high = None
     bottleneck = None
     try:
-        times = {side: _layer_times(traffic, machine, workload, side) for side in _SIDES}
+        times = {
+            side: _with_pause(_layer_times(traffic, machine, workload, side), traffic, machine, side)
+            for side in _SIDES
+        }
     except _Absent as error:
         basis = f"No step time: {error}."
     else:
@@ -168,7 +174,7 @@ def compiling_s(settings: Any, machine: Machine) -> float | None:
 
 def floor_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
     """Seconds of a step whose slowest resource never waited; `None` if the profile lacks a figure for it."""
-    efficiency = CPU_MATMUL_EFFICIENCY if machine.gpu is None else GPU_MATMUL_EFFICIENCY
+    efficiency = CPU_MATMUL_EFFICIENCY if machine.gpu is None else 1.0
     least = LayerTraffic(
         name="least",
         gpu_forward_flops=efficiency * traffic.gpu_flops,  # at the rate of one large product
@@ -214,24 +220,33 @@ def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: B
     return _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
 
 
+def _with_pause(times: list[LayerTimes], traffic: Traffic, machine: Machine, side: Bound) -> list[LayerTimes]:
+    """With what a GPU that computes waits between two steps, as the first layer's."""
+    if machine.gpu is None or traffic.gpu_flops == 0:
+        return times
+    first, *rest = times
+    pause_s = STEP_LAUNCHES * _seconds(machine.cpu.forward_launch_s, FORWARD_LAUNCH_S, side)
+    return [replace(first, gpu_s=first.gpu_s + pause_s), *rest]
+
+
 def _launches_s(traffic: Traffic, machine: Machine, side: Bound) -> list[float]:
-    """Seconds that starting each layer's work takes."""
+    """Seconds that starting each layer's work takes the CPU."""
 
     def each_s(figure: Figure, otherwise_s: float) -> float:
-        # A time and no rate: the low side of a rate is the high one of a time.
-        return otherwise_s if not figure.value else _rate("time to start an operation", figure, _OTHER[side])
+        return _seconds(figure, otherwise_s, side)
 
     cpu = machine.cpu
     if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
         eager_s = each_s(cpu.forward_launch_s, FORWARD_LAUNCH_S)
     else:
         eager_s = each_s(cpu.training_launch_s, LAUNCH_S)
-    kernel_s = each_s(cpu.graph_launch_s, GRAPH_KERNEL_S)
     triton_s = OWN_LAUNCH_SHARE * each_s(cpu.triton_launch_s, TRITON_LAUNCH_S)
-    return [
-        layer.launches * eager_s + layer.graph_kernels * kernel_s + layer.triton_launches * triton_s
-        for layer in traffic.layers
-    ]
+    return [layer.launches * eager_s + layer.triton_launches * triton_s for layer in traffic.layers]
+
+
+def _seconds(figure: Figure, otherwise_s: float, side: Bound) -> float:
+    """A time and no rate: the low side of a rate is the high one of a time."""
+    return otherwise_s if not figure.value else _rate("time of an operation", figure, _OTHER[side])
 
 
 def _with_launches(
@@ -265,6 +280,8 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
         flops * rates.per_flop_s
         + layer.gpu_bytes * rates.per_gpu_byte_s
         + layer.gaussians * rates.per_gaussian_s
+        + layer.products * rates.per_product_s
+        + layer.graph_kernels * rates.per_kernel_s
     )
     return LayerTimes(
         gpu_s=work,
@@ -287,17 +304,24 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / COPY_WRITE_ALLOCATE)
     gaussians = sum(layer.gaussians for layer in traffic.layers)
     memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
+    product_s = kernel_s = 0.0
+    if machine.gpu is not None:
+        product_s = _seconds(machine.gpu.product_s, PRODUCT_S, side)
+        kernel_s = _seconds(machine.cpu.graph_launch_s, GRAPH_KERNEL_S, side)
     if machine.gpu is None:
         efficiency, gaussian_s = CPU_MATMUL_EFFICIENCY, CPU_GAUSSIAN_S
         # Copies that stay on the host: each byte of the link is read and written.
         up = down = per(traffic.h2d_bytes + traffic.d2h_bytes, lambda: _host_copy(machine), 2.0)
     else:
-        efficiency, gaussian_s = GPU_MATMUL_EFFICIENCY, GAUSSIAN_BYTES * memory_byte_s
+        # A large product's rate under lasting load; what small ones lose is counted by product.
+        efficiency, gaussian_s = 1.0, GAUSSIAN_BYTES * memory_byte_s
         up = _link_byte_s(machine, traffic, "h2d", side)
         down = _link_byte_s(machine, traffic, "d2h", side)
     adam_factor = _adam(machine, traffic)[1]
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
+        per_product_s=product_s,
+        per_kernel_s=kernel_s,
         per_gpu_byte_s=memory_byte_s,
         per_gaussian_s=gaussian_s,
         per_h2d_byte_s=up,
@@ -308,7 +332,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
         per_from_gpu_byte_s=0.0
         if machine.gpu is None
-        else per(traffic.from_gpu_bytes, lambda: _from_gpu(machine)),
+        else per(traffic.from_gpu_bytes, lambda: _from_gpu(traffic, machine)),
     )
 
 
@@ -345,10 +369,13 @@ def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
     return "disk read bandwidth", machine.disk.read_bytes_per_s
 
 
-def _from_gpu(machine: Machine) -> tuple[str, Figure]:
-    """Of the slowest GPU."""
+def _from_gpu(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
+    """Of the slowest GPU; for weights that GPUs divide, where the profile is of one alone, that of its link,
+    which is what two GPUs have at least."""
     each = () if machine.link is None else machine.link.each_gpu
     known = [gpu.from_gpu_bytes_per_s for gpu in each if gpu.from_gpu_bytes_per_s.value]
+    if not known and traffic.divided_weights and machine.link is not None and not each:
+        return "bandwidth between GPUs, taken for that of the link", machine.link.d2h_pinned_bytes_per_s
     if not known:
         why = each[0].from_gpu_bytes_per_s.method if each else "the profile is of one GPU"
         raise _Absent("bandwidth between GPUs is not in the machine profile", why)
@@ -451,9 +478,8 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
     on_gpu = machine.gpu is not None
     parts = []
     if traffic.gpu_flops > 0:
-        share = GPU_MATMUL_EFFICIENCY if on_gpu else CPU_MATMUL_EFFICIENCY
         rate = _named_figure(_matmul(machine, workload), format_flops)
-        parts.append(f"{rate}, of which a model gets {share:.0%}")
+        parts.append(rate if on_gpu else f"{rate}, of which a model gets {CPU_MATMUL_EFFICIENCY:.0%}")
     if traffic.gpu_bytes > 0:
         parts.append(_named_figure(_memory_copy(machine), format_rate))
     if on_gpu:
@@ -461,7 +487,7 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
             figures = _link(machine, traffic, direction)
             parts += [_named_figure((name, figure), format_rate) for _, name, figure in figures]
         if traffic.from_gpu_bytes:
-            parts.append(_named_figure(_from_gpu(machine), format_rate))
+            parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
         parts.append(_named_figure(_adam(machine, traffic)[0], format_elements))
     if traffic.disk_bytes:

@@ -1,5 +1,6 @@
 """What it costs this CPU to start operations: those of a transformer one by one, with and without autograd,
-the kernels of a CUDA graph, and one of Triton's.
+the kernels of a CUDA graph, and one of Triton's; and what a product of middling size takes the GPU beside its
+operations.
 
 The transformer is real and tiny, so that a GPU is done with each operation before the next one is started and
 the time is the CPU's: Python of the model library, of torch, and of the driver. A block counts as many
@@ -26,25 +27,37 @@ KERNELS = 400
 """Of the captured graph, each waiting for the one before."""
 TRITON_LAUNCHES = 50
 """Started in a row, as one sample."""
-NUM_MEASUREMENTS = 4
+PRODUCTS = 40
+"""Of each size, as a graph: starting them takes no time then."""
+PRODUCT_SHAPES = ((1024, 1024, 1024), (2048, 1024, 1024), (2048, 2048, 2048))
+"""Rows, columns and inner dimension, as in blocks of 0.3 to 1.3 billion parameters."""
+NUM_MEASUREMENTS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launches:
-    """Seconds of the CPU's for each operation; of a graph, those of the GPU for each of its kernels."""
+    """Seconds of the CPU's for each operation; of a graph, those of the GPU for each of its kernels, and for
+    each product beside its operations."""
 
     forward_s: Figure = NOT_PROBED
     training_s: Figure = NOT_PROBED
     graph_s: Figure = NOT_PROBED
     triton_s: Figure = NOT_PROBED
+    product_s: Figure = NOT_PROBED
 
 
-def probe_launches(meter: Meter) -> Launches:
+def probe_launches(meter: Meter, product_flops: Figure) -> Launches:
+    """`product_flops` is the rate of a large bf16 product in bursts, which these are too."""
     return Launches(
         forward_s=_measured(meter, "operations without autograd", forward_s),
         training_s=_measured(meter, "operations with autograd", training_s),
         graph_s=_measured(meter, "kernels of a CUDA graph", graph_s),
         triton_s=_measured(meter, "Triton kernels", triton_s),
+        product_s=meter.measure(
+            "products of middling size",
+            lambda seconds: product_s(seconds, DEVICE, product_flops.value),
+            absent,
+        ),
     )
 
 
@@ -96,6 +109,39 @@ def graph_s(seconds: float, device: str) -> Figure:
             values.add_(1.0)
     samples = host_samples(lambda: (graph.replay(), cuda.synchronize()), seconds)
     return figure([each / KERNELS for each in samples], f"a CUDA graph of {KERNELS} kernels")
+
+
+def product_s(seconds: float, device: str, flops: float | None) -> Figure:
+    """Seconds that a bf16 product takes longer than its operations at `flops`: filling and draining the GPU,
+    and tiles that leave a part of it idle. The mean over `PRODUCT_SHAPES`."""
+    import torch
+
+    _need_cuda(device)
+    if flops is None:
+        raise ValueError("the rate of a large product was not measured")
+    cuda: Any = torch.cuda
+    longer = []
+    for rows, columns, inner in PRODUCT_SHAPES:
+        left = torch.randn(rows, inner, device=device).bfloat16()
+        right = torch.randn(inner, columns, device=device).bfloat16()
+        out = torch.empty(rows, columns, device=device, dtype=torch.bfloat16)
+        torch.mm(left, right, out=out)  # what is captured has run once
+        cuda.synchronize()
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            for _ in range(PRODUCTS):
+                torch.mm(left, right, out=out)
+
+        def action(graph: Any = graph) -> None:
+            graph.replay()
+            cuda.synchronize()
+
+        samples = host_samples(action, seconds / len(PRODUCT_SHAPES))
+        least_s = 2.0 * rows * columns * inner / flops
+        longer.append([max(0.0, each / PRODUCTS - least_s) for each in samples])
+        del graph
+    means = [sum(each) / len(each) for each in zip(*longer, strict=False)]
+    return figure(means, f"torch.mm of {len(PRODUCT_SHAPES)} sizes up to 2048 in graphs of {PRODUCTS}")
 
 
 def triton_s(seconds: float, device: str) -> Figure:

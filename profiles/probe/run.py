@@ -223,9 +223,10 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
         idle = device.link() if device else link.UNKNOWN_LINK
         replays = device.replays() if device else None
         gpu_found = gpu.probe_gpu(meter, 0, device, used_bytes)
-        each_start = launches.probe_launches(meter)
+        each_start = launches.probe_launches(meter, gpu_found.matmul_bf16_flops)
         gpu_found = replace(
             gpu_found,
+            product_s=each_start.product_s,
             workspace_bytes=meter.measure("workspaces of products", gpu.workspace_bytes, absent),
             process_bytes=gpu.process_bytes(device, used_bytes),
         )

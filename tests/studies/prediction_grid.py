@@ -1,6 +1,7 @@
 """Predictions against measurement over a grid of jobs: time, reserved GPU memory, host memory, fits or not.
 
     python tests/studies/prediction_grid.py run --out DIR [--cells 1-20] [--seconds 400] [--machine FILE]
+        [--edges-at-once 4] [--skip FOLDER]
     python tests/studies/prediction_grid.py table DIR
 
 `prediction_grid.toml` lists the cells. Those in `prediction_grid_h200` were looked at when constants of the
@@ -11,8 +12,12 @@ them. Records are those of `compare`, in `DIR/runs`; a cell that has one is pass
 that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is compared where it is
 several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors.
 
+With `--edges-at-once 4` the edges come first, four at a time, each held to its own --vram: what they are
+asked is whether memory is enough, and their times say nothing then (they are left out of the table). `--skip`
+passes over cells that are not edges and have a record in FOLDER.
+
 A cell with `edge = 1.0` runs with the smallest --vram that the planner calls enough; one with `edge = 0.95`
-runs, against the plan, with that much of it.
+runs, against the plan, with that much of it, and the same settings.
 """
 
 from __future__ import annotations
@@ -24,9 +29,11 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +71,7 @@ SAMPLE_S = 0.03
 CELL_S = 120.0
 """The longest that a cell may take."""
 LEAST_HOST_BYTES = 4_000_000_000
+BESIDE_OTHERS = "other runs had the same GPU"
 EDGE_STEP = 10_000_000
 """Edges are found to this many bytes."""
 
@@ -86,7 +94,9 @@ class GridCell:
     edge: float | None = None
     settings: dict[str, Any]
 
-    def job(self, vram_bytes: int | None = None) -> Job:
+    def job(self, vram_bytes: int | None = None, chosen: Mapping[str, Any] | None = None) -> Job:
+        """With `chosen` for settings, in place of the cell's."""
+        settings = self.settings if chosen is None else {**chosen}
         limit = vram_bytes if self.vram is None else parse_bytes(self.vram, "vram")
         return Job(
             model=ModelSource(name=self.model, random_weights=True),
@@ -100,9 +110,9 @@ class GridCell:
             warmup_steps=WARMUP,
             limits=Limits(vram_bytes=limit, timeout_s=CELL_S),
             settings=make_job(
-                {"model": {"name": self.model}, "settings": {self.engine: self.settings}}, self.name
+                {"model": {"name": self.model}, "settings": {self.engine: settings}}, self.name
             ).settings
-            if self.settings
+            if settings
             else {},
         )
 
@@ -133,8 +143,12 @@ def planned(cell: GridCell, machine: Machine) -> tuple[Job, Plan, Machine]:
             high = middle
         else:
             low = middle
-    job = cell.job(int(cell.edge * high * EDGE_STEP))
-    return job, plan_with(job), machine
+    job = cell.job(high * EDGE_STEP)
+    plan = plan_with(job)
+    if cell.edge < 1.0:
+        job = cell.job(int(cell.edge * high * EDGE_STEP), {**cell.settings, **plan.settings})
+        plan = plan_with(job)
+    return job, plan, machine
 
 
 def with_link(machine: Machine, bytes_per_s: float) -> Machine:
@@ -222,8 +236,8 @@ class Server:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def outcome(self, request: Request, folder: Path) -> Outcome:
-        """Of one run in a copy of the loaded process."""
+    def outcome(self, request: Request, folder: Path, *, alone: bool = True) -> Outcome:
+        """Of one run in a copy of the loaded process; not `alone`: others have the GPU too."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "request.json").write_text(to_json(request), encoding="utf-8")
         process = self._started()
@@ -260,7 +274,7 @@ class Server:
             summary=replace(
                 result.summary,
                 peak_host_bytes=max(sampler.peak_host_bytes, result.summary.peak_host_bytes or 0) or None,
-                peak_gpu_nvml_bytes=sampler.peak_gpu_bytes,
+                peak_gpu_nvml_bytes=sampler.peak_gpu_bytes if alone else None,
             ),
             by_user=False,
             limits=_applied(folder / "events"),
@@ -309,40 +323,97 @@ def chosen(cells: Sequence[GridCell], told: str | None) -> Iterator[GridCell]:
         yield from cells[int(first) - 1 : int(last or first)]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    out: Path = arguments.out
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    began_s = time.monotonic()
-    known = out / "machine.json"
-    machine = find_machine(arguments.machine, quiet=True, known=known)
-    save_machine(machine, known)
-    environment = read_environment()
-    server = Server()
-    for cell in chosen(grid_cells(arguments.list), arguments.cells):
-        path = out / "runs" / f"{cell.name}.json"
-        if path.exists():
-            continue
-        if arguments.seconds is not None and time.monotonic() - began_s > arguments.seconds:
-            print(f"{arguments.seconds:g} s are used up; the same command goes on", flush=True)
-            break
+class Running:
+    """What all cells of a call have in common."""
+
+    def __init__(self, arguments: argparse.Namespace, machine: Machine) -> None:
+        self.out: Path = arguments.out
+        self.machine = machine
+        self.environment = read_environment()
+        self.deadline_s = None if arguments.seconds is None else time.monotonic() + arguments.seconds
+        self.planning = threading.Lock()
+
+    @property
+    def is_over(self) -> bool:
+        return self.deadline_s is not None and time.monotonic() > self.deadline_s
+
+    def measure(self, cell: GridCell, server: Server, *, alone: bool) -> None:
+        """Leaves the cell's record, and says a line."""
+        path = self.out / "runs" / f"{cell.name}.json"
+        if path.exists() or self.is_over:
+            return
         start_s = time.monotonic()
-        job, plan, planned_for = planned(cell, machine)
+        with self.planning:
+            job, plan, planned_for = planned(cell, self.machine)
         if not plan.available or (not plan.fits and cell.edge in (None, 1.0)):
             print(f"{cell.name}: no plan ({plan.why_not})", flush=True)
-            continue
+            return
         began = datetime.now(UTC).isoformat(timespec="seconds")
         request = Request(
             id=cell.name, job=job, shape=resolve_shape(job), plan=plan,
             emulated=emulated_link(planned_for, cell),
         )  # fmt: skip
-        outcome = server.outcome(request, out / ".work" / cell.name)
-        told = replace(environment, emulated=None if request.emulated is None else request.emulated.machine)
+        outcome = server.outcome(request, self.out / ".work" / cell.name, alone=alone)
+        told = replace(
+            self.environment,
+            emulated=None if request.emulated is None else request.emulated.machine,
+            notes=self.environment.notes if alone else (*self.environment.notes, BESIDE_OTHERS),
+        )
         record = record_of(request, 1, began, told, outcome)
         write_whole(path, encode_run(record))
         print(f"{line_of(record)}  ({time.monotonic() - start_s:.0f} s)", flush=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    known = out / "machine.json"
+    running_since = time.monotonic()
+    machine = find_machine(arguments.machine, quiet=True, known=known)
+    save_machine(machine, known)
+    if arguments.seconds is not None:
+        arguments.seconds -= time.monotonic() - running_since
+    running = Running(arguments, machine)
+    cells = list(chosen(grid_cells(arguments.list), arguments.cells))
+    if arguments.skip is not None:
+        records = [load_run(path) for path in (arguments.skip / "runs").glob("*.json")]
+        known_names = {record.id for record in records if record.end_state == "ok"}
+        cells = [cell for cell in cells if cell.edge is not None or cell.name not in known_names]
+    if arguments.edges_at_once > 1:
+        run_edges([cell for cell in cells if cell.edge is not None], running, arguments.edges_at_once)
+        cells = [cell for cell in cells if cell.edge is None]
+    server = Server()
+    for cell in cells:
+        running.measure(cell, server, alone=True)
+    if running.is_over:
+        print(f"{arguments.seconds:g} s are used up; the same command goes on", flush=True)
     server.close()
     print(text_of(rows_of(out)))
     return 0
+
+
+def run_edges(cells: Sequence[GridCell], running: Running, at_once: int) -> None:
+    """In threads with a server each; the two cells of an edge one after the other, as they compile alike."""
+    jobs: dict[str, list[GridCell]] = {}
+    for cell in cells:
+        jobs.setdefault(cell.name.rpartition("-")[0], []).append(cell)
+    own = threading.local()
+    servers: list[Server] = []
+
+    def measure(pair: list[GridCell]) -> None:
+        if not hasattr(own, "server"):
+            own.server = Server()
+            servers.append(own.server)
+        for cell in pair:
+            try:
+                running.measure(cell, own.server, alone=False)
+            except Exception as error:
+                print(f"{cell.name}: {error!r}", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(measure, jobs.values()))
+    for server in servers:
+        server.close()
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -382,15 +453,16 @@ def row_of(record: Run, machine: Machine) -> Row:
     def over(predicted: float | None, taken: float | None) -> float | None:
         return predicted / taken if predicted and taken and record.end_state == "ok" else None
 
+    alone = BESIDE_OTHERS not in record.environment.notes
     inside = None
-    if took_s and now.step_s_low is not None and now.step_s_high is not None:
+    if alone and took_s and now.step_s_low is not None and now.step_s_high is not None:
         inside = now.step_s_low <= took_s <= now.step_s_high
     return Row(
         name=record.id,
         engine=record.engine,
         end_state=record.end_state,
         fits=record.plan.fits,
-        step=over(now.step_s, took_s),
+        step=over(now.step_s, took_s if alone else None),
         inside=inside,
         reserved=over(reserved_bytes(cost, budget), measured.peak_gpu_reserved_bytes),
         host=over(now.peak_host_bytes, measured.peak_host_bytes)
@@ -488,6 +560,8 @@ def main() -> int:
     running.add_argument("--list", type=Path, default=CELLS, help="another list of cells")
     running.add_argument("--cells", help="such as 1-20,31; all of the list by default")
     running.add_argument("--seconds", type=float, help="begin no cell after so many")
+    running.add_argument("--edges-at-once", type=int, default=1, help="run so many edges side by side, first")
+    running.add_argument("--skip", type=Path, help="pass over what this folder has, edges apart")
     running.add_argument("--machine", type=Path, help="its profile, in place of measuring it")
     table = commands.add_parser("table", help="the errors of what was measured")
     table.add_argument("folder", type=Path)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import queue
 import random
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +21,7 @@ from torch import Tensor
 from engines.errors import UserError
 from engines.offload import disk_states
 from engines.offload.disk_states import DiskStates
+from engines.transfer.pinned import HostSlab
 
 SIZES = {2: 5000, 3: 70_001, 5: 4096, 8: 1, 9: 12_345}
 
@@ -70,3 +77,41 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*--set method.disk_folder=FOLDER"):
         DiskStates({0: 100}, tmp_path / "file", "method.disk_folder")
+
+
+def test_a_block_that_is_still_being_written_is_read_when_all_of_it_is_there(tmp_path: Path) -> None:
+    """Its write is late; another place of memory is free, so that it could be read at once."""
+    called = itertools.count()
+    late = 2  # the first block's write: two reads come before it
+    states = DiskStates(
+        {0: 100, 1: 100}, tmp_path, "setting", delay_s=lambda: 0.3 if next(called) == late else 0.0
+    )
+    came: queue.SimpleQueue[tuple[int, Tensor]] = queue.SimpleQueue()
+    try:
+        for block in (0, 1):
+            states.request(block, lambda memory, why, b=block: came.put((b, memory)))
+        held = dict(came.get(timeout=30) for _ in range(2))
+        held[0].fill_(7)
+        states.release(0)
+        until(lambda: next(copy.copy(called)) > late)
+        states.release(1)
+        states.request(0, lambda memory, why: came.put((0, memory)))
+        assert came.get(timeout=30)[1].unique().tolist() == [7]
+        head = HostSlab(4096, torch.device("cpu")).view(0, (4096,), torch.uint8)
+        reader = threading.Thread(target=lambda: states.read_head(0, head))
+        reader.start()
+        reader.join(timeout=0.2)
+        assert reader.is_alive(), "the block's next update is still to be written"
+        states.release(0)
+        reader.join(timeout=30)
+        assert head[:100].unique().tolist() == [7]
+    finally:
+        states.close()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not come")

@@ -187,5 +187,5 @@ def test_more_gpus_than_there_are_and_methods_for_one(monkeypatch: pytest.Monkey
     check_gpus(Limits(gpus=2), ["zo2", "mezo"])
     with pytest.raises(UserError, match="this machine shows 2"):
         check_gpus(Limits(gpus=4))
-    with pytest.raises(UserError, match="native runs on one GPU"):
-        check_gpus(Limits(gpus=2), ["lora", "native"])
+    with pytest.raises(UserError, match="galore runs on one GPU"):
+        check_gpus(Limits(gpus=2), ["lora", "galore"])

@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-from train_runs import assert_same_weights, log_of, run, tiny_job
+import torch
+from train_runs import assert_same_weights, log_of, run, tiny_job, weights_of
 
 from engines.errors import UserError
 from harness.progress import Progress
@@ -85,9 +86,51 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("engine", "why"), [("native", "native runs on one GPU"), ("exact-offload", "measured on several GPUs")]
+    ("engine", "settings"),
+    [
+        ("exact-offload", {}),
+        pytest.param("lsp", {"check_every": 3}, marks=pytest.mark.slow),
+        ("native", {"max_grad_norm": 0.5}),
+        pytest.param("lora", {"learning_rate": 1e-3}, marks=pytest.mark.slow),
+    ],
 )
-def test_methods_for_one_gpu_say_so(engine: str, why: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=why):
-        run(tmp_path / "out", engine, job_of(2))
+def test_first_order_methods_go_on_with_another_number_of_processes(
+    engine: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, then one, then two, from full checkpoints; a micro-batch each, in fp32, so that the sums of one
+    process are theirs; but for native, whose gradients FSDP2 sums."""
+    pytest.importorskip("peft")
+    job = tiny_job(accumulation=2, batch_size=1, eval_batches=1, eval_every=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, engine, job, **settings)
+
+    def stop() -> None:
+        raise Stop
+
+    for gpus, until in ((2, 3), (1, 4)):
+        with monkeypatch.context() as patched:
+            stopped_after(patched, until, stop)
+            on = replace(job, limits=Limits(gpus=gpus))
+            with pytest.raises(Stop):
+                run(parts, engine, on, save_every=2, resume=gpus == 1, **settings)
+    run(parts, engine, replace(job, limits=Limits(gpus=2)), save_every=2, resume=True, **settings)
+    assert_nearly_the_same_log(log_of(whole), log_of(parts))
+    if engine != "native":
+        assert_same_weights(whole / "model", parts / "model")
+        return
+    ours, theirs = weights_of(whole / "model"), weights_of(parts / "model")
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def assert_nearly_the_same_log(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    """Losses of ranks are summed as they are handed round."""
+    assert [each["step"] for each in one] == [each["step"] for each in other]
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_methods_for_one_gpu_say_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="galore runs on one GPU"):
+        run(tmp_path / "out", "galore", job_of(2))
     assert not (tmp_path / "out").exists()

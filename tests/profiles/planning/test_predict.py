@@ -23,6 +23,7 @@ from engines.costs import transformer
 from engines.costs.overlap import serial_s
 from engines.costs.table import traffic
 from engines.costs.traffic import LayerTraffic, Overlap, Traffic
+from engines.costs.transformer import STEP_LAUNCHES
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload
 from profiles.machine import Figure, Gpu, LinkFigures, Machine, absent
@@ -34,8 +35,10 @@ from profiles.planning.predict import (
     LAUNCH_ERROR,
     LAUNCH_S,
     OWN_LAUNCH_SHARE,
+    PRODUCT_S,
     TRITON_LAUNCH_S,
     _layer_times,
+    _with_pause,
     predict,
     resource_s,
 )
@@ -136,7 +139,8 @@ def test_without_autograd_operations_start_faster() -> None:
     for layer in (small, replace(small, gpu_backward_flops=1.0)):
         cost = Traffic(layers=(layer,), gpu_memory_bytes={}, host_memory_bytes={})
         seen.append(predict(cost, H200, SMALL).step_s)
-    assert seen == [1000 * FORWARD_LAUNCH_S, 1000 * LAUNCH_S]
+    pause_s = STEP_LAUNCHES * FORWARD_LAUNCH_S
+    assert seen == pytest.approx([1000 * FORWARD_LAUNCH_S + pause_s, 1000 * LAUNCH_S + pause_s])
 
 
 # --- the floor ----------------------------------------------------------------------------------------
@@ -203,7 +207,10 @@ def test_without_a_gpu_everything_is_host_memory_and_serial(engine: str) -> None
     prediction = predict(cost, LAPTOP_CPU, workload)
     assert prediction.peak_gpu_bytes == prediction.pinned_bytes == 0
     without_cuda = (
-        cost.peak_host_bytes - transformer.PROCESS_HOST_BYTES + transformer.PROCESS_HOST_BYTES_WITHOUT_GPU
+        cost.peak_host_bytes
+        - cost.host_memory_bytes.get("compiler", 0)
+        - transformer.PROCESS_HOST_BYTES
+        + transformer.PROCESS_HOST_BYTES_WITHOUT_GPU
     )
     assert prediction.peak_host_bytes == cost.peak_gpu_bytes + without_cuda
     busy = resource_s(cost, LAPTOP_CPU, workload)
@@ -304,7 +311,8 @@ def test_the_spread_of_the_figures_widens_the_range() -> None:
     assert narrow.step_s is not None
     assert narrow.step_s_low == pytest.approx(narrow.step_s / GPU_ERROR)
     assert narrow.step_s_high == pytest.approx(narrow.step_s * GPU_ERROR)
-    assert wide.step_s_high == pytest.approx(2 * narrow.step_s * GPU_ERROR)
+    pause_s = STEP_LAUNCHES * FORWARD_LAUNCH_S  # which the GPU's figures do not decide
+    assert wide.step_s_high == pytest.approx((2 * narrow.step_s - pause_s) * GPU_ERROR, rel=0.01)
     assert wide.step_s_low is not None
     assert wide.step_s_low < narrow.step_s_low
 
@@ -374,7 +382,8 @@ def test_time_is_between_the_busiest_resource_and_the_sum(
     assert prediction.step_s_high is not None
     assert prediction.step_s_low <= prediction.step_s <= prediction.step_s_high
     assert prediction.step_s >= max(busy.values()) * (1 - 1e-9)
-    assert prediction.step_s <= serial_s(_layer_times(cost, machine, workload, "value")) * (1 + 1e-9)
+    times = _with_pause(_layer_times(cost, machine, workload, "value"), cost, machine, "value")
+    assert prediction.step_s <= serial_s(times) * (1 + 1e-9)
     assert prediction.bottleneck in busy
 
 
@@ -433,20 +442,39 @@ def test_adding_work_to_one_resource_moves_the_bottleneck() -> None:
 
 
 def test_what_the_probe_measured_of_starting_work_counts() -> None:
-    starts = LayerTraffic(
-        name="block.0", gpu_forward_flops=1.0, launches=1000, graph_kernels=1000, triton_launches=1000
-    )
+    starts = LayerTraffic(name="block.0", gpu_forward_flops=1.0, launches=1000, triton_launches=1000)
     cost = Traffic(layers=(starts,), gpu_memory_bytes={}, host_memory_bytes={})
 
     def step_s(**figures: float) -> float | None:
         known = {name: figure(value) for name, value in figures.items()}
         return predict(cost, replace(H200, cpu=replace(H200.cpu, **known)), SMALL).step_s
 
-    otherwise = 1000 * (FORWARD_LAUNCH_S + GRAPH_KERNEL_S + OWN_LAUNCH_SHARE * TRITON_LAUNCH_S)
+    otherwise = (1000 + STEP_LAUNCHES) * FORWARD_LAUNCH_S + 1000 * OWN_LAUNCH_SHARE * TRITON_LAUNCH_S
     assert step_s() == pytest.approx(otherwise)
-    measured = step_s(forward_launch_s=5e-6, graph_launch_s=1e-6, triton_launch_s=10e-6)
-    assert measured == pytest.approx(1000 * (5e-6 + 1e-6 + OWN_LAUNCH_SHARE * 10e-6))
+    measured = step_s(forward_launch_s=5e-6, triton_launch_s=10e-6)
+    assert measured == pytest.approx((1000 + STEP_LAUNCHES) * 5e-6 + 1000 * OWN_LAUNCH_SHARE * 10e-6)
     assert step_s(training_launch_s=1.0) == pytest.approx(otherwise), "there is no backward pass"
+
+
+def test_products_and_kernels_of_graphs_take_the_gpu_time_beside_their_work() -> None:
+    many = LayerTraffic(name="block.0", gpu_forward_flops=1e12, products=100, graph_kernels=1000)
+    few = replace(many, products=0, graph_kernels=0)
+    assert H200.gpu is not None
+
+    def step_s(layer: LayerTraffic, machine: Machine) -> float:
+        cost = Traffic(layers=(layer,), gpu_memory_bytes={}, host_memory_bytes={"process": 0})
+        found = predict(cost, machine, SMALL).step_s
+        assert found is not None
+        return found
+
+    otherwise = 100 * PRODUCT_S + 1000 * GRAPH_KERNEL_S
+    assert step_s(many, H200) - step_s(few, H200) == pytest.approx(otherwise)
+    probed = replace(
+        H200,
+        gpu=replace(H200.gpu, product_s=figure(2e-6)),
+        cpu=replace(H200.cpu, graph_launch_s=figure(1e-6)),
+    )
+    assert step_s(many, probed) - step_s(few, probed) == pytest.approx(100 * 2e-6 + 1000 * 1e-6)
 
 
 def test_of_a_time_the_longer_one_is_the_slower_side() -> None:
@@ -457,5 +485,5 @@ def test_of_a_time_the_longer_one_is_the_slower_side() -> None:
     )
     known = replace(figure(10e-6), low=8e-6, high=15e-6)
     told = predict(cost, replace(H200, cpu=replace(H200.cpu, forward_launch_s=known)), SMALL)
-    assert told.step_s_low == pytest.approx(1000 * 8e-6 / LAUNCH_ERROR)
-    assert told.step_s_high == pytest.approx(1000 * 15e-6 * LAUNCH_ERROR)
+    assert told.step_s_low == pytest.approx((1000 + STEP_LAUNCHES) * 8e-6 / LAUNCH_ERROR)
+    assert told.step_s_high == pytest.approx((1000 + STEP_LAUNCHES) * 15e-6 * LAUNCH_ERROR)

@@ -42,7 +42,7 @@ COMPILED_FROM = "20261129"
 
 EAGER: dict[str, dict[str, Value]] = {
     "native": {"compile": False, "graphs": False, "checkpointed_blocks": "all"},
-    "lsp": {"compile": False, "checkpointed_blocks": "all"},
+    "lsp": {"compile": False, "checkpointed_blocks": "all", "weights": "resident"},
 }
 
 

@@ -127,12 +127,32 @@ def test_ranks_divide_the_updates_and_each_brings_down_its_gradient() -> None:
 
 def test_a_plan_of_four_takes_a_quarter_of_the_micro_batches_and_others_run_on_one() -> None:
     one, four = (
-        {plan.engine: plan for plan in recommend(H200, SHAPE, WORKLOAD, ["zo2", "native"], {}, gpus=gpus)}
+        {plan.engine: plan for plan in recommend(H200, SHAPE, WORKLOAD, ["zo2", "galore"], {}, gpus=gpus)}
         for gpus in (1, 4)
     )
-    assert four["native"].why_not == "runs on one GPU"
-    assert not four["native"].available
+    assert four["galore"].why_not == "runs on one GPU"
+    assert not four["galore"].available
     before, after = one["zo2"].prediction, four["zo2"].prediction
     assert before.step_s is not None
     assert after.step_s is not None
     assert after.step_s < before.step_s
+
+
+def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
+    shape, workload = named_shape("deepseek-coder-6.7b"), replace(WORKLOAD, dtype="bf16", accumulation=2)
+    settings = given_settings("native", graphs=False).typed
+    alone = traffic("native", shape, workload.of_a_rank(2), settings)
+    part = context_of_a_rank("native", H200, shape, workload, gpus=2).cost(settings)
+    assert part.gpu_memory_bytes["weights"] == alone.gpu_memory_bytes["weights"] / 2
+    assert part.gpu_memory_bytes["optimizer"] == alone.gpu_memory_bytes["optimizer"] / 2
+    element = 2
+    inside, outside = shape.num_blocks * shape.block_parameters, shape.non_block_parameters
+    # Half of a block's weights twice, of its gradient once, of what is outside once each.
+    assert part.from_gpu_bytes == element * (3 * inside + 2 * outside) // 2
+    assert alone.from_gpu_bytes == 0
+    (plan,) = recommend(H200, shape, workload, ["native"], {}, gpus=2)
+    (fast,) = recommend(with_gpus_linked(300e9), shape, workload, ["native"], {}, gpus=2)
+    assert plan.settings["graphs"] is False
+    assert fast.prediction.step_s is not None
+    assert plan.prediction.step_s is not None
+    assert fast.prediction.step_s < plan.prediction.step_s

@@ -329,7 +329,7 @@ def test_zo2_replays_updates_where_the_link_is_the_limit(size: str) -> None:
 def test_zo2_says_what_replaying_saves() -> None:
     reason = told(zo2_plan(OPT_SIZES["13B"], resident_blocks=0), "fold_every")
     assert reason == (
-        "fold_every=8: a download every 8th step: up 460 ms, GPU 292 ms, "
+        "fold_every=8: a download every 8th step: up 460 ms, GPU 283 ms, "
         "2.93 GiB down per step instead of 23.4 GiB"
     )
 

@@ -396,7 +396,7 @@ GPU_FIGURES = (
 )  # fmt: skip
 
 
-ONLY_ON_CUDA = {"cpu.graph_launch_s", "cpu.triton_launch_s"}
+ONLY_ON_CUDA = {"cpu.graph_launch_s", "cpu.triton_launch_s", "gpu.product_s"}
 
 
 def test_a_machine_with_a_gpu(fake_cuda: OnTheHost, tmp_path: Path) -> None:

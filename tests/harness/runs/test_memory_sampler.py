@@ -1,0 +1,48 @@
+"""Memory of a run's processes as it is seen from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from harness.runs.memory_sampler import MemorySampler
+from harness.runs.processes import COMPILE_WORKERS, child_environment
+
+HELD = 200_000_000
+
+FORKS = f"""
+import os, sys
+held = bytearray(os.urandom(1)) * {HELD}
+for _ in range(4):
+    if os.fork() == 0:
+        sys.stdin.read()
+        os._exit(0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_pages_that_helpers_share_count_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        sampler = MemorySampler([process.pid], [])
+        taken = sampler.take()
+        again = sampler.take()
+        process.stdin.close()
+    assert len(sampler.family) == 4
+    # All of the process's own, and of each helper a fifth: not five times as much.
+    assert HELD < taken < 2.2 * HELD
+    assert again == taken == sampler.peak_host_bytes
+
+
+def test_the_compiler_starts_no_more_helpers_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    assert 1 <= int(child_environment()["TORCHINDUCTOR_COMPILE_THREADS"]) <= COMPILE_WORKERS
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
+    assert child_environment()["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
