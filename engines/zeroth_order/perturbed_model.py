@@ -234,11 +234,16 @@ class PerturbedModel:
             recording = self._driver.record(batch.inputs)
         return recording.hidden, recording.calls
 
-    def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
-        """The hidden state after block `index`, whose visit has begun; `calls` are those of all blocks.
+    def run(
+        self, index: int, calls: Sequence[BlockCall], hidden: Tensor, examples: range | None = None
+    ) -> Tensor:
+        """The hidden state after block `index`, whose visit has begun; `calls` are those of all blocks. Both
+        sides of `examples` of the step, where they are perturbed.
 
         The one before may be overwritten.
         """
+        if examples is not None:
+            self.adapters.hold(examples, hidden.shape[0])
         if self._graphs is not None and self.scratch.perturbs:
             return self._graphs.run(index, calls, hidden, stacked=self.scratch.stacks)
         return self._run_eagerly(index, calls[index], hidden)
