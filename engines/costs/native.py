@@ -28,8 +28,8 @@ BLOCK_GATHERED, NON_BLOCK_GATHERED = 3, 2
 backward pass, of its gradients, and of what is outside once each."""
 
 GATHER_LAUNCHES = 75
-"""What FSDP2 does around a block in a micro-batch, in launches: two H200s took 0.128 s for 4 x 1024 tokens each
-of the 1.3B LLaMA shape, compiled, where the GPU's work is 0.065 (one process, 29 November; engines/EXPERIMENTS.md)."""
+"""What FSDP2 does around a block in a micro-batch, in launches: two H200s took 0.128 s for 4 x 1024 tokens
+each of the 1.3B LLaMA shape, compiled, where the GPU's work is 0.065 (one run, engines/EXPERIMENTS.md)."""
 
 GRAPH_BYTES = 4_000_000
 """GPU memory of one block's two passes as CUDA graphs outside torch's allocator: on an H200 `lsp` with 32
