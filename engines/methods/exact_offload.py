@@ -53,7 +53,9 @@ step is so short that launches count, the CPU's update takes longer than they do
 Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
 host has weights and states once; one rank adds up a chunk's gradients, in the order of ranks, and updates it
 for all (`engines.cpu_updates.rank_updates`). What the GPU updates outside the blocks, it updates on every
-rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them.
+rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them,
+with any number those of as many twins, which exchange their gradients. The norm to clip by is that of the
+sum, which the CPU takes chunk by chunk as it arrives. States on disk have one rank for each block.
 
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
 copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are

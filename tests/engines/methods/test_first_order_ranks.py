@@ -120,8 +120,8 @@ def test_ranks_of_exact_offload_take_the_steps_of_one_process(
     [(2, {}), (2, {"projector": "paper", "learn_steps": 5}), (4, {"weights": "streamed"})],
 )
 def test_ranks_of_lsp_take_the_steps_of_the_twin_in_one_process(size: int, changes: dict[str, Any]) -> None:
-    """With a micro-batch each, in fp32: one process rounds the sum of bf16 cores once, and ranks each core. With
-    new projectors on the way."""
+    """With a micro-batch each, in fp32: of bf16 cores one process rounds the sum, and ranks each. With new
+    projectors on the way."""
     (expected,) = run_on(1, lsp(offload=False, **changes), size)
     for found in run_on(size, lsp(**changes), size):
         assert_same(found, expected)
