@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from engines import default_engines, public_engines
+from engines import default_engines, engine_of, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import HeadChoice, Padding
@@ -287,6 +288,12 @@ def engine_names(engines: str | None) -> list[str]:
         return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:
+        if ":" in name and engine_of(name) in public:
+            raise UserError(
+                f"method '{name}'",
+                "several settings of one engine are for --target and --budget, or --suite",
+                "give both, or name the engine alone",
+            )
         if name not in public:
             raise UserError(
                 f"engine '{name}'", "there is no such engine", f"choose from: {', '.join(public)}"
@@ -294,6 +301,20 @@ def engine_names(engines: str | None) -> list[str]:
     if not names:
         raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
     return names
+
+
+def method_names(engines: str | None) -> list[str]:
+    """As `engine_names`, with `lsp:half` for an engine with settings of its own beside others of it. Raises
+    `UserError`."""
+    names = list(dict.fromkeys(each.strip() for each in (engines or "").split(",") if each.strip()))
+    own = [name for name in names if ":" in name]
+    engine_names(",".join(dict.fromkeys(map(engine_of, names))) if own else engines)
+    for name in own:
+        if re.fullmatch(r"[A-Za-z0-9][-\w.]*", name.partition(":")[2], re.ASCII) is None:
+            raise UserError(
+                f"method '{name}'", "what follows the colon is no name", "use letters, digits, - and _"
+            )
+    return names if own else engine_names(engines)
 
 
 def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Path:
