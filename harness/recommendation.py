@@ -15,7 +15,7 @@ from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
 from harness.pipeline import job_arguments
 from harness.records.job import Job, ModelSource
 from harness.resolve import resolve_shape
-from harness.sharing.like_machines import LikeMachines, beside_like_machines
+from harness.sharing.like_machines import LikeMachines, beside_catalogue, beside_like_machines
 from harness.sharing.shared_result import Submission
 from profiles.advice.amount import Amount
 from profiles.advice.calibration import Calibration, calibrated
@@ -84,7 +84,8 @@ class Recommendation:
     """Machines of the catalogue against `target`."""
     target: Target | None = None
     like_machines: tuple[LikeMachines, ...] = ()
-    """What others measured of this job on machines with the same card, by method."""
+    """What others measured of this job on machines with the same card, by method; then, with `what_if` or
+    `target`, for machines of the catalogue."""
     schema_version: int = RECOMMENDATION_VERSION
 
 
@@ -202,6 +203,22 @@ def _by_end(plan: Plan, forecast: JobForecast | None) -> tuple[bool, bool, bool,
 def with_like_machines(answer: Recommendation, shared: Sequence[Submission]) -> Recommendation:
     found = beside_like_machines(answer.job, answer.machine, answer.plans, shared)
     return replace(answer, like_machines=found)
+
+
+def with_like_catalogue(
+    answer: Recommendation, planned: JobToPlan, shared: Sequence[Submission]
+) -> Recommendation:
+    """What others measured of this job with the cards of the catalogue's machines, beside what is planned
+    there; the user's own limits do not hold there."""
+    free = replace(planned, vram_bytes=None, host_bytes=None)
+
+    def plans_on(machine: Machine) -> list[Plan]:
+        return [
+            plan_engine(free.context(engine, machine), free.settings_of(engine)) for engine in free.engines
+        ]
+
+    found = beside_catalogue(answer.job, catalogue(), plans_on, shared)
+    return replace(answer, like_machines=(*answer.like_machines, *found))
 
 
 def with_explanations(answer: Recommendation, planned: JobToPlan) -> Recommendation:

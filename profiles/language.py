@@ -162,6 +162,11 @@ def large_count(count: float, show: Callable[[float], str]) -> str:
     return f"{count:g}"
 
 
+def unit_word(name: str) -> str:
+    """The unit `name` as the language spoken writes it: `分` for `min`."""
+    return name if spoken() == "en" else _UNITS.get(name, name)
+
+
 def quantity(text: str) -> str:
     """`text`, if it is a number with its unit, a date or 'not measured', as the language writes it."""
     if spoken() == "en":

@@ -22,8 +22,8 @@ from reports.decide import exit_code, parse_fail_on
 from reports.diff import as_lines, changes
 from reports.index import write_index
 from reports.load import Broken, load_folder
-from reports.pages.data import TableFormat, data_of, report_schema, write_tables
-from reports.render import in_short, page, write_report, written
+from reports.pages.data import TableFormat, report_schema, write_tables
+from reports.render import in_short, page, report_data, write_report
 from reports.sharing.submission import submission_of
 
 SHARED = Path("reports/community")
@@ -107,12 +107,9 @@ def note_left_out(broken: Broken) -> None:
 
 def export_tables(folder: Path, kind: TableFormat, to: Path | None) -> Path:
     """Every table of the report on `folder` as a file, in `to` or FOLDER/tables. Returns where they are."""
-    loaded = load_folder(folder)
-    for broken in loaded.broken:
-        note_left_out(broken)
-    judged = written(loaded, loaded.criteria)
+    data = report_data(folder, note_left_out)
     there = to or folder / "tables"
-    for path in write_tables(data_of(judged.verdict, judged.document, loaded.runs), there, kind):
+    for path in write_tables(data, there, kind):
         typer.echo(str(path))
     return there
 

@@ -1,10 +1,10 @@
-"""README.md, overview.svg and index.html of a folder of published results: all of its tables as one.
+"""README.md, overview.svg and the two index pages of a folder of published results: all of its tables as one.
 
 Longer than 400 lines: the columns of two tables, each read as one list."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -21,6 +21,7 @@ from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run, load_run
 from harness.records.stats import Rounds, ratio, step_statistics
 from profiles.documents import write_whole
+from profiles.language import speaking
 from profiles.units import format_seconds
 from reports.charts.axes import Axis
 from reports.charts.bars import BarGroup, BarPart, BarRow, grouped_bars
@@ -45,9 +46,10 @@ from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
 from reports.metrics import Measurements, ends, floor_share, group, largest, typical
 from reports.render import markdown_text
-from reports.sharing.public_page import public_page, public_rows
+from reports.sharing.public_page import PAGES, public_page, public_rows
+from reports.studies.read import is_study
 
-KINDS = ("runs", "generations")
+KINDS = ("runs", "generations", "trials")
 VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
@@ -98,8 +100,8 @@ class Published:
 
 
 def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> tuple[Path, Path]:
-    """Write README.md, overview.svg and index.html into `folder`. Returns where the first two are. The same
-    folder gives the same bytes.
+    """Write README.md, overview.svg, index.html and index.ja.html into `folder`. Returns where the first two
+    are. The same folder gives the same bytes.
 
     `on_broken` is called with each file that is left out, named from `folder` on.
     Raises `UserError` if nothing is published there.
@@ -114,9 +116,12 @@ def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broke
     ]
     generated.sort(key=lambda each: (each.run.model.parameters, each.folder, each.sequences, each.run.id))
     page, picture = folder / "README.md", folder / "overview.svg"
-    write_whole(folder / "index.html", public_page(public_rows(folder, folders)))
+    for language, name in PAGES.items():
+        with speaking(language):
+            write_whole(folder / name, public_page(public_rows(folder, folders)))
     write_whole(picture, overview(found))
-    write_whole(page, index(found, generated, abouts(folder)))
+    studies = {path.name for path in folders if is_study(path)}
+    write_whole(page, index(found, generated, abouts(folder), studies))
     return page, picture
 
 
@@ -164,7 +169,12 @@ def abouts(folder: Path) -> dict[str, str]:
     }
 
 
-def index(found: Sequence[Published], generated: Sequence[Generated], about: dict[str, str]) -> str:
+def index(
+    found: Sequence[Published],
+    generated: Sequence[Generated],
+    about: dict[str, str],
+    studies: Collection[str] = (),
+) -> str:
     """Markdown: the newest record of each job and method, trained and decoded; earlier ones folded away."""
     lines = [
         f"# {say('index.title')}", "", say("index.intro"), "", f"![{say('index.picture')}](overview.svg)", "",
@@ -172,7 +182,7 @@ def index(found: Sequence[Published], generated: Sequence[Generated], about: dic
     ]  # fmt: skip
     if generated:
         lines += [f"## {say('index.generating')}", "", *_newest_first(GENERATIONS, generated)]
-    reported = {each.folder for each in found}
+    reported = {each.folder for each in found} | set(studies)
     for name, text in about.items():
         where = f"{name}/report.md" if name in reported else name
         lines.append(f"- [{name}]({where}): {markdown_text(text)}")

@@ -13,6 +13,7 @@ from engines import ENGINES, is_external
 from engines.errors import UserError
 from engines.files.reading import exists
 from engines.shapes import ModelShape
+from harness.quality.documents import PLAN
 from harness.records.job import Job, load_job, make_job
 from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
@@ -72,6 +73,12 @@ def load_folder(folder: Path) -> Loaded:
     if _names(folder) is None:
         raise UserError(
             str(folder), "there is no such folder", "name the --out folder of 'lspzo-bench compare'"
+        )
+    if exists(folder / PLAN):
+        raise UserError(
+            str(folder),
+            "is a study: it has trials and no runs",
+            "use 'report' or 'export' on it",
         )
     broken: list[Broken] = []
     runs = _load_runs(folder, broken)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from harness.records.columns import Column
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
-from harness.records.run import Run
+from harness.records.run import Environment, Run
 from profiles.figures import reported
 from profiles.language import large_count, translated
-from profiles.machine import Figure
+from profiles.machine import Figure, Machine
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
 from reports.format import Table, counted, digits, model_title, span
@@ -21,7 +21,7 @@ from reports.metrics import Measurements, typical
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     """The question and where it was asked, by name and text."""
-    job, run = loaded.job, _best_known(loaded.runs)
+    job, run = loaded.job, best_known(loaded.runs)
     environment = run.environment
     gpu = say("setting.no_gpu")
     if environment.gpu_name is not None:
@@ -51,7 +51,8 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
             say("setting.workload_label"),
             say(
                 "setting.workload", batch_size=job.batch_size, seq_len=job.seq_len, accumulation=accumulation,
-                dtype=job.dtype, steps=job.steps, warmup_steps=job.warmup_steps, data=_data(job.data.train),
+                dtype=job.dtype, steps=job.steps, warmup_steps=job.warmup_steps,
+                data=data_name(job.data.train),
                 checkpointing=say(f"setting.checkpointing_{'on' if job.checkpointing else 'off'}"),
             ),
         ),
@@ -63,7 +64,7 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
                 held=say("setting.machine_held", what=held) if held else "",
             ),
         ),
-        (say("setting.date_label"), _period(loaded.runs)),
+        (say("setting.date_label"), period([run.time for run in loaded.runs])),
         (say("setting.validity_label"), say("setting.validity")),
     )  # fmt: skip
 
@@ -84,10 +85,8 @@ MACHINE: tuple[Column[Fact], ...] = (
 )
 
 
-def machine_facts(loaded: Loaded) -> Table:
-    """Each number of the machine with its origin; from the runs where no profile was kept."""
-    environment = _best_known(loaded.runs).environment
-    machine = loaded.machine
+def machine_facts(machine: Machine | None, environment: Environment) -> Table:
+    """Each number of the machine with its origin; from the runs' `environment` where no profile was kept."""
     rows: list[Fact] = []
 
     def fact(key: str, text: str, origin: str = "") -> None:
@@ -190,7 +189,7 @@ def failures_table(loaded: Loaded) -> Table | None:
 def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
     """What made these numbers, by name and text."""
     runs = loaded.runs
-    environment = _best_known(runs).environment
+    environment = best_known(runs).environment
     missing = say("reproduce.not_known")
     versions = {
         "python": environment.python,
@@ -210,7 +209,7 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
         "seeds": _several(str(run.job.get("seed", 0)) for run in runs),
         "criteria": verdict.criteria_sha256 or say("tile.none"),
         "stamped": _several((run.criteria.sha256 if run.criteria else None for run in runs), "tile.none"),
-        "runs": _period(runs),
+        "runs": period([run.time for run in runs]),
         "samples": say(
             "reproduce.counted",
             kept=counted("step", len(samples)),
@@ -278,7 +277,8 @@ def _held(run: Run) -> str:
 _TOLD = {"random": "setting.random_data", "builtin": "setting.builtin_data"}
 
 
-def _data(name: str) -> str:
+def data_name(name: str) -> str:
+    """Of the training data, as a reader is told it."""
     return say(_TOLD[name]) if name in _TOLD else name
 
 
@@ -300,8 +300,9 @@ def _minute(time: str) -> str:
     return f"{time[:10]} {time[11:16]} UTC" if len(time) >= 16 and time[10] == "T" else time
 
 
-def _period(runs: Sequence[Run]) -> str:
-    first, last = _minute(min(run.time for run in runs)), _minute(max(run.time for run in runs))
+def period(times: Sequence[str]) -> str:
+    """From the first to the last of times in ISO 8601."""
+    first, last = _minute(min(times)), _minute(max(times))
     return span(first, last) if first != last else first
 
 
@@ -309,6 +310,6 @@ def _several(values: Iterable[str | None], missing: str = "reproduce.not_known")
     return ", ".join(sorted({value if value is not None else say(missing) for value in values}))
 
 
-def _best_known(runs: Sequence[Run]) -> Run:
+def best_known(runs: Sequence[Run]) -> Run:
     """A run whose environment is known best: one that ended ok, else the first."""
     return next((run for run in runs if run.end_state == "ok"), runs[0])

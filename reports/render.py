@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from engines.errors import UserError
 from profiles.documents import to_json, write_whole
 from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
@@ -22,8 +23,12 @@ from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
 from reports.metrics import group
 from reports.pages.build import document
-from reports.pages.data import data_of
+from reports.pages.data import DataTable, ReportData, data_of, table_of_runs
 from reports.pages.document import Document
+from reports.studies.answer import study_verdict
+from reports.studies.pages import study_document
+from reports.studies.read import LoadedStudy, is_study, load_study
+from reports.studies.tables import evaluations_table
 from reports.warnings import about_integrity
 
 
@@ -40,23 +45,63 @@ def write_report(
     defaults judge, and the report says so. `on_broken` is called with each file that is left out. The verdict
     comes in `language`; what is for programs is in English always. Raises `UserError`.
     """
-    loaded = load_folder(folder)
-    for broken in loaded.broken:
+    source = _source(folder, criteria_path)
+    for broken in source.broken:
         on_broken(broken)
-    criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
-    english = written(loaded, criteria)
+    english = source.told()
     write_whole(folder / "verdict.json", to_json(english.verdict))
-    write_whole(folder / "report.json", to_json(data_of(english.verdict, english.document, loaded.runs)))
+    write_whole(folder / "report.json", to_json(source.data(english)))
     shown, name = english, "report"
     if language != "en":
         with speaking(language):
-            shown, name = written(loaded, criteria), f"report.{language}"
+            shown, name = source.told(), f"report.{language}"
             write_whole(folder / f"{name}.md", render_markdown(shown))
             write_whole(folder / f"{name}.html", render_html(shown))
         return shown.verdict
     write_whole(folder / f"{name}.md", render_markdown(shown))
     write_whole(folder / f"{name}.html", render_html(shown))
     return shown.verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """What a report is made of: a folder that was read."""
+
+    broken: tuple[Broken, ...]
+    told: Callable[[], WrittenReport]
+    """Judged and told in the language spoken."""
+    more: tuple[DataTable, ...]
+    """Tables for programs alone."""
+
+    def data(self, english: WrittenReport) -> ReportData:
+        return data_of(english.verdict, english.document, self.more)
+
+
+def _source(folder: Path, criteria_path: Path | None) -> _Source:
+    """Raises `UserError`."""
+    if is_study(folder):
+        if criteria_path is not None:
+            raise UserError("--criteria", "a study is judged by its own target", "leave it out")
+        study = load_study(folder)
+        return _Source(broken=study.broken, told=lambda: _study_told(study), more=(evaluations_table(study),))
+    loaded = load_folder(folder)
+    criteria = load_criteria(criteria_path) if criteria_path is not None else loaded.criteria
+    return _Source(
+        broken=loaded.broken, told=lambda: written(loaded, criteria), more=(table_of_runs(loaded.runs),)
+    )
+
+
+def _study_told(study: LoadedStudy) -> WrittenReport:
+    verdict = study_verdict(study)
+    return WrittenReport(verdict=verdict, document=study_document(study, verdict))
+
+
+def report_data(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> ReportData:
+    """The verdict and tables of `folder` for programs, in English; writes nothing. Raises `UserError`."""
+    source = _source(folder, None)
+    for broken in source.broken:
+        on_broken(broken)
+    return source.data(source.told())
 
 
 def page(folder: Path, language: Language) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ or not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # of pytest-xdist, which would make tables narrow
+# Nothing that is kept for the next run is read from this user's cache, or left there.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lspzo-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 

@@ -37,7 +37,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "harness": (
         ("__init__",),
-        ("contacts", "progress", "records", "signals"),
+        ("contacts", "kept_machine", "progress", "records", "signals"),
         ("models",),
         ("sharing",),
         ("data",),
@@ -68,6 +68,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("tables",),
         ("provenance",),
         ("pages",),
+        ("studies",),
         ("render",),
         ("diff",),
         ("sharing",),

@@ -26,6 +26,10 @@ SIGN_COST = 0.3
 """A sign of a low-bit matrix, in normals: on an H200 the noise of a step of OPT-13B took 80 ms with signs and
 136 with normals, of which 55 are not for noise; those of steps that round, which are dearer, included."""
 
+BINOMIAL_COST = 0.45
+"""A binomial draw, in normals: of 41.5 instructions for each element and update of a low-bit matrix 18.5 are
+left, compiled for sm_90 (engines/EXPERIMENTS.md, 'Binomial noise'). Not measured on a GPU."""
+
 TRIAL_BYTES = 100_000_000
 """What trying the model takes beside its stand-in for weights: 0.09 GB at Qwen2.5 3B."""
 
@@ -91,15 +95,14 @@ def update(settings: MezoSettings) -> ParameterWork:
 
 
 def perturb(settings: MezoSettings) -> ParameterWork:
-    """For all probes of a step; one-sided ones have a copy of theta itself among them."""
-    if settings.is_one_sided:
-        return ONE_SIDED * settings.queries + FROZEN
-    return PERTURB * settings.queries
+    """For all probes of a step, of which one may be a copy of theta itself."""
+    moved = (ONE_SIDED if settings.is_one_sided else PERTURB) * settings.queries
+    return moved + FROZEN if settings.has_clean_pass else moved
 
 
 def num_probes(settings: MezoSettings) -> int:
-    """Times that a step makes perturbed copies, a one-sided step's of theta itself included."""
-    return settings.queries + settings.is_one_sided
+    """Times that a step makes perturbed copies, one of theta itself included."""
+    return settings.queries + settings.has_clean_pass
 
 
 def fused_visit(settings: MezoSettings, fold_every: int, kept: float = 1.0) -> ParameterWork:
@@ -161,7 +164,7 @@ def perturbed_layers(
     """
     updated, head = trained_non_block_parameters(shape, settings)
     passes = settings.forward_passes
-    drawn = passes - settings.is_one_sided
+    drawn = passes - settings.has_clean_pass
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = transformer.head_chunks(shape, workload)
     first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))
@@ -173,6 +176,8 @@ def perturbed_layers(
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
         _visited(last, perturbed, probes * head, probes * chunks, workload),
     ]
+    if settings.noise == "binomial":
+        layers = [replace(layer, gaussians=round(BINOMIAL_COST * layer.gaussians)) for layer in layers]
     if settings.noise == "rademacher":
         # Signs cost less than the memory they are written to. A pass over low-bit matrices moves fewer bytes,
         # and makes several: there they count.

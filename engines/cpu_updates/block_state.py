@@ -272,11 +272,6 @@ class BlockStates:
         """Counted by the first of the ranks that have it together."""
         return self._weights.pinned_bytes + self._norms.pinned_bytes if self._is_first else 0
 
-    @property
-    def pageable_bytes(self) -> int:
-        """Of what stays on the host: moments and low halves of masters."""
-        return sum(slab.num_bytes for slab in self._states)
-
     def state(self, index: int) -> dict[str, Tensor]:
         """What belongs to a block's weights and is here, by the names of checkpoints; with the weights where
         they are elsewhere at other times."""

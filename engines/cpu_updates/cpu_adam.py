@@ -218,10 +218,10 @@ def _compiled_by(compiler: list[str]) -> Any:
         Memory, ctypes.c_int, ctypes.c_int, ctypes.c_int64, Step, ctypes.c_int, pointer, ctypes.c_int
     )  # fmt: skip
     library.adamw.restype = None
-    library.tell.argtypes = (pointer, ctypes.c_int64)
-    library.tell.restype = None
-    library.told.argtypes = (pointer,)
-    library.told.restype = ctypes.c_int64
+    library.store_release.argtypes = (pointer, ctypes.c_int64)
+    library.store_release.restype = None
+    library.load_acquire.argtypes = (pointer,)
+    library.load_acquire.restype = ctypes.c_int64
     return library
 
 

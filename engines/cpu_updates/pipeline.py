@@ -385,7 +385,7 @@ class UpdatePipeline:
                     # Downloads end in the order of submission: they share a stream.
                     while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
                         job = self._arriving.popleft()
-                        self._tell_arrived(job)
+                        self._report_arrived(job)
                         heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
                     if self._ranks is not None and self._error is None:
                         if (found := self._arrived_on_all_ranks(self._ranks)) is not None:
@@ -397,10 +397,10 @@ class UpdatePipeline:
                     self._error = error
                 return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
 
-    def _tell_arrived(self, job: Sequence[ChunkUpdate]) -> None:
+    def _report_arrived(self, job: Sequence[ChunkUpdate]) -> None:
         for update in job if self._ranks is not None else ():
             assert self._ranks is not None
-            self._ranks.tell_arrived(update.state.number, update.share.step, update.place)
+            self._ranks.report_arrived(update.state.number, update.share.step, update.place)
 
     def _arrived_on_all_ranks(self, ranks: RankUpdates) -> list[ChunkUpdate] | None:
         """The first job by deadline of which that can be said, or which is other ranks' to update."""
@@ -433,7 +433,7 @@ class UpdatePipeline:
             update.failed = not update_chunk(state, update.share)
         elif ranks.owns(state.number):
             update.failed = not update_chunk(state, update.share, of_ranks(ranks.places(state.number)))
-            ranks.tell_updated(state.number, update.share.step, failed=update.failed)
+            ranks.report_updated(state.number, update.share.step, failed=update.failed)
         else:
             state.updates += 1
 

@@ -3,9 +3,9 @@
 """Triton kernels of `engines.lossless`, bit for bit the same. Imported only where Triton is there.
 
 One program takes one tile. A thread has the weights that its noise is for, as in
-`engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals one lane, of which it loads the
-four codes in one word and the four rests in another; with signs 8 neighbours in each half of the tile. With
-TRITON_INTERPRET=1 they run on CPU tensors.
+`engines.noise.weight_pass_kernels`, whose arithmetic this is: with normals or binomial draws one lane, of
+which it loads the four codes in one word and the four rests in another; with signs 8 neighbours in each half
+of the tile. With TRITON_INTERPRET=1 they run on CPU tensors.
 
 Longer than 400 lines: one form of tiles is written and read here.
 """
@@ -152,7 +152,7 @@ def _whose(index, places, num_matrices, GRID: tl.constexpr):
 def _visit_kernel(
     codes, words, theta, plus, minus, places, num_matrices, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    GRID: tl.constexpr,
+    COINS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """`codes` and `words` are the same memory, as int16 and as int32."""
     index = tl.program_id(0).to(tl.int64)
@@ -170,7 +170,7 @@ def _visit_kernel(
         )
         visit_lanes(
             w0, w1, w2, w3, lane, theta, plus, minus, start, left, tile, tensor, 1.0, table, first,
-            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS,
+            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS, COINS,
         )  # fmt: skip
 
 
@@ -376,7 +376,7 @@ def visit_lossless(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> 
     any_out = next(each for each in (out.theta, out.plus, out.minus) if each is not None)
     theta, plus, minus = (any_out if each is None else each for each in (out.theta, out.plus, out.minus))
     flags: dict[str, Any] = {
-        "DECAYS": True,
+        "DECAYS": how.decays,
         "MODE": 1 if how.rounding == "stochastic" else 0,
         "THETA": out.theta is not None,
         "PLUS": out.plus is not None,
@@ -390,7 +390,9 @@ def visit_lossless(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> 
         how.eps,
     )  # fmt: skip
     grid = (kept.numel() // TILE_BYTES,)
-    kernel = _signs_kernel if how.noise == "rademacher" else _visit_kernel
+    kernel = _signs_kernel
+    if how.noise != "rademacher":
+        kernel, flags["COINS"] = _visit_kernel, how.noise == "binomial"
     launch(kernel, grid, *arguments, **flags, GRID=segment.grid)
 
 

@@ -218,6 +218,7 @@ class StreamedBlocks:
             self.disk.choose_depth()
         if shared is not None and not anew:
             world.barrier()
+            self._context.progress("waiting for the other ranks", 1, 1)
         if (
             shared is None or not anew
         ):  # else the first rank may still be at it; the next pass sends up anyway

@@ -14,6 +14,10 @@ LOG_Q = (0.999794602394104, -0.6655375361442566, 0.508656919002533, -0.437891840
 SIN_S = (3.1415903568267822, -5.1674065589904785, 2.5440104007720947, -0.5594624280929565)
 # cos(pi w) = C(w^2) for |w| <= 1/2, error 6.8e-6.
 COS_C = (0.9999932646751404, -4.933934688568115, 4.041248321533203, -1.2220317125320435)
+COINS = 32
+"""Of a binomial draw: the bits of one word, of which those that are set are counted."""
+COINS_SCALE = 0.3535533845424652
+"""1 / sqrt(8), 8 being the variance of that count."""
 MINUS_2_LN_2 = -1.3862943649291992
 ROOT_BITS = 0x5F3759DF
 """1 / sqrt(x) is about the float of bits `ROOT_BITS` - bits(x) / 2; two Newton steps make its error 5e-6."""

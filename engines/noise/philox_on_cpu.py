@@ -49,6 +49,11 @@ def philox_rounds(even: Tensor, odd: Tensor, keys: Sequence[Sequence[int]]) -> t
     return even, torch.from_numpy(passed.view(np.int64))
 
 
+def bits_set(words: Tensor) -> Tensor:
+    """How many bits of each word are 1: int64."""
+    return torch.from_numpy(np.bitwise_count(words.numpy())).to(torch.int64)
+
+
 def transform_to_normals(even: Tensor, odd: Tensor) -> Tensor:
     """Normals of (2, n) int64 words each, which are overwritten: (4, n) fp32, by word."""
     uniform, turn = even.numpy(), odd.numpy()

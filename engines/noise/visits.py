@@ -15,7 +15,7 @@ from engines.settings.zeroth_order import MOST_DEFERRED
 Rounding = Literal["stochastic", "nearest"]
 
 
-Noise = Literal["gaussian", "rademacher"]
+Noise = Literal["gaussian", "binomial", "rademacher"]
 
 
 LOG_CAPACITY = MOST_DEFERRED
@@ -34,6 +34,8 @@ class DeviceUpdateLog:
 
     def __init__(self, device: torch.device) -> None:
         self.length = 0
+        self.last_decaying = -1
+        """Position of the latest update with weight decay."""
         self._updates: list[Update | None] = [None] * LOG_CAPACITY
         self.table = torch.zeros((LOG_CAPACITY, 4), dtype=torch.int32, device=device)
         """Row: number of the noise, then the bits of learning rate, coefficient and weight decay."""
@@ -52,6 +54,8 @@ class DeviceUpdateLog:
             self._copied[half].synchronize()
         rates = (update.learning_rate, update.coefficient, update.weight_decay)
         self._updates[row] = update
+        if update.weight_decay:
+            self.last_decaying = self.length
         self._staging[row, 0] = update.draw - (1 << 32 if update.draw >> 31 else 0)
         for column, rate in enumerate(rates, 1):
             # c_float takes what is beyond fp32 to infinity, which then shows as a loss that is not finite.
@@ -101,6 +105,11 @@ class Visit:
     eps: float = 0.0
     """Of the perturbation."""
     noise: Noise = "gaussian"
+
+    @property
+    def decays(self) -> bool:
+        """Whether a pending update has weight decay; it may be said of later ones."""
+        return self.log.last_decaying >= self.first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,8 @@ weight, so that updates far below half a unit in the last place arrive (nearest 
 fp32 is rounded to nearest; its unit is small enough.
 
 With `noise="rademacher"` z is a sign, the perturbation of SPSA (Spall, IEEE Trans. Automatic Control 37(3),
-1992), and E z z^T = I as well.
+1992), and E z z^T = I as well. With `noise="binomial"` it is the sum of 32 signs over sqrt(32): near a
+normal, at half its instructions.
 
 Two implementations: torch operations for any device, and Triton kernels (`engines.noise.weight_pass_kernels`)
 for CUDA, which give the same bits.
@@ -25,7 +26,14 @@ import torch
 from torch import Tensor
 
 from engines.kernels.triton_launch import has_triton
-from engines.noise.philox import draw_normals, draw_signs, normals_at, signs_at
+from engines.noise.philox import (
+    binomials_at,
+    draw_binomials,
+    draw_normals,
+    draw_signs,
+    normals_at,
+    signs_at,
+)
 from engines.noise.tiles import CHUNK_LANES, LANES, TILE, Segment, TileRange, chunks, scatter
 from engines.noise.visits import FP16_NORMAL, Outputs, Visit
 
@@ -81,8 +89,8 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
     flat = indices.reshape(-1)
     used, places = torch.unique(flat, return_inverse=True)
     element = used.unsqueeze(1) * width + torch.arange(width, device=weight.device)
-    draw = signs_at if how.noise == "rademacher" else normals_at
-    z = draw(element.view(-1), number, how.step, how.seed).view(-1, width)
+    draws = {"gaussian": normals_at, "binomial": binomials_at, "rademacher": signs_at}
+    z = draws[how.noise](element.view(-1), number, how.step, how.seed).view(-1, width)
     moved = (z.mul_(how.eps) + weight[used].float()).to(weight.dtype)
     return moved[places].view(*indices.shape, width)
 
@@ -99,9 +107,9 @@ def tile_noise(
 def _draw(
     how: Visit, step: int, ranges: Sequence[TileRange], device: torch.device, *, uniform: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Normals or signs of all ranges, (count,) fp32; 16 random bits each, (count,) int32, if wanted."""
-    draw = draw_signs if how.noise == "rademacher" else draw_normals
-    return draw(how.seed, step, ranges, device, uniform=uniform)
+    """Noise of all ranges, (count,) fp32; 16 random bits each, (count,) int32, if wanted."""
+    draws = {"gaussian": draw_normals, "binomial": draw_binomials, "rademacher": draw_signs}
+    return draws[how.noise](how.seed, step, ranges, device, uniform=uniform)
 
 
 def _decay(z: Tensor, current: Tensor, weight_decay: float, ranges: Sequence[TileRange]) -> None:

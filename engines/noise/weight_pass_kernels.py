@@ -39,6 +39,8 @@ _MINUS_2_LN_2 = tl.constexpr(philox_constants.MINUS_2_LN_2)
 _SQRT_HALF_BITS = tl.constexpr(philox_constants.SQRT_HALF_BITS)
 _ROOT_BITS = tl.constexpr(philox_constants.ROOT_BITS)
 _INV_2_24 = tl.constexpr(2.0**-24)
+_MEAN_COINS = tl.constexpr(philox_constants.COINS // 2)
+_COINS_SCALE = tl.constexpr(philox_constants.COINS_SCALE)
 
 _LANES = tl.constexpr(LANES)
 _TILE = tl.constexpr(TILE)
@@ -119,6 +121,25 @@ def normals(counter, tensor, step, seed):
     z0, z1 = _pair(x0, x1)
     z2, z3 = _pair(x2, x3)
     return z0, z1, z2, z3, x0, x2
+
+
+@triton.jit
+def _heads(word):
+    """A binomial draw of each word (uint32). The compiler knows this way of counting for one instruction."""
+    count = word - ((word >> 1) & 0x55555555)
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    count = (((count + (count >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+    return (count.to(tl.int32) - _MEAN_COINS).to(tl.float32) * _COINS_SCALE
+
+
+@triton.jit
+def drawn(counter, tensor, step, seed, COINS: tl.constexpr):
+    """Normals or, with COINS, binomial draws of the four rows of a tile, for its (n,) int64 counters; and the
+    two words whose halves round them: of the second those of the first two rows."""
+    if COINS:
+        x0, x1, x2, x3 = words(counter, tensor, step, seed)
+        return _heads(x0), _heads(x1), _heads(x2), _heads(x3), x0 ^ x1, x2 ^ x3
+    return normals(counter, tensor, step, seed)
 
 
 @triton.jit
@@ -263,6 +284,7 @@ def visit_halves(
 def _visit_tile(
     weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
+    COINS: tl.constexpr,
 ):  # fmt: skip
     # As many lanes at a time as there are threads. With more, Triton would load and compute in different
     # layouts, and move every value through shared memory in between.
@@ -277,7 +299,7 @@ def _visit_tile(
         w3 = tl.load(source + e3, mask=e3 < count, other=0.0).to(tl.float32)
         visit_lanes(
             w0, w1, w2, w3, lane, theta, plus, minus, base, count, tile, tensor, decays, table, first,
-            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS,
+            num_updates, step, seed, eps, like, DECAYS, MODE, THETA, PLUS, MINUS, COINS,
         )  # fmt: skip
 
 
@@ -285,9 +307,10 @@ def _visit_tile(
 def visit_lanes(
     w0, w1, w2, w3, lane, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates,
     step, seed, eps, like, DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr,
-    MINUS: tl.constexpr,
+    MINUS: tl.constexpr, COINS: tl.constexpr,
 ):  # fmt: skip
-    """What is done to the weights of some lanes of a tile, fp32 of each row, with normals."""
+    """What is done to the weights of some lanes of a tile, fp32 of each row, with normals or binomial
+    draws."""
     counter = tile.to(tl.int64) * _LANES + lane
     e0, e1, e2, e3 = lane, lane + _LANES, lane + 2 * _LANES, lane + 3 * _LANES
     m0, m1, m2, m3 = e0 < count, e1 < count, e2 < count, e3 < count
@@ -296,7 +319,7 @@ def visit_lanes(
         lr = tl.load(row + 1).to(tl.float32, bitcast=True)
         g = tl.load(row + 2).to(tl.float32, bitcast=True)
         decay = tl.load(row + 3).to(tl.float32, bitcast=True) * decays
-        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, tl.load(row), seed)
+        z0, z1, z2, z3, x0, x2 = drawn(counter, tensor, tl.load(row), seed, COINS)
         w0 = _moved(w0, z0, x2 >> 16, lr, g, decay, like, DECAYS, MODE)
         w1 = _moved(w1, z1, x2 & 0xFFFF, lr, g, decay, like, DECAYS, MODE)
         w2 = _moved(w2, z2, x0 >> 16, lr, g, decay, like, DECAYS, MODE)
@@ -308,7 +331,7 @@ def visit_lanes(
         tl.store(target + e2, w2.to(like), mask=m2)
         tl.store(target + e3, w3.to(like), mask=m3)
     if PLUS or MINUS:
-        z0, z1, z2, z3, x0, x2 = normals(counter, tensor, step, seed)
+        z0, z1, z2, z3, _, _ = drawn(counter, tensor, step, seed, COINS)
         z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
         if PLUS:
             target = plus + base
@@ -331,7 +354,7 @@ _VARYING = ["start_tile", "tensor", "first", "num_updates", "step", "seed", "eps
 def _matrix_kernel(
     weight, theta, plus, minus, count, start_tile, tensor, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    SIGNS: tl.constexpr,
+    SIGNS: tl.constexpr, COINS: tl.constexpr,
 ):  # fmt: skip
     """One tensor that fills the memory."""
     here = tl.program_id(0)
@@ -344,7 +367,7 @@ def _matrix_kernel(
     else:
         _visit_tile(
             weight, theta, plus, minus, base, count - base, start_tile + here, tensor, 1.0, table, first,
-            num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+            num_updates, step, seed, eps, DECAYS, MODE, THETA, PLUS, MINUS, COINS,
         )  # fmt: skip
 
 
@@ -352,7 +375,7 @@ def _matrix_kernel(
 def _tensors_kernel(
     weight, theta, plus, minus, tiles, table, first, num_updates, step, seed, eps,
     DECAYS: tl.constexpr, MODE: tl.constexpr, THETA: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr,
-    SIGNS: tl.constexpr, GRID: tl.constexpr,
+    SIGNS: tl.constexpr, COINS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """Many tensors: `tiles` says where each program's tile lies, and whose it is. They begin at multiples of
     GRID."""
@@ -376,14 +399,15 @@ def _tensors_kernel(
     else:
         _visit_tile(
             weight, theta, plus, minus, base, count, tile, tensor, decays, table, first, num_updates, step,
-            seed, eps, DECAYS, MODE, THETA, PLUS, MINUS,
+            seed, eps, DECAYS, MODE, THETA, PLUS, MINUS, COINS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tensor", "step", "seed", "eps"])
 def _rows_kernel(
-    weight, indices, out, width, tensor, step, seed, eps, COLUMNS: tl.constexpr, SIGNS: tl.constexpr
-):
+    weight, indices, out, width, tensor, step, seed, eps,
+    COLUMNS: tl.constexpr, SIGNS: tl.constexpr, COINS: tl.constexpr,
+):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
@@ -392,7 +416,7 @@ def _rows_kernel(
         z = _signs_at(element, tensor, step, seed)
     else:
         lane = element % _LANES
-        z0, z1, z2, z3, _, _ = normals(element // _TILE * _LANES + lane, tensor, step, seed)
+        z0, z1, z2, z3, _, _ = drawn(element // _TILE * _LANES + lane, tensor, step, seed, COINS)
         word = element % _TILE // _LANES
         z = tl.where(word == 0, z0, tl.where(word == 1, z1, tl.where(word == 2, z2, z3)))
     value = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
@@ -426,6 +450,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
         "PLUS": out.plus is not None,
         "MINUS": out.minus is not None,
         "SIGNS": how.noise == "rademacher",
+        "COINS": how.noise == "binomial",
         "enable_fp_fusion": False,
         "num_warps": NUM_WARPS,
     }
@@ -438,12 +463,13 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
             grid = (triton.cdiv(count, TILE),)
             launch(
                 _matrix_kernel, grid, *memories, count, start // TILE, number, *log, *noise_of,
-                DECAYS=decays, **flags,
+                DECAYS=how.decays and decays, **flags,
             )  # fmt: skip
     if not alone and len(tiles := segment.tiles(weight.device)):
         launch(
             _tensors_kernel, (len(tiles),), flat, theta, plus, minus, tiles, *log, *noise_of,
-            DECAYS=any(segment.decays), GRID=gcd(segment.grid, 16 // weight.element_size()), **flags,
+            DECAYS=how.decays and any(segment.decays), GRID=gcd(segment.grid, 16 // weight.element_size()),
+            **flags,
         )  # fmt: skip
 
 
@@ -456,7 +482,8 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
         launch(
             _rows_kernel, grid,
             weight, indices.reshape(-1), out, width, number, how.step, _seed(how.seed), how.eps,
-            COLUMNS=ROW_COLUMNS, SIGNS=how.noise == "rademacher", enable_fp_fusion=False,
+            COLUMNS=ROW_COLUMNS, SIGNS=how.noise == "rademacher", COINS=how.noise == "binomial",
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

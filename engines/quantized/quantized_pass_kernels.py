@@ -25,7 +25,7 @@ from engines.noise.low_rank_kernels import low_rank
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH, NoiseKey
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import LOG_CAPACITY, Visit
-from engines.noise.weight_pass_kernels import NUM_WARPS, _seed, _signs, dither_at, normals, sign_bits
+from engines.noise.weight_pass_kernels import NUM_WARPS, _seed, _signs, dither_at, drawn, sign_bits
 from engines.quantized import codec
 from engines.settings.zeroth_order import Base
 
@@ -114,8 +114,11 @@ def _word(c0, c1, c2, c3, FORM: tl.constexpr):
 
 
 @triton.jit
-def _moved(w, z, lr, g, decay):
-    return w - (z * g + w * decay) * lr
+def _moved(w, z, lr, g, decay, DECAYS: tl.constexpr):
+    change = z * g
+    if DECAYS:
+        change = change + w * decay
+    return w - change * lr
 
 
 @triton.jit
@@ -132,8 +135,8 @@ def _whose(index, places, num_matrices, GRID: tl.constexpr):
 
 
 @triton.jit
-def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr):
-    """Noise of lanes in each row of the tile and, with normals, their two radius words."""
+def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr, COINS: tl.constexpr):
+    """Noise of lanes in each row of the tile and, unless it is signs, the two words that round it."""
     if SIGNS:
         # Neighbours ask for the same bits: moving values between threads would take longer.
         there = lane // _SIGN_WIDTH
@@ -141,7 +144,7 @@ def _drawn(tile, lane, tensor, step, seed, SIGNS: tl.constexpr):
         odd = sign_bits(tile, there + _SIGN_LANES // 2, tensor, step, seed) >> lane % _SIGN_WIDTH
         unused = (lane * 0).to(tl.uint32)
         return _sign(even), _sign(odd), _sign(even >> _SIGN_WIDTH), _sign(odd >> _SIGN_WIDTH), unused, unused
-    return normals(tile * _LANES + lane, tensor, step, seed)
+    return drawn(tile * _LANES + lane, tensor, step, seed, COINS)
 
 
 @triton.jit
@@ -163,7 +166,8 @@ def _dithers(tile, lane, tensor, step, seed):
 def _visit_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
     FORM: tl.constexpr, WORDS: tl.constexpr, STORE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr, GRID: tl.constexpr,
+    SIDES: tl.constexpr, PERTURB: tl.constexpr, SIGNS: tl.constexpr, COINS: tl.constexpr,
+    DECAYS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """`codes` is the tiles' memory as words of one lane's codes (int16 or int32), `WORDS` to a tile;
     `scales` is the same memory as bf16. `places` tells whose tiles those are (`Segment.places`)."""
@@ -180,11 +184,11 @@ def _visit_kernel(
             lr = tl.load(row + 1).to(tl.float32, bitcast=True)
             g = tl.load(row + 2).to(tl.float32, bitcast=True)
             decay = tl.load(row + 3).to(tl.float32, bitcast=True)
-            z0, z1, z2, z3, x0, x2 = _drawn(tile, lane, tensor, tl.load(row), seed, SIGNS)
-            w0 = _moved(w0, z0, lr, g, decay)
-            w1 = _moved(w1, z1, lr, g, decay)
-            w2 = _moved(w2, z2, lr, g, decay)
-            w3 = _moved(w3, z3, lr, g, decay)
+            z0, z1, z2, z3, x0, x2 = _drawn(tile, lane, tensor, tl.load(row), seed, SIGNS, COINS)
+            w0 = _moved(w0, z0, lr, g, decay, DECAYS)
+            w1 = _moved(w1, z1, lr, g, decay, DECAYS)
+            w2 = _moved(w2, z2, lr, g, decay, DECAYS)
+            w3 = _moved(w3, z3, lr, g, decay, DECAYS)
         m0, m1 = lane < left, lane + _LANES < left
         m2, m3 = lane + 2 * _LANES < left, lane + 3 * _LANES < left
         if STORE:
@@ -208,7 +212,7 @@ def _visit_kernel(
             tl.store(target + 2 * _LANES, w2.to(like), mask=m2)
             tl.store(target + 3 * _LANES, w3.to(like), mask=m3)
         if SIDES > 0 and PERTURB:
-            z0, z1, z2, z3, _, _ = _drawn(tile, lane, tensor, step, seed, SIGNS)
+            z0, z1, z2, z3, _, _ = _drawn(tile, lane, tensor, step, seed, SIGNS, COINS)
             z0, z1, z2, z3 = z0 * eps, z1 * eps, z2 * eps, z3 * eps
             like = side.dtype.element_ty
             target = side + base + lane
@@ -227,7 +231,8 @@ def _visit_kernel(
 @triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
 def _signs_kernel(
     codes, scales, side, other, places, num_matrices, table, first, num_updates, step, seed, eps,
-    FORM: tl.constexpr, WORDS: tl.constexpr, SIDES: tl.constexpr, PERTURB: tl.constexpr, GRID: tl.constexpr,
+    FORM: tl.constexpr, WORDS: tl.constexpr, SIDES: tl.constexpr, PERTURB: tl.constexpr,
+    DECAYS: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """Perturbs by signs and does not store. Two threads have elements in the same words, and
     both load them: codes are few bytes, and a Philox call for every lane would take four times as long."""
@@ -250,8 +255,8 @@ def _signs_kernel(
         g = tl.load(entry + 2).to(tl.float32, bitcast=True)
         decay = tl.load(entry + 3).to(tl.float32, bitcast=True)
         bits = sign_bits(tile, thread, tensor, tl.load(entry), seed)
-        w0 = _moved(w0, _signs(bits, 0), lr, g, decay)
-        w1 = _moved(w1, _signs(bits, 1), lr, g, decay)
+        w0 = _moved(w0, _signs(bits, 0), lr, g, decay, DECAYS)
+        w1 = _moved(w1, _signs(bits, 1), lr, g, decay, DECAYS)
     like = side.dtype.element_ty
     e0 = thread[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
     e1 = e0 + _SIGN_LANES * _SIGN_WIDTH
@@ -325,14 +330,24 @@ def visit_tiles(
     )  # fmt: skip
     flags: dict[str, Any] = {
         "FORM": _FORMS[base], "WORDS": tile_bytes(base) // word.itemsize, "SIDES": len(sides),
-        "PERTURB": perturb, "GRID": segment.grid, "enable_fp_fusion": False, "num_warps": NUM_WARPS,
+        "PERTURB": perturb, "DECAYS": how.decays, "GRID": segment.grid, "enable_fp_fusion": False,
+        "num_warps": NUM_WARPS,
     }  # fmt: skip
     signs = how.noise == "rademacher"
     if signs and sides and not store:
         launch(_signs_kernel, grid, *arguments, **flags)
         return
     stochastic = how.rounding == "stochastic"
-    launch(_visit_kernel, grid, *arguments, STORE=store, STOCHASTIC=stochastic, SIGNS=signs, **flags)
+    launch(
+        _visit_kernel,
+        grid,
+        *arguments,
+        STORE=store,
+        STOCHASTIC=stochastic,
+        SIGNS=signs,
+        COINS=how.noise == "binomial",
+        **flags,
+    )
 
 
 def add_low_rank_to_tiles(

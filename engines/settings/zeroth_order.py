@@ -17,7 +17,8 @@ EXACT_BASES: tuple[Base, ...] = ("full", "lossless")
 """Weights are kept to the bit."""
 
 
-MOST_QUERIES = 32
+MOST_QUERIES = 64
+"""As many as the log of deferred updates holds: those of one step."""
 
 
 MOST_RANK = 64
@@ -41,20 +42,27 @@ class MezoSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     """Applied to matrices only; biases and norms are never decayed."""
-    estimator: Literal["spsa", "fzoo", "lozo"] = "spsa"
+    estimator: Literal["spsa", "1.5-spsa", "fzoo", "lozo"] = "spsa"
     """How a step finds its direction (`engines.zeroth_order.estimators`): `spsa` takes the slope along z from
-    both sides, as MeZO does (Spall, 1992); `fzoo` (2506.09034) from one side, and divides by the standard
-    deviation of the losses: its learning rates are in units of their own. `lozo` (2410.07698) is `spsa` with
-    low-rank noise on the matrices of the blocks, which are only read until its window ends
-    (`engines.zeroth_order.low_rank_noise`)."""
+    both sides, as MeZO does (Spall, 1992); `1.5-spsa` (2609.38095) divides each slope by a power of the
+    curvature along z, for which the loss is taken once without a perturbation; `fzoo` (2506.09034) takes it
+    from one side, and divides by the standard deviation of the losses: its learning rates are in units of
+    their own. `lozo` (2410.07698) is `spsa` with low-rank noise on the matrices of the blocks, which are only
+    read until its window ends (`engines.zeroth_order.low_rank_noise`)."""
     lozo_rank: int = 4
     lozo_window: int = 50
     """Steps for which one factor of the noise is kept. Then what they add up to is added to the weights."""
+    curvature_alpha: float = 0.1
+    """Of `1.5-spsa`: slopes are divided by the curvature to this power, as its authors' saturating alpha."""
+    curvature_floor: float = 1.0
+    """Of `1.5-spsa`: but by no less than this, as its authors' lambda."""
     queries: int = 1
     """Independent z in each step, all in one visit of each block; the update is their mean. `spsa` takes two
-    forward passes for each, `fzoo` one, and one more."""
-    noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992)."""
+    forward passes for each, `1.5-spsa` one more in all, `fzoo` one for each, and one more."""
+    noise: Literal["gaussian", "binomial", "rademacher"] = "gaussian"
+    """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992). `binomial`,
+    the sum of 32 signs over sqrt(32), is near a normal and takes half its instructions
+    (`engines.noise.philox`)."""
     eps: float = 1e-3
     """Size of the perturbation."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
@@ -81,9 +89,14 @@ class MezoSettings:
         return self.estimator == "fzoo"
 
     @property
+    def has_clean_pass(self) -> bool:
+        """Whether a step takes the loss of the weights themselves, too."""
+        return self.is_one_sided or self.estimator == "1.5-spsa"
+
+    @property
     def forward_passes(self) -> int:
         """That each micro-batch of a step takes."""
-        return self.queries + 1 if self.is_one_sided else 2 * self.queries
+        return (1 if self.is_one_sided else 2) * self.queries + self.has_clean_pass
 
     @property
     def is_quantized(self) -> bool:
@@ -100,12 +113,15 @@ class MezoSettings:
     @property
     def decides_updates(self) -> dict[str, Any]:
         """The settings, by name, that decide the bits of a run: all of MeZO's, but `fold_every` only where it
-        says when trained matrices are rounded. Those of `Zo2Settings` alone say where things lie, and so does
+        says when trained matrices are rounded, and what only `1.5-spsa` has only with it: logs from before
+        it name none of that. Those of `Zo2Settings` alone say where things lie, and so does
         a lossless base: it counts as a full one."""
         values = {field.name: getattr(self, field.name) for field in fields(MezoSettings)}
         values["base"] = self.base if self.is_quantized else "full"
         if not self.trains_quantized:
             del values["fold_every"]
+        if self.estimator != "1.5-spsa":
+            del values["curvature_alpha"], values["curvature_floor"]
         return values
 
     def __post_init__(self) -> None:
@@ -115,6 +131,8 @@ class MezoSettings:
         require(self.weight_decay >= 0, "weight_decay", "must not be negative")
         require(self.eps > 0, "eps", "must be positive")
         require(1 <= self.queries <= MOST_QUERIES, "queries", f"must be between 1 and {MOST_QUERIES}")
+        require(0 <= self.curvature_alpha <= 1, "curvature_alpha", "must be between 0 and 1")
+        require(self.curvature_floor > 0, "curvature_floor", "must be positive")
         if self.estimator == "fzoo":
             require(
                 self.queries >= 2,

@@ -37,10 +37,10 @@ def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
     """Let each parameter's gradient be the sum over the ranks: of those that have one anywhere."""
     if world.size == 1 or not parameters:
         return
-    told = world.gather([float(each.grad is not None) for each in parameters])
+    of_ranks = world.gather([float(each.grad is not None) for each in parameters])
     found: list[Tensor] = []
     for number, parameter in enumerate(parameters):
-        if any(has[number] for has in told):
+        if any(has[number] for has in of_ranks):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             found.append(parameter.grad)

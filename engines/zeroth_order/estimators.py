@@ -6,6 +6,11 @@ queries of a step, so the engines differ in nothing but this file:
     spsa   g_i = (loss(theta + eps z_i) - loss(theta - eps z_i)) / (2 eps),   i = 1 .. q
            Spall, IEEE Trans. Automatic Control 37(3), 1992; with q = 1 and normals it is MeZO (arXiv
            2305.17333, algorithm 1), with q > 1 its n-SPSA (definition 1 there). 2 q forward passes.
+    1.5-spsa   g_i = (loss(theta + eps z_i) - loss(theta - eps z_i)) / (2 eps c_i),   i = 1 .. q,
+           c_i = max(|loss(theta + eps z_i) - 2 loss(theta) + loss(theta - eps z_i)|^alpha / eps^(2 alpha),
+           lambda), the curvature along z_i, which shortens steps where the loss bends: 1.5-SPSA, arXiv
+           2609.38095, which takes signs, some 40 queries, alpha 0.1, lambda 1 and eps = lr. 2 q + 1 forward
+           passes.
     fzoo   g_i = (loss(theta + eps z_i) - loss(theta)) / (eps sigma), z_i of signs, sigma being the standard
            deviation of the q perturbed losses (with q - 1): FZOO, arXiv 2506.09034. q + 1 forward passes.
            A normalised step: its length hardly depends on the gradient's. Learning rates are therefore in
@@ -54,9 +59,9 @@ class Probe:
 def probes(settings: MezoSettings, step: int) -> tuple[Probe, ...]:
     """What is asked in `step`, in the order in which losses are handed to `next_updates`."""
     draws = range(step * settings.queries, (step + 1) * settings.queries)
-    if settings.is_one_sided:
-        return (Probe(draws[0], (Side.PLAIN,)), *(Probe(draw, (Side.PLUS,)) for draw in draws))
-    return tuple(Probe(draw, (Side.PLUS, Side.MINUS)) for draw in draws)
+    sides = (Side.PLUS,) if settings.is_one_sided else (Side.PLUS, Side.MINUS)
+    clean = (Probe(draws[0], (Side.PLAIN,)),) if settings.has_clean_pass else ()
+    return (*clean, *(Probe(draw, sides) for draw in draws))
 
 
 def next_updates(
@@ -71,8 +76,15 @@ def next_updates(
         sigma = statistics.stdev(moved)
         gradients = [(loss - plain) / (settings.eps * sigma) if sigma else 0.0 for loss in moved]
     else:
-        pairs = zip(losses[::2], losses[1::2], strict=True)
+        first = int(settings.has_clean_pass)
+        pairs = list(zip(losses[first::2], losses[first + 1 :: 2], strict=True))
         gradients = [(plus - minus) / (2 * settings.eps) for plus, minus in pairs]
+        if settings.has_clean_pass:
+            bends = [abs(plus - 2 * losses[0] + minus) / settings.eps**2 for plus, minus in pairs]
+            gradients = [
+                gradient / max(bend**settings.curvature_alpha, settings.curvature_floor)
+                for gradient, bend in zip(gradients, bends, strict=True)
+            ]
     rate = learning_rate_at(step, settings, total_steps)
     return tuple(
         Update(

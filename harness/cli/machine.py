@@ -10,6 +10,7 @@ import typer
 from engines.errors import UserError
 from harness import __version__
 from harness.cli.options import Json, Lang, Quiet, RequireGpu, exit_without_gpu
+from harness.kept_machine import keep_machine
 from harness.progress import ProbeProgress, console
 from harness.runs.launch import launch_probe
 from profiles.catalog import find_profile, machine_names
@@ -147,6 +148,7 @@ def probe(
         typer.echo(machine_page(machine), nl=False)
     else:
         console().print(machine_table(machine))
+    keep_machine(machine)
     if out is not None:  # after what was measured has been told: the disk may be full
         save_machine(machine, out)
     if require_gpu and machine.gpu is None:

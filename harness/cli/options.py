@@ -200,6 +200,14 @@ Profile = Annotated[
         help="A machine: a name from `lspzo-bench profiles`, or a file from `probe`. [default: probe now]",
     ),
 ]
+KeptProfile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="A machine: a name from `lspzo-bench profiles`, or a file from `probe`. "
+        "[default: this one, as `probe` last measured it, or measured now]",
+    ),
+]
 Emulate = Annotated[
     Path | None,
     typer.Option(

@@ -13,7 +13,8 @@ from engines.errors import UserError
 from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
-from harness.cli.options import Engines, Json, Lang, Out, Profile, Quiet, engine_names, results_folder
+from harness.cli.options import Engines, Json, KeptProfile, Lang, Out, Quiet, engine_names, results_folder
+from harness.kept_machine import kept_machine
 from harness.models.tokenizers import tokenizer_files
 from harness.pipeline import data_lengths, find_machine, job_to_plan
 from harness.progress import console
@@ -24,6 +25,7 @@ from harness.recommendation import (
     schema,
     unmeasured_limit,
     with_explanations,
+    with_like_catalogue,
     with_like_machines,
     with_target,
     with_what_if,
@@ -48,6 +50,7 @@ MEASURED_HERE = (
     "this machine is measured first, some 15 s, and plans are for it; --profile NAME is for one that "
     "'lspzo-bench profiles' lists, --profile FILE for one that 'lspzo-bench probe --out FILE' measured"
 )
+ANEW = "'lspzo-bench probe' measures it anew, --profile is for another"
 NO_GPU_HERE = "torch can use no GPU here, so plans are for the CPU; --profile rtx-4090, say, is for a card"
 
 ExamplesFlag = Annotated[
@@ -110,7 +113,7 @@ def recommend(
     explain: ExplainFlag = False,
     recipe: RecipeFlag = None,
     engines: Engines = None,
-    profile: Profile = None,
+    profile: KeptProfile = None,
     out: Out = None,
     lang: Lang = "en",
     as_json: Json = False,
@@ -144,9 +147,13 @@ def recommend(
     folder = None if recipe is None else results_folder(out, "recipe", job.model.name, resume=False)
     if folder is not None:
         require_folder(folder)
-    if profile is None:
+    kept = kept_machine() if profile is None else None
+    if kept is not None:
+        when = f"{kept.time[:10]} {kept.time[11:16]} UTC"
+        _note(f"plans are for this machine as it was measured on {when}; {ANEW}", lang)
+    elif profile is None:
         _note(MEASURED_HERE, lang)
-    machine = find_machine(profile, quiet=quiet)
+    machine = kept or find_machine(profile, quiet=quiet)
     if profile is None and machine.gpu is None:
         _note(NO_GPU_HERE, lang)
     for note in limits_beyond(job, machine):
@@ -157,7 +164,10 @@ def recommend(
     if (unmeasured := unmeasured_limit(answer)) is not None:
         _note(unmeasured, lang)
     try:
-        answer = with_like_machines(answer, [each for _, each in shared_results(SHARED)])
+        shared = [each for _, each in shared_results(SHARED)]
+        answer = with_like_machines(answer, shared)
+        if what_if or (aim is not None and aim.model is None):
+            answer = with_like_catalogue(answer, planned, shared)
     except UserError as error:
         _note(f"shared results are left out: {error}", lang)
     if explain:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from harness.records.job import Job
 from harness.records.shared import PROJECT
@@ -28,6 +30,8 @@ class LikeMachines:
     predicted_step_s: float
     step_s: tuple[float, ...]
     """Medians that others measured, ascending; never empty."""
+    machine: Annotated[str | None, Field(exclude_if=lambda name: name is None)] = None
+    """Of the catalogue, for which was planned; `None`: for the machine asked about."""
 
     @property
     def slower(self) -> int:
@@ -38,6 +42,12 @@ class LikeMachines:
     def told(self) -> str:
         first, last = self.step_s[0], self.step_s[-1]
         took = format_seconds(first) + ("" if first == last else f" to {format_seconds(last)}")
+        if self.machine is not None:
+            return (
+                f"on {self.machine}, {self.engine}: predicted {format_seconds(self.predicted_step_s)} a step "
+                f"is better than {self.slower} of {len(self.step_s)} shared results with that card, "
+                f"which took {took} for this job"
+            )
         return (
             f"{self.engine}: predicted {format_seconds(self.predicted_step_s)} a step is better than "
             f"{self.slower} of {len(self.step_s)} like machines, which took {took} for this job"
@@ -52,13 +62,35 @@ def beside_like_machines(
     return tuple(_compared(job, machine, plans, shared))
 
 
+def beside_catalogue(
+    job: Job,
+    machines: Mapping[str, Machine],
+    plans_on: Callable[[Machine], Sequence[Plan]],
+    shared: Sequence[Submission],
+) -> tuple[LikeMachines, ...]:
+    """The same for every machine of a catalogue of which somebody shared a result of this job; only for those
+    is `plans_on` asked."""
+    return tuple(
+        replace(found, machine=name)
+        for name, machine in machines.items()
+        if _same_job(job, machine, shared)
+        for found in _compared(job, machine, plans_on(machine), shared)
+    )
+
+
+def _same_job(job: Job, machine: Machine, shared: Sequence[Submission]) -> list[Submission]:
+    card = None if machine.gpu is None else machine.gpu.name
+    alike = [each for each in shared if card is not None or each.machine.cpu == machine.cpu.name]
+    wanted = (card, job.limits.gpus, job.model.name, job.model.layers, batches_in_short(job))
+    return [
+        each for each in alike if (each.machine.gpu, each.gpus, each.model, each.layers, each.job) == wanted
+    ]
+
+
 def _compared(
     job: Job, machine: Machine, plans: Sequence[Plan], shared: Sequence[Submission]
 ) -> Iterator[LikeMachines]:
-    card = None if machine.gpu is None else machine.gpu.name
-    alike = [each for each in shared if card is not None or each.machine.cpu == machine.cpu.name]
-    wanted = (card, job.model.name, job.model.layers, batches_in_short(job))
-    same = [each for each in alike if (each.machine.gpu, each.model, each.layers, each.job) == wanted]
+    same = _same_job(job, machine, shared)
     for plan in plans:
         step_s = plan.prediction.step_s
         found = sorted(

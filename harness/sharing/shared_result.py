@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import statistics
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 SUBMISSION_VERSION = 1
 OWN_MODEL = "own model"
@@ -94,6 +94,7 @@ class Submission:
     commit: str | None
     torch: str | None
     methods: tuple[SharedMethod, ...]
+    gpus: Annotated[int, Field(exclude_if=lambda count: count == 1)] = 1
     schema_version: int = SUBMISSION_VERSION
 
     @property

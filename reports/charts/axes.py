@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from profiles.language import unit_word
+
 HIDES = 25.0
 """A bar so many times as long as another hides it: from here on an axis is logarithmic."""
 
@@ -19,7 +21,7 @@ class Axis:
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({self.unit})" if self.unit else self.name
+        return f"{self.name} ({unit_word(self.unit)})" if self.unit else self.name
 
     def tick(self, value: float) -> str:
         return f"{value / self.size:.6g}"

@@ -60,7 +60,9 @@ def document(
         "governance": _governance(verdict),
         "phrases": _phrases(loaded, verdict, all_),
         "why": _sheets(criteria=tables.why_table(verdict)),
-        "machine": _sheets(machine=provenance.machine_facts(loaded)),
+        "machine": _sheets(
+            machine=provenance.machine_facts(loaded.machine, provenance.best_known(loaded.runs).environment)
+        ),
         "failures": _failures(loaded),
         "reproduce": _reproduce(loaded, verdict),
         "disclosure": _bullets(disclosures(loaded, all_)),

@@ -58,14 +58,18 @@ RUN_FIELDS: tuple[tuple[str, Callable[[Run], CellValue]], ...] = (
 """Of each run, as its record has it."""
 
 
-def data_of(verdict: Verdict, document: Document, runs: Sequence[Run]) -> ReportData:
-    """The verdict, the tables of `document`, and one of `runs`. A cell of `None` was not measured."""
-    of_runs = DataTable(
+def table_of_runs(runs: Sequence[Run]) -> DataTable:
+    """A row of each run. A cell of `None` was not measured."""
+    return DataTable(
         key="runs",
         title="Runs",
         columns=tuple(name for name, _ in RUN_FIELDS),
         rows=tuple(tuple(_plain(of(run)) for _, of in RUN_FIELDS) for run in runs),
     )
+
+
+def data_of(verdict: Verdict, document: Document, more: Sequence[DataTable]) -> ReportData:
+    """The verdict, the tables of `document`, and `more`. A cell of `None` was not measured."""
     return ReportData(
         verdict=verdict,
         tables=(
@@ -78,7 +82,7 @@ def data_of(verdict: Verdict, document: Document, runs: Sequence[Run]) -> Report
                 )
                 for one in document.sheets
             ),
-            of_runs,
+            *more,
         ),
     )
 

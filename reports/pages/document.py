@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reports.decide import JudgedCriterion
+from reports.criteria import Level
+from reports.decide import Judgement
 from reports.format import Table
 from reports.judging.ranking import State
 
@@ -94,6 +95,19 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AskedRow:
+    """What was asked for, and what came of it."""
+
+    level: Level | None
+    """`None`: each row is another method that is asked the same."""
+    id: str
+    outcome: Judgement
+    note: str
+    cells: tuple[str, ...]
+    """Name, asked, measured, predicted, outcome."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FrontPage:
     """What fits on one sheet of A4 and decides."""
 
@@ -109,7 +123,7 @@ class FrontPage:
     parts: tuple[tuple[str, tuple[NamedText, ...]], ...]
     """Purpose, conditions, effect, cost: title and facts."""
     risks: tuple[str, ...]
-    criteria: tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]
+    criteria: tuple[AskedRow, ...]
     decision: tuple[NamedText, ...]
     """Who decides and when. An empty text is a line to write on."""
 

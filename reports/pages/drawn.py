@@ -13,7 +13,7 @@ from harness.records.stats import outer_deciles, over_runs
 from profiles.units import format_bytes, format_seconds
 from reports.charts.axes import Axis, bytes_axis, seconds_axis
 from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
-from reports.charts.lines import Line, lines
+from reports.charts.lines import LevelLine, Line, lines
 from reports.findings.breakdown import breakdown
 from reports.format import loss, middle, percent
 from reports.judging import stated
@@ -236,7 +236,7 @@ def _quality_chart(engines: Sequence[str], all_: Measurements) -> str | None:
         series,
         lambda top: seconds_axis(say("chart.quality_axis"), top),
         Axis(name=say(f"chart.{kind}")),
-        (statistics.median(starts), say("chart.zero_shot")),
+        [LevelLine(value=statistics.median(starts), name=say("chart.zero_shot"))],
     )
 
 

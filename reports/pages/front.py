@@ -23,7 +23,7 @@ from reports.judging.ranking import is_faster, trains_less
 from reports.load import Loaded
 from reports.messages import say
 from reports.metrics import Measurements, find, is_emulated
-from reports.pages.document import FrontPage, NamedText, Tile
+from reports.pages.document import AskedRow, FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
 from reports.tables import criteria_cells
@@ -62,7 +62,10 @@ def front_page(loaded: Loaded, verdict: Verdict, criteria: Criteria, all_: Measu
         tiles_title=say("section.key_figures", method=engine),
         parts=tuple(parts),
         risks=(*verdict.warnings[:MOST_RISKS], *more),
-        criteria=criteria_cells(verdict, all_),
+        criteria=tuple(
+            AskedRow(level=row.level, id=row.id, outcome=row.outcome, note=row.note or "", cells=cells)
+            for row, cells in criteria_cells(verdict, all_)
+        ),
         decision=(
             (say("section.decision"), ""),
             (say("section.owner"), criteria.question.owner),

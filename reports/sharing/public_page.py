@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -14,13 +14,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.sharing.reading import shared_results
 from harness.sharing.shared_result import SharedMethod, Submission
+from profiles.language import Language, quantity, spoken
 from profiles.units import format_bytes, format_seconds
 from reports.format import digits, times
 from reports.load import load_folder
 from reports.messages import say
+from reports.render import page
 from reports.sharing.submission import submission_of
+
+PAGES: Mapping[Language, str] = {"en": "index.html", "ja": "index.ja.html"}
 
 COMMUNITY = "community"
 """Beside the published folders: what others shared."""
@@ -73,9 +78,9 @@ def rows_of(submission: Submission, link: str, source: str) -> list[SharedRow]:
         SharedRow(
             day=submission.day,
             model=submission.model,
-            job=submission.job,
+            job=_job(submission),
             card=machine.gpu or say("setting.no_gpu"),
-            machine=f"{machine.cpu}, {machine.cores} x, {format_bytes(machine.host_memory_bytes)}",
+            machine=f"{machine.cpu}, {machine.cores}, {format_bytes(machine.host_memory_bytes)}",
             method=method.engine,
             settings=" ".join(f"{key}={value}" for key, value in sorted(method.settings.items())),
             cells=_cells(method),
@@ -87,16 +92,22 @@ def rows_of(submission: Submission, link: str, source: str) -> list[SharedRow]:
     ]
 
 
+def _job(submission: Submission) -> str:
+    if submission.gpus == 1:
+        return submission.job
+    return say("index.job_on_gpus", job=submission.job, count=submission.gpus)
+
+
 def _cells(method: SharedMethod) -> tuple[str, ...]:
     median = method.median_s
     nothing = say("show.nothing")
     ratio = median / method.predicted_step_s if median and method.predicted_step_s else None
     return (
-        format_seconds(median),
+        quantity(format_seconds(median)),
         nothing if method.tokens_per_s is None else digits(method.tokens_per_s),
         nothing if method.gpu_bytes is None else format_bytes(method.gpu_bytes),
         nothing if method.host_bytes is None else format_bytes(method.host_bytes),
-        nothing if ratio is None else times(ratio),
+        nothing if ratio is None else quantity(times(ratio)),
         str(len(method.step_s)),
     )
 
@@ -110,7 +121,9 @@ def public_rows(folder: Path, published: Sequence[Path]) -> list[SharedRow]:
         if any(path.glob("runs/*.json")):
             with suppress(UserError):  # emulated or traced, or nothing ended well
                 own.append(found := submission_of(load_folder(path)))
-                rows += rows_of(found, f"{path.name}/report.html", say("public.ours"))
+                shown = page(path, spoken())
+                link = (shown if exists(shown) else page(path, "en")).name
+                rows += rows_of(found, f"{path.name}/{link}", say("public.ours"))
     for path, found in shared_results(folder.parent / COMMUNITY):
         if found in own:
             continue  # as published here, with its report
@@ -120,7 +133,8 @@ def public_rows(folder: Path, published: Sequence[Path]) -> list[SharedRow]:
 
 
 def public_page(rows: Sequence[SharedRow]) -> str:
-    """HTML, the newest first. Nothing is loaded; its one script may be no other, by the page's own rule."""
+    """HTML in the language spoken, the newest first. Nothing is loaded; its one script may be no other, by
+    the page's own rule."""
     newest = sorted(rows, key=lambda row: (row.day, row.model, row.method), reverse=True)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode("utf-8")).digest()).decode("ascii")
     choices = {
@@ -129,7 +143,10 @@ def public_page(rows: Sequence[SharedRow]) -> str:
         "method": sorted({row.method for row in rows}),
     }
     template = _environment().get_template("results.html.j2")
-    return template.render(rows=newest, choices=choices, script=Markup(SCRIPT), digest=digest)
+    return template.render(
+        rows=newest, choices=choices, script=Markup(SCRIPT), digest=digest, language=spoken(),
+        other=PAGES["en" if spoken() == "ja" else "ja"],
+    )  # fmt: skip
 
 
 @cache

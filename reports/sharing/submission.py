@@ -54,6 +54,7 @@ def submission_of(loaded: Loaded) -> Submission:
         program=_plain(where.program),
         commit=where.commit,
         torch=None if where.torch is None else _plain(where.torch),
+        gpus=job.limits.gpus,
         methods=tuple(_method(all_.of(engine)) for engine in all_.engines if engine in public_engines()),
     )
 

@@ -17,7 +17,7 @@ from reports.charts.axes import (
     seconds_axis,
 )
 from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
-from reports.charts.lines import Line, lines, thinned
+from reports.charts.lines import LevelLine, Line, lines, thinned
 from reports.charts.marks import FONT, WIDTH, fitted
 
 HOSTILE = "<script>alert(\"1\")</script> & 'more'"
@@ -240,7 +240,14 @@ def test_lines_are_told_apart_by_more_than_their_colour() -> None:
         Line(label=name, engine=name, points=((0.0, 1.0), (1.0, float(i)))) for i, name in enumerate(names)
     ]
     root = ElementTree.fromstring(
-        lines("t", "d", series, lambda top: seconds_axis("s", top), Axis(name="Loss"), (2.0, "before"))
+        lines(
+            "t",
+            "d",
+            series,
+            lambda top: seconds_axis("s", top),
+            Axis(name="Loss"),
+            [LevelLine(value=2.0, name="before")],
+        )
     )
     dashes = [one.attrib["stroke-dasharray"] for one in root.iter("polyline")]
     assert len(set(dashes)) == len(names)

@@ -48,6 +48,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "n-spsa, 4": {"queries": 4},
     "fzoo, 8": {"estimator": "fzoo", "noise": "rademacher", "queries": 8},
     "lozo, rank 4": {"estimator": "lozo"},
+    "spsa, binomial": {"noise": "binomial"},
+    "n-spsa, 16, signs": {"queries": 16, "noise": "rademacher"},
+    "1.5-spsa, 16, signs": {"estimator": "1.5-spsa", "queries": 16, "noise": "rademacher"},
 }
 PARTS = (0.25, 0.5, 1.0)
 """Of the budget, at which the loss is told."""

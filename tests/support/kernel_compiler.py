@@ -215,7 +215,7 @@ def noise_cases() -> Iterator[Case]:
     variants = [
         (dtype, noise, form, wanted, rounding)
         for dtype in ("bfloat16", "float16", "float32")
-        for noise in ("gaussian", "rademacher")
+        for noise in ("gaussian", "binomial", "rademacher")
         for form, wanted, rounding in [
             ("tensors", "theta+plus+minus", "stochastic"),
             ("matrix", "plus+minus", "nearest"),
@@ -233,7 +233,7 @@ def noise_cases() -> Iterator[Case]:
             visited(dtype, noise, of=segment, size=size, wanted=wanted, rounding=rounding)
 
         yield f"visit {form} {dtype} {noise} {rounding} {wanted}", run, wanted != "theta+plus"
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "binomial", "rademacher"):
         indices = torch.zeros(2, 64, dtype=torch.int64, device=DEVICE)
         yield (
             f"rows bfloat16 {noise}",
@@ -269,11 +269,11 @@ def base_cases() -> Iterator[Case]:
 
     count = 2048 * 8192
 
-    def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool, signs: bool) -> None:
+    def visited(base: Base, dtype: str, rounding: str, sides: int, *, store: bool, noise: str) -> None:
         tiles = torch.empty(matrix_bytes(count, base), dtype=torch.uint8, device=DEVICE)
         buffers = [flat_tensor(count, dtype) for _ in range(sides)]
-        how = visit_how(rounding=rounding, noise="rademacher" if signs else "gaussian")
-        of, perturb = one(3, count, decays=True), sides == 2 or signs
+        how = visit_how(rounding=rounding, noise=noise)
+        of, perturb = one(3, count, decays=True), sides == 2 or noise == "rademacher"
         quantized_pass_kernels.visit_tiles(tiles, of, how, base, store=store, sides=buffers, perturb=perturb)
 
     key = NoiseKey(seed=-1, step=1, tensor=5)
@@ -291,27 +291,29 @@ def base_cases() -> Iterator[Case]:
                 ),
                 stochastic,
             )
-        for dtype, rounding, sides, store, signs in [
-            ("bfloat16", "stochastic", 2, True, False),
-            ("float16", "nearest", 2, True, False),
-            ("float32", "stochastic", 2, False, False),
-            ("bfloat16", "stochastic", 2, False, False),
-            ("float16", "stochastic", 1, False, False),
-            ("bfloat16", "stochastic", 1, True, False),
-            ("bfloat16", "stochastic", 0, True, False),
-            ("bfloat16", "stochastic", 2, True, True),
-            ("bfloat16", "stochastic", 2, False, True),
-            ("float16", "stochastic", 1, False, True),
+        for dtype, rounding, sides, store, noise in [
+            ("bfloat16", "stochastic", 2, True, "gaussian"),
+            ("float16", "nearest", 2, True, "gaussian"),
+            ("float32", "stochastic", 2, False, "gaussian"),
+            ("bfloat16", "stochastic", 2, False, "gaussian"),
+            ("float16", "stochastic", 1, False, "gaussian"),
+            ("bfloat16", "stochastic", 1, True, "gaussian"),
+            ("bfloat16", "stochastic", 0, True, "gaussian"),
+            ("bfloat16", "stochastic", 2, True, "binomial"),
+            ("float16", "stochastic", 2, False, "binomial"),
+            ("bfloat16", "stochastic", 2, True, "rademacher"),
+            ("bfloat16", "stochastic", 2, False, "rademacher"),
+            ("float16", "stochastic", 1, False, "rademacher"),
         ]:
             if base != "int8" and dtype == "float32":
                 continue  # of which only the last store differs
-            kind = "signs " if signs else ""
+            kind = {"gaussian": "", "binomial": "binomial ", "rademacher": "signs "}[noise]
             yield (
                 f"visit {base} {kind}{dtype} {rounding} {sides} sides{' stored' if store else ''}",
-                lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store, signs=signs: (
-                    visited(base, dtype, rounding, sides, store=store, signs=signs)
+                lambda base=base, dtype=dtype, rounding=rounding, sides=sides, store=store, noise=noise: (
+                    visited(base, dtype, rounding, sides, store=store, noise=noise)
                 ),
-                sides == 2 and (store or signs),
+                sides == 2 and (store or noise == "rademacher"),
             )
 
 
@@ -327,7 +329,7 @@ def lossless_cases() -> Iterator[Case]:
     kept = torch.zeros(lossless_bytes(count), dtype=torch.uint8, device=DEVICE)  # read on a GPU, too
     flat, of = flat_tensor(count, "bfloat16"), one(3, count, decays=True)
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "binomial", "rademacher"):
         for wanted, rounding in [
             ("plus+minus", "stochastic"),
             ("plus+minus", "nearest"),
@@ -458,9 +460,11 @@ def flat_tensor(count: int, dtype: str = "float32") -> Any:
 def visit_how(**changes: Any) -> Any:
     import torch
 
+    from engines.base import Update
     from engines.noise.visits import DeviceUpdateLog, Visit
 
     log = DeviceUpdateLog(torch.device(DEVICE))
+    log.append(Update(step=0, learning_rate=1e-3, projected_gradient=0.5, weight_decay=0.1))
     return Visit(**{"seed": -5, "log": log, "first": 0, "last": 1, "step": 3, "eps": 1e-3, **changes})
 
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from engines.base import Batch
 from engines.methods.mezo import Mezo
-from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.settings.zeroth_order import MezoSettings
 from tiny_models import TinyBlueprint
 
@@ -99,7 +99,8 @@ class PlainLoop:
 
     def _normal(self, name: str, draw: int, like: Tensor) -> Tensor:
         key = NoiseKey(seed=SEED, step=draw, tensor=self.numbers[name])
-        kind = signs if self.settings.noise == "rademacher" and draw != LAST_STEP else normal
+        kinds = {"gaussian": normal, "binomial": binomials, "rademacher": signs}
+        kind = normal if draw == LAST_STEP else kinds[self.settings.noise]
         return kind(key, like.numel()).view(like.shape)
 
     def _low_rank_noise(self, name: str, draw: int) -> Tensor:
@@ -150,6 +151,15 @@ class PlainLoop:
             sigma = statistics.stdev(plus)
             return [(each - middle) / (eps * sigma) for each in plus], statistics.fmean([middle, *plus])
         minus = [self.loss(z, -eps, group) for z in noises]
+        if self.settings.estimator == "1.5-spsa":
+            middle = self.loss({}, 0.0, group)
+            power, floor = self.settings.curvature_alpha, self.settings.curvature_floor
+            bends = [abs(p - 2 * middle + m) / eps**2 for p, m in zip(plus, minus, strict=True)]
+            slopes = [
+                (p - m) / (2 * eps * max(bend**power, floor))
+                for p, m, bend in zip(plus, minus, bends, strict=True)
+            ]
+            return slopes, statistics.fmean([middle, *plus, *minus])
         return [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)], statistics.fmean(plus + minus)
 
     def update(self, z: dict[str, Tensor], gradient: float, *, decays: bool) -> None:

@@ -79,7 +79,7 @@ def odd_cases() -> Iterator[Callable[[], object]]:
         NoiseKey(seed=3, step=1, tensor=5),
     )
     bf16 = "bfloat16"
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "binomial", "rademacher"):
         for segment in (one(3, 5003, decays=True), Segment((1, 2), (0, 7), (7, 2501), (True, False))):
             weight, size = flat(5003, bf16), sum(segment.counts)
             outs = Outputs(theta=weight[:size], plus=flat(size, bf16), minus=flat(size, bf16))
@@ -105,7 +105,7 @@ def odd_cases() -> Iterator[Callable[[], object]]:
     yield lambda: lossless_pass_kernels.decode_lossless(
         kept, one(3, 4500), flat(4500, bf16), torch.zeros(1, dtype=torch.int32, device=kernel_compiler.DEVICE)
     )
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("gaussian", "binomial", "rademacher"):
         sides = Outputs(plus=flat(4500, bf16), minus=flat(4500, bf16))
         yield lambda n=noise, o=sides: lossless_pass_kernels.visit_lossless(
             kept, one(3, 4500, decays=True), how(noise=n), o

@@ -17,7 +17,7 @@ from engines.noise.visits import DeviceUpdateLog, Noise, Outputs, Rounding, Visi
 
 CPU = torch.device("cpu")
 SIZES = [1, 3, 511, 2047, 2048, 2049, 5000]
-KINDS: list[Noise] = ["gaussian", "rademacher"]
+KINDS: list[Noise] = ["gaussian", "binomial", "rademacher"]
 
 
 def kernel_device() -> torch.device:

@@ -44,7 +44,9 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 PAPERS = {
     "mezo": SETTINGS,
     "signs": replace(SETTINGS, noise="rademacher"),
+    "binomial": replace(SETTINGS, noise="binomial"),
     "n-spsa": replace(SETTINGS, queries=3),
+    "1.5-spsa": replace(SETTINGS, estimator="1.5-spsa", queries=2, eps=0.03, noise="rademacher"),
     "fzoo": replace(SETTINGS, estimator="fzoo", queries=4, noise="rademacher", learning_rate=1e-6),
     "lozo": replace(SETTINGS, estimator="lozo", queries=2, lozo_rank=2, lozo_window=2, weight_decay=0.0),
 }

@@ -58,7 +58,7 @@ def test_equals_mezo_over_twenty_steps_an_evaluation_and_a_resume(
     assert_same_weights(mezo, resumed)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "binomial", "rademacher"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_equals_mezo_in_half_precision(dtype: Dtype, noise: str) -> None:
     where = context(dtype=dtype)
@@ -444,7 +444,7 @@ def test_graphs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "binomial", "rademacher"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_equals_mezo_on_the_gpu_without_delay_and_with_unequal_blocks(dtype: Dtype, noise: str) -> None:
     where = context("cuda:0", dtype)

@@ -83,6 +83,39 @@ def test_what_travels_past_the_hidden_state_shows_in_the_gradients(check: Check)
         check(with_a_secret(family_model("llama").blueprint()), context())
 
 
+NOISE = torch.Generator().manual_seed(0)
+"""Its own: what recomputes gives torch's back its state."""
+
+
+class Rounds(torch.autograd.Function):
+    """Passes on what it gets; a vector beside it gets a gradient of this size, which is another each time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, vector: torch.Tensor, size: float) -> torch.Tensor:
+        ctx.shape, ctx.size = vector.shape, size
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return gradients[0], ctx.size * torch.randn(ctx.shape, generator=NOISE), None
+
+
+@pytest.mark.parametrize("check", [check_watched, check_block_major])
+@pytest.mark.parametrize("size", [1e-9, 1e3])
+def test_a_gradient_that_is_rounding_alone_is_no_reason_to_refuse(size: float, check: Check) -> None:
+    """Of a key's bias, say, with kernels that add up in any order."""
+    blueprint = family_model("llama").blueprint()
+    within = blueprint.model.model.layers[0].mlp
+    within.rounded = torch.nn.Parameter(torch.empty(16, device="meta"))
+    usual = within.forward
+    within.forward = lambda hidden: Rounds.apply(usual(hidden), within.rounded, size)
+    if size < 1:
+        check(blueprint, context())
+    else:
+        with pytest.raises(UserError, match="gives other gradients"):
+            check(blueprint, context())
+
+
 def test_a_block_that_is_left_out_is_refused() -> None:
     blueprint = family_model("llama").blueprint()
     blueprint.model.config.num_hidden_layers = 1  # the model's own forward then stops after one

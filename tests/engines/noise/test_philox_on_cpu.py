@@ -47,3 +47,14 @@ def test_normals_of_any_elements(elements: list[int], tensor: int, step: int, se
 def test_tensors_around_the_largest_that_numpy_draws(draw: object, count: int) -> None:
     key = NoiseKey(seed=-3, step=2**32 - 1, tensor=7)
     assert torch.equal(draw(key, count), by_torch(draw, key, count))  # type: ignore[operator]
+
+
+def test_bits_are_counted_as_on_a_device_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torch.tensor([[0, 1, 0xFFFFFFFF, 0x80000000, 0x55555555, 0x12345678]] * 2)
+    found = philox.binomials_of(words, words.flip(1))
+
+    class Elsewhere:
+        type = "cuda"
+
+    monkeypatch.setattr(torch.Tensor, "device", Elsewhere())
+    assert torch.equal(philox.binomials_of(words, words.flip(1)), found)

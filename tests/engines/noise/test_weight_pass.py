@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from engines.base import Update
 from engines.noise import philox, tiles, visits
-from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.noise.tiles import LANES, TILE, Segment, one
 from engines.noise.visits import LOG_CAPACITY, DeviceUpdateLog, Noise, Outputs, Rounding, Visit
 from engines.noise.weight_pass import rows, visit
@@ -19,9 +20,9 @@ from engines.noise.weight_pass import rows, visit
 KEY = NoiseKey(seed=11, step=3, tensor=2)
 CPU = torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
-NOISES: list[Noise] = ["gaussian", "rademacher"]
+NOISES: list[Noise] = ["gaussian", "binomial", "rademacher"]
 Draw = Callable[..., torch.Tensor]
-DRAW: dict[Noise, Draw] = {"gaussian": normal, "rademacher": signs}
+DRAW: dict[Noise, Draw] = {"gaussian": normal, "binomial": binomials, "rademacher": signs}
 
 
 def an_update(step: int = 3, lr: float = 0.01, g: float = 0.4, decay: float = 0.1) -> Update:
@@ -105,6 +106,39 @@ def test_moments_are_those_of_a_standard_normal() -> None:
     assert z.isfinite().all()
 
 
+def test_moments_are_those_of_32_fair_coins() -> None:
+    """And values of a Philox call, and the bits that round beside any value, are uncorrelated."""
+    count = 2_000_000
+    z = binomials(KEY, count).double()
+    sigma = 1 / math.sqrt(count)
+    heads = (z * math.sqrt(8) + 16).round()
+    assert (z * math.sqrt(8) + 16 - heads).abs().max() < 1e-5
+    for number in range(33):
+        share = math.comb(32, number) / 2**32
+        assert abs((heads == number).double().mean() - share) < 5 * math.sqrt(share) * sigma + 1e-9
+    assert abs(z.mean()) < 4 * sigma
+    assert abs(z.var() - 1) < 4 * math.sqrt(2) * sigma
+    assert abs((z**4).mean() - 2.9375) < 4 * math.sqrt(90) * sigma
+    piece = [tiles.TileRange(2, 0, count // TILE * TILE, 0, decays=False)]
+    found, bits = philox.draw_binomials(11, 3, piece, CPU, uniform=True)
+    assert bits is not None
+    assert torch.equal(found.double(), z[: len(found)])
+    both = torch.stack((found.double(), bits.double())).view(2, -1, 4, LANES)
+    words = both.permute(0, 2, 1, 3).reshape(8, -1)
+    assert (torch.corrcoef(words) - torch.eye(8, dtype=torch.float64)).abs().max() < 5 * 2 * sigma
+    assert abs(bits.double().mean() / 2**16 - 0.5) < 4 * sigma
+
+
+def test_an_update_without_decay_is_one_with_a_decay_of_zero() -> None:
+    """Kernels and loops leave the term out."""
+    weight, bare = some_weights(5000), replace(an_update(), weight_decay=0.0)
+    how = a_visit(bare, an_update(step=4))
+    assert how.decays
+    assert not a_visit(bare).decays
+    assert not replace(a_visit(an_update(), bare), first=1).decays
+    assert torch.equal(updated(weight, replace(how, last=1)), updated(weight, a_visit(bare)))
+
+
 def test_signs_are_fair_and_independent() -> None:
     """Within 5 standard deviations: their mean, and their products with neighbours, with those of the next
     tile, lane and half, and with the rounding's bits."""
@@ -119,7 +153,7 @@ def test_signs_are_fair_and_independent() -> None:
     assert bits.abs().max() < 5.5 / math.sqrt(count // TILE)  # each place of a tile by itself
 
 
-@pytest.mark.parametrize("draw", [normal, signs])
+@pytest.mark.parametrize("draw", [normal, binomials, signs])
 @pytest.mark.parametrize(
     "other",
     [

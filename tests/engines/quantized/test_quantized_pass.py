@@ -30,7 +30,7 @@ from engines.costs.quantized import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
 from engines.errors import InfeasiblePlan, UserError
 from engines.methods.zo2 import Zo2
 from engines.noise import visits, weight_pass
-from engines.noise.philox import NoiseKey, normal, signs
+from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.noise.tiles import Segment, one
 from engines.noise.visits import DeviceUpdateLog, Visit
 from engines.quantized import codec
@@ -42,7 +42,7 @@ from engines.shapes import Dtype
 from tiny_models import tiny_batches, tiny_blueprint
 
 BASES: list[Base] = ["int8", "fp8", "int4"]
-KINDS: list[visits.Noise] = ["gaussian", "rademacher"]
+KINDS: list[visits.Noise] = ["gaussian", "binomial", "rademacher"]
 CPU = torch.device("cpu")
 
 
@@ -161,7 +161,8 @@ def test_pieces_make_up_the_whole(
 def test_formulas_in_fp32_between_the_grid_and_one_rounding(
     base: Base, kind: visits.Noise, store: bool
 ) -> None:
-    count, draw = 3000, normal if kind == "gaussian" else signs
+    draws = {"gaussian": normal, "binomial": binomials, "rademacher": signs}
+    count, draw = 3000, draws[kind]
     tiles = packed(some_weights(count), base)
     value = unpack(tiles, base, count).double()
     updates = [(1e-3, 0.7), (2e-3, -0.4)]

@@ -25,6 +25,7 @@ from zeroth_order_runs import (
 
 from engines.base import Update
 from engines.errors import UserError
+from engines.noise.philox import NoiseKey, signs
 from engines.noise.tiles import one
 from engines.noise.visits import DeviceUpdateLog, Outputs, Visit
 from engines.noise.weight_pass import visit
@@ -37,7 +38,9 @@ BASE = MezoSettings(learning_rate=1e-3, weight_decay=0.1, eps=1e-3)
 THREE = replace(BASE, queries=3)
 FZOO = replace(BASE, estimator="fzoo", queries=4, noise="rademacher", learning_rate=1e-6)
 LOZO = replace(BASE, estimator="lozo", queries=2, lozo_window=3, weight_decay=0.0)
+CURVED = replace(THREE, estimator="1.5-spsa", noise="rademacher", eps=0.03)
 CASES = {
+    "1.5-spsa": CURVED,
     "n-spsa": THREE,
     "n-spsa, signs": replace(THREE, noise="rademacher"),
     "fzoo": FZOO,
@@ -55,16 +58,16 @@ class Bowl:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         root = torch.randn((24, 24), generator=generator, dtype=torch.float64)
-        self._a, self._b = root @ root.T / 24, torch.randn(24, generator=generator, dtype=torch.float64)
+        self.a, self._b = root @ root.T / 24, torch.randn(24, generator=generator, dtype=torch.float64)
         self.start = torch.randn(24, generator=generator)
 
     def __call__(self, w: Tensor) -> float:
         w = w.double()
-        return float(w @ self._a @ w / 2 + self._b @ w)
+        return float(w @ self.a @ w / 2 + self._b @ w)
 
     @property
     def gradient(self) -> Tensor:
-        return self._a @ self.start.double() + self._b
+        return self.a @ self.start.double() + self._b
 
 
 def directions(settings: MezoSettings, bowl: Bowl, count: int) -> Iterator[tuple[Tensor, list[float]]]:
@@ -114,6 +117,23 @@ def test_three_queries_have_a_third_of_the_variance() -> None:
     assert float(spread[0] / spread[1]) == pytest.approx(3.0, rel=0.2)
 
 
+def test_a_slope_is_divided_by_the_power_of_its_curvature() -> None:
+    """Of a quadratic the curvature along z is z^T A z, whatever eps; no power of it divides by less than the
+    floor; with an alpha of 0 nothing is divided."""
+    bowl = Bowl()
+    settings = replace(CURVED, learning_rate=1.0, weight_decay=0.0, eps=1e-2, curvature_alpha=0.5)
+    (_, losses), *_ = directions(settings, bowl, 1)
+    slopes = [update.projected_gradient for update in next_updates(0, THREE, 10, losses[1:])]
+    slopes = [slope * THREE.eps / settings.eps for slope in slopes]
+    bent = [update.projected_gradient for update in next_updates(0, settings, 10, losses)]
+    for query, (slope, found) in enumerate(zip(slopes, bent, strict=True)):
+        z = signs(NoiseKey(seed=11, step=query, tensor=5), 24).double()
+        assert slope / found == pytest.approx(float(z @ bowl.a @ z) ** 0.5, rel=1e-3)
+    for changes, by in (({"curvature_floor": 100.0}, 100.0), ({"curvature_alpha": 0.0}, 1.0)):
+        updates = next_updates(0, replace(settings, **changes), 10, losses)
+        assert [update.projected_gradient * by for update in updates] == pytest.approx(slopes)
+
+
 def test_fzoo_before_its_normalisation_is_unbiased_and_its_step_has_one_length() -> None:
     """Times sigma the step is the one-sided estimate, whose bias is of the order of eps. The step itself
     does not grow with the loss: that of 1000 f is that of f."""
@@ -136,7 +156,7 @@ def test_fzoo_does_not_move_where_all_losses_are_one_number() -> None:
     assert [update.draw for update in updates] == [12, 13, 14, 15]
 
 
-@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (THREE, 6), (LOZO, 4), (FZOO, 5)])
+@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (THREE, 6), (CURVED, 7), (LOZO, 4), (FZOO, 5)])
 def test_the_forward_passes_of_the_costs_are_those_that_are_asked_for(
     settings: MezoSettings, passes: int
 ) -> None:
@@ -144,7 +164,7 @@ def test_the_forward_passes_of_the_costs_are_those_that_are_asked_for(
     assert settings.forward_passes == sum(len(probe.sides) for probe in asked) == passes
 
 
-@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (FZOO, 5)])
+@pytest.mark.parametrize(("settings", "passes"), [(BASE, 2), (CURVED, 7), (FZOO, 5)])
 def test_forward_passes_are_told(settings: MezoSettings, passes: int) -> None:
     made = make_mezo(tiny_blueprint("opt"), like=settings)
     assert made.step(tiny_batches(1, "opt")).forwards == passes
@@ -154,9 +174,11 @@ def test_forward_passes_are_told(settings: MezoSettings, passes: int) -> None:
     ("values", "why"),
     [
         ({"queries": 0}, "queries must be between"),
-        ({"queries": 33}, "queries must be between"),
+        ({"queries": 65}, "queries must be between"),
         ({"estimator": "fzoo", "noise": "rademacher"}, "queries must be 2 or more"),
         ({"estimator": "fzoo", "queries": 2}, "noise must be rademacher"),
+        ({"curvature_floor": 0}, "curvature_floor must be positive"),
+        ({"curvature_alpha": 2}, "curvature_alpha must be between"),
         ({"layer_share": 0.5}, "layer_share"),
         ({"fold_every": 9, "queries": 8}, "times queries must be 64 at most"),
     ],

@@ -183,6 +183,21 @@ def test_what_is_in_the_way_is_found_before_the_probe(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+def test_recommend_plans_for_this_machine_as_it_was_measured_and_says_so(
+    call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(**_: object) -> Machine:
+        raise AssertionError("it probed")
+
+    monkeypatch.setattr("harness.pipeline.launch_probe", probe)
+    monkeypatch.setattr("harness.cli.recommend.kept_machine", make_machine)
+    result = call("recommend", "--model", "opt-1.3b", "--engines", "mezo", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["machine"]["name"] == make_machine().name
+    assert "plans are for this machine as it was measured on 20" in result.err
+    assert "'lspzo-bench probe' measures it anew" in result.err
+
+
 def test_output_into_a_closed_pipe_is_no_traceback() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "harness", "models", "--json"],

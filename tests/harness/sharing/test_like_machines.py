@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from harness.sharing.like_machines import SHARED, beside_like_machines
+from harness.sharing.like_machines import SHARED, beside_catalogue, beside_like_machines
 from harness.sharing.reading import shared_results
 from harness.sharing.shared_result import SharedMachine, SharedMethod, Submission
 from profiles.language import speaking, translated
+from profiles.machine import Machine
+from profiles.planning.plan import Plan
 from run_records import make_machine, make_plan, make_test_job
 
 JOB = make_test_job()
@@ -50,6 +52,28 @@ def test_only_the_same_card_job_and_work_count() -> None:
     with speaking("ja"):
         assert "同じカードのマシン 3 台中 2 台の実測より速い" in translated(found.told)
     assert beside_like_machines(JOB, replace(machine, gpu=None), [plan], others) == ()
+
+
+def test_machines_of_the_catalogue_are_held_against_what_was_shared_with_their_card() -> None:
+    machine, plan = make_machine(), make_plan("zo2")
+    assert machine.gpu is not None
+    assert plan.prediction.step_s is not None
+    others = [shared(2 * plan.prediction.step_s, card=machine.gpu.name)]
+    asked: list[str] = []
+
+    def plans_on(there: Machine) -> list[Plan]:
+        asked.append(there.name)
+        return [plan]
+
+    cards = {"this-card": machine, "no-card": replace(machine, gpu=None, name="no card")}
+    (found,) = beside_catalogue(JOB, cards, plans_on, others)
+    assert asked == [machine.name]
+    assert found.told.startswith("on this-card, zo2: predicted ")
+    assert "is better than 1 of 1 shared results with that card" in found.told
+    with speaking("ja"):
+        assert translated(found.told).startswith("this-card の zo2")
+    on_two = [replace(each, gpus=2) for each in others]
+    assert beside_catalogue(JOB, cards, plans_on, on_two) == ()
 
 
 def test_the_first_set_of_shared_results_is_read() -> None:
