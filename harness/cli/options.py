@@ -330,8 +330,8 @@ def engine_names(engines: str | None) -> list[str]:
 
 
 def method_names(engines: str | None) -> list[str]:
-    """As `engine_names`, with `lsp:half` for an engine with settings of its own beside others of it. Raises
-    `UserError`."""
+    """Names from a list with commas, of engines, or such as `lsp:half`: an engine with settings of its own beside
+    others of it. `None`: the default engines. Raises `UserError` for an unknown engine."""
     names = list(dict.fromkeys(each.strip() for each in (engines or "").split(",") if each.strip()))
     own = [name for name in names if ":" in name]
     engine_names(",".join(dict.fromkeys(map(engine_of, names))) if own else engines)
