@@ -330,7 +330,7 @@ def engine_names(engines: str | None) -> list[str]:
 
 
 def method_names(engines: str | None) -> list[str]:
-    """Names from a list with commas, of engines or such as `lsp:half`: an engine with its own settings, beside
+    """Names from a list with commas, of engines or such as `lsp:half`: an engine with its own settings beside
     others of it. `None`: the default engines. Raises `UserError` for an unknown engine."""
     names = list(dict.fromkeys(each.strip() for each in (engines or "").split(",") if each.strip()))
     own = [name for name in names if ":" in name]
