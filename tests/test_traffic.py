@@ -132,6 +132,19 @@ def test_a_lossless_base_moves_what_the_cost_model_says(values: dict[str, Any]) 
         assert_moved(steps(made, "llama", workload, count=values.get("fold_every", 1) + 1), told, values)
 
 
+@pytest.mark.parametrize("values", [{"queries": 4}, {"estimator": "1.5-spsa", "resident_blocks": 1}])
+def test_hidden_states_move_what_the_cost_model_says(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.costs.zo2.STAYING_BYTES", 0)
+    blueprint, values = tiny_blueprint("llama"), {"hidden_states": "host", **values}
+    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype="fp32", accumulation=2, checkpointing=False)
+    told = traffic("zo2", blueprint.shape, workload, parse_settings("zo2", values))
+    with running("zo2", values, blueprint, workload) as made:
+        for stats in steps(made, "llama", workload, count=2):
+            assert (stats.h2d_bytes, stats.d2h_bytes) == (told.h2d_bytes, told.d2h_bytes)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("engine", "values"), VARIANTS, ids=lambda value: str(value))
 def test_accumulation_and_checkpointing_move_no_more(

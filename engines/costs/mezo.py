@@ -287,13 +287,27 @@ def _visited(
     )
 
 
+def hidden_state_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> list[int]:
+    """Of each hidden state that a step has between two blocks: of every micro-batch and every probe, whose
+    sides lie together."""
+    one = transformer.hidden_bytes(shape, workload)
+    clean = [one] * (settings.has_clean_pass * workload.accumulation)
+    sides = 1 if settings.is_one_sided else 2
+    return clean + [sides * one] * (settings.queries * workload.accumulation)
+
+
 def gpu_memory(
-    shape: ModelShape, workload: Workload, settings: MezoSettings, held: Mapping[str, int]
+    shape: ModelShape,
+    workload: Workload,
+    settings: MezoSettings,
+    held: Mapping[str, int],
+    hidden_bytes: int | None = None,
 ) -> GpuMemory:
     """GPU memory at the worse of two moments: inside a block's feed-forward part, and at the head.
 
     `held` is there throughout, and so are the blocks' scratch and the hidden states of all passes of all
-    micro-batches. At the head the final norm's result and the labelled positions of both sides come to those.
+    micro-batches, or `hidden_bytes` of them. At the head the final norm's result and the labelled positions
+    of both sides come to those.
     """
     element = BYTES_PER_ELEMENT[workload.dtype]
     as_graphs = transformer.runs_as_graphs(shape, workload)
@@ -307,9 +321,9 @@ def gpu_memory(
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_non_block_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
+    hidden = sum(hidden_state_bytes(shape, workload, settings)) if hidden_bytes is None else hidden_bytes
     # A graph has its input at a place of its own.
-    kept_states = settings.forward_passes * workload.accumulation + 2 * as_graphs
-    hidden = kept_states * transformer.hidden_bytes(shape, workload)
+    hidden += 2 * as_graphs * transformer.hidden_bytes(shape, workload)
     kept = {**held}
     if adapters:
         kept["adapters"] = element * shape.num_blocks * adapters

@@ -108,6 +108,8 @@ class Traffic:
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
+    cpu_adamw_kernel_factor: float | None = None
+    """The same over this program's compiled AdamW on bf16 weights, fp32 moments; `None`: other code runs."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
     rare: RareWork | None = None

@@ -215,6 +215,10 @@ class Zo2Settings(MezoSettings):
     """Steps between two downloads of a block. Until then its updates are in the log and replayed at every
     visit; blocks take turns. 1: every block goes down in every step. With a low-bit base also the steps
     between two roundings to its grid, of which rare ones lose less."""
+    hidden_states: Literal["gpu", "host"] = "gpu"
+    """Where the hidden states of a step's passes wait for the next block: on the GPU, or all but the first
+    256 MB in pinned memory of the host, from where each comes up in time. For many queries, or many
+    micro-batches."""
     sharded_upload: bool = False
     """With several GPUs on a machine: each brings up its share of every block over its own link, and they
     exchange the shares (an all-gather over NVLink), so that all links feed every step, as ZeRO-Infinity

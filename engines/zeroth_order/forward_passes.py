@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engines.errors import NonFiniteLoss
 from engines.model.blocks import BlockCall
+from engines.model.waiting_states import States
 from engines.noise.visits import Visit
 from engines.world import Share, World
 from engines.zeroth_order.block_visit import Source, Task, without_updates
@@ -87,19 +88,30 @@ class Streams:
     """From the model's entrance to its losses, block by block."""
 
     def __init__(
-        self, model: PerturbedModel, batches: Sequence[Prepared], probes: Sequence[Probe], how: Visit
+        self,
+        model: PerturbedModel,
+        batches: Sequence[Prepared],
+        probes: Sequence[Probe],
+        how: Visit,
+        states: States,
     ) -> None:
+        """`states` keeps the hidden states between blocks, those of the first probe first."""
         self._model = model
         self._batches = batches
         self._probes = probes
         self._how = how
         model.begin_step(len(batches), most_sides=max(len(probe.sides) for probe in probes))
-        self._hidden: list[list[Tensor]] = []
+        self._states = states
+        states.begin()
         self._calls: list[list[Sequence[BlockCall]]] = []
-        for probe in probes:
+        for number, probe in enumerate(probes):
             hidden, calls = model.enter_all(batches, self._of(probe), probe.sides)
-            self._hidden.append(hidden)
+            for i in range(len(batches)):
+                states.put(self._place(number, i), hidden[i])
             self._calls.append(calls)
+
+    def _place(self, probe: int, batch: int) -> int:
+        return probe * len(self._batches) + batch
 
     def _of(self, probe: Probe) -> Visit:
         return replace(self._how, step=probe.draw)
@@ -118,10 +130,11 @@ class Streams:
                 perturb=task.perturb and probe.sides != (Side.PLAIN,),
                 plus_only=len(probe.sides) == 1,
             )
-            hidden, calls = self._hidden[number], self._calls[number]
+            states, calls = self._states, self._calls[number]
             with self._model.visiting(index, each, source if last else _Held(source)):
                 for i, call in enumerate(calls):
-                    hidden[i] = self._model.run(index, call, hidden[i])
+                    place = self._place(number, i)
+                    states.put(place, self._model.run(index, call, states.take(place)))
 
     def losses(self) -> LossSums:
         """Of every side of every probe, over the micro-batches."""
@@ -140,8 +153,9 @@ class Streams:
     def _by_batch(self) -> Iterator[Sequence[Tensor]]:
         for i, batch in enumerate(self._batches):
             losses: list[Tensor] = []
-            for probe, hidden in zip(self._probes, self._hidden, strict=True):
-                losses += self._model.losses(batch, hidden[i], self._of(probe), probe.sides)
+            for number, probe in enumerate(self._probes):
+                hidden = self._states.take(self._place(number, i))
+                losses += self._model.losses(batch, hidden, self._of(probe), probe.sides)
             yield losses
 
 

@@ -36,6 +36,7 @@ from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import lay_out
 from engines.model.model_check import check_driven
 from engines.model.stand_ins import give_back
+from engines.model.waiting_states import States
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import plain_weights, realized_of_quantized
@@ -84,6 +85,8 @@ class BlockStore(Source, Protocol):
 
     on_disk: frozenset[int]
     """Blocks that keep their updates in the log, not in their weights."""
+    states: States
+    """What keeps the hidden states of a step between blocks."""
 
     @property
     def pinned_bytes(self) -> int:
@@ -255,7 +258,9 @@ class ZerothOrder(ABC):
         division = divide(world.size, len(batches), len(asked))
         mine = division[world.rank]
         prepared = [self._model.prepare(batch) for batch in mine.of_batches(batches)]
-        streams = Streams(self._model, prepared, mine.of_probes(asked), self._updates.none())
+        streams = Streams(
+            self._model, prepared, mine.of_probes(asked), self._updates.none(), self.blocks.states
+        )
         for index, task in self.blocks.in_order(window):
             streams.visit(index, task, self.blocks)
         clocks.label("loss")
