@@ -90,7 +90,7 @@ def check_rows_of_sequences(blueprint: Blueprint, context: Context) -> None:
                 with _watched(block) as seen:
                     driver.run(index, recording.calls[index], hidden)
                 came.append(seen)
-            if not _same_but_the_first(*came, count):
+            if not _same_but_the_first(came[0], came[1], count):
                 raise UserError(
                     type(model).__name__,
                     "has linear layers in its blocks that do not see the rows of an example together",
