@@ -232,7 +232,7 @@ def _with_low_rank(
     of its factors, V and each U, and its update that of U. Two products of low rank beside each matrix, the
     second twice as wide (A and U)."""
     matrices = sum(matrix.parameters for matrix in shape.matrices)
-    passes, rank, q = settings.forward_passes, settings.rank(examples_of(workload)), settings.queries
+    passes, rank, q = settings.forward_passes, settings.rank(workload.examples_per_step), settings.queries
     rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
@@ -253,11 +253,6 @@ def _with_low_rank(
     return _visited(layer, visit, shape.block_parameters - matrices, q, workload)
 
 
-def examples_of(workload: Workload) -> int:
-    """Of a step."""
-    return workload.batch_size * workload.accumulation
-
-
 def accumulator_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> int:
     """Of low-rank noise, in fp32, of all blocks that are trained; with directions of each example also what a
     block's update is made in."""
@@ -266,7 +261,7 @@ def accumulator_bytes(shape: ModelShape, workload: Workload, settings: MezoSetti
     blocks = sum(trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks))
     if settings.estimator == "grzo":
         blocks += 2
-    rank = settings.rank(examples_of(workload))
+    rank = settings.rank(workload.examples_per_step)
     return 4 * rank * blocks * sum(matrix.rows for matrix in shape.matrices)
 
 

@@ -330,7 +330,7 @@ def why_no_base(settings: Any, dtype: str) -> str | None:
 
 def check_examples(engine: str, settings: Any, workload: Workload) -> None:
     """Raises `UserError` if the typed `settings` cannot have steps on so many examples."""
-    examples = workload.batch_size * workload.accumulation
+    examples = workload.examples_per_step
     if isinstance(settings, MezoSettings) and settings.estimator == "grzo":
         where = f"--set {engine}.estimator=grzo"
         if examples < 2:

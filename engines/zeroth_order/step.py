@@ -494,7 +494,7 @@ def beside(
     if settings.estimator == "lozo":
         low_rank = Lozo(model, layout, settings, dtype, device)
     else:
-        examples = context.workload.batch_size * context.workload.accumulation
+        examples = context.workload.examples_per_step
         low_rank = ExampleNoise(model, layout, settings, dtype, device, examples)
     left = low_rank.layout(layout)
     others = [
