@@ -126,4 +126,5 @@ def _within_memory(link: LinkFigures, machine: Machine, gpus: int) -> LinkFigure
     if factor >= 1.0:
         return link
     why = f"as host memory allows {gpus} links"
-    return replace(link, **{name: _scaled(getattr(link, name), factor, why) for name in names})
+    found: dict[str, Any] = {name: _scaled(getattr(link, name), factor, why) for name in names}
+    return replace(link, **found)
