@@ -361,7 +361,9 @@ def _adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], float
     # moved 78 GB/s and the kernel 151, which are half as much again as the copies' 101.
     copy = machine.memory.copy_bytes_per_s
     moved = ADAMW_KERNEL_BYTES * traffic.cpu_adamw_kernel_factor / COPY_WRITE_ALLOCATE
-    if torchs.value and copy.value and copy.value / moved > torchs.value / traffic.cpu_adam_factor:
+    if copy.origin != "measured" or not (torchs.value and copy.value):
+        return ("CPU Adam", torchs), traffic.cpu_adam_factor
+    if copy.value / moved > torchs.value / traffic.cpu_adam_factor:
         return ("host copy bandwidth", copy), moved
     return ("CPU Adam", torchs), traffic.cpu_adam_factor
 
