@@ -5,8 +5,8 @@
 Processes of the two commits take turns, each the same steps of the same job. Prints, for each method, the
 ratio of the time of a step after to that before, by the median over the pairs of processes of the ratio of
 their median steps, with the bootstrap's interval, and that of their fastest steps, which a busy machine
-disturbs least; of wall time, and of processor time, which does not count what else runs there. And what no machine
-disturbs: of a step the operations of torch, and the calls of functions, Python's and C's.
+disturbs least; of wall time, and of processor time, which does not count what else runs there. And what no
+machine disturbs: of a step the operations of torch, and the calls of functions, Python's and C's.
 """
 
 from __future__ import annotations
