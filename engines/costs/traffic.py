@@ -58,6 +58,8 @@ class DividedWeights:
     """Of `gpu_memory_bytes`."""
     whole_bytes: int
     """Weights and gradients that each has whole for a time."""
+    launches: int
+    """What it takes to bring a layer's parts together and to divide its gradients, in a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +108,8 @@ class Traffic:
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
+    cpu_adamw_kernel_factor: float | None = None
+    """The same over this program's compiled AdamW on bf16 weights, fp32 moments; `None`: other code runs."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
     rare: RareWork | None = None
@@ -134,6 +138,7 @@ class Traffic:
                 layer,
                 gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
+                launches=layer.launches + (weights.launches if layer.gathered_bytes else 0),
             )
             for layer in self.layers
         ]

@@ -48,7 +48,9 @@ def shared_slabs(
     for number, mapping in enumerate(mappings):
         if number in part(len(mappings), world.local_size, world.local_rank):
             _touch(mapping)  # pages come to be here, near the GPU of the rank that fills them first
+        progress("touching shared host memory", number + 1, len(groups))
     world.barrier()
+    progress("waiting for the other ranks", 1, 1)
     for number, (group, mapping) in enumerate(zip(groups, mappings, strict=True)):
         slab = HostSlab(len(mapping), device, mapping=mapping)
         progress("pinning shared host memory", number + 1, len(groups))

@@ -317,6 +317,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         efficiency, gaussian_s = 1.0, GAUSSIAN_BYTES * memory_byte_s
         up = _link_byte_s(machine, traffic, "h2d", side)
         down = _link_byte_s(machine, traffic, "d2h", side)
+    adam_factor = _adam(machine, traffic)[1]
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
         per_product_s=product_s,
@@ -325,11 +326,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         per_gaussian_s=gaussian_s,
         per_h2d_byte_s=up,
         per_d2h_byte_s=down,
-        per_adam_element_s=per(
-            traffic.cpu_adam_elements,
-            lambda: ("CPU Adam", machine.cpu.adam_elements_per_s),
-            traffic.cpu_adam_factor,
-        ),
+        per_adam_element_s=per(traffic.cpu_adam_elements, lambda: _adam(machine, traffic)[0], adam_factor),
         per_host_byte_s=host_byte_s,
         per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
         per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
@@ -348,6 +345,14 @@ def _rate(name: str, figure: Figure, side: Bound) -> float:
     if side == "high" and figure.high is not None:
         return max(figure.high, figure.value)
     return figure.value
+
+
+def _adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], float]:
+    """The CPU's AdamW that was measured and is nearest to what runs, and what runs takes of its time."""
+    own = machine.cpu.adamw_kernel_elements_per_s
+    if traffic.cpu_adamw_kernel_factor is not None and own.value is not None:
+        return ("AdamW kernel on the CPU", own), traffic.cpu_adamw_kernel_factor
+    return ("CPU Adam", machine.cpu.adam_elements_per_s), traffic.cpu_adam_factor
 
 
 def _host_copy(machine: Machine) -> tuple[str, Figure]:
@@ -484,7 +489,7 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
         if traffic.from_gpu_bytes:
             parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
-        parts.append(_named_figure(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+        parts.append(_named_figure(_adam(machine, traffic)[0], format_elements))
     if traffic.disk_bytes:
         parts.append(_named_figure(_disk(machine), format_rate))
     if traffic.disk_write_bytes:
