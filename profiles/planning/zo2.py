@@ -92,10 +92,12 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
 
 
 def _with_other_noise(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:
-    """What near-normals would gain where a step takes longer for making normals: they are told of and not
-    chosen, as they make other steps."""
+    """What near-normals would gain where a low-bit base makes normals what a step waits for: they are told of
+    and not chosen, as they make other steps."""
     settings = placed.settings.typed
     if "noise" in given or settings.noise != "gaussian" or settings.estimator not in QUERIED:
+        return placed
+    if not settings.trains_quantized:
         return placed
     normals_s, near_s = (
         predict(context.cost(each), context.machine, context.workload).step_s
