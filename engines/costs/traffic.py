@@ -58,6 +58,8 @@ class DividedWeights:
     """Of `gpu_memory_bytes`."""
     whole_bytes: int
     """Weights and gradients that each has whole for a time."""
+    launches: int
+    """What it takes to bring a layer's parts together and to divide its gradients, in a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +138,7 @@ class Traffic:
                 layer,
                 gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
+                launches=layer.launches + (weights.launches if layer.gathered_bytes else 0),
             )
             for layer in self.layers
         ]

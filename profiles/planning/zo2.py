@@ -341,8 +341,8 @@ class _Planner:
         machine = self.context.machine
         if (best := fold_for_loss(settings)) is not None:
             return best
-        if settings.estimator == "lozo":
-            return 1, f"fold_every=1: every {settings.lozo_window} steps, when the noise's window ends"
+        if (window := settings.noise_window) is not None:
+            return 1, f"fold_every=1: every {window} steps, when the noise's window ends"
         costs = {
             k: self.cost(replace(settings, fold_every=k))
             for k in FOLDS
