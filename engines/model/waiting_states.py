@@ -89,6 +89,8 @@ class WaitingStates:
 
     def begin(self) -> None:
         self._let_go(0)
+        for _, arrived in self._arriving.values():  # of a step that was broken off
+            self._link.wait(arrived)
         self._here.clear()
         self._away.clear()
         self._arriving.clear()
