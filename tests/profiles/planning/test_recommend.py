@@ -381,6 +381,17 @@ def test_a_direction_for_each_example_takes_a_step_of_mezo_on_a_link_that_decide
     assert told(plan, "fold_every") == "fold_every=1: every 50 steps, when the noise's window ends"
 
 
+def test_zo2_tells_of_near_normals_where_a_step_waits_for_normals() -> None:
+    slow = zo2_plan(OPT_13B, resident_blocks=0, base="int8")
+    assert "near-normals in half the instructions" in told(slow, "noise")
+    near = zo2_plan(OPT_13B, resident_blocks=0, base="int8", noise="binomial")
+    assert near.prediction.step_s < 0.95 * slow.prediction.step_s
+    for knobs in ({"base": "int8", "noise": "binomial"}, {"base": "full"}, {"base": "int8", "train": "lora"}):
+        assert "noise=" not in " ".join(
+            each for each in zo2_plan(OPT_13B, resident_blocks=0, **knobs).reasons if "as set" not in each
+        )
+
+
 def test_hidden_states_wait_on_the_host_where_the_gpu_has_no_room_for_them() -> None:
     workload = replace(FORWARD_ONLY, batch_size=16, seq_len=512)
     knobs = {"resident_blocks": 0, "queries": 40, "noise": "rademacher"}
