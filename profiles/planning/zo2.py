@@ -1,6 +1,8 @@
 """Settings of ZO2: which blocks stay on the GPU, which lie on disk, how often the others go down. No torch.
 
 Closed forms throughout: `profiles.planning.predict`.
+
+Longer than 400 lines: what is chosen depends on what else is, and all of it is one forecast.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if context.why_missing(fewer.settings.typed) is not None:
         return plain
     times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
-    if given.typed.train == "lora":
+    if given.typed.only_reads_blocks:
         why = f"base=lossless: the same bits in fewer bytes, {times}"
         return Choice(fewer.settings, (why, *fewer.reasons))
     return Choice(
