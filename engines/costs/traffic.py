@@ -101,6 +101,9 @@ class Traffic:
     """By how much the peak is larger where there is no Triton."""
     divided_weights: DividedWeights | None = None
     """`None`: every GPU has all of its own."""
+    reduced_bytes: int = 0
+    """Of a step's compressed gradients, and of others, what one machine sends to each other one that it takes
+    the step with."""
     shards_uploads: bool = False
     """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
