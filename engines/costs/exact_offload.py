@@ -34,7 +34,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
-from engines.costs.native import block_passes
+from engines.costs.native import block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -163,6 +163,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         divided="updates",
         pinned_bytes=pinned,
         overlap=offloaded if settings.offload else "serial",
+        adam_keeps_up=True,
         cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES,
     )
 
@@ -251,7 +252,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     moments = (
         {
-            "gradients": held["gradients"] + non_block + passing,
+            "gradients": held["gradients"] + non_block,
             "activations": saved + between,
             "logits": transformer.logits_bytes(shape, workload, compiled=passes.compiled),
         },
@@ -270,4 +271,5 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         gpu_memory_bytes=transformer.peak_moment(kinds),
         gpu_apart_bytes=transformer.apart_bytes(kinds),
         gpu_without_triton_bytes=0,
+        workspaces=workspaces(None),
     )

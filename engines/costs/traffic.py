@@ -75,6 +75,7 @@ class GpuMemory(TypedDict):
     gpu_memory_bytes: Mapping[str, int]
     gpu_apart_bytes: int
     gpu_without_triton_bytes: int
+    workspaces: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +100,9 @@ class Traffic:
     """By how much the peak is larger where there is no Triton."""
     divided_weights: DividedWeights | None = None
     """`None`: every GPU has all of its own."""
+    workspaces: int = 1
+    """Workspaces of products: one for each stream of each thread that starts them. A backward pass has a
+    thread of its own, a captured pass a stream."""
     shards_uploads: bool = False
     """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
@@ -106,6 +110,9 @@ class Traffic:
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
+    adam_keeps_up: bool = False
+    """It is of `engines.cpu_updates`, whose kernels take what host memory moves, where torch's AdamW may take
+    less: on one H200's host with 32 cores 78 GB/s of 151."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
     rare: RareWork | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from engines.costs.exact_offload import FUSED_ADAM_BYTES
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
@@ -301,7 +302,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
         return factor / _rate(*figure(), side) if amount > 0 else 0.0
 
-    host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / COPY_WRITE_ALLOCATE)
+    host_byte_s = per(traffic.host_bytes, lambda: _host_memory(machine))
     gaussians = sum(layer.gaussians for layer in traffic.layers)
     memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
     product_s = kernel_s = 0.0
@@ -327,7 +328,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         per_d2h_byte_s=down,
         per_adam_element_s=per(
             traffic.cpu_adam_elements,
-            lambda: ("CPU Adam", machine.cpu.adam_elements_per_s),
+            lambda: _cpu_adam(traffic, machine),
             traffic.cpu_adam_factor,
         ),
         per_host_byte_s=host_byte_s,
@@ -352,6 +353,27 @@ def _rate(name: str, figure: Figure, side: Bound) -> float:
 
 def _host_copy(machine: Machine) -> tuple[str, Figure]:
     return "host copy bandwidth", machine.memory.copy_bytes_per_s
+
+
+def _host_memory(machine: Machine) -> tuple[str, Figure]:
+    """What host memory moves: what a copy makes of it, or AdamW where that is more."""
+    name, copy = _host_copy(machine)
+    rates = [_scaled(copy, COPY_WRITE_ALLOCATE), _scaled(machine.cpu.adam_elements_per_s, FUSED_ADAM_BYTES)]
+    return name, max(rates, key=lambda each: each.value or 0.0)
+
+
+def _cpu_adam(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
+    figure = machine.cpu.adam_elements_per_s
+    if traffic.adam_keeps_up and figure.value is not None:
+        figure = _scaled(_host_memory(machine)[1], 1 / FUSED_ADAM_BYTES)
+    return "CPU Adam", figure
+
+
+def _scaled(figure: Figure, factor: float) -> Figure:
+    low, value, high = (
+        None if each is None else factor * each for each in (figure.low, figure.value, figure.high)
+    )
+    return replace(figure, low=low, value=value, high=high)
 
 
 def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
@@ -484,7 +506,7 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
         if traffic.from_gpu_bytes:
             parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
-        parts.append(_named_figure(("CPU Adam", machine.cpu.adam_elements_per_s), format_elements))
+        parts.append(_named_figure(_cpu_adam(traffic, machine), format_elements))
     if traffic.disk_bytes:
         parts.append(_named_figure(_disk(machine), format_rate))
     if traffic.disk_write_bytes:
