@@ -332,7 +332,7 @@ def gpu_memory(
     )
     apart = (1.0 if as_graphs else APART_SHARE) * max(in_block["activations"], at_head["activations"])
     if as_graphs and sum(in_block.values()) >= sum(at_head.values()):
-        # Nothing else may use a graph's pool: what the first step had lies beside it, and what the head needs.
+        # Nothing else may use a graph's pool: what the first step had lies beside it, and what the head has.
         apart += transformer.apart_bytes([in_block, at_head])
     # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
     trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}

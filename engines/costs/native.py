@@ -145,12 +145,12 @@ def training_memory(
     moments = [at_loss, at_end]
     apart = transformer.apart_bytes(moments)
     if passes is not None and passes.captured:
-        peak = transformer.peak_moment(moments)
-        left = peak.get("optimizer", 0) + peak.get("gradients", 0)
-        apart = max(
-            int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"])), int(LEFT_BY_FIRST_STEPS * left)
-        )
-        apart += _between_segments(shape, workload, at_loss["activations"])
+        pool = int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"]))
+        left = [int(LEFT_BY_FIRST_STEPS * (m.get("optimizer", 0) + m["gradients"])) for m in moments]
+        of_loss = sum(at_loss.values()) + max(pool, left[0])
+        of_loss += _between_segments(shape, workload, at_loss["activations"])
+        of_end = sum(at_end.values()) + left[1]
+        apart = max(of_loss, of_end) - sum(transformer.peak_moment(moments).values())
     return GpuMemory(
         gpu_memory_bytes=transformer.peak_moment(moments),
         gpu_apart_bytes=apart,

@@ -56,12 +56,12 @@ GRAPH_SCRATCH_BYTES = 400_000_000
 """`engines.zeroth_order.perturbed_model` runs blocks as CUDA graphs up to this size of a block's perturbed
 copies."""
 
-GRAPH_LAUNCHES = 22
+GRAPH_LAUNCHES = 41
 """What it takes to start a block then, in launches: copies in and out, the graph, noise chunk by chunk, and
-the engine's Python around them. One H200's host needs 0.6 ms for a block of OPT-125M (reports/results), and
-28 us for an operation by the probe."""
+the engine's Python around them. Three hosts of H200s needed 0.6 ms for a block of OPT-125M, RoBERTa and
+GPT-2, and 15 us for an operation by the probe."""
 
-STEP_LAUNCHES = 30
+STEP_LAUNCHES = 50
 """What nothing hides between two steps, in launches without autograd: the loss is read, the next batch goes
 up, and the GPU waits. 0.4 to 1.4 ms of mezo and zo2 on H200s (`idle_s` in reports/results)."""
 

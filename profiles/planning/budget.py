@@ -22,9 +22,10 @@ WORKSPACE_BYTES = 33_554_432
 """What torch reserves for a workspace of matrix products where the machine's profile does not say it: 32 MiB
 on a Hopper GPU, where others take 8."""
 
-FIT_MARGIN = 0.03
+FIT_MARGIN = 0.06
 """What a plan must have left of what torch is predicted to reserve: a prediction is as often too small as too
-large, and what is called fitting must run."""
+large, and what is called fitting must run. With 0.03 eight of 22 edges ran out of memory on an H200, some of
+which lacked 6 % (`tests/studies/prediction_grid_h200`)."""
 
 TRITON_NEEDS = 7
 """Major version of CUDA's compute capability."""

@@ -34,13 +34,13 @@ included, where the profile does not say it. When the GPU is faster than this it
 takes 0.178 s for the 1.3B LLaMA shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s
 without, 0.151 s with)."""
 
-FORWARD_LAUNCH_S = 28e-6
-"""The same where autograd is off, in methods with forward passes only: what the probe found on one H200's
-host, whose samples were 15 to 40 us."""
+FORWARD_LAUNCH_S = 15e-6
+"""The same where autograd is off, in methods with forward passes only: the quickest samples of the probe on
+two H200s' hosts were 15.5 and 13.9 us."""
 
-PRODUCT_S = 5e-6
+PRODUCT_S = 3.2e-6
 """What a matrix product takes beside its operations at the rate of a large one: the GPU fills and drains, and
-its last row of tiles leaves a part of it idle. Where the profile does not say it; estimated."""
+its last row of tiles leaves a part of it idle. Where the profile does not say it; one H200's."""
 
 GRAPH_KERNEL_S = 2.3e-6
 """Time that a kernel of a CUDA graph takes at least, where the profile does not say it. Estimated."""
@@ -226,23 +226,30 @@ def _with_pause(times: list[LayerTimes], traffic: Traffic, machine: Machine, sid
     if machine.gpu is None or traffic.gpu_flops == 0:
         return times
     first, *rest = times
-    pause_s = STEP_LAUNCHES * _seconds(machine.cpu.forward_launch_s, FORWARD_LAUNCH_S, side)
+    pause_s = STEP_LAUNCHES * _seconds(_undisturbed(machine.cpu.forward_launch_s), FORWARD_LAUNCH_S, side)
     return [replace(first, gpu_s=first.gpu_s + pause_s), *rest]
 
 
 def _launches_s(traffic: Traffic, machine: Machine, side: Bound) -> list[float]:
     """Seconds that starting each layer's work takes the CPU."""
 
-    def each_s(figure: Figure, otherwise_s: float) -> float:
-        return _seconds(figure, otherwise_s, side)
-
     cpu = machine.cpu
+
+    def each_s(figure: Figure, otherwise_s: float) -> float:
+        return _seconds(_undisturbed(figure), otherwise_s, side)
+
     if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
         eager_s = each_s(cpu.forward_launch_s, FORWARD_LAUNCH_S)
     else:
         eager_s = each_s(cpu.training_launch_s, LAUNCH_S)
     triton_s = OWN_LAUNCH_SHARE * each_s(cpu.triton_launch_s, TRITON_LAUNCH_S)
     return [layer.launches * eager_s + layer.triton_launches * triton_s for layer in traffic.layers]
+
+
+def _undisturbed(figure: Figure) -> Figure:
+    """The time of a CPU that nobody disturbs: the quickest sample. Two H200s' hosts agree in it, 15.5 and
+    13.9 us without autograd, where the middle ones were 28 and 14; steps took as long on both."""
+    return figure if figure.low is None else replace(figure, value=figure.low, high=figure.value)
 
 
 def _seconds(figure: Figure, otherwise_s: float, side: Bound) -> float:
@@ -358,6 +365,8 @@ def _host_copy(machine: Machine) -> tuple[str, Figure]:
 def _host_memory(machine: Machine) -> tuple[str, Figure]:
     """What host memory moves: what a copy makes of it, or AdamW where that is more."""
     name, copy = _host_copy(machine)
+    if copy.value is None:
+        return name, copy
     rates = [_scaled(copy, COPY_WRITE_ALLOCATE), _scaled(machine.cpu.adam_elements_per_s, FUSED_ADAM_BYTES)]
     return name, max(rates, key=lambda each: each.value or 0.0)
 

@@ -191,7 +191,11 @@ def test_torchao_is_bound_by_the_cpu() -> None:
 
 
 def test_slow_host_memory_is_named() -> None:
-    slow = replace(H200, memory=replace(H200.memory, copy_bytes_per_s=measured(5e9)))
+    slow = replace(
+        H200,
+        memory=replace(H200.memory, copy_bytes_per_s=measured(5e9)),
+        cpu=replace(H200.cpu, adam_elements_per_s=measured(1e8)),  # which shows what memory moves, too
+    )
     workload = Workload(batch_size=1, seq_len=2048, dtype="fp16")
     assert of("zo2", OPT_13B, slow, workload).bottleneck == "host memory"
     assert of("zo2", OPT_13B, H200, workload).bottleneck != "host memory"
