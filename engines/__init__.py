@@ -317,6 +317,11 @@ def is_external(name: str) -> bool:
     return name.startswith(EXTERNAL_PREFIX)
 
 
+def engine_of(method: str) -> str:
+    """`lsp` of `lsp:half`, which is that engine with settings of its own beside others of it."""
+    return method if is_external(method) else method.partition(":")[0]
+
+
 def entry(name: str) -> EngineEntry:
     """The row of engine `name`. Raises `UserError` for a name that has none."""
     if is_external(name):

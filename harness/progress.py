@@ -11,6 +11,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from profiles.language import translated, word
 from profiles.units import format_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Progress:
 
     def print(self, line: str) -> None:
         """A line that stays, above the bars."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(translated(line), markup=False, soft_wrap=True)
 
     def clear(self, keep: str) -> None:
         """Take all bars away but that of `keep`."""
@@ -94,6 +95,6 @@ class ProbeProgress(Progress):
         if done == total:
             return
         if self._console.is_terminal:
-            self.update("measuring", done, total, note=what)
+            self.update(word("measuring"), done, total, note=word(what))
         else:
             self.print(f"measuring {what} ({done + 1} of {total}) ...")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -160,6 +160,11 @@ def large_count(count: float, show: Callable[[float], str]) -> str:
         if count >= size:
             return f"{show(count / size)}{unit}"
     return f"{count:g}"
+
+
+def enumerated(parts: Iterable[str]) -> str:
+    """`a, b` as the language spoken writes it."""
+    return (", " if spoken() == "en" else "、").join(parts)
 
 
 def unit_word(name: str) -> str:

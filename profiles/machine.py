@@ -156,7 +156,10 @@ class Cpu:
     matmul_fp32_flops: Figure
     matmul_bf16_flops: Figure
     adam_elements_per_s: Figure
-    """Fused AdamW in fp32 on tensors larger than the caches."""
+    """torch's fused AdamW in fp32 on tensors larger than the caches: 28 bytes of memory an element."""
+    adamw_kernel_elements_per_s: Figure = NOT_PROBED
+    """This program's compiled AdamW (`engines.cpu_updates.adamw`) over bf16 weights with fp32 moments, larger
+    than the caches: 26 bytes of memory an element, on the threads that training leaves it."""
     forward_launch_s: Figure = NOT_PROBED
     training_launch_s: Figure = NOT_PROBED
     """What it takes to start one operation of a transformer on the GPU, without and with autograd."""

@@ -11,11 +11,11 @@ import typer
 
 from engines.errors import UserError
 from engines.files.reading import exists, is_folder
-from harness.cli.options import CriteriaFlag, FailOn, Json, Lang
+from harness.cli.options import CriteriaFlag, FailOn, Json, Lang, speaks
 from harness.sharing.reading import check
 from harness.sharing.shared_result import Submission
 from profiles.documents import to_json, write_whole
-from profiles.language import speaking
+from profiles.language import translated, word
 from reports.criteria import init_text
 from reports.criteria_templates import Purpose
 from reports.decide import exit_code, parse_fail_on
@@ -41,6 +41,7 @@ def _criteria() -> None:
     pass
 
 
+@speaks
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `compare` or `poc` wrote.")],
     criteria: CriteriaFlag = None,
@@ -52,7 +53,8 @@ def report(
     before: Annotated[
         Path | None,
         typer.Option(
-            "--diff", help="An earlier folder: print what changed from it to FOLDER, write nothing."
+            "--diff",
+            help="An earlier folder: print what changed from it to FOLDER, write nothing. [default: none]",
         ),
     ] = None,
     schema: Annotated[
@@ -66,8 +68,7 @@ def report(
         typer.echo(json.dumps(report_schema(), indent=1))
         return
     if before is not None:
-        with speaking(lang):
-            typer.echo(as_lines(*changes(before, folder)))
+        typer.echo(as_lines(*changes(before, folder)))
         return
     if index:
         for path in write_index(folder, note_left_out):
@@ -102,7 +103,8 @@ def criteria_init(
 
 def note_left_out(broken: Broken) -> None:
     """A line on stderr for a file that a report leaves out."""
-    typer.echo(f"note: {broken.file} left out: {broken.reason}", err=True)
+    told = translated(f"{broken.file} is left out: {broken.reason}")
+    typer.echo(f"{word('note')}: {told}", err=True)
 
 
 def export_tables(folder: Path, kind: TableFormat, to: Path | None) -> Path:

@@ -27,6 +27,7 @@ from harness.cli.options import (
     exit_for,
     exit_without_gpu,
     results_folder,
+    speaks,
 )
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import runs_table
@@ -37,6 +38,7 @@ from harness.records.presets import preset_values
 from profiles.advice.job_time import Rates
 from profiles.display.tables import machine_table
 from profiles.documents import write_whole
+from profiles.language import translated
 from profiles.system.nvml import open_device
 from reports.commands import note_left_out
 from reports.criteria import init_text, load_criteria
@@ -63,6 +65,7 @@ OF_PRESET = {
 Preset = Annotated[str | None, typer.Option("--preset", help="A ready-made job: quick.")]
 
 
+@speaks
 @takes_job(without=OF_TRAINING, defaults=OF_PRESET)
 def poc(
     flags: JobFlags,
@@ -102,7 +105,7 @@ def poc(
         exit_without_gpu(ready.machine.gpu_absent_reason)
     if ready.job != job:
         reason = ready.machine.gpu_absent_reason
-        notes.print(f"the GPU cannot be used ({reason}): on the CPU", markup=False)
+        notes.print(translated(f"the GPU cannot be used ({reason}): on the CPU"), markup=False)
     notes.print(machine_table(ready.machine))
     planned = job_to_plan(ready.job, ready.shape, names, None)
     notes.print(recommendation_text(recommended(ready.job, planned, ready.machine, rates=Rates())))

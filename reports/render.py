@@ -48,18 +48,15 @@ def write_report(
     source = _source(folder, criteria_path)
     for broken in source.broken:
         on_broken(broken)
-    english = source.told()
-    write_whole(folder / "verdict.json", to_json(english.verdict))
-    write_whole(folder / "report.json", to_json(source.data(english)))
-    shown, name = english, "report"
-    if language != "en":
-        with speaking(language):
-            shown, name = source.told(), f"report.{language}"
-            write_whole(folder / f"{name}.md", render_markdown(shown))
-            write_whole(folder / f"{name}.html", render_html(shown))
-        return shown.verdict
-    write_whole(folder / f"{name}.md", render_markdown(shown))
-    write_whole(folder / f"{name}.html", render_html(shown))
+    with speaking("en"):
+        english = source.told()
+        write_whole(folder / "verdict.json", to_json(english.verdict))
+        write_whole(folder / "report.json", to_json(source.data(english)))
+    with speaking(language):
+        shown = english if language == "en" else source.told()
+        name = page(folder, language).with_suffix("")
+        write_whole(name.with_name(f"{name.name}.md"), render_markdown(shown))
+        write_whole(name.with_name(f"{name.name}.html"), render_html(shown))
     return shown.verdict
 
 

@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and config.pluginmanager.hasplugin("xdist"):
             # In one process, one after the other: they measure the GPU's memory.
             item.add_marker(pytest.mark.xdist_group("gpu"))
     for marker in ("families", "kills"):

@@ -163,6 +163,7 @@ ZO_VARIANTS: dict[str, dict[str, object]] = {
     "queries": {"queries": 4},
     "fzoo": {"estimator": "fzoo", "noise": "rademacher", "queries": 4, "learning_rate": 1e-6},
     "lozo": {"estimator": "lozo", "lozo_rank": 2, "lozo_window": 4, "learning_rate": 1e-4},
+    "grzo": {"estimator": "grzo", "noise": "rademacher", "grzo_window": 4, "learning_rate": 1e-6},
     "last block": {"train": "last:1"},
     "lora": {"train": "lora", "lora_rank": 4},
     "int8": {"base": "int8"},

@@ -83,7 +83,7 @@ MAY_TAKE = {
     "engines": (),
     "profiles": (
         "engines", "engines.errors", "engines.files", "engines.shapes", "engines.settings", "engines.costs",
-        "engines.decoding",
+        "engines.decoding", "engines.cpu_updates",
     ),
     "harness": ("engines.*", "profiles.*"),
     "reports": ("engines.*", "profiles.*", "harness.*"),
@@ -105,6 +105,7 @@ TORCH_FREE = (
 )  # fmt: skip
 """Modules and whole folders that import no torch when they are imported, nor transformers."""
 
+_PROBED = "torch; the probe times the very code that trains"
 _TRITON = "Triton is not there on every machine"
 _TRAINS = "imports torch; what is wrong with the arguments is said without it"
 _CHILD = "imports torch; engines without it (the test double) do not wait for it"
@@ -118,6 +119,9 @@ INSIDE_FUNCTIONS = {
     "engines.zeroth_order.chunked_loss -> engines.zeroth_order.chunked_loss_kernels": _TRITON,
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
+    "profiles.probe.adam -> engines.cpu_updates.adamw": _PROBED,
+    "profiles.probe.adam -> engines.cpu_updates.cpu_adam": _PROBED,
+    "profiles.probe.adam -> engines.cpu_updates.pipeline": _PROBED,
     "profiles.probe.launches -> profiles.probe.triton_kernel": _TRITON,
     "harness.cli.data -> harness.data.preview": _TRAINS,
     "harness.cli.generate -> harness.training.generate": _TRAINS,

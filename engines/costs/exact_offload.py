@@ -163,8 +163,8 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         divided="updates",
         pinned_bytes=pinned,
         overlap=offloaded if settings.offload else "serial",
-        adam_keeps_up=True,
         cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES,
+        cpu_adamw_kernel_factor=adam_bytes(element, settings.moments) / adam_bytes(2, "fp32"),
     )
 
 

@@ -149,7 +149,6 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         divided="updates",
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
-        adam_keeps_up=True,
         cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
         rare=_checks(shape, settings),
     )

@@ -214,7 +214,7 @@ def _block(
     launches = (
         0 if transformer.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)
     )
-    if trained and settings.estimator == "lozo":
+    if trained and settings.noise_window is not None:
         return _with_low_rank(layer, visit, shape, workload, settings)
     frozen = FROZEN
     if settings.base == "lossless":
@@ -228,11 +228,12 @@ def _block(
 def _with_low_rank(
     layer: LayerTraffic, visit: ParameterWork, shape: ModelShape, workload: Workload, settings: MezoSettings
 ) -> LayerTraffic:
-    """LOZO: matrices are copied to scratch as they are; their noise is that of its factors, V and each U, and
-    its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
+    """LOZO, and directions of each example: matrices are copied to scratch as they are; their noise is that
+    of its factors, V and each U, and its update that of U. Two products of low rank beside each matrix, the
+    second twice as wide (A and U)."""
     matrices = sum(matrix.parameters for matrix in shape.matrices)
-    passes, rank, q = settings.forward_passes, settings.lozo_rank, settings.queries
-    rows, columns = (sum(getattr(each, extent) for each in shape.matrices) for extent in ("rows", "columns"))
+    passes, rank, q = settings.forward_passes, settings.rank(workload.examples_per_step), settings.queries
+    rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
         layer,
@@ -243,16 +244,25 @@ def _with_low_rank(
     )
     # A query's copy, and its products: inner, side by side, and one for each side; V, A twice, and U.
     launches = q * (9 * len(shape.matrices) + 3)
+    if settings.estimator == "grzo":
+        # Inner, its own part, both together, and one product, in the graph where there is one; of the block
+        # V, A, U, and U again for the update.
+        as_graph = transformer.runs_as_graphs(shape, workload)
+        launches = (1 if as_graph else 5 * workload.accumulation) * len(shape.matrices) + 9
     layer = _visited(layer, FROZEN * q, matrices, launches, workload)
     return _visited(layer, visit, shape.block_parameters - matrices, q, workload)
 
 
-def accumulator_bytes(shape: ModelShape, settings: MezoSettings) -> int:
-    """Of LOZO, in fp32, of all blocks that are trained."""
-    if settings.estimator != "lozo":
+def accumulator_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> int:
+    """Of low-rank noise, in fp32, of all blocks that are trained; with directions of each example also what a
+    block's update is made in."""
+    if settings.noise_window is None:
         return 0
-    trained = sum(trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks))
-    return 4 * settings.lozo_rank * trained * sum(matrix.rows for matrix in shape.matrices)
+    blocks = sum(trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks))
+    if settings.estimator == "grzo":
+        blocks += 2
+    rank = settings.rank(workload.examples_per_step)
+    return 4 * rank * blocks * sum(matrix.rows for matrix in shape.matrices)
 
 
 def _with_adapters(
@@ -287,13 +297,27 @@ def _visited(
     )
 
 
+def hidden_state_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> list[int]:
+    """Of each hidden state that a step has between two blocks: of every micro-batch and every probe, whose
+    sides lie together."""
+    one = transformer.hidden_bytes(shape, workload)
+    clean = [one] * (settings.has_clean_pass * workload.accumulation)
+    sides = 1 if settings.is_one_sided else 2
+    return clean + [sides * one] * (settings.queries * workload.accumulation)
+
+
 def gpu_memory(
-    shape: ModelShape, workload: Workload, settings: MezoSettings, held: Mapping[str, int]
+    shape: ModelShape,
+    workload: Workload,
+    settings: MezoSettings,
+    held: Mapping[str, int],
+    hidden_bytes: int | None = None,
 ) -> GpuMemory:
     """GPU memory at the worse of two moments: inside a block's feed-forward part, and at the head.
 
     `held` is there throughout, and so are the blocks' scratch and the hidden states of all passes of all
-    micro-batches. At the head the final norm's result and the labelled positions of both sides come to those.
+    micro-batches, or `hidden_bytes` of them. At the head the final norm's result and the labelled positions
+    of both sides come to those.
     """
     element = BYTES_PER_ELEMENT[workload.dtype]
     as_graphs = transformer.runs_as_graphs(shape, workload)
@@ -307,13 +331,13 @@ def gpu_memory(
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_non_block_parameters(shape, settings)
     head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
+    hidden = sum(hidden_state_bytes(shape, workload, settings)) if hidden_bytes is None else hidden_bytes
     # A graph has its input at a place of its own.
-    kept_states = settings.forward_passes * workload.accumulation + 2 * as_graphs
-    hidden = kept_states * transformer.hidden_bytes(shape, workload)
+    hidden += 2 * as_graphs * transformer.hidden_bytes(shape, workload)
     kept = {**held}
     if adapters:
         kept["adapters"] = element * shape.num_blocks * adapters
-    if accumulators := accumulator_bytes(shape, settings):
+    if accumulators := accumulator_bytes(shape, workload, settings):
         kept["optimizer"] = accumulators
     in_block = {
         **kept,

@@ -58,6 +58,8 @@ class DividedWeights:
     """Of `gpu_memory_bytes`."""
     whole_bytes: int
     """Weights and gradients that each has whole for a time."""
+    launches: int
+    """What it takes to bring a layer's parts together and to divide its gradients, in a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,9 +112,8 @@ class Traffic:
     overlap: Overlap = "serial"
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
-    adam_keeps_up: bool = False
-    """It is of `engines.cpu_updates`, whose kernels take what host memory moves, where torch's AdamW may take
-    less: on one H200's host with 32 cores 78 GB/s of 151."""
+    cpu_adamw_kernel_factor: float | None = None
+    """The same over this program's compiled AdamW on bf16 weights, fp32 moments; `None`: other code runs."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
     rare: RareWork | None = None
@@ -141,6 +142,7 @@ class Traffic:
                 layer,
                 gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
+                launches=layer.launches + (weights.launches if layer.gathered_bytes else 0),
             )
             for layer in self.layers
         ]

@@ -21,13 +21,14 @@ from engines.costs.mezo import (
     ParameterWork,
     fused_visit,
     gpu_memory,
+    hidden_state_bytes,
     num_probes,
     perturb,
     perturbed_layers,
     trains_block,
 )
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import Traffic
+from engines.costs.traffic import LayerTraffic, Traffic
 from engines.errors import InfeasiblePlan
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -39,6 +40,14 @@ RING_MOST_BLOCKS = 5
 """Small blocks are not worth more."""
 
 RING_ALIGNMENT_BYTES = 512
+
+STAYING_BYTES = 256_000_000
+"""Hidden states that stay on the GPU with `hidden_states=host`: computing with them at 13B takes as long as
+the next block's upload, behind which those that come up wait."""
+
+ARRIVING_STATES = 3
+LEAVING_STATES = 2
+"""States on their way, at most: what is computed with and what comes next; and what goes down."""
 
 
 def resident_indices(num_blocks: int, resident_blocks: int) -> frozenset[int]:
@@ -89,6 +98,11 @@ def ring_bytes(streamed_block_bytes: Sequence[int]) -> int:
     return -(-wanted // RING_ALIGNMENT_BYTES) * RING_ALIGNMENT_BYTES
 
 
+def num_staying(states: Sequence[int]) -> int:
+    """How many of a step's hidden states, of so many bytes each, stay on the GPU with hidden_states=host."""
+    return min(len(states), STAYING_BYTES // max(states, default=1))
+
+
 def folds(index: int, step: int, fold_every: int) -> bool:
     """Whether block `index` goes down in `step`: blocks take turns."""
     return (step + index) % fold_every == 0
@@ -96,8 +110,8 @@ def folds(index: int, step: int, fold_every: int) -> bool:
 
 def folds_disk(settings: MezoSettings, total_steps: int) -> bool:
     """Whether so long a run writes blocks on disk anew, if it trains them."""
-    if settings.estimator == "lozo":
-        return total_steps > settings.lozo_window
+    if settings.noise_window is not None:
+        return total_steps > settings.noise_window
     return total_steps * settings.queries > disk.REPLAYED_UPDATES
 
 
@@ -120,6 +134,20 @@ def replayed_visit(settings: MezoSettings, kept: float = 1.0) -> ParameterWork:
     return ParameterWork(gaussians=replayed + again + moved.gaussians, moves=moves)
 
 
+def _with_moved_states(layers: Sequence[LayerTraffic], moved_bytes: int) -> list[LayerTraffic]:
+    """What hidden states of so many bytes move: down where they are made, up where they are computed with."""
+    up = [0, *([moved_bytes] * (len(layers) - 1))]
+    return [
+        replace(
+            layer,
+            h2d_bytes=layer.h2d_bytes + came,
+            d2h_bytes=layer.d2h_bytes + went,
+            host_bytes=layer.host_bytes + came + went,
+        )
+        for layer, came, went in zip(layers, up, reversed(up), strict=True)
+    ]
+
+
 def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Traffic:
     """`disk_blocks=auto` counts as none: how much room the host has is known to
     `profiles.planning.recommend`."""
@@ -131,7 +159,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     non_block = element * shape.non_block_parameters
     disk_bytes = len(on_disk) * block
     host_bytes = (streamed - len(on_disk)) * block
-    turn = settings.lozo_window if settings.estimator == "lozo" else settings.fold_every
+    turn = settings.noise_window or settings.fold_every
     kept = block / (element * shape.block_parameters)
     # Where resident blocks are low-bit, they keep the schedule of the others.
     keeps_turns = settings.is_quantized
@@ -139,7 +167,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         fused_visit(settings, 1 if i in resident and not keeps_turns else turn, kept)
         for i in range(shape.num_blocks)
     ]
-    if settings.estimator != "lozo":  # whose windows end the log of all blocks alike
+    if settings.noise_window is None:  # else windows end the log of all blocks alike
         replayed = replayed_visit(settings, kept)
         visits = [replayed if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)
@@ -166,17 +194,23 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         for step in range(settings.fold_every)
     )
     held = {"weights": non_block + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
+    states = hidden_state_bytes(shape, workload, settings)
+    away = states[num_staying(states) :] if settings.hidden_states == "host" else []
+    if away:
+        layers = _with_moved_states(layers, sum(away))
+    on_gpu = sum(states) - sum(away) + (ARRIVING_STATES + LEAVING_STATES) * max(away, default=0)
     return Traffic(
         layers=tuple(layers),
-        **gpu_memory(shape, workload, settings, held),
+        **gpu_memory(shape, workload, settings, held, min(on_gpu, sum(states))),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "blocks, pinned": host_bytes,
             **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
+            **({"hidden states, pinned": len(away) * max(away)} if away else {}),
         },
         shared_host_bytes={"blocks, pinned": host_bytes + spare * block} if shares and streamed else {},
         shards_uploads=settings.sharded_upload,
-        pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes),
+        pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes) + len(away) * max(away, default=0),
         overlap="streamed",
         forwards=float(settings.forward_passes),
     )

@@ -31,7 +31,7 @@ static inline uint16_t narrow(float value) {
     return value != value ? (uint16_t)0x7fc0 : rounded;
 }
 
-/* --- what several processes bring, and how they tell each other: rank_updates.py ----------------------- */
+/* --- what several processes bring, and how they let each other know: rank_updates.py ----------------------- */
 
 /* In their order, each sum rounded to the elements' dtype. */
 static void add_up(void *restrict out, const void *const *gradients, int count, int bf16, int64_t begin, int64_t n) {
@@ -48,10 +48,10 @@ static void add_up(void *restrict out, const void *const *gradients, int count, 
     }
 }
 
-/* What was written before is seen by who reads this. */
-void tell(int64_t *place, int64_t value) { __atomic_store_n(place, value, __ATOMIC_RELEASE); }
+/* What was written before a store is seen by who has loaded what it stored. */
+void store_release(int64_t *place, int64_t value) { __atomic_store_n(place, value, __ATOMIC_RELEASE); }
 
-int64_t told(const int64_t *place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
+int64_t load_acquire(const int64_t *place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
 
 static inline uint32_t bits_of(float value) {
     uint32_t bits;

@@ -150,14 +150,14 @@ def _plain_head(model: nn.Module) -> nn.Linear:
     ids = torch.arange(4, device=head.weight.device).view(1, 4)
     places = torch.arange(4 * head.out_features, device=head.weight.device)
     known = (places * 37 % 121 - 60).view(1, 4, -1).to(head.weight.dtype)
-    told = torch.full((), 0.5, device=head.weight.device)
+    marker = torch.full((), 0.5, device=head.weight.device)
     taken: list[Tensor] = []
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         # The sum over several steps' items, or labels that are shifted already: not what is computed here.
         if all(value is None for value in kwargs.values()) and torch.equal(labels, ids):
             taken.append(logits)
-        return told
+        return marker
 
     own, was_training = whole.loss_function, model.training
     vars(head)["forward"] = lambda hidden: known[:, -hidden.shape[1] :]
@@ -172,7 +172,7 @@ def _plain_head(model: nn.Module) -> nn.Linear:
         vars(head).pop("forward")
         whole.loss_function = own
     is_plain = len(taken) == 1 and taken[0].dtype == known.dtype and torch.equal(taken[0], known)
-    if not is_plain or output.loss is not told:
+    if not is_plain or output.loss is not marker:
         raise _refused("this model makes something else of its logits before the loss")
     return head
 

@@ -66,7 +66,7 @@ Longer than 400 lines: a step and the life around it are read beside Algorithm 1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -79,11 +79,13 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
 from engines.cpu_updates.pipeline import (
     ChunkUpdate,
+    OfRanks,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
     update_at_once,
 )
+from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import NonFiniteLoss, UserError
@@ -120,18 +122,19 @@ from engines.subspace.cores import (
     CoreBlock,
     CoreMatrix,
     Cores,
+    CoreState,
     move_moments,
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
 from engines.subspace.projector import Projector
-from engines.subspace.rank_projectors import follow_projectors
+from engines.subspace.rank_projectors import follow_moments, follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
-from engines.world import divide
+from engines.world import ALONE, World, divide
 
 
 class Lsp:
@@ -162,7 +165,9 @@ class Lsp:
         self._regions: TrainingRegions | None = None
         self.streamed: StreamedMatrices | None = None
         self._world = context.world
-        check_ranks(self.name, settings, self._world)
+        check_ranks(self.name, self._world)
+        self._host_world: World = self._world if settings.offload else ALONE
+        """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
         """`None`: one process."""
         self._share = StepShare(step=-1, learning_rate=0.0)
@@ -206,11 +211,13 @@ class Lsp:
             workload=context.workload.of_a_rank(self._world.size),
             seed=context.seed,
             progress=context.progress,
-            world=self._world,
+            world=self._host_world,
         )
         self._blocks = self._cores.blocks
-        if self._world.size > 1:
-            self._ranks = RankUpdates(len(self._cores.first), self._world, context.progress)
+        size = self._host_world.size
+        if size > 1:
+            owners = [number % size for number in range(len(self._cores.first))]
+            self._ranks = RankUpdates(owners, self._world, context.progress)
         self._dense = DenseParameters(self.model, subspaces, settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
@@ -433,9 +440,7 @@ class Lsp:
                 state=chunk.state,
                 share=self._share,
                 destination=None if self.streamed is not None else partial(self._apply, chunk.matrices),
-                of_ranks=None
-                if self._ranks is None
-                else partial(self._laid_out.of_ranks, place, chunk.state),
+                of_ranks=self._from_ranks(place, chunk.state),
             )
             for chunk in block.chunks
         ]
@@ -451,8 +456,18 @@ class Lsp:
             update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
+            if self._ranks is not None and self.settings.max_grad_norm > 0:
+                self._pipeline.submit_norms([update])
         slot_free = self._laid_out.slot_free
         slot_free[place % len(slot_free)] = updates[-1].downloaded
+
+    def _from_ranks(self, place: int, state: CoreState) -> Callable[[Sequence[int]], OfRanks] | None:
+        """What gives the cores of all ranks, if there are several."""
+        if self._ranks is not None:
+            return partial(self._laid_out.of_ranks, place, state)
+        if self._world.size > 1:
+            return ExchangedGradients(self._world, state.incoming, state.squared_norm)
+        return None
 
     def _step_along_residuals(self, block: CoreBlock) -> None:
         """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
@@ -478,6 +493,7 @@ class Lsp:
             elif not any(update.share is self._share for update in self._in_flight.of(place)):
                 self._settle(place)  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
+                self._report_no_norm(block)
         self._dense.sum_over_ranks(self._world)
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
@@ -492,8 +508,20 @@ class Lsp:
                 self._pipeline.submit([update])
         self._dense.step(self._share.learning_rate, self._squared_total)
 
+    def _report_no_norm(self, block: CoreBlock) -> None:
+        """It took no part, on any rank: they run the same model."""
+        for chunk in block.chunks if self._ranks is not None else ():
+            assert self._ranks is not None
+            if self._ranks.owns(chunk.state.number):
+                self._ranks.report_norm(chunk.state.number, self._share.step, 0.0)
+
     def _clip(self, most: float) -> None:
-        """Scale the gradients outside the blocks, and let the worker know the norm of all."""
+        """Scale the gradients outside the blocks, and let the worker know the norm of all. With several ranks
+        the CPU takes that of the sum of their cores, which is waited for."""
+        if self._ranks is not None and self._pipeline is not None:
+            self._squared_total.fill_(self._pipeline.wait_for_norm(self._share.step))
+        elif self._world.size > 1:
+            self._squared_total.fill_(norm_of_ranks(self._in_flight.all()))
         self._dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
@@ -554,7 +582,9 @@ class Lsp:
         if found is not None:
             self._take_projectors(matrix, *found)
         if self._world.size > 1:
-            follow_projectors(self._world, matrix, found is not None)
+            is_new = follow_projectors(self._world, matrix, found is not None)
+            if is_new and self._pipeline is None:  # each has its own moments, which rank 0 alone has moved
+                follow_moments(self._world, matrix, self._laid_out.chunk_of(matrix).state)
 
     def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:
         """Move the moments to the subspace of a new pair, and take it."""

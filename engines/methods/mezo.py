@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Blueprint, Context
+from engines.model.waiting_states import States, StatesOnDevice
 from engines.noise import weight_pass
 from engines.noise.visits import Outputs, Visit
 from engines.quantized.block_form import BlockForm
@@ -80,6 +81,7 @@ class GpuBlocks:
         self._updates = updates
         self._clocks = clocks
         self._device = device
+        self.states: States = StatesOnDevice()
         self._memory = [torch.empty(form.size_bytes, dtype=torch.uint8, device=device) for form in forms]
 
         is_lossless = self._is_lossless = any(form.base == "lossless" for form in forms)

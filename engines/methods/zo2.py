@@ -34,6 +34,9 @@ the bit. With a low-bit one they are as in `engines.quantized.codec`, approximat
 deferred exactly and join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are
 kept.
 
+With `hidden_states=host` those of the step's passes wait in pinned host memory, but for the first 256 MB
+(`engines.model.waiting_states`): a step of tens of queries has as many of them.
+
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
 hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or
 a ring through which those on disk come.
@@ -56,16 +59,19 @@ import torch
 from torch import Tensor
 
 from engines.base import Blueprint, Context
-from engines.costs.zo2 import choose_on_disk, folds, folds_disk, resident_indices
+from engines.costs.mezo import hidden_state_bytes, num_probes
+from engines.costs.zo2 import choose_on_disk, folds, folds_disk, num_staying, resident_indices
+from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
 from engines.offload.disk import DiskBlocks, spill_folder
 from engines.offload.disk_tensors import FetchedTensors, in_place
 from engines.offload.ring import BlockStream
 from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
+from engines.shapes import ModelShape
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
-from engines.world import Alone
+from engines.world import Alone, divide
 from engines.zeroth_order.block_visit import BlockMemory, Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.low_rank_noise import LowRank
@@ -137,6 +143,7 @@ class StreamedBlocks:
         )
         self.disk: DiskBlocks | None = None
         self.stream: BlockStream | None = None
+        self.states: States = StatesOnDevice()
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
         """Raises `InfeasiblePlan` if the disk is too small."""
@@ -144,6 +151,8 @@ class StreamedBlocks:
         self.link = self._copies.link(self._delays[0])
         if self.on_disk:
             self.disk = self._make_disk(blueprint)
+        if self._settings.hidden_states == "host":
+            self.states = self._make_states(blueprint.shape)
         self.stream = BlockStream(
             self._forms,
             self._resident,
@@ -155,6 +164,22 @@ class StreamedBlocks:
             most_written=max(len(self._due(turn)) for turn in range(self._settings.fold_every)),
             sharded=self._settings.sharded_upload,
             timeline=self._clocks.timeline,
+        )
+
+    def _make_states(self, shape: ModelShape) -> States:
+        """In host memory, but for those that stay, of this rank's part of a step."""
+        workload, settings, world = self._context.workload, self._settings, self._context.world
+        sizes = hidden_state_bytes(shape, workload, settings)
+        mine = divide(world.size, workload.accumulation, num_probes(settings))[world.rank]
+        count, staying = len(mine.batches) * len(mine.probes), num_staying(sizes)
+        if count <= staying:
+            return StatesOnDevice()
+        return WaitingStates(
+            self.link,
+            num_states=count,
+            num_staying=staying,
+            most_bytes=max(sizes),
+            progress=self._context.progress,
         )
 
     def _due(self, step: int) -> list[int]:
@@ -194,7 +219,8 @@ class StreamedBlocks:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._ring.pinned_bytes
+        waiting = self.states.pinned_bytes if isinstance(self.states, WaitingStates) else 0
+        return self._ring.pinned_bytes + waiting
 
     def fill(self, fill_block: FillBlock, *, anew: bool) -> None:
         """Write every block to where it lives, but those that a file of the model's own holds; with a GPU
@@ -218,6 +244,7 @@ class StreamedBlocks:
             self.disk.choose_depth()
         if shared is not None and not anew:
             world.barrier()
+            self._context.progress("waiting for the other ranks", 1, 1)
         if (
             shared is None or not anew
         ):  # else the first rank may still be at it; the next pass sends up anyway
@@ -255,10 +282,12 @@ class StreamedBlocks:
 
     def in_order(self, window: int | None) -> Iterator[tuple[int, Task]]:
         """A block goes down when it is its turn. With low-rank noise windows have their own."""
-        lozo = self._settings.estimator == "lozo"
+        by_window = self._settings.noise_window is not None
         updates = self._updates
         self._ring.begin_writing([i for i in self._due(updates.step) if updates.num_deferred(i)])
-        return self._pass(lambda index: not lozo and self._updates.is_due(index), perturb=True, window=window)
+        return self._pass(
+            lambda index: not by_window and self._updates.is_due(index), perturb=True, window=window
+        )
 
     def before_ranks_meet(self) -> None:
         self._ring.finish_writing()
@@ -447,5 +476,7 @@ class StreamedBlocks:
         if self.stream is not None:
             self.synchronize()
             self.stream.close()
+        if isinstance(self.states, WaitingStates):
+            self.states.close()
         if self.disk is not None:
             self.disk.close()

@@ -97,13 +97,13 @@ class BlockMajor:
         self,
         batches: Sequence[Batch],
         device: torch.device,
-        told: Callable[[Tensor], None],
+        take_loss: Callable[[Tensor], None],
         of: int | None = None,
     ) -> None:
         """Forward and backward of the mean loss of `batches`, or of their share in the mean of `of` ones;
         nothing here waits for the GPU.
 
-        `told` is called with that loss, fp32 on the device, before the backward passes of the blocks.
+        `take_loss` is called with that loss, fp32 on the device, before the backward passes of the blocks.
         """
         away = self._hidden_states
         if away is not None:
@@ -119,7 +119,7 @@ class BlockMajor:
             if away is not None:
                 away.empty(index - 1)
         losses = [self._turn(each, of or len(passing)) for each in passing]
-        told(torch.stack(losses).sum())
+        take_loss(torch.stack(losses).sum())
         for index in reversed(range(len(self._own))):
             self._watcher.before_backward(index)
             if away is not None:
@@ -134,7 +134,7 @@ class BlockMajor:
 
     def used_before(self) -> set[Tensor]:
         """Parameters that are no block's own and whose gradients go on after the losses: of what comes before
-        the blocks, or is used in them. To be asked when the loss is told."""
+        the blocks, or is used in them. To be asked within `take_loss`."""
         found: set[Tensor] = {parameter for others in self._others for parameter in others}
         ends = [
             end for each in self._passing for end in (each.before, *(tensor for tensor, _ in each.shared))

@@ -147,6 +147,7 @@ class BlockStream:
         self._exchange: ShareExchange | None = None
         if sharded and self.shared is not None:
             self._exchange = ShareExchange(world, link, timeline)
+            progress("meeting the other GPUs", 1, 1)
         self._exchanged = 0
         """Chunks whose shares the ranks have exchanged, so far."""
         self._passes_by_all = 0

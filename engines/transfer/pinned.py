@@ -156,10 +156,10 @@ def host_slabs(sizes_bytes: Sequence[int], device: torch.device, progress: Repor
     for group in groups:
         before = done
 
-        def told(what: str, count: int, of: int, before: int = before) -> None:
+        def report(what: str, count: int, of: int, before: int = before) -> None:
             progress(what, before + count, total)
 
-        slab = HostSlab(sum(group), device, told, pin=pin)
+        slab = HostSlab(sum(group), device, report, pin=pin)
         pin = pin and (slab.pinned or device.type != "cuda")
         slabs.append(slab)
         offset = 0

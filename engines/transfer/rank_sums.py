@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +32,22 @@ def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
             each.copy_(part.view(each.shape))
 
 
+def gathered(world: World, tensor: Tensor) -> list[Tensor]:
+    """What each rank of this machine has of a flat tensor of one size, copies, in their order."""
+    memory = tensor.new_empty((world.local_size, tensor.numel()))
+    memory[world.local_rank] = tensor
+    world.all_gather(memory.view(-1))
+    return list(memory)
+
+
 def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
     """Let each parameter's gradient be the sum over the ranks: of those that have one anywhere."""
     if world.size == 1 or not parameters:
         return
-    told = world.gather([float(each.grad is not None) for each in parameters])
+    of_ranks = world.gather([float(each.grad is not None) for each in parameters])
     found: list[Tensor] = []
     for number, parameter in enumerate(parameters):
-        if any(has[number] for has in told):
+        if any(has[number] for has in of_ranks):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             found.append(parameter.grad)
@@ -58,19 +65,18 @@ def sum_of_losses(world: World, share: float) -> float:
     return float(total)
 
 
-def check_ranks(engine: str, settings: Any, world: World, disk_blocks: int = 0) -> None:
+def check_ranks(engine: str, world: World, *, disk_weights: bool = False) -> None:
     """Raises `UserError` for what CPU updates cannot do on several ranks."""
     if world.size == 1:
         return
     where = f"{engine} on {world.size} ranks"
     if world.local_size < world.size:
         raise UserError(where, "updates in the memory of one machine", "use one machine, or mezo or zo2")
-    if settings.max_grad_norm > 0:
-        raise UserError(where, "does not clip gradients", f"leave out --set {engine}.max_grad_norm")
-    if disk_blocks:
-        raise UserError(where, "has no states on disk", f"leave out --set {engine}.disk_blocks")
-    if not settings.offload:
-        raise UserError(where, "has no twin", f"leave out --set {engine}.offload=false")
+    if disk_weights:
+        raise UserError(
+            where, "has no weights on disk: each file is read and written by one process",
+            f"leave out --set {engine}.disk_weights",
+        )  # fmt: skip
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -48,7 +48,9 @@ def shared_slabs(
     for number, mapping in enumerate(mappings):
         if number in part(len(mappings), world.local_size, world.local_rank):
             _touch(mapping)  # pages come to be here, near the GPU of the rank that fills them first
+        progress("touching shared host memory", number + 1, len(groups))
     world.barrier()
+    progress("waiting for the other ranks", 1, 1)
     for number, (group, mapping) in enumerate(zip(groups, mappings, strict=True)):
         slab = HostSlab(len(mapping), device, mapping=mapping)
         progress("pinning shared host memory", number + 1, len(groups))
@@ -69,10 +71,10 @@ def _opened(num_bytes: int, world: World) -> int:
             os.truncate(own, num_bytes)
         except OSError as error:
             why = f"shared host memory cannot be made ({error.strerror or error})"
-    told = [json.loads(each) for each in world.exchange(json.dumps([os.getpid(), own]).encode())]
+    of_ranks = [json.loads(each) for each in world.exchange(json.dumps([os.getpid(), own]).encode())]
     found = own
     if world.local_rank > 0:
-        pid, descriptor = told[world.rank - world.local_rank]
+        pid, descriptor = of_ranks[world.rank - world.local_rank]
         try:
             found = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:

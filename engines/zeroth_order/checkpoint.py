@@ -95,8 +95,8 @@ def open_checkpoint(
         if state["schema_version"] != CHECKPOINT_VERSION:
             raise ValueError(f"schema version {state['schema_version']}, not {CHECKPOINT_VERSION}")
         step, seed = int(state["step"]), int(state["seed"])
-        told = state.get("lora")  # checkpoints from before it was written lack it
-        saved_form = told and LoraForm(rank=int(told["rank"]), alpha=float(told["alpha"]))
+        lora_form = state.get("lora")  # checkpoints from before it was written lack it
+        saved_form = lora_form and LoraForm(rank=int(lora_form["rank"]), alpha=float(lora_form["alpha"]))
         saved_base = str(state.get("base", "full"))  # these, too
         deferred = [Update(**values) for values in state.get("pending", ())]
         behind = [int(count) for count in state["behind"]] if deferred else []

@@ -18,11 +18,15 @@ from torch import Tensor
 
 from engines.errors import NonFiniteLoss
 from engines.model.blocks import BlockCall
+from engines.model.waiting_states import States
 from engines.noise.visits import Visit
 from engines.world import Share, World
 from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.estimators import Probe, Side
 from engines.zeroth_order.perturbed_model import PerturbedModel, Prepared
+
+MOST_TOLD = 8
+"""Losses of a step that a message names."""
 
 
 class LossSums:
@@ -49,9 +53,11 @@ class LossSums:
 def _finite(losses: list[float], step: int) -> list[float]:
     """`losses`. Raises `NonFiniteLoss` where one is not."""
     if not all(map(math.isfinite, losses)):
-        told = ", ".join(map(str, losses[:-1]))
         bad = next(loss for loss in losses if not math.isfinite(loss))
         good = next((loss for loss in losses if math.isfinite(loss)), bad)
+        if len(losses) > MOST_TOLD:
+            raise NonFiniteLoss(f"{bad} is among the {len(losses)} losses of step {step}", losses=(good, bad))
+        told = ", ".join(map(str, losses[:-1]))
         raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", losses=(good, bad))
     return losses
 
@@ -60,7 +66,18 @@ def mean_over_ranks(
     own: Tensor, world: World, division: Sequence[Share], sides: Sequence[int], step: int
 ) -> list[float]:
     """Mean losses over all micro-batches, of every side of every probe, on every rank: the bits of
-    `LossSums.read` in one process.
+    `LossSums.read` in one process. As `each_over_ranks` otherwise."""
+    losses = each_over_ranks(own, world, division, sides, step)
+    sums = [0.0] * len(losses[0])
+    for of_batch in losses:  # in the order in which one process adds them
+        sums = [total + loss for total, loss in zip(sums, of_batch, strict=True)]
+    return [total / len(losses) for total in sums]
+
+
+def each_over_ranks(
+    own: Tensor, world: World, division: Sequence[Share], sides: Sequence[int], step: int
+) -> list[list[float]]:
+    """Losses of every micro-batch, of every side of every probe, on every rank.
 
     `own`: (micro-batches, sides) fp64, this rank's share by `division`. `sides`: of each probe how many there
     are. Waits for the compute stream, then for the other ranks, to which 8 bytes a loss are sent.
@@ -77,29 +94,38 @@ def mean_over_ranks(
         for number, batch in enumerate(each.batches):
             start = number * len(sides_of)
             losses[batch][sides_of.start : sides_of.stop] = row[start : start + len(sides_of)]
-    sums = [0.0] * first_side[-1]
-    for of_batch in losses:  # in the order in which one process adds them
-        sums = [total + loss for total, loss in zip(sums, of_batch, strict=True)]
-    return _finite([total / count for total in sums], step)
+    _finite([loss for of_batch in losses for loss in of_batch], step)
+    return losses
 
 
 class Streams:
     """From the model's entrance to its losses, block by block."""
 
     def __init__(
-        self, model: PerturbedModel, batches: Sequence[Prepared], probes: Sequence[Probe], how: Visit
+        self,
+        model: PerturbedModel,
+        batches: Sequence[Prepared],
+        probes: Sequence[Probe],
+        how: Visit,
+        states: States,
     ) -> None:
+        """`states` keeps the hidden states between blocks, those of the first probe first."""
         self._model = model
         self._batches = batches
         self._probes = probes
         self._how = how
         model.begin_step(len(batches), most_sides=max(len(probe.sides) for probe in probes))
-        self._hidden: list[list[Tensor]] = []
+        self._states = states
+        states.begin()
         self._calls: list[list[Sequence[BlockCall]]] = []
-        for probe in probes:
+        for number, probe in enumerate(probes):
             hidden, calls = model.enter_all(batches, self._of(probe), probe.sides)
-            self._hidden.append(hidden)
+            for i in range(len(batches)):
+                states.put(self._place(number, i), hidden[i])
             self._calls.append(calls)
+
+    def _place(self, probe: int, batch: int) -> int:
+        return probe * len(self._batches) + batch
 
     def _of(self, probe: Probe) -> Visit:
         return replace(self._how, step=probe.draw)
@@ -118,10 +144,11 @@ class Streams:
                 perturb=task.perturb and probe.sides != (Side.PLAIN,),
                 plus_only=len(probe.sides) == 1,
             )
-            hidden, calls = self._hidden[number], self._calls[number]
+            states, calls = self._states, self._calls[number]
             with self._model.visiting(index, each, source if last else _Held(source)):
                 for i, call in enumerate(calls):
-                    hidden[i] = self._model.run(index, call, hidden[i])
+                    place, examples = self._place(number, i), self._batches[i].examples
+                    states.put(place, self._model.run(index, call, states.take(place), examples))
 
     def losses(self) -> LossSums:
         """Of every side of every probe, over the micro-batches."""
@@ -134,14 +161,16 @@ class Streams:
         return sums
 
     def each_loss(self) -> Tensor:
-        """Of every micro-batch and every side of every probe: (micro-batches, sides) fp64 on the device."""
+        """Of every micro-batch and every side of every probe, or of every example: (micro-batches, losses)
+        fp64 on the device."""
         return torch.stack([torch.stack(tuple(losses)).double() for losses in self._by_batch()])
 
     def _by_batch(self) -> Iterator[Sequence[Tensor]]:
         for i, batch in enumerate(self._batches):
             losses: list[Tensor] = []
-            for probe, hidden in zip(self._probes, self._hidden, strict=True):
-                losses += self._model.losses(batch, hidden[i], self._of(probe), probe.sides)
+            for number, probe in enumerate(self._probes):
+                hidden = self._states.take(self._place(number, i))
+                losses += self._model.losses(batch, hidden, self._of(probe), probe.sides)
             yield losses
 
 

@@ -17,7 +17,7 @@ from engines.decoding import Sampling
 from engines.errors import UserError
 from engines.files.reading import read_text
 from engines.settings.parse import defaults
-from harness.cli.job_flags import JobFlags
+from harness.cli.job_flags import JobFlags, tells_defaults
 from harness.cli.options import (
     BatchSize,
     DtypeFlag,
@@ -56,8 +56,24 @@ MEASURED_WARMUP = 3
 """Decoding steps after the prefill that are not counted, unless --warmup-steps says otherwise."""
 
 
+@tells_defaults(
+    {
+        "model": "that of --run",
+        "random_weights": "--pretrained",
+        "dtype": "bf16, or the run's",
+        "vram": "all that is free",
+        "host_memory": "all that is free",
+        "set_": "as planned",
+        "batch_size": "1",
+        "seq_len": str(MEASURED_PROMPT),
+        "warmup_steps": str(MEASURED_WARMUP),
+        "timeout": f"{Limits().timeout_s:g}",
+    }
+)
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, together.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to continue, together. [default: those of --prompts]")
+    ] = None,
     model: Model = None,
     random_weights: RandomWeights = None,
     run: Annotated[
@@ -65,11 +81,14 @@ def generate(
         typer.Option(
             "--run",
             help="A folder that `run` wrote, in place of --model: its newest weights (mezo, zo2: after the "
-            "last step in its log), also of a run that was killed or is going on.",
+            "last step in its log), also of a run that was killed or is going on. [default: none]",
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="A text file with a prompt in each line; - for stdin.")
+        Path | None,
+        typer.Option(
+            "--prompts", help="A text file with a prompt in each line; - for stdin. [default: none]"
+        ),
     ] = None,
     engine: Annotated[
         str | None,

@@ -53,6 +53,7 @@ from harness.cli.options import (
 from harness.data.reading.columns import parse_columns
 from harness.records.job import DataSource, Job, Limits, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
+from profiles.language import translated, word
 from profiles.units import parse_bytes
 
 
@@ -124,7 +125,8 @@ class JobFlags:
             assigned = parse_assignments(self._assignments, engines)
             values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
             for each in left_out(self._assignments, engines):
-                typer.echo(f"note: --set {each}: that engine does not run, so it changes nothing", err=True)
+                note = translated(f"--set {each}: that engine does not run, so it changes nothing")
+                typer.echo(f"{word('note')}: {note}", err=True)
         model = values.setdefault("model", {})
         if isinstance(model, dict) and "name" not in model:
             raise UserError(
@@ -173,6 +175,12 @@ def _told_defaults() -> dict[str, str]:
         "nodes": str(Limits().nodes),
         "vram": "all that is free",
         "host_memory": "all that is free",
+        "model": "that of --job",
+        "columns": "by their names",
+        "template": "none",
+        "labels": "none",
+        "set_": "as planned",
+        "job_file": "none",
         "eval_data": "a part of --data",
         "checkpointing": "--checkpointing" if of_job["checkpointing"] else "--no-checkpointing",
         "random_weights": "--pretrained",
@@ -224,6 +232,23 @@ def takes_job(
         # What typer reads: the flags of both, in place of the wrapper's own.
         called.__dict__["__signature__"] = inspect.Signature([*shared, *own])
         called.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+        return called
+
+    return wrap
+
+
+def tells_defaults(told: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives the help of a command that declares job flags itself the defaults that they have there."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        shown = [_with_default(each, told) for each in _parameters(command)]
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            command(**values)
+
+        called.__dict__["__signature__"] = inspect.Signature(shown)
+        called.__annotations__ = {each.name: each.annotation for each in shown}
         return called
 
     return wrap

@@ -9,7 +9,7 @@ import typer
 
 from engines.errors import UserError
 from harness import __version__
-from harness.cli.options import Json, Lang, Quiet, RequireGpu, exit_without_gpu
+from harness.cli.options import Json, Lang, Quiet, RequireGpu, exit_without_gpu, speaks
 from harness.kept_machine import keep_machine
 from harness.progress import ProbeProgress, console
 from harness.runs.launch import launch_probe
@@ -19,7 +19,6 @@ from profiles.display.compare import compare_machines, comparison_table, list_ma
 from profiles.display.tables import machine_table
 from profiles.doctor.diagnose import diagnose, diagnosis_text
 from profiles.documents import check_writable, to_json
-from profiles.language import speaking
 from profiles.machine import save_machine
 from profiles.probe.disk import require_measurable_disk
 from profiles.probe.run import probe_machine, why_no_gpu
@@ -71,6 +70,7 @@ def profiles_compare(first: MachineName, second: MachineName, as_json: Json = Fa
         console().print(comparison_table(*machines))
 
 
+@speaks
 def doctor(
     profile: Annotated[
         Path | None,
@@ -93,13 +93,13 @@ def doctor(
     if as_json:
         typer.echo(to_json(diagnosis), nl=False)
         return
-    with speaking(lang):
-        typer.echo(diagnosis_text(diagnosis, machine, __version__), nl=False)
+    typer.echo(diagnosis_text(diagnosis, machine, __version__), nl=False)
 
 
+@speaks
 def probe(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also save the profile to this JSON file.")
+        Path | None, typer.Option("--out", help="Also save the profile to this JSON file. [default: none]")
     ] = None,
     disk: Annotated[
         Path | None,
@@ -118,6 +118,7 @@ def probe(
             "--markdown", help="Print a page to share, without host names, serial numbers and paths."
         ),
     ] = False,
+    lang: Lang = "en",
     as_json: Json = False,
     quiet: Quiet = False,
     require_gpu: RequireGpu = False,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from engines import default_engines, public_engines
+from engines import default_engines, engine_of, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import HeadChoice, Padding
-from profiles.language import Language
+from profiles.language import Language, speaking
 
 Model = Annotated[
     str | None,
@@ -212,7 +214,8 @@ Emulate = Annotated[
     typer.Option(
         "--emulate",
         help="Hold the runs to the GPU memory, link and CPU threads of a machine that is smaller than this "
-        "one, and predict for it: a name from `lspzo-bench profiles`, or a file from `probe`.",
+        "one, and predict for it: a name from `lspzo-bench profiles`, or a file from `probe`. "
+        "[default: this machine as it is]",
     ),
 ]
 External = Annotated[
@@ -220,7 +223,8 @@ External = Annotated[
     typer.Option(
         "--external",
         help="A file (TOML) that describes another trainer: its command, and how its steps are read from its "
-        "output. It becomes a method of the comparison. May be repeated; see harness/README.md.",
+        "output. It becomes a method of the comparison. May be repeated; see harness/README.md. "
+        "[default: none]",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Do only what is missing in --out.")]
@@ -230,14 +234,17 @@ RoundsFlag = Annotated[
 QualityTargetFlag = Annotated[
     str | None,
     typer.Option(
-        "--target", help="With --budget: what is to be reached on development data, such as `accuracy>=0.9`."
+        "--target",
+        help="With --budget: what is to be reached on development data, such as `accuracy>=0.9`. "
+        "[default: none, runs are of --steps]",
     ),
 ]
 BudgetFlag = Annotated[
     str | None,
     typer.Option(
         "--budget",
-        help="With --target: steps of each method, all its trials together: `2h`, `30min`, `5Mtokens`.",
+        help="With --target, which needs it: steps of each method, all its trials together: `2h`, `30min`, "
+        "`5Mtokens`. [default: none, or the suite's]",
     ),
 ]
 TestData = Annotated[
@@ -251,15 +258,24 @@ SuiteFlag = Annotated[
     typer.Option(
         "--suite",
         help="Studies with targets: a file, or one that comes along: mezo-tasks, glue, instruct, lm, quick, "
-        "laptop-4gb, consumer-24gb.",
+        "laptop-4gb, consumer-24gb. [default: none]",
     ),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="With --suite: the folder that has its tasks' files.")
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        help="With --suite: the folder that has its tasks' files. [default: none; built-in data need none]",
+    ),
 ]
 SeedsFlag = Annotated[int, typer.Option("--seeds", min=1, help="With --target: seeds of the last trials.")]
 CriteriaFlag = Annotated[
-    Path | None, typer.Option("--criteria", help="Criteria in TOML; their hash is stamped into every run.")
+    Path | None,
+    typer.Option(
+        "--criteria",
+        help="Criteria in TOML; their hash is stamped into every run. "
+        "[default: criteria.toml in the folder of results, else built-in ones]",
+    ),
 ]
 Trace = Annotated[
     bool,
@@ -275,9 +291,12 @@ FailOn = Annotated[
     str | None,
     typer.Option(
         "--fail-on",
-        help="Exit 3, 4 or 5 on these verdicts: no-go, conditional, inconclusive (comma-separated).",
+        help="Exit 3, 4 or 5 on these verdicts: no-go, conditional, inconclusive (comma-separated). "
+        "[default: exit 0 on each]",
     ),
 ]
+
+
 Lang = Annotated[
     Language,
     typer.Option(
@@ -295,6 +314,12 @@ def engine_names(engines: str | None) -> list[str]:
         return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:
+        if ":" in name and engine_of(name) in public:
+            raise UserError(
+                f"method '{name}'",
+                "several settings of one engine are for --target and --budget, or --suite",
+                "give both, or name the engine alone",
+            )
         if name not in public:
             raise UserError(
                 f"engine '{name}'", "there is no such engine", f"choose from: {', '.join(public)}"
@@ -302,6 +327,20 @@ def engine_names(engines: str | None) -> list[str]:
     if not names:
         raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
     return names
+
+
+def method_names(engines: str | None) -> list[str]:
+    """Names from a list with commas, of engines or such as `lsp:half`: an engine with its own settings beside
+    others of it. `None`: the default engines. Raises `UserError` for an unknown engine."""
+    names = list(dict.fromkeys(each.strip() for each in (engines or "").split(",") if each.strip()))
+    own = [name for name in names if ":" in name]
+    engine_names(",".join(dict.fromkeys(map(engine_of, names))) if own else engines)
+    for name in own:
+        if re.fullmatch(r"[A-Za-z0-9][-\w.]*", name.partition(":")[2], re.ASCII) is None:
+            raise UserError(
+                f"method '{name}'", "what follows the colon is no name", "use letters, digits, - and _"
+            )
+    return names if own else engine_names(engines)
 
 
 def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Path:
@@ -330,3 +369,14 @@ def exit_for(end_states: Iterable[str]) -> None:
     """Exits 8 if a run failed; what cannot run here was not a failure."""
     if any(state not in ("ok", "not_available", "skipped_infeasible") for state in end_states):
         raise typer.Exit(8)
+
+
+def speaks(command: Callable[..., None]) -> Callable[..., None]:
+    """All that a command with --lang prints is in that language."""
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        with speaking(values["lang"]):
+            command(**values)
+
+    return called

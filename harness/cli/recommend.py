@@ -13,7 +13,17 @@ from engines.errors import UserError
 from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
-from harness.cli.options import Engines, Json, KeptProfile, Lang, Out, Quiet, engine_names, results_folder
+from harness.cli.options import (
+    Engines,
+    Json,
+    KeptProfile,
+    Lang,
+    Out,
+    Quiet,
+    engine_names,
+    results_folder,
+    speaks,
+)
 from harness.kept_machine import kept_machine
 from harness.models.tokenizers import tokenizer_files
 from harness.pipeline import data_lengths, find_machine, job_to_plan
@@ -39,7 +49,7 @@ from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_power, parse_price
 from profiles.advice.target import parse_target
 from profiles.documents import require_folder, to_json
-from profiles.language import Language, speaking, translated, word
+from profiles.language import translated, word
 
 IN_BYTES = (
     "so its data is counted in bytes: a tokenizer makes about a quarter as many tokens of English; "
@@ -54,21 +64,33 @@ ANEW = "'lspzo-bench probe' measures it anew, --profile is for another"
 NO_GPU_HERE = "torch can use no GPU here, so plans are for the CPU; --profile rtx-4090, say, is for a card"
 
 ExamplesFlag = Annotated[
-    int | None, typer.Option("--examples", help="Examples in an epoch, for the whole job's hours.")
+    int | None,
+    typer.Option(
+        "--examples",
+        help="Examples in an epoch, for the whole job's hours. [default: those of --data, if it is a file]",
+    ),
 ]
 EpochsFlag = Annotated[
-    float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file.")
+    float | None, typer.Option("--epochs", help="Epochs of --examples, --tokens or a file. [default: 1]")
 ]
-TokensFlag = Annotated[int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted.")]
-JobSteps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps of the whole job.")]
+TokensFlag = Annotated[
+    int | None, typer.Option("--tokens", help="Tokens in an epoch, padding not counted. [default: not said]")
+]
+JobSteps = Annotated[
+    int | None, typer.Option("--steps", help="Optimizer steps of the whole job. [default: not said]")
+]
 PowerFlag = Annotated[
-    str | None, typer.Option("--power", help="What the machine takes under load, such as 450W; gives kWh.")
+    str | None,
+    typer.Option(
+        "--power", help="What the machine takes under load, such as 450W; gives kWh. [default: not said]"
+    ),
 ]
 PriceFlags = Annotated[
     list[str] | None,
     typer.Option(
         "--price",
-        help="Of an hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29.",
+        help="Of an hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29. "
+        "[default: none is built in]",
     ),
 ]
 WhatIfFlag = Annotated[
@@ -76,12 +98,16 @@ WhatIfFlag = Annotated[
 ]
 TargetFlag = Annotated[
     str | None,
-    typer.Option("--target", help="Backwards, the least machine of the catalogue: `hours=8` or `model=70b`."),
+    typer.Option(
+        "--target",
+        help="Backwards, the least machine of the catalogue: `hours=8` or `model=70b`. [default: none]",
+    ),
 ]
 CalibrateFlag = Annotated[
     Path | None,
     typer.Option(
-        "--calibrate", help="A folder that `compare` wrote on this machine: its runs correct predictions."
+        "--calibrate",
+        help="A folder that `compare` wrote on this machine: its runs correct predictions. [default: none]",
     ),
 ]
 ExplainFlag = Annotated[
@@ -92,12 +118,13 @@ RecipeFlag = Annotated[
     typer.Option(
         "--recipe",
         help="Write the recommended method as a configuration of that program, where it has it, and as our "
-        "job.toml, into --out.",
+        "job.toml, into --out. [default: none]",
     ),
 ]
 SchemaFlag = Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of --json, and stop.")]
 
 
+@speaks
 @takes_job(without=("steps", "warmup_steps", "eval_batches", "seed", "timeout", *OF_TRAINING))
 def recommend(
     flags: JobFlags,
@@ -143,33 +170,33 @@ def recommend(
     lengths = data_lengths(as_run, shape)
     amount = amount_of(job.workload, asked, lengths)
     if lengths is not None and not tokenizer_files(job.model):
-        _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}", lang)
+        _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}")
     folder = None if recipe is None else results_folder(out, "recipe", job.model.name, resume=False)
     if folder is not None:
         require_folder(folder)
     kept = kept_machine() if profile is None else None
     if kept is not None:
         when = f"{kept.time[:10]} {kept.time[11:16]} UTC"
-        _note(f"plans are for this machine as it was measured on {when}; {ANEW}", lang)
+        _note(f"plans are for this machine as it was measured on {when}; {ANEW}")
     elif profile is None:
-        _note(MEASURED_HERE, lang)
+        _note(MEASURED_HERE)
     machine = kept or find_machine(profile, quiet=quiet)
     if profile is None and machine.gpu is None:
-        _note(NO_GPU_HERE, lang)
+        _note(NO_GPU_HERE)
     for note in limits_beyond(job, machine):
-        _note(note, lang)
+        _note(note)
     planned = job_to_plan(job, shape, names, amount)
     calibration = None if calibrate is None else calibration_from(calibrate, machine)
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
     if (unmeasured := unmeasured_limit(answer)) is not None:
-        _note(unmeasured, lang)
+        _note(unmeasured)
     try:
         shared = [each for _, each in shared_results(SHARED)]
         answer = with_like_machines(answer, shared)
         if what_if or (aim is not None and aim.model is None):
             answer = with_like_catalogue(answer, planned, shared)
     except UserError as error:
-        _note(f"shared results are left out: {error}", lang)
+        _note(f"shared results are left out: {error}")
     if explain:
         answer = with_explanations(answer, planned)
     if what_if:
@@ -179,16 +206,14 @@ def recommend(
     if as_json:
         typer.echo(to_json(answer), nl=False)
     else:
-        with speaking(lang):
-            console().print(recommendation_text(answer))
+        console().print(recommendation_text(answer))
     if recipe is not None and folder is not None:
         written = write_recipe(answer, recipe, folder)
         for line in written.lines:
-            typer.echo(line, err=True)
+            typer.echo(translated(line), err=True)
         if not as_json:
             typer.echo(str(written.folder))
 
 
-def _note(text: str, lang: Language) -> None:
-    with speaking(lang):
-        typer.echo(f"{word('note')}: {translated(text)}", err=True)
+def _note(text: str) -> None:
+    typer.echo(f"{word('note')}: {translated(text)}", err=True)

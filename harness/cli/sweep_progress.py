@@ -45,7 +45,7 @@ class CompareProgress:
                 self._progress.update("steps", event.sample.step + 1, event.total, note=note)
             case Ended():
                 self._progress.update("runs", event.index + 1, event.total, note=event.run.id)
-                self._progress.print(_ended_line(event.run))
+                self._progress.print(ended_line(event.run))
 
     def _planned(self, event: Planned) -> None:
         for note in event.notes:
@@ -73,7 +73,8 @@ def measure_seen(ready: PreparedJob, sweep: Sweep) -> list[Run]:
         raise
 
 
-def _ended_line(run: Run) -> str:
+def ended_line(run: Run) -> str:
+    """How a run came out: a line that stays."""
     if run.end_reason is not None:
         return f"{run.id}: {run.end_state}: {run.end_reason}"
     seen = run.summary

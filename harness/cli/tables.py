@@ -22,6 +22,7 @@ from harness.records.run import Run
 from harness.records.settings import published_presets
 from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, rare_step_s
 from harness.runs.emulate import what_is_short
+from profiles.language import translated, word
 from profiles.system.nvml import open_device
 from profiles.units import NOT_MEASURED, format_seconds
 
@@ -41,7 +42,7 @@ def notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
     grid.add_column(overflow="fold")
     for engine, lines in notes.items():
         for number, line in enumerate(lines):
-            grid.add_row(engine if number == 0 else "", Text(line))
+            grid.add_row(engine if number == 0 else "", Text(translated(line)))
     return grid
 
 
@@ -111,9 +112,9 @@ RUNS: tuple[Column[Run], ...] = (
 def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Table:
     """A row for each run; its method and its end are never wrapped."""
     here, rows = table_cells(columns, runs)
-    table = plain_table([column.key for column in here], whole=("method", "end"))
+    table = plain_table([word(column.key) for column in here], whole=(word("method"), word("end")))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(word(cell) for cell in row))
     return table
 
 
@@ -127,8 +128,8 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
     answers = {one.engine: [_answer(one), *_with_rare_work(one, runs)] for one in comparisons(runs)}
     return Group(
-        Text(title, style="bold"), _measured_table(RUNS, runs), notes_grid(reasons),
-        *((Text("Step time beside native", style="bold"), notes_grid(answers)) if answers else ()),
+        Text(translated(title), style="bold"), _measured_table(RUNS, runs), notes_grid(reasons),
+        *((Text(word("Step time beside native"), style="bold"), notes_grid(answers)) if answers else ()),
     )  # fmt: skip
 
 

@@ -62,11 +62,15 @@ def run(
     ] = False,
     epochs: Annotated[
         float | None,
-        typer.Option("--epochs", help="In place of --steps: so many passes over the training data."),
+        typer.Option(
+            "--epochs", help="In place of --steps: so many passes over the training data. [default: none]"
+        ),
     ] = None,
     examples: Annotated[
         int | None,
-        typer.Option("--examples", min=1, help="In place of --steps: so many training sequences."),
+        typer.Option(
+            "--examples", min=1, help="In place of --steps: so many training sequences. [default: none]"
+        ),
     ] = None,
     repeat: Annotated[
         int,

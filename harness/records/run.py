@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -78,6 +79,11 @@ class Summary:
     eval_s: float | None = None
     """Time of the last evaluation, all its batches."""
     setup_s: float | None = None
+    setup_parts_s: Annotated[Mapping[str, float], Field(exclude_if=lambda value: not value)] = field(
+        default_factory=dict
+    )
+    """What of it each part took that the engine tells of while it is at it, by name, and the rest. Empty: it
+    told of none, or the record is of before this was kept."""
     compile_s: float | None = None
     """What torch's compiler took in this process, in the first steps: a part of the set-up and of no median
     where there are warm-up steps. 0: nothing was compiled."""

@@ -128,7 +128,7 @@ def _values(described: Mapping[str, Any], path: Path, job: Job) -> dict[str, Val
         "folder": str((path.parent / str(described.get("folder", "."))).resolve()),
         "env": json.dumps(_table(described, "env", path)),
     }
-    values |= {f"{key}": value for key, value in keys.items()}
+    values |= keys
     if "regex" in read:
         values["regex"] = read["regex"]
     return values | {
@@ -364,8 +364,8 @@ def _shown(settings: ExternalSettings, line: str) -> dict[str, float] | None:
     wanted = ["loss", *(["step_s"] if settings.clock == "told" else [])]
     shown: dict[str, float] = {}
     for name in ("loss", "step", "step_s"):
-        with contextlib.suppress(TypeError, ValueError):
-            shown[name] = float(found[name]) if name in found else float("x")
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            shown[name] = float(found[name])
     return shown if all(name in shown for name in wanted) else None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
 import statistics
 import sys
 import time
@@ -36,6 +37,33 @@ Clock = Callable[[], float]
 OnSample = Callable[[Sample, StepStats | None], None]
 
 
+class SetUpParts:
+    """How long each part of a set-up takes, by what is told of its progress: the time since it was last told
+    of anything belongs to what is told of now."""
+
+    def __init__(self) -> None:
+        self.parts_s: dict[str, float] = {}
+        self._clock: Clock | None = None
+        self._told_s = 0.0
+
+    def begin(self, clock: Clock = time.perf_counter) -> None:
+        self._clock, self._told_s = clock, clock()
+
+    def tell(self, what: str) -> None:
+        """Some of `what` has been done. Before `begin` and after `end`: of no meaning."""
+        if self._clock is None:
+            return
+        name = what.partition(" (")[0]  # what it is counted in
+        now_s = self._clock()
+        self.parts_s[name] = self.parts_s.get(name, 0.0) + now_s - self._told_s
+        self._told_s = now_s
+
+    def end(self) -> None:
+        if self.parts_s:
+            self.tell("the rest")
+        self._clock = None
+
+
 @dataclass(kw_only=True)
 class RunRecording:
     """What a run has yielded so far. Outlives the exception that ends the run."""
@@ -46,6 +74,7 @@ class RunRecording:
     padded_share: float | None = None
     steps: list[tuple[Sample, StepStats | None]] = field(default_factory=list)
     setup_s: float | None = None
+    setup_parts: SetUpParts = field(default_factory=SetUpParts)
     evaluations: list[Evaluation] = field(default_factory=list)
     eval_s: list[float] = field(default_factory=list)
     """Time of each evaluation."""
@@ -87,6 +116,7 @@ class RunRecording:
             # Of the last: the first one loads kernels.
             eval_s=self.eval_s[-1] if last is not None else None,
             setup_s=self.setup_s,
+            setup_parts_s=dict(self.setup_parts.parts_s),
             pinned_bytes=self.pinned_bytes,
             energy_j=self.energy_j,
             gpu_s=_median([stats.gpu_s for _, stats in measured]),
@@ -176,8 +206,10 @@ def measure(
 
 def _set_up(engine: Engine, blueprint: Any, recording: RunRecording, clock: Clock) -> None:
     started_s = clock()
+    recording.setup_parts.begin()
     engine.setup(blueprint)
     engine.synchronize()
+    recording.setup_parts.end()
     recording.setup_s = clock() - started_s
     if blueprint is not None:
         blueprint.release()  # or the peak of host memory would hold a checkpoint that nobody reads any more
@@ -253,6 +285,17 @@ def gpu_peaks() -> tuple[int | None, int | None]:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None, None
     return int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved())
+
+
+def own_peak_bytes() -> int | None:
+    """Peak resident memory of this process (VmHWM). Not `ru_maxrss`, which outlives exec: it would be
+    the parent's where that was larger."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return None if match is None else int(match[1]) * 1024
 
 
 def forget_last_run() -> bool:

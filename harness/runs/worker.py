@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -37,7 +36,15 @@ from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
 from harness.runs.emulate import AppliedLimits, Emulated, limit_cpus
 from harness.runs.end_states import classify
-from harness.runs.measure import RunRecording, Scenario, compile_s, forget_last_run, gpu_peaks, measure
+from harness.runs.measure import (
+    RunRecording,
+    Scenario,
+    compile_s,
+    forget_last_run,
+    gpu_peaks,
+    measure,
+    own_peak_bytes,
+)
 from harness.runs.processes import FROM_STDIN, IDLE, of_rank
 from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_on
 from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
@@ -185,6 +192,7 @@ def _run(
         events.write(json.dumps(event) + "\n")
 
     def on_progress(what: str, done: int, total: int) -> None:
+        recording.setup_parts.tell(what)
         report(what=what, done=done, total=total)
 
     def on_sample(sample: Sample, stats: StepStats | None) -> None:
@@ -366,17 +374,6 @@ def prepare_torch(vram_bytes: int | None, processes: int = 1) -> str:
         total_bytes = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram_bytes / total_bytes), 0)
     return "cuda:0"
-
-
-def own_peak_bytes() -> int | None:
-    """Peak resident memory of this process (VmHWM). Not `ru_maxrss`, which outlives exec: it would be
-    the parent's where that was larger."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return None if match is None else int(match[1]) * 1024
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -83,7 +83,11 @@ def upgrades(machine: Machine) -> tuple[Upgrade, ...]:
         rates: dict[str, Any] = {name: _times(getattr(link, name), 2) for name in _LINK_RATES}
         found.append(Upgrade(name=words.UPGRADE_SLOT, machine=replace(machine, link=replace(link, **rates))))
     channels = replace(memory, copy_bytes_per_s=_times(memory.copy_bytes_per_s, 2))
-    faster_adam = replace(cpu, adam_elements_per_s=_times(cpu.adam_elements_per_s, 2))
+    faster_adam = replace(
+        cpu,
+        adam_elements_per_s=_times(cpu.adam_elements_per_s, 2),
+        adamw_kernel_elements_per_s=_times(cpu.adamw_kernel_elements_per_s, 2),
+    )
     found.append(
         Upgrade(name=words.UPGRADE_CHANNELS, machine=replace(machine, memory=channels, cpu=faster_adam))
     )
@@ -100,16 +104,21 @@ _LINK_RATES = (
 def _more_cores(machine: Machine) -> Cpu:
     """Twice as many; AdamW only as far as memory feeds them."""
     cpu = machine.cpu
-    adam, copy = cpu.adam_elements_per_s, machine.memory.copy_bytes_per_s
+    adam, kernel, copy = (
+        cpu.adam_elements_per_s,
+        cpu.adamw_kernel_elements_per_s,
+        machine.memory.copy_bytes_per_s,
+    )
     if adam.value is not None and copy.value is not None:
         most = max(1.0, copy.value * COPY_WRITE_ALLOCATE / ADAM_BYTES / adam.value)
-        adam = _times(adam, min(2.0, most))
+        adam, kernel = (_times(each, min(2.0, most)) for each in (adam, kernel))
     return replace(
         cpu,
         cores_usable=2 * cpu.cores_usable,
         cores_total=2 * cpu.cores_total,
         threads=2 * cpu.threads,
         adam_elements_per_s=adam,
+        adamw_kernel_elements_per_s=kernel,
         matmul_fp32_flops=_times(cpu.matmul_fp32_flops, 2),
         matmul_bf16_flops=_times(cpu.matmul_bf16_flops, 2),
     )

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from profiles.figures import EACH_GPU, Format, figures_of
+from profiles.language import enumerated, translated, word
 from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
@@ -19,15 +20,17 @@ Cells = tuple[str, str, str, str]
 
 def machine_table(machine: Machine) -> RenderableType:
     """GPU, link, CPU, memory and disk, each figure with its range and its origin."""
-    table = Table(title=Text(machine.name), title_justify="left", caption=Text(machine_caption(machine)))
+    table = Table(
+        title=Text(machine.name), title_justify="left", caption=Text(translated(machine_caption(machine)))
+    )
     table.caption_justify = "left"
     table.add_column("", no_wrap=True)
-    table.add_column("value", justify="right", overflow="fold")
-    table.add_column("range", overflow="fold")
-    table.add_column("origin", overflow="fold")
+    table.add_column(word("value"), justify="right", overflow="fold")
+    table.add_column(word("range"), overflow="fold")
+    table.add_column(word("origin"), overflow="fold")
     for section in machine_sections(machine):
         for row in section:
-            table.add_row(*map(_plain, row))
+            table.add_row(*(_plain(word(cell)) for cell in row))
         table.add_section()
     return table
 
@@ -108,7 +111,9 @@ def _link_rows(link: LinkFigures) -> list[Cells]:
         rows.append(("placement", link.placement, "", ""))
     rows += _measured("link", link)
     for gpu in link.each_gpu:
-        rows += _figures((f"GPU {gpu.index}, {row.label}", row.of(gpu), row.form) for row in EACH_GPU)
+        rows += _figures(
+            (enumerated([f"GPU {gpu.index}", word(row.label)]), row.of(gpu), row.form) for row in EACH_GPU
+        )
     return rows
 
 
@@ -116,8 +121,8 @@ def _cpu_rows(cpu: Cpu) -> list[Cells]:
     counts = (
         (cpu.cores_physical, "physical core"), (cpu.sockets, "socket"), (cpu.numa_nodes, "NUMA node"),
     )  # fmt: skip
-    known = ", ".join(
-        f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts if count is not None
+    known = enumerated(
+        word(f"{count} {name}{'' if count == 1 else 's'}") for count, name in counts if count is not None
     )
     rows: list[Cells] = [
         ("CPU", cpu.name, "", known),
@@ -169,7 +174,7 @@ def _measured(part: str, holder: object) -> list[Cells]:
     for row in figures_of(part):
         found, label = row.of(holder), row.label
         if row.detail is not None and isinstance(found, Figure) and found.value is not None:
-            label += f", {row.detail(holder)}"
+            label = enumerated([word(label), word(row.detail(holder))])
         named.append((label, found, row.form))
     return _figures(named)
 

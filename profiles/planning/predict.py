@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from engines.costs.exact_offload import FUSED_ADAM_BYTES
+from engines.costs.exact_offload import FUSED_ADAM_BYTES, adam_bytes
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
@@ -325,6 +325,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         efficiency, gaussian_s = 1.0, GAUSSIAN_BYTES * memory_byte_s
         up = _link_byte_s(machine, traffic, "h2d", side)
         down = _link_byte_s(machine, traffic, "d2h", side)
+    adam_factor = _adam(machine, traffic)[1]
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
         per_product_s=product_s,
@@ -333,11 +334,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
         per_gaussian_s=gaussian_s,
         per_h2d_byte_s=up,
         per_d2h_byte_s=down,
-        per_adam_element_s=per(
-            traffic.cpu_adam_elements,
-            lambda: _cpu_adam(traffic, machine),
-            traffic.cpu_adam_factor,
-        ),
+        per_adam_element_s=per(traffic.cpu_adam_elements, lambda: _adam(machine, traffic)[0], adam_factor),
         per_host_byte_s=host_byte_s,
         per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
         per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
@@ -358,6 +355,18 @@ def _rate(name: str, figure: Figure, side: Bound) -> float:
     return figure.value
 
 
+def _adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], float]:
+    """The CPU's AdamW that was measured and is nearest to what runs, and what runs takes of its time."""
+    own = machine.cpu.adamw_kernel_elements_per_s
+    if traffic.cpu_adamw_kernel_factor is not None and own.value is not None:
+        return ("AdamW kernel on the CPU", own), traffic.cpu_adamw_kernel_factor
+    figure = machine.cpu.adam_elements_per_s
+    if traffic.cpu_adamw_kernel_factor is not None and figure.value is not None:
+        # The kernel keeps up with memory where torch's AdamW may not: 78 GB/s of 151 on one H200's host.
+        figure = _scaled(_host_memory(machine)[1], 1 / FUSED_ADAM_BYTES)
+    return ("CPU Adam", figure), traffic.cpu_adam_factor
+
+
 def _host_copy(machine: Machine) -> tuple[str, Figure]:
     return "host copy bandwidth", machine.memory.copy_bytes_per_s
 
@@ -367,15 +376,12 @@ def _host_memory(machine: Machine) -> tuple[str, Figure]:
     name, copy = _host_copy(machine)
     if copy.value is None:
         return name, copy
-    rates = [_scaled(copy, COPY_WRITE_ALLOCATE), _scaled(machine.cpu.adam_elements_per_s, FUSED_ADAM_BYTES)]
+    rates = [
+        _scaled(copy, COPY_WRITE_ALLOCATE),
+        _scaled(machine.cpu.adam_elements_per_s, FUSED_ADAM_BYTES),
+        _scaled(machine.cpu.adamw_kernel_elements_per_s, adam_bytes(2, "fp32")),
+    ]
     return name, max(rates, key=lambda each: each.value or 0.0)
-
-
-def _cpu_adam(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
-    figure = machine.cpu.adam_elements_per_s
-    if traffic.adam_keeps_up and figure.value is not None:
-        figure = _scaled(_host_memory(machine)[1], 1 / FUSED_ADAM_BYTES)
-    return "CPU Adam", figure
 
 
 def _scaled(figure: Figure, factor: float) -> Figure:
@@ -515,7 +521,7 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
         if traffic.from_gpu_bytes:
             parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
-        parts.append(_named_figure(_cpu_adam(traffic, machine), format_elements))
+        parts.append(_named_figure(_adam(machine, traffic)[0], format_elements))
     if traffic.disk_bytes:
         parts.append(_named_figure(_disk(machine), format_rate))
     if traffic.disk_write_bytes:

@@ -63,6 +63,7 @@ def machine_of_a_rank(machine: Machine, gpus: int) -> Machine:
             matmul_fp32_flops=_shared(cpu.matmul_fp32_flops, gpus),
             matmul_bf16_flops=_shared(cpu.matmul_bf16_flops, gpus),
             adam_elements_per_s=_shared(cpu.adam_elements_per_s, gpus),
+            adamw_kernel_elements_per_s=_shared(cpu.adamw_kernel_elements_per_s, gpus),
         ),
         memory=replace(
             memory,

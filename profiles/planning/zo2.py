@@ -12,7 +12,7 @@ from engines.costs.disk import fewest_on_disk
 from engines.costs.traffic import Traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings.given import GivenSettings, Value
-from engines.settings.zeroth_order import MOST_DEFERRED, Zo2Settings
+from engines.settings.zeroth_order import MOST_DEFERRED, MOST_QUERIES, Zo2Settings
 from engines.shapes import Workload
 from profiles.machine import Machine
 from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
@@ -35,6 +35,9 @@ FOLDS = (1, 2, 4, 8, 16)
 
 FOLD_AS_FAST = 1.01
 """A step within this factor of the fastest `fold_every` counts as equally fast."""
+
+QUERIES_AS_FAST = 1.02
+"""A step with more queries within this factor of one with a single query takes as long."""
 
 FOLD_GPU_SHARE = 0.85
 """GPU time over link time up to which updates are replayed instead of downloaded: both are predicted, and
@@ -62,8 +65,68 @@ class _Times:
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """Resident blocks, which take their copies off the link, then how often the others go down. On several
-    GPUs also whether they bring up shares of each block and exchange them."""
+    """Resident blocks, which take their copies off the link, then how often the others go down, and how many
+    queries the link has time for. On several GPUs also whether they bring up shares of each block and
+    exchange them."""
+    placed = _choose_place(context, given)
+    if "queries" in given or given.typed.estimator not in QUERIED or context.machine.gpu is None:
+        return placed
+    most, one_s, most_s = most_queries(context, given, placed.settings.typed)
+    if most == 1:
+        return placed
+    if given.typed.estimator == "spsa":  # one query is MeZO, and so many another method
+        why = (
+            f"queries={most} would take as long: {format_seconds(most_s)} a step, with one "
+            f"{format_seconds(one_s)}, as the link decides"
+        )
+        return Choice(placed.settings, (*placed.reasons, why))
+    more = _choose_place(context, given.completed(queries=most))
+    why = (
+        f"queries={most}: as many as hide behind the link, {format_seconds(most_s)} a step; with one "
+        f"{format_seconds(one_s)}"
+    )
+    return Choice(more.settings, (why, *more.reasons))
+
+
+QUERIED = ("spsa", "1.5-spsa")
+"""Estimators whose every query is a direction of its own, as good as any other."""
+
+
+def most_queries(
+    context: PlanningContext, given: GivenSettings, settings: Zo2Settings
+) -> tuple[int, float, float]:
+    """The most queries with which a step takes as long as with one, and the predicted seconds of both.
+
+    A visit hides behind the upload of a block while it computes for less time, so they are about
+    S* / 2 = b F / (4 BW T), b being bytes a parameter, F the GPU's rate of products, BW the link's of uploads
+    and T the tokens of a step; noise and replayed updates count, too. 1 where the profile lacks figures.
+    """
+
+    def step_s(queries: int) -> float | None:
+        if settings.fold_every * queries > MOST_DEFERRED and "fold_every" in given:
+            return None
+        changed = replace(settings, queries=queries, fold_every=1)
+        if "hidden_states" not in given and _helps_on_host(context, changed):
+            changed = replace(changed, hidden_states="host")
+        if context.why_missing(changed) is not None:
+            return None
+        planner = _Planner(context=context, given=given)
+        fold_every = settings.fold_every if "fold_every" in given else planner.fold_every(changed)[0]
+        cost = context.cost(replace(changed, fold_every=fold_every))
+        return predict(cost, context.machine, context.workload).step_s
+
+    one_s = most_s = step_s(1)
+    most = 1
+    for queries in range(2, MOST_QUERIES + 1):
+        found_s = step_s(queries)
+        if one_s is None or found_s is None or found_s > QUERIES_AS_FAST * one_s:
+            break
+        most, most_s = queries, found_s
+    return most, one_s or 0.0, most_s or 0.0
+
+
+def _choose_place(context: PlanningContext, given: GivenSettings) -> Choice:
+    """All but the queries."""
     whole = _choose(context, given)
     if context.local_ranks == 1 or context.machine.gpu is None or "sharded_upload" in given:
         return whole
@@ -100,9 +163,12 @@ def _gpus_have_own_links(machine: Machine) -> bool:
 
 
 def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    planner = _Planner(context=context, given=given)
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
+    if "hidden_states" not in given and _helps_on_host(context, given.typed):
+        given = given.completed(hidden_states="host")
+        reasons.append("hidden_states=host: those of all passes take more than the GPU has left")
+    planner = _Planner(context=context, given=given)
     if "resident_blocks" not in given:
         chosen["resident_blocks"], reason = planner.resident_blocks()
         reasons.append(reason)
@@ -126,6 +192,19 @@ def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
                 f"{format_bytes(read_bytes)} are read per step from where disk_folder says"
             )
     return Choice(settings, tuple(reasons))
+
+
+def _helps_on_host(context: PlanningContext, settings: Zo2Settings) -> bool:
+    """Whether a step fits with hidden states on the host, and does not without, by the GPU's memory: with no
+    block there, and as many on disk as need be."""
+    usable = context.budget.gpu_bytes
+    if usable is None:
+        return False
+    here, away = (
+        gpu_bytes_needed(context.cost(replace(settings, hidden_states=place)), context.budget)
+        for place in ("gpu", "host")
+    )
+    return here > usable >= away
 
 
 def num_on_disk(cost: Traffic, budget: Budget) -> int:
@@ -238,8 +317,8 @@ class _Planner:
         machine = self.context.machine
         if (best := fold_for_loss(settings)) is not None:
             return best
-        if settings.estimator == "lozo":
-            return 1, f"fold_every=1: every {settings.lozo_window} steps, when the noise's window ends"
+        if (window := settings.noise_window) is not None:
+            return 1, f"fold_every=1: every {window} steps, when the noise's window ends"
         costs = {
             k: self.cost(replace(settings, fold_every=k))
             for k in FOLDS

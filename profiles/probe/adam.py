@@ -1,10 +1,10 @@
-"""The fused AdamW that offloaded training waits for, over a working set far larger than the caches."""
+"""The AdamW that offloaded training waits for, torch's and this program's, over more than the caches hold."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from profiles.machine import Figure
+from profiles.machine import Figure, absent
 from profiles.probe.timing import host_samples, rate_figure
 
 TENSOR_ELEMENTS = 16 * 2**20
@@ -46,6 +46,62 @@ def adam_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: int | No
     method = (
         f"torch.optim.AdamW fused, fp32, {count} tensors of {elements // count} elements "
         f"({total_bytes / 2**20:.0f} MiB), {torch.get_num_threads()} threads"
+    )
+    if cache_bytes and total_bytes < 2 * cache_bytes:
+        method += "; partly from cache"
+    return rate_figure(float(elements), samples, method)
+
+
+def adamw_kernel_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: int | None) -> Figure:
+    """Elements per second of `exact-offload`'s AdamW on bf16 weights with fp32 moments, on the threads that
+    training leaves it. Absent without a C compiler."""
+    import torch
+
+    from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
+    from engines.cpu_updates.cpu_adam import compiled
+    from engines.cpu_updates.pipeline import adam_threads
+
+    if compiled() is None:
+        return absent(
+            "no C compiler that works: exact-offload and lsp use torch's operations, which are slower"
+        )
+    elements = large_elements(memory_bytes, cache_bytes)
+    drawn = torch.randn(elements, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = {
+        name: torch.zeros(shape, dtype=dtype)
+        for name, (dtype, shape) in state_tensors(elements, torch.bfloat16, "fp32").items()
+    }
+    memory = AdamWMemory(
+        weight=drawn.clone(),
+        rest=states["rest"],
+        kind="fp32",
+        moment=states["moment"],
+        variance=states["variance"],
+        moment_scales=None,
+        variance_scales=None,
+    )
+
+    def update() -> None:
+        adamw(
+            drawn,
+            memory,
+            1,
+            learning_rate=1e-5,
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            scale=1.0,
+            key=0,
+        )
+
+    with adam_threads():
+        samples = host_samples(update, seconds)
+        threads = torch.get_num_threads()
+    total_bytes = drawn.nbytes + memory.weight.nbytes + sum(each.nbytes for each in states.values())
+    method = (
+        f"this program's AdamW, bf16 weights, fp32 moments, {elements} elements "
+        f"({total_bytes / 2**20:.0f} MiB), {threads} threads"
     )
     if cache_bytes and total_bytes < 2 * cache_bytes:
         method += "; partly from cache"

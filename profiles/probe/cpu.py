@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from profiles.machine import Cpu, Figure, absent
-from profiles.probe.adam import adam_elements_per_s
+from profiles.probe.adam import adam_elements_per_s, adamw_kernel_elements_per_s
 from profiles.probe.timing import Meter, host_samples, largest_size, once, rate_figure
 
 MATMUL_SIZES = (128, 256, 512, 1024, 2048, 4096)
@@ -11,7 +11,7 @@ MATMUL_SIZES = (128, 256, 512, 1024, 2048, 4096)
 PRODUCT_TIMES = 3
 """The large product gets so many times the time of others: on a shared host its rate moves within seconds."""
 
-NUM_MEASUREMENTS = 3
+NUM_MEASUREMENTS = 4
 
 
 def probe_cpu(
@@ -42,6 +42,11 @@ def probe_cpu(
         ),
         adam_elements_per_s=meter.measure(
             "CPU fused AdamW", lambda seconds: adam_elements_per_s(seconds, memory_bytes, cache_bytes), absent
+        ),
+        adamw_kernel_elements_per_s=meter.measure(
+            "CPU AdamW of exact-offload",
+            lambda seconds: adamw_kernel_elements_per_s(seconds, memory_bytes, cache_bytes),
+            absent,
         ),
     )
 

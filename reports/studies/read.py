@@ -44,9 +44,9 @@ class LoadedStudy:
     def last_rung(self) -> int:
         return len(self.plan.rungs) - 1
 
-    def finals(self, engine: str) -> tuple[TrialRecord, ...]:
-        """Trials of the rate that its search chose, one for each seed."""
-        return tuple(each for each in self.trials if each.engine == engine and each.rung == self.last_rung)
+    def finals(self, method: str) -> tuple[TrialRecord, ...]:
+        """Trials of the rate that the method's search chose, one for each seed."""
+        return tuple(each for each in self.trials if each.method == method and each.rung == self.last_rung)
 
 
 def is_study(folder: Path) -> bool:
@@ -112,7 +112,8 @@ def _load_trials(folder: Path, plan: StudyPlan, broken: list[Broken]) -> tuple[T
             "restore them, or run the study again",
         )  # fmt: skip
     trials = sorted(
-        found.values(), key=lambda one: (engine_order(one.engine), one.rung, one.learning_rate, one.seed)
+        found.values(),
+        key=lambda one: (engine_order(one.engine), one.variant, one.rung, one.learning_rate, one.seed),
     )
     _refuse_unlike(trials)
     return tuple(trials)
@@ -120,8 +121,8 @@ def _load_trials(folder: Path, plan: StudyPlan, broken: list[Broken]) -> tuple[T
 
 def _impossible(record: TrialRecord, plan: StudyPlan) -> str | None:
     """Why what passed the schema cannot be reported."""
-    if record.engine not in {each.engine for each in plan.methods}:
-        return f"its method '{record.engine}' is none of the study's"
+    if record.method not in {each.name for each in plan.methods}:
+        return f"its method '{record.method}' is none of the study's"
     if not 0 <= record.rung < len(plan.rungs) or record.seed not in plan.seeds:
         return "its rung or its seed is none of the study's"
     learned = record.learned

@@ -4,6 +4,11 @@
 
 Runs `run ARGUMENTS --steps N --nodes 2 --out OUT/N-RANK` for each N of STEPS (such as 2,12) and prints JSON:
 of each the bytes that went over the link, both ways, and the wall time.
+
+    unshare -rn python tests/support/two_machines.py pace STEPS ROUNDS
+
+Takes so many paced steps (`paced_steps.py`) on both machines, each by itself and then together, several times
+in turn, and prints JSON: `alone` and `together`, a list of what the machines told for each time.
 """
 
 from __future__ import annotations
@@ -69,12 +74,36 @@ def train(inside: list[str], out: Path, steps: int, arguments: list[str]) -> dic
     return {"steps": steps, "told": told, "link_bytes": link_bytes() - before, "wall_s": wall_s}
 
 
+def pace(inside: list[str], steps: int, size: int) -> list[dict[str, object]]:
+    """What both machines tell, which take steps at the same time: by themselves, or as `size` 2 together."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "paced_steps.py")]
+    machines = [
+        subprocess.Popen(
+            [*begin, *command, str(rank), str(size), f"tcp://{FIRST}:29512", str(steps)],
+            env=environment | {"GLOO_SOCKET_IFNAME": f"v{rank}"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, begin in enumerate(([], inside))
+    ]
+    return [json.loads(each.communicate(timeout=300)[0]) for each in machines]
+
+
 def main() -> None:
-    end = sys.argv.index("--")
-    out, steps = Path(sys.argv[1]), [int(each) for each in sys.argv[2].split(",")]
     holder, inside = connect()
     try:
-        print(json.dumps([train(inside, out, each, sys.argv[end + 1 :]) for each in steps]))
+        if sys.argv[1] == "pace":
+            steps, rounds = int(sys.argv[2]), int(sys.argv[3])
+            found: dict[str, list[object]] = {"alone": [], "together": []}
+            for _ in range(rounds):
+                for size, name in enumerate(found, start=1):
+                    found[name].append(pace(inside, steps, size))
+            print(json.dumps(found))
+            return
+        end = sys.argv.index("--")
+        out, counts = Path(sys.argv[1]), [int(each) for each in sys.argv[2].split(",")]
+        print(json.dumps([train(inside, out, each, sys.argv[end + 1 :]) for each in counts]))
     finally:
         holder.kill()
         holder.wait()

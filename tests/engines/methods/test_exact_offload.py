@@ -574,7 +574,7 @@ class TestLife:
             with running("llama", context(dtype), moments=moments) as engine:  # type: ignore[arg-type]
                 sizes = [each.numel() for each in engine.on_gpu]
                 told = costs.host_bytes(sizes, 0, 4 if dtype == "fp32" else 2, engine.settings)
-                state = engine.host.pageable_bytes
+                state = sum(engine.host.state_bytes(index) for index in range(len(sizes)))
                 wire = sum(each.nbytes for each in engine.host.weights)
             assert wire == told["weights, pinned"]
             # Each of a tiny block's small tensors begins at a multiple of 64 bytes.

@@ -22,6 +22,7 @@ from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 pytestmark = pytest.mark.filterwarnings(
     "ignore::engines.offload.disk.PageCacheWarning"
 )  # wherever /tmp may be
+GRZO = {"estimator": "grzo", "noise": "rademacher", "grzo_window": 3, "weight_decay": 0.0}
 LOZO = {"estimator": "lozo", "lozo_rank": 2, "lozo_window": 3, "weight_decay": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "int8": {"base": "int8"},
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int4, lora": {"base": "int4", "train": "lora", "lora_rank": 2},
     "lozo": LOZO,
     "lozo, int8": {**LOZO, "base": "int8"},
+    "grzo": GRZO,
     "lozo, int4, queries, last:2": {**LOZO, "base": "int4", "queries": 2, "train": "last:2"},
 }
 READ_ONLY = {"base": "int4", "train": "lora", "lora_rank": 2}

@@ -252,6 +252,22 @@ def test_deferred_updates_are_in_what_generates_and_training_goes_on_as_if_it_ha
         assert torch.equal(weight, other), name
 
 
+def test_a_lossless_base_generates_the_tokens_of_a_full_one_and_brings_up_its_own_bytes() -> None:
+    """With updates that are deferred, and without."""
+    where = context(dtype="bf16")
+    full, lossless = (
+        make_zo2(sharp("llama"), where, fold_every=3, learning_rate=1e-2, base=base)
+        for base in ("full", "lossless")
+    )
+    for batch in tiny_batches(2, "llama"):
+        assert full.step([batch]).loss == lossless.step([batch]).loss
+        assert tokens_of(lossless, UNEVEN) == tokens_of(full, UNEVEN)
+    request = GenerationRequest(prompts=EVEN, max_new_tokens=4)
+    sizes = [lossless.blocks.stored(index, 1).numel() for index in range(3)]
+    counts = [decoded.stats.h2d_bytes for decoded in lossless.generate(request)]
+    assert counts[1:-1] == [sum(sizes)] * 2
+
+
 def test_given_up_half_way_it_leaves_nothing_behind() -> None:
     streamed, mezo = make_zo2(sharp("gpt2")), make_mezo(sharp("gpt2"))
     steps = streamed.generate(GenerationRequest(prompts=EVEN, max_new_tokens=NEW_TOKENS))

@@ -24,6 +24,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "queries": {"queries": 4, "noise": "rademacher"},
     "fzoo": {"estimator": "fzoo", "queries": 4, "noise": "rademacher"},
     "lozo": {"estimator": "lozo", "lozo_window": 3, "weight_decay": 0.0},
+    "grzo": {"estimator": "grzo", "noise": "rademacher", "grzo_window": 2, "weight_decay": 0.0},
     "lora": {"train": "lora"},
     "int8": {"base": "int8", "fold_every": 2},
     "lossless": {"base": "lossless"},

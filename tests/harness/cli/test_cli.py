@@ -546,8 +546,8 @@ def test_report_says_what_it_leaves_out(call, tmp_path: Path) -> None:
     for shown, arguments in (("", (folder,)), ("one/", ("--index", folder.parent))):
         notes = call("report", *arguments).err.splitlines()
         assert len(notes) == 2
-        assert notes[0].startswith(f"note: {shown}runs/native-r1.json left out: is not valid JSON (")
-        assert notes[1].startswith(f"note: {shown}plans.json left out: is not valid JSON (")
+        assert notes[0].startswith(f"note: {shown}runs/native-r1.json is left out: is not valid JSON (")
+        assert notes[1].startswith(f"note: {shown}plans.json is left out: is not valid JSON (")
 
 
 def test_criteria_init_never_overwrites(call) -> None:

@@ -1,16 +1,32 @@
-"""What `recommend` and `doctor` say in Japanese: no sentence of theirs is left in English."""
+"""What commands with --lang print in Japanese: no sentence of theirs is left in English."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from harness.cli.app import app
+from harness.cli.sweep_progress import ended_line
+from harness.cli.tables import runs_table
+from harness.records.run import Run
+from profiles.catalog import find_profile, machine_names
+from profiles.display.tables import machine_table
 from profiles.language import speaking, translated
+from run_records import cpu_runs, emulated_run, make_failures, make_sweep, write_folder
+
+OF_TEST_RECORDS = (
+    "closed form on the rates of the machine profile", "12.5 GB of GPU memory are missing",
+    "the loss of step 6 is not finite", "the child ended with code 1",
+    "not done within 1800 s", "CUDA out of memory: tried to allocate 2.5 GB",
+)  # fmt: skip
+"""Which this program never writes, and a library's own."""
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = re.compile(r"\b(?:the|and|of|is|are|was|not|that|with|for|no|to|a|in)\b [a-z]+")
@@ -68,6 +84,52 @@ def test_every_sentence_of_the_checks_is_translated() -> None:
     assert len(found) > 60
     with speaking("ja"):
         assert [one for one in found if not JAPANESE.search(translated(one))] == []
+
+
+NAMES = re.compile(
+    r"[A-Z][\w.-]+(?: (?:[A-Z0-9][\w.,-]*|and|of))+|specifications|datasheet|whitepaper|appendix A[^\uff09]*"
+)
+"""Of datasheets and hardware, which stay as they are."""
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_the_table_of_a_probe_says_all_of_it(name: str) -> None:
+    out = Console(file=io.StringIO(), width=1000)
+    with speaking("ja"):
+        out.print(machine_table(find_profile(Path(name))))
+    assert isinstance(out.file, io.StringIO)
+    for line in out.file.getvalue().splitlines()[1:]:
+        cells = re.sub(r"\uff08[^\uff08]*\uff09", "", line)  # what a number is from: titles of datasheets
+        assert ENGLISH.findall(cells) == [], line
+
+
+def make_emulated() -> list[Run]:
+    return [emulated_run("native"), emulated_run("zo2")]
+
+
+@pytest.mark.parametrize("runs", [make_sweep, make_failures, cpu_runs, make_emulated])
+def test_the_table_of_runs_and_its_notes_say_all_of_it(runs: Callable[[], list[Run]]) -> None:
+    out = Console(file=io.StringIO(), width=1000)
+    with speaking("ja"):
+        out.print(runs_table(runs()))
+        assert isinstance(out.file, io.StringIO)
+        told = out.file.getvalue()
+        for run in runs():
+            told += translated(ended_line(run)) + "\n"
+    for sentence in OF_TEST_RECORDS:
+        told = told.replace(sentence, "")
+    for line in told.splitlines():
+        assert ENGLISH.findall(AS_TYPED.sub("", line)) == [], line
+
+
+def test_notes_on_flags_and_files_are_in_japanese(tmp_path: Path) -> None:
+    told = printed(
+        "recommend", "--model", "opt-1.3b", "--profile", "rtx-3090", "--engines", "zo2", "--set", "lsp.d=64"
+    )
+    assert "その手法は実行しないため、何も変わりません" in told
+    folder = write_folder(tmp_path / "sweep", make_sweep())
+    (folder / "runs" / "broken.json").write_text("{")
+    assert "注意: runs/broken.json は除外しました" in printed("report", str(folder))
 
 
 def test_json_stays_english() -> None:

@@ -144,7 +144,7 @@ def test_what_goes_wrong_is_one_clear_line(
     ],
 )
 def test_its_ends_are_those_of_every_run(line: str, end: str, tmp_path: Path) -> None:
-    job = scripted_job(timeout_s=3.0)
+    job = scripted_job(timeout_s=3.0 if end == "timeout" else 60.0)
     found = run(describe(tmp_path / "toy", f"import sys\n{line}\n"), tmp_path / "out", job)
     assert found.end_state == end
     if end == "crash":

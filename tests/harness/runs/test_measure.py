@@ -18,7 +18,7 @@ from engines.methods.scripted import Scripted
 from engines.settings.scripted import ScriptedSettings
 from harness.records.job import Job
 from harness.records.run import Sample
-from harness.runs.measure import RunRecording, gpu_peaks, measure
+from harness.runs.measure import RunRecording, SetUpParts, gpu_peaks, measure
 from harness.runs.scenarios import Decode, Train
 
 
@@ -467,3 +467,16 @@ def test_where_the_clock_is_read(scenario: str) -> None:
         assert engine.log == [
             *SET_UP, *warm_up, "clock", *timed, "energy", *timed, *timed, "energy", "drain"
         ]  # fmt: skip
+
+
+def test_parts_of_a_set_up_are_what_it_tells_of_and_the_rest() -> None:
+    parts, now = SetUpParts(), [10.0]
+    parts.tell("importing")
+    parts.begin(lambda: now[0])
+    for what, seconds in (("pinning (bytes)", 1.0), ("filling blocks", 2.0), ("pinning (bytes)", 4.0)):
+        now[0] += seconds
+        parts.tell(what)
+    now[0] += 8.0
+    parts.end()
+    parts.tell("training")
+    assert parts.parts_s == {"pinning": 5.0, "filling blocks": 2.0, "the rest": 8.0}

@@ -116,6 +116,21 @@ def test_with_everything_on_the_gpu_the_floor_is_one_read_of_weights_and_cache()
     assert plan.prediction.floor_s == pytest.approx(least_gpu_bytes(OPT_13B, ONE) / 900e9)
 
 
+@pytest.mark.parametrize("prompts", [1, 32])
+def test_a_lossless_base_gains_a_quarter_where_the_link_decides(prompts: int) -> None:
+    machine, decoding = make_machine(), replace(ONE, dtype="bf16", batch_size=prompts)
+    full_s, lossless_s = (
+        plan_generation(
+            "zo2", machine, OPT_13B, decoding,
+            given_settings("zo2", {"resident_blocks": 0, "base": base}), budget_of(machine, None, None, None),
+        ).prediction.step_s
+        for base in ("full", "lossless")
+    )  # fmt: skip
+    assert full_s is not None
+    assert lossless_s is not None
+    assert lossless_s / full_s == pytest.approx(0.76, abs=0.01)
+
+
 def test_without_a_figure_there_is_no_floor() -> None:
     machine = make_machine()
     assert machine.link is not None

@@ -274,6 +274,27 @@ def test_only_what_rests_on_an_absent_figure_has_no_time(machine: Machine, needi
             assert resource_s(_cost(engine), machine, SMALL) is None
 
 
+def test_exact_offload_is_predicted_by_the_adamw_that_it_runs() -> None:
+    def cpu_s(**figures: Figure) -> tuple[float, str]:
+        machine = replace(H200, cpu=replace(H200.cpu, **figures))
+        spent = resource_s(_cost("exact-offload"), machine, SMALL)
+        assert spent is not None
+        return spent["cpu"], of("exact-offload", TINY, machine, SMALL).basis
+
+    torchs, basis = cpu_s()
+    assert "CPU Adam" in basis
+    rate = H200.cpu.adam_elements_per_s.value
+    assert rate is not None
+    half_the_rate = measured(rate / 2)
+    # The kernel was probed on 26 bytes an element, which fp32 moments of bf16 weights take; torch's takes 28.
+    own, basis = cpu_s(adamw_kernel_elements_per_s=half_the_rate)
+    assert "AdamW kernel on the CPU" in basis
+    assert own == pytest.approx(torchs * 2 * 28 / 26)
+    for engine in ("lsp", "torchao-offload"):  # other code
+        slow = replace(H200, cpu=replace(H200.cpu, adamw_kernel_elements_per_s=measured(1.0)))
+        assert of(engine, TINY, slow, SMALL) == of(engine, TINY, H200, SMALL)
+
+
 def _cost(engine: str) -> Traffic:
     return traffic(engine, TINY, SMALL, parse_settings(engine, {}))
 

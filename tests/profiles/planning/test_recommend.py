@@ -342,6 +342,43 @@ def test_zo2_says_what_replaying_saves() -> None:
     )
 
 
+def test_zo2_asks_as_many_queries_as_the_link_has_time_for() -> None:
+    """Where the link decides, so many take as long as one, and no more would; fewer tokens leave time for
+    more of them. Nothing is chosen that was set, nor with one query for MeZO, which is told of them."""
+    knobs = {"resident_blocks": 0, "estimator": "1.5-spsa", "noise": "rademacher"}
+    found = []
+    for tokens in (2048, 1024, 384, 128):
+        workload = replace(FORWARD_ONLY, seq_len=tokens)
+        chosen = zo2_plan(OPT_13B, workload, **knobs)
+        queries = int(chosen.settings.typed.queries)
+        one, more = (zo2_plan(OPT_13B, workload, **knobs, queries=n) for n in (1, queries + 1))
+        assert chosen.prediction.step_s <= 1.02 * one.prediction.step_s
+        assert more.prediction.step_s > 1.02 * one.prediction.step_s
+        found.append(queries)
+    assert found == sorted(found)
+    assert found[0] < found[-1]
+    assert told(chosen, "queries").startswith(f"queries={queries}: as many as hide behind the link")
+    mezo = zo2_plan(OPT_13B, workload, resident_blocks=0)
+    assert mezo.settings.typed.queries == 1
+    assert "would take as long" in told(mezo, "queries")
+    assert zo2_plan(OPT_13B, workload, **knobs, queries=3).settings.typed.queries == 3
+
+
+def test_hidden_states_wait_on_the_host_where_the_gpu_has_no_room_for_them() -> None:
+    workload = replace(FORWARD_ONLY, batch_size=16, seq_len=512)
+    knobs = {"resident_blocks": 0, "queries": 40, "noise": "rademacher"}
+    here, away = (traffic("zo2", OPT_13B, workload, parse_settings("zo2", {**knobs, "hidden_states": place}))
+                  for place in ("gpu", "host"))  # fmt: skip
+    states = 80 * 16 * 512 * OPT_13B.hidden * 2
+    assert here.gpu_memory_bytes["activations"] - away.gpu_memory_bytes["activations"] > 0.8 * states
+    small = replace(H200, gpu=replace(H200.gpu, total_bytes=9 * GB, free_bytes=9 * GB))
+    chosen = zo2_plan(OPT_13B, workload, machine=small, **knobs)
+    assert chosen.fits
+    assert chosen.settings["hidden_states"] == "host"
+    roomy = zo2_plan(OPT_13B, workload, **knobs)
+    assert "hidden_states" not in roomy.settings
+
+
 def test_replaying_leaves_the_gpu_a_margin() -> None:
     """The slower the GPU's memory, the longer noise takes, and the fewer updates are replayed."""
     assert H200.gpu is not None

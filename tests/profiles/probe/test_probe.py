@@ -166,12 +166,13 @@ def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         machine.cpu.matmul_fp32_flops,
         machine.cpu.matmul_bf16_flops,
         machine.cpu.adam_elements_per_s,
+        machine.cpu.adamw_kernel_elements_per_s,
         machine.memory.copy_bytes_per_s,
     ):
         check_measured(figure)
     assert machine.versions["torch"]
-    assert [done for _, done, _ in told] == [0, 1, 2, 3, 4]
-    assert {total for _, _, total in told} == {4}
+    assert [done for _, done, _ in told] == [0, 1, 2, 3, 4, 5]
+    assert {total for _, _, total in told} == {5}
     path = tmp_path / "machine.json"
     save_machine(machine, path)
     assert load_machine(path) == machine
@@ -183,6 +184,16 @@ def test_adam_is_given_less_than_its_share() -> None:
     assert "1 tensors of 393216 elements (6 MiB)" in figure.method
     assert "cache" not in figure.method
     assert "partly from cache" in adam.adam_elements_per_s(0.0, 8 * MIB, cache_bytes=64 * MIB).method
+
+
+def test_the_programs_own_adamw_is_probed_where_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = adam.adamw_kernel_elements_per_s(0.0, 8 * MIB, cache_bytes=2 * MIB)
+    check_measured(figure)
+    assert "393216 elements (5 MiB)" in figure.method
+    assert "cache" not in figure.method
+    monkeypatch.setattr("engines.cpu_updates.cpu_adam.compiled", lambda: None)
+    figure = adam.adamw_kernel_elements_per_s(0.0, 8 * MIB, cache_bytes=2 * MIB)
+    assert (figure.value, figure.origin) == (None, "absent")
 
 
 def test_adam_runs_over_tensors_larger_than_caches() -> None:

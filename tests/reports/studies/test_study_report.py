@@ -52,6 +52,32 @@ def test_the_method_that_reached_the_target_first_is_the_answer(tmp_path: Path) 
     assert "http" not in re.sub(r"http-equiv|https?://www.w3.org/\S+", "", html)
 
 
+def test_one_engine_with_several_settings_is_several_methods(tmp_path: Path) -> None:
+    curves = {
+        "native": [rising(at) for at in (40.0, 50.0, 60.0)],
+        "lsp:half": [rising(at) for at in (10.0, 11.0, 12.0)],
+        "lsp:quarter": [rising(at, to=0.8) for at in (20.0, 21.0, 22.0)],
+    }
+    folder = write_study(tmp_path / "study", study_plan(tuple(curves)), curves)
+    study = load_study(folder)
+    verdict = study_verdict(study)
+    assert (verdict.state, verdict.method) == ("GO", "lsp:half")
+    assert {each.engine: each.state for each in verdict.methods} == {
+        "lsp:half": "GO", "native": "GO", "lsp:quarter": "NO-GO",
+    }  # fmt: skip
+    assert verdict.settings == "--set lsp:half.learning_rate=0.0001"
+    assert not study.broken
+    drawn = quality_chart(study, study.result.methods)
+    assert drawn is not None
+    assert all(f">{name}<" in drawn.svg for name in curves)
+    dashes = set(re.findall('stroke-width="2".*?stroke-dasharray="(.*?)"', drawn.svg))
+    assert len(dashes) == 3
+    write_report(folder)
+    table = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| lsp:half |" in table
+    assert "| lsp:quarter |" in table
+
+
 def test_of_a_tie_in_time_the_better_one_is_the_answer(tmp_path: Path) -> None:
     curves = {
         "native": [rising(at, to=0.99) for at in (10.0, 12.0, 14.0)],
