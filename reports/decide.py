@@ -155,7 +155,7 @@ def decide(
         next_command=what_to_run(
             [(row.metric, row.engine) for row in rows if row.outcome == "unknown"], measurements, untried
         ),
-        warnings=warnings(runs, criteria, measurements),
+        warnings=warnings(runs, criteria, measurements, method),
         comparisons=tuple(
             found
             for engine in measurements.engines

@@ -122,6 +122,7 @@ def both(low: str, high: str) -> str:
 def _two(key: str, low: str, high: str) -> str:
     if low == high:
         return low
+    low, high = quantity(low), quantity(high)
     low_number, _, low_unit = low.partition(" ")
     _, _, high_unit = high.partition(" ")
     return say(key, low=low_number if low_unit and low_unit == high_unit else low, high=high)

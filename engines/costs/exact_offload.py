@@ -53,7 +53,7 @@ before they would have gone."""
 LEAST_GRADIENT_BLOCKS = 4
 
 LAUNCHES = 100
-"""Per block, in launches of a model's own operations: Python around its pieces, events and the CPU's queue.
+"""Per block, in launches of a model's own operations: Python around its chunks, events and the CPU's queue.
 On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
 
 FUSED_ADAM_BYTES = 28

@@ -36,6 +36,9 @@ FOLDS = (1, 2, 4, 8, 16)
 FOLD_AS_FAST = 1.01
 """A step within this factor of the fastest `fold_every` counts as equally fast."""
 
+NOISE_FASTER = 0.95
+"""Of a step with normals, below which another kind of noise is worth a line."""
+
 QUERIES_AS_FAST = 1.02
 """A step with more queries within this factor of one with a single query takes as long."""
 
@@ -68,7 +71,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Resident blocks, which take their copies off the link, then how often the others go down, and how many
     queries the link has time for. On several GPUs also whether they bring up shares of each block and
     exchange them."""
-    placed = _choose_place(context, given)
+    placed = _with_other_noise(context, given, _choose_place(context, given))
     if "queries" in given or given.typed.estimator not in QUERIED or context.machine.gpu is None:
         return placed
     most, one_s, most_s = most_queries(context, given, placed.settings.typed)
@@ -86,6 +89,27 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         f"{format_seconds(one_s)}"
     )
     return Choice(more.settings, (why, *more.reasons))
+
+
+def _with_other_noise(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:
+    """What near-normals would gain where a low-bit base makes normals what a step waits for: they are told of
+    and not chosen, as they make other steps."""
+    settings = placed.settings.typed
+    if "noise" in given or settings.noise != "gaussian" or settings.estimator not in QUERIED:
+        return placed
+    if not settings.trains_quantized:
+        return placed
+    normals_s, near_s = (
+        predict(context.cost(each), context.machine, context.workload).step_s
+        for each in (settings, replace(settings, noise="binomial"))
+    )
+    if normals_s is None or near_s is None or near_s > NOISE_FASTER * normals_s:
+        return placed
+    why = (
+        f"noise=binomial would take {format_seconds(near_s)} a step, with normals "
+        f"{format_seconds(normals_s)}: near-normals in half the instructions, as good by one study"
+    )
+    return Choice(placed.settings, (*placed.reasons, why))
 
 
 QUERIED = ("spsa", "1.5-spsa")

@@ -8,6 +8,7 @@ from typing import Literal
 
 from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run
+from profiles.language import quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.format import both, span
 from reports.messages import say
@@ -86,7 +87,7 @@ def plain_time(time: Stated) -> str:
     """`1.20 s`, of two runs `1.10 s and 1.30 s`."""
     if time.is_pair:
         return both(format_seconds(time.low), format_seconds(time.high))
-    return format_seconds(time.value)
+    return quantity(format_seconds(time.value))
 
 
 def time_text(time: Stated) -> str:

@@ -26,7 +26,8 @@ class Alternative:
     """One way to have the job done."""
 
     name: str
-    hours: float | None
+    hours: CellValue
+    """A number, or both of two runs."""
     cost: str | None
     basis: str
 
@@ -63,7 +64,7 @@ def _rows(verdict: Verdict, all_: Measurements, untried: Untried) -> Iterator[Al
         basis = say(f"alternative.{step.origin}", step=stated.plain_time(step))
         yield Alternative(
             name=say("alternative.here", engine=one.engine),
-            hours=hours,
+            hours=stated.plain_time(time) if time is not None and time.is_pair else hours,
             cost=_own(hours, prices),
             basis=basis,
         )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engines import entry
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
-from harness.records.stats import Rounds
+from harness.records.stats import Rounds, Spread, over_runs
 from profiles.language import translated
 from reports.decide import Verdict, state_word
-from reports.format import JOULES, NUMBER, PERCENT, Table
+from reports.format import JOULES, NUMBER, PERCENT, Table, joules, middle, number
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.judging.ranking import State
@@ -57,8 +57,18 @@ def _sized(rows: Sequence[MethodInShort]) -> bool:
 
 
 def _tokens_per_s(one: MethodInShort) -> CellValue:
-    rate = one.rounds.tokens_per_s
-    return None if rate is None or is_emulated(one.rounds) else rate.median
+    return None if is_emulated(one.rounds) else _middle(one.rounds.tokens_per_s, number)
+
+
+def _energy(one: MethodInShort) -> CellValue:
+    return _middle(over_runs(one.rounds.ok, lambda run: run.summary.energy_j), joules)
+
+
+def _middle(found: Spread | None, show: Callable[[float | None], str]) -> CellValue:
+    """The median, of two runs both: what the tables of measurements have."""
+    if found is None:
+        return None
+    return middle(found, show) if found.count == 2 else found.median
 
 
 def _any_mfu(rows: Sequence[MethodInShort]) -> bool:
@@ -95,7 +105,7 @@ SHORT: tuple[Column[MethodInShort], ...] = (
     Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
     _quality("accuracy"),
     _quality("heldout_loss"),
-    Column("energy", lambda one: typical(one.rounds, lambda run: run.summary.energy_j), JOULES),
+    Column("energy", _energy, JOULES),
     Column("source", lambda one: entry(one.engine).source),
 )
 

@@ -23,6 +23,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "spsa": {},
     "queries": {"queries": 4, "noise": "rademacher"},
     "fzoo": {"estimator": "fzoo", "queries": 4, "noise": "rademacher"},
+    "1.5-spsa": {"estimator": "1.5-spsa", "queries": 4},
     "lozo": {"estimator": "lozo", "lozo_window": 3, "weight_decay": 0.0},
     "grzo": {"estimator": "grzo", "noise": "rademacher", "grzo_window": 2, "weight_decay": 0.0},
     "lora": {"train": "lora"},

@@ -37,7 +37,7 @@ from harness.quality.study import (
 )
 from harness.quality.trials import PreparedStudy
 from harness.records.environment import read_environment
-from harness.records.job import Job, make_job
+from harness.records.job import Job, load_job, make_job
 from harness.records.learning import Evaluated, LearningLength, LearningOutcome
 from harness.records.run import EndState, Summary
 from harness.records.settings import left_out, parse_assignments
@@ -213,6 +213,7 @@ def test_an_engine_with_several_settings_is_a_method_with_each_of_them(tmp_path:
     rows = list(csv.DictReader((ready.out / "curves.csv").read_text().splitlines()))
     assert {row["engine"] for row in rows} == set(names)
     assert load_plan(ready.out) == ready.plan
+    assert load_job(ready.out / "job.toml") == ready.plan.job
     idle = Launcher()
     again = prepared(tmp_path / "out", settings, engines=names, resume=True)
     assert run_study(again, report=lambda line: None, launch=idle) == result

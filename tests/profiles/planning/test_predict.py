@@ -290,6 +290,13 @@ def test_exact_offload_is_predicted_by_the_adamw_that_it_runs() -> None:
     own, basis = cpu_s(adamw_kernel_elements_per_s=half_the_rate)
     assert "AdamW kernel on the CPU" in basis
     assert own == pytest.approx(torchs * 2 * 28 / 26)
+    # Without it: where many cores share memory, by what memory moves, half as much again as copies count.
+    slow_torch = replace(H200.cpu, adam_elements_per_s=measured(1e8))
+    by_memory, basis = cpu_s(adam_elements_per_s=slow_torch.adam_elements_per_s)
+    assert "host copy bandwidth" in basis
+    copy = H200.memory.copy_bytes_per_s.value
+    assert copy is not None
+    assert by_memory == pytest.approx(torchs * rate * 28 / 1.5 / copy)
     for engine in ("lsp", "torchao-offload"):  # other code
         slow = replace(H200, cpu=replace(H200.cpu, adamw_kernel_elements_per_s=measured(1.0)))
         assert of(engine, TINY, slow, SMALL) == of(engine, TINY, H200, SMALL)

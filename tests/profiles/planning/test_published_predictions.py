@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -64,13 +65,17 @@ def ratios(folder: Path) -> dict[str, float]:
     """Predicted over measured, by engine, where the machine's profile has the figures."""
     job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
     job = as_it_ran(job, folder.name.rpartition("_")[2])
-    measured_s = {run.engine: run.summary.step_s_median for run in runs(folder)}
+    steps: dict[str, list[float]] = {}
+    for run in runs(folder):
+        if run.summary.step_s_median is not None:
+            steps.setdefault(run.engine, []).append(run.summary.step_s_median)
+    measured_s = {engine: median(each) for engine, each in steps.items()}
     found = {}
     for plan in plan_job(job, resolve_shape(job), machine, list(measured_s)):
         taken_s, predicted_s = measured_s[plan.engine], plan.prediction.step_s
         if predicted_s is None:
             assert "not in the machine profile" in plan.prediction.basis
-        elif taken_s is not None:
+        else:
             found[plan.engine] = predicted_s / taken_s
     return found
 

@@ -364,6 +364,17 @@ def test_zo2_asks_as_many_queries_as_the_link_has_time_for() -> None:
     assert zo2_plan(OPT_13B, workload, **knobs, queries=3).settings.typed.queries == 3
 
 
+def test_zo2_tells_of_near_normals_where_a_step_waits_for_normals() -> None:
+    slow = zo2_plan(OPT_13B, resident_blocks=0, base="int8")
+    assert "near-normals in half the instructions" in told(slow, "noise")
+    near = zo2_plan(OPT_13B, resident_blocks=0, base="int8", noise="binomial")
+    assert near.prediction.step_s < 0.95 * slow.prediction.step_s
+    for knobs in ({"base": "int8", "noise": "binomial"}, {"base": "full"}, {"base": "int8", "train": "lora"}):
+        assert "noise=" not in " ".join(
+            each for each in zo2_plan(OPT_13B, resident_blocks=0, **knobs).reasons if "as set" not in each
+        )
+
+
 def test_hidden_states_wait_on_the_host_where_the_gpu_has_no_room_for_them() -> None:
     workload = replace(FORWARD_ONLY, batch_size=16, seq_len=512)
     knobs = {"resident_blocks": 0, "queries": 40, "noise": "rademacher"}

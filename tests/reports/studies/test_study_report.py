@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from study_records import START, read_study, rising, study_plan, trial, write_study, write_trial
 
 from engines.errors import UserError
+from harness.quality.documents import parse_budget
 from profiles.language import speaking
 from reports.commands import export_tables
 from reports.load import load_folder
 from reports.render import in_short, write_report
-from reports.studies.answer import study_verdict
+from reports.studies.answer import command, study_verdict
 from reports.studies.curves import curve, middle_curve, quality_chart
 from reports.studies.pages import study_document
 from reports.studies.read import load_study
@@ -50,6 +51,13 @@ def test_the_method_that_reached_the_target_first_is_the_answer(tmp_path: Path) 
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert html.count("<polyline") == 8  # three seeds and their median, of two methods
     assert "http" not in re.sub(r"http-equiv|https?://www.w3.org/\S+", "", html)
+
+
+@pytest.mark.parametrize("budget", ["2h", "1500ktokens", "90s"])
+def test_the_command_that_goes_on_says_the_budget_as_it_is_read(budget: str) -> None:
+    study = read_study(study_plan(ENGINES[:1], budget=budget), {"native": [rising(10.0)]})
+    words = command(study, ".").split()
+    assert parse_budget(words[words.index("--budget") + 1]) == study.plan.budget
 
 
 def test_one_engine_with_several_settings_is_several_methods(tmp_path: Path) -> None:
