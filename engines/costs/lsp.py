@@ -151,6 +151,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
         rare=_checks(shape, settings),
+        reduced_bytes=element * (cores + trained_on_gpu),
     )
 
 

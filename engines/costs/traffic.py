@@ -105,6 +105,9 @@ class Traffic:
     workspaces: int = 1
     """Workspaces of products: one for each stream of each thread that starts them. A backward pass has a
     thread of its own, a captured pass a stream."""
+    reduced_bytes: int = 0
+    """Of a step's compressed gradients, and of others, what one machine sends to each other one that it takes
+    the step with."""
     shards_uploads: bool = False
     """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0

@@ -364,6 +364,31 @@ def test_zo2_asks_as_many_queries_as_the_link_has_time_for() -> None:
     assert zo2_plan(OPT_13B, workload, **knobs, queries=3).settings.typed.queries == 3
 
 
+def test_zo2_sends_lossless_tiles_of_what_is_only_read_and_says_what_they_would_do_for_the_rest() -> None:
+    workload = replace(FORWARD_ONLY, dtype="bf16")
+    adapters = zo2_plan(OPT_13B, workload, resident_blocks=0, train="lora")
+    whole = zo2_plan(OPT_13B, workload, resident_blocks=0, train="lora", base="full")
+    assert adapters.settings.typed.base == "lossless"
+    assert adapters.prediction.step_s < 0.95 * whole.prediction.step_s
+    assert "the same bits in fewer bytes" in told(adapters, "base")
+    trained = zo2_plan(OPT_13B, workload, resident_blocks=0)
+    assert trained.settings.typed.base == "full"
+    assert "would be faster, with the same bits" in told(trained, "base")
+    for other in (replace(workload, dtype="fp16"), workload):
+        knobs = {} if other.dtype == "fp16" else {"base": "int8"}
+        plan = zo2_plan(OPT_13B, other, resident_blocks=0, train="lora", **knobs)
+        assert not any("lossless" in reason for reason in plan.reasons)
+
+
+def test_a_direction_for_each_example_takes_a_step_of_mezo_on_a_link_that_decides() -> None:
+    workload = replace(FORWARD_ONLY, batch_size=16, seq_len=64)
+    mezo = zo2_plan(OPT_13B, workload, resident_blocks=0)
+    knobs = {"estimator": "grzo", "noise": "rademacher"}
+    plan = zo2_plan(OPT_13B, workload, resident_blocks=0, **knobs)
+    assert plan.prediction.step_s <= mezo.prediction.step_s
+    assert told(plan, "fold_every") == "fold_every=1: every 50 steps, when the noise's window ends"
+
+
 def test_zo2_tells_of_near_normals_where_a_step_waits_for_normals() -> None:
     slow = zo2_plan(OPT_13B, resident_blocks=0, base="int8")
     assert "near-normals in half the instructions" in told(slow, "noise")
