@@ -62,6 +62,7 @@ ENGINES: dict[str, EngineEntry] = {
         source="LSP-Offload, arXiv 2406.10181",
         order="first",
         several_gpus=True,
+        several_machines=True,
         role="offload",
         trains="the blocks' matrices in subspaces, all else whole",
         masters="none: weights in the job's precision, moments of the subspaces in fp32",

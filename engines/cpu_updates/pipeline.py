@@ -461,7 +461,7 @@ class UpdatePipeline:
     def _update(self, update: ChunkUpdate) -> None:
         state, ranks, of_ranks = update.state, self._ranks, update.of_ranks
         if ranks is None or of_ranks is None:
-            update.failed = not update_chunk(state, update.share)
+            update.failed = not update_chunk(state, update.share, None if of_ranks is None else of_ranks(()))
         elif ranks.owns(state.number):
             if update.share.max_norm is not None and not ranks.is_norm_known(state.number, update.share.step):
                 self._take_norm(update)

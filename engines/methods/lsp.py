@@ -34,6 +34,11 @@ have arrived the CPU takes those whose block is needed first (`engines.cpu_updat
 downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does. Clipping needs the
 norm of the whole gradient, so with `max_grad_norm` the CPU begins when backward has ended.
 
+Several ranks each take their micro-batches and send their cores down their own links; on a machine one rank
+adds up those of a chunk, in the order of ranks, and updates it for all (`engines.cpu_updates.rank_updates`).
+Machines send each other their sums when backward has ended, and each makes all updates. Projectors are those
+that rank 0 has found.
+
 The oracle is the twin, `offload=False`: the same cores through the same CPU routine, but in the main thread,
 one after the other, with copies that wait: no streams, no events, no worker, no pinned memory, no CUDA
 graphs. Nothing overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and
@@ -77,6 +82,7 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
+from engines.cpu_updates.cpu_adam import add_up, squared_norm_of_sum
 from engines.cpu_updates.pipeline import (
     ChunkUpdate,
     OfRanks,
@@ -165,11 +171,13 @@ class Lsp:
         self._regions: TrainingRegions | None = None
         self.streamed: StreamedMatrices | None = None
         self._world = context.world
-        check_ranks(self.name, self._world)
+        check_ranks(self.name, self._world, machines=settings.offload or self._world.local_size == 1)
         self._host_world: World = self._world if settings.offload else ALONE
         """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
         """`None`: one process."""
+        self._of_machines: dict[int, OfRanks] = {}
+        """With several machines, what each has of the chunks that this rank updates, by number."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
 
@@ -214,7 +222,7 @@ class Lsp:
             world=self._host_world,
         )
         self._blocks = self._cores.blocks
-        size = self._host_world.size
+        size = self._host_world.local_size
         if size > 1:
             owners = [number % size for number in range(len(self._cores.first))]
             self._ranks = RankUpdates(owners, self._world, context.progress)
@@ -456,13 +464,15 @@ class Lsp:
             update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
-            if self._ranks is not None and self.settings.max_grad_norm > 0:
+            if self._ranks is not None and self.settings.max_grad_norm > 0 and not self._has_machines:
                 self._pipeline.submit_norms([update])
         slot_free = self._laid_out.slot_free
         slot_free[place % len(slot_free)] = updates[-1].downloaded
 
     def _from_ranks(self, place: int, state: CoreState) -> Callable[[Sequence[int]], OfRanks] | None:
-        """What gives the cores of all ranks, if there are several."""
+        """What gives the cores of all ranks, if there are several, or those of all machines."""
+        if self._has_machines:
+            return lambda places: self._of_machines[state.number]
         if self._ranks is not None:
             return partial(self._laid_out.of_ranks, place, state)
         if self._world.size > 1:
@@ -481,7 +491,39 @@ class Lsp:
 
     @property
     def _sends_at_once(self) -> bool:
-        return self.settings.schedule_order == "layerwise" and self.settings.max_grad_norm == 0
+        waits = self.settings.max_grad_norm > 0 or self._has_machines
+        return self.settings.schedule_order == "layerwise" and not waits
+
+    @property
+    def _has_machines(self) -> bool:
+        return self._world.size > self._world.local_size
+
+    def _reduce_between_machines(self) -> None:
+        """Let every machine have each one's sum of its ranks' cores. A rank sends what it updates."""
+        updates = self._in_flight.all()
+        for update in updates:
+            self.link.host_wait(update.downloaded)
+        self._world.barrier()  # HAZARD: those of the other ranks of this machine have come down, too
+        own: list[tuple[int, Tensor]] = []
+        for place in range(len(self._blocks)):
+            for update in self._in_flight.of(place):
+                number = update.state.number
+                if self._ranks is None or self._ranks.owns(number):
+                    state = self._blocks[place].state_of(number)
+                    own.append((number, torch.empty_like(state.incoming)))
+                    add_up(own[-1][1], self._laid_out.of_ranks(place, state, ()).gradients)
+        sums = torch.cat([each for _, each in own])
+        of_machines = [
+            torch.split(each, [its.numel() for _, its in own]) for each in self._world.between_machines(sums)
+        ]
+        self._of_machines = {}
+        for at, (number, _) in enumerate(own):
+            gradients = [parts[at] for parts in of_machines]
+            norm = torch.tensor([squared_norm_of_sum(gradients)])
+            self._of_machines[number] = OfRanks(gradients, [norm])
+        if self._ranks is not None and self._pipeline is not None and self.settings.max_grad_norm > 0:
+            for update in updates:
+                self._pipeline.submit_norms([update])
 
     def _finish_backward(self) -> None:
         """What is left of the step once backward has been enqueued."""
@@ -495,6 +537,8 @@ class Lsp:
                 block.squared_norm.zero_()
                 self._report_no_norm(block)
         self._dense.sum_over_ranks(self._world)
+        if self._has_machines:
+            self._reduce_between_machines()
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
@@ -583,7 +627,8 @@ class Lsp:
             self._take_projectors(matrix, *found)
         if self._world.size > 1:
             is_new = follow_projectors(self._world, matrix, found is not None)
-            if is_new and self._pipeline is None:  # each has its own moments, which rank 0 alone has moved
+            # Each twin has its own moments, and each machine, of which rank 0 alone has moved one's.
+            if is_new and (self._pipeline is None or self._has_machines):
                 follow_moments(self._world, matrix, self._laid_out.chunk_of(matrix).state)
 
     def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:

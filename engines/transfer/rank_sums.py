@@ -16,7 +16,8 @@ BUCKET_BYTES = 128_000_000
 
 @torch.no_grad()
 def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
-    """In place, each addition rounded to the tensors' dtype, which is one. All ranks call it with tensors of
+    """In place, each addition rounded to the tensors' dtype, which is one; of a machine first, then over the
+    machines. All ranks call it with tensors of
     the same shapes; on a GPU in the order of the current stream.
     """
     for bucket in _buckets(tensors):
@@ -28,6 +29,11 @@ def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
         total = memory[0]
         for rank in range(1, world.local_size):
             total += memory[rank]
+        if world.size > world.local_size:
+            of_machines = world.between_machines(total.cpu())
+            total.copy_(of_machines[0])
+            for each in of_machines[1:]:
+                total += each.to(total.device)
         for each, part in zip(bucket, torch.split(total, sizes), strict=True):
             each.copy_(part.view(each.shape))
 
@@ -65,13 +71,14 @@ def sum_of_losses(world: World, share: float) -> float:
     return float(total)
 
 
-def check_ranks(engine: str, world: World, *, disk_weights: bool = False) -> None:
-    """Raises `UserError` for what CPU updates cannot do on several ranks."""
+def check_ranks(engine: str, world: World, *, machines: bool = False, disk_weights: bool = False) -> None:
+    """Raises `UserError` for what CPU updates cannot do on several ranks; with `machines` these may be on
+    several machines."""
     if world.size == 1:
         return
     where = f"{engine} on {world.size} ranks"
-    if world.local_size < world.size:
-        raise UserError(where, "updates in the memory of one machine", "use one machine, or mezo or zo2")
+    if world.local_size < world.size and not machines:
+        raise UserError(where, "updates in the memory of one machine", "use one machine, or lsp, mezo or zo2")
     if disk_weights:
         raise UserError(
             where, "has no weights on disk: each file is read and written by one process",

@@ -74,8 +74,8 @@ def take_steps(engine: Any, batches: list[Batch], per_step: int) -> Run:
     return losses, {name: weight.clone() for name, weight in engine.weights()}
 
 
-def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32") -> list[Run]:
-    """Of every rank."""
+def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32", machines: int = 1) -> list[Run]:
+    """Of every rank, each of the machines having as many."""
     models, batches = models_of(size), tiny_batches(STEPS * per_step, "llama")
 
     def act(world: World) -> Run:
@@ -88,7 +88,7 @@ def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32") -> list[
         finally:
             engine.close()
 
-    return [act(ALONE)] if size == 1 else side_by_side(size, act)
+    return [act(ALONE)] if size == 1 else side_by_side(size, act, machines)
 
 
 def assert_same(found: Run, expected: Run) -> None:
@@ -125,6 +125,27 @@ def test_ranks_of_lsp_take_the_steps_of_the_twin_in_one_process(size: int, chang
     (expected,) = run_on(1, lsp(offload=False, **changes), size)
     for found in run_on(size, lsp(**changes), size):
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {"projector": "paper", "learn_steps": 5}),
+        (2, {"max_grad_norm": 0.05}),
+        (4, {"max_grad_norm": 0.05}),
+    ],
+)
+def test_two_machines_reduce_the_cores_of_lsp(size: int, changes: dict[str, Any]) -> None:
+    """With a rank each they have the bits of two ranks of one machine, and with two each those of one
+    another; every update is made on both."""
+    first, *others = run_on(size, lsp(**changes), size, "bf16", machines=2)
+    for each in others:
+        assert_same(each, first)
+    (of_one, *_) = run_on(size, lsp(**changes), size, "bf16")
+    if size == 2:
+        assert_same(first, of_one)
+    for name, weight in of_one[1].items():
+        torch.testing.assert_close(first[1][name], weight, rtol=0.05, atol=5e-3)
 
 
 def test_ranks_of_lora_add_up_the_gradients_of_their_adapters() -> None:

@@ -170,3 +170,14 @@ def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
     assert fast.prediction.step_s is not None
     assert plan.prediction.step_s is not None
     assert fast.prediction.step_s < plan.prediction.step_s
+
+
+def test_machines_of_lsp_wait_for_each_others_cores() -> None:
+    workload = replace(WORKLOAD, dtype="bf16", accumulation=2)
+    shape = named_shape("deepseek-coder-1.3b")
+    (far,) = recommend(H200, shape, workload, ["lsp"], {}, gpus=1, nodes=2)
+    (near,) = recommend(H200, shape, workload, ["lsp"], {}, gpus=2)
+    cost = traffic("lsp", shape, workload.of_a_rank(2), far.settings.typed)
+    assert far.prediction.step_s is not None
+    assert near.prediction.step_s is not None
+    assert far.prediction.step_s - near.prediction.step_s > 0.9 * cost.reduced_bytes / 125e6
