@@ -1,6 +1,8 @@
 """Settings of ZO2: which blocks stay on the GPU, which lie on disk, how often the others go down. No torch.
 
 Closed forms throughout: `profiles.planning.predict`.
+
+Longer than 400 lines: what is chosen depends on what else is, and all of it is one forecast.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ NOISE_FASTER = 0.95
 QUERIES_AS_FAST = 1.02
 """A step with more queries within this factor of one with a single query takes as long."""
 
+LOSSLESS_FASTER = 0.95
+"""Lossless tiles are worth their extra passes where a step is within this factor of that with whole bytes."""
+
 FOLD_GPU_SHARE = 0.85
 """GPU time over link time up to which updates are replayed instead of downloaded: both are predicted, and
 downloads that hide behind the GPU cost nothing, while replaying that does not hide costs its whole time."""
@@ -70,7 +75,30 @@ class _Times:
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Resident blocks, which take their copies off the link, then how often the others go down, and how many
     queries the link has time for. On several GPUs also whether they bring up shares of each block and
-    exchange them."""
+    exchange them. Matrices of bf16 that are never written come up as lossless tiles where a step is then
+    faster; of others, whose updates may need more room than there is, that is only said."""
+    plain = _choose_for_base(context, given)
+    if "base" in given or context.machine.gpu is None or context.workload.dtype != "bf16":
+        return plain
+    fewer = _choose_for_base(context, given.completed(base="lossless"))
+    before, after = (
+        predict(context.cost(each.settings.typed), context.machine, context.workload).step_s
+        for each in (plain, fewer)
+    )
+    if before is None or after is None or after > LOSSLESS_FASTER * before:
+        return plain
+    if context.why_missing(fewer.settings.typed) is not None:
+        return plain
+    times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
+    if given.typed.only_reads_blocks:
+        why = f"base=lossless: the same bits in fewer bytes, {times}"
+        return Choice(fewer.settings, (why, *fewer.reasons))
+    return Choice(
+        plain.settings, (*plain.reasons, f"base=lossless would be faster, with the same bits: {times}")
+    )
+
+
+def _choose_for_base(context: PlanningContext, given: GivenSettings) -> Choice:
     placed = _with_other_noise(context, given, _choose_place(context, given))
     if "queries" in given or given.typed.estimator not in QUERIED or context.machine.gpu is None:
         return placed

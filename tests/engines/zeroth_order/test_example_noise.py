@@ -28,13 +28,14 @@ from zeroth_order_runs import (
 
 from engines.base import Batch, Context, Update
 from engines.errors import UserError
+from engines.model.label_words import WORDS, classify_by_words
 from engines.noise.philox import NoiseKey, signs
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import Dtype
 from engines.zeroth_order.chunked_loss import Targets, of_sequences
 from engines.zeroth_order.estimators import next_updates, of_all_examples
-from tiny_models import tiny_batches, tiny_blueprint
+from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 GRZO = MezoSettings(learning_rate=1e-6, estimator="grzo", noise="rademacher", grzo_window=3)
 
@@ -162,6 +163,36 @@ def test_zo2_equals_mezo(family: str, knobs: dict[str, Any], accumulation: int) 
     assert_same_weights(mezo, streamed)
 
 
+def of_two_words(seed: int) -> Batch:
+    """Four examples, each one sequence for each of two words at its end."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 40, (4, 12), generator=generator).repeat_interleave(2, 0)
+    ids[0::2, -1], ids[1::2, -1] = 5, 6
+    words = torch.full_like(ids, -100)
+    words[:, -1] = ids[:, -1]
+    labels = torch.randint(0, 2, (4,), generator=generator)
+    mask = torch.ones_like(ids)
+    return Batch(inputs={"input_ids": ids, "attention_mask": mask, WORDS: words, "labels": labels})
+
+
+def test_sequences_of_one_example_share_its_direction() -> None:
+    """Of a model that classifies by words. Examples whose two sequences were alike would have no slope."""
+
+    def blueprint() -> TinyBlueprint:
+        made = tiny_blueprint("opt")
+        made.sample = of_two_words(0)
+        for model in (made.model, made.reference):
+            classify_by_words(model, 2)
+        return made
+
+    mezo, streamed = (make(blueprint(), of_four(), like=GRZO) for make in (make_mezo, make_zo2))
+    told = assert_same_steps(mezo, streamed, [of_two_words(number) for number in range(3)])
+    assert_same_weights(mezo, streamed)
+    own = blueprint().reference(**of_two_words(0).inputs).loss.item()
+    assert told[0].loss == pytest.approx(own, abs=1e-3)
+    assert {len(stats.updates) for stats in told} == {4}
+
+
 def test_what_one_example_sees_is_its_own() -> None:
     """The slopes of two examples, but for the deviation that all are divided by, are the same beside two
     other ones, and not in another place of the batch, where directions differ."""
@@ -177,6 +208,12 @@ def test_what_one_example_sees_is_its_own() -> None:
         ratios.append(gradients[first] / gradients[1 - first])
     assert ratios[1] == pytest.approx(ratios[0], rel=1e-2)
     assert ratios[2] != pytest.approx(ratios[0], rel=0.1)
+
+
+def test_layers_that_see_no_rows_of_examples_are_refused() -> None:
+    """DeBERTa's keys and values of relative positions are the same for all."""
+    with pytest.raises(UserError, match="do not see the rows of an example together"):
+        make_mezo(tiny_blueprint("deberta-v2"), of_four(), like=GRZO)
 
 
 def test_a_layer_that_sees_the_rows_of_examples_in_another_order_is_refused() -> None:
