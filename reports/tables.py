@@ -38,13 +38,13 @@ from reports.format import (
     span,
     times,
 )
+from reports.judging.stated import ratio_text
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import (
     DOES_NOT_FIT,
     NOTHING_LEARNED,
     Measurements,
-    MetricFinding,
     ends,
     find,
     largest,
@@ -344,14 +344,7 @@ def _comparison(engine: str, all_: Measurements) -> str:
     found = find("step_time_ratio", engine, all_)
     if found.value is None:
         return found.note or NOT_MEASURED
-    return say("table.with_range", value=_ratio(found), range=found.note or _beside(engine, all_))
-
-
-def _ratio(found: MetricFinding) -> str:
-    """Of the medians; of two runs what they allow, as they have none."""
-    if found.runs == 2 and found.low is not None and found.high is not None:
-        return span(times(found.low), times(found.high))
-    return times(found.value)
+    return say("table.with_range", value=ratio_text(found), range=found.note or _beside(engine, all_))
 
 
 def _beside(engine: str, all_: Measurements) -> str:
