@@ -354,11 +354,17 @@ def gpu_memory(
         }
         for has_triton in (True, False)
     )
-    apart = APART_SHARE * max(in_block["activations"], at_head["activations"])
-    if as_graphs:  # whose pool nothing else may use
+    apart = (1.0 if as_graphs else APART_SHARE) * max(in_block["activations"], at_head["activations"])
+    if as_graphs and sum(in_block.values()) >= sum(at_head.values()):
+        # Nothing else may use a graph's pool: what the first step had lies beside it, and what the head has.
         apart += transformer.apart_bytes([in_block, at_head])
     # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
     trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}
     peak = transformer.peak_moment([in_block, at_head, trial])
     more = sum(transformer.peak_moment([in_block, without_triton, trial]).values()) - sum(peak.values())
-    return GpuMemory(gpu_memory_bytes=peak, gpu_apart_bytes=int(apart), gpu_without_triton_bytes=more)
+    return GpuMemory(
+        gpu_memory_bytes=peak,
+        gpu_apart_bytes=int(apart),
+        gpu_without_triton_bytes=more,
+        workspaces=2 if as_graphs else 1,
+    )

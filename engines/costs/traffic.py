@@ -77,6 +77,7 @@ class GpuMemory(TypedDict):
     gpu_memory_bytes: Mapping[str, int]
     gpu_apart_bytes: int
     gpu_without_triton_bytes: int
+    workspaces: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +102,9 @@ class Traffic:
     """By how much the peak is larger where there is no Triton."""
     divided_weights: DividedWeights | None = None
     """`None`: every GPU has all of its own."""
+    workspaces: int = 1
+    """Workspaces of products: one for each stream of each thread that starts them. A backward pass has a
+    thread of its own, a captured pass a stream."""
     reduced_bytes: int = 0
     """Of a step's compressed gradients, and of others, what one machine sends to each other one that it takes
     the step with."""

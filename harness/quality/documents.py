@@ -109,6 +109,8 @@ class TrialBudget:
     def __str__(self) -> str:
         if self.seconds is None:
             return f"{self.tokens:,.0f} tokens"
+        if self.seconds < 60:
+            return f"{self.seconds:g} s"
         return f"{self.seconds / 3600:g} h" if self.seconds >= 3600 else f"{self.seconds / 60:g} min"
 
 

@@ -37,6 +37,10 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
         engine, _, key = name.rpartition(".")
         if engine:
             _check_known(engine, engines, f"--set {assignment}")
+            if engine != engine_of(engine) and engine not in engines:
+                raise UserError(
+                    f"--set {assignment}", f"'{engine}' does not run", f"methods are: {', '.join(engines)}"
+                )
         takers = (
             [engine]
             if engine

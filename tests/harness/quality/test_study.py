@@ -72,6 +72,7 @@ def test_targets_and_budgets_are_read() -> None:
     assert parse_budget("2h").seconds == 7200
     assert parse_budget("1.5min").seconds == 90
     assert parse_budget("5Mtokens").tokens == 5e6
+    assert [str(parse_budget(each)) for each in ("2h", "90s", "30s")] == ["2 h", "1.5 min", "30 s"]
     for wrong in ("2", "h", "0s", "-3h", "1.2.3h", "5apples", "."):
         with pytest.raises(UserError, match="is no time and no number of tokens"):
             parse_budget(wrong)
@@ -235,7 +236,11 @@ def test_settings_are_of_all_methods_of_an_engine_or_of_one() -> None:
     ]
     assert found.settings_of("native")["learning_rate"] == 1e-3
     assert left_out([*given, "mezo.eps=1"], names) == ["mezo.eps=1"]
-    for wrong, why in (("lsp:half.eps=1", "lsp"), ("zz:half.d=1", "there is no engine 'zz:half'")):
+    for wrong, why in (
+        ("lsp:third.d=8", "'lsp:third' does not run; methods are: native, lsp:half"),
+        ("lsp:half.eps=1", "lsp"),
+        ("zz:half.d=1", "there is no engine 'zz:half'"),
+    ):
         with pytest.raises(UserError, match=why) as refused:
             parse_assignments([wrong], names)
         assert len(str(refused.value)) < 1000
