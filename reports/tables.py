@@ -32,6 +32,7 @@ from reports.format import (
     loss,
     metric_value,
     middle,
+    middle_cell,
     number,
     percent,
     span,
@@ -133,7 +134,7 @@ def _each_run(
 
     def cell(method: MethodRow) -> CellValue:
         found = over_runs(method.rounds.ok, value)
-        return None if found is None else middle(found, show)
+        return middle_cell(found, show)
 
     return cell
 
@@ -189,10 +190,7 @@ def _step(rounds: Rounds) -> str | None:
 
 
 def _tokens_per_s(rounds: Rounds) -> CellValue:
-    found = rounds.tokens_per_s
-    if found is None:
-        return None
-    return middle(found, number) if found.count == 2 else found.median
+    return middle_cell(rounds.tokens_per_s, number)
 
 
 def _search_note(rounds: Rounds) -> str:
