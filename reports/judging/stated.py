@@ -100,7 +100,7 @@ def ratio_text(found: MetricFinding) -> str:
     """A ratio of medians, `2.10x`; of two runs, which have none, what they allow."""
     if found.runs == 2 and found.low is not None and found.high is not None:
         return span(times(found.low), times(found.high))
-    return times(found.value)
+    return quantity(times(found.value))
 
 
 def range_text(time: Stated) -> str:
