@@ -96,6 +96,7 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     assert_same_weights(tmp_path / "whole" / "model", out / "model")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_without_another_says_so_and_ends(tmp_path: Path) -> None:
     """As in what cannot be interrupted: here the process that leads sleeps when the other is killed."""
     script = f"""
