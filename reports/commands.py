@@ -140,10 +140,19 @@ def submit(
         return
     path = to / found.machine.slug / submission_name(found)
     typer.echo(text, nl=False)
-    if not yes and not typer.confirm(f"Write this to {path}?", err=True):
+    if not yes and not _agreed(f"Write this to {path}?"):
         raise UserError("submit", "nothing was written", "say yes, or add --yes")
     write_whole(path, text)
     typer.echo(str(path))
+
+
+def _agreed(question: str) -> bool:
+    """Whether the answer was yes. Where there is nobody to ask (a script, a closed terminal) it is no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)  # what comes next does not go on behind the question
+        return False
 
 
 def submission_name(found: Submission) -> str:

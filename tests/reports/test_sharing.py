@@ -48,6 +48,13 @@ def test_it_is_shown_then_written_and_read_back(folder: Path, tmp_path: Path) ->
     assert found.methods[0].step_s == pytest.approx((0.505, 0.51))
 
 
+def test_where_nobody_answers_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["submit", str(folder), "--to", str(tmp_path / "community")], input="")
+    assert isinstance(done.exception, UserError)
+    assert "add --yes" in str(done.exception)
+    assert not (tmp_path / "community").exists()
+
+
 def test_nothing_of_the_user_is_in_it(tmp_path: Path) -> None:
     job = make_test_job(model={"name": "/home/someone/secret-model"}, data={"train": "/home/someone/a.tsv"})
     run = make_run("native", job=job)
