@@ -62,6 +62,7 @@ ENGINES: dict[str, EngineEntry] = {
         source="LSP-Offload, arXiv 2406.10181",
         order="first",
         several_gpus=True,
+        several_machines=True,
         role="offload",
         trains="the blocks' matrices in subspaces, all else whole",
         masters="none: weights in the job's precision, moments of the subspaces in fp32",
@@ -315,6 +316,11 @@ YARDSTICK = "native"
 def is_external(name: str) -> bool:
     """Whether `name` is that of a trainer that is not ours."""
     return name.startswith(EXTERNAL_PREFIX)
+
+
+def engine_of(method: str) -> str:
+    """`lsp` of `lsp:half`, which is that engine with settings of its own beside others of it."""
+    return method if is_external(method) else method.partition(":")[0]
 
 
 def entry(name: str) -> EngineEntry:

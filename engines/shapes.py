@@ -115,6 +115,10 @@ class Workload:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len * self.accumulation
 
+    @property
+    def examples_per_step(self) -> int:
+        return self.batch_size * self.accumulation
+
     def of_a_rank(self, ranks: int) -> Workload:
         """What the one of so many processes with the most to do computes of a step: a micro-batch at least,
         as ranks that divide the queries of one have it."""

@@ -50,6 +50,10 @@ class World(Protocol):
     def barrier(self) -> None:
         """Returns when every rank has called it."""
 
+    def between_machines(self, own: Tensor) -> list[Tensor]:
+        """Of each machine what its rank of this one's number there hands in, a flat tensor of one size on the
+        CPU, in the order of the machines: as many copies as there are machines."""
+
     def all_gather(self, memory: Tensor) -> None:
         """Among the ranks of this machine: `memory`, (local_size n,) contiguous, has this rank's n elements
         in their place before, and those of all ranks after. On a GPU in the order of the current stream.
@@ -78,6 +82,9 @@ class Alone:
 
     def barrier(self) -> None:
         """There is nobody to wait for."""
+
+    def between_machines(self, own: Tensor) -> list[Tensor]:
+        return [own.clone()]
 
     def all_gather(self, memory: Tensor) -> None:
         """They are its own."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engines import engine_of
 from engines.errors import UserError
-from engines.settings.zeroth_order import check_base, check_blocks
+from engines.settings.zeroth_order import check_base, check_blocks, check_examples
 from engines.shapes import Head, ModelShape
 from harness.data.examples import examples_of
 from harness.data.reading.squad import QUESTION_KEYS
@@ -52,9 +53,11 @@ def resolve_shape(job: Job) -> ModelShape:
             f"{job.model.name} takes at most {shape.max_seq_len} tokens",
             f"use --seq-len {shape.max_seq_len} or less",
         )
-    for engine, given in job.settings.items():
+    for method in job.settings:
+        engine, given = engine_of(method), job.settings_of(method)
         check_blocks(engine, given.typed, job.model.name, shape.num_blocks)
         check_base(engine, given.typed, job.dtype)
+        check_examples(engine, given.typed, job.workload)
     return replace(shape, label_names=examples.label_names) if head == "classification" else shape
 
 

@@ -140,18 +140,17 @@ def submit(
         return
     path = to / found.machine.slug / submission_name(found)
     typer.echo(text, nl=False)
-    if not yes and not _agreed(f"Write this to {path}?"):
+    if not yes and not _confirmed(f"Write this to {path}?"):
         raise UserError("submit", "nothing was written", "say yes, or add --yes")
     write_whole(path, text)
     typer.echo(str(path))
 
 
-def _agreed(question: str) -> bool:
-    """Whether the answer was yes. Where there is nobody to ask (a script, a closed terminal) it is no."""
+def _confirmed(question: str) -> bool:
+    """Nobody there to answer is a no."""
     try:
         return typer.confirm(question, err=True)
     except typer.Abort:
-        typer.echo(err=True)  # what comes next does not go on behind the question
         return False
 
 

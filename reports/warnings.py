@@ -25,14 +25,17 @@ FEW_RUNS = 5
 """Below this many runs per method, ranges are shown and called indicative."""
 
 
-def warnings(runs: Sequence[Run], criteria: Criteria | None, all_: Measurements) -> tuple[str, ...]:
-    """The warnings that apply, the weightiest first. `all_` holds `runs` by their methods."""
+def warnings(
+    runs: Sequence[Run], criteria: Criteria | None, all_: Measurements, method: str | None = None
+) -> tuple[str, ...]:
+    """The warnings that apply, the weightiest first. `all_` holds `runs` by their methods; `method` is the
+    verdict's, `None` where it has none."""
     texts = (
         _about_criteria(runs, criteria),
         _about_offload(criteria),
         _about_failures(all_),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
-        _if_any(runs, lambda run: run.engine == YARDSTICK and _is_ok(run) and _had_gpu(run), "native_fits"),
+        _about_native(runs, method),
         _about_native_at_best(all_),
         _about_references(all_),
         _about_memory_saved(all_),
@@ -63,6 +66,13 @@ def _had_gpu(run: Run) -> bool:
 
 def _if_any(runs: Sequence[Run], holds: Callable[[Run], bool], key: str) -> str | None:
     return say(f"warning.{key}") if any(holds(run) for run in runs) else None
+
+
+def _about_native(runs: Sequence[Run], method: str | None) -> str | None:
+    """What offloading is for, where the answer offloads and native fits."""
+    if method is not None and entry(method).role != "offload":
+        return None
+    return _if_any(runs, lambda run: run.engine == YARDSTICK and _is_ok(run) and _had_gpu(run), "native_fits")
 
 
 def _about_criteria(runs: Sequence[Run], criteria: Criteria | None) -> str | None:

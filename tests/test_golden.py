@@ -49,7 +49,9 @@ from engines.settings.parse import parse_settings  # isort: skip
 from engines.shapes import Dtype, Workload  # isort: skip
 from harness.cli.app import app, fold_help  # isort: skip
 from harness.records.run import load_run  # isort: skip
+from profiles.documents import to_json  # isort: skip
 from reports.load import load_folder  # isort: skip
+from reports.studies.read import load_study  # isort: skip
 
 
 def make_engine(name: str, settings: Mapping[str, object], where: Context) -> Any:
@@ -163,6 +165,7 @@ ZO_VARIANTS: dict[str, dict[str, object]] = {
     "queries": {"queries": 4},
     "fzoo": {"estimator": "fzoo", "noise": "rademacher", "queries": 4, "learning_rate": 1e-6},
     "lozo": {"estimator": "lozo", "lozo_rank": 2, "lozo_window": 4, "learning_rate": 1e-4},
+    "grzo": {"estimator": "grzo", "noise": "rademacher", "grzo_window": 4, "learning_rate": 1e-6},
     "last block": {"train": "last:1"},
     "lora": {"train": "lora", "lora_rank": 4},
     "int8": {"base": "int8"},
@@ -418,7 +421,15 @@ def reports_golden() -> Iterator[Golden]:
     golden.finish(indent=1)
 
 
-@pytest.mark.parametrize("name", published("*/about.txt"))
+@pytest.mark.parametrize("name", published("*/study.json"))
+def test_every_published_study_loads_and_is_judged_as_it_was(name: str) -> None:
+    study = load_study(RESULTS / name)
+    assert not study.broken
+    assert len(study.trials) == len(list((RESULTS / name).glob("trials/*.json"))) > 0
+    assert to_json(study.result) == (RESULTS / name / "quality.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted({*published("*/about.txt")} - {*published("*/study.json")}))
 def test_every_published_record_loads(name: str) -> None:
     folder = RESULTS / name
     files = tuple(len(list(folder.glob(f"{kind}/*.json"))) for kind in ("runs", "generations"))

@@ -52,6 +52,7 @@ VARIANTS: list[Method] = [
     ("zo2", {"queries": 3, "fold_every": 2}),
     ("zo2", {"estimator": "lozo", "lozo_window": 1}),
     ("zo2", {"base": "int8", "estimator": "lozo", "lozo_window": 1}),
+    ("zo2", {"estimator": "grzo", "noise": "rademacher", "grzo_window": 1}),
     ("zo2", {"base": "int4", "queries": 2, "fold_every": 2}),
     ("zo2", {"estimator": "fzoo", "noise": "rademacher", "queries": 4}),
     ("zo2", {"disk_blocks": 3}),
@@ -115,7 +116,7 @@ def test_every_step_moves_what_the_cost_model_says(
     family: str, tied: bool, engine: str, values: dict[str, Any], dtype: Dtype
 ) -> None:
     blueprint = tiny_blueprint(family, tied)
-    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype, checkpointing=False)
+    workload = Workload(batch_size=2, seq_len=SEQ_LEN, dtype=dtype, checkpointing=False)
     told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
     with running(engine, values, blueprint, workload) as made:
         assert_moved(steps(made, family, workload, count=values.get("fold_every", 1) + 1), told, values)
@@ -126,7 +127,7 @@ def test_every_step_moves_what_the_cost_model_says(
 )
 def test_a_lossless_base_moves_what_the_cost_model_says(values: dict[str, Any]) -> None:
     blueprint, values = tiny_blueprint("llama"), {"base": "lossless", **values}
-    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype="bf16", checkpointing=False)
+    workload = Workload(batch_size=2, seq_len=SEQ_LEN, dtype="bf16", checkpointing=False)
     told = traffic("zo2", blueprint.shape, workload, parse_settings("zo2", values))
     with running("zo2", values, blueprint, workload) as made:
         assert_moved(steps(made, "llama", workload, count=values.get("fold_every", 1) + 1), told, values)
@@ -161,7 +162,7 @@ def test_accumulation_and_checkpointing_move_no_more(
 
 def test_some_methods_do_move_something() -> None:
     """Or all of the above would hold of a counter that never counts."""
-    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype="fp32")
+    workload = Workload(batch_size=2, seq_len=SEQ_LEN, dtype="fp32")
     shape = tiny_blueprint("opt").shape
     zo2 = traffic("zo2", shape, workload, parse_settings("zo2", {}))
     assert zo2.h2d_bytes == 3 * 4 * shape.block_parameters
@@ -192,7 +193,7 @@ def test_pinned_memory_is_what_the_cost_model_says(
 
     monkeypatch.setattr(pinned.HostSlab, "__init__", as_pinned)
     blueprint = tiny_blueprint(family, tied)
-    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype)
+    workload = Workload(batch_size=2, seq_len=SEQ_LEN, dtype=dtype)
     told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
     with running(engine, values, blueprint, workload) as made:
         assert made.pinned_bytes == told.pinned_bytes
@@ -203,7 +204,7 @@ def test_pinned_memory_is_what_the_cost_model_says(
 @pytest.mark.parametrize(("engine", "values"), VARIANTS, ids=lambda value: str(value))
 def test_pinned_memory_and_traffic_on_a_gpu(engine: str, values: dict[str, Any], dtype: Dtype) -> None:
     blueprint = tiny_blueprint("llama")
-    workload = Workload(batch_size=1, seq_len=SEQ_LEN, dtype=dtype, checkpointing=False)
+    workload = Workload(batch_size=2, seq_len=SEQ_LEN, dtype=dtype, checkpointing=False)
     told = traffic(engine, blueprint.shape, workload, parse_settings(engine, values))
     with running(engine, values, blueprint, workload, "cuda:0") as made:
         assert_moved(steps(made, "llama", workload, count=4), told, values)

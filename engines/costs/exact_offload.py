@@ -34,7 +34,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
-from engines.costs.native import block_passes
+from engines.costs.native import block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -53,7 +53,7 @@ before they would have gone."""
 LEAST_GRADIENT_BLOCKS = 4
 
 LAUNCHES = 100
-"""Per block, in launches of a model's own operations: Python around its pieces, events and the CPU's queue.
+"""Per block, in launches of a model's own operations: Python around its chunks, events and the CPU's queue.
 On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
 
 FUSED_ADAM_BYTES = 28
@@ -252,7 +252,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     moments = (
         {
-            "gradients": held["gradients"] + non_block + passing,
+            "gradients": held["gradients"] + non_block,
             "activations": saved + between,
             "logits": transformer.logits_bytes(shape, workload, compiled=passes.compiled),
         },
@@ -271,4 +271,5 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         gpu_memory_bytes=transformer.peak_moment(kinds),
         gpu_apart_bytes=transformer.apart_bytes(kinds),
         gpu_without_triton_bytes=0,
+        workspaces=workspaces(None),
     )

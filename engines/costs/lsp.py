@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes
+from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
@@ -61,9 +61,15 @@ STREAM_LAUNCHES = 16
 """The same for a matrix whose weights are streamed. Counted: such a block starts 50 to 56 operations of torch
 more for each matrix, of which a model's own launches have three to four each."""
 
-GRAPH_LAUNCHES = 24
-"""Per block that runs as CUDA graphs, both passes, its cores' copies included. Estimated."""
+GRAPH_LAUNCHES = 40
+"""Per block that runs as CUDA graphs, both passes, its cores' copies included. Counted: beside a model's own
+operations, of which a launch counts for three or four of torch's, a block starts 110 to 134 of those."""
 
+
+LOSS_BYTES, LOSS_BYTES_BLOCK_MAJOR = 10, 8
+"""GPU bytes per logit at the peak of the loss, 16-bit weights and compiled blocks. Less than without them: 11
+in one job on an H200, 4 in another, and 6 to 8 in three whose weights are streamed, where nothing keeps the
+logits themselves (`tests/studies/prediction_grid_h200`)."""
 
 RESIDUAL_PASSES = 14
 """Over a matrix, reads and writes, for what its projectors leave out."""
@@ -145,6 +151,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
         rare=_checks(shape, settings),
+        reduced_bytes=element * (cores + trained_on_gpu),
     )
 
 
@@ -282,7 +289,7 @@ def _gpu_memory(
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
     moments = (
-        {"activations": saved, "logits": transformer.logits_bytes(shape, workload)},
+        {"activations": saved, "logits": _logits_bytes(shape, workload, settings)},
         {
             "activations": saved + transformer.backward_activation_bytes(shape, workload),
             "scratch": largest,
@@ -293,4 +300,12 @@ def _gpu_memory(
         gpu_memory_bytes=transformer.peak_moment(kinds),
         gpu_apart_bytes=transformer.apart_bytes(kinds) + _pool_bytes(shape, workload, settings),
         gpu_without_triton_bytes=0,
+        workspaces=workspaces(lsp_passes(shape, workload, settings)),
     )
+
+
+def _logits_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    if settings.compile is False or BYTES_PER_ELEMENT[workload.dtype] == 4:
+        return transformer.logits_bytes(shape, workload)
+    each = LOSS_BYTES_BLOCK_MAJOR if settings.block_major else LOSS_BYTES
+    return each * transformer.num_logits(shape, workload)

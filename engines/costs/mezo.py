@@ -214,7 +214,7 @@ def _block(
     launches = (
         0 if transformer.runs_as_graphs(shape, workload) else settings.queries * (len(shape.matrices) + 1)
     )
-    if trained and settings.estimator == "lozo":
+    if trained and settings.noise_window is not None:
         return _with_low_rank(layer, visit, shape, workload, settings)
     frozen = FROZEN
     if settings.base == "lossless":
@@ -228,11 +228,12 @@ def _block(
 def _with_low_rank(
     layer: LayerTraffic, visit: ParameterWork, shape: ModelShape, workload: Workload, settings: MezoSettings
 ) -> LayerTraffic:
-    """LOZO: matrices are copied to scratch as they are; their noise is that of its factors, V and each U, and
-    its update that of U. Two products of low rank beside each matrix, the second twice as wide (A and U)."""
+    """LOZO, and directions of each example: matrices are copied to scratch as they are; their noise is that
+    of its factors, V and each U, and its update that of U. Two products of low rank beside each matrix, the
+    second twice as wide (A and U)."""
     matrices = sum(matrix.parameters for matrix in shape.matrices)
-    passes, rank, q = settings.forward_passes, settings.lozo_rank, settings.queries
-    rows, columns = (sum(getattr(each, extent) for each in shape.matrices) for extent in ("rows", "columns"))
+    passes, rank, q = settings.forward_passes, settings.rank(workload.examples_per_step), settings.queries
+    rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
     layer = replace(
         layer,
@@ -243,16 +244,25 @@ def _with_low_rank(
     )
     # A query's copy, and its products: inner, side by side, and one for each side; V, A twice, and U.
     launches = q * (9 * len(shape.matrices) + 3)
+    if settings.estimator == "grzo":
+        # Inner, its own part, both together, and one product, in the graph where there is one; of the block
+        # V, A, U, and U again for the update.
+        as_graph = transformer.runs_as_graphs(shape, workload)
+        launches = (1 if as_graph else 5 * workload.accumulation) * len(shape.matrices) + 9
     layer = _visited(layer, FROZEN * q, matrices, launches, workload)
     return _visited(layer, visit, shape.block_parameters - matrices, q, workload)
 
 
-def accumulator_bytes(shape: ModelShape, settings: MezoSettings) -> int:
-    """Of LOZO, in fp32, of all blocks that are trained."""
-    if settings.estimator != "lozo":
+def accumulator_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> int:
+    """Of low-rank noise, in fp32, of all blocks that are trained; with directions of each example also what a
+    block's update is made in."""
+    if settings.noise_window is None:
         return 0
-    trained = sum(trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks))
-    return 4 * settings.lozo_rank * trained * sum(matrix.rows for matrix in shape.matrices)
+    blocks = sum(trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks))
+    if settings.estimator == "grzo":
+        blocks += 2
+    rank = settings.rank(workload.examples_per_step)
+    return 4 * rank * blocks * sum(matrix.rows for matrix in shape.matrices)
 
 
 def _with_adapters(
@@ -327,7 +337,7 @@ def gpu_memory(
     kept = {**held}
     if adapters:
         kept["adapters"] = element * shape.num_blocks * adapters
-    if accumulators := accumulator_bytes(shape, settings):
+    if accumulators := accumulator_bytes(shape, workload, settings):
         kept["optimizer"] = accumulators
     in_block = {
         **kept,
@@ -344,11 +354,17 @@ def gpu_memory(
         }
         for has_triton in (True, False)
     )
-    apart = APART_SHARE * max(in_block["activations"], at_head["activations"])
-    if as_graphs:  # whose pool nothing else may use
+    apart = (1.0 if as_graphs else APART_SHARE) * max(in_block["activations"], at_head["activations"])
+    if as_graphs and sum(in_block.values()) >= sum(at_head.values()):
+        # Nothing else may use a graph's pool: what the first step had lies beside it, and what the head has.
         apart += transformer.apart_bytes([in_block, at_head])
     # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
     trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}
     peak = transformer.peak_moment([in_block, at_head, trial])
     more = sum(transformer.peak_moment([in_block, without_triton, trial]).values()) - sum(peak.values())
-    return GpuMemory(gpu_memory_bytes=peak, gpu_apart_bytes=int(apart), gpu_without_triton_bytes=more)
+    return GpuMemory(
+        gpu_memory_bytes=peak,
+        gpu_apart_bytes=int(apart),
+        gpu_without_triton_bytes=more,
+        workspaces=2 if as_graphs else 1,
+    )

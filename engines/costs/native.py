@@ -27,6 +27,10 @@ BLOCK_GATHERED, NON_BLOCK_GATHERED = 3, 2
 """How often several GPUs exchange parts in a micro-batch: of a block's weights in the forward and in the
 backward pass, of its gradients, and of what is outside once each."""
 
+GATHER_LAUNCHES = 75
+"""What FSDP2 does around a block in a micro-batch, in launches: two H200s took 0.128 s for 4 x 1024 tokens
+each of the 1.3B LLaMA shape, compiled, where the GPU's work is 0.065 (one run, engines/EXPERIMENTS.md)."""
+
 GRAPH_BYTES = 4_000_000
 """GPU memory of one block's two passes as CUDA graphs outside torch's allocator: on an H200 `lsp` with 32
 blocks took 0.2 GB more than `native` did without, in use by NVML less what torch reserved; a part may be the
@@ -38,9 +42,15 @@ of native and 0.13 of LoRA in the records of deepseek-coder-1.3b of 29 November 
 in ten other runs (`tests/studies/prediction_grid`), all of one H200."""
 
 LEFT_BY_FIRST_STEPS = 0.11
-"""What is not left to the pool by the steps before the capture, as a share of all but the weights: the
-optimizer's states lie among freed activations, whose places the pool cannot have. Two jobs under a cap on an
-H200 had 0.08 and 0.11 in such places when they ran out of memory."""
+"""What is not left to the pool by the steps before the capture, as a share of the optimizer's states and of
+gradients: they lie among freed activations, whose places the pool cannot have. Four jobs under a cap on an
+H200 had 0.08 to 0.13 in such places when they ran out of memory."""
+
+KEPT_HIDDEN_STATES = 8
+"""Tensors of the size of a hidden state that a compiled block keeps."""
+
+SEGMENT_BYTES = 20 << 20
+"""What torch's allocator takes at once for tensors between 1 and 10 MiB, to cut them from."""
 
 
 def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockSettings) -> BlockPasses:
@@ -99,7 +109,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if passes.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
-        divided_weights=DividedWeights(kinds=("weights", "gradients", "optimizer"), whole_bytes=whole),
+        divided_weights=DividedWeights(
+            kinds=("weights", "gradients", "optimizer"),
+            whole_bytes=whole,
+            launches=GATHER_LAUNCHES * workload.accumulation,
+        ),
     )
 
 
@@ -133,16 +147,37 @@ def training_memory(
         "gradients": gradients,
         "activations": transformer.backward_activation_bytes(shape, workload, compiled=compiled),
         "logits": 0,
-        # Of a tied head and embedding each makes its own, and they are added.
-        "scratch": head_gradient if shape.tied and gradients >= head_gradient else 0,
+        # Of a tied head and embedding each makes its own, and their sum is a third.
+        "scratch": 2 * head_gradient if shape.tied and gradients >= head_gradient else 0,
     }
     moments = [at_loss, at_end]
     apart = transformer.apart_bytes(moments)
     if passes is not None and passes.captured:
-        apart = max(
-            int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"])),
-            int(LEFT_BY_FIRST_STEPS * (sum(transformer.peak_moment(moments).values()) - held["weights"])),
-        )
+        pool = int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"]))
+        left = [int(LEFT_BY_FIRST_STEPS * (m.get("optimizer", 0) + m["gradients"])) for m in moments]
+        of_loss = sum(at_loss.values()) + max(pool, left[0])
+        of_loss += _between_segments(shape, workload, at_loss["activations"])
+        of_end = sum(at_end.values()) + left[1]
+        apart = max(of_loss, of_end) - sum(transformer.peak_moment(moments).values())
     return GpuMemory(
-        gpu_memory_bytes=transformer.peak_moment(moments), gpu_apart_bytes=apart, gpu_without_triton_bytes=0
+        gpu_memory_bytes=transformer.peak_moment(moments),
+        gpu_apart_bytes=apart,
+        gpu_without_triton_bytes=0,
+        workspaces=workspaces(passes),
     )
+
+
+def workspaces(passes: BlockPasses | None) -> int:
+    """Of products: of the thread that runs forward passes and of the one of backward passes, and the same
+    again on the stream on which they are captured."""
+    return 4 if passes is not None and passes.captured else 2
+
+
+def _between_segments(shape: ModelShape, workload: Workload, activations: int) -> int:
+    """Of the segments from which hidden states are cut that a block keeps, what is no whole one."""
+    hidden = transformer.hidden_bytes(shape, workload)
+    if not 1 << 20 < hidden <= SEGMENT_BYTES // 2:
+        return 0
+    unused = 1 - SEGMENT_BYTES // hidden * hidden / SEGMENT_BYTES
+    block = transformer.block_activation_bytes(shape, workload, compiled=True)
+    return int(unused * activations * min(1.0, KEPT_HIDDEN_STATES * hidden / block))

@@ -1,4 +1,5 @@
-"""What machines that share out the steps of a zeroth-order method send each other: losses. No torch."""
+"""What machines that share out a method's steps send each other: losses, and compressed gradients of one that
+has them. No torch."""
 
 from __future__ import annotations
 
@@ -23,11 +24,13 @@ def sent_bytes(traffic: Traffic, workload: Workload, ranks: int, nodes: int) -> 
     if nodes == 1:
         return 0.0
     losses = LOSS_BYTES * traffic.forwards * workload.accumulation
-    return (nodes - 1) * ROUNDS * ROUND_BYTES + 2 * losses * ranks * (nodes - 1) / nodes
+    small = (nodes - 1) * ROUNDS * ROUND_BYTES + 2 * losses * ranks * (nodes - 1) / nodes
+    return small + 2 * (nodes - 1) * traffic.reduced_bytes
 
 
 def network_s(traffic: Traffic, workload: Workload, ranks: int, nodes: int, bytes_per_s: float) -> float:
     """Seconds that a step waits for the other machines, which are as fast."""
     if nodes == 1:
         return 0.0
-    return ROUNDS * ROUND_S + sent_bytes(traffic, workload, ranks, nodes) / bytes_per_s
+    reduced = (nodes - 1) * traffic.reduced_bytes  # it goes as much as comes, at the same time
+    return ROUNDS * ROUND_S + (sent_bytes(traffic, workload, ranks, nodes) - reduced) / bytes_per_s

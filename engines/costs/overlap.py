@@ -58,7 +58,8 @@ def gathered_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     last one's gradient. FSDP (2304.11277)."""
     busy = busy_s(layers)
     waited = max((layer.from_gpu_s for layer in layers), default=0.0)
-    return max(busy["gpu"], busy["gpu to gpu"]) + waited
+    chain = max(busy["gpu"], busy["gpu to gpu"]) + waited
+    return min(max(chain, *busy.values()), serial_s(layers))
 
 
 def optimizer_after_backward_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:

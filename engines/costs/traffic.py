@@ -58,6 +58,8 @@ class DividedWeights:
     """Of `gpu_memory_bytes`."""
     whole_bytes: int
     """Weights and gradients that each has whole for a time."""
+    launches: int
+    """What it takes to bring a layer's parts together and to divide its gradients, in a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +77,7 @@ class GpuMemory(TypedDict):
     gpu_memory_bytes: Mapping[str, int]
     gpu_apart_bytes: int
     gpu_without_triton_bytes: int
+    workspaces: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +102,12 @@ class Traffic:
     """By how much the peak is larger where there is no Triton."""
     divided_weights: DividedWeights | None = None
     """`None`: every GPU has all of its own."""
+    workspaces: int = 1
+    """Workspaces of products: one for each stream of each thread that starts them. A backward pass has a
+    thread of its own, a captured pass a stream."""
+    reduced_bytes: int = 0
+    """Of a step's compressed gradients, and of others, what one machine sends to each other one that it takes
+    the step with."""
     shards_uploads: bool = False
     """Each of them brings up its share of what goes up, and has the others' from their GPUs."""
     gpu_held_bytes: int = 0
@@ -136,6 +145,7 @@ class Traffic:
                 layer,
                 gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
+                launches=layer.launches + (weights.launches if layer.gathered_bytes else 0),
             )
             for layer in self.layers
         ]

@@ -56,12 +56,12 @@ GRAPH_SCRATCH_BYTES = 400_000_000
 """`engines.zeroth_order.perturbed_model` runs blocks as CUDA graphs up to this size of a block's perturbed
 copies."""
 
-GRAPH_LAUNCHES = 22
+GRAPH_LAUNCHES = 41
 """What it takes to start a block then, in launches: copies in and out, the graph, noise chunk by chunk, and
-the engine's Python around them. One H200's host needs 0.6 ms for a block of OPT-125M (reports/results), and
-28 us for an operation by the probe."""
+the engine's Python around them. Three hosts of H200s needed 0.6 ms for a block of OPT-125M, RoBERTa and
+GPT-2, and 15 us for an operation by the probe."""
 
-STEP_LAUNCHES = 30
+STEP_LAUNCHES = 50
 """What nothing hides between two steps, in launches without autograd: the loss is read, the next batch goes
 up, and the GPU waits. 0.4 to 1.4 ms of mezo and zo2 on H200s (`idle_s` in reports/results)."""
 
@@ -92,6 +92,10 @@ took 5.66 GB on an H200 (reports/results, 29 November), of which 5.27 are counte
 LOGIT_MOVES = 6
 """Reads and writes of a logit where a compiler fuses the loss: its product writes it, the loss reads it, the
 backward pass reads it and writes its gradient, and two products read that. Counted."""
+
+LOSS_BYTES_CHUNK = 7
+"""The same of a chunk of the loss (`engines.first_order.head_loss`) that is compiled, 16-bit weights: 6 to 9
+in three jobs under a cap on an H200 (`tests/studies/prediction_grid_h200`)."""
 
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
 """The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton a language
@@ -310,7 +314,8 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
     At 2 bytes a value: 34 h per token for a plain block (2205.05198 without the 5 a s term); for a gated one
     12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention,
     4 bytes per head and token. Compiled regions keep what products and attention need and compute most of the
-    rest again: 16 h + 4 h_kv + 5 f, of a plain block 26 h. (The peaks of native and LoRA at 1.3B, and of
+    rest again: 16 h + 4 h_kv + 5 f, of a plain block 26 h, and 8 h more where its activation keeps its input
+    and its result, as GELU does and OPT's ReLU does not. (The peaks of native and LoRA at 1.3B, and of
     Qwen2.5 0.5B and 1.5B, one H200, come out within 5 % with them; 12 h + 4 h_kv + 4 f, which a compiler
     needs, is a fifth too little.) GPT-2's activation is eight operations, of which eager PyTorch keeps three
     results more, 24 h.
@@ -321,7 +326,8 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
         own, wide = (16, 5) if compiled else (20, 8)
         per_token = own * shape.hidden + 4 * kv + wide * shape.intermediate
     else:
-        per_token = (26 if compiled else 34 + 24 * has_long_activation(shape)) * shape.hidden
+        kept = 26 + 8 * (shape.family != "opt") if compiled else 34 + 24 * has_long_activation(shape)
+        per_token = kept * shape.hidden
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return int(tokens * (per_token * scale + 4 * shape.num_heads))
 
@@ -365,7 +371,10 @@ def logits_bytes(
     count = num_logits(shape, workload)
     if loss_tokens is None or loss_tokens >= tokens or shape.head != "causal_lm":
         return count * (LOSS_BYTES_COMPILED if compiled else LOSS_BYTES_TRAINING)[workload.dtype]
-    return count * LOSS_BYTES_TRAINING[workload.dtype] * loss_tokens // tokens + hidden_bytes(shape, workload)
+    each = LOSS_BYTES_TRAINING[workload.dtype]
+    if compiled and BYTES_PER_ELEMENT[workload.dtype] == 2:
+        each = LOSS_BYTES_CHUNK
+    return count * each * loss_tokens // tokens + hidden_bytes(shape, workload)
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:

@@ -110,8 +110,8 @@ def folds(index: int, step: int, fold_every: int) -> bool:
 
 def folds_disk(settings: MezoSettings, total_steps: int) -> bool:
     """Whether so long a run writes blocks on disk anew, if it trains them."""
-    if settings.estimator == "lozo":
-        return total_steps > settings.lozo_window
+    if settings.noise_window is not None:
+        return total_steps > settings.noise_window
     return total_steps * settings.queries > disk.REPLAYED_UPDATES
 
 
@@ -159,7 +159,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     non_block = element * shape.non_block_parameters
     disk_bytes = len(on_disk) * block
     host_bytes = (streamed - len(on_disk)) * block
-    turn = settings.lozo_window if settings.estimator == "lozo" else settings.fold_every
+    turn = settings.noise_window or settings.fold_every
     kept = block / (element * shape.block_parameters)
     # Where resident blocks are low-bit, they keep the schedule of the others.
     keeps_turns = settings.is_quantized
@@ -167,7 +167,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         fused_visit(settings, 1 if i in resident and not keeps_turns else turn, kept)
         for i in range(shape.num_blocks)
     ]
-    if settings.estimator != "lozo":  # whose windows end the log of all blocks alike
+    if settings.noise_window is None:  # else windows end the log of all blocks alike
         replayed = replayed_visit(settings, kept)
         visits = [replayed if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)

@@ -153,7 +153,12 @@ class BlockStates:
         self._states: list[HostSlab] = []
         self._memories: Iterator[Tensor] | None = None
         if world.local_size > 1:
-            sizes = [self._extents(end - begin)[1] for each in layouts for begin, end, _ in spans(each)]
+            sizes = [
+                self._extents(end - begin)[1]
+                for index, each in enumerate(layouts)
+                if index not in self._elsewhere
+                for begin, end, _ in spans(each)
+            ]
             self._shared = [shared_slabs(sizes, torch.device("cpu"), progress, world)]
             self._memories = iter(self._shared[0].views)
         self._numbers = itertools.count()
@@ -187,9 +192,11 @@ class BlockStates:
         weight = weights[begin:end]
         memory = None
         extents, size = self._extents(weight.numel())
-        if self._memories is not None:  # shared, and zero
+        if index in self._elsewhere:
+            pass
+        elif self._memories is not None:  # shared, and zero
             memory = self._on(weight, extents, next(self._memories))
-        elif index not in self._elsewhere:
+        else:
             slab = HostSlab(size, torch.device("cpu"))
             self._states.append(slab)
             memory = self._on(weight, extents, slab.view(0, (size,), torch.uint8))

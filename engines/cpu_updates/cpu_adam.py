@@ -179,6 +179,17 @@ def add_up(out: Tensor, gradients: Sequence[Tensor]) -> None:
         out.add_(each)
 
 
+def squared_norm_of_sum(gradients: Sequence[Tensor]) -> float:
+    """Of what `add_up` makes of them, in fp64. None of them is written to."""
+    total = 0.0
+    for begin in range(0, gradients[0].numel(), CHUNK):
+        parts = [each[begin : begin + CHUNK] for each in gradients]
+        summed = parts[0].clone()
+        add_up(summed, parts)
+        total += float(summed.double().square_().sum())
+    return total
+
+
 @cache
 def compiled() -> Any | None:
     """`cpu_adam.c` as a library, by the compiler that `CC` names or the first that can make it; `None` where

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engines.cpu_updates.pipeline import StepShare
+from engines.cpu_updates.rank_updates import RankUpdates
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.link import Event, Link
 
@@ -32,12 +33,24 @@ class GradientNorms:
         HAZARD: one must not change before it has arrived, which is known in the step after.
         """
         self._known = Event()
+        self._is_whole = True
+        """Of what is known of the step before. With several ranks what they sum up on the host is added to it
+        when the CPU has it."""
 
     def begin(self, share: StepShare) -> None:
         """A step begins; where it is clipped by the norm of the one before, `share` gets that."""
         if self._settings.clip_by == "previous" and share.max_norm is not None and share.step > 0:
             share.total = self._on_host[(share.step - 1) % 2]
             share.total_known = self._known
+
+    def learn(self, share: StepShare, ranks: RankUpdates) -> None:
+        """With several ranks, once the step before has been updated: let `share` have the norm of that, where
+        it is clipped by it."""
+        if share.total is None or self._is_whole or self._settings.clip_by == "exact":
+            return
+        self._link.host_wait(self._known)
+        share.total += ranks.wait_for_norm(share.step - 1)
+        self._is_whole = True
 
     @torch.no_grad()
     def take(self, group: int, gradient: Tensor) -> Tensor:
@@ -65,10 +78,20 @@ class GradientNorms:
         elif share.total is not None:
             self._link.host_wait(share.total_known)
             scale = torch.full((1,), share.scale(), device=total.device)
-        self._known = known
+        self._known, self._is_whole = known, False
         return scale
 
-    def last(self, steps_done: int) -> Tensor:
-        """(1,) on the host: of the last step's whole gradient, squared. Waits for it."""
+    def last(self, steps_done: int, ranks: RankUpdates | None) -> Tensor:
+        """(1,) on the host: of the last step's whole gradient, squared. Waits for it. `ranks`: those
+        that there are, if several."""
         self._link.host_wait(self._known)
-        return self._on_host[(steps_done - 1) % 2]
+        found = self._on_host[(steps_done - 1) % 2]
+        if ranks is not None and not self._is_whole and self._settings.clip_by == "previous":
+            found += ranks.wait_for_norm(steps_done - 1)
+            self._is_whole = True
+        return found
+
+    def take_back(self, total: Tensor, steps_done: int) -> None:
+        """What `last` gave, after so many steps."""
+        self._on_host[(steps_done - 1) % 2].copy_(total)
+        self._is_whole = True

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.cpu_adam import compiled
+from engines.cpu_updates.cpu_adam import compiled, squared_norm_of_sum
 from engines.cpu_updates.rank_updates import POLL_S, RankUpdates
 from engines.errors import NonFiniteLoss, PeerLost, UserError
 from engines.transfer.clock import now_s
@@ -141,6 +141,14 @@ class ChunkUpdate:
     done: threading.Event = field(default_factory=threading.Event)
 
 
+class _Job(NamedTuple):
+    """What is awaited, and then done, together."""
+
+    updates: list[ChunkUpdate]
+    is_of_norms: bool = False
+    """Nothing is updated: norms are taken."""
+
+
 SPARE_THREADS = 2
 """CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
 
@@ -188,7 +196,8 @@ def update_chunk(state: TravellingChunk, share: StepShare, of_ranks: OfRanks | N
 def update_at_once(updates: Sequence[ChunkUpdate], device: torch.device) -> None:
     """The twin's way: all of it in the calling thread, then all is applied."""
     for update in updates:
-        update.failed = not update_chunk(update.state, update.share)
+        of_ranks = None if update.of_ranks is None else update.of_ranks(())
+        update.failed = not update_chunk(update.state, update.share, of_ranks)
         update.consumed()
     for update in updates:
         if update.failed:
@@ -235,8 +244,8 @@ class UpdatePipeline:
         compiled()  # here, and not in the first step
         self._turn = itertools.count()
         self._changed = threading.Condition()
-        self._arriving: deque[list[ChunkUpdate]] = deque()
-        self._ready: list[tuple[int, int, list[ChunkUpdate]]] = []
+        self._arriving: deque[_Job] = deque()
+        self._ready: list[tuple[int, int, _Job]] = []
         self._order = itertools.count()
         self._error: BaseException | None = None
         self._is_closed = False
@@ -253,9 +262,28 @@ class UpdatePipeline:
         """Take a job whose downloads are enqueued. Does not wait."""
         if not updates:
             return
+        self._add(_Job(list(updates)))
+
+    def submit_norms(self, updates: Sequence[ChunkUpdate]) -> None:
+        """With several ranks, take the norm of the sum of their gradients of some chunks, which are submitted
+        when that of all chunks is known (`wait_for_norm`). Does not wait."""
+        self._add(_Job(list(updates), is_of_norms=True))
+
+    def _add(self, job: _Job) -> None:
         with self._changed:
-            self._arriving.append(list(updates))
+            self._arriving.append(job)
             self._changed.notify()
+
+    def wait_for_norm(self, step: int) -> float:
+        """With several ranks: the squared norm of all chunks' gradients of a step, whose norms are submitted.
+        Raises what kept this rank or another from it."""
+        assert self._ranks is not None
+        while (found := self._ranks.squared_norm(step)) is None:
+            if self._error is not None:
+                raise self._error
+            self._ranks.look_for_peers()
+            time.sleep(POLL_S)
+        return found
 
     def wait(self, update: ChunkUpdate) -> Event:
         """Hold the calling thread until the chunk's application is enqueued; the event of its end.
@@ -317,7 +345,7 @@ class UpdatePipeline:
                             self._process(job)
                     except BaseException as error:  # it belongs to the thread that waits
                         self._error = error
-                    for update in job:
+                    for update in () if job.is_of_norms else job.updates:
                         if self._ranks is None:
                             update.consumed()
                         self._updated.put(update)
@@ -373,7 +401,7 @@ class UpdatePipeline:
                 self._error = error
         return self._error is not None
 
-    def _take(self) -> list[ChunkUpdate] | None:
+    def _take(self) -> _Job | None:
         """The next job; `None` once closed and empty."""
         with self._changed:
             while True:
@@ -383,10 +411,10 @@ class UpdatePipeline:
                     self._changed.wait()
                 try:
                     # Downloads end in the order of submission: they share a stream.
-                    while self._arriving and _has_happened(self._arriving[0][-1].downloaded):
+                    while self._arriving and _has_happened(self._arriving[0].updates[-1].downloaded):
                         job = self._arriving.popleft()
                         self._report_arrived(job)
-                        heapq.heappush(self._ready, (job[0].state.deadline, next(self._order), job))
+                        heapq.heappush(self._ready, (job.updates[0].state.deadline, next(self._order), job))
                     if self._ranks is not None and self._error is None:
                         if (found := self._arrived_on_all_ranks(self._ranks)) is not None:
                             return found
@@ -397,45 +425,58 @@ class UpdatePipeline:
                     self._error = error
                 return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
 
-    def _report_arrived(self, job: Sequence[ChunkUpdate]) -> None:
-        for update in job if self._ranks is not None else ():
+    def _report_arrived(self, job: _Job) -> None:
+        for update in job.updates if self._ranks is not None else ():
             assert self._ranks is not None
             self._ranks.report_arrived(update.state.number, update.share.step, update.place)
 
-    def _arrived_on_all_ranks(self, ranks: RankUpdates) -> list[ChunkUpdate] | None:
+    def _arrived_on_all_ranks(self, ranks: RankUpdates) -> _Job | None:
         """The first job by deadline of which that can be said, or which is other ranks' to update."""
         for entry in sorted(self._ready):
             job = entry[2]
-            own = [update for update in job if ranks.owns(update.state.number)]
+            own = [update for update in job.updates if ranks.owns(update.state.number)]
             if all(ranks.all_arrived(update.state.number, update.share.step) for update in own):
                 self._ready.remove(entry)
                 heapq.heapify(self._ready)
                 return job
         return None
 
-    def _process(self, job: Sequence[ChunkUpdate]) -> None:
-        for update in job:
+    def _process(self, job: _Job) -> None:
+        for update in job.updates:
             self._link.host_wait(update.downloaded)
-        self._link.host_wait(job[0].share.total_known)
+        self._link.host_wait(job.updates[0].share.total_known)
         begin_s = now_s()
-        for update in job:
-            self._update(update)
+        for update in job.updates:
+            if job.is_of_norms:
+                self._take_norm(update)
+            else:
+                self._update(update)
         end_s = now_s()
         with self._changed:
             self._busy_s += end_s - begin_s
         self._exposure.on_host(begin_s, end_s)
         if self._timeline is not None:
-            self._timeline.host_span("cpu adam", f"block {job[0].state.deadline}", begin_s, end_s)
+            self._timeline.host_span("cpu adam", f"block {job.updates[0].state.deadline}", begin_s, end_s)
 
     def _update(self, update: ChunkUpdate) -> None:
         state, ranks, of_ranks = update.state, self._ranks, update.of_ranks
         if ranks is None or of_ranks is None:
-            update.failed = not update_chunk(state, update.share)
+            update.failed = not update_chunk(state, update.share, None if of_ranks is None else of_ranks(()))
         elif ranks.owns(state.number):
+            if update.share.max_norm is not None and not ranks.is_norm_known(state.number, update.share.step):
+                self._take_norm(update)
             update.failed = not update_chunk(state, update.share, of_ranks(ranks.places(state.number)))
             ranks.report_updated(state.number, update.share.step, failed=update.failed)
         else:
             state.updates += 1
+
+    def _take_norm(self, update: ChunkUpdate) -> None:
+        """Of what all ranks bring of a chunk that is this one's to update."""
+        number, ranks = update.state.number, self._ranks
+        if ranks is None or update.of_ranks is None or not ranks.owns(number):
+            return
+        squared = squared_norm_of_sum(update.of_ranks(ranks.places(number)).gradients)
+        ranks.report_norm(number, update.share.step, squared)
 
     def _bring_back(self, update: ChunkUpdate) -> None:
         name = f"block {update.state.deadline}"

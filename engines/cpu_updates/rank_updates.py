@@ -12,10 +12,14 @@ thread that runs Adam takes what has arrived on all ranks, and the one that uplo
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engines.cpu_updates.cpu_adam import compiled
@@ -34,22 +38,26 @@ LOOK_FOR_PEERS_S = 0.5
 class RankUpdates:
     """What the ranks of a machine know of each other's work on so many chunks. All make it together."""
 
-    def __init__(self, chunks: int, world: World, progress: ReportProgress) -> None:
+    def __init__(self, owners: Sequence[int], world: World, progress: ReportProgress) -> None:
+        """`owners`: which rank of the machine updates each chunk."""
+        chunks = len(owners)
+        self._owners = list(owners)
         self.rank, self.size = world.local_rank, world.local_size
         self._library: Any = compiled()
-        self._slabs = shared_slabs([8 * chunks * (2 * self.size + 2)], torch.device("cpu"), progress, world)
+        self._slabs = shared_slabs([8 * chunks * (2 * self.size + 5)], torch.device("cpu"), progress, world)
         self._rows: Any = self._slabs.views[0].view(torch.int64).numpy().reshape(-1, chunks)
-        """(2 size + 2, chunks) int64: by rank the step in which it arrived, by rank its place, the step in
-        which it was updated, and in which that failed. Steps are counted from 1."""
-        self._updated, self._failed = 2 * self.size, 2 * self.size + 1
-        """The last two rows."""
+        """(2 size + 5, chunks) int64: by rank the step in which it arrived, by rank its place, the step in
+        which it was updated, in which that failed, and in which its norm was known. Steps are counted from 1.
+        The last two rows are norms, fp64, of even and of odd steps."""
+        self._updated, self._failed, self._normed = range(2 * self.size, 2 * self.size + 3)
+        self._norms: Any = self._rows[-2:].view(np.float64)
         pids = [int.from_bytes(each, "little") for each in world.exchange(os.getpid().to_bytes(8, "little"))]
         first = world.rank - world.local_rank
         self._peers = [pid for pid in pids[first : first + self.size] if pid != os.getpid()]
         self._next_look_s = now_s()
 
     def owns(self, chunk: int) -> bool:
-        return chunk % self.size == self.rank
+        return self._owners[chunk] == self.rank
 
     def report_arrived(self, chunk: int, step: int, place: int) -> None:
         """This rank's gradient of the chunk lies at its place of that number."""
@@ -75,6 +83,31 @@ class RankUpdates:
     def has_failed(self, chunk: int, step: int) -> bool:
         """After `is_updated`."""
         return bool(self._rows[self._failed, chunk] == step + 1)
+
+    def report_norm(self, chunk: int, step: int, squared: float) -> None:
+        """By the owner: the squared norm of the sum of all ranks' gradients.
+
+        HAZARD: that of two steps before is written over. Nobody asks for it any more: the gradients of this
+        step have come from all ranks, which had the updates of the last one, and so its norm, by then.
+        """
+        self._norms[step % 2, chunk] = squared
+        self._store(self._normed, chunk, step)
+
+    def is_norm_known(self, chunk: int, step: int) -> bool:
+        return self._load(self._normed, chunk) > step
+
+    def squared_norm(self, step: int) -> float | None:
+        """Of all chunks together; `None`: it is not known yet."""
+        if not all(self.is_norm_known(chunk, step) for chunk in range(len(self._owners))):
+            return None
+        return math.fsum(self._norms[step % 2])
+
+    def wait_for_norm(self, step: int) -> float:
+        """Raises `PeerLost` where another rank has ended."""
+        while (found := self.squared_norm(step)) is None:
+            self.look_for_peers()
+            time.sleep(POLL_S)
+        return found
 
     def forget(self) -> None:
         """Steps are counted anew. By one rank, while the others wait for it."""

@@ -148,6 +148,14 @@ def _whose(index, places, num_matrices, GRID: tl.constexpr):
     return tile, tl.load(mine + 2), start, left, begin
 
 
+@triton.jit
+def _words_of(words, index, begin):
+    """Of the tile with that index: the words of the first tile of its matrix, its own, and its header."""
+    matrix = words + begin * _STRIDE + _WORDS
+    mine = words + index * _STRIDE + _WORDS
+    return matrix, mine, tl.load(mine)
+
+
 @triton.jit(do_not_specialize=["num_matrices", "first", "num_updates", "step", "seed", "eps"])
 def _visit_kernel(
     codes, words, theta, plus, minus, places, num_matrices, table, first, num_updates, step, seed, eps,
@@ -157,9 +165,7 @@ def _visit_kernel(
     """`codes` and `words` are the same memory, as int16 and as int32."""
     index = tl.program_id(0).to(tl.int64)
     tile, tensor, start, left, begin = _whose(index, places, num_matrices, GRID)
-    matrix = words + begin * _STRIDE + _WORDS
-    mine = words + index * _STRIDE + _WORDS
-    header = tl.load(mine)
+    matrix, mine, header = _words_of(words, index, begin)
     like = plus.dtype.element_ty
     escape = header * 0
     for group in range(_LANES // _GROUP):
@@ -183,9 +189,7 @@ def _signs_kernel(
     """Likewise with signs. Two threads have elements in the same words, and both load them."""
     index = tl.program_id(0).to(tl.int64)
     tile, tensor, start, left, begin = _whose(index, places, num_matrices, GRID)
-    matrix = words + begin * _STRIDE + _WORDS
-    mine = words + index * _STRIDE + _WORDS
-    header = tl.load(mine)
+    matrix, mine, header = _words_of(words, index, begin)
     like = plus.dtype.element_ty
     thread, neighbour = tl.arange(0, _SIGN_LANES), tl.arange(0, _SIGN_WIDTH)[None, :]
     is_upper = (thread * _SIGN_WIDTH >= _LANES)[:, None]
@@ -220,10 +224,8 @@ def _decode_kernel(codes, words, out, damaged, places, num_matrices, GRID: tl.co
     if a tile is not what was written."""
     index = tl.program_id(0).to(tl.int64)
     _, _, start, left, begin = _whose(index, places, num_matrices, GRID)
-    mine = words + index * _STRIDE + _WORDS
-    header = tl.load(mine)
+    matrix, mine, header = _words_of(words, index, begin)
     lane = tl.arange(0, _LANES)
-    matrix = words + begin * _STRIDE + _WORDS
     w0, w1, w2, w3, _ = _opened(codes + index * _CODE_STRIDE, mine, header, matrix, lane, header * 0, _END)
     # The words are those that `_opened` has loaded.
     found = _check(

@@ -53,7 +53,9 @@ step is so short that launches count, the CPU's update takes longer than they do
 Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
 host has weights and states once; one rank adds up a chunk's gradients, in the order of ranks, and updates it
 for all (`engines.cpu_updates.rank_updates`). What the GPU updates outside the blocks, it updates on every
-rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them.
+rank by the same sum. With one micro-batch a rank the bits are those of one process that accumulates them,
+with any number those of as many twins, which exchange their gradients. The norm to clip by is that of the
+sum, which the CPU takes chunk by chunk as it arrives. States on disk have one rank for each block.
 
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
 copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
@@ -70,7 +72,7 @@ Longer than 400 lines: a step and the life around it are read in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -95,6 +97,7 @@ from engines.cpu_updates.pipeline import (
     leave_threads_to_adam,
     update_at_once,
 )
+from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import InfeasiblePlan, NonFiniteLoss
@@ -128,7 +131,7 @@ from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
 from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
-from engines.world import divide
+from engines.world import ALONE, World, divide
 
 
 class ExactOffload:
@@ -160,7 +163,9 @@ class ExactOffload:
         self._disk_weights: DiskWeights | None = None
         """`None`: no block's weights are on disk."""
         self._world = context.world
-        check_ranks(self.name, settings, self._world, disk_blocks=settings.disk_blocks)
+        check_ranks(self.name, self._world, disk_weights=settings.disk_weights)
+        self._host_world: World = self._world if settings.offload else ALONE
+        """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
         """`None`: one process."""
         self._share = StepShare(step=-1, learning_rate=0.0)
@@ -205,15 +210,17 @@ class ExactOffload:
             progress=self.context.progress,
             elsewhere=on_disk,
             weights_elsewhere=self.settings.weights_on_disk(len(layout.blocks)),
-            world=self._world,
+            world=self._host_world,
         )
-        if self._world.size > 1:
-            count = sum(len(chunks) for chunks in self._states.chunks)
-            self._ranks = RankUpdates(count, self._world, self.context.progress)
-        self._kept = KeptStates(self._states, on_disk, self._make_disk)
+        ranks = self._host_world
+        if ranks.size > 1:
+            owners = self._owners(on_disk)
+            self._ranks = RankUpdates(owners, ranks, self.context.progress)
+        own_on_disk = [index for index in on_disk if index % ranks.size == ranks.rank]
+        self._kept = KeptStates(self._states, own_on_disk, self._make_disk)
         sizes = [block.size for block in layout.blocks]
         places = gradient_places(len(sizes), self.settings)
-        where = (self._dtype, on_host, self.context.progress, self._world)
+        where = (self._dtype, on_host, self.context.progress, self._host_world)
         self._buffers = GradientBuffers([max(sizes)] * places, *where)
         self._num_blocks, self._layouts = len(sizes), layout.blocks
         self._num_groups = len(sizes) + len(non_block)
@@ -237,6 +244,19 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
+
+    def _owners(self, on_disk: Collection[int]) -> list[int]:
+        """Which rank updates each chunk: they take turns, but one has all of a block whose state is on
+        disk, and its file."""
+        size, found = self._host_world.size, list[int]()
+        for index, chunks in enumerate(self.host.chunks):
+            found += [index % size if index in on_disk else chunk.number % size for chunk in chunks]
+        return found
+
+    @property
+    def acts_together(self) -> bool:
+        """Ranks have states on disk, each its own: see `engines.base.ActsTogether`."""
+        return self._host_world.size > 1 and self.settings.disk_blocks > 0
 
     def _make_hidden_states(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:
@@ -273,7 +293,7 @@ class ExactOffload:
         held = host_bytes(sizes, non_block, self._dtype.itemsize, self.settings)
         for kind in held:
             if not kind.startswith("gradients"):  # ranks have it together
-                held[kind] //= self._world.local_size
+                held[kind] //= self._host_world.local_size
         needed = PROCESS_HOST_BYTES + sum(held.values())
         usable = self.context.host_bytes
         if usable is not None and needed > usable:
@@ -318,7 +338,7 @@ class ExactOffload:
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
-            if index % self._world.local_size == self._world.local_rank:
+            if index % self._host_world.local_size == self._host_world.local_rank:
                 self.host.weights[index].copy_(memory)
             self.on_gpu.append(memory)
             tensors |= its
@@ -546,13 +566,15 @@ class ExactOffload:
                 else None,
                 consumed=give,
                 place=number,
-                of_ranks=None if self._ranks is None else partial(self._of_ranks, index, chunk, buffers),
+                of_ranks=self._from_ranks(index, chunk, buffers, number),
             )
             for chunk in chunks
         ]
         self._in_flight.put(index, updates)
         for chunk in chunks:
             chunk.gradient = place[chunk.begin : chunk.end]
+        if self._ranks is not None:
+            self._norms.learn(self._share, self._ranks)
         if self._pipeline is None:
             chunks[0].squared_norm.copy_(norm)
             place[: gradient.numel()].copy_(gradient)
@@ -564,9 +586,22 @@ class ExactOffload:
             update.downloaded = self.link.download(its, _arriving(chunk), after=ready, name=name)
             if not self.settings.waits_for_norm and kept.comes_by_itself(index):
                 self._pipeline.submit([update])
+            if self.settings.waits_for_norm and self._ranks is not None:
+                self._pipeline.submit_norms([update])
         if not (self.settings.waits_for_norm or kept.comes_by_itself(index)):
             kept.submit(index, updates, self._pipeline)
         return updates[-1].downloaded
+
+    def _from_ranks(
+        self, index: int, chunk: BlockChunk, buffers: GradientBuffers, number: int
+    ) -> Callable[[Sequence[int]], OfRanks] | None:
+        """What gives the gradients of all ranks, if there are several; this one's are at that number."""
+        if self._ranks is not None:
+            return partial(self._of_ranks, index, chunk, buffers)
+        if self._world.size > 1:
+            gradient = buffers.own[number][chunk.begin : chunk.end]
+            return ExchangedGradients(self._world, gradient, chunk.squared_norm)
+        return None
 
     def _of_ranks(
         self, index: int, chunk: BlockChunk, buffers: GradientBuffers, places: Sequence[int]
@@ -581,7 +616,9 @@ class ExactOffload:
         """What is left of the step once backward has been enqueued."""
         self._send_non_block(sorted(self.last_non_block))
         self._non_block.sum_over_ranks(self._world)
-        squared = self._norms.of_groups.sum(0, keepdim=True) + self._non_block.squared_norm(self.device)
+        outside = self._non_block.squared_norm(self.device)
+        own = self._norms.of_groups.sum(0, keepdim=True) + outside
+        squared = own if self._world.size == 1 else self._squared_norm_of_ranks() + outside
         scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
         if self._share.max_norm is not None:
             self._step_d2h_bytes += squared.nbytes
@@ -591,7 +628,18 @@ class ExactOffload:
             assert self._kept is not None
             for index in range(self._num_groups):
                 self._kept.submit(index, self._in_flight.of(index), self._pipeline)
-        self._non_block.step(self._share.learning_rate, scale, squared)
+        # Finite where both are: another rank's gradient may be what is not.
+        self._non_block.step(self._share.learning_rate, scale, own if squared is own else own + squared)
+
+    def _squared_norm_of_ranks(self) -> Tensor:
+        """(1,) on the device: of the sum of all ranks' gradients that the host updates by. The CPU takes it,
+        which is waited for if this step is clipped by it; else 0, and the next step learns it."""
+        found = 0.0
+        if self._pipeline is None and self._share.max_norm is not None:
+            found = norm_of_ranks(self._in_flight.all())
+        elif self._pipeline is not None and self.settings.waits_for_norm:
+            found = self._pipeline.wait_for_norm(self._share.step)
+        return torch.full((1,), found, device=self.device)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -627,8 +675,11 @@ class ExactOffload:
         states, about["updates"] = self._kept.save(folder)
         state |= states
         if self.settings.max_grad_norm > 0:
-            state["total"] = self._norms.last(self.steps_done).clone()
-        save_checkpoint(folder, self._stored(), state, about)
+            state["total"] = self._norms.last(self.steps_done, self._ranks).clone()
+        if not self.acts_together or self._world.rank == 0:
+            save_checkpoint(folder, self._stored(), state, about)
+        if self.acts_together:
+            self._world.barrier()  # its blocks on disk every rank has written by itself
 
     def load(self, folder: Path) -> None:
         """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
@@ -647,14 +698,14 @@ class ExactOffload:
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:
-            self._norms.last(self.steps_done).copy_(tensors["total"])
+            self._norms.take_back(tensors["total"], self.steps_done)
         if self._ranks is not None:
             self._ranks.forget()  # as all of them do, and have written the same states
         self._world.barrier()
 
     def squared_norm(self) -> float:
         """Of the whole gradient of the last step, where gradients are clipped. Waits for it."""
-        return float(self._norms.last(self.steps_done))
+        return float(self._norms.last(self.steps_done, self._ranks))
 
     def trace_events(self) -> list[dict[str, Any]]:
         """Chrome trace events of GPU, link and CPU, in microseconds; asked once, before `close`."""

@@ -34,6 +34,11 @@ have arrived the CPU takes those whose block is needed first (`engines.cpu_updat
 downloads during backward, then all CPU updates, then all uploads, as ZeRO-Offload does. Clipping needs the
 norm of the whole gradient, so with `max_grad_norm` the CPU begins when backward has ended.
 
+Several ranks each take their micro-batches and send their cores down their own links; on a machine one rank
+adds up those of a chunk, in the order of ranks, and updates it for all (`engines.cpu_updates.rank_updates`).
+Machines send each other their sums when backward has ended, and each makes all updates. Projectors are those
+that rank 0 has found.
+
 The oracle is the twin, `offload=False`: the same cores through the same CPU routine, but in the main thread,
 one after the other, with copies that wait: no streams, no events, no worker, no pinned memory, no CUDA
 graphs. Nothing overlaps, so a hazard in the order of streams and threads shows as a difference. Weights and
@@ -66,7 +71,7 @@ Longer than 400 lines: a step and the life around it are read beside Algorithm 1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -77,13 +82,16 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
+from engines.cpu_updates.cpu_adam import add_up, squared_norm_of_sum
 from engines.cpu_updates.pipeline import (
     ChunkUpdate,
+    OfRanks,
     StepShare,
     UpdatePipeline,
     leave_threads_to_adam,
     update_at_once,
 )
+from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import NonFiniteLoss, UserError
@@ -120,18 +128,19 @@ from engines.subspace.cores import (
     CoreBlock,
     CoreMatrix,
     Cores,
+    CoreState,
     move_moments,
     warn_of_idle,
 )
 from engines.subspace.dense_parameters import DenseParameters
 from engines.subspace.projector import Projector
-from engines.subspace.rank_projectors import follow_projectors
+from engines.subspace.rank_projectors import follow_moments, follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
-from engines.world import divide
+from engines.world import ALONE, World, divide
 
 
 class Lsp:
@@ -162,9 +171,13 @@ class Lsp:
         self._regions: TrainingRegions | None = None
         self.streamed: StreamedMatrices | None = None
         self._world = context.world
-        check_ranks(self.name, settings, self._world)
+        check_ranks(self.name, self._world, machines=settings.offload or self._world.local_size == 1)
+        self._host_world: World = self._world if settings.offload else ALONE
+        """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
         """`None`: one process."""
+        self._of_machines: dict[int, OfRanks] = {}
+        """With several machines, what each has of the chunks that this rank updates, by number."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
 
@@ -206,11 +219,13 @@ class Lsp:
             workload=context.workload.of_a_rank(self._world.size),
             seed=context.seed,
             progress=context.progress,
-            world=self._world,
+            world=self._host_world,
         )
         self._blocks = self._cores.blocks
-        if self._world.size > 1:
-            self._ranks = RankUpdates(len(self._cores.first), self._world, context.progress)
+        size = self._host_world.local_size
+        if size > 1:
+            owners = [number % size for number in range(len(self._cores.first))]
+            self._ranks = RankUpdates(owners, self._world, context.progress)
         self._dense = DenseParameters(self.model, subspaces, settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
@@ -433,9 +448,7 @@ class Lsp:
                 state=chunk.state,
                 share=self._share,
                 destination=None if self.streamed is not None else partial(self._apply, chunk.matrices),
-                of_ranks=None
-                if self._ranks is None
-                else partial(self._laid_out.of_ranks, place, chunk.state),
+                of_ranks=self._from_ranks(place, chunk.state),
             )
             for chunk in block.chunks
         ]
@@ -451,8 +464,20 @@ class Lsp:
             update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
             if self._sends_at_once:
                 self._pipeline.submit([update])
+            if self._ranks is not None and self.settings.max_grad_norm > 0 and not self._has_machines:
+                self._pipeline.submit_norms([update])
         slot_free = self._laid_out.slot_free
         slot_free[place % len(slot_free)] = updates[-1].downloaded
+
+    def _from_ranks(self, place: int, state: CoreState) -> Callable[[Sequence[int]], OfRanks] | None:
+        """What gives the cores of all ranks, if there are several, or those of all machines."""
+        if self._has_machines:
+            return lambda places: self._of_machines[state.number]
+        if self._ranks is not None:
+            return partial(self._laid_out.of_ranks, place, state)
+        if self._world.size > 1:
+            return ExchangedGradients(self._world, state.incoming, state.squared_norm)
+        return None
 
     def _step_along_residuals(self, block: CoreBlock) -> None:
         """What the block's projectors leave out. Before the cores are sent: what they come back as is applied
@@ -466,7 +491,39 @@ class Lsp:
 
     @property
     def _sends_at_once(self) -> bool:
-        return self.settings.schedule_order == "layerwise" and self.settings.max_grad_norm == 0
+        waits = self.settings.max_grad_norm > 0 or self._has_machines
+        return self.settings.schedule_order == "layerwise" and not waits
+
+    @property
+    def _has_machines(self) -> bool:
+        return self._world.size > self._world.local_size
+
+    def _reduce_between_machines(self) -> None:
+        """Let every machine have each one's sum of its ranks' cores. A rank sends what it updates."""
+        updates = self._in_flight.all()
+        for update in updates:
+            self.link.host_wait(update.downloaded)
+        self._world.barrier()  # HAZARD: those of the other ranks of this machine have come down, too
+        own: list[tuple[int, Tensor]] = []
+        for place in range(len(self._blocks)):
+            for update in self._in_flight.of(place):
+                number = update.state.number
+                if self._ranks is None or self._ranks.owns(number):
+                    state = self._blocks[place].state_of(number)
+                    own.append((number, torch.empty_like(state.incoming)))
+                    add_up(own[-1][1], self._laid_out.of_ranks(place, state, ()).gradients)
+        sums = torch.cat([each for _, each in own])
+        of_machines = [
+            torch.split(each, [its.numel() for _, its in own]) for each in self._world.between_machines(sums)
+        ]
+        self._of_machines = {}
+        for at, (number, _) in enumerate(own):
+            gradients = [parts[at] for parts in of_machines]
+            norm = torch.tensor([squared_norm_of_sum(gradients)])
+            self._of_machines[number] = OfRanks(gradients, [norm])
+        if self._ranks is not None and self._pipeline is not None and self.settings.max_grad_norm > 0:
+            for update in updates:
+                self._pipeline.submit_norms([update])
 
     def _finish_backward(self) -> None:
         """What is left of the step once backward has been enqueued."""
@@ -478,7 +535,10 @@ class Lsp:
             elif not any(update.share is self._share for update in self._in_flight.of(place)):
                 self._settle(place)  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
+                self._report_no_norm(block)
         self._dense.sum_over_ranks(self._world)
+        if self._has_machines:
+            self._reduce_between_machines()
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
@@ -492,8 +552,20 @@ class Lsp:
                 self._pipeline.submit([update])
         self._dense.step(self._share.learning_rate, self._squared_total)
 
+    def _report_no_norm(self, block: CoreBlock) -> None:
+        """It took no part, on any rank: they run the same model."""
+        for chunk in block.chunks if self._ranks is not None else ():
+            assert self._ranks is not None
+            if self._ranks.owns(chunk.state.number):
+                self._ranks.report_norm(chunk.state.number, self._share.step, 0.0)
+
     def _clip(self, most: float) -> None:
-        """Scale the gradients outside the blocks, and let the worker know the norm of all."""
+        """Scale the gradients outside the blocks, and let the worker know the norm of all. With several ranks
+        the CPU takes that of the sum of their cores, which is waited for."""
+        if self._ranks is not None and self._pipeline is not None:
+            self._squared_total.fill_(self._pipeline.wait_for_norm(self._share.step))
+        elif self._world.size > 1:
+            self._squared_total.fill_(norm_of_ranks(self._in_flight.all()))
         self._dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
@@ -554,7 +626,10 @@ class Lsp:
         if found is not None:
             self._take_projectors(matrix, *found)
         if self._world.size > 1:
-            follow_projectors(self._world, matrix, found is not None)
+            is_new = follow_projectors(self._world, matrix, found is not None)
+            # Each twin has its own moments, and each machine, of which rank 0 alone has moved one's.
+            if is_new and (self._pipeline is None or self._has_machines):
+                follow_moments(self._world, matrix, self._laid_out.chunk_of(matrix).state)
 
     def _take_projectors(self, matrix: CoreMatrix, left: Projector, right: Projector) -> None:
         """Move the moments to the subspace of a new pair, and take it."""

@@ -282,10 +282,12 @@ class StreamedBlocks:
 
     def in_order(self, window: int | None) -> Iterator[tuple[int, Task]]:
         """A block goes down when it is its turn. With low-rank noise windows have their own."""
-        lozo = self._settings.estimator == "lozo"
+        by_window = self._settings.noise_window is not None
         updates = self._updates
         self._ring.begin_writing([i for i in self._due(updates.step) if updates.num_deferred(i)])
-        return self._pass(lambda index: not lozo and self._updates.is_due(index), perturb=True, window=window)
+        return self._pass(
+            lambda index: not by_window and self._updates.is_due(index), perturb=True, window=window
+        )
 
     def before_ranks_meet(self) -> None:
         self._ring.finish_writing()

@@ -77,7 +77,7 @@ class WaitingStates:
         self._link = link
         self._num_staying = num_staying
         self._numbers = range(num_staying, num_states)
-        self._room = host_slabs([most_bytes] * len(self._numbers), link.device, progress)
+        self._slabs = host_slabs([most_bytes] * len(self._numbers), link.device, progress)
         self._here: dict[int, Tensor] = {}
         self._away: dict[int, _Away] = {}
         self._arriving: dict[int, tuple[Tensor, Event]] = {}
@@ -85,22 +85,24 @@ class WaitingStates:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._room.pinned_bytes
+        return self._slabs.pinned_bytes
 
     def begin(self) -> None:
         self._let_go(0)
+        for _, arrived in self._arriving.values():  # of a step that was broken off
+            self._link.wait(arrived)
         self._here.clear()
         self._away.clear()
         self._arriving.clear()
 
     def put(self, number: int, state: Tensor) -> None:
         """A state that is larger than was said stays on the device, whatever its number."""
-        if number not in self._numbers or state.nbytes > self._room.views[0].numel():
+        if number not in self._numbers or state.nbytes > self._slabs.views[0].numel():
             self._here[number] = state
             return
         state = state.contiguous()
-        room = self._room.views[number - self._num_staying]
-        host = room[: state.nbytes].view(state.dtype).view(state.shape)
+        buffer = self._slabs.views[number - self._num_staying]
+        host = buffer[: state.nbytes].view(state.dtype).view(state.shape)
         gone = self._link.download(state, host, after=self._link.record(), name="hidden state")
         self._away[number] = _Away(host, gone)
         self._leaving.append((state, gone))
@@ -142,4 +144,4 @@ class WaitingStates:
         self._here.clear()
         self._away.clear()
         self._arriving.clear()
-        self._room.close()
+        self._slabs.close()

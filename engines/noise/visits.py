@@ -108,7 +108,7 @@ class Visit:
 
     @property
     def decays(self) -> bool:
-        """Whether a pending update has weight decay; it may be said of later ones."""
+        """Whether a deferred update has weight decay; it may be said of later ones."""
         return self.log.last_decaying >= self.first
 
 

@@ -1,5 +1,5 @@
 """A model whose matrices are in tiles from outside: its weights in plain form, and what share of an update
-lands."""
+reaches them."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 
 from engines.errors import UserError
 from engines.settings.checks import Schedule, require, require_finite
+from engines.shapes import Workload
 
 Base = Literal["full", "lossless", "int8", "fp8", "int4"]
 EXACT_BASES: tuple[Base, ...] = ("full", "lossless")
@@ -42,16 +43,21 @@ class MezoSettings:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     """Applied to matrices only; biases and norms are never decayed."""
-    estimator: Literal["spsa", "1.5-spsa", "fzoo", "lozo"] = "spsa"
+    estimator: Literal["spsa", "1.5-spsa", "fzoo", "lozo", "grzo"] = "spsa"
     """How a step finds its direction (`engines.zeroth_order.estimators`): `spsa` takes the slope along z from
     both sides, as MeZO does (Spall, 1992); `1.5-spsa` (2609.38095) divides each slope by a power of the
     curvature along z, for which the loss is taken once without a perturbation; `fzoo` (2506.09034) takes it
     from one side, and divides by the standard deviation of the losses: its learning rates are in units of
     their own. `lozo` (2410.07698) is `spsa` with low-rank noise on the matrices of the blocks, which are only
-    read until its window ends (`engines.zeroth_order.low_rank_noise`)."""
+    read until its window ends (`engines.zeroth_order.low_rank_noise`). `grzo` (2606.02857) has a direction
+    for each example, of rank one there, in the two forward passes that `spsa` takes for one: from both sides,
+    divided by the standard deviation of the differences (`engines.zeroth_order.example_noise`)."""
     lozo_rank: int = 4
     lozo_window: int = 50
     """Steps for which one factor of the noise is kept. Then what they add up to is added to the weights."""
+    grzo_window: int = 50
+    """Likewise of `grzo`: with 1 both factors of every direction are drawn anew in each step, as published,
+    and the blocks' matrices are written in each."""
     curvature_alpha: float = 0.1
     """Of `1.5-spsa`: slopes are divided by the curvature to this power, as its authors' saturating alpha."""
     curvature_floor: float = 1.0
@@ -99,6 +105,25 @@ class MezoSettings:
         return (1 if self.is_one_sided else 2) * self.queries + self.has_clean_pass
 
     @property
+    def noise_window(self) -> int | None:
+        """Steps that low-rank noise of the blocks' matrices has a factor in common, while those are only
+        read; `None`: their noise is of full rank."""
+        return {"lozo": self.lozo_window, "grzo": self.grzo_window}.get(self.estimator)
+
+    def rank(self, examples: int) -> int:
+        """Of low-rank noise, in a step on so many examples: `grzo` has a direction for each."""
+        return examples if self.estimator == "grzo" else self.lozo_rank
+
+    def updates_per_step(self, examples: int) -> int:
+        """Entries in the log of a step on so many examples."""
+        return examples if self.estimator == "grzo" else self.queries
+
+    @property
+    def only_reads_blocks(self) -> bool:
+        """Whether nothing but adapters is trained, so that the blocks' own weights stay as they are."""
+        return self.train == "lora"
+
+    @property
     def is_quantized(self) -> bool:
         """Whether matrices are kept approximately, as low-bit values."""
         return self.base not in EXACT_BASES
@@ -108,18 +133,20 @@ class MezoSettings:
         """Whether trained matrices are kept as low-bit values, so that a block takes its updates at the times
         that `fold_every` sets, and at no other. With adapters, or with low-rank noise, such matrices are
         only read until a window ends."""
-        return self.is_quantized and self.train != "lora" and self.estimator != "lozo"
+        return self.is_quantized and self.train != "lora" and self.noise_window is None
 
     @property
     def decides_updates(self) -> dict[str, Any]:
         """The settings, by name, that decide the bits of a run: all of MeZO's, but `fold_every` only where it
-        says when trained matrices are rounded, and what only `1.5-spsa` has only with it: logs from before
-        it name none of that. Those of `Zo2Settings` alone say where things lie, and so does
+        says when trained matrices are rounded, and what only `1.5-spsa` or `grzo` has only with it: logs
+        from before name none of that. Those of `Zo2Settings` alone say where things lie, and so does
         a lossless base: it counts as a full one."""
         values = {field.name: getattr(self, field.name) for field in fields(MezoSettings)}
         values["base"] = self.base if self.is_quantized else "full"
         if not self.trains_quantized:
             del values["fold_every"]
+        if self.estimator != "grzo":
+            del values["grzo_window"]
         if self.estimator != "1.5-spsa":
             del values["curvature_alpha"], values["curvature_floor"]
         return values
@@ -146,8 +173,7 @@ class MezoSettings:
                 "must be rademacher with estimator=fzoo, as it was published",
                 "set noise=rademacher",
             )
-        if self.estimator == "lozo":
-            self._check_lozo()
+        self._check_low_rank()
         require(self.lora_rank > 0, "lora_rank", "must be positive")
         require(
             self.train in ("all", "lora") or re.fullmatch(r"last:[1-9][0-9]*", self.train) is not None,
@@ -164,9 +190,10 @@ class MezoSettings:
             "leave fold_every out, or set base=int8",
         )
         require(
-            self.fold_every == 1 or self.estimator != "lozo",
+            self.fold_every == 1 or self.noise_window is None,
             "fold_every",
-            "must be 1 with estimator=lozo: lozo_window says when matrices are written",
+            f"must be 1 with estimator={self.estimator}: "
+            f"{self.estimator}_window says when matrices are written",
             "leave fold_every out",
         )
         require(
@@ -176,32 +203,49 @@ class MezoSettings:
             f"with queries={self.queries} set fold_every={MOST_DEFERRED // self.queries} or less",
         )
 
-    def _check_lozo(self) -> None:
-        require(
-            self.noise == "gaussian",
-            "noise",
-            "must be gaussian with estimator=lozo: its noise is a product of normals",
-            "leave noise out, or take estimator=spsa",
-        )
+    def _check_low_rank(self) -> None:
+        window, name = self.noise_window, self.estimator
+        if window is None:
+            return
+        if name == "lozo":
+            require(
+                self.noise == "gaussian",
+                "noise",
+                "must be gaussian with estimator=lozo: its noise is a product of normals",
+                "leave noise out, or take estimator=spsa",
+            )
+            require(1 <= self.lozo_rank <= MOST_RANK, "lozo_rank", f"must be between 1 and {MOST_RANK}")
+        else:
+            require(
+                self.noise == "rademacher",
+                "noise",
+                "must be rademacher with estimator=grzo: its directions are products of signs",
+                "set noise=rademacher",
+            )
+            require(
+                self.queries == 1,
+                "queries",
+                "must be 1 with estimator=grzo, which has a direction for each example already",
+                "leave queries out, or take estimator=spsa",
+            )
         require(
             self.train != "lora",
             "train",
-            "must be all or last:N with estimator=lozo: adapters are of low rank already",
+            f"must be all or last:N with estimator={name}: adapters are of low rank already",
             "leave train out, or take estimator=spsa",
         )
         require(
             self.weight_decay == 0,
             "weight_decay",
-            "must be 0 with estimator=lozo: matrices are only read until its window ends",
+            f"must be 0 with estimator={name}: matrices are only read until its window ends",
             "leave weight_decay out, or take estimator=spsa",
         )
-        require(1 <= self.lozo_rank <= MOST_RANK, "lozo_rank", f"must be between 1 and {MOST_RANK}")
-        require(self.lozo_window >= 1, "lozo_window", "must be positive")
+        require(window >= 1, f"{name}_window", "must be positive")
         require(
-            self.lozo_window * self.queries <= MOST_DEFERRED,
-            "lozo_window",
+            window * self.queries <= MOST_DEFERRED,
+            f"{name}_window",
             f"times queries must be {MOST_DEFERRED} at most: the log of deferred updates holds no more",
-            f"with queries={self.queries} set lozo_window={MOST_DEFERRED // self.queries} or less",
+            f"with queries={self.queries} set {name}_window={MOST_DEFERRED // self.queries} or less",
         )
 
 
@@ -238,14 +282,16 @@ class Zo2Settings(MezoSettings):
             not self.sharded_upload or self.shares_blocks,
             "sharded_upload",
             "needs blocks that ranks have once in host memory",
-            "leave out disk_blocks, estimator=lozo and a trained low-bit base",
+            f"leave out disk_blocks, estimator={self.estimator} and a trained low-bit base"
+            if self.noise_window
+            else "leave out disk_blocks and a trained low-bit base",
         )
 
     @property
     def shares_blocks(self) -> bool:
         """Whether ranks of one machine have the blocks on its host once. Of what they share one writes a
         block when it is its turn; roundings and windows have other times."""
-        return not (self.trains_quantized or self.estimator == "lozo" or self.disk_blocks != 0)
+        return not (self.trains_quantized or self.noise_window is not None or self.disk_blocks != 0)
 
     @property
     def named_disk_blocks(self) -> int:
@@ -285,6 +331,21 @@ def why_no_base(settings: Any, dtype: str) -> str | None:
     if isinstance(settings, MezoSettings) and settings.base == "lossless" and dtype != "bf16":
         return f"keeps bf16 in fewer bytes, and the job is in {dtype}, of which little is saved"
     return None
+
+
+def check_examples(engine: str, settings: Any, workload: Workload) -> None:
+    """Raises `UserError` if the typed `settings` cannot have steps on so many examples."""
+    examples = workload.examples_per_step
+    if isinstance(settings, MezoSettings) and settings.estimator == "grzo":
+        where = f"--set {engine}.estimator=grzo"
+        if examples < 2:
+            raise UserError(where, "compares a step's examples, and there is 1", "use --batch-size 2 or more")
+        if examples > MOST_RANK:
+            raise UserError(
+                where,
+                f"has directions for {MOST_RANK} examples at most, and a step has {examples}",
+                f"let --batch-size times --accumulation be {MOST_RANK} or less",
+            )
 
 
 def check_base(engine: str, settings: Any, dtype: str) -> None:

@@ -179,6 +179,10 @@ class CoreBlock:
     has_gradient: bool = False
     """It has gradient of this step that has not been submitted."""
 
+    def state_of(self, number: int) -> CoreState:
+        """Of the chunk of that number."""
+        return next(chunk.state for chunk in self.chunks if chunk.state.number == number)
+
     @property
     def matrices(self) -> list[CoreMatrix]:
         return [matrix for chunk in self.chunks for matrix in chunk.matrices]

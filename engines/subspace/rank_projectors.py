@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safetensors.torch import load, save
 
-from engines.subspace.cores import CoreMatrix
+from engines.subspace.cores import CoreMatrix, CoreState
 from engines.world import World
 
 
@@ -22,3 +22,12 @@ def follow_projectors(world: World, matrix: CoreMatrix, is_new: bool) -> bool:
         subspace.assign(subspace.left, subspace.right)
         subspace.generation += 1
     return bool(content)
+
+
+def follow_moments(world: World, matrix: CoreMatrix, state: CoreState) -> None:
+    """Let every rank have the moments of rank 0 for a matrix, as twins do. All ranks call it."""
+    own = {"moment": matrix.of(state.moment), "variance": matrix.of(state.variance)}
+    content = save({name: tensor.contiguous() for name, tensor in own.items()} if world.rank == 0 else {})
+    tensors = load(world.broadcast(content))
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

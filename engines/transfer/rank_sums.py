@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ BUCKET_BYTES = 128_000_000
 
 @torch.no_grad()
 def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
-    """In place, each addition rounded to the tensors' dtype, which is one. All ranks call it with tensors of
+    """In place, each addition rounded to the tensors' dtype, which is one; of a machine first, then over the
+    machines. All ranks call it with tensors of
     the same shapes; on a GPU in the order of the current stream.
     """
     for bucket in _buckets(tensors):
@@ -29,8 +29,21 @@ def sum_over_ranks(world: World, tensors: Sequence[Tensor]) -> None:
         total = memory[0]
         for rank in range(1, world.local_size):
             total += memory[rank]
+        if world.size > world.local_size:
+            of_machines = world.between_machines(total.cpu())
+            total.copy_(of_machines[0])
+            for each in of_machines[1:]:
+                total += each.to(total.device)
         for each, part in zip(bucket, torch.split(total, sizes), strict=True):
             each.copy_(part.view(each.shape))
+
+
+def gathered(world: World, tensor: Tensor) -> list[Tensor]:
+    """What each rank of this machine has of a flat tensor of one size, copies, in their order."""
+    memory = tensor.new_empty((world.local_size, tensor.numel()))
+    memory[world.local_rank] = tensor
+    world.all_gather(memory.view(-1))
+    return list(memory)
 
 
 def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
@@ -58,19 +71,19 @@ def sum_of_losses(world: World, share: float) -> float:
     return float(total)
 
 
-def check_ranks(engine: str, settings: Any, world: World, disk_blocks: int = 0) -> None:
-    """Raises `UserError` for what CPU updates cannot do on several ranks."""
+def check_ranks(engine: str, world: World, *, machines: bool = False, disk_weights: bool = False) -> None:
+    """Raises `UserError` for what CPU updates cannot do on several ranks; with `machines` these may be on
+    several machines."""
     if world.size == 1:
         return
     where = f"{engine} on {world.size} ranks"
-    if world.local_size < world.size:
-        raise UserError(where, "updates in the memory of one machine", "use one machine, or mezo or zo2")
-    if settings.max_grad_norm > 0:
-        raise UserError(where, "does not clip gradients", f"leave out --set {engine}.max_grad_norm")
-    if disk_blocks:
-        raise UserError(where, "has no states on disk", f"leave out --set {engine}.disk_blocks")
-    if not settings.offload:
-        raise UserError(where, "has no twin", f"leave out --set {engine}.offload=false")
+    if world.local_size < world.size and not machines:
+        raise UserError(where, "updates in the memory of one machine", "use one machine, or lsp, mezo or zo2")
+    if disk_weights:
+        raise UserError(
+            where, "has no weights on disk: each file is read and written by one process",
+            f"leave out --set {engine}.disk_weights",
+        )  # fmt: skip
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -68,8 +68,10 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Of one batch: sum of the negative log-likelihoods, () fp64, and right predictions, () int64."""
+    """Of one batch: the negative log-likelihoods, (n,) fp32, their sum, () fp64, and right predictions, ()
+    int64."""
 
+    losses: Tensor
     loss_sum: Tensor
     correct: Tensor
 
@@ -115,8 +117,11 @@ class LossHead:
         non_block: Mapping[str, Tensor],
         trained: Collection[str],
         how: Visit,
+        *,
+        of_each: bool = False,
     ) -> list[Tensor]:
-        """Mean losses, () fp64, of the hidden states (batch, seq, hidden) of each side.
+        """Mean losses, () fp64, of the hidden states (batch, seq, hidden) of each side; or, `of_each`
+        sequence, (batch,) fp64, what it adds to the mean, times the number of sequences.
 
         What is not in `trained` is not perturbed.
         """
@@ -142,6 +147,9 @@ class LossHead:
             return buffers
 
         scores = _scores(list(hidden.values()), targets, vocabulary, rows, chunk, biases)
+        if of_each:
+            batch, length, _ = next(iter(hidden.values())).shape
+            return [of_sequences(each.losses, targets, batch, length) for each in scores]
         return [each.loss_sum / targets.labels.numel() for each in scores]
 
     def evaluate(self, hidden: Tensor, targets: Targets, non_block: Mapping[str, Tensor]) -> Scores:
@@ -166,6 +174,14 @@ class LossHead:
         segment = one(self._numbers[self._bias], bias.numel())
         weight_pass.visit(bias, segment, how, _outputs(sides, moved))
         return moved
+
+
+def of_sequences(losses: Tensor, targets: Targets, batch: int, length: int) -> Tensor:
+    """(batch,) fp64 whose mean is that of the `losses` (n,) at the positions of `targets`: of each sequence
+    the sum of its own. Added up in the same order in every step: not by atomics."""
+    placed = torch.zeros(batch * length, dtype=torch.float64, device=losses.device)
+    placed[targets.positions] = losses.double()
+    return placed.view(batch, length).sum(1) * (batch / targets.labels.numel())
 
 
 def _outputs(sides: Sequence[Side], memory: Sequence[Tensor]) -> Outputs:
@@ -271,7 +287,9 @@ class _Running:
 
     def scores(self, labels: Tensor) -> Scores:
         losses = self._sums.log() + self._largest - self._target
-        return Scores(loss_sum=losses.sum(dtype=torch.float64), correct=(self._where == labels).sum())
+        return Scores(
+            losses=losses, loss_sum=losses.sum(dtype=torch.float64), correct=(self._where == labels).sum()
+        )
 
 
 def plain_head(

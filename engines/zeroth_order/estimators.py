@@ -19,18 +19,23 @@ queries of a step, so the engines differ in nothing but this file:
     lozo   as spsa, z_i being of rank r on the matrices of the blocks
            (`engines.zeroth_order.low_rank_noise`): LOZO, arXiv 2410.07698.
 
+    grzo   g_i = delta_i / (2 eps sigma), delta_i = (loss_i(theta + eps z_i) - loss_i(theta - eps z_i)) / 2
+           of example i with a direction of its own (`engines.zeroth_order.example_noise`), sigma being the
+           standard deviation of the delta_i (with B - 1): GRZO, arXiv 2606.02857. 2 forward passes for B
+           directions. Normalised as FZOO's step is.
+
     theta <- theta - lr (mean of the g_i z_i + wd theta)
 
 The noise z_i of step t has the number t q + i where that of a single query has the number t.
 
-Deviations from the papers: where sigma is 0, since all perturbed losses are one number, FZOO's step is 0.
+Deviations from the papers: where sigma is 0, since what is compared is one number, the step is 0.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from engines.base import Update
@@ -67,9 +72,10 @@ def probes(settings: MezoSettings, step: int) -> tuple[Probe, ...]:
 def next_updates(
     step: int, settings: MezoSettings, total_steps: int, losses: Sequence[float]
 ) -> tuple[Update, ...]:
-    """The update of `step`, one entry for each query.
+    """The update of `step`, one entry for each query, or for each example of `grzo`.
 
-    `losses`: one for each side of each probe. Weight decay acts once, with the first entry.
+    `losses`: one for each side of each probe, or for each side of each example. Weight decay acts once, with
+    the first entry.
     """
     if settings.estimator == "fzoo":
         plain, *moved = losses
@@ -85,6 +91,10 @@ def next_updates(
                 gradient / max(bend**settings.curvature_alpha, settings.curvature_floor)
                 for gradient, bend in zip(gradients, bends, strict=True)
             ]
+    if settings.estimator == "grzo":
+        # delta_i is eps times the slope, and so is their deviation.
+        sigma = settings.eps * statistics.stdev(gradients)
+        gradients = [slope / (2 * sigma) if sigma else 0.0 for slope in gradients]
     rate = learning_rate_at(step, settings, total_steps)
     return tuple(
         Update(
@@ -93,7 +103,14 @@ def next_updates(
             projected_gradient=gradient,
             weight_decay=settings.weight_decay if query == 0 else 0.0,
             query=query,
-            queries=settings.queries,
+            queries=len(gradients),
         )
         for query, gradient in enumerate(gradients)
     )
+
+
+def of_all_examples(updates: Sequence[Update]) -> Update:
+    """What the updates of a step's examples are to weights that have one direction for all of them."""
+    first = updates[0]
+    mean = sum(update.projected_gradient for update in updates) / len(updates)
+    return replace(first, projected_gradient=mean, query=0, queries=1)

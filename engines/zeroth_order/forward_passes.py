@@ -25,6 +25,9 @@ from engines.zeroth_order.block_visit import Source, Task, without_updates
 from engines.zeroth_order.estimators import Probe, Side
 from engines.zeroth_order.perturbed_model import PerturbedModel, Prepared
 
+MOST_TOLD = 8
+"""Losses of a step that a message names."""
+
 
 class LossSums:
     """Sums of the losses of all passes over micro-batches, on the device until they are read.
@@ -50,9 +53,11 @@ class LossSums:
 def _finite(losses: list[float], step: int) -> list[float]:
     """`losses`. Raises `NonFiniteLoss` where one is not."""
     if not all(map(math.isfinite, losses)):
-        told = ", ".join(map(str, losses[:-1]))
         bad = next(loss for loss in losses if not math.isfinite(loss))
         good = next((loss for loss in losses if math.isfinite(loss)), bad)
+        if len(losses) > MOST_TOLD:
+            raise NonFiniteLoss(f"{bad} is among the {len(losses)} losses of step {step}", losses=(good, bad))
+        told = ", ".join(map(str, losses[:-1]))
         raise NonFiniteLoss(f"the losses of step {step} are {told} and {losses[-1]}", losses=(good, bad))
     return losses
 
@@ -61,7 +66,18 @@ def mean_over_ranks(
     own: Tensor, world: World, division: Sequence[Share], sides: Sequence[int], step: int
 ) -> list[float]:
     """Mean losses over all micro-batches, of every side of every probe, on every rank: the bits of
-    `LossSums.read` in one process.
+    `LossSums.read` in one process. As `each_over_ranks` otherwise."""
+    losses = each_over_ranks(own, world, division, sides, step)
+    sums = [0.0] * len(losses[0])
+    for of_batch in losses:  # in the order in which one process adds them
+        sums = [total + loss for total, loss in zip(sums, of_batch, strict=True)]
+    return [total / len(losses) for total in sums]
+
+
+def each_over_ranks(
+    own: Tensor, world: World, division: Sequence[Share], sides: Sequence[int], step: int
+) -> list[list[float]]:
+    """Losses of every micro-batch, of every side of every probe, on every rank.
 
     `own`: (micro-batches, sides) fp64, this rank's share by `division`. `sides`: of each probe how many there
     are. Waits for the compute stream, then for the other ranks, to which 8 bytes a loss are sent.
@@ -78,10 +94,8 @@ def mean_over_ranks(
         for number, batch in enumerate(each.batches):
             start = number * len(sides_of)
             losses[batch][sides_of.start : sides_of.stop] = row[start : start + len(sides_of)]
-    sums = [0.0] * first_side[-1]
-    for of_batch in losses:  # in the order in which one process adds them
-        sums = [total + loss for total, loss in zip(sums, of_batch, strict=True)]
-    return _finite([total / count for total in sums], step)
+    _finite([loss for of_batch in losses for loss in of_batch], step)
+    return losses
 
 
 class Streams:
@@ -133,8 +147,8 @@ class Streams:
             states, calls = self._states, self._calls[number]
             with self._model.visiting(index, each, source if last else _Held(source)):
                 for i, call in enumerate(calls):
-                    place = self._place(number, i)
-                    states.put(place, self._model.run(index, call, states.take(place)))
+                    place, examples = self._place(number, i), self._batches[i].examples
+                    states.put(place, self._model.run(index, call, states.take(place), examples))
 
     def losses(self) -> LossSums:
         """Of every side of every probe, over the micro-batches."""
@@ -147,7 +161,8 @@ class Streams:
         return sums
 
     def each_loss(self) -> Tensor:
-        """Of every micro-batch and every side of every probe: (micro-batches, sides) fp64 on the device."""
+        """Of every micro-batch and every side of every probe, or of every example: (micro-batches, losses)
+        fp64 on the device."""
         return torch.stack([torch.stack(tuple(losses)).double() for losses in self._by_batch()])
 
     def _by_batch(self) -> Iterator[Sequence[Tensor]]:

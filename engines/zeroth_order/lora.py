@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engines.base import Update
 from engines.errors import UserError
 from engines.model.blocks import first_names
 from engines.model.flat_layout import ALIGNMENT_BYTES, BlockLayout, ModelLayout
@@ -91,6 +92,9 @@ class TwoSided:
 
     def take_side(self, task: Task) -> None:
         self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
+
+    def hold(self, examples: range, sequences: int) -> None:
+        """What blocks run next are so many sequences, both sides together, of those examples of the step."""
 
     def spans(self, rows: int) -> list[tuple[int, slice]]:
         """The sides of a batch of so many rows, and the rows of each."""
@@ -238,8 +242,8 @@ class Adapters(TwoSided):
             out = Outputs(plus=plus) if task.plus_only else Outputs(plus=plus, minus=minus)
             weight_pass.visit(flat, self._segments[block], without_updates(task.how), out)
 
-    def update(self, how: Visit) -> None:
-        """Apply deferred updates in place."""
+    def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
+        """Apply deferred updates in place; those of a step's examples are others'."""
         for flat, segment in zip(self._memory, self._segments, strict=True):
             weight_pass.visit(flat, segment, how, Outputs(theta=flat))
 

@@ -28,16 +28,24 @@ Deviations from the paper:
 
 A low-bit base (`engines.quantized.codec`) is written likewise when a window ends: the sum is rounded to its
 grid, once in so many steps.
+
+`LowRank` is what `engines.zeroth_order.example_noise` has in common with it: forwards of layers,
+windows, what is added to weights, and checkpoints.
+
+Longer than 400 lines: layout, windows and weights of low-rank noise are one thing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from engines.base import Update
 from engines.errors import UserError
 from engines.kernels.triton_launch import has_triton
 from engines.model.flat_layout import ALIGNMENT_BYTES, ModelLayout
@@ -48,7 +56,7 @@ from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
 from engines.settings.zeroth_order import MezoSettings
 from engines.zeroth_order.block_visit import Task, without_updates
-from engines.zeroth_order.lora import MINUS, PLAIN, Adapters, TwoSided, linear_matrices
+from engines.zeroth_order.lora import MINUS, PLAIN, LinearMatrix, TwoSided, linear_matrices
 
 FOLD_CHUNK = 512 * TILE
 """Elements that are folded at a time by torch operations."""
@@ -64,27 +72,81 @@ class _Matrix:
     turned: bool
     """Inputs x outputs in memory."""
     u_number: int
-    v_number: int
     number: int
     """The tensors' parts of their noise keys; `number` is the matrix's own, for rounding."""
+    drawn_v: tuple[int, int, int]
+    """Number and elements of the noise that V is part of, and where V begins there; rows lie as in `v`."""
     accumulator: Tensor
     """A^T, (rank, outputs) fp32."""
     v: Tensor
     """(rank, inputs)."""
-    sides: tuple[Tensor, Tensor]
-    """(2 rank, outputs) each: A^T / rank over eps U^T, and over - eps U^T."""
+    sides: tuple[Tensor, ...]
+    """(2 rank, outputs) each: A^T times the scale over eps U^T, and over - eps U^T."""
     folded: tuple[Tensor, Tensor]
-    """A^T / rank and V^T of the window that is being folded, (rank, outputs) and (rank, inputs) fp32."""
+    """A^T times the scale and V^T of the window that is being folded, (rank, outputs) and (rank, inputs)
+    fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the matrices of a block have so many rows each, of their outputs or of their inputs, in flat
+    memory: one matrix after the other, or a row of all of them after the other (`together`)."""
+
+    sizes: Sequence[int]
+    """Elements in a row of each matrix."""
+    rows: int
+    grid: int
+    """Elements that each matrix begins at a multiple of."""
+    together: bool
+
+    @property
+    def width(self) -> int:
+        """Of a row of all matrices."""
+        return sum(_up(size, self.grid) for size in self.sizes)
+
+    @property
+    def size(self) -> int:
+        """Elements of the memory."""
+        if self.together:
+            return self.rows * self.width
+        return sum(_up(self.rows * size, self.grid) for size in self.sizes)
+
+    def start(self, matrix: int) -> int:
+        rows = 1 if self.together else self.rows
+        return sum(_up(rows * size, self.grid) for size in self.sizes[:matrix])
+
+    def view(self, flat: Tensor, matrix: int, start: int = 0) -> Tensor:
+        """(rows, elements) of a matrix in `flat`, whole memory of which the block's begins at `start`."""
+        size = self.sizes[matrix]
+        stride = self.width if self.together else size
+        return flat.as_strided((self.rows, size), (stride, 1), start + self.start(matrix))
+
+    def segment(self, numbers: Sequence[int], rows: int, start: int = 0) -> Segment:
+        """The last `rows` rows as noise of `numbers`, one for each matrix, or one for all `together`."""
+        if not self.sizes:
+            return Segment([], [], [], [])
+        if self.together:
+            counts, begins = [rows * self.width], [(self.rows - rows) * self.width]
+        else:
+            counts = [rows * size for size in self.sizes]
+            begins = [self.start(k) + (self.rows - rows) * size for k, size in enumerate(self.sizes)]
+        return Segment(numbers, [start + begin for begin in begins], counts, [False] * len(counts))
 
 
 class LowRank(TwoSided):
-    """The low-rank noise of a model, in the place of `engines.zeroth_order.lora.Adapters`.
+    """Low-rank noise of a model, in the place of `engines.zeroth_order.lora.Adapters`.
 
     `model` is read and not changed, and its weights need not be there. Raises `UserError` if nothing in its
     trained blocks can have such noise.
     """
 
     form = None
+    suffix: ClassVar[str]
+    """Of the names of accumulators in a checkpoint."""
+    noise_together: ClassVar[bool]
+    """The matrices of a block have a draw in common, each its part of every row."""
+    num_sides: ClassVar[int]
+    """Of the memory that what stands beside a product is put together in."""
 
     def __init__(
         self,
@@ -93,10 +155,14 @@ class LowRank(TwoSided):
         settings: MezoSettings,
         dtype: torch.dtype,
         device: torch.device,
+        rank: int,
+        scale: float,
     ) -> None:
-        self._rank, self._window, self._queries = (
-            settings.lozo_rank, settings.lozo_window, settings.queries
-        )  # fmt: skip
+        """`scale`: of A V^T where it is added to a weight."""
+        window = settings.noise_window
+        assert window is not None
+        self._rank, self._window, self._scale = rank, window, scale
+        self._queries = settings.queries
         self._rounding = settings.rounding
         self._base = settings.base
         shapes = [
@@ -107,72 +173,68 @@ class LowRank(TwoSided):
             raise UserError(
                 type(model).__name__, "has no linear layer in its trained blocks", "use estimator=spsa"
             )
-        grid = ALIGNMENT_BYTES // dtype.itemsize
-        names = [name for block in shapes for name in block]
-        numbers = {name: len(layout.shapes) + 2 * i for i, name in enumerate(names)}
-        rank = self._rank
+        together = self.noise_together
 
-        def extents(of_rows: int, which: int) -> list[int]:
-            """Elements of the largest block, at so many rows of its matrices' outputs (0) or inputs (1)."""
-            return [
-                sum(_up(of_rows * places.sizes[which], grid) for places in block.values()) for block in shapes
-            ]
+        def place(block: Mapping[str, LinearMatrix], which: int, rows: int, *, apart: bool = False) -> _Place:
+            """Of so many rows of outputs (0) or inputs (1)."""
+            sizes = [found.sizes[which] for found in block.values()]
+            return _Place(sizes, rows, ALIGNMENT_BYTES // dtype.itemsize, together and not apart)
 
-        self._flat = torch.zeros(sum(extents(rank, 0)), dtype=torch.float32, device=device)
+        us = [place(block, 0, rank) for block in shapes]
+        vs = [place(block, 1, rank) for block in shapes]
+        both = [place(block, 0, 2 * rank) for block in shapes]
+        for_fold = [[place(block, which, rank, apart=True) for which in (0, 1)] for block in shapes]
+
+        def room(places: Iterable[_Place], of: torch.dtype) -> Tensor:
+            return torch.zeros(max(each.size for each in places), dtype=of, device=device)
+
+        self._flat = torch.zeros(sum(each.size for each in us), dtype=torch.float32, device=device)
         """Accumulators of all blocks."""
-        self._v = torch.zeros(max(extents(rank, 1)), dtype=dtype, device=device)
+        self._v = room(vs, dtype)
         # HAZARD: graphs of the blocks know these by address, so they are filled and never replaced.
-        self._sides = [torch.zeros(max(extents(2 * rank, 0)), dtype=dtype, device=device) for _ in range(2)]
-        folded = (
-            torch.zeros(max(extents(rank, 0)), dtype=torch.float32, device=device),
-            torch.zeros(max(extents(rank, 1)), dtype=torch.float32, device=device),
-        )
+        self._sides = [room(both, dtype) for _ in range(self.num_sides)]
+        folded = [room((each[which] for each in for_fold), torch.float32) for which in (0, 1)]
         self._blocks: list[list[_Matrix]] = []
+        self._u_places, self._v_places, self._both_places = us, vs, both
         self._v_segments: list[Segment] = []
         self._u_segments: list[Segment] = []
-        start = 0
-        offsets: list[int] = []
-        for block in shapes:
-            here: list[_Matrix] = []
-            v_at = u_at = a_at = 0
-            v_offsets, u_offsets = [], []
-            for name, places in block.items():
-                outputs, inputs = places.sizes
-                offsets.append(start)
-                v_offsets.append(v_at)
-                u_offsets.append(u_at + rank * outputs)
-                here.append(
+        self._starts: list[int] = []
+        """Of each block's accumulators in those of all."""
+        number, start = len(layout.shapes), 0
+        for block, u, v, side, fold in zip(shapes, us, vs, both, for_fold, strict=True):
+            draws = bool(block) if together else len(block)
+            numbers = [number + 2 * i for i in range(draws)]
+            of_matrix = numbers * len(block) if together else numbers
+            self._blocks.append(
+                [
                     _Matrix(
                         name=name,
                         paths=places.paths,
                         turned=places.turned,
-                        u_number=numbers[name],
-                        v_number=numbers[name] + 1,
+                        u_number=of_matrix[k],
                         number=layout.numbers[name],
-                        accumulator=_view(self._flat, start, rank, outputs),
-                        v=_view(self._v, v_at, rank, inputs),
-                        sides=(
-                            _view(self._sides[0], u_at, 2 * rank, outputs),
-                            _view(self._sides[1], u_at, 2 * rank, outputs),
+                        drawn_v=(
+                            of_matrix[k] + 1,
+                            v.size if together else rank * v.sizes[k],
+                            v.start(k) if together else 0,
                         ),
-                        folded=(
-                            _view(folded[0], a_at, rank, outputs),
-                            _view(folded[1], v_at, rank, inputs),
-                        ),
+                        accumulator=u.view(self._flat, k, start),
+                        v=v.view(self._v, k),
+                        sides=tuple(side.view(memory, k) for memory in self._sides),
+                        folded=(fold[0].view(folded[0], k), fold[1].view(folded[1], k)),
                     )
-                )
-                start += _up(rank * outputs, grid)
-                a_at += _up(rank * outputs, grid)
-                v_at += _up(rank * inputs, grid)
-                u_at += _up(2 * rank * outputs, grid)
-            self._blocks.append(here)
-            self._v_segments.append(_segment(here, v_offsets, lambda m: (m.v_number, m.v.numel())))
-            self._u_segments.append(_segment(here, u_offsets, _u_of))
-        self._segment = _segment([m for block in self._blocks for m in block], offsets, _u_of)
+                    for k, (name, places) in enumerate(block.items())
+                ]
+            )
+            self._v_segments.append(v.segment([each + 1 for each in numbers], rank))
+            self._u_segments.append(side.segment(numbers, rank))
+            self._starts.append(start)
+            number, start = number + 2 * draws, start + u.size
         everything = [matrix for block in self._blocks for matrix in block]
-        self.tensors = {f"{matrix.name}.lozo": matrix.accumulator for matrix in everything}
+        self.tensors = {f"{matrix.name}.{self.suffix}": matrix.accumulator for matrix in everything}
         """A^T of every matrix, (rank, outputs) fp32: part of a checkpoint."""
-        self.numbers = {f"{matrix.name}.lozo": matrix.u_number for matrix in everything}
+        self.numbers: dict[str, int] = {}
+        """Of the tensors whose updates are noise times one number."""
         self.blocks = tuple(index for index, here in enumerate(self._blocks) if here)
         """Those with such matrices."""
         self._by_name = {matrix.name: matrix for matrix in everything}
@@ -210,51 +272,38 @@ class LowRank(TwoSided):
 
         return forward
 
+    @abstractmethod
     def add(self, module: nn.Module, x: Tensor, out: Tensor) -> None:
         """What the module's product of `x` (rows, inputs) lacks, to `out` (rows, outputs)."""
-        matrix = self._by_module[module]
-        inner = x @ matrix.v.t()
-        inner = torch.cat((inner, inner), 1)
-        for side, rows in self.spans(x.shape[0]):
-            out[rows].addmm_(inner[rows], matrix.sides[side == MINUS])
 
+    @abstractmethod
     def begin(self, block: int, task: Task) -> None:
         """The visit of a block begins. Outside of a block's graph, which reads what is written here."""
-        self.take_side(task)
-        if not self._blocks[block]:
-            return
-        how = without_updates(task.how)
-        for memory in (self._v, *self._sides):
-            memory.zero_()
-        # A perturbed pass is that of the window that goes on, one with theta itself may be at its end.
-        step = how.step // self._queries if task.perturb else how.step - 1
-        self._make_v(block, step // self._window, how)
-        for matrix in self._blocks[block]:
-            for side in matrix.sides[: 1 if self._now == PLAIN else 2]:
-                torch.mul(matrix.accumulator, 1 / self._rank, out=side[: self._rank])
-        if task.perturb:
-            plus, minus = self._sides
-            weight_pass.visit(plus, self._u_segments[block], how, Outputs(plus=plus, minus=minus))
+
+    @abstractmethod
+    def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
+        """Apply to all accumulators the deferred updates of `how`, or those of a step's examples."""
+
+    def _window_of(self, task: Task) -> int:
+        """A perturbed pass is that of the window that goes on, one with theta itself may be at its end."""
+        step = task.how.step // self._queries if task.perturb else task.how.step - 1
+        return step // self._window
 
     def _make_v(self, block: int, window: int, how: Visit) -> None:
         of = replace(how, step=max(0, window), eps=1.0)
         weight_pass.visit(self._v, self._v_segments[block], of, Outputs(plus=self._v))
-
-    def update(self, how: Visit) -> None:
-        """Apply deferred updates to all accumulators."""
-        weight_pass.visit(self._flat, self._segment, how, Outputs(theta=self._flat))
 
     def start_fold(self, block: int, window: int, how: Visit) -> None:
         """What the block gathered in `window` is put aside, and its accumulators begin anew."""
         self._v.zero_()
         self._make_v(block, window, without_updates(how))
         for matrix in self._blocks[block]:
-            torch.mul(matrix.accumulator, 1 / self._rank, out=matrix.folded[0])
+            torch.mul(matrix.accumulator, self._scale, out=matrix.folded[0])
             matrix.folded[1].copy_(matrix.v)
             matrix.accumulator.zero_()
 
     def fold(self, name: str, weight: Tensor, window: int, seed: int) -> None:
-        """W += A V^T / rank in place, for the flat memory of a matrix, or its tiles; nothing for another
+        """W += A V^T, scaled, in place, for the flat memory of a matrix, or its tiles; nothing for another
         tensor."""
         matrix = self._by_name.get(name)
         if matrix is None:
@@ -277,47 +326,77 @@ class LowRank(TwoSided):
         matrix = self._by_name.get(name)
         if matrix is None or how.step == 0:
             return weight
-        key = NoiseKey(seed=how.seed, step=(how.step - 1) // self._window, tensor=matrix.v_number)
-        v = philox.normal(key, matrix.v.numel()).view(matrix.v.shape).to(weight.dtype).float()
-        change = (matrix.accumulator.cpu() / self._rank).t() @ v
+        number, count, start = matrix.drawn_v
+        key = NoiseKey(seed=how.seed, step=(how.step - 1) // self._window, tensor=number)
+        draw = philox.signs if how.noise == "rademacher" else philox.normal
+        v = draw(key, count).as_strided(matrix.v.shape, matrix.v.stride(), start).to(weight.dtype).float()
+        change = (matrix.accumulator.cpu() * self._scale).t() @ v
         if matrix.turned:
             change = change.t()
         return torch.where(change == 0, weight, (weight.float() + change).to(weight.dtype))
 
 
+class Lozo(LowRank):
+    """LOZO: all of a step's noise of a matrix is one U_t V_w^T."""
+
+    suffix = "lozo"
+    noise_together = False
+    num_sides = 2
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ModelLayout,
+        settings: MezoSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        rank = settings.lozo_rank
+        super().__init__(model, layout, settings, dtype, device, rank, 1 / rank)
+        self.numbers = {f"{name}.lozo": matrix.u_number for name, matrix in self._by_name.items()}
+        of_blocks = [
+            place.segment([matrix.u_number for matrix in here], rank, start)
+            for place, here, start in zip(self._u_places, self._blocks, self._starts, strict=True)
+        ]
+        self._segment = Segment(
+            [number for each in of_blocks for number in each.numbers],
+            [offset for each in of_blocks for offset in each.offsets],
+            [count for each in of_blocks for count in each.counts],
+            [False for each in of_blocks for _ in each.counts],
+        )
+
+    def add(self, module: nn.Module, x: Tensor, out: Tensor) -> None:
+        matrix = self._by_module[module]
+        inner = x @ matrix.v.t()
+        inner = torch.cat((inner, inner), 1)
+        for side, rows in self.spans(x.shape[0]):
+            out[rows].addmm_(inner[rows], matrix.sides[side == MINUS])
+
+    def begin(self, block: int, task: Task) -> None:
+        self.take_side(task)
+        if not self._blocks[block]:
+            return
+        how = without_updates(task.how)
+        for memory in (self._v, *self._sides):
+            memory.zero_()
+        self._make_v(block, self._window_of(task), how)
+        for matrix in self._blocks[block]:
+            for side in matrix.sides[: 1 if self._now == PLAIN else 2]:
+                torch.mul(matrix.accumulator, self._scale, out=side[: self._rank])
+        if task.perturb:
+            plus, minus = self._sides
+            weight_pass.visit(plus, self._u_segments[block], how, Outputs(plus=plus, minus=minus))
+
+    def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
+        weight_pass.visit(self._flat, self._segment, how, Outputs(theta=self._flat))
+
+
 def window_due(settings: MezoSettings, step: int) -> int | None:
     """Window that is to be folded before `step` perturbs anything; `None`: none is."""
-    if settings.estimator != "lozo" or step == 0 or step % settings.lozo_window:
+    window = settings.noise_window
+    if window is None or step == 0 or step % window:
         return None
-    return step // settings.lozo_window - 1
-
-
-def beside(
-    model: nn.Module,
-    layout: ModelLayout,
-    settings: MezoSettings,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-) -> tuple[Adapters | LowRank, ModelLayout]:
-    """What stands beside the layers of the blocks, and the layout of the weights that it leaves to train."""
-    if settings.estimator != "lozo":
-        return Adapters(model, layout, settings, dtype, device, seed), layout
-    low_rank = LowRank(model, layout, settings, dtype, device)
-    left = low_rank.layout(layout)
-    others = [
-        part.names[0]
-        for block in left.blocks
-        for part in block.own_parts
-        if part.trained and part.segment.decays[0]
-    ]
-    if settings.is_quantized and others:
-        raise UserError(
-            type(model).__name__,
-            f"has trained matrices that are not of linear layers ('{others[0]}')",
-            "use base=full with estimator=lozo, or estimator=spsa",
-        )
-    return low_rank, left
+    return step // window - 1
 
 
 def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool) -> None:
@@ -349,18 +428,3 @@ def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *
 
 def _up(count: int, grid: int) -> int:
     return -(-count // grid) * grid
-
-
-def _view(flat: Tensor, start: int, rows: int, columns: int) -> Tensor:
-    return flat[start : start + rows * columns].view(rows, columns)
-
-
-def _u_of(matrix: _Matrix) -> tuple[int, int]:
-    return matrix.u_number, matrix.accumulator.numel()
-
-
-def _segment(
-    matrices: Sequence[_Matrix], offsets: Sequence[int], of: Callable[[_Matrix], tuple[int, int]]
-) -> Segment:
-    pairs = [of(matrix) for matrix in matrices]
-    return Segment([n for n, _ in pairs], offsets, [c for _, c in pairs], [False] * len(pairs))

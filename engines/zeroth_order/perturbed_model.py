@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.base import Batch
+from engines.base import Batch, Update
 from engines.kernels import triton_launch
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import (
@@ -51,6 +51,7 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.chunked_loss import Targets, multiply, plain_head, targets_of
 from engines.zeroth_order.estimators import Side
+from engines.zeroth_order.example_noise import ExampleLosses, ExampleNoise
 from engines.zeroth_order.lora import Adapters, columns_first, is_linear
 from engines.zeroth_order.low_rank_noise import LowRank
 from engines.zeroth_order.paired_batch import Apart, halved, join_calls, stack
@@ -71,6 +72,8 @@ class Prepared:
     """`None` where the model's own forward computes the loss."""
     padded: bool
     """Some position is left out by the attention mask."""
+    examples: range
+    """Of the step."""
 
 
 class PerturbedModel:
@@ -138,14 +141,17 @@ class PerturbedModel:
         for path, module in owners.items():
             if not path.startswith(f"{block_path}."):
                 module.forward = self._non_block_forward(path, module, names)
+        self._example_losses = ExampleLosses(type(model).__name__)
         # After the units are in place: models with experts look at how their weights lie, NaN or not.
         self._head = plain_head(model, self._driver, places, layout.numbers)
 
-    def prepare(self, batch: Batch) -> Prepared:
-        """A micro-batch on the device, and where its labels are."""
+    def prepare(self, batch: Batch, examples_before: int = 0) -> Prepared:
+        """A micro-batch on the device, and where its labels are. `examples_before` it: in the step."""
         targets = None if self._head is None else targets_of(batch, self.device)
         inputs = with_mask(to_device(batch, self.device))
-        return Prepared(inputs, targets, has_padding(batch.inputs))
+        each = batch.inputs.get("labels", next(iter(batch.inputs.values())))
+        examples = range(examples_before, examples_before + len(each))
+        return Prepared(inputs, targets, has_padding(batch.inputs), examples)
 
     def begin_step(self, num_batches: int, most_sides: int) -> None:
         """So many micro-batches are to be perturbed, so many sides of each in one batch at most."""
@@ -217,7 +223,8 @@ class PerturbedModel:
 
         The model's own, with caps and scales."""
         ones = torch.ones_like(ids)
-        batch = Prepared({"input_ids": ids, "attention_mask": ones}, targets=None, padded=False)
+        inputs = {"input_ids": ids, "attention_mask": ones}
+        batch = Prepared(inputs, targets=None, padded=False, examples=range(len(ids)))
         logits: Tensor = self._finish(batch, hidden, Side.PLAIN).logits
         return logits[:, -1]
 
@@ -227,11 +234,16 @@ class PerturbedModel:
             recording = self._driver.record(batch.inputs)
         return recording.hidden, recording.calls
 
-    def run(self, index: int, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
-        """The hidden state after block `index`, whose visit has begun; `calls` are those of all blocks.
+    def run(
+        self, index: int, calls: Sequence[BlockCall], hidden: Tensor, examples: range | None = None
+    ) -> Tensor:
+        """The hidden state after block `index`, whose visit has begun; `calls` are those of all blocks. Both
+        sides of `examples` of the step, where they are perturbed.
 
         The one before may be overwritten.
         """
+        if examples is not None:
+            self.adapters.hold(examples, hidden.shape[0])
         if self._graphs is not None and self.scratch.perturbs:
             return self._graphs.run(index, calls, hidden, stacked=self.scratch.stacks)
         return self._run_eagerly(index, calls[index], hidden)
@@ -241,14 +253,23 @@ class PerturbedModel:
         return self._driver.run(index, call, hidden)
 
     def losses(self, batch: Prepared, hidden: Tensor, how: Visit, sides: Sequence[Side]) -> Sequence[Tensor]:
-        """Loss of a micro-batch on each of `sides`, () fp64 or fp32, from the hidden state of all of them."""
+        """Loss of a micro-batch on each of `sides`, () fp64 or fp32, from the hidden state of all of them.
+        Where examples have directions of their own: of the first on each of `sides`, then of the next."""
         self._how = how
         states = dict(zip(sides, hidden.chunk(len(sides)), strict=True))
+        of_each = isinstance(self.adapters, ExampleNoise)
+        found: Sequence[Tensor]
         if self._head is None:
-            return [self._finish(batch, state, side).loss for side, state in states.items()]
-        assert batch.targets is not None
-        reached = {side: self._reach_head(batch, state, side) for side, state in states.items()}
-        return self._head.losses(reached, batch.targets, self.non_block, self.layout.trained, how)
+            outputs = (self._finish(batch, state, side) for side, state in states.items())
+            if not of_each:
+                return [output.loss for output in outputs]
+            found = [self._example_losses.of(output, batch.inputs) for output in outputs]
+        else:
+            assert batch.targets is not None
+            reached = {side: self._reach_head(batch, state, side) for side, state in states.items()}
+            non_block, trained = self.non_block, self.layout.trained
+            found = self._head.losses(reached, batch.targets, non_block, trained, how, of_each=of_each)
+        return torch.stack(tuple(found), 1).flatten().unbind() if of_each else found
 
     def evaluate(self, batch: Prepared, hidden: Tensor, total: EvaluationSum) -> None:
         """Add to `total` what a hidden state gives that theta itself has made."""
@@ -270,13 +291,14 @@ class PerturbedModel:
             self._driver.finish(batch.inputs, hidden)
         return reached.hidden
 
-    def update_non_block(self, how: Visit) -> None:
-        """Apply deferred updates to what is outside the blocks, and to adapters."""
+    def update_non_block(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
+        """Apply deferred updates to what is outside the blocks, and to what stands beside them; there those
+        of a step's examples, if these have their own."""
         for name, weight in self.non_block.items():
             if name in self.layout.trained:
                 flat = weight.view(-1)
                 weight_pass.visit(flat, self.layout.segment(name), how, Outputs(theta=flat))
-        self.adapters.update(how)
+        self.adapters.update(how, of_examples)
 
     def realized_update_fraction(self, how: Visit) -> float | None:
         """Of the updates of `how` to the largest trained tensor outside the blocks, or of an adapter:
@@ -286,7 +308,7 @@ class PerturbedModel:
             for name in self.non_block
             if name in self.layout.trained
         ]
-        trained += [(tensor, self.adapters.numbers[name]) for name, tensor in self.adapters.tensors.items()]
+        trained += [(self.adapters.tensors[name], number) for name, number in self.adapters.numbers.items()]
         if not trained:
             return None
         weight, number = max(trained, key=lambda each: each[0].numel())

@@ -26,33 +26,35 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.decoding import Decoded, GenerationRequest
 from engines.errors import UserError
 from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
-from engines.model.flat_layout import lay_out
+from engines.model.flat_layout import ModelLayout, lay_out
 from engines.model.model_check import check_driven
 from engines.model.stand_ins import give_back
 from engines.model.waiting_states import States
 from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import plain_weights, realized_of_quantized
-from engines.settings.zeroth_order import Base, MezoSettings, check_base
+from engines.settings.zeroth_order import Base, MezoSettings, check_base, check_examples
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
-from engines.world import divide
+from engines.world import Share, divide
 from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
-from engines.zeroth_order.estimators import next_updates, probes
-from engines.zeroth_order.forward_passes import Streams, mean_over_ranks
+from engines.zeroth_order.estimators import next_updates, of_all_examples, probes
+from engines.zeroth_order.example_noise import ExampleNoise
+from engines.zeroth_order.forward_passes import Streams, each_over_ranks, mean_over_ranks
 from engines.zeroth_order.generation import generate_tokens
-from engines.zeroth_order.low_rank_noise import beside, window_due
+from engines.zeroth_order.lora import Adapters
+from engines.zeroth_order.low_rank_noise import LowRank, Lozo, window_due
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.stacking import blocks_apart
+from engines.zeroth_order.stacking import blocks_apart, check_rows_of_sequences
 
 EVALUATION_GROUP = 8
 """Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
@@ -167,12 +169,15 @@ class ZerothOrder(ABC):
 
     def __init__(self, settings: MezoSettings, context: Context, clocks: StepClocks) -> None:
         check_base(self.name, settings, context.workload.dtype)
+        check_examples(self.name, settings, context.workload)
         self.settings = settings
         self.context = context
         self.device = torch.device(context.device)
         self._dtype = TORCH_DTYPE[context.workload.dtype]
         self._clocks = clocks
         self._blocks: BlockStore | None = None
+        self._of_examples: list[Update] = []
+        """Updates of the step's examples so far."""
 
     @abstractmethod
     def _make_blocks(self, forms: Sequence[BlockForm], updates: DeferredUpdates) -> BlockStore:
@@ -200,6 +205,8 @@ class ZerothOrder(ABC):
         for a model whose blocks cannot be driven."""
         check_driven(blueprint, self.context)
         apart = blocks_apart(blueprint, self.context)
+        if self.settings.estimator == "grzo":
+            check_rows_of_sequences(blueprint, self.context)
         give_back(self.device)
         adapters, self._layout = beside(
             blueprint.model,
@@ -207,7 +214,7 @@ class ZerothOrder(ABC):
             self.settings,
             self._dtype,
             self.device,
-            self.context.seed,
+            self.context,
         )
         blocks = self._layout.blocks
         self._forms = block_forms(blocks, self.settings.base, self._dtype)
@@ -257,25 +264,29 @@ class ZerothOrder(ABC):
         asked, world = probes(settings, step), self.context.world
         division = divide(world.size, len(batches), len(asked))
         mine = division[world.rank]
-        prepared = [self._model.prepare(batch) for batch in mine.of_batches(batches)]
+        prepared = [
+            self._model.prepare(batch, number * self.context.workload.batch_size)
+            for number, batch in zip(mine.batches, mine.of_batches(batches), strict=True)
+        ]
         streams = Streams(
             self._model, prepared, mine.of_probes(asked), self._updates.none(), self.blocks.states
         )
         for index, task in self.blocks.in_order(window):
             streams.visit(index, task, self.blocks)
         clocks.label("loss")
-        if world.size == 1:
+        alone = world.size == 1 and settings.estimator != "grzo"
+        if alone:
             sums = streams.losses()
         else:
             each = streams.each_loss()
         clocks.compute.stop()
         told = earlier()  # the GPU has much to do still, so that this costs nothing
         # The one place where the host waits, for the GPU and then for the other ranks.
-        if world.size == 1:
+        if alone:
             losses = sums.read(len(prepared), step)
         else:
             self.blocks.before_ranks_meet()
-            losses = mean_over_ranks(each, world, division, [len(probe.sides) for probe in asked], step)
+            losses = self._losses_of_all(each, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
         self._model.scratch.check_tiles()
         updates = next_updates(step, settings, self.context.total_steps, losses)
@@ -285,13 +296,30 @@ class ZerothOrder(ABC):
             loss=sum(losses) / len(losses), forwards=float(settings.forward_passes), updates=updates, **told
         )
 
+    def _losses_of_all(
+        self, own: Tensor, division: Sequence[Share], sides: Sequence[int], step: int
+    ) -> list[float]:
+        """For `next_updates`, from those of this rank's micro-batches."""
+        world = self.context.world
+        if self.settings.estimator != "grzo":
+            return mean_over_ranks(own, world, division, sides, step)
+        sides = [count * self.context.workload.batch_size for count in sides]
+        return list(chain.from_iterable(each_over_ranks(own, world, division, sides, step)))
+
     def _append(self, update: Update) -> None:
-        """What is outside the blocks takes the update at once; its time counts with the next step's."""
+        """What is outside the blocks takes the update at once; its time counts with the next step's. Those of
+        examples do when the last of the step is there."""
+        of_examples: list[Update] = []
+        if self.settings.estimator == "grzo":
+            of_examples = self._of_examples = [*self._of_examples[: update.query], update]
+            if len(of_examples) < update.queries:
+                return
+            update = of_all_examples(of_examples)
         self._clocks.label("update")
         self._clocks.compute.start()
         self._clocks.noise.start()
         self._updates.append(update)
-        self._model.update_non_block(self._updates.latest())
+        self._model.update_non_block(self._updates.latest(), of_examples)
         self._clocks.noise.stop()
         self._clocks.compute.stop()
 
@@ -449,3 +477,36 @@ class ZerothOrder(ABC):
     def close(self) -> None:
         if self._blocks is not None:
             self._blocks.close()
+
+
+def beside(
+    model: nn.Module,
+    layout: ModelLayout,
+    settings: MezoSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: Context,
+) -> tuple[Adapters | LowRank, ModelLayout]:
+    """What stands beside the layers of the blocks, and the layout of the weights that it leaves to train."""
+    if settings.noise_window is None:
+        return Adapters(model, layout, settings, dtype, device, context.seed), layout
+    low_rank: LowRank
+    if settings.estimator == "lozo":
+        low_rank = Lozo(model, layout, settings, dtype, device)
+    else:
+        examples = context.workload.examples_per_step
+        low_rank = ExampleNoise(model, layout, settings, dtype, device, examples)
+    left = low_rank.layout(layout)
+    others = [
+        part.names[0]
+        for block in left.blocks
+        for part in block.own_parts
+        if part.trained and part.segment.decays[0]
+    ]
+    if settings.is_quantized and others:
+        raise UserError(
+            type(model).__name__,
+            f"has trained matrices that are not of linear layers ('{others[0]}')",
+            f"use base=full with estimator={settings.estimator}, or estimator=spsa",
+        )
+    return low_rank, left

@@ -34,6 +34,7 @@ from harness.cli.options import (
     Trace,
     engine_names,
     exit_for,
+    method_names,
     results_folder,
 )
 from harness.cli.quality import study_seen
@@ -73,7 +74,8 @@ def compare(
 
     With --target and --budget: what does each method learn in that time, and when does it reach the target?
     All get the same trials: four learning rates by successive halving, then the best one with --seeds seeds.
-    Development data chooses, test data is only read. --suite has several such studies in one file.
+    Development data chooses, test data is only read. --suite has several such studies in one file. One engine
+    with several settings: --engines lsp:half,lsp:quarter --set lsp:half.d=288 --set lsp:quarter.d=144.
 
     A job without flags or --job is batch 1 x 512 tokens in bf16, with checkpointing, 10 steps after 3 of
     warm-up, on the built-in data.
@@ -90,8 +92,8 @@ def compare(
         )  # fmt: skip
         suite_seen(flags, asked, dry_run=dry_run, as_json=as_json)
         return
-    names = engine_names(engines)
     if target is not None or budget is not None:
+        names = method_names(engines)
         if target is None or budget is None:
             missing = "--budget" if budget is None else "--target"
             raise UserError(missing, "is missing", "give both --target METRIC>=VALUE and --budget 2h")
@@ -107,6 +109,7 @@ def compare(
         )  # fmt: skip
         study_seen(prepare_study(job, study), dry_run=dry_run, as_json=as_json, quiet=quiet)
         return
+    names = engine_names(engines)
     if test_data is not None:
         raise UserError("--test-data", "is for --target and --budget", "leave it out, or give both")
     job = flags.job(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from engines import default_engines, public_engines
+from engines import default_engines, engine_of, public_engines
 from engines.errors import UserError
 from engines.files.reading import exists
 from harness.records.job import HeadChoice, Padding
@@ -313,6 +314,12 @@ def engine_names(engines: str | None) -> list[str]:
         return list(public)
     names = list(dict.fromkeys(name.strip() for name in engines.split(",") if name.strip()))
     for name in names:
+        if ":" in name and engine_of(name) in public:
+            raise UserError(
+                f"method '{name}'",
+                "several settings of one engine are for --target and --budget, or --suite",
+                "give both, or name the engine alone",
+            )
         if name not in public:
             raise UserError(
                 f"engine '{name}'", "there is no such engine", f"choose from: {', '.join(public)}"
@@ -320,6 +327,20 @@ def engine_names(engines: str | None) -> list[str]:
     if not names:
         raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
     return names
+
+
+def method_names(engines: str | None) -> list[str]:
+    """Names from a list with commas, of engines or such as `lsp:half`: an engine with its own settings beside
+    others of it. `None`: the default engines. Raises `UserError` for an unknown engine."""
+    names = list(dict.fromkeys(each.strip() for each in (engines or "").split(",") if each.strip()))
+    own = [name for name in names if ":" in name]
+    engine_names(",".join(dict.fromkeys(map(engine_of, names))) if own else engines)
+    for name in own:
+        if re.fullmatch(r"[A-Za-z0-9][-\w.]*", name.partition(":")[2], re.ASCII) is None:
+            raise UserError(
+                f"method '{name}'", "what follows the colon is no name", "use letters, digits, - and _"
+            )
+    return names if own else engine_names(engines)
 
 
 def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Path:

@@ -60,7 +60,7 @@ def trials_table(plan: StudyPlan) -> Table:
         else:
             rates = "the best" if rung.rates == 1 else f"the {rung.rates} best"
         fits = "yes" if method.fits else f"no: {method.why_not}"
-        table.add_row(method.engine, str(number), str(trials), each, str(length.evaluations), rates, fits)
+        table.add_row(method.name, str(number), str(trials), each, str(length.evaluations), rates, fits)
     return table
 
 
@@ -81,11 +81,11 @@ def results_table(result: StudyResult, ready: PreparedStudy) -> Table:
         table.add_column(heading, overflow="fold", no_wrap=heading == "method")
     for each in result.methods:
         if each.why_not is not None:
-            table.add_row(each.engine, "", each.why_not)
+            table.add_row(each.name, "", each.why_not)
             continue
         rate = "" if each.learning_rate is None else f"{each.learning_rate:g}"
         table.add_row(
-            each.engine, rate, _spread(each.test), _reached(each), format_seconds(each.train_s),
+            each.name, rate, _spread(each.test), _reached(each), format_seconds(each.train_s),
             format_seconds(each.eval_s), format_seconds(each.search_s), each.beside_best or "best",
         )  # fmt: skip
     for name, value in (("zero-shot", result.zero_shot), ("majority class", result.majority_class)):
@@ -116,16 +116,23 @@ def answer_lines(result: StudyResult) -> Sequence[str]:
     best = next((each for each in result.methods if each.test is not None and each.beside_best is None), None)
     if best is None:
         return ["no method came to a result"]
-    lines = [f"best on test data: {best.engine}, {_spread(best.test)}"]
+    lines = [f"best on test data: {best.name}, {_spread(best.test)}"]
     for answer in ("same", "worse", "undecided"):
-        names = [each.engine for each in result.methods if each.beside_best == answer]
+        names = [each.name for each in result.methods if each.beside_best == answer]
         if names:
             meaning = {"same": "the same within a point", "worse": "worse with every seed",
                        "undecided": "undecided: seeds differ too much, or are too few"}[answer]  # fmt: skip
             lines.append(f"{', '.join(names)}: {meaning}")
     first = next((each for each in result.methods if each.reached is not None), None)
     if first is not None:
-        lines.append(f"first at {result.target}: {first.engine}, after {_reached(first)} of steps")
+        lines.append(f"first at {result.target}: {first.name}, after {_reached(first)} of steps")
     else:
         lines.append(f"no method reached {result.target} with every seed")
+    edges = [f"{each.name} ({each.learning_rate:g})" for each in result.methods if each.rate_at_edge]
+    if edges:
+        lines.append(
+            f"at the edge of the learning rates tried, so a better one may lie beyond: {', '.join(edges)}"
+        )
+    if result.shared_process:
+        lines.append("all trials of a method were in one process, one after the other, as they are short")
     return lines

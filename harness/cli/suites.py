@@ -12,7 +12,7 @@ from rich.table import Table
 
 from engines.errors import UserError
 from harness.cli.job_flags import JobFlags
-from harness.cli.options import engine_names
+from harness.cli.options import method_names
 from harness.cli.quality import study_seen
 from harness.pipeline import find_machine
 from harness.progress import console
@@ -66,7 +66,7 @@ def _prepared(
     suite: Suite, flags: JobFlags, asked: SuiteFlags
 ) -> tuple[dict[str, PreparedStudy], dict[str, str]]:
     """Studies by task, and why others cannot be."""
-    names = engine_names(asked.engines or (",".join(suite.engines) or None))
+    names = method_names(asked.engines or (",".join(suite.engines) or None))
     emulate = asked.emulate or (None if suite.emulate is None else Path(suite.emulate))
     if asked.profile is not None and asked.emulate is None:
         emulate = None  # the user says which machine it is
@@ -111,8 +111,8 @@ def suite_table(suite: Suite, ready: Mapping[str, PreparedStudy], why: Mapping[s
             table.add_row(task.name, task.target, f"left out: {why[task.name]}")
             continue
         plan = ready[task.name].plan
-        runs = [method.engine for method in plan.methods if method.fits]
-        others = [method.engine for method in plan.methods if not method.fits]
+        runs = [method.name for method in plan.methods if method.fits]
+        others = [method.name for method in plan.methods if not method.fits]
         trials = sum(count for method, _, count in planned_trials(plan) if method.fits)
         seconds = predicted_s(plan)
         duration = "not known" if seconds is None else f"{seconds / 3600:.2g} h"

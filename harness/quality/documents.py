@@ -13,10 +13,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from engines.errors import UserError
 from engines.shapes import Workload
-from harness.records.job import Job
+from harness.records.job import Job, NotWhereEmpty
 from harness.records.learning import LearningLength, LearningOutcome
 from harness.records.metrics import HIGHER_IS_BETTER
 from harness.records.run import EndState, Environment
@@ -108,6 +109,8 @@ class TrialBudget:
     def __str__(self) -> str:
         if self.seconds is None:
             return f"{self.tokens:,.0f} tokens"
+        if self.seconds < 60:
+            return f"{self.seconds:g} s"
         return f"{self.seconds / 3600:g} h" if self.seconds >= 3600 else f"{self.seconds / 60:g} min"
 
 
@@ -161,6 +164,8 @@ class MethodTrials:
     """What one method is to do."""
 
     engine: str
+    variant: Annotated[str, NotWhereEmpty] = ""
+    """What the user calls these settings of the engine, beside others of it; empty: there is one of them."""
     settings: EngineSettings
     """But for the learning rate."""
     fits: bool
@@ -168,6 +173,15 @@ class MethodTrials:
     step_s: float | None
     """Predicted; `None`: not known."""
     rates: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """As it is told: `lsp`, or `lsp:half`."""
+        return method_name(self.engine, self.variant)
+
+
+def method_name(engine: str, variant: str) -> str:
+    return f"{engine}:{variant}" if variant else engine
 
 
 def rate_grid(middle: float) -> tuple[float, ...]:
@@ -207,6 +221,7 @@ class StudyTrial:
     """One run of one method."""
 
     engine: str
+    variant: str = ""
     rung: int
     """From 0."""
     learning_rate: float
@@ -214,7 +229,8 @@ class StudyTrial:
 
     @property
     def id(self) -> str:
-        return f"{self.engine}-rung{self.rung}-lr{self.learning_rate:g}-seed{self.seed}"
+        method = f"{self.engine}-{self.variant}" if self.variant else self.engine
+        return f"{method}-rung{self.rung}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,6 +239,7 @@ class TrialRecord:
 
     id: str
     engine: str
+    variant: Annotated[str, NotWhereEmpty] = ""
     rung: int
     learning_rate: float
     seed: int
@@ -236,7 +253,14 @@ class TrialRecord:
     peak_gpu_reserved_bytes: int | None = None
     peak_host_bytes: int | None = None
     environment: Environment
+    shared_process: Annotated[bool, NotWhereEmpty] = False
+    """Its process had other trials of the method before it, or was to have some after it."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def method(self) -> str:
+        """As it is told: `lsp`, or `lsp:half`."""
+        return method_name(self.engine, self.variant)
 
 
 def save_plan(plan: StudyPlan, out: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from harness.quality.documents import QualityTarget, StudyPlan, TrialRecord
+from harness.quality.documents import MethodTrials, QualityTarget, StudyPlan, TrialRecord, method_name
+from harness.records.job import NotWhereEmpty
 from harness.records.learning import Evaluated
 from harness.records.metrics import HIGHER_IS_BETTER
 
@@ -63,6 +64,8 @@ class MethodResult:
     """What one method came to."""
 
     engine: str
+    variant: Annotated[str, NotWhereEmpty] = ""
+    """What the user calls these settings of the engine, beside others of it."""
     learning_rate: float | None
     """That the search chose; `None`: no trial of it came to its end."""
     why_not: str | None
@@ -86,6 +89,14 @@ class MethodResult:
     beside_best: SeedAnswer | None
     """Its test values beside those of the method with the best median; `None` for that one itself."""
 
+    rate_at_edge: Annotated[bool, NotWhereEmpty] = False
+    """The learning rate is the smallest or the largest that was tried: a better one may lie beyond."""
+
+    @property
+    def name(self) -> str:
+        """As it is told: `lsp`, or `lsp:half`."""
+        return method_name(self.engine, self.variant)
+
     @property
     def reached(self) -> SeedSpread | None:
         """Over the final trials; `None` unless all reached the target."""
@@ -105,22 +116,23 @@ class StudyResult:
     """Accuracy on test data of always naming its most frequent class."""
     methods: tuple[MethodResult, ...]
     """Those that reached the target first, by their time; then by the metric on test data."""
+    shared_process: Annotated[bool, NotWhereEmpty] = False
+    """Final trials were in the process of their method's search, and not in one each."""
     schema_version: int = 1
 
 
 def judge_study(plan: StudyPlan, records: Iterable[TrialRecord]) -> StudyResult:
     """`records` are all that there are."""
-    by_engine: dict[str, list[TrialRecord]] = {method.engine: [] for method in plan.methods}
+    by_name: dict[str, list[TrialRecord]] = {method.name: [] for method in plan.methods}
     for record in records:
-        by_engine[record.engine].append(record)
+        by_name[record.method].append(record)
     metric, last = plan.target.metric, len(plan.rungs) - 1
-    why = {method.engine: method.why_not for method in plan.methods}
-    found = [_result(name, each, plan.target, last, why[name]) for name, each in by_engine.items()]
+    found = [_result(method, by_name[method.name], plan.target, last) for method in plan.methods]
     sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
     ranked = [each for each in found if each.test is not None]
     best = min(ranked, key=lambda each: sign * each.test.median, default=None)  # type: ignore[union-attr]
     found = [_placed(each, best, metric) for each in found]
-    finals = [record for each in by_engine.values() for record in each if record.rung == last]
+    finals = [record for each in by_name.values() for record in each if record.rung == last]
     finals = [record for record in finals if record.learned.test_before is not None]
     before: Mapping[str, float] = (finals[0].learned.test_before or {}) if finals else {}
 
@@ -132,12 +144,14 @@ def judge_study(plan: StudyPlan, records: Iterable[TrialRecord]) -> StudyResult:
     return StudyResult(
         metric=metric, target=str(plan.target), zero_shot=before.get(metric),
         majority_class=before.get("majority_class"), methods=tuple(sorted(found, key=order)),
+        shared_process=any(record.shared_process for record in finals),
     )  # fmt: skip
 
 
 def _result(
-    engine: str, records: Sequence[TrialRecord], target: QualityTarget, last: int, why_not: str | None
+    method: MethodTrials, records: Sequence[TrialRecord], target: QualityTarget, last: int
 ) -> MethodResult:
+    why_not = method.why_not
     final = [record for record in records if record.rung == last]
     ok = [record for record in final if record.end_state == "ok"]
     best = [each for record in ok if (each := record.learned.best(target.metric)) is not None]
@@ -147,7 +161,8 @@ def _result(
         why_not = f"{failed[0].end_state}: {failed[0].end_reason}" if failed else "not run yet"
     setups = [record.setup_s for record in ok if record.setup_s is not None]
     return MethodResult(
-        engine=engine,
+        engine=method.engine,
+        variant=method.variant,
         learning_rate=final[0].learning_rate if final else None,
         why_not=None if ok else why_not,
         development=_spread([each.metrics[target.metric] for each in best]),
@@ -162,11 +177,12 @@ def _result(
         eval_s=sum(record.learned.eval_s for record in records),
         setup_s=statistics.median(setups) if setups else None,
         beside_best=None,
+        rate_at_edge=bool(final) and final[0].learning_rate in (min(method.rates), max(method.rates)),
     )
 
 
 def _placed(result: MethodResult, best: MethodResult | None, metric: str) -> MethodResult:
-    if best is None or result.engine == best.engine or result.test is None:
+    if best is None or result.name == best.name or result.test is None:
         return result
     return replace(result, beside_best=over_seeds(result.test_values, best.test_values, metric))
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from engines import engine_of
 from engines.errors import UserError
 from engines.files.locks import locked_folder
 from engines.files.reading import exists
@@ -53,6 +54,7 @@ class StudyRequest:
     """What is asked for."""
 
     engines: Sequence[str]
+    """Names of methods: of engines, and `lsp:half` for one with settings of its own."""
     out: Path
     target: QualityTarget
     budget: TrialBudget
@@ -88,8 +90,8 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     machine = study.machine
     if machine is None or named is not None:
         machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
-    plans = {each.engine: each for each in plan_job(job, shape, machine, study.engines, study.emulate)}
-    methods = tuple(_method(plans[engine], study) for engine in study.engines)
+    plans = _plans(job, shape, machine, study)
+    methods = tuple(_method(name, plans[name], study) for name in study.engines)
     plan = StudyPlan(
         job=job, test=study.test, sizes=study.sizes, target=study.target, budget=study.budget,
         seeds=tuple(job.seed + number for number in range(study.seeds)), rungs=rungs, methods=methods,
@@ -100,6 +102,18 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     if exists(study.out / PLAN):
         plan = _same_plan(load_plan(study.out), plan, study.out)
     return PreparedStudy(plan=plan, shape=shape, machine=machine, plans=plans, emulated=like, out=study.out)
+
+
+def _plans(job: Job, shape: ModelShape, machine: Machine, study: StudyRequest) -> dict[str, Plan]:
+    """By name of the method; `lsp:half` is planned with its own settings."""
+    engines = [name for name in study.engines if engine_of(name) == name]
+    plans = {each.engine: each for each in plan_job(job, shape, machine, engines, study.emulate)}
+    for name in study.engines:
+        if name not in plans:
+            engine = engine_of(name)
+            own = replace(job, settings={engine: job.settings_of(name)})
+            (plans[name],) = plan_job(own, shape, machine, [engine], study.emulate)
+    return plans
 
 
 def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
@@ -129,17 +143,18 @@ def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
         raise UserError(f"--target {metric}", "needs scikit-learn and scipy", INSTALL)
 
 
-def _method(plan: Plan, study: StudyRequest) -> MethodTrials:
+def _method(name: str, plan: Plan, study: StudyRequest) -> MethodTrials:
     typed = plan.settings.typed
     if study.budget.seconds is not None and getattr(typed, "schedule", "constant") != "constant":
         raise UserError(
-            f"--set {plan.engine}.schedule={typed.schedule}",
+            f"--set {name}.schedule={typed.schedule}",
             "needs to know how many steps there are, and the budget is a time",
             "leave it out, or give the budget in tokens",
         )
     return MethodTrials(
-        engine=plan.engine, settings=plan.settings, fits=plan.fits, why_not=plan.why_not,
-        step_s=plan.prediction.step_s, rates=rate_grid(typed.learning_rate),
+        engine=plan.engine, variant=name.partition(":")[2], settings=plan.settings,
+        fits=plan.fits, why_not=plan.why_not, step_s=plan.prediction.step_s,
+        rates=rate_grid(typed.learning_rate),
     )  # fmt: skip
 
 
@@ -154,7 +169,7 @@ def _check_long_enough(method: MethodTrials, plan: StudyPlan) -> None:
             assert plan.budget.seconds is not None
             raise UserError(
                 f"--budget {plan.budget}",
-                f"is too short for {method.engine}: a trial has {seconds:.3g} s and "
+                f"is too short for {method.name}: a trial has {seconds:.3g} s and "
                 f"{rung.length.evaluations} evaluations, a step takes {method.step_s:.3g} s",
                 f"give {math.ceil(plan.budget.seconds * short / 60)}min or more",
             )
@@ -168,7 +183,7 @@ def _same_plan(before: StudyPlan, now: StudyPlan, out: Path) -> StudyPlan:
             raise UserError(
                 "--resume", f"the study in {out} has another {name}", "give the same flags, or another --out"
             )
-    if [each.engine for each in before.methods] != [each.engine for each in now.methods]:
+    if [each.name for each in before.methods] != [each.name for each in now.methods]:
         raise UserError("--resume", f"the study in {out} has other methods", "give the same --engines")
     return before
 
@@ -253,6 +268,7 @@ def run_study(
             save_tokenized(tokenized, data_file)
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
+        save_job(plan.job, out / "job.toml")
         save_job(plan.job, out / "job.toml")
         together = (lambda: nullcontext(launch)) if launch is not None else one_process
         trials = StudyTrials(ready, job, learnings, data_file, launch or launched, together, report, on_event)

@@ -57,7 +57,7 @@ class PreparedStudy:
     shape: ModelShape
     machine: Machine
     plans: dict[str, Plan]
-    """By engine."""
+    """By name of the method."""
     emulated: Emulated | None
     out: Path
 
@@ -90,13 +90,13 @@ class StudyTrials:
         rates: dict[str, list[float]] = {}
         for method in methods:
             with self._together() as launch:
-                rates[method.engine] = yield from self._search(method, launch)
+                rates[method.name] = yield from self._search(method, launch)
                 for seed in self._plan.seeds if together else ():
-                    yield from self._final(method, rates[method.engine], seed, launch)
+                    yield from self._final(method, rates[method.name], seed, launch)
         for turn, seed in enumerate(() if together else self._plan.seeds):
             # Each turn in the other order: a machine that slows down then favours no method.
             for method in methods if turn % 2 == 0 else methods[::-1]:
-                yield from self._final(method, rates[method.engine], seed, self._launch)
+                yield from self._final(method, rates[method.name], seed, self._launch)
 
     def _is_short(self, method: MethodTrials) -> bool:
         length = self._plan.rungs[-1].length
@@ -110,8 +110,9 @@ class StudyTrials:
         """With the rate that the search chose, if it chose one."""
         for rate in rates:
             trial = StudyTrial(
-                engine=method.engine, rung=len(self._plan.rungs) - 1, learning_rate=rate, seed=seed
-            )
+                engine=method.engine, variant=method.variant, rung=len(self._plan.rungs) - 1,
+                learning_rate=rate, seed=seed,
+            )  # fmt: skip
             yield self._one(trial, method, launch)
 
     def _search(self, method: MethodTrials, launch: Launch) -> Generator[TrialRecord, None, list[float]]:
@@ -121,8 +122,9 @@ class StudyTrials:
             records = []
             for rate in rates[: rung.rates]:
                 trial = StudyTrial(
-                    engine=method.engine, rung=number, learning_rate=rate, seed=self._plan.seeds[0]
-                )
+                    engine=method.engine, variant=method.variant, rung=number, learning_rate=rate,
+                    seed=self._plan.seeds[0],
+                )  # fmt: skip
                 records.append(self._one(trial, method, launch))
                 yield records[-1]
             rates = next_rates(records, self._plan.target.metric, self._plan.rungs[number + 1].rates)
@@ -134,7 +136,7 @@ class StudyTrials:
             record = load_trial(out, trial.id)
             if record.end_state != "interrupted":
                 return record
-        plan = self._ready.plans[method.engine]
+        plan = self._ready.plans[method.name]
         given = method.settings.replaced(learning_rate=trial.learning_rate)
         length = self._plan.rungs[trial.rung].length
         limits = self._job.limits
@@ -154,14 +156,15 @@ class StudyTrials:
         outcome, learned = launch(request, out, self._on_event)
         reason = outcome.end_reason
         record = TrialRecord(
-            id=trial.id, engine=trial.engine, rung=trial.rung, learning_rate=trial.learning_rate,
-            seed=trial.seed, end_state=outcome.end_state,
+            id=trial.id, engine=trial.engine, variant=trial.variant, rung=trial.rung,
+            learning_rate=trial.learning_rate, seed=trial.seed, end_state=outcome.end_state,
             end_reason=None if reason is None else without_paths(reason, *paths_of(job)),
             time=began, learned=learned, setup_s=outcome.summary.setup_s,
             step_s_median=outcome.summary.step_s_median,
             peak_gpu_reserved_bytes=outcome.summary.peak_gpu_reserved_bytes,
             peak_host_bytes=outcome.summary.peak_host_bytes,
             environment=replace(read_environment(), emulated=self._plan.emulated),
+            shared_process=launch is not self._launch,
         )  # fmt: skip
         write_whole(trial_path(out, trial.id), to_json(record))
         clear_work(out, trial.id)
@@ -222,7 +225,7 @@ def curves(records: Sequence[TrialRecord]) -> str:
             values = [each.metrics.get(name, "") for name in names]
             writer.writerow(
                 [
-                    record.engine,
+                    record.method,
                     record.rung,
                     record.learning_rate,
                     record.seed,

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo
 
+from engines import engine_of
 from engines.errors import UserError, plainly
 from engines.files.reading import read_toml
 from engines.settings.given import Documented, GivenSettings, Value
-from engines.settings.parse import defaults, settings_of_document
+from engines.settings.parse import defaults, parse_settings, settings_of_document
 from engines.shapes import Dtype, Workload
 from harness.records.seeds import MOST_SEED
 from profiles.documents import adapter, write_whole
@@ -93,7 +94,7 @@ class Limits:
 
 
 def _read_settings(values: dict[str, dict[str, Value]], _: ValidationInfo) -> dict[str, GivenSettings]:
-    return {engine: settings_of_document(engine, each) for engine, each in values.items()}
+    return {method: settings_of_document(engine_of(method), each) for method, each in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class Job:
     settings: Annotated[dict[str, GivenSettings], Documented(dict[str, dict[str, Value]], _read_settings)] = (
         field(default_factory=dict)
     )
-    """Engine name -> settings that override its plan."""
+    """Engine name -> settings that override its plan. `lsp:half` -> those of that method of a study alone."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len", "accumulation", "steps"):
@@ -148,8 +149,13 @@ class Job:
                 raise ValueError(f"limits.{name} must be positive")
 
     def settings_of(self, engine: str) -> GivenSettings:
-        """What is set for `engine`. Raises `UserError` for an unknown engine."""
-        return self.settings[engine] if engine in self.settings else defaults(engine)
+        """What is set for `engine`; for `lsp:half` what is set for `lsp` and, before that, for it. Raises
+        `UserError` for an unknown engine, and for settings that do not go together."""
+        of_all, own = self.settings.get(engine_of(engine)), self.settings.get(engine)
+        if of_all is None or own is None or own is of_all:
+            return own or of_all or defaults(engine_of(engine))
+        both = {**of_all, **own}
+        return GivenSettings(both, parse_settings(engine_of(engine), both))
 
     @property
     def workload(self) -> Workload:

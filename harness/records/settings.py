@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engines import ENGINES, entry, load_target, public_engines
+from engines import ENGINES, engine_of, entry, load_target, public_engines
 from engines.errors import UserError
 from engines.settings.given import GivenSettings, Value, plain
 from engines.settings.parse import parse_settings, setting_names
@@ -22,11 +22,13 @@ def published_presets(engine: str) -> Mapping[str, Mapping[str, Value]]:
 def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dict[str, GivenSettings]:
     """Settings by engine from `key=value` and `engine.key=value`, checked and typed.
 
-    A key without an engine goes to each of `engines`, those that run, that has it. `lsp.preset=NAME` stands
-    for the values that the method's authors published for a model; other assignments win over it. What is for
-    an engine that does not run is checked and left out: see `left_out`. Raises `UserError` for an unknown
-    engine, key or preset, and for a value that the engine does not take.
+    A key without an engine goes to each of `engines`, those that run, that has it. `lsp:half.d=288` is for
+    `lsp:half` alone where that runs, `lsp.d=288` for all of `lsp`. `lsp.preset=NAME` stands for the values
+    that the method's authors published for a model; other assignments win over it. What is for an engine that
+    does not run is checked and left out: see `left_out`. Raises `UserError` for an unknown engine, key or
+    preset, and for a value that the engine does not take.
     """
+    running = {*engines, *map(engine_of, engines)}
     chosen: dict[str, dict[str, Value]] = {}
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -35,7 +37,15 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
         engine, _, key = name.rpartition(".")
         if engine:
             _check_known(engine, engines, f"--set {assignment}")
-        takers = [engine] if engine else [each for each in engines if _has(each, key)]
+            if engine != engine_of(engine) and engine not in engines:
+                raise UserError(
+                    f"--set {assignment}", f"'{engine}' does not run", f"methods are: {', '.join(engines)}"
+                )
+        takers = (
+            [engine]
+            if engine
+            else [each for each in dict.fromkeys(map(engine_of, engines)) if _has(each, key)]
+        )
         if not takers:
             raise UserError(
                 f"--set {assignment}",
@@ -45,13 +55,13 @@ def parse_assignments(assignments: Sequence[str], engines: Sequence[str]) -> dic
         for taker in takers:
             chosen.setdefault(taker, {})[key] = value
     typed = {engine: _typed(engine, values, f"--set {engine}.") for engine, values in chosen.items()}
-    return {engine: values for engine, values in typed.items() if engine in engines}
+    return {engine: values for engine, values in typed.items() if engine in running}
 
 
 def left_out(assignments: Sequence[str], engines: Sequence[str]) -> list[str]:
     """Those of `assignments` that are for an engine that does not run. `parse_assignments` has taken them."""
-    named = {each: each.partition("=")[0].rpartition(".")[0] for each in assignments}
-    return [each for each, engine in named.items() if engine and engine not in engines]
+    running = {"", *engines, *map(engine_of, engines)}
+    return [each for each in assignments if each.partition("=")[0].rpartition(".")[0] not in running]
 
 
 def check_settings(
@@ -64,19 +74,23 @@ def check_settings(
     typed = {
         engine: _typed(engine, values, f"{origin}, settings.{engine}.") for engine, values in settings.items()
     }
-    return {engine: values for engine, values in typed.items() if engine in engines}
+    running = {*engines, *map(engine_of, engines)}
+    return {engine: values for engine, values in typed.items() if engine in running}
 
 
 def typed_settings(settings: Mapping[str, GivenSettings]) -> dict[str, GivenSettings]:
     """The same settings, each value of its own type: earlier versions kept those of `--set` as text. Those of
     an unknown engine stay as they are. Raises `UserError`."""
-    return {engine: given.normalized() if engine in ENGINES else given for engine, given in settings.items()}
+    return {
+        engine: given.normalized() if engine_of(engine) in ENGINES else given
+        for engine, given in settings.items()
+    }
 
 
 def _check_known(engine: str, engines: Sequence[str], what: str) -> None:
     """Raises `UserError` if `engine` neither runs nor is one of the users'."""
     public = public_engines()
-    if engine not in (*public, *engines):
+    if engine not in (*public, *engines) and engine_of(engine) not in map(engine_of, engines):
         raise UserError(what, f"there is no engine '{engine}'", f"engines are: {', '.join(public)}")
 
 
@@ -85,7 +99,7 @@ def _typed(engine: str, values: Mapping[str, Value], where: str) -> GivenSetting
 
     Raises `UserError`, in which `where` stands before the key.
     """
-    given = dict(values)
+    given, engine = dict(values), engine_of(engine)
     if PRESET in given and (presets := published_presets(engine)):
         name = str(given.pop(PRESET))
         given = {**_preset(presets, name, where), **given}

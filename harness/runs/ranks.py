@@ -127,7 +127,7 @@ def check_gpus(limits: Limits, engines: Sequence[str] = ()) -> None:
             raise UserError(
                 f"--nodes {limits.nodes}",
                 f"{name} runs on one machine",
-                "leave out --nodes, or use mezo or zo2",
+                "leave out --nodes, or use lsp, mezo or zo2",
             )
 
 

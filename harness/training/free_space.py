@@ -39,12 +39,13 @@ def needed(shape: ModelShape, job: Job, engine: str, settings: Any, save_every: 
     # The newest stays until the next is whole. Where a log is the checkpoint, others are only written if
     # asked for; where there is none, one is written when the run is stopped.
     count = min(2, math.ceil(job.steps / save_every)) if save_every else int(not zeroth_order)
-    queries = settings.queries if isinstance(settings, MezoSettings) else 0
+    examples = job.workload.examples_per_step
+    records = settings.updates_per_step(examples) if isinstance(settings, MezoSettings) else 0
     return {
         "the model": weights,
         "checkpoints": count * checkpoint,
         "the best model": 2 * weights if job.eval_every else 0,
-        "logs": job.steps * (LINE_BYTES + queries * RECORD_BYTES),
+        "logs": job.steps * (LINE_BYTES + records * RECORD_BYTES),
     }
 
 

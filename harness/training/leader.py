@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +38,10 @@ FOLLOW = "follow.json"
 """What the others are to do, in a folder of the run's own that is gone after it."""
 ENDING_S = 5.0
 """For which the end of a process is waited for that others miss already."""
+LOOK_S, HANGING_S = 1.0, 60.0
+"""Between two looks whether the others are there, and for how long this one may go on without them."""
+USAGE = 2
+"""Exit code of an error that is told in one line."""
 MODULE = "harness.training.follower"
 
 
@@ -64,17 +70,42 @@ def leading(job: Job, engine_name: str, settings: Any, out: Path) -> Iterator[Wo
             raise UserError("NODE_RANK", "is not 0: this process does not lead", "start it with NODE_RANK=0")
         write_whole(work / FOLLOW, to_json(Following(job=job, method=method_of(engine_name, settings))))
         others = Group(work, ranks[1:], None, MODULE) if ranks[1:] else None
+        remedy = f"go on with --resume --out {out}, with as many GPUs as there are"
         try:
-            world = met(ranks[0], job, engine_name, settings)
-            yield world
+            with _watched(others, work, remedy):
+                world = met(ranks[0], job, engine_name, settings)
+                yield world
             world.broadcast(END)
         except PeerLost:
-            remedy = f"go on with --resume --out {out}, with as many GPUs as there are"
             raise who_ended(others, work, remedy) from None
         finally:
             leave()
             if others is not None:
                 others.finish({})
+
+
+@contextmanager
+def _watched(others: Group | None, work: Path, remedy: str) -> Iterator[None]:
+    """While the run goes on: where another rank of this machine has ended and this one still waits for it, in
+    what cannot be interrupted (NCCL's kernels wait for hours), the process says so and ends."""
+    over = threading.Event()
+
+    def watch() -> None:
+        workers = others.workers if others is not None else []
+        while not over.wait(LOOK_S):
+            if any(worker.exit_status() is not None for worker in workers) and not over.wait(HANGING_S):
+                sys.stderr.write(f"error: {who_ended(others, work, remedy)}\n")
+                os._exit(USAGE)  # as abrupt as a kill, after which a run can go on
+
+    thread = threading.Thread(target=watch, name="other-ranks", daemon=True)
+    if others is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if others is not None:
+            thread.join()
 
 
 def met(place: RankPlace, job: Job, engine_name: str, settings: Any) -> World:

@@ -138,7 +138,7 @@ def start(
         start_step=step,
         run_sha256=run_digest(job, settings),
         weights_sha256=fingerprint(engine, num_tensors, progress),
-        queries=settings.queries,
+        queries=settings.updates_per_step(job.workload.examples_per_step),
     )
     return UpdateLog.create(out / UPDATE_LOG, origin)
 

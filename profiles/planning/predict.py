@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from engines.costs.exact_offload import FUSED_ADAM_BYTES, adam_bytes
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
@@ -33,13 +34,13 @@ included, where the profile does not say it. When the GPU is faster than this it
 takes 0.178 s for the 1.3B LLaMA shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s
 without, 0.151 s with)."""
 
-FORWARD_LAUNCH_S = 28e-6
-"""The same where autograd is off, in methods with forward passes only: what the probe found on one H200's
-host, whose samples were 15 to 40 us."""
+FORWARD_LAUNCH_S = 15e-6
+"""The same where autograd is off, in methods with forward passes only: the quickest samples of the probe on
+two H200s' hosts were 15.5 and 13.9 us."""
 
-PRODUCT_S = 5e-6
+PRODUCT_S = 3.2e-6
 """What a matrix product takes beside its operations at the rate of a large one: the GPU fills and drains, and
-its last row of tiles leaves a part of it idle. Where the profile does not say it; estimated."""
+its last row of tiles leaves a part of it idle. Where the profile does not say it; one H200's."""
 
 GRAPH_KERNEL_S = 2.3e-6
 """Time that a kernel of a CUDA graph takes at least, where the profile does not say it. Estimated."""
@@ -63,6 +64,9 @@ COPY_WRITE_ALLOCATE = 1.5
 """Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
 DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
 
+ADAMW_KERNEL_BYTES = 26
+"""Host memory that this program's AdamW reads and writes for a bf16 weight with fp32 moments."""
+
 GPU_MODEL_ERROR = 1.3
 """Factor each way. Measured over predicted lies between 0.9 and 1.15 on the rows of one H200 that the
 constants above were fitted to; another machine may be further off."""
@@ -71,6 +75,10 @@ LINK_ERROR, GPU_ERROR = 1.15, 1.2
 """Narrower factors for steps that the link, or the GPU's work, decides, by a profile of measured figures: all
 9 and 33 of 36 published records of one H200 took what they say, and nine in ten must
 (tests/profiles/planning/test_published_predictions.py). Another machine has had no such test."""
+
+CPU_BESIDE_ERROR = 1.4
+"""Where the CPU updates weights beside the thread that starts the GPU's work: three processes of one job of
+`lsp` took 0.076 to 0.117 s (reports/results/deepseek-coder-1.3b-rows_h200_20261129)."""
 
 LAUNCH_ERROR = 1.5
 """A wider one where starting the work takes longer than doing it: a shared host starts it in 15 to 40 us."""
@@ -225,23 +233,30 @@ def _with_pause(times: list[LayerTimes], traffic: Traffic, machine: Machine, sid
     if machine.gpu is None or traffic.gpu_flops == 0:
         return times
     first, *rest = times
-    pause_s = STEP_LAUNCHES * _seconds(machine.cpu.forward_launch_s, FORWARD_LAUNCH_S, side)
+    pause_s = STEP_LAUNCHES * _seconds(_undisturbed(machine.cpu.forward_launch_s), FORWARD_LAUNCH_S, side)
     return [replace(first, gpu_s=first.gpu_s + pause_s), *rest]
 
 
 def _launches_s(traffic: Traffic, machine: Machine, side: Bound) -> list[float]:
     """Seconds that starting each layer's work takes the CPU."""
 
-    def each_s(figure: Figure, otherwise_s: float) -> float:
-        return _seconds(figure, otherwise_s, side)
-
     cpu = machine.cpu
+
+    def each_s(figure: Figure, otherwise_s: float) -> float:
+        return _seconds(_undisturbed(figure), otherwise_s, side)
+
     if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
         eager_s = each_s(cpu.forward_launch_s, FORWARD_LAUNCH_S)
     else:
         eager_s = each_s(cpu.training_launch_s, LAUNCH_S)
     triton_s = OWN_LAUNCH_SHARE * each_s(cpu.triton_launch_s, TRITON_LAUNCH_S)
     return [layer.launches * eager_s + layer.triton_launches * triton_s for layer in traffic.layers]
+
+
+def _undisturbed(figure: Figure) -> Figure:
+    """The time of a CPU that nobody disturbs: the quickest sample. Two H200s' hosts agree in it, 15.5 and
+    13.9 us without autograd, where the middle ones were 28 and 14; steps took as long on both."""
+    return figure if figure.low is None else replace(figure, value=figure.low, high=figure.value)
 
 
 def _seconds(figure: Figure, otherwise_s: float, side: Bound) -> float:
@@ -301,7 +316,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
         return factor / _rate(*figure(), side) if amount > 0 else 0.0
 
-    host_byte_s = per(traffic.host_bytes, lambda: _host_copy(machine), 1 / COPY_WRITE_ALLOCATE)
+    host_byte_s = per(traffic.host_bytes, lambda: _host_memory(machine))
     gaussians = sum(layer.gaussians for layer in traffic.layers)
     memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
     product_s = kernel_s = 0.0
@@ -349,14 +364,44 @@ def _rate(name: str, figure: Figure, side: Bound) -> float:
 
 def _adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], float]:
     """The CPU's AdamW that was measured and is nearest to what runs, and what runs takes of its time."""
-    own = machine.cpu.adamw_kernel_elements_per_s
-    if traffic.cpu_adamw_kernel_factor is not None and own.value is not None:
+    own, torchs = machine.cpu.adamw_kernel_elements_per_s, machine.cpu.adam_elements_per_s
+    if traffic.cpu_adamw_kernel_factor is None:
+        return ("CPU Adam", torchs), traffic.cpu_adam_factor
+    if own.value is not None:
         return ("AdamW kernel on the CPU", own), traffic.cpu_adamw_kernel_factor
-    return ("CPU Adam", machine.cpu.adam_elements_per_s), traffic.cpu_adam_factor
+    # Not measured: no slower than torch's, and with many cores no slower than memory is. On 32 cores torch's
+    # moved 78 GB/s and the kernel 151, which are half as much again as the copies' 101.
+    copy = machine.memory.copy_bytes_per_s
+    moved = ADAMW_KERNEL_BYTES * traffic.cpu_adamw_kernel_factor / COPY_WRITE_ALLOCATE
+    if copy.origin != "measured" or not (torchs.value and copy.value):
+        return ("CPU Adam", torchs), traffic.cpu_adam_factor
+    if copy.value / moved > torchs.value / traffic.cpu_adam_factor:
+        return ("host copy bandwidth", copy), moved
+    return ("CPU Adam", torchs), traffic.cpu_adam_factor
 
 
 def _host_copy(machine: Machine) -> tuple[str, Figure]:
     return "host copy bandwidth", machine.memory.copy_bytes_per_s
+
+
+def _host_memory(machine: Machine) -> tuple[str, Figure]:
+    """What host memory moves: what a copy makes of it, or AdamW where that is more."""
+    name, copy = _host_copy(machine)
+    if copy.value is None:
+        return name, copy
+    rates = [
+        _scaled(copy, COPY_WRITE_ALLOCATE),
+        _scaled(machine.cpu.adam_elements_per_s, FUSED_ADAM_BYTES),
+        _scaled(machine.cpu.adamw_kernel_elements_per_s, adam_bytes(2, "fp32")),
+    ]
+    return name, max(rates, key=lambda each: each.value or 0.0)
+
+
+def _scaled(figure: Figure, factor: float) -> Figure:
+    low, value, high = (
+        None if each is None else factor * each for each in (figure.low, figure.value, figure.high)
+    )
+    return replace(figure, low=low, value=value, high=high)
 
 
 def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
@@ -466,7 +511,9 @@ def _model_error(traffic: Traffic, machine: Machine, workload: Workload, bottlen
     work_s = sum(_times(layer, rates).gpu_s for layer in traffic.layers)
     if sum(_launches_s(traffic, machine, "value")) > LAUNCHES_DECIDE * work_s:
         return LAUNCH_ERROR if bottleneck == "gpu" else GPU_MODEL_ERROR
-    if traffic.cpu_adam_elements or machine.gpu.copy_bytes_per_s.origin != "measured":
+    if traffic.cpu_adam_elements:
+        return CPU_BESIDE_ERROR
+    if machine.gpu.copy_bytes_per_s.origin != "measured":
         return GPU_MODEL_ERROR
     if bottleneck in _DIRECTIONS:
         return LINK_ERROR
@@ -489,7 +536,9 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
         if traffic.from_gpu_bytes:
             parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
-        parts.append(_named_figure(_adam(machine, traffic)[0], format_elements))
+        adam = _adam(machine, traffic)[0]
+        of_memory = adam[1] is machine.memory.copy_bytes_per_s
+        parts.append(_named_figure(adam, format_rate if of_memory else format_elements))
     if traffic.disk_bytes:
         parts.append(_named_figure(_disk(machine), format_rate))
     if traffic.disk_write_bytes:

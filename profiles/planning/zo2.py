@@ -1,6 +1,8 @@
 """Settings of ZO2: which blocks stay on the GPU, which lie on disk, how often the others go down. No torch.
 
 Closed forms throughout: `profiles.planning.predict`.
+
+Longer than 400 lines: what is chosen depends on what else is, and all of it is one forecast.
 """
 
 from __future__ import annotations
@@ -36,8 +38,14 @@ FOLDS = (1, 2, 4, 8, 16)
 FOLD_AS_FAST = 1.01
 """A step within this factor of the fastest `fold_every` counts as equally fast."""
 
+NOISE_FASTER = 0.95
+"""Of a step with normals, below which another kind of noise is worth a line."""
+
 QUERIES_AS_FAST = 1.02
 """A step with more queries within this factor of one with a single query takes as long."""
+
+LOSSLESS_FASTER = 0.95
+"""Lossless tiles are worth their extra passes where a step is within this factor of that with whole bytes."""
 
 FOLD_GPU_SHARE = 0.85
 """GPU time over link time up to which updates are replayed instead of downloaded: both are predicted, and
@@ -67,8 +75,31 @@ class _Times:
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Resident blocks, which take their copies off the link, then how often the others go down, and how many
     queries the link has time for. On several GPUs also whether they bring up shares of each block and
-    exchange them."""
-    placed = _choose_place(context, given)
+    exchange them. Matrices of bf16 that are never written come up as lossless tiles where a step is then
+    faster; of others, whose updates may need more room than there is, that is only said."""
+    plain = _choose_for_base(context, given)
+    if "base" in given or context.machine.gpu is None or context.workload.dtype != "bf16":
+        return plain
+    fewer = _choose_for_base(context, given.completed(base="lossless"))
+    before, after = (
+        predict(context.cost(each.settings.typed), context.machine, context.workload).step_s
+        for each in (plain, fewer)
+    )
+    if before is None or after is None or after > LOSSLESS_FASTER * before:
+        return plain
+    if context.why_missing(fewer.settings.typed) is not None:
+        return plain
+    times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
+    if given.typed.only_reads_blocks:
+        why = f"base=lossless: the same bits in fewer bytes, {times}"
+        return Choice(fewer.settings, (why, *fewer.reasons))
+    return Choice(
+        plain.settings, (*plain.reasons, f"base=lossless would be faster, with the same bits: {times}")
+    )
+
+
+def _choose_for_base(context: PlanningContext, given: GivenSettings) -> Choice:
+    placed = _with_other_noise(context, given, _choose_place(context, given))
     if "queries" in given or given.typed.estimator not in QUERIED or context.machine.gpu is None:
         return placed
     most, one_s, most_s = most_queries(context, given, placed.settings.typed)
@@ -86,6 +117,27 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         f"{format_seconds(one_s)}"
     )
     return Choice(more.settings, (why, *more.reasons))
+
+
+def _with_other_noise(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:
+    """What near-normals would gain where a low-bit base makes normals what a step waits for: they are told of
+    and not chosen, as they make other steps."""
+    settings = placed.settings.typed
+    if "noise" in given or settings.noise != "gaussian" or settings.estimator not in QUERIED:
+        return placed
+    if not settings.trains_quantized:
+        return placed
+    normals_s, near_s = (
+        predict(context.cost(each), context.machine, context.workload).step_s
+        for each in (settings, replace(settings, noise="binomial"))
+    )
+    if normals_s is None or near_s is None or near_s > NOISE_FASTER * normals_s:
+        return placed
+    why = (
+        f"noise=binomial would take {format_seconds(near_s)} a step, with normals "
+        f"{format_seconds(normals_s)}: near-normals in half the instructions, as good by one study"
+    )
+    return Choice(placed.settings, (*placed.reasons, why))
 
 
 QUERIED = ("spsa", "1.5-spsa")
@@ -317,8 +369,8 @@ class _Planner:
         machine = self.context.machine
         if (best := fold_for_loss(settings)) is not None:
             return best
-        if settings.estimator == "lozo":
-            return 1, f"fold_every=1: every {settings.lozo_window} steps, when the noise's window ends"
+        if (window := settings.noise_window) is not None:
+            return 1, f"fold_every=1: every {window} steps, when the noise's window ends"
         costs = {
             k: self.cost(replace(settings, fold_every=k))
             for k in FOLDS

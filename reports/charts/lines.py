@@ -28,6 +28,8 @@ _LEGEND = 176
 class Line:
     label: str
     engine: str
+    nth: int = 0
+    """Of the methods that are this engine with other settings."""
     points: tuple[tuple[float, float], ...]
     is_marked: bool = False
     """Each point has its symbol, else the last one alone."""
@@ -84,7 +86,7 @@ def lines(
     labels = [one.label for one in series if not one.is_faint]
     names = list(dict.fromkeys(labels))
     for one in series:
-        stroke = stroke_of(one.engine)
+        stroke = stroke_of(one.engine, one.nth)
         width, opacity = (2 if labels.count(one.label) == 1 else 1), ""
         if one.is_faint:
             width, opacity = 1, ' stroke-opacity="0.45"'
@@ -97,7 +99,7 @@ def lines(
             continue
         for point in one.points if one.is_marked else one.points[-1:]:
             body.append(symbol(*place(point), names.index(one.label), stroke.colour))
-    keys = {one.label: stroke_of(one.engine) for one in series}
+    keys = {one.label: stroke_of(one.engine, one.nth) for one in series}
     for index, (label, stroke) in enumerate(keys.items()):
         key = head + 12 + 22 * index
         start = left + plot + 16

@@ -36,12 +36,15 @@ class Stroke:
     dashes: str
 
 
-def stroke_of(engine: str) -> Stroke:
-    """By the engine's row; those behind the palette share one of each."""
+def stroke_of(engine: str, nth: int = 0) -> Stroke:
+    """By the engine's row; those behind the palette share one of each. Several lines of one engine, by `nth`,
+    have its colour and dashes of their own."""
     known = public_engines()[: len(COLOURS)]
     if engine not in known:
         return Stroke(colour=_OTHER_COLOUR, dashes=_OTHER_DASHES)
-    return Stroke(colour=COLOURS[known.index(engine)], dashes=_DASHES[known.index(engine)])
+    return Stroke(
+        colour=COLOURS[known.index(engine)], dashes=_DASHES[(known.index(engine) + nth) % len(_DASHES)]
+    )
 
 
 def x_axis(scale: Scale, left: float, head: float, bottom: float, note: str = "") -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness.records.columns import CellValue, Column, Unit
+from harness.records.columns import CellValue, Column, Told, Unit
 from profiles.units import format_seconds
 from reports.decide import Verdict
 from reports.format import Table, digits
@@ -26,7 +26,8 @@ class Alternative:
     """One way to have the job done."""
 
     name: str
-    hours: float | None
+    hours: CellValue
+    """A number, or both of two runs."""
     cost: str | None
     basis: str
 
@@ -63,7 +64,7 @@ def _rows(verdict: Verdict, all_: Measurements, untried: Untried) -> Iterator[Al
         basis = say(f"alternative.{step.origin}", step=stated.plain_time(step))
         yield Alternative(
             name=say("alternative.here", engine=one.engine),
-            hours=hours,
+            hours=Told(hours, stated.plain_time(time)) if time and hours and time.is_pair else hours,
             cost=_own(hours, prices),
             basis=basis,
         )

@@ -10,6 +10,7 @@ from typing import Literal
 from harness.records.memory_limits import gpu_limit_bytes, host_limit_bytes
 from harness.records.run import Run
 from harness.records.stats import outer_deciles, over_runs
+from profiles.language import quantity
 from profiles.units import format_bytes, format_seconds
 from reports.charts.axes import Axis, bytes_axis, seconds_axis
 from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
@@ -116,7 +117,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
                 label=say(f"lane.{key}"),
                 engine=engine,
                 parts=(BarPart(value=seconds, pale=key == "idle"),),
-                text=format_seconds(seconds),
+                text=quantity(format_seconds(seconds)),
             )
             for key, seconds in lanes.items()
             if seconds is not None

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines import entry
-from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
-from harness.records.stats import Rounds
+from harness.records.columns import BYTES, SECONDS, CellValue, Column, Told, where_known
+from harness.records.stats import Rounds, over_runs
 from profiles.language import translated
 from reports.decide import Verdict, state_word
-from reports.format import JOULES, NUMBER, PERCENT, Table
+from reports.format import JOULES, NUMBER, PERCENT, Table, joules, middle_cell, number
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.judging.ranking import State
@@ -39,7 +39,7 @@ def _time(one: MethodInShort) -> stated.Stated:
 def _shown_time(one: MethodInShort) -> CellValue:
     """A number, or both of two runs."""
     time = _time(one)
-    return stated.plain_time(time) if time.is_pair else time.value
+    return Told(time.value, stated.plain_time(time)) if time.is_pair and time.value else time.value
 
 
 def _is_predicted(rows: Sequence[MethodInShort]) -> bool:
@@ -57,8 +57,11 @@ def _sized(rows: Sequence[MethodInShort]) -> bool:
 
 
 def _tokens_per_s(one: MethodInShort) -> CellValue:
-    rate = one.rounds.tokens_per_s
-    return None if rate is None or is_emulated(one.rounds) else rate.median
+    return None if is_emulated(one.rounds) else middle_cell(one.rounds.tokens_per_s, number)
+
+
+def _energy(one: MethodInShort) -> CellValue:
+    return middle_cell(over_runs(one.rounds.ok, lambda run: run.summary.energy_j), joules)
 
 
 def _any_mfu(rows: Sequence[MethodInShort]) -> bool:
@@ -95,7 +98,7 @@ SHORT: tuple[Column[MethodInShort], ...] = (
     Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
     _quality("accuracy"),
     _quality("heldout_loss"),
-    Column("energy", lambda one: typical(one.rounds, lambda run: run.summary.energy_j), JOULES),
+    Column("energy", _energy, JOULES),
     Column("source", lambda one: entry(one.engine).source),
 )
 

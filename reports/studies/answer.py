@@ -74,9 +74,9 @@ def state_of_method(study: LoadedStudy, result: MethodResult) -> State:
     hits = sum(each is not None for each in result.time_to_target_s)
     if hits == seeds:
         return "GO" if seeds >= LEAST_SEEDS else "CONDITIONAL GO"
-    finals = study.finals(result.engine)
+    finals = study.finals(result.name)
     is_done = len(finals) == seeds and all(each.end_state == "ok" for each in finals)
-    fits = next(each.fits for each in study.plan.methods if each.engine == result.engine)
+    fits = next(each.fits for each in study.plan.methods if each.name == result.name)
     return "NO-GO" if hits == 0 and (is_done or not fits) else "INCONCLUSIVE"
 
 
@@ -106,12 +106,12 @@ def _answer(study: LoadedStudy) -> MethodResult | None:
 def study_verdict(study: LoadedStudy) -> Verdict:
     """In the language spoken."""
     methods = answer_first(study)
-    states = tuple(MethodState(engine=each.engine, state=state_of_method(study, each)) for each in methods)
+    states = tuple(MethodState(engine=each.name, state=state_of_method(study, each)) for each in methods)
     method = methods[0] if methods and methods[0].reached is not None else None
     state = states[0].state if method is not None else _without_answer(states)
     return Verdict(
         state=state, sentence=_sentence(study, state, method),
-        method=None if method is None else method.engine, methods=states, rows=(),
+        method=None if method is None else method.name, methods=states, rows=(),
         warnings=tuple(_warnings(study)), criteria_sha256=None,
         settings="" if method is None else _settings(study, method),
         next_command=_next(study, state),
@@ -125,17 +125,17 @@ def _without_answer(states: tuple[MethodState, ...]) -> State:
 def _sentence(study: LoadedStudy, state: State, method: MethodResult | None) -> str:
     metric, target = study.result.metric, target_text(study)
     if method is not None:
-        others = [each for each in study.result.methods if each.engine != method.engine]
+        others = [each for each in study.result.methods if each.name != method.name]
         key = "go" if state == "GO" else "few_seeds"
         before = metric_text(metric, study.result.zero_shot)
         return say(
-            f"study.{key}", engine=method.engine, target=target, time=reached_text(method),
+            f"study.{key}", engine=method.name, target=target, time=reached_text(method),
             seeds=len(study.plan.seeds), metric=say(f"study_metric.{metric}"),
             test=spread_text(metric, method.test), before=before, others=_beside(others, metric),
         )  # fmt: skip
     some = [each for each in study.result.methods if any(t is not None for t in each.time_to_target_s)]
     if some:
-        return say("study.some_seeds", target=target, engine=some[0].engine, reached=reached_text(some[0]))
+        return say("study.some_seeds", target=target, engine=some[0].name, reached=reached_text(some[0]))
     if state == "NO-GO":
         sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
         ran = [each for each in study.result.methods if each.development is not None]
@@ -143,7 +143,7 @@ def _sentence(study: LoadedStudy, state: State, method: MethodResult | None) -> 
             return say("study.nothing_ran", target=target)
         nearest = min(ran, key=lambda each: sign * each.development.median)  # type: ignore[union-attr]
         return say(
-            "study.no_go", target=target, budget=budget_text(study), engine=nearest.engine,
+            "study.no_go", target=target, budget=budget_text(study), engine=nearest.name,
             nearest=spread_text(metric, nearest.development),
         )  # fmt: skip
     return say("study.not_done", target=target)
@@ -155,26 +155,26 @@ def _beside(others: list[MethodResult], metric: str) -> str:
     if not tested:
         return ""
     return say(
-        "study.next_method", engine=tested[0].engine, time=reached_text(tested[0]),
+        "study.next_method", engine=tested[0].name, time=reached_text(tested[0]),
         metric=say(f"study_metric.{metric}"),
         test=spread_text(metric, tested[0].test),
     )  # fmt: skip
 
 
 def _settings(study: LoadedStudy, method: MethodResult) -> str:
-    planned = next(each for each in study.plan.methods if each.engine == method.engine)
+    planned = next(each for each in study.plan.methods if each.name == method.name)
     given = planned.settings
     if method.learning_rate is not None:
         given = given.replaced(learning_rate=method.learning_rate)
-    return " ".join(f"--set {method.engine}.{key}={value}" for key, value in sorted(given.items()))
+    return " ".join(f"--set {method.name}.{key}={value}" for key, value in sorted(given.items()))
 
 
 def command(study: LoadedStudy, out: str) -> str:
     """What runs the study, or goes on with it."""
     plan = study.plan
-    engines = ",".join(each.engine for each in plan.methods)
+    engines = ",".join(each.name for each in plan.methods)
     budget = plan.budget
-    length = f"{budget.seconds:g}s" if budget.seconds is not None else f"{budget.tokens:g}tokens"
+    length = f"{budget.seconds:g}s" if budget.seconds is not None else f"{budget.tokens:.0f}tokens"
     test = "" if plan.test is None else f" --test-data {plan.test}"
     return (
         f"lspzo-bench compare --job job.toml --engines {engines} --target '{plan.target}' --budget {length} "
@@ -185,7 +185,7 @@ def command(study: LoadedStudy, out: str) -> str:
 def _next(study: LoadedStudy, state: State) -> str:
     """Goes on where trials are missing."""
     missing = any(
-        len(study.finals(each.engine)) < len(study.plan.seeds) for each in study.plan.methods if each.fits
+        len(study.finals(each.name)) < len(study.plan.seeds) for each in study.plan.methods if each.fits
     )
     return f"{command(study, '.')} --resume" if state == "INCONCLUSIVE" and missing else ""
 
@@ -203,11 +203,7 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
     tests = [each.test.median for each in result.methods if each.test is not None]
     if majority is not None and result.metric == "accuracy" and tests and max(tests) <= majority:
         yield say("study.warn_majority", value=metric_text(result.metric, majority))
-    edges = [
-        each.engine
-        for each, planned in ((one, _planned(study, one.engine)) for one in result.methods)
-        if each.learning_rate in (planned[0], planned[-1])
-    ]
+    edges = [each.name for each in result.methods if each.rate_at_edge]
     if edges:
         yield say("study.warn_edge", engines=say("show.list").join(edges))
     failed = [each for each in study.trials if each.end_state != "ok"]
@@ -218,14 +214,10 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
     if plan.emulated is not None:
         yield say("study.warn_emulated", machine=plan.emulated)
     unlike = [
-        each.engine for each in result.methods if each.beside_best == "undecided" and each.test is not None
+        each.name for each in result.methods if each.beside_best == "undecided" and each.test is not None
     ]
     if unlike:
         yield say("study.warn_undecided", engines=say("show.list").join(unlike))
     dirty = {each.environment.dirty for each in study.trials}
     if dirty != {False}:
         yield say("study.warn_commit")
-
-
-def _planned(study: LoadedStudy, engine: str) -> tuple[float, ...]:
-    return next(each.rates for each in study.plan.methods if each.engine == engine)

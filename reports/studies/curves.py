@@ -25,17 +25,20 @@ def quality_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawin
     """Every final trial as a thin line, with the median over seeds; `None` where nothing was evaluated."""
     metric = study.result.metric
     series: list[Line] = []
+    of_engine: list[str] = []
     for each in methods:
-        found = [points for trial in study.finals(each.engine) if len(points := curve(trial, metric)) > 1]
+        found = [points for trial in study.finals(each.name) if len(points := curve(trial, metric)) > 1]
         if not found:
             continue
+        nth = of_engine.count(each.engine)
+        of_engine.append(each.engine)
         if len(found) > 1:
             series += [
-                Line(label=each.engine, engine=each.engine, points=one, is_faint=True) for one in found
+                Line(label=each.name, engine=each.engine, nth=nth, points=one, is_faint=True) for one in found
             ]
-            series.append(Line(label=each.engine, engine=each.engine, points=middle_curve(found)))
+            series.append(Line(label=each.name, engine=each.engine, nth=nth, points=middle_curve(found)))
         else:
-            series.append(Line(label=each.engine, engine=each.engine, points=found[0]))
+            series.append(Line(label=each.name, engine=each.engine, nth=nth, points=found[0]))
     if not series:
         return None
     target = study.plan.target
@@ -44,7 +47,7 @@ def quality_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawin
         say("chart.study"),
         "; ".join(
             say(
-                "study.curve_told", engine=each.engine, reached=reached_text(each),
+                "study.curve_told", engine=each.name, reached=reached_text(each),
                 value=metric_text(metric, each.development.median),
             )
             for each in methods
@@ -101,7 +104,7 @@ def target_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawing
     """Time to the target; `None` where no method reached it with every seed."""
     rows = [
         BarRow(
-            label=each.engine, engine=each.engine,
+            label=each.name, engine=each.engine,
             parts=(BarPart(value=each.reached.median),) if each.reached else (),
             low=each.reached.low if each.reached else None,
             high=each.reached.high if each.reached else None,

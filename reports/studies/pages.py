@@ -122,7 +122,7 @@ def _data(study: LoadedStudy) -> str:
 
 
 def _front(study: LoadedStudy, verdict: Verdict, rows: Sequence[StudiedMethod]) -> FrontPage:
-    chosen = next((one for one in rows if one.result.engine == verdict.method), None)
+    chosen = next((one for one in rows if one.result.name == verdict.method), None)
     told = chosen or next((one for one in rows if one.result.test is not None), None)
     others = [say("verdict.state", engine=one.engine, state=state_word(one.state)) for one in verdict.methods]
     asides = []
@@ -144,7 +144,7 @@ def _front(study: LoadedStudy, verdict: Verdict, rows: Sequence[StudiedMethod]) 
         asides=tuple(asides),
         command=verdict.next_command,
         tiles=() if told is None else _tiles(told),
-        tiles_title="" if told is None else say("section.key_figures", method=told.result.engine),
+        tiles_title="" if told is None else say("section.key_figures", method=told.result.name),
         parts=tuple(parts),
         risks=verdict.warnings,
         criteria=tuple(_asked(study, one) for one in rows),
@@ -195,6 +195,7 @@ def _conditions(study: LoadedStudy) -> tuple[NamedText, ...]:
             ),
         ),
         (say("setting.date_label"), period([each.time for each in study.trials])),
+        *([(say("study.about_label"), study.about)] if study.about else []),
     )  # fmt: skip
 
 
@@ -287,7 +288,7 @@ def _asked(study: LoadedStudy, one: StudiedMethod) -> AskedRow:
     measured = reached_text(result) if result.test is not None else say("study.no_result")
     return AskedRow(
         level=None,
-        id=result.engine,
+        id=result.name,
         outcome=outcome,
         note=translated(result.why_not or "") or best,
         cells=(

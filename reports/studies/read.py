@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engines import ENGINES
 from engines.errors import UserError
-from engines.files.reading import exists
+from engines.files.reading import exists, read_text
 from harness.quality.documents import (
     PLAN,
     SCHEMA_VERSION,
@@ -26,6 +26,11 @@ from profiles.documents import read_document
 from profiles.machine import Machine, load_machine
 from reports.load import Broken, engine_order
 
+ABOUT = "about.txt"
+"""In a published folder: a sentence on what it is for."""
+MOST_ABOUT = 600
+"""Characters of it on page one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStudy:
@@ -39,14 +44,16 @@ class LoadedStudy:
     """Judged anew from the trials."""
     machine: Machine | None
     broken: tuple[Broken, ...]
+    about: str = ""
+    """What was written down about it by hand, in about.txt; empty: nothing."""
 
     @property
     def last_rung(self) -> int:
         return len(self.plan.rungs) - 1
 
-    def finals(self, engine: str) -> tuple[TrialRecord, ...]:
-        """Trials of the rate that its search chose, one for each seed."""
-        return tuple(each for each in self.trials if each.engine == engine and each.rung == self.last_rung)
+    def finals(self, method: str) -> tuple[TrialRecord, ...]:
+        """Trials of the rate that the method's search chose, one for each seed."""
+        return tuple(each for each in self.trials if each.method == method and each.rung == self.last_rung)
 
 
 def is_study(folder: Path) -> bool:
@@ -71,12 +78,18 @@ def load_study(folder: Path) -> LoadedStudy:
             machine = load_machine(folder / "machine.json")
         except UserError as error:
             broken.append(Broken(file="machine.json", reason=error.why))
+    about = ""
+    if exists(folder / ABOUT):
+        try:
+            about = read_text(folder / ABOUT, "note on a study").strip()[:MOST_ABOUT]
+        except UserError as error:
+            broken.append(Broken(file=ABOUT, reason=error.why))
     shown = replace(
         plan, job=shared_job(plan.job), test=None if plan.test is None else shared_name(plan.test)
     )
     return LoadedStudy(
         name=folder.resolve().name, plan=shown, trials=trials, result=judge_study(plan, trials),
-        machine=machine, broken=tuple(broken),
+        machine=machine, broken=tuple(broken), about=about,
     )  # fmt: skip
 
 
@@ -112,7 +125,8 @@ def _load_trials(folder: Path, plan: StudyPlan, broken: list[Broken]) -> tuple[T
             "restore them, or run the study again",
         )  # fmt: skip
     trials = sorted(
-        found.values(), key=lambda one: (engine_order(one.engine), one.rung, one.learning_rate, one.seed)
+        found.values(),
+        key=lambda one: (engine_order(one.engine), one.variant, one.rung, one.learning_rate, one.seed),
     )
     _refuse_unlike(trials)
     return tuple(trials)
@@ -120,8 +134,8 @@ def _load_trials(folder: Path, plan: StudyPlan, broken: list[Broken]) -> tuple[T
 
 def _impossible(record: TrialRecord, plan: StudyPlan) -> str | None:
     """Why what passed the schema cannot be reported."""
-    if record.engine not in {each.engine for each in plan.methods}:
-        return f"its method '{record.engine}' is none of the study's"
+    if record.method not in {each.name for each in plan.methods}:
+        return f"its method '{record.method}' is none of the study's"
     if not 0 <= record.rung < len(plan.rungs) or record.seed not in plan.seeds:
         return "its rung or its seed is none of the study's"
     learned = record.learned

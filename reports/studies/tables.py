@@ -25,7 +25,7 @@ class StudiedMethod:
 
     def largest(self, field: str) -> float | None:
         """Over the final trials."""
-        found = [getattr(each, field) for each in self.study.finals(self.result.engine)]
+        found = [getattr(each, field) for each in self.study.finals(self.result.name)]
         return max((value for value in found if value is not None), default=None)
 
 
@@ -40,7 +40,7 @@ def method_columns(study: LoadedStudy) -> tuple[Column[StudiedMethod], ...]:
         return reached_text(one.result) if one.result.test is not None else None
 
     return (
-        Column("method", lambda one: one.result.engine),
+        Column("method", lambda one: one.result.name),
         Column("verdict", lambda one: state_word(state_of_method(study, one.result))),
         Column("trains", lambda one: translated(entry(one.result.engine).trains)),
         Column("study_rate", lambda one: one.result.learning_rate, Unit(show=digits)),
@@ -77,7 +77,7 @@ def _beside(one: StudiedMethod) -> CellValue:
 def trial_columns(metric: str) -> tuple[Column[TrialRecord], ...]:
     unit = _metric_unit(metric)
     return (
-        Column("method", lambda one: one.engine),
+        Column("method", lambda one: one.method),
         Column("study_rate", lambda one: one.learning_rate, Unit(show=digits)),
         Column("study_seed", lambda one: one.seed, Unit(show=lambda seed: f"{seed:.0f}")),
         Column("end", lambda one: say(f"end.{one.end_state}")),
@@ -122,7 +122,7 @@ def without_result(study: LoadedStudy) -> list[Without]:
         Without(what=each.file, meaning=say("end.unreadable"), reason=each.reason) for each in study.broken
     ]
     rows += [
-        Without(what=each.engine, meaning=say("end.not_run"), reason=each.why_not or "")
+        Without(what=each.name, meaning=say("end.not_run"), reason=each.why_not or "")
         for each in study.plan.methods
         if not each.fits
     ]
@@ -140,7 +140,7 @@ def evaluations_table(study: LoadedStudy) -> DataTable:
         columns=("method", "rung", "learning_rate", "seed", "step", "train_s", *names),
         rows=tuple(
             (
-                each.engine, float(each.rung), each.learning_rate, float(each.seed), float(one.step),
+                each.method, float(each.rung), each.learning_rate, float(each.seed), float(one.step),
                 one.train_s, *(one.metrics.get(name) for name in names),
             )
             for each in study.trials

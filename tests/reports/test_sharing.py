@@ -48,10 +48,11 @@ def test_it_is_shown_then_written_and_read_back(folder: Path, tmp_path: Path) ->
     assert found.methods[0].step_s == pytest.approx((0.505, 0.51))
 
 
-def test_where_nobody_answers_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+def test_nobody_there_to_answer_is_a_no(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sweep", make_sweep(), machine=make_machine())
     done = CliRunner().invoke(app, ["submit", str(folder), "--to", str(tmp_path / "community")], input="")
     assert isinstance(done.exception, UserError)
-    assert "add --yes" in str(done.exception)
+    assert "nothing was written" in str(done.exception)
     assert not (tmp_path / "community").exists()
 
 

@@ -6,12 +6,13 @@
 Without a source it prints the table of what lies in `--out`.
 
 A model is trained with AdamW to the last stage of `projector_gradients`, then fine-tuned by `mezo` on further
-batches. Each estimator has the same budget of forward passes, starts from the same weights and sees the same
-batches; it is run with each learning rate of one grid, and with the best of them for the other seeds. FZOO's
-rates are the grid's times eps, in which its steps are (`engines.zeroth_order.estimators`). What is told is
-the held-out loss, without perturbation, when a quarter, a half and all of the budget are spent: of the rate
-that was best for the first seed at the end. A rate at the edge of the grid is marked: the best may lie
-beyond. The time is that of the steps.
+batches. Each estimator has the same budget of forward passes, or with --uploads of steps, as often as blocks
+are brought up where they are streamed; it starts from the same weights and sees the same batches, and is run
+with each learning rate of one grid, and with the best of them for the other seeds. Rates of estimators whose
+steps are normalised are the grid's times `SCALES` (`engines.zeroth_order.estimators`). What is told is the
+held-out loss, without perturbation, when a quarter, a half and all of the budget are spent: of the rate that
+was best for the first seed at the end. A rate at the edge of the grid is marked: the best may lie beyond. The
+time is that of the steps.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "spsa, binomial": {"noise": "binomial"},
     "n-spsa, 16, signs": {"queries": 16, "noise": "rademacher"},
     "1.5-spsa, 16, signs": {"estimator": "1.5-spsa", "queries": 16, "noise": "rademacher"},
+    "grzo": {"estimator": "grzo", "noise": "rademacher"},
+    "grzo, window 1": {"estimator": "grzo", "noise": "rademacher", "grzo_window": 1},
 }
+SCALES = {"fzoo": MezoSettings.eps, "grzo": 4 * MezoSettings.eps}
+"""Of the rates of estimators whose steps are normalised, in the grid's."""
 PARTS = (0.25, 0.5, 1.0)
 """Of the budget, at which the loss is told."""
 
@@ -72,10 +77,19 @@ class Trial:
 
 
 def trial(
-    source: Source, name: str, settings: MezoSettings, seed: int, budget: int, device: str, dtype: Dtype
+    source: Source,
+    name: str,
+    settings: MezoSettings,
+    seed: int,
+    budget: int,
+    device: str,
+    dtype: Dtype,
+    uploads: int | None = None,
 ) -> Trial:
+    """Of `budget` forward passes, or of so many steps: each visits every block once, and so brings it up
+    once where blocks are streamed."""
     passes = settings.forward_passes
-    steps = budget // passes
+    steps = uploads or budget // passes
     stops = {max(1, round(part * steps)): i for i, part in enumerate(PARTS)}
     losses: list[float | None] = [None] * len(PARTS)
     accuracies: list[float | None] = [None] * len(PARTS)
@@ -88,7 +102,7 @@ def trial(
     try:
         for step in range(steps):
             # After those that AdamW has seen, other ones for each seed.
-            given = batches(source, source.stages[-1] + seed * budget + step, 1)
+            given = batches(source, source.stages[-1] + seed * (uploads or budget) + step, 1)
             began_s = now_s()
             engine.step(given)
             if step + 1 in stops:
@@ -119,9 +133,7 @@ def settings_of(name: str, rate: float, train: str) -> MezoSettings:
     values = {"train": train, "learning_rate": rate, **ESTIMATORS[name]}
     settings = parse_settings("mezo", values)
     assert isinstance(settings, MezoSettings)
-    if settings.estimator != "fzoo":
-        return settings
-    return replace(settings, learning_rate=rate * settings.eps)
+    return replace(settings, learning_rate=rate * SCALES.get(settings.estimator, 1.0))
 
 
 def best_rate(trials: Sequence[Trial]) -> float | None:
@@ -177,14 +189,16 @@ def trials_of(source: Source, given: argparse.Namespace) -> Iterator[Trial]:
         begun: list[Trial] = []
         for rate in given.rates:
             settings = settings_of(name, rate, given.train)
-            begun.append(trial(source, name, settings, 0, given.budget, given.device, given.dtype))
+            begun.append(
+                trial(source, name, settings, 0, given.budget, given.device, given.dtype, given.uploads)
+            )
             yield begun[-1]
         if (best := best_rate(begun)) is None:
             continue
         (rate,) = [rate for rate in given.rates if settings_of(name, rate, given.train).learning_rate == best]
         for seed in range(1, given.seeds):
             settings = settings_of(name, rate, given.train)
-            yield trial(source, name, settings, seed, given.budget, given.device, given.dtype)
+            yield trial(source, name, settings, seed, given.budget, given.device, given.dtype, given.uploads)
 
 
 def main() -> None:
@@ -195,6 +209,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--train", default="all")
     parser.add_argument("--budget", type=int, default=2000, help="forward passes of each trial")
+    parser.add_argument("--uploads", type=int, help="steps of each trial, in the place of --budget")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--adamw-steps", type=int, help="instead of the source's own")

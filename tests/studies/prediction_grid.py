@@ -2,10 +2,11 @@
 
     python tests/studies/prediction_grid.py run --out DIR [--cells 1-20] [--seconds 400] [--machine FILE]
         [--edges-at-once 4] [--skip FOLDER]
-    python tests/studies/prediction_grid.py table DIR
+    python tests/studies/prediction_grid.py table DIR [DIR ...]
 
-`prediction_grid.toml` lists the cells. Those in `prediction_grid_h200` were looked at when constants of the
-cost model were changed, and are no test of them; none of the others was. `run` measures the machine
+`prediction_grid.toml` lists the cells. Those in `prediction_grid_h200` and `prediction_grid_h200_evening`
+were looked at when constants of the cost model were changed (the README of the first says which), and are no
+test of them; none of the others was. `run` measures the machine
 (`DIR/machine.json`), plans every cell for it as `compare` does, and measures each in a process of its own: a
 copy (fork) of one that has loaded the libraries and has no CUDA context, which spares ten seconds of loading
 them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over. Pages of libraries
@@ -71,6 +72,8 @@ SAMPLE_S = 0.03
 CELL_S = 120.0
 """The longest that a cell may take."""
 LEAST_HOST_BYTES = 4_000_000_000
+COUNTED_ONCE_FROM = "2026-11-29T16:00"
+"""Records of before count pages of host memory that helpers share once for each."""
 BESIDE_OTHERS = "other runs had the same GPU"
 EDGE_STEP = 10_000_000
 """Edges are found to this many bytes."""
@@ -466,7 +469,7 @@ def row_of(record: Run, machine: Machine) -> Row:
         inside=inside,
         reserved=over(reserved_bytes(cost, budget), measured.peak_gpu_reserved_bytes),
         host=over(now.peak_host_bytes, measured.peak_host_bytes)
-        if now.peak_host_bytes > LEAST_HOST_BYTES
+        if now.peak_host_bytes > LEAST_HOST_BYTES and record.time >= COUNTED_ONCE_FROM
         else None,
     )
 
@@ -564,7 +567,7 @@ def main() -> int:
     running.add_argument("--skip", type=Path, help="pass over what this folder has, edges apart")
     running.add_argument("--machine", type=Path, help="its profile, in place of measuring it")
     table = commands.add_parser("table", help="the errors of what was measured")
-    table.add_argument("folder", type=Path)
+    table.add_argument("folders", type=Path, nargs="+")
     commands.add_parser("serve")
     arguments = parser.parse_args()
     if arguments.command == "serve":
@@ -572,7 +575,7 @@ def main() -> int:
         return 0
     if arguments.command == "run":
         return run(arguments)
-    print(text_of(rows_of(arguments.folder)))
+    print(text_of([row for folder in arguments.folders for row in rows_of(folder)]))
     return 0
 
 

@@ -4,47 +4,101 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from harness.records.job import make_job
-from harness.records.run import load_run
+from harness.records.run import Run, load_run
 from profiles.machine import load_machine
-from profiles.planning.budget import budget_of, gpu_bytes_needed
-from tests.studies.prediction_grid import QUANTITIES, cost_of, errors_of, grid_cells, rows_of, text_of
+from profiles.planning.budget import Budget, budget_of, gpu_bytes_needed
+from tests.studies.prediction_grid import (
+    QUANTITIES,
+    Row,
+    cost_of,
+    errors_of,
+    grid_cells,
+    rows_of,
+    text_of,
+)
 
-FOLDER = Path(__file__).parent / "prediction_grid_h200"
-"""The first cells, of 29 November 2026. Constants of memory and launches were changed after a look at them,
-so they are no test of those; the list has the cells that are."""
+FOLDERS = tuple(
+    Path(__file__).parent / name for name in ("prediction_grid_h200", "prediction_grid_h200_evening")
+)
+"""Cells of 29 November 2026 on two H200 machines. Constants were changed after a look at each, as the README
+of the first says; the list has cells that nobody has seen."""
 
+CELLS = 77
 NOW = {
-    "step": (18, 0.121, 0.466),
-    "reserved GPU memory": (18, 0.067, 0.105),
+    "step": (23, 0.0726, 0.2263),
+    "reserved GPU memory": (46, 0.0488, 0.1149),
+    "host memory": (13, 0.0165, 0.0319),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
+INSIDE = 0.9
+"""Share of steps that take what their range says."""
+UNFIT_BUT_RAN = 6
+"""Runs that would be refused today with as much memory as they had, or with a twentieth more."""
+
+
+@cache
+def rows() -> list[Row]:
+    return [row for folder in FOLDERS for row in rows_of(folder)]
+
+
+def records() -> list[tuple[Run, Budget]]:
+    return [
+        (load_run(path), budget_of(load_machine(folder / "machine.json"), None, None, None))
+        for folder in FOLDERS
+        for path in sorted((folder / "runs").glob("*.json"))
+    ]
+
+
+def limit_share(record: Run, budget: Budget) -> float:
+    """What is planned for its settings today over the limit that it had."""
+    cost = cost_of(record, make_job(record.job, record.id))
+    needed: float = gpu_bytes_needed(cost, budget) / record.job["limits"]["vram_bytes"]
+    return needed
+
+
+def test_no_cell_is_lost() -> None:
+    assert len(rows()) == CELLS
 
 
 @pytest.mark.parametrize("quantity", NOW)
 def test_the_errors_do_not_grow(quantity: str) -> None:
     count, median, nine_in_ten = NOW[quantity]
-    found = errors_of(rows_of(FOLDER), QUANTITIES[quantity])
+    found = errors_of(rows(), QUANTITIES[quantity])
     assert found is not None
     assert found.count >= count, "a cell was lost"
-    assert found.median <= MAY_GROW * median, text_of(rows_of(FOLDER))
-    assert found.nine_in_ten <= MAY_GROW * nine_in_ten, text_of(rows_of(FOLDER))
+    assert found.median <= MAY_GROW * median, text_of(rows())
+    assert found.nine_in_ten <= MAY_GROW * nine_in_ten, text_of(rows())
+
+
+def test_nine_in_ten_steps_take_what_their_range_says() -> None:
+    inside = [row.inside for row in rows() if row.inside is not None]
+    assert len(inside) >= 23
+    assert sum(inside) >= INSIDE * len(inside), text_of(rows())
 
 
 def test_what_ran_out_of_memory_is_not_called_fitting_any_more() -> None:
     """With the settings and the limit that it had."""
-    budget = budget_of(load_machine(FOLDER / "machine.json"), None, None, None)
-    records = [load_run(path) for path in sorted((FOLDER / "runs").glob("*.json"))]
-    ran_out = [record for record in records if record.end_state == "oom_gpu"]
-    assert len(ran_out) == 8
-    for record in ran_out:
-        cost = cost_of(record, make_job(record.job, record.id))
-        assert gpu_bytes_needed(cost, budget) > record.job["limits"]["vram_bytes"], record.id
+    ran_out = [(record, budget) for record, budget in records() if record.end_state == "oom_gpu"]
+    assert len(ran_out) == 29
+    for record, budget in ran_out:
+        assert limit_share(record, budget) > 1, record.id
+
+
+def test_little_that_ran_would_be_refused() -> None:
+    ran = [
+        (record, budget)
+        for record, budget in records()
+        if record.end_state == "ok" and record.job["limits"]["vram_bytes"]
+    ]
+    refused = [record.id for record, budget in ran if limit_share(record, budget) > 1 / 0.95]
+    assert len(refused) <= UNFIT_BUT_RAN, refused
 
 
 def test_the_list_has_what_was_promised() -> None:
@@ -56,8 +110,8 @@ def test_the_list_has_what_was_promised() -> None:
 
 
 def test_the_table_is_made_by_one_command() -> None:
-    script = FOLDER.parent / "prediction_grid.py"
+    script = FOLDERS[0].parent / "prediction_grid.py"
     done = subprocess.run(
-        [sys.executable, str(script), "table", str(FOLDER)], capture_output=True, text=True, check=True
+        [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 18 |" in done.stdout
+    assert "| reserved GPU memory | 46 |" in done.stdout

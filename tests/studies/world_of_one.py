@@ -4,8 +4,9 @@
 
 Processes of the two commits take turns, each the same steps of the same job. Prints, for each method, the
 ratio of the time of a step after to that before, by the median over the pairs of processes of the ratio of
-their median steps, with the bootstrap's interval; of wall time, and of processor time, which does
-not count what else runs there.
+their median steps, with the bootstrap's interval, and that of their fastest steps, which a busy machine
+disturbs least; of wall time, and of processor time, which does not count what else runs there. And what no
+machine disturbs: of a step the operations of torch, and the calls of functions, Python's and C's.
 """
 
 from __future__ import annotations
@@ -72,8 +73,26 @@ def take_steps(arguments: argparse.Namespace, method: str) -> dict[str, list[flo
         engine.step(batches)
         wall_s.append(time.perf_counter() - began)
         cpu_s.append(time.process_time() - began_cpu)
+    calls = [0]
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        calls[0] += event in ("call", "c_call")
+
+    batches = data.step_batches(arguments.warmup + arguments.steps)
+    sys.setprofile(count)
+    engine.step(batches)
+    sys.setprofile(None)
+    batches = data.step_batches(arguments.warmup + arguments.steps + 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.step(batches)
+    operations = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     engine.close()
-    return {"wall": wall_s[arguments.warmup :], "processor": cpu_s[arguments.warmup :]}
+    return {
+        "wall": wall_s[arguments.warmup :],
+        "processor": cpu_s[arguments.warmup :],
+        "calls": [float(calls[0])],
+        "operations": [float(operations)],
+    }
 
 
 def in_process(folder: Path, method: str, argv: Sequence[str]) -> dict[str, list[float]]:
@@ -114,18 +133,25 @@ def main(argv: Sequence[str]) -> int:
         try:
             for method in arguments.methods.split(","):
                 ratios: dict[str, list[float]] = {"wall": [], "processor": []}
+                least: dict[str, list[list[float]]] = {kind: [[], []] for kind in ratios}
                 for pair in range(arguments.pairs):
                     turns = (0, 1) if pair % 2 == 0 else (1, 0)
                     took = {turn: in_process(folders[turn], method, argv) for turn in turns}
                     for kind, values in ratios.items():
                         values.append(statistics.median(took[1][kind]) / statistics.median(took[0][kind]))
+                        for turn in turns:
+                            least[kind][turn].append(min(took[turn][kind]))
                 for kind, values in ratios.items():
                     low, high = interval(values)
                     print(
                         f"{method}: {kind} time after / before {statistics.median(values):.4f} "
-                        f"({low:.4f} to {high:.4f}, {arguments.pairs} pairs of {arguments.steps} steps)",
+                        f"({low:.4f} to {high:.4f}, {arguments.pairs} pairs of {arguments.steps} steps), "
+                        f"fastest step {min(least[kind][1]) * 1e3:.3f} / {min(least[kind][0]) * 1e3:.3f} ms, "
+                        f"{min(least[kind][1]) / min(least[kind][0]):.4f}",
                         flush=True,
                     )
+                for kind in ("operations", "calls"):
+                    print(f"{method}: {kind} of a step {took[1][kind][0]:.0f}, before {took[0][kind][0]:.0f}")
         finally:
             for folder in folders:
                 remove = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(folder)]

@@ -49,7 +49,7 @@ def page() -> str:
         "",
         "Made by `python tests/support/field_questions.py`, which runs the commands; `tests/test_golden.py`",
         "holds it to the code. Machines are datasheets, so that everybody gets these answers; without",
-        "`--profile` the machine at hand is probed.",
+        "`--profile` plans are for the machine at hand, as it was measured last or is measured now.",
     ]
     body = [line for number, each in enumerate(QUESTIONS, 1) for line in _lines(number, each)]
     return "\n".join([*head, *body]) + "\n"

@@ -65,8 +65,9 @@ class PlainLoop:
             if (type(module) is nn.Linear or turned) and block_of(name) is not None:
                 rows, columns = reversed(module.weight.shape) if turned else module.weight.shape
                 self.linears[name] = Linear(path, rows, columns, turned)
+        self.per_example = settings.estimator == "grzo"
         self.low_rank = (
-            [name for name in self.linears if name in self.trained] if settings.estimator == "lozo" else []
+            [name for name in self.linears if name in self.trained] if settings.noise_window else []
         )
         self.adapters: dict[str, Tensor] = {}
         if settings.train == "lora":
@@ -112,6 +113,33 @@ class PlainLoop:
         v = normal(NoiseKey(seed=SEED, step=window, tensor=number + 1), rank * linear.columns)
         return linear.as_stored(u.view(rank, -1).t() @ v.view(rank, -1))
 
+    def _example_noise(self, name: str, step: int, examples: int) -> list[Tensor]:
+        """z_i = r_i s_i^T of every example: r anew in each step, s for a window of steps. The matrices of a
+        block are drawn together, each row with room for all of them, of whole 16 bytes each."""
+        beside = [each for each in self.low_rank if block_of(each) == block_of(name)]
+        blocks = list(dict.fromkeys(block_of(each) for each in self.low_rank))
+        number = len(self.theta) + 2 * blocks.index(block_of(name))
+
+        def factor(side: str, key: NoiseKey) -> Tensor:
+            widths = [-(-getattr(self.linears[each], side) // 4) * 4 for each in beside]
+            start = sum(widths[: beside.index(name)])
+            drawn = signs(key, examples * sum(widths)).view(examples, -1)
+            return drawn[:, start : start + getattr(self.linears[name], side)]
+
+        r = factor("rows", NoiseKey(seed=SEED, step=step, tensor=number))
+        window = step // self.settings.grzo_window
+        s = factor("columns", NoiseKey(seed=SEED, step=window, tensor=number + 1))
+        return [self.linears[name].as_stored(torch.outer(*each)) for each in zip(r, s, strict=True)]
+
+    def noises(self, step: int, examples: int) -> list[dict[str, Tensor]]:
+        """z of each query, or of each example."""
+        if not self.per_example:
+            q = self.settings.queries
+            return [self.noise(step * q + query) for query in range(q)]
+        own = {name: self._example_noise(name, step, examples) for name in self.low_rank}
+        one = {name: self._normal(name, step, self.theta[name]) for name in self.trained - own.keys()}
+        return [one | {name: of[i] for name, of in own.items()} for i in range(examples)]
+
     def noise(self, draw: int) -> dict[str, Tensor]:
         """z of one query, of everything that is trained."""
         trained = self.adapters or {name: self.theta[name] for name in self.theta if name in self.trained}
@@ -140,11 +168,34 @@ class PlainLoop:
             losses = [functional_call(self.model, weights, kwargs=dict(b.inputs)).loss.item() for b in group]
         return sum(losses) / len(losses)
 
+    def example_losses(
+        self, noises: Sequence[dict[str, Tensor]], by: float, group: Sequence[Batch]
+    ) -> list[float]:
+        """Of each example of all micro-batches, at theta + by its z: what it adds to the mean over its
+        micro-batch's labels, times the examples there."""
+        losses: list[float] = []
+        for batch in group:
+            labels = batch.inputs["labels"]
+            count = (labels[:, 1:] != -100).sum(1) if labels.dim() == 2 else torch.ones(len(labels))
+            for row in range(len(labels)):
+                z = noises[len(losses)]
+                weights = self.weights({name: self.theta[name] + by * each for name, each in z.items()})
+                alone = {name: each[row : row + 1] for name, each in batch.inputs.items()}
+                with torch.no_grad():
+                    found = functional_call(self.model, weights, kwargs=alone).loss.item()
+                losses.append(found * float(count[row] / count.sum()) * len(labels))
+        return losses
+
     def slopes(
         self, noises: Sequence[dict[str, Tensor]], group: Sequence[Batch]
     ) -> tuple[list[float], float]:
         """The projected gradient of each query, and the mean of all losses."""
         eps = self.settings.eps
+        if self.per_example:
+            plus, minus = (self.example_losses(noises, by, group) for by in (eps, -eps))
+            delta = [(p - m) / 2 for p, m in zip(plus, minus, strict=True)]
+            sigma = statistics.stdev(delta)
+            return [each / sigma / (2 * eps) for each in delta], statistics.fmean(plus + minus)
         plus = [self.loss(z, eps, group) for z in noises]
         if self.settings.estimator == "fzoo":
             middle = self.loss({}, 0.0, group)
@@ -162,13 +213,13 @@ class PlainLoop:
             return slopes, statistics.fmean([middle, *plus, *minus])
         return [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)], statistics.fmean(plus + minus)
 
-    def update(self, z: dict[str, Tensor], gradient: float, *, decays: bool) -> None:
-        """theta <- theta - lr (g z / q + wd theta); decay once a step, on matrices. fp32 throughout."""
+    def update(self, z: dict[str, Tensor], gradient: float, count: int, *, decays: bool) -> None:
+        """theta <- theta - lr (g z / count + wd theta); decay once a step, on matrices. fp32 throughout."""
         of = self.adapters or self.theta
-        coefficient = torch.tensor(gradient / self.settings.queries, dtype=torch.float32)
+        coefficient = torch.tensor(gradient / count, dtype=torch.float32)
         for name, each in z.items():
             change = each * coefficient
-            if name in self.low_rank:
+            if name in self.low_rank and not self.per_example:
                 change = change / self.settings.lozo_rank
             if decays and each.dim() >= 2:
                 change = change + of[name] * self.settings.weight_decay
@@ -177,25 +228,26 @@ class PlainLoop:
     def steps_beside(self, made: Mezo, groups: Sequence[Sequence[Batch]]) -> None:
         """The steps of `made` and ours, which takes the engine's projected gradients: those are small
         differences of losses, which agree to rounding, and are told apart by `eps`."""
-        q = self.settings.queries
         fzoo, product = self.settings.estimator == "fzoo", bool(self.low_rank or self.adapters)
         tolerance = 0.02 / self.settings.eps if fzoo else 3e-3 if product else 1e-3
+        if self.per_example:  # a slope over twice the deviation of the differences
+            tolerance = 5e-3 / self.settings.eps
         for step, group in enumerate(groups):
-            noises = [self.noise(step * q + query) for query in range(q)]
+            noises = self.noises(step, sum(len(batch.inputs["labels"]) for batch in group))
             slopes, mean = self.slopes(noises, group)
             stats = made.step(group)
             assert stats.loss == pytest.approx(mean, rel=1e-5 if product else 1e-6)
-            assert len(stats.updates) == q
+            assert len(stats.updates) == len(noises)
             for query, (update, slope) in enumerate(zip(stats.updates, slopes, strict=True)):
                 assert update.projected_gradient == pytest.approx(slope, abs=tolerance)
-                self.update(noises[query], update.projected_gradient, decays=query == 0)
+                self.update(noises[query], update.projected_gradient, len(noises), decays=query == 0)
 
     def assert_same_weights(self, made: Mezo) -> None:
         """Bit for bit; with low-rank noise to rounding, since the engine adds up a window's updates before
-        it adds them to a matrix."""
+        it adds them to a matrix, and those of all examples before it adds them to anything else."""
         expected = self.weights()
         for name, weight in made.weights():
-            if name in self.low_rank:
+            if name in self.low_rank or self.per_example:
                 assert torch.allclose(weight, expected[name], atol=5e-7, rtol=1e-6), name
             else:
                 assert torch.equal(weight, expected[name]), name

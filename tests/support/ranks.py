@@ -85,6 +85,9 @@ class ThreadWorld:
     def broadcast(self, content: bytes) -> bytes:
         return self.exchange(content)[0]
 
+    def between_machines(self, own: torch.Tensor) -> list[torch.Tensor]:
+        return [own.clone()]  # all of them are on one
+
     def barrier(self) -> None:
         self.meeting.pass_round(self.rank, None)
 
@@ -133,9 +136,10 @@ class SideBySideWorld:
     """`engines.world.World` of one of several threads that all run at the same time: for engines whose
     threads wait for those of other ranks."""
 
-    def __init__(self, rank: int, shared: Round) -> None:
-        self.rank = self.local_rank = rank
-        self.size = self.local_size = shared.size
+    def __init__(self, rank: int, shared: Round, machines: int = 1) -> None:
+        self.rank, self.size = rank, shared.size
+        self.local_size = shared.size // machines
+        self.local_rank = rank % self.local_size
         self._shared = shared
 
     def _pass_round(self, content: object) -> list[object]:
@@ -157,25 +161,33 @@ class SideBySideWorld:
     def broadcast(self, content: bytes) -> bytes:
         return self.exchange(content)[0]
 
+    def between_machines(self, own: torch.Tensor) -> list[torch.Tensor]:
+        every = self._pass_round(own.clone())
+        found = every[self.local_rank :: self.local_size]
+        return [each.clone() for each in found if isinstance(each, torch.Tensor)]
+
     def barrier(self) -> None:
         self._pass_round(None)
 
     def all_gather(self, memory: torch.Tensor) -> None:
-        own = memory.view(self.size, -1)[self.rank].clone()
-        for rank, each in enumerate(self._pass_round(own)):
+        parts, first = memory.view(self.local_size, -1), self.rank - self.local_rank
+        own = parts[self.local_rank].clone()
+        every = self._pass_round(own)
+        for number, each in enumerate(every[first : first + self.local_size]):
             assert isinstance(each, torch.Tensor)
-            memory.view(self.size, -1)[rank].copy_(each)
+            parts[number].copy_(each)
 
 
-def side_by_side(size: int, act: Callable[[SideBySideWorld], Result]) -> list[Result]:
-    """What `act` gives on every rank. Raises what the first rank that failed of itself raised."""
+def side_by_side(size: int, act: Callable[[SideBySideWorld], Result], machines: int = 1) -> list[Result]:
+    """What `act` gives on every rank, of which each of the machines has as many. Raises what the first rank
+    that failed of itself raised."""
     shared = Round(size)
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
 
     def run(rank: int) -> None:
         try:
-            results[rank] = act(SideBySideWorld(rank, shared))
+            results[rank] = act(SideBySideWorld(rank, shared, machines))
         except BaseException as error:
             errors[rank] = error
             shared.barrier.abort()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engines import engine_of
 from engines.settings.parse import defaults
 from engines.shapes import Workload
 from harness.quality.documents import (
@@ -50,22 +51,26 @@ def study_plan(
         ),
         methods=tuple(
             MethodTrials(
-                engine=engine, settings=defaults(engine), fits=True, why_not=None, step_s=0.1,
-                rates=rate_grid(1e-4),
+                engine=engine_of(name), variant=name.partition(":")[2], settings=defaults(engine_of(name)),
+                fits=True, why_not=None, step_s=0.1, rates=rate_grid(1e-4),
             )
-            for engine in engines
+            for name in engines
         ),
     )  # fmt: skip
 
 
-def trial(plan: StudyPlan, engine: str, seed: int, curve: Curve, **changes: Any) -> TrialRecord:
+def trial(plan: StudyPlan, method: str, seed: int, curve: Curve, **changes: Any) -> TrialRecord:
     """A final trial; its value on test data is that of its best evaluation, less a point."""
     metric = plan.target.metric
     values = [(0.0, START), *curve]
     best = max(value for _, value in values)
-    found = StudyTrial(engine=engine, rung=len(plan.rungs) - 1, learning_rate=1e-4, seed=seed)
+    found = StudyTrial(
+        engine=engine_of(method), variant=method.partition(":")[2], rung=len(plan.rungs) - 1,
+        learning_rate=1e-4, seed=seed,
+    )  # fmt: skip
     record = TrialRecord(
-        id=found.id, engine=engine, rung=found.rung, learning_rate=found.learning_rate, seed=seed,
+        id=found.id, engine=found.engine, variant=found.variant, rung=found.rung,
+        learning_rate=found.learning_rate, seed=seed,
         end_state="ok", end_reason=None, time=f"2026-11-2{1 + seed}T10:11:00+00:00",
         learned=LearningOutcome(
             evaluations=tuple(

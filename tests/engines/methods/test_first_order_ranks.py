@@ -74,8 +74,8 @@ def take_steps(engine: Any, batches: list[Batch], per_step: int) -> Run:
     return losses, {name: weight.clone() for name, weight in engine.weights()}
 
 
-def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32") -> list[Run]:
-    """Of every rank."""
+def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32", machines: int = 1) -> list[Run]:
+    """Of every rank, each of the machines having as many."""
     models, batches = models_of(size), tiny_batches(STEPS * per_step, "llama")
 
     def act(world: World) -> Run:
@@ -88,7 +88,7 @@ def run_on(size: int, make: Make, per_step: int, dtype: Dtype = "fp32") -> list[
         finally:
             engine.close()
 
-    return [act(ALONE)] if size == 1 else side_by_side(size, act)
+    return [act(ALONE)] if size == 1 else side_by_side(size, act, machines)
 
 
 def assert_same(found: Run, expected: Run) -> None:
@@ -116,14 +116,36 @@ def test_ranks_of_exact_offload_take_the_steps_of_one_process(
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"projector": "paper", "learn_steps": 5}, {"weights": "streamed"}],
+    ("size", "changes"),
+    [(2, {}), (2, {"projector": "paper", "learn_steps": 5}), (4, {"weights": "streamed"})],
 )
-def test_ranks_of_lsp_take_the_steps_of_one_process(changes: dict[str, Any]) -> None:
-    """In fp32, where sums are not rounded otherwise; with new projectors on the way."""
-    (expected,) = run_on(1, lsp(**changes), 2)
-    for found in run_on(2, lsp(**changes), 2):
+def test_ranks_of_lsp_take_the_steps_of_the_twin_in_one_process(size: int, changes: dict[str, Any]) -> None:
+    """With a micro-batch each, in fp32: of bf16 cores one process rounds the sum, and ranks each. With new
+    projectors on the way."""
+    (expected,) = run_on(1, lsp(offload=False, **changes), size)
+    for found in run_on(size, lsp(**changes), size):
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {"projector": "paper", "learn_steps": 5}),
+        (2, {"max_grad_norm": 0.05}),
+        (4, {"max_grad_norm": 0.05}),
+    ],
+)
+def test_two_machines_reduce_the_cores_of_lsp(size: int, changes: dict[str, Any]) -> None:
+    """With a rank each they have the bits of two ranks of one machine, and with two each those of one
+    another; every update is made on both."""
+    first, *others = run_on(size, lsp(**changes), size, "bf16", machines=2)
+    for each in others:
+        assert_same(each, first)
+    (of_one, *_) = run_on(size, lsp(**changes), size, "bf16")
+    if size == 2:
+        assert_same(first, of_one)
+    for name, weight in of_one[1].items():
+        torch.testing.assert_close(first[1][name], weight, rtol=0.05, atol=5e-3)
 
 
 def test_ranks_of_lora_add_up_the_gradients_of_their_adapters() -> None:
@@ -212,17 +234,80 @@ def test_a_gradient_that_is_not_finite_on_one_rank_ends_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("make", "changes"),
     [
-        ({"max_grad_norm": 1.0}, "does not clip"),
-        ({"disk_blocks": 1}, "no states on disk"),
-        ({"offload": False}, "no twin"),
+        (exact, {}),
+        (exact, {"max_grad_norm": 0.05, "moments": "int8", "weights": "streamed"}),
+        (exact, {"max_grad_norm": 0.05, "clip_by": "previous", "outer": "host"}),
+        (lsp, {"projector": "paper", "learn_steps": 5}),
+        (lsp, {"max_grad_norm": 0.05, "moments": "bf16"}),
     ],
 )
-def test_what_ranks_cannot_do_is_said(changes: dict[str, Any], what: str) -> None:
+def test_ranks_take_the_steps_of_their_twins(make: Callable[..., Make], changes: dict[str, Any]) -> None:
+    """In bf16, with two micro-batches a rank: of the same ranks with nothing offloaded, which exchange
+    gradients and make every update, each in its main thread."""
+    expected = run_on(2, make(offload=False, **changes), 4, "bf16")
+    assert_same(expected[1], expected[0])
+    for found in run_on(2, make(**changes), 4, "bf16"):
+        assert_same(found, expected[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [exact(max_grad_norm=0.05), exact(max_grad_norm=0.05, clip_by="previous"), lsp(max_grad_norm=0.05)],
+)
+def test_ranks_clip_by_the_norm_of_all_their_gradients(make: Make) -> None:
+    """As one process does, but for how the norm is rounded."""
+    (expected,) = run_on(1, make, 2)
+    for losses, weights in run_on(2, make, 2):
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        for name, weight in expected[1].items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_states_of_some_blocks_are_on_disk_and_each_rank_has_its_files(tmp_path: Path) -> None:
+    """Checkpoints are written by all together, and are gone on with by two ranks and by one."""
+    changes = {"disk_blocks": 3, "disk_folder": str(tmp_path / "disk"), "moments": "bf16"}
+    (whole,) = run_on(1, exact(moments="bf16"), 2)
+    batches, models = tiny_batches(STEPS * 2, "llama"), models_of(2)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+
+    def begin(world: World) -> Run:
+        engine = exact(**changes)(context(world, 2, "fp32"))
+        engine.setup(models[world.rank])
+        assert engine.acts_together
+        take_steps(engine, batches[:4], 2)
+        engine.save(folder)
+        found = take_steps(engine, batches[4:], 2)
+        world.barrier()
+        engine.close()
+        return found
+
+    def go_on(world: World) -> Run:
+        engine = exact(**changes)(context(world, 2, "fp32"))
+        engine.setup(models[world.rank])
+        engine.load(folder)
+        found = take_steps(engine, batches[4:], 2)
+        world.barrier()
+        engine.close()
+        return found
+
+    expected = (whole[0][2:], whole[1])
+    for each in side_by_side(2, begin):
+        assert_same(each, expected)
+    models = models_of(2)
+    for each in side_by_side(2, go_on):
+        assert_same(each, expected)
+    models = models_of(1)
+    assert_same(go_on(ALONE), expected)
+
+
+def test_what_ranks_cannot_do_is_said() -> None:
     class Two:
         rank = local_rank = 0
         size = local_size = 2
 
-    with pytest.raises(UserError, match=what):
+    changes = {"weights": "streamed", "disk_blocks": 1, "disk_weights": True}
+    with pytest.raises(UserError, match="no weights on disk"):
         exact(**changes)(context(Two(), 2, "fp32"))  # type: ignore[arg-type]

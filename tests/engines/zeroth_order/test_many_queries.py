@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import in_ranks
 from torch import Tensor
 from zeroth_order_runs import (
     KNOBS,
@@ -26,6 +27,7 @@ from engines.noise.visits import LOG_CAPACITY
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import Workload
 from engines.transfer.link import Event, Link
+from engines.world import World
 from tiny_models import tiny_batches, tiny_blueprint
 
 CPU = torch.device("cpu")
@@ -86,6 +88,11 @@ def test_what_is_put_is_what_is_taken_however_late_copies_are(staying: int) -> N
     states = WaitingStates(
         link, num_states=6, num_staying=staying, most_bytes=48, progress=lambda *told: None
     )
+    states.begin()
+    for number in range(6):  # a step that is broken off
+        states.put(number, torch.full((12,), torch.nan))
+    states.take(3)
+    before = link.h2d_bytes, link.d2h_bytes
     for start in (0.0, 100.0):
         states.begin()
         for number in range(6):
@@ -101,7 +108,8 @@ def test_what_is_put_is_what_is_taken_however_late_copies_are(staying: int) -> N
         for number in (5, 0, 3, 1, 4, 2):
             assert states.take(number).unique().tolist() == [start + number + 50]
     away = [24 if number == 0 else 48 for number in range(staying, 6) if number != 4]
-    assert link.h2d_bytes == link.d2h_bytes == 2 * 6 * sum(away)
+    moved = (link.h2d_bytes - before[0], link.d2h_bytes - before[1])
+    assert moved == (2 * 6 * sum(away),) * 2
     states.close()
 
 
@@ -142,6 +150,25 @@ def test_as_many_queries_as_the_log_holds_are_replayed() -> None:
     updates = [update for stats in told for update in stats.updates]
     other = make_zo2(tiny_blueprint("llama"), like=settings)
     assert_replays(mezo, updates, [other])
+
+
+def test_each_rank_has_its_own_states_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of one micro-batch, which divide the clean pass and the four queries."""
+    monkeypatch.setattr(costs, "STAYING_BYTES", 0)
+    settings = MezoSettings(**KNOBS, estimator="1.5-spsa", queries=4, noise="binomial")
+    batches = tiny_batches(2, "opt")
+    alone = make_mezo(tiny_blueprint("opt"), like=settings)
+    expected = [alone.step([batch]).updates for batch in batches]
+
+    def rank(world: World) -> list[object]:
+        where = replace(context(), world=world)
+        made = make_zo2(tiny_blueprint("opt"), where, like=settings, hidden_states="host")
+        assert isinstance(made.blocks.states, WaitingStates)
+        found: list[object] = [made.step([batch]).updates for batch in batches]
+        made.close()
+        return found
+
+    assert in_ranks(2, rank) == [expected, expected]
 
 
 def test_what_stays_is_bounded_by_its_bytes() -> None:

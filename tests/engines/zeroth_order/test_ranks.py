@@ -23,7 +23,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "spsa": {},
     "queries": {"queries": 4, "noise": "rademacher"},
     "fzoo": {"estimator": "fzoo", "queries": 4, "noise": "rademacher"},
+    "1.5-spsa": {"estimator": "1.5-spsa", "queries": 4},
     "lozo": {"estimator": "lozo", "lozo_window": 3, "weight_decay": 0.0},
+    "grzo": {"estimator": "grzo", "noise": "rademacher", "grzo_window": 2, "weight_decay": 0.0},
     "lora": {"train": "lora"},
     "int8": {"base": "int8", "fold_every": 2},
     "lossless": {"base": "lossless"},
@@ -248,3 +250,18 @@ def test_shares_are_the_whole_once() -> None:
                 ]
                 assert len(cells) == len(set(cells)) == num_batches * num_probes
     assert [part(5, 3, which) for which in range(3)] == [range(2), range(2, 4), range(4, 5)]
+
+
+def test_one_process_asks_no_other_for_anything_in_a_step() -> None:
+    """So that it costs it nothing that there could be others."""
+
+    class Nobody:
+        rank = local_rank = 0
+        size = local_size = 1
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"{name} was called")
+
+    for make, knobs in ((make_mezo, {}), (make_zo2, {"fold_every": 2, "queries": 2})):
+        alone = run_on(ALONE, make, knobs)
+        assert_same_runs(run_on(Nobody(), make, knobs), alone)  # type: ignore[arg-type]

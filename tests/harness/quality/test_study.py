@@ -14,6 +14,8 @@ import pytest
 
 from engines.errors import UserError
 from engines.shapes import Workload
+from harness.cli.options import engine_names, method_names
+from harness.cli.quality import answer_lines
 from harness.quality.documents import (
     KEPT,
     SHARES,
@@ -35,9 +37,10 @@ from harness.quality.study import (
 )
 from harness.quality.trials import PreparedStudy
 from harness.records.environment import read_environment
-from harness.records.job import Job, make_job
+from harness.records.job import Job, load_job, make_job
 from harness.records.learning import Evaluated, LearningLength, LearningOutcome
 from harness.records.run import EndState, Summary
+from harness.records.settings import left_out, parse_assignments
 from harness.runs.launch import Outcome
 from harness.runs.worker import Request
 from profiles.machine import save_machine
@@ -69,6 +72,7 @@ def test_targets_and_budgets_are_read() -> None:
     assert parse_budget("2h").seconds == 7200
     assert parse_budget("1.5min").seconds == 90
     assert parse_budget("5Mtokens").tokens == 5e6
+    assert [str(parse_budget(each)) for each in ("2h", "90s", "30s")] == ["2 h", "1.5 min", "30 s"]
     for wrong in ("2", "h", "0s", "-3h", "1.2.3h", "5apples", "."):
         with pytest.raises(UserError, match="is no time and no number of tokens"):
             parse_budget(wrong)
@@ -125,14 +129,14 @@ def job(**values: Any) -> Job:
     return make_job(given | values, "test job")
 
 
-def prepared(out: Path, **asked: Any) -> PreparedStudy:
+def prepared(out: Path, settings: dict[str, dict[str, Any]] | None = None, **asked: Any) -> PreparedStudy:
     profile = out.parent / "machine.json"
     save_machine(make_machine(), profile)
     study = StudyRequest(
         engines=("native", "mezo"), out=out, target=QualityTarget(metric="accuracy", value=0.9),
         budget=parse_budget("100ktokens"), profile=profile, quiet=True,
     )  # fmt: skip
-    return prepare_study(job(), replace(study, **asked))
+    return prepare_study(job(settings=settings or {}), replace(study, **asked))
 
 
 class Launcher:
@@ -189,6 +193,81 @@ def test_halving_keeps_the_better_rates_and_the_last_rung_has_all_seeds(tmp_path
     rows = list(csv.DictReader((ready.out / "curves.csv").read_text().splitlines()))
     assert len(rows) == 18 * 4
     assert json.loads((ready.out / "quality.json").read_text())["target"] == "accuracy>=0.9"
+
+
+def test_an_engine_with_several_settings_is_a_method_with_each_of_them(tmp_path: Path) -> None:
+    settings = {"mezo": {"eps": 0.01}, "mezo:many": {"queries": 4}}
+    names = ("native", "mezo", "mezo:many")
+    ready = prepared(tmp_path / "out", settings, engines=names)
+    typed = {name: plan.settings.typed for name, plan in ready.plans.items()}
+    assert [(typed[name].queries, typed[name].eps) for name in names[1:]] == [(1, 0.01), (4, 0.01)]
+    assert [method.name for method in ready.plan.methods] == list(names)
+    launched = Launcher()
+    result = run_study(ready, report=lambda line: None, launch=launched)
+    assert len(set(launched.ids)) == 27
+    assert sum(each.startswith("mezo-many-rung") for each in launched.ids) == 9
+    assert [each.name for each in result.methods] == list(names)
+    assert {each.name for each in result.methods if each.beside_best == "worse"} == set(names[1:])
+    record = json.loads((ready.out / "trials/mezo-many-rung2-lr1e-06-seed0.json").read_text())
+    assert (record["engine"], record["variant"]) == ("mezo", "many")
+    assert "variant" not in json.loads((ready.out / "trials/mezo-rung2-lr1e-06-seed0.json").read_text())
+    rows = list(csv.DictReader((ready.out / "curves.csv").read_text().splitlines()))
+    assert {row["engine"] for row in rows} == set(names)
+    assert load_plan(ready.out) == ready.plan
+    assert load_job(ready.out / "job.toml") == ready.plan.job
+    idle = Launcher()
+    again = prepared(tmp_path / "out", settings, engines=names, resume=True)
+    assert run_study(again, report=lambda line: None, launch=idle) == result
+    assert idle.ids == []
+    with pytest.raises(UserError, match="has another job"):
+        prepared(tmp_path / "out", {**settings, "mezo:many": {"queries": 8}}, engines=names, resume=True)
+    with pytest.raises(UserError, match="has other methods"):
+        prepared(tmp_path / "out", settings, engines=("native", "mezo"), resume=True)
+
+
+def test_settings_are_of_all_methods_of_an_engine_or_of_one() -> None:
+    names = ["native", "lsp:half", "lsp:quarter"]
+    given = ["lsp:half.d=32", "lsp:quarter.d=16", "lsp.d=64", "lsp.r=2", "learning_rate=1e-3"]
+    found = job(settings={name: dict(each) for name, each in parse_assignments(given, names).items()})
+    half, quarter = (found.settings_of(name).typed for name in names[1:])
+    assert [(each.d, each.r, each.learning_rate) for each in (half, quarter)] == [
+        (32, 2, 1e-3),
+        (16, 2, 1e-3),
+    ]
+    assert found.settings_of("native")["learning_rate"] == 1e-3
+    assert left_out([*given, "mezo.eps=1"], names) == ["mezo.eps=1"]
+    for wrong, why in (
+        ("lsp:third.d=8", "'lsp:third' does not run; methods are: native, lsp:half"),
+        ("lsp:half.eps=1", "lsp"),
+        ("zz:half.d=1", "there is no engine 'zz:half'"),
+    ):
+        with pytest.raises(UserError, match=why) as refused:
+            parse_assignments([wrong], names)
+        assert len(str(refused.value)) < 1000
+        assert "\n" not in str(refused.value)
+
+
+def test_methods_are_named_as_a_user_types_them() -> None:
+    assert method_names("native, lsp:half,lsp:quarter") == ["native", "lsp:half", "lsp:quarter"]
+    assert method_names(None) == engine_names(None)
+    for wrong, why in (
+        ("lsp:", "what follows the colon is no name"),
+        ("lsp:a/b", "what follows the colon is no name"),
+        ("nothing:a", "there is no such engine"),
+    ):
+        with pytest.raises(UserError, match=why):
+            method_names(wrong)
+    with pytest.raises(UserError, match="several settings of one engine are for --target and --budget"):
+        engine_names("lsp:half")
+
+
+def test_the_answer_says_what_it_rests_on(tmp_path: Path) -> None:
+    result = run_study(prepared(tmp_path / "out"), report=lambda line: None, launch=Launcher())
+    (edge,) = [line for line in answer_lines(result) if "edge" in line]
+    assert edge.endswith("a better one may lie beyond: native (0.0003)")
+    assert not any("one process" in line for line in answer_lines(result))
+    shared = replace(result, shared_process=True)
+    assert "all trials of a method were in one process" in answer_lines(shared)[-1]
 
 
 def test_methods_search_one_after_the_other_and_take_turns_in_final_trials(tmp_path: Path) -> None:

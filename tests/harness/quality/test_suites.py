@@ -19,7 +19,7 @@ from run_records import make_machine
 
 TOY = """
 about = "a toy"
-engines = ["mezo"]
+engines = ["mezo", "mezo:many"]
 budget = "100ktokens"
 
 [job]
@@ -27,6 +27,7 @@ model = { name = "tiny-llama", random_weights = true }
 batch_size = 2
 seq_len = 32
 dtype = "fp32"
+settings."mezo:many" = { queries = 2 }
 
 [sizes]
 development = 8
@@ -91,7 +92,7 @@ def test_a_toy_suite_says_what_it_would_run(tmp_path: Path) -> None:
     assert done.exit_code == 0
     told = " ".join(done.stdout.split())
     assert "a toy" in told
-    assert "reviews │ accuracy>=0.9 │ mezo │ │ 9" in told
+    assert "reviews │ accuracy>=0.9 │ mezo, mezo:many │ │ 18" in told
     assert "left out: needs nothing.tsv" in told
     assert "left out: nobody has written it" in told
     assert "total:" in told
@@ -125,7 +126,7 @@ def test_a_toy_suite_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(f"harness.quality.documents.{name}", value)
     path = toy(tmp_path, TOY.replace("100ktokens", "2ktokens"))
     arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    arguments += ["--profile", str(tmp_path / "machine.json"), "--seeds", "1", "--json"]
+    arguments += ["--engines", "mezo", "--profile", str(tmp_path / "machine.json"), "--seeds", "1", "--json"]
     done = CliRunner().invoke(app, ["compare", *arguments], catch_exceptions=False)
     assert done.exit_code == 0
     result = json.loads(done.stdout)

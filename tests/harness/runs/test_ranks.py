@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from ranks import in_ranks
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 from settings_given import given_settings
 
 from engines.errors import UserError
-from engines.transfer.process_group import meet
+from engines.transfer.process_group import ProcessGroup, meet, mesh_of
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.launch import Outcome, Stepped, launch_child
-from harness.runs.ranks import check_alike, check_gpus, place_of, places
+from harness.runs.ranks import check_alike, check_gpus, place_of, places, what_to_agree_on
 from harness.runs.worker import Request, execute
 
 
@@ -189,3 +192,59 @@ def test_more_gpus_than_there_are_and_methods_for_one(monkeypatch: pytest.Monkey
         check_gpus(Limits(gpus=4))
     with pytest.raises(UserError, match="galore runs on one GPU"):
         check_gpus(Limits(gpus=2), ["lora", "galore"])
+
+
+class TwoGpus(ProcessGroup):
+    """Rank 0 of two, as it would find the other."""
+
+    def __init__(self, other: list[object]) -> None:
+        super().__init__(0, 2, 0, 2, None)  # type: ignore[arg-type]
+        self._other = other
+
+    def exchange(self, content: bytes) -> list[bytes]:
+        return [content, json.dumps(self._other).encode()]
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-0"))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    return torch.device("cuda:0")
+
+
+def test_a_missing_nccl_is_one_line(a_gpu: torch.device) -> None:
+    with pytest.raises(UserError, match="rank 1: its torch has no NCCL") as error:
+        TwoGpus(["GPU-1", False]).of_this_machine(a_gpu)
+    assert len(str(error.value)) < 200
+
+
+def test_gpus_that_do_not_reach_each_other_are_one_line(
+    a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled system error\nLast error: no route")
+
+    monkeypatch.setattr(torch.distributed, "new_group", fail)
+    with pytest.raises(UserError, match="does not reach the others \\(NCCL error") as error:
+        TwoGpus(["GPU-1", True]).of_this_machine(a_gpu)
+    assert len(str(error.value)) < 250
+
+
+def test_ranks_that_share_a_gpu_divide_no_weights(
+    a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "new_group", lambda *arguments, **more: object())
+    with pytest.raises(UserError, match="two ranks share a GPU"):
+        mesh_of(TwoGpus(["GPU-0", True]), a_gpu)
+
+
+def test_unlike_machines_and_drivers_are_named() -> None:
+    """What every rank tells of itself at the start."""
+    own = what_to_agree_on(tiny_request(1).job, "zo2", {})
+    assert {"lspzo-bench", "commit", "torch", "transformers", "triton", "GPU", "driver"} < own.keys()
+
+    def act(world: Any) -> None:
+        check_alike(world, own | ({"GPU": "NVIDIA A100"} if world.rank else {}))
+
+    with pytest.raises(UserError, match="rank 1: its GPU is NVIDIA A100, that of rank 0 is"):
+        in_ranks(2, act)

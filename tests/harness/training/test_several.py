@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from train_runs import assert_same_weights, log_of, run, tiny_job, weights_of
+from train_runs import ROOT, assert_same_weights, log_of, run, tiny_job, weights_of
 
 from engines.errors import UserError
 from harness.progress import Progress
@@ -65,8 +68,16 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_same_weights(whole / "model", parts / "model")
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "mezo",
+        pytest.param("native", marks=pytest.mark.slow),
+        pytest.param("exact-offload", marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also from a full checkpoint."""
     out = tmp_path / "out"
@@ -79,10 +90,42 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     with monkeypatch.context() as patched:
         stopped_after(patched, 3, kill)
         with pytest.raises(UserError, match=r"rank 1: was killed by signal 9 .*--resume"):
-            run(out, "mezo", job_of(2), save_every=2)
-    run(out, "mezo", job_of(2), save_every=2, resume=True)
-    run(tmp_path / "whole", "mezo", job_of(1))
+            run(out, engine, job_of(2), save_every=2)
+    run(out, engine, job_of(2), save_every=2, resume=True)
+    run(tmp_path / "whole", engine, job_of(1 if engine == "mezo" else 2))
     assert_same_weights(tmp_path / "whole" / "model", out / "model")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_without_another_says_so_and_ends(tmp_path: Path) -> None:
+    """As in what cannot be interrupted: here the process that leads sleeps when the other is killed."""
+    script = f"""
+import sys, time
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]!r}
+from pathlib import Path
+import psutil
+from dataclasses import replace
+from train_runs import run, tiny_job
+from harness.records.job import Limits
+from harness.progress import Progress
+from harness.training import leader
+leader.LOOK_S = leader.HANGING_S = 0.2
+def hang(self, what, done, total, **more):
+    if what == "training" and done == 2:
+        [child.kill() for child in psutil.Process().children() if child.environ().get("RANK") == "1"]
+        time.sleep(60)
+Progress.update = hang
+job = replace(tiny_job(accumulation=2, batch_size=1), limits=Limits(gpus=2))
+run(Path({str(tmp_path / "out")!r}), "mezo", job)
+"""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: rank 1: was killed by signal 9 (SIGKILL); go on with"
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,23 @@ def test_two_machines_take_the_steps_of_one_and_send_a_few_bytes(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
+def test_two_machines_send_each_other_the_cores_of_lsp(tmp_path: Path) -> None:
+    """And take the steps of one process that accumulates; the link carries what plans say."""
+    asked = {"learning_rate": 1e-3, "d": 16, "check_every": 100}
+    job = [*JOB[:4], "lsp", *JOB[5:-2], *(f"--set={key}={value}" for key, value in asked.items())]
+    few, run = on_two_machines(str(tmp_path), "4,12", "--", *job)
+    shape, settings = named_shape("tiny-llama"), given_settings("lsp", **asked).typed
+    workload = Workload(batch_size=1, seq_len=32, dtype="fp32", accumulation=1)
+    predicted = sent_bytes(traffic("lsp", shape, workload, settings), workload, ranks=2, nodes=2)
+    assert (run["link_bytes"] - few["link_bytes"]) / 8 == pytest.approx(predicted, rel=0.15)
+    command = [sys.executable, "-P", "-m", "harness", "run", *job, "--steps", "12", "--quiet"]
+    one = subprocess.run([*command, "--out", str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    assert_same_weights(tmp_path / "one" / "model", tmp_path / "12-0" / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
 def test_two_machines_are_nearly_twice_as_fast_as_one() -> None:
     """At least 95 % of what both do by themselves at the same time, on a link of 1 Gbit/s. Steps last as long
     as those of a streamed model, since a link to the host that is held up decides; so they last as long

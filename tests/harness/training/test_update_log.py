@@ -235,9 +235,24 @@ def test_the_digest_tells_jobs_apart(fields: dict[str, Any]) -> None:
     assert run_digest(a_job(), MezoSettings()) != run_digest(a_job(**fields), MezoSettings())
 
 
-@pytest.mark.parametrize("settings", [{"learning_rate": 2e-6}, {"eps": 2e-3}, {"rounding": "nearest"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 2e-6}, {"eps": 2e-3}, {"rounding": "nearest"}, {"noise": "binomial"},
+        {"estimator": "1.5-spsa"},
+    ],
+)  # fmt: skip
 def test_the_digest_tells_settings_apart(settings: dict[str, Any]) -> None:
     assert run_digest(a_job(), MezoSettings()) != run_digest(a_job(), MezoSettings(**settings))
+
+
+def test_the_digest_tells_curvatures_apart_where_they_count() -> None:
+    for values in ({"curvature_alpha": 0.5}, {"curvature_floor": 2.0}):
+        for estimator in ("spsa", "1.5-spsa"):
+            ours, other = (
+                run_digest(a_job(), MezoSettings(estimator=estimator, **each)) for each in ({}, values)
+            )
+            assert (ours == other) == (estimator == "spsa")
 
 
 def test_the_digest_does_not_tell_where_things_lie() -> None:

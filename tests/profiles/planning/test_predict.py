@@ -187,11 +187,15 @@ def test_torchao_is_bound_by_the_cpu() -> None:
     prediction = of("torchao-offload", DEEPSEEK_7B, H200, TRAINING)
     assert prediction.bottleneck == "cpu"
     assert "CPU Adam 4.30 G/s (measured)" in prediction.basis
-    assert "factor of 1.3" in prediction.basis
+    assert "factor of 1.4" in prediction.basis
 
 
 def test_slow_host_memory_is_named() -> None:
-    slow = replace(H200, memory=replace(H200.memory, copy_bytes_per_s=measured(5e9)))
+    slow = replace(
+        H200,
+        memory=replace(H200.memory, copy_bytes_per_s=measured(5e9)),
+        cpu=replace(H200.cpu, adam_elements_per_s=measured(1e8)),  # which shows what memory moves, too
+    )
     workload = Workload(batch_size=1, seq_len=2048, dtype="fp16")
     assert of("zo2", OPT_13B, slow, workload).bottleneck == "host memory"
     assert of("zo2", OPT_13B, H200, workload).bottleneck != "host memory"
@@ -286,6 +290,13 @@ def test_exact_offload_is_predicted_by_the_adamw_that_it_runs() -> None:
     own, basis = cpu_s(adamw_kernel_elements_per_s=half_the_rate)
     assert "AdamW kernel on the CPU" in basis
     assert own == pytest.approx(torchs * 2 * 28 / 26)
+    # Without it: where many cores share memory, by what memory moves, half as much again as copies count.
+    slow_torch = replace(H200.cpu, adam_elements_per_s=measured(1e8))
+    by_memory, basis = cpu_s(adam_elements_per_s=slow_torch.adam_elements_per_s)
+    assert "host copy bandwidth" in basis
+    copy = H200.memory.copy_bytes_per_s.value
+    assert copy is not None
+    assert by_memory == pytest.approx(torchs * rate * 28 / 1.5 / copy)
     for engine in ("lsp", "torchao-offload"):  # other code
         slow = replace(H200, cpu=replace(H200.cpu, adamw_kernel_elements_per_s=measured(1.0)))
         assert of(engine, TINY, slow, SMALL) == of(engine, TINY, H200, SMALL)
@@ -446,7 +457,7 @@ def test_what_the_probe_measured_of_starting_work_counts() -> None:
     cost = Traffic(layers=(starts,), gpu_memory_bytes={}, host_memory_bytes={})
 
     def step_s(**figures: float) -> float | None:
-        known = {name: figure(value) for name, value in figures.items()}
+        known = {name: replace(figure(value), low=None) for name, value in figures.items()}
         return predict(cost, replace(H200, cpu=replace(H200.cpu, **known)), SMALL).step_s
 
     otherwise = (1000 + STEP_LAUNCHES) * FORWARD_LAUNCH_S + 1000 * OWN_LAUNCH_SHARE * TRITON_LAUNCH_S
@@ -477,7 +488,7 @@ def test_products_and_kernels_of_graphs_take_the_gpu_time_beside_their_work() ->
     assert step_s(many, probed) - step_s(few, probed) == pytest.approx(100 * 2e-6 + 1000 * 1e-6)
 
 
-def test_of_a_time_the_longer_one_is_the_slower_side() -> None:
+def test_a_time_is_that_of_the_quickest_sample_and_the_middle_one_is_the_slower_side() -> None:
     cost = Traffic(
         layers=(LayerTraffic(name="block.0", gpu_forward_flops=1.0, launches=1000),),
         gpu_memory_bytes={},
@@ -486,4 +497,4 @@ def test_of_a_time_the_longer_one_is_the_slower_side() -> None:
     known = replace(figure(10e-6), low=8e-6, high=15e-6)
     told = predict(cost, replace(H200, cpu=replace(H200.cpu, forward_launch_s=known)), SMALL)
     assert told.step_s_low == pytest.approx((1000 + STEP_LAUNCHES) * 8e-6 / LAUNCH_ERROR)
-    assert told.step_s_high == pytest.approx((1000 + STEP_LAUNCHES) * 15e-6 * LAUNCH_ERROR)
+    assert told.step_s_high == pytest.approx((1000 + STEP_LAUNCHES) * 10e-6 * LAUNCH_ERROR)

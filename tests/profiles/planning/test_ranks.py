@@ -56,6 +56,20 @@ def test_links_are_those_of_the_slowest_gpu_while_all_copy() -> None:
     assert part.cpu.cores_usable == H200.cpu.cores_usable // 2
 
 
+def test_links_together_are_no_faster_than_host_memory() -> None:
+    assert H200.link is not None
+    slow = replace(H200, memory=replace(H200.memory, copy_bytes_per_s=measured(1e9)))
+    names = ("h2d_duplex_bytes_per_s", "d2h_duplex_bytes_per_s")
+    both = sum(getattr(H200.link, name).value for name in names)
+    part = machine_of_a_rank(slow, 4).link
+    assert part is not None
+    # One link alone shows that memory moves more than the copies say.
+    assert sum(getattr(part, name).value for name in names) == pytest.approx(both / 4)
+    assert part.h2d_pinned_bytes_per_s == H200.link.h2d_pinned_bytes_per_s
+    fast = replace(H200, memory=replace(H200.memory, copy_bytes_per_s=measured(1e12)))
+    assert machine_of_a_rank(fast, 4).link == H200.link
+
+
 def test_blocks_on_the_host_count_once_and_are_written_by_one() -> None:
     settings = given_settings("zo2", fold_every=8)
     alone = traffic("zo2", SHAPE, WORKLOAD, settings.typed)
@@ -156,3 +170,14 @@ def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
     assert fast.prediction.step_s is not None
     assert plan.prediction.step_s is not None
     assert fast.prediction.step_s < plan.prediction.step_s
+
+
+def test_machines_of_lsp_wait_for_each_others_cores() -> None:
+    workload = replace(WORKLOAD, dtype="bf16", accumulation=2)
+    shape = named_shape("deepseek-coder-1.3b")
+    (far,) = recommend(H200, shape, workload, ["lsp"], {}, gpus=1, nodes=2)
+    (near,) = recommend(H200, shape, workload, ["lsp"], {}, gpus=2)
+    cost = traffic("lsp", shape, workload.of_a_rank(2), far.settings.typed)
+    assert far.prediction.step_s is not None
+    assert near.prediction.step_s is not None
+    assert far.prediction.step_s - near.prediction.step_s > 0.9 * cost.reduced_bytes / 125e6

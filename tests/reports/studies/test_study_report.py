@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from study_records import START, read_study, rising, study_plan, trial, write_study, write_trial
 
 from engines.errors import UserError
+from harness.quality.documents import parse_budget
 from profiles.language import speaking
 from reports.commands import export_tables
 from reports.load import load_folder
 from reports.render import in_short, write_report
-from reports.studies.answer import study_verdict
+from reports.studies.answer import command, study_verdict
 from reports.studies.curves import curve, middle_curve, quality_chart
 from reports.studies.pages import study_document
 from reports.studies.read import load_study
@@ -50,6 +51,39 @@ def test_the_method_that_reached_the_target_first_is_the_answer(tmp_path: Path) 
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert html.count("<polyline") == 8  # three seeds and their median, of two methods
     assert "http" not in re.sub(r"http-equiv|https?://www.w3.org/\S+", "", html)
+
+
+@pytest.mark.parametrize("budget", ["2h", "1500ktokens", "90s"])
+def test_the_command_that_goes_on_says_the_budget_as_it_is_read(budget: str) -> None:
+    study = read_study(study_plan(ENGINES[:1], budget=budget), {"native": [rising(10.0)]})
+    words = command(study, ".").split()
+    assert parse_budget(words[words.index("--budget") + 1]) == study.plan.budget
+
+
+def test_one_engine_with_several_settings_is_several_methods(tmp_path: Path) -> None:
+    curves = {
+        "native": [rising(at) for at in (40.0, 50.0, 60.0)],
+        "lsp:half": [rising(at) for at in (10.0, 11.0, 12.0)],
+        "lsp:quarter": [rising(at, to=0.8) for at in (20.0, 21.0, 22.0)],
+    }
+    folder = write_study(tmp_path / "study", study_plan(tuple(curves)), curves)
+    study = load_study(folder)
+    verdict = study_verdict(study)
+    assert (verdict.state, verdict.method) == ("GO", "lsp:half")
+    assert {each.engine: each.state for each in verdict.methods} == {
+        "lsp:half": "GO", "native": "GO", "lsp:quarter": "NO-GO",
+    }  # fmt: skip
+    assert verdict.settings == "--set lsp:half.learning_rate=0.0001"
+    assert not study.broken
+    drawn = quality_chart(study, study.result.methods)
+    assert drawn is not None
+    assert all(f">{name}<" in drawn.svg for name in curves)
+    dashes = set(re.findall('stroke-width="2".*?stroke-dasharray="(.*?)"', drawn.svg))
+    assert len(dashes) == 3
+    write_report(folder)
+    table = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| lsp:half |" in table
+    assert "| lsp:quarter |" in table
 
 
 def test_of_a_tie_in_time_the_better_one_is_the_answer(tmp_path: Path) -> None:
