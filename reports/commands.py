@@ -140,10 +140,18 @@ def submit(
         return
     path = to / found.machine.slug / submission_name(found)
     typer.echo(text, nl=False)
-    if not yes and not typer.confirm(f"Write this to {path}?", err=True):
+    if not yes and not _confirmed(f"Write this to {path}?"):
         raise UserError("submit", "nothing was written", "say yes, or add --yes")
     write_whole(path, text)
     typer.echo(str(path))
+
+
+def _confirmed(question: str) -> bool:
+    """Nobody there to answer is a no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        return False
 
 
 def submission_name(found: Submission) -> str:

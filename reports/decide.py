@@ -34,10 +34,10 @@ from reports.criteria import (
     Metric,
 )
 from reports.findings.governance import GovernanceLine
-from reports.format import metric_value, span, times
+from reports.format import metric_value, span
 from reports.judging.quality import learned
 from reports.judging.ranking import Standing, State, beaten_by, ordered, trains_less
-from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, step_s, time_text
+from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, ratio_text, step_s, time_text
 from reports.judging.untried import Untried, what_to_run
 from reports.messages import say
 from reports.metrics import Measurements, find, group
@@ -361,10 +361,7 @@ def _beside_native(engine: str, all_: Measurements) -> str:
     values = {"memory": memory_text(memory), "quality": _quality(YARDSTICK, all_)}
     if not ratio.applies:
         return say("verdict.native_memory", **values)
-    ratio_text = times(ratio.value)
-    if ratio.runs == 2 and ratio.low is not None and ratio.high is not None:
-        ratio_text = span(times(ratio.low), times(ratio.high))
-    return say("verdict.beside_native", ratio=ratio_text, **values)
+    return say("verdict.beside_native", ratio=ratio_text(ratio), **values)
 
 
 def _quality(engine: str, all_: Measurements) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from harness.records.columns import CellValue, Column, RowT, Unit, table_cells
+from harness.records.columns import CellValue, Column, RowT, Told, Unit, table_cells
 from harness.records.job import Job, ModelSource
 from harness.records.stats import Spread
 from profiles.language import quantity
@@ -133,6 +133,13 @@ def middle(found: Spread | None, show: Callable[[float | None], str]) -> str:
     if found is None:
         return show(None)
     return both(show(found.low), show(found.high)) if found.count == 2 else show(found.median)
+
+
+def middle_cell(found: Spread | None, show: Callable[[float | None], str]) -> CellValue:
+    """For a table: the median; of two runs, which have none, what lies between both, shown as both."""
+    if found is None or found.count != 2:
+        return None if found is None else found.median
+    return Told(found.median, middle(found, show))
 
 
 NUMBER = Unit(show=digits)

@@ -47,7 +47,7 @@ from reports.messages import say
 from reports.metrics import Measurements, ends, floor_share, group, largest, typical
 from reports.render import markdown_text
 from reports.sharing.public_page import PAGES, public_page, public_rows
-from reports.studies.read import is_study
+from reports.studies.read import ABOUT, is_study
 
 KINDS = ("runs", "generations", "trials")
 VARIANTS = (
@@ -58,8 +58,6 @@ CHOSEN = ("d", "resident_blocks")
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""
-ABOUT = "about.txt"
-"""In a published folder: a sentence on what it is for."""
 
 
 class IndexRow(Protocol):

@@ -9,7 +9,7 @@ from harness.records.columns import Column
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
 from harness.records.run import Environment, Run
 from profiles.figures import reported
-from profiles.language import large_count, translated
+from profiles.language import large_count, quantity, translated
 from profiles.machine import Figure, Machine
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
@@ -303,7 +303,7 @@ def _minute(time: str) -> str:
 def period(times: Sequence[str]) -> str:
     """From the first to the last of times in ISO 8601."""
     first, last = _minute(min(times)), _minute(max(times))
-    return span(first, last) if first != last else first
+    return span(first, last) if first != last else quantity(first)
 
 
 def _several(values: Iterable[str | None], missing: str = "reproduce.not_known") -> str:

@@ -32,18 +32,19 @@ from reports.format import (
     loss,
     metric_value,
     middle,
+    middle_cell,
     number,
     percent,
     span,
     times,
 )
+from reports.judging.stated import ratio_text
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import (
     DOES_NOT_FIT,
     NOTHING_LEARNED,
     Measurements,
-    MetricFinding,
     ends,
     find,
     largest,
@@ -133,7 +134,7 @@ def _each_run(
 
     def cell(method: MethodRow) -> CellValue:
         found = over_runs(method.rounds.ok, value)
-        return None if found is None else middle(found, show)
+        return middle_cell(found, show)
 
     return cell
 
@@ -189,10 +190,7 @@ def _step(rounds: Rounds) -> str | None:
 
 
 def _tokens_per_s(rounds: Rounds) -> CellValue:
-    found = rounds.tokens_per_s
-    if found is None:
-        return None
-    return middle(found, number) if found.count == 2 else found.median
+    return middle_cell(rounds.tokens_per_s, number)
 
 
 def _search_note(rounds: Rounds) -> str:
@@ -346,14 +344,7 @@ def _comparison(engine: str, all_: Measurements) -> str:
     found = find("step_time_ratio", engine, all_)
     if found.value is None:
         return found.note or NOT_MEASURED
-    return say("table.with_range", value=_ratio(found), range=found.note or _beside(engine, all_))
-
-
-def _ratio(found: MetricFinding) -> str:
-    """Of the medians; of two runs what they allow, as they have none."""
-    if found.runs == 2 and found.low is not None and found.high is not None:
-        return span(times(found.low), times(found.high))
-    return times(found.value)
+    return say("table.with_range", value=ratio_text(found), range=found.note or _beside(engine, all_))
 
 
 def _beside(engine: str, all_: Measurements) -> str:

@@ -10,6 +10,7 @@ from harness.progress import Progress, console
 from harness.records.run import Run
 from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep import Ended, Planned, Started, SweepEvent
+from profiles.language import translated
 from profiles.units import NOT_MEASURED, format_seconds
 
 
@@ -67,9 +68,8 @@ def measure_seen(ready: PreparedJob, sweep: Sweep) -> list[Run]:
         with CompareProgress(sweep.quiet) as progress:
             return measure_plans(ready, sweep, progress.update)
     except KeyboardInterrupt:
-        sys.stderr.write(
-            f"stopped: finished runs are kept; go on with the same flags, --resume and --out {sweep.out}\n"
-        )
+        how = f"stopped: finished runs are kept; go on with the same flags, --resume and --out {sweep.out}"
+        sys.stderr.write(f"{translated(how)}\n")
         raise
 
 

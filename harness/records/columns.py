@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 
 RowT = TypeVar("RowT")
+
+
+class Told(float):
+    """A number with the words that a person reads in its place, such as both values of two runs."""
+
+    def __new__(cls, value: float, text: str) -> Self:
+        made = super().__new__(cls, value)
+        made.text = text
+        return made
+
+    text: str
+
 
 CellValue = str | float | None
 """A number, shown in the column's unit; text, shown as it is; or nothing."""
@@ -51,6 +63,8 @@ class Column(Generic[RowT]):
     def cell(self, row: RowT) -> str:
         """What is shown of `row`."""
         value = self.of(row)
+        if isinstance(value, Told):
+            return value.text
         if value is None:
             return self.missing if isinstance(self.missing, str) else self.missing(row)
         return value if isinstance(value, str) else self.unit.show(value)

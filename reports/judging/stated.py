@@ -10,9 +10,9 @@ from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run
 from profiles.language import quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
-from reports.format import both, span
+from reports.format import both, span, times
 from reports.messages import say
-from reports.metrics import Measurements, is_emulated, largest, predicted
+from reports.metrics import Measurements, MetricFinding, is_emulated, largest, predicted
 
 NumberOrigin = Literal["measured", "predicted", "unknown"]
 
@@ -94,6 +94,13 @@ def time_text(time: Stated) -> str:
     """`1.20 s`; a prediction says so: `1.20 s (predicted)`."""
     text = plain_time(time)
     return say("stated.predicted", value=text) if time.origin == "predicted" else text
+
+
+def ratio_text(found: MetricFinding) -> str:
+    """A ratio of medians, `2.10x`; of two runs, which have none, what they allow."""
+    if found.runs == 2 and found.low is not None and found.high is not None:
+        return span(times(found.low), times(found.high))
+    return times(found.value)
 
 
 def range_text(time: Stated) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness.records.columns import CellValue, Column, Unit
+from harness.records.columns import CellValue, Column, Told, Unit
 from profiles.units import format_seconds
 from reports.decide import Verdict
 from reports.format import Table, digits
@@ -64,7 +64,7 @@ def _rows(verdict: Verdict, all_: Measurements, untried: Untried) -> Iterator[Al
         basis = say(f"alternative.{step.origin}", step=stated.plain_time(step))
         yield Alternative(
             name=say("alternative.here", engine=one.engine),
-            hours=stated.plain_time(time) if time is not None and time.is_pair else hours,
+            hours=Told(hours, stated.plain_time(time)) if time and hours and time.is_pair else hours,
             cost=_own(hours, prices),
             basis=basis,
         )

@@ -21,7 +21,8 @@ TableFormat = Literal["csv", "parquet"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataTable:
-    """A table of a report for programs: numbers in the units that the names of their columns end in."""
+    """A table of a report for programs: numbers in the units that the names of their columns end in, of two
+    runs what lies between both."""
 
     key: str
     title: str
@@ -125,8 +126,8 @@ def write_tables(data: ReportData, folder: Path, kind: TableFormat) -> tuple[Pat
 
 
 def _plain(value: CellValue) -> CellValue:
-    """A whole number is a number like others."""
-    return float(value) if isinstance(value, int) else value
+    """A whole number is a number like others, and so is one that is shown in words."""
+    return value if value is None or isinstance(value, str) else float(value)
 
 
 def _safe(value: CellValue) -> CellValue:

@@ -222,7 +222,7 @@ def _effect(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
         time_text = say("front.step_in", time=time_text)
     ratio = find("step_time_ratio", engine, all_)
     if ratio.value is not None and ratio.applies and ratio.value != 1:
-        time_text = say("front.beside", text=time_text, ratio=times(ratio.value))
+        time_text = say("front.beside", text=time_text, ratio=stated.ratio_text(ratio))
     elif ratio.note:
         time_text = say("front.noted", text=time_text, note=ratio.note)
     if all_.steps is None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines import entry
-from harness.records.columns import BYTES, SECONDS, CellValue, Column, where_known
-from harness.records.stats import Rounds, Spread, over_runs
+from harness.records.columns import BYTES, SECONDS, CellValue, Column, Told, where_known
+from harness.records.stats import Rounds, over_runs
 from profiles.language import translated
 from reports.decide import Verdict, state_word
-from reports.format import JOULES, NUMBER, PERCENT, Table, joules, middle, number
+from reports.format import JOULES, NUMBER, PERCENT, Table, joules, middle_cell, number
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.judging.ranking import State
@@ -39,7 +39,7 @@ def _time(one: MethodInShort) -> stated.Stated:
 def _shown_time(one: MethodInShort) -> CellValue:
     """A number, or both of two runs."""
     time = _time(one)
-    return stated.plain_time(time) if time.is_pair else time.value
+    return Told(time.value, stated.plain_time(time)) if time.is_pair and time.value else time.value
 
 
 def _is_predicted(rows: Sequence[MethodInShort]) -> bool:
@@ -57,18 +57,11 @@ def _sized(rows: Sequence[MethodInShort]) -> bool:
 
 
 def _tokens_per_s(one: MethodInShort) -> CellValue:
-    return None if is_emulated(one.rounds) else _middle(one.rounds.tokens_per_s, number)
+    return None if is_emulated(one.rounds) else middle_cell(one.rounds.tokens_per_s, number)
 
 
 def _energy(one: MethodInShort) -> CellValue:
-    return _middle(over_runs(one.rounds.ok, lambda run: run.summary.energy_j), joules)
-
-
-def _middle(found: Spread | None, show: Callable[[float | None], str]) -> CellValue:
-    """The median, of two runs both: what the tables of measurements have."""
-    if found is None:
-        return None
-    return middle(found, show) if found.count == 2 else found.median
+    return middle_cell(over_runs(one.rounds.ok, lambda run: run.summary.energy_j), joules)
 
 
 def _any_mfu(rows: Sequence[MethodInShort]) -> bool:

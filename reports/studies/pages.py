@@ -195,6 +195,7 @@ def _conditions(study: LoadedStudy) -> tuple[NamedText, ...]:
             ),
         ),
         (say("setting.date_label"), period([each.time for each in study.trials])),
+        *([(say("study.about_label"), study.about)] if study.about else []),
     )  # fmt: skip
 
 

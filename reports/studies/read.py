@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engines import ENGINES
 from engines.errors import UserError
-from engines.files.reading import exists
+from engines.files.reading import exists, read_text
 from harness.quality.documents import (
     PLAN,
     SCHEMA_VERSION,
@@ -26,6 +26,11 @@ from profiles.documents import read_document
 from profiles.machine import Machine, load_machine
 from reports.load import Broken, engine_order
 
+ABOUT = "about.txt"
+"""In a published folder: a sentence on what it is for."""
+MOST_ABOUT = 600
+"""Characters of it on page one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStudy:
@@ -39,6 +44,8 @@ class LoadedStudy:
     """Judged anew from the trials."""
     machine: Machine | None
     broken: tuple[Broken, ...]
+    about: str = ""
+    """What was written down about it by hand, in about.txt; empty: nothing."""
 
     @property
     def last_rung(self) -> int:
@@ -71,12 +78,18 @@ def load_study(folder: Path) -> LoadedStudy:
             machine = load_machine(folder / "machine.json")
         except UserError as error:
             broken.append(Broken(file="machine.json", reason=error.why))
+    about = ""
+    if exists(folder / ABOUT):
+        try:
+            about = read_text(folder / ABOUT, "note on a study").strip()[:MOST_ABOUT]
+        except UserError as error:
+            broken.append(Broken(file=ABOUT, reason=error.why))
     shown = replace(
         plan, job=shared_job(plan.job), test=None if plan.test is None else shared_name(plan.test)
     )
     return LoadedStudy(
         name=folder.resolve().name, plan=shown, trials=trials, result=judge_study(plan, trials),
-        machine=machine, broken=tuple(broken),
+        machine=machine, broken=tuple(broken), about=about,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from reports.criteria_templates import Purpose
 from reports.format import Table
 from reports.judging import stated
 from reports.load import Loaded
-from reports.metrics import group
+from reports.metrics import find, group
 from reports.pages.document import Document, Drawing
 from reports.pages.front import time_of
 from reports.render import WrittenReport, written
@@ -122,6 +122,11 @@ def test_the_same_thing_has_the_same_number_everywhere(
         assert front.tiles[0].value == shown
         assert front.tiles[1].value == gpu
         told = " ".join(text for _, facts in front.parts for _, text in facts)
+        ratio = find("step_time_ratio", engine, all_)
+        if ratio.value is not None and ratio.applies and ratio.value != 1:
+            assert stated.ratio_text(ratio) in told
+            if verdict.state in ("GO", "CONDITIONAL GO") and engine != "native":
+                assert stated.ratio_text(ratio) in verdict.sentence
         assert shown in told
         assert gpu in told
         if verdict.state in ("GO", "CONDITIONAL GO"):

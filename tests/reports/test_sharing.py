@@ -48,6 +48,14 @@ def test_it_is_shown_then_written_and_read_back(folder: Path, tmp_path: Path) ->
     assert found.methods[0].step_s == pytest.approx((0.505, 0.51))
 
 
+def test_nobody_there_to_answer_is_a_no(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sweep", make_sweep(), machine=make_machine())
+    done = CliRunner().invoke(app, ["submit", str(folder), "--to", str(tmp_path / "community")], input="")
+    assert isinstance(done.exception, UserError)
+    assert "nothing was written" in str(done.exception)
+    assert not (tmp_path / "community").exists()
+
+
 def test_nothing_of_the_user_is_in_it(tmp_path: Path) -> None:
     job = make_test_job(model={"name": "/home/someone/secret-model"}, data={"train": "/home/someone/a.tsv"})
     run = make_run("native", job=job)

@@ -18,17 +18,18 @@ ROOT = Path(__file__).parents[2]
 STORED = [
     ROOT / "tests" / "studies" / "estimators" / name for name in ("estimators.json", "many_queries.json")
 ]
+BY_UPLOADS = STORED[0].with_name("by_uploads.json")
 
 
 def tiny_source() -> Source:
-    batches = tiny_batches(40, "llama")
+    batches = tiny_batches(40, "llama", batch_size=8)
     return Source(
         name="tiny", model=tiny_blueprint("llama").reference, learning_rate=1e-3, stages=(0, 3), layers=(0,),
         batch=lambda number: dict(batches[number % len(batches)].inputs),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*STORED, BY_UPLOADS], ids=lambda path: path.stem)
 def test_the_table_in_the_log_is_that_of_the_stored_trials(path: Path) -> None:
     log = (ROOT / "engines" / "EXPERIMENTS.md").read_text(encoding="utf-8")
     assert table(load_trials(path)) in log
@@ -36,7 +37,7 @@ def test_the_table_in_the_log_is_that_of_the_stored_trials(path: Path) -> None:
 
 def test_every_estimator_was_studied() -> None:
     dropped = {"lezo, half"}  # no better for the same passes, so that the engines have it no more
-    studied = {each.estimator for path in STORED for each in load_trials(path)}
+    studied = {each.estimator for path in (*STORED, BY_UPLOADS) for each in load_trials(path)}
     assert studied == set(ESTIMATORS) | dropped
 
 
@@ -46,6 +47,13 @@ def test_stored_trials_had_the_same_budget_and_start(path: Path) -> None:
     assert len({each.start_loss for each in trials}) == 1
     for each in trials:
         assert 2000 - each.forwards_per_step < each.steps * each.forwards_per_step <= 2000
+
+
+def test_trials_by_uploads_had_the_same_steps_and_start() -> None:
+    trials = load_trials(BY_UPLOADS)
+    assert {each.estimator for each in trials} == {"mezo", "grzo", "grzo, window 1"}
+    assert {each.steps for each in trials} == {150}
+    assert len({each.start_loss for each in trials}) == 1
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

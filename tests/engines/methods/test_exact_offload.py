@@ -6,7 +6,6 @@ import copy
 import errno
 import importlib
 import math
-import queue
 import random
 import shutil
 import threading
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from engines.base import Batch, Context, StepStats
 from engines.costs import exact_offload as costs
-from engines.cpu_updates import block_state, pipeline
+from engines.cpu_updates import block_state
 from engines.cpu_updates.adamw import adamw, master
 from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
@@ -33,7 +32,6 @@ from engines.offload.direct_io import RawFile
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
 from engines.shapes import Dtype, Workload
-from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Link
 from tiny_models import tiny_batches, tiny_blueprint
 
@@ -722,26 +720,3 @@ class TestFaults:
             hook.remove()
             after = weights(engine)
         assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_the_pipeline_gives_room_back_whatever_comes_of_an_update() -> None:
-    """Also after a failure, or the thread that runs backward would wait for ever."""
-    given: queue.SimpleQueue[int] = queue.SimpleQueue()
-    link = Link(torch.device("cpu"))
-    with running("opt") as engine:
-        own = pipeline.UpdatePipeline(link, Clocks(context(), link.device), name="exact-offload-test")
-        chunk = engine.host.chunks[0][0]
-        chunk.gradient = None  # an update without one fails
-        memory = torch.zeros(chunk.end - chunk.begin)
-        for number in range(2):
-            update = pipeline.ChunkUpdate(
-                state=chunk,
-                share=pipeline.StepShare(step=0, learning_rate=1e-3),
-                destination=pipeline.UploadTarget(memory=memory, free=link.record()),
-                consumed=lambda number=number: given.put(number),
-            )
-            own.submit([update])
-            with pytest.raises(RuntimeError, match="the CPU update failed"):
-                own.wait(update)
-        own.close()
-    assert [given.get(timeout=1), given.get(timeout=1)] == [0, 1]

@@ -27,7 +27,6 @@ from engines.base import Batch, Context, StepStats
 from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import ChunkUpdate, StepShare, UpdatePipeline
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.lsp import Lsp
 from engines.methods.native import Native
@@ -41,7 +40,6 @@ from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
 from engines.subspace.cores import CoreState, IdleMatrixWarning
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.subspace.residual import make_residual
-from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
 
@@ -1029,39 +1027,6 @@ class TestFaults:
                 engine.step(batches[2:])
             after = {name: tensor.detach() for name, tensor in engine.model.named_parameters()}
         assert all(torch.equal(after[name], before[name]) for name in before)
-
-    def test_an_error_of_the_driver_releases_who_waits_at_once(self) -> None:
-        class Broken(Happening):
-            def query(self) -> bool:
-                raise RuntimeError("an illegal memory access was encountered")
-
-        link = Link(torch.device("cpu"))
-        clocks = Clocks(context(), torch.device("cpu"))
-        pipeline = UpdatePipeline(link, clocks, slots=1, slot_elements=8, name="lsp-core")
-        broken: Any = Broken()
-        for _ in range(2):
-            state = CoreState(
-                deadline=0,
-                number=0,
-                incoming=torch.ones(8),
-                outgoing=torch.ones(8),
-                moment=torch.zeros(8),
-                variance=torch.zeros(8),
-                squared_norm=torch.ones(1),
-                settings=SETTINGS,
-                key=0,
-            )
-            update = ChunkUpdate(
-                state=state,
-                share=StepShare(step=0, learning_rate=1e-3),
-                destination=lambda *_: None,
-                downloaded=Event(broken),
-            )
-            pipeline.submit([update])
-            with pytest.raises(RuntimeError, match="illegal memory access"):
-                pipeline.wait(update)
-        pipeline.close()
-        assert not core_threads()
 
     @pytest.mark.parametrize(
         "changes",

@@ -225,10 +225,11 @@ def test_every_step_uploads_every_streamed_block_once() -> None:
         {"base": "int8", "fold_every": 3}, {"base": "int4", "fold_every": 3, "resident_blocks": 1},
         {"estimator": "lozo", "lozo_window": 3}, {"base": "int8", "estimator": "lozo", "lozo_window": 3},
         {"base": "int8", "queries": 2, "fold_every": 3},
+        {"estimator": "grzo", "noise": "rademacher", "grzo_window": 3, "learning_rate": 1e-4},
     ],
 )  # fmt: skip
 def test_deferred_updates_are_in_what_generates_and_training_goes_on_as_if_it_had_not(knobs: Any) -> None:
-    made = {**knobs, "learning_rate": 1e-2}
+    made = {"learning_rate": 1e-2, **knobs}
     blueprint = sharp("llama")
     streamed = make_zo2(blueprint, **made)
     alone = make_zo2(sharp("llama"), **made)

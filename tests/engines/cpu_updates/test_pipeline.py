@@ -1,0 +1,143 @@
+"""The way of a chunk through the pipeline: in which order, and that nobody waits for ever when it fails."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.base import Context
+from engines.cpu_updates.pipeline import ChunkUpdate, StepShare, UpdatePipeline, UploadTarget
+from engines.shapes import Workload
+from engines.transfer.engine_clocks import Clocks
+from engines.transfer.link import Event, Link
+
+CPU = torch.device("cpu")
+SHARE = StepShare(step=0, learning_rate=0.5)
+
+
+@dataclass
+class Chunk:
+    """Of a toy optimizer that takes the learning rate off."""
+
+    deadline: int
+    on_update: Callable[[int], None] = lambda _: None
+    number: int = 0
+    updates: int = 0
+    squared_norm: Tensor = field(default_factory=lambda: torch.ones(1))
+    outgoing: Tensor = field(default_factory=lambda: torch.zeros(4))
+
+    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
+        self.on_update(self.deadline)
+        self.outgoing -= share.learning_rate
+        self.updates += 1
+
+
+class Download:
+    """In the place of an event of CUDA: has happened when it is said to have."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.over = threading.Event()
+        self._fails = fails
+
+    def query(self) -> bool:
+        if self._fails:
+            raise RuntimeError("an illegal memory access was encountered")
+        return self.over.is_set()
+
+    def synchronize(self) -> None:
+        self.over.wait(30)
+
+
+@pytest.fixture
+def pipeline() -> Iterator[UpdatePipeline]:
+    workload = Workload(batch_size=1, seq_len=8, dtype="fp32")
+    clocks = Clocks(Context(device="cpu", workload=workload, seed=7, total_steps=10), CPU)
+    made = UpdatePipeline(Link(CPU), clocks, slots=1, slot_elements=4, name="pipeline-test")
+    yield made
+    made.close()
+    assert not [each for each in threading.enumerate() if each.name.startswith("pipeline-test")]
+
+
+def an_update(chunk: Chunk, download: Any = None, **changes: Any) -> ChunkUpdate:
+    target = UploadTarget(memory=torch.full((4,), 9.0), free=Event())
+    of: dict[str, Any] = {"state": chunk, "share": SHARE, "destination": target, **changes}
+    return ChunkUpdate(**of) if download is None else ChunkUpdate(**of, downloaded=Event(download))
+
+
+def test_what_was_updated_is_where_it_belongs_once_it_was_waited_for(pipeline: UpdatePipeline) -> None:
+    applied: list[Tensor] = []
+    updates = [
+        an_update(Chunk(0)),
+        an_update(Chunk(1), destination=lambda direction, share: applied.append(direction.clone())),
+        an_update(Chunk(2), destination=None),
+    ]
+    pipeline.submit(updates)
+    for update in updates:
+        pipeline.wait(update)
+    assert isinstance(updates[0].destination, UploadTarget)
+    assert updates[0].destination.memory.tolist() == [-0.5] * 4
+    assert [each.tolist() for each in applied] == [[-0.5] * 4]
+    assert [update.state.updates for update in updates] == [1, 1, 1]
+
+
+def test_of_what_has_arrived_the_earliest_deadline_is_next(pipeline: UpdatePipeline) -> None:
+    """Blocks arrive in the order of the backward pass, and are wanted in that of the next forward pass."""
+    order: queue.SimpleQueue[int] = queue.SimpleQueue()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(deadline: int) -> None:
+        begun.set()
+        go_on.wait(30)
+        order.put(deadline)
+
+    first = an_update(Chunk(9, hold))
+    pipeline.submit([first])
+    assert begun.wait(30)
+    later = [an_update(Chunk(deadline, order.put)) for deadline in (7, 3, 5)]
+    for update in later:
+        pipeline.submit([update])
+    go_on.set()
+    for update in (first, *later):
+        pipeline.wait(update)
+    assert [order.get(timeout=1) for _ in range(4)] == [9, 3, 5, 7]
+
+
+def test_what_has_not_arrived_holds_up_nothing_that_has(pipeline: UpdatePipeline) -> None:
+    late = Download()
+    here, there = an_update(Chunk(5)), an_update(Chunk(0), late)
+    pipeline.submit([here])
+    pipeline.submit([there])
+    pipeline.wait(here)
+    assert not there.done.is_set()
+    late.over.set()
+    pipeline.wait(there)
+
+
+def test_memory_is_given_back_whatever_comes_of_an_update(pipeline: UpdatePipeline) -> None:
+    """Also after a failure, or the thread that runs backward would wait for ever."""
+    given: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def fail(_: int) -> None:
+        raise ValueError("no gradient")
+
+    for number in range(2):
+        update = an_update(Chunk(0, fail), consumed=lambda number=number: given.put(number))
+        pipeline.submit([update])
+        with pytest.raises(RuntimeError, match="the CPU update failed"):
+            pipeline.wait(update)
+    assert [given.get(timeout=1), given.get(timeout=1)] == [0, 1]
+
+
+def test_an_error_of_the_driver_releases_who_waits_at_once(pipeline: UpdatePipeline) -> None:
+    for _ in range(2):
+        update = an_update(Chunk(0), Download(fails=True))
+        pipeline.submit([update])
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            pipeline.wait(update)
