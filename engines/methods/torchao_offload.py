@@ -51,7 +51,7 @@ from engines.first_order.lr_schedule import learning_rate_at
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
 from engines.model.model_check import check_repeats
-from engines.settings.first_order import TorchaoOffloadSettings
+from engines.settings.first_order import TorchaoOffloadSettings, why_no_accumulation
 
 _ON_DEVICE = "on-device"
 """torchao's name for the optimizer of the small tensors, in its state."""
@@ -94,10 +94,10 @@ class TorchaoOffload:
             reason = "torchao's CPUOffloadOptimizer needs a CUDA or XPU device, and the run is on the CPU"
         if reason is not None:
             raise NotAvailable(reason)
-        if self.settings.offload_gradients and self.context.workload.accumulation > 1:
+        if (why := why_no_accumulation(self.settings, self.context.workload.accumulation)) is not None:
             raise UserError(
                 "--set offload_gradients=true",
-                "torchao overwrites offloaded gradients, so micro-batches would not add up",
+                why,
                 "use one micro-batch per step, or offload_gradients=false",
             )
         self._build(blueprint)

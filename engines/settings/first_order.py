@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -98,3 +98,10 @@ class TorchaoOffloadSettings(AdamWSettings):
 
     offload_gradients: bool = False
     """Free each gradient on the GPU as soon as it is on the host."""
+
+
+def why_no_accumulation(settings: Any, accumulation: int) -> str | None:
+    """Why a step of `accumulation` micro-batches cannot have these typed settings; `None`: it can."""
+    if isinstance(settings, TorchaoOffloadSettings) and settings.offload_gradients and accumulation > 1:
+        return "torchao overwrites offloaded gradients, so micro-batches would not add up"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from engines.errors import UserError
 from harness.cli.job_flags import JobFlags, takes_job
 from harness.cli.options import Json
 from harness.progress import console
+from harness.recommendation import without_weights
 from harness.resolve import resolve_shape
 from profiles.documents import to_json
 
@@ -36,6 +38,7 @@ def data(
     question with context and answers, or text alone; in CSV, TSV, JSON, JSON lines, Parquet, or at the hub.
     """
     job = flags.job([], {"data": {"train": file}, "padding": "longest"})
+    job = replace(job, model=without_weights(job.model))
     if file == "random":
         raise UserError(
             "random", "has nothing to show: its tokens are drawn at random", "name a file, or builtin"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -95,6 +96,7 @@ def _watched(others: Group | None, work: Path, remedy: str) -> Iterator[None]:
         while not over.wait(LOOK_S):
             if any(worker.exit_status() is not None for worker in workers) and not over.wait(HANGING_S):
                 sys.stderr.write(f"error: {who_ended(others, work, remedy)}\n")
+                shutil.rmtree(work, ignore_errors=True)
                 os._exit(USAGE)  # as abrupt as a kill, after which a run can go on
 
     thread = threading.Thread(target=watch, name="other-ranks", daemon=True)

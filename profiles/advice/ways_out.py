@@ -92,7 +92,7 @@ def _way_out(plan: Plan, found: Plan, context: PlanningContext, change: _Change)
     return WayOut(
         engine=plan.engine,
         flags=" ".join(change.flags),
-        quality="; ".join(dict.fromkeys(change.quality)) or words.NO_PRICE,
+        quality=words.of_prices(change.quality),
         plan=found,
         times=after / before if before and after and is_like else None,
     )

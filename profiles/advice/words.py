@@ -33,6 +33,13 @@ def of_dtype(dtype: str) -> str:
     return _DTYPES[dtype]
 
 
+def of_prices(prices: Sequence[str]) -> str:
+    """What several changes cost together: one that costs nothing says so only where none of them does."""
+    told = list(dict.fromkeys(prices))
+    costly = [each for each in told if not each.startswith("none: ")]
+    return "; ".join(costly or told[:1]) or NO_PRICE
+
+
 def of_shorter(tokens: int) -> str:
     return f"sequences beyond {tokens} tokens are cut"
 

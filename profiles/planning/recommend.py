@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 from engines import entry, load_target
 from engines.costs.network import network_s
 from engines.costs.traffic import Traffic
+from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import approximation, why_no_base
@@ -90,6 +91,8 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
     unsuitable = _unsuitable(context)
     if unsuitable is None and (why := why_no_base(settings.typed, context.workload.dtype)) is not None:
         unsuitable = f"base=lossless {why}"
+    if unsuitable is None:
+        unsuitable = why_no_accumulation(settings.typed, context.workload.accumulation)
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
         passes = "two" if cost.forwards == 2 else f"{cost.forwards:g}"

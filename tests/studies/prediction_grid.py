@@ -379,7 +379,7 @@ def run(arguments: argparse.Namespace) -> int:
     running = Running(arguments, machine)
     cells = list(chosen(grid_cells(arguments.list), arguments.cells))
     if arguments.skip is not None:
-        records = [load_run(path) for path in (arguments.skip / "runs").glob("*.json")]
+        records = [load_run(path) for folder in arguments.skip for path in (folder / "runs").glob("*.json")]
         known_names = {record.id for record in records if record.end_state == "ok"}
         cells = [cell for cell in cells if cell.edge is not None or cell.name not in known_names]
     if arguments.edges_at_once > 1:
@@ -564,7 +564,7 @@ def main() -> int:
     running.add_argument("--cells", help="such as 1-20,31; all of the list by default")
     running.add_argument("--seconds", type=float, help="begin no cell after so many")
     running.add_argument("--edges-at-once", type=int, default=1, help="run so many edges side by side, first")
-    running.add_argument("--skip", type=Path, help="pass over what this folder has, edges apart")
+    running.add_argument("--skip", type=Path, nargs="+", help="pass over what these have, edges apart")
     running.add_argument("--machine", type=Path, help="its profile, in place of measuring it")
     table = commands.add_parser("table", help="the errors of what was measured")
     table.add_argument("folders", type=Path, nargs="+")

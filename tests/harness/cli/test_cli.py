@@ -384,6 +384,12 @@ def test_data_that_no_run_takes_is_found_before_the_probe_and_the_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_data_of_a_named_shape_needs_no_word_about_weights(call) -> None:
+    done = call("data", "builtin", "--model", "tiny-llama", "--seq-len", "64", "--examples", "1")
+    assert done.code == 0
+    assert "example 1" in done.out
+
+
 def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(
     call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

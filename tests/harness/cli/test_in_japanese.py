@@ -60,6 +60,35 @@ def test_recommend_says_all_of_it(arguments: list[str]) -> None:
         assert left == [], line
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            "moments=int8: without it the job needs 79.5 GiB of host memory, 53.6 GiB are usable: "
+            "25.9 GiB missing",
+            ("主記憶が 79.5 GiB 必要",),
+        ),
+        (
+            "needs 27.5 GiB of GPU memory, CUDA and fragmentation included, 24.0 GiB are usable: "
+            "3.48 GiB missing and needs 61.0 GiB of pinned memory, 7.45 GiB are usable: 53.6 GiB missing "
+            "and needs 111 GiB of host memory, 53.6 GiB are usable: 56.9 GiB missing",
+            ("ピン留めメモリが 61.0 GiB 必要", "主記憶が 111 GiB 必要", "56.9 GiB 不足"),
+        ),
+        (
+            "d=1152: the largest that hides and fits (200 M elements, host memory 1.01 s against 405 ms "
+            "of GPU time and 923 ms of streaming)",
+            ("主記憶の帯域 1.01 秒",),
+        ),
+    ],
+)
+def test_host_memory_is_an_amount_or_a_rate(told: str, words: tuple[str, ...]) -> None:
+    with speaking("ja"):
+        said = translated(told)
+    assert all(each in said for each in words)
+    assert ENGLISH.findall(said) == []
+    assert "memory" not in said
+
+
 @pytest.mark.parametrize("machine", ["rtx-a1000-laptop", "rtx-3090", "h200", "rtx-4090"])
 def test_doctor_says_all_of_it(machine: str) -> None:
     for line in printed("doctor", "--profile", machine).splitlines()[2:]:

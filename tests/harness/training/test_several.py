@@ -131,7 +131,7 @@ run(Path({str(tmp_path / "out")!r}), "mezo", job)
 @pytest.mark.parametrize(
     ("engine", "settings"),
     [
-        ("exact-offload", {}),
+        pytest.param("exact-offload", {}, marks=pytest.mark.slow),
         pytest.param("lsp", {"check_every": 3}, marks=pytest.mark.slow),
         ("native", {"max_grad_norm": 0.5}),
         pytest.param("lora", {"learning_rate": 1e-3}, marks=pytest.mark.slow),

@@ -13,6 +13,7 @@ from settings_given import given_for_each
 
 from engines.shapes import Workload
 from harness.models.configs import named_shape
+from profiles.advice import words
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.ways_out import Blocked, WayOut, way_out
 from profiles.catalog import find_profile
@@ -58,6 +59,33 @@ def test_a_precision_that_the_gpu_lacks() -> None:
     assert found.flags == "--dtype fp16"
     assert way("native", "qwen2.5-0.5b", "t4").flags == "--dtype fp32"
     assert way("native", "qwen2.5-0.5b", "rtx-4090", workload={"dtype": "fp16"}).flags == "--dtype bf16"
+
+
+def test_micro_batches_are_not_offered_where_the_engine_refuses_them() -> None:
+    """torchao overwrites offloaded gradients: a step of two micro-batches would train on the second alone."""
+    found = way(
+        "torchao-offload", "llama-3.1-8b", "rtx-4090", {"offload_gradients": True},
+        workload={"batch_size": 2, "seq_len": 2048},
+    )  # fmt: skip
+    assert found.flags.startswith("--seq-len ")
+
+    job = JobToPlan(
+        shape=named_shape("opt-125m"),
+        workload=Workload(batch_size=1, seq_len=512, accumulation=2),
+        engines=("torchao-offload",),
+        settings=given_for_each({"torchao-offload": {"offload_gradients": True}}),
+    )
+    context = job.context("torchao-offload", find_profile(Path("rtx-4090")))
+    plan = plan_engine(context, job.settings_of("torchao-offload"))
+    assert not plan.available
+    assert "micro-batches would not add up" in (plan.why_not or "")
+
+
+def test_what_costs_nothing_is_not_said_beside_what_costs_something() -> None:
+    waits, kept = "none: the backward pass waits for the CPU instead", words.NO_PRICE
+    assert words.of_prices(()) == kept
+    assert words.of_prices((waits,)) == words.of_prices((waits, kept)) == waits
+    assert words.of_prices(("passes in bf16", waits, "passes in bf16")) == "passes in bf16"
 
 
 def test_recomputation_before_shorter_sequences() -> None:
