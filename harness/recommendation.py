@@ -119,6 +119,11 @@ def limits_beyond(job: Job, machine: Machine) -> list[str]:
     """Limits that are more than the machine has, so that they limit nothing."""
     found = []
     gpu, limits = machine.gpu, job.limits
+    if gpu is None and limits.vram_bytes is not None:
+        found.append(
+            f"--vram {format_bytes(limits.vram_bytes)} limits nothing: no GPU is found here, so plans are "
+            "for the processor; --profile for a machine with a GPU, such as --profile rtx-4090"
+        )
     if gpu is not None and limits.vram_bytes is not None and limits.vram_bytes > gpu.total_bytes:
         found.append(
             f"--vram {format_bytes(limits.vram_bytes)} is more than the {format_bytes(gpu.total_bytes)} of "

@@ -142,6 +142,18 @@ def test_a_limit_beyond_the_machine_limits_nothing_and_is_told() -> None:
     assert "--host-memory 1.82 TiB is more than" in done.stderr
 
 
+def test_a_limit_on_a_card_that_is_not_there_limits_nothing_and_is_told(tmp_path: Path) -> None:
+    profile = json.loads((Path(__file__).parents[3] / "profiles/machines/rtx-3090.json").read_text())
+    profile |= {"gpu": None, "link": None, "gpu_absent_reason": "none"}
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(profile))
+    done = CliRunner().invoke(
+        app, ["recommend", "--model", "opt-125m", "--profile", str(path), "--vram", "24GB", "--quiet"]
+    )
+    assert done.exception is None
+    assert "--vram 22.4 GiB limits nothing: no GPU is found here" in done.stderr
+
+
 @pytest.mark.parametrize("platform", ["Linux 6.6", "Linux 6.6, WSL2"])
 def test_a_limit_that_was_not_measured_is_told_where_it_is_known_to_be_low(
     tmp_path: Path, platform: str
