@@ -116,7 +116,7 @@ def catalogue() -> dict[str, Machine]:
 
 
 def limits_beyond(job: Job, machine: Machine) -> list[str]:
-    """Limits that are more than the machine has, so that they limit nothing."""
+    """What was asked for and the machine does not have: limits that limit nothing, GPUs that are assumed."""
     found = []
     gpu, limits = machine.gpu, job.limits
     if gpu is None and limits.vram_bytes is not None:
@@ -128,6 +128,16 @@ def limits_beyond(job: Job, machine: Machine) -> list[str]:
         found.append(
             f"--vram {format_bytes(limits.vram_bytes)} is more than the {format_bytes(gpu.total_bytes)} of "
             f"{gpu.name}, so plans use what it has; --what-if or --profile for a larger card"
+        )
+    if gpu is not None and limits.gpus > gpu.num_gpus:
+        found.append(
+            f"--gpus {limits.gpus} is more than this machine has: the others are taken to be like "
+            f"{gpu.name}, with links of their own to one host memory"
+        )
+    if job.accumulation < (ranks := limits.gpus * limits.nodes):
+        found.append(
+            f"{ranks} processes share out the micro-batches of a step, which has {job.accumulation}: "
+            f"--accumulation {ranks} gives each one"
         )
     if limits.host_bytes is not None and limits.host_bytes > machine.memory.total_bytes:
         found.append(

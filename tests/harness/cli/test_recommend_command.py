@@ -142,6 +142,15 @@ def test_a_limit_beyond_the_machine_limits_nothing_and_is_told() -> None:
     assert "--host-memory 1.82 TiB is more than" in done.stderr
 
 
+def test_gpus_that_are_assumed_and_have_nothing_to_do_are_told() -> None:
+    asked = ["recommend", *ON_A_CARD, "--gpus", "2", "--quiet"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exception is None
+    assert "--gpus 2 is more than this machine has" in done.stderr
+    assert "--accumulation 2 gives each one" in done.stderr
+    assert "gives each one" not in CliRunner().invoke(app, [*asked, "--accumulation", "2"]).stderr
+
+
 def test_a_limit_on_a_card_that_is_not_there_limits_nothing_and_is_told(tmp_path: Path) -> None:
     profile = json.loads((Path(__file__).parents[3] / "profiles/machines/rtx-3090.json").read_text())
     profile |= {"gpu": None, "link": None, "gpu_absent_reason": "none"}
