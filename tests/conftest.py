@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and config.pluginmanager.hasplugin("xdist"):
             # In one process, one after the other: they measure the GPU's memory.
             item.add_marker(pytest.mark.xdist_group("gpu"))
-    for marker in ("families", "kills"):
+    for marker in ("families", "kills", "quiet"):
         if marker not in config.option.markexpr:
             items[:] = [item for item in items if not item.get_closest_marker(marker)]
     if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():

@@ -80,7 +80,7 @@ def test_two_machines_send_each_other_the_cores_of_lsp(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "one" / "model", tmp_path / "12-0" / "model")
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 @pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
 def test_two_machines_are_nearly_twice_as_fast_as_one() -> None:
     """At least 95 % of what both do by themselves at the same time, on a link of 1 Gbit/s. Steps last as long
