@@ -40,8 +40,8 @@ from profiles.catalog import find_profile
 from profiles.machine import Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
-from profiles.planning.predict import measured_matrix_rate
 from profiles.planning.recommend import recommend
+from profiles.rates import measured_matrix_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,14 @@ class Figure:
     def __post_init__(self) -> None:
         if (self.value is None) != (self.origin == "absent"):
             raise ValueError(f"a figure of origin {self.origin} has the value {self.value}")
+
+    def scaled(self, factor: float, why: str | None = None) -> Figure:
+        """So many times it; `why` is added to how it was measured. An absent one stays absent."""
+        low, value, high = (
+            None if each is None else factor * each for each in (self.low, self.value, self.high)
+        )
+        method = self.method if why is None else f"{self.method}, {why}"
+        return replace(self, low=low, value=value, high=high, method=method)
 
 
 def absent(reason: str) -> Figure:

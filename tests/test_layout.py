@@ -52,7 +52,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
         ("documents", "language", "units"),
         ("machine",),
-        ("catalog", "figures", "system"),
+        ("catalog", "figures", "rates", "system"),
         ("planning", "display", "probe"),
         ("advice", "doctor"),
     ),

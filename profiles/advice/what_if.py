@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engines.costs.exact_offload import FUSED_ADAM_BYTES
 from engines.shapes import Workload
 from profiles.advice import words
 from profiles.advice.outlook import JobToPlan, Outlook, outlook
 from profiles.machine import Cpu, Figure, Machine
-from profiles.planning.predict import COPY_WRITE_ALLOCATE
 from profiles.planning.recommend import plan_engine
+from profiles.rates import COPY_WRITE_ALLOCATE
 
 LIMITS = frozenset({"vram_bytes", "host_bytes"})
 
@@ -19,9 +20,6 @@ NETWORKS_GBIT = (1, 10)
 
 CARD_GIB = (8, 12, 16, 24, 32, 48, 80, 96, 141)
 """Sizes that cards come in."""
-
-ADAM_BYTES = 28
-"""Host memory traffic of an element of AdamW in fp32: weight, gradient and moments read, three written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +108,7 @@ def _more_cores(machine: Machine) -> Cpu:
         machine.memory.copy_bytes_per_s,
     )
     if adam.value is not None and copy.value is not None:
-        most = max(1.0, copy.value * COPY_WRITE_ALLOCATE / ADAM_BYTES / adam.value)
+        most = max(1.0, copy.value * COPY_WRITE_ALLOCATE / FUSED_ADAM_BYTES / adam.value)
         adam, kernel = (_times(each, min(2.0, most)) for each in (adam, kernel))
     return replace(
         cpu,
@@ -127,13 +125,8 @@ def _more_cores(machine: Machine) -> Cpu:
 def _times(figure: Figure, factor: float) -> Figure:
     if figure.value is None:
         return figure
-    return replace(
-        figure,
-        value=factor * figure.value,
-        low=None if figure.low is None else factor * figure.low,
-        high=None if figure.high is None else factor * figure.high,
-        method=f"{words.SUPPOSED}: {factor:g} times what is there; {figure.method}",
-    )
+    supposed = f"{words.SUPPOSED}: {factor:g} times what is there; {figure.method}"
+    return replace(figure.scaled(factor), method=supposed)
 
 
 def what_if(

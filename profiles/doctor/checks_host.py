@@ -6,7 +6,7 @@ import re
 
 from profiles.doctor.findings import Answer, Finding
 from profiles.machine import LinkFigures, Machine
-from profiles.planning.predict import COPY_WRITE_ALLOCATE
+from profiles.rates import COPY_WRITE_ALLOCATE
 from profiles.system.busy import disturbance
 from profiles.system.unprobed import System
 from profiles.units import format_bytes, format_rate

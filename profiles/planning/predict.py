@@ -3,25 +3,37 @@
     layer time on a resource = amount / measured rate
     step time = the layers' times combined as the method overlaps them (`engines.costs.overlap`)
 
-Rates are the machine's own figures. What no probe measures is a named constant below with its source.
-
-Longer than 400 lines: every resource's rate, its time and what is said of it stand side by side.
+Rates are the machine's own figures (`profiles.rates`). What no probe measures is a named constant
+below with its source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from engines.costs.exact_offload import FUSED_ADAM_BYTES, adam_bytes
 from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
-from profiles.machine import Figure, Gpu, Machine
+from profiles.machine import Figure, Machine
 from profiles.planning.budget import host_bytes_without_gpu
 from profiles.planning.plan import Prediction
+from profiles.rates import (
+    Bound,
+    FigureAbsent,
+    cpu_adam,
+    disk,
+    from_gpu,
+    host_copy,
+    host_memory_rate,
+    link_byte_s,
+    link_parts,
+    matmul,
+    memory_copy,
+    rate_of,
+)
 from profiles.units import format_elements, format_flops, format_rate
 
 CPU_MATMUL_EFFICIENCY = 0.7
@@ -60,13 +72,6 @@ CPU_GAUSSIAN_S = 35e-9
 """Perturbing by one normal number on a CPU, by torch operations on pieces too small for a second thread:
 33 to 39 ns on a server core."""
 
-COPY_WRITE_ALLOCATE = 1.5
-"""Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
-DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
-
-ADAMW_KERNEL_BYTES = 26
-"""Host memory that this program's AdamW reads and writes for a bf16 weight with fp32 moments."""
-
 GPU_MODEL_ERROR = 1.3
 """Factor each way. Measured over predicted lies between 0.9 and 1.15 on the rows of one H200 that the
 constants above were fitted to; another machine may be further off."""
@@ -96,15 +101,6 @@ COMPILE_S, COMPILE_LOW_S, COMPILE_HIGH_S = 10.0, 5.0, 60.0
 """What torch's compiler takes for one kind of block and the loss, once a process. 5 s were seen on an H200's
 host with blocks of one kind (engines/EXPERIMENTS.md), up to a minute with several forms; records have
 `compile_s`."""
-
-Bound = Literal["low", "value", "high"]
-
-
-class _Absent(Exception):
-    """A figure that the prediction needs is not there."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"{name}: {why}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +139,7 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
             side: _with_pause(_layer_times(traffic, machine, workload, side), traffic, machine, side)
             for side in _SIDES
         }
-    except _Absent as error:
+    except FigureAbsent as error:
         basis = f"No step time: {error}."
     else:
         combine = STEP_TIME[traffic.overlap] if on_gpu else serial_s
@@ -200,7 +196,7 @@ def resource_s(traffic: Traffic, machine: Machine, workload: Workload) -> dict[s
     """Seconds each resource is busy in a step, expected; `None` if the profile lacks a figure for it."""
     try:
         return busy_s(_layer_times(traffic, machine, workload, "value"))
-    except _Absent:
+    except FigureAbsent:
         return None
 
 
@@ -221,7 +217,7 @@ _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 
 
 def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> list[LayerTimes]:
-    """Raises `_Absent`."""
+    """Raises `FigureAbsent`."""
     rates = _rates(traffic, machine, workload, side)
     times = [_times(layer, rates) for layer in traffic.layers]
     launches = _launches_s(traffic, machine, side)
@@ -261,7 +257,7 @@ def _undisturbed(figure: Figure) -> Figure:
 
 def _seconds(figure: Figure, otherwise_s: float, side: Bound) -> float:
     """A time and no rate: the low side of a rate is the high one of a time."""
-    return otherwise_s if not figure.value else _rate("time of an operation", figure, _OTHER[side])
+    return otherwise_s if not figure.value else rate_of("time of an operation", figure, _OTHER[side])
 
 
 def _with_launches(
@@ -314,11 +310,11 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
 
 def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> _Rates:
     def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
-        return factor / _rate(*figure(), side) if amount > 0 else 0.0
+        return factor / rate_of(*figure(), side) if amount > 0 else 0.0
 
-    host_byte_s = per(traffic.host_bytes, lambda: _host_memory(machine))
+    host_byte_s = per(traffic.host_bytes, lambda: host_memory_rate(machine))
     gaussians = sum(layer.gaussians for layer in traffic.layers)
-    memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: _memory_copy(machine))
+    memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: memory_copy(machine))
     product_s = kernel_s = 0.0
     if machine.gpu is not None:
         product_s = _seconds(machine.gpu.product_s, PRODUCT_S, side)
@@ -326,181 +322,29 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     if machine.gpu is None:
         efficiency, gaussian_s = CPU_MATMUL_EFFICIENCY, CPU_GAUSSIAN_S
         # Copies that stay on the host: each byte of the link is read and written.
-        up = down = per(traffic.h2d_bytes + traffic.d2h_bytes, lambda: _host_copy(machine), 2.0)
+        up = down = per(traffic.h2d_bytes + traffic.d2h_bytes, lambda: host_copy(machine), 2.0)
     else:
         # A large product's rate under lasting load; what small ones lose is counted by product.
         efficiency, gaussian_s = 1.0, GAUSSIAN_BYTES * memory_byte_s
-        up = _link_byte_s(machine, traffic, "h2d", side)
-        down = _link_byte_s(machine, traffic, "d2h", side)
-    adam_factor = _adam(machine, traffic)[1]
+        up = link_byte_s(machine, traffic, "h2d", side)
+        down = link_byte_s(machine, traffic, "d2h", side)
+    adam_factor = cpu_adam(machine, traffic)[1]
     return _Rates(
-        per_flop_s=per(traffic.gpu_flops, lambda: _matmul(machine, workload), 1 / efficiency),
+        per_flop_s=per(traffic.gpu_flops, lambda: matmul(machine, workload), 1 / efficiency),
         per_product_s=product_s,
         per_kernel_s=kernel_s,
         per_gpu_byte_s=memory_byte_s,
         per_gaussian_s=gaussian_s,
         per_h2d_byte_s=up,
         per_d2h_byte_s=down,
-        per_adam_element_s=per(traffic.cpu_adam_elements, lambda: _adam(machine, traffic)[0], adam_factor),
+        per_adam_element_s=per(traffic.cpu_adam_elements, lambda: cpu_adam(machine, traffic)[0], adam_factor),
         per_host_byte_s=host_byte_s,
-        per_disk_byte_s=per(traffic.disk_bytes, lambda: _disk(machine)),
-        per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: _disk(machine, writes=True)),
+        per_disk_byte_s=per(traffic.disk_bytes, lambda: disk(machine)),
+        per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: disk(machine, writes=True)),
         per_from_gpu_byte_s=0.0
         if machine.gpu is None
-        else per(traffic.from_gpu_bytes, lambda: _from_gpu(traffic, machine)),
+        else per(traffic.from_gpu_bytes, lambda: from_gpu(traffic, machine)),
     )
-
-
-def _rate(name: str, figure: Figure, side: Bound) -> float:
-    """Raises `_Absent` for a figure that is absent or not positive."""
-    if figure.value is None or figure.value <= 0:
-        raise _Absent(f"{name} is not in the machine profile", figure.method)
-    if side == "low" and figure.low is not None and figure.low > 0:
-        return min(figure.low, figure.value)
-    if side == "high" and figure.high is not None:
-        return max(figure.high, figure.value)
-    return figure.value
-
-
-def _adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], float]:
-    """The CPU's AdamW that was measured and is nearest to what runs, and what runs takes of its time."""
-    own, torchs = machine.cpu.adamw_kernel_elements_per_s, machine.cpu.adam_elements_per_s
-    if traffic.cpu_adamw_kernel_factor is None:
-        return ("CPU Adam", torchs), traffic.cpu_adam_factor
-    if own.value is not None:
-        return ("AdamW kernel on the CPU", own), traffic.cpu_adamw_kernel_factor
-    # Not measured: no slower than torch's, and with many cores no slower than memory is. On 32 cores torch's
-    # moved 78 GB/s and the kernel 151, which are half as much again as the copies' 101.
-    copy = machine.memory.copy_bytes_per_s
-    moved = ADAMW_KERNEL_BYTES * traffic.cpu_adamw_kernel_factor / COPY_WRITE_ALLOCATE
-    if copy.origin != "measured" or not (torchs.value and copy.value):
-        return ("CPU Adam", torchs), traffic.cpu_adam_factor
-    if copy.value / moved > torchs.value / traffic.cpu_adam_factor:
-        return ("host copy bandwidth", copy), moved
-    return ("CPU Adam", torchs), traffic.cpu_adam_factor
-
-
-def _host_copy(machine: Machine) -> tuple[str, Figure]:
-    return "host copy bandwidth", machine.memory.copy_bytes_per_s
-
-
-def _host_memory(machine: Machine) -> tuple[str, Figure]:
-    """What host memory moves: what a copy makes of it, or AdamW where that is more."""
-    name, copy = _host_copy(machine)
-    if copy.value is None:
-        return name, copy
-    rates = [
-        _scaled(copy, COPY_WRITE_ALLOCATE),
-        _scaled(machine.cpu.adam_elements_per_s, FUSED_ADAM_BYTES),
-        _scaled(machine.cpu.adamw_kernel_elements_per_s, adam_bytes(2, "fp32")),
-    ]
-    return name, max(rates, key=lambda each: each.value or 0.0)
-
-
-def _scaled(figure: Figure, factor: float) -> Figure:
-    low, value, high = (
-        None if each is None else factor * each for each in (figure.low, figure.value, figure.high)
-    )
-    return replace(figure, low=low, value=value, high=high)
-
-
-def _disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
-    if machine.disk is None:
-        why = machine.disk_absent_reason or "the profile holds no disk"
-        why += "; 'lspzo-bench probe --disk FOLDER --out FILE' does, for --profile FILE"
-        raise _Absent("disk read bandwidth is not in the machine profile", why)
-    if writes:
-        return "disk write bandwidth", machine.disk.write_bytes_per_s
-    return "disk read bandwidth", machine.disk.read_bytes_per_s
-
-
-def _from_gpu(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
-    """Of the slowest GPU; for weights that GPUs divide, where the profile is of one alone, that of its link,
-    which is what two GPUs have at least."""
-    each = () if machine.link is None else machine.link.each_gpu
-    known = [gpu.from_gpu_bytes_per_s for gpu in each if gpu.from_gpu_bytes_per_s.value]
-    if not known and traffic.divided_weights and machine.link is not None and not each:
-        return "bandwidth between GPUs, taken for that of the link", machine.link.d2h_pinned_bytes_per_s
-    if not known:
-        why = each[0].from_gpu_bytes_per_s.method if each else "the profile is of one GPU"
-        raise _Absent("bandwidth between GPUs is not in the machine profile", why)
-    return "bandwidth between GPUs", min(known, key=lambda figure: figure.value or 0.0)
-
-
-def _memory_copy(machine: Machine) -> tuple[str, Figure]:
-    if machine.gpu is None:
-        return _host_copy(machine)
-    return "GPU copy bandwidth", machine.gpu.copy_bytes_per_s
-
-
-def _matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
-    if machine.gpu is None:
-        cpu = {"fp32": machine.cpu.matmul_fp32_flops, "bf16": machine.cpu.matmul_bf16_flops}
-        if workload.dtype not in cpu:
-            raise _Absent(f"CPU matrix product in {workload.dtype}", "it is not probed")
-        return f"CPU matrix product in {workload.dtype}", cpu[workload.dtype]
-    gpu = {
-        "fp32": machine.gpu.matmul_fp32_flops,
-        "bf16": _sustained(machine.gpu.matmul_bf16_flops, machine.gpu),
-        "fp16": _sustained(machine.gpu.matmul_fp16_flops, machine.gpu),
-    }
-    return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
-
-
-def measured_matrix_rate(machine: Machine, workload: Workload) -> float | None:
-    """FLOP/s of one large product in the job's precision, under lasting load, as this machine's profile has
-    measured it; `None`: it was not measured, or on cores that others used."""
-    try:
-        _, figure = _matmul(machine, workload)
-    except _Absent:
-        return None
-    if machine.gpu is None and figure.disturbance is not None:
-        return None
-    return figure.value if figure.origin == "measured" else None
-
-
-def _sustained(product: Figure, gpu: Gpu) -> Figure:
-    """What is left of a burst's rate under lasting load, which a training run is; as it was in bf16."""
-    sustained, burst = gpu.matmul_sustained_flops.value, gpu.matmul_bf16_flops.value
-    if product.value is None or not sustained or not burst or sustained >= burst:
-        return product
-    share = sustained / burst
-    return replace(
-        product,
-        value=product.value * share,
-        low=None if product.low is None else product.low * share,
-        high=None if product.high is None else product.high * share,
-    )
-
-
-def _link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Bound) -> float:
-    """Seconds per byte of one direction, its two parts taken together."""
-    parts = _link(machine, traffic, direction)
-    moved = sum(count for count, _, _ in parts)
-    return sum(count / _rate(name, figure, side) for count, name, figure in parts) / moved if moved else 0.0
-
-
-def _link(machine: Machine, traffic: Traffic, direction: Direction) -> list[tuple[int, str, Figure]]:
-    """What goes in one direction, in parts: bytes, the name of their rate, the rate.
-
-    Where copies in both directions run side by side, as many bytes as the lighter one has are slowed down by
-    the other direction's; the rest of the heavier one has the link to itself.
-    """
-    link = machine.link
-    own, other = traffic.h2d_bytes, traffic.d2h_bytes
-    alone, shared = "h2d_pinned_bytes_per_s", "h2d_duplex_bytes_per_s"
-    if direction == "d2h":
-        own, other = other, own
-        alone, shared = "d2h_pinned_bytes_per_s", "d2h_duplex_bytes_per_s"
-    beside = min(own, other) if traffic.overlap in ("streamed", "layerwise", "blockwise") else 0
-    counts = {shared: beside, alone: own - beside}
-    names = {
-        shared: f"{direction} bandwidth with both directions busy",
-        alone: f"{direction} pinned bandwidth",
-    }
-    if own and link is None:
-        raise _Absent("link bandwidth is not in the machine profile", "the profile has a GPU but no link")
-    return [(count, names[key], getattr(link, key)) for key, count in counts.items() if count]
 
 
 def _model_error(traffic: Traffic, machine: Machine, workload: Workload, bottleneck: str | None) -> float:
@@ -525,24 +369,24 @@ def _basis(traffic: Traffic, machine: Machine, workload: Workload, error: float)
     on_gpu = machine.gpu is not None
     parts = []
     if traffic.gpu_flops > 0:
-        rate = _named_figure(_matmul(machine, workload), format_flops)
+        rate = _named_figure(matmul(machine, workload), format_flops)
         parts.append(rate if on_gpu else f"{rate}, of which a model gets {CPU_MATMUL_EFFICIENCY:.0%}")
     if traffic.gpu_bytes > 0:
-        parts.append(_named_figure(_memory_copy(machine), format_rate))
+        parts.append(_named_figure(memory_copy(machine), format_rate))
     if on_gpu:
         for direction in _DIRECTIONS:
-            figures = _link(machine, traffic, direction)
+            figures = link_parts(machine, traffic, direction)
             parts += [_named_figure((name, figure), format_rate) for _, name, figure in figures]
         if traffic.from_gpu_bytes:
-            parts.append(_named_figure(_from_gpu(traffic, machine), format_rate))
+            parts.append(_named_figure(from_gpu(traffic, machine), format_rate))
     if traffic.cpu_adam_elements:
-        adam = _adam(machine, traffic)[0]
+        adam = cpu_adam(machine, traffic)[0]
         of_memory = adam[1] is machine.memory.copy_bytes_per_s
         parts.append(_named_figure(adam, format_rate if of_memory else format_elements))
     if traffic.disk_bytes:
-        parts.append(_named_figure(_disk(machine), format_rate))
+        parts.append(_named_figure(disk(machine), format_rate))
     if traffic.disk_write_bytes:
-        parts.append(_named_figure(_disk(machine, writes=True), format_rate))
+        parts.append(_named_figure(disk(machine, writes=True), format_rate))
     overlap = traffic.overlap.replace("_", " ") if on_gpu else "everything in turn on the CPU"
     resources = "; ".join(parts) or "no resource used"
     return f"Closed form, {overlap}: {resources}; model error a factor of {error:g} each way."

@@ -78,17 +78,7 @@ def machine_of_a_rank(machine: Machine, gpus: int) -> Machine:
 
 
 def _shared(figure: Figure, count: int) -> Figure:
-    return _scaled(figure, 1 / count, f"shared by {count} processes")
-
-
-def _scaled(figure: Figure, factor: float, why: str) -> Figure:
-    return replace(
-        figure,
-        value=None if figure.value is None else figure.value * factor,
-        low=None if figure.low is None else figure.low * factor,
-        high=None if figure.high is None else figure.high * factor,
-        method=f"{figure.method}, {why}",
-    )
+    return figure.scaled(1 / count, f"shared by {count} processes")
 
 
 def _slowest(link: LinkFigures, gpus: int) -> LinkFigures:
@@ -104,7 +94,7 @@ def _slowest(link: LinkFigures, gpus: int) -> LinkFigures:
             continue
         factor = min(1.0, min(rates) / alone.value)
         for name in (f"{direction}_pinned_bytes_per_s", f"{direction}_duplex_bytes_per_s"):
-            found[name] = _scaled(getattr(link, name), factor, f"of {gpus} GPUs that copy at once")
+            found[name] = getattr(link, name).scaled(factor, f"of {gpus} GPUs that copy at once")
     return replace(link, **found)
 
 
@@ -126,5 +116,5 @@ def _within_memory(link: LinkFigures, machine: Machine, gpus: int) -> LinkFigure
     if factor >= 1.0:
         return link
     why = f"as host memory allows {gpus} links"
-    found: dict[str, Any] = {name: _scaled(getattr(link, name), factor, why) for name in names}
+    found: dict[str, Any] = {name: getattr(link, name).scaled(factor, why) for name in names}
     return replace(link, **found)

@@ -34,10 +34,11 @@ from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
-from profiles.planning.predict import COPY_WRITE_ALLOCATE, predict, resource_s
+from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import rank, recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder
 from profiles.planning.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
+from profiles.rates import COPY_WRITE_ALLOCATE
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
