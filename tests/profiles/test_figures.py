@@ -29,9 +29,13 @@ def test_labels_tell_figures_apart() -> None:
     assert len(set(labels)) == len(labels)
 
 
-@pytest.mark.parametrize(("reader", "folder"), [("predict", "planning"), ("doctor", "doctor")])
-def test_who_reads_a_figure_is_told_as_it_is(reader: Reader, folder: str) -> None:
-    files = (ROOT / "profiles" / folder).glob("*.py")
+@pytest.mark.parametrize(
+    ("reader", "places"),
+    [("predict", ("planning/*.py", "rates.py")), ("doctor", ("doctor/*.py",))],
+    ids=["predict", "doctor"],
+)
+def test_who_reads_a_figure_is_told_as_it_is(reader: Reader, places: tuple[str, ...]) -> None:
+    files = [path for place in places for path in (ROOT / "profiles").glob(place)]
     # Which divides every figure among processes and predicts nothing.
     source = "".join(path.read_text(encoding="utf-8") for path in files if path.name != "ranks.py")
     read = {row.path for row in FIGURES if re.search(rf'\b{row.path}\b|"{row.field}"', source)}
