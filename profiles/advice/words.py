@@ -57,12 +57,7 @@ def upgrade_ram(before: int, after: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Hours up to two days, then days."""
-    if seconds is None:
-        return "not known"
-    if seconds >= 48 * 3600:
-        return f"{seconds / 86400:.3g} days"
-    return format_seconds(seconds)
+    return "not known" if seconds is None else format_seconds(seconds)
 
 
 def band(low: float | None, high: float | None) -> str:
