@@ -42,7 +42,7 @@ TASKS = {
         ("lsp, d = n/2", "smollm2-135m-wikitext2-lsp_h200_20261129"),
     ),
 }
-"""Methods of one task in the order of the table, and the folder of each. The others stand beside the first."""
+"""Methods of one task in the table's order, and the folder of each. The others stand beside the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ def table(task: str) -> Iterator[str]:
     target, name = first.study.plan.target, first.label
     metric = target.metric.replace("_", " ")
     yield (
-        f"| method | rate (tried) | test {metric}, median (range) | seeds | of {name}'s gain | beside {name} | "
-        f"steps to {target.value:g} | steps to 90 % of {name}'s gain |"
+        f"| method | rate (tried) | test {metric}, median (range) | seeds | of {name}'s gain | "
+        f"beside {name} | steps to {target.value:g} | steps to 90 % of {name}'s gain |"
     )
     yield "| --- | --- | --- | ---: | ---: | --- | --- | --- |"
     for each, (_, folder) in zip(methods, TASKS[task], strict=True):
