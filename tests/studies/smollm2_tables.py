@@ -38,8 +38,15 @@ TASKS = {
     "SST-2, fp32": (("native", "smollm2-135m-sst2-fp32_h200_20261129"),),
     "WikiText-2, bf16": (
         ("native", "smollm2-135m-wikitext2_h200_20261129"),
-        ("lora", "smollm2-135m-wikitext2_h200_20261129"),
+        ("lora", "smollm2-135m-wikitext2-lora_h200_20261129"),
         ("lsp, d = n/2", "smollm2-135m-wikitext2-lsp_h200_20261129"),
+    ),
+    "SST-2, by uploads": (
+        ("mezo", "smollm2-135m-sst2-uploads-mezo_h200_20261129"),
+        ("mezo:queries", "smollm2-135m-sst2-uploads_h200_20261129"),
+        ("mezo:curvature", "smollm2-135m-sst2-uploads_h200_20261129"),
+        ("mezo:fzoo", "smollm2-135m-sst2-uploads_h200_20261129"),
+        ("mezo:examples", "smollm2-135m-sst2-uploads_h200_20261129"),
     ),
 }
 """Methods of one task in the table's order, and the folder of each. The others stand beside the first."""
