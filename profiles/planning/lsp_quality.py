@@ -70,7 +70,7 @@ RESIDUAL = (
 
 def quality_reasons(share: float, parameters: int, *, residual: bool) -> tuple[str, ...]:
     """Sentences; `share` is the smallest d over a weight's smaller dimension."""
-    studies = RESIDUAL if residual else PLAIN
+    studies: tuple[SubspaceStudy, ...] = RESIDUAL if residual else PLAIN
     sizes = [each for each in studies[0].found if each <= share + 1e-9]
     if not sizes:
         least = min(studies[0].found)
