@@ -147,8 +147,8 @@ def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
 
 
 def is_off_grid(shape: ModelShape, workload: Workload) -> bool:
-    """Whether rows of logits begin where a 16-bit product cannot read 16 bytes at once: GPT-2's 50257 are odd.
-    Forward-only methods take the vocabulary in chunks that lie on the grid."""
+    """Whether rows of logits begin where a 16-bit product cannot read 16 bytes at once: GPT-2's 50257 are
+    odd. Forward-only methods take the vocabulary in chunks that lie on the grid."""
     return shape.predicts_tokens and BYTES_PER_ELEMENT[workload.dtype] == 2 and shape.vocabulary % 8 != 0
 
 

@@ -23,9 +23,7 @@ from tests.studies.prediction_grid import (
     text_of,
 )
 
-FOLDERS = tuple(
-    Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night")
-)
+FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night"))
 """Cells of 29 November 2026 on H200 machines. Constants were changed after a look at each, as the README
 of the first says; the list has cells that nobody has seen."""
 
