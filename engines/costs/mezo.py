@@ -320,13 +320,6 @@ def graph_pool_bytes(shape: ModelShape, workload: Workload, settings: MezoSettin
     return sides * transformer.forward_pool_bytes(shape, workload)
 
 
-def widest_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> int:
-    """The largest tensor of a block's forward pass, of both sides: inside the feed-forward part."""
-    sides = 1 if settings.is_one_sided else 2
-    tokens = sides * workload.batch_size * workload.seq_len
-    return tokens * shape.intermediate * BYTES_PER_ELEMENT[workload.dtype]
-
-
 def gpu_memory(
     shape: ModelShape,
     workload: Workload,
@@ -367,14 +360,13 @@ def gpu_memory(
         "logits": 0,
     }
     # A chunk of logits is there until the next one has been made room for.
-    chunks_at_once = 2 if shape.head == "causal_lm" else 1
+    at_once = 2 if shape.head == "causal_lm" else 1
     at_head, without_triton = (
         {
             **kept,
             "scratch": scratch + head_scratch,
             "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
-            "logits": chunks_at_once
-            * transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
+            "logits": at_once * transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
         }
         for has_triton in (True, False)
     )
@@ -384,7 +376,8 @@ def gpu_memory(
         # there were graphs, lies beside it, and has places for the head.
         pool = graph_pool_bytes(shape, workload, settings)
         of_head = head_scratch + 2 * 2 * transformer.hidden_bytes(shape, workload)
-        if at_head["logits"] <= chunks_at_once * widest_bytes(shape, workload, settings):
+        widest = (2 - one_sided) * workload.batch_size * workload.seq_len * element * shape.intermediate
+        if at_head["logits"] <= at_once * widest:
             of_head += at_head["logits"]
         beside = sum(at_head.values()) + pool + max(0, pool - of_head)
         apart = max(0, beside - max(sum(in_block.values()), sum(at_head.values())))
