@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from forked import children
+from left_behind import children_left
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 from settings_given import given_settings
 
@@ -26,7 +27,7 @@ def kept() -> Iterator[KeptChild]:
     child = KeptChild()
     yield child
     child.close()
-    assert children() == []
+    assert children_left() == []
 
 
 def start(

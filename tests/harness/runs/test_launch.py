@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from forked import children
+from left_behind import children_left
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.runs.launch
@@ -48,7 +49,7 @@ def start(
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(tmp_path: Path) -> Any:
     yield
-    assert children() == []
+    assert children_left() == []
     left = {path.name for path in (tmp_path / ".work").glob("*/*")}
     assert left <= {"request.json", "result.json", "log"}
 

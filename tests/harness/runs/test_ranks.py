@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from forked import children, is_rank
+from left_behind import children_left
 from ranks import in_ranks
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 from settings_given import given_settings
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("forked_programs")
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     yield
-    assert children() == []
+    assert children_left() == []
 
 
 def tiny_request(gpus: int, steps: int = 4) -> Request:
