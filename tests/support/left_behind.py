@@ -7,7 +7,7 @@ from forked import children
 
 
 def children_left() -> list[psutil.Process]:
-    """Processes that this one started and that still run, but for torch's own compilers and the process that forks.
+    """Processes that this one started and that still run, but for torch's compilers and that which forks.
 
     The first compiled model of a test process starts a server of compile workers that lives as long as the
     process does, so it may belong to an earlier test.
