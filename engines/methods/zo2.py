@@ -64,6 +64,7 @@ from engines.costs.zo2 import choose_on_disk, folds, folds_disk, num_staying, re
 from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
 from engines.offload.disk import DiskBlocks, spill_folder
+from engines.offload.disk_files import BlockFiles
 from engines.offload.disk_tensors import FetchedTensors, in_place
 from engines.offload.ring import BlockStream
 from engines.quantized.block_form import BlockForm
@@ -194,15 +195,14 @@ class StreamedBlocks:
     def _make_disk(self, blueprint: Blueprint) -> DiskBlocks:
         context, settings = self._context, self._settings
         as_stored = {i: self._forms[i].layout for i in self.on_disk} if settings.base == "full" else {}
-        return DiskBlocks(
+        files = BlockFiles(
             {i: self._forms[i].size_bytes for i in sorted(self.on_disk)},
             spill_folder(settings.disk_folder),
-            self.link,
-            context.progress,
             written_back=self._changed_on_disk() if folds_disk(settings, context.total_steps) else (),
             in_place=in_place(as_stored, blueprint, context.workload.dtype, self._forms[0].dtype.itemsize),
-            delay_s=self._delays[1],
-            timeline=self._clocks.timeline,
+        )
+        return DiskBlocks(
+            files, self.link, context.progress, delay_s=self._delays[1], timeline=self._clocks.timeline
         )
 
     def _changed_on_disk(self) -> list[int]:
