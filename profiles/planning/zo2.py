@@ -183,7 +183,7 @@ def _choose_place(context: PlanningContext, given: GivenSettings) -> Choice:
     whole = _choose(context, given)
     if context.local_ranks == 1 or context.machine.gpu is None or "sharded_upload" in given:
         return whole
-    if not (whole.settings.typed.shares_blocks and context.cost(whole.settings.typed).h2d_bytes):
+    if not (whole.settings.typed.may_shard_upload and context.cost(whole.settings.typed).h2d_bytes):
         return whole
     sharded = _choose(context, given.completed(sharded_upload=True))
     before, after = (

@@ -211,7 +211,7 @@ def base_of(made: Zo2) -> list[bytes]:
     found = []
     for index in sorted(made.blocks.on_disk):
         span = made.blocks.disk.files.own[index]
-        with open(f"/proc/self/fd/{span.file._descriptor}", "rb") as file:
+        with open(f"/proc/self/fd/{span.file.descriptor}", "rb") as file:
             found.append(file.read())
     return found
 

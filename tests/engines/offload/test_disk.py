@@ -187,7 +187,7 @@ def test_a_second_file_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     out = torch.zeros(sizes[0], dtype=torch.uint8)
     blocks.fetch(0, out)
     assert torch.equal(out, changed)
-    with safe_open(f"/proc/self/fd/{base.file._descriptor}", framework="pt") as file:
+    with safe_open(f"/proc/self/fd/{base.file.descriptor}", framework="pt") as file:
         assert torch.equal(file.get_tensor("block.0"), contents[0])
     blocks.close()
 
@@ -197,7 +197,7 @@ def test_files_are_private_nameless_and_safetensors(tmp_path: Path) -> None:
     blocks, contents = filled(folder, {4: 12_345})
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert list(folder.iterdir()) == []
-    descriptor = blocks.files.own[4].file._descriptor
+    descriptor = blocks.files.own[4].file.descriptor
     assert stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o600
     assert os.fstat(descriptor).st_nlink == 0
     with safe_open(f"/proc/self/fd/{descriptor}", framework="pt") as file:
@@ -245,7 +245,7 @@ def test_short_reads_and_writes_go_on(
 ) -> None:
     """Direct I/O goes on from an aligned place, and gives up where it does not get that far."""
     span = make_file(tmp_path, "block", 6 * ALIGNMENT_BYTES)
-    file, offset = RawFile(span.file._descriptor, direct=direct), span.offset_bytes
+    file, offset = RawFile(span.file.descriptor, direct=direct), span.offset_bytes
     source, target = torch.zeros(2, 6 * ALIGNMENT_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
     source, target = (
         memory[-memory.data_ptr() % ALIGNMENT_BYTES :][: 6 * ALIGNMENT_BYTES] for memory in (source, target)
@@ -260,7 +260,7 @@ def test_short_reads_and_writes_go_on(
 
         return limited
 
-    descriptor = os.open(f"/proc/self/fd/{span.file._descriptor}", os.O_RDWR)  # which takes any length
+    descriptor = os.open(f"/proc/self/fd/{span.file.descriptor}", os.O_RDWR)  # which takes any length
     file = RawFile(descriptor, direct=direct)
     monkeypatch.setattr(os, "preadv", short(REAL_PREADV))
     monkeypatch.setattr(os, "pwritev", short(REAL_PWRITEV))

@@ -113,7 +113,7 @@ def test_a_low_bit_base_on_disk_is_never_written(tmp_path: Path) -> None:
         files = [made.blocks.disk.files.own[index].file for index in sorted(made.blocks.on_disk)]
 
         def contents(of: list[Any] = files) -> list[bytes]:
-            return [Path(f"/proc/self/fd/{file._descriptor}").read_bytes() for file in of]
+            return [Path(f"/proc/self/fd/{file.descriptor}").read_bytes() for file in of]
 
         before = contents()
         for batch in tiny_batches(5, "opt"):
