@@ -183,7 +183,9 @@ class SharedDisk:
         return bool(self._readers) and not self._begun and self._turn_of(self._range) < self._taken
 
     def send(self, out: Tensor, after: Sequence[Event], name: str) -> Event | None:
-        """As `engines.offload.disk.DiskBlocks.send`."""
+        """Enqueue the upload of the next range to `out`, bytes on the device, as far as it has been read, by
+        this rank or another. The event of its end, or `None` while some of it is still to be read: call
+        again, with the same arguments. Raises `UserError` if this rank's own reading fails."""
         if self._goes_alone:
             return self._send_alone(out, after, name)
         if not self._readers:
@@ -257,7 +259,8 @@ class SharedDisk:
         self._numbers.wait_for(is_over)
 
     def meet(self) -> None:
-        """Returns when all ranks of the machine have come. Raises as `wait`."""
+        """Returns when all ranks of the machine have come. Raises `UserError` where the disk failed one of
+        them, and `PeerLost` where one has ended."""
         turn = self._numbers.load(MET, self._rank) + 1
         self._numbers.store(MET, self._rank, turn)
         self._wait_for(lambda: all(self._numbers.load(MET, rank) >= turn for rank in range(self._size)))
@@ -341,21 +344,24 @@ class SharedDisk:
     # --- one block at a time ----------------------------------------------------------------------------
 
     def fill(self, block: int, memory: Tensor) -> None:
-        """As `engines.offload.disk.DiskBlocks.fill`, by one rank, for all. At rest."""
+        """Write a block, bytes on the device, for the first time or anew, by one rank for all; while they
+        rest. Waits until it is on disk. Raises `UserError` if the disk is full or fails."""
         self._alone.fill(block, memory)
 
     def write_back(self, block: int, memory: Tensor) -> None:
-        """As `engines.offload.disk.DiskBlocks.write_back`, by one rank, for all. At rest."""
+        """Keep a block, updated, in its second file, for all ranks, who read it from there from now on. As
+        `fill`."""
         self._alone.write_back(block, memory)
 
     def fetch(self, block: int, out: Tensor) -> None:
-        """As `engines.offload.disk.DiskBlocks.fetch`, by this rank alone. `rewind` follows."""
+        """A block as it is on disk, to `out`, bytes on the device, in the order of the compute stream; read
+        by this rank alone. `rewind` follows."""
         self.files.look()
         self._alone.fetch(block, out)
 
     def choose_depth(self) -> None:
-        """As `engines.offload.disk.DiskBlocks.choose_depth`: one rank measures, for all of its machine. All
-        files are filled."""
+        """One rank measures how many reads in flight it takes to read as fast as can be, and all of its
+        machine divide them. They come here together; all files are filled."""
         if self._rank == 0:
             self._alone.rewind()
             self._alone.choose_depth()
