@@ -76,7 +76,9 @@ class GpuMemory(TypedDict):
 
     gpu_memory_bytes: Mapping[str, int]
     gpu_apart_bytes: int
+    gpu_returned_bytes: int
     gpu_without_triton_bytes: int
+    gpu_margin: float
     workspaces: int
 
 
@@ -98,6 +100,11 @@ class Traffic:
     gpu_apart_bytes: int = 0
     """What torch's allocator takes beside the tensors' peak, since what is there at other moments has other
     sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
+    gpu_returned_bytes: int = 0
+    """Of those, what torch gives back before memory runs out: places that nothing uses any more, outside of
+    graphs. A run that has less memory does without them."""
+    gpu_margin: float = 0.06
+    """Share by which what is needed may be more than is predicted; a plan that fits has it left."""
     gpu_without_triton_bytes: int = 0
     """By how much the peak is larger where there is no Triton."""
     divided_weights: DividedWeights | None = None
