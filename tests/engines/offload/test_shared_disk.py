@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_every_rank_gets_every_range_in_order_whatever_the_others_do(tmp_path: P
     order: list[ByteRange] = []
     for block, size in sizes.items():
         cuts = sorted({0, size, *(drawn.randrange(size + 1) for _ in range(2))})
-        order += [(block, begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+        order += [(block, begin, end) for begin, end in pairwise(cuts)]
     changes = {number: drawn.sample(sorted(sizes), 2) for number in (2, 5)}
 
     def act(world: SideBySideWorld) -> None:
