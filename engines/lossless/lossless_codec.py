@@ -23,7 +23,8 @@ An *escape* is a weight whose exponent is no code's: its place, 4 x lane + row, 
 order. Escapes of a tile beyond 5 lie in the last words of the matrix's tiles, from the
 one on that the tile names: each has room for one.
 Weights of a normal distribution have 0.2 to 0.3 escapes a tile, those of trained models about 1. A matrix
-with more than there is room for, 5 a tile and then 1 more a tile in all, cannot be kept so.
+with more than there is room for, 5 a tile and then 1 more a tile in all, cannot be kept so: it stays whole,
+from the start or from the update on that made it so (`engines.lossless.whole_matrices`).
 
 Bits depend on the weights alone: the base is the one with the fewest escapes, or the one below the largest
 exponent where that has 5 or fewer.

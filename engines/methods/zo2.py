@@ -30,9 +30,9 @@ Events order the streams; the host waits once per step, to read the two losses. 
 on over the loss, as far as the ring has room.
 
 With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.lossless_codec`, to
-the bit. With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates are
-deferred exactly and join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are
-kept.
+the bit, but for those that found no room there (`engines.lossless.whole_matrices`). With a low-bit one they
+are as in `engines.quantized.codec`, approximately; their updates are deferred exactly and join them at the
+times of `engines.zeroth_order.deferred_updates`, wherever they are kept.
 
 With `hidden_states=host` those of the step's passes wait in pinned host memory, but for the first 256 MB
 (`engines.model.waiting_states`): a step of tens of queries has as many of them.
