@@ -10,7 +10,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef PART
 #define PART 32768 /* a multiple of GROUP; elements that a thread takes at a time: 0.6 MB, which fit into its second-level cache */
+#endif
 
 typedef struct {
     float scale, keep_moment, take_moment, keep_variance, take_variance, unbias_moment, unbias_root, eps;

@@ -269,7 +269,6 @@ def run_study(
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
         save_job(plan.job, out / "job.toml")
-        save_job(plan.job, out / "job.toml")
         together = (lambda: nullcontext(launch)) if launch is not None else one_process
         trials = StudyTrials(ready, job, learnings, data_file, launch or launched, together, report, on_event)
         records = list(trials.run())

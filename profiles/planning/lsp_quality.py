@@ -42,32 +42,54 @@ PLAIN = (
         found={0.25: (1.3, 1.3, 1.3), 0.5: (0.4, -1.1, 1.1), 0.75: (0.3, 0.0, 0.6), 1.0: (0.2, -0.3, 0.5)},
         source="tests/studies/quality/quality.json",
     ),
+    SubspaceStudy(
+        name="SmolLM2-135M, SST-2 (template, bf16)",
+        parameters=134.5e6,
+        unit="accuracy",
+        found={0.25: (0.3, -0.9, 2.2), 0.5: (-0.4, -0.7, 0.1), 0.75: (-0.4, -0.8, -0.1)},
+        source="tests/studies/smollm2/README.md",
+    ),
 )
-RESIDUAL = SubspaceStudy(
-    name="a decoder of 2 x 128, WikiText-2 and then instruction records",
-    parameters=0.46e6,
-    unit="gain per byte",
-    found={0.25: (98.6, 98.4, 98.8), 0.5: (99.2, 98.6, 99.9)},
-    source="tests/studies/subspaces/subspace.json",
+RESIDUAL = (
+    SubspaceStudy(
+        name="a decoder of 2 x 128, WikiText-2 and then instruction records",
+        parameters=0.46e6,
+        unit="gain per byte",
+        found={0.25: (98.6, 98.4, 98.8), 0.5: (99.2, 98.6, 99.9)},
+        source="tests/studies/subspaces/subspace.json",
+    ),
+    SubspaceStudy(
+        name="SmolLM2-135M, SST-2 (template, bf16, residual=1)",
+        parameters=134.5e6,
+        unit="accuracy",
+        found={0.25: (-0.6, -0.9, -0.3)},
+        source="tests/studies/smollm2/README.md",
+    ),
 )
 
 
 def quality_reasons(share: float, parameters: int, *, residual: bool) -> tuple[str, ...]:
     """Sentences; `share` is the smallest d over a weight's smaller dimension."""
-    studies = (RESIDUAL,) if residual else PLAIN
+    studies: tuple[SubspaceStudy, ...] = RESIDUAL if residual else PLAIN
     sizes = [each for each in studies[0].found if each <= share + 1e-9]
     if not sizes:
         least = min(studies[0].found)
         return (f"quality: d is {share:.2f} of n; below {least:g} n nothing was studied: not known",)
     known = max(sizes)
     told = [f"quality: d is {share:.2f} of n, and d = {known:g} n was studied, over three seeds"]
+    studies = tuple(each for each in studies if known in each.found)
     for study in studies:
-        middle, low, high = (f"{each:g}" for each in study.found[known])
+        numbers = study.found[known]
+        is_above = study.unit == "accuracy" and numbers[0] < 0
+        if is_above:
+            numbers = (-numbers[0], -numbers[2], -numbers[1])
+        middle, low, high = (f"{each:g}" for each in numbers)
         on = f"quality: on {study.name} ({_millions(study.parameters)} parameters)"
         if study.unit == "per byte":
             told.append(f"{on} it ended {middle} % ({low} to {high}) above native's perplexity per byte")
         elif study.unit == "accuracy":
-            told.append(f"{on} it ended {middle} points ({low} to {high}) below native's accuracy")
+            side = "above" if is_above else "below"
+            told.append(f"{on} it ended {middle} points ({low} to {high}) {side} native's accuracy")
         else:
             told.append(
                 f"{on} with a residual it kept {middle} % ({low} to {high}) of native's gain per byte"

@@ -74,10 +74,15 @@ def state_of_method(study: LoadedStudy, result: MethodResult) -> State:
     hits = sum(each is not None for each in result.time_to_target_s)
     if hits == seeds:
         return "GO" if seeds >= LEAST_SEEDS else "CONDITIONAL GO"
-    finals = study.finals(result.name)
-    is_done = len(finals) == seeds and all(each.end_state == "ok" for each in finals)
+    is_done = _is_done(study, result)
     fits = next(each.fits for each in study.plan.methods if each.name == result.name)
     return "NO-GO" if hits == 0 and (is_done or not fits) else "INCONCLUSIVE"
+
+
+def _is_done(study: LoadedStudy, result: MethodResult) -> bool:
+    """Every seed came to its end."""
+    finals = study.finals(result.name)
+    return len(finals) == len(study.plan.seeds) and all(each.end_state == "ok" for each in finals)
 
 
 def answer_first(study: LoadedStudy) -> tuple[MethodResult, ...]:
@@ -134,7 +139,7 @@ def _sentence(study: LoadedStudy, state: State, method: MethodResult | None) -> 
             test=spread_text(metric, method.test), before=before, others=_beside(others, metric),
         )  # fmt: skip
     some = [each for each in study.result.methods if any(t is not None for t in each.time_to_target_s)]
-    if some:
+    if some and all(_is_done(study, each) for each in some):
         return say("study.some_seeds", target=target, engine=some[0].name, reached=reached_text(some[0]))
     if state == "NO-GO":
         sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
@@ -185,7 +190,9 @@ def command(study: LoadedStudy, out: str) -> str:
 def _next(study: LoadedStudy, state: State) -> str:
     """Goes on where trials are missing."""
     missing = any(
-        len(study.finals(each.name)) < len(study.plan.seeds) for each in study.plan.methods if each.fits
+        sum(one.end_state != "interrupted" for one in study.finals(each.name)) < len(study.plan.seeds)
+        for each in study.plan.methods
+        if each.fits
     )
     return f"{command(study, '.')} --resume" if state == "INCONCLUSIVE" and missing else ""
 

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from engines.cpu_updates import cpu_adam as kernel  # noqa: E402
 from engines.cpu_updates import pipeline  # noqa: E402
 from engines.transfer import pinned  # noqa: E402
 from engines.transfer.clock import now_s  # noqa: E402
@@ -60,9 +61,22 @@ def urgent_applying() -> Iterator[None]:
 
 
 @contextmanager
-def spare_threads(count: int) -> Iterator[None]:
-    with mock.patch.object(pipeline, "SPARE_THREADS", count):
+def share_of_threads(share: float) -> Iterator[None]:
+    """Adam has that share of the threads."""
+    count = torch.get_num_threads()
+    with mock.patch.object(pipeline, "SPARE_THREADS", count - max(1, round(share * count))):
         yield
+
+
+@contextmanager
+def parts_of(elements: int) -> Iterator[None]:
+    """A thread takes so many elements at a time."""
+    with mock.patch.object(kernel, "FLAGS", (*kernel.FLAGS, f"-DPART={elements}")):
+        kernel.compiled.cache_clear()
+        try:
+            yield
+        finally:
+            kernel.compiled.cache_clear()
 
 
 @contextmanager
@@ -77,16 +91,22 @@ Variant = tuple[dict[str, Any], list[Callable[[], Any]]]
 
 BF16 = {"moments": "bf16"}
 
+
+def half() -> Any:
+    return share_of_threads(0.5)
+
+
 VARIANTS: dict[str, Variant] = {
-    "fp32, pages of 4 KiB": ({}, [small_pages]),
     "fp32": ({}, []),
     "bf16": (BF16, []),
-    "fp32, switching": ({}, [often_switching]),
-    "bf16, switching": (BF16, [often_switching]),
-    "bf16, switching, urgent": (BF16, [often_switching, urgent_applying]),
-    "bf16, switching, 4 threads spared": (BF16, [often_switching, lambda: spare_threads(4)]),
-    "bf16, switching, 8 threads spared": (BF16, [often_switching, lambda: spare_threads(8)]),
-    "bf16, switching, chunks of 4 M": (BF16, [often_switching, lambda: chunks_of(4 << 20)]),
+    "fp32, half the threads": ({}, [half]),
+    "bf16, half the threads": (BF16, [half]),
+    "bf16, a quarter of the threads": (BF16, [lambda: share_of_threads(0.25)]),
+    "bf16, half, parts of 8 K": (BF16, [half, lambda: parts_of(8192)]),
+    "bf16, half, switching": (BF16, [half, often_switching]),
+    "bf16, half, switching, urgent": (BF16, [half, often_switching, urgent_applying]),
+    "bf16, half, chunks of 4 M": (BF16, [half, lambda: chunks_of(4 << 20)]),
+    "fp32, pages of 4 KiB": ({}, [small_pages]),
 }
 """Settings, and what is otherwise while the engine lives."""
 
@@ -141,7 +161,7 @@ def rates(elements: int, threads: int, repeats: int) -> dict[str, tuple[float, f
 
 
 def alone(arguments: argparse.Namespace) -> None:
-    for pages in ("small", "huge"):
+    for pages in arguments.pages.split(","):
         with small_pages() if pages == "small" else ExitStack():
             for threads in map(int, arguments.threads.split(",")):
                 found = rates(arguments.elements, threads, arguments.repeats)
@@ -227,6 +247,7 @@ def main(argv: Sequence[str]) -> int:
     parts = parser.add_subparsers(required=True)
     one = parts.add_parser("alone")
     one.add_argument("--threads", default="1,2")
+    one.add_argument("--pages", default="small,huge")
     one.add_argument("--elements", type=int, default=64 << 20)
     one.add_argument("--repeats", type=int, default=7)
     one.set_defaults(act=alone)

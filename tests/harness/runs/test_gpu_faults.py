@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from left_behind import children_left
 from settings_given import given_settings
 from train_runs import finish, log_of, start_program
 from zeroth_order_runs import KNOBS, assert_same_weights, make_mezo
@@ -135,7 +136,7 @@ def test_a_sweep_has_a_record_of_a_child_that_runs_out_in_a_step_and_goes_on(tmp
         "native": "oom_gpu", "lsp": "oom_gpu", "scripted": "ok",
     }  # fmt: skip
     assert runs["native"].summary.setup_s is not None
-    assert not psutil.Process().children(recursive=True)
+    assert children_left() == []
 
 
 def _lacking(free_gpu: int, free_host: int) -> str:
@@ -171,7 +172,7 @@ def test_a_child_that_is_killed_with_its_ring_full_gives_all_back_and_resumes(tm
     ):
         assert time.monotonic() < deadline, (torch.cuda.mem_get_info(), psutil.virtual_memory())
         time.sleep(0.2)
-    assert not psutil.Process().children(recursive=True)
+    assert children_left() == []
     assert 5 <= len(log_of(out)) < 40
     ended = finish(start_program(*command, "--out", str(out), "--resume"))
     assert ended[0] == 0, ended

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from left_behind import children_left
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
 import harness.runs.launch
@@ -47,7 +48,7 @@ def start(
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(tmp_path: Path) -> Any:
     yield
-    assert psutil.Process().children(recursive=True) == []
+    assert children_left() == []
     left = {path.name for path in (tmp_path / ".work").glob("*/*")}
     assert left <= {"request.json", "result.json", "log"}
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from left_behind import children_left
 from ranks import in_ranks
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 from settings_given import given_settings
@@ -32,7 +33,7 @@ from harness.runs.worker import Request, execute
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     yield
-    assert psutil.Process().children(recursive=True) == []
+    assert children_left() == []
 
 
 def tiny_request(gpus: int, steps: int = 4) -> Request:

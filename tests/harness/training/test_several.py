@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from left_behind import children_left
 from train_runs import ROOT, assert_same_weights, log_of, run, tiny_job, weights_of
 
 from engines.errors import UserError
@@ -28,7 +29,7 @@ def job_of(gpus: int, **fields: Any) -> Job:
 def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     yield
-    assert psutil.Process().children(recursive=True) == []
+    assert children_left() == []
 
 
 class Stop(BaseException):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
+
+from smollm2_tables import methods_of
 
 from profiles.advice.quality import ZEROTH_ORDER, known_of_zeroth_order
 
@@ -27,24 +32,20 @@ def test_the_numbers_of_the_estimators_study_are_those_of_its_file() -> None:
     assert len({each["seed"] for each in mine}) == 3
 
 
-def test_the_numbers_of_the_study_on_real_weights_are_those_of_its_file() -> None:
+def test_the_numbers_of_the_study_on_real_weights_are_those_of_its_records() -> None:
     (study,) = (each for each in ZEROTH_ORDER if "smollm2" in each.source)
-    result = json.loads((ROOT / study.source).read_text())
-    told = {each["engine"]: each["test"] for each in result["methods"]}
-    shares = [told["mezo"], told["native"]]
-    assert told["zo2"] == told["mezo"]
-    for each in shares:
-        middle, low, high = (f"{each[name] * 100:.1f}" for name in ("median", "low", "high"))
-        assert f"to {middle} % ({low} to {high} %" in study.finding
-    assert f"from {result['zero_shot'] * 100:.1f} %" in study.finding
-    steps = {each["steps"] for each in _final_trials(study.source)}
-    assert steps == {244}
-    assert "244 steps" in study.finding
-
-
-def _final_trials(source: str) -> list[dict[str, int]]:
-    trials = (ROOT / source).parent / "trials"
-    return [json.loads(path.read_text())["learned"] for path in trials.glob("*-rung2-*.json")]
+    methods = {each.label: each for each in (*methods_of("SST-2, bf16"), *methods_of("SST-2, by uploads"))}
+    native, mezo, queries = (methods[label] for label in ("native", "mezo", "mezo:queries"))
+    for each, words in ((mezo, "from 51.9 % to "), (queries, "eight queries to "), (native, "in 244 to ")):
+        middle, low, high = (
+            f"{value * 100:.1f}" for value in (median(each.tests), min(each.tests), max(each.tests))
+        )
+        assert f"{words}{middle} % ({low} to {high} %" in study.finding
+    before = mezo.finals[0].learned.test_before
+    assert before is not None
+    assert f"{before['accuracy'] * 100:.1f}" == "51.9"
+    steps = [{trial.learned.steps for trial in each.finals} for each in (mezo, queries, native)]
+    assert steps == [{244}, {81}, {244}]
 
 
 def test_other_sizes_are_not_known() -> None:

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 
 from lsp_quality_tables import best_rate
+from smollm2_tables import methods_of
 
 from profiles.planning.lsp_quality import PLAIN, RESIDUAL, quality_reasons
 
@@ -21,7 +22,7 @@ METHODS = {0.25: "lsp block d=n/4", 0.5: "lsp block d=n/2", 0.75: "lsp block d=3
 
 
 def test_the_numbers_are_those_of_the_file() -> None:
-    per_byte, accuracy = PLAIN
+    per_byte, accuracy, _ = PLAIN
     rows = json.loads((ROOT / per_byte.source).read_text())["rows"]
 
     def spread(source: str, method: str, key: str) -> list[float]:
@@ -45,7 +46,8 @@ def test_the_numbers_are_those_of_the_file() -> None:
 
 
 def test_the_numbers_of_the_residual_are_those_of_its_file() -> None:
-    document = json.loads((ROOT / RESIDUAL.source).read_text())
+    study, _ = RESIDUAL
+    document = json.loads((ROOT / study.source).read_text())
 
     def losses(name: str) -> list[float]:
         rows = [row for row in document["rows"] if row["variant"] == name]
@@ -56,7 +58,28 @@ def test_the_numbers_of_the_residual_are_those_of_its_file() -> None:
     for share, part in ((0.25, "n/4"), (0.5, "n/2")):
         found = losses(f"block d={part}, residual")
         kept = sorted(100 * (document["start_loss"] - each) / gain for each in found)
-        assert RESIDUAL.found[share] == pytest.approx((fmean(kept), kept[0], kept[2]), abs=0.06)
+        assert study.found[share] == pytest.approx((fmean(kept), kept[0], kept[2]), abs=0.06)
+
+
+def test_the_numbers_on_real_weights_are_those_of_the_records() -> None:
+    by_label = {each.label: each.tests for each in methods_of("SST-2, bf16")}
+    native = fmean(by_label["native"])
+    labels = {0.25: "lsp, d = n/4", 0.5: "lsp, d = n/2", 0.75: "lsp, d = 3n/4"}
+    cells = [(PLAIN[2], share, label) for share, label in labels.items()]
+    for study, share, label in (*cells, (RESIDUAL[1], 0.25, "lsp, d = n/4, residual=1")):
+        assert (ROOT / study.source).is_file()
+        points = sorted(100 * (native - each) for each in by_label[label])
+        assert study.found[share] == pytest.approx((fmean(points), points[0], points[2]), abs=0.06)
+
+
+def test_a_size_that_a_study_lacks_is_not_told_of_it() -> None:
+    told = " ".join(quality_reasons(1.0, 135 * 10**6, residual=False))
+    assert "SmolLM2" not in told
+    assert "not known" in told
+    known = quality_reasons(0.5, 135 * 10**6, residual=False)
+    assert "not known" not in " ".join(known)
+    assert "0.4 points (-0.1 to 0.7) above native's accuracy" in known[-1]
+    assert "SmolLM2" in quality_reasons(0.25, 10**6, residual=True)[-1]
 
 
 def test_what_was_not_studied_is_not_known() -> None:

@@ -169,6 +169,17 @@ def test_missing_trials_are_no_no_and_name_the_command(tmp_path: Path) -> None:
     assert "--budget 7200s" in verdict.next_command
 
 
+def test_a_seed_that_was_stopped_is_no_miss(tmp_path: Path) -> None:
+    folder = two_methods(tmp_path / "study")
+    plan = study_plan(ENGINES[:2])
+    for method in ENGINES[:2]:
+        write_trial(folder, trial(plan, method, 2, rising(20.0), end_state="interrupted"))
+    verdict = study_verdict(load_study(folder))
+    assert verdict.state == "INCONCLUSIVE"
+    assert "is not known" in verdict.sentence
+    assert "--resume" in verdict.next_command
+
+
 def test_every_page_is_there_in_japanese_with_the_same_numbers(tmp_path: Path) -> None:
     folder = two_methods(tmp_path / "study")
     write_report(folder)

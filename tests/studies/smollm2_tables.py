@@ -1,0 +1,183 @@
+"""The tables of tests/studies/smollm2/README.md out of the published records, and what they say of methods.
+
+    python tests/studies/smollm2_tables.py
+
+Steps to a value are those of the first evaluation that meets it and whose next one does too. Nine tenths of
+native's gain: from the value before training to the median, over native's seeds, of the best on development
+data. Beside native: `harness.quality.judge.over_seeds` of the values on test data.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from harness.quality.documents import QualityTarget, TrialRecord  # noqa: E402
+from harness.quality.judge import over_seeds  # noqa: E402
+from reports.studies.read import LoadedStudy, load_study  # noqa: E402
+
+RESULTS = ROOT / "reports" / "results"
+TASKS = {
+    "SST-2, bf16": (
+        ("native", "smollm2-135m-sst2_h200_20261129"),
+        ("lora", "smollm2-135m-sst2_h200_20261129"),
+        ("exact-offload", "smollm2-135m-sst2-exact-offload_h200_20261129"),
+        ("lsp, d = n/2", "smollm2-135m-sst2-lsp_h200_20261129"),
+        ("lsp, d = 3n/4", "smollm2-135m-sst2-lsp-three-quarters_h200_20261129"),
+        ("lsp, d = n/4", "smollm2-135m-sst2-lsp-quarter_h200_20261129"),
+        ("lsp, d = n/4, residual=1", "smollm2-135m-sst2-lsp-quarter-residual_h200_20261129"),
+        ("mezo", "smollm2-135m-sst2_h200_20261129"),
+        ("zo2", "smollm2-135m-sst2_h200_20261129"),
+    ),
+    "SST-2, fp32": (("native", "smollm2-135m-sst2-fp32_h200_20261129"),),
+    "WikiText-2, bf16": (
+        ("native", "smollm2-135m-wikitext2_h200_20261129"),
+        ("lora", "smollm2-135m-wikitext2-lora_h200_20261129"),
+        ("lsp, d = n/2", "smollm2-135m-wikitext2-lsp_h200_20261129"),
+    ),
+    "SST-2, by uploads": (
+        ("mezo", "smollm2-135m-sst2-uploads-mezo_h200_20261129"),
+        ("mezo:queries", "smollm2-135m-sst2-uploads_h200_20261129"),
+        ("mezo:curvature", "smollm2-135m-sst2-uploads_h200_20261129"),
+        ("mezo:fzoo", "smollm2-135m-sst2-uploads_h200_20261129"),
+        ("mezo:examples", "smollm2-135m-sst2-uploads_h200_20261129"),
+    ),
+}
+"""Methods of one task in the table's order, and the folder of each. The others stand beside the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSeeds:
+    """The final trials of one method."""
+
+    label: str
+    study: LoadedStudy
+    finals: tuple[TrialRecord, ...]
+
+    @property
+    def metric(self) -> str:
+        return self.study.plan.target.metric
+
+    @property
+    def tests(self) -> tuple[float, ...]:
+        ok = [each for each in self.finals if each.end_state == "ok" and each.learned.test is not None]
+        return tuple((each.learned.test or {})[self.metric] for each in ok)
+
+    @property
+    def gain(self) -> float:
+        """On test data, the median over seeds less the value before training."""
+        return statistics.median(self.tests) - (self.finals[0].learned.test_before or {})[self.metric]
+
+    @property
+    def best(self) -> float:
+        """On development data, the median over seeds."""
+        found = [each.learned.best(self.metric) for each in self.finals if each.end_state == "ok"]
+        return statistics.median(each.metrics[self.metric] for each in found if each is not None)
+
+    @property
+    def before(self) -> float:
+        return self.finals[0].learned.evaluations[0].metrics[self.metric]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        (method,) = [each for each in self.study.plan.methods if each.name == self.finals[0].method]
+        return method.rates
+
+    def steps_to(self, value: float) -> tuple[int | None, ...]:
+        """For each seed; `None`: not reached."""
+        target = QualityTarget(metric=self.metric, value=value)
+        return tuple(_steps_to(target, each) for each in self.finals if each.end_state == "ok")
+
+
+def _steps_to(target: QualityTarget, record: TrialRecord) -> int | None:
+    evaluations = record.learned.evaluations
+    met = [target.is_met(each.metrics[target.metric]) for each in evaluations]
+    for number, each in enumerate(evaluations[:-1]):
+        if met[number] and met[number + 1]:
+            return each.step
+    return None
+
+
+def methods_of(task: str) -> list[MethodSeeds]:
+    found = []
+    for label, folder in TASKS[task]:
+        study = load_study(RESULTS / folder)
+        engine = label.partition(",")[0]
+        found.append(MethodSeeds(label=label, study=study, finals=study.finals(engine)))
+    return found
+
+
+def nine_tenths(first: MethodSeeds) -> float:
+    """Of the gain of the first method, on development data."""
+    return first.before + 0.9 * (first.best - first.before)
+
+
+def beside(one: MethodSeeds, other: MethodSeeds) -> str:
+    return over_seeds(one.tests, other.tests, one.metric)
+
+
+def table(task: str) -> Iterator[str]:
+    """Lines of Markdown."""
+    methods = methods_of(task)
+    first = methods[0]
+    target, name = first.study.plan.target, first.label
+    metric = target.metric.replace("_", " ")
+    yield (
+        f"| method | rate (tried) | test {metric}, median (range) | seeds | of {name}'s gain | "
+        f"beside {name} | steps to {target.value:g} | steps to 90 % of {name}'s gain |"
+    )
+    yield "| --- | --- | --- | ---: | ---: | --- | --- | --- |"
+    for each, (_, folder) in zip(methods, TASKS[task], strict=True):
+        rate, tests = each.finals[0].learning_rate, each.tests
+        least, most = min(each.rates), max(each.rates)
+        edge = ": the edge" if rate in (least, most) else ""
+        middle, low, high = (_value(value) for value in (statistics.median(tests), min(tests), max(tests)))
+        cells = (
+            f"[{each.label}](../../../reports/results/{folder}/report.md)",
+            f"{_rate(rate)} ({_rate(least)} to {_rate(most)}{edge})",
+            f"{middle} ({low} to {high})",
+            str(len(tests)),
+            f"{100 * each.gain / first.gain:.1f} %",
+            "" if each is first else beside(each, first),
+            _steps(each.steps_to(target.value)),
+            _steps(each.steps_to(nine_tenths(first))),
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def first_rung(task: str) -> Iterator[str]:
+    """The best on development data of each rate of the search's first trials, all of one seed."""
+    for each in methods_of(task):
+        mine = [one for one in each.study.trials if one.method == each.finals[0].method and one.rung == 0]
+        best = {one.learning_rate: one.learned.best(each.metric) for one in mine}
+        cells = [f"{_rate(rate)}: {_value(it.metrics[each.metric])}" for rate, it in best.items() if it]
+        yield f"| {each.label} | " + " | ".join(cells) + " |"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def _value(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}"
+
+
+def _steps(steps: Sequence[int | None]) -> str:
+    if all(each is None for each in steps):
+        return "not reached"
+    return ", ".join("not" if each is None else str(each) for each in steps)
+
+
+def main() -> None:
+    for task in TASKS:
+        print(f"## {task}\n", *table(task), "", *first_rung(task), "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
