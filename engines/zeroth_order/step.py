@@ -310,6 +310,20 @@ class ZerothOrder(ABC):
             loss=sum(losses) / len(losses), forwards=float(settings.forward_passes), updates=updates, **told
         )
 
+    @property
+    def whole_matrices(self) -> list[str]:
+        """First names of the matrices that found no room in lossless tiles since the run began."""
+        kept = self._model.scratch.whole.items() if self._blocks is not None else ()
+        return [self._forms[block].layout.parts[part].names[0] for (block, part), _ in kept]
+
+    @property
+    def notes(self) -> list[str]:
+        """Of the run so far, for its record."""
+        names = self.whole_matrices
+        if not names:
+            return []
+        return [f"base=lossless has no room for {len(names)} matrices any more, such as '{names[0]}'"]
+
     def _settle(self) -> None:
         """After a pass over the blocks: matrices that an update left no room for in lossless tiles are whole
         from now on. After the passes of a step those are the same on all ranks."""
