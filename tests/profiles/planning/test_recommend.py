@@ -480,7 +480,7 @@ def named_blocks(reason: str) -> set[int]:
 def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     limit = {"vram_bytes": 24 * GB}
     chosen = plan("zo2", shape=OPT_SIZES["13B"], workload=FORWARD_ONLY, **limit)
-    assert chosen.settings["resident_blocks"] == 29
+    assert chosen.settings["resident_blocks"] == 30
     assert chosen.prediction.step_s is not None
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
