@@ -379,19 +379,18 @@ def test_zo2_asks_as_many_queries_as_the_link_has_time_for() -> None:
     assert zo2_plan(OPT_13B, workload, **knobs, queries=3).settings.typed.queries == 3
 
 
-def test_zo2_sends_lossless_tiles_of_what_is_only_read_and_says_what_they_would_do_for_the_rest() -> None:
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_zo2_sends_lossless_tiles_of_bf16_where_that_is_faster(train: str) -> None:
     workload = replace(FORWARD_ONLY, dtype="bf16")
-    adapters = zo2_plan(OPT_13B, workload, resident_blocks=0, train="lora")
-    whole = zo2_plan(OPT_13B, workload, resident_blocks=0, train="lora", base="full")
-    assert adapters.settings.typed.base == "lossless"
-    assert adapters.prediction.step_s < 0.95 * whole.prediction.step_s
-    assert "the same bits in fewer bytes" in told(adapters, "base")
-    trained = zo2_plan(OPT_13B, workload, resident_blocks=0)
-    assert trained.settings.typed.base == "full"
-    assert "would be faster, with the same bits" in told(trained, "base")
+    chosen = zo2_plan(OPT_13B, workload, resident_blocks=0, train=train)
+    whole = zo2_plan(OPT_13B, workload, resident_blocks=0, train=train, base="full")
+    assert chosen.settings.typed.base == "lossless"
+    assert chosen.prediction.step_s < 0.95 * whole.prediction.step_s
+    assert "the same bits in fewer bytes" in told(chosen, "base")
+    assert zo2_plan(OPT_13B, workload, train=train).settings.typed.base == "full"  # nothing comes up
     for other in (replace(workload, dtype="fp16"), workload):
         knobs = {} if other.dtype == "fp16" else {"base": "int8"}
-        plan = zo2_plan(OPT_13B, other, resident_blocks=0, train="lora", **knobs)
+        plan = zo2_plan(OPT_13B, other, resident_blocks=0, train=train, **knobs)
         assert not any("lossless" in reason for reason in plan.reasons)
 
 
