@@ -34,7 +34,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
-from engines.costs.native import block_passes, workspaces
+from engines.costs.native import MARGIN, UNSHARED, block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -267,9 +267,12 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         },
     )
     kinds = [{**held, **moment} for moment in moments]
+    apart = int(UNSHARED * transformer.apart_bytes(kinds))
     return GpuMemory(
         gpu_memory_bytes=transformer.peak_moment(kinds),
-        gpu_apart_bytes=transformer.apart_bytes(kinds),
+        gpu_apart_bytes=apart,
+        gpu_returned_bytes=apart,
+        gpu_margin=MARGIN,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(None),
     )

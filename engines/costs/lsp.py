@@ -14,7 +14,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes, workspaces
+from engines.costs.native import (
+    ADAM_PASSES,
+    ADAM_SLOWDOWN,
+    GRAPH_BYTES,
+    MARGIN,
+    block_passes,
+    workspaces,
+)
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
@@ -291,14 +298,17 @@ def _gpu_memory(
     moments = (
         {"activations": saved, "logits": _logits_bytes(shape, workload, settings)},
         {
-            "activations": saved + transformer.backward_activation_bytes(shape, workload),
+            "activations": saved + transformer.hidden_bytes(shape, workload),
             "scratch": largest,
         },
     )
     kinds = [{**held, **moment} for moment in moments]
+    apart = transformer.apart_bytes(kinds)
     return GpuMemory(
         gpu_memory_bytes=transformer.peak_moment(kinds),
-        gpu_apart_bytes=transformer.apart_bytes(kinds) + _pool_bytes(shape, workload, settings),
+        gpu_apart_bytes=apart + _pool_bytes(shape, workload, settings),
+        gpu_returned_bytes=apart,
+        gpu_margin=MARGIN,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(lsp_passes(shape, workload, settings)),
     )

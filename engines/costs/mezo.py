@@ -36,7 +36,11 @@ TRIAL_BYTES = 100_000_000
 APART_SHARE = 0.6
 """What torch reserves beside a forward-only step's peak, as a share of its activations, which come in few
 sizes and leave places that do not fit each other: 2.4 of 3.7 GB at 8 x 2048 tokens of OPT-13B, 0.25 to 0.4 of
-0.46 at 1 x 2048 (reports/results, one H200)."""
+0.46 at 1 x 2048 (reports/results, one H200). Where blocks do not run as graphs."""
+
+MARGIN = 0.03
+"""What memory that is needed may exceed its prediction by: eight edges on an H200 needed 2 % less to 1 % more
+(`tests/studies/prediction_grid_h200`)."""
 
 LOOKUPS = 2
 """Gaussians per token and hidden element before the blocks, of each pass: two tables (tokens, positions)."""
@@ -306,6 +310,16 @@ def hidden_state_bytes(shape: ModelShape, workload: Workload, settings: MezoSett
     return clean + [sides * one] * (settings.queries * workload.accumulation)
 
 
+def graph_pool_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> int:
+    """What the pool of blocks that run as graphs has: the places of attention's tensors and those of the
+    feed-forward part's, which are larger. While a graph is captured torch neither joins places nor gives any
+    back."""
+    if not transformer.runs_as_graphs(shape, workload):
+        return 0
+    sides = 1 if settings.is_one_sided else 2
+    return sides * transformer.forward_pool_bytes(shape, workload)
+
+
 def gpu_memory(
     shape: ModelShape,
     workload: Workload,
@@ -345,19 +359,28 @@ def gpu_memory(
         "activations": hidden + (2 - one_sided) * transformer.forward_activation_bytes(shape, workload),
         "logits": 0,
     }
+    # A chunk of logits is there until the next one has been made room for.
+    at_once = 2 if shape.head == "causal_lm" else 1
     at_head, without_triton = (
         {
             **kept,
             "scratch": scratch + head_scratch,
             "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
-            "logits": transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
+            "logits": at_once * transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
         }
         for has_triton in (True, False)
     )
-    apart = (1.0 if as_graphs else APART_SHARE) * max(in_block["activations"], at_head["activations"])
-    if as_graphs and sum(in_block.values()) >= sum(at_head.values()):
-        # Nothing else may use a graph's pool: what the first step had lies beside it, and what the head has.
-        apart += transformer.apart_bytes([in_block, at_head])
+    apart = APART_SHARE * max(in_block["activations"], at_head["activations"])
+    if as_graphs:
+        # The pool of the graphs stays, and nothing else may use it. What the first step's blocks had, before
+        # there were graphs, lies beside it, and has places for the head.
+        pool = graph_pool_bytes(shape, workload, settings)
+        of_head = head_scratch + 2 * 2 * transformer.hidden_bytes(shape, workload)
+        widest = (2 - one_sided) * workload.batch_size * workload.seq_len * element * shape.intermediate
+        if at_head["logits"] <= at_once * widest:
+            of_head += at_head["logits"]
+        beside = sum(at_head.values()) + pool + max(0, pool - of_head)
+        apart = max(0, beside - max(sum(in_block.values()), sum(at_head.values())))
     # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
     trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}
     peak = transformer.peak_moment([in_block, at_head, trial])
@@ -365,6 +388,8 @@ def gpu_memory(
     return GpuMemory(
         gpu_memory_bytes=peak,
         gpu_apart_bytes=int(apart),
+        gpu_returned_bytes=0,
+        gpu_margin=MARGIN,
         gpu_without_triton_bytes=more,
         workspaces=2 if as_graphs else 1,
     )

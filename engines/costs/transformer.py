@@ -76,9 +76,16 @@ optimizers. One run (engines/EXPERIMENTS.md)."""
 
 HEAD_LAUNCHES = 12
 
+OFF_GRID_FLOPS = 6
+"""What the products of a head take over those of one whose vocabulary is a multiple of 8: 15 ms more than the
+3 ms of 16 x 512 tokens of GPT-2 on an H200 (`tests/studies/prediction_grid_h200_night`; one job)."""
+
 CHUNK_LAUNCHES = 3
 """The head for one side, chunk of the vocabulary and chunk of the tokens, in launches: the product, the
 running log-sum-exp, and the Python around them. Counted in `engines.zeroth_order.chunked_loss`."""
+
+ATTENTION_PLACES = 5
+"""Tensors of the size of a hidden state that attention has at once."""
 
 LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
 """GPU bytes per logit at the peak of cross-entropy's backward pass: the logits, their log-softmax in fp32,
@@ -137,6 +144,12 @@ def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
     if shape.head == "classification":
         positions //= workload.seq_len
     return 2.0 * shape.head_parameters * positions
+
+
+def is_off_grid(shape: ModelShape, workload: Workload) -> bool:
+    """Whether rows of logits begin where a 16-bit product cannot read 16 bytes at once: GPT-2's 50257 are
+    odd. Forward-only methods take the vocabulary in chunks that lie on the grid."""
+    return shape.predicts_tokens and BYTES_PER_ELEMENT[workload.dtype] == 2 and shape.vocabulary % 8 != 0
 
 
 def model_flops(shape: ModelShape, workload: Workload, passes: float) -> float:
@@ -209,6 +222,8 @@ def training_layers(
     """Forward and backward of every layer; the optimizer comes on top. `passes`: eager ones unless given."""
     how = passes or BlockPasses.eager(shape, workload)
     head = head_forward_flops(shape, workload)
+    if is_off_grid(shape, workload):
+        head *= OFF_GRID_FLOPS
     last = LayerTraffic(
         name="head",
         gpu_forward_flops=head,
@@ -312,13 +327,13 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
     """What one block keeps for its backward pass, one micro-batch, attention without its score matrix.
 
     At 2 bytes a value: 34 h per token for a plain block (2205.05198 without the 5 a s term); for a gated one
-    12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention,
-    4 bytes per head and token. Compiled regions keep what products and attention need and compute most of the
-    rest again: 16 h + 4 h_kv + 5 f, of a plain block 26 h, and 8 h more where its activation keeps its input
-    and its result, as GELU does and OPT's ReLU does not. (The peaks of native and LoRA at 1.3B, and of
-    Qwen2.5 0.5B and 1.5B, one H200, come out within 5 % with them; 12 h + 4 h_kv + 4 f, which a compiler
-    needs, is a fifth too little.) GPT-2's activation is eight operations, of which eager PyTorch keeps three
-    results more, 24 h.
+    12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention, 4
+    bytes per head and token. Of a plain block 26 h where its activation keeps its result alone, as OPT's
+    ReLU does and GELU does not. Compiled regions keep what products and attention need and compute most of
+    the rest again: 16 h + 4 h_kv + 5 f, and of a plain block as much as others. (The peaks of native and
+    LoRA at 1.3B, and of Qwen2.5 0.5B and 1.5B, one H200, come out within 5 % with them; 12 h + 4 h_kv + 4 f,
+    which a compiler needs, is a fifth too little.) GPT-2's activation is eight operations, of which eager
+    PyTorch keeps three results more, 24 h.
     """
     tokens = workload.batch_size * workload.seq_len
     if shape.gated_mlp:
@@ -326,7 +341,7 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
         own, wide = (16, 5) if compiled else (20, 8)
         per_token = own * shape.hidden + 4 * kv + wide * shape.intermediate
     else:
-        kept = 26 + 8 * (shape.family != "opt") if compiled else 34 + 24 * has_long_activation(shape)
+        kept = 26 + 8 * (shape.family != "opt") + 24 * (has_long_activation(shape) and not compiled)
         per_token = kept * shape.hidden
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return int(tokens * (per_token * scale + 4 * shape.num_heads))
@@ -351,6 +366,16 @@ def forward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
     after the activation and, in a gated block, the gate's partner."""
     wide = 3 if shape.gated_mlp else 2 + 3 * has_long_activation(shape)
     width = 2 * shape.hidden + wide * shape.intermediate
+    return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
+
+
+def forward_pool_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Places of all tensors that one forward pass of a block makes, where none is joined to another: five of
+    attention's (the norm's result, queries, keys, values, and what they come to; residuals take one of them
+    later) and the wide ones of the feed-forward part. Sixteen jobs of mezo and zo2 on H200s
+    (`tests/studies/prediction_grid_h200`) had room for it twice, and no more."""
+    wide = 3 if shape.gated_mlp else 2 + 2 * has_long_activation(shape)
+    width = ATTENTION_PLACES * shape.hidden + wide * shape.intermediate
     return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
 
 

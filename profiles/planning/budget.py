@@ -22,11 +22,6 @@ WORKSPACE_BYTES = 33_554_432
 """What torch reserves for a workspace of matrix products where the machine's profile does not say it: 32 MiB
 on a Hopper GPU, where others take 8."""
 
-FIT_MARGIN = 0.06
-"""What a plan must have left of what torch is predicted to reserve: a prediction is as often too small as too
-large, and what is called fitting must run. With 0.03 eight of 22 edges ran out of memory on an H200, some of
-which lacked 6 % (`tests/studies/prediction_grid_h200`)."""
-
 TRITON_NEEDS = 7
 """Major version of CUDA's compute capability."""
 
@@ -158,8 +153,11 @@ def host_bytes_without_gpu(cost: Traffic) -> int:
 
 
 def gpu_bytes_needed(cost: Traffic, budget: Budget) -> int:
-    """GPU memory that a plan asks for: what torch reserves, with a margin, and what CUDA takes itself."""
-    return int(reserved_bytes(cost, budget) * (1 + FIT_MARGIN)) + beside_torch_bytes(cost, budget)
+    """GPU memory that a plan asks for: what torch cannot do without, with a margin, and what CUDA takes
+    itself."""
+    returned = int(cost.gpu_returned_bytes * (1 + FRAGMENTATION))
+    least = reserved_bytes(cost, budget) - returned
+    return int(least * (1 + cost.gpu_margin)) + beside_torch_bytes(cost, budget)
 
 
 def beside_torch_bytes(cost: Traffic, budget: Budget) -> int:
