@@ -11,7 +11,7 @@ TEXTS = ("text", "text2", "mask")
 """Names that have a meaning of their own; others are those of columns."""
 
 
-def names_in(form: str, flag: str) -> tuple[str, ...]:
+def names_in_braces(form: str, flag: str) -> tuple[str, ...]:
     """Each once, in their order. Raises `UserError` for braces that enclose no name."""
     try:
         found = [name for _, name, _, _ in Formatter().parse(form) if name is not None]
@@ -27,7 +27,7 @@ def columns_named(source: DataSource) -> tuple[str, ...]:
     """The columns that its template and its label words name, beside a row's text and its second text."""
     if not source.template:
         return ()
-    named = list(names_in(source.template, "--template"))
+    named = list(names_in_braces(source.template, "--template"))
     for word in source.labels:
-        named += names_in(word, "--labels")
+        named += names_in_braces(word, "--labels")
     return tuple(dict.fromkeys(name for name in named if name not in TEXTS))

@@ -9,7 +9,7 @@ import torch
 
 from engines.errors import UserError
 from engines.shapes import Head
-from harness.data.fields import TEXTS, names_in
+from harness.data.fields import TEXTS, names_in_braces
 from harness.data.records import LabelledExample
 from harness.data.token_tables import TokenTable, prompt_table, shares, table_of
 from harness.models.candidates import MASK, Candidates
@@ -19,7 +19,7 @@ from harness.models.tokenizers import Tokenizer
 def check_template(template: str, head: Head, *, is_paired: bool, columns: Collection[str] = ()) -> None:
     """Raises `UserError` for a template that does not say where the row's texts belong, or the mask. Rows
     have `columns` beside them."""
-    named = names_in(template, "--template")
+    named = names_in_braces(template, "--template")
     unknown = [name for name in named if name not in TEXTS and name not in columns]
     if unknown or "text" not in named:
         why = f"{{{unknown[0]}}} is no text of a row" if unknown else "does not say where the text belongs"
