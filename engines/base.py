@@ -109,7 +109,8 @@ class StepStats:
     disk_s: float | None = None
     """Time in which something was being read from disk, for this step or ahead for the next."""
     disk_floor_s: float | None = None
-    """What `disk_read_bytes` take at the rate that reading reached alone, before the run."""
+    """What the step has of the disk takes at the rate that reading reached alone, before the run: with
+    several ranks, `disk_read_bytes` of all."""
     disk_direct: bool | None = None
     """Whether the disk was read past the page cache; else its rates may be those of memory."""
     updates: tuple[Update, ...] = ()
@@ -298,7 +299,7 @@ class SupportsNotes(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What could not be compiled or captured and why, a sentence each; grows in the first steps."""
+        """What could not be compiled, captured or kept as asked and why, a sentence each; may grow."""
 
 
 @runtime_checkable

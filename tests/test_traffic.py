@@ -27,7 +27,7 @@ from harness.resolve import resolve_shape
 from tiny_models import SEQ_LEN, tiny_batches, tiny_blueprint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::engines.offload.disk.PageCacheWarning"
+    "ignore::engines.offload.disk_files.PageCacheWarning"
 )  # wherever /tmp may be
 FAMILIES = [
     ("opt", True), ("opt", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False),

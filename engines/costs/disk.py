@@ -11,6 +11,9 @@ SLOTS = 64
 """Chunks in host memory: 1 GiB. At 12 GB/s, more than any disk here has, reading goes on for 90 ms while the
 host waits for a loss and sends nothing up."""
 
+OWN_SLOTS = 4
+"""Of these, those that each of several ranks has for itself."""
+
 STATE_PLACES = 3
 """Blocks whose optimizer state is in host memory at once where it is on disk: one is read, one updated, one
 written."""
@@ -33,6 +36,14 @@ def num_slots(disk_bytes: int) -> int:
     """Chunks of host memory for blocks of so many bytes on disk: two of them at least, to read one while
     the other goes up."""
     return min(SLOTS, max(2, -(-disk_bytes // CHUNK_BYTES))) if disk_bytes else 0
+
+
+def num_slots_of_ranks(disk_bytes: int, ranks: int) -> tuple[int, int]:
+    """Of those, where several ranks of a machine have them: chunks that all of them read, and chunks that
+    each has for what it reads alone. Together no more, unless there are very few."""
+    slots = num_slots(disk_bytes)
+    own = max(1, min(OWN_SLOTS, slots // (2 * ranks)))
+    return max(2, slots - ranks * own), own
 
 
 def host_ring_bytes(disk_bytes: int) -> int:

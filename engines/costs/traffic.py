@@ -32,7 +32,7 @@ class LayerTraffic:
     host_bytes: float = 0.0
     """Host memory traffic of the copies and of the CPU update."""
     disk_bytes: int = 0
-    """Read from disk."""
+    """Read from disk, by all ranks of a machine together."""
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
@@ -96,9 +96,9 @@ class Traffic:
     pinned_bytes: int = 0
     shared_host_bytes: Mapping[str, int] = field(default_factory=dict)
     """Of `host_memory_bytes` what ranks of one machine have once, and what that takes then."""
-    divided: Literal["write-back", "updates"] = "write-back"
-    """What of their work on the host they divide: what is written there, or Adam's updates, for which each
-    brings down all that one process does."""
+    divided: Literal["write-back", "updates", "reads"] = "write-back"
+    """What of their work on the host they divide: what is written there and read from disk; Adam's updates,
+    for which each brings down all that one process does; or only what is read from disk."""
     gpu_apart_bytes: int = 0
     """What torch's allocator takes beside the tensors' peak, since what is there at other moments has other
     sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
@@ -175,14 +175,18 @@ class Traffic:
                 cpu_adam_elements=-(-layer.cpu_adam_elements // local_ranks),
                 host_bytes=copies + (layer.host_bytes - copies) / local_ranks + more,
             )
-        up, down = layer.h2d_bytes, layer.d2h_bytes // local_ranks
+        up, down = layer.h2d_bytes, layer.d2h_bytes
+        if self.divided == "write-back":
+            down //= local_ranks
+        # What is read from disk stays the machine's, as the disk's rate does; each rank reads its part.
+        read_by_others = layer.disk_bytes * (1 - 1 / local_ranks)
         if self.shards_uploads:
             up //= local_ranks
         return replace(
             layer,
             h2d_bytes=up,
             d2h_bytes=down,
-            host_bytes=layer.host_bytes - layer.h2d_bytes - layer.d2h_bytes + up + down,
+            host_bytes=layer.host_bytes - layer.h2d_bytes - layer.d2h_bytes + up + down - read_by_others,
             from_gpu_bytes=layer.h2d_bytes - up,
         )
 

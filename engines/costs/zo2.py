@@ -7,6 +7,7 @@ so, is not counted.)
 
 On the GPU: what lies outside the blocks, the resident blocks, a ring through which the streamed ones pass in
 chunks, and the scratch of `engines.costs.mezo`. On the host: the other blocks, and a ring for those on disk.
+Ranks of one machine have that ring once, and read a block on disk once.
 """
 
 from __future__ import annotations
@@ -183,16 +184,21 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
                 host_bytes=float(block + down + read),
                 disk_bytes=read,
             )
-    shares = not on_disk and replace(settings, disk_blocks=0).shares_blocks
+    shared: dict[str, int] = {}
     spare = max(
         sum(
             index not in resident
+            and index not in on_disk
             and trains_block(settings, index, shape.num_blocks)
             and folds(index, step, settings.fold_every)
             for index in range(shape.num_blocks)
         )
         for step in range(settings.fold_every)
     )
+    if settings.shares_blocks and streamed > len(on_disk):
+        shared["blocks, pinned"] = host_bytes + spare * block
+    if on_disk:
+        shared["disk ring, pinned"] = disk.host_ring_bytes(disk_bytes)
     held = {"weights": non_block + len(resident) * block, "buffers": ring_bytes([block] * streamed)}
     states = hidden_state_bytes(shape, workload, settings)
     away = states[num_staying(states) :] if settings.hidden_states == "host" else []
@@ -208,7 +214,8 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
             **({"disk ring, pinned": disk.host_ring_bytes(disk_bytes)} if on_disk else {}),
             **({"hidden states, pinned": len(away) * max(away)} if away else {}),
         },
-        shared_host_bytes={"blocks, pinned": host_bytes + spare * block} if shares and streamed else {},
+        shared_host_bytes=shared,
+        divided="write-back" if settings.shares_blocks else "reads",
         shards_uploads=settings.sharded_upload,
         pinned_bytes=host_bytes + disk.host_ring_bytes(disk_bytes) + len(away) * max(away, default=0),
         overlap="streamed",

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from engines.cpu_updates.cpu_adam import compiled, squared_norm_of_sum
-from engines.cpu_updates.rank_updates import POLL_S, RankUpdates
+from engines.cpu_updates.rank_numbers import POLL_S
+from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import NonFiniteLoss, PeerLost, UserError
 from engines.transfer.clock import now_s
 from engines.transfer.compute_clock import ComputeClock

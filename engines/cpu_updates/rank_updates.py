@@ -13,26 +13,14 @@ thread that runs Adam takes what has arrived on all ranks, and the one that uplo
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from engines.cpu_updates.cpu_adam import compiled
-from engines.errors import PeerLost
-from engines.transfer.clock import now_s
+from engines.cpu_updates.rank_numbers import RankNumbers
 from engines.transfer.pinned import ReportProgress
-from engines.transfer.shared_memory import shared_slabs
 from engines.world import World
-
-POLL_S = 5e-5
-"""Between two looks at what other ranks have done."""
-
-LOOK_FOR_PEERS_S = 0.5
 
 
 class RankUpdates:
@@ -43,18 +31,13 @@ class RankUpdates:
         chunks = len(owners)
         self._owners = list(owners)
         self.rank, self.size = world.local_rank, world.local_size
-        self._library: Any = compiled()
-        self._slabs = shared_slabs([8 * chunks * (2 * self.size + 5)], torch.device("cpu"), progress, world)
-        self._rows: Any = self._slabs.views[0].view(torch.int64).numpy().reshape(-1, chunks)
+        self._numbers = RankNumbers(2 * self.size + 5, chunks, world, progress)
+        self._rows: Any = self._numbers.values
         """(2 size + 5, chunks) int64: by rank the step in which it arrived, by rank its place, the step in
         which it was updated, in which that failed, and in which its norm was known. Steps are counted from 1.
         The last two rows are norms, fp64, of even and of odd steps."""
         self._updated, self._failed, self._normed = range(2 * self.size, 2 * self.size + 3)
         self._norms: Any = self._rows[-2:].view(np.float64)
-        pids = [int.from_bytes(each, "little") for each in world.exchange(os.getpid().to_bytes(8, "little"))]
-        first = world.rank - world.local_rank
-        self._peers = [pid for pid in pids[first : first + self.size] if pid != os.getpid()]
-        self._next_look_s = now_s()
 
     def owns(self, chunk: int) -> bool:
         return self._owners[chunk] == self.rank
@@ -104,47 +87,22 @@ class RankUpdates:
 
     def wait_for_norm(self, step: int) -> float:
         """Raises `PeerLost` where another rank has ended."""
-        while (found := self.squared_norm(step)) is None:
-            self.look_for_peers()
-            time.sleep(POLL_S)
-        return found
+        self._numbers.wait_for(lambda: self.squared_norm(step) is not None)
+        return math.fsum(self._norms[step % 2])
+
+    def look_for_peers(self) -> None:
+        """To be called while waiting. Raises `PeerLost` where another rank has ended."""
+        self._numbers.look_for_peers()
 
     def forget(self) -> None:
         """Steps are counted anew. By one rank, while the others wait for it."""
         self._rows[:] = 0
 
-    def look_for_peers(self) -> None:
-        """To be called while waiting. Raises `PeerLost` where another rank has ended."""
-        if now_s() < self._next_look_s:
-            return
-        self._next_look_s = now_s() + LOOK_FOR_PEERS_S
-        if not all(_lives(pid) for pid in self._peers):
-            raise PeerLost
-
     def close(self) -> None:
-        self._slabs.close()
+        self._numbers.close()
 
-    # HAZARD: the numbers are written after, and read before, what they speak of. Without the library the
-    # order is the processor's own: x86 keeps it.
     def _store(self, row: int, chunk: int, step: int) -> None:
-        if self._library is None:
-            self._rows[row, chunk] = step + 1
-        else:
-            self._library.store_release(self._address(row, chunk), step + 1)
+        self._numbers.store(row, chunk, step + 1)
 
     def _load(self, row: int, chunk: int) -> int:
-        if self._library is None:
-            return int(self._rows[row, chunk])
-        return int(self._library.load_acquire(self._address(row, chunk)))
-
-    def _address(self, row: int, chunk: int) -> int:
-        return int(self._rows.ctypes.data + 8 * (row * self._rows.shape[1] + chunk))
-
-
-def _lives(pid: int) -> bool:
-    """Not ended, nor a zombie that its parent has not looked at."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+        return self._numbers.load(row, chunk)

@@ -23,16 +23,17 @@ no more than that.
 
 Ranks of one machine have the blocks on its host once, and divide the writing: a block goes down by one of
 them, to another place than it came from, and all take it from there when all have ended the step
-(`engines.offload.shared_blocks`). With `sharded_upload` each brings up a share of every part over its own
-link, and the GPUs exchange the shares (`engines.transfer.share_exchange`).
+(`engines.offload.shared_blocks`). Blocks on disk are there once, too, and read once for all of them; what is
+written there anew, they divide (`engines.offload.shared_disk`). With `sharded_upload` each brings up a share
+of every part over its own link, and the GPUs exchange the shares (`engines.transfer.share_exchange`).
 
 Events order the streams; the host waits once per step, to read the two losses. Uploads for the next step go
 on over the loss, as far as the ring has room.
 
 With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.lossless_codec`, to
-the bit. With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates are
-deferred exactly and join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are
-kept.
+the bit, but for those that found no room there (`engines.lossless.whole_matrices`). With a low-bit one they
+are as in `engines.quantized.codec`, approximately; their updates are deferred exactly and join them at the
+times of `engines.zeroth_order.deferred_updates`, wherever they are kept.
 
 With `hidden_states=host` those of the step's passes wait in pinned host memory, but for the first 256 MB
 (`engines.model.waiting_states`): a step of tens of queries has as many of them.
@@ -53,6 +54,7 @@ Longer than 400 lines: where blocks lie and what is done with them there is one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,11 +63,14 @@ from torch import Tensor
 from engines.base import Blueprint, Context
 from engines.costs.mezo import hidden_state_bytes, num_probes
 from engines.costs.zo2 import choose_on_disk, folds, folds_disk, num_staying, resident_indices
+from engines.lossless.whole_matrices import WholeMatrices
 from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
 from engines.offload.disk import DiskBlocks, spill_folder
+from engines.offload.disk_files import BlockFiles
 from engines.offload.disk_tensors import FetchedTensors, in_place
 from engines.offload.ring import BlockStream
+from engines.offload.shared_disk import BlocksOnDisk, SharedDisk
 from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
 from engines.shapes import ModelShape
@@ -134,21 +139,30 @@ class StreamedBlocks:
         self._copies = copies
         self._delays = link_delay, disk_delay_s
         self._world = context.world if settings.shares_blocks else Alone()
-        host_bytes = context.host_bytes
-        if host_bytes is not None:
-            host_bytes *= self._world.local_size
+        host_bytes = self._host_bytes_of_all()
         self._resident = resident_indices(len(forms), settings.resident_blocks)
         self.on_disk = choose_on_disk(
             [form.size_bytes for form in forms], self._resident, settings.disk_blocks, host_bytes
         )
-        self.disk: DiskBlocks | None = None
+        self.disk: BlocksOnDisk | None = None
         self.stream: BlockStream | None = None
         self.states: States = StatesOnDevice()
+
+    def _host_bytes_of_all(self) -> int | None:
+        """What blocks on the host may take: of all ranks of the machine that have them once. All ranks find
+        the same, since the same blocks are on disk for all."""
+        world, found = self._context.world, self._context.host_bytes
+        if world.size > 1 and self._settings.disk_blocks == "auto":
+            told = [own for (own,) in world.gather([-1 if found is None else found])]
+            found = None if min(told) < 0 else int(min(told))
+        return None if found is None else found * self._world.local_size
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
         """Raises `InfeasiblePlan` if the disk is too small."""
         self._model = model
         self.link = self._copies.link(self._delays[0])
+        streamed = frozenset(range(len(self._forms))) - self._resident
+        model.scratch.whole = WholeMatrices(self.link.device, self.link, streamed)
         if self.on_disk:
             self.disk = self._make_disk(blueprint)
         if self._settings.hidden_states == "host":
@@ -191,19 +205,21 @@ class StreamedBlocks:
             if index in self._updates.trained - self._resident - self.on_disk and folds(index, step, every)
         ]
 
-    def _make_disk(self, blueprint: Blueprint) -> DiskBlocks:
+    def _make_disk(self, blueprint: Blueprint) -> BlocksOnDisk:
         context, settings = self._context, self._settings
         as_stored = {i: self._forms[i].layout for i in self.on_disk} if settings.base == "full" else {}
-        return DiskBlocks(
-            {i: self._forms[i].size_bytes for i in sorted(self.on_disk)},
-            spill_folder(settings.disk_folder),
-            self.link,
-            context.progress,
-            written_back=self._changed_on_disk() if folds_disk(settings, context.total_steps) else (),
-            in_place=in_place(as_stored, blueprint, context.workload.dtype, self._forms[0].dtype.itemsize),
-            delay_s=self._delays[1],
-            timeline=self._clocks.timeline,
-        )
+        sizes_bytes = {i: self._forms[i].size_bytes for i in sorted(self.on_disk)}
+        folder = spill_folder(settings.disk_folder)
+        written_back = self._changed_on_disk() if folds_disk(settings, context.total_steps) else []
+        there = in_place(as_stored, blueprint, context.workload.dtype, self._forms[0].dtype.itemsize)
+        delay_s, timeline = self._delays[1], self._clocks.timeline
+        if context.world.local_size > 1:
+            return SharedDisk(
+                sizes_bytes, folder, self.link, context.progress, context.world,
+                written_back=written_back, in_place=there, delay_s=delay_s, timeline=timeline,
+            )  # fmt: skip
+        files = BlockFiles(sizes_bytes, folder, written_back=written_back, in_place=there)
+        return DiskBlocks(files, self.link, context.progress, delay_s=delay_s, timeline=timeline)
 
     def _changed_on_disk(self) -> list[int]:
         """Blocks on disk that training changes."""
@@ -213,6 +229,12 @@ class StreamedBlocks:
         return sorted(self.on_disk & changed)
 
     @property
+    def shared(self) -> frozenset[int]:
+        if self._ring.shared is None:
+            return frozenset()
+        return frozenset(range(len(self._forms))) - self._resident - self.on_disk
+
+    @property
     def _ring(self) -> BlockStream:
         assert self.stream is not None
         return self.stream
@@ -220,35 +242,41 @@ class StreamedBlocks:
     @property
     def pinned_bytes(self) -> int:
         waiting = self.states.pinned_bytes if isinstance(self.states, WaitingStates) else 0
-        return self._ring.pinned_bytes + waiting
+        return self._ring.pinned_bytes + waiting + self._model.scratch.whole.pinned_bytes
 
     def fill(self, fill_block: FillBlock, *, anew: bool) -> None:
         """Write every block to where it lives, but those that a file of the model's own holds; with a GPU
         through the ring, so never twice on the host. A low-bit base is made there in its final form, one
         matrix at a time."""
-        if anew:
-            self._ring.rewind()  # what has come up already is about to be replaced
-        shared, world = self._ring.shared, self._world
+        ring, world = self._ring, self._context.world
+        if anew:  # what has come up already is about to be replaced
+            ring.stop_reading(together=False)
+            ring.rewind()
+        shares = ring.shared is not None or isinstance(self.disk, SharedDisk)
         for index, form in enumerate(self._forms):
             # One rank of the machine writes it: at first they take turns, later the first one loads for all.
             writer = 0 if anew else index % world.local_size
-            if shared is not None and index not in self._resident and world.local_rank != writer:
+            if self._ranks_share(index) and world.local_rank != writer:
                 continue
             if anew or self.disk is None or index not in self.on_disk or not self.disk.holds(index):
-                with self._ring.filling(index) as memory:
+                with ring.filling(index) as memory:
                     fill_block(form, memory)
             self._context.progress("filling blocks", index + 1, len(self._forms))
-        self._ring.rewind()
+        ring.rewind()
         self.forget_times()
-        if self.disk is not None and not anew:
-            self.disk.choose_depth()
-        if shared is not None and not anew:
+        if shares and not anew:
             world.barrier()
             self._context.progress("waiting for the other ranks", 1, 1)
-        if (
-            shared is None or not anew
-        ):  # else the first rank may still be at it; the next pass sends up anyway
-            self._ring.prefetch()
+        if self.disk is not None and not anew:
+            self.disk.choose_depth()
+        if not (shares and anew):  # else the first rank may still be at it; the next pass sends up anyway
+            ring.prefetch()
+
+    def _ranks_share(self, block: int) -> bool:
+        """Where it lies, other ranks of the machine read it too."""
+        if block in self.on_disk:
+            return isinstance(self.disk, SharedDisk)
+        return self._ring.shared is not None and block not in self._resident
 
     # --- what a visit asks for: `engines.zeroth_order.block_visit.Source` -------------------------
 
@@ -266,15 +294,33 @@ class StreamedBlocks:
     # --- a step -----------------------------------------------------------------------------------------
 
     def make_room_in_log(self, window: int | None) -> None:
-        for index in self._changed_on_disk():
-            if window is not None or self._updates.leave_no_room_for_a_step(index):
+        self._make_room_in_log(window, together=False)
+
+    def _make_room_in_log(self, window: int | None, *, together: bool) -> None:
+        """Ranks that share the blocks on disk divide them where all do this `together`, before a step; else
+        the first of the machine writes them, when it replays."""
+        due = [
+            index
+            for index in self._changed_on_disk()
+            if window is not None or self._updates.leave_no_room_for_a_step(index)
+        ]
+        if not due:
+            return
+        self._ring.stop_reading(together=together)
+        world = self._context.world
+        for turn, index in enumerate(due):
+            writer = turn % world.local_size if together else 0
+            if self._ranks_share(index) and world.local_rank != writer:
+                task = self._task_at_rest(index, self._updates.step, window)
+                self._model.end_window(index, task)
+            else:
                 with self._ring.fetched(index, write_back=True) as memory:
                     task = self._bring_up_to_date(index, memory, self._updates.step, window)
-                    self._updates.mark_stored(index, task)
+            self._updates.mark_stored(index, task)
 
     def begin_step(self, window: int | None) -> Callable[[], dict[str, Any]]:
         times = self._cut_times()
-        self.make_room_in_log(window)
+        self._make_room_in_log(window, together=True)
         self._ring.begin_pass(by_all=True)
         self._moved_before = self._ring.moved()
         self._copies.exposure.mark()
@@ -379,7 +425,7 @@ class StreamedBlocks:
     def _store_on_host(self, last_step: int, *, by_all: bool) -> bool:
         """With blocks that ranks share: store deferred updates in what is on this GPU, and `by_all` ranks at
         the same time in the others, which the first of the machine writes. Whether anything was."""
-        behind = [i for i in sorted(self._updates.trained) if self._updates.num_deferred(i)]
+        behind = [i for i in sorted(self._updates.trained - self.on_disk) if self._updates.num_deferred(i)]
         for index in behind if by_all else self._resident.intersection(behind):
             if index in self._resident:
                 self._bring_up_to_date(index, self._ring.at_rest(index), last_step)
@@ -410,6 +456,11 @@ class StreamedBlocks:
         self._ring.end_pass()
         return True
 
+    def at_rest(self, block: int) -> AbstractContextManager[Tensor]:
+        if block in self.on_disk:
+            return self._ring.fetched(block, write_back=False)
+        return nullcontext(self._ring.at_rest(block))
+
     def stored(self, block: int, last_step: int) -> Tensor:
         if block in self.on_disk:
             return self._up_to_date(block, last_step)
@@ -427,7 +478,7 @@ class StreamedBlocks:
         of its tensors is asked for, with its updates, and goes when one of another block is."""
         fetched = self.on_disk
         if self._ring.shared is not None:  # where others read it
-            fetched = frozenset(i for i in self._updates.trained if self._updates.num_deferred(i))
+            fetched |= frozenset(i for i in self._updates.trained if self._updates.num_deferred(i))
         where = self._in_memory(fetched)
         if not fetched:
             return where
@@ -460,14 +511,17 @@ class StreamedBlocks:
     ) -> Task:
         """Store in `memory`, the bytes of a block on disk, what its place on the host would have after
         `last_step`, and what the `window` of low-rank noise has gathered."""
-        task = Task(how=self._updates.lacking(index), store=True, perturb=False, ends_window=window)
-        if self._updates.quantized:
-            task = self._updates.task_of_roundings(index, last_step)
+        task = self._task_at_rest(index, last_step, window)
         self._clocks.compute.start()
         with self._model.visiting(index, task, BlockMemory(self._forms[index], memory)):
             pass
         self._clocks.compute.stop()
         return task
+
+    def _task_at_rest(self, index: int, last_step: int, window: int | None) -> Task:
+        if self._updates.quantized:
+            return self._updates.task_of_roundings(index, last_step)
+        return Task(how=self._updates.lacking(index), store=True, perturb=False, ends_window=window)
 
     def synchronize(self) -> None:
         self._ring.synchronize()
@@ -475,6 +529,7 @@ class StreamedBlocks:
     def close(self) -> None:
         if self.stream is not None:
             self.synchronize()
+            self._model.scratch.whole.clear()
             self.stream.close()
         if isinstance(self.states, WaitingStates):
             self.states.close()

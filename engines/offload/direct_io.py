@@ -45,6 +45,11 @@ class RawFile:
         self.direct = direct
         self._descriptor = descriptor
 
+    @property
+    def descriptor(self) -> int:
+        """Of this process."""
+        return self._descriptor
+
     def read(self, memory: memoryview, offset_bytes: int, needed_bytes: int) -> None:
         """Fill `memory` from a place in the file, its first `needed_bytes` at least.
 
@@ -125,6 +130,15 @@ def open_existing(path: Path) -> RawFile:
         with suppress(OSError):
             return RawFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | _DIRECT), direct=True)
     return RawFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), direct=False)
+
+
+def open_of_process(pid: int, descriptor: int) -> RawFile:
+    """A file that another process of this user has open, to be read and written. Raises `OSError`."""
+    path, flags = f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC
+    if _DIRECT:
+        with suppress(OSError):
+            return RawFile(os.open(path, flags | _DIRECT), direct=True)
+    return RawFile(os.open(path, flags), direct=False)
 
 
 def in_memory(folder: Path) -> bool:

@@ -20,7 +20,9 @@ chunks, and what it has left in the ring is dropped at the next step's begin; wh
 then comes up whole.
 
 The host waits for none of these. It waits for the disk, where a block that it is about to compute with has
-not been read: `engines.offload.disk`. Blocks on disk are never sent down.
+not been read: `engines.offload.disk`. Blocks on disk are never sent down. Where several ranks have them
+(`engines.offload.shared_disk`), passes by all take what is read for all, and what a rank does alone begins
+and ends with an empty ring.
 
 Longer than 400 lines: the ring and the order of its copies are one thing.
 """
@@ -40,6 +42,7 @@ from engines.costs.zo2 import ring_bytes
 from engines.errors import UserError
 from engines.offload.disk import DiskBlocks
 from engines.offload.shared_blocks import SharedBlocks
+from engines.offload.shared_disk import BlocksOnDisk, SharedDisk
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
@@ -83,6 +86,8 @@ class Moved(NamedTuple):
     h2d_bytes: int
     d2h_bytes: int
     disk_bytes: int
+    read_bytes: int
+    """Of `disk_bytes` what this rank has read, and not another for it."""
 
 
 class BlockStream:
@@ -99,7 +104,7 @@ class BlockStream:
         link: Link,
         clock: ComputeClock,
         progress: ReportProgress,
-        disk: DiskBlocks | None = None,
+        disk: BlocksOnDisk | None = None,
         world: World = ALONE,
         most_written: int = 0,
         sharded: bool = False,
@@ -110,6 +115,7 @@ class BlockStream:
         `sharded`."""
         self._link = link
         self._disk = disk
+        self._shared_disk = disk if isinstance(disk, SharedDisk) else None
         self._clock = clock
         self._forms = forms
         self._on_gpu = {
@@ -142,8 +148,8 @@ class BlockStream:
         }
         self._ring_bytes = ring_bytes(list(sizes_bytes.values()))
         self._ring = torch.empty(self._ring_bytes, dtype=torch.uint8, device=link.device)
-        self._disk_bytes = 0
-        """Bytes of the chunks from disk that were computed with, so far."""
+        self._disk_bytes = self._read_bytes = 0
+        """Bytes of the chunks from disk that were computed with, so far, and what of them this rank read."""
         self._exchange: ShareExchange | None = None
         if sharded and self.shared is not None:
             self._exchange = ShareExchange(world, link, timeline)
@@ -176,18 +182,23 @@ class BlockStream:
 
     def moved(self) -> Moved:
         sent_bytes = self._link.h2d_bytes - self._ahead_bytes
-        return Moved(h2d_bytes=sent_bytes, d2h_bytes=self._link.d2h_bytes, disk_bytes=self._disk_bytes)
+        return Moved(
+            h2d_bytes=sent_bytes,
+            d2h_bytes=self._link.d2h_bytes,
+            disk_bytes=self._disk_bytes,
+            read_bytes=self._read_bytes,
+        )
 
     def moved_since(self, before: Moved) -> dict[str, Any]:
         """By the names of `engines.base.StepStats`."""
         now = self.moved()
-        read_bytes = now.disk_bytes - before.disk_bytes
+        disk_bytes = now.disk_bytes - before.disk_bytes
         rate = None if self._disk is None else self._disk.rate_bytes_per_s
         return {
             "h2d_bytes": now.h2d_bytes - before.h2d_bytes,
             "d2h_bytes": now.d2h_bytes - before.d2h_bytes,
-            "disk_read_bytes": read_bytes,
-            "disk_floor_s": None if rate is None else read_bytes / rate,
+            "disk_read_bytes": now.read_bytes - before.read_bytes,
+            "disk_floor_s": None if rate is None else disk_bytes / rate,
             "disk_direct": None if self._disk is None else self._disk.direct,
         }
 
@@ -198,7 +209,9 @@ class BlockStream:
     def rewind(self) -> None:
         """Wait for all copies and forget what has come up: the next pass starts from host memory."""
         self.synchronize()
-        if self._disk is not None:
+        if self._shared_disk is not None:
+            self._shared_disk.rewind(self._passes_by_all if self._by_all else None)
+        elif isinstance(self._disk, DiskBlocks):
             self._disk.rewind()
         self._pass = 0
         self._first_turn = self._passes_by_all * len(self._chunks)
@@ -215,6 +228,8 @@ class BlockStream:
         self._arrivals: dict[int, Event] = {}
         self._sent_bytes: dict[int, int] = {}
         """What came over this rank's link of a chunk that nobody has computed with, by ticket."""
+        self._sent_read_bytes: dict[int, int] = {}
+        """Likewise, what this rank read of it from disk."""
         self._left: dict[int, int] = {}
         """Parts of a chunk in use that are still to be read."""
         self._home: dict[int, Event] = {}
@@ -298,15 +313,29 @@ class BlockStream:
 
     def begin_pass(self, *, by_all: bool) -> None:
         """A pass begins that all ranks make, or one that this rank may make alone."""
-        if by_all and not self._by_all and self._exchange is not None:
-            self.rewind()
+        begins, ends = by_all and not self._by_all, self._by_all and not by_all
         self._by_all = by_all
+        if (begins and self._exchange is not None) or ((begins or ends) and self._shared_disk is not None):
+            self.rewind()
+        if by_all and self._shared_disk is not None:
+            self._shared_disk.start(self._passes_by_all)
+
+    def stop_reading(self, *, together: bool) -> None:
+        """What is on disk and shared is about to be written, by this rank or another. Where all ranks are
+        about to do so `together`, it returns when they have come."""
+        if self._shared_disk is not None:
+            self._shared_disk.rest()
+            self.rewind()
+            if together:
+                self._shared_disk.meet()
 
     def end_pass(self) -> None:
         self._pass += 1
-        if self._by_all and self._exchange is not None:
-            del self._starts[self._passes_by_all]
-            self._passes_by_all += 1
+        if not self._by_all:
+            return
+        self._passes_by_all += 1
+        if self._exchange is not None:
+            del self._starts[self._passes_by_all - 1]
             # As far as nothing of the next pass has come up, its first chunk is the next.
             self._starts.setdefault(self._passes_by_all, self._position)
 
@@ -350,6 +379,7 @@ class BlockStream:
             self._left[ticket] = chunk.last - chunk.first
             if self.is_on_disk(block):
                 self._disk_bytes += chunk.stop - chunk.start
+                self._read_bytes += self._sent_read_bytes.pop(ticket)
         begin = slot.begin % self._ring_bytes - chunk.start
         return form.opened(self._ring[begin + start : begin + stop], first)
 
@@ -413,6 +443,8 @@ class BlockStream:
             if arrival is None:
                 self._starved = True
                 return False
+            read_bytes = size if self._shared_disk is None else self._shared_disk.read_bytes
+            self._sent_read_bytes[self._next] = read_bytes
         elif (turn := self._turn_to_exchange()) is not None and self._exchange is not None:
             host = self._host[chunk.block][chunk.start : chunk.stop]
             arrival = self._exchange.upload(host, out, self._waits, name)

@@ -279,7 +279,7 @@ class Zo2Settings(MezoSettings):
         require(self.resident_blocks >= 0, "resident_blocks", "must not be negative")
         require(self.disk_blocks == "auto" or self.disk_blocks >= 0, "disk_blocks", "must not be negative")
         require(
-            not self.sharded_upload or self.shares_blocks,
+            not self.sharded_upload or self.may_shard_upload,
             "sharded_upload",
             "needs blocks that ranks have once in host memory",
             f"leave out disk_blocks, estimator={self.estimator} and a trained low-bit base"
@@ -291,7 +291,12 @@ class Zo2Settings(MezoSettings):
     def shares_blocks(self) -> bool:
         """Whether ranks of one machine have the blocks on its host once. Of what they share one writes a
         block when it is its turn; roundings and windows have other times."""
-        return not (self.trains_quantized or self.noise_window is not None or self.disk_blocks != 0)
+        return not (self.trains_quantized or self.noise_window is not None)
+
+    @property
+    def may_shard_upload(self) -> bool:
+        """Whether `sharded_upload` is to be had: of blocks that all come up from such memory."""
+        return self.shares_blocks and self.disk_blocks == 0
 
     @property
     def named_disk_blocks(self) -> int:

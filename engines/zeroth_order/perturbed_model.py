@@ -177,11 +177,16 @@ class PerturbedModel:
         entered = [self.enter(batch, how, sides) for batch in batches]
         return [hidden for hidden, _ in entered], [calls for _, calls in entered]
 
+    def end_window(self, index: int, task: Task) -> None:
+        """What the block gathered in a window that the `task` ends is put aside for it, or for the rank that
+        has it. Part of `visiting`."""
+        if task.ends_window is not None and isinstance(self.adapters, LowRank):
+            self.adapters.start_fold(index, task.ends_window, task.how)
+
     @contextmanager
     def visiting(self, index: int, task: Task, source: Source) -> Iterator[None]:
         """Block `index` may be run within."""
-        if task.ends_window is not None and isinstance(self.adapters, LowRank):
-            self.adapters.start_fold(index, task.ends_window, task.how)
+        self.end_window(index, task)
         self.scratch.begin(index, task, source)
         self._clock.start()
         self.adapters.begin(index, task)

@@ -72,13 +72,16 @@ Template = Annotated[
     typer.Option(
         "--template",
         help="The prompt of a labelled row: `{text} It was` for a decoder, `{text} It was {mask}.` for an "
-        "encoder, with `{text2}` for the second of a pair; the loss is over the words of --labels alone.",
+        "encoder, with `{text2}` for the second of a pair and `{word}` for another column, here `word`; the "
+        "loss is over the words of --labels alone.",
     ),
 ]
 Labels = Annotated[
     str | None,
     typer.Option(
-        "--labels", help="With --template: the word for each class, in their order: `terrible,great`."
+        "--labels",
+        help="With --template: the word for each class, in their order: `terrible,great`; "
+        "`{choice1},{choice2}` takes each row's own, out of these columns.",
     ),
 ]
 Strict = Annotated[

@@ -71,9 +71,11 @@ class DataSource:
     """Go on also where more than a tenth of the records cannot be used."""
     template: Annotated[str, NotWhereEmpty] = ""
     """The prompt of a labelled row, such as `{text} It was` for a decoder and `{text} It was {mask}.` for an
-    encoder; empty: for decoders the built-in one, with a loss over the whole vocabulary."""
+    encoder, `{text2}` being the second of a pair and other names in braces columns of the file; empty: for
+    decoders the built-in one, with a loss over the whole vocabulary."""
     labels: Annotated[tuple[str, ...], NotWhereEmpty] = ()
-    """With `template`: the word for each class, in the order of the classes."""
+    """With `template`: the word for each class, in the order of the classes. `{choice1}` is each row's own,
+    out of this column."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,8 @@ class Summary:
     """Median per step of the forward passes that each micro-batch took."""
     disk_read_bytes: int | None = None
     disk_s: float | None = None
-    """Medians per step: what of the disk a step computed with, and how long something was being read."""
+    """Medians per step: what of the disk a step computed with, of several ranks what each of them has read of
+    it, and how long something was being read."""
     disk_direct: bool | None = None
     """Whether the disk was read past the page cache; else its rates may be memory's. `None`: no disk."""
     disk_floor_s: float | None = None

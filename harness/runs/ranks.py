@@ -141,8 +141,8 @@ def devices_of(ranks: Sequence[RankPlace], first: NvmlDevice | None) -> list[Nvm
 
 
 def of_group(summaries: Sequence[Summary]) -> Summary:
-    """Of several ranks: times and bytes of the first, peaks of the GPU that has most in use, energy and
-    pinned memory of all."""
+    """Of several ranks: times and bytes of the first, peaks of the GPU that has most in use, energy, pinned
+    memory and what is read from disk of all."""
     first = summaries[0]
     if len(summaries) == 1:
         return first
@@ -155,6 +155,7 @@ def of_group(summaries: Sequence[Summary]) -> Summary:
         peak_gpu_allocated_bytes=max(known("peak_gpu_allocated_bytes"), default=None),
         peak_gpu_reserved_bytes=max(known("peak_gpu_reserved_bytes"), default=None),
         pinned_bytes=sum(known("pinned_bytes")) if known("pinned_bytes") else None,
+        disk_read_bytes=sum(known("disk_read_bytes")) if known("disk_read_bytes") else None,
         energy_j=sum(known("energy_j")) if len(known("energy_j")) == len(summaries) else None,
     )
 

@@ -70,7 +70,11 @@ class PlanningContext:
 
     def cost(self, settings: Any) -> Traffic:
         """Of one step with these typed settings."""
-        return _cost(self.engine, self.shape, self.workload, settings).of_a_rank(self.local_ranks)
+        return self.cost_of_one_process(settings).of_a_rank(self.local_ranks)
+
+    def cost_of_one_process(self, settings: Any) -> Traffic:
+        """Likewise, if it had all to itself that the ranks of a machine have together."""
+        return _cost(self.engine, self.shape, self.workload, settings)
 
     def why_missing(self, settings: Any) -> str | None:
         """Why a step with these typed settings does not fit into memory; `None`: it fits."""

@@ -14,6 +14,7 @@ from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
 from profiles.planning.context import Choice, PlanningContext, SettingChange
+from profiles.planning.precisions import faster_moments
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 
@@ -95,6 +96,9 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     )
     if (crossover := _crossover(context, settings)) is not None:
         reasons.append(crossover)
+    faster = None if "moments" in given else faster_moments(context, settings, MOMENTS[1:])
+    if faster is not None:
+        reasons.append(faster)
     return Choice(given.completed(**chosen), tuple(reasons))
 
 

@@ -76,8 +76,7 @@ class _Times:
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Resident blocks, which take their copies off the link, then how often the others go down, and how many
     queries the link has time for. On several GPUs also whether they bring up shares of each block and
-    exchange them. Matrices of bf16 that are never written come up as lossless tiles where a step is then
-    faster; of others, whose updates may need more room than there is, that is only said."""
+    exchange them. Matrices of bf16 come up as lossless tiles where a step is then faster."""
     plain = _choose_for_base(context, given)
     if "base" in given or context.machine.gpu is None or context.workload.dtype != "bf16":
         return plain
@@ -91,12 +90,8 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if context.why_missing(fewer.settings.typed) is not None:
         return plain
     times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
-    if given.typed.only_reads_blocks:
-        why = f"base=lossless: the same bits in fewer bytes, {times}"
-        return Choice(fewer.settings, (why, *fewer.reasons))
-    return Choice(
-        plain.settings, (*plain.reasons, f"base=lossless would be faster, with the same bits: {times}")
-    )
+    why = f"base=lossless: the same bits in fewer bytes, {times}"
+    return Choice(fewer.settings, (why, *fewer.reasons))
 
 
 def _choose_for_base(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -183,7 +178,7 @@ def _choose_place(context: PlanningContext, given: GivenSettings) -> Choice:
     whole = _choose(context, given)
     if context.local_ranks == 1 or context.machine.gpu is None or "sharded_upload" in given:
         return whole
-    if not (whole.settings.typed.shares_blocks and context.cost(whole.settings.typed).h2d_bytes):
+    if not (whole.settings.typed.may_shard_upload and context.cost(whole.settings.typed).h2d_bytes):
         return whole
     sharded = _choose(context, given.completed(sharded_upload=True))
     before, after = (
@@ -260,16 +255,21 @@ def _helps_on_host(context: PlanningContext, settings: Zo2Settings) -> bool:
     return here > usable >= away
 
 
-def num_on_disk(cost: Traffic, budget: Budget) -> int:
-    """Blocks that host memory has no room for; `cost` is that of a step with none on disk."""
+def num_on_disk(cost: Traffic, budget: Budget, local_ranks: int = 1) -> int:
+    """Blocks that host memory has no room for; `cost` is that of a step with none on disk, of one process,
+    `budget` that of each of the machine's ranks."""
     block_bytes = max(layer.h2d_bytes for layer in cost.layers)
     if not (cost.pinned_bytes and block_bytes):
         return 0
-    others_bytes = host_bytes_needed(cost, budget) - cost.pinned_bytes
+    part = cost.of_a_rank(local_ranks)
+    others_bytes = host_bytes_needed(part, budget) - part.pinned_bytes
     streamed = cost.pinned_bytes // block_bytes
     usable = budget.host_bytes - others_bytes
     if budget.pinned_bytes is not None:  # what of the blocks is in host memory is pinned
         usable = min(usable, budget.pinned_bytes)
+    if local_ranks > 1 and "blocks, pinned" in cost.shared_host_bytes:  # which they have once
+        spare = cost.shared_host_bytes["blocks, pinned"] - cost.host_memory_bytes["blocks, pinned"]
+        usable = local_ranks * usable - spare
     return fewest_on_disk([block_bytes] * streamed, usable)
 
 
@@ -289,8 +289,9 @@ class _Planner:
         """`settings` with the blocks on disk that host memory has no room for, if that is open."""
         if not self.disk_is_open:
             return settings
-        cost = self.context.cost(replace(settings, disk_blocks=0))
-        return replace(settings, disk_blocks=num_on_disk(cost, self.context.budget))
+        context = self.context
+        cost = context.cost_of_one_process(replace(settings, disk_blocks=0))
+        return replace(settings, disk_blocks=num_on_disk(cost, context.budget, context.local_ranks))
 
     def cost(self, settings: Zo2Settings) -> Traffic:
         return self.context.cost(self.placed(settings))

@@ -33,7 +33,7 @@ from engines.shapes import Dtype, Workload
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::engines.offload.disk.PageCacheWarning"
+    "ignore::engines.offload.disk_files.PageCacheWarning"
 )  # wherever /tmp may be
 KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
 DECODERS = ["opt", "llama", "qwen2", "gpt2"]
@@ -210,8 +210,8 @@ def base_of(made: Zo2) -> list[bytes]:
     assert made.blocks.disk is not None
     found = []
     for index in sorted(made.blocks.on_disk):
-        span = made.blocks.disk._own[index]
-        with open(f"/proc/self/fd/{span.file._descriptor}", "rb") as file:
+        span = made.blocks.disk.files.own[index]
+        with open(f"/proc/self/fd/{span.file.descriptor}", "rb") as file:
             found.append(file.read())
     return found
 
@@ -247,10 +247,10 @@ def test_the_base_is_never_written_and_a_full_log_goes_to_a_second_file(
 def test_a_run_that_the_log_holds_takes_no_second_file(tmp_path: Path) -> None:
     short = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY))
     assert short.blocks.disk is not None
-    assert short.blocks.disk._second == {}
+    assert short.blocks.disk.files.seconds == {}
     long = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY + 1))
     assert long.blocks.disk is not None
-    assert sorted(long.blocks.disk._second) == sorted(long.blocks.on_disk)
+    assert sorted(long.blocks.disk.files.seconds) == sorted(long.blocks.on_disk)
     short.close()
     long.close()
 

@@ -25,11 +25,12 @@ from engines.errors import InfeasiblePlan, UserError
 from engines.noise.visits import LOG_CAPACITY
 from engines.offload import disk
 from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, RawFile, make_file, open_existing
-from engines.offload.disk import DiskBlocks, PageCacheWarning
+from engines.offload.disk import DiskBlocks
+from engines.offload.disk_files import BlockFiles, PageCacheWarning
 from engines.transfer.link import Event, Link
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::engines.offload.disk.PageCacheWarning"
+    "ignore::engines.offload.disk_files.PageCacheWarning"
 )  # wherever /tmp may be
 CPU = torch.device("cpu")
 REAL_PREADV, REAL_PWRITEV, REAL_OPEN = os.preadv, os.pwritev, os.open
@@ -48,8 +49,11 @@ def values(num_bytes: int, seed: int = 0) -> Tensor:
     )
 
 
-def blocks_on(folder: Path, sizes: dict[int, int], **how: Any) -> DiskBlocks:
-    return DiskBlocks(sizes, folder, Link(CPU), lambda *_: None, **how)
+def blocks_on(
+    folder: Path, sizes: dict[int, int], delay_s: Any = None, link: Link | None = None, **where: Any
+) -> DiskBlocks:
+    files = BlockFiles(sizes, folder, **where)
+    return DiskBlocks(files, link or Link(CPU), lambda *_: None, delay_s=delay_s)
 
 
 def whole(sizes: dict[int, int]) -> list[disk.ByteRange]:
@@ -155,7 +159,7 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
     link = LateLink(CPU)
     link.copies = {}
     sizes = {0: 50_000, 1: 30_000}
-    blocks = DiskBlocks(sizes, tmp_path, link, lambda *_: None)
+    blocks = blocks_on(tmp_path, sizes, link=link)
     contents = {index: values(size, index) for index, size in sizes.items()}
     for index, content in contents.items():
         blocks.fill(index, content)
@@ -172,7 +176,7 @@ def test_a_slot_is_not_read_into_before_its_upload_has_ended(tmp_path: Path) -> 
 def test_a_second_file_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     sizes = {0: 20_000, 1: 9_000}
     blocks, contents = filled(tmp_path, sizes, written_back=sizes)
-    base = blocks._own[0]
+    base = blocks.files.own[0]
     changed = values(sizes[0], seed=77)
     blocks.rewind()
     blocks.write_back(0, changed)
@@ -183,7 +187,7 @@ def test_a_second_file_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     out = torch.zeros(sizes[0], dtype=torch.uint8)
     blocks.fetch(0, out)
     assert torch.equal(out, changed)
-    with safe_open(f"/proc/self/fd/{base.file._descriptor}", framework="pt") as file:
+    with safe_open(f"/proc/self/fd/{base.file.descriptor}", framework="pt") as file:
         assert torch.equal(file.get_tensor("block.0"), contents[0])
     blocks.close()
 
@@ -193,7 +197,7 @@ def test_files_are_private_nameless_and_safetensors(tmp_path: Path) -> None:
     blocks, contents = filled(folder, {4: 12_345})
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert list(folder.iterdir()) == []
-    descriptor = blocks._own[4].file._descriptor
+    descriptor = blocks.files.own[4].file.descriptor
     assert stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o600
     assert os.fstat(descriptor).st_nlink == 0
     with safe_open(f"/proc/self/fd/{descriptor}", framework="pt") as file:
@@ -241,7 +245,7 @@ def test_short_reads_and_writes_go_on(
 ) -> None:
     """Direct I/O goes on from an aligned place, and gives up where it does not get that far."""
     span = make_file(tmp_path, "block", 6 * ALIGNMENT_BYTES)
-    file, offset = RawFile(span.file._descriptor, direct=direct), span.offset_bytes
+    file, offset = RawFile(span.file.descriptor, direct=direct), span.offset_bytes
     source, target = torch.zeros(2, 6 * ALIGNMENT_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
     source, target = (
         memory[-memory.data_ptr() % ALIGNMENT_BYTES :][: 6 * ALIGNMENT_BYTES] for memory in (source, target)
@@ -256,7 +260,7 @@ def test_short_reads_and_writes_go_on(
 
         return limited
 
-    descriptor = os.open(f"/proc/self/fd/{span.file._descriptor}", os.O_RDWR)  # which takes any length
+    descriptor = os.open(f"/proc/self/fd/{span.file.descriptor}", os.O_RDWR)  # which takes any length
     file = RawFile(descriptor, direct=direct)
     monkeypatch.setattr(os, "preadv", short(REAL_PREADV))
     monkeypatch.setattr(os, "pwritev", short(REAL_PWRITEV))
@@ -274,7 +278,7 @@ def test_short_reads_and_writes_go_on(
 
 def test_a_file_that_ends_early_is_an_error_not_a_loop(tmp_path: Path) -> None:
     blocks, _ = filled(tmp_path, {0: 60_000})
-    blocks._own[0].file.resize(30_000)
+    blocks.files.own[0].file.resize(30_000)
     with pytest.raises(UserError, match=r"cannot be read \(the file ends too early\)"):
         next_chunk(blocks, 60_000)
     blocks.close()
@@ -436,9 +440,7 @@ def test_pinned_slots_and_real_copies(tmp_path: Path) -> None:
     delays = random.Random(0)
     link = Link(device, lambda: delays.randrange(200_000))
     sizes = {0: 100_000, 1: 70_001}
-    blocks = DiskBlocks(
-        sizes, tmp_path, link, lambda *_: None, delay_s=lambda: delays.choice((0.0, 0.0, 0.002))
-    )
+    blocks = blocks_on(tmp_path, sizes, lambda: delays.choice((0.0, 0.0, 0.002)), link)
     assert blocks.pinned_bytes == costs.host_ring_bytes(sum(sizes.values()))
     contents = {index: values(size, index).to(device) for index, size in sizes.items()}
     for index, content in contents.items():

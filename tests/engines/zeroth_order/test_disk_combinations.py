@@ -20,7 +20,7 @@ from engines.settings.zeroth_order import Zo2Settings
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::engines.offload.disk.PageCacheWarning"
+    "ignore::engines.offload.disk_files.PageCacheWarning"
 )  # wherever /tmp may be
 GRZO = {"estimator": "grzo", "noise": "rademacher", "grzo_window": 3, "weight_decay": 0.0}
 LOZO = {"estimator": "lozo", "lozo_rank": 2, "lozo_window": 3, "weight_decay": 0.0}
@@ -109,11 +109,11 @@ def test_a_low_bit_base_on_disk_is_never_written(tmp_path: Path) -> None:
     for knobs, second in ((CASES["int8"], True), (READ_ONLY, False)):
         made = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY + 1), **knobs)
         assert made.blocks.disk is not None
-        assert set(made.blocks.disk._second) == (set(made.blocks.on_disk) if second else set())
-        files = [made.blocks.disk._own[index].file for index in sorted(made.blocks.on_disk)]
+        assert set(made.blocks.disk.files.seconds) == (set(made.blocks.on_disk) if second else set())
+        files = [made.blocks.disk.files.own[index].file for index in sorted(made.blocks.on_disk)]
 
         def contents(of: list[Any] = files) -> list[bytes]:
-            return [Path(f"/proc/self/fd/{file._descriptor}").read_bytes() for file in of]
+            return [Path(f"/proc/self/fd/{file.descriptor}").read_bytes() for file in of]
 
         before = contents()
         for batch in tiny_batches(5, "opt"):
@@ -131,7 +131,7 @@ def test_a_models_file_is_asked_for_no_low_bit_block(tmp_path: Path) -> None:
     assert isinstance(blueprint, LocatesWeights)
     made = make(blueprint, tmp_path, context(), base="int8")
     assert made.blocks.disk is not None
-    assert set(made.blocks.disk._own) == set(made.blocks.on_disk)
+    assert set(made.blocks.disk.files.own) == set(made.blocks.on_disk)
     made.close()
 
 
@@ -139,7 +139,7 @@ def test_several_queries_fill_the_log_sooner_and_room_is_taken_beforehand(tmp_pa
     for queries, second in ((1, False), (2, True)):
         made = make(tiny_blueprint("opt"), tmp_path, context(steps=LOG_CAPACITY), queries=queries)
         assert made.blocks.disk is not None
-        assert bool(made.blocks.disk._second) == second
+        assert bool(made.blocks.disk.files.seconds) == second
         made.close()
 
 

@@ -48,12 +48,18 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     monkeypatch.setattr(Progress, "update", update)
 
 
+ON_DISK = {"disk_blocks": 1, "estimator": "lozo", "lozo_rank": 2, "lozo_window": 2}
+"""Blocks on disk that are written anew every second step."""
+
+
+@pytest.mark.parametrize("settings", [{}, ON_DISK])
 def test_a_run_goes_on_with_another_number_of_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four, then one, then two, each ended without notice; the weights are those of one that never was."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, "zo2", job_of(1))
+    run(whole, "zo2", job_of(1), **settings)
 
     def stop() -> None:
         raise Stop
@@ -62,25 +68,27 @@ def test_a_run_goes_on_with_another_number_of_processes(
         with monkeypatch.context() as patched:
             stopped_after(patched, until, stop)
             with pytest.raises(Stop):
-                run(parts, "zo2", job_of(gpus), resume=gpus == 1)
-    run(parts, "zo2", job_of(2), resume=True)
+                run(parts, "zo2", job_of(gpus), resume=gpus == 1, **settings)
+    run(parts, "zo2", job_of(2), resume=True, **settings)
     assert log_of(whole) == log_of(parts)
     assert (whole / "updates.log").read_bytes() == (parts / "updates.log").read_bytes()
     assert_same_weights(whole / "model", parts / "model")
 
 
 @pytest.mark.parametrize(
-    "engine",
+    ("engine", "settings"),
     [
-        "mezo",
-        pytest.param("native", marks=pytest.mark.slow),
-        pytest.param("exact-offload", marks=pytest.mark.slow),
+        pytest.param("mezo", {}, marks=pytest.mark.slow),
+        ("zo2", ON_DISK),
+        pytest.param("native", {}, marks=pytest.mark.slow),
+        pytest.param("exact-offload", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also from a full checkpoint."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out = tmp_path / "out"
 
     def kill() -> None:
@@ -91,9 +99,11 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     with monkeypatch.context() as patched:
         stopped_after(patched, 3, kill)
         with pytest.raises(UserError, match=r"rank 1: was killed by signal 9 .*--resume"):
-            run(out, engine, job_of(2), save_every=2)
-    run(out, engine, job_of(2), save_every=2, resume=True)
-    run(tmp_path / "whole", engine, job_of(1 if engine == "mezo" else 2))
+            run(out, engine, job_of(2), save_every=2, **settings)
+    run(out, engine, job_of(2), save_every=2, resume=True, **settings)
+    run(tmp_path / "whole", engine, job_of(1 if engine in ("mezo", "zo2") else 2), **settings)
+    spill = tmp_path / "lspzo-bench" / "spill"
+    assert not spill.exists() or list(spill.iterdir()) == []
     assert_same_weights(tmp_path / "whole" / "model", out / "model")
 
 

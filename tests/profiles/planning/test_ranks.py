@@ -82,6 +82,31 @@ def test_blocks_on_the_host_count_once_and_are_written_by_one() -> None:
     assert part.h2d_bytes == alone.h2d_bytes
 
 
+def test_blocks_on_disk_are_read_once_for_the_machine() -> None:
+    """Its bytes of them are the machine's, as its disk is; the ring and the other blocks are there once, and
+    so as many blocks are on disk as for one process, but for those in whose place others are written."""
+    settings = given_settings("zo2", fold_every=8, disk_blocks=20)
+    alone = traffic("zo2", SHAPE, WORKLOAD, settings.typed)
+    part = context_of_a_rank("zo2", H200, SHAPE, WORKLOAD, gpus=4).cost(settings.typed)
+    assert part.disk_bytes == alone.disk_bytes
+    assert part.host_memory_bytes["disk ring, pinned"] == alone.host_memory_bytes["disk ring, pinned"] / 4
+    blocks = alone.host_memory_bytes["blocks, pinned"]
+    assert blocks / 4 < part.host_memory_bytes["blocks, pinned"] < blocks / 3
+    low_bit = given_settings("zo2", base="int8", disk_blocks=20)
+    whole = traffic("zo2", SHAPE, WORKLOAD, low_bit.typed)
+    each = context_of_a_rank("zo2", H200, SHAPE, WORKLOAD, gpus=4).cost(low_bit.typed)
+    assert each.host_memory_bytes["blocks, pinned"] == whole.host_memory_bytes["blocks, pinned"]
+    assert (each.disk_bytes, each.d2h_bytes) == (whole.disk_bytes, whole.d2h_bytes)
+    found = {
+        gpus: recommend(
+            H200, SHAPE, WORKLOAD, ["zo2"], {"zo2": given_settings("zo2", resident_blocks=0, fold_every=8)},
+            host_bytes=20 * 2**30, gpus=gpus,
+        )[0].settings["disk_blocks"]
+        for gpus in (1, 2)
+    }  # fmt: skip
+    assert 0 < found[1] <= found[2] <= found[1] + 12
+
+
 def with_gpus_linked(rate: float, count: int = 2) -> Machine:
     """The H200s of one machine, whose links are as fast together as alone."""
     link = H200.link
