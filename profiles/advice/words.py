@@ -60,12 +60,17 @@ def duration(seconds: float | None) -> str:
     return "not known" if seconds is None else format_seconds(seconds)
 
 
+UNIT_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "days": 86400.0}
+
+
 def band(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "-"
     first, last = duration(low), duration(high)
-    number, _, unit = first.partition(" ")
-    return f"{number if last.endswith(f' {unit}') else first} to {last}"
+    unit = last.partition(" ")[2]
+    if first.endswith(f" {unit}"):
+        return f"{first.partition(' ')[0]} to {last}"
+    return f"{low / UNIT_S[unit]:.3g} to {last}" if low >= high / 100 else f"{first} to {last}"
 
 
 def money(cost: Cost) -> str:
