@@ -86,9 +86,11 @@ def _notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
 def _title(answer: Recommendation) -> str:
     job, model = answer.job, answer.model
     batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
+    gpus = job.limits.gpus * job.limits.nodes
+    several = "" if gpus == 1 else f"; on {gpus} GPUs"
     return (
         f"Predicted: {model.name} ({format_parameters(model.parameters)} parameters) in {job.dtype}, "
-        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}"
+        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}{several}"
     )
 
 
